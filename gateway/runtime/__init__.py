@@ -1,0 +1,195 @@
+"""The seam between the gateway and where tenants live.
+
+Connection, execs, tools and deployments know only this module's words. `incus` is the real runtime,
+`local` an unisolated one for laptops and fast tests; the same contract tests hold both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
+StreamName = Literal["stdout", "stderr"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """What is known of one tenant; `status` and `address` come from the runtime, never from memory."""
+
+    name: str
+    status: Status
+    domain: str | None = None
+    address: str | None = None
+    port: int | None = None
+    created: str | None = None
+    location: str | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class IdMap:
+    """One line of a user namespace: `size` ids from `inside` are `outside` on the host."""
+
+    is_uid: bool
+    is_gid: bool
+    inside: int
+    outside: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemRoot:
+    """How to reach a tenant's files from the host. The path never leaves the gateway.
+
+    `path` holds the container's `/`. `workspace` is absolute inside it, owned by `uid`:`gid` (ids
+    inside). `idmap` is the tenant's user namespace; empty where there is none (`local`). On disk, files
+    carry ids of the inside, or of the outside where `shifted`.
+    """
+
+    tenant: str
+    path: Path
+    workspace: str
+    uid: int
+    gid: int
+    idmap: tuple[IdMap, ...] = ()
+    shifted: bool = False
+
+    def on_disk(self, uid: int, gid: int) -> tuple[int, int]:
+        """Return the host's ids for a file that `uid`:`gid` (inside) owns, as written through `path`."""
+        if not self.shifted:
+            return uid, gid
+        return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
+
+    def _outside(self, inside: int, *, uid_map: bool) -> int:
+        for line in self.idmap:
+            if (line.is_uid if uid_map else line.is_gid) and line.inside <= inside < line.inside + line.size:
+                return line.outside + inside - line.inside
+        raise ValueError(f"id {inside} is not mapped")
+
+
+@dataclass(frozen=True, slots=True)
+class Pty:
+    cols: int = 80
+    rows: int = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ExecSpec:
+    """One command. `cwd` defaults to the workspace and `user` to its owner; both must exist."""
+
+    argv: tuple[str, ...]
+    cwd: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    user: str | int | None = None
+    pty: Pty | None = None
+    stdin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """A wait status that was seen: `code` as a shell shows it (128 + n for a signal), `signal` its name."""
+
+    code: int
+    signal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """What a cancel did: processes ended, whether KILL was needed, processes that are still there."""
+
+    killed: int
+    escalated: bool
+    survivors: int
+    method: Literal["cgroup", "scan"] = "cgroup"
+
+
+class Process(Protocol):
+    """A command that has started in a tenant.
+
+    `streams` names its outputs; with a PTY there is only stdout, the terminal. Reading is the
+    back-pressure: what is not read stays in the kernel and in time stops the command.
+    """
+
+    pid: int
+    started_at: float  # seconds since the epoch
+    streams: tuple[StreamName, ...]
+
+    async def read(self, stream: StreamName) -> bytes:
+        """Return the next bytes of `stream`, or b"" after its last."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Give `data` to the command's input; waits while the command does not read. Late input is dropped."""
+        ...
+
+    async def close_stdin(self) -> None: ...
+
+    async def resize(self, cols: int, rows: int) -> None: ...
+
+    async def signal(self, number: int) -> None:
+        """Send one signal to the command itself."""
+        ...
+
+    async def wait(self) -> Exit:
+        """Return the exit once the command has ended. Raises `Unavailable` where its status is lost."""
+        ...
+
+    async def kill(self, grace: float) -> Killed:
+        """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of the sockets. Idempotent; does not promise that the tree is gone: `kill` does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TenantEvent:
+    """Something happened to a tenant, whoever did it. `type` as in the SSE contract."""
+
+    type: str
+    tenant: str | None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TenantRuntime(Protocol):
+    """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`."""
+
+    async def list(self) -> list[Tenant]: ...
+
+    async def get(self, name: str) -> Tenant: ...
+
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+        """Make a tenant from the base image. Raises `Conflict` where the name is taken."""
+        ...
+
+    async def start(self, name: str) -> None: ...
+
+    async def stop(self, name: str) -> None: ...
+
+    async def restart(self, name: str) -> None: ...
+
+    async def destroy(self, name: str) -> None: ...
+
+    async def exec(self, name: str, spec: ExecSpec) -> Process:
+        """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
+        ...
+
+    async def filesystem(self, name: str) -> FilesystemRoot:
+        """Say where the tenant's files are; works for stopped tenants too."""
+        ...
+
+    async def metrics(self, name: str) -> Mapping[str, Any]:
+        """Return cpu seconds, memory bytes, processes, disk and network as the contract names them."""
+        ...
+
+    def watch(self) -> AsyncIterator[TenantEvent]:
+        """Yield what happens to tenants, for ever; reconnects, and yields `gateway.resynced` after a gap."""
+        ...
+
+    async def ready(self) -> None:
+        """Return if the runtime can serve now; raise `Unavailable` with the reason else."""
+        ...

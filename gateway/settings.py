@@ -1,0 +1,126 @@
+"""Knows every setting: its name, type, default, unit and where it is read from.
+
+Environment variables `GATEWAY_…` win over the TOML file named by `GATEWAY_CONFIG`. This is the only
+module that reads either. Every limit has a finite default.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_CONFIG = "/etc/incus-gateway/gateway.toml"
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+class Settings(BaseSettings):
+    """All settings of one gateway process, immutable once read."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_", extra="ignore", frozen=True)
+
+    # where and what
+    listen: str = Field("127.0.0.1:8080", description="HOST:PORT, or the path of a unix socket")
+    runtime: Literal["incus", "local"] = Field("incus", description="where tenants live; `local` does not isolate")
+    incus_socket: Path = Field(Path("/var/lib/incus/unix.socket"), description="unix socket of incusd")
+    incus_project: str = Field("default", description="Incus project of the tenants")
+    state_dir: Path = Field(Path("/var/lib/incus-gateway"), description="secret, records and local tenants")
+    secret: SecretStr | None = Field(None, description="signs tokens; made in the state dir where unset")
+    origins: Annotated[tuple[str, ...], NoDecode] = Field((), description="allowed browser origins beside same-origin, comma-separated")
+    caddy_admin: str = Field("http://127.0.0.1:2019", description="URL or unix socket of Caddy's admin API")
+    templates_dir: Path | None = Field(None, description="folder of site templates beside the built-in ones")
+
+    # tenants
+    workspace: str = Field("/srv/site", description="the tenant's project folder inside the container")
+    workspace_user: str = Field("site", description="the user that owns the workspace and runs commands")
+    workspace_uid: int = Field(1000, ge=0, description="that user's uid inside the container; its gid is the same")
+    profile: str = Field("gateway-tenant", description="Incus profile of every tenant")
+    image: str = Field("gateway-base", description="alias of the base image")
+    network: str = Field("gatewaybr0", description="bridge of the tenants")
+    network_ipv4: str = Field("10.82.0.1/20", description="the bridge's own address and network")
+    pool: str = Field("gateway", description="storage pool of the tenants")
+    tenant_cpu: str = Field("1", description="limits.cpu of a tenant")
+    tenant_memory: str = Field("512MiB", description="limits.memory of a tenant, hard")
+    tenant_processes: int = Field(400, gt=0, description="limits.processes of a tenant")
+    tenant_disk: str = Field("4GiB", description="root disk quota of a tenant where the pool can")
+
+    # limits of one connection and one request
+    initialize_timeout: float = Field(10.0, gt=0, description="seconds until a websocket must have said initialize")
+    max_frame: int = Field(16 * MiB, gt=0, description="bytes of one websocket frame")
+    max_body: int = Field(16 * MiB, gt=0, description="bytes of one JSON request body")
+    max_requests: int = Field(256, gt=0, description="requests in flight on one websocket")
+    max_connections: int = Field(2000, gt=0, description="websockets of this gateway")
+    max_subscriptions: int = Field(16, gt=0, description="event subscriptions of one websocket")
+
+    # commands
+    max_execs: int = Field(128, gt=0, description="running commands of one tenant")
+    max_argument: int = Field(128 * KiB - 1, gt=0, description="bytes of one argument or environment string (a kernel limit)")
+    max_arguments: int = Field(1 * MiB, gt=0, description="bytes of all arguments and environment strings of one command")
+    exec_tail: int = Field(1 * MiB, gt=0, description="bytes kept of each output stream with nobody attached")
+    exec_window: int = Field(256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down")
+    exec_stdin_buffer: int = Field(4 * MiB, gt=0, description="bytes of input kept for a command that does not read")
+    exec_stall: float = Field(600.0, gt=0, description="seconds without progress after which a reader is detached")
+    exec_linger: float = Field(60.0, ge=-1, description="seconds a command outlives its last reader; -1 for ever")
+    exec_keep: float = Field(600.0, ge=0, description="seconds that an ended command can still be asked for")
+    exec_keep_count: int = Field(64, ge=0, description="ended commands kept of one tenant")
+    exec_start_timeout: float = Field(20.0, gt=0, description="seconds until a command must have started")
+    exec_timeout: float = Field(600.0, gt=0, description="seconds of a waiting HTTP exec that names no timeout")
+    exec_output: int = Field(8 * MiB, gt=0, description="bytes of each output stream that a waiting HTTP exec returns")
+    cancel_grace: float = Field(2.0, ge=0, description="seconds between TERM and KILL")
+    cancel_timeout: float = Field(15.0, gt=0, description="seconds until a cancel answers with what survived")
+
+    # file tools
+    tool_timeout: float = Field(10.0, gt=0, description="seconds of one file tool call")
+    read_max: int = Field(256 * KiB, gt=0, description="bytes of a file that Read returns whole")
+    write_max: int = Field(8 * MiB, gt=0, description="bytes that Write and Edit accept")
+    result_max: int = Field(1 * MiB, gt=0, description="bytes of one tool result")
+    visit_max: int = Field(300_000, gt=0, description="files that one Glob or Grep visits")
+    worker_idle: float = Field(300.0, gt=0, description="seconds after which an idle file worker ends")
+    worker_memory: int = Field(512 * MiB, gt=0, description="bytes of address space of a file worker")
+    max_workers: int = Field(256, gt=0, description="file workers of this gateway")
+    session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
+    max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")
+
+    # events
+    events_kept: int = Field(10_000, gt=0, description="events kept for replay")
+    events_keepalive: float = Field(15.0, gt=0, description="seconds between SSE comment lines")
+
+    # Incus
+    incus_timeout: float = Field(30.0, gt=0, description="seconds of one Incus request that is not a wait")
+    lifecycle_timeout: float = Field(60.0, gt=0, description="seconds of a tenant's start, stop or destroy")
+    reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
+    shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
+
+    @field_validator("origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config = Path(os.environ.get("GATEWAY_CONFIG", DEFAULT_CONFIG))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+
+def load() -> Settings:
+    """Read the settings. Raises `pydantic.ValidationError`, which names each wrong one."""
+    return Settings()
