@@ -31,19 +31,25 @@ class Settings(BaseSettings):
 
     # where and what
     listen: str = Field("127.0.0.1:8080", description="HOST:PORT, or the path of a unix socket")
-    runtime: Literal["incus", "local"] = Field("incus", description="where tenants live; `local` does not isolate")
+    runtime: Literal["incus", "local"] = Field(
+        "incus", description="where tenants live; `local` does not isolate"
+    )
     incus_socket: Path = Field(Path("/var/lib/incus/unix.socket"), description="unix socket of incusd")
     incus_project: str = Field("default", description="Incus project of the tenants")
     state_dir: Path = Field(Path("/var/lib/incus-gateway"), description="secret, records and local tenants")
     secret: SecretStr | None = Field(None, description="signs tokens; made in the state dir where unset")
-    origins: Annotated[tuple[str, ...], NoDecode] = Field((), description="allowed browser origins beside same-origin, comma-separated")
+    origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="allowed browser origins beside same-origin, comma-separated"
+    )
     caddy_admin: str = Field("http://127.0.0.1:2019", description="URL or unix socket of Caddy's admin API")
     templates_dir: Path | None = Field(None, description="folder of site templates beside the built-in ones")
 
     # tenants
     workspace: str = Field("/srv/site", description="the tenant's project folder inside the container")
     workspace_user: str = Field("site", description="the user that owns the workspace and runs commands")
-    workspace_uid: int = Field(1000, ge=0, description="that user's uid inside the container; its gid is the same")
+    workspace_uid: int = Field(
+        1000, ge=0, description="that user's uid inside the container; its gid is the same"
+    )
     profile: str = Field("gateway-tenant", description="Incus profile of every tenant")
     image: str = Field("gateway-base", description="alias of the base image")
     network: str = Field("gatewaybr0", description="bridge of the tenants")
@@ -55,7 +61,9 @@ class Settings(BaseSettings):
     tenant_disk: str = Field("4GiB", description="root disk quota of a tenant where the pool can")
 
     # limits of one connection and one request
-    initialize_timeout: float = Field(10.0, gt=0, description="seconds until a websocket must have said initialize")
+    initialize_timeout: float = Field(
+        10.0, gt=0, description="seconds until a websocket must have said initialize"
+    )
     max_frame: int = Field(16 * MiB, gt=0, description="bytes of one websocket frame")
     max_body: int = Field(16 * MiB, gt=0, description="bytes of one JSON request body")
     max_requests: int = Field(256, gt=0, description="requests in flight on one websocket")
@@ -64,18 +72,34 @@ class Settings(BaseSettings):
 
     # commands
     max_execs: int = Field(128, gt=0, description="running commands of one tenant")
-    max_argument: int = Field(128 * KiB - 1, gt=0, description="bytes of one argument or environment string (a kernel limit)")
-    max_arguments: int = Field(1 * MiB, gt=0, description="bytes of all arguments and environment strings of one command")
+    max_argument: int = Field(
+        128 * KiB - 1, gt=0, description="bytes of one argument or environment string (a kernel limit)"
+    )
+    max_arguments: int = Field(
+        1 * MiB, gt=0, description="bytes of all arguments and environment strings of one command"
+    )
     exec_tail: int = Field(1 * MiB, gt=0, description="bytes kept of each output stream with nobody attached")
-    exec_window: int = Field(256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down")
-    exec_stdin_buffer: int = Field(4 * MiB, gt=0, description="bytes of input kept for a command that does not read")
-    exec_stall: float = Field(600.0, gt=0, description="seconds without progress after which a reader is detached")
-    exec_linger: float = Field(60.0, ge=-1, description="seconds a command outlives its last reader; -1 for ever")
+    exec_window: int = Field(
+        256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down"
+    )
+    exec_stdin_buffer: int = Field(
+        4 * MiB, gt=0, description="bytes of input kept for a command that does not read"
+    )
+    exec_stall: float = Field(
+        600.0, gt=0, description="seconds without progress after which a reader is detached"
+    )
+    exec_linger: float = Field(
+        60.0, ge=-1, description="seconds a command outlives its last reader; -1 for ever"
+    )
     exec_keep: float = Field(600.0, ge=0, description="seconds that an ended command can still be asked for")
     exec_keep_count: int = Field(64, ge=0, description="ended commands kept of one tenant")
     exec_start_timeout: float = Field(20.0, gt=0, description="seconds until a command must have started")
-    exec_timeout: float = Field(600.0, gt=0, description="seconds of a waiting HTTP exec that names no timeout")
-    exec_output: int = Field(8 * MiB, gt=0, description="bytes of each output stream that a waiting HTTP exec returns")
+    exec_timeout: float = Field(
+        600.0, gt=0, description="seconds of a waiting HTTP exec that names no timeout"
+    )
+    exec_output: int = Field(
+        8 * MiB, gt=0, description="bytes of each output stream that a waiting HTTP exec returns"
+    )
     cancel_grace: float = Field(2.0, ge=0, description="seconds between TERM and KILL")
     cancel_timeout: float = Field(15.0, gt=0, description="seconds until a cancel answers with what survived")
 
