@@ -1,0 +1,430 @@
+"""Knows the wire of `gateway.v1`, both ends of it, and never waits.
+
+Text frames are JSON-RPC 2.0 objects without batches; binary frames carry the bytes of commands. The
+server's connection feeds frames to a `ServerWire` and gets events; replies are plain functions that
+return the text to send. Nothing here does IO, so every case is a test by values, and whatever bytes a
+client sends end in an event, never in an exception.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Annotated, Any, Final, TypeAlias, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from gateway.errors import GatewayError, InvalidParams
+
+SUBPROTOCOL: Final = "gateway.v1"
+VERSION: Final = 1
+
+RequestId: TypeAlias = str | int
+
+
+class StreamId(IntEnum):
+    """First byte of a binary frame. A terminal's output is STDOUT."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+
+
+class CloseCode(IntEnum):
+    FRAME_TOO_LARGE = 1009
+    DRAINING = 1012
+    PROTOCOL_ERROR = 4400
+    UNAUTHORIZED = 4401
+    FORBIDDEN = 4403
+    UNKNOWN_TENANT = 4404
+    TOO_MANY = 4429
+
+
+# --- binary frames -----------------------------------------------------------------------------------
+
+_HEADER = struct.Struct("!BI")
+HEADER_SIZE: Final = _HEADER.size
+MAX_CHANNEL: Final = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One binary frame: `data` of `stream` on `channel`."""
+
+    stream: StreamId
+    channel: int
+    data: bytes
+
+
+def pack_frame(stream: int, channel: int, data: bytes) -> bytes:
+    """Return the frame for `data`: u8 stream, u32 channel big-endian, the bytes."""
+    return _HEADER.pack(stream, channel) + data
+
+
+def unpack_frame(frame: bytes) -> Frame:
+    """Return the parts of a frame. Raises `InvalidParams` where it is none."""
+    if len(frame) < HEADER_SIZE:
+        raise InvalidParams(f"a binary frame has at least {HEADER_SIZE} bytes")
+    stream, channel = _HEADER.unpack_from(frame)
+    try:
+        return Frame(StreamId(stream), channel, frame[HEADER_SIZE:])
+    except ValueError:
+        raise InvalidParams(f"unknown stream {stream}") from None
+
+
+# --- parameters of the methods ------------------------------------------------------------------------
+
+
+class Params(BaseModel):
+    """Base of all parameters: camelCase on the wire, no coercion, unknown names refused."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", strict=True, frozen=True)
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+class NoParams(Params):
+    pass
+
+
+class ClientInfo(Params):
+    # other facts that a client tells of itself are its own business
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    name: Annotated[str, Field(max_length=200)] = "unknown"
+    version: Annotated[str, Field(max_length=200)] = ""
+
+
+class Initialize(Params):
+    client: ClientInfo = ClientInfo()
+    token: Annotated[str, Field(max_length=16384)] | None = None
+    session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    read_before_write: bool = False
+
+
+class ToolsCall(Params):
+    name: Annotated[str, Field(max_length=200)]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    call_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+
+class PtySize(Params):
+    cols: Annotated[int, Field(ge=1, le=65535)] = 80
+    rows: Annotated[int, Field(ge=1, le=65535)] = 24
+
+
+_ExecId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+
+
+class ExecStart(Params):
+    """`argv` runs a program, `command` a line by the user's shell: one of the two."""
+
+    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
+    command: Annotated[str, Field(min_length=1)] | None = None
+    cwd: str | None = None
+    env: dict[str, str] = Field(default_factory=dict)
+    user: str | int | None = None
+    pty: PtySize | None = None
+    stdin: bool = False
+    timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
+    linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
+    exec_id: _ExecId | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExecStart:
+        if (self.argv is None) == (self.command is None):
+            raise ValueError("give either argv or command")
+        return self
+
+
+class Offsets(Params):
+    stdout: Annotated[int, Field(ge=0)] = 0
+    stderr: Annotated[int, Field(ge=0)] = 0
+
+
+class ExecAttach(Params):
+    exec: str
+    from_: Offsets = Field(default_factory=Offsets, alias="from")
+
+
+class ExecRef(Params):
+    exec: str
+
+
+class ExecResize(ExecRef):
+    cols: Annotated[int, Field(ge=1, le=65535)]
+    rows: Annotated[int, Field(ge=1, le=65535)]
+
+
+class ExecSignal(ExecRef):
+    signal: Annotated[str, Field(min_length=1, max_length=16)] | Annotated[int, Field(ge=1, le=64)]
+
+
+class ExecCancel(ExecRef):
+    grace_ms: Annotated[int, Field(ge=0, le=60_000)] | None = None
+
+
+class EventsSubscribe(Params):
+    types: Annotated[list[str], Field(max_length=64)] | None = None
+    last_event_id: Annotated[int, Field(ge=0)] | None = None
+
+
+class EventsUnsubscribe(Params):
+    subscription: int
+
+
+class CancelRequest(Params):
+    id: str | int
+
+
+METHODS: Final[Mapping[str, type[Params]]] = {
+    "initialize": Initialize,
+    "ping": NoParams,
+    "tools/list": NoParams,
+    "tools/call": ToolsCall,
+    "exec/start": ExecStart,
+    "exec/attach": ExecAttach,
+    "exec/detach": ExecRef,
+    "exec/closeStdin": ExecRef,
+    "exec/resize": ExecResize,
+    "exec/signal": ExecSignal,
+    "exec/cancel": ExecCancel,
+    "exec/list": NoParams,
+    "exec/wait": ExecRef,
+    "events/subscribe": EventsSubscribe,
+    "events/unsubscribe": EventsUnsubscribe,
+}
+CANCEL_REQUEST: Final = "$/cancelRequest"
+
+
+def validate(model: type[P], params: object) -> P:
+    """Return `params` as `model`. Raises `InvalidParams` that names the first wrong field."""
+    try:
+        return model.model_validate(params)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidParams(f"{where}: {first['msg']}" if where else first["msg"], field=where) from None
+
+
+# --- what a server receives ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call with its parameters checked. `id` is None where the client wants no answer."""
+
+    id: RequestId | None
+    method: str
+    params: Params
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPending:
+    """The client wants its pending request `id` ended."""
+
+    id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Bytes for the standard input of the command attached as `channel`."""
+
+    channel: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A message that is answered at once with this text."""
+
+    reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Nothing to do: a frame for an ended channel, an unknown notification."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The connection cannot go on; `reply`, if any, is sent before."""
+
+    code: CloseCode
+    reason: str
+    reply: str | None = None
+
+
+ServerEvent: TypeAlias = Request | CancelPending | Input | Refused | Ignored | Close
+
+
+class ServerWire:
+    """The server's end of one connection: what was agreed, which channels are open.
+
+    `initialize` comes first and once. Channels are numbers that only grow, so that a frame for one that
+    ended can be told from one that never was.
+    """
+
+    def __init__(self) -> None:
+        self.initialized = False
+        self._last_channel = 0
+        self._open: set[int] = set()
+
+    def open_channel(self) -> int:
+        self._last_channel += 1
+        self._open.add(self._last_channel)
+        return self._last_channel
+
+    def close_channel(self, channel: int) -> None:
+        self._open.discard(channel)
+
+    def receive_binary(self, data: bytes) -> ServerEvent:
+        if not self.initialized:
+            return Close(CloseCode.PROTOCOL_ERROR, "initialize comes first")
+        try:
+            frame = unpack_frame(data)
+        except InvalidParams as error:
+            return Close(CloseCode.PROTOCOL_ERROR, error.message)
+        if frame.stream is not StreamId.STDIN:
+            return Close(CloseCode.PROTOCOL_ERROR, "a client sends stream 0 only")
+        if frame.channel in self._open:
+            return Input(frame.channel, frame.data)
+        if 0 < frame.channel <= self._last_channel:
+            return Ignored()
+        return Close(CloseCode.PROTOCOL_ERROR, f"unknown channel {frame.channel}")
+
+    def receive_text(self, text: str) -> ServerEvent:
+        try:
+            message = orjson.loads(text)
+        except ValueError:
+            return self._refuse(None, -32700, "the message is not JSON")
+        if not isinstance(message, dict):
+            what = "batches are not served" if isinstance(message, list) else "a message is a JSON object"
+            return self._refuse(None, -32600, what)
+        request_id = message.get("id")
+        if "id" in message and (isinstance(request_id, bool) or not isinstance(request_id, str | int)):
+            return self._refuse(None, -32600, "id is a string or an integer")
+        if isinstance(request_id, str) and len(request_id) > 256:
+            return self._refuse(None, -32600, "id is longer than 256 characters")
+        if message.get("jsonrpc") != "2.0":
+            return self._refuse(request_id, -32600, 'jsonrpc is "2.0"')
+        method = message.get("method")
+        if not isinstance(method, str):
+            return self._refuse(request_id, -32600, "method is a string")
+        return self._receive(request_id, method, message.get("params", {}))
+
+    def _receive(self, request_id: RequestId | None, method: str, params: object) -> ServerEvent:
+        if not self.initialized and method != "initialize":
+            return self._refuse(request_id, -32600, "initialize comes first")
+        try:
+            if method == CANCEL_REQUEST:
+                return CancelPending(validate(CancelRequest, params).id)
+            model = METHODS.get(method)
+            if model is None:
+                if request_id is None:
+                    return Ignored()  # JSON-RPC: a notification is never answered
+                return Refused(error_reply(request_id, -32601, f"no method {method[:100]!r}", "not_found"))
+            if method == "initialize" and self.initialized:
+                return self._refuse(request_id, -32600, "initialize was said before")
+            return Request(request_id, method, validate(model, params))
+        except InvalidParams as error:
+            if request_id is None:
+                return Ignored()
+            return Refused(failure(request_id, error))
+
+    def _refuse(self, request_id: RequestId | None, code: int, message: str) -> ServerEvent:
+        reply = error_reply(request_id, code, message, "invalid_params")
+        if not self.initialized:  # nobody speaks our language at the other end: do not stay open for it
+            return Close(CloseCode.PROTOCOL_ERROR, message, reply)
+        return Refused(reply)
+
+
+# --- what a server sends ------------------------------------------------------------------------------
+
+
+def result(request_id: RequestId, value: Mapping[str, Any] | bytes) -> str:
+    """Return the answer to a request. `value` as bytes is JSON already and goes in as it is."""
+    body = orjson.Fragment(value) if isinstance(value, bytes) else value
+    return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "result": body}).decode()
+
+
+def failure(request_id: RequestId | None, error: GatewayError) -> str:
+    """Return the error answer for `error`, with its code and facts under `data`."""
+    return error_reply(request_id, error.rpc_code, error.message, error.code, error.facts)
+
+
+def error_reply(
+    request_id: RequestId | None,
+    number: int,
+    message: str,
+    code: str,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    body = {"code": number, "message": message, "data": {**(facts or {}), "code": code}}
+    return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "error": body}).decode()
+
+
+def notification(method: str, params: Mapping[str, Any]) -> str:
+    return orjson.dumps({"jsonrpc": "2.0", "method": method, "params": params}).decode()
+
+
+# --- the client's end ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to request `id`: a result, or an error with its JSON-RPC number and data."""
+
+    id: RequestId | None
+    result: Any = None
+    error: RpcError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RpcError:
+    number: int
+    message: str
+    code: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    method: str
+    params: Mapping[str, Any]
+
+
+def request(request_id: RequestId, method: str, params: Mapping[str, Any] | None = None) -> str:
+    """Return the text of a call."""
+    return orjson.dumps(
+        {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params or {}}
+    ).decode()
+
+
+def cancel_request(request_id: RequestId) -> str:
+    """Return the notification that ends a pending call."""
+    return notification(CANCEL_REQUEST, {"id": request_id})
+
+
+def decode_server_text(text: str) -> Reply | Notification:
+    """Return what a server said. Raises `InvalidParams` where it does not speak this protocol."""
+    try:
+        message = orjson.loads(text)
+        if "method" in message:
+            return Notification(str(message["method"]), message.get("params") or {})
+        if "error" in message:
+            error = message["error"]
+            data = error.get("data") or {}
+            facts = {key: value for key, value in data.items() if key != "code"}
+            code = str(data.get("code", "unavailable"))
+            return Reply(
+                message["id"], error=RpcError(int(error["code"]), str(error["message"]), code, facts)
+            )
+        return Reply(message["id"], result=message["result"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InvalidParams("the server's message is not gateway.v1") from None
