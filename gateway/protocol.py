@@ -138,7 +138,7 @@ class ExecStart(Params):
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
         if (self.argv is None) == (self.command is None):
-            raise ValueError("give either argv or command")
+    XX
         return self
 
 

@@ -1,1 +1,11 @@
+"""Talks to incusd over its unix socket, by aiohttp, and knows nothing of browsers.
 
+`Incus` does requests and operations, `Incus.exec` opens the sockets of one command, `Incus.events`
+yields the daemon's events. Failures are `IncusError` with incusd's own words, which may name host paths:
+the runtime translates them before a client sees them.
+"""
+
+from gateway.incus.client import Incus, IncusError, Operation
+from gateway.incus.exec import ExecSockets, Lost
+
+__all__ = ["ExecSockets", "Incus", "IncusError", "Lost", "Operation"]

@@ -1,0 +1,235 @@
+"""Knows Incus's REST conventions: sync and async answers, operations, the event stream.
+
+Facts about incusd that shape this module (measured on 6.0.4):
+
+- An operation's record lives 5 s after it ended, and a bare GET of one that is just ending can crash
+  incusd before 6.0.6 (lxc/incus 8d05249b9b). So `/wait` is opened as soon as the operation is known, and
+  the record is read only after `/wait` has returned.
+- A failed operation's `/wait` answers an error without the operation's metadata.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import orjson
+
+from gateway.errors import GatewayError
+from gateway.incus.exec import ExecSockets, connect
+
+log = logging.getLogger(__name__)
+
+_BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
+
+
+class IncusError(GatewayError):
+    """incusd refused or failed, in its own words, which may name host paths.
+
+    `status` is its HTTP-like code; 0 where it could not be reached at all.
+    """
+
+    code = "unavailable"
+    http_status = 503
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One ended operation: `ok`, incusd's error text where not, and its metadata."""
+
+    ok: bool
+    error: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Incus:
+    """One incusd and one of its projects. Use as an async context manager; safe for concurrent calls."""
+
+    def __init__(self, socket: Path, project: str = "default", timeout: float = 30.0) -> None:
+        self.socket = socket
+        self.project = project
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Incus:
+        # limit=0: the default pool of 100 connections would be eaten by 25 commands of 4 sockets each
+        connector = aiohttp.UnixConnector(str(self.socket), limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("Incus is used outside of its async with")
+        return self._session
+
+    async def get(self, path: str, **query: str) -> Any:
+        """Return the metadata of a GET. Raises `IncusError`."""
+        return (await self._request("GET", path, query=query))["metadata"]
+
+    async def put(self, path: str, body: Mapping[str, Any]) -> None:
+        """Do a synchronous PUT."""
+        await self._request("PUT", path, body=body)
+
+    async def patch(self, path: str, body: Mapping[str, Any]) -> None:
+        """Do a synchronous PATCH."""
+        await self._request("PATCH", path, body=body)
+
+    async def get_text(self, path: str) -> str:
+        """Return the body of a GET that does not answer JSON, such as the metrics."""
+        try:
+            async with self.session.get(_BASE + path, params={"project": self.project}) as response:
+                if response.status != 200:
+                    raise IncusError(f"GET {path} answered {response.status}", response.status)
+                return await response.text()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _unreachable(error) from error
+
+    async def operate(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
+    ) -> Operation:
+        """Start an operation and return it ended. Raises `IncusError` where it failed or `timeout` passed."""
+        answer = await self._request(method, path, body=body)
+        if answer["type"] != "async":
+            return Operation(ok=True, metadata=answer.get("metadata") or {})
+        operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
+        if not operation.ok:
+            raise IncusError(operation.error, 400)
+        return operation
+
+    async def wait(self, operation: str, *, timeout: float | None) -> Operation:
+        """Wait for the end of an operation. Call it at once: its record is gone 5 s after the end.
+
+        Raises `IncusError`, with status 0 where incusd went away, 404 where it knows no such operation
+        and 408 where `timeout` seconds passed.
+        """
+        path = f"/1.0/operations/{operation}/wait"
+        seconds = -1 if timeout is None else max(1, int(timeout))
+        limit = None if timeout is None else timeout + 5
+        try:
+            answer = await self._request("GET", path, query={"timeout": str(seconds)}, limit=limit)
+            record = answer["metadata"] or {}
+        except IncusError as error:
+            if error.status in (0, 404):
+                raise
+            # a failed operation: the record, no longer written to, has what /wait leaves out
+            try:
+                answer = await self._request("GET", f"/1.0/operations/{operation}")
+                record = answer["metadata"] or {}
+            except IncusError:
+                return Operation(ok=False, error=error.message)
+        if record.get("status_code") == 103:  # still running
+            raise IncusError(f"the operation did not end within {seconds} s", 408)
+        return Operation(
+            ok=record.get("status_code") == 200,
+            error=str(record.get("err") or ""),
+            metadata=record.get("metadata") or {},
+        )
+
+    async def exec(
+        self,
+        instance: str,
+        command: list[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        pty: tuple[int, int] | None = None,
+    ) -> ExecSockets:
+        """Start `command` as root and return its sockets, all connected; `pty` is (cols, rows).
+
+        Command and environment show in the host's process list and in Incus's events: secrets go by
+        stdin. Raises `IncusError`.
+        """
+        body: dict[str, Any] = {
+            "command": command,
+            "environment": dict(environment or {}),
+            "wait-for-websocket": True,
+            "interactive": pty is not None,
+            "user": 0,
+            "group": 0,
+            "cwd": "/",
+        }
+        if pty is not None:
+            body["width"], body["height"] = pty
+        answer = await self._request("POST", instance_path(instance, "exec"), body=body)
+        operation = answer["metadata"]["id"]
+        fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
+        waiting = asyncio.create_task(self.wait(operation, timeout=None), name=f"wait {operation}")
+        try:
+            base = f"{_BASE}/1.0/operations/{operation}/websocket"
+            sockets = await connect(self.session, base, fds)
+        except BaseException as error:
+            waiting.cancel()
+            if isinstance(error, aiohttp.ClientError | OSError | TimeoutError):
+                raise _unreachable(error) from error
+            raise
+        return ExecSockets(operation, sockets, waiting, terminal=pty is not None)
+
+    async def events(self, *types: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.
+
+        Incus replays nothing and promises no order: whoever listens reads the state after subscribing.
+        """
+        query = {"type": ",".join(types), "project": self.project}
+        try:
+            # pongs are required here: without them incusd hangs up after 30 s. A silent, half-dead
+            # stream is found by our own heartbeat.
+            async with self.session.ws_connect(
+                f"{_BASE}/1.0/events", params=query, max_msg_size=0, compress=0, autoping=True, heartbeat=20
+            ) as socket:
+                yield {"type": "connected"}
+                async for message in socket:
+                    if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                        yield orjson.loads(message.data)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _unreachable(error) from error
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+        limit: float | None = -1,
+    ) -> dict[str, Any]:
+        params = {"project": self.project, **(query or {})}
+        data = None if body is None else orjson.dumps(body)
+        timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
+        try:
+            async with self.session.request(
+                method, _BASE + path, params=params, data=data, timeout=timeout
+            ) as response:
+                answer: dict[str, Any] = orjson.loads(await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _unreachable(error) from error
+        if answer.get("type") == "error":
+            raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
+        return answer
+
+
+def instance_path(name: str, *rest: str) -> str:
+    """Return the API path of an instance."""
+    return "/".join(("/1.0/instances", quote(name, safe=""), *rest))
+
+
+def _unreachable(error: BaseException) -> IncusError:
+    if isinstance(error, TimeoutError):
+        return IncusError("incusd did not answer in time", 0)
+    return IncusError(f"incusd cannot be reached: {type(error).__name__}", 0)
