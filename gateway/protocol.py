@@ -138,7 +138,7 @@ class ExecStart(Params):
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
         if (self.argv is None) == (self.command is None):
-    XX
+            raise ValueError("give either argv or command")
         return self
 
 
@@ -209,7 +209,8 @@ def validate(model: type[P], params: object) -> P:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidParams(f"{where}: {first['msg']}" if where else first["msg"], field=where) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None
 
 
 # --- what a server receives ---------------------------------------------------------------------------
