@@ -1,0 +1,282 @@
+"""Knows who may do what: tokens, the secret that signs them, and which browser pages may ask.
+
+A token is a JWT signed with HS256. Everything here is plain functions over values; only `load_secret`
+touches the disk, once at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import jwt
+
+from gateway.errors import Forbidden, InvalidParams, Unauthorized, Unavailable
+from gateway.settings import Settings
+
+SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
+EVERY_TENANT: Final = "*"
+COOKIE: Final = "gateway_session"
+
+_ALGORITHM: Final = "HS256"
+# RFC 7518 §3.2: the key of HS256 has at least the hash's 256 bits
+MIN_SECRET: Final = 32
+# what `initialize` accepts too; a longer one is refused before anything parses it
+MAX_TOKEN: Final = 16384
+MAX_TTL: Final = 10 * 366 * 86400
+
+# the label of the contract; RFC 1035 §2.3.1 in lower case
+_TENANT = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_TTL = re.compile(r"([0-9]{1,12})([smhdw]?)")
+_TTL_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Who asks and what they may touch, as a verified token says.
+
+    `tenants` are names, or `*` for every one; `expires` is in seconds since the epoch; `id` is the
+    `jti` by which the token is revoked.
+    """
+
+    subject: str
+    tenants: frozenset[str]
+    scopes: frozenset[str]
+    expires: int
+    id: str
+
+    @property
+    def coverage(self) -> frozenset[str] | None:
+        """The names this token covers, None for every tenant: what an event filter takes."""
+        return None if EVERY_TENANT in self.tenants else self.tenants
+
+    def covers(self, tenant: str) -> bool:
+        """Say whether the token may know of `tenant`. Compares whole names, never prefixes."""
+        return EVERY_TENANT in self.tenants or tenant in self.tenants
+
+    def allows(self, scope: str) -> bool:
+        """Say whether the token carries `scope`; `admin` implies every scope."""
+        return scope in self.scopes or "admin" in self.scopes
+
+    def require(self, scope: str) -> None:
+        """Return if the token carries `scope`. Raises `Forbidden` else."""
+        if not self.allows(scope):
+            raise Forbidden(f"this token lacks the scope {scope}", scope=scope)
+
+
+def issue(secret: str, subject: str, tenants: Iterable[str], scopes: Iterable[str], ttl: int) -> str:
+    """Return a signed token that is valid for `ttl` seconds.
+
+    The tenants need not exist. Raises `InvalidParams` for an unknown scope, something that is no tenant
+    name, or an empty or impossible value: a token that opens nothing would only be found out in use.
+    """
+    names, granted = sorted(set(tenants)), sorted(set(scopes))
+    if not subject or len(subject) > 200:
+        raise InvalidParams("the subject of a token has 1 to 200 characters", field="subject")
+    if not names:
+        raise InvalidParams("a token names at least one tenant, or *", field="tenants")
+    for name in names:
+        if name != EVERY_TENANT and not _TENANT.fullmatch(name):
+            raise InvalidParams(f"{name[:80]!r} is no tenant name", field="tenants")
+    if not granted:
+        raise InvalidParams("a token has at least one scope", field="scopes")
+    if unknown := [scope for scope in granted if scope not in SCOPES]:
+        known = " ".join(sorted(SCOPES))
+        raise InvalidParams(f"unknown scope {unknown[0][:80]!r}; known are {known}", field="scopes")
+    if not 0 < ttl <= MAX_TTL:
+        raise InvalidParams("a token lives between one second and ten years", field="ttl")
+    now = int(time.time())
+    claims = {
+        "sub": subject,
+        "tenants": names,
+        "scope": " ".join(granted),
+        "iat": now,
+        "exp": now + ttl,
+        "jti": secrets.token_hex(16),
+    }
+    return jwt.encode(claims, _checked(secret), algorithm=_ALGORITHM)
+
+
+def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None = None) -> Token:
+    """Return what the token `raw` grants. Raises `Unauthorized`.
+
+    `revoked` is asked with the `jti` of a token that is otherwise good. The message says only whether
+    a token is missing, expired or invalid: why it is invalid would help whoever forges one. Scopes
+    that this version does not know grant nothing.
+    """
+    if not raw:
+        raise Unauthorized("a token is needed: send Authorization: Bearer TOKEN")
+    if len(raw) > MAX_TOKEN:
+        raise Unauthorized("this token is not valid")
+    try:
+        claims = jwt.decode(
+            raw,
+            secret,
+            # the list is the defence against alg=none and against a public key used as HMAC secret
+            algorithms=[_ALGORITHM],
+            options={"require": ["sub", "exp", "jti", "tenants", "scope"]},
+        )
+    except jwt.ExpiredSignatureError:
+        # only said after the signature was found good
+        raise Unauthorized("this token has expired; ask for a new one") from None
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
+        raise Unauthorized("this token is not valid") from None
+    subject, tenants, scope, identifier = (claims[key] for key in ("sub", "tenants", "scope", "jti"))
+    if not (
+        isinstance(subject, str)
+        and isinstance(identifier, str)
+        and identifier
+        and isinstance(scope, str)
+        and isinstance(tenants, list)
+        and all(isinstance(name, str) for name in tenants)
+    ):
+        raise Unauthorized("this token is not valid")
+    if revoked is not None and revoked(identifier):
+        raise Unauthorized("this token is not valid")
+    return Token(
+        subject=subject,
+        tenants=frozenset(tenants),
+        scopes=SCOPES.intersection(scope.split()),
+        expires=int(claims["exp"]),
+        id=identifier,
+    )
+
+
+def parse_ttl(text: str) -> int:
+    """Return the seconds in `30d`, `12h`, `15m`, `90s`, `2w` or a bare number. Raises `InvalidParams`."""
+    match = _TTL.fullmatch(text.strip())
+    seconds = int(match[1]) * _TTL_UNITS[match[2]] if match else 0
+    if not 0 < seconds <= MAX_TTL:
+        raise InvalidParams(f"{text[:40]!r} is no duration such as 15m, 12h or 30d (ten years at most)")
+    return seconds
+
+
+# --- the secret --------------------------------------------------------------------------------------
+
+
+def load_secret(settings: Settings) -> str:
+    """Return the secret that signs tokens: the configured one, or the one kept in the state dir.
+
+    The kept one is made on first use, of 256 random bits, mode 0600. Two processes that start together
+    agree: each writes a whole file of its own and links it to the name, which only one can. Raises
+    `InvalidParams` for a secret that is too short or that others can read, `Unavailable` where the
+    state dir does not let us.
+    """
+    if settings.secret is not None:
+        return _checked(settings.secret.get_secret_value())
+    path = settings.state_dir / "secret"
+    try:
+        try:
+            return _read_secret(path)
+        except FileNotFoundError:
+            settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_secret(path)
+            return _read_secret(path)
+    except OSError as error:
+        raise Unavailable(f"the secret in the state dir cannot be used: {error.strerror}") from error
+
+
+def _read_secret(path: Path) -> str:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode) or mode & 0o077:
+            raise InvalidParams("the secret in the state dir is open to others: chmod 600 it, or delete it")
+        return _checked(file.read(4096).strip())
+
+
+def _make_secret(path: Path) -> None:
+    own = path.with_name(f".secret-{secrets.token_hex(8)}")
+    descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            if os.geteuid() == 0:
+                # root may ask for a token before the gateway's own user ever ran
+                owner = path.parent.stat()
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.write(secrets.token_hex(MIN_SECRET) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
+            os.link(own, path)
+    finally:
+        own.unlink()
+
+
+def _checked(secret: str) -> str:
+    if len(secret.encode()) < MIN_SECRET:
+        raise InvalidParams(f"the secret has at least {MIN_SECRET} bytes; `openssl rand -hex 32` makes one")
+    return secret
+
+
+# --- where a token comes from ------------------------------------------------------------------------
+
+
+def raw_token(authorization: str | None, cookie: str | None) -> str | None:
+    """Return the token of a request's `Authorization` and `Cookie` headers; the former wins."""
+    return bearer_token(authorization) or cookie_token(cookie)
+
+
+def bearer_token(authorization: str | None) -> str | None:
+    """Return the token of `Authorization: Bearer TOKEN`; None where there is none (RFC 6750 §2.1)."""
+    scheme, _, value = (authorization or "").strip().partition(" ")
+    return value.strip() or None if scheme.lower() == "bearer" else None
+
+
+def cookie_token(cookie: str | None) -> str | None:
+    """Return the token of the session cookie; the first of that name, which is the most specific one."""
+    for part in (cookie or "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE:
+            return value.strip().strip('"') or None
+    return None
+
+
+# --- browsers ----------------------------------------------------------------------------------------
+
+
+def origin_allowed(
+    origin: str | None,
+    host: str | None,
+    scheme: str,
+    allowed: Iterable[str] = (),
+    forwarded_proto: str | None = None,
+) -> bool:
+    """Say whether a request with this `Origin` may be served: none at all, same-origin, or listed.
+
+    `scheme` is the connection's (`http`, `https`, `ws` or `wss`) and `forwarded_proto` the proxy's
+    `X-Forwarded-Proto`, which wins. A page of another site cannot set that header, and a client that
+    is no browser needs no leave. `null` (sandboxed frames, files) is nobody's origin. `*` is no entry.
+    """
+    if origin is None:
+        return True
+    asked = _origin(origin)
+    if asked is None:
+        return False
+    if forwarded_proto:
+        scheme = forwarded_proto.split(",")[0]
+    scheme = {"ws": "http", "wss": "https"}.get(scheme.strip().lower(), scheme.strip().lower())
+    return asked == _origin(f"{scheme}://{host}") or any(asked == _origin(entry) for entry in allowed)
+
+
+def _origin(text: str) -> tuple[str, str, int] | None:
+    """Return (scheme, host, port) of an origin, None where `text` is none (RFC 6454 §4)."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        return None
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc or text != text.strip():
+        return None
+    return parts.scheme, parts.hostname, _DEFAULT_PORTS[parts.scheme] if port is None else port
