@@ -1,0 +1,142 @@
+"""Knows who listens: publishing to the journal, and subscriptions that follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gateway.events.event import Draft, Event, Filter, gap
+from gateway.events.journal import Journal
+
+# events that a subscription reads at once: bounds what one slow subscriber holds
+BATCH: Final = 64
+
+
+class Bus:
+    """The gateway's events, from whoever publishes to whoever follows. Used from the event loop only.
+
+    There are no queues. A subscription is a place in the journal, so a slow one costs no memory and
+    loses nothing that the journal keeps; what it does not keep any more becomes a `gap`.
+    """
+
+    def __init__(self, journal: Journal, name: str = "gateway") -> None:
+        self._journal = journal
+        self._source = f"/gateway/{name}"
+        self._grown = asyncio.Event()
+        self._closed = False
+        self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
+        journal.watch(self._wake)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def newest(self) -> int:
+        """Id of the newest event that subscribers can have seen."""
+        return self._journal.newest
+
+    @property
+    def subscribers(self) -> int:
+        """How many subscriptions are open: for metrics."""
+        return len(self._subscriptions)
+
+    def publish(
+        self,
+        type: str,
+        tenant: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        deployment: str | None = None,
+    ) -> Event:
+        """Record that something happened and wake who follows. Never waits.
+
+        `data` must be JSON values, else `TypeError`; no secret, file content or host path may be among
+        them. After `close` events are still recorded.
+        """
+        body = dict(data or {})
+        if deployment is not None:
+            body.setdefault("deployment", deployment)
+        draft = Draft(type, self._source, time.time(), tenant, deployment, body)
+        return self._journal.append([draft])[0]
+
+    def subscribe(self, filter: Filter, after: int | None = None) -> Subscription:
+        """Follow the events that `filter` lets through: from now on, or all after the id `after`.
+
+        The place in the journal is taken now, not when iteration starts: subscribe first, read the
+        state after, and no change falls between. Where `after` is older than what is kept, or lies in
+        the future because it was given out by another life, a `gap` comes first and then all that is
+        kept.
+        """
+        subscription = Subscription(self, self._journal, filter, after)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def close(self) -> None:
+        """End every subscription once it has delivered what is recorded by now. Idempotent."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        # whoever waits holds this object and wakes; whoever reads next waits on the new one
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+
+class Subscription:
+    """One subscriber's place in the journal, and the events from there on as an async iterator.
+
+    `last_id` is the id up to which all matching events were handed out: the `Last-Event-ID` that
+    resumes here, further along than the last event where the ones after it did not match. Iteration
+    ends after `close`, its own or the bus's.
+    """
+
+    def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
+        self._bus, self._journal, self._filter = bus, journal, filter
+        self._ready: deque[Event] = deque()  # at most BATCH
+        self._closed = self._waiting = False
+        self._cursor = journal.newest if after is None else after
+
+    @property
+    def last_id(self) -> int:
+        return self._ready[0].id - 1 if self._ready else self._cursor
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._closed:
+            if self._ready:
+                return self._ready.popleft()
+            grown, closing = self._bus._grown, self._bus.closed
+            if self._cursor + 1 < self._journal.oldest or self._cursor > self._journal.newest:
+                self._cursor = self._journal.oldest - 1
+                return gap(self._journal.oldest, self._bus._source, time.time())
+            batch = await self._journal.read(self._cursor, BATCH)
+            if not batch:
+                if closing:
+                    break
+                self._waiting = True
+                try:
+                    await grown.wait()
+                finally:
+                    self._waiting = False
+            elif batch[0].id == self._cursor + 1:  # else retention was faster: the gap is found above
+                self._cursor = batch[-1].id
+                self._ready.extend(event for event in batch if self._filter.matches(event))
+                if not self._ready:
+                    # reading from memory never waits: let others run while we skip a long stretch
+                    await asyncio.sleep(0)
+        self.close()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """End the iteration, also for a task that waits in it. Idempotent."""
+        self._closed = True
+        self._ready.clear()
+        self._bus._subscriptions.discard(self)
+        if self._waiting:
+            self._bus._wake()

@@ -1,0 +1,150 @@
+"""Knows one event: its fields, its CloudEvents form, and who may and wants to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import InvalidParams
+
+GAP: Final = "gap"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event that has no id yet. `time` is in seconds since the epoch, `data` holds JSON values.
+
+    `deployment` is what `Filter` looks at; it travels to clients as `data.deployment`.
+    """
+
+    type: str
+    source: str
+    time: float
+    tenant: str | None = None
+    deployment: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, with its place in the journal. Ids grow and are never used twice.
+
+    `encoded` is the event as CloudEvents JSON, made once however many subscribers there are.
+    """
+
+    id: int
+    type: str
+    source: str
+    time: float
+    tenant: str | None
+    deployment: str | None
+    data: Mapping[str, Any]
+    encoded: bytes
+
+    def cloudevent(self) -> dict[str, Any]:
+        """Return the event in the shape of CloudEvents 1.0 JSON, as SSE and the websocket send it."""
+        return _cloudevent(self.id, self)
+
+
+def numbered(draft: Draft, number: int) -> Event:
+    """Return `draft` as the event with id `number`. Raises `TypeError` where its data is not JSON."""
+    return Event(
+        id=number,
+        type=draft.type,
+        source=draft.source,
+        time=draft.time,
+        tenant=draft.tenant,
+        deployment=draft.deployment,
+        data=draft.data,
+        encoded=orjson.dumps(_cloudevent(number, draft)),
+    )
+
+
+def gap(oldest: int, source: str, time: float) -> Event:
+    """Return what a subscriber gets in place of events that are no longer kept.
+
+    Its id is the one before `oldest`, so that resuming from the gap misses nothing that is still there.
+    """
+    return numbered(Draft(GAP, source, time, data={"oldest": oldest}), oldest - 1)
+
+
+def _cloudevent(number: int, event: Draft | Event) -> dict[str, Any]:
+    # https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md: id is a string, an absent
+    # subject is left out
+    body: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": str(number),
+        "source": event.source,
+        "type": event.type,
+    }
+    if event.tenant is not None:
+        body["subject"] = event.tenant
+    time = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
+    body["time"] = time.removesuffix("+00:00") + "Z"
+    body["data"] = dict(event.data)
+    return body
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which events one subscriber gets: what its token covers, cut down to what it asked for.
+
+    `coverage` holds the names that the token covers, None for all. Events of no tenant (`gateway.*`)
+    are for everybody. `tenants`, `deployments` and `types` are what was asked for, None for no wish;
+    who names tenants or deployments gets no events of none. A type that ends in `*` is a prefix.
+    """
+
+    coverage: frozenset[str] | None = None
+    tenants: frozenset[str] | None = None
+    deployments: frozenset[str] | None = None
+    types: tuple[str, ...] | None = None
+
+    def matches(self, event: Event) -> bool:
+        """Say whether the subscriber may see `event` and asked for it."""
+        if event.tenant is not None and self.coverage is not None and event.tenant not in self.coverage:
+            return False
+        if self.tenants is not None and event.tenant not in self.tenants:
+            return False
+        if self.deployments is not None and event.deployment not in self.deployments:
+            return False
+        return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
+
+    @classmethod
+    def parse(
+        cls,
+        coverage: frozenset[str] | None,
+        tenant: str | None = None,
+        deployment: str | None = None,
+        type: str | None = None,
+    ) -> Filter:
+        """Return the filter of the query `?tenant=&deployment=&type=`, each comma-separated or absent.
+
+        Raises `InvalidParams` for more than 64 values or one over 256 characters.
+        """
+        tenants, deployments, types = (
+            _split(name, value)
+            for name, value in (("tenant", tenant), ("deployment", deployment), ("type", type))
+        )
+        return cls(
+            coverage,
+            None if tenants is None else frozenset(tenants),
+            None if deployments is None else frozenset(deployments),
+            types,
+        )
+
+
+def _type_matches(wish: str, type: str) -> bool:
+    return type.startswith(wish[:-1]) if wish.endswith("*") else type == wish
+
+
+def _split(name: str, value: str | None) -> tuple[str, ...] | None:
+    if not value:
+        return None
+    parts = tuple(part for part in (part.strip() for part in value.split(",")) if part)
+    if len(parts) > 64 or any(len(part) > 256 for part in parts):
+        raise InvalidParams(f"{name} takes at most 64 values of 256 characters", field=name)
+    return parts or None

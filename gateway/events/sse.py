@@ -1,0 +1,63 @@
+"""Knows how events look as Server-Sent Events: one HTTP response that follows the bus."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse
+from starlette.responses import Response
+
+from gateway.events.bus import Bus, Subscription
+from gateway.events.event import Event, Filter
+from gateway.settings import Settings
+
+# one LF: the simplest parsers look for an empty line as "\n\n"
+_SEPARATOR = "\n"
+
+
+def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings) -> Response:
+    """Return the endless response that sends the events of `filter`.
+
+    `last_event_id` is the header's or the query's text. A comment goes out every
+    `settings.events_keepalive` seconds. The subscription is taken before the headers are sent, and freed
+    when the client goes or when the bus closes, whichever is first. A client that does not read is
+    simply waited for: it holds a place in the journal, nothing more.
+    """
+    subscription = bus.subscribe(filter, parse_last_event_id(last_event_id))
+    return EventSourceResponse(
+        _stream(subscription),
+        ping=settings.events_keepalive,
+        ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
+        sep=_SEPARATOR,
+        # sse-starlette cuts streams as soon as uvicorn sees SIGTERM. We want `gateway.draining` to get
+        # out first and end them by `Bus.close`, so its cut is only the fallback.
+        shutdown_grace_period=settings.shutdown_timeout / 4,
+    )
+
+
+async def _stream(subscription: Subscription) -> AsyncIterator[ServerSentEvent]:
+    try:
+        async for event in subscription:
+            yield sent(event)
+    finally:
+        subscription.close()
+
+
+def sent(event: Event) -> ServerSentEvent:
+    """Return `event` in its SSE form: id, type, and CloudEvents JSON on one data line."""
+    return ServerSentEvent(event.encoded.decode(), id=str(event.id), event=event.type, sep=_SEPARATOR)
+
+
+def parse_last_event_id(text: str | int | None) -> int | None:
+    """Return the id to resume after, None where there is none.
+
+    What is no id of ours comes from somewhere else and is taken as 0, before everything: the client
+    then gets a `gap` and all that is kept, not silence and not a refusal that ends a browser's retries.
+    """
+    if text is None or text == "":
+        return None
+    try:
+        return min(max(int(text), 0), 2**63 - 1)
+    except ValueError:
+        return 0
