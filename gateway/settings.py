@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     network: str = Field("gatewaybr0", description="bridge of the tenants")
     network_ipv4: str = Field("10.82.0.1/20", description="the bridge's own address and network")
     pool: str = Field("gateway", description="storage pool of the tenants")
+    pool_source: str = Field(
+        "", description="block device for a new pool; empty: a sparse file sized to the free disk"
+    )
     tenant_cpu: str = Field("1", description="limits.cpu of a tenant")
     tenant_memory: str = Field("512MiB", description="limits.memory of a tenant, hard")
     tenant_processes: int = Field(400, gt=0, description="limits.processes of a tenant")

@@ -1,0 +1,484 @@
+"""Builds the base image of tenants and imports it: Debian, systemd, the user `site`, Bun.
+
+An image is the outcome of its definition: the text in this module, the settings that go into it, and the
+CA certificates of the host. The digest of that names the artefact in the cache and is written into the
+image's properties, so that a second daemon imports without a build, and a changed definition is rebuilt.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from gateway.host import Change, HostError, Report, Steps, run
+from gateway.host.incus import Incus
+from gateway.settings import Settings
+
+CACHE = Path("/var/cache/incus-gateway")
+PROPERTY = "incus-gateway.definition"
+SUITE = "trixie"
+CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+
+# What a web site's developer expects to find, and no more: each megabyte counts against every tenant's quota.
+PACKAGES = (
+    "bash-completion",
+    "ca-certificates",
+    "curl",
+    "dbus",
+    "file",
+    "git",
+    "iproute2",
+    "iputils-ping",
+    "jq",
+    "less",
+    "libnss-resolve",
+    "nano",
+    "openssh-client",
+    "patch",
+    "procps",
+    "psmisc",
+    "rsync",
+    "systemd-resolved",
+    "systemd-sysv",
+    "udev",
+    "unzip",
+    "util-linux",
+    "xz-utils",
+    "zip",
+)
+
+BUN = "1.4.5"
+# npm's dist.integrity of @oven/bun-linux-VARIANT at that version: `npm view NAME@VERSION dist.integrity`.
+BUN_INTEGRITY = {
+    "x64": "sha512-IWX9BELoGHAUtMonkeSaNaZwXzRk+oDw6Mk+HBFXd3KHYIBNBsIGRupMZPcgNoDbJpLu6gAJjIoIVPZtt1aJ1g==",
+    "x64-baseline": (
+        "sha512-s8yMwYcFnnrA178gji0gZbkE2WVDej/Ti1x770oPfihxyRxSMNhGhiAQNXV53aDeraZxksdvKV/RAdQBCd0qPA=="
+    ),
+    "aarch64": (
+        "sha512-4BXmsSKnjOrlGWqZV4x/oWa7AVoR+B6lCXddMzOAXBIm3t50eslg9wb66gmtW1AamEQ1l1CDvmmruysEhqOWMg=="
+    ),
+}
+
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+NETWORK = """\
+[Match]
+Name=eth0
+
+[Network]
+DHCP=ipv4
+LinkLocalAddressing=no
+IPv6AcceptRA=no
+LLMNR=no
+
+[DHCPv4]
+UseDomains=yes
+UseHostname=no
+"""
+
+JOURNAL = """\
+[Journal]
+Storage=persistent
+SystemMaxUse=64M
+RuntimeMaxUse=16M
+RateLimitIntervalSec=0
+"""
+
+# Only the network: a container may not touch the other devices that it sees, each try would be logged.
+TRIGGER = """\
+[Service]
+ExecStart=
+ExecStart=-udevadm trigger --action=add --subsystem-match=net
+"""
+
+PROFILE = """\
+export NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
+export PATH="$HOME/.bun/bin:$PATH"
+"""
+
+# Units of a real machine that a container has no use for; each would cost its start or log a failure.
+# Not udev: a container's /sys is writable, so networkd leaves eth0 alone until udev has seen it.
+MASKED = (
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "getty-static.service",
+    "systemd-modules-load.service",
+    "systemd-networkd-wait-online.service",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "console-getty.service",
+    "getty@.service",
+)
+
+FINISH = """\
+set -eu
+root="$1"
+chroot "$root" groupadd --gid {uid} {user}
+chroot "$root" useradd --uid {uid} --gid {uid} --create-home --home-dir /home/{user} --shell /bin/bash {user}
+install -d -m 0755 -o {uid} -g {uid} "$root{workspace}"
+install -D -m 0755 {bun} "$root/usr/local/bin/bun"
+ln -s bun "$root/usr/local/bin/bunx"
+ln -s bun "$root/usr/local/bin/node"
+install -d "$root/var/log/journal"
+chroot "$root" systemctl --quiet enable systemd-networkd.service systemd-resolved.service
+chroot "$root" systemctl --quiet mask {masked}
+ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
+: > "$root/etc/machine-id"
+rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/apt/apt.conf.d/99mmdebstrap"
+rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*.log "$root"/var/log/apt
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """Everything that decides what is in the image."""
+
+    architecture: str  # Debian's word
+    bun: str  # the variant of @oven/bun-linux-…
+    user: str
+    uid: int
+    workspace: str
+    certificates: bytes
+
+    @property
+    def digest(self) -> str:
+        """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
+        text = json.dumps(
+            [
+                *(
+                    SUITE,
+                    PACKAGES,
+                    BUN,
+                    BUN_INTEGRITY[self.bun],
+                    NETWORK,
+                    TRIGGER,
+                    JOURNAL,
+                    PROFILE,
+                    MASKED,
+                    FINISH,
+                ),
+                *(self.architecture, self.user, self.uid, self.workspace),
+            ]
+        )
+        return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
+
+
+def define(settings: Settings, machine: str = "", flags: str | None = None) -> Definition:
+    """Return the definition of the image for this host, or for another `machine` with CPU `flags`."""
+    machine = machine or platform.machine()
+    if machine not in MACHINES:
+        raise HostError(f"no base image for {machine}: Bun exists for {' and '.join(MACHINES)}")
+    if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.workspace_user):
+        raise HostError(f"GATEWAY_WORKSPACE_USER {settings.workspace_user!r} is not a user name")
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", settings.workspace) or ".." in settings.workspace.split("/"):
+        raise HostError(f"GATEWAY_WORKSPACE {settings.workspace!r} must be an absolute path of plain names")
+    variant = "aarch64"
+    if machine == "x86_64":
+        flags = Path("/proc/cpuinfo").read_text() if flags is None else flags
+        variant = "x64" if " avx2" in flags else "x64-baseline"
+    return Definition(
+        architecture=MACHINES[machine],
+        bun=variant,
+        user=settings.workspace_user,
+        uid=settings.workspace_uid,
+        workspace=settings.workspace,
+        certificates=CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b"",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A built image on disk: Incus's split format."""
+
+    metadata: Path
+    rootfs: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint that Incus gives it: the SHA-256 over both files, metadata first."""
+        digest = hashlib.sha256()
+        for part in (self.metadata, self.rootfs):
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: bool = False) -> list[Change]:
+    """Have the base image under its alias in Incus, building it where the cache lacks it.
+
+    Takes about a minute, or seconds from the cache. Safe to interrupt: the artefact appears in the cache
+    in one rename, and the alias moves only to a complete image. `rebuild` builds in any case. Images of
+    older definitions are removed; tenants that were made from them do not notice.
+    """
+    definition = define(settings)
+    steps = Steps(report)
+    incus = Incus(settings.incus_socket, settings.incus_project, timeout=600.0)
+    if not rebuild and _imported(incus, settings.image) == definition.digest:
+        steps.run(f"image {settings.image}", lambda: None, unchanged=f"definition {definition.digest}")
+        return steps.changes
+    with _alone(cache, report):
+        artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
+        if rebuild or not (artefact.metadata.exists() and artefact.rootfs.exists()):
+            with _workplace(cache) as place:
+                _build(definition, place, steps, artefact)
+        steps.run(
+            f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
+        )
+        for old in cache.glob("*.squashfs"):
+            if old != artefact.rootfs:
+                old.unlink(missing_ok=True)
+                old.with_suffix(".tar").unlink(missing_ok=True)
+    return steps.changes
+
+
+@contextlib.contextmanager
+def _alone(cache: Path, report: Report) -> Iterator[None]:
+    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact."""
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another build of the image to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _workplace(cache: Path) -> Iterator[Path]:
+    """Give an empty folder, removed afterwards; those of killed builds go first, with what they mounted."""
+    for left in cache.glob("build-*"):
+        _clear(left)
+    place = Path(tempfile.mkdtemp(prefix="build-", dir=cache))
+    # mmdebstrap drops its privileges to fetch, so the folder must be passable.
+    place.chmod(0o755)
+    try:
+        yield place
+    finally:
+        _clear(place)
+
+
+def _clear(place: Path) -> None:
+    # A killed mmdebstrap leaves proc and sys mounted in its tree: deleting through them would be a disaster.
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        mount = Path(line.split()[1])
+        if mount != place and mount.is_relative_to(place):
+            run(["umount", "--lazy", mount], fix=f"unmount {mount} and run again")
+    shutil.rmtree(place)
+
+
+def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact) -> None:
+    bun, tree = place / "bun", place / "tree"
+    made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
+    steps.run(f"Bun {BUN} ({definition.bun})", lambda: _fetch_bun(definition, place, bun))
+    steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
+    steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, bun))
+    steps.run("packing", lambda: _pack(definition, tree, made))
+    # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
+    for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.replace(target)
+
+
+def _fetch_bun(definition: Definition, place: Path, bun: Path) -> str:
+    package = f"@oven/bun-linux-{definition.bun}@{BUN}"
+    environment = {
+        **os.environ,
+        "npm_config_update_notifier": "false",
+        "npm_config_cache": str(place / "npm"),
+    }
+    run(
+        ["npm", "pack", "--silent", "--pack-destination", place, package],
+        cwd=place,
+        env=environment,
+        fix="check that this machine reaches the npm registry (npm ping), then run again",
+    )
+    tarball = next(place.glob("*.tgz"), None)
+    if tarball is None:
+        raise HostError(f"npm pack {package} left no file; run it by hand to see why")
+    check_integrity(tarball, BUN_INTEGRITY[definition.bun])
+    with tarfile.open(tarball) as archive:
+        binary = archive.extractfile("package/bin/bun")
+        if binary is None:
+            raise HostError(f"{package} holds no package/bin/bun")
+        with bun.open("wb") as file:
+            shutil.copyfileobj(binary, file)
+    bun.chmod(0o755)
+    tarball.unlink()
+    return f"fetched, {bun.stat().st_size >> 20} MiB, integrity checked"
+
+
+def check_integrity(file: Path, expected: str) -> None:
+    """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` where it differs."""
+    algorithm, _, digest = expected.partition("-")
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, algorithm).digest()
+    if found != base64.b64decode(digest):
+        raise HostError(
+            f"{file.name} is not what was published: its {algorithm} is {base64.b64encode(found).decode()}, "
+            f"not {digest}; it was damaged or altered on the way: run again, and if it repeats, "
+            "do not use this registry"
+        )
+
+
+def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path) -> str:
+    overlay = place / "overlay"
+    files = {
+        "etc/systemd/network/10-eth0.network": NETWORK,
+        "etc/systemd/system/systemd-udev-trigger.service.d/10-tenant.conf": TRIGGER,
+        "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
+        "etc/profile.d/10-tenant.sh": PROFILE,
+    }
+    for name, text in files.items():
+        target = overlay / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        target.chmod(0o644)
+    finish = place / "finish"
+    finish.write_text(
+        FINISH.format(
+            uid=definition.uid,
+            user=definition.user,
+            workspace=definition.workspace,
+            bun=bun,
+            masked=" ".join(MASKED),
+        )
+    )
+    hooks = [f'copy-in "{overlay}/etc" /', f'sh "{finish}" "$1"']
+    if definition.certificates:
+        # What the host trusts beside Debian's own, a guest behind the same network needs too.
+        bundle = place / "ca-certificates.crt"
+        bundle.write_bytes(definition.certificates)
+        hooks.append(f'install -m 0644 "{bundle}" "$1{CA_BUNDLE}"')
+    run(
+        [
+            "mmdebstrap",
+            "--mode=root",
+            "--variant=minbase",
+            f"--architectures={definition.architecture}",
+            f"--include={','.join(PACKAGES)}",
+            '--aptopt=Apt::Install-Recommends "false"',
+            *(f"--aptopt={option}" for option in _apt_options()),
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            "--dpkgopt=path-exclude=/usr/share/locale/*/LC_MESSAGES/*.mo",
+            *(f"--customize-hook={hook}" for hook in hooks),
+            SUITE,
+            tree,
+        ],
+        env={**os.environ, "TMPDIR": str(place)},
+        fix="check that this machine reaches a Debian mirror (apt-get update), then run again",
+        timeout=1800.0,
+    )
+    return f"{len(PACKAGES)} packages and what they need"
+
+
+def _apt_options() -> list[str]:
+    """Return how this host's apt reaches its mirrors (proxies, timeouts); mmdebstrap starts without it."""
+    dump = run(["apt-config", "dump", "Acquire"], fix="this needs Debian or Ubuntu")
+    lines = (line.rstrip(";") for line in dump.splitlines())
+    wanted = re.compile(r"Acquire::(https?::(Proxy|Timeout|CaInfo)|Check-(Valid-Until|Date)|Retries)\b", re.I)
+    return [line for line in lines if wanted.match(line) and not line.endswith('""')]
+
+
+def _pack(definition: Definition, tree: Path, made: Artefact) -> str:
+    run(
+        [
+            *("mksquashfs", tree, made.rootfs),
+            *("-comp", "zstd", "-Xcompression-level", "6", "-noappend", "-no-progress", "-quiet"),
+        ],
+        fix="see whether the disk is full, then run again",
+    )
+    text = json.dumps(image_metadata(definition), indent=2).encode()  # JSON is YAML
+    with tarfile.open(made.metadata, "w") as archive:
+        entry = tarfile.TarInfo("metadata.yaml")
+        entry.size, entry.mode = len(text), 0o644
+        archive.addfile(entry, BytesIO(text))
+    return f"{made.rootfs.stat().st_size >> 20} MiB"
+
+
+def image_metadata(definition: Definition) -> dict[str, Any]:
+    """Return what Incus's metadata.yaml says of the image."""
+    return {
+        "architecture": {"amd64": "x86_64", "arm64": "aarch64"}[definition.architecture],
+        # Fixed, so that one definition has one fingerprint as far as its packages do.
+        "creation_date": 1,
+        "properties": {
+            "os": "Debian",
+            "release": SUITE,
+            "description": f"incus-gateway tenant: Debian {SUITE}, Bun {BUN}",
+            PROPERTY: definition.digest,
+        },
+        "templates": {},
+    }
+
+
+def _imported(incus: Incus, alias: str) -> str | None:
+    """Return the digest of the definition behind an alias, or None."""
+    found = incus.find("images", "aliases", alias)
+    if found is None:
+        return None
+    image = incus.find("images", found["target"])
+    return None if image is None else image.get("properties", {}).get(PROPERTY)
+
+
+def _import(incus: Incus, alias: str, artefact: Artefact, digest: str) -> str:
+    fingerprint = artefact.fingerprint
+    if incus.find("images", fingerprint) is None:
+        boundary, parts = _multipart(artefact)
+        incus.post(
+            "images",
+            data=parts,
+            headers={"Content-Type": f"multipart/form-data; boundary={boundary}", "X-Incus-public": "0"},
+        )
+    target = {"name": alias, "type": "container", "target": fingerprint, "description": ""}
+    found = incus.find("images", "aliases", alias)
+    if found is None:
+        incus.post("images", "aliases", json=target)
+    elif found["target"] != fingerprint:
+        incus.put("images", "aliases", alias, json=target)
+    for other in incus.names("images"):
+        image: Mapping[str, Any] = incus.find("images", other) or {}
+        if other != fingerprint and PROPERTY in image.get("properties", {}) and not image.get("aliases"):
+            incus.delete("images", other)
+    return f"imported, definition {digest}"
+
+
+def _multipart(artefact: Artefact) -> tuple[str, Iterator[bytes]]:
+    """Return boundary and body of an image upload, in pieces: requests would hold the files in memory."""
+    boundary = "incus-gateway-" + os.urandom(12).hex()
+
+    def pieces() -> Iterator[bytes]:
+        for name, part in (("metadata", artefact.metadata), ("rootfs", artefact.rootfs)):
+            yield (
+                f"--{boundary}\r\n"
+                f'Content-Disposition: form-data; name="{name}"; filename="{part.name}"\r\n'
+                "Content-Type: application/octet-stream\r\n\r\n"
+            ).encode()
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    yield block
+            yield b"\r\n"
+        yield f"--{boundary}--\r\n".encode()
+
+    return boundary, pieces()

@@ -1,0 +1,104 @@
+"""Knows how the host's preparation talks to incusd: pylxd's raw API, its errors mapped to ours.
+
+pylxd's models lack network ACLs and warn about fields that Incus added, its raw nodes have neither fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import requests
+from pylxd import Client
+from pylxd.exceptions import ClientConnectionFailed, LXDAPIException
+from pylxd.exceptions import NotFound as LXDNotFound
+
+from gateway.host import HostError
+
+
+class Missing(HostError):
+    """Incus knows no such object."""
+
+    code = "not_found"
+    http_status = 404
+
+
+@contextmanager
+def _mapped(what: str) -> Iterator[None]:
+    try:
+        yield
+    except LXDNotFound as error:
+        raise Missing(f"{what}: not found") from error
+    except LXDAPIException as error:
+        raise HostError(f"{what}: Incus says: {error}") from error
+    except (requests.RequestException, ClientConnectionFailed) as error:
+        raise HostError(f"{what}: incusd does not answer ({error}); is it running?") from error
+
+
+class Incus:
+    """A connection to one incusd, within one project. Values are the API's own JSON objects."""
+
+    def __init__(self, sock: Path, project: str = "default", timeout: float = 120.0) -> None:
+        with _mapped(f"connecting to {sock}"):
+            self._api = Client(endpoint=str(sock), project=project, timeout=timeout).api
+
+    def _node(self, *path: str) -> Any:
+        node = self._api
+        for segment in path:
+            node = node[quote(segment, safe="")]
+        return node
+
+    def get(self, *path: str) -> dict[str, Any]:
+        """Return an object. Raises `Missing` where there is none."""
+        with _mapped(f"reading {'/'.join(path)}"):
+            metadata: dict[str, Any] = self._node(*path).get().json()["metadata"]
+            return metadata
+
+    def find(self, *path: str) -> dict[str, Any] | None:
+        """Return an object, or None where there is none."""
+        try:
+            return self.get(*path)
+        except Missing:
+            return None
+
+    def names(self, *path: str) -> list[str]:
+        """Return the last segments of a collection's addresses."""
+        with _mapped(f"listing {'/'.join(path)}"):
+            return [
+                url.split("?")[0].rpartition("/")[2] for url in self._node(*path).get().json()["metadata"]
+            ]
+
+    def post(self, *path: str, **request: Any) -> dict[str, Any]:
+        """Create; waits for the operation if there is one and returns it, else the empty object."""
+        with _mapped(f"creating in {'/'.join(path)}"):
+            return self._wait(self._node(*path).post(**request))
+
+    def put(self, *path: str, **request: Any) -> None:
+        """Replace an object's writable part."""
+        with _mapped(f"changing {'/'.join(path)}"):
+            self._wait(self._node(*path).put(**request))
+
+    def patch(self, *path: str, **request: Any) -> None:
+        """Change an object's named fields."""
+        with _mapped(f"changing {'/'.join(path)}"):
+            self._wait(self._node(*path).patch(**request))
+
+    def delete(self, *path: str) -> None:
+        """Remove an object. Raises `Missing` where there is none."""
+        with _mapped(f"removing {'/'.join(path)}"):
+            self._wait(self._node(*path).delete())
+
+    def _wait(self, response: Any) -> dict[str, Any]:
+        # Straight to /wait: a bare GET of an operation that is just ending can crash incusd before 6.0.6,
+        # and pylxd's own wait_for_operation begins with one.
+        answer = response.json()
+        if answer.get("type") != "async":
+            return {}
+        identity = answer["operation"].rpartition("/")[2]
+        done: dict[str, Any] = self._node("operations", identity, "wait").get().json()["metadata"]
+        if done["status_code"] >= 400:
+            raise HostError(f"Incus says: {done['err']}")
+        return done

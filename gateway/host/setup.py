@@ -1,0 +1,311 @@
+"""Prepares Incus for tenants, idempotently: project, bridge, firewall, pool, profile.
+
+Each step compares what is there with what should be and changes only the difference, so a second run
+changes nothing, and what someone altered by hand is put right again. Keys that are not ours stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import Any
+
+from gateway.host import Change, HostError, Report, Steps
+from gateway.host.incus import Incus
+from gateway.settings import Settings
+
+MANAGED = "user.gateway.managed"
+"""The configuration key by which the runtime recognises a tenant; the profile carries it."""
+
+GiB = 1 << 30
+
+# Where tenants must not go: the host's side of the world and other tenants. RFC 1918, RFC 6598 (carriers),
+# RFC 3927 (clouds' metadata), RFC 1122 (this network, loopback), RFC 2544 (benchmarks), multicast, reserved.
+PRIVATE = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+)
+
+
+def acl_name(settings: Settings) -> str:
+    """Return the name of the network ACL: the tenants' profile has it too."""
+    return settings.profile
+
+
+def setup(settings: Settings, report: Report) -> list[Change]:
+    """Have everything that a tenant needs except its image; return each step with what it changed.
+
+    The daemon must run. Raises `HostError`, which names the step; what earlier steps did stays, and the
+    next run goes on from there.
+    """
+    steps = Steps(report)
+    root = Incus(settings.incus_socket)
+    steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
+    incus = Incus(settings.incus_socket, settings.incus_project)
+    steps.run(f"firewall {acl_name(settings)}", lambda: _acl(incus, settings, host_addresses()))
+    steps.run(f"bridge {settings.network}", lambda: _network(incus, settings))
+    steps.run(f"forwarding of {settings.network}", lambda: _forwarding(settings))
+    steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
+    steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
+    return steps.changes
+
+
+def _project(incus: Incus, settings: Settings) -> str | None:
+    if incus.find("projects", settings.incus_project) is not None:
+        return None
+    features = {f"features.{name}": "true" for name in ("images", "profiles", "storage.volumes")}
+    incus.post("projects", json={"name": settings.incus_project, "config": features})
+    return "made"
+
+
+def host_addresses() -> list[IPv4Address]:
+    """Return the IPv4 addresses of this host that `PRIVATE` does not cover already."""
+    said = subprocess.run(["ip", "-json", "-4", "address"], check=False, capture_output=True, text=True)
+    if said.returncode != 0:
+        raise HostError(f"cannot list the host's addresses: {said.stderr.strip()}; is iproute2 installed?")
+    found = {
+        IPv4Address(address["local"])
+        for link in json.loads(said.stdout or "[]")
+        for address in link.get("addr_info", [])
+        if address.get("family") == "inet"
+    }
+    return sorted(address for address in found if not any(address in network for network in PRIVATE))
+
+
+def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
+    """Return the network ACL: closed to the host, to private networks and to one another, else open.
+
+    Incus sorts drop before allow, whatever the order here. DHCP, DNS and ping to the bridge itself are
+    always open. Ingress is for the gateway and Caddy, which reach tenants from the bridge's own address.
+    """
+    bridge = IPv4Interface(settings.network_ipv4)
+    closed = [str(network) for network in PRIVATE]
+    if not any(bridge.network.subnet_of(network) for network in PRIVATE):
+        closed.append(str(bridge.network))
+    closed += [f"{address}/32" for address in addresses]
+    return {
+        "name": acl_name(settings),
+        "description": "Tenants of incus-gateway: the internet, and nothing of the host",
+        "egress": [
+            {"action": "drop", "state": "enabled", "destination": ",".join(closed)},
+            {"action": "allow", "state": "enabled", "destination": "0.0.0.0/0"},
+        ],
+        "ingress": [{"action": "allow", "state": "enabled", "source": f"{bridge.ip}/32"}],
+        "config": {},
+    }
+
+
+def _acl(incus: Incus, settings: Settings, addresses: list[IPv4Address]) -> str | None:
+    wanted = acl(settings, addresses)
+    found = incus.find("network-acls", wanted["name"])
+    if found is None:
+        incus.post("network-acls", json=wanted)
+        return "made"
+    if _rules(found) == _rules(wanted):
+        return None
+    incus.put("network-acls", wanted["name"], json={**wanted, "config": found.get("config") or {}})
+    return "rules put right"
+
+
+def _rules(acl: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return rules in a form that compares: without empty fields and order, which Incus adds and changes."""
+    return {
+        way: sorted(
+            ({key: value for key, value in rule.items() if value} for rule in acl.get(way) or ()),
+            key=lambda rule: json.dumps(rule, sort_keys=True),
+        )
+        for way in ("egress", "ingress")
+    }
+
+
+def network(settings: Settings) -> dict[str, str]:
+    """Return the configuration of the tenants' bridge."""
+    return {
+        "ipv4.address": settings.network_ipv4,
+        "ipv4.nat": "true",
+        "ipv4.dhcp": "true",
+        "ipv6.address": "none",
+        # Tenants must not find one another's names.
+        "dns.mode": "none",
+        "security.acls": acl_name(settings),
+        "security.acls.default.egress.action": "reject",
+        "security.acls.default.ingress.action": "reject",
+    }
+
+
+def _network(incus: Incus, settings: Settings) -> str | None:
+    wanted = network(settings)
+    found = incus.find("networks", settings.network)
+    if found is None or not found.get("managed"):
+        if found is not None:
+            raise HostError(
+                f"an interface {settings.network} exists that is not Incus's; remove it with "
+                f"`ip link delete {settings.network}`, or set GATEWAY_NETWORK to another name"
+            )
+        taken = _overlapping(IPv4Interface(settings.network_ipv4).network)
+        if taken:
+            raise HostError(
+                f"{settings.network_ipv4} overlaps {taken}, which this host uses already; "
+                "set GATEWAY_NETWORK_IPV4 to a free private network"
+            )
+        incus.post("networks", json={"name": settings.network, "type": "bridge", "config": wanted})
+        return f"made, {settings.network_ipv4}"
+    return _amend(incus, ("networks", settings.network), found, wanted)
+
+
+def _overlapping(wanted: IPv4Network) -> str | None:
+    said = subprocess.run(["ip", "-json", "-4", "address"], check=False, capture_output=True, text=True)
+    for link in json.loads(said.stdout or "[]"):
+        for address in link.get("addr_info", []):
+            used = IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
+            if used.overlaps(wanted):
+                return f"{used} on {link['ifname']}"
+    return None
+
+
+def _amend(
+    incus: Incus, path: tuple[str, ...], found: Mapping[str, Any], wanted: Mapping[str, str]
+) -> str | None:
+    wrong = {key: value for key, value in wanted.items() if found["config"].get(key) != value}
+    if not wrong:
+        return None
+    incus.patch(*path, json={"config": wrong})
+    return f"put right: {', '.join(sorted(wrong))}"
+
+
+def _forwarding(settings: Settings) -> str | None:
+    """Let the bridge's traffic pass where Docker has made DROP the policy of forwarding.
+
+    Docker evaluates its chain DOCKER-USER before its own rules and leaves it to the operator.
+    """
+    if shutil.which("iptables") is None:
+        return None
+    listed = subprocess.run(
+        ["iptables", "-w", "-S", "DOCKER-USER"], check=False, capture_output=True, text=True
+    )
+    if listed.returncode != 0:
+        return None
+    added = []
+    for way in ("-i", "-o"):
+        rule = ["DOCKER-USER", way, settings.network, "-j", "ACCEPT"]
+        if subprocess.run(["iptables", "-w", "-C", *rule], check=False, capture_output=True).returncode != 0:
+            done = subprocess.run(
+                ["iptables", "-w", "-I", *rule], check=False, capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                raise HostError(
+                    f"cannot let {settings.network} through Docker's firewall: {done.stderr.strip()}"
+                )
+            added.append(way)
+    return "let through Docker's firewall" if added else None
+
+
+def pool_size(free: int) -> int:
+    """Return the size of a pool's sparse file on a disk with `free` bytes: half, 5 GiB to 200 GiB."""
+    if free < 5 * GiB:
+        raise HostError(
+            f"{free / GiB:.1f} GiB of disk are free, a pool wants 5; make room, "
+            "or name a block device in GATEWAY_POOL_SOURCE"
+        )
+    return max(5 * GiB, min(free // 2, 200 * GiB)) // GiB * GiB
+
+
+def _pool(incus: Incus, settings: Settings) -> str | None:
+    found = incus.find("storage-pools", settings.pool)
+    if found is not None:
+        return None
+    if not _has_btrfs():
+        incus.post("storage-pools", json={"name": settings.pool, "driver": "dir", "config": {}})
+        return "made as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
+    if settings.pool_source:
+        source = Path(settings.pool_source)
+        if not source.is_block_device():
+            raise HostError(f"GATEWAY_POOL_SOURCE names {source}, which is not a block device")
+        config, said = {"source": str(source)}, f"made on {source}"
+    else:
+        size = pool_size(shutil.disk_usage(settings.incus_socket.parent).free)
+        config, said = {"size": f"{size // GiB}GiB"}, f"made in a sparse file of {size // GiB} GiB"
+        # Left by a run that was interrupted between the file and Incus's record of it.
+        (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
+    incus.post("storage-pools", json={"name": settings.pool, "driver": "btrfs", "config": config})
+    return said
+
+
+def _has_btrfs() -> bool:
+    def listed() -> bool:
+        return "\tbtrfs\n" in Path("/proc/filesystems").read_text()
+
+    if not listed() and shutil.which("modprobe"):
+        subprocess.run(["modprobe", "btrfs"], check=False, capture_output=True)
+    return listed()
+
+
+def profile(settings: Settings) -> dict[str, Any]:
+    """Return the tenants' profile: what one may use, and that nothing of it is shared."""
+    return {
+        "config": {
+            MANAGED: "true",
+            "limits.cpu": settings.tenant_cpu,
+            "limits.memory": settings.tenant_memory,
+            "limits.memory.enforce": "hard",
+            "limits.processes": str(settings.tenant_processes),
+            # A range of host uids of its own: the kernel counts some limits per uid.
+            "security.idmap.isolated": "true",
+            # No tenant needs the host's metadata socket.
+            "security.guestapi": "false",
+        },
+        "devices": {
+            "root": {"type": "disk", "path": "/", "pool": settings.pool, "size": settings.tenant_disk},
+            "eth0": {
+                "type": "nic",
+                "name": "eth0",
+                "network": settings.network,
+                # The ACL closes the host to a tenant, isolation closes tenants to one another.
+                "security.port_isolation": "true",
+                # Nobody speaks for another's address; IPv6 is not routed, so none passes.
+                "security.mac_filtering": "true",
+                "security.ipv4_filtering": "true",
+                "security.ipv6_filtering": "true",
+            },
+        },
+    }
+
+
+def _profile(incus: Incus, settings: Settings) -> str | None:
+    wanted = profile(settings)
+    found = incus.find("profiles", settings.profile)
+    if found is None:
+        incus.post(
+            "profiles",
+            json={"name": settings.profile, "description": "A tenant of incus-gateway", **wanted},
+        )
+        return "made"
+    wrong = [key for key, value in wanted["config"].items() if found["config"].get(key) != value]
+    wrong += [name for name, device in wanted["devices"].items() if found["devices"].get(name) != device]
+    if not wrong:
+        return None
+    incus.put(
+        "profiles",
+        settings.profile,
+        json={
+            "description": found["description"],
+            "config": {**found["config"], **wanted["config"]},
+            "devices": {**found["devices"], **wanted["devices"]},
+        },
+    )
+    return f"put right: {', '.join(sorted(wrong))}"
