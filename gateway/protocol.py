@@ -370,8 +370,10 @@ def error_reply(
     return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "error": body}).decode()
 
 
-def notification(method: str, params: Mapping[str, Any]) -> str:
-    return orjson.dumps({"jsonrpc": "2.0", "method": method, "params": params}).decode()
+def notification(method: str, params: Mapping[str, Any] | bytes) -> str:
+    """Return a message that wants no answer. `params` as bytes is JSON already."""
+    body = orjson.Fragment(params) if isinstance(params, bytes) else params
+    return orjson.dumps({"jsonrpc": "2.0", "method": method, "params": body}).decode()
 
 
 # --- the client's end ---------------------------------------------------------------------------------

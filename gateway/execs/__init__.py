@@ -1,1 +1,192 @@
+"""Commands of all tenants: started once, read by many, ended completely.
 
+`Execs` is the registry; an `Exec` outlives the connections that read it. It knows the runtime and the
+event bus, and nothing of websockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from gateway.errors import Conflict, NotFound, RateLimited
+from gateway.events import Bus
+from gateway.execs.exec import Attachment, Cursor, Ended, Exec, started_at
+from gateway.runtime import ExecSpec, Killed, TenantRuntime
+from gateway.settings import Settings
+
+__all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "started_at"]
+
+log = logging.getLogger(__name__)
+
+
+class Execs:
+    """All commands of this gateway. Use as an async context manager: leaving it ends every one."""
+
+    def __init__(self, runtime: TenantRuntime, bus: Bus, settings: Settings) -> None:
+        self._runtime = runtime
+        self._bus = bus
+        self._settings = settings
+        self._execs: dict[str, dict[str, Exec]] = {}
+        self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
+        self._ended: dict[str, deque[tuple[float, str]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Execs:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.end_all()
+
+    async def start(
+        self,
+        tenant: str,
+        spec: ExecSpec,
+        *,
+        exec_id: str | None = None,
+        timeout: float | None = None,
+        linger: float | None = None,
+        by: str = "",
+    ) -> Exec:
+        """Start a command, or return the one that was started under `exec_id` before.
+
+        Raises `Conflict` where that one is another command, `RateLimited` where the tenant has too many,
+        and what the runtime raises where it cannot start.
+        """
+        known = exec_id or f"x-{secrets.token_hex(8)}"
+        found = self._execs.get(tenant, {}).get(known)
+        if found is None and (tenant, known) in self._starting:
+            found = await asyncio.shield(self._starting[tenant, known])
+        if found is not None:
+            if found.spec != spec:
+                raise Conflict(f"exec {known} was started with another command", exec=known)
+            return found
+        self._forget_old(tenant)
+        running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
+        starting = sum(key[0] == tenant for key in self._starting)
+        if running + starting >= self._settings.max_execs:
+            raise RateLimited(
+                f"the tenant runs {running} commands, the most it may; end one first",
+                limit=self._settings.max_execs,
+            )
+        promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
+        self._starting[tenant, known] = promise
+        try:
+            exec_ = await self._start(tenant, known, spec, timeout, linger, by)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                promise.cancel()
+            else:
+                promise.set_exception(error)
+                promise.exception()  # seen, also where nobody else waits for it
+            raise
+        else:
+            promise.set_result(exec_)
+            return exec_
+        finally:
+            del self._starting[tenant, known]
+
+    async def _start(
+        self,
+        tenant: str,
+        exec_id: str,
+        spec: ExecSpec,
+        timeout: float | None,
+        linger: float | None,
+        by: str,
+    ) -> Exec:
+        settings = self._settings
+        process = await self._runtime.exec(tenant, spec)
+        exec_ = Exec(
+            exec_id,
+            tenant,
+            spec,
+            process,
+            tail=settings.exec_tail,
+            window=settings.exec_window,
+            stdin_buffer=settings.exec_stdin_buffer,
+            linger=settings.exec_linger if linger is None else linger,
+        )
+        self._execs.setdefault(tenant, {})[exec_id] = exec_
+        started: dict[str, Any] = {"exec": exec_id, "pid": process.pid, "command": _short(spec), "by": by}
+        self._bus.publish("exec.started", tenant, started)
+        task = asyncio.create_task(self._carry(exec_, timeout), name=f"exec {exec_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return exec_
+
+    async def _carry(self, exec_: Exec, timeout: float | None) -> None:
+        timer = None
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(timeout, exec_.end, "timeout", self._settings.cancel_grace)
+        try:
+            await exec_.run()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            ended = exec_.ended.result()
+            data = ended.on_wire(exec_.id)
+            self._ended.setdefault(exec_.tenant, deque()).append((time.monotonic(), exec_.id))
+            self._bus.publish("exec.exited", exec_.tenant, data)
+            log.info(
+                "exec %s of %s: %s, code %s, %d ms, %s bytes",
+                exec_.id,
+                exec_.tenant,
+                ended.reason,
+                ended.code,
+                ended.duration_ms,
+                sum(ended.offsets.values()),
+            )
+
+    def get(self, tenant: str, exec_id: str) -> Exec:
+        """Return a command that runs or ended not long ago. Raises `NotFound`."""
+        self._forget_old(tenant)
+        try:
+            return self._execs[tenant][exec_id]
+        except KeyError:
+            raise NotFound(f"no exec {exec_id}; it ended long ago or never was", exec=exec_id) from None
+
+    def list(self, tenant: str) -> list[Exec]:
+        self._forget_old(tenant)
+        return list(self._execs.get(tenant, {}).values())
+
+    async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
+        """End a command's whole tree; return when nothing of it is left."""
+        killed = await exec_.cancel(self._settings.cancel_grace if grace is None else grace)
+        data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
+        self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
+        return killed
+
+    async def end_all(self) -> None:
+        """End every command and what ended ones left behind, all at once."""
+        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values()]
+        kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
+        for failure in await asyncio.gather(*kills, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                log.warning("a command could not be ended: %s", failure)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _forget_old(self, tenant: str) -> None:
+        ended, execs = self._ended.get(tenant), self._execs.get(tenant)
+        if ended is None or execs is None:
+            return
+        horizon = time.monotonic() - self._settings.exec_keep
+        while ended and (ended[0][0] < horizon or len(ended) > self._settings.exec_keep_count):
+            execs.pop(ended.popleft()[1], None)
+
+
+def _short(spec: ExecSpec) -> str:
+    line = " ".join(spec.argv)
+    return line if len(line) <= 200 else line[:199] + "…"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -181,7 +181,7 @@ class Incus:
             raise
         return ExecSockets(operation, sockets, waiting, terminal=pty is not None)
 
-    async def events(self, *types: str) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, *types: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.
 
         Incus replays nothing and promises no order: whoever listens reads the state after subscribing.
@@ -211,10 +211,12 @@ class Incus:
     ) -> dict[str, Any]:
         params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
+        # aiohttp's default for bytes makes incusd take a new instance's description for a backup file
+        headers = {"Content-Type": "application/json"}
         timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
         try:
             async with self.session.request(
-                method, _BASE + path, params=params, data=data, timeout=timeout
+                method, _BASE + path, params=params, data=data, headers=headers, timeout=timeout
             ) as response:
                 answer: dict[str, Any] = orjson.loads(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

@@ -6,11 +6,15 @@ Connection, execs, tools and deployments know only this module's words. `incus` 
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
+
+TENANT_NAME: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
 StreamName = Literal["stdout", "stderr"]
@@ -55,6 +59,15 @@ class Exit:
     code: int
     signal: str | None = None
 
+    @classmethod
+    def of(cls, code: int) -> Exit:
+        """Return the exit for a code in a shell's convention, the only one in which Incus tells a signal."""
+        try:
+            name = signal.Signals(code - 128).name.removeprefix("SIG") if code > 128 else None
+        except ValueError:
+            name = None
+        return cls(code, name)
+
 
 @dataclass(frozen=True, slots=True)
 class Killed:
@@ -78,7 +91,7 @@ class Process(Protocol):
     streams: tuple[StreamName, ...]
 
     async def read(self, stream: StreamName) -> bytes:
-        """Return the next bytes of `stream`, or b"" after its last."""
+        """Return the next bytes of `stream`, or b"" after its last; where it broke off `wait` says so."""
         ...
 
     async def write(self, data: bytes) -> None:
@@ -94,7 +107,10 @@ class Process(Protocol):
         ...
 
     async def wait(self) -> Exit:
-        """Return the exit once the command has ended. Raises `Unavailable` where its status is lost."""
+        """Return the exit once the command has ended and its outputs were read.
+
+        Raises `Unavailable` where its status, or some of its output, is lost.
+        """
         ...
 
     async def kill(self, grace: float) -> Killed:

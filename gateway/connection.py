@@ -1,0 +1,521 @@
+"""Knows one websocket: who it is, what it asked, which commands and events it follows.
+
+Frames go through `protocol.ServerWire`; each request is a task, answered whenever it is done; each
+attachment of a command is a task that copies its output to the socket at the socket's pace. When the
+socket ends, all of them end, and the commands live on for their linger time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from gateway import __version__, protocol
+from gateway.auth import Token
+from gateway.errors import (
+    Cancelled,
+    Conflict,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+)
+from gateway.events import Bus, Filter, Subscription
+from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
+from gateway.protocol import CloseCode, RequestId, StreamId
+from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
+from gateway.settings import Settings
+from gateway.tools.toolbox import Toolbox, ToolSession
+
+log = logging.getLogger(__name__)
+
+_STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
+
+
+@dataclass
+class Hub:
+    """What every connection shares. `verify` turns a raw token into a `Token` or raises `Unauthorized`."""
+
+    runtime: TenantRuntime
+    execs: Execs
+    toolbox: Toolbox
+    bus: Bus
+    settings: Settings
+    verify: Callable[[str | None], Token]
+    connections: set[Connection] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A result, and what starts only after it was sent."""
+
+    value: Mapping[str, Any] | bytes
+    then: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One request in flight."""
+
+    task: asyncio.Task[None] | None = None
+    started: bool = False
+    cancelled: bool = False
+
+
+class _Closed(Exception):
+    """The connection is to be closed with this code."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Connection:
+    """One client of one tenant. `run` carries it from accept to close."""
+
+    def __init__(self, websocket: WebSocket, tenant: str, token: Token | None, hub: Hub) -> None:
+        self._socket = websocket
+        self._tenant = tenant
+        self._token = token
+        self._hub = hub
+        self._wire = protocol.ServerWire()
+        self._session: ToolSession | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: dict[RequestId, _Pending] = {}
+        self._attachments: dict[int, Attachment] = {}
+        self._channels: dict[str, int] = {}
+        self._subscriptions: dict[int, Subscription] = {}
+        self._last_subscription = 0
+        self._closing: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
+        self._methods: dict[str, Callable[[Any], Awaitable[_Answer]]] = {
+            "initialize": self._initialize,
+            "ping": self._ping,
+            "tools/list": self._tools_list,
+            "tools/call": self._tools_call,
+            "exec/start": self._exec_start,
+            "exec/attach": self._exec_attach,
+            "exec/detach": self._exec_detach,
+            "exec/closeStdin": self._exec_close_stdin,
+            "exec/resize": self._exec_resize,
+            "exec/signal": self._exec_signal,
+            "exec/cancel": self._exec_cancel,
+            "exec/list": self._exec_list,
+            "exec/wait": self._exec_wait,
+            "events/subscribe": self._events_subscribe,
+            "events/unsubscribe": self._events_unsubscribe,
+        }
+
+    async def run(self) -> None:
+        """Serve the socket until either end closes it."""
+        offered = self._socket.scope.get("subprotocols") or []
+        chosen = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
+        await self._socket.accept(subprotocol=chosen)
+        began, code, reason = time.monotonic(), 1000, ""
+        self._hub.connections.add(self)
+        reading = asyncio.create_task(self._read(), name="websocket")
+        try:
+            # the reader ends by the client's will, `_closing` by ours
+            waiting: list[asyncio.Future[Any]] = [reading, self._closing]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            closed = self._closing.result() if self._closing.done() else reading.result()
+            code, reason = closed.code, closed.reason
+        except Exception:
+            log.exception("websocket of %s failed", self._tenant)
+            code, reason = 1011, "internal error"
+        finally:
+            self._hub.connections.discard(self)
+            await self._end([reading, *self._tasks])
+            await self._say_goodbye(code, reason)
+            log.info(
+                "websocket of %s ended: %d, %d ms", self._tenant, code, (time.monotonic() - began) * 1000
+            )
+
+    def drain(self, retry_after_ms: int) -> None:
+        """Tell the client to come back later, and close."""
+        self._spawn(self._drain(retry_after_ms))
+
+    async def _drain(self, retry_after_ms: int) -> None:
+        text = protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})
+        try:
+            async with asyncio.timeout(1):  # a client that does not read is not waited for
+                await self._send(text)
+        except TimeoutError:
+            pass
+        finally:
+            self._close(CloseCode.DRAINING, "draining")
+
+    # --- the socket ---------------------------------------------------------------------------------
+
+    async def _read(self) -> _Closed:
+        """Take frames until the end; return how it ended."""
+        try:
+            async with asyncio.timeout(self._hub.settings.initialize_timeout):
+                while not self._wire.initialized:
+                    await self._receive()
+                    await self._settle_initialize()
+            while True:
+                await self._receive()
+        except TimeoutError:
+            return _Closed(CloseCode.UNAUTHORIZED, "initialize did not come in time")
+        except _Closed as closed:
+            return closed
+        except WebSocketDisconnect as gone:
+            return _Closed(gone.code, "")
+
+    async def _settle_initialize(self) -> None:
+        """Wait for a pending `initialize`: what follows it needs its outcome."""
+        tasks = [pending.task for pending in self._pending.values() if pending.task is not None]
+        await asyncio.gather(*tasks)
+
+    async def _receive(self) -> None:
+        message = await self._socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        data, text = message.get("bytes"), message.get("text")
+        event = self._wire.receive_text(text) if data is None else self._wire.receive_binary(data)
+        match event:
+            case protocol.Request():
+                await self._start(event)
+            case protocol.Input(channel, data):
+                await self._attachments[channel].exec.write(data)
+            case protocol.CancelPending(id):
+                self._cancel_pending(id)
+            case protocol.Refused(reply):
+                await self._send(reply)
+            case protocol.Close(code, reason, reply):
+                if reply is not None:
+                    await self._send(reply)
+                raise _Closed(code, reason)
+            case protocol.Ignored():
+                pass
+
+    async def _send(self, frame: str | bytes) -> None:
+        """Send one frame at the client's pace; a client that is gone ends the connection elsewhere."""
+        try:
+            if isinstance(frame, str):
+                await self._socket.send_text(frame)
+            else:
+                await self._socket.send_bytes(frame)
+        except (WebSocketDisconnect, RuntimeError):
+            # starlette raises RuntimeError for a send after the close was seen
+            self._close(1006, "")
+
+    def _close(self, code: int, reason: str) -> None:
+        if not self._closing.done():
+            self._closing.set_result(_Closed(code, reason))
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        if code in (1005, 1006):
+            return
+        try:
+            async with asyncio.timeout(2):
+                await self._socket.close(code=code, reason=reason[:100])
+        except (RuntimeError, WebSocketDisconnect, TimeoutError):
+            pass  # it is gone already
+
+    async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for attachment in list(self._attachments.values()):
+            attachment.close()
+        for subscription in self._subscriptions.values():
+            subscription.close()
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    async def _start(self, request: protocol.Request) -> None:
+        if request.id is not None and request.id in self._pending:
+            error: GatewayError = InvalidParams(f"request {request.id} is still pending")
+            await self._send(protocol.failure(request.id, error))
+            return
+        if len(self._pending) >= self._hub.settings.max_requests:
+            error = RateLimited("too many requests in flight", limit=self._hub.settings.max_requests)
+            if request.id is not None:
+                await self._send(protocol.failure(request.id, error))
+            return
+        pending = _Pending()
+        key: RequestId = request.id if request.id is not None else f"\0{id(pending)}"
+        self._pending[key] = pending
+        pending.task = self._spawn(self._answer(request, key, pending))
+
+    def _cancel_pending(self, request_id: RequestId) -> None:
+        pending = self._pending.get(request_id)
+        if pending is None or pending.cancelled or pending.task is None:
+            return
+        pending.cancelled = True
+        if pending.started:  # a task that has not begun would never answer: it looks at the flag itself
+            pending.task.cancel()
+
+    async def _answer(self, request: protocol.Request, key: RequestId, pending: _Pending) -> None:
+        answer: _Answer | None = None
+        pending.started = True
+        try:
+            if pending.cancelled:
+                raise Cancelled("the request was cancelled before it began")
+            answer = await self._methods[request.method](request.params)
+            reply = protocol.result(request.id or 0, answer.value)
+        except GatewayError as error:
+            reply = protocol.failure(request.id, error)
+            if request.method == "initialize":
+                code = CloseCode.UNAUTHORIZED if isinstance(error, Unauthorized) else CloseCode.UNKNOWN_TENANT
+                await self._send(reply)
+                self._close(code, error.message)
+                return
+        except asyncio.CancelledError:
+            if not pending.cancelled:  # the connection ends: nobody reads an answer
+                raise
+            reply = protocol.failure(request.id, Cancelled("the request was cancelled"))
+        except Exception:
+            log.exception("%s of tenant %s failed", request.method, self._tenant)
+            reply = protocol.error_reply(
+                request.id, -32603, "the gateway failed; its log says why", "unavailable"
+            )
+        finally:
+            self._pending.pop(key, None)
+        if request.id is not None:
+            await self._send(reply)
+        if answer is not None and answer.then is not None:
+            answer.then()
+
+    async def _initialize(self, params: protocol.Initialize) -> _Answer:
+        hub = self._hub
+        token = hub.verify(params.token) if params.token is not None or self._token is None else self._token
+        if not token.covers(self._tenant):
+            raise NotFound(f"no tenant {self._tenant}")
+        await hub.runtime.get(self._tenant)
+        self._token = token
+        self._session = hub.toolbox.session(self._tenant, params.session, params.read_before_write)
+        self._wire.initialized = True
+        settings = hub.settings
+        return _Answer(
+            {
+                "server": {"name": "incus-gateway", "version": __version__},
+                "protocol": protocol.VERSION,
+                "tenant": self._tenant,
+                "workspace": settings.workspace,
+                "user": settings.workspace_user,
+                "scopes": sorted(token.scopes),
+                "limits": {
+                    "maxFrame": settings.max_frame,
+                    "maxRequests": settings.max_requests,
+                    "maxExecs": settings.max_execs,
+                    "execTail": settings.exec_tail,
+                    "maxArgument": settings.max_argument,
+                },
+            }
+        )
+
+    async def _ping(self, params: protocol.NoParams) -> _Answer:
+        return _Answer({})
+
+    def _require(self, scope: str) -> Token:
+        assert self._token is not None  # initialize came first: the wire sees to it
+        self._token.require(scope)
+        return self._token
+
+    # --- tools --------------------------------------------------------------------------------------
+
+    async def _tools_list(self, params: protocol.NoParams) -> _Answer:
+        return _Answer({"tools": self._hub.toolbox.descriptions()})
+
+    async def _tools_call(self, params: protocol.ToolsCall) -> _Answer:
+        assert self._session is not None
+        token = self._require(self._hub.toolbox.scope(params.name))
+        result = await self._hub.toolbox.call(
+            self._tenant, self._session, params.name, params.arguments, by=token.subject
+        )
+        return _Answer(result.encoded)
+
+    # --- commands -----------------------------------------------------------------------------------
+
+    async def _exec_start(self, params: protocol.ExecStart) -> _Answer:
+        token = self._require("exec")
+        exec_ = await self._hub.execs.start(
+            self._tenant,
+            spec_of(
+                params.argv, params.command, params.cwd, params.env, params.user, params.pty, params.stdin
+            ),
+            exec_id=params.exec_id,
+            timeout=None if params.timeout_ms is None else params.timeout_ms / 1000,
+            linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
+            by=token.subject,
+        )
+        channel, attachment = self._attach(exec_, {})
+        answer = {
+            "exec": exec_.id,
+            "channel": channel,
+            "pid": exec_.process.pid,
+            "startedAt": started_at(exec_.process),
+        }
+        return _Answer(answer, lambda: self._follow(channel, attachment))
+
+    async def _exec_attach(self, params: protocol.ExecAttach) -> _Answer:
+        exec_ = self._exec(params.exec)
+        offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
+        channel, attachment = self._attach(exec_, offsets)
+        begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
+        answer = {
+            "channel": channel,
+            "from": {"stdout": 0, "stderr": 0, **begin},
+            "lost": attachment.lost,
+            "state": exec_.state,
+        }
+        return _Answer(answer, lambda: self._follow(channel, attachment))
+
+    async def _exec_detach(self, params: protocol.ExecRef) -> _Answer:
+        channel = self._channels.get(self._exec(params.exec).id)
+        if channel is not None:
+            self._detach(channel)
+        return _Answer({})
+
+    async def _exec_close_stdin(self, params: protocol.ExecRef) -> _Answer:
+        self._exec(params.exec).close_stdin()
+        return _Answer({})
+
+    async def _exec_resize(self, params: protocol.ExecResize) -> _Answer:
+        exec_ = self._exec(params.exec)
+        if exec_.spec.pty is None:
+            raise Conflict(f"exec {exec_.id} has no terminal", exec=exec_.id)
+        await exec_.process.resize(params.cols, params.rows)
+        return _Answer({})
+
+    async def _exec_signal(self, params: protocol.ExecSignal) -> _Answer:
+        await self._exec(params.exec).process.signal(signal_number(params.signal))
+        return _Answer({})
+
+    async def _exec_cancel(self, params: protocol.ExecCancel) -> _Answer:
+        grace = None if params.grace_ms is None else params.grace_ms / 1000
+        killed = await self._hub.execs.cancel(self._exec(params.exec), grace)
+        answer = {"killed": killed.killed, "escalated": killed.escalated, "survivors": killed.survivors}
+        return _Answer({**answer, "method": killed.method})
+
+    async def _exec_list(self, params: protocol.NoParams) -> _Answer:
+        self._require("exec")
+        return _Answer({"execs": [exec_.describe() for exec_ in self._hub.execs.list(self._tenant)]})
+
+    async def _exec_wait(self, params: protocol.ExecRef) -> _Answer:
+        exec_ = self._exec(params.exec)
+        ended = await asyncio.shield(exec_.ended)
+        return _Answer(ended.on_wire(exec_.id))
+
+    def _exec(self, exec_id: str) -> Exec:
+        self._require("exec")
+        return self._hub.execs.get(self._tenant, exec_id)
+
+    def _attach(self, exec_: Exec, offsets: Mapping[str, int]) -> tuple[int, Attachment]:
+        """Attach anew; the connection's earlier attachment of the same command ends."""
+        attachment = exec_.attach(offsets)  # before the old one ends, so that nothing falls between
+        old = self._channels.get(exec_.id)
+        if old is not None:
+            self._detach(old)
+        channel = self._wire.open_channel()
+        self._attachments[channel] = attachment
+        self._channels[exec_.id] = channel
+        return channel, attachment
+
+    def _follow(self, channel: int, attachment: Attachment) -> None:
+        if channel in self._attachments:  # not detached meanwhile
+            self._spawn(self._forward(channel, attachment))
+
+    def _detach(self, channel: int) -> None:
+        attachment = self._attachments.pop(channel, None)
+        if attachment is not None:
+            attachment.close()
+            self._wire.close_channel(channel)
+            if self._channels.get(attachment.exec.id) == channel:
+                del self._channels[attachment.exec.id]
+
+    async def _forward(self, channel: int, attachment: Attachment) -> None:
+        """Copy a command's output to the socket, then tell its exit: after its last byte."""
+        exec_ = attachment.exec
+        async with asyncio.TaskGroup() as group:
+            for name, cursor in attachment.cursors.items():
+                group.create_task(self._copy(channel, _STREAMS[name], cursor))
+        ended = await asyncio.shield(exec_.ended)
+        if channel in self._attachments:
+            self._detach(channel)
+            await self._send(protocol.notification("exec/exited", ended.on_wire(exec_.id)))
+
+    async def _copy(self, channel: int, stream: StreamId, cursor: Cursor) -> None:
+        stall = self._hub.settings.exec_stall
+        while (data := await cursor.next()) and channel in self._attachments:
+            try:
+                async with asyncio.timeout(stall):
+                    await self._send(protocol.pack_frame(stream, channel, data))
+            except TimeoutError:
+                # nothing can be said to a socket that takes nothing; the client resumes from its offset
+                self._close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+                return
+            cursor.taken(len(data))
+
+    # --- events -------------------------------------------------------------------------------------
+
+    async def _events_subscribe(self, params: protocol.EventsSubscribe) -> _Answer:
+        self._require("events")
+        if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
+            raise RateLimited("too many subscriptions on this connection")
+        only = frozenset({self._tenant})
+        types = None if params.types is None else tuple(params.types)
+        subscription = self._hub.bus.subscribe(Filter(only, only, None, types), params.last_event_id)
+        self._last_subscription += 1
+        number = self._last_subscription
+        self._subscriptions[number] = subscription
+        answer = {"subscription": number, "lastEventId": subscription.last_id}
+        return _Answer(answer, lambda: self._listen(subscription))
+
+    def _listen(self, subscription: Subscription) -> None:
+        self._spawn(self._tell(subscription))
+
+    async def _tell(self, subscription: Subscription) -> None:
+        async for event in subscription:
+            await self._send(protocol.notification("event", event.encoded))
+
+    async def _events_unsubscribe(self, params: protocol.EventsUnsubscribe) -> _Answer:
+        subscription = self._subscriptions.pop(params.subscription, None)
+        if subscription is None:
+            raise NotFound(f"no subscription {params.subscription}")
+        subscription.close()
+        return _Answer({})
+
+
+def spec_of(
+    argv: list[str] | None,
+    command: str | None,
+    cwd: str | None,
+    env: Mapping[str, str],
+    user: str | int | None,
+    pty: protocol.PtySize | None,
+    stdin: bool,
+) -> ExecSpec:
+    """Return the command that a request describes; a `command` line is run by bash."""
+    if argv is not None and not argv[0]:
+        raise InvalidParams("argv: the program's name is empty", field="argv")
+    words = tuple(argv) if argv is not None else ("/bin/bash", "-c", command or "")
+    size = None if pty is None else Pty(pty.cols, pty.rows)
+    return ExecSpec(words, cwd=cwd, env=dict(env), user=user, pty=size, stdin=stdin or pty is not None)
+
+
+def signal_number(name: str | int) -> int:
+    """Return the number of `INT`, `SIGINT` or 2. Raises `InvalidParams`."""
+    if isinstance(name, int):
+        return name
+    try:
+        return signal.Signals["SIG" + name.upper().removeprefix("SIG")].value
+    except KeyError:
+        raise InvalidParams(f"no signal {name}", field="signal") from None

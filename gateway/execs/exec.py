@@ -1,0 +1,313 @@
+"""Knows one running command: its output streams, who reads them, its input, its end.
+
+Output flows from the process into a `Stream`, one reader task each; readers are `Cursor`s on it. While
+anyone is attached the reader task stops when the slowest cursor lags by more than the window, so that
+the process itself is held back and nothing is lost. With nobody attached the tail drops its oldest bytes
+and the next attachment is told how many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.errors import GatewayError, Unavailable
+from gateway.execs.tail import Tail
+from gateway.runtime import ExecSpec, Killed, Process, StreamName
+
+Reason = Literal["exited", "cancelled", "timeout", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended. `code` and `signal` are None where no wait status was seen."""
+
+    reason: Reason
+    code: int | None
+    signal: str | None
+    duration_ms: int
+    offsets: Mapping[str, int]
+
+    def on_wire(self, exec_id: str) -> dict[str, Any]:
+        return {
+            "exec": exec_id,
+            "exitCode": self.code,
+            "signal": self.signal,
+            "reason": self.reason,
+            "durationMs": self.duration_ms,
+            "offsets": dict(self.offsets),
+        }
+
+
+class Stream:
+    """One output stream of a command: its tail and the cursors on it."""
+
+    def __init__(self, name: StreamName, tail: int, window: int) -> None:
+        self.name: StreamName = name
+        self.tail = Tail(tail)
+        self.ended = False
+        self._window = window
+        self._cursors: set[Cursor] = set()
+        self._room = asyncio.Event()
+
+    async def pump(self, process: Process) -> None:
+        """Read the process until its stream ends; stop while the slowest cursor lags too far."""
+        try:
+            while data := await process.read(self.name):
+                floor = min((cursor.offset for cursor in self._cursors), default=None)
+                self.tail.append(data, floor)
+                for cursor in self._cursors:
+                    cursor.wake()
+                while self._lag() > self._window:
+                    self._room.clear()
+                    await self._room.wait()
+        finally:
+            self.ended = True
+            for cursor in self._cursors:
+                cursor.wake()
+
+    def attach(self, offset: int) -> tuple[Cursor, int]:
+        """Return a cursor from `offset` on, and how many bytes from there are no longer kept."""
+        start = min(max(offset, self.tail.start), self.tail.end)
+        cursor = Cursor(self, start)
+        self._cursors.add(cursor)
+        return cursor, max(0, start - offset)
+
+    def detach(self, cursor: Cursor) -> None:
+        self._cursors.discard(cursor)
+        self.progress()
+
+    def progress(self) -> None:
+        """Let the reader go on where the cursors have caught up."""
+        if self._lag() <= self._window:
+            self._room.set()
+
+    def _lag(self) -> int:
+        return max((self.tail.end - cursor.offset for cursor in self._cursors), default=0)
+
+
+class Cursor:
+    """One reader's place in a stream. `offset` is what it has taken over, not what it has looked at."""
+
+    def __init__(self, stream: Stream, offset: int) -> None:
+        self.stream = stream
+        self.offset = offset
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def next(self) -> bytes:
+        """Return the next bytes, b"" after the stream's last. Call `taken` once they are delivered."""
+        while not (data := self.stream.tail.read(self.offset)):
+            if self.stream.ended:
+                return b""
+            self._wake.clear()
+            await self._wake.wait()
+        return data
+
+    def taken(self, count: int) -> None:
+        self.offset += count
+        self.stream.progress()
+
+
+class Attachment:
+    """One reader of a command's output: a cursor per stream. Close it; the command outlives it."""
+
+    def __init__(self, owner: Exec, offsets: Mapping[str, int]) -> None:
+        self.exec = owner
+        self.cursors: dict[StreamName, Cursor] = {}
+        self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
+        for name, stream in owner.streams.items():
+            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0))
+
+    def close(self) -> None:
+        """Detach. Idempotent."""
+        for cursor in self.cursors.values():
+            cursor.stream.detach(cursor)
+        self.exec.detached(self)
+
+
+class Exec:
+    """A command that has started, until some time after its end.
+
+    `ended` is a future that resolves once the outputs are read to their end and the exit is known.
+    """
+
+    def __init__(
+        self,
+        exec_id: str,
+        tenant: str,
+        spec: ExecSpec,
+        process: Process,
+        *,
+        tail: int,
+        window: int,
+        stdin_buffer: int,
+        linger: float,
+    ) -> None:
+        self.id = exec_id
+        self.tenant = tenant
+        self.spec = spec
+        self.process = process
+        self.linger = linger
+        self.streams = {name: Stream(name, tail, window) for name in process.streams}
+        self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._reason: Reason = "exited"
+        self._attachments: set[Attachment] = set()
+        self._began = time.monotonic()
+        self._input = _Input(process, stdin_buffer)
+        self._killing: asyncio.Task[Killed] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Carry the command to its end; the task that owns it. Never raises for what the command does."""
+        code = signal = None
+        writing = asyncio.create_task(self._input.run(), name=f"stdin {self.id}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream in self.streams.values():
+                    group.create_task(stream.pump(self.process))
+            exit_ = await self.process.wait()
+            code, signal = exit_.code, exit_.signal
+        except Unavailable:
+            if self._reason == "exited":
+                self._reason = "lost"
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await self.process.aclose()
+            if self._lingering is not None:
+                self._lingering.cancel()
+            offsets = {name: stream.tail.end for name, stream in self.streams.items()}
+            duration = int((time.monotonic() - self._began) * 1000)
+            self.ended.set_result(
+                Ended(self._reason, code, signal, duration, {"stdout": 0, "stderr": 0, **offsets})
+            )
+
+    def attach(self, offsets: Mapping[str, int] | None = None) -> Attachment:
+        """Start to read from the given offsets (default: the beginning)."""
+        attachment = Attachment(self, offsets or {})
+        self._attachments.add(attachment)
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        return attachment
+
+    def detached(self, attachment: Attachment) -> None:
+        if attachment not in self._attachments:
+            return
+        self._attachments.discard(attachment)
+        if not self._attachments and self.linger >= 0 and not self.ended.done():
+            loop = asyncio.get_running_loop()
+            self._lingering = loop.call_later(self.linger, self.end, "cancelled", 2.0)
+
+    async def write(self, data: bytes) -> None:
+        """Queue input; waits while the command's buffer is full. Dropped where the input has ended."""
+        await self._input.put(data)
+
+    def close_stdin(self) -> None:
+        """End the input after what was queued. Idempotent."""
+        self._input.end()
+
+    async def cancel(self, grace: float, reason: Reason = "cancelled") -> Killed:
+        """End the whole tree; return when nothing of it is left. A second call joins the first.
+
+        After the command's own end it ends what the command left behind.
+        """
+        self.end(reason, grace)
+        assert self._killing is not None
+        return await asyncio.shield(self._killing)
+
+    def end(self, reason: Reason, grace: float) -> None:
+        """Start to end the tree and return at once."""
+        if self._killing is not None and not (self._killing.done() and self.ended.done()):
+            return
+        if not self.ended.done():
+            self._reason = reason
+        self._killing = asyncio.create_task(self.process.kill(grace), name=f"kill {self.id}")
+        self._killing.add_done_callback(_retrieved)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `exec/list` tells."""
+        ended = self.ended.result() if self.ended.done() else None
+        return {
+            "exec": self.id,
+            "argv": list(self.spec.argv),
+            "pid": self.process.pid,
+            "startedAt": started_at(self.process),
+            "pty": self.spec.pty is not None,
+            "state": self.state,
+            "attached": len(self._attachments),
+            "offsets": {name: stream.tail.end for name, stream in self.streams.items()},
+            **({} if ended is None else {"exit": ended.on_wire(self.id)}),
+        }
+
+    @property
+    def state(self) -> Literal["running", "ended"]:
+        return "ended" if self.ended.done() else "running"
+
+
+class _Input:
+    """The bounded queue before a command's standard input.
+
+    Full, it makes the sender wait; that is how a client that sends too fast is held back.
+    """
+
+    def __init__(self, process: Process, limit: int) -> None:
+        self._process = process
+        self._limit = limit
+        self._queue: deque[bytes] = deque()
+        self._size = 0
+        self._ending = False
+        self._over = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def put(self, data: bytes) -> None:
+        while self._size >= self._limit and not self._over:
+            self._room.clear()
+            await self._room.wait()
+        if self._ending or self._over or not data:
+            return
+        self._queue.append(data)
+        self._size += len(data)
+        self._wake.set()
+
+    def end(self) -> None:
+        self._ending = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                while self._queue:
+                    data = self._queue.popleft()
+                    await self._process.write(data)
+                    self._size -= len(data)
+                    self._room.set()
+                if self._ending:
+                    await self._process.close_stdin()
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            self._over = True
+            self._room.set()
+
+
+def started_at(process: Process) -> str:
+    """Return the start as an RFC 3339 time with milliseconds."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.started_at))
+    return f"{whole}.{int(process.started_at * 1000) % 1000:03d}Z"
+
+
+def _retrieved(task: asyncio.Task[Killed]) -> None:
+    # a kill that nobody waits for (linger, timeout) may fail where Incus is away; the exec then ends `lost`
+    with contextlib.suppress(asyncio.CancelledError, GatewayError, TimeoutError):
+        task.result()

@@ -1,0 +1,44 @@
+"""Knows the last bytes of one output stream, by absolute offset. No IO."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+# chunks below this are merged, so that a terminal's single characters do not make long lists
+_MERGE: Final = 8 * 1024
+
+
+class Tail:
+    """Keeps at least the last `limit` bytes appended, and whatever a reader at `floor` still needs.
+
+    `start` and `end` are the absolute offsets of what is kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.start = 0
+        self.end = 0
+        self._limit = limit
+        self._chunks: deque[bytes] = deque()
+
+    def append(self, data: bytes, floor: int | None = None) -> None:
+        """Add bytes at the end; drop from the front what is beyond the limit and before `floor`."""
+        if self._chunks and len(self._chunks[-1]) + len(data) <= _MERGE:
+            self._chunks[-1] += data
+        else:
+            self._chunks.append(data)
+        self.end += len(data)
+        keep = self.end - self._limit if floor is None else min(self.end - self._limit, floor)
+        while self._chunks and self.start + len(self._chunks[0]) <= keep:
+            self.start += len(self._chunks.popleft())
+
+    def read(self, offset: int) -> bytes:
+        """Return some bytes from `offset` on, b"" at the end. Raises `ValueError` for one that is not kept."""
+        if not self.start <= offset <= self.end:
+            raise ValueError(f"offset {offset} is not in {self.start}..{self.end}")
+        position = self.end
+        for chunk in reversed(self._chunks):
+            position -= len(chunk)
+            if position <= offset:
+                return chunk[offset - position :] if offset > position else chunk
+        return b""

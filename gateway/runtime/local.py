@@ -1,0 +1,398 @@
+"""Runs tenants as folders and plain processes of this machine. It isolates nothing.
+
+For laptops without Incus and for fast tests: a tenant is a folder in the state dir, its commands are
+processes of the gateway's own user, started by the same shells as in a container and ended through the
+same cgroups where this machine has them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import pty
+import secrets
+import shutil
+import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.cgroups import Cgroup, mount_point
+from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName, Tenant, TenantEvent
+from gateway.runtime.wrapper import (
+    CGROUP_PARENT,
+    KILL_SCRIPT,
+    START_SCRIPT,
+    START_SCRIPT_PTY,
+    Preamble,
+    check_size,
+    command_line,
+)
+from gateway.settings import Settings
+
+_CHUNK: Final = 64 * 1024
+# a child that keeps the output open after the command has ended holds its end back this long, as in Incus
+_HOLDER: Final = 1.0
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class LocalRuntime:
+    """Tenants under `state_dir/tenants`. Use as an async context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._home = settings.state_dir / "tenants"
+        self._running: dict[str, set[LocalProcess]] = {}
+        self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=1000)
+
+    async def __aenter__(self) -> LocalRuntime:
+        self._home.mkdir(parents=True, exist_ok=True)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self._running):
+            await self._end_all(name)
+
+    async def list(self) -> list[Tenant]:
+        return [
+            self._tenant(folder.name)
+            for folder in sorted(self._home.iterdir())
+            if (folder / "tenant.json").exists()
+        ]
+
+    async def get(self, name: str) -> Tenant:
+        return self._tenant(name)
+
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+        folder = self._home / name
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            raise Conflict(f"tenant {name} already exists") from None
+        (folder / "root" / self._settings.workspace.lstrip("/")).mkdir(parents=True)
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._save(name, {"status": "stopped", "domain": domain, "created": created})
+        self._tell("tenant.created", name)
+        if start:
+            await self.start(name)
+        return self._tenant(name)
+
+    async def start(self, name: str) -> None:
+        if self._record(name)["status"] != "running":
+            self._save(name, {**self._record(name), "status": "running"})
+            self._tell("tenant.started", name)
+
+    async def stop(self, name: str) -> None:
+        if self._record(name)["status"] != "stopped":
+            self._save(name, {**self._record(name), "status": "stopped"})
+            await self._end_all(name)
+            self._tell("tenant.stopped", name)
+
+    async def restart(self, name: str) -> None:
+        await self.stop(name)
+        await self.start(name)
+
+    async def destroy(self, name: str) -> None:
+        await self.stop(name)
+        await asyncio.to_thread(shutil.rmtree, self._home / name)
+        self._tell("tenant.destroyed", name)
+
+    async def filesystem(self, name: str) -> FilesystemRoot:
+        self._record(name)
+        root = self._home / name / "root"
+        owner = root.stat()
+        return FilesystemRoot(name, root, self._settings.workspace, owner.st_uid, owner.st_gid)
+
+    async def metrics(self, name: str) -> Mapping[str, Any]:
+        self._record(name)
+        return {"processes": len(self._running.get(name, ()))}
+
+    async def ready(self) -> None:
+        return
+
+    async def watch(self) -> AsyncIterator[TenantEvent]:
+        yield TenantEvent("gateway.resynced", None, {"tenants": len(await self.list())})
+        while True:
+            yield await self._events.get()
+
+    async def exec(self, name: str, spec: ExecSpec) -> Process:
+        settings = self._settings
+        check_size(spec.argv, spec.env, one=settings.max_argument, total=settings.max_arguments)
+        if self._record(name)["status"] != "running":
+            raise TenantNotRunning(f"tenant {name} is stopped; start it first", status="stopped")
+        if spec.user not in (None, settings.workspace_user, settings.workspace_uid, os.getuid()):
+            raise InvalidParams("the local runtime runs commands as its own user only", field="user")
+        exec_id = secrets.token_hex(8)
+        cwd = self._folder(name, spec.cwd)
+        line = command_line(
+            spec.argv, exec_id=exec_id, cwd=cwd, env=spec.env, account=None, terminal=spec.pty is not None
+        )
+        process = LocalProcess(
+            exec_id, Preamble(spec.argv[0][:200], (spec.cwd or "")[:200]), settings.cancel_timeout
+        )
+        try:
+            async with asyncio.timeout(settings.exec_start_timeout):
+                await process.begin(line, spec, home=self._folder(name, None))
+        except BaseException as error:
+            await asyncio.shield(process.abandon())
+            if isinstance(error, TimeoutError):
+                raise Timeout("the command did not start in time") from error
+            raise
+        running = self._running.setdefault(name, set())
+        running.add(process)
+        process.ended.add_done_callback(lambda _: running.discard(process))
+        return process
+
+    def _folder(self, name: str, cwd: str | None) -> str:
+        workspace = self._settings.workspace
+        home = self._home / name / "root" / workspace.lstrip("/")
+        if cwd is None:
+            return str(home)
+        if cwd == workspace or cwd.startswith(workspace + "/"):
+            return str(home / cwd[len(workspace) :].lstrip("/"))
+        return str(home / cwd)  # a relative one; an absolute one stays what it is
+
+    def _record(self, name: str) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = orjson.loads((self._home / name / "tenant.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"no tenant {name}") from None
+        return record
+
+    def _save(self, name: str, record: Mapping[str, Any]) -> None:
+        path = self._home / name / "tenant.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(orjson.dumps(record))
+        temporary.replace(path)
+
+    def _tenant(self, name: str) -> Tenant:
+        record = self._record(name)
+        return Tenant(
+            name=name,
+            status=record["status"],
+            domain=record.get("domain"),
+            created=record.get("created"),
+            location="local",
+        )
+
+    async def _end_all(self, name: str) -> None:
+        for process in list(self._running.get(name, ())):
+            await process.kill(0)
+
+    def _tell(self, kind: str, name: str) -> None:
+        with contextlib.suppress(asyncio.QueueFull):  # nobody watches: nobody misses it
+            self._events.put_nowait(TenantEvent(kind, name))
+
+
+class LocalProcess:
+    """One command on this machine; see `gateway.runtime.Process`."""
+
+    def __init__(self, exec_id: str, preamble: Preamble, limit: float) -> None:
+        self.pid = 0
+        self.started_at = 0.0
+        self.streams: tuple[StreamName, ...] = ("stdout", "stderr")
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._exec_id = exec_id
+        self._preamble = preamble
+        self._limit = limit
+        self._process: asyncio.subprocess.Process | None = None
+        self._outputs: dict[StreamName, asyncio.StreamReader] = {}
+        self._master = -1
+        self._closing: list[asyncio.BaseTransport] = []
+        self._first = b""
+        self._over: asyncio.Task[None] | None = None
+
+    async def begin(self, line: bytes, spec: ExecSpec, *, home: str) -> None:
+        """Start the shells, hand over the command, return once it runs. Raises `ExecFailed`."""
+        # the gateway's own environment, which may hold its secret, stays with the gateway
+        environment = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": home}
+        script = START_SCRIPT if spec.pty is None else START_SCRIPT_PTY
+        argv = ("/bin/sh", "-c", script, "sh", self._exec_id)
+        preamble = self._preamble
+        if spec.pty is None:
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/",
+                start_new_session=True, limit=_CHUNK,
+            )  # fmt: skip
+            assert process.stdout is not None and process.stderr is not None
+            self._process = process
+            self._outputs = {"stdout": process.stdout, "stderr": process.stderr}
+        else:
+            self.streams = ("stdout",)
+            self._process = await self._open_terminal(argv, environment, spec.pty.cols, spec.pty.rows)
+        self._over = asyncio.create_task(self._watch_end())
+        said = self._outputs[self.streams[-1]]
+        if spec.pty is not None:
+            await self._feed(said, until_ready=True)
+        await self.write(line)
+        if spec.pty is None and not spec.stdin:
+            await self.close_stdin()
+        await self._feed(said, until_ready=False)
+        self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
+
+    async def _open_terminal(
+        self, argv: tuple[str, ...], environment: dict[str, str], cols: int, rows: int
+    ) -> asyncio.subprocess.Process:
+        self._master, slave = pty.openpty()
+        try:
+            await self.resize(cols, rows)
+            own_terminal = (sys.executable, "-c", _OWN_TERMINAL, *argv)
+            process = await asyncio.create_subprocess_exec(
+                *own_terminal, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd="/",
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(slave)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_CHUNK)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        stream = os.fdopen(os.dup(self._master), "rb", buffering=0)
+        transport, _ = await loop.connect_read_pipe(lambda: protocol, stream)
+        self._closing.append(transport)
+        self._outputs = {"stdout": reader}
+        return process
+
+    async def _feed(self, said: asyncio.StreamReader, *, until_ready: bool) -> None:
+        preamble = self._preamble
+        while not (preamble.ready if until_ready else preamble.started):
+            data = await _read(said)
+            if not data:
+                raise preamble.ended()
+            preamble.feed(data)
+
+    async def _watch_end(self) -> None:
+        assert self._process is not None
+        code = await self._process.wait()
+        self.ended.set_result(code if code >= 0 else 128 - code)
+
+    async def read(self, stream: StreamName) -> bytes:
+        if stream == self.streams[-1] and self._first:
+            first, self._first = self._first, b""
+            return first
+        reading = asyncio.ensure_future(_read(self._outputs[stream]))
+        both: list[asyncio.Future[Any]] = [reading, self.ended]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                await asyncio.wait([reading], timeout=_HOLDER)
+            return reading.result() if reading.done() else b""
+        finally:
+            if not reading.done():
+                reading.cancel()
+
+    async def write(self, data: bytes) -> None:
+        if self._master >= 0:
+            await self._write_terminal(data)
+            return
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            self._process.stdin.write(data)
+            await self._process.stdin.drain()
+
+    async def _write_terminal(self, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        os.set_blocking(self._master, False)
+        view = memoryview(data)
+        while view and not self.ended.done():
+            try:
+                view = view[os.write(self._master, view) :]
+            except BlockingIOError:
+                writable = loop.create_future()
+                loop.add_writer(self._master, writable.set_result, None)
+                try:
+                    await asyncio.wait([writable, self.ended], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    loop.remove_writer(self._master)
+            except OSError:
+                return
+
+    async def close_stdin(self) -> None:
+        if self._master >= 0:
+            await self.write(b"\x04")
+        elif self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    async def resize(self, cols: int, rows: int) -> None:
+        if self._master >= 0:
+            fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    async def signal(self, number: int) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def wait(self) -> Exit:
+        code = await asyncio.shield(self.ended)
+        cgroup = self._cgroup()
+        if cgroup is not None:
+            cgroup.remove()
+        return Exit.of(code)
+
+    async def kill(self, grace: float) -> Killed:
+        cgroup = self._cgroup()
+        if cgroup is not None and cgroup.reachable():
+            ended = await cgroup.kill(grace, self._limit)
+            return Killed(ended.killed, ended.escalated, ended.survivors)
+        milliseconds = [str(int(seconds * 1000)) for seconds in (grace, self._limit)]
+        script = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", KILL_SCRIPT, "sh", self._exec_id, *milliseconds,
+            stdout=asyncio.subprocess.PIPE, env={"PATH": _PATH},
+        )  # fmt: skip
+        said, _ = await script.communicate()
+        killed, escalated, survivors, method = said.decode().split()
+        left = int(survivors)
+        return Killed(int(killed) - left, escalated == "1", left, "cgroup" if method == "cgroup" else "scan")
+
+    async def aclose(self) -> None:
+        if self._process is not None and not self.ended.done():
+            await self.signal(signal.SIGKILL)
+            await asyncio.shield(self.ended)
+        for transport in self._closing:
+            transport.close()
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
+        if self._process is not None:
+            # a holder keeps our pipes open: let go of them
+            self._process._transport.close()  # type: ignore[attr-defined]  # asyncio has no public way
+
+    async def abandon(self) -> None:
+        """End a command that did not start properly."""
+        if self._process is not None:
+            await self.kill(0)
+        await self.aclose()
+
+    def _cgroup(self) -> Cgroup | None:
+        mount = mount_point() if self._preamble.method == "cgroup" else None
+        return None if mount is None else Cgroup(mount / CGROUP_PARENT / self._exec_id)
+
+
+# Incus makes the terminal the session's own; here a Python in between does, and becomes the shell
+_OWN_TERMINAL: Final = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read(_CHUNK)
+    except OSError as error:
+        if error.errno == errno.EIO:  # how a terminal says that nobody holds its other end
+            return b""
+        raise
