@@ -1,0 +1,34 @@
+"""The Python client of the gateway: files, commands and events of a tenant, over asyncio.
+
+    async with Client("http://127.0.0.1:8080", token=…) as client:
+        shop = client.tenant("shop")
+        print((await shop.read("src/App.tsx")).text)
+        async with shop.exec("bun install") as install:
+            async for chunk in install.stdout:
+                sys.stdout.buffer.write(chunk)
+            exit = await install.wait()
+
+Everything that fails raises a class of `gateway_client.errors`.
+"""
+
+from gateway_client.client import Client, TenantInfo
+from gateway_client.errors import Disconnected, GatewayError
+from gateway_client.events import Event, EventStream
+from gateway_client.execution import Exec, Exit, Killed, Output
+from gateway_client.tenant import RunResult, Tenant, ToolResult
+
+__all__ = [
+    "Client",
+    "Disconnected",
+    "Event",
+    "EventStream",
+    "Exec",
+    "Exit",
+    "GatewayError",
+    "Killed",
+    "Output",
+    "RunResult",
+    "Tenant",
+    "TenantInfo",
+    "ToolResult",
+]

@@ -1,0 +1,131 @@
+"""Knows one gateway from outside: its address, the token, its tenants and events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from gateway_client.connection import Address, refusal
+from gateway_client.errors import Disconnected
+from gateway_client.events import EventStream
+from gateway_client.tenant import Tenant
+
+# a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=15)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantInfo:
+    """One entry of the list of tenants; `all` holds every member of it."""
+
+    name: str
+    status: str
+    domain: str | None
+    address: str | None
+    all: Mapping[str, Any]
+
+
+class Client:
+    """A gateway and one token for it. Use it in an `async with`; nothing is connected before it is needed.
+
+    `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. No proxy of the environment is used.
+    """
+
+    def __init__(self, url: str, *, token: str, name: str = "gateway_client") -> None:
+        self.address = Address.parse(url)
+        self.token = token
+        self.identity = {"name": name, "version": "1"}
+        self.closed = False
+        self._session: aiohttp.ClientSession | None = None
+        self._tenants: dict[tuple[str, str | None, bool], Tenant] = {}
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every connection. Idempotent. Commands that were left running linger in the gateway."""
+        self.closed = True
+        try:
+            await asyncio.gather(*(tenant.close() for tenant in self._tenants.values()))
+        finally:
+            if self._session is not None:
+                await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The HTTP session, made on first use."""
+        if self.closed:
+            raise Disconnected("this client was closed")
+        if self._session is None:
+            unix = self.address.unix
+            self._session = aiohttp.ClientSession(
+                # event streams and waiting execs hold their connections: no limit of ours may block them
+                connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
+                headers={"Authorization": f"Bearer {self.token}"},
+                timeout=_TIMEOUT,
+            )
+        return self._session
+
+    def tenant(self, name: str, *, session: str | None = None, read_before_write: bool = False) -> Tenant:
+        """Return a tenant by name, without asking whether it exists. The same arguments give the same one.
+
+        `session` names a tool session that outlives this client; `read_before_write` makes Write and
+        Edit refuse files that this session has not read in their present state.
+        """
+        key = name, session, read_before_write
+        if key not in self._tenants:
+            self._tenants[key] = Tenant(self, name, session, read_before_write)
+        return self._tenants[key]
+
+    async def tenants(self) -> list[TenantInfo]:
+        """Return the tenants that the token covers."""
+        answer = await self.http("GET", "/v1/tenants")
+        return [
+            TenantInfo(entry["name"], entry["status"], entry.get("domain"), entry.get("address"), entry)
+            for entry in answer["tenants"]
+        ]
+
+    def events(
+        self,
+        *,
+        tenant: str | Iterable[str] | None = None,
+        deployment: str | Iterable[str] | None = None,
+        types: str | Iterable[str] | None = None,
+        last_event_id: int | None = None,
+    ) -> EventStream:
+        """Return the stream of events, filtered; `types` may end in `*`. See `EventStream`."""
+        wishes = {"tenant": tenant, "deployment": deployment, "type": types}
+        query = {
+            name: wish if isinstance(wish, str) else ",".join(wish)
+            for name, wish in wishes.items()
+            if wish is not None
+        }
+        return EventStream(self, query, last_event_id)
+
+    async def http(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
+        data = None if body is None else orjson.dumps(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        url = self.address.url + path
+        try:
+            async with self.session.request(method, url, data=data, headers=headers) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"{method} {path}: {error}") from error
+        if response.status >= 400:
+            raise refusal(response.status, content)
+        try:
+            return orjson.loads(content) if content else None
+        except ValueError:
+            raise Disconnected(f"{method} {path} did not answer with JSON") from None

@@ -1,0 +1,270 @@
+"""Knows one websocket to the gateway: calls and their answers, and the bytes of one command.
+
+Requests run concurrently. The bytes of a command go to the connection's one `Receiver`; while that has
+no room, nothing is read from the socket, so that pressure reaches the gateway and the command. This is
+why a command has a connection of its own (see `Tenant.exec`): what else was on it would wait too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import orjson
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.typing import Subprotocol
+
+from gateway import protocol
+from gateway_client.errors import Disconnected, GatewayError, Unavailable, from_close, from_wire
+
+MiB = 1 << 20
+
+# larger than any answer of a gateway with default limits
+MAX_MESSAGE: Final = 64 * MiB
+# frames that the websocket library holds before it stops reading: at 32 KiB each, what Incus sends
+FRAMES: Final = 16
+OPEN_TIMEOUT: Final = 15.0
+CLOSE_TIMEOUT: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a gateway is: an http(s) URL, and the unix socket to reach it by, if any."""
+
+    url: str
+    unix: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. Raises `ValueError`."""
+        if url.startswith("unix:"):
+            return cls("http://localhost", "/" + url.removeprefix("unix:").lstrip("/"))
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"a gateway's address is http://…, https://… or unix:/…, not {url!r}")
+        return cls(url.rstrip("/"))
+
+    def websocket(self, path: str) -> str:
+        return "ws" + self.url.removeprefix("http") + path
+
+
+class Receiver(Protocol):
+    """Who gets what belongs to a command on this connection. Called by the reading task only."""
+
+    def frame(self, frame: protocol.Frame) -> None: ...
+
+    def notified(self, notification: protocol.Notification) -> None: ...
+
+    def broken(self, error: GatewayError) -> None:
+        """No more will come."""
+        ...
+
+    async def room(self) -> None:
+        """Return when more may come."""
+        ...
+
+
+Accept = Callable[[Any], None]
+
+
+class Connection:
+    """One websocket `gateway.v1`, initialized. Make it by `open`, end it by `close`."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._ids = itertools.count(1)
+        self._pending: dict[int, tuple[asyncio.Future[Any], Accept | None]] = {}
+        self._failure: GatewayError | None = None
+        self._cancels: set[asyncio.Task[None]] = set()
+        self._reader: asyncio.Task[None] | None = None
+        self.receiver: Receiver | None = None
+        self.server: Mapping[str, Any] = {}
+        self.draining = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether a new request may be tried here."""
+        return self._failure is None and not self.draining
+
+    @classmethod
+    async def open(
+        cls, address: Address, tenant: str, token: str, initialize: Mapping[str, Any], *, patient: bool
+    ) -> Connection:
+        """Connect and initialize. Raises the typed error of a refusal, `Disconnected` where nobody answers.
+
+        `patient`: this connection may stand still while its receiver has no room. Answers to our pings
+        would then wait in the socket like everything else, so it is not given up for missing them.
+        """
+        options: dict[str, Any] = {"unix": True, "path": address.unix} if address.unix else {}
+        try:
+            socket = await connect(
+                address.websocket(f"/v1/tenants/{tenant}/ws"),
+                additional_headers={"Authorization": f"Bearer {token}"},
+                subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+                compression=None,
+                proxy=None,
+                open_timeout=OPEN_TIMEOUT,
+                close_timeout=CLOSE_TIMEOUT,
+                ping_timeout=None if patient else 20,
+                max_size=MAX_MESSAGE,
+                max_queue=FRAMES,
+                **options,
+            )
+        except InvalidStatus as error:
+            raise refusal(error.response.status_code, bytes(error.response.body or b"")) from None
+        except (OSError, TimeoutError, InvalidHandshake, InvalidURI, EOFError) as error:
+            raise Disconnected(f"no gateway answers at {address.unix or address.url}: {error}") from error
+        connection = cls(socket)
+        connection._reader = asyncio.create_task(connection._read(), name=f"gateway.v1 {tenant}")
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                connection.server = await connection.request("initialize", initialize)
+        except TimeoutError:
+            await connection.close()
+            raise Disconnected("the gateway does not answer initialize") from None
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def request(
+        self, method: str, params: Mapping[str, Any] | None = None, accept: Accept | None = None
+    ) -> Any:
+        """Call `method` and return its result. Raises the typed error of the answer, or `Disconnected`.
+
+        `accept` is called with the result by the reading task, before it reads on: what it sets up is
+        there when the next frame comes. Cancelling this call cancels it in the gateway too.
+        """
+        number = next(self._ids)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[number] = answer, accept
+        try:
+            await self._send(protocol.request(number, method, params))
+            return await answer
+        except asyncio.CancelledError:
+            # cancelling who awaits a future cancels the future: that is no answer
+            if self._failure is None and (answer.cancelled() or not answer.done()):
+                self._cancel_later(number)
+            raise
+        finally:
+            del self._pending[number]
+
+    async def post(self, method: str, params: Mapping[str, Any]) -> None:
+        """Call `method` without waiting for its answer, which may stand behind output nobody reads."""
+        await self._send(protocol.request(next(self._ids), method, params))
+
+    async def send(self, stream: protocol.StreamId, channel: int, data: bytes) -> None:
+        """Send bytes to a command; waits while the gateway does not take them."""
+        await self._send(protocol.pack_frame(stream, channel, data))
+
+    async def close(self) -> None:
+        """End the connection: politely, but within two seconds. Idempotent."""
+        if self._cancels:  # what we gave up must not run on
+            await asyncio.wait(self._cancels, timeout=CLOSE_TIMEOUT)
+        self._fail(Disconnected("this connection was closed"))
+        try:
+            await self._socket.close()
+        finally:
+            tasks = [task for task in (self._reader, *self._cancels) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, message: str | bytes) -> None:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+        try:
+            await self._socket.send(message)
+        except ConnectionClosed as error:
+            raise self._fail(_closed(error)) from None
+
+    def _cancel_later(self, number: int) -> None:
+        # who is being cancelled cannot wait for a send any more
+        async def cancel() -> None:
+            with contextlib.suppress(GatewayError):
+                await self._send(protocol.cancel_request(number))
+
+        task = asyncio.create_task(cancel())
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def _read(self) -> None:
+        error: GatewayError = Disconnected("the connection ended")
+        try:
+            while True:
+                message = await self._socket.recv()
+                if isinstance(message, str):
+                    self._text(protocol.decode_server_text(message))
+                elif self.receiver is not None:
+                    self.receiver.frame(protocol.unpack_frame(message))
+                    await self.receiver.room()
+        except ConnectionClosed as closed:
+            error = _closed(closed)
+        except GatewayError as wrong:  # what it sends is not gateway.v1
+            error = wrong
+            self._socket.transport.abort()
+        finally:
+            self._fail(error)
+
+    def _text(self, message: protocol.Reply | protocol.Notification) -> None:
+        if isinstance(message, protocol.Notification):
+            if message.method == "server/draining":
+                self.draining = True
+            if self.receiver is not None:
+                self.receiver.notified(message)
+            return
+        pending = self._pending.get(message.id) if isinstance(message.id, int) else None
+        if pending is None or pending[0].done():
+            return
+        answer, accept = pending
+        if message.error is not None:
+            wrong = message.error
+            answer.set_exception(from_wire(wrong.code, wrong.message, wrong.facts))
+        else:
+            if accept is not None:
+                accept(message.result)
+            answer.set_result(message.result)
+
+    def _fail(self, error: GatewayError) -> GatewayError:
+        """Take note of the first failure and tell everybody who waits; return that first one."""
+        if self._failure is None:
+            self._failure = error
+            for answer, _ in self._pending.values():
+                if not answer.done():
+                    answer.set_exception(error)
+            if self.receiver is not None:
+                self.receiver.broken(error)
+        return self._failure
+
+
+def _closed(error: ConnectionClosed) -> GatewayError:
+    frame = error.rcvd
+    return from_close(frame.code, frame.reason) if frame else Disconnected("the connection broke")
+
+
+def refusal(status: int, body: bytes) -> GatewayError:
+    """Return the error of an HTTP answer that is none of success; `body` is problem+json where ours."""
+    try:
+        problem = orjson.loads(body)
+        facts = {key: value for key, value in problem.items() if key not in _PROBLEM}
+        message = problem.get("detail") or problem.get("title") or f"HTTP {status}"
+        return from_wire(str(problem["code"]), str(message), facts)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        by_status = {
+            401: "unauthorized",
+            403: "forbidden",
+            404: "not_found",
+            413: "too_large",
+            429: "rate_limited",
+        }
+        if status in by_status:
+            return from_wire(by_status[status], f"HTTP {status}")
+        return Unavailable(f"HTTP {status}")
+
+
+# RFC 9457 §3.1, and our own member
+_PROBLEM = frozenset({"type", "title", "status", "detail", "instance", "code"})

@@ -1,0 +1,173 @@
+"""Knows the event stream: Server-Sent Events parsed without IO, and the stream over HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+import aiohttp
+import orjson
+
+from gateway_client.connection import refusal
+from gateway_client.errors import Disconnected, TooLarge
+
+if TYPE_CHECKING:
+    from gateway_client.client import Client
+
+MiB = 1 << 20
+MAX_EVENT: Final = 16 * MiB
+# the gateway sends a comment every 15 s; four of them missing is a dead connection
+SILENCE: Final = 60.0
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSent:
+    """One dispatched Server-Sent Event."""
+
+    type: str
+    data: str
+    id: str
+
+
+class Parser:
+    """Server-Sent Events out of bytes, as WHATWG HTML §9.2.6 has it. No IO, bounded by `MAX_EVENT`."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._type, self._data, self._size = "", list[str](), 0
+        self.last_id = ""
+
+    def feed(self, chunk: bytes) -> list[ServerSent]:
+        """Return the events that `chunk` completes. Raises `TooLarge`."""
+        buffer = self._rest + chunk
+        # a CR at the end may be the first half of a CRLF
+        whole = len(buffer) - buffer.endswith(b"\r")
+        found, start = [], 0
+        for match in _LINE_END.finditer(buffer, 0, whole):
+            if event := self._line(buffer[start : match.start()].decode("utf-8", "replace")):
+                found.append(event)
+            start = match.end()
+        self._rest = buffer[start:]
+        if len(self._rest) + self._size > MAX_EVENT:
+            raise TooLarge("an event of the gateway is larger than 16 MiB")
+        return found
+
+    def _line(self, line: str) -> ServerSent | None:
+        if not line:
+            event = (
+                ServerSent(self._type or "message", "\n".join(self._data), self.last_id)
+                if self._data
+                else None
+            )
+            self._type, self._data, self._size = "", [], 0
+            return event
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        match name:
+            case "data":
+                self._data.append(value)
+                self._size += len(value)
+            case "event":
+                self._type = value
+            case "id" if "\0" not in value:
+                self.last_id = value
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of the gateway. `tenant` is None for those of the gateway itself.
+
+    A `gap` says that events before `data["oldest"]` are no longer kept: read the state anew.
+    """
+
+    id: int
+    type: str
+    tenant: str | None
+    time: str
+    source: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, sent: ServerSent) -> Event:
+        body = orjson.loads(sent.data)
+        return cls(
+            int(body["id"]),
+            str(body["type"]),
+            body.get("subject"),
+            str(body.get("time", "")),
+            str(body.get("source", "")),
+            body.get("data") or {},
+        )
+
+
+class EventStream:
+    """Events as they happen: `async with` it, then `async for`. Iterating alone opens it too.
+
+    What happens after the block is entered is in the stream: enter first, read the state after. Ends
+    when the gateway ends it; raises `Disconnected` where the connection breaks or falls silent.
+    `last_event_id` resumes after the last event that was handed out.
+    """
+
+    def __init__(self, client: Client, query: Mapping[str, str], last_event_id: int | None) -> None:
+        self._client, self._query = client, query
+        self.last_event_id = last_event_id
+        self._parser = Parser()
+        self._ready: deque[ServerSent] = deque()
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> EventStream:
+        if self._response is None:
+            headers = {"Accept": "text/event-stream"}
+            if self.last_event_id is not None:
+                headers["Last-Event-ID"] = str(self.last_event_id)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
+            try:
+                response = await self._client.session.get(
+                    self._client.address.url + "/v1/events",
+                    params=self._query,
+                    headers=headers,
+                    timeout=timeout,
+                )
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise Disconnected(f"the gateway's events cannot be reached: {error}") from error
+            if response.status != 200:
+                raise refusal(response.status, await response.read())
+            self._response = response
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the stream. Idempotent."""
+        if self._response is not None:
+            self._response.close()
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        await self.__aenter__()
+        assert self._response is not None
+        while not self._ready:
+            try:
+                chunk = await self._response.content.readany()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self._response.close()
+                raise Disconnected("the event stream broke") from error
+            if not chunk:
+                await self.close()
+                raise StopAsyncIteration
+            self._ready.extend(self._parser.feed(chunk))
+        event = Event.parse(self._ready.popleft())
+        self.last_event_id = event.id
+        return event

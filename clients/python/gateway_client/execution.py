@@ -1,0 +1,336 @@
+"""Knows one running command from the client's side: its output, its input, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from gateway import protocol
+from gateway_client.errors import Disconnected, GatewayError
+
+if TYPE_CHECKING:
+    from gateway_client.connection import Connection
+    from gateway_client.tenant import Tenant
+
+KiB, MiB = 1 << 10, 1 << 20
+
+# bytes of each stream that wait here for the consumer before the socket is left alone
+BUFFER: Final = 1 * MiB
+# bytes of one input frame: small enough for any gateway's frame limit, large enough to be quick
+CHUNK: Final = 256 * KiB
+START_TIMEOUT: Final = 60.0
+END_TIMEOUT: Final = 30.0
+
+Reason = Literal["exited", "cancelled", "timeout", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a command ended. `code` is None where its status was lost: `reason` then says `lost`."""
+
+    code: int | None
+    signal: str | None
+    reason: Reason
+    duration_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """What a cancel did; `survivors` is 0 unless the gateway could not end the tree."""
+
+    killed: int
+    escalated: bool
+    survivors: int
+
+
+class Output:
+    """One output stream of a command, as an async iterator of bytes.
+
+    At most `limit` bytes wait here (and one frame); then the connection is not read until half of them
+    are taken, and in time the command itself is held up. `offset` counts the bytes received since the
+    command began, `lost` those that no one will see: dropped by the gateway with nobody attached, or
+    here by `Exec.wait`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self._changed = asyncio.Event()
+        self._error: GatewayError | None = None
+        self._ended = False
+        self._waited = self._begun = self._abandoned = False
+        self._drained = asyncio.Event()
+        self.offset = 0
+        self.lost = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._begun = True
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error.with_traceback(None)
+            if self._ended:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        chunk = self._chunks.popleft()
+        self._size -= len(chunk)
+        if self._size <= self._limit // 2:
+            self._drained.set()
+        return chunk
+
+    async def read(self) -> bytes:
+        """Return all that is left of the stream. Unbounded: for output known to be small."""
+        return b"".join([chunk async for chunk in self])
+
+    # what follows is for the exec alone
+
+    def _feed(self, data: bytes) -> None:
+        self.offset += len(data)
+        self._chunks.append(data)
+        self._size += len(data)
+        self._changed.set()
+        self._drop()
+
+    def _drop(self) -> None:
+        # nobody reads, and somebody waits for the end: the last `limit` bytes are kept
+        if self._abandoned or (self._waited and not self._begun):
+            while self._size > self._limit:
+                dropped = len(self._chunks.popleft())
+                self._size -= dropped
+                self.lost += dropped
+            self._drained.set()
+
+    def _end(self, error: GatewayError | None = None) -> None:
+        self._error, self._ended = error, True
+        self._changed.set()
+        self._drained.set()
+
+    async def _room(self) -> None:
+        while self._size > self._limit and not self._ended:
+            self._drained.clear()
+            await self._drained.wait()
+
+
+class Exec:
+    """A command in a tenant. Made by `Tenant.exec` or `Tenant.attach`; runs inside its `async with`.
+
+    Leaving the block ends the command and its whole tree unless it has ended or was `detach`ed. The
+    streams hold each other up: whoever lets one stand with more than a buffer full stops the other too,
+    as pipes do; read both, or `output()`, or ask for a `pty`, or leave both alone and `wait()`.
+    """
+
+    def __init__(
+        self,
+        tenant: Tenant,
+        method: Literal["exec/start", "exec/attach"],
+        params: Mapping[str, Any],
+        buffer: int,
+    ) -> None:
+        self._tenant, self._method, self._params = tenant, method, params
+        self._connection: Connection | None = None
+        self._channel: int | None = None
+        self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._arrived = asyncio.Event()
+        self._detached = False
+        self.stdout, self.stderr = Output(buffer), Output(buffer)
+        self.id: str = str(params.get("execId") or params.get("exec"))
+        self.pid: int | None = None
+        self.started_at: Any = None
+
+    async def __aenter__(self) -> Exec:
+        for last in (False, True):
+            connection = await self._tenant._acquire(fresh=last)
+            connection.receiver = self
+            try:
+                async with asyncio.timeout(START_TIMEOUT):
+                    await connection.request(self._method, self._params, self._started)
+            except Disconnected:
+                # an idle connection may have died unseen. The id is ours, so that asking again on
+                # another one attaches to what the first request may have started.
+                await self._tenant._release(connection, good=False)
+                if last:
+                    raise
+                self._reset()
+            except BaseException as error:
+                answered = isinstance(error, GatewayError)
+                connection.receiver = None
+                await self._tenant._release(connection, good=answered)
+                if isinstance(error, TimeoutError):
+                    raise Disconnected("the gateway does not start the command") from None
+                raise
+            else:
+                self._connection = connection
+                return self
+        raise AssertionError("unreachable")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        connection = self._connection
+        if connection is None or self._detached:
+            return
+        ended = False
+        try:
+            for output in (self.stdout, self.stderr):
+                output._abandoned = True
+                output._drop()
+            broken = self._exit.done() and self._exit.exception() is not None
+            if broken or not self._exit.done():
+                # a broken connection did not end the command either
+                with contextlib.suppress(GatewayError, TimeoutError):
+                    async with asyncio.timeout(END_TIMEOUT):
+                        await self.cancel()
+                        await asyncio.shield(self._exit)
+            ended = self._exit.done() and self._exit.exception() is None
+        finally:
+            connection.receiver = None
+            self._mark(Disconnected("the command was left"))
+            await self._tenant._release(connection, good=ended)
+
+    # --- talking to it --------------------------------------------------------------------------------
+
+    async def write(self, data: bytes) -> None:
+        """Give bytes to the command's input; waits while the gateway's buffer is full."""
+        connection = self._running()
+        for start in range(0, len(data), CHUNK):
+            assert self._channel is not None
+            await connection.send(protocol.StreamId.STDIN, self._channel, data[start : start + CHUNK])
+
+    async def close_stdin(self) -> None:
+        """Tell the command that no more input comes."""
+        # on the connection that carried the input: the end must not overtake it
+        await self._running().post("exec/closeStdin", {"exec": self.id})
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Tell the terminal its new size."""
+        await self._tenant.request("exec/resize", {"exec": self.id, "cols": cols, "rows": rows})
+
+    async def signal(self, signal: str | int) -> None:
+        """Send one signal, such as `INT`, to the command itself."""
+        await self._tenant.request("exec/signal", {"exec": self.id, "signal": signal})
+
+    async def cancel(self, grace: float | None = None) -> Killed:
+        """End the whole tree: TERM, `grace` seconds, KILL. Returns when nothing of it is left."""
+        params: dict[str, Any] = {"exec": self.id}
+        if grace is not None:
+            params["graceMs"] = round(grace * 1000)
+        # not on our own connection: its answers stand behind output that nobody may be reading
+        answer = await self._tenant.request("exec/cancel", params)
+        return Killed(int(answer["killed"]), bool(answer["escalated"]), int(answer["survivors"]))
+
+    async def wait(self, *, discard: bool = False) -> Exit:
+        """Return how the command ended, once its last output is here.
+
+        Output that nobody has begun to read is kept up to its buffer, its end rather than its start, and
+        counted in `lost` beyond that. A stream that somebody began to read is waited for, unless
+        `discard` says that nobody will read on. Raises `Disconnected` where the connection breaks first.
+        """
+        for output in (self.stdout, self.stderr):
+            output._waited = True
+            output._abandoned |= discard
+            output._drop()
+        return await asyncio.shield(self._exit)
+
+    async def detach(self) -> None:
+        """Let the command run on without us, for as long as its linger time says; `id` finds it again."""
+        connection, self._detached = self._running(), True
+        connection.receiver = None
+        self._mark(Disconnected("detached from this command"))
+        # closing is detaching, and it needs no answer from behind unread output
+        await self._tenant._release(connection, good=False)
+
+    async def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
+        """Yield the chunks of both streams with their names, as they come. Nobody else may read then."""
+        outputs: dict[Literal["stdout", "stderr"], Output] = {"stdout": self.stdout, "stderr": self.stderr}
+        for output in outputs.values():
+            output._begun = True
+        while True:
+            self._arrived.clear()
+            for name, output in outputs.items():
+                while output._chunks:
+                    yield name, await anext(output)
+            if not any(output._chunks for output in outputs.values()):
+                if all(output._ended for output in outputs.values()):
+                    for output in outputs.values():
+                        if output._error is not None:
+                            raise output._error.with_traceback(None)
+                    return
+                await self._arrived.wait()
+
+    def _running(self) -> Connection:
+        if self._connection is None:
+            raise Disconnected("a command is used inside its `async with`")
+        return self._connection
+
+    # --- what the connection brings -------------------------------------------------------------------
+
+    def _started(self, result: Any) -> None:
+        self._channel = int(result["channel"])
+        self.id = str(result.get("exec", self.id))
+        self.pid = result.get("pid", self.pid)
+        self.started_at = result.get("startedAt", self.started_at)
+        for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
+            output.offset = int((result.get("from") or {}).get(name, 0))
+            output.lost = int((result.get("lost") or {}).get(name, 0))
+
+    def _reset(self) -> None:
+        buffer = self.stdout._limit
+        self.stdout, self.stderr, self._channel = Output(buffer), Output(buffer), None
+        self._exit = asyncio.get_running_loop().create_future()
+
+    def frame(self, frame: protocol.Frame) -> None:
+        if frame.channel != self._channel:
+            return  # the rest of a command that had this connection before
+        if frame.stream is protocol.StreamId.STDERR:
+            self.stderr._feed(frame.data)
+        elif frame.stream is protocol.StreamId.STDOUT:
+            self.stdout._feed(frame.data)
+        self._arrived.set()
+
+    def notified(self, notification: protocol.Notification) -> None:
+        params = notification.params
+        if params.get("exec") != self.id:
+            return
+        if notification.method == "exec/lost":
+            output = self.stderr if params.get("stream") == "stderr" else self.stdout
+            output.lost += int(params["bytes"])
+            output.offset += int(params["bytes"])
+        elif notification.method == "exec/exited" and not self._exit.done():
+            for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
+                missing = int((params.get("offsets") or {}).get(name, output.offset)) - output.offset
+                output.lost += max(missing, 0)
+            self._exit.set_result(
+                Exit(
+                    params.get("exitCode"),
+                    params.get("signal"),
+                    params.get("reason", "lost"),
+                    int(params.get("durationMs") or 0),
+                )
+            )
+            self._mark(None)
+
+    def broken(self, error: GatewayError) -> None:
+        self._mark(error)
+
+    async def room(self) -> None:
+        await self.stdout._room()
+        await self.stderr._room()
+
+    def _mark(self, error: GatewayError | None) -> None:
+        """End both streams, and the exit where it has not come, with `error`."""
+        if error is not None and not self._exit.done():
+            self._exit.set_exception(error)
+            self._exit.exception()  # seen: nobody has to wait for the exit
+        for output in (self.stdout, self.stderr):
+            if not output._ended:
+                output._end(error)
+        self._arrived.set()

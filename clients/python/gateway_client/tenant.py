@@ -1,0 +1,280 @@
+"""Knows one tenant: its tools, its commands, its life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from gateway_client.connection import Connection
+from gateway_client.errors import from_wire
+from gateway_client.execution import BUFFER, Exec
+
+if TYPE_CHECKING:
+    from gateway_client.client import Client
+
+# connections kept for the next command: opening one costs more than starting the command
+IDLE: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool answered, in the shape of an MCP tool result. `structured` holds the same facts as data."""
+
+    content: Sequence[Mapping[str, Any]]
+    is_error: bool = False
+    structured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by newlines."""
+        return "\n".join(str(part["text"]) for part in self.content if part.get("type") == "text")
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> ToolResult:
+        return cls(value.get("content", ()), bool(value.get("isError")), value.get("structuredContent") or {})
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A command that was run and waited for over HTTP."""
+
+    exec: str
+    exit_code: int | None
+    signal: str | None
+    stdout: str
+    stderr: str
+    truncated: bool
+    duration_ms: int
+
+
+class Tenant:
+    """One tenant as this client sees it. Cheap to make; connects when something is asked.
+
+    Tools and control messages share one websocket, and so one tool session: what was read, where Bash
+    stands. Each running command has a websocket of its own, because a client that does not read a
+    command's output stops reading its socket: only so does the pressure reach that command and no
+    other. A few of these are kept open for the commands to come.
+    """
+
+    def __init__(
+        self, client: Client, name: str, session: str | None = None, read_before_write: bool = False
+    ) -> None:
+        self.name = name
+        self._client = client
+        self._initialize: dict[str, Any] = {"client": client.identity, "readBeforeWrite": read_before_write}
+        if session is not None:
+            self._initialize["session"] = session
+        self._main: Connection | None = None
+        self._opening = asyncio.Lock()
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/tenants/{self.name}"
+
+    async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
+        """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer."""
+        connection = self._main
+        if connection is None or not connection.alive:
+            async with self._opening:
+                connection = self._main
+                if connection is None or not connection.alive:
+                    if connection is not None:
+                        await self._release(connection, good=False)
+                    connection = self._main = await self._connect(patient=False)
+        return await connection.request(method, params)
+
+    async def ping(self) -> None:
+        await self.request("ping")
+
+    # --- tools ----------------------------------------------------------------------------------------
+
+    async def tools(self) -> list[Mapping[str, Any]]:
+        """Return name, description and input schema of every tool."""
+        return list((await self.request("tools/list"))["tools"])
+
+    async def tool(self, name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> ToolResult:
+        """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
+
+        `call_id` makes the call exactly-once: asking again with the same one returns the same result.
+        Cancelling the task cancels the call and what it runs.
+        """
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        if call_id is not None:
+            params["callId"] = call_id
+        return ToolResult.parse(await self.request("tools/call", params))
+
+    async def read(self, path: str, *, offset: int | None = None, limit: int | None = None) -> ToolResult:
+        """Read lines of a file. This and the next four raise the typed error where the tool fails."""
+        return await self._tool("Read", file_path=path, offset=offset, limit=limit)
+
+    async def write(self, path: str, content: str) -> ToolResult:
+        """Write a whole file, with the folders above it."""
+        return await self._tool("Write", file_path=path, content=content)
+
+    async def edit(self, path: str, old: str, new: str, *, replace_all: bool = False) -> ToolResult:
+        """Replace `old`, which must be in the file once unless `replace_all`, by `new`."""
+        return await self._tool(
+            "Edit", file_path=path, old_string=old, new_string=new, replace_all=replace_all or None
+        )
+
+    async def glob(self, pattern: str, path: str | None = None) -> ToolResult:
+        """Find files by name."""
+        return await self._tool("Glob", pattern=pattern, path=path)
+
+    async def grep(
+        self,
+        pattern: str,
+        path: str | None = None,
+        *,
+        glob: str | None = None,
+        output_mode: Literal["content", "files_with_matches", "count"] | None = None,
+        **more: Any,
+    ) -> ToolResult:
+        """Search in files. `more` are Grep's other inputs, those with a dash as `**{"-i": True}`."""
+        return await self._tool(
+            "Grep", pattern=pattern, path=path, glob=glob, output_mode=output_mode, **more
+        )
+
+    async def _tool(self, name: str, /, **arguments: Any) -> ToolResult:
+        given = {key: value for key, value in arguments.items() if value is not None}
+        result = await self.tool(name, given)
+        if result.is_error:
+            facts = {key: value for key, value in result.structured.items() if key != "code"}
+            raise from_wire(str(result.structured.get("code", "")), result.text, facts)
+        return result
+
+    # --- commands -------------------------------------------------------------------------------------
+
+    def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | int | None = None,
+        pty: tuple[int, int] | None = None,
+        stdin: bool = False,
+        timeout: float | None = None,
+        linger: float | None = None,
+        exec_id: str | None = None,
+        buffer: int = BUFFER,
+    ) -> Exec:
+        """Return a command to run in an `async with`: a line for the user's shell, or a list of arguments.
+
+        `pty` is (columns, rows) and brings stdin with it; `timeout` and `linger` are in seconds, a linger
+        of -1 is for ever; `buffer` bounds what waits here of each output stream, in bytes.
+        """
+        params: dict[str, Any] = {
+            **_command(command, cwd, env),
+            "stdin": stdin or pty is not None,
+            "execId": exec_id or uuid.uuid4().hex,
+        }
+        if user is not None:
+            params["user"] = user
+        if pty is not None:
+            params["pty"] = {"cols": pty[0], "rows": pty[1]}
+        if timeout is not None:
+            params["timeoutMs"] = round(timeout * 1000)
+        if linger is not None:
+            params["lingerMs"] = -1 if linger < 0 else round(linger * 1000)
+        return Exec(self, "exec/start", params, buffer)
+
+    def attach(self, exec_id: str, *, stdout: int = 0, stderr: int = 0, buffer: int = BUFFER) -> Exec:
+        """Return a command that runs already, for an `async with`: its output from these byte offsets on."""
+        return Exec(
+            self, "exec/attach", {"exec": exec_id, "from": {"stdout": stdout, "stderr": stderr}}, buffer
+        )
+
+    async def execs(self) -> list[Mapping[str, Any]]:
+        """Return the tenant's commands, those that ended a while ago included."""
+        return list((await self.request("exec/list"))["execs"])
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        timeout: float | None = None,
+    ) -> RunResult:
+        """Run a command over HTTP and wait for it. Cancelling the task ends the command."""
+        body = _command(command, cwd, env)
+        if stdin is not None:
+            body["stdin"] = stdin
+        if timeout is not None:
+            body["timeout_ms"] = round(timeout * 1000)
+        answer = await self._client.http("POST", f"{self._path}/exec", body)
+        return RunResult(**{name: answer.get(name) for name in RunResult.__slots__})
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def info(self) -> Mapping[str, Any]:
+        """Return what is known of the tenant."""
+        answer: Mapping[str, Any] = await self._client.http("GET", self._path)
+        return answer
+
+    async def metrics(self) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = await self._client.http("GET", f"{self._path}/metrics")
+        return answer
+
+    async def start(self) -> None:
+        await self._client.http("POST", f"{self._path}/start")
+
+    async def stop(self) -> None:
+        await self._client.http("POST", f"{self._path}/stop")
+
+    async def restart(self) -> None:
+        await self._client.http("POST", f"{self._path}/restart")
+
+    async def delete(self) -> None:
+        """Destroy the tenant and everything of it."""
+        await self._client.http("DELETE", self._path)
+
+    # --- connections ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """End all connections to this tenant; the client does it too. What runs is left to its linger."""
+        self._main = None
+        self._idle.clear()
+        await asyncio.gather(*(self._release(connection, good=False) for connection in list(self._open)))
+
+    async def _connect(self, *, patient: bool) -> Connection:
+        connection = await Connection.open(
+            self._client.address, self.name, self._client.token, self._initialize, patient=patient
+        )
+        self._open.add(connection)
+        return connection
+
+    async def _acquire(self, *, fresh: bool = False) -> Connection:
+        """Return a connection for one command."""
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if connection.alive:
+                return connection
+            await self._release(connection, good=False)
+        return await self._connect(patient=True)
+
+    async def _release(self, connection: Connection, *, good: bool) -> None:
+        """Take a connection back: keep it for the next command where it is `good`, else close it."""
+        if good and connection.alive and len(self._idle) < IDLE and not self._client.closed:
+            self._idle.append(connection)
+            return
+        self._open.discard(connection)
+        with contextlib.suppress(OSError):
+            await connection.close()
+
+
+def _command(command: str | Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"command": command} if isinstance(command, str) else {"argv": list(command)}
+    if cwd is not None:
+        body["cwd"] = cwd
+    if env:
+        body["env"] = dict(env)
+    return body
