@@ -40,6 +40,7 @@ class Parser:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._begun = False
         self._type, self._data, self._size = "", list[str](), 0
         self.last_id = ""
 
@@ -59,6 +60,8 @@ class Parser:
         return found
 
     def _line(self, line: str) -> ServerSent | None:
+        if not self._begun:
+            self._begun, line = True, line.removeprefix("\ufeff")
         if not line:
             event = (
                 ServerSent(self._type or "message", "\n".join(self._data), self.last_id)

@@ -40,7 +40,7 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A command that was run and waited for over HTTP."""
+    """A command that was run and waited for over HTTP. `reason` tells a timeout from an exit."""
 
     exec: str
     exit_code: int | None
@@ -49,6 +49,7 @@ class RunResult:
     stderr: str
     truncated: bool
     duration_ms: int
+    reason: str = "exited"
 
 
 class Tenant:
@@ -211,7 +212,7 @@ class Tenant:
         if timeout is not None:
             body["timeout_ms"] = round(timeout * 1000)
         answer = await self._client.http("POST", f"{self._path}/exec", body)
-        return RunResult(**{name: answer.get(name) for name in RunResult.__slots__})
+        return RunResult(**{name: answer[name] for name in RunResult.__slots__ if name in answer})
 
     # --- its life -------------------------------------------------------------------------------------
 
