@@ -26,12 +26,12 @@ from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, run
 from gateway.host.incus import Incus
+from gateway.host.setup import CA_BUNDLE
 from gateway.settings import Settings
 
 CACHE = Path("/var/cache/incus-gateway")
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
-CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 # What a web site's developer expects to find, and no more: each megabyte counts against every tenant's quota.
 PACKAGES = (
@@ -103,6 +103,12 @@ TRIGGER = """\
 [Service]
 ExecStart=
 ExecStart=-udevadm trigger --action=add --subsystem-match=net
+"""
+
+# Bun and Node bring their own certificates; these are the system's, with what the host trusts beside.
+ENVIRONMENT = """\
+[Manager]
+DefaultEnvironment=NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
 """
 
 PROFILE = """\
@@ -346,6 +352,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path) -> st
         "etc/systemd/network/10-eth0.network": NETWORK,
         "etc/systemd/system/systemd-udev-trigger.service.d/10-tenant.conf": TRIGGER,
         "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
+        "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
         "etc/profile.d/10-tenant.sh": PROFILE,
     }
     for name, text in files.items():

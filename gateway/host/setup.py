@@ -21,6 +21,7 @@ from gateway.settings import Settings
 MANAGED = "user.gateway.managed"
 """The configuration key by which the runtime recognises a tenant; the profile carries it."""
 
+CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 GiB = 1 << 30
 
 # Where tenants must not go: the host's side of the world and other tenants. RFC 1918, RFC 6598 (carriers),
@@ -268,6 +269,8 @@ def profile(settings: Settings) -> dict[str, Any]:
             "security.idmap.isolated": "true",
             # No tenant needs the host's metadata socket.
             "security.guestapi": "false",
+            # For commands; the image says the same to services.
+            "environment.NODE_EXTRA_CA_CERTS": str(CA_BUNDLE),
         },
         "devices": {
             "root": {"type": "disk", "path": "/", "pool": settings.pool, "size": settings.tenant_disk},

@@ -1,0 +1,165 @@
+"""Fixtures over a real incusd: settings, the daemon itself (to kill it), tenants made without our code.
+
+Nothing here skips: where Incus is absent, the tests fail and say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gateway.host import HostError
+from gateway.host.daemon import Daemon
+from gateway.settings import Settings
+from tests.integration import environment
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container of the base image under the tenants' profile, driven by the `incus` command."""
+
+    name: str
+
+    def run(
+        self,
+        *command: str,
+        user: int = 0,
+        check: bool = True,
+        stdin: bytes = b"",
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command inside, as root unless `user` says else; `check` fails on a non-zero exit."""
+        words = ("exec", self.name, f"--user={user}", f"--group={user}", "-T", "--", *command)
+        return environment.incus(*words, check=check, timeout=timeout, stdin=stdin)
+
+    def sh(self, script: str, user: int = 0, check: bool = True, timeout: float = 60) -> str:
+        """Run a shell script inside and return its output and errors as text."""
+        done = self.run("sh", "-c", script, user=user, check=check, timeout=timeout)
+        return (done.stdout + done.stderr).decode(errors="replace")
+
+    def address(self, timeout: float = 20.0) -> str:
+        """Return the IPv4 address of eth0, waiting up to `timeout` seconds for DHCP."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            state = json.loads(environment.incus("query", f"/1.0/instances/{self.name}/state").stdout)
+            for address in ((state.get("network") or {}).get("eth0") or {}).get("addresses", []):
+                if address["family"] == "inet":
+                    return str(address["address"])
+            time.sleep(0.1)
+        raise AssertionError(f"{self.name} has no address after {timeout:.0f} s")
+
+    @property
+    def pid(self) -> int:
+        """The host's process id of the container's init."""
+        return int(json.loads(environment.incus("query", f"/1.0/instances/{self.name}/state").stdout)["pid"])
+
+
+MakeTenant = Callable[..., Awaitable[Container]]
+
+
+@dataclass(frozen=True, slots=True)
+class Incusd:
+    """The tests' daemon, for tests of what happens when it dies."""
+
+    daemon: Daemon
+
+    @property
+    def pid(self) -> int | None:
+        return self.daemon.pid()
+
+    async def kill(self) -> None:
+        """End it by SIGKILL; containers and their commands live on."""
+        await asyncio.to_thread(self.daemon.kill)
+
+    async def restart(self) -> None:
+        """Start it again, if it does not run, and return once it is ready."""
+        await asyncio.to_thread(self.daemon.ensure, lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def incus_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a gateway on the tests' daemon, which runs and is prepared once this returns."""
+    said: list[str] = []
+    try:
+        environment.up(said.append)
+    except HostError as error:
+        pytest.fail(f"the tests' Incus cannot be prepared: {error.message}\n" + "\n".join(said))
+    return environment.settings(state_dir=tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture
+async def incusd(incus_settings: Settings) -> AsyncIterator[Incusd]:
+    """The daemon; runs again after the test, whatever the test did to it."""
+    handle = Incusd(Daemon.at(incus_settings.incus_socket))
+    yield handle
+    await handle.restart()
+
+
+async def _make(
+    made: list[Container], prefix: str, settings: Settings, *, start: bool, ready: bool
+) -> Container:
+    container = Container(f"t-{prefix}-{os.getpid()}-{next(_numbers)}")
+    made.append(container)
+    words = (
+        *("create" if not start else "launch", settings.image, container.name, "--profile", settings.profile),
+        *("--config", f"{environment.OWNER}={environment.owner(os.getpid())}"),
+    )
+    await asyncio.to_thread(environment.incus, *words)
+    if start and ready:
+        # Exits 1 for "degraded", which is a state to be tested, not a reason to stop here.
+        await asyncio.to_thread(container.run, "systemctl", "is-system-running", "--wait", check=False)
+        await asyncio.to_thread(container.address)
+    return container
+
+
+async def _destroy(made: list[Container]) -> None:
+    for container in made:
+        done = await asyncio.to_thread(environment.incus, "delete", "--force", container.name, check=False)
+        # A test may have destroyed it itself.
+        assert done.returncode == 0 or b"not found" in done.stderr.lower(), done.stderr
+
+
+@pytest.fixture
+async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
+    """A function that makes tenants, `await make_tenant(start=True, ready=False)`; they end with the test.
+
+    `ready` waits for the container's systemd and for its address, a second more.
+    """
+    made: list[Container] = []
+
+    async def make(*, start: bool = True, ready: bool = False) -> Container:
+        return await _make(made, "test", incus_settings, start=start, ready=ready)
+
+    yield make
+    await _destroy(made)
+
+
+@pytest.fixture
+async def tenant(make_tenant: MakeTenant) -> Container:
+    """A fresh running tenant of this test alone."""
+    return await make_tenant()
+
+
+@pytest.fixture(scope="session")
+async def shared_tenant(incus_settings: Settings) -> AsyncIterator[Container]:
+    """One running tenant for all tests that leave no trace in it."""
+    made: list[Container] = []
+    yield await _make(made, "shared", incus_settings, start=True, ready=True)
+    await _destroy(made)
+
+
+@pytest.fixture
+def workspace(tenant: Container, incus_settings: Settings) -> Path:
+    """The host's path of a fresh tenant's workspace, through its init's root."""
+    return Path(f"/proc/{tenant.pid}/root{incus_settings.workspace}")

@@ -1,0 +1,127 @@
+"""Runs the tests' own incusd, beside an operator's: other folder, bridge, subnet and pool.
+
+`up` and `down` are what `tests/run` calls around pytest; the fixtures call `up` too, so that pytest alone
+works. GATEWAY_TEST_HOST=N names another such host, for a second run at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gateway.host import HostError, Report, image
+from gateway.host.daemon import Daemon, cannot_run
+from gateway.host.setup import setup
+from gateway.settings import Settings
+
+HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0"))
+INCUS_DIR = Path(f"/var/lib/incus-gateway-test{HOST or ''}")
+OWNER = "user.gateway.test-owner"
+"""Marks the containers of the fixtures with the test process that made them, `PID:START`."""
+
+
+def settings(**changes: Any) -> Settings:
+    """Return the settings of the tests' Incus; `changes` override fields."""
+    fields: dict[str, Any] = {
+        "incus_socket": INCUS_DIR / "unix.socket",
+        "network": f"gwtestbr{HOST}",
+        "network_ipv4": f"10.83.{HOST}.1/24",
+        "pool": "gwtest",
+        "tenant_disk": "2GiB",
+        "state_dir": INCUS_DIR / "gateway",
+        "listen": "127.0.0.1:0",
+    }
+    return Settings(**(fields | changes))
+
+
+def daemon() -> Daemon:
+    return Daemon(INCUS_DIR)
+
+
+def incus(
+    *words: str, check: bool = True, stdin: bytes = b"", timeout: float = 60
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the `incus` command against the tests' daemon; independent of the code under test."""
+    done = subprocess.run(
+        ["incus", *words],
+        env=daemon().environment,
+        capture_output=True,
+        check=False,
+        timeout=timeout,
+        input=stdin,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(
+            f"incus {' '.join(words)}: {done.returncode}: {done.stderr.decode(errors='replace')}"
+        )
+    return done
+
+
+def owner(pid: int) -> str | None:
+    """Return `PID:START` of a living process, or None."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{pid}:{fields[19]}"
+
+
+def instances() -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(incus("list", "--format=json").stdout)
+    return listed
+
+
+def up(report: Report) -> bool:
+    """Have daemon, network, pool, profile and image; return whether the daemon had to be started.
+
+    Containers that a killed run left are removed: all, where no daemon ran (it is ours alone), else those
+    whose test process is gone. Raises `HostError`.
+    """
+    if reason := cannot_run():
+        raise HostError(reason)
+    started = daemon().ensure(report)
+    for instance in instances():
+        mark = instance["config"].get(OWNER)
+        if started or (mark and owner(int(mark.partition(":")[0])) != mark):
+            report(f"removing {instance['name']}, left by an earlier run")
+            incus("delete", "--force", instance["name"], check=False)
+    setup(settings(), report)
+    image.build(settings(), report)
+    return started
+
+
+def down(report: Report) -> None:
+    """Remove the tests' containers and stop the daemon; pool and image stay for the next run."""
+    if daemon().answers():
+        for instance in instances():
+            incus("delete", "--force", instance["name"], check=False)
+    if daemon().stop():
+        report("stopped the tests' incusd")
+
+
+def main(words: list[str]) -> int:
+    """Do `up`, `down` or `why-not`. `up` exits 3 where it had to start the daemon, 0 where one ran."""
+    try:
+        match words:
+            case ["up"]:
+                return 3 if up(print) else 0
+            case ["down"]:
+                down(print)
+                return 0
+            case ["why-not"]:
+                print(cannot_run() or "")
+                return 0
+            case _:
+                print("usage: python -m tests.integration.environment up|down|why-not", file=sys.stderr)
+                return 2
+    except HostError as error:
+        print(f"failed: {error.message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

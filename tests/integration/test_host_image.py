@@ -1,0 +1,58 @@
+"""The base image as its user meets it."""
+
+from __future__ import annotations
+
+from tests.integration.conftest import Container
+
+
+def test_boots_without_a_failed_unit(shared_tenant: Container) -> None:
+    """systemd reports `running`, so that a tenant's own failed unit stands out."""
+    assert (
+        shared_tenant.sh("systemctl is-system-running; systemctl --failed --no-legend").strip() == "running"
+    )
+
+
+def test_address_comes_from_dhcp_with_dns(shared_tenant: Container) -> None:
+    """networkd takes its address, route and resolver from the bridge."""
+    address = shared_tenant.address()
+    assert address.startswith("10.83.")
+    assert shared_tenant.sh("ip -4 route show default").startswith("default via 10.83.")
+    assert "10.83." in shared_tenant.sh("resolvectl dns eth0")
+
+
+def test_user_site_owns_its_workspace(shared_tenant: Container) -> None:
+    """The user of every command: uid and gid 1000, a home, a workspace that it may write."""
+    assert shared_tenant.sh("id -u; id -g; echo $HOME", user=1000).split()[:2] == ["1000", "1000"]
+    assert shared_tenant.sh("stat -c %U:%G:%a /srv/site /home/site").split()[0] == "site:site:755"
+    shared_tenant.sh("touch /srv/site/.probe && rm /srv/site/.probe", user=1000)
+
+
+def test_bun_runs_javascript_as_site(shared_tenant: Container) -> None:
+    """Bun is on everybody's PATH and runs code; `node` is Bun for scripts that ask for it."""
+    assert shared_tenant.sh("bun -e 'console.log(6 * 7)'", user=1000).strip() == "42"
+    assert shared_tenant.sh("node -e 'console.log(6 * 7)'", user=1000).strip() == "42"
+
+
+def test_bun_installs_from_the_registry(shared_tenant: Container) -> None:
+    """DNS, NAT and certificates work together: a package arrives."""
+    said = shared_tenant.sh(
+        "d=$(mktemp -d) && cd $d && echo '{}' > package.json && HOME=$d bun add is-number@7.0.0 2>&1; "
+        "test -f node_modules/is-number/package.json && echo arrived; rm -rf $d",
+        user=1000,
+    )
+    assert "arrived" in said, said
+
+
+def test_two_tenants_differ_in_machine_id(shared_tenant: Container, tenant: Container) -> None:
+    """The image carries no machine id; each container makes its own."""
+    ids = [
+        c.sh("systemd-machine-id-setup --print 2>/dev/null; cat /etc/machine-id").split()[-1]
+        for c in (shared_tenant, tenant)
+    ]
+    assert len(set(ids)) == 2
+
+
+def test_journal_is_kept_on_disk_and_small(shared_tenant: Container) -> None:
+    """The site's log survives a restart and cannot eat the quota."""
+    assert shared_tenant.sh("ls -d /var/log/journal/*").strip()
+    assert "SystemMaxUse=64M" in shared_tenant.sh("systemd-analyze cat-config systemd/journald.conf")

@@ -1,0 +1,216 @@
+"""What a hostile tenant tries, from inside a container."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Interface
+
+import pytest
+
+from gateway.settings import Settings
+from tests.integration import environment
+from tests.integration.conftest import Container, MakeTenant
+
+# Bash's own sockets: 0 connected, 1 refused or rejected, 124 dropped without an answer.
+CONNECT = "timeout 2 bash -c 'exec 3<>/dev/tcp/{host}/{port}' 2>&1"
+
+
+def reaches(tenant: Container, host: str, port: int) -> bool:
+    return tenant.run("sh", "-c", CONNECT.format(host=host, port=port), check=False).returncode == 0
+
+
+def host_addresses() -> list[str]:
+    listed = json.loads(subprocess.run(["ip", "-json", "-4", "addr"], capture_output=True, check=True).stdout)
+    return [
+        info["local"]
+        for link in listed
+        for info in link["addr_info"]
+        if not IPv4Address(info["local"]).is_loopback
+    ]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def host_service() -> Iterator[int]:
+    """A service of the host on all its addresses; yields its port."""
+    server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), _Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+async def neighbours(make_tenant: MakeTenant) -> tuple[Container, Container]:
+    return await make_tenant(ready=True), await make_tenant(ready=True)
+
+
+def serve(tenant: Container, port: int = 8000) -> None:
+    """Let a tenant answer on a port of all its addresses, and prove that it does."""
+    tenant.sh(
+        f"systemd-run --quiet --unit=probe-{port} bun -e "
+        f'\'Bun.serve({{port: {port}, hostname: "0.0.0.0", fetch: () => new Response("hi")}})\''
+        "; for i in $(seq 50); do "
+        f"curl -s -o /dev/null http://127.0.0.1:{port} && exit 0; sleep 0.1; done; exit 1"
+    )
+
+
+def test_a_tenant_cannot_reach_its_neighbour(neighbours: tuple[Container, Container]) -> None:
+    """Port isolation: no TCP, no ping, no ARP to another tenant on the same bridge."""
+    one, other = neighbours
+    serve(other)
+    address = other.address()
+    with socket.create_connection((address, 8000), timeout=5):
+        pass  # the host reaches it, so that a failure below is the isolation's doing
+    assert not reaches(one, address, 8000)
+    assert one.run("ping", "-c1", "-W1", address, check=False).returncode != 0
+    assert "lladdr" not in one.sh(f"ip neigh show {address}")
+
+
+def test_a_tenant_cannot_reach_the_host(
+    neighbours: tuple[Container, Container], host_service: int, incus_settings: Settings
+) -> None:
+    """Nothing that listens on the host answers: not on the bridge, not on any other of its addresses."""
+    one, _ = neighbours
+    bridge = str(IPv4Interface(incus_settings.network_ipv4).ip)
+    addresses = host_addresses()
+    assert bridge in addresses
+    for address in addresses:
+        with socket.create_connection((address, host_service), timeout=5):
+            pass
+        assert not reaches(one, address, host_service), address
+
+
+@pytest.mark.parametrize(
+    "network", ["10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254"]
+)
+def test_private_networks_are_dropped(shared_tenant: Container, network: str) -> None:
+    """A connection into a private range dies without an answer: dropped at the bridge, not routed on."""
+    counter = shared_tenant.run("sh", "-c", CONNECT.format(host=network, port=80), check=False)
+    assert counter.returncode == 124, counter
+
+
+def test_private_packets_never_leave_the_host(shared_tenant: Container, incus_settings: Settings) -> None:
+    """A packet to a private address that the host itself would answer is dropped by the ACL's rule."""
+    with_alias = ["ip", "address", "add", "172.31.255.1/32", "dev", "lo"]
+    subprocess.run(with_alias, check=True)
+    try:
+        with socket.create_server(("172.31.255.1", 0)) as server:
+            assert not reaches(shared_tenant, "172.31.255.1", server.getsockname()[1])
+    finally:
+        subprocess.run(["ip", "address", "del", "172.31.255.1/32", "dev", "lo"], check=True)
+
+
+def test_names_resolve_but_not_those_of_neighbours(neighbours: tuple[Container, Container]) -> None:
+    """DNS works for the outside; the bridge's server tells no tenant's name."""
+    one, other = neighbours
+    # Whatever the outside answers, the bridge's resolver does: an answer or "no such name", no timeout.
+    said = one.sh("resolvectl query --legend=no deb.debian.org 2>&1", check=False)
+    assert "timed out" not in said.lower(), said
+    for name in (other.name, f"{other.name}.incus"):
+        assert one.run("getent", "ahostsv4", name, check=False).returncode != 0
+
+
+def test_a_stolen_address_leads_nowhere(neighbours: tuple[Container, Container]) -> None:
+    """Under its neighbour's address a tenant gets no packet out, and the neighbour keeps its traffic."""
+    one, other = neighbours
+    serve(other)
+    address = other.address()
+    one.sh(f"ip address add {address}/24 dev eth0")
+    said = one.sh(f"curl -sS --interface {address} --max-time 3 http://1.1.1.1 2>&1", check=False)
+    assert "timed out" in said or "Timeout" in said, said
+    with socket.create_connection((address, 8000), timeout=5):
+        pass  # still the neighbour: `one` does not listen there
+
+
+def test_a_foreign_mac_gets_no_packet_out(neighbours: tuple[Container, Container]) -> None:
+    """With another hardware address than Incus gave it, a tenant resolves no name and gets no lease."""
+    one, _ = neighbours
+    resolves = ("timeout", "5", "bash", "-c", f"exec 3<>/dev/tcp/{_gateway(one)}/53")
+    assert one.run(*resolves, check=False).returncode == 0
+    one.sh("ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:99; ip link set eth0 up; sleep 1")
+    assert one.run(*resolves, check=False).returncode != 0
+
+
+def _gateway(tenant: Container) -> str:
+    return tenant.sh("resolvectl dns eth0").split()[-1]
+
+
+def test_no_ipv6_passes(neighbours: tuple[Container, Container]) -> None:
+    """A tenant that gives itself IPv6 link-local addresses still reaches nobody by them."""
+    one, other = neighbours
+    for tenant, number in ((one, 1), (other, 2)):
+        tenant.sh(
+            "sysctl -q -w net.ipv6.conf.eth0.disable_ipv6=0; "
+            f"ip -6 address add fe80::{number}/64 dev eth0 nodad; ip link set eth0 up"
+        )
+    assert one.run("ping", "-6", "-c1", "-W1", "fe80::2%eth0", check=False).returncode != 0
+
+
+async def test_memory_is_a_hard_limit(make_tenant: MakeTenant, incus_settings: Settings) -> None:
+    """A process that takes more than the limit is killed; the container lives on."""
+    tenant = await make_tenant()
+    done = tenant.run(
+        "bun",
+        "-e",
+        "const a=[]; for (let i=0;i<2000;i++) a.push(Buffer.alloc(1<<20, 1)); console.log('took 2 GB')",
+        user=1000,
+        check=False,
+    )
+    assert done.returncode == 137, done
+    assert tenant.sh("echo alive").strip() == "alive"
+
+
+async def test_processes_are_limited(make_tenant: MakeTenant, incus_settings: Settings) -> None:
+    """A fork bomb stops at the limit: bash gives up, and no more processes than allowed exist."""
+    tenant = await make_tenant()
+    bomb = tenant.run(
+        "bash", "-c", "for i in $(seq 1000); do sleep 60 & done", user=1000, check=False, timeout=100
+    )
+    assert bomb.returncode == 254, bomb  # bash's exit when it cannot fork
+    state = json.loads(environment.incus("query", f"/1.0/instances/{tenant.name}/state").stdout)
+    limit = incus_settings.tenant_processes
+    assert limit - 50 < state["processes"] <= limit
+
+
+async def test_disk_is_limited(make_tenant: MakeTenant, incus_settings: Settings) -> None:
+    """Writing past the quota fails with its error, and the tenant can make room again."""
+    tenant = await make_tenant()
+    said = tenant.sh(
+        "dd if=/dev/zero of=/srv/site/big bs=1M count=3000 conv=fsync 2>&1", user=1000, check=False
+    )
+    assert "quota exceeded" in said.lower() or "no space" in said.lower(), said
+    tenant.sh("rm /srv/site/big; sync; echo ok > /srv/site/small", user=1000)
+
+
+async def test_cpu_is_limited(make_tenant: MakeTenant) -> None:
+    """With limits.cpu = 1 a tenant is pinned to one CPU."""
+    tenant = await make_tenant()
+    assert tenant.sh("nproc").strip() == "1"
+
+
+async def test_tenants_have_uids_of_their_own(neighbours: tuple[Container, Container]) -> None:
+    """Two tenants' root users are two different, powerless users of the host."""
+    maps = [c.sh("cat /proc/self/uid_map").split()[1] for c in neighbours]
+    assert len(set(maps)) == 2
+    assert "0" not in maps
+
+
+async def test_no_host_socket_inside(shared_tenant: Container) -> None:
+    """The guest API socket of Incus is not handed to tenants."""
+    assert shared_tenant.run("test", "-e", "/dev/incus/sock", check=False).returncode != 0
