@@ -74,11 +74,13 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 600.0,
+    holding: tuple[int, ...] = (),
 ) -> str:
     """Run a program of the host and return its output.
 
     Raises `HostError` with the end of what it said and `fix`, which tells the reader what to do.
-    `timeout` is in seconds.
+    `timeout` is in seconds. `holding` are descriptors of locks: should this process be killed, its child
+    holds them until it ends too.
     """
     words = [str(word) for word in command]
     try:
@@ -87,6 +89,7 @@ def run(
             cwd=cwd,
             env=env,
             timeout=timeout,
+            pass_fds=holding,
             check=False,
             stdin=subprocess.DEVNULL,
             capture_output=True,

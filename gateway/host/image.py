@@ -240,11 +240,11 @@ def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: b
     if not rebuild and _imported(incus, settings.image) == definition.digest:
         steps.run(f"image {settings.image}", lambda: None, unchanged=f"definition {definition.digest}")
         return steps.changes
-    with _alone(cache, report):
+    with _alone(cache, report) as lock:
         artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
         if rebuild or not (artefact.metadata.exists() and artefact.rootfs.exists()):
             with _workplace(cache) as place:
-                _build(definition, place, steps, artefact)
+                _build(definition, place, steps, artefact, lock)
         steps.run(
             f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
         )
@@ -256,8 +256,11 @@ def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: b
 
 
 @contextlib.contextmanager
-def _alone(cache: Path, report: Report) -> Iterator[None]:
-    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact."""
+def _alone(cache: Path, report: Report) -> Iterator[int]:
+    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact.
+
+    Yields the lock's descriptor for the programs of the build, which may outlive a killed builder.
+    """
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
@@ -265,7 +268,7 @@ def _alone(cache: Path, report: Report) -> Iterator[None]:
         except BlockingIOError:
             report("waiting for another build of the image to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 @contextlib.contextmanager
@@ -291,13 +294,13 @@ def _clear(place: Path) -> None:
     shutil.rmtree(place)
 
 
-def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact) -> None:
+def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact, lock: int) -> None:
     bun, tree = place / "bun", place / "tree"
     made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
-    steps.run(f"Bun {BUN} ({definition.bun})", lambda: _fetch_bun(definition, place, bun))
+    steps.run(f"Bun {BUN} ({definition.bun})", lambda: _fetch_bun(definition, place, bun, lock))
     steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
-    steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, bun))
-    steps.run("packing", lambda: _pack(definition, tree, made))
+    steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, bun, lock))
+    steps.run("packing", lambda: _pack(definition, tree, made, lock))
     # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
     for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
         with source.open("rb") as file:
@@ -305,7 +308,7 @@ def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact
         source.replace(target)
 
 
-def _fetch_bun(definition: Definition, place: Path, bun: Path) -> str:
+def _fetch_bun(definition: Definition, place: Path, bun: Path, lock: int) -> str:
     package = f"@oven/bun-linux-{definition.bun}@{BUN}"
     environment = {
         **os.environ,
@@ -316,6 +319,7 @@ def _fetch_bun(definition: Definition, place: Path, bun: Path) -> str:
         ["npm", "pack", "--silent", "--pack-destination", place, package],
         cwd=place,
         env=environment,
+        holding=(lock,),
         fix="check that this machine reaches the npm registry (npm ping), then run again",
     )
     tarball = next(place.glob("*.tgz"), None)
@@ -346,7 +350,7 @@ def check_integrity(file: Path, expected: str) -> None:
         )
 
 
-def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path) -> str:
+def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path, lock: int) -> str:
     overlay = place / "overlay"
     files = {
         "etc/systemd/network/10-eth0.network": NETWORK,
@@ -394,6 +398,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path) -> st
             tree,
         ],
         env={**os.environ, "TMPDIR": str(place)},
+        holding=(lock,),
         fix="check that this machine reaches a Debian mirror (apt-get update), then run again",
         timeout=1800.0,
     )
@@ -408,12 +413,13 @@ def _apt_options() -> list[str]:
     return [line for line in lines if wanted.match(line) and not line.endswith('""')]
 
 
-def _pack(definition: Definition, tree: Path, made: Artefact) -> str:
+def _pack(definition: Definition, tree: Path, made: Artefact, lock: int) -> str:
     run(
         [
             *("mksquashfs", tree, made.rootfs),
             *("-comp", "zstd", "-Xcompression-level", "6", "-noappend", "-no-progress", "-quiet"),
         ],
+        holding=(lock,),
         fix="see whether the disk is full, then run again",
     )
     text = json.dumps(image_metadata(definition), indent=2).encode()  # JSON is YAML

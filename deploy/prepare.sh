@@ -1,0 +1,110 @@
+# Sourced by deploy/quickstart and tests/run: what must be there before any Python of ours can run.
+# Defines functions only. Works with bash 3.2, so that a laptop's own bash can say why it will not do.
+
+step_started=0
+step() { # NAME: begins a step
+  step_name=$1
+  step_started=$SECONDS
+}
+
+done_step() { # WHAT: ends it
+  printf '==> %s: %s (%d s)\n' "$step_name" "$1" "$((SECONDS - step_started))"
+}
+
+die() { # MESSAGE: ends the script with what to do
+  printf 'failed: %s: %s\n' "${step_name:-start}" "$1" >&2
+  exit 1
+}
+
+# A private log of noisy commands, shown only where they fail.
+quietly() { # COMMAND…
+  local log
+  log=$(mktemp) || return 1
+  if "$@" >"$log" 2>&1 </dev/null; then
+    rm -f "$log"
+    return 0
+  fi
+  tail -n 15 "$log" | sed 's/^/    /' >&2
+  rm -f "$log"
+  return 1
+}
+
+apt() { # ARGUMENTS…: apt-get that asks nothing and waits for another apt to end
+  DEBIAN_FRONTEND=noninteractive quietly apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"
+}
+
+missing_packages() { # PACKAGE…: prints those that are not installed
+  local package
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || printf '%s\n' "$package"
+  done
+}
+
+install_packages() { # PACKAGE…
+  # An interrupted dpkg refuses everything until this is done; it is quick where there is nothing to do.
+  quietly dpkg --configure -a || die "dpkg is in a broken state; repair it with: apt-get -f install"
+  apt install --no-install-recommends "$@" && return 0
+  # Lists older than the mirror, or none on a fresh machine.
+  apt update || die "apt-get update fails: check the network and /etc/apt, then run this again"
+  apt install --no-install-recommends "$@" ||
+    die "these packages cannot be installed: $*; see the lines above (Incus needs Debian 13 or Ubuntu 24.04)"
+}
+
+host_packages() { # CHECKOUT: prints every package that the host needs
+  grep -v '^#' "$1/deploy/packages"
+  command -v npm >/dev/null 2>&1 || printf 'npm\n'
+  # Gives tenants their own view of memory and CPUs; where systemd does not run, nothing would start it.
+  [ -d /run/systemd/system ] && printf 'lxcfs\n'
+  return 0
+}
+
+good_python() { # PYTHON: at least 3.11, and able to make an environment with pip in it
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() { # prints the path of a good Python
+  local candidate path
+  # The system's own first: it stays when a version manager's is removed.
+  for candidate in /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
+    path=$(command -v "$candidate" 2>/dev/null) || continue
+    if good_python "$path"; then
+      printf '%s\n' "$path"
+      return 0
+    fi
+  done
+  return 1
+}
+
+ensure_python() { # sets $python
+  python=$(find_python) && return 0
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    install_packages python3 python3-venv
+    python=$(find_python) && return 0
+  fi
+  die "no Python 3.11 or newer with venv was found; install one (Debian, Ubuntu: apt-get install python3-venv)"
+}
+
+digest() { # reads stdin, prints one word
+  cksum | tr -s ' \t' '-'
+}
+
+checkout_digest() { # CHECKOUT: changes whenever what pip would install does
+  (cd "$1" && find pyproject.toml README.md LICENSE gateway clients/python -type f \
+    ! -path '*/__pycache__/*' ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum | digest)
+}
+
+# An environment with the project in it. The stamp is written last: without it, what is there is not trusted.
+ensure_venv() { # VENV STAMP PIP-ARGUMENTS…
+  local venv=$1 stamp=$2
+  shift 2
+  [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null && return 1
+  rm -f "$venv/.stamp"
+  if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+    rm -rf "$venv"
+    mkdir -p "$(dirname "$venv")"
+    quietly "$python" -m venv "$venv" || die "cannot make a Python environment in $venv with $python"
+  fi
+  quietly "$venv/bin/python" -m pip install --disable-pip-version-check "$@" ||
+    die "pip cannot install the project; check that this machine reaches a Python package index, then run this again"
+  printf '%s\n' "$stamp" >"$venv/.stamp"
+}
