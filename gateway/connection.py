@@ -22,6 +22,7 @@ from gateway.auth import Token
 from gateway.errors import (
     Cancelled,
     Conflict,
+    Forbidden,
     GatewayError,
     InvalidParams,
     NotFound,
@@ -38,6 +39,14 @@ from gateway.tools.toolbox import Toolbox, ToolSession
 log = logging.getLogger(__name__)
 
 _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
+
+
+CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
+    Unauthorized: CloseCode.UNAUTHORIZED,
+    Forbidden: CloseCode.FORBIDDEN,
+    NotFound: CloseCode.UNKNOWN_TENANT,
+    RateLimited: CloseCode.TOO_MANY,
+}
 
 
 @dataclass
@@ -139,19 +148,15 @@ class Connection:
                 "websocket of %s ended: %d, %d ms", self._tenant, code, (time.monotonic() - began) * 1000
             )
 
-    def drain(self, retry_after_ms: int) -> None:
-        """Tell the client to come back later, and close."""
-        self._spawn(self._drain(retry_after_ms))
-
-    async def _drain(self, retry_after_ms: int) -> None:
+    def announce_draining(self, retry_after_ms: int) -> None:
+        """Tell the client that the gateway is about to end."""
         text = protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})
-        try:
-            async with asyncio.timeout(1):  # a client that does not read is not waited for
-                await self._send(text)
-        except TimeoutError:
-            pass
-        finally:
-            self._close(CloseCode.DRAINING, "draining")
+        self._spawn(self._send(text))
+
+    def close(self, code: int, reason: str) -> None:
+        """End the connection with this code, soon. The first reason counts."""
+        if not self._closing.done():
+            self._closing.set_result(_Closed(code, reason))
 
     # --- the socket ---------------------------------------------------------------------------------
 
@@ -180,8 +185,8 @@ class Connection:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
-        data, text = message.get("bytes"), message.get("text")
-        event = self._wire.receive_text(text) if data is None else self._wire.receive_binary(data)
+        data = message.get("bytes")
+        event = self._wire.receive_text(message["text"]) if data is None else self._wire.receive_binary(data)
         match event:
             case protocol.Request():
                 await self._start(event)
@@ -207,11 +212,7 @@ class Connection:
                 await self._socket.send_bytes(frame)
         except (WebSocketDisconnect, RuntimeError):
             # starlette raises RuntimeError for a send after the close was seen
-            self._close(1006, "")
-
-    def _close(self, code: int, reason: str) -> None:
-        if not self._closing.done():
-            self._closing.set_result(_Closed(code, reason))
+            self.close(1006, "")
 
     async def _say_goodbye(self, code: int, reason: str) -> None:
         if code in (1005, 1006):
@@ -273,9 +274,9 @@ class Connection:
         except GatewayError as error:
             reply = protocol.failure(request.id, error)
             if request.method == "initialize":
-                code = CloseCode.UNAUTHORIZED if isinstance(error, Unauthorized) else CloseCode.UNKNOWN_TENANT
+                code = CLOSE_CODES.get(type(error), 1011)
                 await self._send(reply)
-                self._close(code, error.message)
+                self.close(code, error.message)
                 return
         except asyncio.CancelledError:
             if not pending.cancelled:  # the connection ends: nobody reads an answer
@@ -338,7 +339,12 @@ class Connection:
         assert self._session is not None
         token = self._require(self._hub.toolbox.scope(params.name))
         result = await self._hub.toolbox.call(
-            self._tenant, self._session, params.name, params.arguments, by=token.subject
+            self._tenant,
+            self._session,
+            params.name,
+            params.arguments,
+            by=token.subject,
+            call_id=params.call_id,
         )
         return _Answer(result.encoded)
 
@@ -460,7 +466,7 @@ class Connection:
                     await self._send(protocol.pack_frame(stream, channel, data))
             except TimeoutError:
                 # nothing can be said to a socket that takes nothing; the client resumes from its offset
-                self._close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+                self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
                 return
             cursor.taken(len(data))
 

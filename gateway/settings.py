@@ -118,6 +118,8 @@ class Settings(BaseSettings):
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
     max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")
 
+    receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
+
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")
     events_keepalive: float = Field(15.0, gt=0, description="seconds between SSE comment lines")

@@ -45,6 +45,11 @@ class Execs:
     ) -> None:
         await self.end_all()
 
+    @property
+    def running(self) -> int:
+        """How many commands run now, of all tenants."""
+        return sum(exec_.state == "running" for execs in self._execs.values() for exec_ in execs.values())
+
     async def start(
         self,
         tenant: str,

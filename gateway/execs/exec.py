@@ -184,11 +184,10 @@ class Exec:
             await self.process.aclose()
             if self._lingering is not None:
                 self._lingering.cancel()
-            offsets = {name: stream.tail.end for name, stream in self.streams.items()}
+            offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
+            offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
-            self.ended.set_result(
-                Ended(self._reason, code, signal, duration, {"stdout": 0, "stderr": 0, **offsets})
-            )
+            self.ended.set_result(Ended(self._reason, code, signal, duration, offsets))
 
     def attach(self, offsets: Mapping[str, int] | None = None) -> Attachment:
         """Start to read from the given offsets (default: the beginning)."""

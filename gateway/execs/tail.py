@@ -33,7 +33,7 @@ class Tail:
             self.start += len(self._chunks.popleft())
 
     def read(self, offset: int) -> bytes:
-        """Return some bytes from `offset` on, b"" at the end. Raises `ValueError` for one that is not kept."""
+        """Return some bytes from `offset` on, b"" at the end. Raises `ValueError` where it is not kept."""
         if not self.start <= offset <= self.end:
             raise ValueError(f"offset {offset} is not in {self.start}..{self.end}")
         position = self.end

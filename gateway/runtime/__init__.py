@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
@@ -132,7 +133,12 @@ class TenantEvent:
 
 
 class TenantRuntime(Protocol):
-    """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`."""
+    """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`.
+
+    `roots` are the host's folders below which every `FilesystemRoot` lies.
+    """
+
+    roots: tuple[Path, ...]
 
     async def list(self) -> list[Tenant]: ...
 

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -91,6 +92,8 @@ class IncusRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
+        self._pools = settings.incus_socket.parent / "storage-pools"
+        self.roots: tuple[Path, ...] = (self._pools,)
         self._located: dict[str, _Located] = {}
         self._watching = False
 
@@ -385,11 +388,11 @@ class IncusRuntime:
         settings, config = self._settings, instance["config"]
         project = settings.incus_project
         folder = name if project == "default" else f"{project}_{name}"
-        pools = settings.incus_socket.parent / "storage-pools"
+        pool = instance["expanded_devices"]["root"]["pool"]
         idmap = _idmap(config.get("volatile.idmap.current") or config.get("volatile.idmap.next") or "[]")
         return FilesystemRoot(
             tenant=name,
-            path=pools / instance["expanded_devices"]["root"]["pool"] / "containers" / folder / "rootfs",
+            path=self._pools / pool / "containers" / folder / "rootfs",
             workspace=settings.workspace,
             uid=settings.workspace_uid,
             gid=settings.workspace_uid,

@@ -21,6 +21,7 @@ import sys
 import termios
 import time
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -53,6 +54,7 @@ class LocalRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._home = settings.state_dir / "tenants"
+        self.roots: tuple[Path, ...] = (self._home,)
         self._running: dict[str, set[LocalProcess]] = {}
         self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=1000)
 

@@ -18,6 +18,7 @@ LEVELS = (
     {"deployments", "caddy", "host"},
     {"connection", "mcp", "metrics"},
     {"app"},
+    {"server"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

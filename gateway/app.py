@@ -1,0 +1,545 @@
+"""Wires the gateway into one ASGI application: routes, what lives for the process, the shutdown order.
+
+It decides nothing: requests are checked and handed to the rooms that know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Annotated, Any, Final
+
+import orjson
+from pydantic import Field
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from gateway import __version__, auth, protocol
+from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
+from gateway.errors import (
+    Cancelled,
+    Forbidden,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.events import Bus, Filter, MemoryJournal, sse
+from gateway.execs import Attachment, Ended, Execs
+from gateway.metrics import Metrics
+from gateway.protocol import CloseCode
+from gateway.rootfs.workers import Workers
+from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
+from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
+from gateway.tools.toolbox import Toolbox
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_MS: Final = 2000
+_REQUEST_ID: Final = "x-request-id"
+
+
+class ExecBody(protocol.Params):
+    """What `POST …/exec` takes: names as HTTP has them, in snake_case."""
+
+    model_config = protocol.Params.model_config | {"alias_generator": None}
+
+    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
+    command: Annotated[str, Field(min_length=1)] | None = None
+    cwd: str | None = None
+    env: dict[str, str] = Field(default_factory=dict)
+    user: str | int | None = None
+    stdin: str | None = None
+    timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
+
+
+class SessionBody(protocol.Params):
+    token: Annotated[str, Field(max_length=auth.MAX_TOKEN)]
+
+
+class Gateway:
+    """One gateway process: everything that lives as long as it, and the application that serves it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.draining = False
+        self.bus = Bus(MemoryJournal(settings.events_kept))
+        self._secret = auth.load_secret(settings)
+        self._hub: Hub | None = None
+        self._drained: asyncio.Task[None] | None = None
+        self.metrics = Metrics(self._count_connections, self._count_execs)
+        self.app = _with_request_id(
+            Starlette(
+                routes=self._routes(),
+                lifespan=self._lifespan,
+                exception_handlers={
+                    GatewayError: _problem_handler,
+                    HTTPException: _problem_handler,
+                    ClientDisconnect: _problem_handler,
+                    Exception: _problem_handler,
+                },
+            )
+        )
+
+    def _routes(self) -> list[Route | WebSocketRoute]:
+        tenant = "/v1/tenants/{tenant}"
+        return [
+            Route("/", self._root),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._metrics),
+            Route("/v1/session", self._session_open, methods=["POST"]),
+            Route("/v1/session", self._session_close, methods=["DELETE"]),
+            Route("/v1/tenants", self._tenants),
+            Route(tenant, self._tenant),
+            Route(tenant, self._tenant_destroy, methods=["DELETE"]),
+            *(
+                Route(f"{tenant}/{action}", self._lifecycle(action), methods=["POST"])
+                for action in ("start", "stop", "restart")
+            ),
+            Route(tenant + "/metrics", self._tenant_metrics),
+            Route(tenant + "/tools/{tool}", self._tool, methods=["POST"]),
+            Route(tenant + "/exec", self._exec, methods=["POST"]),
+            Route("/v1/events", self._events),
+            WebSocketRoute(tenant + "/ws", self._websocket),
+        ]
+
+    # --- life ---------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Open everything in the order of who needs whom; close it in reverse."""
+        settings = self.settings
+        runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
+        async with contextlib.AsyncExitStack() as stack:
+            runtime: TenantRuntime = await stack.enter_async_context(runtime_type(settings))
+            workers = await stack.enter_async_context(Workers(settings, allowed=runtime.roots))
+            execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
+            toolbox = Toolbox(runtime, workers, self.bus, settings)
+            self._hub = Hub(runtime, execs, toolbox, self.bus, settings, self._verify)
+            stack.callback(self.bus.close)
+            for work in (self._watch(runtime, workers), self.metrics.follow(self.bus)):
+                task = asyncio.create_task(work)
+                stack.push_async_callback(_ended, task)
+            self.bus.publish("gateway.ready", None, {"version": __version__, "runtime": settings.runtime})
+            yield
+            await self.drain()
+
+    async def _watch(self, runtime: TenantRuntime, workers: Workers) -> None:
+        """Publish what happens to tenants, and let go of the files of those that changed."""
+        async for event in runtime.watch():
+            if event.tenant is not None:
+                await workers.forget(event.tenant)
+            self.bus.publish(event.type, event.tenant, event.data)
+
+    async def drain(self) -> None:
+        """Refuse new work, tell clients, end every command, close every stream. Idempotent."""
+        if self._drained is None:
+            self._drained = asyncio.create_task(self._drain())
+        await asyncio.shield(self._drained)
+
+    async def _drain(self) -> None:
+        self.draining = True
+        hub = self.hub
+        self.bus.publish("gateway.draining", None, {"retryAfterMs": _RETRY_AFTER_MS})
+        for connection in list(hub.connections):
+            connection.announce_draining(_RETRY_AFTER_MS)
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout / 2):
+                await hub.execs.end_all()
+        except TimeoutError:
+            log.warning("commands did not end in time")
+        for connection in list(hub.connections):
+            connection.close(CloseCode.DRAINING, "draining")
+        self.bus.close()
+
+    def _count_connections(self) -> int:
+        return 0 if self._hub is None else len(self._hub.connections)
+
+    def _count_execs(self) -> int:
+        return 0 if self._hub is None else self._hub.execs.running
+
+    @property
+    def hub(self) -> Hub:
+        if self._hub is None:
+            raise Unavailable("the gateway is starting")
+        return self._hub
+
+    # --- who asks -----------------------------------------------------------------------------------
+
+    def _verify(self, raw: str | None) -> auth.Token:
+        return auth.verify(self._secret, raw)
+
+    def _check_origin(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if not auth.origin_allowed(
+            headers.get("origin"),
+            headers.get("host"),
+            scope["scheme"],
+            self.settings.origins,
+            headers.get("x-forwarded-proto"),
+        ):
+            raise Forbidden("this origin may not ask; list it in GATEWAY_ORIGINS")
+
+    def _token(self, request: Request, scope: str | None) -> auth.Token:
+        self._check_origin(request.scope)
+        raw = auth.raw_token(request.headers.get("authorization"), request.headers.get("cookie"))
+        token = self._verify(raw)
+        if scope is not None:
+            token.require(scope)
+        return token
+
+    def _tenant_for(self, request: Request, scope: str | None) -> tuple[str, auth.Token]:
+        """Return the tenant of the path, if the token covers it and has `scope`."""
+        token = self._token(request, None)
+        name: str = request.path_params["tenant"]
+        # one that is not covered answers exactly like one that does not exist
+        if not TENANT_NAME.fullmatch(name) or not token.covers(name):
+            raise NotFound(f"no tenant {name[:63]}")
+        if scope is not None:
+            token.require(scope)
+        return name, token
+
+    # --- the gateway itself -------------------------------------------------------------------------
+
+    async def _root(self, request: Request) -> Response:
+        return PlainTextResponse(
+            f"incus-gateway {__version__}\n\nThe API is under /v1; docs/protocol.md describes it.\n"
+        )
+
+    async def _healthz(self, request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def _readyz(self, request: Request) -> Response:
+        if self.draining:
+            raise Unavailable("the gateway is draining", reason="draining")
+        await self.hub.runtime.ready()
+        return _json({"status": "ready"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.render(), media_type=self.metrics.CONTENT_TYPE)
+
+    async def _session_open(self, request: Request) -> Response:
+        self._check_origin(request.scope)
+        body = protocol.validate(SessionBody, await _read_json(request, self.settings.max_body))
+        token = self._verify(body.token)
+        response = _json({"subject": token.subject, "scopes": sorted(token.scopes), "expires": token.expires})
+        forwarded = request.headers.get("x-forwarded-proto", request.url.scheme)
+        response.set_cookie(
+            auth.COOKIE,
+            body.token,
+            max_age=max(0, int(token.expires - time.time())),
+            httponly=True,
+            samesite="strict",
+            secure=forwarded == "https",
+            path="/",
+        )
+        return response
+
+    async def _session_close(self, request: Request) -> Response:
+        self._check_origin(request.scope)
+        response = Response(status_code=204)
+        response.delete_cookie(auth.COOKIE, path="/", httponly=True, samesite="strict")
+        return response
+
+    # --- tenants ------------------------------------------------------------------------------------
+
+    async def _tenants(self, request: Request) -> Response:
+        token = self._token(request, None)
+        tenants = await self.hub.runtime.list()
+        return _json({"tenants": [_describe(tenant) for tenant in tenants if token.covers(tenant.name)]})
+
+    async def _tenant(self, request: Request) -> Response:
+        name, _ = self._tenant_for(request, None)
+        tenant = await self.hub.runtime.get(name)
+        usage = await self.hub.runtime.metrics(name) if tenant.status == "running" else None
+        return _json(_describe(tenant) | {"usage": usage})
+
+    def _lifecycle(self, action: str) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            name, _ = self._tenant_for(request, "deploy")
+            runtime = self.hub.runtime
+            match action:
+                case "start":
+                    await runtime.start(name)
+                case "stop":
+                    await runtime.stop(name)
+                case _:
+                    await runtime.restart(name)
+            return _json(_describe(await runtime.get(name)))
+
+        return handle
+
+    async def _tenant_destroy(self, request: Request) -> Response:
+        name, _ = self._tenant_for(request, "deploy")
+        await self.hub.runtime.destroy(name)
+        return Response(status_code=204)
+
+    async def _tenant_metrics(self, request: Request) -> Response:
+        name, _ = self._tenant_for(request, None)
+        return _json(await self.hub.runtime.metrics(name))
+
+    # --- tools and commands -------------------------------------------------------------------------
+
+    async def _tool(self, request: Request) -> Response:
+        toolbox, tool = self.hub.toolbox, request.path_params["tool"]
+        name, token = self._tenant_for(request, None)
+        token.require(toolbox.scope(tool))
+        arguments = await _read_json(request, self.settings.max_body)
+        if not isinstance(arguments, dict):
+            raise InvalidParams("the body is a JSON object: the tool's input")
+        session = toolbox.session(
+            name,
+            request.headers.get("x-tool-session"),
+            request.headers.get("x-read-before-write") == "1",
+        )
+        work = toolbox.call(name, session, tool, arguments, by=token.subject)
+        result = await _unless_gone(request, work)
+        return Response(result.encoded, media_type="application/json")
+
+    async def _exec(self, request: Request) -> Response:
+        name, token = self._tenant_for(request, "exec")
+        if self.draining:
+            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
+        body = protocol.validate(ExecBody, await _read_json(request, self.settings.max_body))
+        return _json(await _unless_gone(request, self._run(name, body, token.subject)))
+
+    async def _run(self, tenant: str, body: ExecBody, by: str) -> dict[str, Any]:
+        """Run a command and return its output; a caller that goes away takes the whole tree with it."""
+        execs, settings = self.hub.execs, self.settings
+        if (body.argv is None) == (body.command is None):
+            raise InvalidParams("give either argv or command")
+        exec_ = await execs.start(
+            tenant,
+            spec_of(body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None),
+            timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
+            by=by,
+        )
+        attachment = exec_.attach()
+        try:
+            if body.stdin is not None:
+                # the text is within max_body, but more than the buffer may hold: it must not wait for
+                # output that nobody reads yet
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_feed(attachment, body.stdin.encode()))
+                    collecting = group.create_task(_collect(attachment, settings.exec_output))
+                outputs = collecting.result()
+            else:
+                outputs = await _collect(attachment, settings.exec_output)
+            ended = await asyncio.shield(exec_.ended)
+        except BaseException:
+            await asyncio.shield(execs.cancel(exec_))
+            raise
+        finally:
+            attachment.close()
+        if ended.reason == "lost":
+            raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
+        return _ran(exec_.id, ended, outputs)
+
+    async def _events(self, request: Request) -> Response:
+        token = self._token(request, "events")
+        query = request.query_params
+        filter = Filter.parse(token.coverage, query.get("tenant"), query.get("deployment"), query.get("type"))
+        last = request.headers.get("last-event-id") or query.get("lastEventId")
+        return sse.response(self.bus, filter, last, self.settings)
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        try:
+            self._check_origin(websocket.scope)
+        except Forbidden as error:
+            await websocket.send_denial_response(_problem(error))
+            return
+        name: str = websocket.path_params["tenant"]
+        raw = auth.raw_token(websocket.headers.get("authorization"), websocket.headers.get("cookie"))
+        try:
+            if self.draining:
+                await _refuse(websocket, CloseCode.DRAINING, "draining")
+                return
+            if len(self.hub.connections) >= self.settings.max_connections:
+                raise RateLimited("too many connections")
+            token = None if raw is None else self._verify(raw)
+            if not TENANT_NAME.fullmatch(name) or (token is not None and not token.covers(name)):
+                raise NotFound(f"no tenant {name[:63]}")
+            if token is not None:
+                await self.hub.runtime.get(name)
+        except GatewayError as error:
+            await _refuse(websocket, CLOSE_CODES.get(type(error), 1011), error.message)
+            return
+        await Connection(websocket, name, token, self.hub).run()
+
+
+async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
+    # a browser sees a close code only of a connection that was accepted
+    offered = websocket.scope.get("subprotocols") or []
+    await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
+    await websocket.close(code, reason[:100])
+
+
+def _describe(tenant: Tenant) -> dict[str, Any]:
+    return {
+        "name": tenant.name,
+        "domain": tenant.domain,
+        "status": tenant.status,
+        "address": tenant.address,
+        "url": None if tenant.domain is None else f"https://{tenant.domain}",
+        "port": tenant.port,
+        "created": tenant.created,
+        "limits": dict(tenant.limits),
+        "location": tenant.location,
+    }
+
+
+# --- commands that are waited for ---------------------------------------------------------------------
+
+
+async def _feed(attachment: Attachment, data: bytes) -> None:
+    await attachment.exec.write(data)
+    attachment.exec.close_stdin()
+
+
+async def _collect(attachment: Attachment, limit: int) -> dict[str, tuple[bytes, bool]]:
+    """Return each stream's first `limit` bytes and whether there were more; the rest is read and dropped."""
+
+    async def one(name: StreamName) -> tuple[str, bytes, bool]:
+        kept, cut, cursor = bytearray(), False, attachment.cursors[name]
+        while data := await cursor.next():
+            room = limit - len(kept)
+            kept += data[:room]
+            cut = cut or len(data) > room
+            cursor.taken(len(data))
+        return name, bytes(kept), cut
+
+    found = await asyncio.gather(*(one(name) for name in attachment.cursors))
+    return {name: (data, cut) for name, data, cut in found}
+
+
+def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) -> dict[str, Any]:
+    return {
+        "exec": exec_id,
+        "exit_code": ended.code,
+        "signal": ended.signal,
+        "reason": ended.reason,
+        "stdout": outputs["stdout"][0].decode("utf-8", "replace"),
+        "stderr": outputs["stderr"][0].decode("utf-8", "replace"),
+        "truncated": any(cut for _, cut in outputs.values()),
+        "duration_ms": ended.duration_ms,
+    }
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """Return what `work` returns; cancel it where the client hangs up first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        await _ended(working)
+        await _ended(leaving)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it is over, whatever it ends with."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+# --- bodies and problems ------------------------------------------------------------------------------
+
+
+async def _read_json(request: Request, limit: int) -> Any:
+    """Return the JSON body. Raises `TooLarge` before more than `limit` bytes are read, `InvalidParams`."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
+
+
+def _json(value: Mapping[str, Any]) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def _problem(error: GatewayError) -> Response:
+    """Return `error` as `application/problem+json` (RFC 9457) with our `code` and its facts."""
+    body = {**error.facts, "type": "about:blank", "title": error.code, "status": error.http_status}
+    body |= {"detail": error.message, "code": error.code}
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, Unavailable | RateLimited):
+        headers["Retry-After"] = str(_RETRY_AFTER_MS // 1000)
+    return Response(
+        orjson.dumps(body), error.http_status, headers=headers, media_type="application/problem+json"
+    )
+
+
+async def _problem_handler(request: Request, error: Exception) -> Response:
+    match error:
+        case GatewayError():
+            return _problem(error)
+        case HTTPException():
+            problem: GatewayError = (
+                NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
+            )
+            response = _problem(problem)
+            response.status_code = error.status_code
+            response.headers.update(error.headers or {})
+            return response
+        case ClientDisconnect():
+            return _problem(Cancelled("the client went away"))
+        case _:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            problem = Unavailable("the gateway failed; its log says why")
+            response = _problem(problem)
+            response.status_code = 500
+            return response
+
+
+def _with_request_id(app: ASGIApp) -> ASGIApp:
+    """Echo `X-Request-Id`, or make one, on every HTTP answer."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(_REQUEST_ID, "")
+        request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            await send(message)
+
+        await app(scope, receive, send_with_id)
+
+    return wrapped

@@ -1,0 +1,438 @@
+"""The command line: reads arguments, calls the room that knows, prints for people or as JSON.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage; `exec` ends with the command's own. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Annotated, Any, NoReturn, Protocol
+
+import orjson
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from gateway import __version__, auth
+from gateway import settings as settings_module
+from gateway.errors import GatewayError, InvalidParams, NotFound
+from gateway.runtime import TENANT_NAME
+from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
+from gateway_client import Client, Exec
+
+app = typer.Typer(
+    name="incus-gateway",
+    help="One websocket in front of Incus tenant containers: commands, file tools, deploys, events.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+image_app = typer.Typer(no_args_is_help=True, help="The tenants' base image.", rich_markup_mode=None)
+app.add_typer(image_app, name="image")
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", envvar="GATEWAY_URL", help="The gateway to ask; default: this machine's."),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token", envvar="GATEWAY_TOKEN", help="A token; default: one made from this machine's secret."
+    ),
+]
+TenantName = Annotated[str, typer.Argument(metavar="TENANT")]
+
+
+def main() -> NoReturn:
+    """Run the command line; failures end as one line and exit code 1."""
+    try:
+        app()
+    except GatewayError as error:
+        _fail(error.message)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            err.print(f"setting GATEWAY_{name}: {problem['msg']}")
+        sys.exit(1)
+    except PermissionError as error:
+        _fail(f"{error.strerror}: {error.filename}; run it as root")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"incus-gateway: {message}", markup=False)
+    sys.exit(1)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+def _settings_help() -> str:
+    lines = ["Settings, as environment variables or in the TOML file that GATEWAY_CONFIG names:", ""]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f" [{field.default}]"
+        lines.append(f"GATEWAY_{name.upper()}{default}: {field.description}\n")
+    return "\n".join(lines)
+
+
+# --- the gateway --------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_settings_help())
+def serve(
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+) -> None:
+    """Serve until SIGTERM."""
+    from gateway.server import serve as run  # uvicorn and uvloop are for this command alone
+
+    run(settings_module.load(), log_level=log_level)
+
+
+@app.command()
+def setup(
+    as_json: Json = False,
+) -> None:
+    """Prepare this host: network, firewall, storage, tenant profile. Idempotent."""
+    from gateway.host.setup import setup as run
+
+    changes = run(settings_module.load(), _silent if as_json else _progress)
+    if as_json:
+        _print_json([{"step": c.step, "changed": c.changed, "detail": c.detail} for c in changes])
+
+
+@image_app.command("build")
+def image_build(
+    rebuild: Annotated[
+        bool, typer.Option(help="Build it anew even if this definition was built before.")
+    ] = False,
+) -> None:
+    """Build the base image and import it into Incus."""
+    from gateway.host.image import build
+
+    build(settings_module.load(), _progress, rebuild=rebuild)
+
+
+@app.command()
+def token(
+    tenant: Annotated[list[str], typer.Option(help="A tenant it covers; repeat for more; * for all.")],
+    scope: Annotated[
+        str, typer.Option(help="Space-separated: files:read files:write exec deploy events admin")
+    ] = "files:read files:write exec events",
+    ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
+    subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
+) -> None:
+    """Print a token. The tenants need not exist."""
+    secret = auth.load_secret(settings_module.load())
+    typer.echo(auth.issue(secret, subject, tenant, scope.replace(",", " ").split(), auth.parse_ttl(ttl)))
+
+
+# --- tenants ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def create(
+    tenant: TenantName,
+    domain: Annotated[str | None, typer.Option(help="The domain of its site")] = None,
+) -> None:
+    """Create a tenant from the base image and start it."""
+    if not TENANT_NAME.fullmatch(tenant):
+        raise InvalidParams(
+            f"{tenant!r} is no tenant name: lower-case letters, digits and dashes, 63 at most"
+        )
+    settings = settings_module.load()
+
+    async def run() -> None:
+        runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
+        async with runtime_type(settings) as runtime:
+            made = await runtime.create(tenant, domain=domain)
+        out.print(f"{made.name} is {made.status}")
+
+    asyncio.run(run())
+
+
+@app.command("list")
+def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
+    """List the tenants."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            answer = (await client.http("GET", "/v1/tenants"))["tenants"]
+        if as_json:
+            _print_json(answer)
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("tenant", "status", "address", "domain", "memory", "created"):
+            table.add_column(column)
+        for entry in answer:
+            limits = entry["limits"]
+            created = (entry["created"] or "")[:19]
+            table.add_row(
+                entry["name"],
+                entry["status"],
+                entry["address"] or "-",
+                entry["domain"] or "-",
+                limits.get("memory") or "-",
+                created,
+            )
+        out.print(table)
+
+    _run(run())
+
+
+def _lifecycle(action: str, help_text: str) -> None:
+    @app.command(action, help=help_text)
+    def command(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
+        async def run() -> None:
+            async with _client(url, token) as client:
+                target = client.tenant(tenant)
+                await (target.delete() if action == "destroy" else getattr(target, action)())
+
+        _run(run())
+
+
+_lifecycle("start", "Start a tenant.")
+_lifecycle("stop", "Stop a tenant.")
+_lifecycle("restart", "Restart a tenant.")
+_lifecycle("destroy", "Destroy a tenant and everything of it.")
+
+
+@app.command()
+def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
+    """Show what a tenant uses."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            answer = await client.tenant(tenant).metrics()
+        if as_json:
+            _print_json(answer)
+            return
+        for name, value in answer.items():
+            out.print(f"{name:22} {value}")
+
+    _run(run())
+
+
+@app.command()
+def events(
+    tenant: Annotated[list[str] | None, typer.Option(help="Only of these tenants")] = None,
+    type: Annotated[
+        list[str] | None, typer.Option(help="Only of these types; * at the end is a prefix")
+    ] = None,
+    last_event_id: Annotated[int | None, typer.Option(help="Begin after this id")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Follow what happens, until interrupted."""
+
+    async def run() -> None:
+        async with (
+            _client(url, token) as client,
+            client.events(tenant=tenant or None, types=type or None, last_event_id=last_event_id) as stream,
+        ):
+            async for event in stream:
+                if as_json:
+                    line = orjson.dumps({"id": event.id, "type": event.type, "tenant": event.tenant} | {
+                        "time": event.time, "data": event.data}).decode()  # fmt: skip
+                    print(line, flush=True)
+                else:
+                    data = orjson.dumps(event.data).decode()
+                    print(f"{event.time}  {event.type:24} {event.tenant or '-':20} {data}", flush=True)
+
+    _run(run())
+
+
+# --- commands in tenants ------------------------------------------------------------------------------
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+def exec(
+    tenant: TenantName,
+    command: Annotated[list[str], typer.Argument(metavar="[--] CMD…", help="The program and its arguments")],
+    terminal: Annotated[bool, typer.Option("-t", "--tty", help="Run it on a terminal")] = False,
+    cwd: Annotated[str | None, typer.Option(help="Folder; default: the workspace")] = None,
+    user: Annotated[str | None, typer.Option(help="User; default: the workspace's owner")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated")] = None,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Run a command in a tenant: streams both ways, forwards signals, ends with its exit code."""
+    argv = command[1:] if command and command[0] == "--" else command
+    if not argv:
+        raise typer.BadParameter("name a command after --")
+    variables = dict(_assignment(entry) for entry in env or ())
+    size = os.get_terminal_size() if terminal and sys.stdin.isatty() else None
+    pty = (size.columns, size.lines) if size is not None else ((80, 24) if terminal else None)
+
+    async def run() -> int:
+        async with (
+            _client(url, token) as client,
+            client.tenant(tenant).exec(
+                argv, cwd=cwd, user=user, env=variables, pty=pty, stdin=True
+            ) as process,
+        ):
+            return await _attend(process, terminal)
+
+    with _raw_terminal() if terminal else contextlib.nullcontext():
+        code = _run(run())
+    sys.exit(code)
+
+
+async def _attend(process: Exec, terminal: bool) -> int:
+    """Copy standard input, output and signals between us and the command; return its exit code."""
+    loop = asyncio.get_running_loop()
+    waiting: set[asyncio.Task[Any]] = set()
+
+    def later(work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
+
+    interrupts = 0
+
+    def interrupted(name: str) -> None:
+        # the second Ctrl-C means it: the whole tree goes
+        nonlocal interrupts
+        interrupts += 1
+        later(process.signal(name) if interrupts == 1 else process.cancel())
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, interrupted, number.name.removeprefix("SIG"))
+    if terminal and sys.stdin.isatty():
+
+        def resized() -> None:
+            size = os.get_terminal_size()
+            later(process.resize(size.columns, size.lines))
+
+        loop.add_signal_handler(signal.SIGWINCH, resized)
+
+    async def copy_output() -> None:
+        async for name, chunk in process.output():
+            target = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
+            # a pipe that nobody reads holds us back, and so the command
+            await loop.run_in_executor(None, _write_all, target, chunk)
+
+    feeding = asyncio.create_task(_feed(process))
+    try:
+        await copy_output()
+        exit_ = await process.wait()
+    finally:
+        for task in (feeding, *waiting):
+            task.cancel()
+        await asyncio.gather(feeding, *waiting, return_exceptions=True)
+    if exit_.reason == "lost" or exit_.code is None:
+        raise NotFound("the command's exit was lost: the tenant or Incus went away")
+    return exit_.code
+
+
+async def _feed(process: Exec) -> None:
+    """Give the command our standard input until its end."""
+    loop = asyncio.get_running_loop()
+    descriptor = sys.stdin.fileno()
+    while True:
+        readable = asyncio.Event()
+        try:
+            loop.add_reader(descriptor, readable.set)
+        except OSError:  # a plain file is always readable, and epoll refuses it
+            readable.set()
+        try:
+            await readable.wait()
+        finally:
+            with contextlib.suppress(OSError):
+                loop.remove_reader(descriptor)
+        data = os.read(descriptor, 65536)
+        if not data:
+            await process.close_stdin()
+            return
+        await process.write(data)
+
+
+class _Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+def _write_all(target: _Writable, data: bytes) -> None:
+    target.write(data)
+    target.flush()
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    tty.setraw(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _assignment(entry: str) -> tuple[str, str]:
+    name, equals, value = entry.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--env takes NAME=VALUE, not {entry!r}")
+    return name, value
+
+
+# --- asking the gateway -------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _client(url: str | None, token: str | None) -> AsyncIterator[Client]:
+    """Open a client of the named gateway, or of this machine's with a short-lived token of our own."""
+    settings = settings_module.load()
+    if token is None:
+        secret = auth.load_secret(settings)
+        token = auth.issue(secret, os.environ.get("USER", "operator"), ["*"], sorted(auth.SCOPES), 3600)
+    async with Client(url or f"http://{settings.listen}", token=token) as client:
+        yield client
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    with contextlib.suppress(BrokenPipeError):
+        return asyncio.run(work)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def _progress(line: str) -> None:
+    out.print(line, markup=False)
+
+
+def _silent(line: str) -> None:
+    pass

@@ -1,0 +1,54 @@
+"""Knows the gateway's own numbers and their Prometheus form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.process_collector import ProcessCollector
+
+from gateway.events import Bus, Filter
+
+_TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+
+
+class Metrics:
+    """Counts what the bus tells and shows what the gateway holds.
+
+    `connections` and `execs` return how many there are now.
+    """
+
+    CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+
+    def __init__(self, connections: Callable[[], int], execs: Callable[[], int]) -> None:
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(connections)
+        Gauge("gateway_execs", "Running commands.", registry=registry).set_function(execs)
+        self._events = Counter("gateway_events", "Events published, by type.", ["type"], registry=registry)
+        self._tools = Histogram(
+            "gateway_tool_seconds",
+            "Duration of tool calls, by tool and outcome.",
+            ["tool", "error"],
+            buckets=_TOOL_BUCKETS,
+            registry=registry,
+        )
+
+    async def follow(self, bus: Bus) -> None:
+        """Count events until the bus closes."""
+        async for event in bus.subscribe(Filter()):
+            self._events.labels(event.type).inc()
+            if event.type == "tool.finished":
+                error = str(event.data.get("isError", False)).lower()
+                self._tools.labels(event.data["name"], error).observe(event.data["ms"] / 1000)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)

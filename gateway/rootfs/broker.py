@@ -1,0 +1,268 @@
+"""Knows how to start a worker on a tenant's workspace: the one part of the file tools that needs root.
+
+A small process beside the gateway. It holds no network socket and reads nothing that a tenant wrote: over one
+socketpair it takes a few typed requests, and answers each with one JSON object and at most one descriptor.
+
+| request | answer |
+|---|---|
+| `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
+| `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
+| `{"do": "kill", "worker": n}` | `{}` once the process has ended |
+
+A request that fails is answered by `{"error": words}`. Where it does not run as root (the `local` runtime on a
+laptop) a worker is a plain child on the folder, and nothing but the safe paths of `tree` confines it.
+
+It is also the zygote: everything that a worker needs is imported before the first fork, so that a worker
+starts in milliseconds and shares this process' memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import orjson
+
+from gateway.rootfs import FilesystemRoot, IdMap, kernel
+from gateway.rootfs.confine import Namespaces, Plan, confine
+from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.tree import Tree
+from gateway.rootfs.worker import READY, frame, serve
+
+MESSAGE_MAX = 64 << 10  # bytes of one request or answer
+_KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """What a worker is started with. `memory` is in bytes of address space."""
+
+    root: FilesystemRoot
+    limits: Limits
+    memory: int
+
+    def wire(self) -> dict[str, Any]:
+        root = self.root
+        return {
+            "do": "spawn",
+            "tenant": root.tenant,
+            "path": str(root.path),
+            "workspace": root.workspace,
+            "uid": root.uid,
+            "gid": root.gid,
+            "shifted": root.shifted,
+            "idmap": [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in root.idmap],
+            "limits": {name: getattr(self.limits, name) for name in Limits.__slots__},
+            "memory": self.memory,
+        }
+
+    @classmethod
+    def of(cls, message: dict[str, Any]) -> Spawn:
+        """Check and take a request. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
+        # FilesystemRoot annotates a pathlib.Path; a string serves here, and spares the import in workers.
+        path = str(message["path"])
+        workspace = str(message["workspace"])
+        if not path.startswith("/") or not workspace.startswith("/") or "\0" in path + workspace:
+            raise ValueError("paths must be absolute")
+        idmap = tuple(
+            IdMap(bool(u), bool(g), int(inside), int(outside), int(size))
+            for u, g, inside, outside, size in message["idmap"]
+        )
+        root = FilesystemRoot(
+            str(message["tenant"]),
+            path,  # type: ignore[arg-type]  # see above
+            workspace,
+            int(message["uid"]),
+            int(message["gid"]),
+            idmap,
+            bool(message["shifted"]),
+        )
+        return cls(root, Limits(**message["limits"]), int(message["memory"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    pid: int
+    root: FilesystemRoot
+    inode: tuple[int, int]
+
+
+class Broker:
+    """The broker's state: its workers and what it keeps for the next."""
+
+    def __init__(self, connection: socket.socket, operations: str, allowed: tuple[str, ...]) -> None:
+        self._connection = connection
+        self._allowed = allowed
+        self._privileged = os.geteuid() == 0 and sys.platform == "linux"
+        self._namespaces = Namespaces()
+        self._children: dict[int, _Child] = {}
+        self._number = 0
+        module = importlib.import_module(operations)
+        self._operations = module.OPERATIONS
+        self._idle = module.idle
+
+    def run(self) -> None:
+        """Serve until the gateway closes its end; then end every worker."""
+        preload()
+        gc.collect()
+        gc.freeze()  # what is shared with the workers stays out of their collections, so pages stay shared
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        while True:
+            if not poll.poll(1000):
+                self._reap()
+                continue
+            message = self._connection.recv(MESSAGE_MAX)
+            if not message:
+                break
+            self._reap()
+            self._serve(message)
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+
+    def _serve(self, message: bytes) -> None:
+        passed: list[int] = []
+        try:
+            request = orjson.loads(message)
+            match request["do"]:
+                case "spawn":
+                    number, descriptor = self._spawn(Spawn.of(request))
+                    passed.append(descriptor)
+                    answer: dict[str, Any] = {"worker": number}
+                case "same":
+                    answer = {"same": self._same(int(request["worker"]))}
+                case "kill":
+                    self._kill(int(request["worker"]))
+                    answer = {}
+                case _:
+                    answer = {"error": "unknown request"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # For the log of the gateway, which knows the paths anyway.
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            socket.send_fds(self._connection, [orjson.dumps(answer)], passed)
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+
+    def _open(self, root: FilesystemRoot) -> int:
+        """Open the workspace by its host path, following no link below the container's `/`."""
+        path = str(root.path)
+        if self._allowed and not (os.path.normpath(path) + "/").startswith(self._allowed):
+            raise ValueError("not a place where tenants live")
+        flags = os.O_DIRECTORY | os.O_CLOEXEC
+        top = os.open(path, flags | (kernel.O_PATH or os.O_RDONLY) | os.O_NOFOLLOW)
+        try:
+            tree = Tree(top, "/")
+            # The folder itself must be real: the tenant owns its parents' content and may swap it.
+            return tree._open_real(root.workspace.strip("/"), flags | (kernel.O_PATH or os.O_RDONLY))
+        finally:
+            os.close(top)
+
+    def _same(self, number: int) -> bool:
+        child = self._children.get(number)
+        if child is None:
+            return False
+        try:
+            descriptor = self._open(child.root)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        return (status.st_dev, status.st_ino) == child.inode
+
+    def _spawn(self, spawn: Spawn) -> tuple[int, int]:
+        folder = self._open(spawn.root)
+        try:
+            status = os.fstat(folder)
+            plan = None
+            if self._privileged:
+                root = spawn.root
+                uid, gid = root.outside(root.uid, root.gid)
+                namespace = self._namespaces.get(root.idmap) if root.idmap and not root.shifted else None
+                plan = Plan(folder, namespace, uid, gid, spawn.memory, spawn.limits.write_max)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                pid = os.fork()
+                if pid == 0:
+                    ours.close()
+                    self._become(theirs, folder, plan, spawn)
+        finally:
+            os.close(folder)
+        self._number += 1
+        self._children[self._number] = _Child(pid, spawn.root, (status.st_dev, status.st_ino))
+        return self._number, ours.detach()
+
+    def _become(self, connection: socket.socket, folder: int, plan: Plan | None, spawn: Spawn) -> NoReturn:
+        """Be a worker, in the forked child; never return."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            if plan is not None:
+                layers = confine(plan, keep=connection.fileno())
+                folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                layers = ()
+                self._connection.close()
+                if not kernel.O_PATH:
+                    folder = os.dup(folder)
+            tree = Tree(folder, spawn.root.workspace, nodev=plan is not None)
+            connection.sendall(frame(READY, orjson.dumps(layers)))
+            serve(connection, Workspace(tree, spawn.limits), self._operations, self._idle)
+            code = 0
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = 0
+        except BaseException as error:
+            words = f"{type(error).__name__}: {error}"
+            try:
+                connection.sendall(frame(2, words.encode("utf-8", "replace")))
+            except OSError:
+                code = 2
+        finally:
+            os._exit(code)
+
+    def _kill(self, number: int) -> None:
+        child = self._children.get(number)
+        if child is None:
+            return
+        os.kill(child.pid, signal.SIGKILL)  # still ours: only _reap takes a pid off the list
+        until = time.monotonic() + _KILL_WAIT
+        while number in self._children and time.monotonic() < until:
+            self._reap()
+            if number in self._children:
+                select.select((), (), (), 0.001)
+
+    def _reap(self) -> None:
+        for number, child in list(self._children.items()):
+            pid, _ = os.waitpid(child.pid, os.WNOHANG)
+            if pid:
+                del self._children[number]
+
+
+def preload() -> None:
+    """Import what is otherwise imported on first use: a confined worker sees no file of Python's."""
+    for name in ("ascii", "latin_1", "utf_8", "utf_16", "utf_16_le", "utf_16_be", "unicode_escape", "idna"):
+        importlib.import_module(f"encodings.{name}")
+        if name != "idna":
+            "é".encode(name, "replace")
+    for name in ("linecache", "traceback", "tokenize"):
+        importlib.import_module(name)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the broker: arguments are the socket's descriptor, the operations' module, allowed folders."""
+    descriptor, operations, *allowed = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
+    connection = socket.socket(fileno=int(descriptor))
+    folders = tuple(os.path.normpath(folder) + "/" for folder in allowed)
+    Broker(connection, operations, folders).run()

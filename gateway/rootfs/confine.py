@@ -1,0 +1,298 @@
+"""Knows how a worker gives up everything but one folder.
+
+In this order, each step with what the last one left: a detached clone of the workspace's mount (nosuid, nodev,
+noexec, with the tenant's ids mapped), new mount, IPC, network and UTS namespaces with the clone as `/`, limits,
+the mapped uid of the workspace's owner without any capability, no_new_privs, Landlock where the kernel has it,
+and a seccomp filter that allows only what file work needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import struct
+from dataclasses import dataclass
+
+from gateway.rootfs import IdMap, kernel
+from gateway.rootfs.kernel import AT_EMPTY_PATH, AT_FDCWD, checked, syscall
+
+# One number on every architecture (from 424 on).
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_IDMAP = 0x2, 0x4, 0x8, 0x100000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MNT_DETACH = 2
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x40000000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+
+_MACHINE = os.uname().machine
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SECCOMP = {"x86_64": 317, "aarch64": 277}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker becomes: `folder` its `/`, `namespace` a user namespace for the ids of its mount.
+
+    `uid` and `gid` are the host's. `memory` is in bytes of address space, `file` in bytes of the largest file
+    that it may write.
+    """
+
+    folder: int
+    namespace: int | None
+    uid: int
+    gid: int
+    memory: int
+    file: int
+
+
+class Namespaces:
+    """User namespaces that carry an id map and no process, one per distinct map, kept open."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[IdMap, ...], int] = {}
+
+    def get(self, idmap: tuple[IdMap, ...]) -> int:
+        """Return the descriptor of a namespace with this map. Works whether or not a tenant runs."""
+        if idmap not in self._kept:
+            while len(self._kept) >= 256:
+                os.close(self._kept.pop(next(iter(self._kept))))
+            self._kept[idmap] = _user_namespace(idmap)
+        return self._kept[idmap]
+
+
+def _user_namespace(idmap: tuple[IdMap, ...]) -> int:
+    """Make a user namespace by a child that only waits while its maps are written, then ends."""
+    ready_read, ready_write = os.pipe()
+    done_read, done_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        made = _libc.unshare(_NEWUSER) == 0
+        os.write(ready_write, b"y" if made else b"n")
+        os.close(done_write)
+        os.read(done_read, 1)
+        os._exit(0)
+    try:
+        if os.read(ready_read, 1) != b"y":
+            raise OSError(errno.EPERM, "user namespaces are not available")
+        for name, wanted in (("uid_map", "is_uid"), ("gid_map", "is_gid")):
+            lines = "".join(f"{m.inside} {m.outside} {m.size}\n" for m in idmap if getattr(m, wanted))
+            descriptor = os.open(f"/proc/{pid}/{name}", os.O_WRONLY)
+            try:
+                os.write(descriptor, lines.encode())
+            finally:
+                os.close(descriptor)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        for descriptor in (ready_read, ready_write, done_read, done_write):
+            os.close(descriptor)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
+    """Confine this process, whose descriptors but `keep` are closed; return the names of the layers.
+
+    Afterwards `/` is the workspace. Raises `OSError` where a layer that must hold does not; the caller ends.
+    """
+    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    tree = _clone(plan.folder, plan.namespace)
+    _enter(tree)
+    _close_all(keep)
+    _limit(plan)
+    _drop(plan.uid, plan.gid)
+    layers = ["mount", "namespaces", "limits", "uid"]
+    if _landlock():
+        layers.append("landlock")
+    if _seccomp():
+        layers.append("seccomp")
+    return tuple(layers)
+
+
+def _clone(folder: int, namespace: int | None) -> int:
+    """Return a detached mount of `folder` alone: mounts below it, which a tenant may make, do not come along."""
+    flags = _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC
+    tree = checked(syscall(_OPEN_TREE, folder, b"", flags), "open_tree")
+    attributes = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
+    if namespace is not None:
+        attributes |= _ATTR_IDMAP
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+    wanted = struct.pack("QQQQ", attributes, 0, _MS_PRIVATE, namespace or 0)
+    checked(syscall(_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, wanted, len(wanted)), "mount_setattr")
+    return tree
+
+
+def _enter(tree: int) -> None:
+    """Make `tree` the root of new namespaces, in which nothing else of the host is left."""
+    checked(_libc.unshare(_NEWNS | _NEWIPC | _NEWNET | _NEWUTS), "unshare")
+    # First, or the mounts below would show on the host.
+    checked(_libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), "mount private")
+    # Any folder that is there on every Linux will do: only this namespace sees what is put over it.
+    over = b"/run"
+    moved = syscall(_MOVE_MOUNT, tree, b"", AT_FDCWD, over, _MOVE_MOUNT_F_EMPTY_PATH)
+    checked(moved, "move_mount")
+    os.chdir(over)
+    # pivot_root(".", ".") stacks the old root over the new one, so no folder for it is needed: pivot_root(2).
+    checked(syscall(_PIVOT_ROOT[_MACHINE], b".", b"."), "pivot_root")
+    checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
+    os.chdir("/")
+    os.umask(0o022)
+
+
+def _close_all(keep: int) -> None:
+    os.closerange(0, keep)
+    os.closerange(keep + 1, 1 << 16)
+
+
+def _limit(plan: Plan) -> None:
+    for what, value in (
+        (resource.RLIMIT_AS, plan.memory),
+        (resource.RLIMIT_FSIZE, plan.file + (1 << 20)),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        resource.setrlimit(what, (value, value))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write over RLIMIT_FSIZE is then an EFBIG
+
+
+def _drop(uid: int, gid: int) -> None:
+    for capability in range(64):
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # EINVAL above the kernel's last
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)  # the permitted and effective capabilities go with uid 0
+    if uid == 0:
+        raise OSError(errno.EPERM, "a worker must not be root")
+    checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    # A process of that uid in the container must not trace this one or read its memory.
+    checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
+    # setresuid took it away (prctl(2)).
+    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
+# LANDLOCK_ACCESS_FS_*: all of ABI 3 but executing (bit 0), making character and block devices (6 and 11).
+_FS_ALL = (1 << 15) - 1
+_FS_ALLOWED = _FS_ALL & ~(1 << 0) & ~(1 << 6) & ~(1 << 11)
+
+
+def _landlock() -> bool:
+    """Restrict file access to `/`, and where the kernel can, forbid TCP and signals. False where it has none."""
+    abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
+    if abi < 3:
+        return False
+    # struct landlock_ruleset_attr grew: fs (ABI 1), net (4), scope (6)
+    attributes = struct.pack("QQQ", _FS_ALL, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    rules = checked(syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock")
+    root = os.open("/", (kernel.O_PATH or 0) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
+        checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", _FS_ALLOWED, root), 0), "landlock")
+        checked(syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock")
+    finally:
+        os.close(root)
+        os.close(rules)
+    return True
+
+
+# System calls of a worker by architecture: x86_64, aarch64 (None where it has another for it).
+# From arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+_ALLOWED: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63),
+    "write": (1, 64),
+    "close": (3, 57),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "poll": (7, None),
+    "lseek": (8, 62),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "sched_yield": (24, 124),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "dup": (32, 23),
+    "getpid": (39, 172),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "sendmsg": (46, 211),
+    "recvmsg": (47, 212),
+    "shutdown": (48, 210),
+    "exit": (60, 93),
+    "fcntl": (72, 25),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "ftruncate": (77, 46),
+    "fchmod": (91, 52),
+    "gettimeofday": (96, 169),
+    "sysinfo": (99, 179),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "sigaltstack": (131, 132),
+    "gettid": (186, 178),
+    "futex": (202, 98),
+    "getdents64": (217, 61),
+    "restart_syscall": (219, 128),
+    "clock_gettime": (228, 113),
+    "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94),
+    "openat": (257, 56),
+    "mkdirat": (258, 34),
+    "newfstatat": (262, 79),
+    "unlinkat": (263, 35),
+    "renameat": (264, 38),
+    "readlinkat": (267, 78),
+    "fchmodat": (268, 53),
+    "ppoll": (271, 73),
+    "utimensat": (280, 88),
+    "renameat2": (316, 276),
+    "getrandom": (318, 278),
+    "statx": (332, 291),
+    "rseq": (334, 293),
+    "openat2": (437, 437),
+}
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ, |JGE, BPF_RET
+_KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+
+
+def _seccomp() -> bool:
+    """Allow the calls of `_ALLOWED` and answer every other by EPERM. False on unknown architectures."""
+    if _MACHINE not in _SECCOMP:
+        return False
+    column = 0 if _MACHINE == "x86_64" else 1
+    numbers = sorted(row[column] for row in _ALLOWED.values() if row[column] is not None)
+    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL_PROCESS)]
+    program.append((_LOAD, 0, 0, 0))
+    if column == 0:  # the x32 numbers
+        program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL_PROCESS)]
+    for number in numbers:
+        program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
+    program.append((_RETURN, 0, 0, _ERRNO | errno.EPERM))
+    code = b"".join(struct.pack("HBBI", *step) for step in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: length, pointer
+    filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
+    checked(syscall(_SECCOMP[_MACHINE], 1, 0, filter_), "seccomp")  # SECCOMP_SET_MODE_FILTER
+    return True

@@ -1,0 +1,36 @@
+"""Knows what an operation of a worker is: the values that it is given and the table it stands in.
+
+The room that owns the semantics (`gateway.tools`) fills a module with `OPERATIONS`; a broker is started with
+that module's name, so this room imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.rootfs.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one call, as in the settings of the same names: bytes, entries, seconds."""
+
+    read_max: int = 256 << 10
+    write_max: int = 8 << 20
+    result_max: int = 1 << 20
+    visit_max: int = 300_000
+    tool_timeout: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What an operation works on."""
+
+    tree: Tree
+    limits: Limits
+
+
+# Takes the arguments of one call and returns the whole reply. May raise GatewayError.
+Operation = Callable[[Workspace, dict[str, Any]], bytes]

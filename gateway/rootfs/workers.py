@@ -1,0 +1,414 @@
+"""Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
+
+A tenant has up to two workers, started when they are needed: one for the calls on single files and one for
+searches, so that a heavy Grep holds up no Read. Each does one call after the other. That serialises all writes
+of a tenant (two concurrent edits of one file lose none), and whatever ends a worker costs one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from gateway import errors
+from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.broker import MESSAGE_MAX, Spawn
+from gateway.rootfs.operations import Limits
+from gateway.rootfs.worker import BROKEN, DONE, LENGTH, READY, REFUSED
+
+if TYPE_CHECKING:
+    from gateway.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
+_BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
+_GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
+_SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
+
+# -c, not -m: the broker's import path must be this process' own, whatever the environment says.
+_BOOT = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from gateway.rootfs.broker import main; main(sys.argv[2:])"
+
+
+class BrokerClient:
+    """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
+
+    The broker is started with the first request and again where it has died. `allowed` are the folders below
+    which tenants live; empty allows every.
+    """
+
+    def __init__(self, operations: str, allowed: Iterable[Path] = ()) -> None:
+        self._operations = operations
+        self._allowed = [str(folder) for folder in allowed]
+        self._lock = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: socket.socket | None = None
+
+    async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send one request; return the answer and the descriptors that came with it.
+
+        Raises `Unavailable` where the broker cannot be reached or refuses; its words go to the log alone.
+        """
+        async with self._lock:
+            # Shielded: a caller that is cancelled must not leave its answer to the next one.
+            exchange = asyncio.ensure_future(self._exchange(message))
+            try:
+                answer, descriptors = await asyncio.shield(exchange)
+            except asyncio.CancelledError:
+                for descriptor in (await exchange)[1]:
+                    os.close(descriptor)
+                raise
+        if "error" in answer:
+            _log.warning("broker refused", extra={"do": message["do"], "error": answer["error"]})
+            raise Unavailable("the file service could not open the workspace")
+        return answer, descriptors
+
+    async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        try:
+            async with asyncio.timeout(_BROKER_TIMEOUT):
+                connection = self._socket or await self._start()
+                connection.send(orjson.dumps(message))
+                await _readable(connection)
+                data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
+        except (OSError, TimeoutError) as error:
+            await self.aclose()
+            raise Unavailable("the file service did not answer; try again") from error
+        if not data:
+            await self.aclose()
+            raise Unavailable("the file service ended; try again")
+        answer: dict[str, Any] = orjson.loads(data)
+        return answer, descriptors
+
+    async def _start(self) -> socket.socket:
+        kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours.setblocking(False)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-ISBc",
+                _BOOT,
+                "\n".join(path or str(Path.cwd()) for path in sys.path),
+                str(theirs.fileno()),
+                self._operations,
+                *self._allowed,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        self._socket = ours
+        return ours
+
+    async def aclose(self) -> None:
+        """End the broker and with it all workers. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                async with asyncio.timeout(2):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(connection, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(connection)
+
+
+class _Worker(asyncio.Protocol):
+    """The gateway's end of one worker: at most one request is under way."""
+
+    def __init__(self, number: int, root: FilesystemRoot) -> None:
+        self.number = number
+        self.root = root
+        self.layers: tuple[str, ...] = ()
+        self.used = self.checked = time.monotonic()
+        self.closed = False
+        self.reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()  # the first is READY
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        if not buffer and len(data) >= 4 and len(data) == 4 + LENGTH.unpack_from(data)[0]:
+            self._done(data[4:])  # the usual case: one reply, whole
+            return
+        buffer += data
+        if len(buffer) >= 4 and len(buffer) >= 4 + LENGTH.unpack_from(buffer)[0]:
+            self._buffer = bytearray()
+            self._done(bytes(buffer[4:]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if not self.reply.done():
+            self.reply.set_exception(Unavailable("the file worker ended during the call; try again"))
+            self.reply.exception()  # also where nobody waits any more
+
+    def _done(self, reply: bytes) -> None:
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+    def send(self, request: bytes) -> None:
+        assert self._transport is not None
+        self.reply = asyncio.get_running_loop().create_future()
+        self._transport.writelines((LENGTH.pack(len(request)), request))
+
+    def close(self) -> None:
+        self.closed = True
+        if self._transport is not None:
+            self._transport.close()
+
+
+class _Slot:
+    """The place of one worker of a tenant. `lock` lets one call through at a time, in their order."""
+
+    __slots__ = ("lock", "waiting", "worker")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.waiting = 0
+        self.worker: _Worker | None = None
+
+
+class Workers:
+    """Runs operations in the tenants' workers. Use as an async context manager.
+
+    `operations` names the module whose table the workers serve. At most `max_workers` run; where all are busy
+    a call for another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, with
+    `forget`, when its workspace is another folder than it was, and with the gateway.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        operations: str = "gateway.tools.operations",
+        allowed: Iterable[Path] = (),
+    ) -> None:
+        self._limits = Limits(
+            settings.read_max,
+            settings.write_max,
+            settings.result_max,
+            settings.visit_max,
+            settings.tool_timeout,
+        )
+        self._memory = settings.worker_memory
+        self._idle = settings.worker_idle
+        self._maximum = settings.max_workers
+        self.broker = BrokerClient(operations, allowed)
+        self._slots: dict[tuple[str, bool], _Slot] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Workers:
+        self._sweep()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for slot in self._slots.values():
+            if slot.worker is not None:
+                slot.worker.close()
+        self._slots.clear()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self.broker.aclose()
+
+    async def call(
+        self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
+    ) -> bytes:
+        """Run one operation and return its reply. `search` marks those that may take long.
+
+        Raises what the operation refuses with; `Unavailable` where the worker ended meanwhile, `Timeout` where
+        it did not answer in time (it is killed; the next call gets a new one), `RateLimited`, `InvalidParams`.
+        """
+        try:
+            request = orjson.dumps((operation, arguments))
+        except TypeError as error:
+            raise InvalidParams("the input is not valid JSON") from error
+        key = (root.tenant, search)
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = self._slots[key] = _Slot()
+        slot.waiting += 1
+        try:
+            async with slot.lock:
+                worker = await self._ready(key, slot, root)
+                worker.send(request)
+                return _result(operation, await self._answer(slot, worker, search=search))
+        finally:
+            slot.waiting -= 1
+
+    async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.tool_timeout + _GRACE):
+                # Shielded: the reply of a call that is given up is still to be taken off the stream.
+                reply = await asyncio.shield(worker.reply)
+        except TimeoutError:
+            self._end(slot, worker)
+            raise Timeout("the file operation took too long and was ended") from None
+        except asyncio.CancelledError:
+            if search:
+                self._end(slot, worker)  # it would go on searching for nobody
+            raise
+        worker.used = time.monotonic()
+        return reply
+
+    async def _ready(self, key: tuple[str, bool], slot: _Slot, root: FilesystemRoot) -> _Worker:
+        """Return a worker that waits for a request, a new one where there is none."""
+        worker = slot.worker
+        if worker is not None and not worker.reply.done():
+            # Its last caller gave up. A write is not broken off in the middle: wait for its end.
+            try:
+                async with asyncio.timeout(self._limits.tool_timeout + _GRACE):
+                    await asyncio.shield(worker.reply)
+            except (TimeoutError, GatewayError):
+                self._end(slot, worker)
+        if worker is not None and not worker.closed and worker.root != root:
+            self._end(slot, worker)
+        if worker is not None and not worker.closed:
+            now = time.monotonic()
+            if now - worker.checked < _SAME_INTERVAL:
+                return worker
+            worker.checked = now
+            answer, _ = await self.broker.request({"do": "same", "worker": worker.number})
+            if answer["same"] and not worker.closed:
+                return worker
+            self._end(slot, worker)
+        return await self._spawn(key, slot, root)
+
+    async def _spawn(self, key: tuple[str, bool], slot: _Slot, root: FilesystemRoot) -> _Worker:
+        slot.worker = None
+        self._make_room()
+        answer, descriptors = await self.broker.request(Spawn(root, self._limits, self._memory).wire())
+        connection = socket.socket(fileno=descriptors[0])
+        connection.setblocking(False)
+        worker = _Worker(answer["worker"], root)
+        slot.worker = worker
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
+            async with asyncio.timeout(_SPAWN_TIMEOUT):
+                reply = await worker.reply
+        except BaseException as error:
+            self._end(slot, worker)
+            if isinstance(error, TimeoutError):
+                raise Unavailable("a file worker did not start in time") from None
+            raise
+        if reply[0] != READY:
+            self._end(slot, worker)
+            _log.error("worker not started", extra={"reason": reply[1:].decode("utf-8", "replace")})
+            raise Unavailable("a file worker could not be started")
+        worker.layers = tuple(orjson.loads(reply[1:]))
+        self._slots[key] = slot  # `forget` may have taken it out meanwhile
+        return worker
+
+    def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
+        """Return what confines a tenant's worker, or None where none runs."""
+        slot = self._slots.get((tenant, search))
+        return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
+
+    def _make_room(self) -> None:
+        running = [slot for slot in self._slots.values() if slot.worker is not None]
+        if len(running) < self._maximum:
+            return
+        resting = [slot for slot in running if not slot.waiting]
+        if not resting:
+            raise RateLimited("all file workers are busy; try again", limit=self._maximum)
+        oldest = min(resting, key=lambda slot: slot.worker.used if slot.worker else 0)
+        assert oldest.worker is not None
+        self._end(oldest, oldest.worker)
+
+    def _end(self, slot: _Slot, worker: _Worker) -> None:
+        """Take a worker out of its slot and have it killed, without waiting for that."""
+        if slot.worker is worker:
+            slot.worker = None
+        worker.close()
+        task = asyncio.create_task(self._kill(worker))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _kill(self, worker: _Worker) -> None:
+        try:
+            await self.broker.request({"do": "kill", "worker": worker.number})
+        except Unavailable:
+            _log.info("worker ended with the broker")
+
+    async def forget(self, tenant: str) -> None:
+        """End a tenant's workers and return once they are gone: before a stop, destroy or restore.
+
+        Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
+        """
+        for search in (False, True):
+            slot = self._slots.pop((tenant, search), None)
+            if slot is not None and slot.worker is not None:
+                self._end(slot, slot.worker)
+        if self._ending:
+            await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def _sweep(self) -> None:
+        """End what has been idle for too long; runs by itself a few times in that span."""
+        now = time.monotonic()
+        for key, slot in list(self._slots.items()):
+            worker = slot.worker
+            if slot.waiting or (worker is not None and now - worker.used < self._idle and not worker.closed):
+                continue
+            if worker is not None:
+                self._end(slot, worker)
+            del self._slots[key]
+        pause = min(self._idle / 4, 30.0)
+        self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
+
+
+_KINDS: dict[str, type[GatewayError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, GatewayError) and kind is not GatewayError
+}
+
+
+def _result(operation: str, reply: bytes) -> bytes:
+    match reply[0]:
+        case status if status == DONE:
+            return reply[1:]
+        case status if status == REFUSED:
+            told = orjson.loads(reply[1:])
+            raise _KINDS.get(told["code"], Unavailable)(told["message"], **told["facts"])
+        case status if status == BROKEN:
+            _log.error(
+                "operation broke", extra={"operation": operation, "at": reply[1:].decode("utf-8", "replace")}
+            )
+            raise Unavailable("the file operation failed; it was logged")
+        case _:
+            raise Unavailable("the file worker spoke out of turn")

@@ -1,0 +1,126 @@
+"""Knows how the application is served: the listening socket, uvicorn, signals, the log's form."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+import uvloop
+
+from gateway.app import Gateway
+from gateway.errors import Unavailable
+from gateway.settings import Settings
+
+# a client that vanished without a word is found by the kernel: 30 s of silence, then 3 probes. A peer that
+# merely stalls still answers them, so that a slow reader is never taken for a dead one. Websocket pings
+# could not tell the two apart.
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but what the gateway does at the end comes before the sockets are closed."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        with contextlib.suppress(Unavailable):  # it never came up
+            await self._gateway.drain()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, *, log_level: str = "info") -> None:
+    """Serve until SIGTERM or SIGINT. Raises `Unavailable` where the address cannot be had."""
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    # tokens never travel in a URL, but tenants' names do: no access log
+    logging.getLogger("uvicorn.access").disabled = True
+    for name in ("uvicorn.error", "uvicorn", "websockets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    listening = listen(settings.listen)
+    gateway = Gateway(settings)
+    config = uvicorn.Config(
+        gateway.app,
+        http="h11",
+        ws="websockets-sansio",  # holds back in both directions
+        ws_max_size=settings.max_frame,
+        ws_ping_interval=None,
+        ws_per_message_deflate=False,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout / 4)),
+    )
+    # uvicorn raises the signal that ended it once more for whoever had a handler before: an orderly end
+    # is no death by signal
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_Server(config, gateway).serve(sockets=[listening]))
+    finally:
+        listening.close()
+        if not _is_tcp(settings.listen):
+            with contextlib.suppress(FileNotFoundError):
+                Path(settings.listen).unlink()
+
+
+def listen(address: str) -> socket.socket:
+    """Return the listening socket for HOST:PORT or a path. Raises `Unavailable` that says what to change."""
+    if not _is_tcp(address):
+        return _listen_unix(Path(address))
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise Unavailable(f"GATEWAY_LISTEN is HOST:PORT or the path of a unix socket, not {address!r}")
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=1)[0]
+        listening = socket.socket(found[0], socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Linux hands these on to each accepted connection
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            listening.setsockopt(socket.IPPROTO_TCP, option, value)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening.bind(found[4])
+        listening.listen(2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unavailable(f"{address} is in use; stop what uses it or set GATEWAY_LISTEN") from error
+        raise Unavailable(f"cannot listen on {address}: {error.strerror}; set GATEWAY_LISTEN") from error
+    return listening
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise Unavailable(f"{path} is in use; stop what uses it or set GATEWAY_LISTEN")
+            path.unlink()  # a dead gateway's
+        old = os.umask(0o117)
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(old)
+        listening.listen(2048)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {path}: {error.strerror}; set GATEWAY_LISTEN") from error
+    return listening
+
+
+def _is_tcp(address: str) -> bool:
+    return "/" not in address

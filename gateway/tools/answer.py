@@ -1,0 +1,80 @@
+"""Knows what a tool's answer is: content blocks, whether it is an error, the same facts as data.
+
+A worker encodes the answer once; the gateway splices the bytes into its reply. What the gateway must know
+of it travels in front: a u32 length (big-endian), then a JSON object with `is_error`, `code` and `seen`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The state in which a session last saw a file.
+
+    `etag` as in `rootfs.tree`, `checksum` the CRC-32 of its bytes (it only spares needless "modified since
+    read" answers after a touch), `whole` whether the session has seen all of it.
+    """
+
+    etag: str
+    checksum: int
+    whole: bool
+
+    def wire(self) -> list[Any]:
+        return [self.etag, self.checksum, self.whole]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One finished tool result. `code` is a wire code where the tool failed; `seen` updates the session."""
+
+    content: list[dict[str, Any]]
+    structured: dict[str, Any] = field(default_factory=dict)
+    is_error: bool = False
+    code: str | None = None
+    seen: Seen | None = None
+
+    def encode(self) -> bytes:
+        """Return the worker's reply: what the gateway needs, then the MCP tool result."""
+        head = orjson.dumps(
+            {"is_error": self.is_error, "code": self.code, "seen": self.seen.wire() if self.seen else None}
+        )
+        body = orjson.dumps(
+            {"content": self.content, "isError": self.is_error, "structuredContent": self.structured}
+        )
+        return b"".join((_LENGTH.pack(len(head)), head, body))
+
+
+def decode(reply: bytes) -> tuple[dict[str, Any], bytes]:
+    """Split a worker's reply into its head and the encoded result."""
+    (length,) = _LENGTH.unpack_from(reply)
+    head: dict[str, Any] = orjson.loads(reply[4 : 4 + length])
+    return head, reply[4 + length :]
+
+
+def text(words: str, structured: dict[str, Any] | None = None, *, seen: Seen | None = None) -> Answer:
+    return Answer([{"type": "text", "text": words}], structured or {}, seen=seen)
+
+
+class ToolFailure(Exception):
+    """The tool failed in its own terms; `words` are what the model reads.
+
+    `tagged` puts the tag around them that Claude Code puts around errors of the model's own making; where
+    it does and where it does not is an accident of that program, kept because models know it.
+    """
+
+    def __init__(self, code: str, words: str, *, tagged: bool = True, **facts: Any) -> None:
+        super().__init__(words)
+        self.code = code
+        self.words = f"<tool_use_error>{words}</tool_use_error>" if tagged else words
+        self.facts = facts
+
+    def answer(self) -> Answer:
+        return Answer([{"type": "text", "text": self.words}], {"code": self.code, **self.facts}, True, self.code)

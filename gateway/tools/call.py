@@ -1,0 +1,72 @@
+"""Knows one call of a file tool inside a worker: its input, its session's part, the words for refusals."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gateway.errors import GatewayError, InvalidParams
+from gateway.rootfs.operations import Workspace
+from gateway.rootfs.tree import show
+from gateway.tools.answer import Seen, ToolFailure
+
+
+class Call:
+    """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file."""
+
+    def __init__(
+        self,
+        tool: str,
+        workspace: Workspace,
+        given: dict[str, Any],
+        cwd: str,
+        seen: list[Any] | None,
+        read_first: bool,
+    ) -> None:
+        self.tool = tool
+        self.tree = workspace.tree
+        self.limits = workspace.limits
+        self.given = given
+        self.cwd = cwd
+        self.seen = Seen(*seen) if seen else None
+        self.read_first = read_first
+        self.deadline = time.monotonic() + workspace.limits.tool_timeout
+
+    def locate(self, path: str) -> str:
+        """Return the relative path of a `path` of the input."""
+        return self.tree.locate(path, self.cwd)
+
+    def absolute(self, path: str) -> str:
+        """Return a relative path as text, absolute."""
+        return show(self.tree.absolute(path))
+
+    def shown(self, path: str) -> str:
+        """Return a relative path as results list it: relative to the working directory where below it."""
+        absolute = self.tree.absolute(path)
+        cwd = self.cwd.rstrip("/") + "/"
+        return show(absolute[len(cwd) :] if absolute.startswith(cwd) else absolute)
+
+    @property
+    def where(self) -> str:
+        return f"Note: your current working directory is {show(self.cwd)}."
+
+
+def failure(tool: str, error: GatewayError) -> ToolFailure:
+    """Turn a refusal for which a tool has no words of its own into plain ones."""
+    words = f"Error calling tool ({tool}): {error.message}"
+    facts = {key: value for key, value in error.facts.items() if key != "reason"}
+    return ToolFailure(error.code, words, **facts)
+
+
+def outside(tool: str, verb: str, path: str, error: GatewayError, workspace: str) -> ToolFailure:
+    """Say that a path is refused: it leads outside, or its links do not resolve."""
+    if isinstance(error, InvalidParams):
+        return ToolFailure(error.code, f"Error calling tool ({tool}): {error.message}")
+    if error.facts.get("reason") == "loop":
+        why = (
+            "where it leads on disk could not be determined (a link on the way could not be examined, "
+            "or the links do not resolve)."
+        )
+    else:
+        why = f"it is outside the workspace {workspace}, which is all that the file tools serve."
+    return ToolFailure(error.code, f"Refusing to {verb} {show(path[:1000])}: {why}", tagged=False)

@@ -1,0 +1,92 @@
+"""Knows the gateway's side of the file tools: which worker is asked, and what a session learns."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.errors import GatewayError, NotFound
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.tree import locate
+from gateway.rootfs.workers import Workers
+from gateway.settings import Settings
+from gateway.tools.answer import Answer, Seen, decode
+from gateway.tools.schemas import FILE_TOOLS
+from gateway.tools.session import ToolSession
+
+_SEARCHES = frozenset({"Glob", "Grep"})
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """One finished tool call.
+
+    `encoded` is the JSON of `{content, isError, structuredContent}`, to be spliced into a reply as it is.
+    `code` is a wire code where the tool failed.
+    """
+
+    encoded: bytes
+    is_error: bool
+    code: str | None = None
+
+    @classmethod
+    def of(cls, answer: Answer) -> ToolResult:
+        head, body = decode(answer.encode())
+        return cls(body, head["is_error"], head["code"])
+
+    def data(self) -> dict[str, Any]:
+        """Return the result as data, for the few who must look into it."""
+        found: dict[str, Any] = orjson.loads(self.encoded)
+        return found
+
+
+class FileTools:
+    """Read, Write, Edit, Glob and Grep on a tenant's workspace. Nothing of it runs in the container."""
+
+    def __init__(self, workers: Workers, settings: Settings) -> None:
+        self._workers = workers
+        self._settings = settings
+
+    async def call(
+        self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
+    ) -> ToolResult:
+        """Run one tool. What the tool itself refuses is a result.
+
+        Raises `NotFound` for an unknown tool, `InvalidParams` for input that is not JSON, and `Unavailable`,
+        `RateLimited` or `Timeout` of the worker.
+        """
+        if name not in FILE_TOOLS:
+            raise NotFound(f"no such tool: {str(name)[:100]}")
+        session.last_used = time.monotonic()
+        cwd = session.cwd or root.workspace
+        path = _named(arguments, cwd, root.workspace)
+        seen = session.seen(path) if path is not None else None
+        reply = await self._workers.call(
+            root,
+            name,
+            {
+                "input": arguments,
+                "cwd": cwd,
+                "seen": seen.wire() if seen else None,
+                "read_first": session.read_before_write,
+            },
+            search=name in _SEARCHES,
+        )
+        head, body = decode(reply)
+        if path is not None and head["seen"] is not None:
+            session.remember(path, Seen(*head["seen"]))
+        return ToolResult(body, head["is_error"], head["code"])
+
+
+def _named(arguments: object, cwd: str, workspace: str) -> str | None:
+    """Return the relative path of the file that a call names, None where it names none of the workspace."""
+    given = arguments.get("file_path") if isinstance(arguments, dict) else None
+    if not isinstance(given, str):
+        return None
+    try:
+        return locate(given, cwd, workspace)
+    except GatewayError:
+        return None

@@ -1,0 +1,43 @@
+"""The file tools' operations, as a worker serves them. See `gateway.rootfs.operations`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gateway.errors import GatewayError
+from gateway.rootfs.operations import Operation, Workspace
+from gateway.tools.answer import Answer, ToolFailure
+from gateway.tools.call import Call, failure
+from gateway.tools.reading import read
+from gateway.tools.schemas import checked
+from gateway.tools.searching import glob, grep, idle
+from gateway.tools.writing import edit, write
+
+_TOOLS: dict[str, Callable[[Call], Answer]] = {
+    "Read": read,
+    "Write": write,
+    "Edit": edit,
+    "Glob": glob,
+    "Grep": grep,
+}
+
+
+def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
+    def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+        try:
+            given = checked(name, arguments["input"])
+            call = Call(name, workspace, given, arguments["cwd"], arguments["seen"], arguments["read_first"])
+            answer = tool(call)
+        except ToolFailure as error:
+            answer = error.answer()
+        except GatewayError as error:
+            answer = failure(name, error).answer()
+        return answer.encode()
+
+    return run
+
+
+OPERATIONS: dict[str, Operation] = {name: _operation(name, tool) for name, tool in _TOOLS.items()}
+
+__all__ = ["OPERATIONS", "idle"]

@@ -1,0 +1,191 @@
+"""Knows the tools' names, inputs and descriptions, and checks an input against its schema.
+
+Names, inputs and the words of the refusals are those of Claude Code 2.1; its leniency too: "2" is taken for
+2 and "true" for true, while unknown and missing parameters are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gateway.tools.answer import ToolFailure
+
+_SAFE_INTEGER = (1 << 53) - 1  # the largest integer that JSON carries everywhere
+
+_STRING = {"type": "string"}
+_NUMBER = {"type": "number"}
+_FLAG = {"type": "boolean"}
+
+
+def _object(required: tuple[str, ...], **properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _said(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {**schema, "description": description}
+
+
+FILE_TOOLS: dict[str, dict[str, Any]] = {
+    "Read": _object(
+        ("file_path",),
+        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
+        offset=_said(
+            {"type": "integer", "minimum": 0, "maximum": _SAFE_INTEGER}, "The line to start at; lines count from 1"
+        ),
+        limit=_said({"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER}, "How many lines to read"),
+        pages=_said(_STRING, 'Pages of a PDF, such as "1-5"'),
+        allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
+    ),
+    "Write": _object(
+        ("file_path", "content"),
+        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
+        content=_said(_STRING, "The whole new content"),
+    ),
+    "Edit": _object(
+        ("file_path", "old_string", "new_string"),
+        file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
+        old_string=_said(_STRING, "The text to replace, exactly as it stands in the file"),
+        new_string=_said(_STRING, "The text to put there"),
+        replace_all=_said({"default": False, **_FLAG}, "Replace every occurrence"),
+    ),
+    "Glob": _object(
+        ("pattern",),
+        pattern=_said(_STRING, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
+        path=_said(_STRING, "The folder to search; the working directory where left out"),
+    ),
+    "Grep": _object(
+        ("pattern",),
+        pattern=_said(_STRING, "The regular expression (RE2 syntax)"),
+        path=_said(_STRING, "The file or folder to search; the working directory where left out"),
+        glob=_said(_STRING, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
+        output_mode={
+            "type": "string",
+            "enum": ["content", "files_with_matches", "count"],
+            "default": "files_with_matches",
+            "description": "Matching lines, only the files, or how many lines match in each",
+        },
+        **{
+            "-B": _said(_NUMBER, "Lines before each match"),
+            "-A": _said(_NUMBER, "Lines after each match"),
+            "-C": _said(_NUMBER, "Lines around each match"),
+            "context": _said(_NUMBER, "Lines around each match"),
+            "-n": _said({"default": True, **_FLAG}, "Show line numbers"),
+            "-i": _said(_FLAG, "Ignore case"),
+            "-o": _said({"default": False, **_FLAG}, "Show only what matched, not its line"),
+        },
+        type=_said(_STRING, 'The type of the files to search, such as "js", "py" or "rust"'),
+        head_limit=_said({"default": 250, **_NUMBER}, "At most so many lines or entries; 0 for all"),
+        offset=_said({"default": 0, **_NUMBER}, "Leave out so many lines or entries"),
+        multiline=_said({"default": False, **_FLAG}, "Let . match line ends and a match span lines"),
+    ),
+}
+
+DESCRIPTIONS: dict[str, str] = {
+    "Read": (
+        "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB come "
+        "whole; of larger ones ask for a range by offset and limit. Images (PNG, JPEG, GIF, WebP) come as "
+        "images, notebooks as their cells."
+    ),
+    "Write": "Write a file of the workspace, whole and at once. Missing folders are made; a file there is replaced.",
+    "Edit": (
+        "Replace a text in a file. old_string must occur exactly once, unless replace_all is set; leave off the "
+        "line numbers that Read shows. An empty old_string makes a new file."
+    ),
+    "Glob": (
+        "Find files by name. A pattern without a slash matches at any depth; hidden and ignored files count. "
+        "At most 100 paths, the oldest file first."
+    ),
+    "Grep": (
+        "Search in files by a regular expression. Inside a git repository its ignore rules hold. "
+        "files_with_matches lists the newest file first."
+    ),
+}
+
+
+def descriptions() -> list[dict[str, Any]]:
+    """Return the tools as `tools/list` shows them."""
+    return [
+        {"name": name, "description": DESCRIPTIONS[name], "inputSchema": schema}
+        for name, schema in FILE_TOOLS.items()
+    ]
+
+
+def checked(tool: str, arguments: object) -> dict[str, Any]:
+    """Return the input of `tool` in its schema's types, without what was left out or null.
+
+    Raises `ToolFailure` with all that is wrong with it.
+    """
+    schema = FILE_TOOLS[tool]
+    properties: dict[str, Any] = schema["properties"]
+    wrong: list[str] = []
+    found: dict[str, Any] = {}
+    if not isinstance(arguments, dict):
+        wrong.append("The input must be an object")
+        arguments = {}
+    for name in schema["required"]:
+        if arguments.get(name) is None:
+            wrong.append(f"The required parameter `{name}` is missing")
+    for name, value in arguments.items():
+        if name not in properties:
+            wrong.append(f"An unexpected parameter `{str(name)[:100]}` was provided")
+        elif value is not None:
+            kind = properties[name]["type"]
+            choices = properties[name].get("enum")
+            taken = _taken(kind, value)
+            if taken is None:
+                wrong.append(
+                    f"The parameter `{name}` type is expected as `{kind}` but provided as `{_kind(value)}`"
+                )
+            elif choices and taken not in choices:
+                wrong.append(f"The parameter `{name}` must be one of {', '.join(choices)}")
+            else:
+                found[name] = taken
+    if wrong:
+        issue = "issue" if len(wrong) == 1 else "issues"
+        raise ToolFailure(
+            "invalid_params",
+            f"InputValidationError: {tool} failed due to the following {issue}:\n" + "\n".join(wrong),
+        )
+    return found
+
+
+def _taken(kind: str, value: object) -> Any:
+    """Return `value` as `kind`, leniently, or None where it is none."""
+    if kind == "string":
+        return value if isinstance(value, str) else None
+    if kind == "boolean":
+        if isinstance(value, str):
+            return {"true": True, "false": False}.get(value)
+        return value if isinstance(value, bool) else None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float):
+        if not math.isfinite(value) or (kind == "integer" and not value.is_integer()):
+            return None
+        value = int(value)
+    return max(-_SAFE_INTEGER, min(_SAFE_INTEGER, value))
+
+
+def _kind(value: object) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"

@@ -1,0 +1,483 @@
+"""Knows Claude Code's Glob and Grep: what it makes of ripgrep, on our own walk and RE2.
+
+The semantics of names, ignore files and types are in `patterns`. Patterns of Grep are RE2's, nearly those of
+ripgrep: neither has look-around or back-references.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from gateway.errors import GatewayError, Timeout
+from gateway.rootfs import kernel
+from gateway.rootfs.tree import Tree, Walk
+from gateway.tools.answer import Answer, ToolFailure, text
+from gateway.tools.call import Call, failure, outside
+from gateway.tools.patterns import TYPES, GlobError, Globs, Named, Sought
+
+GLOB_LIMIT = 100  # paths of one Glob
+COLUMNS_MAX = 500  # bytes of one line of Grep's output; longer ones are left out
+PATTERN_MAX = 4000  # characters
+FILE_MAX = 16 << 20  # bytes of a file that Grep looks into; larger ones are skipped and counted
+CACHE_MAX = 16 << 20  # bytes of file contents that a worker keeps between two calls
+CACHE_FILE_MAX = 1 << 20
+_REGEX_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
+_REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
+_CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
+
+
+def _rejected(words: str) -> ToolFailure:
+    return ToolFailure("invalid_params", _REJECTED + words, tagged=False)
+
+
+def _timed_out(call: Call) -> ToolFailure:
+    seconds = f"{call.limits.tool_timeout:g}"
+    return ToolFailure(
+        "timeout",
+        f"Search timed out after {seconds} seconds. Try a more specific path or pattern.",
+        tagged=False,
+    )
+
+
+# Glob
+
+
+def glob(call: Call) -> Answer:
+    pattern: str = call.given["pattern"]
+    path: str = call.given.get("path") or "."
+    if pattern.startswith("/"):
+        path, pattern = _split_absolute(pattern)
+    start = _start(call, path)
+    try:
+        named = Named(Globs([pattern]), _literal_folder(pattern))
+    except GlobError as error:
+        raise _rejected(str(error)) from None
+    walk = Walk(
+        call.tree, start, named, maximum=call.limits.visit_max, deadline=call.deadline, ordered=False
+    )
+    prefix = start + "/" if start else ""
+    try:
+        found = [(status.st_mtime_ns, prefix + name) for name, status in walk]
+    except Timeout:
+        raise _timed_out(call) from None
+    except GatewayError as error:
+        raise _bad_folder(call, path, start, error) from None
+    found.sort()
+    total = len(found)
+    names = [call.shown(name) for _, name in found[:GLOB_LIMIT]]
+    facts = {"files": names, "total": total, "truncated": total > len(names) or walk.truncated}
+    if not names:
+        return text("No files found" + _bounded(walk, call), facts)
+    lines = "\n".join(names)
+    if total > GLOB_LIMIT:
+        lines += (
+            f"\n(Showing {GLOB_LIMIT} of {total} matching files; {total - GLOB_LIMIT} more are not listed. "
+            "Narrow the pattern or path to see the rest.)"
+        )
+    return text(lines + _bounded(walk, call), facts)
+
+
+def _bounded(walk: Walk, call: Call) -> str:
+    if not walk.truncated:
+        return ""
+    return f"\n(The search stopped after {call.limits.visit_max} files and folders. Narrow the path.)"
+
+
+def _split_absolute(pattern: str) -> tuple[str, str]:
+    """Split an absolute glob into the folder before its first wildcard and the rest."""
+    parts = pattern.split("/")
+    for i, part in enumerate(parts):
+        if any(char in part for char in "*?[{"):
+            return "/".join(parts[:i]) or "/", "/".join(parts[i:])
+    return "/".join(parts[:-1]) or "/", parts[-1]
+
+
+def _literal_folder(pattern: str) -> str:
+    """Return the folders at a pattern's beginning that hold no wildcard, with the slash after them."""
+    if "/" not in pattern or pattern.startswith("!"):
+        return ""
+    head = re.split(r"[*?\[\]{}\\]", pattern, maxsplit=1)[0].lstrip("/")
+    return head.rpartition("/")[0] + "/" if "/" in head else ""
+
+
+def _start(call: Call, path: str) -> str:
+    try:
+        return call.locate(path)
+    except GatewayError as error:
+        raise outside(call.tool, "search", path, error, call.tree.workspace) from None
+
+
+def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolFailure:
+    absolute = call.absolute(start)
+    match error.facts.get("reason"):
+        case "missing":
+            words = f"Directory does not exist: {absolute}. {call.where}"
+            return ToolFailure("not_found", words, tagged=False)
+        case "through_file" | "special":
+            return ToolFailure("not_a_file", f"Path is not a directory: {absolute}", tagged=False)
+        case "outside" | "loop":
+            return outside(call.tool, "search", path, error, call.tree.workspace)
+        case _:
+            return failure(call.tool, error)
+
+
+# Grep
+
+
+def grep(call: Call) -> Answer:
+    given = call.given
+    path: str = given.get("path") or "."
+    start = _start(call, path)
+    regex = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
+    globs, types = _filters(given)
+    search = _Search(call, start, regex)
+    try:
+        status, file = _kind(call.tree, start)
+        if file:
+            search.file(start, start, status, explicit=True)
+        else:
+            sought = Sought(call.tree, start, globs, types)
+            walk = Walk(
+                call.tree,
+                start,
+                sought,
+                state=sought.above(),
+                maximum=call.limits.visit_max,
+                deadline=call.deadline,
+                ordered=True,
+            )
+            prefix = start + "/" if start else ""
+            for name, entry in walk:
+                search.file(prefix + name, name, entry, explicit=False)
+                if search.full:
+                    break
+            search.note = _bounded(walk, call)
+    except Timeout:
+        raise _timed_out(call) from None
+    except GatewayError as error:
+        if error.facts.get("reason") == "missing":
+            words = f"Path does not exist: {call.absolute(start)}. {call.where}"
+            raise ToolFailure("not_found", words, tagged=False) from None
+        raise _bad_folder(call, path, start, error) from None
+    return search.answer(single=file)
+
+
+def _kind(tree: Tree, path: str) -> tuple[os.stat_result, bool]:
+    """Return the status of what `path` leads to, and whether that is a regular file."""
+    descriptor = tree.open(path, kernel.O_PATH or os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return status, status.st_mode & 0o170000 == 0o100000
+
+
+def _filters(given: dict[str, Any]) -> tuple[Globs, Globs | None]:
+    patterns = [f"!{name}" for name in _CONTROL]
+    for word in str(given.get("glob", "")).split():
+        # A comma separates two globs, unless it stands in braces.
+        patterns += [word] if "{" in word else [part for part in word.split(",") if part]
+    types = None
+    if given.get("type"):
+        kind = given["type"]
+        if kind not in TYPES:
+            raise _rejected(f"unrecognized file type: {kind[:100]}")
+        types = Globs(TYPES[kind].split())
+    try:
+        return Globs(patterns), types
+    except GlobError as error:
+        raise _rejected(str(error)) from None
+
+
+# re2's words for what is wrong with a pattern, and those of ripgrep's parser
+_SYNTAX = (
+    ("missing )", "unclosed group"),
+    ("unexpected )", "unopened group"),
+    ("missing ]", "unclosed character class"),
+    ("no argument for repetition", "repetition operator missing expression"),
+    ("bad repetition operator", "repetition operator missing expression"),
+    ("invalid repetition size", "invalid repetition count range"),
+    ("trailing \\", "incomplete escape sequence, reached end of pattern prematurely"),
+    ("invalid escape sequence", "unrecognized escape sequence"),
+    ("invalid character class range", "invalid character class range, the start must be <= the end"),
+    ("invalid perl operator", "look-around, including look-ahead and look-behind, is not supported"),
+    ("pattern too large", "compiled regex exceeds size limit"),
+)
+
+
+@lru_cache(8)
+def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
+    """Compile a pattern of Grep. Without `multiline` nothing in it matches a line end, not even `\\s`."""
+    if len(pattern) > PATTERN_MAX:
+        raise _rejected("regex parse error:\nerror: the pattern is too long")
+    options = re2.Options()
+    options.max_mem = _REGEX_MEMORY
+    options.log_errors = False
+    options.case_sensitive = not ignore_case
+    options.dot_nl = multiline
+    options.never_nl = not multiline
+    try:
+        return re2.compile(b"(?m)(?:" + pattern.encode() + b")", options)
+    except re2.error as error:
+        said = str(error)
+        words = next((words for key, words in _SYNTAX if key in said), "syntax not supported")
+        raise _rejected(f"regex parse error:\n    (?:{pattern})\n    ^\nerror: {words}") from None
+
+
+_cache: OrderedDict[tuple[int, int, int, int], bytes] = OrderedDict()
+_cached = 0
+
+
+def idle() -> None:
+    """Let go of what is kept between calls. Called by the worker after a while without one."""
+    global _cached
+    _cache.clear()
+    _cached = 0
+    _regex.cache_clear()
+
+
+def _content(call: Call, path: str, status: os.stat_result) -> bytes | None:
+    """Return a file's bytes, from the cache where inode, mtime, ctime and size are still the same."""
+    global _cached
+    key = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    data = _cache.get(key)
+    if data is not None:
+        _cache.move_to_end(key)
+        return data
+    try:
+        data, _ = call.tree.read_file(path, FILE_MAX)
+    except GatewayError:
+        return None
+    if len(data) <= CACHE_FILE_MAX and len(data) == status.st_size:
+        _cache[key] = data
+        _cached += len(data)
+        while _cached > CACHE_MAX:
+            _, dropped = _cache.popitem(last=False)
+            _cached -= len(dropped)
+    return data
+
+
+class _Search:
+    """The state of one Grep: what was found, in the mode's own form, and when it is enough."""
+
+    def __init__(self, call: Call, start: str, regex: Any) -> None:
+        given = call.given
+        self._call = call
+        self._find = regex.search
+        self._start = start
+        self._mode: str = given.get("output_mode", "files_with_matches")
+        self._numbers: bool = given.get("-n", True)
+        self._only: bool = bool(given.get("-o"))
+        self._multiline: bool = bool(given.get("multiline"))
+        around = given.get("context", given.get("-C"))
+        self._before = max(0, around if around is not None else given.get("-B", 0))
+        self._after = max(0, around if around is not None else given.get("-A", 0))
+        limit = given.get("head_limit", 250)
+        self._limit = max(0, limit)
+        self._offset = max(0, given.get("offset", 0))
+        # With one more line than is shown it is known that there are more.
+        self._enough = self._offset + self._limit + 1 if self._limit else 1 << 60
+        self._room = call.limits.result_max
+        self._rows: list[str] = []
+        self._files: list[tuple[int, str]] = []
+        self._matches = 0
+        self._skipped = 0
+        self._cut = False
+        self.note = ""
+
+    @property
+    def full(self) -> bool:
+        return self._mode == "content" and (len(self._rows) >= self._enough or self._cut)
+
+    def file(self, path: str, name: str, status: os.stat_result, *, explicit: bool) -> None:
+        """Search one file. `path` is its place in the workspace."""
+        if status.st_size > FILE_MAX:
+            self._skipped += 1
+            return
+        data = _content(self._call, path, status)
+        if not data:
+            return
+        data = _as_utf8(data)
+        nul = data.find(b"\0")
+        if nul >= 0 and not explicit:
+            return
+        if time.monotonic() > self._call.deadline:
+            raise Timeout("the search took too long", reason="timeout")
+        if self._mode == "files_with_matches":
+            if self._find(data) is not None:
+                self._files.append((status.st_mtime_ns, path))
+            return
+        if self._mode == "count":
+            count = sum(1 for _ in self._spans(data))
+            if count:
+                self._files.append((count, path))
+                self._matches += count
+            return
+        self._content(data, "" if explicit else self._call.shown(path), nul)
+
+    def _spans(self, data: bytes) -> Any:
+        """Yield start and end of each match, one for each line that matches (all of them with -o)."""
+        at, end = 0, len(data)
+        find = self._find
+        while at < end:
+            match = find(data, at)
+            if match is None:
+                return
+            start, stop = match.span()
+            if start >= end and stop >= end and (data.endswith(b"\n") or start > end):
+                return  # an empty match after the last line end is on no line
+            yield start, stop
+            if self._only:
+                at = stop if stop > start else stop + 1
+            else:
+                line_end = data.find(b"\n", max(stop - 1, start) if stop > start else stop)
+                if line_end < 0:
+                    return
+                at = line_end + 1
+
+    def _content(self, data: bytes, name: str, nul: int) -> None:
+        number, counted = 1, 0  # the line number at position `counted`
+        last = -1  # the last line that was put out
+        pending_after = 0
+        position = 0  # where the line after `last` begins
+        context = bool(self._before or self._after) and not self._only
+        if context and self._rows and self._mode == "content":
+            separator_due = True
+        else:
+            separator_due = False
+        for start, stop in self._spans(data):
+            line_start = data.rfind(b"\n", 0, start) + 1
+            number += data.count(b"\n", counted, line_start)
+            counted = line_start
+            self._matches += 1
+            if self._only:
+                for row in data[start:stop].split(b"\n") if self._multiline else (data[start:stop],):
+                    self._add(name, number, b":", row, "[Omitted long line with matches]")
+                if self.full:
+                    return
+                continue
+            if context:
+                first = number
+                lines_before: list[bytes] = []
+                begin = line_start
+                # What follows the match before, as far as it is asked for.
+                while pending_after and last + 1 < number:
+                    line, position = _line(data, position)
+                    last += 1
+                    pending_after -= 1
+                    self._add(name, last, b"-", line, "[Omitted long context line]")
+                while len(lines_before) < self._before and first - 1 > max(last, 0):
+                    begin_of = data.rfind(b"\n", 0, begin - 1) + 1
+                    lines_before.append(data[begin_of : begin - 1])
+                    begin = begin_of
+                    first -= 1
+                if separator_due or (last >= 0 and first > last + 1):
+                    self._rows.append("--")
+                    separator_due = False
+                for i, line in enumerate(reversed(lines_before)):
+                    self._add(name, first + i, b"-", line, "[Omitted long context line]")
+            position = line_start
+            current = number
+            until = max(stop, start + 1)
+            while True:
+                line, position = _line(data, position)
+                if current > last:
+                    self._add(name, current, b":", line, "[Omitted long matching line]")
+                    last = current
+                current += 1
+                if position >= until or position >= len(data):
+                    break
+            pending_after = self._after
+            if nul >= 0 and (not name or stop > nul):
+                self._rows.append(f'binary file matches (found "\\0" byte around offset {nul})')
+                return
+            if self.full:
+                return
+        while context and pending_after and position < len(data):
+            line, position = _line(data, position)
+            last += 1
+            pending_after -= 1
+            self._add(name, last, b"-", line, "[Omitted long context line]")
+
+    def _add(self, name: str, number: int, mark: bytes, line: bytes, omitted: str) -> None:
+        if self._cut:
+            return
+        sign = mark.decode()
+        head = f"{name}{sign}" if name else ""
+        if self._numbers:
+            head += f"{number}{sign}"
+        row = head + (omitted if len(line) > COLUMNS_MAX else line.decode("utf-8", "replace"))
+        self._room -= len(row) + 1
+        if self._room < 0:
+            self._cut = True
+            return
+        self._rows.append(row)
+
+    def answer(self, *, single: bool) -> Answer:
+        """Return what was found, cut to the page that was asked for."""
+        facts: dict[str, Any] = {"mode": self._mode}
+        if self._skipped:
+            facts["skippedLargeFiles"] = self._skipped
+        if self._mode == "files_with_matches":
+            # The newest first; of one age by name.
+            self._files.sort(key=lambda item: (-item[0], item[1]))
+            page, words = self._page([self._call.shown(path) for _, path in self._files])
+            facts |= {"files": page, "total": len(self._files)}
+            if not page:
+                return text("No files found" + self.note, facts)
+            noun = "file" if len(page) == 1 else "files"
+            head = f"Found {len(page)} {noun}" + (f" {words}" if words else "")
+            return text("\n".join((head, *page)) + self.note, facts)
+        if self._mode == "count":
+            page, words = self._page([f"{self._call.shown(path)}:{count}" for count, path in self._files])
+            total, files = self._matches, len(self._files)
+            facts |= {"total": total, "files": files}
+            summary = (
+                f"Found {total} total {'occurrence' if total == 1 else 'occurrences'} across {files} "
+                f"{'file' if files == 1 else 'files'}."
+            )
+            if words:
+                summary += f" with pagination = {words}"
+            return text(("\n".join(page) or "No matches found") + f"\n\n{summary}{self.note}", facts)
+        page, words = self._page(self._rows)
+        facts |= {"lines": len(page), "truncated": self._cut or len(self._rows) > len(page) + self._offset}
+        shown = "\n".join(page)
+        if not shown:
+            shown = "No entries at this offset" if self._rows else "No matches found"
+        if words:
+            shown += f"\n\n[Showing results with pagination = {words}]"
+        if self._cut:
+            shown += f"\n\n[The output stopped at {self._call.limits.result_max} bytes.]"
+        return text(shown + self.note, facts)
+
+    def _page(self, rows: list[str]) -> tuple[list[str], str]:
+        """Return the rows asked for, and the words for what of limit and offset took something away."""
+        page = rows[self._offset :] if self._offset else rows
+        words = []
+        if self._limit and len(page) > self._limit:
+            page = page[: self._limit]
+            words.append(f"limit: {self._limit}")
+        if self._offset:
+            words.append(f"offset: {self._offset}")
+        return page, ", ".join(words)
+
+
+def _line(data: bytes, position: int) -> tuple[bytes, int]:
+    """Return the line at `position` without its end, and where the next begins."""
+    end = data.find(b"\n", position)
+    if end < 0:
+        return data[position:], len(data)
+    return data[position:end], end + 1
+
+
+def _as_utf8(data: bytes) -> bytes:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace").encode("utf-8", "replace")
+    return data[3:] if data.startswith(b"\xef\xbb\xbf") else data

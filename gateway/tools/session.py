@@ -1,0 +1,40 @@
+"""Knows a tool session: its working directory and which files it has seen in which state."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+
+from gateway.tools.answer import Seen
+
+
+class ToolSession:
+    """What the calls of one agent share.
+
+    `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` a file that is
+    there must have been read before it is changed. At most `maximum` files are remembered: the one that was
+    used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, *, read_before_write: bool = False, cwd: str | None = None, maximum: int = 2000) -> None:
+        self.cwd = cwd
+        self.read_before_write = read_before_write
+        self.last_used = time.monotonic()
+        self._maximum = maximum
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
+
+    def seen(self, path: str) -> Seen | None:
+        found = self._seen.get(path)
+        if found is not None:
+            self._seen.move_to_end(path)
+        return found
+
+    def remember(self, path: str, seen: Seen) -> None:
+        """Note the state of a file. What was seen whole stays so while the file is the same."""
+        before = self._seen.get(path)
+        if before is not None and before.whole and before.etag == seen.etag and not seen.whole:
+            return
+        self._seen[path] = seen
+        self._seen.move_to_end(path)
+        while len(self._seen) > self._maximum:
+            self._seen.popitem(last=False)

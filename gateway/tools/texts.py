@@ -1,0 +1,52 @@
+"""Knows the forms in which text lies in a file: byte order marks, UTF-8 and UTF-16, line ends, NULs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARK = b"\xff\xfe"
+_NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as in Claude Code and git
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file's text with LF line ends, and what is needed to write it back as it was."""
+
+    text: str
+    mark: bytes
+    encoding: str
+    crlf: bool
+    valid: bool
+    has_nul: bool
+
+    def encode(self, text: str) -> bytes:
+        """Return `text`, which has LF line ends, in this file's form."""
+        if self.crlf:
+            text = text.replace("\n", "\r\n")
+        return self.mark + text.encode(self.encoding)
+
+
+def decode(data: bytes) -> Text:
+    """Decode a file. Invalid bytes become U+FFFD, and `valid` is False.
+
+    CRLF becomes LF; a file with both has the form of its more frequent line end.
+    """
+    mark, encoding = b"", "utf-8"
+    if data.startswith(_UTF8_MARK):
+        mark = _UTF8_MARK
+    elif data.startswith(_UTF16_MARK):
+        mark, encoding = _UTF16_MARK, "utf-16-le"
+    body = data[len(mark) :] if mark else data
+    valid = True
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError:
+        text, valid = body.decode(encoding, "replace"), False
+    has_nul = encoding == "utf-8" and body.find(b"\0", 0, _NUL_WINDOW) >= 0
+    crlf = False
+    if "\r" in text:
+        pairs = text.count("\r\n")
+        crlf = pairs > text.count("\n") - pairs
+        text = text.replace("\r\n", "\n")
+    return Text(text, mark, encoding, crlf, valid, has_nul)

@@ -1,0 +1,164 @@
+"""Knows all tools of the gateway: who may call which, in which session, exactly once, and who is told.
+
+Connection, HTTP and MCP call tools through it; it finds the tenant's files and hands the call to the room
+that runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound, RateLimited
+from gateway.events import Bus
+from gateway.rootfs.workers import Workers
+from gateway.runtime import TenantRuntime
+from gateway.settings import Settings
+from gateway.tools.files import FileTools, ToolResult
+from gateway.tools.schemas import descriptions
+from gateway.tools.session import ToolSession
+
+__all__ = ["ToolResult", "ToolSession", "Toolbox"]
+
+_SCOPES: Final[Mapping[str, str]] = {
+    "Read": "files:read",
+    "Glob": "files:read",
+    "Grep": "files:read",
+    "Write": "files:write",
+    "Edit": "files:write",
+}
+# what of a call's input is told to those who watch; never contents
+_TOLD: Final = ("file_path", "path", "pattern", "glob", "type", "output_mode")
+_WRITES: Final = frozenset({"Write", "Edit"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipt:
+    """The outcome of one `callId`: what was asked, and the result or its promise."""
+
+    digest: bytes
+    result: asyncio.Future[ToolResult]
+
+
+class Toolbox:
+    """The tools of every tenant, their sessions and their receipts. Used from the event loop only."""
+
+    def __init__(self, runtime: TenantRuntime, workers: Workers, bus: Bus, settings: Settings) -> None:
+        self._runtime = runtime
+        self._files = FileTools(workers, settings)
+        self._bus = bus
+        self._settings = settings
+        self._sessions: OrderedDict[tuple[str, str], ToolSession] = OrderedDict()
+        self._receipts: OrderedDict[tuple[str, str], _Receipt] = OrderedDict()
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Return the tools as `tools/list` shows them."""
+        return descriptions()
+
+    def scope(self, tool: str) -> str:
+        """Return the scope that `tool` needs. Raises `NotFound` for one that there is not."""
+        try:
+            return _SCOPES[tool]
+        except KeyError:
+            known = ", ".join(_SCOPES)
+            raise NotFound(f"no tool {tool[:100]}; there are {known}") from None
+
+    def session(self, tenant: str, name: str | None, read_before_write: bool) -> ToolSession:
+        """Return the tenant's session of that name, or one of its own for a caller without a name.
+
+        Raises `RateLimited` where the gateway holds as many as it may.
+        """
+        if name is None:
+            return ToolSession(read_before_write=read_before_write)
+        if not 0 < len(name) <= 128:
+            raise InvalidParams("a session's name has 1 to 128 characters")
+        now, key = time.monotonic(), (tenant, name)
+        found = self._sessions.get(key)
+        if found is None or found.last_used < now - self._settings.session_idle:
+            while self._sessions:  # the one used longest ago is in front
+                oldest = next(iter(self._sessions))
+                if self._sessions[oldest].last_used >= now - self._settings.session_idle:
+                    break
+                del self._sessions[oldest]
+            if len(self._sessions) >= self._settings.max_sessions:
+                raise RateLimited("too many tool sessions", limit=self._settings.max_sessions)
+            found = self._sessions[key] = ToolSession()
+        self._sessions.move_to_end(key)
+        found.read_before_write = read_before_write
+        found.last_used = now
+        return found
+
+    async def call(
+        self,
+        tenant: str,
+        session: ToolSession,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        by: str = "",
+        call_id: str | None = None,
+    ) -> ToolResult:
+        """Run one tool; with a `call_id` that was seen before, return what it returned.
+
+        Raises `Conflict` where that id stood for another input, and what `FileTools.call` raises.
+        """
+        if call_id is None:
+            return await self._call(tenant, session, name, arguments, by)
+        digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
+        key = (tenant, call_id)
+        receipt = self._receipts.get(key)
+        if receipt is not None:
+            if receipt.digest != digest:
+                raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
+            return await asyncio.shield(receipt.result)
+        promise: asyncio.Future[ToolResult] = asyncio.get_running_loop().create_future()
+        self._receipts[key] = _Receipt(digest, promise)
+        try:
+            result = await self._call(tenant, session, name, arguments, by)
+        except BaseException as error:
+            del self._receipts[key]  # it did not happen: it may be tried again
+            if isinstance(error, GatewayError):
+                promise.set_exception(error)
+                promise.exception()  # seen, also where nobody else waits
+            else:
+                promise.cancel()
+            raise
+        promise.set_result(result)
+        self._receipts.move_to_end(key)
+        self._trim_receipts()
+        return result
+
+    async def _call(
+        self, tenant: str, session: ToolSession, name: str, arguments: Mapping[str, Any], by: str
+    ) -> ToolResult:
+        began = time.perf_counter()
+        told = {key: str(arguments[key])[:200] for key in _TOLD if isinstance(arguments.get(key), str)}
+        self._bus.publish("tool.started", tenant, {"name": name, "input": told, "by": by})
+        outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
+        try:
+            root = await self._runtime.filesystem(tenant)
+            result = await self._files.call(root, session, name, arguments)
+            outcome = {"isError": result.is_error, "code": result.code}
+        except GatewayError as error:
+            outcome["code"] = error.code
+            raise
+        finally:
+            ms = round((time.perf_counter() - began) * 1000, 3)
+            self._bus.publish("tool.finished", tenant, {"name": name, "by": by, "ms": ms, **outcome})
+        if name in _WRITES and not result.is_error:
+            self._bus.publish("file.written", tenant, {"path": told.get("file_path", ""), "by": by})
+        return result
+
+    def _trim_receipts(self) -> None:
+        while len(self._receipts) > self._settings.receipts_kept:
+            oldest = next(iter(self._receipts))
+            if not self._receipts[oldest].result.done():
+                return  # still runs: it is trimmed by one of the next
+            del self._receipts[oldest]

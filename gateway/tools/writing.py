@@ -1,0 +1,330 @@
+"""Knows Claude Code's Write and Edit; texts and quirks are those of version 2.1.331."""
+
+from __future__ import annotations
+
+import os
+import stat
+from zlib import crc32
+
+from gateway.errors import Conflict, GatewayError, TooLarge
+from gateway.rootfs.tree import etag, read_all, show
+from gateway.tools.answer import Answer, Seen, ToolFailure, text
+from gateway.tools.call import Call, failure, outside
+from gateway.tools.reading import missing
+from gateway.tools.texts import Text, decode
+
+_CURRENT = " (file state is current in your context — no need to Read it back)"
+_CHANGED = (
+    " (note: the file had been modified on disk since you last read it — the edit applied cleanly, "
+    "but re-read it if you need its current contents)"
+)
+_UNREAD = "File has not been read yet. Read it first before writing to it."
+_STALE = (
+    "File has been modified since read, either by the user or by a linter. Read it again before attempting "
+    "to write it."
+)
+_ATTEMPTS = 5  # of an edit whose file the tenant keeps changing
+_PLAIN = Text("", b"", "utf-8", False, True, False)
+
+
+class _Target:
+    """The place of a file: its open folder, its name, and the regular file that is there, if one is."""
+
+    def __init__(self, call: Call, path: str, *, create: bool) -> None:
+        self.call = call
+        self.path = path
+        self.directory, self.name = call.tree.parent(path, create=create)
+        self.old: os.stat_result | None = None
+        try:
+            self.old = self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self.directory)
+
+    def _look(self) -> os.stat_result | None:
+        try:
+            status = os.stat(self.name, dir_fd=self.directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if stat.S_ISLNK(status.st_mode):
+            raise _link(self.call, self.path)
+        if stat.S_ISDIR(status.st_mode):
+            raise _Directory
+        if not stat.S_ISREG(status.st_mode):
+            shown = self.call.absolute(self.path)
+            raise ToolFailure(
+                "not_a_file",
+                f"Refusing to write {shown}: this is a FIFO, socket or device, not a regular file.",
+                tagged=False,
+            )
+        return status
+
+    def read(self) -> bytes:
+        """Return the bytes of the file that is there."""
+        assert self.old is not None
+        limit = self.call.limits.write_max
+        if self.old.st_size > limit:
+            raise failure(self.call.tool, TooLarge("the file is too large", size=self.old.st_size, limit=limit))
+        data, status = self.call.tree.read_file(self.path, limit)
+        if etag(status) != etag(self.old):
+            raise Conflict("the file changed meanwhile", reason="changed")
+        return data
+
+    def put(self, data: bytes, *, expected: os.stat_result | None) -> os.stat_result:
+        limit = self.call.limits.write_max
+        if len(data) > limit:
+            words = f"Content ({len(data)} bytes) exceeds maximum allowed size ({limit} bytes)."
+            raise ToolFailure("too_large", words, size=len(data), limit=limit)
+        mode = self.old.st_mode if self.old is not None else 0o644
+        return self.call.tree.replace(self.directory, self.name, data, mode, expected=expected)
+
+
+class _Directory(Exception):
+    """The name is a folder's."""
+
+
+def _link(call: Call, path: str) -> ToolFailure:
+    target = call.tree.link_target(path)
+    if target is None:
+        hint = "Its target is outside the workspace."
+    else:
+        hint = f"Write to the link's target path instead: {call.absolute(target)}."
+    shown = call.absolute(path)
+    return ToolFailure(
+        "not_a_file", f"Refusing to write {shown}: it is a symbolic link. {hint}", tagged=False
+    )
+
+
+def _modified(call: Call, now: os.stat_result, data: bytes | None) -> bool:
+    """Say whether the file is another than the session saw; a mere touch of the same bytes is not."""
+    seen = call.seen
+    if seen is None or seen.etag == etag(now):
+        return False
+    return data is None or not seen.whole or crc32(data) != seen.checksum
+
+
+def _refuse_binary(form: Text, *, tagged: bool) -> None:
+    if form.has_nul:
+        words = "File has NUL bytes in its first 8 KB, so it is taken for binary and not changed."
+        raise ToolFailure("binary_file", words, tagged=tagged)
+    if not form.valid:
+        words = "File is not valid UTF-8, and writing it would change the bytes that are not."
+        raise ToolFailure("binary_file", words, tagged=tagged)
+
+
+def write(call: Call) -> Answer:
+    given: str = call.given["file_path"]
+    content: str = call.given["content"]
+    try:
+        path = call.locate(given)
+    except GatewayError as error:
+        raise outside("Write", "write", given, error, call.tree.workspace) from None
+    if not path:
+        raise _is_directory(given)
+    if len(content) > call.limits.write_max:
+        words = f"Content exceeds maximum allowed size ({call.limits.write_max} bytes)."
+        raise ToolFailure("too_large", words, size=len(content), limit=call.limits.write_max)
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _write(call, given, path, content)
+        except _Directory:
+            raise _is_directory(given) from None
+        except Conflict as error:
+            if error.facts.get("reason") != "changed" or attempt == _ATTEMPTS - 1:
+                raise _refused(call, given, path, error) from None
+        except GatewayError as error:
+            raise _refused(call, given, path, error) from None
+    raise AssertionError("unreachable")
+
+
+def _is_directory(given: str) -> ToolFailure:
+    return ToolFailure(
+        "is_a_directory",
+        f"{show(given)} is a directory, not a file. To create a file inside it, include the file name in "
+        "file_path.",
+    )
+
+
+def _write(call: Call, given: str, path: str, content: str) -> Answer:
+    target = _Target(call, path, create=True)
+    try:
+        form = _PLAIN
+        old = target.old
+        if old is not None:
+            if call.read_first and call.seen is None:
+                raise ToolFailure("stale_read", _UNREAD)
+            # What is there decides the form of what is written, unless it is too large to be looked at.
+            data = target.read() if old.st_size <= call.limits.write_max else None
+            if _modified(call, old, data):
+                raise ToolFailure("stale_read", _STALE)
+            if data is not None:
+                form = decode(data)
+                _refuse_binary(form, tagged=False)
+        mark = b"" if content.startswith("\ufeff") else form.mark
+        encoded = mark + content.encode(form.encoding)
+        status = target.put(encoded, expected=old if call.seen else None)
+    finally:
+        target.close()
+    seen = Seen(etag(status), crc32(encoded), True)
+    facts = {
+        "path": call.absolute(path),
+        "type": "create" if old is None else "update",
+        "bytes": len(encoded),
+        "etag": etag(status),
+    }
+    if old is None:
+        return text(f"File created successfully at: {show(given)}{_CURRENT}", facts, seen=seen)
+    return text(f"The file {show(given)} has been updated successfully.{_CURRENT}", facts, seen=seen)
+
+
+def edit(call: Call) -> Answer:
+    given: str = call.given["file_path"]
+    old: str = call.given["old_string"]
+    new: str = call.given["new_string"]
+    if old == new:
+        raise ToolFailure("invalid_params", "No changes to make: old_string and new_string are exactly the same.")
+    try:
+        path = call.locate(given)
+    except GatewayError as error:
+        raise outside("Edit", "write", given, error, call.tree.workspace) from None
+    if not path:
+        raise _edit_directory()
+    if len(old) > call.limits.write_max or len(new) > call.limits.write_max:
+        words = f"The strings exceed the maximum allowed size ({call.limits.write_max} bytes)."
+        raise ToolFailure("too_large", words, limit=call.limits.write_max)
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _edit(call, given, path, old, new)
+        except _Directory:
+            raise _edit_directory() from None
+        except Conflict as error:
+            if error.facts.get("reason") != "changed" or attempt == _ATTEMPTS - 1:
+                raise _refused(call, given, path, error) from None
+        except GatewayError as error:
+            raise _refused(call, given, path, error) from None
+    raise AssertionError("unreachable")
+
+
+def _edit_directory() -> ToolFailure:
+    words = "Error calling tool (Edit): EISDIR: illegal operation on a directory, read"
+    return ToolFailure("is_a_directory", words)
+
+
+def _edit(call: Call, given: str, path: str, old: str, new: str) -> Answer:
+    target = _Target(call, path, create=not old)
+    try:
+        before = target.old
+        if before is None:
+            if old:
+                raise ToolFailure("not_found", missing(call, path))
+            data, form = b"", _PLAIN
+        else:
+            if path.endswith(".ipynb"):
+                words = "File is a Jupyter Notebook. Use the NotebookEdit to edit this file."
+                raise ToolFailure("not_a_file", words)
+            if call.read_first and call.seen is None:
+                raise ToolFailure("stale_read", _UNREAD)
+            data = target.read()
+            form = decode(data)
+            if not old and form.text:
+                words = "Cannot create new file - file already exists."
+                raise ToolFailure("conflict", words)
+            _refuse_binary(form, tagged=True)
+        modified = before is not None and _modified(call, before, data)
+        result, count = _replaced(call, path, form.text, old, new, modified=modified)
+        encoded = form.encode(result)
+        status = target.put(encoded, expected=before)
+    finally:
+        target.close()
+    known = before is None or (call.seen is not None and call.seen.whole and not modified)
+    note = _CHANGED if modified else _CURRENT if known else ""
+    done = "." if not call.given.get("replace_all") else ". All occurrences were successfully replaced."
+    words = f"The file {show(given)} has been updated{' successfully' if done == '.' else ''}{done}{note}"
+    facts = {"path": call.absolute(path), "replaced": count, "bytes": len(encoded), "etag": etag(status)}
+    seen = None
+    if known or call.seen is not None:
+        seen = Seen(etag(status), crc32(encoded), known)
+    return text(words, facts, seen=seen)
+
+
+def _replaced(
+    call: Call, path: str, text: str, old: str, new: str, *, modified: bool
+) -> tuple[str, int]:
+    """Return the new text and how many places changed."""
+    if not path.endswith((".md", ".mdx")):
+        new = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
+    if not old:
+        return new, 1
+    found = _find(text, old)
+    count = text.count(found) if found is not None else 0
+    if found is None or not count:
+        if modified:
+            raise ToolFailure("stale_read", _STALE)
+        raise ToolFailure("no_match", f"String to replace not found in file.\nString: {old}")
+    if count > 1 and not call.given.get("replace_all"):
+        raise ToolFailure(
+            "ambiguous_match",
+            f"Found {count} matches of the string to replace, but replace_all is false. To replace all "
+            "occurrences, set replace_all to true. To replace only one occurrence, please provide more context "
+            f"to uniquely identify the instance.\nString: {old}",
+            matches=count,
+        )
+    new = new.replace("\r\n", "\n")
+    if found != old:
+        new = _curled(new, found)
+    if not new and not found.endswith("\n") and found + "\n" in text:
+        found += "\n"  # a line that is emptied is taken out with its end
+    return text.replace(found, new), count
+
+
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+
+
+def _find(text: str, old: str) -> str | None:
+    """Return the part of `text` that `old` names, taking straight quotes for curly ones where needed."""
+    if old in text:
+        return old
+    straight = old.translate(_STRAIGHT)
+    at = text.translate(_STRAIGHT).find(straight)  # one character for one: positions stay
+    return text[at : at + len(old)] if at >= 0 else None
+
+
+def _curled(new: str, found: str) -> str:
+    """Curl the straight quotes of `new` where the replaced text had curly ones."""
+    double = "“" in found or "”" in found
+    single = "‘" in found or "’" in found
+    out = []
+    for i, char in enumerate(new):
+        opening = i == 0 or new[i - 1] in " \t\n\r([{—–"
+        if char == '"' and double:
+            out.append("“" if opening else "”")
+        elif char == "'" and single:
+            inner = 0 < i < len(new) - 1 and new[i - 1].isalpha() and new[i + 1].isalpha()
+            out.append("‘" if opening and not inner else "’")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFailure:
+    tool = call.tool
+    match error.facts.get("reason"):
+        case "missing":
+            return ToolFailure("not_found", missing(call, path), tagged=tool == "Edit")
+        case "directory":
+            return _is_directory(given) if tool == "Write" else _edit_directory()
+        case "through_file":
+            words = f"Error calling tool ({tool}): ENOTDIR: not a directory, stat '{call.absolute(path)}'"
+            return ToolFailure("not_a_file", words)
+        case "outside" | "loop":
+            return outside(tool, "write", given, error, call.tree.workspace)
+        case "denied":
+            words = f"Error calling tool ({tool}): EACCES: permission denied, open '{call.absolute(path)}'"
+            return ToolFailure("forbidden", words)
+        case "changed":
+            return ToolFailure("conflict", "The file keeps changing on disk. Read it again, then try again.")
+        case _:
+            return failure(tool, error)
