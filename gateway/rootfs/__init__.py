@@ -1,11 +1,11 @@
 """Safe access to a workspace whose every byte and name a hostile tenant controls.
 
-`FilesystemRoot` says where a tenant's files are; `Workers` runs operations on them, each tenant's in processes
-of its own. Host paths stay in this package and in the runtime that made them.
+`FilesystemRoot` says where a tenant's files are; `Workers` runs operations on them, each tenant's in
+processes of its own. Host paths stay in this package and in the runtime that made them.
 
 Parts: `kernel` (raw calls), `tree` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
-`broker` (starts workers), `workers` (the gateway's side). All but the last run inside a worker too, so nothing
-here imports more than it needs, and `Workers` is loaded when it is first asked for.
+`broker` (starts workers), `workers` (the gateway's side). All but the last run inside a worker too, so
+nothing here imports more than it needs, and `Workers` is loaded when it is first asked for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FilesystemRoot:
         return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
 
     def outside(self, uid: int, gid: int) -> tuple[int, int]:
-        """Return the host's ids of a process that is `uid`:`gid` inside. Raises `ValueError` where unmapped."""
+        """Return the host's ids of a process that is `uid`:`gid` inside. Raises `ValueError` if unmapped."""
         if not self.idmap:
             return uid, gid
         return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)

@@ -9,8 +9,8 @@ socketpair it takes a few typed requests, and answers each with one JSON object 
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
 
-A request that fails is answered by `{"error": words}`. Where it does not run as root (the `local` runtime on a
-laptop) a worker is a plain child on the folder, and nothing but the safe paths of `tree` confines it.
+A request that fails is answered by `{"error": words}`. Where it does not run as root (the `local` runtime on
+a laptop) a worker is a plain child on the folder, and nothing but the safe paths of `tree` confines it.
 
 It is also the zygote: everything that a worker needs is imported before the first fork, so that a worker
 starts in milliseconds and shares this process' memory.
@@ -35,7 +35,7 @@ from gateway.rootfs import FilesystemRoot, IdMap, kernel
 from gateway.rootfs.confine import Namespaces, Plan, confine
 from gateway.rootfs.operations import Limits, Workspace
 from gateway.rootfs.tree import Tree
-from gateway.rootfs.worker import READY, frame, serve
+from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
 
 MESSAGE_MAX = 64 << 10  # bytes of one request or answer
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
@@ -191,7 +191,7 @@ class Broker:
                 uid, gid = root.outside(root.uid, root.gid)
                 namespace = self._namespaces.get(root.idmap) if root.idmap and not root.shifted else None
                 plan = Plan(folder, namespace, uid, gid, spawn.memory, spawn.limits.write_max)
-            ours, theirs = socket.socketpair()
+            ours, theirs = open_pair()
             with theirs:
                 pid = os.fork()
                 if pid == 0:
@@ -225,7 +225,7 @@ class Broker:
         except BaseException as error:
             words = f"{type(error).__name__}: {error}"
             try:
-                connection.sendall(frame(2, words.encode("utf-8", "replace")))
+                connection.sendall(frame(BROKEN, words.encode("utf-8", "replace")))
             except OSError:
                 code = 2
         finally:

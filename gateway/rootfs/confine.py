@@ -1,9 +1,9 @@
 """Knows how a worker gives up everything but one folder.
 
-In this order, each step with what the last one left: a detached clone of the workspace's mount (nosuid, nodev,
-noexec, with the tenant's ids mapped), new mount, IPC, network and UTS namespaces with the clone as `/`, limits,
-the mapped uid of the workspace's owner without any capability, no_new_privs, Landlock where the kernel has it,
-and a seccomp filter that allows only what file work needs.
+In this order, each step with what the last one left: a detached clone of the workspace's mount (nosuid,
+nodev, noexec, with the tenant's ids mapped), new mount, IPC, network and UTS namespaces with the clone as
+`/`, limits, the mapped uid of the workspace's owner without any capability, no_new_privs, Landlock where the
+kernel has it, and a seccomp filter that allows only what file work needs.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
 
 
 def _clone(folder: int, namespace: int | None) -> int:
-    """Return a detached mount of `folder` alone: mounts below it, which a tenant may make, do not come along."""
+    """Return a detached mount of `folder` alone, without the mounts below it."""
     flags = _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC
     tree = checked(syscall(_OPEN_TREE, folder, b"", flags), "open_tree")
     attributes = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
@@ -188,7 +188,7 @@ _FS_ALLOWED = _FS_ALL & ~(1 << 0) & ~(1 << 6) & ~(1 << 11)
 
 
 def _landlock() -> bool:
-    """Restrict file access to `/`, and where the kernel can, forbid TCP and signals. False where it has none."""
+    """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock."""
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
@@ -282,7 +282,7 @@ def _seccomp() -> bool:
     if _MACHINE not in _SECCOMP:
         return False
     column = 0 if _MACHINE == "x86_64" else 1
-    numbers = sorted(row[column] for row in _ALLOWED.values() if row[column] is not None)
+    numbers = sorted(number for row in _ALLOWED.values() if (number := row[column]) is not None)
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL_PROCESS)]
     program.append((_LOAD, 0, 0, 0))
     if column == 0:  # the x32 numbers

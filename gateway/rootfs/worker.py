@@ -31,15 +31,21 @@ def frame(status: int, payload: bytes) -> bytes:
     return HEAD.pack(len(payload) + 1, status) + payload
 
 
+def open_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the gateway's and the worker's end of a new connection."""
+    ours, theirs = socket.socketpair()
+    # A receive timeout in the kernel costs no extra system call per request, unlike poll or settimeout.
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE, 0))
+    return ours, theirs
+
+
 def serve(
     connection: socket.socket,
     workspace: Workspace,
     operations: Mapping[str, Operation],
     idle: Callable[[], None],
 ) -> None:
-    """Answer requests until the gateway closes the socket."""
-    # A receive timeout in the kernel costs no extra system call per request, unlike poll or settimeout.
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE, 0))
+    """Answer requests until the gateway closes the socket, which was made by `open_pair`."""
     rested = False
     while True:
         try:

@@ -1,8 +1,8 @@
 """Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
 
 A tenant has up to two workers, started when they are needed: one for the calls on single files and one for
-searches, so that a heavy Grep holds up no Read. Each does one call after the other. That serialises all writes
-of a tenant (two concurrent edits of one file lose none), and whatever ends a worker costs one call.
+searches, so that a heavy Grep holds up no Read. Each does one call after the other. That serialises all
+writes of a tenant (two concurrent edits of one file lose none), and whatever ends a worker costs one call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -38,7 +38,10 @@ _GRACE = 1.0  # seconds after its own deadline after which a worker that has not
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 # -c, not -m: the broker's import path must be this process' own, whatever the environment says.
-_BOOT = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from gateway.rootfs.broker import main; main(sys.argv[2:])"
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[1].split('\\n'); "
+    "from gateway.rootfs.broker import main; main(sys.argv[2:])"
+)
 
 
 class BrokerClient:
@@ -155,8 +158,7 @@ class _Worker(asyncio.Protocol):
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
@@ -251,8 +253,9 @@ class Workers:
     ) -> bytes:
         """Run one operation and return its reply. `search` marks those that may take long.
 
-        Raises what the operation refuses with; `Unavailable` where the worker ended meanwhile, `Timeout` where
-        it did not answer in time (it is killed; the next call gets a new one), `RateLimited`, `InvalidParams`.
+        Raises what the operation refuses with; `Unavailable` where the worker ended meanwhile, `Timeout`
+        where it did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
+        `InvalidParams`.
         """
         try:
             request = orjson.dumps((operation, arguments))

@@ -77,4 +77,6 @@ class ToolFailure(Exception):
         self.facts = facts
 
     def answer(self) -> Answer:
-        return Answer([{"type": "text", "text": self.words}], {"code": self.code, **self.facts}, True, self.code)
+        return Answer(
+            [{"type": "text", "text": self.words}], {"code": self.code, **self.facts}, True, self.code
+        )

@@ -141,7 +141,9 @@ class Glob:
         self._name = body if plain and not anchored else None
         tail = body[1:]
         self._suffix = (
-            tail if not anchored and body.startswith("*") and not any(c in tail for c in "*?[]{}\\/") else None
+            tail
+            if not anchored and body.startswith("*") and not any(c in tail for c in "*?[]{}\\/")
+            else None
         )
         self._regex = None
         if self._name is None and self._suffix is None:
@@ -352,7 +354,8 @@ TYPES: dict[str, str] = {
     "rust": "*.rs",
     "sass": "*.sass *.scss",
     "scala": "*.scala *.sbt",
-    "sh": "*.bash *.sh *.bashrc *.csh *.cshrc *.ksh *.kshrc *.tcsh .bashrc .bash_profile .profile .zshrc *.zsh",
+    "sh": "*.bash *.sh *.bashrc *.csh *.cshrc *.ksh *.kshrc *.tcsh *.zsh .bashrc .bash_profile .profile "
+    ".zshrc",
     "sql": "*.sql *.psql",
     "svelte": "*.svelte *.svelte.ts",
     "svg": "*.svg",

@@ -6,6 +6,7 @@ import binascii
 import errno
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
@@ -25,14 +26,32 @@ PDF_MAX = 10 << 20  # bytes of a PDF
 _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
 _CHUNK = 1 << 18
 
+
+def _scaler() -> Callable[[bytes, str, int, int], tuple[bytes, str, bool]] | None:
+    try:
+        from gateway.tools.images import scale
+    except ImportError:  # Pillow is an extra
+        return None
+    return scale
+
+
+SCALE = _scaler()
+
 _IMAGES = {"png", "jpg", "jpeg", "gif", "webp"}
 # What Claude Code refuses by name, without a look at the content.
+# fmt: off
 _BINARY = frozenset(
-    "7z a aac aiff apk app avi avif bin bmp bz2 cab class com dat data db deb dll dmg doc docx dylib ear eot exe "
-    "fla flac flv gz heic ico idx img ipa iso jar lib lz lz4 lzma m4a m4v mkv mov mp3 mp4 mpeg mpg msi node o "
-    "obj odp ods odt ogg ogv otf pack pdb pkg ppt pptx psd pyc pyd pyo rar rlib rpm rtf sketch so sqlite sqlite3 "
-    "swf tar tgz tif tiff ttf war wasm wav webm wma wmv woff woff2 xls xlsx xz z zip zst".split()
+    {
+        "7z", "a", "aac", "aiff", "apk", "app", "avi", "avif", "bin", "bmp", "bz2", "cab", "class", "com",
+        "dat", "data", "db", "deb", "dll", "dmg", "doc", "docx", "dylib", "ear", "eot", "exe", "fla", "flac",
+        "flv", "gz", "heic", "ico", "idx", "ipa", "iso", "jar", "lib", "lz", "lz4", "lzma", "m4a", "m4v", "mkv",
+        "mov", "mp3", "mp4", "mpeg", "mpg", "msi", "node", "o", "obj", "odp", "ods", "odt", "ogg", "ogv", "otf",
+        "pack", "pdb", "pkg", "ppt", "pptx", "psd", "pyc", "pyd", "pyo", "rar", "rlib", "rpm", "rtf", "sketch",
+        "so", "sqlite", "sqlite3", "swf", "tar", "tgz", "tif", "tiff", "ttf", "war", "wasm", "wav", "webm",
+        "wma", "wmv", "woff", "woff2", "xls", "xlsx", "xz", "z", "zip", "zst",
+    }
 )
+# fmt: on
 
 
 def read(call: Call) -> Answer:
@@ -40,8 +59,8 @@ def read(call: Call) -> Answer:
     if given.startswith(("/dev/", "/proc/")):
         raise ToolFailure(
             "not_a_file",
-            f"Cannot read '{show(given[:1000])}': this path names a device or process file that this tool does "
-            "not read.",
+            f"Cannot read '{show(given[:1000])}': this path names a device or process file that this tool "
+            "does not read.",
         )
     try:
         path = call.locate(given)
@@ -79,8 +98,8 @@ def _answer(call: Call, path: str, descriptor: int, status: os.stat_result) -> A
             raise ToolFailure(
                 "too_large",
                 f"File content ({_size(status.st_size)}) exceeds maximum allowed size "
-                f"({_size(call.limits.read_max)}). Use offset and limit parameters to read specific portions of "
-                "the file, or search for specific content instead of reading the whole file.",
+                f"({_size(call.limits.read_max)}). Use offset and limit parameters to read specific portions "
+                "of the file, or search for specific content instead of reading the whole file.",
                 tagged=False,
                 size=status.st_size,
                 limit=call.limits.read_max,
@@ -89,9 +108,7 @@ def _answer(call: Call, path: str, descriptor: int, status: os.stat_result) -> A
     return _near(call, path, descriptor, status, offset, limit)
 
 
-def _near(
-    call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int
-) -> Answer:
+def _near(call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int) -> Answer:
     """Answer from a file that is read whole."""
     data = read_all(descriptor, status.st_size, call.limits.read_max)
     facts: dict[str, Any] = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status)}
@@ -167,9 +184,7 @@ def _too_many_tokens(tokens: int) -> ToolFailure:
     )
 
 
-def _far(
-    call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int
-) -> Answer:
+def _far(call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int) -> Answer:
     """Answer a range of a file that is too large to be read whole.
 
     Lines before the range are only counted; what is a hole on disk has none and is skipped.
@@ -242,15 +257,17 @@ def _data_from(descriptor: int, position: int) -> int:
 
 def _image(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answer:
     if status.st_size > call.limits.write_max:
-        raise failure("Read", TooLarge("the image is too large", size=status.st_size, limit=call.limits.write_max))
+        raise failure(
+            "Read", TooLarge("the image is too large", size=status.st_size, limit=call.limits.write_max)
+        )
     data = read_all(descriptor, status.st_size, call.limits.write_max)
     kind = image_type(data)
     if kind is None:
         raise ToolFailure(
             "binary_file",
             "File has an image extension but its content is not a valid PNG/JPEG/GIF/WebP. Detected: "
-            f"{_looks_like(data)} (hex: {data[:8].hex(' ')}). Check what the file really is, or read it under "
-            "a name without an image extension.",
+            f"{_looks_like(data)} (hex: {data[:8].hex(' ')}). Check what the file really is, or read it "
+            "under a name without an image extension.",
             tagged=False,
         )
     data, kind, scaled = _fitting(data, kind)
@@ -282,9 +299,9 @@ def image_type(data: bytes) -> str | None:
 
 def _fitting(data: bytes, kind: str) -> tuple[bytes, str, bool]:
     """Scale an image down to what models take, where Pillow is installed; else return it as it is."""
-    if scale is None:
+    if SCALE is None:
         return data, kind, False
-    return scale(data, kind, IMAGE_SIDE_MAX, IMAGE_MAX)
+    return SCALE(data, kind, IMAGE_SIDE_MAX, IMAGE_MAX)
 
 
 def _looks_like(data: bytes) -> str:
@@ -330,7 +347,9 @@ def _notebook(call: Call, path: str, descriptor: int, status: os.stat_result) ->
         language = notebook.get("metadata", {}).get("language_info", {}).get("name", "python")
         blocks = _blocks(cells, language)
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ToolFailure("binary_file", "The file is named as a notebook, but its content is not one.") from None
+        raise ToolFailure(
+            "binary_file", "The file is named as a notebook, but its content is not one."
+        ) from None
     size = sum(len(block.get("text", block.get("data", ""))) for block in blocks)
     if size > call.limits.result_max:
         raise failure("Read", TooLarge("the notebook's cells are too large", size=size))
@@ -447,9 +466,3 @@ def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFail
             return ToolFailure("forbidden", words, tagged=False)
         case _:
             return failure("Read", error)
-
-
-try:
-    from gateway.tools.images import scale
-except ImportError:  # Pillow is an extra
-    scale = None  # type: ignore[assignment]  # absent

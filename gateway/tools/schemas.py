@@ -36,9 +36,12 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
         ("file_path",),
         file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
         offset=_said(
-            {"type": "integer", "minimum": 0, "maximum": _SAFE_INTEGER}, "The line to start at; lines count from 1"
+            {"type": "integer", "minimum": 0, "maximum": _SAFE_INTEGER},
+            "The line to start at; lines count from 1",
         ),
-        limit=_said({"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER}, "How many lines to read"),
+        limit=_said(
+            {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER}, "How many lines to read"
+        ),
         pages=_said(_STRING, 'Pages of a PDF, such as "1-5"'),
         allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
     ),
@@ -88,14 +91,17 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
 
 DESCRIPTIONS: dict[str, str] = {
     "Read": (
-        "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB come "
-        "whole; of larger ones ask for a range by offset and limit. Images (PNG, JPEG, GIF, WebP) come as "
-        "images, notebooks as their cells."
+        "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB "
+        "come whole; of larger ones ask for a range by offset and limit. Images (PNG, JPEG, GIF, WebP) come "
+        "as images, notebooks as their cells."
     ),
-    "Write": "Write a file of the workspace, whole and at once. Missing folders are made; a file there is replaced.",
+    "Write": (
+        "Write a file of the workspace, whole and at once. Missing folders are made; a file that is there is "
+        "replaced."
+    ),
     "Edit": (
-        "Replace a text in a file. old_string must occur exactly once, unless replace_all is set; leave off the "
-        "line numbers that Read shows. An empty old_string makes a new file."
+        "Replace a text in a file. old_string must occur exactly once, unless replace_all is set; leave off "
+        "the line numbers that Read shows. An empty old_string makes a new file."
     ),
     "Glob": (
         "Find files by name. A pattern without a slash matches at any depth; hidden and ignored files count. "
@@ -123,14 +129,14 @@ def checked(tool: str, arguments: object) -> dict[str, Any]:
     """
     schema = FILE_TOOLS[tool]
     properties: dict[str, Any] = schema["properties"]
-    wrong: list[str] = []
     found: dict[str, Any] = {}
     if not isinstance(arguments, dict):
-        wrong.append("The input must be an object")
-        arguments = {}
-    for name in schema["required"]:
-        if arguments.get(name) is None:
-            wrong.append(f"The required parameter `{name}` is missing")
+        arguments = {}  # then what is required is missing
+    wrong = [
+        f"The required parameter `{name}` is missing"
+        for name in schema["required"]
+        if arguments.get(name) is None
+    ]
     for name, value in arguments.items():
         if name not in properties:
             wrong.append(f"An unexpected parameter `{str(name)[:100]}` was provided")

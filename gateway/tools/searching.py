@@ -59,9 +59,7 @@ def glob(call: Call) -> Answer:
         named = Named(Globs([pattern]), _literal_folder(pattern))
     except GlobError as error:
         raise _rejected(str(error)) from None
-    walk = Walk(
-        call.tree, start, named, maximum=call.limits.visit_max, deadline=call.deadline, ordered=False
-    )
+    walk = Walk(call.tree, start, named, maximum=call.limits.visit_max, deadline=call.deadline, ordered=False)
     prefix = start + "/" if start else ""
     try:
         found = [(status.st_mtime_ns, prefix + name) for name, status in walk]
@@ -348,10 +346,7 @@ class _Search:
         pending_after = 0
         position = 0  # where the line after `last` begins
         context = bool(self._before or self._after) and not self._only
-        if context and self._rows and self._mode == "content":
-            separator_due = True
-        else:
-            separator_due = False
+        separator_due = context and bool(self._rows)  # between two files as between two groups
         for start, stop in self._spans(data):
             line_start = data.rfind(b"\n", 0, start) + 1
             number += data.count(b"\n", counted, line_start)

@@ -16,7 +16,9 @@ class ToolSession:
     used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
     """
 
-    def __init__(self, *, read_before_write: bool = False, cwd: str | None = None, maximum: int = 2000) -> None:
+    def __init__(
+        self, *, read_before_write: bool = False, cwd: str | None = None, maximum: int = 2000
+    ) -> None:
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()

@@ -7,7 +7,7 @@ import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, TooLarge
-from gateway.rootfs.tree import etag, read_all, show
+from gateway.rootfs.tree import etag, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
 from gateway.tools.reading import missing
@@ -67,7 +67,9 @@ class _Target:
         assert self.old is not None
         limit = self.call.limits.write_max
         if self.old.st_size > limit:
-            raise failure(self.call.tool, TooLarge("the file is too large", size=self.old.st_size, limit=limit))
+            raise failure(
+                self.call.tool, TooLarge("the file is too large", size=self.old.st_size, limit=limit)
+            )
         data, status = self.call.tree.read_file(self.path, limit)
         if etag(status) != etag(self.old):
             raise Conflict("the file changed meanwhile", reason="changed")
@@ -185,7 +187,9 @@ def edit(call: Call) -> Answer:
     old: str = call.given["old_string"]
     new: str = call.given["new_string"]
     if old == new:
-        raise ToolFailure("invalid_params", "No changes to make: old_string and new_string are exactly the same.")
+        raise ToolFailure(
+            "invalid_params", "No changes to make: old_string and new_string are exactly the same."
+        )
     try:
         path = call.locate(given)
     except GatewayError as error:
@@ -250,9 +254,7 @@ def _edit(call: Call, given: str, path: str, old: str, new: str) -> Answer:
     return text(words, facts, seen=seen)
 
 
-def _replaced(
-    call: Call, path: str, text: str, old: str, new: str, *, modified: bool
-) -> tuple[str, int]:
+def _replaced(call: Call, path: str, text: str, old: str, new: str, *, modified: bool) -> tuple[str, int]:
     """Return the new text and how many places changed."""
     if not path.endswith((".md", ".mdx")):
         new = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
@@ -268,8 +270,8 @@ def _replaced(
         raise ToolFailure(
             "ambiguous_match",
             f"Found {count} matches of the string to replace, but replace_all is false. To replace all "
-            "occurrences, set replace_all to true. To replace only one occurrence, please provide more context "
-            f"to uniquely identify the instance.\nString: {old}",
+            "occurrences, set replace_all to true. To replace only one occurrence, please provide more "
+            f"context to uniquely identify the instance.\nString: {old}",
             matches=count,
         )
     new = new.replace("\r\n", "\n")

@@ -1,0 +1,187 @@
+"""The five file tools answer like Claude Code's own, case by case.
+
+`tests/data/claude_cases.jsonl` was recorded from Claude Code 2.1.331. Here every case of a file tool runs in
+this process on a temporary folder; `test_rootfs_workers` and the integration tests run the way over workers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import struct
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.tree import Tree
+from gateway.settings import Settings
+from gateway.tools import FILE_TOOLS, FileTools, ToolSession
+from gateway.tools.operations import OPERATIONS
+from gateway.tools.reading import SCALE
+
+WORKSPACE = "/srv/site"
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "data" / "claude_cases.jsonl").read_text().splitlines()
+]
+FILE_CASES = [case for case in CASES if case["tool"] in FILE_TOOLS]
+
+# Cases of the file tools that are not run, each with its reason.
+LEFT = {
+    "read-persisted-output": "needs Bash, which is not a file tool",
+    **(
+        {}
+        if SCALE is not None
+        else {"read-image-downscale": "optional: needs Pillow, which the extra `images` installs"}
+    ),
+}
+
+
+class HereWorkers:
+    """Stands in for `Workers`: runs the operations in this process on one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tree = Tree(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
+        self._workspace = Workspace(self._tree, Limits())
+
+    def close(self) -> None:
+        self._tree.close()
+
+    async def call(
+        self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
+    ) -> bytes:
+        return OPERATIONS[operation](self._workspace, json.loads(json.dumps(arguments)))
+
+
+class Site:
+    """One empty workspace and one session."""
+
+    def __init__(self, folder: Path, tools: FileTools, root: FilesystemRoot) -> None:
+        self.folder = folder
+        self.tools = tools
+        self.root = root
+        self.session = ToolSession()
+
+    def place(self, path: str) -> Path:
+        assert path.startswith(WORKSPACE)
+        return Path(str(self.folder) + path[len(WORKSPACE) :])
+
+    def lay(self, item: dict[str, Any]) -> None:
+        path = self.place(item["path"])
+        if item.get("dir"):
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "symlink" in item:
+            path.symlink_to(item["symlink"])
+            return
+        data = base64.b64decode(item["base64"]) if "base64" in item else item["text"].encode()
+        path.write_bytes(data * item.get("times", 1))
+        if "mode" in item:
+            path.chmod(int(item["mode"], 8))
+        if "mtime" in item:
+            os.utime(path, (item["mtime"], item["mtime"]))
+
+    async def step(self, step: dict[str, Any]) -> None:
+        if "wait_ms" in step:
+            time.sleep(step["wait_ms"] / 1000)
+        elif "exec" in step:
+            script = step["exec"].replace(WORKSPACE, str(self.folder))
+            subprocess.run(["sh", "-c", script], cwd=self.folder, check=True)
+        elif step["tool"] == "Bash":
+            # The only thing that a case of a file tool asks of Bash: that its working directory stays.
+            command = step["input"]["command"]
+            assert command.startswith("cd ")
+            self.session.cwd = os.path.normpath(f"{self.session.cwd or WORKSPACE}/{command[3:]}")
+        else:
+            result = await self.tools.call(self.root, self.session, step["tool"], step["input"])
+            assert result.is_error == step.get("is_error", False), result.data()
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    folder = tmp_path / "srv" / "site"
+    folder.mkdir(parents=True)
+    workers = HereWorkers(folder)
+    root = FilesystemRoot("conformance", tmp_path, WORKSPACE, os.getuid(), os.getgid())
+    yield Site(folder, FileTools(workers, Settings()), root)  # type: ignore[arg-type]  # the stand-in
+    workers.close()
+
+
+def shown(result: dict[str, Any]) -> str:
+    return "\n".join(block["text"] for block in result["content"] if block["type"] == "text")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Return width and height of a PNG, GIF or scaled JPEG from its header."""
+    if data.startswith(b"\x89PNG"):
+        width, height = struct.unpack(">II", data[16:24])
+    else:
+        assert data.startswith(b"GIF8")
+        width, height = struct.unpack("<HH", data[6:10])
+    return width, height
+
+
+def check_images(expected: list[dict[str, Any]], content: list[dict[str, Any]]) -> None:
+    images = [block for block in content if block["type"] == "image"]
+    assert len(images) == len(expected)
+    for want, block in zip(expected, images, strict=True):
+        width, height = size_of(base64.b64decode(block["data"]))
+        if "mimeType" in want:
+            assert block["mimeType"] == want["mimeType"]
+            assert (width, height) == (want["width"], want["height"])
+        else:
+            assert max(width, height) <= want["max_side"]
+
+
+def check_files(expected: dict[str, Any], site: Site) -> None:
+    for name, want in expected.items():
+        path = site.place(name)
+        match want:
+            case None:
+                assert not path.exists()
+            case str():
+                assert path.read_bytes().decode() == want
+            case _:
+                data = path.read_bytes()
+                if "text" in want:
+                    assert data.decode() == want["text"]
+                if "base64" in want:
+                    assert data == base64.b64decode(want["base64"])
+                if "match" in want:
+                    assert re.fullmatch(want["match"], data.decode(), re.DOTALL)
+                if "mode" in want:
+                    assert path.stat().st_mode & 0o7777 == int(want["mode"], 8)
+
+
+@pytest.mark.parametrize("case", FILE_CASES, ids=[case["id"] for case in FILE_CASES])
+async def test_case(case: dict[str, Any], site: Site) -> None:
+    """The answer, and the files after it, are those that Claude Code's own tool gave."""
+    if case["id"] in LEFT:
+        pytest.skip(LEFT[case["id"]])
+    for item in case["setup"]:
+        site.lay(item)
+    site.session.read_before_write = case.get("option") == "read_before_write"
+    for step in case.get("before", ()):
+        await site.step(step)
+    call = await site.tools.call(site.root, site.session, case["tool"], case["input"])
+    result = call.data()
+    text = shown(result)
+    assert result["isError"] is call.is_error
+    assert call.is_error == case["is_error"], text
+    if "text" in case:
+        assert text == case["text"]
+    if "match" in case:
+        assert re.fullmatch(case["match"], text, re.DOTALL), text
+    if "images" in case:
+        check_images(case["images"], result["content"])
+    check_files(case.get("files_after", {}), site)
+    assert list(site.folder.rglob(".gateway-*")) == []
