@@ -116,6 +116,14 @@ export NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
 export PATH="$HOME/.bun/bin:$PATH"
 """
 
+FILES = {
+    "etc/systemd/network/10-eth0.network": NETWORK,
+    "etc/systemd/system/systemd-udev-trigger.service.d/10-tenant.conf": TRIGGER,
+    "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
+    "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
+    "etc/profile.d/10-tenant.sh": PROFILE,
+}
+
 # Units of a real machine that a container has no use for; each would cost its start or log a failure.
 # Not udev: a container's /sys is writable, so networkd leaves eth0 alone until udev has seen it.
 MASKED = (
@@ -166,23 +174,8 @@ class Definition:
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        text = json.dumps(
-            [
-                *(
-                    SUITE,
-                    PACKAGES,
-                    BUN,
-                    BUN_INTEGRITY[self.bun],
-                    NETWORK,
-                    TRIGGER,
-                    JOURNAL,
-                    PROFILE,
-                    MASKED,
-                    FINISH,
-                ),
-                *(self.architecture, self.user, self.uid, self.workspace),
-            ]
-        )
+        parts = (SUITE, PACKAGES, BUN, BUN_INTEGRITY[self.bun], FILES, MASKED, FINISH)
+        text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
 
@@ -352,14 +345,7 @@ def check_integrity(file: Path, expected: str) -> None:
 
 def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path, lock: int) -> str:
     overlay = place / "overlay"
-    files = {
-        "etc/systemd/network/10-eth0.network": NETWORK,
-        "etc/systemd/system/systemd-udev-trigger.service.d/10-tenant.conf": TRIGGER,
-        "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
-        "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
-        "etc/profile.d/10-tenant.sh": PROFILE,
-    }
-    for name, text in files.items():
+    for name, text in FILES.items():
         target = overlay / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
