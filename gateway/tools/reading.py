@@ -43,12 +43,12 @@ _IMAGES = {"png", "jpg", "jpeg", "gif", "webp"}
 _BINARY = frozenset(
     {
         "7z", "a", "aac", "aiff", "apk", "app", "avi", "avif", "bin", "bmp", "bz2", "cab", "class", "com",
-        "dat", "data", "db", "deb", "dll", "dmg", "doc", "docx", "dylib", "ear", "eot", "exe", "fla", "flac",
-        "flv", "gz", "heic", "ico", "idx", "ipa", "iso", "jar", "lib", "lz", "lz4", "lzma", "m4a", "m4v", "mkv",
-        "mov", "mp3", "mp4", "mpeg", "mpg", "msi", "node", "o", "obj", "odp", "ods", "odt", "ogg", "ogv", "otf",
-        "pack", "pdb", "pkg", "ppt", "pptx", "psd", "pyc", "pyd", "pyo", "rar", "rlib", "rpm", "rtf", "sketch",
-        "so", "sqlite", "sqlite3", "swf", "tar", "tgz", "tif", "tiff", "ttf", "war", "wasm", "wav", "webm",
-        "wma", "wmv", "woff", "woff2", "xls", "xlsx", "xz", "z", "zip", "zst",
+        "dat", "data", "db", "deb", "dll", "dmg", "doc", "docx", "dylib", "ear", "eot", "exe", "fla",
+        "flac", "flv", "gz", "heic", "ico", "idx", "ipa", "iso", "jar", "lib", "lz", "lz4", "lzma", "m4a",
+        "m4v", "mkv", "mov", "mp3", "mp4", "mpeg", "mpg", "msi", "node", "o", "obj", "odp", "ods", "odt",
+        "ogg", "ogv", "otf", "pack", "pdb", "pkg", "ppt", "pptx", "psd", "pyc", "pyd", "pyo", "rar", "rlib",
+        "rpm", "rtf", "sketch", "so", "sqlite", "sqlite3", "swf", "tar", "tgz", "tif", "tiff", "ttf", "war",
+        "wasm", "wav", "webm", "wma", "wmv", "woff", "woff2", "xls", "xlsx", "xz", "z", "zip", "zst",
     }
 )
 # fmt: on

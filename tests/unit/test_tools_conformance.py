@@ -1,7 +1,7 @@
 """The five file tools answer like Claude Code's own, case by case.
 
-`tests/data/claude_cases.jsonl` was recorded from Claude Code 2.1.331. Here every case of a file tool runs in
-this process on a temporary folder; `test_rootfs_workers` and the integration tests run the way over workers.
+`tests/data/claude_cases.jsonl` was recorded from Claude Code 2.1.331. Every case of a file tool runs twice on
+a temporary folder: in this process, and in workers, which as root are confined as in production.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot
+from gateway.rootfs import FilesystemRoot, IdMap, Workers
 from gateway.rootfs.operations import Limits, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
@@ -90,12 +90,19 @@ class Site:
         if "mtime" in item:
             os.utime(path, (item["mtime"], item["mtime"]))
 
+    def own(self) -> None:
+        """Give everything to the tenant's user."""
+        if os.getuid() == 0:
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, self.root.uid, self.root.gid, follow_symlinks=False)
+
     async def step(self, step: dict[str, Any]) -> None:
         if "wait_ms" in step:
             time.sleep(step["wait_ms"] / 1000)
         elif "exec" in step:
             script = step["exec"].replace(WORKSPACE, str(self.folder))
             subprocess.run(["sh", "-c", script], cwd=self.folder, check=True)
+            self.own()
         elif step["tool"] == "Bash":
             # The only thing that a case of a file tool asks of Bash: that its working directory stays.
             command = step["input"]["command"]
@@ -106,14 +113,29 @@ class Site:
             assert result.is_error == step.get("is_error", False), result.data()
 
 
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
+@pytest.fixture(scope="session")
+async def workers() -> AsyncIterator[Workers]:
+    async with Workers(Settings()) as running:
+        yield running
+
+
+@pytest.fixture(params=["here", "worker"])
+async def site(request: pytest.FixtureRequest, tmp_path: Path, workers: Workers) -> AsyncIterator[Site]:
     folder = tmp_path / "srv" / "site"
     folder.mkdir(parents=True)
-    workers = HereWorkers(folder)
-    root = FilesystemRoot("conformance", tmp_path, WORKSPACE, os.getuid(), os.getgid())
-    yield Site(folder, FileTools(workers, Settings()), root)  # type: ignore[arg-type]  # the stand-in
-    workers.close()
+    # Ids as in a tenant's container where that is possible, so that a worker runs with mapped ones.
+    uid, gid = os.getuid(), os.getgid()
+    idmap: tuple[IdMap, ...] = ()
+    if uid == 0:
+        uid, gid, idmap = 1000, 1000, (IdMap(True, True, 0, 1_000_000, 65_536),)
+    root = FilesystemRoot(tmp_path.name, tmp_path, WORKSPACE, uid, gid, idmap)
+    if request.param == "here":
+        here = HereWorkers(folder)
+        yield Site(folder, FileTools(here, Settings()), root)  # type: ignore[arg-type]  # the stand-in
+        here.close()
+    else:
+        yield Site(folder, FileTools(workers, Settings()), root)
+        await workers.forget(root.tenant)
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -169,6 +191,7 @@ async def test_case(case: dict[str, Any], site: Site) -> None:
         pytest.skip(LEFT[case["id"]])
     for item in case["setup"]:
         site.lay(item)
+    site.own()
     site.session.read_before_write = case.get("option") == "read_before_write"
     for step in case.get("before", ()):
         await site.step(step)
