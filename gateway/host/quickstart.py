@@ -333,15 +333,21 @@ class Quickstart:
         process = Path("/proc") / str(pid)
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            if os.fsencode(self.command) not in words or b"serve" not in words:
+                return False
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            variables = (process / "environ").read_bytes().split(b"\0")
+            of_parent = (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0")
         except OSError:
             return False
-        # A fork of the gateway (a file worker's zygote) has its command line, but the gateway for a parent.
-        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-        with contextlib.suppress(OSError):
-            if os.fsencode(self.command) in (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0"):
-                return False
-        return state not in "ZX" and os.fsencode(self.command) in words and b"serve" in words
+        # The same command may serve another state dir; and a fork of the gateway (which has its command
+        # line too) is not the gateway.
+        place = next((v[18:] for v in variables if v.startswith(b"GATEWAY_STATE_DIR=")), b"")
+        return (
+            state not in "ZX"
+            and place == os.fsencode(self.place.root)
+            and os.fsencode(self.command) not in of_parent
+        )
 
     def _cli(self, *words: str) -> str:
         return run(

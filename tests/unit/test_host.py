@@ -1,0 +1,274 @@
+"""The pure parts of preparing a host: sizes, rules, definitions, processes told apart, files written."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from gateway.host import Change, HostError, Steps, run
+from gateway.host.daemon import Daemon, _only_options
+from gateway.host.image import (
+    BUN_INTEGRITY,
+    PROPERTY,
+    Artefact,
+    Definition,
+    check_integrity,
+    define,
+    image_metadata,
+)
+from gateway.host.setup import MANAGED, PRIVATE, acl, network, pool_size, profile
+from gateway.settings import Settings
+
+GiB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("free", "size"),
+    [(5 * GiB, 5), (8 * GiB, 5), (80 * GiB, 40), (80 * GiB + 1, 40), (4000 * GiB, 200)],
+)
+def test_pool_takes_half_of_what_is_free_within_bounds(free: int, size: int) -> None:
+    """Half of the free disk, 5 GiB at least, 200 GiB at most, in whole GiB."""
+    assert pool_size(free) == size * GiB
+
+
+def test_pool_without_room_names_the_way_out() -> None:
+    """A full disk is refused before Incus makes half a pool."""
+    with pytest.raises(HostError, match="GATEWAY_POOL_SOURCE"):
+        pool_size(5 * GiB - 1)
+
+
+def test_acl_closes_private_ranges_and_the_hosts_public_address() -> None:
+    """Everything of the host is dropped, whatever its address; the rest of the internet is allowed."""
+    rules = acl(Settings(network_ipv4="10.82.0.1/20"), [IPv4Address("203.0.113.7")])
+    drop, allow = rules["egress"]
+    closed = [IPv4Network(part) for part in drop["destination"].split(",")]
+    assert drop["action"] == "drop" and allow["action"] == "allow"
+    for address in ("10.82.0.1", "10.82.15.9", "192.168.1.1", "169.254.169.254", "100.64.0.1", "203.0.113.7"):
+        assert any(IPv4Address(address) in part for part in closed), address
+    for address in ("1.1.1.1", "203.0.113.8", "172.32.0.1"):
+        assert not any(IPv4Address(address) in part for part in closed), address
+    assert rules["ingress"] == [{"action": "allow", "state": "enabled", "source": "10.82.0.1/32"}]
+
+
+def test_acl_closes_a_bridge_outside_the_private_ranges() -> None:
+    """Tenants stay apart too where the operator gave the bridge public addresses."""
+    drop = acl(Settings(network_ipv4="203.0.113.1/24"), [])["egress"][0]
+    assert "203.0.113.0/24" in drop["destination"].split(",")
+    assert len(drop["destination"].split(",")) == len(PRIVATE) + 1
+
+
+def test_profile_carries_mark_limits_and_isolation() -> None:
+    """What one tenant may use comes from the settings; the mark and the isolation are always there."""
+    made = profile(Settings(tenant_memory="1GiB", tenant_processes=99, tenant_disk="3GiB", pool="p"))
+    assert made["config"][MANAGED] == "true"
+    assert made["config"]["limits.memory"] == "1GiB"
+    assert made["config"]["limits.memory.enforce"] == "hard"
+    assert made["config"]["limits.processes"] == "99"
+    assert made["devices"]["root"] == {"type": "disk", "path": "/", "pool": "p", "size": "3GiB"}
+    nic = made["devices"]["eth0"]
+    assert {key for key, value in nic.items() if value == "true"} == {
+        "security.port_isolation",
+        "security.mac_filtering",
+        "security.ipv4_filtering",
+        "security.ipv6_filtering",
+    }
+
+
+def test_bridge_refuses_by_default() -> None:
+    """The bridge names the ACL, and what no rule allows is refused."""
+    made = network(Settings(profile="x"))
+    assert made["security.acls"] == "x"
+    assert made["ipv6.address"] == "none"
+    assert {value for key, value in made.items() if "default" in key} == {"reject"}
+
+
+def definition(**changes: object) -> Definition:
+    fields: dict[str, object] = {
+        "architecture": "amd64",
+        "bun": "x64",
+        "user": "site",
+        "uid": 1000,
+        "workspace": "/srv/site",
+        "certificates": b"",
+    }
+    return Definition(**{**fields, **changes})  # type: ignore[arg-type]  # a dict of mixed fields
+
+
+def test_digest_changes_with_everything_that_decides_the_image() -> None:
+    """Same definition, same name; another user, path, architecture or certificate, another name."""
+    others = [
+        definition(architecture="arm64", bun="aarch64"),
+        definition(bun="x64-baseline"),
+        definition(user="web"),
+        definition(uid=1001),
+        definition(workspace="/srv/web"),
+        definition(certificates=b"one more"),
+    ]
+    assert definition().digest == definition().digest
+    assert len({definition().digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "variant", "architecture"),
+    [
+        ("x86_64", "flags: sse avx avx2 bmi", "x64", "amd64"),
+        ("x86_64", "flags: sse avx", "x64-baseline", "amd64"),
+        ("aarch64", "", "aarch64", "arm64"),
+    ],
+)
+def test_bun_fits_the_processor(machine: str, flags: str, variant: str, architecture: str) -> None:
+    """A processor without AVX2 gets the build that does not use it; ARM gets its own."""
+    made = define(Settings(), machine, flags)
+    assert (made.bun, made.architecture) == (variant, architecture)
+    assert variant in BUN_INTEGRITY
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"workspace_user": "site; rm -rf /"},
+        {"workspace_user": "-x"},
+        {"workspace": "srv/site"},
+        {"workspace": "/srv/../etc"},
+        {"workspace": "/srv/$(id)"},
+    ],
+)
+def test_definition_refuses_what_a_shell_would_run(wrong: dict[str, str]) -> None:
+    """User and workspace go into the build's script, so only plain names pass."""
+    with pytest.raises(HostError, match="GATEWAY_WORKSPACE"):
+        define(Settings(**wrong), "x86_64", " avx2")  # type: ignore[arg-type]  # field names from the table
+
+
+def test_unknown_processor_is_refused() -> None:
+    """Where there is no Bun there is no image, said before anything is fetched."""
+    with pytest.raises(HostError, match="riscv64"):
+        define(Settings(), "riscv64", "")
+
+
+def test_integrity_accepts_the_published_bytes_and_nothing_else(tmp_path: Path) -> None:
+    """npm's `sha512-BASE64` is compared with the file; one other byte is refused."""
+    file = tmp_path / "package.tgz"
+    file.write_bytes(b"published")
+    expected = "sha512-" + base64.b64encode(hashlib.sha512(b"published").digest()).decode()
+    check_integrity(file, expected)
+    file.write_bytes(b"publisheD")
+    with pytest.raises(HostError, match="not what was published"):
+        check_integrity(file, expected)
+
+
+def test_fingerprint_is_that_of_incus(tmp_path: Path) -> None:
+    """A split image's fingerprint is the SHA-256 over metadata and rootfs, in that order."""
+    artefact = Artefact(tmp_path / "m", tmp_path / "r")
+    artefact.metadata.write_bytes(b"meta")
+    artefact.rootfs.write_bytes(b"root")
+    assert artefact.fingerprint == hashlib.sha256(b"metaroot").hexdigest()
+
+
+def test_metadata_names_its_definition() -> None:
+    """The image in Incus says which definition it came from, in the kernel's word for the architecture."""
+    made = image_metadata(definition(architecture="arm64", bun="aarch64"))
+    assert made["architecture"] == "aarch64"
+    assert made["properties"][PROPERTY] == definition(architecture="arm64", bun="aarch64").digest
+
+
+@pytest.mark.parametrize(
+    ("words", "daemon"),
+    [
+        ([b"--group", b"incus-admin", b"--logfile", b"/x", b""], True),
+        ([b"--logfile=/x"], True),
+        ([b""], True),
+        ([b"forkexec", b"name"], False),
+        ([b"--group", b"incus-admin", b"waitready"], False),
+    ],
+)
+def test_helpers_of_incusd_are_not_the_daemon(words: list[bytes], daemon: bool) -> None:
+    """`incusd forkexec …` outlives a killed daemon and must not be taken for it."""
+    assert _only_options(words) is daemon
+
+
+def test_stale_socket_and_pid_file_are_not_believed(tmp_path: Path) -> None:
+    """A folder with the leavings of a killed daemon has no daemon: its pid is another's by now."""
+    import socket
+
+    daemon = Daemon(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(daemon.socket))
+    daemon.pidfile.write_text(f"{os.getpid()}\n")
+    assert daemon.socket.exists()
+    assert not daemon.answers()
+    assert daemon.pid() is None
+    daemon.pidfile.write_text("not a number")
+    assert daemon.pid() is None
+
+
+def test_a_socket_that_says_nothing_is_no_daemon(tmp_path: Path) -> None:
+    """Something that accepts and closes is not taken for incusd."""
+    import socket
+    import threading
+
+    daemon = Daemon(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(daemon.socket))
+        listener.listen()
+        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+        thread.start()
+        assert not daemon.answers()
+        thread.join()
+
+
+def test_steps_say_what_changed_and_how_long_it_took() -> None:
+    """Each step is one line as it ends; the changes come back as values."""
+    lines: list[str] = []
+    steps = Steps(lines.append)
+    steps.run("one", lambda: "made")
+    steps.run("two", lambda: None)
+    assert [(change.step, change.changed) for change in steps.changes] == [("one", True), ("two", False)]
+    assert lines[0].startswith("changed  one: made") and lines[1].startswith("ok       two: as it should be")
+    assert str(Change("s", True, "d", 1.25)).endswith("(1.2 s)")
+
+
+def test_a_failing_step_names_itself() -> None:
+    """The error carries the step's name in front of its own words."""
+
+    def fail() -> None:
+        raise HostError("no room")
+
+    with pytest.raises(HostError, match="pool: no room") as caught:
+        Steps(lambda line: None).run("pool", fail)
+    assert caught.value.facts == {"step": "pool"}
+
+
+def test_programs_that_fail_say_what_they_said_and_what_to_do() -> None:
+    """The end of a program's errors and the advice are in the message; a missing one names its package."""
+    with pytest.raises(HostError, match="ended with 3: oh no; turn it off"):
+        run(["sh", "-c", "echo oh no >&2; exit 3"], fix="turn it off")
+    with pytest.raises(HostError, match="did not end within 0 s"):
+        run(["sleep", "5"], fix="wait", timeout=0.05)
+    with pytest.raises(HostError, match="no-such-program is not installed; get it"):
+        run(["no-such-program"], fix="get it")
+    assert run(["echo", "fine"], fix="") == "fine\n"
+
+
+def test_a_lock_is_held_by_the_programs_of_a_step(tmp_path: Path) -> None:
+    """A descriptor that is handed on stays open in the child."""
+    with (tmp_path / "lock").open("w") as lock:
+        number = lock.fileno()
+        assert run(["sh", "-c", f"test -e /proc/self/fd/{number} && echo held"], fix="", holding=(number,))
+        with pytest.raises(HostError):
+            run(["sh", "-c", f"test -e /proc/self/fd/{number}"], fix="")
+
+
+def test_erase_leaves_nothing_of_a_dead_daemon(tmp_path: Path) -> None:
+    """All files of a folder without a daemon go."""
+    daemon = Daemon(tmp_path / "incus")
+    (daemon.root / "networks" / "x").mkdir(parents=True)
+    (daemon.root / "networks" / "x" / "dnsmasq.pid").write_text("pid: 1\n")
+    daemon.erase()
+    assert not daemon.root.exists()
+    assert stat.S_ISDIR(tmp_path.stat().st_mode)

@@ -1,0 +1,206 @@
+"""Quickstart's own parts: its files, its words, how it finds and asks the gateway."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.host import HostError, quickstart
+from gateway.host.quickstart import (
+    Quickstart,
+    ask,
+    base_url,
+    expires,
+    farewell,
+    format_environment,
+    parse_environment,
+    write_private,
+)
+from gateway.settings import Settings
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gateway() -> Iterator[str]:
+    """Something that answers HTTP as a gateway would; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"path": self.path, "token": self.headers.get("Authorization")}).encode()
+            self.send_response(200 if self.path == "/readyz" else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def made(tmp_path: Path, **fields: Any) -> Quickstart:
+    return Quickstart(Settings(state_dir=tmp_path, runtime="local", **fields), CHECKOUT, "stamp", {})
+
+
+def test_environment_survives_the_file() -> None:
+    """Quotes, dollars, backslashes and newlines come back as they went."""
+    variables = {"GATEWAY_A": 'say "hi" $HOME `id` \\n', "GATEWAY_B": "", "GATEWAY_C": "two\nlines"}
+    assert parse_environment(format_environment(variables)) == variables
+
+
+def test_token_file_is_private_from_its_first_byte(tmp_path: Path) -> None:
+    """Mode 0600, also where an older file was open to all; the old one is replaced as a whole."""
+    file = tmp_path / "token"
+    file.write_text("old")
+    file.chmod(0o644)
+    write_private(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["token"]
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [
+        ("127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("0.0.0.0:81", "http://127.0.0.1:81"),
+        ("[::1]:81", "http://[::1]:81"),
+        ("/run/gateway.sock", "unix:/run/gateway.sock"),
+    ],
+)
+def test_url_is_one_that_a_browser_here_can_open(listen: str, url: str) -> None:
+    """The wildcard address becomes one that can be visited."""
+    assert base_url(listen) == url
+
+
+def test_expiry_of_what_is_no_token_is_the_past() -> None:
+    """A damaged token file leads to a new token, not to a failure."""
+    payload = base64.urlsafe_b64encode(json.dumps({"exp": 17}).encode()).decode().rstrip("=")
+    assert expires(f"x.{payload}.y") == 17
+    assert {expires(text) for text in ("", "x", "a.b.c", "a.e30.c", "a.W10.c")} == {0.0}
+
+
+def test_asks_the_gateway_past_any_proxy(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request goes to the address itself and carries the token."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    status, answer = ask(gateway, "GET", "/readyz", token="t")
+    assert (status, answer) == (200, {"path": "/readyz", "token": "Bearer t"})
+
+
+def test_nobody_there_is_an_os_error(tmp_path: Path) -> None:
+    """TCP, unix socket and a peer that does not speak HTTP fail alike."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for listen in (f"127.0.0.1:{port}", str(tmp_path / "none.sock")):
+        with pytest.raises(OSError):
+            ask(listen, "GET", "/readyz", timeout=1)
+
+
+def test_port_of_another_is_refused_with_the_setting(gateway: str, tmp_path: Path) -> None:
+    """Quickstart says which address is taken and how to choose another."""
+    with pytest.raises(HostError, match=r"GATEWAY_LISTEN=127\.0\.0\.1:\d+ deploy/quickstart"):
+        made(tmp_path, listen=gateway)._check_port()
+
+
+def test_stale_pid_file_is_not_believed(tmp_path: Path) -> None:
+    """A pid that belongs to another process now is not taken for the gateway, and stop leaves it alone."""
+    start = made(tmp_path)
+    start.place.pidfile.write_text(f"{os.getpid()}\n")
+    assert start._pid() is None
+    assert start.stop() == []
+    assert not start.place.pidfile.exists()
+
+
+def test_gateway_without_a_pid_file_is_found_and_stopped(tmp_path: Path) -> None:
+    """A run that was killed right after it started the gateway does not leave it behind for ever."""
+    start = made(tmp_path)
+    start.command = tmp_path / "incus-gateway"
+    start.command.write_text(f"#!{sys.executable}\nimport time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    start.command.chmod(0o755)
+    environment = {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)}
+    with subprocess.Popen([start.command, "serve"], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        other = made(tmp_path / "other")
+        other.command = start.command
+        process.stdout.readline()
+        assert (start._pid(), other._pid()) == (process.pid, None)
+        reaper = threading.Thread(target=process.wait)
+        reaper.start()
+        assert start.stop() == ["gateway"]
+        reaper.join()
+    assert start._pid() is None
+
+
+def test_status_of_nothing(tmp_path: Path) -> None:
+    """Every field of the contract is there before anything ran."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert made(tmp_path, listen=f"127.0.0.1:{port}").status() == {
+        "running": False,
+        "runtime": "local",
+        "url": f"http://127.0.0.1:{port}",
+        "editor_url": f"http://127.0.0.1:{port}/#demo",
+        "tenant": "demo",
+        "token": None,
+    }
+
+
+def test_a_foreign_server_on_the_port_is_not_ours(gateway: str, tmp_path: Path) -> None:
+    """`running` means this state dir's gateway, not whatever answers on the address."""
+    assert made(tmp_path, listen=gateway).status()["running"] is False
+
+
+def test_farewell_shows_url_token_and_three_commands(tmp_path: Path) -> None:
+    """What is printed at the end is enough to go on with."""
+    state = made(tmp_path).status() | {"token": "secret-token"}
+    text = farewell(state, "incus-gateway")
+    assert state["url"] in text and "secret-token" in text
+    tries = text.partition("Try:\n")[2].splitlines()
+    assert len([line for line in tries if line.startswith("  ")]) == 3
+
+
+def test_wrong_settings_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that cannot be read ends in one line with its name."""
+    monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
+    os.environ["GATEWAY_TENANT_PROCESSES"] = "many"
+    assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
+    assert "GATEWAY_TENANT_PROCESSES" in capsys.readouterr().out
+
+
+def test_script_knows_its_usage(tmp_path: Path) -> None:
+    """--help answers 0, an unknown word 2, and status before any start says not running, as JSON too."""
+    script = str(CHECKOUT / "deploy" / "quickstart")
+    environment = {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path / "none"), "GATEWAY_RUNTIME": "local"}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *words], env=environment, capture_output=True, text=True, check=False)
+
+    shown = call("--help")
+    assert shown.returncode == 0 and "quickstart" in shown.stdout
+    assert call("destroy").returncode == 2
+    status = call("status", "--json")
+    assert status.returncode == 1
+    assert json.loads(status.stdout)["running"] is False
+    assert call("stop").returncode == 0
+    assert not (tmp_path / "none").exists()
