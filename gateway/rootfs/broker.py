@@ -125,8 +125,8 @@ class Broker:
                 break
             self._reap()
             self._serve(message)
-        for child in self._children.values():
-            os.kill(child.pid, signal.SIGKILL)
+        for number in list(self._children):
+            self._kill(number)
 
     def _serve(self, message: bytes) -> None:
         passed: list[int] = []
@@ -163,7 +163,7 @@ class Broker:
         try:
             tree = Tree(top, "/")
             # The folder itself must be real: the tenant owns its parents' content and may swap it.
-            return tree._open_real(root.workspace.strip("/"), flags | (kernel.O_PATH or os.O_RDONLY))
+            return tree.open_real(root.workspace.strip("/"), flags | (kernel.O_PATH or os.O_RDONLY))
         finally:
             os.close(top)
 

@@ -169,14 +169,14 @@ class Tree:
         # An absolute link is EXDEV to RESOLVE_BENEATH, but may name a file of the workspace.
         for _ in range(4):
             try:
-                return self._open_real(self._real(path), flags)
+                return self.open_real(self._real(path), flags)
             except OSError as error:
                 if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
                     raise
                 last = error  # what was no link a moment ago is one now
         raise last
 
-    def _open_real(self, path: str, flags: int) -> int:
+    def open_real(self, path: str, flags: int) -> int:
         """Open `path`, none of whose parts may be a link (a last one gives ELOOP)."""
         if kernel.HAS_OPENAT2:
             return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _REAL)
@@ -226,7 +226,7 @@ class Tree:
     def _link(self, folder: str, name: str) -> str | None:
         """Return the target of the link `name`, or None where it is none or is missing."""
         try:
-            directory = self._open_real(folder, kernel.O_PATH | os.O_DIRECTORY)
+            directory = self.open_real(folder, kernel.O_PATH | os.O_DIRECTORY)
         except FileNotFoundError:
             return None
         try:
@@ -311,12 +311,12 @@ class Tree:
             for part in folder.split("/"):
                 done = f"{done}/{part}" if done else part
                 try:
-                    following = self._open_real(done, kernel.O_PATH | os.O_DIRECTORY)
+                    following = self.open_real(done, kernel.O_PATH | os.O_DIRECTORY)
                 except FileNotFoundError:
                     # Made meanwhile, by whomever: the open below decides what it is.
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o755, dir_fd=directory)
-                    following = self._open_real(done, kernel.O_PATH | os.O_DIRECTORY)
+                    following = self.open_real(done, kernel.O_PATH | os.O_DIRECTORY)
                 os.close(directory)
                 directory = following
         except BaseException:
@@ -480,7 +480,7 @@ class Walk:
                     yield path, status
                     continue
                 try:
-                    descriptor = below._open_real(path, _FOLDER)
+                    descriptor = below.open_real(path, _FOLDER)
                 except OSError:
                     self.skipped += 1
                     continue

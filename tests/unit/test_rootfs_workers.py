@@ -1,0 +1,324 @@
+"""Workers end in every way there is, and each costs one call a clear error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from gateway.errors import InvalidParams, RateLimited, Timeout, TooLarge, Unavailable
+from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolSession
+
+PROBES = "tests.unit.test_rootfs_probes"
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="confinement needs root; the local runtime has none")
+
+
+def make_root(folder: Path, tenant: str = "one") -> FilesystemRoot:
+    """Return a tenant's root in `folder`, with mapped ids where this process is root."""
+    site = folder / tenant / "srv" / "site"
+    site.mkdir(parents=True)
+    (site / "a.txt").write_text("alpha\n")
+    uid, gid = os.getuid(), os.getgid()
+    idmap: tuple[IdMap, ...] = ()
+    if uid == 0:
+        uid, gid, idmap = 1000, 1000, (IdMap(True, True, 0, 1_000_000, 65_536),)
+        for path in (site, site / "a.txt"):
+            os.chown(path, uid, gid)
+    return FilesystemRoot(tenant, folder / tenant, "/srv/site", uid, gid, idmap)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> FilesystemRoot:
+    return make_root(tmp_path)
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[Workers]:
+    async with Workers(Settings(tool_timeout=0.5), operations=PROBES) as running:
+        yield running
+
+
+async def echo(workers: Workers, root: FilesystemRoot, text: str = "hi", **options: Any) -> str:
+    return (await workers.call(root, "echo", {"text": text}, **options)).decode()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def pid_of(workers: Workers, root: FilesystemRoot, **options: Any) -> int:
+    """Return the worker's process id. Its own namespaces do not include one of processes."""
+    return int(await workers.call(root, "pid", {}, **options))
+
+
+async def test_answers(workers: Workers, root: FilesystemRoot) -> None:
+    """A worker answers call after call, also by megabytes in both directions."""
+    assert await echo(workers, root) == "hi"
+    large = "é" * 4_000_000
+    assert await echo(workers, root, large) == large
+    assert await pid_of(workers, root) == await pid_of(workers, root)
+
+
+@pytest.mark.parametrize("operation", ["crash", "segfault", "bug", "eat"])
+async def test_crash_costs_one_call(workers: Workers, root: FilesystemRoot, operation: str) -> None:
+    """Whatever breaks a worker, its caller gets `unavailable` and the next call an answer."""
+    await echo(workers, root)
+    with pytest.raises(Unavailable) as caught:
+        await workers.call(root, operation, {})
+    assert "secret" not in caught.value.message
+    assert await echo(workers, root) == "hi"
+
+
+async def test_crash_spares_those_who_wait(workers: Workers, root: FilesystemRoot) -> None:
+    """Of calls that were sent at once only the one that crashed its worker fails."""
+    results = await asyncio.gather(
+        echo(workers, root, "1"),
+        workers.call(root, "crash", {}),
+        echo(workers, root, "2"),
+        echo(workers, root, "3"),
+        return_exceptions=True,
+    )
+    assert [results[0], *results[2:]] == ["1", "2", "3"]
+    assert isinstance(results[1], Unavailable)
+
+
+async def test_hang_is_killed(workers: Workers, root: FilesystemRoot) -> None:
+    """A worker that passes its deadline is killed: `timeout`, and the next call is answered."""
+    pid = await pid_of(workers, root)
+    with pytest.raises(Timeout):
+        await workers.call(root, "hang", {})
+    assert await echo(workers, root) == "hi"
+    assert not alive(pid)
+
+
+async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
+    """While a search hangs, the same tenant's file calls and other tenants' calls are answered."""
+    one, two = make_root(tmp_path, "busy"), make_root(tmp_path, "other")
+    hanging = asyncio.ensure_future(workers.call(one, "hang", {}, search=True))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(1):
+        assert await echo(workers, one) == "hi"
+        assert await echo(workers, two) == "hi"
+        assert await echo(workers, two, search=True) == "hi"
+    assert not hanging.done()
+    with pytest.raises(Timeout):
+        await hanging
+
+
+async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: FilesystemRoot) -> None:
+    """After a cancelled call the next one gets its own answer, not that of the cancelled one."""
+    await echo(workers, root)
+    for _ in range(3):
+        slow = asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.05, "text": "old"}))
+        await asyncio.sleep(0.01)
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        assert await echo(workers, root, "new") == "new"
+
+
+async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot) -> None:
+    """A search that nobody waits for does not go on."""
+    pid = await pid_of(workers, root, search=True)
+    search = asyncio.ensure_future(workers.call(root, "hang", {}, search=True))
+    await asyncio.sleep(0.02)
+    search.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await search
+    assert await echo(workers, root, search=True) == "hi"
+    assert not alive(pid)
+
+
+async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
+    """What an operation refuses arrives as the same error with its facts."""
+    with pytest.raises(TooLarge) as caught:
+        await workers.call(root, "refuse", {})
+    assert caught.value.facts == {"size": 7}
+
+
+async def test_input_that_is_no_json(workers: Workers, root: FilesystemRoot) -> None:
+    """A lone surrogate cannot be sent; it is refused and the worker lives."""
+    with pytest.raises(InvalidParams):
+        await echo(workers, root, "\ud800")
+    assert await echo(workers, root) == "hi"
+
+
+async def test_forget(workers: Workers, root: FilesystemRoot) -> None:
+    """When `forget` returns the tenant's workers are gone; a new call starts new ones."""
+    pids = [await pid_of(workers, root), await pid_of(workers, root, search=True)]
+    assert len(set(pids)) == 2
+    await workers.forget(root.tenant)
+    assert not any(map(alive, pids))
+    assert await echo(workers, root) == "hi"
+
+
+async def test_forget_during_a_call(workers: Workers, root: FilesystemRoot) -> None:
+    """A call under way gets `unavailable` at once."""
+    await echo(workers, root)
+    call = asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.4, "text": ""}))
+    await asyncio.sleep(0.02)
+    await workers.forget(root.tenant)
+    with pytest.raises(Unavailable):
+        await call
+
+
+async def test_workspace_replaced(workers: Workers, root: FilesystemRoot) -> None:
+    """Where the workspace became another folder, the next call after a second sees the new one."""
+    names = orjson.loads(await workers.call(root, "names", {}))
+    assert names == ["a.txt"]
+    site = root.path / "srv" / "site"
+    site.rename(root.path / "srv" / "old")
+    site.mkdir()
+    (site / "new.txt").touch()
+    site.chmod(0o755)
+    async with asyncio.timeout(5):
+        while names != ["new.txt"]:
+            await asyncio.sleep(0.1)
+            names = orjson.loads(await workers.call(root, "names", {}))
+
+
+async def test_workspace_is_no_link(workers: Workers, root: FilesystemRoot, tmp_path: Path) -> None:
+    """A workspace, or a folder above it, that became a link is not followed."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    srv = root.path / "srv"
+    (srv / "site").rename(srv / "old")
+    (srv / "site").symlink_to(secret)
+    with pytest.raises(Unavailable):
+        await workers.call(root, "names", {})
+    (srv / "site").unlink()
+    srv.rename(root.path / "gone")
+    srv.symlink_to(secret)
+    (secret / "site").mkdir()
+    with pytest.raises(Unavailable) as caught:
+        await workers.call(root, "names", {})
+    assert str(tmp_path) not in caught.value.message
+
+
+async def test_only_where_tenants_live(tmp_path: Path) -> None:
+    """The broker opens nothing outside the folders that it was started with."""
+    inside, outside = make_root(tmp_path / "pool"), make_root(tmp_path / "pool-evil")
+    async with Workers(Settings(), operations=PROBES, allowed=[tmp_path / "pool"]) as workers:
+        assert await echo(workers, inside) == "hi"
+        await workers.forget("one")
+        for root in (outside, FilesystemRoot("x", tmp_path / "pool" / ".." / "pool-evil", "/", 1, 1)):
+            with pytest.raises(Unavailable):
+                await echo(workers, root)
+
+
+async def test_idle_worker_ends(root: FilesystemRoot) -> None:
+    """A worker ends after its idle time; the next call starts another."""
+    async with Workers(Settings(worker_idle=0.2), operations=PROBES) as workers:
+        pid = await pid_of(workers, root)
+        async with asyncio.timeout(5):
+            while alive(pid):
+                await asyncio.sleep(0.05)
+        assert await echo(workers, root) == "hi"
+
+
+async def test_maximum(tmp_path: Path) -> None:
+    """The worker that rested longest makes room; where all are busy a new one is refused."""
+    roots = [make_root(tmp_path, f"t{i}") for i in range(3)]
+    async with Workers(Settings(max_workers=2, tool_timeout=1), operations=PROBES) as workers:
+        first = await pid_of(workers, roots[0])
+        second = await pid_of(workers, roots[1])
+        await echo(workers, roots[2])
+        async with asyncio.timeout(2):
+            while alive(first):
+                await asyncio.sleep(0.01)
+        assert alive(second)
+        busy = [
+            asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.3, "text": ""}))
+            for root in roots[1:]
+        ]
+        await asyncio.sleep(0.05)
+        with pytest.raises(RateLimited):
+            await echo(workers, roots[0])
+        await asyncio.gather(*busy)
+        assert await echo(workers, roots[0]) == "hi"
+
+
+async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
+    """A broker that was killed is started again; at most one call sees it."""
+    pid = await pid_of(workers, root)
+    process = workers.broker._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    await process.wait()
+    if os.getuid() == 0:
+        async with asyncio.timeout(2):
+            while alive(pid):  # the workers go with it
+                await asyncio.sleep(0.01)
+    await asyncio.gather(echo(workers, root), return_exceptions=True)
+    assert await echo(workers, root) == "hi"
+
+
+async def test_everything_ends_with_the_gateway(root: FilesystemRoot) -> None:
+    """Leaving the context ends broker and workers."""
+    async with Workers(Settings(), operations=PROBES) as workers:
+        pid = await pid_of(workers, root)
+        process = workers.broker._process
+        assert process is not None
+    assert process.returncode is not None
+    assert not alive(pid)
+
+
+async def test_edits_are_not_lost(root: FilesystemRoot) -> None:
+    """Of many edits sent at once to one file none is lost."""
+    async with Workers(Settings()) as workers:
+        tools, session = FileTools(workers, Settings()), ToolSession()
+        lines = "".join(f"[{i}]\n" for i in range(60))
+        await tools.call(root, session, "Write", {"file_path": "count.txt", "content": lines})
+        edits = [
+            {"file_path": "count.txt", "old_string": f"[{i}]", "new_string": f"<{i}>"} for i in range(60)
+        ]
+        results = await asyncio.gather(*(tools.call(root, ToolSession(), "Edit", edit) for edit in edits))
+        assert not any(result.is_error for result in results)
+    text = (root.path / "srv" / "site" / "count.txt").read_text()
+    assert text == "".join(f"<{i}>\n" for i in range(60))
+
+
+@needs_root
+async def test_confined(workers: Workers, root: FilesystemRoot) -> None:
+    """From inside a worker nothing of the host can be reached, and nothing but files be done."""
+    assert orjson.loads(await workers.call(root, "attempt", {})) == []
+    layers = workers.layers("one")
+    assert layers is not None
+    assert {"mount", "namespaces", "limits", "uid", "seccomp"} <= set(layers)
+
+
+@needs_root
+async def test_status_of_the_process(workers: Workers, root: FilesystemRoot) -> None:
+    """Seen from the host: the mapped user, no group, no capability, no new privileges, a filter."""
+    pid = await pid_of(workers, root)
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert status["Uid"].split() == ["1001000"] * 4
+    assert status["Gid"].split() == ["1001000"] * 4
+    assert status["Groups"].split() == []
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    mounts = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    assert len(mounts) == 1
+    assert {"nosuid", "nodev", "noexec"} <= set(mounts[0].split()[5].split(","))
+
+
+@needs_root
+async def test_descriptors(workers: Workers, root: FilesystemRoot) -> None:
+    """A worker holds its socket and the workspace, nothing else: none of the broker's, no other tenant's."""
+    found, tree = orjson.loads(await workers.call(root, "descriptors", {}))
+    assert tree in found
+    assert len(found) == 2
