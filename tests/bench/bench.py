@@ -92,7 +92,7 @@ class Case:
 
 
 async def measure(case: Case, rounds: int, deadline: float) -> None:
-    """Let every way of `case` have its turn, `rounds` times or to the monotonic `deadline`, at least twice."""
+    """Let every way of `case` have its turn, `rounds` times or to the monotonic `deadline`, but twice."""
     for way, call in case.ways.items():  # warm: the first call of a way opens its connections
         await call()
         case.samples[way] = []
