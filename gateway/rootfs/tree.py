@@ -300,23 +300,24 @@ class Tree:
         except OSError as error:
             raise refusal(error) from None
         try:
-            return self._make_folders(self._real(folder)), name
+            return self._make_folders(folder), name
         except OSError as error:
             raise refusal(error) from None
 
     def _make_folders(self, folder: str) -> int:
+        """Open `folder`, making what of it is missing, never through a link that leads nowhere."""
+        flags = kernel.O_PATH | os.O_DIRECTORY
+        parts = folder.split("/")
         directory = os.dup(self.descriptor)
-        done = ""
         try:
-            for part in folder.split("/"):
-                done = f"{done}/{part}" if done else part
+            for i, part in enumerate(parts):
                 try:
-                    following = self.open_real(done, kernel.O_PATH | os.O_DIRECTORY)
+                    following = self._open("/".join(parts[: i + 1]), flags)
                 except FileNotFoundError:
                     # Made meanwhile, by whomever: the open below decides what it is.
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o755, dir_fd=directory)
-                    following = self.open_real(done, kernel.O_PATH | os.O_DIRECTORY)
+                    following = Tree(directory, self.workspace).open_real(part, flags)
                 os.close(directory)
                 directory = following
         except BaseException:

@@ -58,6 +58,13 @@ def alive(pid: int) -> bool:
     return True
 
 
+async def gone(pid: int) -> None:
+    """Return once the process has ended, which is at once but not in the same breath."""
+    async with asyncio.timeout(5):
+        while alive(pid):
+            await asyncio.sleep(0.005)
+
+
 async def pid_of(workers: Workers, root: FilesystemRoot, **options: Any) -> int:
     """Return the worker's process id. Its own namespaces do not include one of processes."""
     return int(await workers.call(root, "pid", {}, **options))
@@ -100,7 +107,7 @@ async def test_hang_is_killed(workers: Workers, root: FilesystemRoot) -> None:
     with pytest.raises(Timeout):
         await workers.call(root, "hang", {})
     assert await echo(workers, root) == "hi"
-    assert not alive(pid)
+    await gone(pid)
 
 
 async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
@@ -138,7 +145,7 @@ async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot
     with pytest.raises(asyncio.CancelledError):
         await search
     assert await echo(workers, root, search=True) == "hi"
-    assert not alive(pid)
+    await gone(pid)
 
 
 async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
@@ -222,9 +229,7 @@ async def test_idle_worker_ends(root: FilesystemRoot) -> None:
     """A worker ends after its idle time; the next call starts another."""
     async with Workers(Settings(worker_idle=0.2), operations=PROBES) as workers:
         pid = await pid_of(workers, root)
-        async with asyncio.timeout(5):
-            while alive(pid):
-                await asyncio.sleep(0.05)
+        await gone(pid)
         assert await echo(workers, root) == "hi"
 
 
@@ -235,9 +240,7 @@ async def test_maximum(tmp_path: Path) -> None:
         first = await pid_of(workers, roots[0])
         second = await pid_of(workers, roots[1])
         await echo(workers, roots[2])
-        async with asyncio.timeout(2):
-            while alive(first):
-                await asyncio.sleep(0.01)
+        await gone(first)
         assert alive(second)
         busy = [
             asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.3, "text": ""}))
@@ -258,9 +261,7 @@ async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
     os.kill(process.pid, signal.SIGKILL)
     await process.wait()
     if os.getuid() == 0:
-        async with asyncio.timeout(2):
-            while alive(pid):  # the workers go with it
-                await asyncio.sleep(0.01)
+        await gone(pid)  # the workers go with it
     await asyncio.gather(echo(workers, root), return_exceptions=True)
     assert await echo(workers, root) == "hi"
 

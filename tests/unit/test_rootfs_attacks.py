@@ -1,0 +1,475 @@
+"""What a hostile tenant can lay into its workspace reaches no file outside, hangs nothing, breaks no answer.
+
+Each attack runs three ways: over a worker (confined where this process is root), on the safe paths alone, and
+on their portable form without openat2; so each layer is known to hold without the others. The integration
+tests do the same from inside a real container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.rootfs import FilesystemRoot, Workers, kernel
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolResult, ToolSession
+from tests.unit.test_rootfs_workers import make_root, needs_root
+from tests.unit.test_tools_conformance import HereWorkers
+
+SECRET = "host-secret-9d1f"
+RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1.5"))
+
+
+class Target:
+    """A tenant's workspace, files outside that must not be reached, and the tools."""
+
+    def __init__(self, folder: Path, root: FilesystemRoot, tools: FileTools) -> None:
+        self.root = root
+        self.site = root.path / "srv" / "site"
+        self.host = folder / "host"
+        self.host.mkdir()
+        (self.host / "secret.txt").write_text(SECRET)
+        # The tenant's own, but outside its workspace; and a folder that shares the workspace's beginning.
+        (root.path / "etc").mkdir()
+        (root.path / "etc" / "passwd").write_text(SECRET)
+        (root.path / "srv" / "site-evil").mkdir()
+        (root.path / "srv" / "site-evil" / "secret.txt").write_text(SECRET)
+        self._before = self._state()
+        self.tools = tools
+
+    def _state(self) -> dict[str, bytes]:
+        places = (self.host, self.root.path / "etc", self.root.path / "srv" / "site-evil")
+        return {
+            str(path): path.read_bytes() if path.is_file() else b""
+            for place in places
+            for path in place.rglob("*")
+        }
+
+    def own(self) -> None:
+        """Give the workspace to the tenant's user."""
+        if os.getuid() == 0:
+            for folder, names, files in os.walk(self.site):
+                for path in (folder, *(os.path.join(folder, name) for name in names + files)):
+                    os.chown(path, self.root.uid, self.root.gid, follow_symlinks=False)
+
+    async def call(self, tool: str, within: float = 5.0, **given: Any) -> ToolResult:
+        async with asyncio.timeout(within):
+            result = await self.tools.call(self.root, ToolSession(), tool, given)
+        json.loads(result.encoded.decode("utf-8"))
+        assert SECRET not in result.encoded.decode()
+        assert str(self.root.path) not in result.encoded.decode()
+        return result
+
+    def check_host(self) -> None:
+        """Nothing outside changed, and no unfinished file is left."""
+        assert self._state() == self._before
+        assert [path for path in self.site.rglob(".gateway-*") if not path.is_symlink()] == []
+
+
+@pytest.fixture(scope="module")
+async def running() -> AsyncIterator[Workers]:
+    async with Workers(Settings(tool_timeout=5)) as workers:
+        yield workers
+
+
+@pytest.fixture(params=["worker", "here", "portable"])
+async def target(
+    request: pytest.FixtureRequest, tmp_path: Path, running: Workers, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Target]:
+    root = make_root(tmp_path, "tenant")
+    if request.param == "worker":
+        target = Target(tmp_path, root, FileTools(running, Settings()))
+        yield target
+        await running.forget(root.tenant)
+    else:
+        if request.param == "portable":
+            monkeypatch.setattr(kernel, "HAS_OPENAT2", False)
+        here = HereWorkers(root.path / "srv" / "site")
+        target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
+        yield target
+        here.close()
+    target.check_host()
+
+
+Lay = Callable[[Target], object]
+
+# What lies in the workspace as `x` (or is only asked for), the path that is read and then written, and the
+# codes that reading and writing may answer with.
+PATHS: dict[str, tuple[Lay | None, str, set[str], set[str]]] = {
+    "dotdot": (None, "../../etc/passwd", {"outside_workspace"}, {"outside_workspace"}),
+    "dotdot-hidden": (None, "/srv/site/a/../../../etc/passwd", {"outside_workspace"}, {"outside_workspace"}),
+    "absolute": (None, "/etc/passwd", {"outside_workspace"}, {"outside_workspace"}),
+    "prefix-twin": (None, "/srv/site-evil/secret.txt", {"outside_workspace"}, {"outside_workspace"}),
+    "parent": (None, "/srv", {"outside_workspace"}, {"outside_workspace"}),
+    "device": (None, "/dev/zero", {"not_a_file"}, {"outside_workspace"}),
+    "process-memory": (None, "/proc/self/mem", {"not_a_file"}, {"outside_workspace"}),
+    "link-to-host": (
+        lambda t: (t.site / "x").symlink_to(t.host / "secret.txt"),
+        "x",
+        {"outside_workspace"},
+        {"not_a_file"},
+    ),
+    "relative-link-to-tenant": (
+        lambda t: (t.site / "x").symlink_to("../../etc/passwd"),
+        "x",
+        {"outside_workspace"},
+        {"not_a_file"},
+    ),
+    "folder-link-to-host": (
+        lambda t: (t.site / "x").symlink_to(t.host),
+        "x/secret.txt",
+        {"outside_workspace"},
+        {"outside_workspace"},
+    ),
+    "folder-link-to-new": (
+        lambda t: (t.site / "x").symlink_to(t.host),
+        "x/new/deeper/file.txt",
+        {"outside_workspace"},
+        {"outside_workspace"},
+    ),
+    "relative-folder-link": (
+        lambda t: (t.site / "x").symlink_to("../site-evil"),
+        "x/secret.txt",
+        {"outside_workspace"},
+        {"outside_workspace"},
+    ),
+    "link-to-twin": (
+        lambda t: (t.site / "x").symlink_to("/srv/site-evil/secret.txt"),
+        "x",
+        {"outside_workspace"},
+        {"not_a_file"},
+    ),
+    "magic-link": (
+        lambda t: (t.site / "x").symlink_to("/proc/self/root/etc/passwd"),
+        "x",
+        {"outside_workspace"},
+        {"not_a_file"},
+    ),
+    "magic-folder-link": (
+        lambda t: (t.site / "x").symlink_to("/proc/self/cwd"),
+        "x/secret.txt",
+        {"outside_workspace"},
+        {"outside_workspace"},
+    ),
+    "dangling-link": (
+        lambda t: (t.site / "x").symlink_to(t.host / "new"),
+        "x",
+        {"outside_workspace"},
+        {"not_a_file"},
+    ),
+    "dangling-folder-link": (
+        lambda t: (t.site / "x").symlink_to("nowhere"),
+        "x/new.txt",
+        {"not_found"},
+        {"conflict", "not_found", "outside_workspace", "not_a_file"},
+    ),
+    "loop": (lambda t: (t.site / "x").symlink_to("x"), "x", {"outside_workspace"}, {"not_a_file"}),
+    "folder-loop": (
+        lambda t: [(t.site / a).symlink_to(b) for a, b in ("xy", "yx")],  # type: ignore[func-returns-value]
+        "x/file",
+        {"outside_workspace"},
+        {"outside_workspace"},
+    ),
+    "fifo": (lambda t: os.mkfifo(t.site / "x"), "x", {"not_a_file"}, {"not_a_file"}),
+    "socket": (
+        lambda t: socket.socket(socket.AF_UNIX).bind(os.path.relpath(t.site / "x")),
+        "x",
+        {"not_a_file"},
+        {"not_a_file"},
+    ),
+    "folder-as-file": (lambda t: (t.site / "x").mkdir(), "x", {"is_a_directory"}, {"is_a_directory"}),
+    "file-as-folder": (lambda t: (t.site / "x").touch(), "x/y", {"not_a_file"}, {"not_a_file"}),
+    "workspace": (None, "/srv/site", {"is_a_directory"}, {"is_a_directory"}),
+    "nul": (None, "a\0b", {"invalid_params"}, {"invalid_params"}),
+    "empty": (None, "", {"invalid_params"}, {"invalid_params"}),
+    "long-name": (None, "n" * 300, {"invalid_params"}, {"invalid_params"}),
+    "long-path": (None, "n/" * 3000 + "x", {"invalid_params"}, {"invalid_params"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("name", PATHS)
+async def test_path(target: Target, name: str) -> None:
+    """Reading and writing are refused at once, with the matching code."""
+    lay, path, reading, writing = PATHS[name]
+    if lay is not None:
+        lay(target)
+        target.own()
+    read = await target.call("Read", file_path=path, within=1)
+    assert read.is_error, read.data()
+    assert read.code in reading
+    write = await target.call("Write", file_path=path, content="pwned", within=1)
+    assert write.is_error, write.data()
+    assert write.code in writing
+    edit = await target.call("Edit", file_path=path, old_string="a", new_string="pwned", within=1)
+    assert edit.is_error
+
+
+async def test_many_links(target: Target) -> None:
+    """More links than the kernel follows are an error at once; a few inside the workspace work."""
+    (target.site / "l0").symlink_to("/srv/site/a.txt")
+    for i in range(50):
+        (target.site / f"l{i + 1}").symlink_to(f"/srv/site/l{i}")
+    target.own()
+    assert not (await target.call("Read", file_path="l5")).is_error
+    assert (await target.call("Read", file_path="l45")).code == "outside_workspace"
+
+
+async def test_links_inside(target: Target) -> None:
+    """Links that stay inside are followed, written as text relative or absolute; folders are made below."""
+    (target.site / "real" / "deep").mkdir(parents=True)
+    (target.site / "real" / "f.txt").write_text("inside\n")
+    (target.site / "absolute").symlink_to("/srv/site/real")
+    (target.site / "relative").symlink_to("real")
+    (target.site / "real" / "deep" / "up").symlink_to("../../real/f.txt")
+    target.own()
+    for path in ("absolute/f.txt", "relative/f.txt", "real/deep/up", "absolute/deep/up"):
+        assert "inside" in (await target.call("Read", file_path=path)).encoded.decode()
+    assert not (await target.call("Write", file_path="absolute/new/g.txt", content="g")).is_error
+    assert (target.site / "real" / "new" / "g.txt").read_text() == "g"
+
+
+@needs_root
+@pytest.mark.parametrize("number", [(1, 3), (1, 5), (5, 0)])
+async def test_device_node(target: Target, number: tuple[int, int]) -> None:
+    """A planted device is not opened, neither to read nor to write."""
+    os.mknod(target.site / "x", 0o020666, os.makedev(*number))
+    target.own()
+    # On the nodev mount of a worker the kernel itself refuses.
+    assert (await target.call("Read", file_path="x", within=1)).code in ("not_a_file", "forbidden")
+    assert (await target.call("Write", file_path="x", content="x", within=1)).code == "not_a_file"
+    assert not (await target.call("Grep", pattern="root", within=1)).is_error
+
+
+async def test_hard_link(target: Target) -> None:
+    """Writing onto a hard link leaves its twin alone."""
+    os.link(target.site / "a.txt", target.site / "twin.txt")
+    assert not (await target.call("Write", file_path="a.txt", content="new")).is_error
+    assert (target.site / "twin.txt").read_text() == "alpha\n"
+
+
+async def test_set_user_id(target: Target) -> None:
+    """A set-uid bit does not survive new content."""
+    (target.site / "a.txt").chmod(0o6755)
+    assert not (await target.call("Edit", file_path="a.txt", old_string="alpha", new_string="x")).is_error
+    assert (target.site / "a.txt").stat().st_mode & 0o7777 == 0o755
+
+
+async def test_large(target: Target) -> None:
+    """Sparse, endless and huge content is bounded and said so."""
+    with open(target.site / "sparse.txt", "wb") as file:
+        file.truncate(1 << 40)
+    with open(target.site / "hole.txt", "wb") as file:
+        file.write(b"line\n" * 400_000)
+        file.seek(50 << 30)
+        file.write(b"end\n")
+    (target.site / "wide.txt").write_text("w" * 200_000)
+    target.own()
+    assert (await target.call("Read", file_path="sparse.txt")).code == "too_large"
+    assert (await target.call("Read", file_path="sparse.txt", offset=1, limit=1)).code == "too_large"
+    assert not (await target.call("Read", file_path="hole.txt", offset=399_999, limit=1)).is_error
+    past = await target.call("Read", file_path="hole.txt", offset=400_002, limit=1)
+    assert "400002" in past.encoded.decode()
+    assert (await target.call("Read", file_path="hole.txt", offset=400_001, limit=1)).code == "too_large"
+    assert (await target.call("Read", file_path="wide.txt")).is_error
+    assert not (await target.call("Grep", pattern="w+", output_mode="content")).is_error
+    assert (await target.call("Edit", file_path="sparse.txt", old_string="a", new_string="b")).is_error
+    result = await target.call("Write", file_path="big.txt", content="x" * (9 << 20))
+    assert result.code == "too_large"
+    assert not (target.site / "big.txt").exists()
+
+
+async def test_names(target: Target) -> None:
+    """Names with line ends, escapes and invalid UTF-8 come back escaped, one a line, in valid JSON."""
+    for name in (
+        b"new\nline.txt",
+        b"esc\x1b[31m.txt",
+        b"bad\xff\xfe.txt",
+        b"\xed\xa0\x80.txt",
+        "r‮l.txt".encode(),
+    ):
+        with open(os.path.join(os.fsencode(target.site), name), "w") as file:
+            file.write("needle\n")
+    target.own()
+    for result in (
+        await target.call("Glob", pattern="*.txt"),
+        await target.call("Grep", pattern="needle"),
+        await target.call("Grep", pattern="needle", output_mode="content"),
+        await target.call("Grep", pattern="needle", output_mode="count"),
+    ):
+        text = result.data()["content"][0]["text"]
+        assert "new\\nline.txt" in text
+        assert "bad\\xff\\xfe.txt" in text
+        assert "\x1b" not in text
+        assert "‮" not in text
+    assert (await target.call("Read", file_path="new.txt")).is_error
+    missing = await target.call("Read", file_path="no\x1b[31m.txt")
+    assert "\x1b" not in missing.data()["content"][0]["text"]
+
+
+async def test_ignore_files(target: Target) -> None:
+    """Ignore files that are FIFOs, links or bombs neither hang nor leak nor slow a search down."""
+    for name in ("fifo", "link", "bomb"):
+        folder = target.site / name
+        (folder / ".git" / "info").mkdir(parents=True)
+        (folder / ("a" * 200)).write_text("needle")
+    os.mkfifo(target.site / "fifo" / ".gitignore")
+    os.mkfifo(target.site / "fifo" / ".git" / "info" / "exclude")
+    (target.site / "link" / ".gitignore").symlink_to(target.host / "secret.txt")
+    (target.site / "bomb" / ".gitignore").write_text("*a" * 40 + "b\n" + "{a,{b,{c,\n[\n\\\n" + "**/" * 600)
+    target.own()
+    result = await target.call("Grep", pattern="needle", within=2)
+    assert result.data()["structuredContent"]["total"] == 3
+
+
+async def test_patterns(target: Target) -> None:
+    """Patterns made to explode are answered in time."""
+    (target.site / "a.txt").write_text("a" * 50_000)
+    (target.site / ("a" * 250)).touch()
+    target.own()
+    for pattern in ("(a+)+$", "(a|a)*b", "(.*)*x", "a{1000}{1000}", "(?:(?:a{100}){100}){100}"):
+        await target.call("Grep", pattern=pattern, within=3)
+        await target.call("Grep", pattern=pattern, multiline=True, within=3)
+    for glob in ("*a" * 50 + "b", "{a,b}" * 200, "**/" * 100 + "*", "[a-z]*" * 60, "{" * 50, "x" * 5000):
+        await target.call("Glob", pattern=glob, within=3)
+        await target.call("Grep", pattern="a", glob=glob, within=3)
+    assert (await target.call("Grep", pattern="(?=a)")).code == "invalid_params"
+
+
+async def test_deep_tree(target: Target) -> None:
+    """A tree deeper than a path can name is searched as far as it can be named."""
+    place = os.open(target.site, os.O_RDONLY)
+    for _ in range(300):
+        os.mkdir("d" * 40, dir_fd=place)
+        if os.getuid() == 0:
+            os.chown("d" * 40, target.root.uid, target.root.gid, dir_fd=place)
+        below = os.open("d" * 40, os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = below
+    os.close(os.open("deep.txt", os.O_CREAT | os.O_WRONLY, dir_fd=place))
+    os.close(place)
+    assert not (await target.call("Glob", pattern="**/*.txt")).is_error
+    assert not (await target.call("Grep", pattern="alpha")).is_error
+    # Python's own removal stops at names over PATH_MAX.
+    subprocess.run(["rm", "-rf", str(target.site / ("d" * 40))], check=True)
+
+
+async def test_crowded_folder(target: Target) -> None:
+    """A folder with more entries than may be visited is searched up to the bound, which is said."""
+    here: Any = target.tools._workers
+    if not isinstance(here, HereWorkers):
+        pytest.skip("the bound is the same code; once is enough")
+    here._workspace = type(here._workspace)(here._workspace.tree, type(here._workspace.limits)(visit_max=500))
+    for i in range(1000):
+        (target.site / f"f{i}").touch()
+    result = await target.call("Glob", pattern="*")
+    text = result.data()["content"][0]["text"]
+    assert "stopped after 500" in text
+    assert result.data()["structuredContent"]["truncated"] is True
+
+
+# Races
+
+# Runs as a process of its own and swaps as fast as it can until it is killed; argv: what, workspace, outside.
+ATTACKER = r"""
+import ctypes, os, sys
+what, site, outside = sys.argv[1:]
+os.chdir(site)
+libc = ctypes.CDLL(None, use_errno=True)
+def exchange(a, b):
+    if libc.renameat2(-100, a, -100, b, 2): raise OSError(ctypes.get_errno(), "renameat2")
+def quietly(call, *arguments):
+    try: call(*arguments)
+    except OSError: pass
+print("ready", flush=True)
+while True:
+    if what == "file": exchange(b"prey.txt", b"bait")
+    elif what == "folder": exchange(b"folder", b"way-out")
+    elif what == "fifo": exchange(b"prey.txt", b"pipe")
+    elif what == "dotdot":
+        quietly(os.rename, "in/deep", outside + "/moved"); quietly(os.rename, outside + "/moved", "in/deep")
+    elif what == "churn":
+        quietly(os.rename, "prey.txt", "gone.txt"); quietly(os.rename, "gone.txt", "prey.txt")
+"""
+
+
+def arena(target: Target) -> None:
+    site, host = target.site, target.host
+    (site / "prey.txt").write_text("harmless\n")
+    (site / "bait").symlink_to(host / "secret.txt")
+    (site / "folder").mkdir()
+    (site / "folder" / "secret.txt").write_text("harmless\n")
+    (site / "way-out").symlink_to(host)
+    os.mkfifo(site / "pipe")
+    (site / "in" / "deep").mkdir(parents=True)
+    (site / "in" / "deep" / "back").symlink_to("../../prey.txt")
+    target.own()
+
+
+def naive(site: Path, name: str) -> str:
+    """Read as a gateway without this package would: resolve, compare the beginning, open."""
+    path = os.path.realpath(site / name)
+    if not path.startswith(str(site) + "/"):
+        return ""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "fifo", "dotdot", "churn"])
+async def test_race(target: Target, what: str) -> None:
+    """While the tenant swaps paths as fast as it can, nothing leaks, hangs, or lands outside."""
+    if what in ("file", "folder", "fifo") and sys.platform != "linux":
+        pytest.skip("the attack needs renameat2")
+    arena(target)
+    attacker = subprocess.Popen(
+        [sys.executable, "-c", ATTACKER, what, str(target.site), str(target.root.path / "srv")],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert attacker.stdout is not None
+        await asyncio.to_thread(attacker.stdout.readline)
+        until = time.monotonic() + RACE_SECONDS
+        rounds = 0
+        while time.monotonic() < until:
+            rounds += 1
+            for path in ("prey.txt", "folder/secret.txt", "in/deep/back", "in/deep/../deep/back"):
+                await target.call("Read", file_path=path)
+            await target.call("Grep", pattern="host-secret", output_mode="content")
+            await target.call("Glob", pattern="**/secret.txt")
+            await target.call("Write", file_path="folder/new/made.txt", content="mine")
+            await target.call("Write", file_path="prey.txt", content="harmless\n")
+            await target.call("Edit", file_path="prey.txt", old_string="harmless", new_string="harmless!")
+        assert rounds > 10
+    finally:
+        attacker.kill()
+        attacker.wait()
+        attacker.stdout and attacker.stdout.close()
+
+
+async def test_naive_check_leaks(tmp_path: Path, running: Workers) -> None:
+    """The same race against the usual check does leak: so the races above are known to bite."""
+    target = Target(tmp_path, make_root(tmp_path, "tenant"), FileTools(running, Settings()))
+    arena(target)
+    with subprocess.Popen(
+        [sys.executable, "-c", ATTACKER, "file", str(target.site), "/"], stdout=subprocess.PIPE
+    ) as attacker:
+        assert attacker.stdout is not None
+        attacker.stdout.readline()
+        until = time.monotonic() + 20
+        leaked = False
+        while not leaked and time.monotonic() < until:
+            leaked = SECRET in naive(target.site, "prey.txt")
+        attacker.kill()
+    assert leaked
