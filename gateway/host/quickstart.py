@@ -77,6 +77,11 @@ class Place:
         return self.root / "quickstart.token"
 
     @property
+    def command(self) -> Path:
+        """`incus-gateway` with this gateway's settings, made by `deploy/quickstart`."""
+        return self.root / "incus-gateway"
+
+    @property
     def environment(self) -> Path:
         return self.root / "quickstart.env"
 
@@ -460,18 +465,26 @@ def _indented(line: str) -> None:
     say(f"    {line}")
 
 
-def farewell(state: dict[str, Any], command: str) -> str:
+def command_word(place: Place) -> str:
+    """Return how to call the command: by its name where that is this gateway's, else by its path."""
+    found = shutil.which("incus-gateway")
+    ours = found is not None and Path(found).resolve() == place.command.resolve()
+    return "incus-gateway" if ours else str(place.command)
+
+
+def farewell(state: dict[str, Any], command: str, script: Path) -> str:
     """Return what a person wants to know at the end: where it is, how to get in, what to try."""
+    look = "whoami; uname -a; bun --version" if state["runtime"] == "incus" else "whoami; pwd; ls"
     return f"""
 The gateway runs at {state["url"]} ({state["runtime"]} runtime), with the tenant {state["tenant"]}.
 Editor:  {state["editor_url"]}
 Token:   {state["token"]}
 
 Try:
-  {command} exec {state["tenant"]} -- sh -c 'whoami; uname -a; bun --version'
-  curl -s -H "Authorization: Bearer $(deploy/quickstart token)" {state["url"]}/v1/tenants/{state["tenant"]}
+  {command} exec {state["tenant"]} -- sh -c '{look}'
+  curl -s -H "Authorization: Bearer $({script} token)" {state["url"]}/v1/tenants/{state["tenant"]}
   {command} events
-Stop it with deploy/quickstart stop."""
+Stop it with {script} stop."""
 
 
 def main(words: list[str]) -> int:
@@ -515,13 +528,13 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
     environment = {**saved, **given, "GATEWAY_STATE_DIR": str(state_dir)}
     os.environ.update(environment)
     quickstart = Quickstart(settings_module.load(), checkout, stamp, environment)
+    script = checkout / "deploy" / "quickstart"
     match action:
         case "start":
             begun = time.monotonic()
             state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
             quickstart.start()
-            found = shutil.which("incus-gateway")
-            say(farewell(quickstart.status(), "incus-gateway" if found else str(quickstart.command)))
+            say(farewell(quickstart.status(), command_word(quickstart.place), script))
             say(f"Ready after {time.monotonic() - begun:.1f} s.")
             return 0
         case "status":
@@ -529,7 +542,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
             if "--json" in options:
                 say(json.dumps(state))
             elif state["running"]:
-                say(farewell(state, "incus-gateway"))
+                say(farewell(state, command_word(quickstart.place), script))
             else:
                 say(f"not running; start it with deploy/quickstart ({quickstart.place.log})")
             return 0 if state["running"] else 1

@@ -172,7 +172,7 @@ def test_a_foreign_server_on_the_port_is_not_ours(gateway: str, tmp_path: Path) 
 def test_farewell_shows_url_token_and_three_commands(tmp_path: Path) -> None:
     """What is printed at the end is enough to go on with."""
     state = made(tmp_path).status() | {"token": "secret-token"}
-    text = farewell(state, "incus-gateway")
+    text = farewell(state, "incus-gateway", Path("/x/quickstart"))
     assert state["url"] in text and "secret-token" in text
     tries = text.partition("Try:\n")[2].splitlines()
     assert len([line for line in tries if line.startswith("  ")]) == 3
