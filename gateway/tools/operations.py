@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway.errors import GatewayError
 from gateway.rootfs.operations import Operation, Workspace
+from gateway.rootfs.tree import refusal
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
@@ -33,6 +34,9 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
             answer = error.answer()
         except GatewayError as error:
             answer = failure(name, error).answer()
+        except OSError as error:
+            # A descriptor that failed after it was opened: the disk, a quota, a folder taken away.
+            answer = failure(name, refusal(error)).answer()
         return answer.encode()
 
     return run

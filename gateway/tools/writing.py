@@ -7,7 +7,7 @@ import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, TooLarge
-from gateway.rootfs.tree import etag, show
+from gateway.rootfs.tree import etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
 from gateway.tools.reading import missing
@@ -49,6 +49,8 @@ class _Target:
             status = os.stat(self.name, dir_fd=self.directory, follow_symlinks=False)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise refusal(error) from None
         if stat.S_ISLNK(status.st_mode):
             raise _link(self.call, self.path)
         if stat.S_ISDIR(status.st_mode):
