@@ -252,6 +252,7 @@ class Quickstart:
         run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
 
     def _start_process(self) -> None:
+        self._reap()
         with self.place.log.open("ab") as log:
             process = subprocess.Popen(
                 [str(self.command), "serve"],
@@ -266,6 +267,10 @@ class Quickstart:
         self._process = process
 
     _process: subprocess.Popen[bytes] | None = None
+
+    def _reap(self) -> None:
+        if self._process is not None:
+            self._process.poll()
 
     def _child_environment(self) -> dict[str, str]:
         return {**os.environ, **self.environment}
@@ -457,6 +462,7 @@ class Quickstart:
                     time.sleep(POLL)
                 if not self._is_ours(pid):
                     break
+        self._reap()
         self.place.pidfile.unlink(missing_ok=True)
         return pid is not None
 

@@ -38,6 +38,12 @@ def settings(**changes: Any) -> Settings:
     return Settings(**(fields | changes))
 
 
+def variables(of: Settings) -> dict[str, str]:
+    """Return the environment that gives another process these settings."""
+    changed = of.model_dump(mode="json", include=of.model_fields_set)
+    return {f"GATEWAY_{name.upper()}": str(value) for name, value in changed.items()}
+
+
 def daemon() -> Daemon:
     return Daemon(INCUS_DIR)
 

@@ -1,0 +1,87 @@
+"""Starting, losing and stopping an incusd of its own, so that the other tests' daemon stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.host import HostError
+from gateway.host.daemon import Daemon
+from gateway.settings import Settings
+from tests.integration import environment
+
+
+@pytest.fixture(scope="module")
+def daemon(incus_settings: Settings) -> Iterator[Daemon]:
+    """A daemon that does not run yet, in a folder of its own; nothing of it is left afterwards."""
+    made = Daemon(Path(f"{environment.INCUS_DIR}-daemon"))
+    for _ in range(2):
+        made.stop()
+        made.erase()
+        if not made.root.exists():
+            break
+    yield made
+    made.stop()
+    made.erase()
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_starts_once_and_is_ready(daemon: Daemon) -> None:
+    """The first call starts it and returns when it is ready; the second finds it."""
+    said: list[str] = []
+    assert daemon.pid() is None
+    assert daemon.ensure(said.append) is True
+    assert daemon.answers()
+    assert said == [f"starting incusd on {daemon.root}"]
+    assert daemon.ensure(said.append) is False
+    assert len(said) == 1
+    assert daemon.pidfile.read_text() == f"{daemon.pid()}\n"
+    with pytest.raises(HostError, match="still runs"):
+        daemon.erase()
+
+
+def test_is_a_session_of_its_own(daemon: Daemon) -> None:
+    """A closed terminal or an interrupted test does not reach it."""
+    daemon.ensure(silent)
+    pid = daemon.pid()
+    assert pid is not None
+    assert os.getsid(pid) == pid
+
+
+def test_comes_back_after_a_crash(daemon: Daemon) -> None:
+    """After SIGKILL its socket and pid file are still there, and neither stops the next start."""
+    daemon.ensure(silent)
+    killed = daemon.kill()
+    assert daemon.socket.exists() and daemon.pidfile.exists()
+    assert not daemon.answers()
+    assert daemon.pid() is None
+    with pytest.raises(HostError, match="no incusd runs"):
+        daemon.kill()
+    daemon.pidfile.write_text("1\n")  # the number may be another's by the time of the next start
+    assert daemon.ensure(silent) is True
+    assert daemon.pid() not in (None, killed, 1)
+
+
+def test_stops_and_leaves_no_socket(daemon: Daemon) -> None:
+    """After `stop` nothing waits to refuse the next caller; stopping again is no error."""
+    daemon.ensure(silent)
+    assert daemon.stop() is True
+    assert not daemon.socket.exists() and not daemon.pidfile.exists()
+    assert daemon.stop() is False
+
+
+def test_two_daemons_do_not_know_each_other(daemon: Daemon) -> None:
+    """Stopping one leaves the other: they are told apart by their folder."""
+    other = environment.daemon()
+    before = other.pid()
+    daemon.ensure(silent)
+    assert daemon.pid() != before
+    daemon.stop()
+    assert other.pid() == before
+    assert other.answers()
