@@ -1,0 +1,213 @@
+"""A process inside a real container swaps paths as fast as it can, while the tools work on them.
+
+`tests/unit/test_rootfs_attacks.py` has the whole table of what can be laid into a workspace; here are the
+races, which need the real mounts, ids and kernel paths, and at least a minute. GATEWAY_TEST_RACE_SECONDS sets
+the seconds of each of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.rootfs import FilesystemRoot, Workers
+from gateway.runtime.incus import IncusRuntime
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolSession
+from tests.integration import environment
+from tests.integration.conftest import Container
+
+SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "6"))
+SECRET = "host-secret-9d1f"
+DEADLINE = 5.0  # seconds in which every call must answer
+
+# Perl is in every Debian. The arguments are the attack and the machine's number of renameat2.
+ATTACKER = r"""
+my ($what, $renameat2) = @ARGV;
+chdir "/srv/site" or die;
+sub swap { my ($a, $b) = @_; syscall($renameat2, -100, $a, -100, $b, 2); }
+$| = 1; print "ready\n";
+while (1) {
+    if ($what eq "file") { swap("prey.txt", "bait") }
+    elsif ($what eq "tenant") { swap("prey.txt", "bait-tenant") }
+    elsif ($what eq "folder") { swap("folder", "way-out") }
+    elsif ($what eq "magic") { swap("folder", "magic") }
+    elsif ($what eq "fifo") { swap("prey.txt", "pipe") }
+    elsif ($what eq "dotdot") { rename("in/deep", "/srv/moved"); rename("/srv/moved", "in/deep") }
+    elsif ($what eq "churn") { rename("prey.txt", "gone.txt"); rename("gone.txt", "prey.txt") }
+    elsif ($what eq "workspace") { swap("/srv/site", "/srv/decoy") }
+}
+"""
+
+# The attack, and the user that runs it: some need root, which a tenant is in its container.
+RACES = [
+    ("file", 1000),
+    ("folder", 1000),
+    ("fifo", 1000),
+    ("churn", 1000),
+    ("tenant", 1000),
+    ("magic", 1000),
+    ("file", 0),
+    ("folder", 0),
+    ("dotdot", 0),
+    ("workspace", 0),
+]
+
+
+@dataclass
+class Arena:
+    """A tenant whose workspace is laid with bait, the files outside, and a count of what was answered."""
+
+    container: Container
+    root: FilesystemRoot
+    tools: FileTools
+    secret: Path
+    calls: int = 0
+    slowest: float = 0.0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    async def call(self, tool: str, **given: object) -> None:
+        """Run a tool; whatever it answers, it answers in time and without the secret."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                result = await self.tools.call(self.root, ToolSession(), tool, given)
+        except GatewayError as error:
+            assert str(self.root.path) not in error.message
+            self.refused[error.code] = self.refused.get(error.code, 0) + 1
+        else:
+            text = result.encoded.decode()
+            json.loads(text)
+            assert SECRET not in text
+            assert str(self.root.path) not in text
+            if result.code:
+                self.refused[result.code] = self.refused.get(result.code, 0) + 1
+        self.calls += 1
+        self.slowest = max(self.slowest, time.monotonic() - started)
+
+    async def round(self) -> None:
+        """Use every tool once or more on what is being swapped."""
+        for path in ("prey.txt", "folder/secret.txt", "in/deep/back", "bait", "way-out/secret.txt"):
+            await self.call("Read", file_path=path)
+        await self.call("Grep", pattern="host-secret", output_mode="content")
+        await self.call("Glob", pattern="**/secret.txt")
+        await self.call("Write", file_path="folder/new/made.txt", content="mine")
+        await self.call("Write", file_path="prey.txt", content="harmless\n")
+        await self.call("Edit", file_path="prey.txt", old_string="harmless", new_string="harmless!")
+
+    @contextmanager
+    def attacked(self, what: str, user: int) -> Iterator[None]:
+        """Run the attacker inside the container, as many of it as the tests have cores to spare: one."""
+        command = ["incus", "exec", self.container.name, f"--user={user}", "-T", "--", "perl", "-e", ATTACKER]
+        number = {"x86_64": 316, "aarch64": 276}[os.uname().machine]
+        process = subprocess.Popen(
+            [*command, what, str(number)],
+            env=environment.daemon().environment,
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            self.container.run("pkill", "-KILL", "perl", check=False)
+            process.communicate(timeout=20)
+
+
+@pytest.fixture
+async def arena(tenant: Container, incus_settings: Settings, tmp_path: Path) -> AsyncIterator[Arena]:
+    secret = tmp_path / "secret.txt"
+    secret.write_text(SECRET)
+    # So that nothing but our own care keeps a worker from it.
+    for folder in (secret, *secret.parents):
+        if folder != Path("/") and folder.owner() == "root":
+            folder.chmod(folder.stat().st_mode | 0o055)
+    tenant.sh(
+        f"""
+        echo {SECRET} > /etc/marker; mkdir -p /srv/decoy /srv/way; echo {SECRET} > /srv/way/secret.txt
+        chown site:site /srv/way /srv/way/secret.txt; ln -s {secret.parent} /srv/decoy/prey.txt
+        """
+    )
+    tenant.sh(
+        f"""
+        cd /srv/site; echo harmless > prey.txt; ln -s {secret} bait; ln -s ../../etc/marker bait-tenant
+        mkdir -p folder in/deep; echo harmless > folder/secret.txt; ln -s {secret.parent} way-out
+        ln -s /proc/self/root/etc magic; mkfifo pipe; ln -s ../../prey.txt in/deep/back
+        """,
+        user=1000,
+    )
+    async with IncusRuntime(incus_settings) as runtime:
+        root = await runtime.filesystem(tenant.name)
+    pools = incus_settings.incus_socket.parent / "storage-pools"
+    async with Workers(incus_settings, allowed=[pools]) as workers:
+        yield Arena(tenant, root, FileTools(workers, incus_settings), secret)
+
+
+@pytest.mark.timeout(300)
+async def test_races(arena: Arena) -> None:
+    """Nothing leaks, hangs or lands outside, and no unfinished file is left, over all attacks."""
+    before = sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns
+    for what, user in RACES:
+        with arena.attacked(what, user):
+            until = time.monotonic() + SECONDS
+            calls = arena.calls
+            while time.monotonic() < until:
+                await arena.round()
+            assert arena.calls - calls > 100
+    assert (sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns) == before
+    assert arena.secret.read_text() == SECRET
+    assert arena.container.sh("find / -xdev -name '.gateway-*'").strip() == ""
+    assert arena.container.sh("cat /etc/marker /srv/way/secret.txt").split() == [SECRET, SECRET]
+    print(f"{arena.calls} calls, slowest {arena.slowest * 1000:.0f} ms, refused {arena.refused}")
+
+
+async def test_naive_check_leaks(arena: Arena) -> None:
+    """The usual check (resolve, compare the beginning, open) leaks under the same attack: the races bite."""
+    site = Path(str(arena.root.path) + arena.root.workspace)
+
+    def naive(name: str) -> str:
+        try:
+            path = os.path.realpath(site / name)
+            if not path.startswith(str(site) + "/"):
+                return ""
+            return Path(path).read_text()
+        except OSError:
+            return ""
+
+    def leaks() -> int:
+        return sum(SECRET in naive("prey.txt") for _ in range(50_000))
+
+    with arena.attacked("file", 1000):
+        until = time.monotonic() + 30
+        found = 0
+        while not found and time.monotonic() < until:
+            found = await asyncio.to_thread(leaks)
+    assert found
+
+
+async def test_tenant_mounts(arena: Arena) -> None:
+    """What a tenant mounts over its workspace is not entered: the tools serve what is on disk."""
+    arena.container.sh(f"mount -t tmpfs none /srv/site/folder && echo {SECRET} > /srv/site/folder/secret.txt")
+    arena.container.sh("mount --bind /etc /srv/site/in")
+    for path in ("folder/secret.txt", "in/marker", "in/passwd"):
+        await arena.call("Read", file_path=path)
+    await arena.call("Grep", pattern="host-secret")
+    assert arena.container.sh("cat /srv/site/folder/secret.txt").strip() == SECRET
+
+
+async def test_workers_do_not_see_each_other(arena: Arena) -> None:
+    """A tenant's root cannot see, signal or trace the worker that serves its own workspace."""
+    await arena.call("Read", file_path="prey.txt")
+    seen = arena.container.sh("grep -l [g]ateway.rootfs /proc/[0-9]*/cmdline 2>/dev/null || true")
+    assert seen.strip() == ""
