@@ -152,6 +152,8 @@ class Connection:
             raise
         finally:
             del self._pending[number]
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen: the send may have failed before anybody awaited it
 
     async def post(self, method: str, params: Mapping[str, Any]) -> None:
         """Call `method` without waiting for its answer, which may stand behind output nobody reads."""

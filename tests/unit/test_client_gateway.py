@@ -1,0 +1,146 @@
+"""The client against a whole gateway with the local runtime, over a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway import auth
+from gateway_client import Client, Disconnected, Exit, GatewayError, Tenant, errors
+
+ROOT = Path(__file__).parents[2]
+SECRET = "s" * 32
+SCOPES = ("files:read", "files:write", "exec", "events", "deploy")
+
+
+@contextlib.asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
+    """Run `incus-gateway serve` with one tenant; end it by SIGTERM, which must be orderly."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
+        "GATEWAY_CONFIG": "/nonexistent",
+        "GATEWAY_RUNTIME": "local",
+        "GATEWAY_LISTEN": str(folder / "socket"),
+        "GATEWAY_STATE_DIR": str(folder / "state"),
+        "GATEWAY_SECRET": SECRET,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "clients/python"))),
+    }
+
+    async def run(*arguments: str) -> asyncio.subprocess.Process:
+        with (folder / "log").open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gateway", *arguments), stdout=log, stderr=log, env=environment
+            )
+
+    async with asyncio.timeout(90):
+        assert await (await run("create", "shop")).wait() == 0, (folder / "log").read_text()
+        if os.geteuid() == 0:  # file workers refuse to be root, and they are who owns the files
+            for path in (folder / "state" / "tenants").rglob("*"):
+                os.chown(path, 1000, 1000)
+        server = await run("serve")
+        try:
+            token = auth.issue(SECRET, "test", ["shop"], SCOPES, 600)
+            async with Client(f"unix:{folder}/socket", token=token) as client:
+                while True:
+                    try:
+                        await client.http("GET", "/readyz")
+                        break
+                    except GatewayError:
+                        assert server.returncode is None, (folder / "log").read_text()
+                        await asyncio.sleep(0.05)  # nobody tells when a socket begins to answer
+                yield client.tenant("shop"), server
+        finally:
+            if server.returncode is None:
+                server.send_signal(signal.SIGTERM)
+            assert await server.wait() == 0, (folder / "log").read_text()
+
+
+@pytest.fixture
+async def shop(tmp_path: Path) -> AsyncIterator[Tenant]:
+    async with serving(tmp_path) as (tenant, _):
+        yield tenant
+
+
+async def test_files_commands_and_events(shop: Tenant) -> None:
+    """One session as the README shows it: write, read, run, watch."""
+    client = shop._client
+    assert [info.name for info in await client.tenants()] == ["shop"]
+    async with client.events(tenant="shop", types=["exec.*", "file.*"]) as stream:
+        await shop.write("notes/a.txt", "one\ntwo\n")
+        assert "two" in (await shop.read("notes/a.txt")).text
+        await shop.edit("notes/a.txt", "two", "three")
+        async with shop.exec("cat notes/a.txt; echo oops >&2; exit 3") as run:
+            assert await run.stdout.read() == b"one\nthree\n"
+            assert await run.stderr.read() == b"oops\n"
+            ended = await run.wait()
+        assert (ended.code, ended.reason) == (3, "exited")
+        seen = [(await anext(stream)).type for _ in range(4)]
+    assert seen == ["file.written", "file.written", "exec.started", "exec.exited"]
+    with pytest.raises(errors.NoMatch):
+        await shop.edit("notes/a.txt", "two", "four")
+    ran = await shop.run("cat", stdin="hello")
+    assert (ran.stdout, ran.exit_code) == ("hello", 0)
+
+
+async def test_pressure_detaching_and_the_end(shop: Tenant) -> None:
+    async with shop.exec(["head", "-c", "30000000", "/dev/zero"]) as slow:
+        await anext(slow.stdout)
+        async with shop.exec("echo other") as other:  # is not held up
+            assert await other.stdout.read() == b"other\n"
+        rest = sum([len(chunk) async for chunk in slow.stdout])
+        assert 0 < rest < slow.stdout.offset == 30_000_000
+        assert (await slow.wait()).code == 0
+    async with shop.exec(["cat"], stdin=True) as echo:
+        await echo.write(b"before ")
+        assert await anext(echo.stdout) == b"before "
+        await echo.detach()
+    async with shop.attach(echo.id, stdout=echo.stdout.offset) as again:
+        await again.write(b"after")
+        await again.close_stdin()
+        assert await again.stdout.read() == b"after"
+        assert (await again.wait()).code == 0
+    async with shop.exec("sleep 600 & echo ready; sleep 600") as left:
+        assert await anext(left.stdout) == b"ready\n"
+    (told,) = [entry for entry in await shop.execs() if entry["exec"] == left.id]
+    assert (told["state"], told["exit"]["reason"]) == ("ended", "cancelled")
+
+
+async def test_refusals_have_their_types(shop: Tenant) -> None:
+    client = shop._client
+    with pytest.raises(errors.ExecFailed):
+        async with shop.exec(["/no/such/program"]):
+            pytest.fail("never entered")
+    with pytest.raises(errors.NotFound):
+        await client.tenant("blog").ping()
+    with pytest.raises(errors.NotFound):
+        await client.tenant("blog").info()
+    with pytest.raises(errors.OutsideWorkspace):
+        await shop.read("../../../etc/passwd")
+    async with Client(f"unix:{client.address.unix}", token="wrong") as stranger:
+        with pytest.raises(errors.Unauthorized):
+            await stranger.tenants()
+        with pytest.raises(errors.Unauthorized):
+            await stranger.tenant("shop").ping()
+        with pytest.raises(errors.Unauthorized):
+            async for _ in stranger.events():
+                pytest.fail("there was none")
+
+
+async def test_a_gateway_that_ends_says_so_to_everybody(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (shop, server):
+        async with shop._client.events(types="gateway.draining") as stream:
+            async with shop.exec("echo up; sleep 600") as run:
+                assert await anext(run.stdout) == b"up\n"
+                server.send_signal(signal.SIGTERM)
+                ended: Exit | None = None
+                with contextlib.suppress(Disconnected, errors.Unavailable):
+                    ended = await run.wait()
+                assert ended is None or ended.reason == "cancelled"
+            assert [event.type async for event in stream] == ["gateway.draining"]
