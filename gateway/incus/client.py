@@ -171,6 +171,8 @@ class Incus:
         operation = answer["metadata"]["id"]
         fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
         waiting = asyncio.create_task(self.wait(operation, timeout=None), name=f"wait {operation}")
+        # seen, also where nobody asks any more
+        waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             base = f"{_BASE}/1.0/operations/{operation}/websocket"
             sockets = await connect(self.session, base, fds)

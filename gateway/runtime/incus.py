@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 MANAGED: Final = "user.gateway.managed"
 DOMAIN: Final = "user.gateway.domain"
 PORT: Final = "user.gateway.port"
+_CGROUP_LOOKS: Final = "40"  # two seconds, for a container that is just booting
 _MAX_ID: Final = (1 << 31) - 1
 
 _STATUS: Final[Mapping[str, Status]] = {
@@ -219,13 +220,16 @@ class IncusRuntime:
         try:
             with _translated(name):
                 async with asyncio.timeout(settings.exec_start_timeout):
-                    sockets = await self._incus.exec(name, ["/bin/sh", "-c", script, "sh", exec_id], pty=size)
+                    command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
+                    sockets = await self._incus.exec(name, command, pty=size)
                     process = IncusProcess(self, name, exec_id, sockets, preamble, located)
                     await process.begin(line, stdin=spec.stdin)
         except BaseException as error:
             if process is not None:
                 await asyncio.shield(process.abandon())
             if isinstance(error, TimeoutError):
+                stage = "incusd" if process is None else ("command" if preamble.ready else "shell")
+                log.warning("exec %s of %s did not start in time: waited for the %s", exec_id, name, stage)
                 raise Timeout("the command did not start in time; the tenant may be overloaded") from error
             raise
         return process
@@ -306,8 +310,11 @@ class IncusRuntime:
             except (GatewayError, IncusError) as error:
                 if self._watching:
                     log.warning("Incus event stream lost: %s", error)
-                self._watching = False
-                self._located.clear()
+            except Exception:
+                # one odd answer must not end the watch for ever: look again from the start
+                log.exception("an Incus event could not be understood")
+            self._watching = False
+            self._located.clear()
             await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
             pause = min(pause * 2, 5.0)
 
@@ -535,7 +542,9 @@ class IncusProcess:
 
 
 def _is_tenant(instance: Mapping[str, Any]) -> bool:
-    return instance.get("type") == "container" and instance["expanded_config"].get(MANAGED) == "true"
+    # one that is just being made has no expanded configuration yet
+    expanded = instance.get("expanded_config") or {}
+    return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
 
 
 def _tenant(instance: Mapping[str, Any]) -> Tenant:
@@ -593,7 +602,7 @@ def _translated(name: str) -> Iterator[None]:
         if error.status == 404:
             what = f"no tenant {name}" if name else "Incus has no such thing"
             raise NotFound(what) from error
-        if error.status == 409 or "already exists" in lowered:
+        if error.status == 409 or "already exists" in lowered or "unique constraint" in lowered:
             raise Conflict(f"tenant {name} already exists, or is busy with another change") from error
         if error.status == 408:
             raise Timeout(f"Incus did not finish with tenant {name} in time") from error

@@ -222,7 +222,7 @@ class LocalProcess:
         # the gateway's own environment, which may hold its secret, stays with the gateway
         environment = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": home}
         script = START_SCRIPT if spec.pty is None else START_SCRIPT_PTY
-        argv = ("/bin/sh", "-c", script, "sh", self._exec_id)
+        argv = ("/bin/sh", "-c", script, "sh", self._exec_id, "0")
         preamble = self._preamble
         if spec.pty is None:
             pipe = asyncio.subprocess.PIPE

@@ -33,8 +33,11 @@ _LOOK_UP = (
     "*) i=$u j=$u h=/ s=/bin/sh c=--clear-groups;; esac; fi; }; "
 )
 
+# $2 is how often to look, 50 ms apart, for a tree that systemd mounts only some 100 ms after a
+# container's start: a command that runs before it could only be found by its marker
 _START = (
-    f"{_LOOK_UP}{_FIND_CGROUP}; k=scan; "
+    f"{_LOOK_UP}r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{CGROUP_PARENT}/*}}/cgroup.procs ] && "
+    "[ $r -gt 0 ]; do r=$((r-1)); sleep 0.05; done; k=scan; "
     "{ mkdir -p $g && echo 0 >$g/cgroup.procs && k=cgroup; } 2>/dev/null; "
     "%(quiet)s"
     "printf '\\001R %%s %%s\\n' $$ $k >&2; "

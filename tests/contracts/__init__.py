@@ -1,0 +1,1 @@
+"""What holds for every runtime: the same tests over `local` (unit) and `incus` (integration)."""

@@ -1,0 +1,232 @@
+"""The contract of `TenantRuntime` and `Process`. A subclass gives `runtime` and `name`, a running tenant."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TenantNotRunning, TooLarge
+from gateway.runtime import ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
+from tests.contracts.processes import Tree, alive, mark, until
+
+
+async def drain(process: Process, stream: StreamName) -> bytes:
+    found = b""
+    while data := await process.read(stream):
+        found += data
+    return found
+
+
+async def finish(process: Process) -> tuple[Exit, list[bytes]]:
+    """Read everything, wait, close."""
+    outputs = await asyncio.gather(*(drain(process, stream) for stream in process.streams))
+    exit_ = await process.wait()
+    await process.aclose()
+    return exit_, list(outputs)
+
+
+async def run(runtime: TenantRuntime, name: str, *argv: str, **options: Any) -> tuple[Exit, list[bytes]]:
+    return await finish(await runtime.exec(name, ExecSpec(argv, **options)))
+
+
+class RuntimeContract:
+    async def test_outputs_come_apart_and_whole(self, runtime: TenantRuntime, name: str) -> None:
+        exit_, outputs = await run(runtime, name, "sh", "-c", "printf out; printf err >&2; exit 3")
+        assert (exit_, outputs) == (Exit(3), [b"out", b"err"])
+
+    async def test_input_arrives_and_ends(self, runtime: TenantRuntime, name: str) -> None:
+        process = await runtime.exec(name, ExecSpec(("cat",), stdin=True))
+        data = bytes(range(256)) * 4096
+
+        async def feed() -> None:
+            await process.write(data)
+            await process.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        exit_, outputs = await finish(process)
+        await feeding
+        assert (exit_.code, outputs[0]) == (0, data)
+
+    async def test_without_stdin_the_input_is_at_its_end(self, runtime: TenantRuntime, name: str) -> None:
+        assert (await run(runtime, name, "cat"))[0] == Exit(0)
+
+    async def test_a_signal_death_is_told(self, runtime: TenantRuntime, name: str) -> None:
+        assert (await run(runtime, name, "sh", "-c", "kill -9 $$"))[0] == Exit(137, "KILL")
+
+    @pytest.mark.parametrize("code", [126, 127])
+    async def test_a_programs_own_126_and_127_are_exits(
+        self, runtime: TenantRuntime, name: str, code: int
+    ) -> None:
+        exit_, outputs = await run(runtime, name, "sh", "-c", f"echo mine >&2; exit {code}")
+        assert (exit_.code, outputs[1]) == (code, b"mine\n")
+
+    @pytest.mark.parametrize("pty", [None, Pty()])
+    @pytest.mark.parametrize(
+        ("argv", "reason", "code"),
+        [(("no-such-program",), "not_found", 127), (("/etc/passwd",), "not_executable", 126)],
+    )
+    async def test_what_cannot_be_run_is_an_error(
+        self,
+        runtime: TenantRuntime,
+        name: str,
+        argv: tuple[str, ...],
+        reason: str,
+        code: int,
+        pty: Pty | None,
+    ) -> None:
+        with pytest.raises(ExecFailed) as caught:
+            await runtime.exec(name, ExecSpec(argv, pty=pty))
+        assert caught.value.facts == {"reason": reason, "exitCode": code}
+
+    async def test_a_missing_folder_is_an_error_and_not_the_root(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        with pytest.raises(ExecFailed, match="no such folder") as caught:
+            await runtime.exec(name, ExecSpec(("pwd",), cwd="/srv/site/none"))
+        assert caught.value.facts["reason"] == "cwd"
+
+    async def test_arguments_and_environment_arrive_as_they_are(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        odd = 'it\'s "a"\nb\tc $x `y` \\ ; é \x01 *'
+        script = 'printf %s "$1"; printf %s "$ODD" >&2'
+        _, outputs = await run(runtime, name, "sh", "-c", script, "sh", odd, env={"ODD": odd})
+        assert outputs == [odd.encode(), odd.encode()]
+
+    async def test_too_long_an_argument_is_told_before_anything_runs(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        assert (await run(runtime, name, "true", "x" * 131_000))[0].code == 0
+        with pytest.raises(TooLarge):
+            await runtime.exec(name, ExecSpec(("true", "x" * 131_072)))
+        with pytest.raises(TooLarge):
+            await runtime.exec(name, ExecSpec(("true",), env={"X": "x" * 131_072}))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"user": -1},
+            {"user": 4_294_967_295},
+            {"user": ""},
+            {"user": "-1"},
+            {"env": {"A=B": ""}},
+            {"env": {"": "x"}},
+            {"cwd": "/a\0b"},
+        ],
+    )
+    async def test_impossible_wishes_are_refused(
+        self, runtime: TenantRuntime, name: str, options: dict[str, Any]
+    ) -> None:
+        with pytest.raises(InvalidParams):
+            await runtime.exec(name, ExecSpec(("true",), **options))
+
+    async def test_a_terminal_has_its_size_and_echoes_nothing_of_ours(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        process = await runtime.exec(
+            name, ExecSpec(("sh", "-c", "stty size; read x; stty size"), pty=Pty(100, 30))
+        )
+        assert process.streams == ("stdout",)
+        first = b""
+        while not first.endswith(b"\n"):
+            first += await process.read("stdout")
+        assert first == b"30 100\r\n"
+        await process.resize(120, 40)
+        await process.write(b"go\n")
+        exit_, outputs = await finish(process)
+        assert (exit_.code, outputs[0]) == (0, b"go\r\n40 120\r\n")
+
+    async def test_ctrl_c_on_a_terminal_interrupts(self, runtime: TenantRuntime, name: str) -> None:
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", "echo r; sleep 60"), pty=Pty()))
+        assert (await process.read("stdout")).startswith(b"r")
+        await process.write(b"\x03")
+        assert (await finish(process))[0] == Exit(130, "INT")
+
+    async def test_a_signal_reaches_the_command(self, runtime: TenantRuntime, name: str) -> None:
+        script = "trap 'echo caught; exit 9' USR1; echo r; while :; do sleep 0.05; done"
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script)))
+        assert await process.read("stdout") == b"r\n"
+        await process.signal(10)
+        exit_, outputs = await finish(process)
+        assert (exit_.code, outputs[0]) == (9, b"caught\n")
+
+    @pytest.mark.parametrize("grace", [0, 2.0])
+    async def test_a_kill_leaves_nothing_of_the_tree(
+        self, runtime: TenantRuntime, name: str, grace: float
+    ) -> None:
+        tree = Tree()
+        process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
+        await tree.grown()
+        killed = await process.kill(grace)
+        assert tree.alive() == 0
+        assert killed.survivors == 0 and killed.method == "cgroup"
+        assert killed.killed >= Tree.SIZE
+        exit_, _ = await finish(process)
+        assert exit_.signal in ("KILL", "TERM")
+
+    async def test_a_kill_escalates_where_term_is_ignored(self, runtime: TenantRuntime, name: str) -> None:
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", "trap '' TERM; echo r; sleep 60")))
+        assert await process.read("stdout") == b"r\n"
+        killed = await process.kill(0.1)
+        assert killed.escalated and killed.survivors == 0
+        assert (await finish(process))[0] == Exit(137, "KILL")
+
+    async def test_what_a_command_leaves_behind_can_be_killed_after_its_exit(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        seconds = mark()
+        script = f"setsid sleep {seconds} </dev/null >/dev/null 2>&1 & exit 0"
+        process = await runtime.exec(name, ExecSpec(("bash", "-c", script)))
+        assert (await finish(process))[0].code == 0
+        await until(lambda: alive(seconds) == 1)
+        killed = await process.kill(0)
+        assert (killed.killed, killed.survivors, alive(seconds)) == (1, 0, 0)
+
+    async def test_unknown_tenants_do_not_exist(self, runtime: TenantRuntime) -> None:
+        work = (
+            runtime.get("t-none"),
+            runtime.exec("t-none", ExecSpec(("true",))),
+            runtime.filesystem("t-none"),
+            runtime.start("t-none"),
+            runtime.destroy("t-none"),
+        )
+        for result in await asyncio.gather(*work, return_exceptions=True):
+            assert isinstance(result, NotFound)
+
+    async def test_a_tenants_life(self, runtime: TenantRuntime, fresh: str) -> None:
+        """`fresh` is a name that is free; the test creates and destroys it."""
+        made = await runtime.create(fresh, domain="fresh.example.com")
+        assert (made.name, made.status, made.domain) == (fresh, "running", "fresh.example.com")
+        try:
+            with pytest.raises(GatewayError) as caught:
+                await runtime.create(fresh)
+            assert caught.value.code == "conflict"
+            await runtime.stop(fresh)
+            await runtime.stop(fresh)
+            assert (await runtime.get(fresh)).status == "stopped"
+            with pytest.raises(TenantNotRunning):
+                await runtime.exec(fresh, ExecSpec(("true",)))
+            assert (await runtime.filesystem(fresh)).path.exists()
+            await runtime.start(fresh)
+            await runtime.start(fresh)
+            assert (await run(runtime, fresh, "true"))[0].code == 0
+            await runtime.restart(fresh)
+            assert fresh in [tenant.name for tenant in await runtime.list()]
+        finally:
+            await runtime.destroy(fresh)
+        with pytest.raises(NotFound):
+            await runtime.get(fresh)
+
+    async def test_a_stop_ends_what_runs(self, runtime: TenantRuntime, fresh: str) -> None:
+        await runtime.create(fresh)
+        try:
+            tree = Tree()
+            process = await runtime.exec(fresh, ExecSpec(("bash", "-c", tree.script)))
+            await tree.grown()
+            await runtime.stop(fresh)
+            assert tree.alive() == 0
+            await asyncio.gather(finish(process), return_exceptions=True)
+        finally:
+            await runtime.destroy(fresh)

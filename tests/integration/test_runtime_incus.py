@@ -1,0 +1,204 @@
+"""The runtime contract over real containers, and what only Incus can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import NotFound, TenantNotRunning, Unavailable
+from gateway.runtime import ExecSpec, TenantEvent
+from gateway.runtime.incus import IncusRuntime
+from gateway.settings import Settings
+from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.runtime import RuntimeContract, finish, run
+from tests.integration import environment
+from tests.integration.conftest import Container, Incusd, MakeTenant
+
+_fresh = itertools.count()
+
+
+@pytest.fixture(scope="module")
+async def runtime(incus_settings: Settings) -> AsyncIterator[IncusRuntime]:
+    async with IncusRuntime(incus_settings) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def name(shared_tenant: Container) -> str:
+    return shared_tenant.name
+
+
+@pytest.fixture
+def fresh() -> str:
+    return f"t-fresh-{os.getpid()}-{next(_fresh)}"
+
+
+class TestIncus(RuntimeContract):
+    async def test_commands_run_as_the_workspaces_owner_unless_told(
+        self, runtime: IncusRuntime, name: str
+    ) -> None:
+        _, outputs = await run(runtime, name, "sh", "-c", "id -un; pwd; echo $HOME")
+        assert outputs[0] == b"site\n/srv/site\n/home/site\n"
+        for user, said in (("root", b"0\n"), (0, b"0\n"), ("nobody", b"65534\n"), (4321, b"4321\n")):
+            _, outputs = await run(runtime, name, "id", "-u", user=user)
+            assert outputs[0] == said
+
+    async def test_secrets_in_the_environment_show_nowhere_on_the_host(
+        self, runtime: IncusRuntime, name: str
+    ) -> None:
+        """Not in the process list while it starts, nor in operations and lifecycle events."""
+        secret = f"secret-{mark()}"
+        events = subprocess.Popen(
+            ["incus", "monitor", "--format=json"],
+            env=environment.daemon().environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        process = await runtime.exec(
+            name, ExecSpec(("sh", "-c", 'read x; test -n "$SECRET"'), env={"SECRET": secret}, stdin=True)
+        )
+        listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, check=True).stdout
+        operations = environment.incus("query", "/1.0/operations?recursion=1").stdout
+        await process.write(b"go\n")
+        assert (await finish(process))[0].code == 0
+        with events:
+            events.terminate()
+            told = events.communicate()[0]
+        assert b"GATEWAY" not in listed  # nor the marker
+        for text in (listed, operations, told):
+            assert secret.encode() not in text
+
+    async def test_the_second_way_to_kill_leaves_nothing_either(
+        self, runtime: IncusRuntime, name: str
+    ) -> None:
+        """By a command in the container, where the host's cgroups cannot be reached."""
+        tree = Tree()
+        process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
+        await tree.grown()
+        exec_id = process._exec_id  # type: ignore[attr-defined]  # no other way to choose the way
+        killed = await runtime.kill_inside(name, exec_id, 0.5)
+        assert (killed.survivors, tree.alive()) == (0, 0)
+        await finish(process)
+
+    async def test_a_root_tenants_own_cgroups_below_die_too(self, runtime: IncusRuntime, name: str) -> None:
+        seconds = mark()
+        script = (
+            "c=/sys/fs/cgroup/unified; [ -d $c ] || c=/sys/fs/cgroup; "
+            "c=$c$(sed -n 's/^0:://p' /proc/self/cgroup); mkdir $c/below; "
+            f"sleep {seconds} & echo $! > $c/below/cgroup.procs; echo r; wait"
+        )
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), user="root"))
+        assert await process.read("stdout") == b"r\n"
+        assert (await process.kill(0)).survivors == 0
+        assert alive(seconds) == 0
+        await finish(process)
+
+    async def test_a_command_in_a_container_that_just_boots_has_its_cgroup(
+        self, runtime: IncusRuntime, fresh: str
+    ) -> None:
+        """Right after the start systemd has not mounted the tree yet."""
+        await runtime.create(fresh)
+        try:
+            process = await runtime.exec(fresh, ExecSpec(("sleep", "60")))
+            assert (await process.kill(0)).method == "cgroup"
+            await finish(process)
+        finally:
+            await runtime.destroy(fresh)
+
+    async def test_a_frozen_tenant_says_so(self, runtime: IncusRuntime, tenant: Container) -> None:
+        await asyncio.to_thread(environment.incus, "pause", tenant.name)
+        with pytest.raises(TenantNotRunning, match="frozen"):
+            await runtime.exec(tenant.name, ExecSpec(("true",)))
+        assert (await runtime.get(tenant.name)).status == "frozen"
+        await runtime.start(tenant.name)
+        assert (await run(runtime, tenant.name, "true"))[0].code == 0
+
+    async def test_a_tenant_destroyed_under_a_command_loses_it(
+        self, runtime: IncusRuntime, tenant: Container
+    ) -> None:
+        process = await runtime.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 60")))
+        assert await process.read("stdout") == b"r\n"
+        await runtime.destroy(tenant.name)
+        try:
+            exit_, _ = await asyncio.wait_for(finish(process), 20)
+        except Unavailable:
+            return
+        assert exit_.signal == "KILL"  # its death was seen after all
+
+    async def test_other_instances_do_not_exist(self, runtime: IncusRuntime, tenant: Container) -> None:
+        """An instance without the tenant profile is the operator's own business."""
+        environment.incus("profile", "remove", tenant.name, runtime._settings.profile, check=False)
+        environment.incus("config", "set", tenant.name, "user.gateway.managed=false")
+        with pytest.raises(NotFound):
+            await runtime.get(tenant.name)
+        with pytest.raises(NotFound):
+            await runtime.exec(tenant.name, ExecSpec(("true",)))
+        assert tenant.name not in [found.name for found in await runtime.list()]
+
+    async def test_no_cgroup_is_left_by_ended_commands(
+        self, runtime: IncusRuntime, tenant: Container
+    ) -> None:
+        for _ in range(5):
+            await run(runtime, tenant.name, "true")
+        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d") == ""
+
+
+async def collect(runtime: IncusRuntime, seen: list[TenantEvent]) -> None:
+    async for event in runtime.watch():
+        seen.append(event)  # noqa: PERF401 - others look at the list while it grows
+
+
+async def test_watching_tells_what_others_do(incus_settings: Settings, make_tenant: MakeTenant) -> None:
+    async with IncusRuntime(incus_settings) as runtime:
+        seen: list[TenantEvent] = []
+
+        watching = asyncio.create_task(collect(runtime, seen))
+        await until(lambda: any(event.type == "gateway.resynced" for event in seen))
+        await runtime.ready()
+        other = await make_tenant(start=False)
+        await asyncio.to_thread(environment.incus, "start", other.name)
+        await asyncio.to_thread(environment.incus, "delete", "--force", other.name)
+        await until(
+            lambda: [event.type for event in seen if event.tenant == other.name][-1:] == ["tenant.destroyed"]
+        )
+        types = [event.type for event in seen if event.tenant == other.name]
+        assert {"tenant.created", "tenant.started", "tenant.destroyed"} <= set(types)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_dead_incusd_is_told_and_its_return_found(
+    incus_settings: Settings, incusd: Incusd, make_tenant: MakeTenant, tmp_path: Path
+) -> None:
+    """A command that ran loses its exit; after the restart what changed meanwhile is published."""
+    tenant = await make_tenant()
+    quick = incus_settings.model_copy(update={"reconcile_interval": 1.0})
+    async with IncusRuntime(quick) as runtime:
+        seen: list[TenantEvent] = []
+
+        watching = asyncio.create_task(collect(runtime, seen))
+        await until(lambda: any(event.type == "gateway.resynced" for event in seen))
+        process = await runtime.exec(tenant.name, ExecSpec(("sh", "-c", "echo r; sleep 600")))
+        assert await process.read("stdout") == b"r\n"
+        await incusd.kill()
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(finish(process), 20)
+        with pytest.raises(Unavailable):
+            await runtime.ready()
+        with pytest.raises(Unavailable):
+            await runtime.exec(tenant.name, ExecSpec(("true",)))
+        # the tree is still there, and still ours to end: its cgroup needs no incusd
+        await process.kill(0)
+        seen.clear()
+        await incusd.restart()
+        await until(lambda: any(event.type == "gateway.resynced" for event in seen), 60)
+        await runtime.ready()
+        assert (await run(runtime, tenant.name, "echo", "back"))[1][0] == b"back\n"
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

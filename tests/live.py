@@ -1,0 +1,228 @@
+"""A gateway process as the tests meet it, and a client that speaks the bare wire.
+
+Both are the real thing: `incus-gateway serve` in a process of its own, and a plain websocket without our
+client library, so that what a test sends and sees is exactly what crosses the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+from websockets.asyncio.client import ClientConnection, connect
+
+from gateway import auth, protocol
+
+SECRET = "a secret of the tests, long enough to sign with"
+EVERY_SCOPE = tuple(sorted(auth.SCOPES - {"admin"}))
+DEADLINE = 30.0
+
+
+class RpcFailure(Exception):
+    """The error answer of a call."""
+
+    def __init__(self, number: int, message: str, data: Mapping[str, Any]) -> None:
+        super().__init__(f"{number} {message} {data}")
+        self.number = number
+        self.message = message
+        self.data = data
+        self.code = str(data.get("code"))
+
+
+class Wire:
+    """One websocket. Sorts what arrives: answers to calls, notifications, output by channel."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.notifications: list[protocol.Notification] = []
+        self.output: dict[tuple[int, int], bytearray] = defaultdict(bytearray)
+        self._replies: dict[protocol.RequestId | None, asyncio.Future[Any]] = {}
+        self._grown = asyncio.Condition()
+        self._next = 0
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            async for message in self.socket:
+                if isinstance(message, bytes):
+                    frame = protocol.unpack_frame(message)
+                    self.output[frame.channel, frame.stream] += frame.data
+                else:
+                    self._text(message)
+                async with self._grown:
+                    self._grown.notify_all()
+        except Exception as error:
+            for reply in self._replies.values():
+                if not reply.done():
+                    reply.set_exception(error)
+            raise
+        finally:
+            for reply in self._replies.values():
+                if not reply.done():
+                    reply.set_exception(ConnectionError("closed"))
+            async with self._grown:
+                self._grown.notify_all()
+
+    def _text(self, text: str) -> None:
+        said = protocol.decode_server_text(text)
+        if isinstance(said, protocol.Notification):
+            self.notifications.append(said)
+            return
+        reply = self._replies.pop(said.id, None)
+        if reply is None or reply.done():
+            return
+        if said.error is None:
+            reply.set_result(said.result)
+        else:
+            data = {**said.error.facts, "code": said.error.code}
+            reply.set_exception(RpcFailure(said.error.number, said.error.message, data))
+
+    async def send(self, value: Any) -> None:
+        await self.socket.send(value if isinstance(value, str | bytes) else orjson.dumps(value).decode())
+
+    def begin(self, method: str, params: Mapping[str, Any] | None = None) -> tuple[int, asyncio.Future[Any]]:
+        """Return the id of a new call and the future of its answer; send it by `send_call`."""
+        self._next += 1
+        self._replies[self._next] = asyncio.get_running_loop().create_future()
+        return self._next, self._replies[self._next]
+
+    async def call(self, method: str, **params: Any) -> Any:
+        """Call and return the result; raises `RpcFailure`."""
+        number, reply = self.begin(method, params)
+        await self.socket.send(protocol.request(number, method, params))
+        return await asyncio.wait_for(reply, DEADLINE)
+
+    async def start_call(self, method: str, **params: Any) -> tuple[int, asyncio.Future[Any]]:
+        number, reply = self.begin(method, params)
+        await self.socket.send(protocol.request(number, method, params))
+        return number, reply
+
+    async def stdin(self, channel: int, data: bytes) -> None:
+        await self.socket.send(protocol.pack_frame(0, channel, data))
+
+    async def until(self, condition: Any, deadline: float = DEADLINE) -> Any:
+        """Wait until `condition()` is true and return its value."""
+        async with asyncio.timeout(deadline), self._grown:
+            while not (value := condition()):
+                if self._reader.done():
+                    raise ConnectionError("the gateway closed the socket")
+                await self._grown.wait()
+            return value
+
+    def notified(self, method: str, **facts: Any) -> Mapping[str, Any] | None:
+        for notification in self.notifications:
+            if notification.method == method and facts.items() <= notification.params.items():
+                return notification.params
+        return None
+
+    async def exited(self, exec_id: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self.until(lambda: self.notified("exec/exited", exec=exec_id))
+        return found
+
+    async def run(self, **params: Any) -> tuple[Mapping[str, Any], bytes, bytes]:
+        """Start a command and return its exit and outputs."""
+        started = await self.call("exec/start", **params)
+        exit_ = await self.exited(started["exec"])
+        channel = started["channel"]
+        return exit_, bytes(self.output[channel, 1]), bytes(self.output[channel, 2])
+
+    async def closed(self, deadline: float = DEADLINE) -> int | None:
+        """Wait until the gateway closes the socket and return the code."""
+        async with asyncio.timeout(deadline):
+            await self.socket.wait_closed()
+        return self.socket.close_code
+
+    async def close(self) -> None:
+        await self.socket.close()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+
+class LiveGateway:
+    """`incus-gateway serve` as a process."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "GATEWAY_CONFIG": "/nonexistent",
+            "GATEWAY_SECRET": SECRET,
+            "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
+            **environment,
+        }
+        self.log = log
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "gateway", "serve", env=self.environment, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + DEADLINE
+        async with aiohttp.ClientSession() as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(self.url + "/readyz") as response:
+                        if response.status == 200:
+                            return
+                assert self.process.returncode is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                await asyncio.sleep(0.02)  # nothing to wait on but the port itself
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM, deadline: float = DEADLINE) -> int:
+        """Send a signal and return the exit code."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        return await asyncio.wait_for(self.process.wait(), deadline)
+
+    def token(self, *tenants: str, scopes: tuple[str, ...] = EVERY_SCOPE, ttl: int = 600) -> str:
+        return auth.issue(SECRET, "test", tenants, scopes, ttl)
+
+    @contextlib.asynccontextmanager
+    async def raw(self, tenant: str, **headers: str) -> AsyncIterator[Wire]:
+        """Connect without saying anything."""
+        address = f"ws://127.0.0.1:{self.port}/v1/tenants/{tenant}/ws"
+        subprotocols: Any = [protocol.SUBPROTOCOL]
+        async with connect(
+            address,
+            subprotocols=subprotocols,
+            additional_headers={name.replace("_", "-"): value for name, value in headers.items()},
+            max_size=None,
+            compression=None,
+            proxy=None,
+            open_timeout=DEADLINE,
+        ) as websocket:
+            wire = Wire(websocket)
+            try:
+                yield wire
+            finally:
+                await wire.close()
+
+    @contextlib.asynccontextmanager
+    async def wire(self, tenant: str, **initialize: Any) -> AsyncIterator[Wire]:
+        """Connect and initialize with a token for everything of this tenant."""
+        async with self.raw(tenant) as wire:
+            client = {"name": "test", "version": "1"}
+            params = {"client": client, "token": self.token(tenant), **initialize}
+            await wire.call("initialize", **params)
+            yield wire
+
+    @contextlib.asynccontextmanager
+    async def http(self, *tenants: str, **options: Any) -> AsyncIterator[aiohttp.ClientSession]:
+        headers = {"Authorization": f"Bearer {self.token(*tenants, **options)}"}
+        async with aiohttp.ClientSession(self.url, headers=headers) as session:
+            yield session

@@ -1,0 +1,191 @@
+"""The wire core: every frame is an event or an answer, never an exception."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import protocol
+from gateway.errors import WIRE_CODES, Conflict, InvalidParams, NotFound
+from gateway.protocol import CloseCode, ServerWire
+
+
+def message(method: str, params: Any = None, id: Any = 1) -> str:
+    return orjson.dumps({"jsonrpc": "2.0", "id": id, "method": method, "params": params or {}}).decode()
+
+
+@pytest.fixture
+def wire() -> ServerWire:
+    wire = ServerWire()
+    wire.initialized = True
+    return wire
+
+
+def refusal(event: protocol.ServerEvent) -> dict[str, Any]:
+    assert isinstance(event, protocol.Refused)
+    error: dict[str, Any] = orjson.loads(event.reply)["error"]
+    return error
+
+
+def test_initialize_is_taken_with_its_parameters() -> None:
+    event = ServerWire().receive_text(
+        message(
+            "initialize", {"client": {"name": "x", "version": "1"}, "token": "t", "readBeforeWrite": True}
+        )
+    )
+    assert isinstance(event, protocol.Request)
+    assert isinstance(event.params, protocol.Initialize)
+    assert (event.id, event.params.token, event.params.read_before_write) == (1, "t", True)
+
+
+def test_nothing_is_served_before_initialize() -> None:
+    for frame in (message("ping"), "not json", "[]"):
+        event = ServerWire().receive_text(frame)
+        assert isinstance(event, protocol.Close) and event.code is CloseCode.PROTOCOL_ERROR
+        assert event.reply is not None
+    binary = ServerWire().receive_binary(protocol.pack_frame(0, 1, b""))
+    assert isinstance(binary, protocol.Close)
+
+
+def test_a_second_initialize_is_refused(wire: ServerWire) -> None:
+    assert refusal(wire.receive_text(message("initialize")))["code"] == -32600
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("{", -32700),
+        ("", -32700),
+        ('"x"', -32600),
+        ("[]", -32600),
+        ('{"id":1,"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":[1],"method":"ping"}', -32600),
+        ('{"jsonrpc":"2.0","id":1,"method":7}', -32600),
+        ('{"jsonrpc":"2.0","id":1,"method":"nope"}', -32601),
+        ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1}}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{}}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{"argv":["a"],"command":"b"}}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{"argv":[]}}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{"argv":["a"],"timeoutMs":"5"}}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"exec/resize","params":{"exec":"x","cols":0,"rows":1}}', -32602),
+    ],
+)
+def test_malformed_messages_are_answered_with_json_rpcs_own_codes(
+    wire: ServerWire, text: str, number: int
+) -> None:
+    error = refusal(wire.receive_text(text))
+    assert error["code"] == number
+    assert error["data"]["code"] in WIRE_CODES
+
+
+def test_a_refusal_names_the_wrong_field(wire: ServerWire) -> None:
+    error = refusal(wire.receive_text(message("exec/start", {"argv": ["a"], "pty": {"cols": "x"}})))
+    assert error["data"]["field"] == "pty.cols"
+
+
+def test_notifications_are_never_answered(wire: ServerWire) -> None:
+    for text in ('{"jsonrpc":"2.0","method":"nope"}', '{"jsonrpc":"2.0","method":"exec/wait"}'):
+        assert isinstance(wire.receive_text(text), protocol.Ignored)
+
+
+def test_cancel_names_the_pending_request(wire: ServerWire) -> None:
+    event = wire.receive_text('{"jsonrpc":"2.0","method":"$/cancelRequest","params":{"id":"seven"}}')
+    assert event == protocol.CancelPending("seven")
+
+
+def test_input_goes_to_an_open_channel_only(wire: ServerWire) -> None:
+    channel = wire.open_channel()
+    frame = protocol.pack_frame(0, channel, b"abc")
+    assert wire.receive_binary(frame) == protocol.Input(channel, b"abc")
+    wire.close_channel(channel)
+    assert isinstance(wire.receive_binary(frame), protocol.Ignored)
+    unknown = wire.receive_binary(protocol.pack_frame(0, channel + 1, b""))
+    assert isinstance(unknown, protocol.Close) and unknown.code is CloseCode.PROTOCOL_ERROR
+
+
+def test_a_client_may_not_send_output(wire: ServerWire) -> None:
+    frame = protocol.pack_frame(1, wire.open_channel(), b"")
+    assert isinstance(wire.receive_binary(frame), protocol.Close)
+
+
+def test_errors_carry_code_and_facts() -> None:
+    reply = orjson.loads(protocol.failure(3, Conflict("stale", etag="e")))
+    assert reply["id"] == 3
+    assert reply["error"]["data"] == {"code": "conflict", "etag": "e"}
+    assert reply["error"]["code"] == -32000 - 4  # conflict is the fourth of the contract's list
+    assert NotFound("x").rpc_code == -32003
+    assert InvalidParams("x").rpc_code == -32602
+
+
+def test_encoded_results_go_in_as_they_are() -> None:
+    assert orjson.loads(protocol.result("a", b'{"x":[1]}'))["result"] == {"x": [1]}
+
+
+@given(st.integers(0, 2), st.integers(0, protocol.MAX_CHANNEL), st.binary())
+def test_frames_survive_the_round_trip(stream: int, channel: int, data: bytes) -> None:
+    frame = protocol.unpack_frame(protocol.pack_frame(stream, channel, data))
+    assert (frame.stream, frame.channel, frame.data) == (stream, channel, data)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+methods = st.sampled_from([*protocol.METHODS, protocol.CANCEL_REQUEST]) | st.text()
+requests = st.fixed_dictionaries(
+    {"jsonrpc": st.just("2.0") | json_values, "method": methods | json_values},
+    optional={"id": json_values, "params": json_values},
+)
+
+
+def check(wire: ServerWire, event: protocol.ServerEvent) -> None:
+    match event:
+        case protocol.Refused(reply):
+            assert "error" in orjson.loads(reply)
+        case protocol.Close(code, reason, _):
+            assert code == CloseCode.PROTOCOL_ERROR and reason
+        case protocol.Request(_, method, params):
+            assert isinstance(params, protocol.METHODS[method])
+        case protocol.Input(channel, _):
+            assert channel == 1
+        case protocol.CancelPending() | protocol.Ignored():
+            pass
+
+
+@given(st.booleans(), st.text() | requests.map(lambda value: orjson_or_text(value)))
+def test_any_text_is_an_event(initialized: bool, text: str) -> None:
+    wire = ServerWire()
+    wire.initialized = initialized
+    check(wire, wire.receive_text(text))
+
+
+def orjson_or_text(value: Any) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # an integer beyond 64 bits
+        return repr(value)
+
+
+@given(st.booleans(), st.binary(max_size=64))
+def test_any_bytes_are_an_event(initialized: bool, data: bytes) -> None:
+    wire = ServerWire()
+    wire.initialized = initialized
+    wire.open_channel()
+    check(wire, wire.receive_binary(data))
+
+
+@given(st.text() | requests.map(orjson_or_text))
+def test_a_client_takes_any_text_or_refuses_it(text: str) -> None:
+    try:
+        said = protocol.decode_server_text(text)
+    except InvalidParams:
+        return
+    assert isinstance(said, protocol.Reply | protocol.Notification)
