@@ -43,8 +43,11 @@ missing_packages() { # PACKAGE…: prints those that are not installed
 install_packages() { # PACKAGE…
   # An interrupted dpkg refuses everything until this is done; it is quick where there is nothing to do.
   quietly dpkg --configure -a || die "dpkg is in a broken state; repair it with: apt-get -f install"
-  apt install --no-install-recommends "$@" && return 0
-  # Lists older than the mirror, or none on a fresh machine.
+  # A fresh machine has no lists yet.
+  if compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then
+    apt install --no-install-recommends "$@" && return 0
+    printf 'the package lists may be older than the mirror; fetching them and trying again\n'
+  fi
   apt update || die "apt-get update fails: check the network and /etc/apt, then run this again"
   apt install --no-install-recommends "$@" ||
     die "these packages cannot be installed: $*; see the lines above (Incus needs Debian 13 or Ubuntu 24.04)"

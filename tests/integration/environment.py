@@ -110,7 +110,7 @@ def down(report: Report) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Do `up`, `down` or `why-not`. `up` exits 3 where it had to start the daemon, 0 where one ran."""
+    """Do one of the words in `usage`. `up` exits 3 where it had to start the daemon, 0 where one ran."""
     try:
         match words:
             case ["up"]:
@@ -118,11 +118,17 @@ def main(words: list[str]) -> int:
             case ["down"]:
                 down(print)
                 return 0
+            case ["variables"]:
+                print("\n".join(f"{key}={value}" for key, value in variables(settings()).items()))
+                return 0
             case ["why-not"]:
                 print(cannot_run() or "")
                 return 0
             case _:
-                print("usage: python -m tests.integration.environment up|down|why-not", file=sys.stderr)
+                print(
+                    "usage: python -m tests.integration.environment up|down|variables|why-not",
+                    file=sys.stderr,
+                )
                 return 2
     except HostError as error:
         print(f"failed: {error.message}", file=sys.stderr)
