@@ -289,9 +289,10 @@ class Quickstart:
                 reason = error
             time.sleep(POLL)
         detail = reason.get("detail", reason) if isinstance(reason, dict) else reason
-        raise HostError(f"the gateway is not ready: {detail}; {self._last_words()}")
+        raise HostError(f"the gateway is not ready: {detail}; {self.last_words()}")
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Say where the gateway's log is, and how it ends where it is a file."""
         if systemd_runs() and os.geteuid() == 0:
             return f"see: journalctl -u {UNIT}"
         try:
@@ -410,9 +411,9 @@ class Quickstart:
                 self.settings.listen, "POST", f"/v1/tenants/{TENANT}/tools/{tool}", token, arguments
             )
         except OSError as error:
-            raise HostError(f"the gateway stopped answering: {error}; {self._last_words()}") from error
+            raise HostError(f"the gateway stopped answering: {error}; {self.last_words()}") from error
         if status != 200 or not isinstance(answer, dict) or "isError" not in answer:
-            raise HostError(f"{tool} in {TENANT} answered {status}: {answer}; {self._last_words()}")
+            raise HostError(f"{tool} in {TENANT} answered {status}: {answer}; {self.last_words()}")
         return answer
 
     # asking and stopping
@@ -550,7 +551,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
             elif state["running"]:
                 say(farewell(state, command_word(quickstart.place), script))
             else:
-                say(f"not running; start it with deploy/quickstart ({quickstart.place.log})")
+                say(f"not running; start it with deploy/quickstart; {quickstart.last_words()}")
             return 0 if state["running"] else 1
         case "token":
             token = quickstart.status()["token"]

@@ -51,10 +51,13 @@ def acl_name(settings: Settings) -> str:
 def setup(settings: Settings, report: Report) -> list[Change]:
     """Have everything that a tenant needs except its image; return each step with what it changed.
 
-    The daemon must run. Raises `HostError`, which names the step; what earlier steps did stays, and the
+    The daemon must run; the local runtime needs none, and nothing is done. Raises `HostError`, which names the step; what earlier steps did stays, and the
     next run goes on from there.
     """
     steps = Steps(report)
+    if settings.runtime == "local":
+        steps.run("host", lambda: None, unchanged="the local runtime needs nothing of it")
+        return steps.changes
     root = Incus(settings.incus_socket)
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
     incus = Incus(settings.incus_socket, settings.incus_project)
