@@ -51,8 +51,8 @@ def acl_name(settings: Settings) -> str:
 def setup(settings: Settings, report: Report) -> list[Change]:
     """Have everything that a tenant needs except its image; return each step with what it changed.
 
-    The daemon must run; the local runtime needs none, and nothing is done. Raises `HostError`, which names the step; what earlier steps did stays, and the
-    next run goes on from there.
+    The daemon must run; the local runtime needs none, and nothing is done. Raises `HostError`, which names
+    the step; what earlier steps did stays, and the next run goes on from there.
     """
     steps = Steps(report)
     if settings.runtime == "local":
