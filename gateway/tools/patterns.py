@@ -98,24 +98,28 @@ def _translate(glob: str) -> bytes:
 
 
 def _class(glob: str, inside: bytes) -> bytes:
+    """Translate what stands in brackets. Of ranges beyond ASCII only the two ends are known."""
     negated = inside[:1] in (b"!", b"^")
-    if negated:
-        inside = inside[1:]
-    out = [b"[^/" if negated else b"["]
+    text = os.fsdecode(inside[1:] if negated else inside)
+    plain: list[bytes] = []
+    wide: list[bytes] = []
     i = 0
-    while i < len(inside):
-        low = inside[i]
-        if inside[i + 1 : i + 2] == b"-" and i + 2 < len(inside):
-            high = inside[i + 2]
-            if high < low:
-                raise GlobError(glob, f"invalid range; '{chr(low)}' > '{chr(high)}'")
-            out.append(_literal(low) + b"-" + _literal(high))
-            i += 3
+    while i < len(text):
+        low = high = text[i]
+        if text[i + 1 : i + 2] == "-" and i + 2 < len(text):
+            high = text[i + 2]
+            i += 2
+        i += 1
+        if high < low:
+            raise GlobError(glob, f"invalid range; '{low}' > '{high}'")
+        if high < "\x80":
+            plain.append(_literal(ord(low)) + b"-" + _literal(ord(high)))
         else:
-            out.append(_literal(low))
-            i += 1
-    out.append(b"]")
-    return b"".join(out)
+            wide += [b"".join(map(_literal, os.fsencode(char))) for char in (low, high)]
+    if not negated:
+        return b"(?:" + b"|".join([b"[" + b"".join(plain) + b"]"] * bool(plain) + wide) + b")"
+    # Any other character; those of more than one byte are not told apart.
+    return b"(?:[^/\\x80-\\xff" + b"".join(plain) + b"]|[\\xc2-\\xf4][\\x80-\\xbf]+|[\\x80-\\xff])"
 
 
 class Glob:
@@ -198,7 +202,7 @@ class Named:
         return self._globs.decide(path, folder=True) is not False
 
     def file(self, path: str, state: Any) -> bool:
-        return self._globs.decide(path, folder=False) is True
+        return self._globs.decide(path, folder=False) is not False
 
 
 @lru_cache(256)

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -210,11 +211,57 @@ _SYNTAX = (
 )
 
 
+_WORD = r"\p{L}\p{M}\p{Nd}\p{Pc}"
+_OUTSIDE = {"w": f"[{_WORD}]", "W": f"[^{_WORD}]", "d": r"\p{Nd}", "D": r"\P{Nd}"}
+_INSIDE = {"w": _WORD, "d": r"\p{Nd}", "D": r"\P{Nd}"}
+
+
+def _unicode(pattern: str) -> tuple[str, bool]:
+    """Return the pattern with `\\w` and `\\d` spelled out for Unicode, and whether it names a line end.
+
+    To RE2 they are ASCII, to ripgrep they are not; `\\b` stays ASCII.
+    """
+    if "\\" not in pattern:
+        return pattern, "\n" in pattern
+    out: list[str] = []
+    inside = False
+    line_end = "\n" in pattern
+    i = 0
+    while i < len(pattern):
+        char = pattern[i]
+        if char == "\\":
+            escaped = pattern[i + 1 : i + 2]
+            line_end = line_end or escaped == "n"
+            out.append((_INSIDE if inside else _OUTSIDE).get(escaped, char + escaped))
+            i += 2
+            continue
+        if char == "[":
+            inside = True
+            if pattern[i + 1 : i + 2] == "]":  # a bracket that comes first is meant itself
+                out.append("[")
+                char, i = "]", i + 1
+            elif pattern[i + 1 : i + 3] == "^]":
+                out.append("[^")
+                char, i = "]", i + 2
+        elif char == "]":
+            inside = False
+        out.append(char)
+        i += 1
+    return "".join(out), line_end
+
+
 @lru_cache(8)
 def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
     """Compile a pattern of Grep. Without `multiline` nothing in it matches a line end, not even `\\s`."""
     if len(pattern) > PATTERN_MAX:
         raise _rejected("regex parse error:\nerror: the pattern is too long")
+    unicode, line_end = _unicode(pattern)
+    if line_end and not multiline:
+        raise _rejected(
+            'the literal "\\n" is not allowed in a regex\n\nConsider enabling multiline mode with the '
+            "--multiline flag (or -U for short).\nWhen multiline mode is enabled, new line characters can be "
+            "matched."
+        )
     options = re2.Options()
     options.max_mem = _REGEX_MEMORY
     options.log_errors = False
@@ -222,7 +269,7 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
     options.dot_nl = multiline
     options.never_nl = not multiline
     try:
-        return re2.compile(b"(?m)(?:" + pattern.encode() + b")", options)
+        return re2.compile(b"(?m)(?:" + unicode.encode() + b")", options)
     except re2.error as error:
         said = str(error)
         words = next((words for key, words in _SYNTAX if key in said), "syntax not supported")
@@ -309,7 +356,7 @@ class _Search:
         if time.monotonic() > self._call.deadline:
             raise Timeout("the search took too long", reason="timeout")
         if self._mode == "files_with_matches":
-            if self._find(data) is not None:
+            if next(self._spans(data), None) is not None:
                 self._files.append((status.st_mtime_ns, path))
             return
         if self._mode == "count":
@@ -320,8 +367,8 @@ class _Search:
             return
         self._content(data, "" if explicit else self._call.shown(path), nul)
 
-    def _spans(self, data: bytes) -> Any:
-        """Yield start and end of each match, one for each line that matches (all of them with -o)."""
+    def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
+        """Yield start and end of each match, one for each line that matches or `every` one."""
         at, end = 0, len(data)
         find = self._find
         while at < end:
@@ -332,7 +379,7 @@ class _Search:
             if start >= end and stop >= end and (data.endswith(b"\n") or start > end):
                 return  # an empty match after the last line end is on no line
             yield start, stop
-            if self._only:
+            if every:
                 at = stop if stop > start else stop + 1
             else:
                 line_end = data.find(b"\n", max(stop - 1, start) if stop > start else stop)
@@ -347,14 +394,14 @@ class _Search:
         position = 0  # where the line after `last` begins
         context = bool(self._before or self._after) and not self._only
         separator_due = context and bool(self._rows)  # between two files as between two groups
-        for start, stop in self._spans(data):
+        for start, stop in self._spans(data, every=self._only):
             line_start = data.rfind(b"\n", 0, start) + 1
             number += data.count(b"\n", counted, line_start)
             counted = line_start
             self._matches += 1
             if self._only:
-                for row in data[start:stop].split(b"\n") if self._multiline else (data[start:stop],):
-                    self._add(name, number, b":", row, "[Omitted long line with matches]")
+                for i, row in enumerate(data[start:stop].split(b"\n")):
+                    self._add(name, number + i, b":", row, "[Omitted long line with matches]")
                 if self.full:
                     return
                 continue

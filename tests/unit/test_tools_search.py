@@ -1,0 +1,142 @@
+"""Glob and Grep where Claude's recorded cases do not reach; each was compared with ripgrep 15 once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.rootfs import FilesystemRoot
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolSession
+from gateway.tools.patterns import Glob, GlobError
+from tests.unit.test_tools_conformance import HereWorkers
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+async def ask(site: Path, tool: str, **given: object) -> str:
+    """Lay nothing, call once, return the text."""
+    here = HereWorkers(site)
+    try:
+        tools = FileTools(here, Settings())  # type: ignore[arg-type]  # the stand-in
+        root = FilesystemRoot("search", site, "/srv/site", os.getuid(), os.getgid())
+        result = await tools.call(root, ToolSession(), tool, given)
+        return str(result.data()["content"][0]["text"])
+    finally:
+        here.close()
+
+
+def lay(site: Path, **files: str) -> None:
+    for name, text in files.items():
+        (site / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("glob", "yes", "no"),
+    [
+        ("*.py", ["a.py", "x/y/.b.py"], ["a.pyc", "py"]),
+        ("src/*.ts", ["src/a.ts"], ["src/x/a.ts", "lib/src/a.ts"]),
+        ("src/**", ["src/a", "src/x/y"], ["src", "lib/src/a"]),
+        ("**/deep/**", ["deep/a", "x/deep/y/z"], ["deep", "deeper/a"]),
+        ("a/**/b", ["a/b", "a/x/b", "a/x/y/b"], ["ab", "a/bc"]),
+        ("**", ["a", "a/b"], []),
+        ("[!a].c", ["b.c", "é.c"], ["a.c", "ab.c", "x//c"]),
+        ("{a,b{c,d}}.x", ["a.x", "bc.x", "bd.x"], ["b.x", "c.x"]),
+        ("?.x", ["é.x", "a.x"], ["ab.x"]),
+        ("[éa-c].x", ["é.x", "b.x"], ["d.x", "e.x"]),
+        ("\\[id\\].ts", ["[id].ts", "r/[id].ts"], ["i.ts"]),
+        ("/a.py", ["a.py"], ["x/a.py"]),
+        ("a.b", ["a.b", "x/a.b"], ["axb"]),
+    ],
+)
+def test_glob(glob: str, yes: list[str], no: list[str]) -> None:
+    """A glob matches what ripgrep's does."""
+    compiled = Glob(glob)
+    assert [path for path in yes if not compiled.matches(path)] == []
+    assert [path for path in no if compiled.matches(path)] == []
+
+
+@pytest.mark.parametrize("glob", ["[a", "{a", "a}", "a\\", "[z-a]", "x" * 5000])
+def test_bad_glob(glob: str) -> None:
+    """A glob that does not parse is an error, not a glob that matches nothing."""
+    with pytest.raises(GlobError):
+        Glob(glob)
+
+
+async def test_context_of_overlapping_matches(site: Path) -> None:
+    """Context of neighbouring matches is shown once, groups are parted by two dashes."""
+    lay(site, a__txt="1\nx\n3\nx\n5\n6\n7\n8\nx\n10\n")
+    text = await ask(site, "Grep", pattern="x", output_mode="content", **{"-C": 1})
+    rows = ["-1-1", ":2:x", "-3-3", ":4:x", "-5-5", "--", "-8-8", ":9:x", "-10-10"]
+    assert text.splitlines() == [row if row == "--" else "a.txt" + row for row in rows]
+
+
+async def test_empty_matches(site: Path) -> None:
+    """A pattern that matches nothing matches each line once, and no line after the last line end."""
+    lay(site, a__txt="a\n\nb\n", b__txt="a\nb\n")
+    assert await ask(site, "Grep", pattern="^$", output_mode="content") == "a.txt:2:"
+    assert await ask(site, "Grep", pattern="^$") == "Found 1 file\na.txt"
+    count = await ask(site, "Grep", pattern="x*", output_mode="count")
+    assert count.startswith("a.txt:3\nb.txt:2\n")
+
+
+async def test_lines_are_not_crossed(site: Path) -> None:
+    """Without multiline not even a class that includes the line end matches it; a literal one is refused."""
+    lay(site, a__txt="a\nb\n")
+    assert await ask(site, "Grep", pattern="a[^x]b", output_mode="content") == "No matches found"
+    assert await ask(site, "Grep", pattern="a\\s+b", output_mode="content") == "No matches found"
+    assert 'the literal "\\n" is not allowed' in await ask(site, "Grep", pattern="a\\nb")
+    assert await ask(site, "Grep", pattern="a\\nb", multiline=True) == "Found 1 file\na.txt"
+
+
+async def test_unicode_classes(site: Path) -> None:
+    """Word and digit classes are Unicode's, inside brackets too."""
+    lay(site, a__txt="naïve\n١٢\n-\n")
+    assert await ask(site, "Grep", pattern="^\\w+$", output_mode="content", **{"-n": False}) == (
+        "a.txt:naïve\na.txt:١٢"
+    )
+    assert await ask(site, "Grep", pattern="^[\\d]+$", output_mode="content", **{"-o": True}) == "a.txt:2:١٢"
+    assert await ask(site, "Grep", pattern="^[]\\W]$", output_mode="content") == "a.txt:3:-"
+
+
+async def test_ignore_files(site: Path) -> None:
+    """In a repository the nearest rule decides; an ignored folder is not entered; .ignore always counts."""
+    for name in ("keep.log", "drop.log", "build/x.txt", "sub/drop.log", "sub/any.txt"):
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_text("hit\n")
+    (site / ".gitignore").write_text("*.log\n!keep.log\nbuild/\n!build/x.txt\n")
+    (site / "sub" / ".gitignore").write_text("!drop.log\n")
+    assert (await ask(site, "Grep", pattern="hit", output_mode="count")).count(":1") == 5
+    (site / ".git").mkdir()
+    text = await ask(site, "Grep", pattern="hit", output_mode="count")
+    assert text.splitlines()[:3] == ["keep.log:1", "sub/any.txt:1", "sub/drop.log:1"]
+    (site / ".ignore").write_text("keep.log\n")
+    assert "keep.log" not in await ask(site, "Grep", pattern="hit", output_mode="count")
+    inside = await ask(site, "Grep", pattern="hit", path="/srv/site/sub", output_mode="count")
+    assert inside.splitlines()[:2] == ["sub/any.txt:1", "sub/drop.log:1"]
+
+
+async def test_negated_glob(site: Path) -> None:
+    """A pattern that begins with ! lists everything else."""
+    lay(site, a__py="", b__js="")
+    assert await ask(site, "Glob", pattern="!*.py") == "b.js"
+
+
+async def test_session_is_bounded() -> None:
+    """A session forgets the file that was used longest ago."""
+    from gateway.tools.answer import Seen
+
+    session = ToolSession(maximum=2)
+    for path in ("a", "b"):
+        session.remember(path, Seen("1", 1, True))
+    assert session.seen("a") is not None
+    session.remember("c", Seen("1", 1, True))
+    assert session.seen("b") is None
+    assert session.seen("a") is not None
+    session.remember("a", Seen("1", 1, False))
+    assert session.seen("a") == Seen("1", 1, True)
