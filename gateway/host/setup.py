@@ -63,7 +63,7 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     incus = Incus(settings.incus_socket, settings.incus_project)
     steps.run(f"firewall {acl_name(settings)}", lambda: _acl(incus, settings, host_addresses()))
     steps.run(f"bridge {settings.network}", lambda: _network(incus, settings))
-    steps.run(f"forwarding of {settings.network}", lambda: _forwarding(settings))
+    steps.run(f"forwarding of {settings.network}", lambda: forwarding(settings))
     steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     return steps.changes
@@ -192,10 +192,11 @@ def _amend(
     return f"put right: {', '.join(sorted(wrong))}"
 
 
-def _forwarding(settings: Settings) -> str | None:
+def forwarding(settings: Settings) -> str | None:
     """Let the bridge's traffic pass where Docker has made DROP the policy of forwarding.
 
-    Docker evaluates its chain DOCKER-USER before its own rules and leaves it to the operator.
+    Docker evaluates its chain DOCKER-USER before its own rules and leaves it to the operator. Returns what
+    was done, or None.
     """
     if shutil.which("iptables") is None:
         return None

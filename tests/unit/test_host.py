@@ -22,7 +22,7 @@ from gateway.host.image import (
     define,
     image_metadata,
 )
-from gateway.host.setup import MANAGED, PRIVATE, acl, network, pool_size, profile
+from gateway.host.setup import MANAGED, PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.settings import Settings
 
 GiB = 1 << 30
@@ -272,3 +272,41 @@ def test_erase_leaves_nothing_of_a_dead_daemon(tmp_path: Path) -> None:
     daemon.erase()
     assert not daemon.root.exists()
     assert stat.S_ISDIR(tmp_path.stat().st_mode)
+
+
+FAKE_IPTABLES = """\
+#!/bin/sh
+# Knows one chain, kept as lines of a file, as iptables -w -S|-C|-I CHAIN RULE… would.
+rules=$(dirname "$0")/rules
+shift
+action=$1
+shift 2
+[ -f "$rules" ] || { echo "No chain/target/match by that name." >&2; exit 1; }
+case $action in
+  -S) cat "$rules" ;;
+  -C) grep -qxF -e "$*" "$rules" ;;
+  -I) echo "$*" >>"$rules" ;;
+esac
+"""
+
+
+def test_docker_is_told_to_let_the_bridge_through_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Docker's chain nothing is done; with it both directions are let through, and only once."""
+    iptables = tmp_path / "iptables"
+    iptables.write_text(FAKE_IPTABLES)
+    iptables.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    settings = Settings(network="br7")
+    assert forwarding(settings) is None
+    (tmp_path / "rules").write_text("")
+    assert forwarding(settings) == "let through Docker's firewall"
+    assert (tmp_path / "rules").read_text().splitlines() == ["-i br7 -j ACCEPT", "-o br7 -j ACCEPT"]
+    assert forwarding(settings) is None
+
+
+def test_local_runtime_needs_nothing_of_the_host() -> None:
+    """Setup neither asks for Incus nor for root where tenants are plain folders."""
+    (change,) = setup(Settings(runtime="local", incus_socket=Path("/nonexistent")), lambda line: None)
+    assert not change.changed
