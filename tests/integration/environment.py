@@ -20,6 +20,9 @@ from gateway.settings import Settings
 
 HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0"))
 INCUS_DIR = Path(f"/var/lib/incus-gateway-test{HOST or ''}")
+RUNNER = INCUS_DIR / "tests-run"
+"""Names the `tests/run` that started the daemon, `PID:START`, so that the next one knows a killed one's."""
+
 OWNER = "user.gateway.test-owner"
 """Marks the containers of the fixtures with the test process that made them, `PID:START`."""
 
@@ -82,22 +85,34 @@ def instances() -> list[dict[str, Any]]:
 
 
 def up(report: Report) -> bool:
-    """Have daemon, network, pool, profile and image; return whether the daemon had to be started.
+    """Have daemon, network, pool, profile and image; return whether the daemon is this run's to stop.
 
-    Containers that a killed run left are removed: all, where no daemon ran (it is ours alone), else those
-    whose test process is gone. Raises `HostError`.
+    It is where it had to be started, and where a killed `tests/run` left it. Then all containers in it are
+    leavings and are removed; in another's daemon, only those whose test process is gone. Raises `HostError`.
     """
     if reason := cannot_run():
         raise HostError(reason)
-    started = daemon().ensure(report)
+    ours = daemon().ensure(report)
+    runner = owner(int(os.environ.get("GATEWAY_TEST_RUNNER", "0")))
+    if runner is not None:
+        if not ours and RUNNER.exists() and not _lives(RUNNER.read_text()):
+            report("taking over the incusd of a killed run")
+            ours = True
+        if ours:
+            RUNNER.write_text(runner)
     for instance in instances():
         mark = instance["config"].get(OWNER)
-        if started or (mark and owner(int(mark.partition(":")[0])) != mark):
+        if ours or (mark and not _lives(mark)):
             report(f"removing {instance['name']}, left by an earlier run")
             incus("delete", "--force", instance["name"], check=False)
     setup(settings(), report)
     image.build(settings(), report)
-    return started
+    return ours
+
+
+def _lives(mark: str) -> bool:
+    pid = mark.partition(":")[0]
+    return pid.isdigit() and owner(int(pid)) == mark
 
 
 def down(report: Report) -> None:
@@ -105,12 +120,13 @@ def down(report: Report) -> None:
     if daemon().answers():
         for instance in instances():
             incus("delete", "--force", instance["name"], check=False)
+    RUNNER.unlink(missing_ok=True)
     if daemon().stop():
         report("stopped the tests' incusd")
 
 
 def main(words: list[str]) -> int:
-    """Do one of the words in `usage`. `up` exits 3 where it had to start the daemon, 0 where one ran."""
+    """Do one of the words in `usage`. `up` exits 3 where the daemon is this run's to stop, else 0."""
     try:
         match words:
             case ["up"]:
