@@ -32,7 +32,7 @@ def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings
         sep=_SEPARATOR,
         # sse-starlette cuts streams as soon as uvicorn sees SIGTERM. We want `gateway.draining` to get
         # out first and end them by `Bus.close`, so its cut is only the fallback.
-        shutdown_grace_period=settings.shutdown_timeout / 4,
+        shutdown_grace_period=settings.shutdown_timeout,
     )
 
 
