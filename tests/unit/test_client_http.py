@@ -44,6 +44,16 @@ async def test_run_sends_the_command_and_returns_its_output() -> None:
     assert ran == RunResult("e1", 0, None, "x", "", False, 7, "exited")
 
 
+async def test_a_large_input_is_sent_whole() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        body = json.loads(await request.content.read())
+        answer = {"exec": "e1", "exit_code": 0, "signal": None, "stdout": str(len(body["stdin"]))}
+        return web.json_response(answer | {"stderr": "", "truncated": False, "duration_ms": 7})
+
+    async with serving(handler) as client:
+        assert (await client.tenant("shop").run("wc", stdin="x" * 3_000_000)).stdout == "3000000"
+
+
 async def test_tenants_are_listed_and_moved_through_their_life() -> None:
     asked = []
 

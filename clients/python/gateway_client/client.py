@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -115,7 +116,8 @@ class Client:
 
     async def http(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
-        data = None if body is None else orjson.dumps(body)
+        # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
+        data = None if body is None else io.BytesIO(orjson.dumps(body))
         headers = {} if body is None else {"Content-Type": "application/json"}
         url = self.address.url + path
         try:
