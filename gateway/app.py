@@ -361,8 +361,8 @@ class Gateway:
     async def _websocket(self, websocket: WebSocket) -> None:
         try:
             self._check_origin(websocket.scope)
-        except Forbidden as error:
-            await websocket.send_denial_response(_problem(error))
+        except Forbidden:
+            await websocket.close()  # before the accept: the handshake is answered with 403
             return
         name: str = websocket.path_params["tenant"]
         raw = auth.raw_token(websocket.headers.get("authorization"), websocket.headers.get("cookie"))
@@ -489,18 +489,17 @@ def _json(value: Mapping[str, Any]) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
 
-def _problem(error: GatewayError) -> Response:
+def _problem(error: GatewayError, status: int | None = None) -> Response:
     """Return `error` as `application/problem+json` (RFC 9457) with our `code` and its facts."""
-    body = {**error.facts, "type": "about:blank", "title": error.code, "status": error.http_status}
+    status = error.http_status if status is None else status
+    body = {**error.facts, "type": "about:blank", "title": error.code, "status": status}
     body |= {"detail": error.message, "code": error.code}
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Unavailable | RateLimited):
         headers["Retry-After"] = str(_RETRY_AFTER_MS // 1000)
-    return Response(
-        orjson.dumps(body), error.http_status, headers=headers, media_type="application/problem+json"
-    )
+    return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")
 
 
 async def _problem_handler(request: Request, error: Exception) -> Response:
@@ -508,21 +507,15 @@ async def _problem_handler(request: Request, error: Exception) -> Response:
         case GatewayError():
             return _problem(error)
         case HTTPException():
-            problem: GatewayError = (
-                NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
-            )
-            response = _problem(problem)
-            response.status_code = error.status_code
+            problem = NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
+            response = _problem(problem, error.status_code)
             response.headers.update(error.headers or {})
             return response
         case ClientDisconnect():
             return _problem(Cancelled("the client went away"))
         case _:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            problem = Unavailable("the gateway failed; its log says why")
-            response = _problem(problem)
-            response.status_code = 500
-            return response
+            return _problem(Unavailable("the gateway failed; its log says why"), 500)
 
 
 def _with_request_id(app: ASGIApp) -> ASGIApp:

@@ -186,8 +186,9 @@ class Broker:
         try:
             status = os.fstat(folder)
             plan = None
-            if self._privileged:
-                root = spawn.root
+            root = spawn.root
+            # a root of the `local` runtime owns its tenants itself: there is nobody to become
+            if self._privileged and (root.idmap or root.uid):
                 uid, gid = root.outside(root.uid, root.gid)
                 namespace = self._namespaces.get(root.idmap) if root.idmap and not root.shifted else None
                 plan = Plan(folder, namespace, uid, gid, spawn.memory, spawn.limits.write_max)

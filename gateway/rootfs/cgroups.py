@@ -64,8 +64,10 @@ class Cgroup:
         self.path = path
 
     def reachable(self) -> bool:
-        """Tell whether it exists and we may kill through it."""
-        return os.access(self.path / "cgroup.kill", os.W_OK)
+        """Tell whether we may kill through it: its tree is there, and so is it, or it has ended."""
+        if self.path.exists():
+            return os.access(self.path / "cgroup.kill", os.W_OK)
+        return self.path.parent.exists()
 
     def pids(self) -> list[int]:
         """Return the processes in it and below it: a tenant's root can make folders of its own there."""

@@ -73,7 +73,7 @@ class BrokerClient:
                     os.close(descriptor)
                 raise
         if "error" in answer:
-            _log.warning("broker refused", extra={"do": message["do"], "error": answer["error"]})
+            _log.warning("the broker refused to %s: %s", message["do"], answer["error"])
             raise Unavailable("the file service could not open the workspace")
         return answer, descriptors
 
@@ -331,7 +331,8 @@ class Workers:
             raise
         if reply[0] != READY:
             self._end(slot, worker)
-            _log.error("worker not started", extra={"reason": reply[1:].decode("utf-8", "replace")})
+            said = reply[1:].decode("utf-8", "replace")
+            _log.error("a file worker of %s did not start: %s", root.tenant, said)
             raise Unavailable("a file worker could not be started")
         worker.layers = tuple(orjson.loads(reply[1:]))
         self._slots[key] = slot  # `forget` may have taken it out meanwhile

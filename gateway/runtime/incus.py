@@ -522,11 +522,20 @@ class IncusProcess:
         await self._sockets.aclose()
 
     async def abandon(self) -> None:
-        """End a command that did not start properly: nothing of it may stay."""
+        """End a command that did not start properly: nothing of it may stay.
+
+        The shell first, so that it goes no further, then what it may have become meanwhile.
+        """
+        limit = self._runtime._settings.cancel_timeout
+        cgroup = self._cgroup()
         with contextlib.suppress(GatewayError, TimeoutError):
-            cgroup = self._cgroup()
-            if cgroup is not None and cgroup.reachable():
-                await cgroup.kill(0, self._runtime._settings.cancel_timeout)
+            async with asyncio.timeout(limit):
+                await self.signal(signal.SIGKILL)
+                if cgroup is not None:
+                    await cgroup.kill(0, limit)  # also lets go of the outputs that delay the end
+                await self._sockets.result()
+                if cgroup is not None:
+                    await cgroup.kill(0, limit)
         await self.aclose()
 
     def _cgroup(self) -> Cgroup | None:

@@ -212,6 +212,7 @@ class LocalProcess:
         self._limit = limit
         self._process: asyncio.subprocess.Process | None = None
         self._outputs: dict[StreamName, asyncio.StreamReader] = {}
+        self._input: asyncio.StreamWriter | None = None
         self._master = -1
         self._closing: list[asyncio.BaseTransport] = []
         self._first = b""
@@ -225,14 +226,7 @@ class LocalProcess:
         argv = ("/bin/sh", "-c", script, "sh", self._exec_id, "0")
         preamble = self._preamble
         if spec.pty is None:
-            pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(
-                *argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/",
-                start_new_session=True, limit=_CHUNK,
-            )  # fmt: skip
-            assert process.stdout is not None and process.stderr is not None
-            self._process = process
-            self._outputs = {"stdout": process.stdout, "stderr": process.stderr}
+            self._process = await self._open_pipes(argv, environment)
         else:
             self.streams = ("stdout",)
             self._process = await self._open_terminal(argv, environment, spec.pty.cols, spec.pty.rows)
@@ -246,27 +240,58 @@ class LocalProcess:
         await self._feed(said, until_ready=False)
         self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
 
+    async def _open_pipes(
+        self, argv: tuple[str, ...], environment: dict[str, str]
+    ) -> asyncio.subprocess.Process:
+        # pipes of our own: an event loop may use sockets, and nobody can open those as /dev/stdout
+        theirs: list[int] = []
+        try:
+            for name in ("stdin", *self.streams):
+                reading, writing = os.pipe()
+                theirs.append(reading if name == "stdin" else writing)
+                if name == "stdin":
+                    self._input = await self._writer(writing)
+                else:
+                    self._outputs[name] = await self._reader(reading)  # type: ignore[index]
+            return await asyncio.create_subprocess_exec(
+                *argv, stdin=theirs[0], stdout=theirs[1], stderr=theirs[2], env=environment, cwd="/",
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+
     async def _open_terminal(
         self, argv: tuple[str, ...], environment: dict[str, str], cols: int, rows: int
     ) -> asyncio.subprocess.Process:
         self._master, slave = pty.openpty()
         try:
             await self.resize(cols, rows)
+            self._outputs = {"stdout": await self._reader(os.dup(self._master))}
             own_terminal = (sys.executable, "-c", _OWN_TERMINAL, *argv)
-            process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *own_terminal, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd="/",
                 start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(slave)
-        loop = asyncio.get_running_loop()
+
+    async def _reader(self, descriptor: int) -> asyncio.StreamReader:
         reader = asyncio.StreamReader(limit=_CHUNK)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        stream = os.fdopen(os.dup(self._master), "rb", buffering=0)
-        transport, _ = await loop.connect_read_pipe(lambda: protocol, stream)
+        stream = os.fdopen(descriptor, "rb", buffering=0)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stream)
         self._closing.append(transport)
-        self._outputs = {"stdout": reader}
-        return process
+        return reader
+
+    async def _writer(self, descriptor: int) -> asyncio.StreamWriter:
+        stream = os.fdopen(descriptor, "wb", buffering=0)
+        loop = asyncio.get_running_loop()
+        # the reader is never read: the protocol that holds back a writer comes with one
+        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
+        transport, _ = await loop.connect_write_pipe(lambda: protocol, stream)
+        self._closing.append(transport)
+        return asyncio.StreamWriter(transport, protocol, None, loop)
 
     async def _feed(self, said: asyncio.StreamReader, *, until_ready: bool) -> None:
         preamble = self._preamble
@@ -300,10 +325,11 @@ class LocalProcess:
         if self._master >= 0:
             await self._write_terminal(data)
             return
-        assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):
-            self._process.stdin.write(data)
-            await self._process.stdin.drain()
+        assert self._input is not None
+        if not self._input.is_closing():
+            with contextlib.suppress(ConnectionError):
+                self._input.write(data)
+                await self._input.drain()
 
     async def _write_terminal(self, data: bytes) -> None:
         loop = asyncio.get_running_loop()
@@ -325,8 +351,8 @@ class LocalProcess:
     async def close_stdin(self) -> None:
         if self._master >= 0:
             await self.write(b"\x04")
-        elif self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        elif self._input is not None:
+            self._input.close()
 
     async def resize(self, cols: int, rows: int) -> None:
         if self._master >= 0:
@@ -368,18 +394,16 @@ class LocalProcess:
         if self._master >= 0:
             os.close(self._master)
             self._master = -1
-        if self._process is not None:
-            # a holder keeps our pipes open: let go of them
-            self._process._transport.close()  # type: ignore[attr-defined]  # asyncio has no public way
 
     async def abandon(self) -> None:
-        """End a command that did not start properly."""
+        """End a command that did not start properly: the shell first, so that it goes no further."""
+        await self.aclose()
         if self._process is not None:
             await self.kill(0)
-        await self.aclose()
 
     def _cgroup(self) -> Cgroup | None:
-        mount = mount_point() if self._preamble.method == "cgroup" else None
+        preamble = self._preamble
+        mount = mount_point() if preamble.method == "cgroup" or not preamble.ready else None
         return None if mount is None else Cgroup(mount / CGROUP_PARENT / self._exec_id)
 
 

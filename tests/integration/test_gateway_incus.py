@@ -1,0 +1,170 @@
+"""The public contract over real containers, and what happens when incusd or a tenant goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from gateway.settings import Settings
+from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.processes import mark
+from tests.integration import environment
+from tests.integration.conftest import Container, Incusd
+from tests.live import LiveGateway, RpcFailure
+
+
+@contextlib.asynccontextmanager
+async def live(settings: Settings, log: Path, **more: str) -> AsyncIterator[LiveGateway]:
+    gateway = LiveGateway(
+        {
+            "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
+            "GATEWAY_STATE_DIR": str(settings.state_dir),
+            **more,
+        },
+        log,
+    )
+    await gateway.start()
+    try:
+        yield gateway
+    finally:
+        assert await gateway.stop() == 0, log.read_text()
+    await no_traceback(gateway)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gateway")
+
+
+@pytest.fixture(scope="module")
+async def gateway(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, folder / "gateway.log") as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+async def quick(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, folder / "quick.log", **QUICK) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def disposable(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, folder / "disposable.log") as gateway:
+        yield gateway
+
+
+class TestIncus(GatewayContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
+
+    async def test_written_files_belong_to_the_workspaces_user(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        async with gateway.wire(tenant) as wire:
+            path = f"owned/{mark()}.txt"
+            await wire.call("tools/call", name="Write", arguments={"file_path": path, "content": "x"})
+            _, out, _ = await wire.run(command=f"stat -c '%U:%G %a' owned {path}")
+            assert out == b"site:site 755\nsite:site 644\n"
+
+    async def test_the_contract_of_one_tenant_over_http(self, gateway: LiveGateway, tenant: str) -> None:
+        async with gateway.http(tenant) as http, http.get(f"/v1/tenants/{tenant}") as response:
+            one = await response.json()
+            assert one["address"].startswith("10.83.")
+            assert one["limits"]["memory"] and one["usage"]["memory_bytes"] > 0
+            assert one["usage"]["memory_limit_bytes"] == 512 << 20
+        async with gateway.http(tenant) as http, http.get(f"/v1/tenants/{tenant}/metrics") as response:
+            assert (await response.json())["cpu_seconds"] > 0
+
+
+async def test_a_stopped_and_a_frozen_tenant_say_so(gateway: LiveGateway, tenant: Container) -> None:
+    name = tenant.name
+    async with gateway.wire(name) as wire, gateway.http(name) as http:
+        write = {"file_path": "kept.txt", "content": "kept"}
+        await wire.call("tools/call", name="Write", arguments=write)
+        for state, command in (("frozen", "pause"), ("stopped", "stop")):
+            await asyncio.to_thread(environment.incus, command, name, *(["--force"] * (command == "stop")))
+            with pytest.raises(RpcFailure) as caught:
+                await wire.call("exec/start", argv=["true"])
+            assert (caught.value.code, caught.value.data["status"]) == ("tenant_not_running", state)
+            async with http.post(f"/v1/tenants/{name}/exec", json={"argv": ["true"]}) as response:
+                assert (response.status, (await response.json())["code"]) == (409, "tenant_not_running")
+            # files need no running container
+            read = await wire.call("tools/call", name="Read", arguments={"file_path": "kept.txt"})
+            assert read["content"][0]["text"] == "1\tkept"
+            async with http.post(f"/v1/tenants/{name}/start") as response:
+                assert (await response.json())["status"] == "running"
+        assert (await wire.run(argv=["true"]))[0]["exitCode"] == 0
+
+
+async def test_a_tenant_destroyed_during_an_exec(gateway: LiveGateway, tenant: Container) -> None:
+    name = tenant.name
+    async with gateway.wire(name) as wire, gateway.http(name) as http:
+        started = await wire.call("exec/start", command="echo r; sleep 600")
+        await wire.until(lambda: wire.output[started["channel"], 1] == b"r\n")
+        async with http.delete(f"/v1/tenants/{name}") as response:
+            assert response.status == 204
+        exit_ = await wire.exited(started["exec"])
+        assert exit_["reason"] == "lost" or exit_["signal"] == "KILL"
+        assert exit_["exitCode"] != 0
+        for method, params in (
+            ("exec/start", {"argv": ["true"]}),
+            ("tools/call", {"name": "Read", "arguments": {"file_path": "x"}}),
+        ):
+            with pytest.raises(RpcFailure) as caught:
+                await wire.call(method, **params)
+            assert caught.value.code == "not_found"
+        async with http.get(f"/v1/tenants/{name}") as response:
+            assert response.status == 404
+
+
+async def test_what_others_do_is_told(gateway: LiveGateway, tenant: Container) -> None:
+    name = tenant.name
+    async with gateway.wire(name) as wire:
+        await wire.call("events/subscribe")
+        await asyncio.to_thread(environment.incus, "restart", "--force", name)
+        restarted = await wire.until(lambda: wire.notified("event", type="tenant.restarted"))
+        assert restarted["subject"] == name
+        await asyncio.to_thread(environment.incus, "config", "set", name, "user.note=x")
+        await wire.until(lambda: wire.notified("event", type="incus.instance-updated"))
+
+
+async def test_a_killed_incusd_is_told_and_its_return_found(
+    gateway: LiveGateway, incusd: Incusd, tenant: Container
+) -> None:
+    """A running command ends as lost, readiness says why, and all recovers by itself."""
+    name = tenant.name
+    async with gateway.wire(name) as wire, aiohttp.ClientSession(gateway.url) as http:
+        started = await wire.call("exec/start", command="echo r; sleep 600")
+        await wire.until(lambda: wire.output[started["channel"], 1] == b"r\n")
+        await incusd.kill()
+        exit_ = await wire.exited(started["exec"])
+        assert (exit_["reason"], exit_["exitCode"]) == ("lost", None)
+        async with http.get("/readyz") as response:
+            problem = await response.json()
+            assert response.status == 503 and "Incus" in problem["detail"]
+        async with http.get("/healthz") as response:
+            assert response.status == 200
+        with pytest.raises(RpcFailure) as caught:
+            await wire.call("exec/start", argv=["true"])
+        assert caught.value.code == "unavailable"
+        await incusd.restart()
+
+        async def ready() -> bool:
+            async with http.get("/readyz") as response:
+                return response.status == 200
+
+        async with asyncio.timeout(60):
+            while not await ready():
+                await asyncio.sleep(0.05)
+        exit_, out, _ = await wire.run(argv=["echo", "back"])
+        assert (exit_["exitCode"], out) == (0, b"back\n")
+        read = await wire.call("tools/call", name="Write", arguments={"file_path": "b", "content": "x"})
+        assert not read["isError"]
