@@ -401,7 +401,8 @@ class _Search:
             self._matches += 1
             if self._only:
                 for i, row in enumerate(data[start:stop].split(b"\n")):
-                    self._add(name, number + i, b":", row, "[Omitted long line with matches]")
+                    if row or not self._multiline:
+                        self._add(name, number + i, b":", row, "[Omitted long line with matches]")
                 if self.full:
                     return
                 continue
