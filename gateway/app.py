@@ -52,6 +52,17 @@ log = logging.getLogger(__name__)
 
 _RETRY_AFTER_MS: Final = 2000
 _REQUEST_ID: Final = "x-request-id"
+# after these a tenant's files may be others, or must no longer be held
+_MOVED: Final = frozenset(
+    {
+        "tenant.stopped",
+        "tenant.restarted",
+        "tenant.destroyed",
+        "tenant.renamed",
+        "incus.instance-restored",
+        "incus.instance-updated",
+    }
+)
 
 
 class ExecBody(protocol.Params):
@@ -78,7 +89,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.draining = False
-        self.bus = Bus(MemoryJournal(settings.events_kept))
+        self.bus = Bus(MemoryJournal(settings.events_kept, settings.events_bytes))
         self._secret = auth.load_secret(settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
@@ -143,7 +154,7 @@ class Gateway:
     async def _watch(self, runtime: TenantRuntime, workers: Workers) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         async for event in runtime.watch():
-            if event.tenant is not None:
+            if event.tenant is not None and event.type in _MOVED:
                 await workers.forget(event.tenant)
             self.bus.publish(event.type, event.tenant, event.data)
 
@@ -417,11 +428,12 @@ async def _collect(attachment: Attachment, limit: int) -> dict[str, tuple[bytes,
 
     async def one(name: StreamName) -> tuple[str, bytes, bool]:
         kept, cut, cursor = bytearray(), False, attachment.cursors[name]
-        while data := await cursor.next():
-            room = limit - len(kept)
-            kept += data[:room]
-            cut = cut or len(data) > room
-            cursor.taken(len(data))
+        while parts := await cursor.next():
+            for part in parts:
+                room = limit - len(kept)
+                kept += part[:room]
+                cut = cut or len(part) > room
+            cursor.taken(parts)
         return name, bytes(kept), cut
 
     found = await asyncio.gather(*(one(name) for name in attachment.cursors))

@@ -143,14 +143,15 @@ def image_build(
 def token(
     tenant: Annotated[list[str], typer.Option(help="A tenant it covers; repeat for more; * for all.")],
     scope: Annotated[
-        str, typer.Option(help="Space-separated: files:read files:write exec deploy events admin")
-    ] = "files:read files:write exec events",
+        list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(auth.SCOPES)))
+    ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
     ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
     subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
 ) -> None:
     """Print a token. The tenants need not exist."""
     secret = auth.load_secret(settings_module.load())
-    typer.echo(auth.issue(secret, subject, tenant, scope.replace(",", " ").split(), auth.parse_ttl(ttl)))
+    scopes = " ".join(scope).replace(",", " ").split()
+    typer.echo(auth.issue(secret, subject, tenant, scopes, auth.parse_ttl(ttl)))
 
 
 # --- tenants ------------------------------------------------------------------------------------------

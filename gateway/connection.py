@@ -27,7 +27,9 @@ from gateway.errors import (
     InvalidParams,
     NotFound,
     RateLimited,
+    Timeout,
     Unauthorized,
+    Unavailable,
 )
 from gateway.events import Bus, Filter, Subscription
 from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
@@ -46,6 +48,8 @@ CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Forbidden: CloseCode.FORBIDDEN,
     NotFound: CloseCode.UNKNOWN_TENANT,
     RateLimited: CloseCode.TOO_MANY,
+    Unavailable: CloseCode.TRY_LATER,
+    Timeout: CloseCode.TRY_LATER,
 }
 
 
@@ -459,16 +463,17 @@ class Connection:
             await self._send(protocol.notification("exec/exited", ended.on_wire(exec_.id)))
 
     async def _copy(self, channel: int, stream: StreamId, cursor: Cursor) -> None:
-        stall = self._hub.settings.exec_stall
-        while (data := await cursor.next()) and channel in self._attachments:
-            try:
-                async with asyncio.timeout(stall):
-                    await self._send(protocol.pack_frame(stream, channel, data))
-            except TimeoutError:
-                # nothing can be said to a socket that takes nothing; the client resumes from its offset
-                self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
-                return
-            cursor.taken(len(data))
+        stall, now = self._hub.settings.exec_stall, asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(None) as patience:
+                while (parts := await cursor.next()) and channel in self._attachments:
+                    patience.reschedule(now() + stall)
+                    await self._send(protocol.pack_frame(stream, channel, *parts))
+                    patience.reschedule(None)
+                    cursor.taken(parts)
+        except TimeoutError:
+            # nothing can be said to a socket that takes nothing; the client resumes from its offset
+            self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
 
     # --- events -------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ class StreamId(IntEnum):
 class CloseCode(IntEnum):
     FRAME_TOO_LARGE = 1009
     DRAINING = 1012
+    TRY_LATER = 1013
     PROTOCOL_ERROR = 4400
     UNAUTHORIZED = 4401
     FORBIDDEN = 4403
@@ -60,9 +61,9 @@ class Frame:
     data: bytes
 
 
-def pack_frame(stream: int, channel: int, data: bytes) -> bytes:
-    """Return the frame for `data`: u8 stream, u32 channel big-endian, the bytes."""
-    return _HEADER.pack(stream, channel) + data
+def pack_frame(stream: int, channel: int, *data: bytes) -> bytes:
+    """Return the frame for the parts of `data`: u8 stream, u32 channel big-endian, the bytes."""
+    return b"".join((_HEADER.pack(stream, channel), *data))
 
 
 def unpack_frame(frame: bytes) -> Frame:

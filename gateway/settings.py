@@ -122,6 +122,7 @@ class Settings(BaseSettings):
 
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")
+    events_bytes: int = Field(64 * MiB, gt=0, description="bytes of events kept for replay")
     events_keepalive: float = Field(15.0, gt=0, description="seconds between SSE comment lines")
 
     # Incus

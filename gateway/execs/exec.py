@@ -102,17 +102,17 @@ class Cursor:
     def wake(self) -> None:
         self._wake.set()
 
-    async def next(self) -> bytes:
-        """Return the next bytes, b"" after the stream's last. Call `taken` once they are delivered."""
-        while not (data := self.stream.tail.read(self.offset)):
+    async def next(self) -> list[bytes]:
+        """Return the next bytes in parts, none after the stream's last. Call `taken` once delivered."""
+        while not (parts := self.stream.tail.read(self.offset)):
             if self.stream.ended:
-                return b""
+                return []
             self._wake.clear()
             await self._wake.wait()
-        return data
+        return parts
 
-    def taken(self, count: int) -> None:
-        self.offset += count
+    def taken(self, parts: list[bytes]) -> None:
+        self.offset += sum(map(len, parts))
         self.stream.progress()
 
 

@@ -7,6 +7,8 @@ from typing import Final
 
 # chunks below this are merged, so that a terminal's single characters do not make long lists
 _MERGE: Final = 8 * 1024
+# one frame to a client: fewer, larger ones cost less, but hold up the others on its socket
+_READ: Final = 256 * 1024
 
 
 class Tail:
@@ -32,13 +34,23 @@ class Tail:
         while self._chunks and self.start + len(self._chunks[0]) <= keep:
             self.start += len(self._chunks.popleft())
 
-    def read(self, offset: int) -> bytes:
-        """Return some bytes from `offset` on, b"" at the end. Raises `ValueError` where it is not kept."""
+    def read(self, offset: int, limit: int = _READ) -> list[bytes]:
+        """Return what is kept from `offset` on, some `limit` bytes at most, none at the end.
+
+        Raises `ValueError` where the offset is not kept.
+        """
         if not self.start <= offset <= self.end:
             raise ValueError(f"offset {offset} is not in {self.start}..{self.end}")
-        position = self.end
+        position, parts = self.end, deque[bytes]()
         for chunk in reversed(self._chunks):
-            position -= len(chunk)
             if position <= offset:
-                return chunk[offset - position :] if offset > position else chunk
-        return b""
+                break
+            position -= len(chunk)
+            parts.appendleft(chunk if position >= offset else chunk[offset - position :])
+        size, some = 0, list[bytes]()
+        for part in parts:
+            if size and size + len(part) > limit:
+                break
+            some.append(part)
+            size += len(part)
+        return some

@@ -410,9 +410,7 @@ def _result(operation: str, reply: bytes) -> bytes:
             told = orjson.loads(reply[1:])
             raise _KINDS.get(told["code"], Unavailable)(told["message"], **told["facts"])
         case status if status == BROKEN:
-            _log.error(
-                "operation broke", extra={"operation": operation, "at": reply[1:].decode("utf-8", "replace")}
-            )
+            _log.error("the file operation %s broke at %s", operation, reply[1:].decode("utf-8", "replace"))
             raise Unavailable("the file operation failed; it was logged")
         case _:
             raise Unavailable("the file worker spoke out of turn")

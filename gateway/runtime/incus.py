@@ -78,6 +78,9 @@ _LIFECYCLE: Final[Mapping[str, str]] = {
     "instance-renamed": "tenant.renamed",
 }
 
+# actions that change nothing of where a tenant's files and processes are
+_LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
+
 
 @dataclass(frozen=True, slots=True)
 class _Located:
@@ -348,7 +351,7 @@ class IncusRuntime:
             command = context.get("command") or []
             if len(command) > 2 and command[2] in (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT):
                 return  # our own, told as exec.started
-        else:
+        elif not action.startswith(_LOOKS):
             self._located.pop(name, None)
         old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
         self._located.pop(old, None)
