@@ -111,9 +111,9 @@ class Daemon:
         return None
 
     def _is_ours(self, pid: int) -> bool:
-        if (child := _CHILDREN.get(pid)) is not None:
+        if pid in _CHILDREN:
             # Asking reaps it too; and while it execs, its command line can still read as empty.
-            return child[0] == self.root and child[1].poll() is None
+            return _CHILDREN[pid] == self.root and _child_runs(pid)
         try:
             process = Path("/proc") / str(pid)
             command = (process / "cmdline").read_bytes().split(b"\0")
@@ -186,7 +186,8 @@ class Daemon:
                 cwd="/",
                 start_new_session=True,
             )
-        _CHILDREN[process.pid] = (self.root, process)
+        _CHILDREN[process.pid] = self.root
+        process.returncode = 0  # it outlives us: Popen must neither wait for it nor warn of it
         temporary = self.pidfile.with_suffix(".new")
         temporary.write_text(f"{process.pid}\n")
         temporary.replace(self.pidfile)
@@ -250,9 +251,6 @@ class Daemon:
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL)
-        for pid, (_, process) in list(_CHILDREN.items()):
-            if process.poll() is not None:
-                del _CHILDREN[pid]
         return True
 
     @staticmethod
@@ -281,7 +279,17 @@ class Daemon:
 
 
 # Children of this process must be reaped, or a killed daemon would stay as a zombie.
-_CHILDREN: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
+_CHILDREN: dict[int, Path] = {}
+
+
+def _child_runs(pid: int) -> bool:
+    try:
+        ended = os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        ended = True
+    if ended:
+        del _CHILDREN[pid]
+    return not ended
 
 
 def _only_options(words: list[bytes]) -> bool:

@@ -5,6 +5,7 @@ pylxd's models lack network ACLs and warn about fields that Incus added, its raw
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,12 +65,20 @@ class Incus:
         except Missing:
             return None
 
-    def names(self, *path: str) -> list[str]:
+    def names(self, *path: str) -> builtins.list[str]:
         """Return the last segments of a collection's addresses."""
         with _mapped(f"listing {'/'.join(path)}"):
             return [
                 url.split("?")[0].rpartition("/")[2] for url in self._node(*path).get().json()["metadata"]
             ]
+
+    def list(self, *path: str) -> builtins.list[dict[str, Any]]:
+        """Return a collection's objects."""
+        with _mapped(f"listing {'/'.join(path)}"):
+            objects: builtins.list[dict[str, Any]] = (
+                self._node(*path).get(params={"recursion": 1}).json()["metadata"]
+            )
+            return objects
 
     def post(self, *path: str, **request: Any) -> dict[str, Any]:
         """Create; waits for the operation if there is one and returns it, else the empty object."""

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from gateway import settings as settings_module
 from gateway.host import HostError, image, run
 from gateway.host.daemon import Daemon, systemd_runs
-from gateway.host.setup import setup
+from gateway.host.setup import pin, setup
 from gateway.settings import Settings
 
 TENANT = "demo"
@@ -372,13 +372,12 @@ class Quickstart:
         listed = json.loads(self._cli("list", "--json") or "[]")
         rows = listed.get("tenants", []) if isinstance(listed, dict) else listed
         found = next((row for row in rows if row["name"] == TENANT), None)
-        if found is None:
-            self._cli("create", TENANT)
-            return "made"
-        if found["status"] != "running":
-            self._cli("start", TENANT)
-            return "started"
-        return "runs already"
+        if found is not None and found["status"] == "running":
+            return "runs already"
+        self._cli("create" if found is None else "start", TENANT)
+        if self.settings.runtime == "incus":
+            pin(self.settings)
+        return "made" if found is None else "started"
 
     def _token(self) -> str:
         """Return the stored token while it is good for another day, else make one and store it."""

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
 
+from gateway.host.setup import pin
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
@@ -145,6 +146,26 @@ def test_a_foreign_mac_gets_no_packet_out(neighbours: tuple[Container, Container
     assert one.run(*resolves, check=False).returncode == 0
     one.sh("ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:99; ip link set eth0 up; sleep 1")
     assert one.run(*resolves, check=False).returncode != 0
+
+
+def test_a_stolen_mac_draws_no_traffic(
+    neighbours: tuple[Container, Container], incus_settings: Settings
+) -> None:
+    """Under its neighbour's hardware address a tenant does not get the neighbour's traffic either."""
+    one, other = neighbours
+    serve(other)
+    address = other.address()
+    assert pin(incus_settings) is not None
+    assert pin(incus_settings) is None  # done once, it holds until the next start
+    mac = other.sh("cat /sys/class/net/eth0/address").strip()
+    one.sh(f"ip link set eth0 down; ip link set eth0 address {mac}; ip link set eth0 up; sleep 1")
+    one.sh(
+        "ip address add 10.83.99.9/16 dev eth0; "
+        f"for i in 1 2 3; do ping -c1 -W1 {_gateway(other)}; done; true",
+        check=False,
+    )
+    with socket.create_connection((address, 8000), timeout=5):
+        pass
 
 
 def _gateway(tenant: Container) -> str:
