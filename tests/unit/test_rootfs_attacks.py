@@ -418,10 +418,10 @@ def arena(target: Target) -> None:
 
 def naive(site: Path, name: str) -> str:
     """Read as a gateway without this package would: resolve, compare the beginning, open."""
-    path = os.path.realpath(site / name)
-    if not path.startswith(str(site) + "/"):
-        return ""
     try:
+        path = os.path.realpath(site / name)
+        if not path.startswith(str(site) + "/"):
+            return ""
         return Path(path).read_text()
     except OSError:
         return ""
@@ -465,11 +465,13 @@ async def test_naive_check_leaks(tmp_path: Path, running: Workers) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", ATTACKER, "file", str(target.site), "/"], stdout=subprocess.PIPE
     ) as attacker:
-        assert attacker.stdout is not None
-        attacker.stdout.readline()
-        until = time.monotonic() + 20
-        leaked = False
-        while not leaked and time.monotonic() < until:
-            leaked = SECRET in naive(target.site, "prey.txt")
-        attacker.kill()
+        try:
+            assert attacker.stdout is not None
+            attacker.stdout.readline()
+            until = time.monotonic() + 20
+            leaked = False
+            while not leaked and time.monotonic() < until:
+                leaked = SECRET in naive(target.site, "prey.txt")
+        finally:
+            attacker.kill()
     assert leaked
