@@ -239,8 +239,14 @@ class Connection:
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of a websocket of %s failed", self._tenant, exc_info=error)
+            self.close(1011, "internal error")
 
     # --- requests -----------------------------------------------------------------------------------
 

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     )
     exec_keep: float = Field(600.0, ge=0, description="seconds that an ended command can still be asked for")
     exec_keep_count: int = Field(64, ge=0, description="ended commands kept of one tenant")
+    exec_keep_bytes: int = Field(
+        128 * MiB, ge=0, description="bytes of output kept of ended commands, all tenants"
+    )
     exec_start_timeout: float = Field(20.0, gt=0, description="seconds until a command must have started")
     exec_timeout: float = Field(
         600.0, gt=0, description="seconds of a waiting HTTP exec that names no timeout"

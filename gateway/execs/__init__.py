@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from collections import deque
+from collections import OrderedDict
 from types import TracebackType
 from typing import Any
 
-from gateway.errors import Conflict, NotFound, RateLimited
+from gateway.errors import Cancelled, Conflict, NotFound, RateLimited
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, started_at
 from gateway.runtime import ExecSpec, Killed, TenantRuntime
@@ -34,7 +33,7 @@ class Execs:
         self._settings = settings
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
-        self._ended: dict[str, deque[tuple[float, str]]] = {}
+        self._ended: OrderedDict[tuple[str, str], Exec] = OrderedDict()  # first ended first
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
@@ -73,7 +72,6 @@ class Execs:
             if found.spec != spec:
                 raise Conflict(f"exec {known} was started with another command", exec=known)
             return found
-        self._forget_old(tenant)
         running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
         starting = sum(key[0] == tenant for key in self._starting)
         if running + starting >= self._settings.max_execs:
@@ -86,11 +84,10 @@ class Execs:
         try:
             exec_ = await self._start(tenant, known, spec, timeout, linger, by)
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                promise.cancel()
-            else:
-                promise.set_exception(error)
-                promise.exception()  # seen, also where nobody else waits for it
+            # who waits for the same start was not cancelled itself
+            gone = isinstance(error, asyncio.CancelledError)
+            promise.set_exception(Cancelled("the start was cancelled by who asked first") if gone else error)
+            promise.exception()  # seen, also where nobody else waits for it
             raise
         else:
             promise.set_result(exec_)
@@ -118,6 +115,7 @@ class Execs:
             window=settings.exec_window,
             stdin_buffer=settings.exec_stdin_buffer,
             linger=settings.exec_linger if linger is None else linger,
+            grace=settings.cancel_grace,
         )
         self._execs.setdefault(tenant, {})[exec_id] = exec_
         started: dict[str, Any] = {"exec": exec_id, "pid": process.pid, "command": _short(spec), "by": by}
@@ -139,7 +137,7 @@ class Execs:
                 timer.cancel()
             ended = exec_.ended.result()
             data = ended.on_wire(exec_.id)
-            self._ended.setdefault(exec_.tenant, deque()).append((time.monotonic(), exec_.id))
+            self._keep(exec_)
             self._bus.publish("exec.exited", exec_.tenant, data)
             log.info(
                 "exec %s of %s: %s, code %s, %d ms, %s bytes",
@@ -153,19 +151,20 @@ class Execs:
 
     def get(self, tenant: str, exec_id: str) -> Exec:
         """Return a command that runs or ended not long ago. Raises `NotFound`."""
-        self._forget_old(tenant)
         try:
             return self._execs[tenant][exec_id]
         except KeyError:
             raise NotFound(f"no exec {exec_id}; it ended long ago or never was", exec=exec_id) from None
 
     def list(self, tenant: str) -> list[Exec]:
-        self._forget_old(tenant)
         return list(self._execs.get(tenant, {}).values())
 
     async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
         """End a command's whole tree; return when nothing of it is left."""
+        ran = exec_.state == "running"
         killed = await exec_.cancel(self._settings.cancel_grace if grace is None else grace)
+        if not ran and not killed.killed:
+            return killed  # nothing happened: nothing to tell
         data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
         self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
         return killed
@@ -183,13 +182,29 @@ class Execs:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    def _forget_old(self, tenant: str) -> None:
-        ended, execs = self._ended.get(tenant), self._execs.get(tenant)
-        if ended is None or execs is None:
-            return
-        horizon = time.monotonic() - self._settings.exec_keep
-        while ended and (ended[0][0] < horizon or len(ended) > self._settings.exec_keep_count):
-            execs.pop(ended.popleft()[1], None)
+    def _keep(self, exec_: Exec) -> None:
+        """Keep an ended command for a while; forget the first ended where there are too many or too large."""
+        settings = self._settings
+        asyncio.get_running_loop().call_later(settings.exec_keep, self._forget, exec_)
+        self._ended[exec_.tenant, exec_.id] = exec_
+        of_tenant = [other for other in self._ended.values() if other.tenant == exec_.tenant]
+        for other in of_tenant[: max(0, len(of_tenant) - settings.exec_keep_count)]:
+            self._forget(other)
+        size = sum(other.kept_bytes for other in self._ended.values())
+        for other in list(self._ended.values()):
+            if size <= settings.exec_keep_bytes:
+                break
+            size -= other.kept_bytes
+            self._forget(other)
+
+    def _forget(self, exec_: Exec) -> None:
+        execs = self._execs.get(exec_.tenant, {})
+        if execs.get(exec_.id) is exec_:
+            del execs[exec_.id]
+            if not execs:
+                del self._execs[exec_.tenant]
+        if self._ended.get((exec_.tenant, exec_.id)) is exec_:
+            del self._ended[exec_.tenant, exec_.id]
 
 
 def _short(spec: ExecSpec) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from typing import Any, Literal
 from gateway.errors import GatewayError, Unavailable
 from gateway.execs.tail import Tail
 from gateway.runtime import ExecSpec, Killed, Process, StreamName
+
+log = logging.getLogger(__name__)
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
@@ -150,12 +153,14 @@ class Exec:
         window: int,
         stdin_buffer: int,
         linger: float,
+        grace: float,
     ) -> None:
         self.id = exec_id
         self.tenant = tenant
         self.spec = spec
         self.process = process
         self.linger = linger
+        self._grace = grace
         self.streams = {name: Stream(name, tail, window) for name in process.streams}
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
@@ -178,6 +183,9 @@ class Exec:
         except Unavailable:
             if self._reason == "exited":
                 self._reason = "lost"
+        except Exception:
+            log.exception("exec %s of %s failed", self.id, self.tenant)
+            self._reason = "lost"
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
@@ -204,7 +212,7 @@ class Exec:
         self._attachments.discard(attachment)
         if not self._attachments and self.linger >= 0 and not self.ended.done():
             loop = asyncio.get_running_loop()
-            self._lingering = loop.call_later(self.linger, self.end, "cancelled", 2.0)
+            self._lingering = loop.call_later(self.linger, self.end, "cancelled", self._grace)
 
     async def write(self, data: bytes) -> None:
         """Queue input; waits while the command's buffer is full. Dropped where the input has ended."""
@@ -246,6 +254,11 @@ class Exec:
             "offsets": {name: stream.tail.end for name, stream in self.streams.items()},
             **({} if ended is None else {"exit": ended.on_wire(self.id)}),
         }
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much of the outputs is held."""
+        return sum(stream.tail.end - stream.tail.start for stream in self.streams.values())
 
     @property
     def state(self) -> Literal["running", "ended"]:

@@ -325,18 +325,9 @@ class IncusRuntime:
         self, known: dict[str, Status] | None
     ) -> tuple[Sequence[TenantEvent], dict[str, Status]]:
         now = {tenant.name: tenant.status for tenant in await self.list()}
-        changes: list[TenantEvent] = []
-        if known is not None:
-            resync = {"resync": True}
-            for name, status in now.items():
-                if name not in known:
-                    changes.append(TenantEvent("tenant.created", name, resync))
-                if known.get(name) != status and status in ("running", "stopped"):
-                    kind = "tenant.started" if status == "running" else "tenant.stopped"
-                    changes.append(TenantEvent(kind, name, resync))
-            changes += [TenantEvent("tenant.destroyed", name, resync) for name in known if name not in now]
-            for change in changes:
-                self._located.pop(change.tenant or "", None)
+        changes = [] if known is None else differences(known, now)
+        for change in changes:
+            self._located.pop(change.tenant or "", None)
         return changes, now
 
     async def _lifecycle(
@@ -551,6 +542,21 @@ class IncusProcess:
         cgroup = self._cgroup()
         if cgroup is not None:
             cgroup.remove()
+
+
+def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:
+    """Return what must have happened between two looks, marked `resync`: no event told of it."""
+    data = {"resync": True}
+    changes: list[TenantEvent] = []
+    for name, status in now.items():
+        if name not in known:
+            changes.append(TenantEvent("tenant.created", name, data))
+        if known.get(name) != status and status in ("running", "stopped"):
+            kind = "tenant.started" if status == "running" else "tenant.stopped"
+            if name in known or status == "running":
+                changes.append(TenantEvent(kind, name, data))
+    changes += [TenantEvent("tenant.destroyed", name, data) for name in known if name not in now]
+    return changes
 
 
 def _is_tenant(instance: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound, RateLimited
+from gateway.errors import Cancelled, Conflict, GatewayError, InvalidParams, NotFound, RateLimited
 from gateway.events import Bus
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
@@ -124,11 +124,10 @@ class Toolbox:
             result = await self._call(tenant, session, name, arguments, by)
         except BaseException as error:
             del self._receipts[key]  # it did not happen: it may be tried again
-            if isinstance(error, GatewayError):
-                promise.set_exception(error)
-                promise.exception()  # seen, also where nobody else waits
-            else:
-                promise.cancel()
+            # who waits for the same call was not cancelled itself
+            gone = isinstance(error, asyncio.CancelledError)
+            promise.set_exception(Cancelled("the call was cancelled by who asked first") if gone else error)
+            promise.exception()  # seen, also where nobody else waits
             raise
         promise.set_result(result)
         self._receipts.move_to_end(key)

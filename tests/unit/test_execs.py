@@ -1,0 +1,118 @@
+"""The registry of commands, over the `local` runtime: what is kept, what is refused, what ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import Cancelled, NotFound
+from gateway.events import Bus, Filter, MemoryJournal
+from gateway.execs import Exec, Execs
+from gateway.runtime import ExecSpec, Process
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
+from tests.contracts.processes import alive, mark, until
+
+Make = Callable[..., Awaitable[Execs]]
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
+    """Make a registry with these settings, over a tenant `demo`; it ends with the test."""
+    opened: list[Any] = []
+
+    async def make(**changes: Any) -> Execs:
+        settings = Settings(runtime="local", state_dir=tmp_path, cancel_grace=0, **changes)
+        runtime = await LocalRuntime(settings).__aenter__()
+        await runtime.create("demo")
+        execs = Execs(runtime, Bus(MemoryJournal(1000)), settings)
+        opened.extend((runtime, execs))
+        return execs
+
+    yield make
+    for context in reversed(opened):
+        await context.__aexit__(None, None, None)
+
+
+async def ended(execs: Execs, *argv: str) -> Exec:
+    exec_ = await execs.start("demo", ExecSpec(argv))
+    await exec_.ended
+    await until(lambda: exec_.state == "ended")
+    return exec_
+
+
+async def test_only_so_many_ended_commands_are_kept(make: Make) -> None:
+    execs = await make(exec_keep_count=2)
+    three = [await ended(execs, "echo", str(n)) for n in range(3)]
+    await until(lambda: len(execs.list("demo")) == 2)
+    assert execs.list("demo") == three[1:]
+    with pytest.raises(NotFound):
+        execs.get("demo", three[0].id)
+
+
+async def test_only_so_many_bytes_of_ended_commands_are_kept(make: Make) -> None:
+    execs = await make(exec_keep_bytes=100_000)
+    large = [await ended(execs, "head", "-c", "60000", "/dev/zero") for _ in range(2)]
+    await until(lambda: execs.list("demo") == large[1:])
+
+
+async def test_an_ended_command_is_forgotten_in_time(make: Make) -> None:
+    execs = await make(exec_keep=0.1)
+    await ended(execs, "true")
+    await until(lambda: execs.list("demo") == [])
+
+
+async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waited for a start that was cancelled gets an answer, and may start anew."""
+    execs = await make()
+    entered = asyncio.Event()
+    real = execs._runtime.exec
+
+    async def slow(name: str, spec: ExecSpec) -> Process:
+        entered.set()
+        await asyncio.Event().wait()
+        return await real(name, spec)
+
+    monkeypatch.setattr(execs._runtime, "exec", slow)
+    first = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
+    await entered.wait()
+    second = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    with pytest.raises(Cancelled):
+        await second
+    monkeypatch.undo()
+    assert (await execs.start("demo", ExecSpec(("true",)), exec_id="same")).id == "same"
+
+
+async def test_leaving_ends_what_runs_and_what_was_left_behind(make: Make) -> None:
+    execs = await make()
+    runs, left = mark(), mark()
+    await execs.start("demo", ExecSpec(("sleep", runs)))
+    await ended(execs, "sh", "-c", f"setsid sleep {left} </dev/null >/dev/null 2>&1 & exit 0")
+    await until(lambda: alive(runs) == alive(left) == 1)
+    await execs.end_all()
+    assert alive(runs) == alive(left) == 0
+    assert execs.running == 0
+
+
+async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
+    execs = await make()
+    following = execs._bus.subscribe(Filter(types=("exec.*",)))
+    exec_ = await execs.start("demo", ExecSpec(("sleep", "60")), by="me")
+    for _ in range(2):
+        await execs.cancel(exec_)
+    await until(lambda: exec_.state == "ended")
+    await ended(execs, "true")
+    execs._bus.close()
+    told = [(event.type, event.data["exec"] == exec_.id) async for event in following]
+    assert sorted(told[:3]) == [("exec.cancelled", True), ("exec.exited", True), ("exec.started", True)]
+    assert told[3:] == [("exec.started", False), ("exec.exited", False)]
