@@ -143,7 +143,7 @@ class Daemon:
         if self.how() == "systemd":
             report("starting Incus by systemd")
             run(
-                ["systemctl", "enable", "--now", "incus.socket", "incus.service"],
+                ["systemctl", "enable", "--now", "incus.socket", "incus.service", "incus-startup.service"],
                 fix="see: journalctl -u incus",
                 timeout=timeout,
             )
@@ -222,7 +222,10 @@ class Daemon:
         """
         if self.how() == "systemd":
             active = subprocess.run(["systemctl", "is-active", "--quiet", "incus.service"], check=False)
-            run(["systemctl", "stop", "incus.service", "incus.socket"], fix="see: journalctl -u incus")
+            # The instances are ended by the startup unit's stop; without it they outlive the daemon.
+            units = ["incus-startup.service"] if instances else []
+            for unit in (*units, "incus.service", "incus.socket"):
+                run(["systemctl", "stop", unit], fix=f"see: journalctl -u {unit}")
             return active.returncode == 0
         pid = self.pid()
         if pid is None:
