@@ -71,12 +71,12 @@ def incus(
 
 
 def owner(pid: int) -> str | None:
-    """Return `PID:START` of a living process, or None."""
+    """Return `PID:START` of a living process, or None; one that only waits to be reaped does not live."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return f"{pid}:{fields[19]}"
+    return None if fields[0] in "ZX" else f"{pid}:{fields[19]}"
 
 
 def instances() -> list[dict[str, Any]]:
