@@ -7,6 +7,7 @@ and `*a*a*a*a*b` must cost neither of them anything.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
@@ -125,7 +126,7 @@ def _class(glob: str, inside: bytes) -> bytes:
 class Glob:
     """One glob of an override or an ignore file: `negated`, `folders_only`, and whether it `matches`."""
 
-    __slots__ = ("_name", "_regex", "_suffix", "folders_only", "negated")
+    __slots__ = ("_name", "_regex", "_suffix", "_tail", "folders_only", "negated")
 
     def __init__(self, pattern: str) -> None:
         if len(pattern) > GLOB_MAX:
@@ -138,6 +139,9 @@ class Glob:
             body = body[1:]
         self.folders_only = body.endswith("/")
         body = body.rstrip("/") if self.folders_only else body
+        # "**/x" says no more than "x" does.
+        while body.startswith("**/") and "/" not in body[3:] and body[3:]:
+            body = body[3:]
         anchored = "/" in body
         body = body[1:] if body.startswith("/") else body
         plain = not any(char in body for char in "*?[]{}\\/")
@@ -149,6 +153,8 @@ class Glob:
             if not anchored and body.startswith("*") and not any(c in tail for c in "*?[]{}\\/")
             else None
         )
+        # What stands after the last wildcard: the cheap question that most paths answer with no.
+        self._tail = re.split(r"[*?\[\]{}\\]", body)[-1]
         self._regex = None
         if self._name is None and self._suffix is None:
             expression = _translate(body)
@@ -165,6 +171,8 @@ class Glob:
         if self._name is not None:
             return path == self._name or path.endswith("/" + self._name)
         assert self._regex is not None
+        if not path.endswith(self._tail):
+            return False
         return self._regex.fullmatch(os.fsencode(path)) is not None
 
 

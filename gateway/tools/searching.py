@@ -370,6 +370,7 @@ class _Search:
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
         """Yield start and end of each match, one for each line that matches or `every` one."""
         at, end = 0, len(data)
+        before = -1  # where the match before ended; an empty one there is no match of its own
         find = self._find
         while at < end:
             match = find(data, at)
@@ -378,9 +379,11 @@ class _Search:
             start, stop = match.span()
             if start >= end and stop >= end and (data.endswith(b"\n") or start > end):
                 return  # an empty match after the last line end is on no line
-            yield start, stop
+            if not every or stop > start or start != before:
+                yield start, stop
             if every:
                 at = stop if stop > start else stop + 1
+                before = stop
             else:
                 line_end = data.find(b"\n", max(stop - 1, start) if stop > start else stop)
                 if line_end < 0:
@@ -401,8 +404,9 @@ class _Search:
             counted = line_start
             self._matches += 1
             if self._only:
-                for i, row in enumerate(data[start:stop].split(b"\n")):
-                    if row or not self._multiline:
+                found = data[start:stop].split(b"\n")
+                for i, row in enumerate(found):
+                    if row or len(found) == 1:  # as ripgrep does it
                         self._add(name, number + i, b":", row, "[Omitted long line with matches]")
                 if self.full:
                     return
