@@ -268,7 +268,7 @@ class Workers:
         slot.waiting += 1
         try:
             async with slot.lock:
-                worker = await self._ready(key, slot, root)
+                worker = await self._ready(slot, root)
                 worker.send(request)
                 return _result(operation, await self._answer(slot, worker, search=search))
         finally:
@@ -289,7 +289,7 @@ class Workers:
         worker.used = time.monotonic()
         return reply
 
-    async def _ready(self, key: tuple[str, bool], slot: _Slot, root: FilesystemRoot) -> _Worker:
+    async def _ready(self, slot: _Slot, root: FilesystemRoot) -> _Worker:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
         if worker is not None and not worker.reply.done():
@@ -310,9 +310,9 @@ class Workers:
             if answer["same"] and not worker.closed:
                 return worker
             self._end(slot, worker)
-        return await self._spawn(key, slot, root)
+        return await self._spawn(slot, root)
 
-    async def _spawn(self, key: tuple[str, bool], slot: _Slot, root: FilesystemRoot) -> _Worker:
+    async def _spawn(self, slot: _Slot, root: FilesystemRoot) -> _Worker:
         slot.worker = None
         self._make_room()
         answer, descriptors = await self.broker.request(Spawn(root, self._limits, self._memory).wire())
@@ -335,7 +335,6 @@ class Workers:
             _log.error("a file worker of %s did not start: %s", root.tenant, said)
             raise Unavailable("a file worker could not be started")
         worker.layers = tuple(orjson.loads(reply[1:]))
-        self._slots[key] = slot  # `forget` may have taken it out meanwhile
         return worker
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
@@ -375,7 +374,8 @@ class Workers:
         Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
         """
         for search in (False, True):
-            slot = self._slots.pop((tenant, search), None)
+            # The slot stays, or those who wait for it and those who come would be two queues. `_sweep` drops it.
+            slot = self._slots.get((tenant, search))
             if slot is not None and slot.worker is not None:
                 self._end(slot, slot.worker)
         if self._ending:

@@ -181,6 +181,21 @@ async def test_forget_during_a_call(workers: Workers, root: FilesystemRoot) -> N
         await call
 
 
+async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) -> None:
+    """Calls that wait and calls that come later still share one worker: none is left over."""
+    calls = [asyncio.ensure_future(pid_of(workers, root)) for _ in range(5)]
+    await asyncio.sleep(0)
+    for _ in range(3):
+        await workers.forget(root.tenant)
+        calls += [asyncio.ensure_future(pid_of(workers, root)) for _ in range(5)]
+        await asyncio.sleep(0.003)
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    pids = {answer for answer in answers if isinstance(answer, int)}
+    last = await pid_of(workers, root)
+    for pid in pids - {last}:
+        await gone(pid)
+
+
 async def test_workspace_replaced(workers: Workers, root: FilesystemRoot) -> None:
     """Where the workspace became another folder, the next call after a second sees the new one."""
     names = orjson.loads(await workers.call(root, "names", {}))
