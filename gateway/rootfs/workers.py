@@ -374,7 +374,7 @@ class Workers:
         Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
         """
         for search in (False, True):
-            # The slot stays, or those who wait for it and those who come would be two queues. `_sweep` drops it.
+            # The slot stays: who waits for it and who comes next must be one queue. `_sweep` drops it.
             slot = self._slots.get((tenant, search))
             if slot is not None and slot.worker is not None:
                 self._end(slot, slot.worker)
