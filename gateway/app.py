@@ -39,6 +39,8 @@ from gateway.errors import (
 )
 from gateway.events import Bus, Filter, MemoryJournal, sse
 from gateway.execs import Attachment, Ended, Execs
+from gateway.files.files import Files
+from gateway.host.setup import pin
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
 from gateway.rootfs.workers import Workers
@@ -63,6 +65,8 @@ _MOVED: Final = frozenset(
         "incus.instance-updated",
     }
 )
+
+_STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
 
 
 class ExecBody(protocol.Params):
@@ -93,6 +97,7 @@ class Gateway:
         self._secret = auth.load_secret(settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
+        self._started = asyncio.Event()
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
             Starlette(
@@ -142,9 +147,13 @@ class Gateway:
             workers = await stack.enter_async_context(Workers(settings, allowed=runtime.roots))
             execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
             toolbox = Toolbox(runtime, workers, self.bus, settings)
-            self._hub = Hub(runtime, execs, toolbox, self.bus, settings, self._verify)
+            files = Files(runtime, workers, self.bus, settings)
+            self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
-            for work in (self._watch(runtime, workers), self.metrics.follow(self.bus)):
+            jobs = [self._watch(runtime, workers), self.metrics.follow(self.bus)]
+            if settings.runtime == "incus":
+                jobs.append(self._pin_ports())
+            for work in jobs:
                 task = asyncio.create_task(work)
                 stack.push_async_callback(_ended, task)
             self.bus.publish("gateway.ready", None, {"version": __version__, "runtime": settings.runtime})
@@ -156,7 +165,19 @@ class Gateway:
         async for event in runtime.watch():
             if event.tenant is not None and event.type in _MOVED:
                 await workers.forget(event.tenant)
+            if event.type in _STARTED:
+                self._started.set()
             self.bus.publish(event.type, event.tenant, event.data)
+
+    async def _pin_ports(self) -> None:
+        """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""
+        while True:
+            await self._started.wait()
+            self._started.clear()
+            try:
+                await asyncio.to_thread(pin, self.settings)
+            except GatewayError as error:
+                log.warning("tenants' addresses could not be bound to their ports: %s", error.message)
 
     async def drain(self) -> None:
         """Refuse new work, tell clients, end every command, close every stream. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def fresh() -> str:
 
 
 class TestLocal(RuntimeContract):
+    whole_trees = os.geteuid() == 0
+
     async def test_the_gateways_own_environment_stays_with_it(
         self, runtime: LocalRuntime, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
