@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -33,6 +34,7 @@ from gateway.errors import (
 )
 from gateway.events import Bus, Filter, Subscription
 from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
+from gateway.files.files import Files
 from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
@@ -60,6 +62,7 @@ class Hub:
     runtime: TenantRuntime
     execs: Execs
     toolbox: Toolbox
+    files: Files
     bus: Bus
     settings: Settings
     verify: Callable[[str | None], Token]
@@ -123,6 +126,7 @@ class Connection:
             "exec/cancel": self._exec_cancel,
             "exec/list": self._exec_list,
             "exec/wait": self._exec_wait,
+            **{method: partial(self._files, method) for method in Files.SCOPES},
             "events/subscribe": self._events_subscribe,
             "events/unsubscribe": self._events_unsubscribe,
         }
@@ -480,6 +484,13 @@ class Connection:
         except TimeoutError:
             # nothing can be said to a socket that takes nothing; the client resumes from its offset
             self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+
+    # --- files --------------------------------------------------------------------------------------
+
+    async def _files(self, method: str, params: protocol.Params) -> _Answer:
+        token = self._require(Files.SCOPES[method])
+        given = params.model_dump(by_alias=True)
+        return _Answer(await self._hub.files.call(self._tenant, method, given, by=token.subject))
 
     # --- events -------------------------------------------------------------------------------------
 

@@ -179,6 +179,54 @@ class EventsUnsubscribe(Params):
     subscription: int
 
 
+_Path = Annotated[str, Field(min_length=1, max_length=4096)]
+_Etag = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class FilesPath(Params):
+    path: _Path
+
+
+class FilesList(Params):
+    path: _Path = "."
+    depth: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class FilesWrite(Params):
+    """`text` is written as UTF-8, `data` is base64: one of the two."""
+
+    path: _Path
+    text: str | None = None
+    data: str | None = None
+    if_match: _Etag | None = None
+    if_none_match: _Etag | None = None
+    create_dirs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> FilesWrite:
+        if (self.text is None) == (self.data is None):
+            raise ValueError("give either text or data")
+        return self
+
+
+class FilesMove(Params):
+    from_: _Path = Field(alias="from")
+    to: _Path
+    overwrite: bool = False
+    create_dirs: bool = False
+
+
+class FilesRemove(Params):
+    path: _Path
+    recursive: bool = False
+    if_match: _Etag | None = None
+
+
+class FilesMkdir(Params):
+    path: _Path
+    create_dirs: bool = True
+
+
 class CancelRequest(Params):
     id: str | int
 
@@ -197,6 +245,13 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "exec/cancel": ExecCancel,
     "exec/list": NoParams,
     "exec/wait": ExecRef,
+    "files/stat": FilesPath,
+    "files/list": FilesList,
+    "files/read": FilesPath,
+    "files/write": FilesWrite,
+    "files/move": FilesMove,
+    "files/remove": FilesRemove,
+    "files/mkdir": FilesMkdir,
     "events/subscribe": EventsSubscribe,
     "events/unsubscribe": EventsUnsubscribe,
 }

@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
     max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")
 
+    # the editor's calls
+    list_max: int = Field(10_000, gt=0, description="entries of one files/list")
+
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events

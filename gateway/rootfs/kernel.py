@@ -27,6 +27,7 @@ _ATTEMPTS = 128
 O_PATH: int = getattr(os, "O_PATH", 0)
 
 _SYS_OPENAT2 = 437
+_RENAME_NOREPLACE = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 syscall = _libc.syscall
@@ -81,6 +82,24 @@ def checked(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
+
+
+def rename_new(source_folder: int, source: bytes, target_folder: int, target: bytes) -> None:
+    """Rename without replacing. Raises `OSError`, EEXIST where the target is there."""
+    rename = getattr(_libc, "renameat2", None)
+    if rename is not None:
+        if rename(source_folder, source, target_folder, target, _RENAME_NOREPLACE) == 0:
+            return
+        number = ctypes.get_errno()
+        # EINVAL: a file system without it, or a folder into itself, which the rename below tells
+        if number not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(number, os.strerror(number))
+    try:
+        os.stat(target, dir_fd=target_folder, follow_symlinks=False)
+    except FileNotFoundError:
+        os.rename(source, target, src_dir_fd=source_folder, dst_dir_fd=target_folder)
+        return
+    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def trim_memory() -> None:

@@ -22,6 +22,7 @@ class Limits:
     result_max: int = 1 << 20
     visit_max: int = 300_000
     tool_timeout: float = 10.0
+    list_max: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,6 +223,7 @@ class Workers:
             settings.result_max,
             settings.visit_max,
             settings.tool_timeout,
+            settings.list_max,
         )
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle

@@ -1,4 +1,4 @@
-"""The file tools' operations, as a worker serves them. See `gateway.rootfs.operations`."""
+"""The file tools' and the editor's operations, as a worker serves them. See `gateway.rootfs.operations`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
+from gateway.files import operations as editor
 from gateway.rootfs.operations import Operation, Workspace
 from gateway.rootfs.tree import refusal
 from gateway.tools.answer import Answer, ToolFailure
@@ -42,6 +43,10 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
     return run
 
 
-OPERATIONS: dict[str, Operation] = {name: _operation(name, tool) for name, tool in _TOOLS.items()}
+# One table, because one worker of a tenant does all its writes, the tools' and the editor's, in turn.
+OPERATIONS: dict[str, Operation] = {
+    **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
+    **editor.OPERATIONS,
+}
 
 __all__ = ["OPERATIONS", "idle"]

@@ -18,6 +18,7 @@ import orjson
 
 from gateway.errors import Cancelled, Conflict, GatewayError, InvalidParams, NotFound, RateLimited
 from gateway.events import Bus
+from gateway.files.files import file_written
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -152,7 +153,7 @@ class Toolbox:
             ms = round((time.perf_counter() - began) * 1000, 3)
             self._bus.publish("tool.finished", tenant, {"name": name, "by": by, "ms": ms, **outcome})
         if name in _WRITES and not result.is_error:
-            self._bus.publish("file.written", tenant, {"path": told.get("file_path", ""), "by": by})
+            file_written(self._bus, tenant, told.get("file_path", ""), by)
         return result
 
     def _trim_receipts(self) -> None:

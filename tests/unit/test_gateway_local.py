@@ -10,6 +10,7 @@ import pytest
 
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.live import LiveGateway
 
@@ -61,6 +62,10 @@ async def disposable(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 class TestLocal(GatewayContract):
+    pass
+
+
+class TestLocalFiles(FilesContract):
     pass
 
 

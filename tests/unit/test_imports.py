@@ -14,6 +14,7 @@ LEVELS = (
     {"errors", "settings", "protocol"},
     {"auth", "incus", "rootfs", "events"},
     {"runtime"},
+    {"files"},
     {"execs", "tools"},
     {"deployments", "caddy", "host"},
     {"connection", "mcp", "metrics"},
@@ -34,7 +35,8 @@ ONLY: dict[str, set[str]] = {
     "rootfs": {"errors", "settings"},
     "runtime": {"errors", "settings", "incus", "rootfs"},
     "execs": {"errors", "settings", "runtime", "rootfs", "events"},
-    "tools": {"errors", "settings", "runtime", "rootfs", "events"},
+    "files": {"errors", "settings", "runtime", "rootfs", "events"},
+    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files"},
 }
 CLIENT_MAY = {"gateway.errors", "gateway.protocol"}
 

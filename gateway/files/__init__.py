@@ -1,0 +1,5 @@
+"""What an editor does with a workspace: stat, list, read, write, move, remove, mkdir, raw bytes, watching.
+
+From outside: `files.Files` and, for HTTP, `http`. `operations`, `removing` and `watching` run inside workers
+(see `gateway.rootfs`), which import no more than they need; so nothing is imported here.
+"""
