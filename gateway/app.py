@@ -98,6 +98,7 @@ class Gateway:
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
+        self._workers: Workers | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
             Starlette(
@@ -145,6 +146,7 @@ class Gateway:
         async with contextlib.AsyncExitStack() as stack:
             runtime: TenantRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, allowed=runtime.roots))
+            self._workers = workers
             execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
             toolbox = Toolbox(runtime, workers, self.bus, settings)
             files = Files(runtime, workers, self.bus, settings)
@@ -306,6 +308,8 @@ class Gateway:
         async def handle(request: Request) -> Response:
             name, _ = self._tenant_for(request, "deploy")
             runtime = self.hub.runtime
+            if action != "start":
+                await self._let_go(name)
             match action:
                 case "start":
                     await runtime.start(name)
@@ -319,8 +323,15 @@ class Gateway:
 
     async def _tenant_destroy(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, "deploy")
+        await self._let_go(name)
         await self.hub.runtime.destroy(name)
         return Response(status_code=204)
+
+    async def _let_go(self, tenant: str) -> None:
+        """End the tenant's file workers: they would hold its disk."""
+        if self._workers is not None:
+            await self.hub.runtime.get(tenant)  # an unknown one has none
+            await self._workers.forget(tenant)
 
     async def _tenant_metrics(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)

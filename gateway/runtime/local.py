@@ -20,7 +20,7 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -30,7 +30,7 @@ import orjson
 from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup, mount_point
-from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName, Tenant, TenantEvent
+from gateway.runtime import ExecSpec, Exit, Killed, Process, Pty, StreamName, Tenant, TenantEvent
 from gateway.runtime.wrapper import (
     CGROUP_PARENT,
     KILL_SCRIPT,
@@ -211,10 +211,9 @@ class LocalProcess:
         self._preamble = preamble
         self._limit = limit
         self._process: asyncio.subprocess.Process | None = None
-        self._outputs: dict[StreamName, asyncio.StreamReader] = {}
-        self._input: asyncio.StreamWriter | None = None
-        self._master = -1
-        self._closing: list[asyncio.BaseTransport] = []
+        self._outputs: dict[StreamName, _End] = {}
+        self._input: _End | None = None
+        self._terminal = False
         self._first = b""
         self._over: asyncio.Task[None] | None = None
 
@@ -229,7 +228,7 @@ class LocalProcess:
             self._process = await self._open_pipes(argv, environment)
         else:
             self.streams = ("stdout",)
-            self._process = await self._open_terminal(argv, environment, spec.pty.cols, spec.pty.rows)
+            self._process = await self._open_terminal(argv, environment, spec.pty)
         self._over = asyncio.create_task(self._watch_end())
         said = self._outputs[self.streams[-1]]
         if spec.pty is not None:
@@ -244,15 +243,14 @@ class LocalProcess:
         self, argv: tuple[str, ...], environment: dict[str, str]
     ) -> asyncio.subprocess.Process:
         # pipes of our own: an event loop may use sockets, and nobody can open those as /dev/stdout
-        theirs: list[int] = []
+        reading, writing = os.pipe()
+        self._input = _End(writing)
+        theirs = [reading]
         try:
-            for name in ("stdin", *self.streams):
+            for name in self.streams:
                 reading, writing = os.pipe()
-                theirs.append(reading if name == "stdin" else writing)
-                if name == "stdin":
-                    self._input = await self._writer(writing)
-                else:
-                    self._outputs[name] = await self._reader(reading)  # type: ignore[index]
+                theirs.append(writing)
+                self._outputs[name] = _End(reading)
             return await asyncio.create_subprocess_exec(
                 *argv, stdin=theirs[0], stdout=theirs[1], stderr=theirs[2], env=environment, cwd="/",
                 start_new_session=True,
@@ -262,12 +260,13 @@ class LocalProcess:
                 os.close(descriptor)
 
     async def _open_terminal(
-        self, argv: tuple[str, ...], environment: dict[str, str], cols: int, rows: int
+        self, argv: tuple[str, ...], environment: dict[str, str], size: Pty
     ) -> asyncio.subprocess.Process:
-        self._master, slave = pty.openpty()
+        self._terminal = True
+        master, slave = pty.openpty()
+        self._input = self._outputs["stdout"] = _End(master)
         try:
-            await self.resize(cols, rows)
-            self._outputs = {"stdout": await self._reader(os.dup(self._master))}
+            await self.resize(size.cols, size.rows)
             own_terminal = (sys.executable, "-c", _OWN_TERMINAL, *argv)
             return await asyncio.create_subprocess_exec(
                 *own_terminal, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd="/",
@@ -276,27 +275,10 @@ class LocalProcess:
         finally:
             os.close(slave)
 
-    async def _reader(self, descriptor: int) -> asyncio.StreamReader:
-        reader = asyncio.StreamReader(limit=_CHUNK)
-        stream = os.fdopen(descriptor, "rb", buffering=0)
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), stream)
-        self._closing.append(transport)
-        return reader
-
-    async def _writer(self, descriptor: int) -> asyncio.StreamWriter:
-        stream = os.fdopen(descriptor, "wb", buffering=0)
-        loop = asyncio.get_running_loop()
-        # the reader is never read: the protocol that holds back a writer comes with one
-        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
-        transport, _ = await loop.connect_write_pipe(lambda: protocol, stream)
-        self._closing.append(transport)
-        return asyncio.StreamWriter(transport, protocol, None, loop)
-
-    async def _feed(self, said: asyncio.StreamReader, *, until_ready: bool) -> None:
+    async def _feed(self, said: _End, *, until_ready: bool) -> None:
         preamble = self._preamble
         while not (preamble.ready if until_ready else preamble.started):
-            data = await _read(said)
+            data = await said.read()
             if not data:
                 raise preamble.ended()
             preamble.feed(data)
@@ -310,7 +292,7 @@ class LocalProcess:
         if stream == self.streams[-1] and self._first:
             first, self._first = self._first, b""
             return first
-        reading = asyncio.ensure_future(_read(self._outputs[stream]))
+        reading = asyncio.ensure_future(self._outputs[stream].read())
         both: list[asyncio.Future[Any]] = [reading, self.ended]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -322,41 +304,25 @@ class LocalProcess:
                 reading.cancel()
 
     async def write(self, data: bytes) -> None:
-        if self._master >= 0:
-            await self._write_terminal(data)
-            return
-        assert self._input is not None
-        if not self._input.is_closing():
-            with contextlib.suppress(ConnectionError):
-                self._input.write(data)
-                await self._input.drain()
-
-    async def _write_terminal(self, data: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        os.set_blocking(self._master, False)
-        view = memoryview(data)
-        while view and not self.ended.done():
+        if self._input is not None:
+            writing = asyncio.ensure_future(self._input.write(data))
+            both: list[asyncio.Future[Any]] = [writing, self.ended]
             try:
-                view = view[os.write(self._master, view) :]
-            except BlockingIOError:
-                writable = loop.create_future()
-                loop.add_writer(self._master, writable.set_result, None)
-                try:
-                    await asyncio.wait([writable, self.ended], return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    loop.remove_writer(self._master)
-            except OSError:
-                return
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
 
     async def close_stdin(self) -> None:
-        if self._master >= 0:
+        if self._terminal:
             await self.write(b"\x04")
         elif self._input is not None:
             self._input.close()
 
     async def resize(self, cols: int, rows: int) -> None:
-        if self._master >= 0:
-            fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+        if self._terminal and self._input is not None and self._input.descriptor >= 0:
+            window = struct.pack("HHHH", rows, cols, 0, 0)
+            fcntl.ioctl(self._input.descriptor, termios.TIOCSWINSZ, window)
 
     async def signal(self, number: int) -> None:
         if self._process is not None:
@@ -389,11 +355,9 @@ class LocalProcess:
         if self._process is not None and not self.ended.done():
             await self.signal(signal.SIGKILL)
             await asyncio.shield(self.ended)
-        for transport in self._closing:
-            transport.close()
-        if self._master >= 0:
-            os.close(self._master)
-            self._master = -1
+        for end in (self._input, *self._outputs.values()):
+            if end is not None:
+                end.close()
 
     async def abandon(self) -> None:
         """End a command that did not start properly: the shell first, so that it goes no further."""
@@ -415,10 +379,65 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-async def _read(reader: asyncio.StreamReader) -> bytes:
-    try:
-        return await reader.read(_CHUNK)
-    except OSError as error:
-        if error.errno == errno.EIO:  # how a terminal says that nobody holds its other end
-            return b""
-        raise
+class _End:
+    """Our end of a pipe or terminal. `asyncio`'s own transports are not used: uvloop closes their
+    descriptors twice.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self.descriptor = descriptor
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def read(self) -> bytes:
+        """Return the next bytes, b"" at the end or once closed. One reader at a time."""
+        loop = asyncio.get_running_loop()
+        while self.descriptor >= 0:
+            try:
+                return os.read(self.descriptor, _CHUNK)
+            except BlockingIOError:
+                await self._until(loop.add_reader, loop.remove_reader)
+            except OSError as error:
+                if error.errno == errno.EIO:  # how a terminal says that nobody holds its other end
+                    return b""
+                raise
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Write all of `data`; dropped where nobody reads any more. One writer at a time."""
+        loop, view = asyncio.get_running_loop(), memoryview(data)
+        while view and self.descriptor >= 0:
+            try:
+                view = view[os.write(self.descriptor, view) :]
+            except BlockingIOError:
+                await self._until(loop.add_writer, loop.remove_writer)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Close it and wake who waits. Idempotent."""
+        descriptor, self.descriptor = self.descriptor, -1
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        if descriptor >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(descriptor)
+            loop.remove_writer(descriptor)
+            os.close(descriptor)
+
+    async def _until(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+        descriptor, ready = self.descriptor, asyncio.get_running_loop().create_future()
+        self._waiting.add(ready)
+        add(descriptor, _resolve, ready)
+        try:
+            await ready
+        finally:
+            self._waiting.discard(ready)
+            if self.descriptor == descriptor:
+                remove(descriptor)
+
+
+def _resolve(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
