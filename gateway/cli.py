@@ -23,12 +23,12 @@ from rich.table import Table
 
 from gateway import __version__, auth
 from gateway import settings as settings_module
-from gateway.errors import GatewayError, InvalidParams, NotFound
+from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound
 from gateway.runtime import TENANT_NAME
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
-from gateway_client import Client, Exec
+from gateway_client import Client, Disconnected, Exec
 
 app = typer.Typer(
     name="incus-gateway",
@@ -62,6 +62,12 @@ def main() -> NoReturn:
     """Run the command line; failures end as one line and exit code 1."""
     try:
         app()
+    except Disconnected as error:
+        _fail(
+            f"{error.message}\nIs the gateway running? `incus-gateway serve` starts it; --url names another."
+        )
+    except ExecFailed as error:
+        _fail(error.message, int(error.facts.get("exitCode", 1)))
     except GatewayError as error:
         _fail(error.message)
     except ValidationError as error:
@@ -76,9 +82,9 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     err.print(f"incus-gateway: {message}", markup=False)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _version(show: bool) -> None:
@@ -291,8 +297,7 @@ def exec(
     if not argv:
         raise typer.BadParameter("name a command after --")
     variables = dict(_assignment(entry) for entry in env or ())
-    size = os.get_terminal_size() if terminal and sys.stdin.isatty() else None
-    pty = (size.columns, size.lines) if size is not None else ((80, 24) if terminal else None)
+    pty = _terminal_size() if terminal else None
 
     async def run() -> int:
         async with (
@@ -331,8 +336,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
     if terminal and sys.stdin.isatty():
 
         def resized() -> None:
-            size = os.get_terminal_size()
-            later(process.resize(size.columns, size.lines))
+            later(process.resize(*_terminal_size()))
 
         loop.add_signal_handler(signal.SIGWINCH, resized)
 
@@ -394,11 +398,20 @@ def _raw_terminal() -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
+    tty.setraw(sys.stdin, termios.TCSADRAIN)  # what was typed ahead stays
     try:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _terminal_size() -> tuple[int, int]:
+    """Return our terminal's columns and rows; the usual ones where it has none."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stdin.fileno())
+    except OSError:
+        return 80, 24
+    return columns or 80, rows or 24
 
 
 def _assignment(entry: str) -> tuple[str, str]:
