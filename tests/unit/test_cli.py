@@ -1,0 +1,152 @@
+"""The command line as a person meets it: outputs, exit codes, words; against a live local gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from gateway import auth
+from tests.contracts.gateway import no_traceback
+from tests.contracts.processes import alive, mark, until
+from tests.live import SECRET, LiveGateway
+
+
+@pytest.fixture(scope="module")
+async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveGateway]:
+    state = tmp_path_factory.mktemp("state")
+    gateway = LiveGateway(
+        {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state)}, state / "gateway.log"
+    )
+    await gateway.start()
+    assert (await run(gateway, "create", "demo"))[0] == 0
+    yield gateway
+    assert await gateway.stop() == 0
+    await no_traceback(gateway)
+
+
+async def start(gateway: LiveGateway, *words: str, stdin: int | None = None) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", *words),
+        env={**gateway.environment, "USER": "tester"},
+        stdin=pipe if stdin is None else stdin,
+        stdout=pipe,
+        stderr=pipe,
+    )
+
+
+async def run(gateway: LiveGateway, *words: str, stdin: bytes = b"") -> tuple[int | None, bytes, str]:
+    """Return exit code, output and errors of a command line."""
+    process = await start(gateway, *words)
+    out, err = await asyncio.wait_for(process.communicate(stdin), 30)
+    assert b"Traceback" not in err
+    return process.returncode, out, err.decode()
+
+
+async def test_a_token_is_printed_alone(gateway: LiveGateway) -> None:
+    words = ("token", "--tenant", "shop", "--scope", "exec", "--scope", "events", "--ttl", "5m")
+    code, out, _ = await run(gateway, *words)
+    token = auth.verify(SECRET, out.decode().strip())
+    assert code == 0
+    assert (set(token.tenants), set(token.scopes)) == ({"shop"}, {"exec", "events"})
+
+
+@pytest.mark.parametrize("words", [("token", "--tenant", "NO"), ("create", "No!"), ("create", "demo")])
+async def test_what_cannot_be_done_is_one_line_and_1(gateway: LiveGateway, words: tuple[str, ...]) -> None:
+    code, out, err = await run(gateway, *words)
+    assert (code, out) == (1, b"")
+    assert err.startswith("incus-gateway: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("nope",), ("exec", "demo"), ("token",), ("exec", "--env", "x", "demo", "true")]
+)
+async def test_wrong_usage_is_2(gateway: LiveGateway, words: tuple[str, ...]) -> None:
+    assert (await run(gateway, *words))[0] == 2
+
+
+async def test_tenants_are_listed_for_people_and_programs(gateway: LiveGateway) -> None:
+    _, out, _ = await run(gateway, "list", "--json")
+    assert [entry["name"] for entry in orjson.loads(out)] == ["demo"]
+    _, out, _ = await run(gateway, "list")
+    assert b"demo" in out and b"running" in out
+
+
+async def test_exec_is_the_command_itself(gateway: LiveGateway) -> None:
+    """Its outputs apart, its input, its exit code."""
+    script = "cat; echo err >&2; exit 7"
+    data = os.urandom(3 << 20)
+    assert await run(gateway, "exec", "demo", "--", "sh", "-c", script, stdin=data) == (7, data, "err\n")
+    assert (await run(gateway, "exec", "--env", "A=b c", "demo", "--", "sh", "-c", "echo $A"))[1] == b"b c\n"
+
+
+async def test_what_cannot_start_ends_as_in_a_shell(gateway: LiveGateway) -> None:
+    code, _, err = await run(gateway, "exec", "demo", "--", "no-such-program")
+    assert code == 127 and "command not found" in err
+    assert (await run(gateway, "exec", "demo", "--", "/etc/passwd"))[0] == 126
+    code, _, err = await run(gateway, "exec", "t-none", "--", "true")
+    assert code == 1 and "no tenant" in err
+
+
+async def test_an_interrupt_is_passed_on(gateway: LiveGateway) -> None:
+    seconds = mark()
+    process = await start(gateway, "exec", "demo", "--", "sleep", seconds)
+    await until(lambda: alive(seconds) == 1)
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(process.wait(), 20) == 130
+    assert alive(seconds) == 0
+    await process.communicate()
+
+
+async def test_a_terminal_is_passed_through(gateway: LiveGateway) -> None:
+    master, slave = pty.openpty()
+    script = "tty; read x; echo got $x"
+    process = await start(gateway, "exec", "-t", "demo", "--", "sh", "-c", script, stdin=slave)
+    os.close(slave)
+    os.write(master, b"typed\n")
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    os.close(master)
+    assert out.startswith(b"/dev/pts/") and out.endswith(b"got typed\r\n")
+    assert process.returncode == 0
+
+
+async def test_events_are_followed(gateway: LiveGateway) -> None:
+    process = await start(gateway, "events", "--tenant", "demo", "--type", "exec.*", "--json")
+    assert process.stdout is not None
+    line = asyncio.ensure_future(process.stdout.readline())
+    while not line.done():  # until it follows, what is run goes by unseen
+        await run(gateway, "exec", "demo", "--", "true")
+    event = orjson.loads(await line)
+    assert event["type"].startswith("exec.") and event["tenant"] == "demo"
+    process.kill()
+    await process.communicate()
+
+
+async def test_a_gateway_that_does_not_answer_is_told_with_what_to_do(gateway: LiveGateway) -> None:
+    code, _, err = await run(gateway, "list", "--url", "http://127.0.0.1:1")
+    assert code == 1 and "incus-gateway serve" in err
+
+
+async def test_a_wrong_setting_is_named(gateway: LiveGateway, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "serve"),
+        env={**gateway.environment, "GATEWAY_MAX_FRAME": "many"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"GATEWAY_MAX_FRAME" in err and b"Traceback" not in err
+
+
+async def test_serve_help_lists_every_setting(gateway: LiveGateway) -> None:
+    _, out, _ = await run(gateway, "serve", "--help")
+    for name in ("GATEWAY_LISTEN", "GATEWAY_EXEC_TAIL", "GATEWAY_SHUTDOWN_TIMEOUT"):
+        assert name in out.decode()
