@@ -1,0 +1,138 @@
+"""Which shells are kept waiting, against a maker of shells that only counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from gateway.errors import Unavailable
+from gateway.runtime.standby import Standbys
+
+
+class Shell:
+    def __init__(self, tenant: str, terminal: bool) -> None:
+        self.key = tenant, terminal
+        self.abandoned = asyncio.Event()
+
+    async def abandon(self) -> None:
+        self.abandoned.set()
+
+
+class Maker:
+    """Starts shells; `made` are all, in order."""
+
+    def __init__(self) -> None:
+        self.made: list[Shell] = []
+        self.fails = False
+        self._more = asyncio.Condition()
+
+    async def start(self, tenant: str, terminal: bool) -> Shell:
+        async with self._more:
+            if self.fails:
+                raise Unavailable("no")
+            self.made.append(Shell(tenant, terminal))
+            self._more.notify_all()
+            return self.made[-1]
+
+    async def until(self, count: int) -> list[Shell]:
+        async with asyncio.timeout(5), self._more:
+            await self._more.wait_for(lambda: len(self.made) >= count)
+        await asyncio.sleep(0)  # the last one is put in its place
+        await asyncio.sleep(0)
+        return self.made
+
+    @property
+    def left(self) -> list[Shell]:
+        return [shell for shell in self.made if not shell.abandoned.is_set()]
+
+
+@pytest.fixture
+def maker() -> Maker:
+    return Maker()
+
+
+@pytest.fixture
+async def standbys(maker: Maker) -> AsyncIterator[Standbys]:
+    standbys = Standbys(maker.start, maximum=4, age=60, idle=60)
+    yield standbys
+    await standbys.aclose()
+
+
+async def test_nothing_is_kept_for_whom_nothing_is_expected(standbys: Standbys, maker: Maker) -> None:
+    assert standbys.take("a", False) is None
+    await asyncio.sleep(0)
+    assert maker.made == []
+
+
+async def test_one_of_each_kind_is_kept_and_replaced_when_taken(standbys: Standbys, maker: Maker) -> None:
+    with standbys.expect("a"):
+        made = await maker.until(2)
+        assert [shell.key for shell in made] == [("a", False), ("a", True)]
+        assert standbys.take("a", False) is made[0]
+        assert standbys.take("a", False) is None  # never the same one twice
+        await maker.until(3)
+        assert standbys.take("a", False) is made[2]
+
+
+async def test_two_that_expect_share_their_shells(standbys: Standbys, maker: Maker) -> None:
+    with standbys.expect("a"), standbys.expect("a"):
+        await maker.until(2)
+    assert len(maker.made) == 2
+
+
+async def test_the_shells_of_a_tenant_that_changed_are_given_up(standbys: Standbys, maker: Maker) -> None:
+    with standbys.expect("a"), standbys.expect("b"):
+        await maker.until(4)
+        standbys.drop("a")
+        await asyncio.sleep(0)
+        assert {shell.key[0] for shell in maker.left} == {"b"}
+        assert standbys.take("a", True) is None
+
+
+async def test_after_the_last_that_expected_them_they_stay_a_while(maker: Maker) -> None:
+    standbys = Standbys(maker.start, maximum=4, age=60, idle=0.05)
+    with standbys.expect("a"):
+        made = await maker.until(2)
+    assert maker.left == made
+    await asyncio.wait_for(asyncio.gather(*(shell.abandoned.wait() for shell in made)), 5)
+    await standbys.aclose()
+
+
+async def test_an_old_one_is_replaced(maker: Maker) -> None:
+    standbys = Standbys(maker.start, maximum=4, age=0.05, idle=60)
+    with standbys.expect("a"):
+        first = (await maker.until(2))[0]
+        await asyncio.wait_for(first.abandoned.wait(), 5)
+        await maker.until(3)
+    await standbys.aclose()
+    assert maker.left == []
+
+
+async def test_no_more_than_the_limit_wait(standbys: Standbys, maker: Maker) -> None:
+    with standbys.expect("a"), standbys.expect("b"), standbys.expect("c"):
+        made = await maker.until(6)
+        await asyncio.wait_for(made[0].abandoned.wait(), 5)
+        assert len(maker.left) == 4
+
+
+async def test_a_failed_start_is_tried_again_with_the_next_command(standbys: Standbys, maker: Maker) -> None:
+    maker.fails = True
+    with standbys.expect("a"):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        maker.fails = False
+        assert standbys.take("a", False) is None
+        await maker.until(1)
+        assert standbys.take("a", False) is maker.made[0]
+
+
+async def test_closing_gives_up_all_and_starts_no_more(standbys: Standbys, maker: Maker) -> None:
+    with standbys.expect("a"):
+        await maker.until(2)
+        await standbys.aclose()
+        assert maker.left == []
+        assert standbys.take("a", False) is None
+        await asyncio.sleep(0)
+        assert len(maker.made) == 2
