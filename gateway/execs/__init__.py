@@ -208,5 +208,5 @@ class Execs:
 
 
 def _short(spec: ExecSpec) -> str:
-    line = " ".join(spec.argv)
+    line = " ".join(spec.shown or spec.argv)
     return line if len(line) <= 200 else line[:199] + "…"

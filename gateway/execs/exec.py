@@ -245,7 +245,7 @@ class Exec:
         ended = self.ended.result() if self.ended.done() else None
         return {
             "exec": self.id,
-            "argv": list(self.spec.argv),
+            "argv": list(self.spec.shown or self.spec.argv),
             "pid": self.process.pid,
             "startedAt": started_at(self.process),
             "pty": self.spec.pty is not None,

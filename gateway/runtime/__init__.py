@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
 
+REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
 TENANT_NAME: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
@@ -43,7 +44,12 @@ class Pty:
 
 @dataclass(frozen=True, slots=True)
 class ExecSpec:
-    """One command. `cwd` defaults to the workspace and `user` to its owner; both must exist."""
+    """One command. `cwd` defaults to the workspace and `user` to its owner; both must exist.
+
+    With `merged` there is one output, stdout, that both streams are written to, so that their order in time
+    is kept; what the command writes to descriptor 3 is `Process.report`. `shown` is told to others in the
+    place of `argv`, where that has a wrapping of ours around what was asked for.
+    """
 
     argv: tuple[str, ...]
     cwd: str | None = None
@@ -51,6 +57,8 @@ class ExecSpec:
     user: str | int | None = None
     pty: Pty | None = None
     stdin: bool = False
+    merged: bool = False
+    shown: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +91,15 @@ class Killed:
 class Process(Protocol):
     """A command that has started in a tenant.
 
-    `streams` names its outputs; with a PTY there is only stdout, the terminal. Reading is the
-    back-pressure: what is not read stays in the kernel and in time stops the command.
+    `streams` names its outputs; with a PTY there is only stdout, the terminal, and with `merged` only
+    stdout. Reading is the back-pressure: what is not read stays in the kernel and in time stops the command.
+    `report` is complete once `wait` has returned, and empty without `merged`.
     """
 
     pid: int
     started_at: float  # seconds since the epoch
     streams: tuple[StreamName, ...]
+    report: bytes
 
     async def read(self, stream: StreamName) -> bytes:
         """Return the next bytes of `stream`, or b"" after its last; where it broke off `wait` says so."""

@@ -24,6 +24,7 @@ import orjson
 
 from gateway.errors import (
     Conflict,
+    ExecFailed,
     GatewayError,
     InvalidParams,
     NotFound,
@@ -35,7 +36,18 @@ from gateway.incus import ExecSockets, Incus, IncusError, Lost
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot, IdMap
 from gateway.rootfs.cgroups import Cgroup, of_init
-from gateway.runtime import ExecSpec, Exit, Killed, Process, Status, StreamName, Tenant, TenantEvent
+from gateway.runtime import (
+    REPORT_MAX,
+    ExecSpec,
+    Exit,
+    Killed,
+    Process,
+    Status,
+    StreamName,
+    Tenant,
+    TenantEvent,
+)
+from gateway.runtime.standby import Standbys
 from gateway.runtime.wrapper import (
     CGROUP_PARENT,
     KILL_SCRIPT,
@@ -90,6 +102,28 @@ class _Located:
     init_pid: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a waiting shell is to become."""
+
+    spec: ExecSpec
+    account: Account
+    cwd: str
+
+    def line(self, exec_id: str) -> bytes:
+        """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
+        spec = self.spec
+        return command_line(
+            spec.argv,
+            exec_id=exec_id,
+            cwd=self.cwd,
+            env=spec.env,
+            account=self.account,
+            terminal=spec.pty is not None,
+            merged=spec.merged,
+        )
+
+
 class IncusRuntime:
     """The tenants of one Incus project. Use as an async context manager."""
 
@@ -99,6 +133,12 @@ class IncusRuntime:
         self._pools = settings.incus_socket.parent / "storage-pools"
         self.roots: tuple[Path, ...] = (self._pools,)
         self._located: dict[str, _Located] = {}
+        self._standbys = Standbys(
+            self._stand_by,
+            maximum=settings.standby_max,
+            age=settings.standby_age,
+            idle=settings.standby_idle,
+        )
         self._watching = False
 
     async def __aenter__(self) -> IncusRuntime:
@@ -108,6 +148,7 @@ class IncusRuntime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._standbys.aclose()
         await self._incus.__aexit__(kind, error, trace)
 
     # --- tenants ------------------------------------------------------------------------------------
@@ -162,7 +203,7 @@ class IncusRuntime:
             await self._state(name, "stop", force=True)
         with _translated(name):
             await self._operate("DELETE", instance_path(name))
-        self._located.pop(name, None)
+        self._changed(name)
 
     async def filesystem(self, name: str) -> FilesystemRoot:
         return (await self._locate(name)).root
@@ -206,34 +247,57 @@ class IncusRuntime:
         cwd = spec.cwd or settings.workspace
         if not cwd.startswith("/"):
             cwd = f"{settings.workspace}/{cwd}"
-        exec_id = secrets.token_hex(8)
-        line = command_line(
-            spec.argv,
-            exec_id=exec_id,
-            cwd=cwd,
-            env=spec.env,
-            account=account,
-            terminal=spec.pty is not None,
-        )
-        preamble = Preamble(spec.argv[0][:200], cwd[:200], account.name[:200])
+        order = _Order(spec, account, cwd)
+        order.line("")  # refuse what no line can carry before anything is started
+        waiting = self._standbys.take(name, spec.pty is not None)
+        if isinstance(waiting, IncusProcess):
+            try:
+                await self._hand_over(waiting, order)
+                return waiting
+            except ExecFailed as error:
+                if "reason" in error.facts:  # said by a shell that lives
+                    raise
+                log.info("a standby of %s had died: starting anew", name)
+            except Unavailable:
+                log.info("a standby of %s was lost: starting anew", name)
+        process = await self._open(name, spec.pty)
+        await self._hand_over(process, order)
+        return process
+
+    def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._standbys.expect(name)
+
+    async def _open(self, name: str, pty: Pty | None) -> IncusProcess:
+        """Start a shell that takes a command. Raises what Incus refuses, and `Timeout`."""
         located = await self._locate(name)
-        script = START_SCRIPT if spec.pty is None else START_SCRIPT_PTY
-        size = None if spec.pty is None else (spec.pty.cols, spec.pty.rows)
-        process: IncusProcess | None = None
+        exec_id = secrets.token_hex(8)
+        script = START_SCRIPT if pty is None else START_SCRIPT_PTY
+        command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
+        size = None if pty is None else (pty.cols, pty.rows)
+        with _translated(name), _in_time(name, "incusd"):
+            async with asyncio.timeout(self._settings.exec_start_timeout):
+                sockets = await self._incus.exec(name, command, pty=size)
+        return IncusProcess(self, name, exec_id, sockets, located)
+
+    async def _hand_over(self, process: IncusProcess, order: _Order) -> None:
+        """Have a shell become the command; ends it where it does not."""
         try:
-            with _translated(name):
-                async with asyncio.timeout(settings.exec_start_timeout):
-                    command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
-                    sockets = await self._incus.exec(name, command, pty=size)
-                    process = IncusProcess(self, name, exec_id, sockets, preamble, located)
-                    await process.begin(line, stdin=spec.stdin)
-        except BaseException as error:
-            if process is not None:
-                await asyncio.shield(process.abandon())
-            if isinstance(error, TimeoutError):
-                stage = "incusd" if process is None else ("command" if preamble.ready else "shell")
-                log.warning("exec %s of %s did not start in time: waited for the %s", exec_id, name, stage)
-                raise Timeout("the command did not start in time; the tenant may be overloaded") from error
+            with _in_time(process.tenant, "command"):
+                async with asyncio.timeout(self._settings.exec_start_timeout):
+                    await process.begin(order)
+        except BaseException:
+            await asyncio.shield(process.abandon())
+            raise
+
+    async def _stand_by(self, name: str, terminal: bool) -> IncusProcess:
+        """Start a shell and return it once it waits for its line."""
+        process = await self._open(name, Pty() if terminal else None)
+        try:
+            with _in_time(name, "shell"):
+                async with asyncio.timeout(self._settings.exec_start_timeout):
+                    await process.ready()
+        except BaseException:
+            await asyncio.shield(process.abandon())
             raise
         return process
 
@@ -317,7 +381,7 @@ class IncusRuntime:
                 # one odd answer must not end the watch for ever: look again from the start
                 log.exception("an Incus event could not be understood")
             self._watching = False
-            self._located.clear()
+            self._changed(None)
             await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
             pause = min(pause * 2, 5.0)
 
@@ -327,7 +391,7 @@ class IncusRuntime:
         now = {tenant.name: tenant.status for tenant in await self.list()}
         changes = [] if known is None else differences(known, now)
         for change in changes:
-            self._located.pop(change.tenant or "", None)
+            self._changed(change.tenant or "")
         return changes, now
 
     async def _lifecycle(
@@ -343,9 +407,9 @@ class IncusRuntime:
             if len(command) > 2 and command[2] in (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT):
                 return  # our own, told as exec.started
         elif not action.startswith(_LOOKS):
-            self._located.pop(name, None)
+            self._changed(name)
         old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
-        self._located.pop(old, None)
+        self._changed(old)
         if name not in known and old not in known:
             try:
                 await self.get(name)  # is it ours?
@@ -409,7 +473,15 @@ class IncusRuntime:
         body = {"action": action, "timeout": seconds, "force": force}
         with _translated(name):
             await self._operate("PUT", instance_path(name, "state"), body)
-        self._located.pop(name, None)
+        self._changed(name)
+
+    def _changed(self, name: str | None) -> None:
+        """Let go of what is kept of a tenant to which something happened, or of all."""
+        if name is None:
+            self._located.clear()
+        else:
+            self._located.pop(name, None)
+        self._standbys.drop(name)
 
     async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
@@ -426,10 +498,14 @@ class IncusProcess:
         sockets: ExecSockets,
         preamble: Preamble,
         located: _Located,
+        merged: bool,
     ) -> None:
         self.pid = 0
         self.started_at = 0.0
-        self.streams: tuple[StreamName, ...] = ("stdout",) if sockets.terminal else ("stdout", "stderr")
+        one = sockets.terminal or merged
+        self.streams: tuple[StreamName, ...] = ("stdout",) if one else ("stdout", "stderr")
+        self.report = b""
+        self._merged = merged and not sockets.terminal
         self._runtime = runtime
         self._tenant = tenant
         self._exec_id = exec_id
@@ -443,13 +519,20 @@ class IncusProcess:
     def _preamble_stream(self) -> str:
         return "0" if self._sockets.terminal else "2"
 
-    async def begin(self, line: bytes, *, stdin: bool) -> None:
+    async def ready(self) -> None:
+        """Return once the shell waits for its line."""
+        await self._feed(until_ready=True)
+
+    async def begin(self, order: _Order) -> None:
         """Hand over the command and return once it runs. Raises `ExecFailed`."""
-        preamble = self._preamble
-        if self._sockets.terminal:  # before it is ready, the terminal would echo the line
-            await self._feed(until_ready=True)
-        await self._sockets.write(line)
-        if not stdin and not self._sockets.terminal:
+        preamble, spec = self._preamble, order.spec
+        preamble.asked(spec.argv[0][:200], order.cwd[:200], order.account.name[:200])
+        self._merged = spec.merged
+        if spec.pty is not None:  # before it is ready, the terminal would echo the line
+            await self.ready()
+            await self.resize(spec.pty.cols, spec.pty.rows)
+        await self._sockets.write(order.line(self._exec_id))
+        if not spec.stdin and spec.pty is None:
             await self._sockets.close_stdin()
         await self._feed(until_ready=False)
         self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
@@ -466,6 +549,7 @@ class IncusProcess:
             preamble.feed(data)
 
     async def read(self, stream: StreamName) -> bytes:
+        """See `Process`; of a merged command stderr is the report, which `wait` reads."""
         name = "0" if self._sockets.terminal else ("1" if stream == "stdout" else "2")
         if name == self._preamble_stream and self._first:
             first, self._first = self._first, b""
@@ -491,6 +575,9 @@ class IncusProcess:
         await self._sockets.control({"command": "signal", "signal": number})
 
     async def wait(self) -> Exit:
+        if self._merged:
+            while said := await self.read("stderr"):
+                self.report = (self.report + said)[:REPORT_MAX]
         try:
             operation = await self._sockets.result()
         except IncusError as error:
@@ -602,6 +689,16 @@ def _idmap(text: str) -> tuple[IdMap, ...]:
         IdMap(line["Isuid"], line["Isgid"], line["Nsid"], line["Hostid"], line["Maprange"])
         for line in orjson.loads(text) or ()
     )
+
+
+@contextlib.contextmanager
+def _in_time(name: str, stage: str) -> Iterator[None]:
+    """Turn a passed deadline of a start into our error; the log keeps what was waited for."""
+    try:
+        yield
+    except TimeoutError as error:
+        log.warning("a command of %s did not start in time: waited for the %s", name, stage)
+        raise Timeout("the command did not start in time; the tenant may be overloaded") from error
 
 
 @contextlib.contextmanager

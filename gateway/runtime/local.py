@@ -30,7 +30,17 @@ import orjson
 from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup, mount_point
-from gateway.runtime import ExecSpec, Exit, Killed, Process, Pty, StreamName, Tenant, TenantEvent
+from gateway.runtime import (
+    REPORT_MAX,
+    ExecSpec,
+    Exit,
+    Killed,
+    Process,
+    Pty,
+    StreamName,
+    Tenant,
+    TenantEvent,
+)
 from gateway.runtime.wrapper import (
     CGROUP_PARENT,
     KILL_SCRIPT,
@@ -140,7 +150,13 @@ class LocalRuntime:
         exec_id = secrets.token_hex(8)
         cwd = self._folder(name, spec.cwd)
         line = command_line(
-            spec.argv, exec_id=exec_id, cwd=cwd, env=spec.env, account=None, terminal=spec.pty is not None
+            spec.argv,
+            exec_id=exec_id,
+            cwd=cwd,
+            env=spec.env,
+            account=None,
+            terminal=spec.pty is not None,
+            merged=spec.merged,
         )
         process = LocalProcess(
             exec_id, Preamble(spec.argv[0][:200], (spec.cwd or "")[:200]), settings.cancel_timeout
@@ -206,6 +222,9 @@ class LocalProcess:
         self.pid = 0
         self.started_at = 0.0
         self.streams: tuple[StreamName, ...] = ("stdout", "stderr")
+        self.report = b""
+        self._told: StreamName = "stderr"  # where the shells speak before the command does
+        self._merged = False
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exec_id = exec_id
         self._preamble = preamble
@@ -226,11 +245,13 @@ class LocalProcess:
         preamble = self._preamble
         if spec.pty is None:
             self._process = await self._open_pipes(argv, environment)
+            if spec.merged:
+                self.streams, self._merged = ("stdout",), True
         else:
-            self.streams = ("stdout",)
+            self.streams, self._told = ("stdout",), "stdout"
             self._process = await self._open_terminal(argv, environment, spec.pty)
         self._over = asyncio.create_task(self._watch_end())
-        said = self._outputs[self.streams[-1]]
+        said = self._outputs[self._told]
         if spec.pty is not None:
             await self._feed(said, until_ready=True)
         await self.write(line)
@@ -289,7 +310,7 @@ class LocalProcess:
         self.ended.set_result(code if code >= 0 else 128 - code)
 
     async def read(self, stream: StreamName) -> bytes:
-        if stream == self.streams[-1] and self._first:
+        if stream == self._told and self._first:
             first, self._first = self._first, b""
             return first
         reading = asyncio.ensure_future(self._outputs[stream].read())
@@ -330,6 +351,9 @@ class LocalProcess:
                 self._process.send_signal(number)
 
     async def wait(self) -> Exit:
+        if self._merged:
+            while said := await self.read("stderr"):
+                self.report = (self.report + said)[:REPORT_MAX]
         code = await asyncio.shield(self.ended)
         cgroup = self._cgroup()
         if cgroup is not None:

@@ -53,17 +53,17 @@ START_SCRIPT_PTY: Final = _START % {
     "restore": 'stty "$t"; ',
 }
 
-# $1 folder, the rest the command. A program is looked up before it is run, so that "not found" (127) and
-# "not executable" (126) are ours to tell from a program's own exit codes.
+# $1 folder, $2 "merged" or nothing, the rest the command. A program is looked up before it is run, so that
+# "not found" (127) and "not executable" (126) are ours to tell from a program's own exit codes.
 _ENTER = (
-    'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; shift; r=127; '
+    'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; m=$2; shift 2; r=127; '
     "case $1 in "
     '*/*) p=$1; [ -e "$p" ] && r=126; [ -f "$p" ] && [ -x "$p" ] && r=0;; '
     "*) IFS=:; set -f; for d in $PATH; do "
     'if [ -f "${d:-.}/$1" ]; then r=126; if [ -x "${d:-.}/$1" ]; then r=0; break; fi; fi; '
     "done; unset IFS; set +f;; esac; "
     'if [ $r != 0 ]; then printf "\\001E %s\\n" $r >&2; exit $r; fi; '
-    'printf "\\001K\\n" >&2; exec "$@"'
+    'printf "\\001K\\n" >&2; [ -z "$m" ] || exec "$@" 3>&2 2>&1; exec "$@"'
 )
 
 # $1 exec id, $2 grace and $3 limit in ms: what `Cgroup.kill` does on the host, for where the host's
@@ -113,6 +113,7 @@ def command_line(
     env: Mapping[str, str],
     account: Account | None,
     terminal: bool,
+    merged: bool = False,
 ) -> bytes:
     """Return the line, newline included, that makes the waiting shell run `argv`.
 
@@ -121,7 +122,8 @@ def command_line(
     """
     parts: list[str] = []
     exports = {MARKER: exec_id, **({"TERM": "xterm-256color"} if terminal else {})}
-    enter = f"/bin/sh -c {quote(_ENTER)} sh {quote(cwd)} " + " ".join(quote(part) for part in argv)
+    words = (cwd, "merged" if merged else "", *argv)
+    enter = f"/bin/sh -c {quote(_ENTER)} sh " + " ".join(quote(word) for word in words)
     if account is None:
         become = ""
     elif account.uid is None or account.gid is None:

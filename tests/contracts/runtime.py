@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TenantNotRunning, TooLarge
-from gateway.runtime import ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
 from tests.contracts.processes import Tree, alive, mark, until
 
 
@@ -39,6 +39,26 @@ class RuntimeContract:
     async def test_outputs_come_apart_and_whole(self, runtime: TenantRuntime, name: str) -> None:
         exit_, outputs = await run(runtime, name, "sh", "-c", "printf out; printf err >&2; exit 3")
         assert (exit_, outputs) == (Exit(3), [b"out", b"err"])
+
+    async def test_merged_outputs_keep_their_order_and_the_report_stays_apart(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        """Also where the report is written before anything else, and where it is longer than what is kept."""
+        script = (
+            "printf x >&3; for i in 1 2 3; do echo o$i; echo e$i >&2; done; printf '%09000d' 0 >&3; exit 4"
+        )
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), merged=True))
+        assert process.streams == ("stdout",)
+        exit_, outputs = await finish(process)
+        assert (exit_, outputs) == (Exit(4), [b"o1\ne1\no2\ne2\no3\ne3\n"])
+        assert process.report == b"x" + b"0" * (REPORT_MAX - 1)
+
+    async def test_a_merged_command_that_cannot_start_says_so(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        with pytest.raises(ExecFailed) as caught:
+            await runtime.exec(name, ExecSpec(("no-such-program",), merged=True))
+        assert caught.value.facts["reason"] == "not_found"
 
     async def test_input_arrives_and_ends(self, runtime: TenantRuntime, name: str) -> None:
         process = await runtime.exec(name, ExecSpec(("cat",), stdin=True))
