@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any, Final
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from pydantic import Field
@@ -28,6 +29,7 @@ from gateway import __version__, auth, protocol
 from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
 from gateway.errors import (
     Cancelled,
+    Conflict,
     Forbidden,
     GatewayError,
     InvalidParams,
@@ -39,6 +41,7 @@ from gateway.errors import (
 )
 from gateway.events import Bus, Filter, MemoryJournal, sse
 from gateway.execs import Attachment, Ended, Execs
+from gateway.files import http
 from gateway.files.files import Files
 from gateway.host.setup import pin
 from gateway.metrics import Metrics
@@ -132,6 +135,9 @@ class Gateway:
             Route(tenant + "/metrics", self._tenant_metrics),
             Route(tenant + "/tools/{tool}", self._tool, methods=["POST"]),
             Route(tenant + "/exec", self._exec, methods=["POST"]),
+            Route(tenant + "/files/{path:path}", self._file),
+            Route(tenant + "/files/{path:path}", self._file_put, methods=["PUT"]),
+            Route(tenant + "/files/{path:path}", self._file_delete, methods=["DELETE"]),
             Route("/v1/events", self._events),
             WebSocketRoute(tenant + "/ws", self._websocket),
         ]
@@ -149,10 +155,10 @@ class Gateway:
             self._workers = workers
             execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
             toolbox = Toolbox(runtime, workers, self.bus, settings)
-            files = Files(runtime, workers, self.bus, settings)
+            files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
-            jobs = [self._watch(runtime, workers), self.metrics.follow(self.bus)]
+            jobs = [self._watch(runtime, workers, files), self.metrics.follow(self.bus)]
             if settings.runtime == "incus":
                 jobs.append(self._pin_ports())
             for work in jobs:
@@ -162,11 +168,12 @@ class Gateway:
             yield
             await self.drain()
 
-    async def _watch(self, runtime: TenantRuntime, workers: Workers) -> None:
+    async def _watch(self, runtime: TenantRuntime, workers: Workers, files: Files) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         async for event in runtime.watch():
             if event.tenant is not None and event.type in _MOVED:
                 await workers.forget(event.tenant)
+                await files.forget(event.tenant)
             if event.type in _STARTED:
                 self._started.set()
             self.bus.publish(event.type, event.tenant, event.data)
@@ -394,6 +401,38 @@ class Gateway:
             raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
         return _ran(exec_.id, ended, outputs)
 
+    # --- files --------------------------------------------------------------------------------------
+
+    async def _file(self, request: Request) -> Response:
+        name, _ = self._tenant_for(request, "files:read")
+        async with contextlib.AsyncExitStack() as stack:
+            source = await stack.enter_async_context(self.hub.files.read(name, _file_path(request)))
+            return http.Sending(request, source, stack, self.settings.transfer_stall)
+
+    async def _file_put(self, request: Request) -> Response:
+        name, token = self._tenant_for(request, "files:write")
+        settings, path = self.settings, _file_path(request)
+        conditions = http.conditions(request.headers)
+        body = http.received(request, settings.upload_max, settings.transfer_stall)
+        try:
+            result = await self.hub.files.write(name, path, body, conditions, by=token.subject)
+        except Conflict as error:
+            raise http.failed_condition(error) from None
+        response = _json(result)
+        response.status_code = 201 if result["created"] else 200
+        response.headers["ETag"] = f'"{result["etag"]}"'
+        return response
+
+    async def _file_delete(self, request: Request) -> Response:
+        name, token = self._tenant_for(request, "files:write")
+        recursive = request.query_params.get("recursive") == "1"
+        given = {"path": _file_path(request), "recursive": recursive, **http.conditions(request.headers)}
+        try:
+            await self.hub.files.call(name, "files/remove", given, by=token.subject)
+        except Conflict as error:
+            raise http.failed_condition(error) from None
+        return Response(status_code=204)
+
     async def _events(self, request: Request) -> Response:
         token = self._token(request, "events")
         query = request.query_params
@@ -529,6 +568,16 @@ async def _read_json(request: Request, limit: int) -> Any:
         raise InvalidParams("the body is not JSON") from None
 
 
+def _file_path(request: Request) -> str:
+    """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
+    before = f"/v1/tenants/{request.path_params['tenant']}/files/"
+    raw: bytes = request.scope["raw_path"]
+    try:
+        return unquote_to_bytes(raw[len(before) :]).decode() or "."
+    except UnicodeDecodeError:
+        raise InvalidParams("the path is not UTF-8") from None
+
+
 def _json(value: Mapping[str, Any]) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
@@ -541,6 +590,8 @@ def _problem(error: GatewayError, status: int | None = None) -> Response:
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, http.UnsatisfiableRange):
+        headers["Content-Range"] = f"bytes */{error.facts['size']}"
     if isinstance(error, Unavailable | RateLimited):
         headers["Retry-After"] = str(_RETRY_AFTER_MS // 1000)
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")

@@ -123,6 +123,11 @@ class Settings(BaseSettings):
 
     # the editor's calls
     list_max: int = Field(10_000, gt=0, description="entries of one files/list")
+    upload_max: int = Field(4096 * MiB, gt=0, description="bytes of one file that is uploaded by PUT")
+    max_transfers: int = Field(32, gt=0, description="uploads and downloads of one tenant at a time")
+    transfer_stall: float = Field(
+        60.0, gt=0, description="seconds without progress after which an upload or download is ended"
+    )
 
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, ClassVar
 
 from gateway.events import Bus
+from gateway.files.transfers import Source, Transfers
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -17,7 +20,7 @@ def file_written(bus: Bus, tenant: str, path: str, by: str) -> None:
 
 
 class Files:
-    """The files of every tenant, as an editor sees them. Used from the event loop only."""
+    """The files of every tenant, as an editor sees them. Use as an async context manager."""
 
     SCOPES: ClassVar[Mapping[str, str]] = {
         "files/stat": "files:read",
@@ -33,7 +36,16 @@ class Files:
         self._runtime = runtime
         self._workers = workers
         self._bus = bus
-        self._settings = settings
+        self._transfers = Transfers(workers, settings)
+
+    async def __aenter__(self) -> Files:
+        await self._transfers.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._transfers.__aexit__(kind, error, trace)
 
     async def call(self, tenant: str, method: str, given: dict[str, Any], *, by: str = "") -> bytes:
         """Run one method on its checked parameters and return its result as JSON.
@@ -47,3 +59,26 @@ class Files:
         if method == "files/write":
             file_written(self._bus, tenant, given["path"], by)
         return result
+
+    @asynccontextmanager
+    async def read(self, tenant: str, path: str) -> AsyncIterator[Source]:
+        """Open a regular file to be sent."""
+        root = await self._runtime.filesystem(tenant)
+        async with self._transfers.read(root, path) as source:
+            yield source
+
+    async def write(
+        self, tenant: str, path: str, body: AsyncIterator[bytes], conditions: dict[str, Any], *, by: str = ""
+    ) -> dict[str, Any]:
+        """Put a file in place from its bytes, all or nothing; return `{etag, size, created}`."""
+        root = await self._runtime.filesystem(tenant)
+        async with self._transfers.write(root, path, conditions) as target:
+            async for data in body:
+                await target.write(data)
+            result = await target.commit()
+        file_written(self._bus, tenant, path, by)
+        return result
+
+    async def forget(self, tenant: str) -> None:
+        """Let go of a tenant's files: its workspace is another, or is going away."""
+        await self._transfers.forget(tenant)

@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,6 @@ import orjson
 
 from gateway.errors import (
     Conflict,
-    GatewayError,
     InvalidParams,
     IsADirectory,
     NotAFile,
@@ -91,15 +90,20 @@ def stale(now: os.stat_result | None) -> Conflict:
     return Conflict("the file is another than the client knows", reason="stale", etag=etag(now))
 
 
-def check(now: os.stat_result | None, if_match: str | None, if_none_match: str | None) -> None:
-    """Hold the file that is there, if any, against the client's conditions. Raises `Conflict`.
+def check(now: os.stat_result | None, given: Mapping[str, Any]) -> None:
+    """Hold the file that is there, if any, against a client's conditions. Raises `Conflict`.
 
-    Both are an etag or "*", which is any file.
+    `ifMatch` and `ifNoneMatch` are each an etag, a list of them, or "*", which is any file.
     """
-    if if_match is not None and (now is None or if_match not in ("*", etag(now))):
+    if_match, if_none_match = given.get("ifMatch"), given.get("ifNoneMatch")
+    if if_match is not None and (now is None or not _among(etag(now), if_match)):
         raise stale(now)
-    if if_none_match is not None and now is not None and if_none_match in ("*", etag(now)):
+    if if_none_match is not None and now is not None and _among(etag(now), if_none_match):
         raise Conflict("the file exists", reason="exists", etag=etag(now))
+
+
+def _among(tag: str, wanted: str | list[str]) -> bool:
+    return tag in wanted or "*" in wanted if isinstance(wanted, list) else wanted in ("*", tag)
 
 
 def present(directory: int, name: str) -> os.stat_result | None:
@@ -227,11 +231,11 @@ def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             "too large for files/write; PUT streams it", reason="too_large", size=len(data), limit=limit
         )
     if_match = given.get("ifMatch")
-    directory, name = _parent(tree, path, given)
+    directory, name = parent(tree, path, given)
     try:
         for attempt in range(_ATTEMPTS):
             old = present(directory, name)
-            check(old, if_match, given.get("ifNoneMatch"))
+            check(old, given)
             mode = 0o644 if old is None else old.st_mode
             try:
                 status = tree.replace(directory, name, data, mode, expected=old if if_match else None)
@@ -248,7 +252,7 @@ def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         os.close(directory)
 
 
-def _parent(tree: Tree, path: str, given: dict[str, Any]) -> tuple[int, str]:
+def parent(tree: Tree, path: str, given: dict[str, Any]) -> tuple[int, str]:
     """Open the folder of a file to be written; a condition that no file can meet makes no folder."""
     create = bool(given.get("createDirs")) and given.get("ifMatch") is None
     try:
@@ -295,7 +299,7 @@ def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     directory, name = tree.parent(path)
     try:
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        check(now, given.get("ifMatch"), None)
+        check(now, given)
         if not stat.S_ISDIR(now.st_mode):
             os.unlink(name, dir_fd=directory)
             return {"removed": 1}
@@ -330,6 +334,31 @@ def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         os.close(directory)
 
 
+def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    """Put an upload in its place: the last step of what `opening` began.
+
+    Here and not there, so that it comes in turn with every other write of the tenant. `temporary` in
+    `folder` must still be the file with `inode`: the tenant may have put another there.
+    """
+    tree = workspace.tree
+    path = locate(workspace, given["path"])
+    source = tree.open(given["folder"], kernel.O_PATH | os.O_DIRECTORY)
+    try:
+        new = os.stat(given["temporary"], dir_fd=source, follow_symlinks=False)
+        if not stat.S_ISREG(new.st_mode) or new.st_ino != given["inode"]:
+            raise Conflict("the upload was replaced meanwhile", reason="changed")
+        directory, name = parent(tree, path, given)
+        try:
+            old = present(directory, name)
+            check(old, given)
+            os.rename(given["temporary"], name, src_dir_fd=source, dst_dir_fd=directory)
+        finally:
+            os.close(directory)
+    finally:
+        os.close(source)
+    return {"etag": etag(new), "size": new.st_size, "created": old is None}
+
+
 _METHODS: dict[str, Callable[[Workspace, dict[str, Any]], dict[str, Any]]] = {
     "files/stat": _stat,
     "files/list": _list,
@@ -338,6 +367,7 @@ _METHODS: dict[str, Callable[[Workspace, dict[str, Any]], dict[str, Any]]] = {
     "files/move": _move,
     "files/remove": _remove,
     "files/mkdir": _mkdir,
+    "files/commit": _commit,
 }
 
 
@@ -353,4 +383,4 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
 
 OPERATIONS: dict[str, Operation] = {name: _operation(method) for name, method in _METHODS.items()}
 
-__all__ = ["OPERATIONS", "GatewayError", "check", "entry", "locate", "present", "stale"]
+__all__ = ["OPERATIONS", "check", "entry", "locate", "parent", "present", "stale"]

@@ -33,7 +33,7 @@ import orjson
 
 from gateway.rootfs import FilesystemRoot, IdMap, kernel
 from gateway.rootfs.confine import Namespaces, Plan, confine
-from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.operations import Limits, Loop, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
 
@@ -43,11 +43,15 @@ _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptibl
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """What a worker is started with. `memory` is in bytes of address space."""
+    """What a worker is started with: `memory` is in bytes of address space, `loop` what it does.
+
+    The empty `loop` answers calls; the others are named by the operations' module in `LOOPS`.
+    """
 
     root: FilesystemRoot
     limits: Limits
     memory: int
+    loop: str = ""
 
     def wire(self) -> dict[str, Any]:
         root = self.root
@@ -62,6 +66,7 @@ class Spawn:
             "idmap": [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in root.idmap],
             "limits": {name: getattr(self.limits, name) for name in Limits.__slots__},
             "memory": self.memory,
+            "loop": self.loop,
         }
 
     @classmethod
@@ -85,7 +90,7 @@ class Spawn:
             idmap,
             bool(message["shifted"]),
         )
-        return cls(root, Limits(**message["limits"]), int(message["memory"]))
+        return cls(root, Limits(**message["limits"]), int(message["memory"]), str(message["loop"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,7 @@ class Broker:
         module = importlib.import_module(operations)
         self._operations = module.OPERATIONS
         self._idle = module.idle
+        self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
 
     def run(self) -> None:
         """Serve until the gateway closes its end; then end every worker."""
@@ -219,7 +225,11 @@ class Broker:
                     folder = os.dup(folder)
             tree = Tree(folder, spawn.root.workspace, nodev=plan is not None)
             connection.sendall(frame(READY, orjson.dumps(layers)))
-            serve(connection, Workspace(tree, spawn.limits), self._operations, self._idle)
+            workspace = Workspace(tree, spawn.limits)
+            if spawn.loop:
+                self._loops[spawn.loop](connection, workspace)
+            else:
+                serve(connection, workspace, self._operations, self._idle)
             code = 0
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = 0

@@ -6,6 +6,7 @@ that module's name, so this room imports nothing of it.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,5 +34,15 @@ class Workspace:
     limits: Limits
 
 
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """A reply that takes an open descriptor along; the worker closes its own once it was passed."""
+
+    reply: bytes
+    descriptor: int
+
+
 # Takes the arguments of one call and returns the whole reply. May raise GatewayError.
-Operation = Callable[[Workspace, dict[str, Any]], bytes]
+Operation = Callable[[Workspace, dict[str, Any]], bytes | Passing]
+# What a worker does instead of answering calls until the gateway closes the socket.
+Loop = Callable[[socket.socket, Workspace], None]

@@ -3,12 +3,14 @@
 A request is a u32 length (big-endian) and the JSON `[operation, arguments]`. A reply is a u32 length, a
 status byte and a payload: DONE and the operation's bytes, REFUSED and `{code, message, facts}` of a
 `GatewayError`, BROKEN and text for the log. The first reply, READY, is unasked for and lists as JSON what
-confines the worker.
+confines the worker. PASSED is DONE with a descriptor (SCM_RIGHTS), TOLD a frame that answers nothing: only
+those who read the socket by `gateway.rootfs.links` get either.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import traceback
@@ -18,9 +20,9 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Operation, Workspace
+from gateway.rootfs.operations import Operation, Passing, Workspace
 
-DONE, REFUSED, BROKEN, READY = range(4)
+DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
 HEAD = struct.Struct(">IB")  # length of status byte and payload, status
 LENGTH = struct.Struct(">I")
 REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are below it
@@ -62,7 +64,14 @@ def serve(
             return
         rested = False
         request = _receive(connection, LENGTH.unpack(head + _rest(connection, 4 - len(head)))[0])
-        connection.sendall(_answer(request, workspace, operations))
+        answer = _answer(request, workspace, operations)
+        if isinstance(answer, bytes):
+            connection.sendall(answer)
+            continue
+        try:
+            socket.send_fds(connection, [frame(PASSED, answer.reply)], [answer.descriptor])
+        finally:
+            os.close(answer.descriptor)
 
 
 def _rest(connection: socket.socket, count: int) -> bytes:
@@ -87,10 +96,11 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def _answer(request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]) -> bytes:
+def _answer(request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]) -> bytes | Passing:
     try:
         name, arguments = orjson.loads(request)
-        return frame(DONE, operations[name](workspace, arguments))
+        done = operations[name](workspace, arguments)
+        return frame(DONE, done) if isinstance(done, bytes) else done
     except GatewayError as error:
         told = {"code": error.code, "message": error.message, "facts": error.facts}
         return frame(REFUSED, orjson.dumps(told))

@@ -25,7 +25,7 @@ from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Un
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
 from gateway.rootfs.operations import Limits
-from gateway.rootfs.worker import BROKEN, DONE, LENGTH, READY, REFUSED
+from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, READY, REFUSED
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -271,7 +271,7 @@ class Workers:
             async with slot.lock:
                 worker = await self._ready(slot, root)
                 worker.send(request)
-                return _result(operation, await self._answer(slot, worker, search=search))
+                return result_of(operation, await self._answer(slot, worker, search=search))
         finally:
             slot.waiting -= 1
 
@@ -316,7 +316,7 @@ class Workers:
     async def _spawn(self, slot: _Slot, root: FilesystemRoot) -> _Worker:
         slot.worker = None
         self._make_room()
-        answer, descriptors = await self.broker.request(Spawn(root, self._limits, self._memory).wire())
+        answer, descriptors = await self.broker.request(self.spawn(root).wire())
         connection = socket.socket(fileno=descriptors[0])
         connection.setblocking(False)
         worker = _Worker(answer["worker"], root)
@@ -337,6 +337,10 @@ class Workers:
             raise Unavailable("a file worker could not be started")
         worker.layers = tuple(orjson.loads(reply[1:]))
         return worker
+
+    def spawn(self, root: FilesystemRoot, loop: str = "") -> Spawn:
+        """Return the broker's request for a worker with this gateway's limits."""
+        return Spawn(root, self._limits, self._memory, loop)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
         """Return what confines a tenant's worker, or None where none runs."""
@@ -403,9 +407,10 @@ _KINDS: dict[str, type[GatewayError]] = {
 }
 
 
-def _result(operation: str, reply: bytes) -> bytes:
+def result_of(operation: str, reply: bytes) -> bytes:
+    """Return what a reply carries, or raise what it refuses with."""
     match reply[0]:
-        case status if status == DONE:
+        case status if status in (DONE, PASSED):
             return reply[1:]
         case status if status == REFUSED:
             told = orjson.loads(reply[1:])

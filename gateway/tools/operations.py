@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
+from gateway.files import opening
 from gateway.files import operations as editor
 from gateway.rootfs.operations import Operation, Workspace
 from gateway.rootfs.tree import refusal
@@ -47,6 +48,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
 OPERATIONS: dict[str, Operation] = {
     **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
     **editor.OPERATIONS,
+    **opening.OPERATIONS,
 }
 
 __all__ = ["OPERATIONS", "idle"]

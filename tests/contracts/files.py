@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
+import os
 from typing import Any
 
+import aiohttp
 import pytest
+from yarl import URL
 
 from tests.contracts.processes import mark
 from tests.live import LiveGateway, RpcFailure, Wire
@@ -205,5 +210,281 @@ class EditorContract:
             await wire.call("files/remove", path=name)
 
 
-class FilesContract(EditorContract):
+class TransferContract:
+    async def test_bytes_go_up_and_down(self, gateway: LiveGateway, tenant: str) -> None:
+        url = f"/v1/tenants/{tenant}/files/u-{mark()}/deep"
+        data = os.urandom(3_000_001)
+        async with gateway.http(tenant) as http:
+            async with http.put(f"{url}/a b%25.bin", data=io.BytesIO(data)) as response:
+                assert response.status == 201
+                first = response.headers["ETag"]
+                assert await response.json() == {"etag": first.strip('"'), "size": len(data), "created": True}
+            async with http.get(f"{url}/a b%25.bin") as response:
+                assert (response.status, response.headers["ETag"]) == (200, first)
+                assert response.content_type == "application/octet-stream"
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+                assert int(response.headers["Content-Length"]) == len(data)
+                assert await response.read() == data
+            async with http.head(f"{url}/a b%25.bin") as response:
+                assert int(response.headers["Content-Length"]) == len(data)
+                assert await response.read() == b""
+            async with http.put(f"{url}/a b%25.bin", data=b"") as response:
+                assert response.status == 200
+            async with http.get(f"{url}/a b%25.bin") as response:
+                assert await response.read() == b""
+            async with http.delete(f"{url}/a b%25.bin") as response:
+                assert response.status == 204
+            async with http.delete(f"{url}/a b%25.bin") as response:
+                assert (response.status, (await response.json())["code"]) == (404, "not_found")
+
+    async def test_an_upload_belongs_to_the_workspaces_user_and_keeps_its_mode(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        name = f"o-{mark()}"
+        async with gateway.http(tenant) as http, gateway.wire(tenant) as wire:
+            await http.put(f"/v1/tenants/{tenant}/files/{name}", data=b"one")
+            _, out, _ = await wire.run(command=f"[ -O {name} ] && stat -c %a {name}; chmod 750 {name}")
+            assert out == b"644\n"
+            await http.put(f"/v1/tenants/{tenant}/files/{name}", data=b"two")
+            _, out, _ = await wire.run(command=f"stat -c %a {name}; cat {name}")
+            assert out == b"750\ntwo"
+
+    async def test_ranges(self, gateway: LiveGateway, tenant: str) -> None:
+        url = f"/v1/tenants/{tenant}/files/g-{mark()}"
+        data = bytes(range(200)) * 20
+        async with gateway.http(tenant) as http:
+            async with http.put(url, data=data) as response:
+                etag = response.headers["ETag"]
+            cases: tuple[tuple[dict[str, str], int, bytes], ...] = (
+                ({"Range": "bytes=0-9"}, 206, data[:10]),
+                ({"Range": "bytes=3990-"}, 206, data[3990:]),
+                ({"Range": "bytes=-5"}, 206, data[-5:]),
+                ({"Range": "bytes=-9999"}, 206, data),
+                ({"Range": "bytes=10-99999"}, 206, data[10:]),
+                ({"Range": "bytes=0-0,5-6"}, 200, data),
+                ({"Range": "lines=1-2"}, 200, data),
+                ({"Range": "bytes=9-3"}, 200, data),
+                ({"Range": "bytes=0-9", "If-Range": etag}, 206, data[:10]),
+                ({"Range": "bytes=0-9", "If-Range": '"other"'}, 200, data),
+            )
+            for headers, status, expected in cases:
+                async with http.get(url, headers=headers) as response:
+                    assert (headers, response.status) == (headers, status)
+                    assert await response.read() == expected
+                    assert int(response.headers["Content-Length"]) == len(expected)
+                    if status == 206:
+                        first = data.index(expected) if len(expected) < 200 else len(data) - len(expected)
+                        last = first + len(expected) - 1
+                        assert response.headers["Content-Range"].endswith(f"/{len(data)}")
+                        assert len(expected) == last - first + 1
+            for behind in ("bytes=4000-", "bytes=-0"):
+                async with http.get(url, headers={"Range": behind}) as response:
+                    problem = await response.json()
+                    assert (response.status, problem["code"]) == (416, "invalid_params")
+                    assert response.headers["Content-Range"] == "bytes */4000"
+
+    async def test_conditions(self, gateway: LiveGateway, tenant: str) -> None:
+        url = f"/v1/tenants/{tenant}/files/k-{mark()}"
+        async with gateway.http(tenant) as http:
+
+            async def ask(method: str, data: bytes | None = None, **headers: str) -> tuple[int, str | None]:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                async with http.request(method, url, data=data, headers=named) as response:
+                    problem = response.content_type == "application/problem+json"
+                    return response.status, (await response.json())["code"] if problem else None
+
+            assert await ask("PUT", b"x", If_Match="*") == (412, "conflict")
+            assert await ask("PUT", b"one", If_None_Match="*") == (201, None)
+            assert await ask("PUT", b"no", If_None_Match="*") == (412, "conflict")
+            async with http.get(url) as response:
+                etag = response.headers["ETag"]
+                assert await response.read() == b"one"
+            assert await ask("GET", If_None_Match=etag) == (304, None)
+            assert await ask("GET", If_None_Match=f'"a", W/{etag}') == (304, None)
+            assert await ask("GET", If_None_Match='"a"') == (200, None)
+            assert await ask("GET", If_Match=etag) == (200, None)
+            assert await ask("GET", If_Match='"a"') == (412, "conflict")
+            assert await ask("PUT", b"two", If_Match=f'"a", {etag}') == (200, None)
+            async with http.put(url, data=b"three", headers={"If-Match": etag}) as response:
+                problem = await response.json()
+                assert (response.status, problem["code"], problem["status"]) == (412, "conflict", 412)
+                now = problem["etag"]
+            assert await ask("PUT", b"three", If_Match=f'W/"{now}"') == (412, "conflict")
+            assert await ask("PUT", b"three", If_Match='"') == (400, "invalid_params")
+            assert await ask("DELETE", If_Match=etag) == (412, "conflict")
+            assert await ask("DELETE", If_Match=f'"{now}"') == (204, None)
+
+    async def test_refusals_are_problems(self, gateway: LiveGateway, tenant: str) -> None:
+        top = f"p-{mark()}"
+        base = f"/v1/tenants/{tenant}/files"
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            script = f"mkdir {top} && cd {top} && mkfifo pipe && ln -s /etc/passwd out && ln -s / root"
+            await wire.run(command=f"{script} && echo x > f")
+            cases = (
+                ("GET", f"{top}/none", 404, "not_found"),
+                ("GET", f"{top}", 409, "is_a_directory"),
+                ("GET", "", 409, "is_a_directory"),
+                ("GET", f"{top}/pipe", 409, "not_a_file"),
+                ("GET", f"{top}/out", 403, "outside_workspace"),
+                ("GET", f"{top}/root/etc/passwd", 403, "outside_workspace"),
+                ("GET", "%2Fetc%2Fpasswd", 403, "outside_workspace"),
+                ("GET", "%2e%2e/%2e%2e/etc/passwd", 403, "outside_workspace"),
+                ("GET", "a%00b", 400, "invalid_params"),
+                ("GET", "a%ffb", 400, "invalid_params"),
+                ("PUT", f"{top}", 409, "is_a_directory"),
+                ("PUT", f"{top}/pipe", 409, "not_a_file"),
+                ("PUT", f"{top}/out", 409, "not_a_file"),
+                ("PUT", f"{top}/root/tmp/x", 403, "outside_workspace"),
+                ("PUT", f"{top}/f/x", 409, "not_a_file"),
+                ("DELETE", f"{top}", 409, "conflict"),
+                ("DELETE", f"{top}/none", 404, "not_found"),
+            )
+            for method, path, status, code in cases:
+                data = b"x" if method == "PUT" else None
+                url = URL(f"{gateway.url}{base}/{path}", encoded=True)
+                async with http.request(method, url, data=data) as response:
+                    assert (method, path, response.status) == (method, path, status)
+                    problem = await response.json()
+                    assert (response.content_type, problem["code"]) == ("application/problem+json", code)
+                    assert "/var/lib" not in str(problem) and "/tmp" not in str(problem)
+            async with http.put(
+                f"{base}/{top}/f", data=b"", headers={"Content-Range": "bytes 0-1/2"}
+            ) as response:
+                assert response.status == 400
+            async with http.delete(f"{base}/{top}", params={"recursive": "1"}) as response:
+                assert response.status == 204
+            for method in ("PUT", "DELETE"):
+                async with gateway.http(tenant, scopes=("files:read",)) as reader:
+                    async with reader.request(method, f"{base}/x") as response:
+                        assert response.status == 403
+            async with gateway.http("t-other") as foreign, foreign.get(f"{base}/x") as response:
+                assert response.status == 404
+
+    async def test_an_upload_that_breaks_off_leaves_nothing(self, gateway: LiveGateway, tenant: str) -> None:
+        """Neither the file nor its folders nor an unfinished file; an old file stays as it was."""
+        top = f"v-{mark()}"
+        base = f"/v1/tenants/{tenant}/files/{top}"
+        begun = asyncio.Event()
+
+        async def endless() -> Any:
+            while True:
+                yield b"x" * 65536
+                begun.set()
+
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            await http.put(f"{base}/old", data=b"old")
+
+            async def found() -> bytes:
+                _, out, _ = await wire.run(command=f"find {top} -printf '%P %s\n' | sort")
+                return out
+
+            before = await found()
+            for name in ("old", "new/deep/file"):
+                begun.clear()
+                sending = asyncio.ensure_future(http.put(f"{base}/{name}", data=endless()))
+                await begun.wait()
+                while b".gateway-" not in await found():
+                    pass
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                async with asyncio.timeout(10):
+                    while await found() != before:
+                        pass
+            async with http.get(f"{base}/old") as response:
+                assert await response.read() == b"old"
+
+    async def test_an_upload_over_the_limit_gets_413(self, quick: LiveGateway, tenant: str) -> None:
+        top = f"q-{mark()}"
+        base = f"/v1/tenants/{tenant}/files/{top}"
+
+        async def chunked() -> Any:
+            for _ in range(64):
+                yield b"x" * 65536
+
+        async with quick.http(tenant) as http, quick.wire(tenant) as wire:
+            async with http.put(f"{base}/fits", data=io.BytesIO(b"x" * (2 << 20))) as response:
+                assert response.status == 201
+            for body in (io.BytesIO(b"x" * (3 << 20)), chunked()):
+                try:
+                    async with http.put(f"{base}/large", data=body) as response:
+                        problem = await response.json()
+                        assert (response.status, problem["code"]) == (413, "too_large")
+                        assert problem["limit"] == 2 << 20
+                except aiohttp.ClientOSError:
+                    pass  # the answer may be overtaken by the reset: the gateway did not read on
+            async with asyncio.timeout(10):
+                while (await wire.run(argv=["ls", "-A", top]))[1] != b"fits\n":
+                    pass
+
+    async def test_an_upload_overtaken_by_another_write_is_stale(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """The condition is held against what is there at the end of the upload, not at its beginning."""
+        name = f"s-{mark()}"
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            yield b"from the upload"
+            begun.set()
+            await go.wait()
+
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            first = await wire.call("files/write", path=name, text="one")
+            headers = {"If-Match": f'"{first["etag"]}"'}
+            url = f"/v1/tenants/{tenant}/files/{name}"
+            sending = asyncio.ensure_future(http.put(url, data=slow(), headers=headers))
+            await begun.wait()
+            second = await wire.call("files/write", path=name, text="two")
+            go.set()
+            async with await sending as response:
+                problem = await response.json()
+                assert (response.status, problem["etag"]) == (412, second["etag"])
+            assert (await wire.call("files/read", path=name))["text"] == "two"
+
+    async def test_a_download_is_of_one_state(self, gateway: LiveGateway, tenant: str) -> None:
+        """A file that is replaced while it is sent arrives as it was, to its end."""
+        name = f"d-{mark()}"
+        url = f"/v1/tenants/{tenant}/files/{name}"
+        data = os.urandom(1 << 20) * 24
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            await http.put(url, data=io.BytesIO(data))
+            async with http.get(url) as response:
+                assert await response.content.readexactly(1000) == data[:1000]
+                await wire.call("files/write", path=name, text="other")
+                await wire.call("files/remove", path=name)
+                assert await response.read() == data[1000:]
+
+    async def test_a_file_that_shrinks_breaks_its_download_off(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        name = f"z-{mark()}"
+        url = f"/v1/tenants/{tenant}/files/{name}"
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            await wire.run(command=f"head -c 64M /dev/zero > {name}")
+            async with http.get(url) as response:
+                await response.content.readexactly(1000)
+                await wire.run(command=f": > {name}")
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+            await wire.call("files/remove", path=name)
+
+    async def test_many_transfers_are_limited_and_end_with_their_client(
+        self, quick: LiveGateway, tenant: str
+    ) -> None:
+        name = f"n-{mark()}"
+        url = f"/v1/tenants/{tenant}/files/{name}"
+        async with quick.wire(tenant) as wire, quick.http(tenant) as http:
+            await wire.run(command=f"head -c 64M /dev/zero > {name}")
+            held = [await http.get(url) for _ in range(4)]
+            async with http.get(url) as response:
+                assert (response.status, (await response.json())["code"]) == (429, "rate_limited")
+            for response in held:
+                response.close()
+            async with asyncio.timeout(10):
+                while (await http.head(url)).status != 200:
+                    pass
+            await wire.call("files/remove", path=name)
+
+
+class FilesContract(EditorContract, TransferContract):
     """All of it."""

@@ -751,6 +751,8 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_EXECS": "4",
     "GATEWAY_EXEC_TAIL": str(1 << 20),
     "GATEWAY_EXEC_OUTPUT": str(1 << 20),
+    "GATEWAY_UPLOAD_MAX": str(2 << 20),
+    "GATEWAY_MAX_TRANSFERS": "4",
 }
 
 

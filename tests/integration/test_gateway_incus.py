@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from gateway.settings import Settings
+from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.processes import mark
 from tests.integration import environment
@@ -82,6 +83,13 @@ class TestIncus(GatewayContract):
             assert one["usage"]["memory_limit_bytes"] == 512 << 20
         async with gateway.http(tenant) as http, http.get(f"/v1/tenants/{tenant}/metrics") as response:
             assert (await response.json())["cpu_seconds"] > 0
+
+
+class TestIncusFiles(FilesContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
 
 
 async def test_a_stopped_and_a_frozen_tenant_say_so(gateway: LiveGateway, tenant: Container) -> None:

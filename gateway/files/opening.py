@@ -1,0 +1,123 @@
+"""Knows how a worker opens files for the gateway: regular ones to read, new ones to write.
+
+Bytes of any size go through the descriptor that is passed back, not through the worker. That keeps both
+honest: the worker alone walks the tenant's paths, in its confinement, and the gateway gets no name and no
+folder, only one regular file that can be read, or only be written. The gateway copies its bytes without
+looking at them, while the worker is free for the next call, whatever the size; and a download is of one state
+of the file, even where another takes its place meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from gateway.errors import IsADirectory, NotFound, RateLimited
+from gateway.files.operations import check, locate, present, stale
+from gateway.rootfs import kernel
+from gateway.rootfs.operations import Operation, Passing, Workspace
+from gateway.rootfs.tree import TEMPORARY, etag, refusal
+
+# What uploads of this worker are not finished: folder and name of each. One process serves one tenant.
+_unfinished: dict[str, tuple[int, str]] = {}
+_UNFINISHED_MAX = 128  # half of a worker's descriptors; the gateway's own limit is below it
+
+
+def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
+    descriptor, status = workspace.tree.open_file(locate(workspace, given["path"]))
+    return Passing(orjson.dumps({"etag": etag(status), "size": status.st_size}), descriptor)
+
+
+def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
+    """Make the file that an upload goes into, beside its target or in the nearest folder above it.
+
+    Folders that are missing are made at the end, so that an upload that breaks off leaves nothing at all.
+    """
+    if len(_unfinished) >= _UNFINISHED_MAX:
+        raise RateLimited("too many unfinished uploads", limit=_UNFINISHED_MAX)
+    tree = workspace.tree
+    path = locate(workspace, given["path"])
+    if not path:
+        raise IsADirectory("is a directory", reason="directory")
+    mode = 0o644
+    try:
+        directory, name = tree.parent(path)
+    except NotFound:
+        if given.get("ifMatch") is not None:
+            raise stale(None) from None
+        folder, directory = _above(workspace, path.rpartition("/")[0])
+    else:
+        folder = path.rpartition("/")[0]
+        try:
+            old = present(directory, name)
+            check(old, given)
+        except BaseException:
+            os.close(directory)
+            raise
+        if old is not None:
+            mode = old.st_mode & 0o777
+    token = os.urandom(8).hex()
+    temporary = f"{TEMPORARY}{os.getpid():x}-{token}"
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
+    except BaseException:
+        os.close(directory)
+        raise
+    _unfinished[token] = directory, temporary
+    os.fchmod(descriptor, mode)
+    inode = os.fstat(descriptor).st_ino
+    told = {"token": token, "folder": folder, "temporary": temporary, "inode": inode}
+    return Passing(orjson.dumps(told), descriptor)
+
+
+def _above(workspace: Workspace, folder: str) -> tuple[str, int]:
+    """Return and open the nearest folder above a missing one."""
+    while folder:
+        folder = folder.rpartition("/")[0]
+        try:
+            return folder, workspace.tree.open(folder, kernel.O_PATH | os.O_DIRECTORY)
+        except NotFound:
+            continue
+    raise NotFound("no such file or directory", reason="missing")
+
+
+def _release(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Forget an upload, and remove its file where it did not get its place. A second time does nothing."""
+    found = _unfinished.pop(given["token"], None)
+    if found is not None:
+        directory, temporary = found
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+        finally:
+            os.close(directory)
+    return b"{}"
+
+
+def _release_all(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    for token in list(_unfinished):
+        with suppress(OSError):
+            _release(workspace, {"token": token})
+    return b"{}"
+
+
+def _operation(method: Operation) -> Operation:
+    def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes | Passing:
+        try:
+            return method(workspace, arguments)
+        except OSError as error:
+            raise refusal(error) from None
+
+    return run
+
+
+OPERATIONS: dict[str, Operation] = {
+    "files/open": _operation(_open),
+    "files/create": _operation(_create),
+    "files/release": _operation(_release),
+    "files/releaseAll": _operation(_release_all),
+}

@@ -1,0 +1,255 @@
+"""Knows how a file's bytes get from a workspace to a client and back, at any size.
+
+A worker opens the file and passes its descriptor (see `opening`). The bytes are copied by threads of this
+room alone, so that a slow disk holds up neither the event loop nor anybody else's threads. Nothing holds more
+than a chunk in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import orjson
+
+from gateway.errors import GatewayError, RateLimited, TooLarge, Unavailable
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.links import Link, Links
+from gateway.rootfs.tree import refusal
+from gateway.rootfs.workers import Workers
+from gateway.settings import Settings
+
+CHUNK: Final = 1 << 20  # bytes of one read or write of the disk
+_THREADS: Final = 8  # more would only queue at the same disks
+
+T = TypeVar("T")
+
+
+class _Held:
+    """One descriptor of a tenant's file, which can be taken back at any time, also while a thread uses it."""
+
+    def __init__(self, descriptor: int, threads: ThreadPoolExecutor) -> None:
+        self._descriptor = descriptor
+        self._threads = threads
+        self._busy = False
+        self._closing = False
+        self.closed = False
+
+    async def run(self, do: Callable[[int], T]) -> T:
+        """Call `do` with the descriptor in a thread; one call at a time. Raises what `do` raises, mapped."""
+        if self._closing or self.closed:
+            raise Unavailable("the tenant's files went away during the transfer")
+        self._busy = True
+        running = asyncio.get_running_loop().run_in_executor(self._threads, do, self._descriptor)
+        running.add_done_callback(self._done)
+        try:
+            # Shielded: the thread goes on with the descriptor even where its caller is gone.
+            return await asyncio.shield(running)
+        except OSError as error:
+            raise refusal(error) from None
+
+    def _done(self, running: asyncio.Future[Any]) -> None:
+        self._busy = False
+        if not running.cancelled():
+            running.exception()  # seen, also where the caller is gone
+        if self._closing:
+            self.close()
+
+    def close(self) -> None:
+        """Close the descriptor, at the latest when the thread that uses it is done. Idempotent."""
+        self._closing = True
+        if not self._busy and not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
+
+
+class Source:
+    """A file to be sent: its etag and size, and its bytes."""
+
+    def __init__(self, held: _Held, etag: str, size: int) -> None:
+        self.etag = etag
+        self.size = size
+        self._held = held
+
+    async def read(self, offset: int, count: int) -> bytes:
+        """Return up to `count` bytes from `offset`, at most a `CHUNK`; b"" behind the end."""
+        return await self._held.run(lambda descriptor: os.pread(descriptor, min(count, CHUNK), offset))
+
+
+class Target:
+    """A file that is being received. It gets its name by `commit`; without that nothing is left of it."""
+
+    def __init__(self, held: _Held, limit: int, commit: Callable[[], Any]) -> None:
+        self.received = 0
+        self._held = held
+        self._limit = limit
+        self._commit = commit
+        self._chunks: list[bytes] = []
+        self._kept = 0
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes. Raises `TooLarge` over `upload_max` or where the workspace is full."""
+        self.received += len(data)
+        if self.received > self._limit:
+            raise TooLarge(f"the file has over {self._limit} bytes", reason="too_large", limit=self._limit)
+        self._chunks.append(data)
+        self._kept += len(data)
+        if self._kept >= CHUNK:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        data, self._chunks, self._kept = b"".join(self._chunks), [], 0
+        if data:
+            await self._held.run(lambda descriptor: _write_all(descriptor, data))
+
+    async def commit(self) -> dict[str, Any]:
+        """Put the file in its place; return `{etag, size, created}`. Raises `Conflict` by the conditions."""
+        await self._flush()
+        self._held.close()
+        result: dict[str, Any] = await self._commit()
+        return result
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+class Transfers:
+    """The uploads and downloads of all tenants. Use as an async context manager."""
+
+    def __init__(self, workers: Workers, settings: Settings) -> None:
+        self._workers = workers
+        self._settings = settings
+        self._links = Links(workers, "", maximum=settings.max_workers, idle=settings.worker_idle)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
+        self._held: dict[str, set[_Held]] = defaultdict(set)
+        self._count: Counter[str] = Counter()
+        self._undoing: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Transfers:
+        await self._links.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tenant in list(self._held):
+            await self.forget(tenant)
+        await asyncio.gather(*self._undoing, return_exceptions=True)
+        await self._links.__aexit__(kind, error, trace)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def read(self, root: FilesystemRoot, path: str) -> AsyncIterator[Source]:
+        """Open a regular file. Raises what the worker refuses with, and `RateLimited`."""
+        async with self._hold(root, "files/open", {"path": path}) as (_, told, held):
+            yield Source(held, told["etag"], told["size"])
+
+    @asynccontextmanager
+    async def write(
+        self, root: FilesystemRoot, path: str, conditions: dict[str, Any]
+    ) -> AsyncIterator[Target]:
+        """Begin an upload; leaving the context without a commit leaves nothing.
+
+        `conditions` are `ifMatch` and `ifNoneMatch` as in `operations.check`: looked at now, so that a
+        hopeless upload ends before its first byte, and again by the commit.
+        """
+        given = {"path": path, **conditions}
+        async with self._hold(root, "files/create", given) as (link, told, held):
+
+            async def commit() -> dict[str, Any]:
+                place = {name: told[name] for name in ("folder", "temporary", "inode")}
+                reply = await self._workers.call(root, "files/commit", {**given, **place, "createDirs": True})
+                found: dict[str, Any] = orjson.loads(reply)
+                return found
+
+            try:
+                yield Target(held, self._settings.upload_max, commit)
+            finally:
+                await self._release(link, told["token"])
+
+    async def _release(self, link: Link, token: str) -> None:
+        """Have an upload's file removed, if it did not get its place, whatever happens to the caller."""
+
+        async def release() -> None:
+            with suppress(GatewayError):  # the worker is gone: `forget` had it remove what was unfinished
+                await link.call("files/release", {"token": token}, self._settings.tool_timeout)
+
+        await asyncio.shield(self._keep(release()))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+        return task
+
+    @asynccontextmanager
+    async def _hold(
+        self, root: FilesystemRoot, operation: str, given: dict[str, Any]
+    ) -> AsyncIterator[tuple[Link, dict[str, Any], _Held]]:
+        tenant, limit = root.tenant, self._settings.max_transfers
+        if self._count[tenant] >= limit:
+            raise RateLimited("too many uploads and downloads of this tenant", limit=limit)
+        self._count[tenant] += 1
+        try:
+            link = await self._links.get(root)
+        except BaseException:
+            self._uncount(tenant)
+            raise
+        link.holds += 1
+        try:
+            opening = asyncio.ensure_future(self._open(link, operation, given))
+            try:
+                # Shielded: an upload that was begun must be known, or its file would stay.
+                told, held = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(lambda done: self._undo(link, done))
+                raise
+            self._held[tenant].add(held)
+            try:
+                yield link, told, held
+            finally:
+                held.close()
+                self._held[tenant].discard(held)
+                if not self._held[tenant]:
+                    del self._held[tenant]
+        finally:
+            link.holds -= 1
+            self._uncount(tenant)
+
+    def _uncount(self, tenant: str) -> None:
+        self._count[tenant] -= 1
+        if not self._count[tenant]:
+            del self._count[tenant]
+
+    async def _open(self, link: Link, operation: str, given: dict[str, Any]) -> tuple[dict[str, Any], _Held]:
+        reply, descriptor = await link.call(operation, given, self._settings.tool_timeout)
+        assert descriptor is not None  # the worker passes one, or refuses
+        return orjson.loads(reply), _Held(descriptor, self._threads)
+
+    def _undo(self, link: Link, opening: asyncio.Future[tuple[dict[str, Any], _Held]]) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            return
+        told, held = opening.result()
+        held.close()
+        if "token" in told:
+            self._keep(self._release(link, told["token"]))
+
+    async def forget(self, tenant: str) -> None:
+        """End a tenant's transfers and its worker: its storage must not be held. What was begun is undone."""
+        for held in list(self._held.get(tenant, ())):
+            held.close()
+        link = self._links.current(tenant)
+        if link is not None:
+            with suppress(GatewayError):  # it has ended by itself
+                await link.call("files/releaseAll", {}, self._settings.tool_timeout)
+            self._links.end(tenant)
+            await self._links.ended()

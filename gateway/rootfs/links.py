@@ -1,0 +1,304 @@
+"""Knows workers that are read as raw sockets: those that pass descriptors or tell things unasked.
+
+They are kept apart from those of `workers`, whose calls they would hold up. One of a kind serves a tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from gateway.errors import GatewayError, RateLimited, Timeout, Unavailable
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.worker import LENGTH, PASSED, READY, TOLD
+from gateway.rootfs.workers import Workers, result_of
+
+_log = logging.getLogger(__name__)
+
+_READ = 1 << 16  # bytes of one look at the socket
+_SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready
+_SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
+
+Reply = tuple[bytes, int | None]
+
+
+class Link:
+    """The gateway's end of one worker. Calls are answered in their order.
+
+    `told` gets the payload of each frame that answers nothing; `lost` is called once when the worker ends by
+    itself. `holds` counts those for whom it must stay.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        root: FilesystemRoot,
+        connection: socket.socket,
+        told: Callable[[bytes], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self.number = number
+        self.root = root
+        self.holds = 0
+        self.used = self.checked = time.monotonic()
+        self.closed = False
+        self._socket = connection
+        self._told = told
+        self._lost = lost
+        self._sending = asyncio.Lock()
+        self._waiting: deque[asyncio.Future[Reply]] = deque()
+        self._buffer = bytearray()
+        self._passed: deque[int] = deque()
+        self._loop = asyncio.get_running_loop()
+        self.ready = self._expect()
+        self._loop.add_reader(connection, self._read)
+
+    def _expect(self) -> asyncio.Future[Reply]:
+        reply: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting.append(reply)
+        return reply
+
+    async def call(
+        self, operation: str, arguments: dict[str, Any], timeout: float
+    ) -> tuple[bytes, int | None]:
+        """Run one operation; return its reply and the descriptor that came along, now the caller's.
+
+        A descriptor for a caller that gave up is closed. Raises as `Workers.call`; the worker of a call that
+        timed out is no longer to be used.
+        """
+        if self.closed:
+            raise Unavailable("the file worker ended; try again")
+        self.used = time.monotonic()
+        request = orjson.dumps((operation, arguments))
+        async with self._sending:
+            reply = self._expect()
+            try:
+                await self._loop.sock_sendall(self._socket, LENGTH.pack(len(request)) + request)
+            except OSError:
+                self._end()
+            except asyncio.CancelledError:
+                self._end()  # half a request may have been sent
+                raise
+        try:
+            async with asyncio.timeout(timeout):
+                answer, descriptor = await reply
+        except TimeoutError:
+            self._end()
+            raise Timeout("the file operation took too long and was ended") from None
+        try:
+            return result_of(operation, answer), descriptor
+        except GatewayError:
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
+
+    def _read(self) -> None:
+        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+        try:
+            data, passed, _, _ = socket.recv_fds(self._socket, _READ, 4, flags)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data, passed = b"", []
+        self._passed.extend(passed)
+        if not data:
+            self._end()
+            return
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            (length,) = LENGTH.unpack_from(self._buffer)
+            if len(self._buffer) < 4 + length:
+                return
+            payload = bytes(self._buffer[4 : 4 + length])
+            del self._buffer[: 4 + length]
+            if payload[0] == TOLD:
+                self._told(payload[1:])
+                continue
+            descriptor = self._passed.popleft() if payload[0] == PASSED and self._passed else None
+            reply = self._waiting.popleft() if self._waiting else None
+            if reply is not None and not reply.done():
+                reply.set_result((payload, descriptor))
+            elif descriptor is not None:
+                os.close(descriptor)
+
+    def _end(self) -> None:
+        if not self.closed:
+            self.close()
+            self._lost()
+
+    def close(self) -> None:
+        """Let go of the socket, which ends the worker. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        while self._passed:
+            os.close(self._passed.popleft())
+        while self._waiting:
+            reply = self._waiting.popleft()
+            if not reply.done():
+                reply.set_exception(Unavailable("the file worker ended during the call; try again"))
+                reply.exception()  # also where nobody waits any more
+
+
+class Links:
+    """The links of one kind, `loop`, at most one of a tenant. Use as an async context manager.
+
+    At most `maximum` run; one that nobody holds makes room, else a new one is `RateLimited`. One that nobody
+    holds ends after `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose
+    worker ended by itself.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        loop: str,
+        *,
+        maximum: int,
+        idle: float,
+        told: Callable[[str, bytes], None] = lambda tenant, payload: None,
+        lost: Callable[[str], None] = lambda tenant: None,
+    ) -> None:
+        self._workers = workers
+        self._kind = loop
+        self._maximum = maximum
+        self._idle = idle
+        self._told = told
+        self._lost = lost
+        self._links: dict[str, Link] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Links:
+        self._sweep()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for tenant in list(self._links):
+            self.end(tenant)
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    async def get(self, root: FilesystemRoot) -> Link:
+        """Return the tenant's link, a new one where there is none or where its workspace is another."""
+        lock = self._locks.setdefault(root.tenant, asyncio.Lock())
+        async with lock:
+            link = self._links.get(root.tenant)
+            if link is not None and not await self._serves(link, root):
+                self._drop(link)
+                self._lost(root.tenant)
+                link = None
+            if link is None:
+                link = await self._spawn(root)
+            link.used = time.monotonic()
+            return link
+
+    async def _serves(self, link: Link, root: FilesystemRoot) -> bool:
+        if link.closed or link.root != root:
+            return False
+        now = time.monotonic()
+        if now - link.checked < _SAME_INTERVAL:
+            return True
+        link.checked = now
+        answer, _ = await self._workers.broker.request({"do": "same", "worker": link.number})
+        return bool(answer["same"]) and not link.closed
+
+    def current(self, tenant: str) -> Link | None:
+        """Return the tenant's link, if it has one."""
+        return self._links.get(tenant)
+
+    async def recheck(self, tenant: str, root: FilesystemRoot) -> bool:
+        """Tell whether a tenant's link, if it has one, still serves its workspace; end it else."""
+        link = self._links.get(tenant)
+        if link is None:
+            return True
+        link.checked = 0.0
+        if await self._serves(link, root):
+            return True
+        self.end(tenant)
+        return False
+
+    async def _spawn(self, root: FilesystemRoot) -> Link:
+        self._make_room()
+        answer, descriptors = await self._workers.broker.request(self._workers.spawn(root, self._kind).wire())
+        connection = socket.socket(fileno=descriptors[0])
+        connection.setblocking(False)
+        tenant = root.tenant
+
+        def lost() -> None:
+            if self._links.get(tenant) is link:
+                self._drop(link)
+                self._lost(tenant)
+
+        link = Link(answer["worker"], root, connection, lambda payload: self._told(tenant, payload), lost)
+        self._links[tenant] = link
+        try:
+            async with asyncio.timeout(_SPAWN_TIMEOUT):
+                reply, _ = await link.ready
+        except BaseException as error:
+            self._drop(link)
+            if isinstance(error, TimeoutError):
+                raise Unavailable("a file worker did not start in time") from None
+            raise
+        if reply[0] != READY:
+            self._drop(link)
+            said = reply[1:].decode("utf-8", "replace")
+            _log.error("a file worker of %s did not start: %s", tenant, said)
+            raise Unavailable("a file worker could not be started")
+        return link
+
+    def _make_room(self) -> None:
+        if len(self._links) < self._maximum:
+            return
+        resting = [link for link in self._links.values() if not link.holds]
+        if not resting:
+            raise RateLimited("all file workers are busy; try again", limit=self._maximum)
+        self._drop(min(resting, key=lambda link: link.used))
+
+    def _drop(self, link: Link) -> None:
+        if self._links.get(link.root.tenant) is link:
+            del self._links[link.root.tenant]
+        link.close()
+        task = asyncio.create_task(self._kill(link))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _kill(self, link: Link) -> None:
+        try:
+            await self._workers.broker.request({"do": "kill", "worker": link.number})
+        except Unavailable:
+            _log.info("worker ended with the broker")
+
+    def end(self, tenant: str) -> None:
+        """End a tenant's worker, if it has one, without waiting for that; `lost` is not called."""
+        link = self._links.get(tenant)
+        if link is not None:
+            self._drop(link)
+
+    async def ended(self) -> None:
+        """Return once the workers that were ended are gone."""
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for link in list(self._links.values()):
+            if not link.holds and now - link.used >= self._idle:
+                self._drop(link)
+        for tenant in [name for name, lock in self._locks.items() if not lock.locked()]:
+            if tenant not in self._links:
+                del self._locks[tenant]
+        self._sweeper = asyncio.get_running_loop().call_later(min(self._idle / 4, 30.0), self._sweep)
