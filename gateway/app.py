@@ -367,7 +367,8 @@ class Gateway:
         if self.draining:
             raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
         body = protocol.validate(ExecBody, await _read_json(request, self.settings.max_body))
-        return _json(await _unless_gone(request, self._run(name, body, token.subject)))
+        with self.hub.runtime.expect(name):  # who asks once, asks again
+            return _json(await _unless_gone(request, self._run(name, body, token.subject)))
 
     async def _run(self, tenant: str, body: ExecBody, by: str) -> dict[str, Any]:
         """Run a command and return its output; a caller that goes away takes the whole tree with it."""

@@ -8,6 +8,7 @@ socket ends, all of them end, and the commands live on for their linger time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -111,6 +112,7 @@ class Connection:
         self._channels: dict[str, int] = {}
         self._subscriptions: dict[int, Subscription] = {}
         self._last_subscription = 0
+        self._expecting = contextlib.ExitStack()
         self._closing: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
         self._methods: dict[str, Callable[[Any], Awaitable[_Answer]]] = {
             "initialize": self._initialize,
@@ -239,6 +241,7 @@ class Connection:
             attachment.close()
         for subscription in self._subscriptions.values():
             subscription.close()
+        self._expecting.close()
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -316,6 +319,8 @@ class Connection:
         await hub.runtime.get(self._tenant)
         self._token = token
         self._session = hub.toolbox.session(self._tenant, params.session, params.read_before_write)
+        if token.allows("exec"):
+            self._expecting.enter_context(hub.runtime.expect(self._tenant))
         self._wire.initialized = True
         settings = hub.settings
         return _Answer(

@@ -106,6 +106,13 @@ class Settings(BaseSettings):
     exec_output: int = Field(
         8 * MiB, gt=0, description="bytes of each output stream that a waiting HTTP exec returns"
     )
+    standby_max: int = Field(
+        64, ge=0, description="shells kept waiting for commands, all tenants; 0 for none"
+    )
+    standby_age: float = Field(900.0, gt=0, description="seconds that a shell waits for a command at most")
+    standby_idle: float = Field(
+        120.0, ge=0, description="seconds that shells are kept after a tenant's last client"
+    )
     cancel_grace: float = Field(2.0, ge=0, description="seconds between TERM and KILL")
     cancel_timeout: float = Field(15.0, gt=0, description="seconds until a cancel answers with what survived")
 

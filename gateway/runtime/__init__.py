@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -168,6 +169,10 @@ class TenantRuntime(Protocol):
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
+        ...
+
+    def expect(self, name: str) -> AbstractContextManager[None]:
+        """Get ready for commands in this tenant while the context is open; a hint, never an error."""
         ...
 
     async def filesystem(self, name: str) -> FilesystemRoot:

@@ -42,6 +42,7 @@ from gateway.runtime import (
     Exit,
     Killed,
     Process,
+    Pty,
     Status,
     StreamName,
     Tenant,
@@ -496,21 +497,18 @@ class IncusProcess:
         tenant: str,
         exec_id: str,
         sockets: ExecSockets,
-        preamble: Preamble,
         located: _Located,
-        merged: bool,
     ) -> None:
+        self.tenant = tenant
         self.pid = 0
         self.started_at = 0.0
-        one = sockets.terminal or merged
-        self.streams: tuple[StreamName, ...] = ("stdout",) if one else ("stdout", "stderr")
+        self.streams: tuple[StreamName, ...] = ("stdout",)
         self.report = b""
-        self._merged = merged and not sockets.terminal
+        self._merged = False
         self._runtime = runtime
-        self._tenant = tenant
         self._exec_id = exec_id
         self._sockets = sockets
-        self._preamble = preamble
+        self._preamble = Preamble()
         self._located = located
         self._first = b""  # the command's own output that came with the preamble
         self._broken = False
@@ -527,7 +525,9 @@ class IncusProcess:
         """Hand over the command and return once it runs. Raises `ExecFailed`."""
         preamble, spec = self._preamble, order.spec
         preamble.asked(spec.argv[0][:200], order.cwd[:200], order.account.name[:200])
-        self._merged = spec.merged
+        self._merged = spec.merged and spec.pty is None
+        if spec.pty is None and not spec.merged:
+            self.streams = ("stdout", "stderr")
         if spec.pty is not None:  # before it is ready, the terminal would echo the line
             await self.ready()
             await self.resize(spec.pty.cols, spec.pty.rows)
@@ -595,7 +595,7 @@ class IncusProcess:
             ended = await cgroup.kill(grace, limit)
             killed = Killed(ended.killed, ended.escalated, ended.survivors)
         else:
-            killed = await self._runtime.kill_inside(self._tenant, self._exec_id, grace)
+            killed = await self._runtime.kill_inside(self.tenant, self._exec_id, grace)
         await self.signal(signal.SIGKILL)  # a leader that left its cgroup; nothing where it has ended
         return killed
 

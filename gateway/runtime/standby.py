@@ -103,7 +103,9 @@ class Standbys:
         await asyncio.gather(*filling, *self._ending, return_exceptions=True)
 
     def _wanted(self, tenant: str) -> bool:
-        return not self._closed and (tenant in self._expected or tenant in self._leaving)
+        return (
+            bool(self._maximum) and not self._closed and (tenant in self._expected or tenant in self._leaving)
+        )
 
     def _left(self, tenant: str) -> None:
         del self._leaving[tenant]

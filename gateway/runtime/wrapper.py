@@ -155,15 +155,19 @@ class Preamble:
 
     LIMIT: Final = 64 * 1024  # the shells say a few hundred bytes; more is not ours
 
-    def __init__(self, argv0: str = "", cwd: str = "", user: str = "") -> None:
+    def __init__(self) -> None:
         self.pid = 0
         self.method: Method = "scan"
         self.ready = False
         self.started = False
         self.rest = b""
         self._buffer = b""
-        self._names = {"cwd": cwd, "user": user, "argv0": argv0}
+        self._names = {"cwd": "", "user": "", "argv0": ""}
         self._noise: list[str] = []
+
+    def asked(self, argv0: str, cwd: str, user: str) -> None:
+        """Note what was asked for, for the words of an error."""
+        self._names = {"cwd": cwd, "user": user, "argv0": argv0}
 
     def feed(self, data: bytes) -> None:
         self._buffer += data

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import NotFound, TenantNotRunning, Unavailable
-from gateway.runtime import ExecSpec, TenantEvent
+from gateway.errors import ExecFailed, NotFound, TenantNotRunning, Unavailable
+from gateway.runtime import ExecSpec, Pty, TenantEvent
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, alive, mark, until
@@ -146,6 +146,95 @@ class TestIncus(RuntimeContract):
     ) -> None:
         for _ in range(5):
             await run(runtime, tenant.name, "true")
+        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d") == ""
+
+
+@pytest.fixture
+async def expecting(runtime: IncusRuntime, tenant: Container) -> AsyncIterator[str]:
+    """A tenant for which shells of both kinds wait."""
+    with runtime.expect(tenant.name):
+        await standing_by(runtime, tenant.name)
+        yield tenant.name
+    runtime._standbys.drop(tenant.name)
+
+
+async def standing_by(runtime: IncusRuntime, name: str) -> dict[bool, int]:
+    """Wait for a shell of each kind and return their pids by kind."""
+    await until(lambda: {(name, False), (name, True)} <= set(runtime._standbys._waiting))
+    shells = {kind: runtime._standbys._waiting[name, kind].shell for kind in (False, True)}
+    return {kind: shell._preamble.pid for kind, shell in shells.items()}  # type: ignore[attr-defined]
+
+
+class TestStandby:
+    """Shells that wait: a command becomes one of them, once, with all its own."""
+
+    async def test_a_command_becomes_a_waiting_shell_and_each_only_once(
+        self, runtime: IncusRuntime, expecting: str
+    ) -> None:
+        pids = await standing_by(runtime, expecting)
+        script = "echo $$; pwd; id -un; echo $A; cat"
+        process = await runtime.exec(
+            expecting, ExecSpec(("sh", "-c", script), cwd="/tmp", env={"A": "b"}, user="root", stdin=True)
+        )
+        await process.write(b"input")
+        await process.close_stdin()
+        _, outputs = await finish(process)
+        assert outputs == [f"{pids[False]}\n/tmp\nroot\nb\ninput".encode(), b""]
+        terminal = await runtime.exec(
+            expecting, ExecSpec(("sh", "-c", "echo $$; stty size"), pty=Pty(99, 33))
+        )
+        _, outputs = await finish(terminal)
+        assert outputs[0] == f"{pids[True]}\r\n33 99\r\n".encode()
+        later = await standing_by(runtime, expecting)
+        assert not set(later.values()) & set(pids.values())
+
+    async def test_its_tree_dies_as_any_other(self, runtime: IncusRuntime, expecting: str) -> None:
+        tree = Tree()
+        process = await runtime.exec(expecting, ExecSpec(("bash", "-c", tree.script)))
+        await tree.grown()
+        assert (await process.kill(0)).survivors == 0
+        assert tree.alive() == 0
+        await finish(process)
+
+    async def test_what_cannot_start_is_told_alike(self, runtime: IncusRuntime, expecting: str) -> None:
+        for spec, reason in (
+            (ExecSpec(("no-such-program",)), "not_found"),
+            (ExecSpec(("true",), cwd="/none"), "cwd"),
+            (ExecSpec(("no-such-program",), pty=Pty()), "not_found"),
+        ):
+            await standing_by(runtime, expecting)
+            with pytest.raises(ExecFailed) as caught:
+                await runtime.exec(expecting, spec)
+            assert caught.value.facts["reason"] == reason
+
+    async def test_one_that_died_is_replaced_without_a_word(
+        self, runtime: IncusRuntime, expecting: str, tenant: Container
+    ) -> None:
+        pids = await standing_by(runtime, expecting)
+        tenant.sh(f"kill -9 {pids[False]} {pids[True]}")
+        for pty in (None, Pty()):
+            _, outputs = await run(runtime, expecting, "echo", "anew", pty=pty)
+            assert outputs[0].rstrip() == b"anew"
+
+    async def test_a_pause_or_stop_gives_them_up(self, incus_settings: Settings, tenant: Container) -> None:
+        async with IncusRuntime(incus_settings) as runtime:
+            watching = asyncio.create_task(collect(runtime, []))
+            await until(lambda: runtime._watching)
+            with runtime.expect(tenant.name):
+                await standing_by(runtime, tenant.name)
+                await asyncio.to_thread(environment.incus, "pause", tenant.name)
+                await until(lambda: not runtime._standbys._waiting)
+                with pytest.raises(TenantNotRunning):
+                    await runtime.exec(tenant.name, ExecSpec(("true",)))
+                await runtime.start(tenant.name)
+                assert (await run(runtime, tenant.name, "true"))[0].code == 0
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def test_none_is_left_after_the_end(self, incus_settings: Settings, tenant: Container) -> None:
+        async with IncusRuntime(incus_settings) as runtime:
+            with runtime.expect(tenant.name):
+                await standing_by(runtime, tenant.name)
         assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d") == ""
 
 
