@@ -170,7 +170,14 @@ class Gateway:
 
     async def _watch(self, runtime: TenantRuntime, workers: Workers, files: Files) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
+        swept = False
         async for event in runtime.watch():
+            if event.type == "gateway.resynced" and not swept:
+                swept = True
+                try:
+                    await runtime.sweep()
+                except GatewayError as error:
+                    log.warning("what an earlier gateway left could not be looked for: %s", error.message)
             if event.tenant is not None and event.type in _MOVED:
                 await workers.forget(event.tenant)
                 await files.forget(event.tenant)

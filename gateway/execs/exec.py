@@ -183,6 +183,9 @@ class Exec:
         except Unavailable:
             if self._reason == "exited":
                 self._reason = "lost"
+            # nobody follows it any more, but where only Incus went away it still runs
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self.process.kill(0)
         except Exception:
             log.exception("exec %s of %s failed", self.id, self.tenant)
             self._reason = "lost"

@@ -171,6 +171,10 @@ class TenantRuntime(Protocol):
         """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
         ...
 
+    async def sweep(self) -> int:
+        """End what commands of an earlier, killed life of this gateway left; return how many processes."""
+        ...
+
     def expect(self, name: str) -> AbstractContextManager[None]:
         """Get ready for commands in this tenant while the context is open; a hint, never an error."""
         ...

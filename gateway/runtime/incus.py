@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 import signal
@@ -141,6 +142,8 @@ class IncusRuntime:
             idle=settings.standby_idle,
         )
         self._watching = False
+        # marks commands of this gateway, in this life or another: another's on the same host are not ours
+        self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
 
     async def __aenter__(self) -> IncusRuntime:
         await self._incus.__aenter__()
@@ -271,7 +274,7 @@ class IncusRuntime:
     async def _open(self, name: str, pty: Pty | None) -> IncusProcess:
         """Start a shell that takes a command. Raises what Incus refuses, and `Timeout`."""
         located = await self._locate(name)
-        exec_id = secrets.token_hex(8)
+        exec_id = f"{self._own}/{secrets.token_hex(8)}"
         script = START_SCRIPT if pty is None else START_SCRIPT_PTY
         command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
         size = None if pty is None else (pty.cols, pty.rows)
@@ -347,6 +350,30 @@ class IncusRuntime:
         if user.isdigit() and not 0 < int(user) <= _MAX_ID:
             raise InvalidParams(f"user {user} is out of range", field="user")
         return Account(user)
+
+    async def sweep(self) -> int:
+        """End what commands of an earlier life of this gateway left in running tenants; return how many.
+
+        A gateway that was killed could not end them, and nobody can follow them any more. Without access to
+        the host's cgroups nothing is found.
+        """
+        ended = 0
+        for tenant in await self.list():
+            if tenant.status != "running":
+                continue
+            with contextlib.suppress(NotFound):
+                root = of_init((await self._locate(tenant.name)).init_pid)
+                if root is None:
+                    continue
+                left = Cgroup(root / CGROUP_PARENT / self._own)
+                if left.path.exists() and left.reachable():
+                    killed = await left.kill(0, self._settings.cancel_timeout)
+                    ended += killed.killed
+                    if killed.killed:
+                        log.warning(
+                            "ended %d processes left in %s by a gateway that died", killed.killed, tenant.name
+                        )
+        return ended
 
     # --- events -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import pytest
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
-from tests.contracts.processes import mark
+from tests.contracts.processes import Tree, alive, mark, until
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd
 from tests.live import LiveGateway, RpcFailure
@@ -176,3 +176,26 @@ async def test_a_killed_incusd_is_told_and_its_return_found(
         assert (exit_["exitCode"], out) == (0, b"back\n")
         read = await wire.call("tools/call", name="Write", arguments={"file_path": "b", "content": "x"})
         assert not read["isError"]
+
+
+async def test_a_killed_gateways_commands_end_with_the_next_one(
+    incus_settings: Settings, folder: Path, tenant: Container
+) -> None:
+    """Its trees are found by their cgroups; what others run in the tenant is left alone."""
+    other = mark()
+    await asyncio.to_thread(tenant.sh, f"setsid sleep {other} </dev/null >/dev/null 2>&1 &")
+    tree = Tree()
+    async with live(incus_settings, folder / "next.log") as first:
+        wire = first.wire(tenant.name)
+        socket = await wire.__aenter__()
+        await socket.call("exec/start", argv=["bash", "-c", tree.script])
+        await tree.grown()
+        assert first.process is not None
+        first.process.kill()
+        await first.process.wait()
+        with contextlib.suppress(Exception):
+            await wire.__aexit__(None, None, None)
+        assert tree.alive() > 0
+        await first.start()
+        await until(lambda: tree.alive() == 0)
+        assert alive(other) == 1

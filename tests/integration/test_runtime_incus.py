@@ -146,7 +146,7 @@ class TestIncus(RuntimeContract):
     ) -> None:
         for _ in range(5):
             await run(runtime, tenant.name, "true")
-        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d") == ""
+        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*/*' -type d") == ""
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ class TestStandby:
         async with IncusRuntime(incus_settings) as runtime:
             with runtime.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
-        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d") == ""
+        assert tenant.sh("find /sys/fs/cgroup -path '*/gateway/*/*' -type d") == ""
 
 
 async def collect(runtime: IncusRuntime, seen: list[TenantEvent]) -> None:
