@@ -36,6 +36,7 @@ from gateway.errors import (
 from gateway.events import Bus, Filter, Subscription
 from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
 from gateway.files.files import Files
+from gateway.files.watches import Watch
 from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
@@ -112,6 +113,8 @@ class Connection:
         self._channels: dict[str, int] = {}
         self._subscriptions: dict[int, Subscription] = {}
         self._last_subscription = 0
+        self._watches: dict[int, Watch | None] = {}
+        self._last_watch = 0
         self._expecting = contextlib.ExitStack()
         self._closing: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
         self._methods: dict[str, Callable[[Any], Awaitable[_Answer]]] = {
@@ -129,6 +132,8 @@ class Connection:
             "exec/list": self._exec_list,
             "exec/wait": self._exec_wait,
             **{method: partial(self._files, method) for method in Files.SCOPES},
+            "files/watch": self._files_watch,
+            "files/unwatch": self._files_unwatch,
             "events/subscribe": self._events_subscribe,
             "events/unsubscribe": self._events_unsubscribe,
         }
@@ -243,6 +248,9 @@ class Connection:
             subscription.close()
         self._expecting.close()
 
+        for watch in self._watches.values():
+            if watch is not None:
+                self._hub.files.unwatch(watch)
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
@@ -501,6 +509,40 @@ class Connection:
 
     async def _events_subscribe(self, params: protocol.EventsSubscribe) -> _Answer:
         self._require("events")
+    async def _files_watch(self, params: protocol.FilesWatch) -> _Answer:
+        self._require("files:read")
+        limit = self._hub.settings.max_watches
+        if len(self._watches) >= limit:
+            raise RateLimited("too many file watches on this connection", limit=limit)
+        self._last_watch += 1
+        number = self._last_watch
+        self._watches[number] = None  # counts while it begins
+        try:
+            watch = await self._hub.files.watch(self._tenant, params.paths, params.ignore)
+        except BaseException:
+            del self._watches[number]
+            raise
+        self._watches[number] = watch
+        answer = {"watch": number, "unwatched": watch.unwatched}
+        return _Answer(answer, lambda: self._see(number, watch))
+
+    def _see(self, number: int, watch: Watch) -> None:
+        self._spawn(self._show(number, watch))
+
+    async def _show(self, number: int, watch: Watch) -> None:
+        while told := await watch.next():
+            if "ended" in told:
+                self._watches.pop(number, None)
+            await self._send(protocol.notification("files/changed", {"watch": number, **told}))
+
+    async def _files_unwatch(self, params: protocol.FilesUnwatch) -> _Answer:
+        watch = self._watches.get(params.watch)
+        if watch is None:
+            raise NotFound(f"no watch {params.watch}")
+        del self._watches[params.watch]
+        self._hub.files.unwatch(watch)
+        return _Answer({})
+
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
             raise RateLimited("too many subscriptions on this connection")
         only = frozenset({self._tenant})

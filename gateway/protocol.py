@@ -180,6 +180,7 @@ class EventsUnsubscribe(Params):
 
 
 _Path = Annotated[str, Field(min_length=1, max_length=4096)]
+_Name = Annotated[str, Field(min_length=1, max_length=255)]
 _Etag = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -222,6 +223,17 @@ class FilesRemove(Params):
     if_match: _Etag | None = None
 
 
+class FilesWatch(Params):
+    """`ignore` are names, at any depth; None stands for the gateway's own list."""
+
+    paths: Annotated[list[_Path], Field(min_length=1, max_length=64)]
+    ignore: Annotated[list[_Name], Field(max_length=64)] | None = None
+
+
+class FilesUnwatch(Params):
+    watch: int
+
+
 class FilesMkdir(Params):
     path: _Path
     create_dirs: bool = True
@@ -252,6 +264,8 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "files/move": FilesMove,
     "files/remove": FilesRemove,
     "files/mkdir": FilesMkdir,
+    "files/watch": FilesWatch,
+    "files/unwatch": FilesUnwatch,
     "events/subscribe": EventsSubscribe,
     "events/unsubscribe": EventsUnsubscribe,
 }

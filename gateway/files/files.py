@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ClassVar
 
+from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.files.transfers import Source, Transfers
+from gateway.files.watches import Watch, Watches
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
@@ -37,14 +39,17 @@ class Files:
         self._workers = workers
         self._bus = bus
         self._transfers = Transfers(workers, settings)
+        self._watches = Watches(workers, settings)
 
     async def __aenter__(self) -> Files:
         await self._transfers.__aenter__()
+        await self._watches.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._watches.__aexit__(kind, error, trace)
         await self._transfers.__aexit__(kind, error, trace)
 
     async def call(self, tenant: str, method: str, given: dict[str, Any], *, by: str = "") -> bytes:
@@ -79,6 +84,23 @@ class Files:
         file_written(self._bus, tenant, path, by)
         return result
 
-    async def forget(self, tenant: str) -> None:
-        """Let go of a tenant's files: its workspace is another, or is going away."""
+    async def watch(self, tenant: str, paths: list[str], ignore: list[str] | None) -> Watch:
+        """Begin to watch; end it by `unwatch`."""
+        return await self._watches.add(await self._runtime.filesystem(tenant), paths, ignore)
+
+    def unwatch(self, watch: Watch) -> None:
+        self._watches.remove(watch)
+
+    async def forget(self, tenant: str, reason: str) -> None:
+        """Let go of a tenant's files, which are others now or going away. `reason` is told to who watches."""
+        await self._watches.forget(tenant, reason)
         await self._transfers.forget(tenant)
+
+    async def recheck(self, tenant: str) -> None:
+        """Something of the tenant changed: end its watches where its files are in another place now."""
+        try:
+            root = await self._runtime.filesystem(tenant)
+        except GatewayError:
+            await self.forget(tenant, "unavailable")
+        else:
+            await self._watches.recheck(root)

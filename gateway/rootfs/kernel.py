@@ -10,6 +10,8 @@ import ctypes
 import errno
 import os
 import struct
+import sys
+from collections.abc import Iterator
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -20,6 +22,11 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
+# include/uapi/linux/inotify.h
+IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x4, 0x40, 0x80, 0x100, 0x200
+IN_DELETE_SELF, IN_MOVE_SELF, IN_UNMOUNT, IN_Q_OVERFLOW, IN_IGNORED = 0x400, 0x800, 0x2000, 0x4000, 0x8000
+IN_ONLYDIR, IN_EXCL_UNLINK, IN_ISDIR = 0x1000000, 0x4000000, 0x40000000
+
 # A '..' that meets a rename anywhere in the tree answers EAGAIN (openat2(2)); under a hostile rename loop
 # 46 of 251 508 opens did so once and none four times.
 _ATTEMPTS = 128
@@ -28,6 +35,7 @@ O_PATH: int = getattr(os, "O_PATH", 0)
 
 _SYS_OPENAT2 = 437
 _RENAME_NOREPLACE = 1
+_INOTIFY_EVENT = struct.Struct("iIII")  # wd, mask, cookie, length of the name that follows
 
 _libc = ctypes.CDLL(None, use_errno=True)
 syscall = _libc.syscall
@@ -82,6 +90,36 @@ def checked(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
+
+
+def inotify() -> int:
+    """Return a new inotify instance, which does not block. Raises `OSError`, ENOSYS where there is none."""
+    init = getattr(_libc, "inotify_init1", None)
+    if init is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return int(checked(init(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1"))
+
+
+def inotify_add(descriptor: int, mask: int) -> int:
+    """Watch the working directory; return the number of the watch, always the same for one inode.
+
+    The working directory and no path, because it is entered by descriptor: `fchdir` follows nothing.
+    """
+    return int(checked(_libc.inotify_add_watch(descriptor, b".", mask), "inotify_add_watch"))
+
+
+def inotify_remove(descriptor: int, watch: int) -> None:
+    """End a watch. One that ended by itself is none to the kernel, which is fine."""
+    _libc.inotify_rm_watch(descriptor, watch)
+
+
+def inotify_events(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield watch, mask, cookie and name of each event that was read: inotify(7)."""
+    at = 0
+    while at < len(data):
+        watch, mask, cookie, length = _INOTIFY_EVENT.unpack_from(data, at)
+        at += _INOTIFY_EVENT.size + length
+        yield watch, mask, cookie, data[at - length : at].rstrip(b"\0")
 
 
 def rename_new(source_folder: int, source: bytes, target_folder: int, target: bytes) -> None:

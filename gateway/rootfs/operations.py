@@ -24,6 +24,8 @@ class Limits:
     visit_max: int = 300_000
     tool_timeout: float = 10.0
     list_max: int = 10_000
+    watch_folders: int = 8192
+    watch_changes: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,14 +64,22 @@ def serve(
             return
         rested = False
         request = _receive(connection, LENGTH.unpack(head + _rest(connection, 4 - len(head)))[0])
-        answer = _answer(request, workspace, operations)
-        if isinstance(answer, bytes):
-            connection.sendall(answer)
+        reply = answer(request, workspace, operations)
+        if isinstance(reply, bytes):
+            connection.sendall(reply)
             continue
         try:
-            socket.send_fds(connection, [frame(PASSED, answer.reply)], [answer.descriptor])
+            socket.send_fds(connection, [frame(PASSED, reply.reply)], [reply.descriptor])
         finally:
-            os.close(answer.descriptor)
+            os.close(reply.descriptor)
+
+
+def receive_request(connection: socket.socket) -> bytearray | None:
+    """Return the next request, which has begun to come, or None where the gateway closed the socket."""
+    head = connection.recv(4)
+    if not head:
+        return None
+    return _receive(connection, LENGTH.unpack(head + _rest(connection, 4 - len(head)))[0])
 
 
 def _rest(connection: socket.socket, count: int) -> bytes:
@@ -96,7 +104,10 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def _answer(request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]) -> bytes | Passing:
+def answer(
+    request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]
+) -> bytes | Passing:
+    """Run the operation of a request; return the whole frame of its reply, or what is to be passed."""
     try:
         name, arguments = orjson.loads(request)
         done = operations[name](workspace, arguments)

@@ -224,6 +224,8 @@ class Workers:
             settings.visit_max,
             settings.tool_timeout,
             settings.list_max,
+            settings.watch_folders,
+            settings.watch_changes,
         )
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle

@@ -8,6 +8,7 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.files import opening
 from gateway.files import operations as editor
+from gateway.files.watching import LOOPS
 from gateway.rootfs.operations import Operation, Workspace
 from gateway.rootfs.tree import refusal
 from gateway.tools.answer import Answer, ToolFailure
@@ -51,4 +52,4 @@ OPERATIONS: dict[str, Operation] = {
     **opening.OPERATIONS,
 }
 
-__all__ = ["OPERATIONS", "idle"]
+__all__ = ["LOOPS", "OPERATIONS", "idle"]

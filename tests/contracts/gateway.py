@@ -753,6 +753,9 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_EXEC_OUTPUT": str(1 << 20),
     "GATEWAY_UPLOAD_MAX": str(2 << 20),
     "GATEWAY_MAX_TRANSFERS": "4",
+    "GATEWAY_MAX_WATCHES": "3",
+    "GATEWAY_MAX_TENANT_WATCHES": "4",
+    "GATEWAY_WATCH_FOLDERS": "50",
 }
 
 

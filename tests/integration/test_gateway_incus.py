@@ -91,6 +91,9 @@ class TestIncusFiles(FilesContract):
     def tenant(cls, shared_tenant: Container) -> str:
         return shared_tenant.name
 
+    async def as_root(self, gateway: LiveGateway, tenant: str, script: str) -> None:
+        await asyncio.to_thread(environment.incus, "exec", tenant, "--", "sh", "-c", script)
+
 
 async def test_a_stopped_and_a_frozen_tenant_say_so(gateway: LiveGateway, tenant: Container) -> None:
     name = tenant.name

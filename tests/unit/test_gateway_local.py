@@ -66,7 +66,10 @@ class TestLocal(GatewayContract):
 
 
 class TestLocalFiles(FilesContract):
-    pass
+    async def as_root(self, gateway: LiveGateway, tenant: str, script: str) -> None:
+        root = f"{gateway.environment['GATEWAY_STATE_DIR']}/tenants/{tenant}/root"
+        process = await asyncio.create_subprocess_exec("sh", "-c", script.replace("/srv", f"{root}/srv"))
+        assert await process.wait() == 0
 
 
 async def test_a_port_in_use_is_told_with_what_to_change(gateway: LiveGateway, state: Path) -> None:
