@@ -246,11 +246,11 @@ class Connection:
             attachment.close()
         for subscription in self._subscriptions.values():
             subscription.close()
-        self._expecting.close()
-
         for watch in self._watches.values():
             if watch is not None:
                 self._hub.files.unwatch(watch)
+        self._expecting.close()
+
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
@@ -505,10 +505,6 @@ class Connection:
         given = params.model_dump(by_alias=True)
         return _Answer(await self._hub.files.call(self._tenant, method, given, by=token.subject))
 
-    # --- events -------------------------------------------------------------------------------------
-
-    async def _events_subscribe(self, params: protocol.EventsSubscribe) -> _Answer:
-        self._require("events")
     async def _files_watch(self, params: protocol.FilesWatch) -> _Answer:
         self._require("files:read")
         limit = self._hub.settings.max_watches
@@ -543,6 +539,10 @@ class Connection:
         self._hub.files.unwatch(watch)
         return _Answer({})
 
+    # --- events -------------------------------------------------------------------------------------
+
+    async def _events_subscribe(self, params: protocol.EventsSubscribe) -> _Answer:
+        self._require("events")
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
             raise RateLimited("too many subscriptions on this connection")
         only = frozenset({self._tenant})

@@ -136,6 +136,15 @@ class Settings(BaseSettings):
         60.0, gt=0, description="seconds without progress after which an upload or download is ended"
     )
 
+    max_watches: int = Field(16, gt=0, description="file watches of one websocket")
+    max_tenant_watches: int = Field(64, gt=0, description="file watches of one tenant")
+    watch_folders: int = Field(8192, gt=0, description="folders that the watches of one tenant cover")
+    watch_changes: int = Field(1000, gt=0, description="changed paths told at once; more are an overflow")
+    watch_ignore: Annotated[tuple[str, ...], NoDecode] = Field(
+        (".git", "node_modules"),
+        description="names that a watch leaves out unless it says else, comma-separated",
+    )
+
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events
@@ -149,6 +158,13 @@ class Settings(BaseSettings):
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
     shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
 
+    @field_validator("watch_ignore", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
     @field_validator("origins", mode="before")
     @classmethod
     def _split_origins(cls, value: object) -> object:
@@ -159,15 +175,6 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-    max_watches: int = Field(16, gt=0, description="file watches of one websocket")
-    max_tenant_watches: int = Field(64, gt=0, description="file watches of one tenant")
-    watch_folders: int = Field(8192, gt=0, description="folders that the watches of one tenant cover")
-    watch_changes: int = Field(1000, gt=0, description="changed paths told at once; more are an overflow")
-    watch_ignore: Annotated[tuple[str, ...], NoDecode] = Field(
-        (".git", "node_modules"),
-        description="names that a watch leaves out unless it says else, comma-separated",
-    )
-
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
@@ -181,10 +188,3 @@ class Settings(BaseSettings):
 def load() -> Settings:
     """Read the settings. Raises `pydantic.ValidationError`, which names each wrong one."""
     return Settings()
-    @field_validator("watch_ignore", mode="before")
-    @classmethod
-    def _split_names(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
-
