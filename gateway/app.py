@@ -180,7 +180,10 @@ class Gateway:
                     log.warning("what an earlier gateway left could not be looked for: %s", error.message)
             if event.tenant is not None and event.type in _MOVED:
                 await workers.forget(event.tenant)
-                await files.forget(event.tenant)
+                if event.type == "incus.instance-updated":
+                    await files.recheck(event.tenant)  # mostly a mere setting
+                else:
+                    await files.forget(event.tenant, event.type.rpartition(".")[2])
             if event.type in _STARTED:
                 self._started.set()
             self.bus.publish(event.type, event.tenant, event.data)
