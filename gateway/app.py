@@ -51,6 +51,7 @@ from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from gateway.shells import Shells
 from gateway.tools.toolbox import Toolbox
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ class Gateway:
             workers = await stack.enter_async_context(Workers(settings, allowed=runtime.roots))
             self._workers = workers
             execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
-            toolbox = Toolbox(runtime, workers, self.bus, settings)
+            shells = await stack.enter_async_context(Shells(execs, workers, settings))
+            toolbox = await stack.enter_async_context(Toolbox(runtime, workers, shells, self.bus, settings))
             files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
@@ -184,6 +186,8 @@ class Gateway:
                     await files.recheck(event.tenant)  # mostly a mere setting
                 else:
                     await files.forget(event.tenant, event.type.rpartition(".")[2])
+            if event.tenant is not None and event.type == "tenant.destroyed":
+                self.hub.toolbox.forget(event.tenant)
             if event.type in _STARTED:
                 self._started.set()
             self.bus.publish(event.type, event.tenant, event.data)

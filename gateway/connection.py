@@ -159,6 +159,8 @@ class Connection:
             self._hub.connections.discard(self)
             await self._end([reading, *self._tasks])
             await self._say_goodbye(code, reason)
+            if self._session is not None:
+                await self._hub.toolbox.leave(self._session)
             log.info(
                 "websocket of %s ended: %d, %d ms", self._tenant, code, (time.monotonic() - began) * 1000
             )
@@ -326,7 +328,9 @@ class Connection:
             raise NotFound(f"no tenant {self._tenant}")
         await hub.runtime.get(self._tenant)
         self._token = token
-        self._session = hub.toolbox.session(self._tenant, params.session, params.read_before_write)
+        self._session = hub.toolbox.session(
+            self._tenant, params.session, params.read_before_write, lasting=True
+        )
         if token.allows("exec"):
             self._expecting.enter_context(hub.runtime.expect(self._tenant))
         self._wire.initialized = True

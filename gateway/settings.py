@@ -128,6 +128,29 @@ class Settings(BaseSettings):
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
     max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")
 
+    # Bash
+    bash_timeout: float = Field(
+        120.0, gt=0, description="seconds of a Bash call that names none; then it goes to the background"
+    )
+    bash_timeout_max: float = Field(600.0, gt=0, description="seconds that a Bash call may ask for")
+    bash_background_timeout: float = Field(
+        1800.0, gt=0, description="seconds after which a background command without a timeout is ended"
+    )
+    bash_background_timeout_max: float = Field(
+        7200.0, gt=0, description="seconds that a background command may ask for"
+    )
+    bash_output_max: int = Field(
+        8 * MiB, gt=0, description="bytes of one command's output file; write_max holds too"
+    )
+    bash_outputs_max: int = Field(
+        128 * MiB, gt=0, description="bytes of all output files of a workspace; the oldest are removed"
+    )
+    bash_outputs_age: float = Field(
+        604_800.0, gt=0, description="seconds after which an output file is removed"
+    )
+    max_shells: int = Field(16, gt=0, description="background commands of one tool session")
+    shells_kept: int = Field(32, gt=0, description="background commands kept of one session, ended ones too")
+
     # the editor's calls
     list_max: int = Field(10_000, gt=0, description="entries of one files/list")
     upload_max: int = Field(4096 * MiB, gt=0, description="bytes of one file that is uploaded by PUT")

@@ -11,6 +11,7 @@ from gateway.files import operations as editor
 from gateway.files.watching import LOOPS
 from gateway.rootfs.operations import Operation, Workspace
 from gateway.rootfs.tree import refusal
+from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
@@ -50,6 +51,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
     **editor.OPERATIONS,
     **opening.OPERATIONS,
+    **outputs.OPERATIONS,
 }
 
 __all__ = ["LOOPS", "OPERATIONS", "idle"]

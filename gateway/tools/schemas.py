@@ -89,6 +89,34 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
     ),
 }
 
+SHELL_TOOLS: dict[str, dict[str, Any]] = {
+    "Bash": _object(
+        ("command",),
+        command=_said(_STRING, "The command line, for bash"),
+        timeout=_said(
+            {"default": 120_000, **_NUMBER},
+            "Milliseconds, at most 600000; then the command goes on in the background",
+        ),
+        description=_said(_STRING, "What the command does, in a few words"),
+        run_in_background=_said(
+            _FLAG, "Answer at once and let the command run; see BashOutput and KillShell"
+        ),
+        dangerouslyDisableSandbox=_said(
+            _FLAG, "Taken and without effect: every command runs in the container"
+        ),
+    ),
+    "BashOutput": _object(
+        ("bash_id",),
+        bash_id=_said(_STRING, "The ID that Bash gave to the background command"),
+        filter=_said(_STRING, "A regular expression (RE2 syntax, case ignored): only lines that match"),
+    ),
+    "KillShell": _object(
+        ("shell_id",), shell_id=_said(_STRING, "The ID that Bash gave to the background command")
+    ),
+}
+
+TOOLS: dict[str, dict[str, Any]] = FILE_TOOLS | SHELL_TOOLS
+
 DESCRIPTIONS: dict[str, str] = {
     "Read": (
         "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB "
@@ -111,6 +139,16 @@ DESCRIPTIONS: dict[str, str] = {
         "Search in files by a regular expression. Inside a git repository its ignore rules hold. "
         "files_with_matches lists the newest file first."
     ),
+    "Bash": (
+        "Run a command line by bash as the workspace's user. The working directory carries over to the next "
+        "call where the command succeeded and stayed in the workspace; variables do not. Standard input is "
+        "empty. Of long output a part is shown, and the file that has all of it."
+    ),
+    "BashOutput": (
+        "Return what a background command has printed since the last call, and whether it still runs. With a "
+        "filter, lines that do not match are dropped for good."
+    ),
+    "KillShell": "End a background command with everything that it has started.",
 }
 
 
@@ -118,7 +156,7 @@ def descriptions() -> list[dict[str, Any]]:
     """Return the tools as `tools/list` shows them."""
     return [
         {"name": name, "description": DESCRIPTIONS[name], "inputSchema": schema}
-        for name, schema in FILE_TOOLS.items()
+        for name, schema in TOOLS.items()
     ]
 
 
@@ -127,7 +165,7 @@ def checked(tool: str, arguments: object) -> dict[str, Any]:
 
     Raises `ToolFailure` with all that is wrong with it.
     """
-    schema = FILE_TOOLS[tool]
+    schema = TOOLS[tool]
     properties: dict[str, Any] = schema["properties"]
     found: dict[str, Any] = {}
     if not isinstance(arguments, dict):

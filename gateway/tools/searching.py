@@ -19,6 +19,7 @@ import re2
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
 from gateway.rootfs.tree import Tree, Walk
+from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
 from gateway.tools.patterns import TYPES, GlobError, Globs, Named, Sought
@@ -57,7 +58,7 @@ def glob(call: Call) -> Answer:
         path, pattern = _split_absolute(pattern)
     start = _start(call, path)
     try:
-        named = Named(Globs([pattern]), _literal_folder(pattern))
+        named = Named(Globs([pattern, *_hidden(start, pattern)]), _literal_folder(pattern))
     except GlobError as error:
         raise _rejected(str(error)) from None
     walk = Walk(call.tree, start, named, maximum=call.limits.visit_max, deadline=call.deadline, ordered=False)
@@ -135,7 +136,7 @@ def grep(call: Call) -> Answer:
     path: str = given.get("path") or "."
     start = _start(call, path)
     regex = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
-    globs, types = _filters(given)
+    globs, types = _filters(given, start)
     search = _Search(call, start, regex)
     try:
         status, file = _kind(call.tree, start)
@@ -178,7 +179,12 @@ def _kind(tree: Tree, path: str) -> tuple[os.stat_result, bool]:
     return status, status.st_mode & 0o170000 == 0o100000
 
 
-def _filters(given: dict[str, Any]) -> tuple[Globs, Globs | None]:
+def _hidden(start: str, pattern: str = "") -> list[str]:
+    """Return the glob that leaves out the gateway's own folder, unless a search names it."""
+    return [] if start or pattern.startswith(outputs.HOME) else [f"!/{outputs.HOME}"]
+
+
+def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
     patterns = [f"!{name}" for name in _CONTROL]
     for word in str(given.get("glob", "")).split():
         # A comma separates two globs, unless it stands in braces.
@@ -190,7 +196,7 @@ def _filters(given: dict[str, Any]) -> tuple[Globs, Globs | None]:
             raise _rejected(f"unrecognized file type: {kind[:100]}")
         types = Globs(TYPES[kind].split())
     try:
-        return Globs(patterns), types
+        return Globs(patterns + _hidden(start)), types
     except GlobError as error:
         raise _rejected(str(error)) from None
 

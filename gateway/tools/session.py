@@ -1,9 +1,10 @@
-"""Knows a tool session: its working directory and which files it has seen in which state."""
+"""Knows a tool session: how long it lives, its working directory, which files it has seen in which state."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from typing import Literal
 
 from gateway.tools.answer import Seen
 
@@ -14,11 +15,18 @@ class ToolSession:
     `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` a file that is
     there must have been read before it is changed. At most `maximum` files are remembered: the one that was
     used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
+    `life` says what the session ends with: this one call, its connection, or, where it has a name, disuse.
     """
 
     def __init__(
-        self, *, read_before_write: bool = False, cwd: str | None = None, maximum: int = 2000
+        self,
+        *,
+        life: Literal["call", "connection", "named"] = "call",
+        read_before_write: bool = False,
+        cwd: str | None = None,
+        maximum: int = 2000,
     ) -> None:
+        self.life = life
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Literal, Protocol
 
 import orjson
 
 from gateway.errors import Cancelled, Conflict, GatewayError, InvalidParams, NotFound, RateLimited
 from gateway.events import Bus
 from gateway.files.files import file_written
+from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.tools.files import FileTools, ToolResult
-from gateway.tools.schemas import descriptions
+from gateway.tools.schemas import SHELL_TOOLS, descriptions
 from gateway.tools.session import ToolSession
 
 __all__ = ["ToolResult", "ToolSession", "Toolbox"]
@@ -34,9 +37,15 @@ _SCOPES: Final[Mapping[str, str]] = {
     "Grep": "files:read",
     "Write": "files:write",
     "Edit": "files:write",
+    "Bash": "exec",
+    "BashOutput": "exec",
+    "KillShell": "exec",
 }
 # what of a call's input is told to those who watch; never contents
-_TOLD: Final = ("file_path", "path", "pattern", "glob", "type", "output_mode")
+_TOLD: Final = (
+    *("file_path", "path", "pattern", "glob", "type", "output_mode"),
+    *("command", "description", "bash_id", "shell_id", "filter"),
+)
 _WRITES: Final = frozenset({"Write", "Edit"})
 
 
@@ -48,16 +57,54 @@ class _Receipt:
     result: asyncio.Future[ToolResult]
 
 
-class Toolbox:
-    """The tools of every tenant, their sessions and their receipts. Used from the event loop only."""
+class ShellTools(Protocol):
+    """What runs Bash, BashOutput and KillShell; `gateway.shells` does."""
 
-    def __init__(self, runtime: TenantRuntime, workers: Workers, bus: Bus, settings: Settings) -> None:
+    async def call(
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        name: str,
+        arguments: object,
+        *,
+        exec_id: str,
+        by: str,
+    ) -> ToolResult: ...
+
+    async def end(self, session: ToolSession) -> None:
+        """End what a session left running; return when nothing of it is left."""
+        ...
+
+
+class Toolbox:
+    """The tools of every tenant, their sessions and their receipts. Used from the event loop only.
+
+    Use as an async context manager: sessions that are not used any more end while it is open.
+    """
+
+    def __init__(
+        self, runtime: TenantRuntime, workers: Workers, shells: ShellTools, bus: Bus, settings: Settings
+    ) -> None:
         self._runtime = runtime
+        self._shells = shells
         self._files = FileTools(workers, settings)
         self._bus = bus
         self._settings = settings
         self._sessions: OrderedDict[tuple[str, str], ToolSession] = OrderedDict()
         self._receipts: OrderedDict[tuple[str, str], _Receipt] = OrderedDict()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Toolbox:
+        self._sweep()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
 
     def descriptions(self) -> list[dict[str, Any]]:
         """Return the tools as `tools/list` shows them."""
@@ -71,30 +118,56 @@ class Toolbox:
             known = ", ".join(_SCOPES)
             raise NotFound(f"no tool {tool[:100]}; there are {known}") from None
 
-    def session(self, tenant: str, name: str | None, read_before_write: bool) -> ToolSession:
+    def session(
+        self, tenant: str, name: str | None, read_before_write: bool, *, lasting: bool = False
+    ) -> ToolSession:
         """Return the tenant's session of that name, or one of its own for a caller without a name.
 
-        Raises `RateLimited` where the gateway holds as many as it may.
+        Such a one is for a single call, or, where it is `lasting`, until its owner calls `leave`. Raises
+        `RateLimited` where the gateway holds as many as it may.
         """
         if name is None:
-            return ToolSession(read_before_write=read_before_write)
+            life: Literal["call", "connection"] = "connection" if lasting else "call"
+            return ToolSession(life=life, read_before_write=read_before_write)
         if not 0 < len(name) <= 128:
             raise InvalidParams("a session's name has 1 to 128 characters")
         now, key = time.monotonic(), (tenant, name)
         found = self._sessions.get(key)
         if found is None or found.last_used < now - self._settings.session_idle:
-            while self._sessions:  # the one used longest ago is in front
-                oldest = next(iter(self._sessions))
-                if self._sessions[oldest].last_used >= now - self._settings.session_idle:
-                    break
-                del self._sessions[oldest]
+            self._expire(now)
             if len(self._sessions) >= self._settings.max_sessions:
                 raise RateLimited("too many tool sessions", limit=self._settings.max_sessions)
-            found = self._sessions[key] = ToolSession()
+            found = self._sessions[key] = ToolSession(life="named")
         self._sessions.move_to_end(key)
         found.read_before_write = read_before_write
         found.last_used = now
         return found
+
+    async def leave(self, session: ToolSession) -> None:
+        """End a session with its connection; one with a name stays for others, until nobody uses it."""
+        if session.life != "named":
+            await self._shells.end(session)
+
+    def forget(self, tenant: str) -> None:
+        """End the sessions of a tenant that is destroyed: another of its name starts anew."""
+        for key in [key for key in self._sessions if key[0] == tenant]:
+            self._end(key)
+
+    def _sweep(self) -> None:
+        self._expire(time.monotonic())
+        pause = min(self._settings.session_idle / 4, 30.0)
+        self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
+
+    def _expire(self, now: float) -> None:
+        """End the named sessions that nobody has used for long."""
+        limit = now - self._settings.session_idle
+        for key in [key for key, session in self._sessions.items() if session.last_used < limit]:
+            self._end(key)
+
+    def _end(self, key: tuple[str, str]) -> None:
+        task = asyncio.create_task(self._shells.end(self._sessions.pop(key)))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def call(
         self,
@@ -140,11 +213,18 @@ class Toolbox:
     ) -> ToolResult:
         began = time.perf_counter()
         told = {key: str(arguments[key])[:200] for key in _TOLD if isinstance(arguments.get(key), str)}
-        self._bus.publish("tool.started", tenant, {"name": name, "input": told, "by": by})
+        started: dict[str, Any] = {"name": name, "input": told, "by": by}
+        exec_id = f"x-{secrets.token_hex(8)}"
+        if name == "Bash":
+            started["exec"] = exec_id
+        self._bus.publish("tool.started", tenant, started)
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
             root = await self._runtime.filesystem(tenant)
-            result = await self._files.call(root, session, name, arguments)
+            if name in SHELL_TOOLS:
+                result = await self._shells.call(root, session, name, arguments, exec_id=exec_id, by=by)
+            else:
+                result = await self._files.call(root, session, name, arguments)
             outcome = {"isError": result.is_error, "code": result.code}
         except GatewayError as error:
             outcome["code"] = error.code

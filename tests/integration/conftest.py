@@ -6,6 +6,7 @@ Nothing here skips: where Incus is absent, the tests fail and say why.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -137,6 +138,19 @@ async def _destroy(made: list[Container]) -> None:
         done = await asyncio.to_thread(environment.incus, "delete", "--force", container.name, check=False)
         # A test may have destroyed it itself.
         assert done.returncode == 0 or b"not found" in done.stderr.lower(), done.stderr
+
+
+@contextlib.asynccontextmanager
+async def make_containers(prefix: str, settings: Settings, number: int) -> AsyncIterator[list[Container]]:
+    """Give some running tenants, made at the same time; for what one alone would take too long to do."""
+    made: list[Container] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(number):
+                group.create_task(_make(made, prefix, settings, start=True, ready=False))
+        yield made
+    finally:
+        await _destroy(made)
 
 
 @pytest.fixture

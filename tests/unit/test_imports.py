@@ -16,6 +16,7 @@ LEVELS = (
     {"runtime"},
     {"files"},
     {"execs", "tools"},
+    {"shells"},
     {"deployments", "caddy", "host"},
     {"connection", "mcp", "metrics"},
     {"app"},

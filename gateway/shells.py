@@ -1,0 +1,469 @@
+"""Runs the tools Bash, BashOutput and KillShell: which command of a session runs where, and how it ends.
+
+Semantics and texts are `gateway.tools.shell`'s, commands are `gateway.execs`', output files are written by
+the tenant's worker. A command in the foreground belongs to its call: whatever ends the call early ends the
+whole tree. One in the background belongs to its session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import codecs
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+from weakref import WeakKeyDictionary
+
+import orjson
+
+from gateway.errors import ExecFailed, GatewayError, InvalidParams, TooLarge, Unavailable
+from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
+from gateway.execs.tail import Tail
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.workers import Workers
+from gateway.runtime import ExecSpec, StreamName
+from gateway.settings import Settings
+from gateway.tools import outputs, shell
+from gateway.tools.answer import Answer, ToolFailure
+from gateway.tools.call import failure
+from gateway.tools.files import ToolResult
+from gateway.tools.schemas import checked
+from gateway.tools.session import ToolSession
+
+log = logging.getLogger(__name__)
+
+_UNREAD: Final = 4 * shell.RESULT_MAX  # bytes of each stream kept for the next BashOutput
+
+
+class _File:
+    """One output file of a workspace, written through the tenant's worker, up to `limit` bytes.
+
+    `path` is None until it exists, and again where it could not be written: then nothing more is.
+    """
+
+    def __init__(self, workers: Workers, root: FilesystemRoot, name: str, settings: Settings) -> None:
+        self.path: str | None = None
+        self.broken = False
+        self._workers = workers
+        self._root = root
+        self._name = name
+        self._settings = settings
+        self._room = min(settings.bash_output_max, settings.write_max)
+
+    async def create(self, data: bytes) -> None:
+        await self._ask("create", data, age=int(self._settings.bash_outputs_age), room=self._others)
+        if not self.broken:
+            self.path = outputs.path_of(self._name, self._root.workspace)
+
+    async def append(self, data: bytes) -> None:
+        if self._room > 0 and not self.broken:
+            await self._ask("append", data)
+
+    async def remove(self) -> None:
+        if self.path is not None:
+            self.path = None
+            with contextlib.suppress(GatewayError):
+                await self._workers.call(self._root, "output/remove", {"name": self._name})
+
+    @property
+    def _others(self) -> int:
+        return max(0, self._settings.bash_outputs_max - self._room)
+
+    async def _ask(self, what: str, data: bytes, **facts: Any) -> None:
+        data = data[: self._room]
+        self._room -= len(data)
+        given = {"name": self._name, "data": base64.b64encode(data).decode(), **facts}
+        try:
+            await self._workers.call(self._root, f"output/{what}", given)
+        except GatewayError as error:
+            # a full disk, or a tenant that took the folder away: the command itself must not suffer
+            log.info("output file of %s not written: %s", self._root.tenant, error.message)
+            self.path, self.broken = None, True
+
+
+class _Unread:
+    """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much."""
+
+    def __init__(self) -> None:
+        self._tail = Tail(_UNREAD)
+        self._offset = 0
+
+    def add(self, data: bytes) -> None:
+        self._tail.append(data)
+
+    def look(self, *, final: bool, lines: bool) -> tuple[str, int, int]:
+        """Return what is there as text, the offset after it, and the bytes lost before it.
+
+        Unless `final`, half a character, and with `lines` half a line, stays for the next time.
+        """
+        start = max(self._offset, self._tail.start)
+        data = b"".join(self._tail.read(start, self._tail.end - start + 1))
+        if lines and not final:
+            data = data[: data.rfind(b"\n") + 1]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data, final)
+        return text, start + len(data) - len(decoder.getstate()[0]), start - self._offset
+
+    def taken(self, offset: int) -> None:
+        self._offset = offset
+
+
+class Shell:
+    """One command of Bash, in front or in the background, and what it has printed."""
+
+    def __init__(self, shell_id: str, command: str, exec_: Exec, file: _File) -> None:
+        self.id = shell_id
+        self.command = command
+        self.exec = exec_
+        self.file = file
+        self.unread: dict[StreamName, _Unread] = {name: _Unread() for name in exec_.streams}
+        self.timer: asyncio.TimerHandle | None = None
+        self._size = 0
+        self._characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._writing = asyncio.Lock()
+        self.task = asyncio.create_task(self._carry(exec_.attach()), name=f"shell {exec_.id}")
+
+    async def _carry(self, attachment: Attachment) -> Ended:
+        """Take all output over, then return how the command ended."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, cursor in attachment.cursors.items():
+                    group.create_task(self._take(self.unread[name], cursor))
+            return await asyncio.shield(self.exec.ended)
+        finally:
+            attachment.close()
+            if self.timer is not None:
+                self.timer.cancel()
+
+    async def _take(self, unread: _Unread, cursor: Cursor) -> None:
+        while parts := await cursor.next():
+            data = b"".join(parts)
+            async with self._writing:
+                self._size += len(data)
+                self._characters += len(self._decoder.decode(data))
+                beyond = data[shell.KEPT - len(self._head) :]
+                self._head += data[: len(data) - len(beyond)]
+                self._tail = (self._tail + data)[-shell.KEPT :]
+                unread.add(data)
+                if self.file.path is not None:
+                    await self.file.append(data)
+                elif beyond and not self.file.broken:  # from here on not all of it is in memory
+                    await self.file.create(bytes(self._head) + beyond)
+            cursor.taken(parts)
+
+    async def save(self) -> None:
+        """Have the output in a file from now on; nothing where it is already, or could not be."""
+        async with self._writing:
+            if self.file.path is None and not self.file.broken:
+                await self.file.create(bytes(self._head))
+
+    def printed(self) -> shell.Printed:
+        return shell.Printed(
+            self._size,
+            self._characters,
+            self._head.decode("utf-8", "replace"),
+            self._tail.decode("utf-8", "replace"),
+            self._size == len(self._head),
+            self.file.path,
+        )
+
+    @property
+    def status(self) -> Literal["running", "completed", "failed", "killed"]:
+        ended = self.ended
+        if ended is None:
+            return "running"
+        if ended.reason in ("cancelled", "timeout"):
+            return "killed"
+        return "completed" if ended.code == 0 else "failed"
+
+    @property
+    def ended(self) -> Ended | None:
+        """How the command ended, once its output was taken over; None while it runs."""
+        return self.exec.ended.result() if self.task.done() and self.exec.ended.done() else None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `structuredContent` tells of every command."""
+        ended = self.ended
+        facts: dict[str, Any] = {"exec": self.exec.id, "status": self.status}
+        if ended is not None:
+            facts |= {"exitCode": ended.code, "signal": ended.signal, "reason": ended.reason}
+            facts["durationMs"] = ended.duration_ms
+        return facts
+
+
+class Shells:
+    """The commands of all tool sessions. Use as an async context manager: leaving it ends every one."""
+
+    def __init__(self, execs: Execs, workers: Workers, settings: Settings) -> None:
+        self._execs = execs
+        self._workers = workers
+        self._settings = settings
+        self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
+        self._all: set[asyncio.Task[Ended]] = set()
+
+    async def __aenter__(self) -> Shells:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for session in list(self._of):
+            await self.end(session)
+        for task in self._all:
+            task.cancel()
+        await asyncio.gather(*self._all, return_exceptions=True)
+
+    async def call(
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        name: str,
+        arguments: object,
+        *,
+        exec_id: str,
+        by: str,
+    ) -> ToolResult:
+        """Run one of the three tools; what the tool itself refuses is a result.
+
+        A Bash runs under `exec_id`. Raises what `Execs.start` raises where the tenant cannot run anything,
+        and `Unavailable` where a command's exit was lost.
+        """
+        session.last_used = time.monotonic()
+        try:
+            given = checked(name, arguments)
+            match name:
+                case "Bash":
+                    answer = await self._bash(root, session, given, exec_id, by)
+                case "BashOutput":
+                    answer = await self._output(root, session, given)
+                case _:
+                    answer = await self._kill(session, given)
+        except ToolFailure as error:
+            answer = error.answer()
+        session.last_used = time.monotonic()
+        return ToolResult.of(answer)
+
+    async def end(self, session: ToolSession) -> None:
+        """End every command of a session and forget them; return when nothing is left of their trees."""
+        shells = list(self._of.pop(session, {}).values())
+        await asyncio.gather(*(self._end(one) for one in shells if not one.task.done()))
+
+    async def _end(self, one: Shell) -> None:
+        """End a command's tree and wait until its output is taken over."""
+        try:
+            await self._execs.cancel(one.exec)
+        except (GatewayError, TimeoutError) as error:
+            log.warning("shell %s of %s could not be ended: %s", one.id, one.exec.tenant, error)
+        await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
+
+    # --- Bash -----------------------------------------------------------------------------------------
+
+    async def _bash(
+        self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any], exec_id: str, by: str
+    ) -> Answer:
+        command: str = given["command"]
+        background = bool(given.get("run_in_background"))
+        if background:
+            self._make_room(session)
+        notes: tuple[str, ...] = ()
+        try:
+            started = await self._start(root, session.cwd, command, background, exec_id, by)
+        except ExecFailed as error:
+            if error.facts.get("reason") != "cwd" or session.cwd is None:
+                raise failure("Bash", error) from None
+            # the folder in which the session stood is gone
+            session.cwd, notes = None, (_reset(root),)
+            started = await self._start(root, None, command, background, f"{exec_id}-1", by)
+        seconds = self._seconds(given.get("timeout"), background)
+        try:
+            if background:
+                await self._to_background(session, started, seconds)
+                return shell.begun(started.id, started.file.path, self._facts(root, session, started))
+            return await self._foreground(root, session, started, seconds, notes)
+        except BaseException:
+            await asyncio.shield(self._abandon(session, started))
+            raise
+
+    async def _start(
+        self,
+        root: FilesystemRoot,
+        cwd: str | None,
+        command: str,
+        background: bool,
+        exec_id: str,
+        by: str,
+    ) -> Shell:
+        shown = ("bash", "-c", command)
+        if background:
+            spec = ExecSpec(("/bin/bash", "-c", command), cwd=cwd, shown=shown)
+        else:
+            argv = ("/bin/bash", "-c", shell.SCRIPT, "bash", command)
+            spec = ExecSpec(argv, cwd=cwd, merged=True, shown=shown)
+        try:
+            exec_ = await self._execs.start(root.tenant, spec, exec_id=exec_id, by=by)
+        except (TooLarge, InvalidParams) as error:
+            raise failure("Bash", error) from None
+        shell_id = f"bash_{secrets.token_hex(4)}"
+        started = Shell(
+            shell_id, command, exec_, _File(self._workers, root, f"{shell_id}.txt", self._settings)
+        )
+        self._all.add(started.task)
+        started.task.add_done_callback(self._all.discard)
+        return started
+
+    def _seconds(self, timeout: int | None, background: bool) -> float:
+        """Return the seconds that a command may take; 0 and less are the default, too much the maximum."""
+        settings = self._settings
+        default = settings.bash_background_timeout if background else settings.bash_timeout
+        most = settings.bash_background_timeout_max if background else settings.bash_timeout_max
+        return min(most, default if timeout is None or timeout <= 0 else timeout / 1000)
+
+    async def _foreground(
+        self,
+        root: FilesystemRoot,
+        session: ToolSession,
+        started: Shell,
+        seconds: float,
+        notes: tuple[str, ...],
+    ) -> Answer:
+        done, _ = await asyncio.wait([started.task], timeout=seconds)
+        if done:
+            return await self._finished(root, session, started, notes)
+        try:
+            self._make_room(session)
+        except ToolFailure:
+            await self._execs.cancel(started.exec)
+            await started.task
+            return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
+        limit = self._settings.bash_background_timeout
+        await self._to_background(session, started, limit)
+        # BashOutput gives this again, so that it has all of it
+        text, _, _ = started.unread["stdout"].look(final=False, lines=False)
+        return shell.moved(text, started.id, started.file.path, seconds, self._facts(root, session, started))
+
+    async def _finished(
+        self, root: FilesystemRoot, session: ToolSession, started: Shell, notes: tuple[str, ...]
+    ) -> Answer:
+        ended = await started.task
+        if ended.code is None:
+            raise Unavailable(
+                "the command's exit was lost: the tenant or Incus went away", exec=started.exec.id
+            )
+        if ended.code == 0 and (reported := started.exec.process.report):
+            notes += self._moved_to(root, session, reported)
+        if shell.needs_file(started.printed()):
+            await started.save()
+        facts = self._facts(root, session, started)
+        return shell.finished(started.command, started.printed(), ended.code, notes, facts)
+
+    def _moved_to(self, root: FilesystemRoot, session: ToolSession, reported: bytes) -> tuple[str, ...]:
+        """Take over the folder in which a command ended; return what is to be said of it."""
+        try:
+            path = _inside(root, reported.decode().removesuffix("\n"))
+        except UnicodeDecodeError:
+            path = "/"
+        if path == root.workspace or path.startswith(root.workspace.rstrip("/") + "/"):
+            session.cwd = None if path == root.workspace else path
+            return ()
+        session.cwd = None
+        return (_reset(root),)
+
+    def _facts(self, root: FilesystemRoot, session: ToolSession, started: Shell) -> dict[str, Any]:
+        facts = {**started.facts(), "cwd": session.cwd or root.workspace}
+        if started.id in self._of.get(session, {}):
+            facts["shellId"] = started.id
+        return facts
+
+    async def _abandon(self, session: ToolSession, started: Shell) -> None:
+        """Leave nothing of a command whose call ended early: no process, no file."""
+        self._of.get(session, {}).pop(started.id, None)
+        await self._end(started)
+        await started.file.remove()
+
+    # --- in the background ------------------------------------------------------------------------------
+
+    def _make_room(self, session: ToolSession) -> None:
+        """Raise `ToolFailure` where the session may have no further shell; forget old ended ones."""
+        if session.life == "call":
+            raise ToolFailure(
+                "conflict",
+                "Commands in the background need a tool session that lasts longer than this call: "
+                "name one by X-Tool-Session, or use a websocket.",
+            )
+        shells = self._of.setdefault(session, {})
+        running = sum(one.status == "running" for one in shells.values())
+        if running >= self._settings.max_shells:
+            raise ToolFailure(
+                "rate_limited",
+                f"{running} commands run in the background, the most that may; end one by KillShell first.",
+                limit=self._settings.max_shells,
+            )
+        for one in [one for one in shells.values() if one.status != "running"]:
+            if len(shells) < self._settings.shells_kept:
+                break
+            del shells[one.id]
+
+    async def _to_background(self, session: ToolSession, started: Shell, seconds: float) -> None:
+        """Give a running command to its session; it is ended after `seconds` more."""
+        self._of.setdefault(session, {})[started.id] = started
+        loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace
+        started.timer = loop.call_later(seconds, started.exec.end, "timeout", grace)
+        await started.save()
+
+    async def _shell(self, session: ToolSession, shell_id: str) -> Shell:
+        """Return a shell of the session; of one whose command has ended, all output is taken over."""
+        one = self._of.get(session, {}).get(shell_id)
+        if one is None:
+            raise shell.unknown(shell_id)
+        if one.exec.ended.done():
+            await asyncio.wait([one.task])
+        return one
+
+    async def _output(self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any]) -> Answer:
+        one = await self._shell(session, given["bash_id"])
+        ended, status, facts = one.ended, one.status, one.facts()  # of one moment: below is waited
+        pattern = given.get("filter")
+        looks = {
+            name: unread.look(final=ended is not None, lines=pattern is not None)
+            for name, unread in one.unread.items()
+        }
+        texts: dict[str, str] = {name: look[0] for name, look in looks.items()}
+        if pattern is not None:
+            asked = {"filter": pattern, "streams": texts}
+            answer = orjson.loads(await self._workers.call(root, "output/filter", asked, search=True))
+            if "error" in answer:
+                words = f'Invalid regex pattern "{pattern[:200]}": {answer["error"]}'
+                raise ToolFailure("invalid_params", words)
+            texts = answer["streams"]
+        for name, (_, offset, _) in looks.items():
+            one.unread[name].taken(offset)
+        facts |= {"shellId": one.id, "lost": {name: look[2] for name, look in looks.items()}}
+        if one.file.path is not None:
+            facts["outputFile"] = one.file.path
+        code = None if ended is None or status == "killed" else ended.code
+        return shell.report(status, code, texts, facts)
+
+    async def _kill(self, session: ToolSession, given: Mapping[str, Any]) -> Answer:
+        one = await self._shell(session, given["shell_id"])
+        if one.status != "running":
+            raise shell.not_running(one.id, one.status)
+        killed = await self._execs.cancel(one.exec)
+        await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
+        facts = {**one.facts(), "shellId": one.id, "killed": killed.killed, "escalated": killed.escalated}
+        return shell.killed(one.id, one.command, {**facts, "survivors": killed.survivors})
+
+
+def _reset(root: FilesystemRoot) -> str:
+    return f"Shell cwd was reset to {root.workspace}"
+
+
+def _inside(root: FilesystemRoot, path: str) -> str:
+    """Return a folder that a command reported as the tenant sees it: `local` ones see the host's paths."""
+    host = os.path.realpath(root.path)
+    return path[len(host) :] or "/" if f"{path}/".startswith(f"{host}/") else path

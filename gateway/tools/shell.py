@@ -1,0 +1,218 @@
+"""Knows Claude Code's Bash, BashOutput and KillShell as far as that is plain words: texts, exit codes, cuts.
+
+Texts and quirks of Bash are those of version 2.1.331, those of the two others of 2.0.50, the last that had
+them. What runs the commands is `gateway.shells`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from gateway.tools.answer import Answer, ToolFailure
+
+RESULT_MAX: Final = 30_000  # characters of a result; of more only a preview is shown
+ERROR_MAX: Final = 10_000  # characters of a failed command's result, half from each end
+PREVIEW: Final = 2_000  # characters
+# bytes of which the beginning and the end are kept in memory; both cuts above fit, at 4 bytes a character
+KEPT: Final = 4 * RESULT_MAX
+SILENT: Final = "(Bash completed with no output)"
+
+# The command is evaluated without descriptor 3, so nothing that it starts can hold it open or write to it.
+# Where it succeeds, the shell reports where it stands; one that ends by `exit` or `exec` says nothing.
+SCRIPT: Final = (
+    'eval "$1" 3>&- </dev/null; __gateway_status=$?; '
+    "[ $__gateway_status -ne 0 ] || builtin pwd -P >&3 2>/dev/null; builtin exit $__gateway_status"
+)
+
+# Programs whose exit code 1 is an answer and no failure, and what it says.
+_ANSWERS: Final[Mapping[str, str]] = {
+    "grep": "No matches found",
+    "egrep": "No matches found",
+    "fgrep": "No matches found",
+    "rg": "No matches found",
+    "find": "Some directories were inaccessible",
+    "diff": "Files differ",
+    "cmp": "Files differ",
+    "test": "Condition is false",
+    "[": "Condition is false",
+}
+_TERMINATED: Final = 128 + 15
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """What a command printed. `whole` says that `head` is all of it; `file` is where all of it lies.
+
+    `size` is in bytes, `characters` the same in characters. `head` and `tail` are its two ends.
+    """
+
+    size: int
+    characters: int
+    head: str
+    tail: str
+    whole: bool
+    file: str | None = None
+
+
+def trimmed(text: str) -> str:
+    """Return a command's output without the blank lines in front and the white space at its end."""
+    return re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
+
+
+def needs_file(printed: Printed) -> bool:
+    """Say whether a result shows less than all of the output, so that it must be readable elsewhere."""
+    return not printed.whole or len(trimmed(printed.head)) > RESULT_MAX
+
+
+def finished(
+    command: str, printed: Printed, code: int, notes: tuple[str, ...], facts: Mapping[str, Any]
+) -> Answer:
+    """Return the result of a command that has ended by itself. `notes` are lines after its output."""
+    meaning = interpretation(command, code)
+    structured: dict[str, Any] = {**facts, "size": printed.size, "truncated": False}
+    if printed.file is not None:
+        structured["outputFile"] = printed.file
+    if meaning is not None:
+        structured["interpretation"] = meaning
+    if code == 0 or meaning is not None:
+        output = trimmed(printed.head)
+        if needs_file(printed):
+            output = _persisted(output, printed)
+            structured["truncated"] = True
+        words = "\n".join(part for part in (output, *notes) if part) or SILENT
+        return Answer([{"type": "text", "text": words}], structured)
+    lines = [f"Exit code {code}"]
+    if code == _TERMINATED and not trimmed(printed.tail).endswith("Terminated"):
+        notes = ("Terminated", *notes)
+    head = "\n".join([*lines, trimmed(printed.head)]) if printed.size else lines[0]
+    tail = "\n".join(part for part in (printed.tail.rstrip(), *notes) if part)
+    total = len(head) + sum(len(note) + 1 for note in notes)
+    if not printed.whole:
+        total += printed.characters - len(printed.head)
+    if printed.whole and total <= ERROR_MAX:
+        words = "\n".join(part for part in (head.rstrip(), *notes) if part)
+    else:
+        half = ERROR_MAX // 2
+        cut = total - 2 * half
+        words = f"{head[:half]}\n\n... [{cut} characters truncated] ...\n\n{tail[-half:].lstrip(chr(10))}"
+        structured["truncated"] = True
+    structured["code"] = "exec_failed"
+    return Answer([{"type": "text", "text": words}], structured, True, "exec_failed")
+
+
+def _persisted(output: str, printed: Printed) -> str:
+    where = f"Full output saved to: {printed.file}" if printed.file else "The full output could not be saved."
+    return (
+        f"<persisted-output>\nOutput too large ({_size(printed.size)}). {where}\n\n"
+        f"Preview (first 2KB):\n{_preview(output)}\n...\n</persisted-output>"
+    )
+
+
+def _preview(output: str) -> str:
+    first = output[:PREVIEW]
+    end = first.rfind("\n")
+    return first[:end] if end > PREVIEW // 2 else first
+
+
+def _size(size: int) -> str:
+    if size < 1 << 20:
+        return f"{size / (1 << 10):.1f}KB"
+    return f"{size / (1 << 20):.1f}MB" if size < 1 << 30 else f"{size / (1 << 30):.1f}GB"
+
+
+def interpretation(command: str, code: int) -> str | None:
+    """Return what exit code 1 says where the command's last program answers by it, else None."""
+    return _ANSWERS.get(_last_program(command)) if code == 1 else None
+
+
+def _last_program(command: str) -> str:
+    """Return the name of the program that a command line runs last, by a look at its words alone."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=";|&()<>\n")
+    lexer.whitespace = " \t\r"
+    lexer.commenters = ""
+    name, first = "", True
+    try:
+        for word in lexer:
+            if word.strip(";|&()\n") == "":
+                first = True
+            elif first and not re.match(r"[A-Za-z_]\w*=", word):
+                name, first = word.rpartition("/")[2], False
+    except ValueError:  # an open quote
+        return ""
+    return name
+
+
+def moved(text: str, shell_id: str, file: str | None, seconds: float, facts: Mapping[str, Any]) -> Answer:
+    """Return the result of a command that outlived its timeout and goes on. `text` is what it printed."""
+    limit = int(seconds + 0.5)
+    words = (
+        f"Command did not complete within its {limit}s timeout and was moved to the background "
+        f"(ID: {shell_id}). {_following(file)}"
+    )
+    output = trimmed(text)
+    if len(output) > RESULT_MAX:
+        output = _preview(output) + "\n..."
+    words = f"{output}\n{words}" if output else words
+    return Answer([{"type": "text", "text": words}], _with_file(facts, file))
+
+
+def begun(shell_id: str, file: str | None, facts: Mapping[str, Any]) -> Answer:
+    """Return the result of a command that was started in the background."""
+    words = f"Command running in background with ID: {shell_id}. {_following(file)}"
+    return Answer([{"type": "text", "text": words}], _with_file(facts, file))
+
+
+def _with_file(facts: Mapping[str, Any], file: str | None) -> dict[str, Any]:
+    return {**facts, **({} if file is None else {"outputFile": file})}
+
+
+def _following(file: str | None) -> str:
+    written = f"Output is being written to: {file}. " if file else ""
+    return f"{written}Use BashOutput to read new output and KillShell to end it."
+
+
+def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> Answer:
+    """Return the result of a command that was ended at its timeout, because it could not go on."""
+    notes = (f"Command timed out after {int(seconds + 0.5)}s and was ended.",)
+    answer = finished("", printed, _TERMINATED, notes, facts)
+    return Answer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")
+
+
+def unknown(shell_id: str) -> ToolFailure:
+    return ToolFailure("not_found", f"No shell found with ID: {shell_id[:100]}")
+
+
+def report(status: str, code: int | None, streams: Mapping[str, str], facts: Mapping[str, Any]) -> Answer:
+    """Return BashOutput's result: `status` one of running, completed, failed, killed; output by stream."""
+    parts = [f"<status>{status}</status>"]
+    if code is not None:
+        parts.append(f"<exit_code>{code}</exit_code>")
+    for name, text in streams.items():
+        if output := trimmed(text):
+            parts.append(f"<{name}>\n{_latest(output)}\n</{name}>")
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    parts.append(f"<timestamp>{stamp}.{int(now * 1000) % 1000:03d}Z</timestamp>")
+    return Answer([{"type": "text", "text": "\n\n".join(parts)}], dict(facts))
+
+
+def _latest(output: str) -> str:
+    cut = len(output) - RESULT_MAX
+    return output if cut <= 0 else f"... [{cut} characters truncated] ...\n\n{output[-RESULT_MAX:]}"
+
+
+def killed(shell_id: str, command: str, facts: Mapping[str, Any]) -> Answer:
+    said = {"message": f"Successfully killed shell: {shell_id} ({command})", "shell_id": shell_id}
+    return Answer([{"type": "text", "text": orjson.dumps(said).decode()}], dict(facts))
+
+
+def not_running(shell_id: str, status: str) -> ToolFailure:
+    words = f"Shell {shell_id} is not running, so cannot be killed (status: {status})"
+    return ToolFailure("conflict", words, tagged=False, status=status)

@@ -1,0 +1,84 @@
+"""Bash, BashOutput and KillShell over the `local` runtime: recorded cases, and the contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
+from tests.contracts import claude
+from tests.contracts.gateway import no_traceback
+from tests.contracts.shells import QUICK, ShellContract
+from tests.live import LiveGateway
+
+TENANTS = [f"case-{number}" for number in range(12)]  # run at the same time: most of their time is waiting
+
+
+@pytest.fixture(scope="module")
+def tenant() -> str:
+    return "demo"
+
+
+@pytest.fixture(scope="module")
+async def state(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
+        for name in (tenant, *TENANTS):
+            await runtime.create(name)
+    return folder
+
+
+def local(state: Path, log: str, **more: str) -> LiveGateway:
+    environment = {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state), **more}
+    return LiveGateway(environment, state / log)
+
+
+@pytest.fixture(scope="module")
+async def gateway(state: Path) -> AsyncIterator[LiveGateway]:
+    gateway = local(state, "gateway.log")
+    await gateway.start()
+    yield gateway
+    assert await gateway.stop() == 0
+    await no_traceback(gateway)
+
+
+@pytest.fixture(scope="module")
+async def quick(state: Path) -> AsyncIterator[LiveGateway]:
+    gateway = local(state, "quick.log", **QUICK)
+    await gateway.start()
+    yield gateway
+    assert await gateway.stop() == 0
+    await no_traceback(gateway)
+
+
+@pytest.fixture
+async def disposable(state: Path) -> AsyncIterator[LiveGateway]:
+    gateway = local(state, "disposable.log")
+    await gateway.start()
+    yield gateway
+    assert gateway.process is not None
+    if gateway.process.returncode is None:
+        gateway.process.kill()
+        await gateway.process.wait()
+
+
+@pytest.fixture(scope="module")
+async def outcomes(gateway: LiveGateway, state: Path) -> Mapping[str, claude.Outcome | Exception]:
+    def shown(tenant: str, text: str) -> str:
+        return text.replace(f"{state}/tenants/{tenant}/root", "")
+
+    return await claude.outcomes(gateway, TENANTS, shown)
+
+
+@pytest.mark.parametrize("case", claude.BASH_CASES, ids=[case["id"] for case in claude.BASH_CASES])
+def test_case(case: Mapping[str, Any], outcomes: Mapping[str, claude.Outcome | Exception]) -> None:
+    """The answer, and the files after it, are those that Claude Code's own tool gave."""
+    claude.check(case, outcomes[case["id"]])
+
+
+class TestLocal(ShellContract):
+    pass
