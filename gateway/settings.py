@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     bash_background_timeout_max: float = Field(
         7200.0, gt=0, description="seconds that a background command may ask for"
     )
+    bash_printed_max: int = Field(
+        1024 * MiB, gt=0, description="bytes that a command may print before it is ended"
+    )
     bash_output_max: int = Field(
         8 * MiB, gt=0, description="bytes of one command's output file; write_max holds too"
     )

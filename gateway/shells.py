@@ -23,10 +23,9 @@ import orjson
 
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, TooLarge, Unavailable
 from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
-from gateway.execs.tail import Tail
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
-from gateway.runtime import ExecSpec, StreamName
+from gateway.runtime import ExecSpec, Killed, StreamName
 from gateway.settings import Settings
 from gateway.tools import outputs, shell
 from gateway.tools.answer import Answer, ToolFailure
@@ -90,74 +89,102 @@ class _Unread:
     """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much."""
 
     def __init__(self) -> None:
-        self._tail = Tail(_UNREAD)
-        self._offset = 0
+        self._data = bytearray()
+        self._start = 0  # offsets count the stream's bytes
+        self._taken = 0
 
     def add(self, data: bytes) -> None:
-        self._tail.append(data)
+        self._data += data
+        if len(self._data) > 2 * _UNREAD:  # not at each chunk: it moves what stays
+            self._drop(len(self._data) - _UNREAD)
 
     def look(self, *, final: bool, lines: bool) -> tuple[str, int, int]:
         """Return what is there as text, the offset after it, and the bytes lost before it.
 
         Unless `final`, half a character, and with `lines` half a line, stays for the next time.
         """
-        start = max(self._offset, self._tail.start)
-        data = b"".join(self._tail.read(start, self._tail.end - start + 1))
-        if lines and not final:
-            data = data[: data.rfind(b"\n") + 1]
+        self._drop(len(self._data) - _UNREAD)
+        end = self._data.rfind(b"\n") + 1 if lines and not final else len(self._data)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(data, final)
-        return text, start + len(data) - len(decoder.getstate()[0]), start - self._offset
+        text = decoder.decode(bytes(self._data[:end]), final)
+        return text, self._start + end - len(decoder.getstate()[0]), self._start - self._taken
 
     def taken(self, offset: int) -> None:
-        self._offset = offset
+        """Forget what lies before `offset`: it was returned."""
+        self._drop(offset - self._start)
+        self._taken = max(self._taken, offset)
+
+    def _drop(self, number: int) -> None:
+        if number > 0:
+            del self._data[:number]
+            self._start += number
 
 
 class Shell:
-    """One command of Bash, in front or in the background, and what it has printed."""
+    """One command of Bash, in front or in the background, and what it has printed.
 
-    def __init__(self, shell_id: str, command: str, exec_: Exec, file: _File) -> None:
+    `ended` tells how it ended once all its output was taken over; nothing of the exec is kept after that.
+    """
+
+    def __init__(self, shell_id: str, command: str, exec_: Exec, file: _File, limit: int) -> None:
         self.id = shell_id
         self.command = command
-        self.exec = exec_
+        self.tenant = exec_.tenant
+        self.exec_id = exec_.id
         self.file = file
+        self.over = exec_.ended
+        self.ended: Ended | None = None
+        self.report = b""
+        self.flooded = False
         self.unread: dict[StreamName, _Unread] = {name: _Unread() for name in exec_.streams}
         self.timer: asyncio.TimerHandle | None = None
+        self._limit = limit
         self._size = 0
         self._characters = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._head = bytearray()
         self._tail = bytearray()
         self._writing = asyncio.Lock()
-        self.task = asyncio.create_task(self._carry(exec_.attach()), name=f"shell {exec_.id}")
+        self.task = asyncio.create_task(self._carry(exec_, exec_.attach()), name=f"shell {exec_.id}")
 
-    async def _carry(self, attachment: Attachment) -> Ended:
-        """Take all output over, then return how the command ended."""
+    async def _carry(self, exec_: Exec, attachment: Attachment) -> None:
+        """Take all output over, then how the command ended."""
         try:
             async with asyncio.TaskGroup() as group:
                 for name, cursor in attachment.cursors.items():
-                    group.create_task(self._take(self.unread[name], cursor))
-            return await asyncio.shield(self.exec.ended)
+                    group.create_task(self._take(exec_, self.unread[name], cursor))
+            self.ended = await asyncio.shield(exec_.ended)
+            self.report = exec_.process.report
         finally:
             attachment.close()
             if self.timer is not None:
                 self.timer.cancel()
 
-    async def _take(self, unread: _Unread, cursor: Cursor) -> None:
+    async def _take(self, exec_: Exec, unread: _Unread, cursor: Cursor) -> None:
         while parts := await cursor.next():
             data = b"".join(parts)
             async with self._writing:
-                self._size += len(data)
-                self._characters += len(self._decoder.decode(data))
-                beyond = data[shell.KEPT - len(self._head) :]
-                self._head += data[: len(data) - len(beyond)]
-                self._tail = (self._tail + data)[-shell.KEPT :]
+                beyond = self._keep(data)
                 unread.add(data)
                 if self.file.path is not None:
                     await self.file.append(data)
                 elif beyond and not self.file.broken:  # from here on not all of it is in memory
                     await self.file.create(bytes(self._head) + beyond)
             cursor.taken(parts)
+            if self._size > self._limit and not self.flooded:
+                self.flooded = True
+                exec_.end("cancelled", 0)
+
+    def _keep(self, data: bytes) -> bytes:
+        """Keep what belongs to the beginning and the end; return what is no part of the beginning."""
+        self._size += len(data)
+        self._characters += len(self._decoder.decode(data))
+        beyond = data[shell.KEPT - len(self._head) :]
+        self._head += data[: len(data) - len(beyond)]
+        self._tail += data
+        if len(self._tail) > 2 * shell.KEPT:  # not at each chunk: it moves what stays
+            del self._tail[: -shell.KEPT]
+        return beyond
 
     async def save(self) -> None:
         """Have the output in a file from now on; nothing where it is already, or could not be."""
@@ -170,7 +197,7 @@ class Shell:
             self._size,
             self._characters,
             self._head.decode("utf-8", "replace"),
-            self._tail.decode("utf-8", "replace"),
+            self._tail[-shell.KEPT :].decode("utf-8", "replace"),
             self._size == len(self._head),
             self.file.path,
         )
@@ -179,20 +206,15 @@ class Shell:
     def status(self) -> Literal["running", "completed", "failed", "killed"]:
         ended = self.ended
         if ended is None:
-            return "running"
+            return "failed" if self.task.done() else "running"
         if ended.reason in ("cancelled", "timeout"):
             return "killed"
         return "completed" if ended.code == 0 else "failed"
 
-    @property
-    def ended(self) -> Ended | None:
-        """How the command ended, once its output was taken over; None while it runs."""
-        return self.exec.ended.result() if self.task.done() and self.exec.ended.done() else None
-
     def facts(self) -> dict[str, Any]:
         """Return what `structuredContent` tells of every command."""
         ended = self.ended
-        facts: dict[str, Any] = {"exec": self.exec.id, "status": self.status}
+        facts: dict[str, Any] = {"exec": self.exec_id, "status": self.status}
         if ended is not None:
             facts |= {"exitCode": ended.code, "signal": ended.signal, "reason": ended.reason}
             facts["durationMs"] = ended.duration_ms
@@ -207,7 +229,7 @@ class Shells:
         self._workers = workers
         self._settings = settings
         self._of: WeakKeyDictionary[ToolSession, dict[str, Shell]] = WeakKeyDictionary()
-        self._all: set[asyncio.Task[Ended]] = set()
+        self._all: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Shells:
         return self
@@ -257,10 +279,13 @@ class Shells:
     async def _end(self, one: Shell) -> None:
         """End a command's tree and wait until its output is taken over."""
         try:
-            await self._execs.cancel(one.exec)
+            await self._cancel(one)
         except (GatewayError, TimeoutError) as error:
-            log.warning("shell %s of %s could not be ended: %s", one.id, one.exec.tenant, error)
+            log.warning("shell %s of %s could not be ended: %s", one.id, one.tenant, error)
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
+
+    async def _cancel(self, one: Shell) -> Killed:
+        return await self._execs.cancel(self._execs.get(one.tenant, one.exec_id))
 
     # --- Bash -----------------------------------------------------------------------------------------
 
@@ -279,7 +304,7 @@ class Shells:
                 raise failure("Bash", error) from None
             # the folder in which the session stood is gone
             session.cwd, notes = None, (_reset(root),)
-            started = await self._start(root, None, command, background, f"{exec_id}-1", by)
+            started = await self._start(root, None, command, background, exec_id, by)
         seconds = self._seconds(given.get("timeout"), background)
         try:
             if background:
@@ -311,7 +336,11 @@ class Shells:
             raise failure("Bash", error) from None
         shell_id = f"bash_{secrets.token_hex(4)}"
         started = Shell(
-            shell_id, command, exec_, _File(self._workers, root, f"{shell_id}.txt", self._settings)
+            shell_id,
+            command,
+            exec_,
+            _File(self._workers, root, f"{shell_id}.txt", self._settings),
+            self._settings.bash_printed_max,
         )
         self._all.add(started.task)
         started.task.add_done_callback(self._all.discard)
@@ -338,8 +367,7 @@ class Shells:
         try:
             self._make_room(session)
         except ToolFailure:
-            await self._execs.cancel(started.exec)
-            await started.task
+            await self._end(started)
             return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
         limit = self._settings.bash_background_timeout
         await self._to_background(session, started, limit)
@@ -350,13 +378,16 @@ class Shells:
     async def _finished(
         self, root: FilesystemRoot, session: ToolSession, started: Shell, notes: tuple[str, ...]
     ) -> Answer:
-        ended = await started.task
-        if ended.code is None:
+        await started.task
+        ended = started.ended
+        if ended is None or ended.code is None:
             raise Unavailable(
-                "the command's exit was lost: the tenant or Incus went away", exec=started.exec.id
+                "the command's exit was lost: the tenant or Incus went away", exec=started.exec_id
             )
-        if ended.code == 0 and (reported := started.exec.process.report):
-            notes += self._moved_to(root, session, reported)
+        if ended.code == 0 and started.report:
+            notes += self._moved_to(root, session, started.report)
+        if started.flooded:
+            notes += (shell.flooded(self._settings.bash_printed_max),)
         if shell.needs_file(started.printed()):
             await started.save()
         facts = self._facts(root, session, started)
@@ -412,8 +443,10 @@ class Shells:
     async def _to_background(self, session: ToolSession, started: Shell, seconds: float) -> None:
         """Give a running command to its session; it is ended after `seconds` more."""
         self._of.setdefault(session, {})[started.id] = started
-        loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace
-        started.timer = loop.call_later(seconds, started.exec.end, "timeout", grace)
+        if not started.over.done():
+            loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace
+            exec_ = self._execs.get(started.tenant, started.exec_id)
+            started.timer = loop.call_later(seconds, exec_.end, "timeout", grace)
         await started.save()
 
     async def _shell(self, session: ToolSession, shell_id: str) -> Shell:
@@ -421,7 +454,7 @@ class Shells:
         one = self._of.get(session, {}).get(shell_id)
         if one is None:
             raise shell.unknown(shell_id)
-        if one.exec.ended.done():
+        if one.over.done():
             await asyncio.wait([one.task])
         return one
 
@@ -453,7 +486,7 @@ class Shells:
         one = await self._shell(session, given["shell_id"])
         if one.status != "running":
             raise shell.not_running(one.id, one.status)
-        killed = await self._execs.cancel(one.exec)
+        killed = await self._cancel(one)
         await asyncio.wait([one.task], timeout=self._settings.cancel_timeout)
         facts = {**one.facts(), "shellId": one.id, "killed": killed.killed, "escalated": killed.escalated}
         return shell.killed(one.id, one.command, {**facts, "survivors": killed.survivors})

@@ -26,32 +26,37 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import orjson
 
 from gateway.rootfs import FilesystemRoot, IdMap, kernel
 from gateway.rootfs.confine import Namespaces, Plan, confine
+from gateway.rootfs.groups import Group, Groups, hierarchies
 from gateway.rootfs.operations import Limits, Loop, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
 
 MESSAGE_MAX = 64 << 10  # bytes of one request or answer
+_SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
+_UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """What a worker is started with: `memory` is in bytes of address space, `loop` what it does.
+    """What a worker is started with: `memory` is in bytes, `loop` what it does.
 
-    The empty `loop` answers calls; the others are named by the operations' module in `LOOPS`.
+    The empty `loop` answers calls; the others are named by the operations' module in `LOOPS`. `search` is for
+    those that may take long: others' work goes before theirs.
     """
 
     root: FilesystemRoot
     limits: Limits
     memory: int
     loop: str = ""
+    search: bool = False
 
     def wire(self) -> dict[str, Any]:
         root = self.root
@@ -67,6 +72,7 @@ class Spawn:
             "limits": {name: getattr(self.limits, name) for name in Limits.__slots__},
             "memory": self.memory,
             "loop": self.loop,
+            "search": self.search,
         }
 
     @classmethod
@@ -90,7 +96,13 @@ class Spawn:
             idmap,
             bool(message["shifted"]),
         )
-        return cls(root, Limits(**message["limits"]), int(message["memory"]), str(message["loop"]))
+        return cls(
+            root,
+            Limits(**message["limits"]),
+            int(message["memory"]),
+            str(message["loop"]),
+            bool(message["search"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,7 @@ class _Child:
     pid: int
     root: FilesystemRoot
     inode: tuple[int, int]
+    group: Group
 
 
 class Broker:
@@ -108,6 +121,7 @@ class Broker:
         self._allowed = allowed
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
         self._namespaces = Namespaces()
+        self._groups = Groups(hierarchies() if self._privileged else [])
         self._children: dict[int, _Child] = {}
         self._number = 0
         module = importlib.import_module(operations)
@@ -133,6 +147,7 @@ class Broker:
             self._serve(message)
         for number in list(self._children):
             self._kill(number)
+        self._groups.close()
 
     def _serve(self, message: bytes) -> None:
         passed: list[int] = []
@@ -198,25 +213,32 @@ class Broker:
                 uid, gid = root.outside(root.uid, root.gid)
                 namespace = self._namespaces.get(root.idmap) if root.idmap and not root.shifted else None
                 plan = Plan(folder, namespace, uid, gid, spawn.memory, spawn.limits.write_max)
+            self._number += 1
+            group = self._groups.new(self._number, spawn.memory, search=spawn.search)
             ours, theirs = open_pair()
             with theirs:
                 pid = os.fork()
                 if pid == 0:
                     ours.close()
-                    self._become(theirs, folder, plan, spawn)
+                    self._become(theirs, folder, plan, spawn, group)
         finally:
             os.close(folder)
-        self._number += 1
-        self._children[self._number] = _Child(pid, spawn.root, (status.st_dev, status.st_ino))
+        self._children[self._number] = _Child(pid, spawn.root, (status.st_dev, status.st_ino), group)
         return self._number, ours.detach()
 
-    def _become(self, connection: socket.socket, folder: int, plan: Plan | None, spawn: Spawn) -> NoReturn:
+    def _become(
+        self, connection: socket.socket, folder: int, plan: Plan | None, spawn: Spawn, group: Group
+    ) -> NoReturn:
         """Be a worker, in the forked child; never return."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
+            kernel.take_turns(nice=_SEARCH_NICE if spawn.search else 0, short=not spawn.search)
+            held = group.enter()
             if plan is not None:
-                layers = confine(plan, keep=connection.fileno())
+                if "memory" in held:
+                    plan = replace(plan, memory=plan.memory + _UNTOUCHED)
+                layers = (*(f"{name} group" for name in held), *confine(plan, keep=connection.fileno()))
                 folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             else:
                 layers = ()
@@ -258,6 +280,7 @@ class Broker:
             pid, _ = os.waitpid(child.pid, os.WNOHANG)
             if pid:
                 del self._children[number]
+                child.group.remove()
 
 
 def preload() -> None:

@@ -22,7 +22,7 @@ import orjson
 
 from gateway import errors
 from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
-from gateway.rootfs import FilesystemRoot
+from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
 from gateway.rootfs.operations import Limits
 from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, READY, REFUSED
@@ -236,6 +236,7 @@ class Workers:
         self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Workers:
+        kernel.take_turns(short=True)  # what passes an answer on is as pressed as what makes it
         self._sweep()
         return self
 
@@ -271,7 +272,7 @@ class Workers:
         slot.waiting += 1
         try:
             async with slot.lock:
-                worker = await self._ready(slot, root)
+                worker = await self._ready(slot, root, search=search)
                 worker.send(request)
                 return result_of(operation, await self._answer(slot, worker, search=search))
         finally:
@@ -292,7 +293,7 @@ class Workers:
         worker.used = time.monotonic()
         return reply
 
-    async def _ready(self, slot: _Slot, root: FilesystemRoot) -> _Worker:
+    async def _ready(self, slot: _Slot, root: FilesystemRoot, *, search: bool) -> _Worker:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
         if worker is not None and not worker.reply.done():
@@ -313,12 +314,12 @@ class Workers:
             if answer["same"] and not worker.closed:
                 return worker
             self._end(slot, worker)
-        return await self._spawn(slot, root)
+        return await self._spawn(slot, root, search=search)
 
-    async def _spawn(self, slot: _Slot, root: FilesystemRoot) -> _Worker:
+    async def _spawn(self, slot: _Slot, root: FilesystemRoot, *, search: bool) -> _Worker:
         slot.worker = None
         self._make_room()
-        answer, descriptors = await self.broker.request(self.spawn(root).wire())
+        answer, descriptors = await self.broker.request(self.spawn(root, search=search).wire())
         connection = socket.socket(fileno=descriptors[0])
         connection.setblocking(False)
         worker = _Worker(answer["worker"], root)
@@ -340,9 +341,9 @@ class Workers:
         worker.layers = tuple(orjson.loads(reply[1:]))
         return worker
 
-    def spawn(self, root: FilesystemRoot, loop: str = "") -> Spawn:
+    def spawn(self, root: FilesystemRoot, loop: str = "", *, search: bool = False) -> Spawn:
         """Return the broker's request for a worker with this gateway's limits."""
-        return Spawn(root, self._limits, self._memory, loop)
+        return Spawn(root, self._limits, self._memory, loop, search)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
         """Return what confines a tenant's worker, or None where none runs."""

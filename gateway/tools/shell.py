@@ -185,6 +185,10 @@ def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> Ans
     return Answer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")
 
 
+def flooded(limit: int) -> str:
+    return f"Command was ended: it printed more than {_size(limit)}."
+
+
 def unknown(shell_id: str) -> ToolFailure:
     return ToolFailure("not_found", f"No shell found with ID: {shell_id[:100]}")
 

@@ -24,6 +24,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_SESSION_IDLE": "2",
     "GATEWAY_BASH_TIMEOUT": "0.5",
     "GATEWAY_BASH_BACKGROUND_TIMEOUT": "1",
+    "GATEWAY_BASH_PRINTED_MAX": str(4 << 20),
     "GATEWAY_BASH_OUTPUT_MAX": "200000",
     "GATEWAY_BASH_OUTPUTS_MAX": "500000",
     "GATEWAY_CANCEL_GRACE": "0.2",
@@ -266,6 +267,17 @@ class ShellContract:
             await tree.grown()
             text = await printed(wire, one, "<status>killed</status>")
             assert "ready" in text and tree.alive() == 0
+
+    async def test_a_command_that_prints_without_end_is_ended(self, quick: LiveGateway, tenant: str) -> None:
+        """In front and in the background; what it printed first is shown."""
+        async with quick.wire(tenant) as wire:
+            command = {"command": "trap '' TERM; yes no", "timeout": 20_000}
+            said = await wire.call("tools/call", name="Bash", arguments=command)
+            text = said["content"][0]["text"]
+            assert said["isError"] and text.startswith("Exit code 137\nno\nno\n")
+            assert text.endswith("it printed more than 4.0MB.")
+            one = await background(wire, "yes no", timeout=20_000)
+            await printed(wire, one, "<status>killed</status>")
 
     async def test_output_files_have_a_limit_each_and_together(self, quick: LiveGateway, tenant: str) -> None:
         async with quick.wire(tenant) as wire:

@@ -49,6 +49,12 @@ def _eat(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     return bytes(1 << 34)
 
 
+def _gorge(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Take and touch memory, a megabyte at a time; return how many it got."""
+    kept = [b"x" * (1 << 20) for _ in range(arguments["megabytes"])]
+    return str(len(kept)).encode()
+
+
 def _refuse(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     raise TooLarge("too much", size=7)
 
@@ -125,6 +131,7 @@ OPERATIONS = {
     "descriptors": _descriptors,
     "eat": _eat,
     "echo": _echo,
+    "gorge": _gorge,
     "hang": _hang,
     "names": _names,
     "pid": _pid,

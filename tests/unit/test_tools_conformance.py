@@ -36,7 +36,7 @@ FILE_CASES = [case for case in CASES if case["tool"] in FILE_TOOLS]
 
 # Cases of the file tools that are not run, each with its reason.
 LEFT = {
-    "read-persisted-output": "needs Bash, which is not a file tool",
+    "read-persisted-output": "needs Bash: it is run with the cases of that",
     **(
         {}
         if SCALE is not None
@@ -58,7 +58,9 @@ class HereWorkers:
     async def call(
         self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
     ) -> bytes:
-        return OPERATIONS[operation](self._workspace, json.loads(json.dumps(arguments)))
+        reply = OPERATIONS[operation](self._workspace, json.loads(json.dumps(arguments)))
+        assert isinstance(reply, bytes)
+        return reply
 
 
 class Site:

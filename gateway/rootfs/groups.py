@@ -1,0 +1,213 @@
+"""Knows the control groups that bound a worker: one for each, made by the broker, gone with the worker.
+
+`memory` bounds what rlimits do not see: the kernel's own memory for the folders and names that a tenant
+makes it look at, and the page cache. `pids` says once more that a worker is one process. Where one hierarchy
+carries all controllers (cgroup v2) the searches' group has a small CPU weight too; elsewhere their nice value
+does it.
+
+The groups lie at the top of each hierarchy, beside Incus's own, as `incus-gateway[-searches]/PID-START/N`. A
+unit's group would be of no use: in v2 one that holds processes can give no controller to groups below it.
+Paths are made of numbers and of the kernel's mount table; nothing of a tenant's is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from dataclasses import dataclass
+
+_TOPS = {False: "incus-gateway", True: "incus-gateway-searches"}
+_WANTED = ("memory", "pids")
+_SEARCH_WEIGHT = 33  # of 100: as much less than others' as nice 5 is of nice 0
+_ATTEMPTS = 50  # looks, a millisecond apart, at a group that is just becoming empty
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """A mounted hierarchy and those of the wanted controllers that it carries."""
+
+    mount: str
+    controllers: tuple[str, ...]
+    unified: bool
+
+
+def hierarchies(mountinfo: str = "/proc/self/mountinfo") -> list[Hierarchy]:
+    """Return where the wanted controllers are: v1, v2 or some in each. None where nothing is mounted."""
+    found: dict[str, Hierarchy] = {}
+    try:
+        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:
+            mounts = [line.split(" - ") for line in lines if " - cgroup" in line]
+    except OSError:
+        return []
+    for left, right in mounts:
+        mount = left.split(" ")[4]
+        kind, _, options = right.strip().split(" ", 2)
+        unified = kind == "cgroup2"
+        offered = _read(f"{mount}/cgroup.controllers").split() if unified else options.split(",")
+        for name in _WANTED:
+            if name in offered and name not in found:
+                found[name] = Hierarchy(mount, (name,), unified)
+    merged: dict[str, Hierarchy] = {}
+    for one in found.values():
+        before = merged.get(one.mount)
+        names = (*before.controllers, *one.controllers) if before else one.controllers
+        merged[one.mount] = Hierarchy(one.mount, names, one.unified)
+    return list(merged.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One worker's folders, each with the controllers that it stands for. Empty where none could be made."""
+
+    folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def enter(self) -> list[str]:
+        """Move this process in; return the controllers that bound it now."""
+        held: list[str] = []
+        for folder, controllers in self.folders:
+            if _write(f"{folder}/cgroup.procs", "0"):
+                held += controllers
+        return held
+
+    def remove(self) -> None:
+        """Remove the folders of a worker that has ended. Idempotent."""
+        for folder, _ in self.folders:
+            _remove(folder)
+
+
+class Groups:
+    """The groups of one broker's workers. Making it removes what killed brokers left."""
+
+    def __init__(self, found: list[Hierarchy]) -> None:
+        self._parents: list[tuple[Hierarchy, dict[bool, str]]] = []
+        pid = os.getpid()
+        mine = f"{pid}-{_started(pid)}"
+        for hierarchy in found:
+            parents: dict[bool, str] = {}
+            for search, name in _TOPS.items():
+                top = f"{hierarchy.mount}/{name}"
+                _clear(top)
+                if hierarchy.unified:
+                    _delegate(hierarchy.mount, (*hierarchy.controllers, "cpu"))
+                if not (_make(top) and _make(f"{top}/{mine}")):
+                    break
+                if hierarchy.unified:
+                    for folder in (top, f"{top}/{mine}"):
+                        _delegate(folder, hierarchy.controllers)
+                    if search:
+                        _write(f"{top}/cpu.weight", str(_SEARCH_WEIGHT))
+                parents[search] = f"{top}/{mine}"
+            else:
+                self._parents.append((hierarchy, parents))
+
+    def new(self, number: int, memory: int, *, search: bool) -> Group:
+        """Make worker `number`'s group with at most `memory` bytes and one process.
+
+        What cannot be made or bounded is left out: the worker's other limits hold without it.
+        """
+        folders: list[tuple[str, tuple[str, ...]]] = []
+        for hierarchy, parents in self._parents:
+            folder = f"{parents[search]}/{number}"
+            if not _make(folder):
+                continue
+            bounded: list[str] = []
+            if "memory" in hierarchy.controllers:
+                limit, swap = (
+                    (("memory.max", memory), ("memory.swap.max", 0))
+                    if hierarchy.unified
+                    else (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory))
+                )
+                if _write(f"{folder}/{limit[0]}", str(limit[1])):
+                    bounded.append("memory")
+                    _write(f"{folder}/{swap[0]}", str(swap[1]))  # absent in a kernel that does not count swap
+            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", "1"):
+                bounded.append("pids")
+            if bounded:
+                folders.append((folder, tuple(bounded)))
+            else:
+                _remove(folder)
+        return Group(tuple(folders))
+
+    def close(self) -> None:
+        """Remove this broker's own folders, once its workers are gone. The two top ones stay for the next."""
+        for _, parents in self._parents:
+            for parent in parents.values():
+                _remove(parent)
+        self._parents.clear()
+
+
+def _clear(top: str) -> None:
+    """Remove the groups of brokers that are gone; their workers died with them, or die here."""
+    try:
+        names = os.listdir(top)
+    except OSError:
+        return
+    for name in names:
+        pid, _, started = name.partition("-")
+        folder = f"{top}/{name}"
+        if not pid.isdigit() or not os.path.isdir(folder) or _started(int(pid)) == started:
+            continue
+        for worker in [f"{folder}/{child}" for child in os.listdir(folder) if child.isdigit()]:
+            for left in _read(f"{worker}/cgroup.procs").split():
+                with contextlib.suppress(OSError):
+                    os.kill(int(left), signal.SIGKILL)
+            _remove(worker)
+        _remove(folder)
+
+
+def _started(pid: int) -> str:
+    """Return when a process began, in ticks: with its number its one name. Empty where it is dead."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _delegate(folder: str, controllers: tuple[str, ...]) -> None:
+    for name in controllers:
+        # What is refused shows as a missing file below.
+        _write(f"{folder}/cgroup.subtree_control", f"+{name}")
+
+
+def _make(folder: str) -> bool:
+    try:
+        os.mkdir(folder, 0o755)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _remove(folder: str) -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            os.rmdir(folder)
+        except FileNotFoundError:
+            return
+        except OSError:
+            select.select((), (), (), 0.001)  # its last process is still on its way out
+        else:
+            return
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _write(path: str, text: str) -> bool:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # never O_CREAT: a limit is there or it is not
+    except OSError:
+        return False
+    try:
+        os.write(descriptor, text.encode())
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
