@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from gateway.errors import GatewayError, RateLimited, TooLarge, Unavailable
-from gateway.rootfs import FilesystemRoot
+from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.links import Link, Links
 from gateway.rootfs.tree import refusal
 from gateway.rootfs.workers import Workers
@@ -111,6 +111,7 @@ class Target:
     async def commit(self) -> dict[str, Any]:
         """Put the file in its place; return `{etag, size, created}`. Raises `Conflict` by the conditions."""
         await self._flush()
+        await self._held.run(kernel.start_writing)  # in a thread of ours, or the commit would
         self._held.close()
         result: dict[str, Any] = await self._commit()
         return result
@@ -173,20 +174,23 @@ class Transfers:
 
             try:
                 yield Target(held, self._settings.upload_max, commit)
-            finally:
-                await self._release(link, told["token"])
+            except BaseException:
+                await asyncio.shield(self._release(link, told["token"]))  # nothing is left when this is told
+                raise
+            # not waited for: where a large file was replaced, it is freed now
+            self._release(link, told["token"])
 
-    async def _release(self, link: Link, token: str) -> None:
-        """Have an upload's file removed, if it did not get its place, whatever happens to the caller."""
+    def _release(self, link: Link, token: str) -> asyncio.Task[None]:
+        """Have the worker let go of an upload, and remove its file if it did not get its place.
+
+        A task of its own, which goes on whatever happens to the caller.
+        """
 
         async def release() -> None:
             with suppress(GatewayError):  # the worker is gone: `forget` had it remove what was unfinished
                 await link.call("files/release", {"token": token}, self._settings.tool_timeout)
 
-        await asyncio.shield(self._keep(release()))
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(release())
         self._undoing.add(task)
         task.add_done_callback(self._undoing.discard)
         return task
@@ -241,7 +245,7 @@ class Transfers:
         told, held = opening.result()
         held.close()
         if "token" in told:
-            self._keep(self._release(link, told["token"]))
+            self._release(link, told["token"])
 
     async def forget(self, tenant: str) -> None:
         """End a tenant's transfers and its worker: its storage must not be held. What was begun is undone."""

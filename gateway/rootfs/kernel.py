@@ -122,6 +122,16 @@ def inotify_events(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         yield watch, mask, cookie, data[at - length : at].rstrip(b"\0")
 
 
+def start_writing(descriptor: int) -> None:
+    """Have the kernel begin to write a file to its disk, where it can; does not wait for that.
+
+    ext4 does so when a new file is renamed over an old one, and the rename waits while blocks are found.
+    """
+    sync = getattr(_libc, "sync_file_range", None)
+    if sync is not None:
+        sync(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE
+
+
 def rename_new(source_folder: int, source: bytes, target_folder: int, target: bytes) -> None:
     """Rename without replacing. Raises `OSError`, EEXIST where the target is there."""
     rename = getattr(_libc, "renameat2", None)
