@@ -1,0 +1,146 @@
+"""What of the editor's calls is decided without IO: merging changes, who wants which, conditions, ranges."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from starlette.datastructures import Headers
+
+from gateway.errors import Conflict, InvalidParams
+from gateway.files.changes import Change, Changes, Wish
+from gateway.files.http import StalePrecondition, UnsatisfiableRange, failed_condition, span, tags
+from gateway.rootfs import kernel
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together"),
+    [
+        ("created", "changed", "created"),
+        ("created", "removed", "removed"),
+        ("changed", "removed", "removed"),
+        ("changed", "changed", "changed"),
+        ("removed", "created", "changed"),
+    ],
+)
+def test_two_changes_of_one_path_are_told_as_one(first: Change, second: Change, together: Change) -> None:
+    changes = Changes(10)
+    changes.add("a", first)
+    changes.add("b", "changed")
+    changes.add("a", second)
+    assert changes.take()["changes"] == [
+        {"path": "a", "change": together},
+        {"path": "b", "change": "changed"},
+    ]
+
+
+def test_more_changes_than_fit_are_an_overflow() -> None:
+    """Known paths go on being merged; taking begins anew."""
+    changes = Changes(2)
+    assert not changes
+    for path in ("a", "b", "a"):
+        changes.add(path, "changed")
+    assert changes and not changes.overflow
+    changes.add("c", "created")
+    changes.add("b", "removed")
+    told = changes.take()
+    assert told["overflow"] and told["changes"][1] == {"path": "b", "change": "removed"}
+    assert len(told["changes"]) == 2
+    assert not changes and changes.take() == {"changes": [], "overflow": False}
+
+
+@pytest.mark.parametrize(
+    ("roots", "ignore", "path", "sees", "enters"),
+    [
+        ([""], [], "a/b", True, True),
+        ([""], ["b"], "a/b", False, False),
+        ([""], ["b"], "a/bb", True, True),
+        (["a/b"], [], "a/b", True, True),
+        (["a/b"], [], "a/b/c/d", True, True),
+        (["a/b"], [], "a/bc", False, False),
+        (["a/b"], [], "a", False, True),
+        (["a/b"], [], "c", False, False),
+        (["a/node_modules"], ["node_modules"], "a/node_modules/x", True, True),
+        (["a/node_modules"], ["node_modules"], "a/node_modules/x/node_modules/y", False, False),
+        (["a", "a/.git"], [".git"], "a/.git/index", True, True),
+    ],
+)
+def test_a_watch_sees_what_it_asked_for(
+    roots: list[str], ignore: list[str], path: str, sees: bool, enters: bool
+) -> None:
+    wish = Wish(roots, ignore)
+    assert (wish.sees(path), wish.enters(path)) == (sees, enters)
+    assert wish.enters("")
+
+
+def test_events_of_the_kernel_are_told_apart() -> None:
+    """One with a name that is padded, one without; the layout is inotify(7)'s."""
+    first = struct.pack("iIII8s", 1, kernel.IN_CREATE, 0, 8, b"a\xff")
+    second = struct.pack("iIII", -1, kernel.IN_Q_OVERFLOW, 0, 0)
+    assert list(kernel.inotify_events(first + second)) == [
+        (1, kernel.IN_CREATE, 0, b"a\xff"),
+        (-1, kernel.IN_Q_OVERFLOW, 0, b""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "weak", "found"),
+    [
+        (None, True, None),
+        ('"a"', False, ["a"]),
+        ('"a", "b,c" ,W/"d"', True, ["a", "b,c", "d"]),
+        ('"a", W/"d"', False, ["a"]),
+        ("*", False, ["*"]),
+        ("a-1-2", False, ["a-1-2"]),
+        ('""', False, [""]),
+    ],
+)
+def test_a_condition_is_a_list_of_etags(header: str | None, weak: bool, found: list[str] | None) -> None:
+    assert tags(header, weak=weak) == found
+
+
+@pytest.mark.parametrize("header", ['"', '"a', '"a" "b"', ",", '"a",,'])
+def test_a_malformed_condition_is_refused(header: str) -> None:
+    """And never taken for none: a write that was meant to be careful must not go through."""
+    with pytest.raises(InvalidParams):
+        tags(header, weak=False)
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "found"),
+    [
+        ("", 10, None),
+        ("bytes=0-0", 10, (0, 0)),
+        ("bytes=2-", 10, (2, 9)),
+        ("bytes=2-99", 10, (2, 9)),
+        ("bytes=-3", 10, (7, 9)),
+        ("bytes=-99", 10, (0, 9)),
+        ("bytes=5-2", 10, None),
+        ("bytes=-", 10, None),
+        ("bytes=0-1,3-4", 10, None),
+        ("bytes=1e3-", 10, None),
+        ("pages=1-2", 10, None),
+        ("bytes=" + "9" * 40 + "-", 10, None),
+    ],
+)
+def test_a_range_is_one_part_or_the_whole(header: str, size: int, found: tuple[int, int] | None) -> None:
+    assert span(Headers({"range": header}), "tag", size) == found
+
+
+@pytest.mark.parametrize(("header", "size"), [("bytes=10-", 10), ("bytes=-0", 10), ("bytes=0-", 0)])
+def test_a_range_behind_the_end_cannot_be_had(header: str, size: int) -> None:
+    with pytest.raises(UnsatisfiableRange):
+        span(Headers({"range": header}), "tag", size)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [('"tag"', (0, 1)), ('"other"', None), ('W/"tag"', None), ("Tue, 1 Jan", None)]
+)
+def test_a_range_of_another_file_is_the_whole_of_this_one(wanted: str, found: tuple[int, int] | None) -> None:
+    assert span(Headers({"range": "bytes=0-1", "if-range": wanted}), "tag", 9) == found
+
+
+def test_only_a_failed_condition_is_412() -> None:
+    assert isinstance(failed_condition(Conflict("x", reason="stale", etag="e")), StalePrecondition)
+    full = Conflict("x", reason="not_empty")
+    assert failed_condition(full) is full
