@@ -272,7 +272,11 @@ class Shells:
         return ToolResult.of(answer)
 
     async def end(self, session: ToolSession) -> None:
-        """End every command of a session and forget them; return when nothing is left of their trees."""
+        """End every command of a session and forget them; return when nothing is left of their trees.
+
+        A command that is in front at that moment can no longer go to the background.
+        """
+        session.ended = True
         shells = list(self._of.pop(session, {}).values())
         await asyncio.gather(*(self._end(one) for one in shells if not one.task.done()))
 
@@ -365,12 +369,10 @@ class Shells:
         if done:
             return await self._finished(root, session, started, notes)
         try:
-            self._make_room(session)
+            await self._to_background(session, started, self._settings.bash_background_timeout)
         except ToolFailure:
             await self._end(started)
             return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
-        limit = self._settings.bash_background_timeout
-        await self._to_background(session, started, limit)
         # BashOutput gives this again, so that it has all of it
         text, _, _ = started.unread["stdout"].look(final=False, lines=False)
         return shell.moved(text, started.id, started.file.path, seconds, self._facts(root, session, started))
@@ -421,7 +423,7 @@ class Shells:
 
     def _make_room(self, session: ToolSession) -> None:
         """Raise `ToolFailure` where the session may have no further shell; forget old ended ones."""
-        if session.life == "call":
+        if session.life == "call" or session.ended:
             raise ToolFailure(
                 "conflict",
                 "Commands in the background need a tool session that lasts longer than this call: "
@@ -441,7 +443,8 @@ class Shells:
             del shells[one.id]
 
     async def _to_background(self, session: ToolSession, started: Shell, seconds: float) -> None:
-        """Give a running command to its session; it is ended after `seconds` more."""
+        """Give a running command to its session; it is ended after `seconds` more. Raises `ToolFailure`."""
+        self._make_room(session)  # again: others were started meanwhile
         self._of.setdefault(session, {})[started.id] = started
         if not started.over.done():
             loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace

@@ -15,7 +15,8 @@ class ToolSession:
     `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` a file that is
     there must have been read before it is changed. At most `maximum` files are remembered: the one that was
     used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
-    `life` says what the session ends with: this one call, its connection, or, where it has a name, disuse.
+    `life` says what the session ends with: this one call, its connection, or, where it has a name, disuse;
+    `ended` that it has.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class ToolSession:
         maximum: int = 2000,
     ) -> None:
         self.life = life
+        self.ended = False
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()

@@ -238,10 +238,12 @@ class ShellContract:
 
     async def test_only_so_many_run_in_the_background(self, quick: LiveGateway, tenant: str) -> None:
         """And one that can go nowhere at its timeout is ended."""
-        tree = Tree()
+        tree, seconds = Tree(), mark()
         async with quick.wire(tenant) as wire:
-            for _ in range(2):
-                await background(wire, "sleep 60", timeout=60_000)
+            given = {"command": f"sleep {seconds}", "run_in_background": True, "timeout": 60_000}
+            said = await asyncio.gather(*(call(wire, "Bash", given) for _ in range(4)))
+            assert sorted(is_error for is_error, _ in said) == [False, False, True, True]
+            await until(lambda: alive(seconds) == 2)
             is_error, text = await call(wire, "Bash", {"command": "true", "run_in_background": True})
             assert is_error and "KillShell" in text
             command = tree.script
