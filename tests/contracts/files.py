@@ -621,12 +621,13 @@ class WatchContract:
                 assert time.perf_counter() - began < 5
                 await asyncio.sleep(0.05)
             await wire.call("exec/cancel", exec=started["exec"], graceMs=0)
+            folder = f"{top}/x/1/2/3"
+            await wire.run(command=f"cd {top}; [ -e x ] || mv z x")
             number = 0
-            async with asyncio.timeout(20):  # the tree is read anew once in a second
-                while (f"{top}/x/1/2/3/after", "created") not in seen.changes():
+            async with asyncio.timeout(20):  # the tree is read anew, at most once in a second
+                while not any(path.startswith(f"{folder}/after") for path, _ in seen.changes()):
                     number += 1
-                    script = f"cd {top}; [ -e x ] || mv z x; rm -f x/1/2/3/after; echo > x/1/2/3/after"
-                    await wire.run(command=script)
+                    await wire.call("files/write", path=f"{folder}/after-{number}", text="")
                     await asyncio.sleep(0.1)
             await wire.call("files/unwatch", watch=seen.watch)
             await wire.call("files/remove", path=top, recursive=True)
