@@ -93,8 +93,8 @@ class Files:
 
     async def forget(self, tenant: str, reason: str) -> None:
         """Let go of a tenant's files, which are others now or going away. `reason` is told to who watches."""
-        await self._watches.forget(tenant, reason)
         await self._transfers.forget(tenant)
+        await self._watches.forget(tenant, reason)
 
     async def recheck(self, tenant: str) -> None:
         """Something of the tenant changed: end its watches where its files are in another place now."""

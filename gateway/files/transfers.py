@@ -129,7 +129,13 @@ class Transfers:
     def __init__(self, workers: Workers, settings: Settings) -> None:
         self._workers = workers
         self._settings = settings
-        self._links = Links(workers, "", maximum=settings.max_workers, idle=settings.worker_idle)
+        self._links = Links(
+            workers,
+            "",
+            maximum=settings.max_workers,
+            idle=settings.worker_idle,
+            farewell="files/releaseAll",  # what was begun is undone, whatever ends the worker
+        )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
         self._held: dict[str, set[_Held]] = defaultdict(set)
         self._count: Counter[str] = Counter()
@@ -251,9 +257,6 @@ class Transfers:
         """End a tenant's transfers and its worker: its storage must not be held. What was begun is undone."""
         for held in list(self._held.get(tenant, ())):
             held.close()
-        link = self._links.current(tenant)
-        if link is not None:
-            with suppress(GatewayError):  # it has ended by itself
-                await link.call("files/releaseAll", {}, self._settings.tool_timeout)
+        if self._links.current(tenant) is not None:
             self._links.end(tenant)
             await self._links.ended()

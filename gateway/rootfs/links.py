@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _READ = 1 << 16  # bytes of one look at the socket
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready
+_FAREWELL_TIMEOUT = 2.0  # seconds of what a worker does before it is ended
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 Reply = tuple[bytes, int | None]
@@ -156,7 +158,7 @@ class Links:
 
     At most `maximum` run; one that nobody holds makes room, else a new one is `RateLimited`. One that nobody
     holds ends after `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose
-    worker ended by itself.
+    worker ended by itself. `farewell` is an operation that a worker does before it is ended by us.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class Links:
         *,
         maximum: int,
         idle: float,
+        farewell: str = "",
         told: Callable[[str, bytes], None] = lambda tenant, payload: None,
         lost: Callable[[str], None] = lambda tenant: None,
     ) -> None:
@@ -173,6 +176,7 @@ class Links:
         self._kind = loop
         self._maximum = maximum
         self._idle = idle
+        self._farewell = farewell
         self._told = told
         self._lost = lost
         self._links: dict[str, Link] = {}
@@ -272,12 +276,17 @@ class Links:
     def _drop(self, link: Link) -> None:
         if self._links.get(link.root.tenant) is link:
             del self._links[link.root.tenant]
-        link.close()
+        if not self._farewell:
+            link.close()
         task = asyncio.create_task(self._kill(link))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
     async def _kill(self, link: Link) -> None:
+        if self._farewell:
+            with suppress(GatewayError):  # it has ended by itself, or hangs
+                await link.call(self._farewell, {}, _FAREWELL_TIMEOUT)
+            link.close()
         try:
             await self._workers.broker.request({"do": "kill", "worker": link.number})
         except Unavailable:

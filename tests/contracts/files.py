@@ -486,6 +486,36 @@ class TransferContract:
                     pass
             await wire.call("files/remove", path=name)
 
+    async def test_a_tenants_stop_ends_its_transfers(self, gateway: LiveGateway, tenant: str) -> None:
+        """An upload leaves nothing and is told so, a download is cut: nothing holds the tenant's storage."""
+        top = f"x-{mark()}"
+        base = f"/v1/tenants/{tenant}/files/{top}"
+        begun, stopped = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            yield b"x" * (2 << 20)
+            begun.set()
+            await stopped.wait()
+            yield b"x" * (2 << 20)
+
+        async with gateway.http(tenant) as http, gateway.wire(tenant) as wire:
+            await http.put(f"{base}/kept", data=io.BytesIO(bytes(32 << 20)))
+            sending = asyncio.ensure_future(http.put(f"{base}/new", data=slow()))
+            async with http.get(f"{base}/kept") as download:
+                await asyncio.gather(begun.wait(), download.content.readexactly(1000))
+                seen = await watch(wire, top)
+                await http.post(f"/v1/tenants/{tenant}/stop")
+                # transfers end with the watches
+                await wire.until(lambda: any(told.get("ended") for told in seen.told))
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await download.read()
+            stopped.set()
+            async with await sending as response:
+                assert (response.status, (await response.json())["code"]) == (503, "unavailable")
+            await http.post(f"/v1/tenants/{tenant}/start")
+            assert await paths(wire, top) == [f"{top}/kept"]
+            assert (await wire.run(argv=["ls", "-A", top]))[1] == b"kept\n"
+
 
 class Seen:
     """What one watch was told: the last change of each path, overflows, its end."""
