@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -250,9 +250,9 @@ def _component(name: str, lines: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def container(say: Callable[[str], None]) -> AsyncIterator[Bare]:
+async def container(say: Callable[[str], None], suffix: str = "") -> AsyncIterator[Bare]:
     """Make a tenant with a workspace; destroy it afterwards, and what killed runs left."""
-    async with Bare(f"{PREFIX}{os.getpid()}") as bare:
+    async with Bare(f"{PREFIX}{os.getpid()}{suffix}") as bare:
         for name in await _leftovers(bare):
             say(f"removing {name}, left by a run that was killed")
             await _destroy(bare, name)
@@ -280,7 +280,7 @@ async def container(say: Callable[[str], None]) -> AsyncIterator[Bare]:
 async def _leftovers(bare: Bare) -> list[str]:
     names = [url.rsplit("/", 1)[-1] for url in await bare.request("GET", "/1.0/instances")]
     ours = [name for name in names if name.startswith(PREFIX)]
-    return [name for name in ours if not Path("/proc", name.removeprefix(PREFIX)).exists()]
+    return [name for name in ours if not Path("/proc", name.removeprefix(PREFIX).split("-")[0]).exists()]
 
 
 async def _destroy(bare: Bare, name: str) -> None:
@@ -296,8 +296,8 @@ async def _destroy(bare: Bare, name: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def gateway(name: str, say: Callable[[str], None]) -> AsyncIterator[Tenant]:
-    """Start a gateway of this source tree; give the tenant through a client; end it by SIGTERM."""
+async def gateway(say: Callable[[str], None], *names: str) -> AsyncIterator[Client]:
+    """Start a gateway of this source tree; give a client for the tenants of `names`; end it by SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -313,7 +313,8 @@ async def gateway(name: str, say: Callable[[str], None]) -> AsyncIterator[Tenant
         log = Path(folder, "gateway.log")
         command = (sys.executable, "-m", "gateway")
         making = await asyncio.create_subprocess_exec(
-            *(*command, "token", "--tenant", name, "--scope", SCOPES, "--ttl", "1h"),
+            *(*command, "token", "--scope", SCOPES, "--ttl", "1h"),
+            *(word for name in names for word in ("--tenant", name)),
             stdout=asyncio.subprocess.PIPE,
             env=environment,
         )
@@ -327,7 +328,7 @@ async def gateway(name: str, say: Callable[[str], None]) -> AsyncIterator[Tenant
         try:
             async with Client(f"http://{address}", token=token, name="bench") as client:
                 await _ready(client, serving, log)
-                yield client.tenant(name)
+                yield client
         except (GatewayError, Wrong):
             say(f"the gateway's log ends with\n{log.read_text()[-3000:]}")
             raise
@@ -532,7 +533,8 @@ async def bench(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything. Bounded: a case ends after its share of time even with rounds left."""
     rounds, seconds = (6, 8.0) if quick else (30, 30.0)
     results: dict[str, Any] = {}
-    async with asyncio.timeout(900), container(say) as bare, gateway(bare.name, say) as shop:
+    async with asyncio.timeout(900), container(say) as bare, gateway(say, bare.name) as client:
+        shop = client.tenant(bare.name)
         for case in cases(shop, bare):
             say(f"measuring {case.name}")
             await measure(case, rounds, time.monotonic() + seconds)
@@ -540,27 +542,33 @@ async def bench(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
         size, times = (256 * MiB, 1) if quick else (1024 * MiB, 3)
         say(f"streaming {size // MiB} MiB")
         streamed = await stream(shop, bare, size, times)
+    return {"machine": machine(), "cases": results, "stream": streamed}
+
+
+def machine() -> dict[str, Any]:
     return {
-        "machine": {
-            "cpus": os.cpu_count(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-        },
-        "cases": results,
-        "stream": streamed,
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
     }
+
+
+def rows(cases: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of what `Case.report` returned."""
+    lines = [f"{'':16}{'':20}{'n':>5}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'first':>10}{'ratio':>9}"]
+    for name, ways in cases.items():
+        for way, row in ways.items():
+            numbers = "".join(f"{row[key]:10.2f}" for key in ("p50_ms", "p95_ms", "p99_ms", "first_ms"))
+            lines.append(f"{name:16}{way:20}{row['n']:5}{numbers}{row['ratio']:8.1f}x")
+            if row["wrong"]:
+                lines[-1] += f"  ({row['wrong']} answers were wrong)"
+            name = ""
+    return lines
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the result for a person."""
-    lines = [f"{'':14}{'':16}{'n':>5}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'first':>10}{'ratio':>9}"]
-    for name, ways in result["cases"].items():
-        for way, row in ways.items():
-            numbers = "".join(f"{row[key]:10.2f}" for key in ("p50_ms", "p95_ms", "p99_ms", "first_ms"))
-            lines.append(f"{name:14}{way:16}{row['n']:5}{numbers}{row['ratio']:8.1f}x")
-            if row["wrong"]:
-                lines[-1] += f"  ({row['wrong']} answers were wrong)"
-            name = ""
+    lines = rows(result["cases"])
     streamed = result["stream"]
     lines.append("")
     for way, speeds in streamed["mb_per_s"].items():
@@ -574,8 +582,16 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests/bench/run", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, 256 MiB: about 30 s")
+    return run("tests/bench/run", __doc__, bench, table)
+
+
+Bench = Callable[[bool, Callable[[str], None]], Coroutine[Any, Any, dict[str, Any]]]
+
+
+def run(prog: str, about: str | None, bench: Bench, table: Callable[[Mapping[str, Any]], str]) -> int:
+    """Do one bench as the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and bytes: about 30 s")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args()
 
