@@ -167,7 +167,7 @@ class Settings(BaseSettings):
     watch_folders: int = Field(8192, gt=0, description="folders that the watches of one tenant cover")
     watch_changes: int = Field(1000, gt=0, description="changed paths told at once; more are an overflow")
     watch_ignore: Annotated[tuple[str, ...], NoDecode] = Field(
-        (".git", "node_modules"),
+        (".git", "node_modules", ".gateway"),
         description="names that a watch leaves out unless it says else, comma-separated",
     )
 
