@@ -144,6 +144,7 @@ class IncusRuntime:
         self._watching = False
         # marks commands of this gateway, in this life or another: another's on the same host are not ours
         self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+        self._life = f"{self._own}-{secrets.token_hex(4)}"
 
     async def __aenter__(self) -> IncusRuntime:
         await self._incus.__aenter__()
@@ -274,7 +275,7 @@ class IncusRuntime:
     async def _open(self, name: str, pty: Pty | None) -> IncusProcess:
         """Start a shell that takes a command. Raises what Incus refuses, and `Timeout`."""
         located = await self._locate(name)
-        exec_id = f"{self._own}/{secrets.token_hex(8)}"
+        exec_id = f"{self._life}/{secrets.token_hex(8)}"
         script = START_SCRIPT if pty is None else START_SCRIPT_PTY
         command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
         size = None if pty is None else (pty.cols, pty.rows)
@@ -354,8 +355,9 @@ class IncusRuntime:
     async def sweep(self) -> int:
         """End what commands of an earlier life of this gateway left in running tenants; return how many.
 
-        A gateway that was killed could not end them, and nobody can follow them any more. Without access to
-        the host's cgroups nothing is found.
+        A gateway that was killed could not end them, and nobody can follow them any more. Commands of this
+        life, which may be there already, are told by their folder. Without access to the host's cgroups
+        nothing is found.
         """
         ended = 0
         for tenant in await self.list():
@@ -365,8 +367,10 @@ class IncusRuntime:
                 root = of_init((await self._locate(tenant.name)).init_pid)
                 if root is None:
                     continue
-                left = Cgroup(root / CGROUP_PARENT / self._own)
-                if left.path.exists() and left.reachable():
+                for folder in (root / CGROUP_PARENT).glob(f"{self._own}-*"):
+                    left = Cgroup(folder)
+                    if folder.name == self._life or not left.reachable():
+                        continue
                     killed = await left.kill(0, self._settings.cancel_timeout)
                     ended += killed.killed
                     if killed.killed:

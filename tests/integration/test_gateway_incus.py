@@ -21,10 +21,13 @@ from tests.live import LiveGateway, RpcFailure
 
 @contextlib.asynccontextmanager
 async def live(settings: Settings, log: Path, **more: str) -> AsyncIterator[LiveGateway]:
+    # a state of its own: a gateway ends what an earlier one of the same state left running
+    state = log.with_suffix("")
+    state.mkdir(exist_ok=True)
     gateway = LiveGateway(
         {
             "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
-            "GATEWAY_STATE_DIR": str(settings.state_dir),
+            "GATEWAY_STATE_DIR": str(state),
             **more,
         },
         log,
