@@ -89,6 +89,36 @@ async def test_files_commands_and_events(shop: Tenant) -> None:
     assert (ran.stdout, ran.exit_code) == ("hello", 0)
 
 
+async def test_files_as_an_editor_has_them(shop: Tenant) -> None:
+    """Etags, bytes of any size and kind, and a watch that tells what others do."""
+    files = shop.files
+    etag = await files.write("a b%25/ü.bin", b"\xff\0", create_dirs=True, new=True)
+    assert (await files.read("a b%25/ü.bin")).data == b"\xff\0"
+    with pytest.raises(errors.Conflict) as caught:
+        await files.write("a b%25/ü.bin", "x", new=True)
+    assert caught.value.facts["etag"] == etag
+    large = os.urandom(1 << 20) * 9
+    async with files.watch() as changes:
+        now = await files.upload("a b%25/ü.bin", large, if_match=etag)
+        told = await anext(changes)
+        assert list(told.changes) == [("a b%25/ü.bin", "changed")] and not told.overflow
+        assert b"".join([chunk async for chunk in files.download("a b%25/ü.bin")]) == large
+        tail = b"".join([chunk async for chunk in files.download("a b%25/ü.bin", start=len(large) - 5)])
+        assert tail == large[-5:]
+    with pytest.raises(errors.Conflict):
+        await files.upload("a b%25/ü.bin", b"", if_match=etag)
+    with pytest.raises(errors.TooLarge):
+        await files.read("a b%25/ü.bin")
+    assert (await files.move("a b%25", "b")).type == "directory"
+    assert (await files.stat("b/ü.bin")).etag == now
+    entries, cut = await files.list(depth=2)
+    assert {entry.path for entry in entries} >= {"b", "b/ü.bin"} and not cut
+    await files.mkdir("b/c/d")
+    await files.remove("b", recursive=True)
+    with pytest.raises(errors.NotFound):
+        await files.read("b/ü.bin")
+
+
 async def test_pressure_detaching_and_the_end(shop: Tenant) -> None:
     async with shop.exec(["head", "-c", "30000000", "/dev/zero"]) as slow:
         await anext(slow.stdout)

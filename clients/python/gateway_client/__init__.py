@@ -15,15 +15,20 @@ from gateway_client.client import Client, TenantInfo
 from gateway_client.errors import Disconnected, GatewayError
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Exit, Killed, Output
+from gateway_client.files import Changed, Content, Entry, Files, Watch
 from gateway_client.tenant import RunResult, Tenant, ToolResult
 
 __all__ = [
+    "Changed",
     "Client",
+    "Content",
     "Disconnected",
+    "Entry",
     "Event",
     "EventStream",
     "Exec",
     "Exit",
+    "Files",
     "GatewayError",
     "Killed",
     "Output",
@@ -31,4 +36,5 @@ __all__ = [
     "Tenant",
     "TenantInfo",
     "ToolResult",
+    "Watch",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from gateway_client.connection import Connection
 from gateway_client.errors import from_wire
 from gateway_client.execution import BUFFER, Exec
+from gateway_client.files import Files
 
 if TYPE_CHECKING:
     from gateway_client.client import Client
@@ -73,6 +74,7 @@ class Tenant:
         self._opening = asyncio.Lock()
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
+        self.files = Files(self)
 
     @property
     def _path(self) -> str:

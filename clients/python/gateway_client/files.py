@@ -1,0 +1,245 @@
+"""Knows a tenant's files as an editor sees them: bytes, etags, and what changes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from gateway import protocol
+from gateway_client.connection import refusal
+from gateway_client.errors import Disconnected, GatewayError
+
+if TYPE_CHECKING:
+    from gateway_client.connection import Connection
+    from gateway_client.tenant import Tenant
+
+CHUNK: Final = 1 << 18
+# notifications that wait for a slow reader; more are dropped, and that is an overflow
+WAITING: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file, folder or link. `mtime` is in seconds since the epoch, `mode` its permission bits.
+
+    `target` is where a link points to, None where that is outside. `escaped`: the name is not UTF-8, and
+    `path` only shows it.
+    """
+
+    path: str
+    type: Literal["file", "directory", "symlink", "other"]
+    size: int
+    mode: int
+    mtime: float
+    etag: str
+    target: str | None = None
+    escaped: bool = False
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> Entry:
+        return cls(**{name: value[name] for name in cls.__slots__ if name in value})
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A whole file and the etag to write it back with."""
+
+    data: bytes
+    etag: str
+
+    @property
+    def text(self) -> str:
+        """The file as UTF-8; raises `UnicodeDecodeError`."""
+        return self.data.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What changed, as (path, "created" or "changed" or "removed"). After an `overflow` look anew.
+
+    `ended` says why nothing more comes.
+    """
+
+    changes: Sequence[tuple[str, str]]
+    overflow: bool
+    ended: str | None = None
+
+
+class Files:
+    """The files of one tenant. Paths are absolute in the container or relative to the workspace.
+
+    Every method raises the typed error of the gateway's answer; a stale `if_match` is `Conflict`, whose facts
+    hold the present etag.
+    """
+
+    def __init__(self, tenant: Tenant) -> None:
+        self._tenant = tenant
+
+    async def stat(self, path: str) -> Entry:
+        return Entry.parse(await self._tenant.request("files/stat", {"path": path}))
+
+    async def list(self, path: str = ".", *, depth: int = 1) -> tuple[Sequence[Entry], bool]:
+        """Return what is in a folder, and whether the gateway's limit cut it off."""
+        answer = await self._tenant.request("files/list", {"path": path, "depth": depth})
+        return [Entry.parse(entry) for entry in answer["entries"]], bool(answer["truncated"])
+
+    async def read(self, path: str) -> Content:
+        """Return a whole file, up to 8 MiB; `download` has no limit."""
+        answer = await self._tenant.request("files/read", {"path": path})
+        data = answer["text"].encode() if "text" in answer else base64.b64decode(answer["data"])
+        return Content(data, answer["etag"])
+
+    async def write(
+        self,
+        path: str,
+        content: str | bytes,
+        *,
+        if_match: str | None = None,
+        new: bool = False,
+        create_dirs: bool = False,
+    ) -> str:
+        """Write a whole file, up to 8 MiB, and return its etag. With `new` it must not be there yet."""
+        params: dict[str, Any] = {"path": path, "createDirs": create_dirs}
+        if isinstance(content, str):
+            params["text"] = content
+        else:
+            params["data"] = base64.b64encode(content).decode()
+        if if_match is not None:
+            params["ifMatch"] = if_match
+        if new:
+            params["ifNoneMatch"] = "*"
+        return str((await self._tenant.request("files/write", params))["etag"])
+
+    async def move(self, source: str, target: str, *, overwrite: bool = False) -> Entry:
+        params = {"from": source, "to": target, "overwrite": overwrite}
+        return Entry.parse(await self._tenant.request("files/move", params))
+
+    async def remove(self, path: str, *, recursive: bool = False, if_match: str | None = None) -> None:
+        params: dict[str, Any] = {"path": path, "recursive": recursive}
+        if if_match is not None:
+            params["ifMatch"] = if_match
+        await self._tenant.request("files/remove", params)
+
+    async def mkdir(self, path: str) -> Entry:
+        """Make a folder, with those above it."""
+        return Entry.parse(await self._tenant.request("files/mkdir", {"path": path}))
+
+    async def upload(
+        self, path: str, body: bytes | IO[bytes] | AsyncIterable[bytes], *, if_match: str | None = None
+    ) -> str:
+        """Put a file of any size in place, all or nothing; return its etag."""
+        headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
+        data = io.BytesIO(body) if isinstance(body, bytes) else body
+        try:
+            async with self._session.put(self._url(path), data=data, headers=headers) as response:
+                answer = await response.read()
+                if response.status >= 400:
+                    raise refusal(response.status, answer)
+                return response.headers["ETag"].strip('"')
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"the upload broke off: {error}") from error
+
+    async def download(self, path: str, *, start: int = 0) -> AsyncIterator[bytes]:
+        """Yield a file's bytes from `start` at the reader's pace. Raises `Disconnected` if they break off."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        try:
+            async with self._session.get(self._url(path), headers=headers) as response:
+                if response.status >= 400:
+                    raise refusal(response.status, await response.read())
+                async for chunk in response.content.iter_chunked(CHUNK):
+                    yield chunk
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"the download broke off: {error}") from error
+
+    @asynccontextmanager
+    async def watch(self, *paths: str, ignore: Iterable[str] | None = None) -> AsyncIterator[Watch]:
+        """Watch files and folders, these with all below them, while the block runs; the workspace by default.
+
+        What happens after the block is entered is told: enter first, read the state after.
+        """
+        params: dict[str, Any] = {"paths": list(paths) or ["."]}
+        if ignore is not None:
+            params["ignore"] = list(ignore)
+        connection = await self._tenant._connect(patient=False)
+        try:
+            watch = Watch(connection)
+            await connection.request("files/watch", params, watch.begin)
+            yield watch
+        finally:
+            await self._tenant._release(connection, good=False)
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        return self._tenant._client.session
+
+    def _url(self, path: str) -> URL:
+        # encoded by us alone: a library would take what looks like an escape for one
+        base = self._tenant._client.address.url
+        return URL(f"{base}/v1/tenants/{self._tenant.name}/files/{quote(path)}", encoded=True)
+
+
+class Watch:
+    """What changes, by `async for`. Ends after the notification that has `ended`; `Disconnected` may come.
+
+    `unwatched` folders could not be watched.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.unwatched = 0
+        self._number: int | None = None
+        self._told: deque[Changed] = deque()
+        self._failure: GatewayError | None = None
+        self._over = False
+        self._grown = asyncio.Event()
+        connection.receiver = self
+
+    def begin(self, answer: Mapping[str, Any]) -> None:
+        self._number, self.unwatched = answer["watch"], answer["unwatched"]
+
+    def __aiter__(self) -> Watch:
+        return self
+
+    async def __anext__(self) -> Changed:
+        while not self._told:
+            if self._over:
+                raise StopAsyncIteration
+            if self._failure is not None:
+                raise self._failure
+            self._grown.clear()
+            await self._grown.wait()
+        told = self._told.popleft()
+        self._over = told.ended is not None
+        return told
+
+    # as the connection's receiver
+
+    def frame(self, frame: protocol.Frame) -> None:
+        """No command runs on this connection."""
+
+    def notified(self, notification: protocol.Notification) -> None:
+        told = notification.params
+        if notification.method == "files/changed" and told.get("watch") == self._number:
+            changes = [(change["path"], change["change"]) for change in told["changes"]]
+            changed = Changed(changes, bool(told["overflow"]), told.get("ended"))
+            if len(self._told) < WAITING:
+                self._told.append(changed)
+            else:
+                self._told[-1] = replace(self._told[-1], overflow=True, ended=changed.ended)
+            self._grown.set()
+
+    def broken(self, error: GatewayError) -> None:
+        self._failure = error
+        self._grown.set()
+
+    async def room(self) -> None:
+        """Nothing is held back: what waits is bounded by itself."""
