@@ -73,9 +73,9 @@ class TestIncus(GatewayContract):
         self, gateway: LiveGateway, tenant: str
     ) -> None:
         async with gateway.wire(tenant) as wire:
-            path = f"owned/{mark()}.txt"
+            path = f"made/{mark()}.txt"
             await wire.call("tools/call", name="Write", arguments={"file_path": path, "content": "x"})
-            _, out, _ = await wire.run(command=f"stat -c '%U:%G %a' owned {path}")
+            _, out, _ = await wire.run(command=f"stat -c '%U:%G %a' made {path}")
             assert out == b"site:site 755\nsite:site 644\n"
 
     async def test_the_contract_of_one_tenant_over_http(self, gateway: LiveGateway, tenant: str) -> None:
