@@ -144,6 +144,7 @@ class Shell:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._head = bytearray()
         self._tail = bytearray()
+        self._showing = True
         self._writing = asyncio.Lock()
         self.task = asyncio.create_task(self._carry(exec_, exec_.attach()), name=f"shell {exec_.id}")
 
@@ -179,6 +180,8 @@ class Shell:
         """Keep what belongs to the beginning and the end; return what is no part of the beginning."""
         self._size += len(data)
         self._characters += len(self._decoder.decode(data))
+        if not self._showing:
+            return b""
         beyond = data[shell.KEPT - len(self._head) :]
         self._head += data[: len(data) - len(beyond)]
         self._tail += data
@@ -191,6 +194,12 @@ class Shell:
         async with self._writing:
             if self.file.path is None and not self.file.broken:
                 await self.file.create(bytes(self._head))
+
+    def let_go(self) -> None:
+        """Keep no beginning and no end any more: of a command in the background only the unread is shown."""
+        self._showing = False
+        self._head.clear()
+        self._tail.clear()
 
     def printed(self) -> shell.Printed:
         return shell.Printed(
@@ -451,6 +460,7 @@ class Shells:
             exec_ = self._execs.get(started.tenant, started.exec_id)
             started.timer = loop.call_later(seconds, exec_.end, "timeout", grace)
         await started.save()
+        started.let_go()
 
     async def _shell(self, session: ToolSession, shell_id: str) -> Shell:
         """Return a shell of the session; of one whose command has ended, all output is taken over."""

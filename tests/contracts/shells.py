@@ -6,7 +6,6 @@ What they answer is held by the recorded cases; this is what they leave behind, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import signal
 from collections.abc import Mapping
@@ -76,9 +75,10 @@ class ShellContract:
             await background(wire, behind.script)
             _, text = await call(wire, "Bash", {"command": moved.script, "timeout": 300})
             assert "moved to the background" in text
-            await wire.start_call("tools/call", name="Bash", arguments={"command": front.script})
+            _, reply = await wire.start_call("tools/call", name="Bash", arguments={"command": front.script})
             for tree in (front, behind, moved):
                 await tree.grown()
+        await asyncio.gather(reply, return_exceptions=True)
         await until(lambda: front.alive() + behind.alive() + moved.alive() == 0)
 
     async def test_a_dropped_http_request_leaves_nothing(self, gateway: LiveGateway, tenant: str) -> None:
@@ -353,11 +353,10 @@ class ShellContract:
         front, behind = Tree(), Tree()
         async with disposable.wire(tenant) as wire:
             await background(wire, behind.script)
-            await wire.start_call("tools/call", name="Bash", arguments={"command": front.script})
+            _, reply = await wire.start_call("tools/call", name="Bash", arguments={"command": front.script})
             await front.grown()
             await behind.grown()
             assert await disposable.stop(signal.SIGTERM) == 0, disposable.log.read_text()
             assert front.alive() + behind.alive() == 0
-            with contextlib.suppress(ConnectionError):
-                await wire.closed()
+            await asyncio.gather(reply, return_exceptions=True)
         assert "Traceback" not in disposable.log.read_text()
