@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from gateway.rootfs.workers import Workers, result_of
 _log = logging.getLogger(__name__)
 
 _READ = 1 << 16  # bytes of one look at the socket
+_CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready
 _FAREWELL_TIMEOUT = 2.0  # seconds of what a worker does before it is ended
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
@@ -104,14 +106,16 @@ class Link:
             raise
 
     def _read(self) -> None:
-        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
         try:
-            data, passed, _, _ = socket.recv_fds(self._socket, _READ, 4, flags)
+            # not socket.recv_fds, which leaves its flags out: children would inherit what comes
+            data, ancillary, _, _ = self._socket.recvmsg(_READ, socket.CMSG_SPACE(4 * 4), _CLOSE_ON_EXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data, passed = b"", []
-        self._passed.extend(passed)
+            data, ancillary = b"", []
+        for level, kind, passed in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._passed.extend(array("i", passed[: len(passed) - len(passed) % 4]))
         if not data:
             self._end()
             return

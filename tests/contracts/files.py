@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import filecmp
 import io
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -485,6 +487,41 @@ class TransferContract:
                 while (await http.head(url)).status != 200:
                     pass
             await wire.call("files/remove", path=name)
+
+    async def test_a_large_file_passes_through_without_being_held(
+        self, gateway: LiveGateway, tenant: str, tmp_path: Path
+    ) -> None:
+        """256 MiB up and down, byte for byte; the gateway's memory grows by some chunks. Prints speeds."""
+        url = f"/v1/tenants/{tenant}/files/y-{mark()}"
+        size, large = 256 << 20, tmp_path / "large"
+        large.write_bytes(os.urandom(1 << 20) * 256)
+
+        def peak() -> int:
+            assert gateway.process is not None
+            status = Path(f"/proc/{gateway.process.pid}/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+        async with gateway.http(tenant) as http:
+            await http.put(url, data=b"")
+            before = peak()
+            began = time.perf_counter()
+            with large.open("rb") as body:
+                async with http.put(url, data=body) as response:
+                    assert (await response.json())["size"] == size
+            up = time.perf_counter() - began
+            began = time.perf_counter()
+            received = tmp_path / "received"
+            with received.open("wb") as file:
+                async with http.get(url) as response:
+                    async for chunk in response.content.iter_chunked(1 << 20):
+                        file.write(chunk)
+            down = time.perf_counter() - began
+            assert filecmp.cmp(large, received, shallow=False)
+            grown = peak() - before
+            await http.delete(url)
+        rates = [f"{name} {256 / seconds:.0f} MiB/s" for name, seconds in (("PUT", up), ("GET", down))]
+        print(*rates, f"{grown / 1e6:.0f} MB more")
+        assert grown < 32 << 20
 
     async def test_a_tenants_stop_ends_its_transfers(self, gateway: LiveGateway, tenant: str) -> None:
         """An upload leaves nothing and is told so, a download is cut: nothing holds the tenant's storage."""

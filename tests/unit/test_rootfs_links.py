@@ -1,0 +1,150 @@
+"""Workers that pass descriptors: each reaches its caller or is closed, and every end is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import IsADirectory, NotAFile, RateLimited, Timeout, Unavailable
+from gateway.rootfs import FilesystemRoot, Workers
+from gateway.rootfs.links import Links
+from gateway.settings import Settings
+from tests.unit.test_rootfs_workers import PROBES, make_root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> FilesystemRoot:
+    return make_root(tmp_path)
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[Workers]:
+    async with Workers(Settings()) as running:
+        yield running
+
+
+@pytest.fixture
+async def links(workers: Workers) -> AsyncIterator[Links]:
+    async with Links(workers, "", maximum=2, idle=60) as running:
+        yield running
+
+
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+async def test_a_descriptor_comes_with_its_reply(links: Links, root: FilesystemRoot) -> None:
+    """Of several calls at once each gets its own; a refusal brings none."""
+    site = root.path / "srv" / "site"
+    for number in range(8):
+        (site / f"{number}").write_text(f"content {number}")
+    link = await links.get(root)
+    before = descriptors()
+
+    async def read(name: str) -> bytes:
+        _, descriptor = await link.call("files/open", {"path": name}, 5)
+        assert descriptor is not None
+        try:
+            assert not os.get_inheritable(descriptor)
+            return os.read(descriptor, 100)
+        finally:
+            os.close(descriptor)
+
+    async def refused() -> None:
+        with pytest.raises(IsADirectory):
+            await link.call("files/open", {"path": "."}, 5)
+
+    names = [f"{number}" for number in range(8)]
+    results = await asyncio.gather(*(read(name) for name in names), refused())
+    assert results[:8] == [f"content {name}".encode() for name in names]
+    assert descriptors() == before
+
+
+async def test_a_descriptor_for_nobody_is_closed(links: Links, root: FilesystemRoot) -> None:
+    link = await links.get(root)
+    before = descriptors()
+    for _ in range(20):
+        opening = asyncio.ensure_future(link.call("files/open", {"path": "a.txt"}, 5))
+        await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+    _, descriptor = await link.call("files/open", {"path": "a.txt"}, 5)
+    assert descriptor is not None
+    assert os.read(descriptor, 100) == b"alpha\n"
+    os.close(descriptor)
+    assert descriptors() == before
+
+
+async def test_only_what_is_regular_is_passed(links: Links, root: FilesystemRoot) -> None:
+    """The gateway may read what it was given, and write nothing; it is never a FIFO or device."""
+    site = root.path / "srv" / "site"
+    os.mkfifo(site / "pipe")
+    link = await links.get(root)
+    with pytest.raises(NotAFile):
+        await asyncio.wait_for(link.call("files/open", {"path": "pipe"}, 5), 2)
+    _, descriptor = await link.call("files/open", {"path": "a.txt"}, 5)
+    assert descriptor is not None
+    with pytest.raises(OSError):
+        os.write(descriptor, b"x")
+    os.close(descriptor)
+    _, descriptor = await link.call("files/create", {"path": "new"}, 5)
+    assert descriptor is not None
+    with pytest.raises(OSError):
+        os.read(descriptor, 1)
+    os.close(descriptor)
+    await link.call("files/releaseAll", {}, 5)
+    assert sorted(path.name for path in site.iterdir()) == ["a.txt", "pipe"]
+
+
+async def test_every_end_is_told(tmp_path: Path) -> None:
+    """A crash and a hang cost their callers a clear error, are told once, and the next gets a new one."""
+    root = make_root(tmp_path)
+    lost: list[str] = []
+    async with (
+        Workers(Settings(), operations=PROBES) as workers,
+        Links(workers, "", maximum=2, idle=60, lost=lost.append) as links,
+    ):
+        for operation, error, timeout in (("crash", Unavailable, 5.0), ("hang", Timeout, 0.2)):
+            link = await links.get(root)
+            calls = [link.call(operation, {}, timeout), link.call("echo", {"text": "x"}, 5)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(results[0], error) and isinstance(results[1], Unavailable)
+            assert links.current("one") is None
+            assert lost.pop() == "one" and not lost
+            with pytest.raises(Unavailable):
+                await link.call("echo", {"text": "x"}, 5)
+        assert (await (await links.get(root)).call("echo", {"text": "hi"}, 5))[0] == b"hi"
+
+
+async def test_unfinished_uploads_go_with_their_worker(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    site = root.path / "srv" / "site"
+    async with (
+        Workers(Settings()) as workers,
+        Links(workers, "", maximum=2, idle=60, farewell="files/releaseAll") as links,
+    ):
+        link = await links.get(root)
+        _, descriptor = await link.call("files/create", {"path": "deep/new"}, 5)
+        assert descriptor is not None
+        os.write(descriptor, b"half")
+        os.close(descriptor)
+        assert len(list(site.iterdir())) == 2
+        links.end("one")
+        await links.ended()
+        assert [path.name for path in site.iterdir()] == ["a.txt"]
+
+
+async def test_one_that_is_held_makes_no_room(links: Links, tmp_path: Path) -> None:
+    roots = [make_root(tmp_path, f"t{number}") for number in range(3)]
+    for root in roots[:2]:
+        (await links.get(root)).holds += 1
+    with pytest.raises(RateLimited):
+        await links.get(roots[2])
+    first = await links.get(roots[0])
+    first.holds -= 1
+    await links.get(roots[2])
+    assert first.closed and links.current("t1") is not None
