@@ -1,0 +1,151 @@
+"""What a host that has no watches left means to who wants one, and a watcher over a real tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from gateway.errors import NotFound, RateLimited, Unavailable
+from gateway.files.watching import Watcher
+from gateway.rootfs import kernel
+from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.tree import Tree
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="inotify is Linux's")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """A workspace with `a/b`; this process stands in for a worker, whose working directory moves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site" / "a" / "b").mkdir(parents=True)
+    tree = Tree(os.open(tmp_path / "site", os.O_RDONLY), "/srv/site")
+    yield Workspace(tree, Limits(watch_folders=4, watch_changes=3))
+    tree.close()
+
+
+@pytest.fixture
+def watcher(workspace: Workspace) -> Iterator[Watcher]:
+    watcher = Watcher(workspace)
+    yield watcher
+    os.close(watcher.descriptor)
+
+
+def wish(watch: int = 1, *paths: str) -> dict[str, Any]:
+    return {"watch": watch, "paths": list(paths) or ["."], "ignore": ["skip"]}
+
+
+def told(watcher: Watcher) -> list[dict[str, Any]]:
+    """Return what would be sent once all that is due was done."""
+    watcher.read()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        while (wait := watcher.due()) is not None:
+            select.select((), (), (), wait)
+            watcher.tell(theirs)
+        theirs.close()
+        data, found = ours.recv(1 << 20), []
+    while data:
+        (length,) = struct.unpack_from(">I", data)
+        found.append(orjson.loads(data[5 : 4 + length]))
+        data = data[4 + length :]
+    return found
+
+
+def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
+    watcher.watch(workspace, wish(1))
+    watcher.watch(workspace, wish(2, "a/b"))
+    site = tmp_path / "site"
+    (site / "a" / "b" / "f").write_text("x")
+    (site / "a" / "g").write_text("x")
+    (site / "skip").mkdir()
+    found = {notice["watch"]: notice for notice in told(watcher)}
+    changes = {(change["path"], change["change"]) for change in found[1]["changes"]}
+    assert changes == {("a/b/f", "created"), ("a/g", "created")}
+    assert [change["path"] for change in found[2]["changes"]] == ["a/b/f"]
+    assert not found[1]["overflow"] and not found[2]["overflow"]
+    watcher.unwatch(workspace, wish(1))
+    (site / "a" / "g").write_text("y")
+    assert told(watcher) == []
+
+
+def test_a_root_goes_with_a_folder_above_it(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
+    watcher.watch(workspace, wish(1, "a/b"))
+    (tmp_path / "site" / "a").rename(tmp_path / "gone")
+    (notice,) = told(watcher)
+    assert notice["changes"] == [{"path": "a/b", "change": "removed"}]
+    with pytest.raises(NotFound):
+        watcher.watch(workspace, wish(2, "a"))
+
+
+def test_a_folder_over_the_limit_is_an_overflow(
+    watcher: Watcher, workspace: Workspace, tmp_path: Path
+) -> None:
+    """A new watch that needs too many is refused; one that is there goes on."""
+    watcher.watch(workspace, wish(1))
+    for name in ("c", "d"):
+        (tmp_path / "site" / name).mkdir()
+    (notice,) = told(watcher)
+    assert notice["overflow"]
+    with pytest.raises(RateLimited, match="more than 4 folders"):
+        watcher.watch(workspace, wish(2))
+    told(watcher)
+    (tmp_path / "site" / "a" / "b" / "f").write_text("x")
+    (notice,) = told(watcher)
+    assert notice["changes"] == [{"path": "a/b/f", "change": "created"}] and not notice["overflow"]
+
+
+def test_what_the_kernel_lost_is_told_and_the_tree_read_anew(
+    watcher: Watcher, workspace: Workspace, tmp_path: Path
+) -> None:
+    watcher.watch(workspace, wish(1))
+    (tmp_path / "site" / "new").mkdir()
+    os.read(watcher.descriptor, 1 << 16)  # lost
+    watcher.lost()
+    (notice,) = told(watcher)
+    assert notice["overflow"] and notice["changes"] == []
+    (tmp_path / "site" / "new" / "f").write_text("x")
+    (notice,) = told(watcher)
+    assert notice["changes"] == [{"path": "new/f", "change": "created"}]
+
+
+def test_a_workspace_that_is_moved_is_gone(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
+    watcher.watch(workspace, wish(1))
+    (tmp_path / "site").rename(tmp_path / "other")
+    watcher.read()
+    assert watcher.gone
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [(errno.EMFILE, RateLimited, "max_user_instances"), (errno.ENOSYS, Unavailable, "cannot be watched")],
+)
+def test_a_host_without_instances_says_so(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], words: str
+) -> None:
+    def refuse() -> int:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(kernel, "inotify", refuse)
+    with pytest.raises(error, match=words):
+        Watcher(workspace)
+
+
+def test_a_host_without_watches_says_so(
+    watcher: Watcher, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, mask: int) -> int:
+        raise OSError(errno.ENOSPC, "refused")
+
+    monkeypatch.setattr(kernel, "inotify_add", refuse)
+    with pytest.raises(RateLimited, match="max_user_watches"):
+        watcher.watch(workspace, wish(1))
