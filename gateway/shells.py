@@ -432,7 +432,9 @@ class Shells:
 
     def _make_room(self, session: ToolSession) -> None:
         """Raise `ToolFailure` where the session may have no further shell; forget old ended ones."""
-        if session.life == "call" or session.ended:
+        if session.ended:
+            raise ToolFailure("gone", "This tool session has ended; open a new one.")
+        if session.life == "call":
             raise ToolFailure(
                 "conflict",
                 "Commands in the background need a tool session that lasts longer than this call: "

@@ -16,7 +16,7 @@ class ToolSession:
     there must have been read before it is changed. At most `maximum` files are remembered: the one that was
     used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
     `life` says what the session ends with: this one call, its connection, or, where it has a name, disuse;
-    `ended` that it has.
+    `ended` that it has. `holders` counts the connections that are open on one with a name: it is in use.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class ToolSession:
     ) -> None:
         self.life = life
         self.ended = False
+        self.holders = 0
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()

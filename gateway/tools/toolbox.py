@@ -133,19 +133,23 @@ class Toolbox:
             raise InvalidParams("a session's name has 1 to 128 characters")
         now, key = time.monotonic(), (tenant, name)
         found = self._sessions.get(key)
-        if found is None or found.last_used < now - self._settings.session_idle:
+        if found is None or self._unused(found, now):
             self._expire(now)
             if len(self._sessions) >= self._settings.max_sessions:
                 raise RateLimited("too many tool sessions", limit=self._settings.max_sessions)
             found = self._sessions[key] = ToolSession(life="named")
         self._sessions.move_to_end(key)
+        found.holders += lasting
         found.read_before_write = read_before_write
         found.last_used = now
         return found
 
     async def leave(self, session: ToolSession) -> None:
         """End a session with its connection; one with a name stays for others, until nobody uses it."""
-        if session.life != "named":
+        if session.life == "named":
+            session.holders -= 1
+            session.last_used = time.monotonic()
+        else:
             await self._shells.end(session)
 
     def forget(self, tenant: str) -> None:
@@ -160,9 +164,11 @@ class Toolbox:
 
     def _expire(self, now: float) -> None:
         """End the named sessions that nobody has used for long."""
-        limit = now - self._settings.session_idle
-        for key in [key for key, session in self._sessions.items() if session.last_used < limit]:
+        for key in [key for key, session in self._sessions.items() if self._unused(session, now)]:
             self._end(key)
+
+    def _unused(self, session: ToolSession, now: float) -> bool:
+        return not session.holders and session.last_used < now - self._settings.session_idle
 
     def _end(self, key: tuple[str, str]) -> None:
         task = asyncio.create_task(self._shells.end(self._sessions.pop(key)))

@@ -314,6 +314,22 @@ class ShellContract:
         await until(lambda: alive(seconds) == 1)
         await until(lambda: alive(seconds) == 0)
 
+    async def test_a_named_session_lives_while_a_socket_is_open_on_it(
+        self, quick: LiveGateway, tenant: str
+    ) -> None:
+        """Past the time after which it would end, and then that long after the socket."""
+        seconds, name = mark(), f"held-{mark()}"
+        async with quick.wire(tenant, session=name) as wire:
+            first = await background(wire, f"sleep {seconds}", timeout=60_000)
+            unheld = {"X-Tool-Session": f"other-{name}"}
+            body = {"command": f"sleep 1{seconds}", "run_in_background": True, "timeout": 60_000}
+            async with quick.http(tenant) as http:
+                await http.post(f"/v1/tenants/{tenant}/tools/Bash", json=body, headers=unheld)
+            await until(lambda: alive(seconds) == 1 == alive("1" + seconds))
+            await until(lambda: alive("1" + seconds) == 0)  # a session that was used later has ended
+            assert "running" in (await call(wire, "BashOutput", {"bash_id": first}))[1]
+        await until(lambda: alive(seconds) == 0)
+
     async def test_a_lone_call_has_no_background(self, gateway: LiveGateway, tenant: str) -> None:
         tree = Tree()
         async with gateway.http(tenant) as http:
