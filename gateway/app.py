@@ -219,6 +219,7 @@ class Gateway:
                 await hub.execs.end_all()
         except TimeoutError:
             log.warning("commands did not end in time")
+        hub.files.end_transfers()
         for connection in list(hub.connections):
             connection.close(CloseCode.DRAINING, "draining")
         self.bus.close()

@@ -58,8 +58,9 @@ class Files:
         Raises what the worker refuses with and what `Workers.call` raises.
         """
         root = await self._runtime.filesystem(tenant)
-        # Listing a deep tree takes long, and must hold up no read. Writes all go one way, in their order.
-        search = method == "files/list" and given.get("depth", 1) > 1
+        # What goes through whole trees takes long, and must hold up no read. Writes of files all go one way,
+        # in their order; to remove a folder beside them is what a tenant's own `rm -r` does too.
+        search = given.get("depth", 1) > 1 or (bool(given.get("recursive")) and not given.get("ifMatch"))
         result = await self._workers.call(root, method, given, search=search)
         if method == "files/write":
             file_written(self._bus, tenant, given["path"], by)
@@ -83,6 +84,10 @@ class Files:
             result = await target.commit()
         file_written(self._bus, tenant, path, by)
         return result
+
+    def end_transfers(self) -> None:
+        """Break off every upload and download: the gateway is ending."""
+        self._transfers.end()
 
     async def watch(self, tenant: str, paths: list[str], ignore: list[str] | None) -> Watch:
         """Begin to watch; end it by `unwatch`."""

@@ -139,27 +139,30 @@ class Sending(Response):
         self.raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._opened:
-            start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            await send(start)
-            if not self._send_body:
-                await send({"type": "http.response.body", "body": b""})
-                return
-            # nothing tells a sender that its client is gone but the other direction
-            leaving = asyncio.ensure_future(_gone(receive))
-            sending = asyncio.ensure_future(self._copy(send))
-            try:
-                await asyncio.wait([leaving, sending], return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    sending.result()
-            except (GatewayError, TimeoutError) as error:
-                # Too late for a problem. Without the rest of the body the server cuts the connection, which
-                # is what tells the client.
-                log.info("a download broke off: %s", error or "the client took nothing")
-            finally:
-                for task in (leaving, sending):
-                    task.cancel()
-                await asyncio.gather(leaving, sending, return_exceptions=True)
+        try:
+            async with self._opened:
+                await self._answer(receive, send)
+        except (GatewayError, TimeoutError) as error:
+            # Too late for a problem. Without the rest of the body the server cuts the connection, which is
+            # what tells the client.
+            log.info("a download broke off: %s", error or "the client took nothing")
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if not self._send_body:
+            await send({"type": "http.response.body", "body": b""})
+            return
+        # nothing tells a sender that its client is gone but the other direction
+        leaving = asyncio.ensure_future(_gone(receive))
+        sending = asyncio.ensure_future(self._copy(send))
+        try:
+            await asyncio.wait([leaving, sending], return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (leaving, sending):
+                task.cancel()
+            await asyncio.gather(leaving, sending, return_exceptions=True)
 
     async def _copy(self, send: Send) -> None:
         offset, last = self._span

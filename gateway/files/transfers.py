@@ -137,7 +137,7 @@ class Transfers:
             farewell="files/releaseAll",  # what was begun is undone, whatever ends the worker
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
-        self._held: dict[str, set[_Held]] = defaultdict(set)
+        self._held: dict[str, dict[_Held, asyncio.Timeout]] = defaultdict(dict)
         self._count: Counter[str] = Counter()
         self._undoing: set[asyncio.Task[None]] = set()
 
@@ -148,8 +148,7 @@ class Transfers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tenant in list(self._held):
-            await self.forget(tenant)
+        self.end()
         await asyncio.gather(*self._undoing, return_exceptions=True)
         await self._links.__aexit__(kind, error, trace)
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -223,17 +222,38 @@ class Transfers:
             except asyncio.CancelledError:
                 opening.add_done_callback(lambda done: self._undo(link, done))
                 raise
-            self._held[tenant].add(held)
             try:
-                yield link, told, held
-            finally:
-                held.close()
-                self._held[tenant].discard(held)
-                if not self._held[tenant]:
-                    del self._held[tenant]
+                # a scope that `end` can make run out, wherever its task waits
+                async with asyncio.timeout(None) as scope:
+                    self._held[tenant][held] = scope
+                    try:
+                        yield link, told, held
+                    finally:
+                        held.close()
+                        self._let_go(tenant, held)
+            except TimeoutError:
+                if scope.expired():
+                    raise Unavailable("the transfer was ended: the tenant or the gateway goes away") from None
+                raise
         finally:
             link.holds -= 1
             self._uncount(tenant)
+
+    def _let_go(self, tenant: str, held: _Held) -> asyncio.Timeout | None:
+        scopes = self._held.get(tenant, {})
+        scope = scopes.pop(held, None)
+        if not scopes:
+            self._held.pop(tenant, None)
+        return scope
+
+    def end(self, tenant: str | None = None) -> None:
+        """Break off a tenant's transfers, or everybody's; nothing is left of an upload."""
+        for name in [tenant] if tenant is not None else list(self._held):
+            for held in list(self._held.get(name, ())):
+                scope = self._let_go(name, held)
+                held.close()
+                if scope is not None:
+                    scope.reschedule(asyncio.get_running_loop().time())
 
     def _uncount(self, tenant: str) -> None:
         self._count[tenant] -= 1
@@ -255,8 +275,7 @@ class Transfers:
 
     async def forget(self, tenant: str) -> None:
         """End a tenant's transfers and its worker: its storage must not be held. What was begun is undone."""
-        for held in list(self._held.get(tenant, ())):
-            held.close()
+        self.end(tenant)
         if self._links.current(tenant) is not None:
             self._links.end(tenant)
             await self._links.ended()

@@ -488,6 +488,34 @@ class TransferContract:
                     pass
             await wire.call("files/remove", path=name)
 
+    async def test_sigterm_ends_transfers_and_leaves_nothing_unfinished(
+        self, disposable: LiveGateway, gateway: LiveGateway, tenant: str
+    ) -> None:
+        top = f"j-{mark()}"
+        base = f"/v1/tenants/{tenant}/files/{top}"
+        begun = asyncio.Event()
+
+        async def endless() -> Any:
+            yield b"x" * (2 << 20)
+            begun.set()
+            await asyncio.Event().wait()
+
+        async with disposable.http(tenant) as http:
+            await http.put(f"{base}/kept", data=io.BytesIO(bytes(64 << 20)))
+            sending = asyncio.ensure_future(http.put(f"{base}/new", data=endless()))
+            async with http.get(f"{base}/kept") as download:
+                await asyncio.gather(begun.wait(), download.content.readexactly(1000))
+                code = await disposable.stop()
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    while await download.content.readany():
+                        pass
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        log = disposable.log.read_text()
+        assert code == 0 and "Traceback" not in log, log
+        async with gateway.wire(tenant) as wire:
+            assert (await wire.run(argv=["ls", "-A", top]))[1] == b"kept\n"
+
     async def test_a_large_file_passes_through_without_being_held(
         self, gateway: LiveGateway, tenant: str, tmp_path: Path
     ) -> None:
