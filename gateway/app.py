@@ -46,7 +46,7 @@ from gateway.files.files import Files
 from gateway.host.setup import pin
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
-from gateway.rootfs.workers import Workers
+from gateway.rootfs.workers import BrokerClient, Workers
 from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
@@ -194,11 +194,16 @@ class Gateway:
 
     async def _pin_ports(self) -> None:
         """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""
+        at = self.settings.broker_socket
         while True:
             await self._started.wait()
             self._started.clear()
             try:
-                await asyncio.to_thread(pin, self.settings)
+                if at is None:
+                    await asyncio.to_thread(pin, self.settings)
+                else:  # by a connection of its own, for which no file call waits
+                    async with contextlib.aclosing(BrokerClient(at=at)) as broker:
+                        await broker.request({"do": "chore", "name": "pin"})
             except GatewayError as error:
                 log.warning("tenants' addresses could not be bound to their ports: %s", error.message)
 

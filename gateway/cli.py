@@ -122,6 +122,17 @@ def serve(
 
 
 @app.command()
+def broker() -> None:
+    """Start file workers, end command trees and bind ports for a gateway without root, until SIGTERM.
+
+    It listens at GATEWAY_BROKER_SOCKET, for root and the user GATEWAY_BROKER_USER.
+    """
+    from gateway.host.broker import run
+
+    run(settings_module.load(), lambda line: err.print(line, markup=False))
+
+
+@app.command()
 def setup(
     as_json: Json = False,
 ) -> None:

@@ -122,8 +122,13 @@ class Settings(BaseSettings):
     write_max: int = Field(8 * MiB, gt=0, description="bytes that Write and Edit accept")
     result_max: int = Field(1 * MiB, gt=0, description="bytes of one tool result")
     visit_max: int = Field(300_000, gt=0, description="files that one Glob or Grep visits")
+    broker_socket: Path | None = Field(
+        None,
+        description="unix socket of `incus-gateway broker`; unset: the gateway starts a broker of its own",
+    )
+    broker_user: str = Field("incus-gateway", description="the user, beside root, whom that broker serves")
     worker_idle: float = Field(300.0, gt=0, description="seconds after which an idle file worker ends")
-    worker_memory: int = Field(512 * MiB, gt=0, description="bytes of address space of a file worker")
+    worker_memory: int = Field(512 * MiB, gt=0, description="bytes of a file worker, the page cache included")
     max_workers: int = Field(256, gt=0, description="file workers of this gateway")
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
     max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")

@@ -166,10 +166,12 @@ class LiveGateway:
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
+    async def start(self, *before: str) -> None:
+        """Start it, by the command `before` if there is one, and return once it is ready."""
         with self.log.open("ab") as log:
+            command = (*before, sys.executable, "-m", "gateway", "serve")
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gateway", "serve", env=self.environment, stdout=log, stderr=log
+                *command, env=self.environment, stdout=log, stderr=log
             )
         deadline = time.monotonic() + DEADLINE
         async with aiohttp.ClientSession() as session:

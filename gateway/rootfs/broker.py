@@ -1,7 +1,7 @@
 """Knows how to start a worker on a tenant's workspace: the one part of the file tools that needs root.
 
 A small process beside the gateway. It holds no network socket and reads nothing that a tenant wrote: over one
-socketpair it takes a few typed requests, and answers each with one JSON object and at most one descriptor.
+unix socket it takes a few typed requests, and answers each with one JSON object and at most one descriptor.
 
 | request | answer |
 |---|---|
@@ -9,8 +9,14 @@ socketpair it takes a few typed requests, and answers each with one JSON object 
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
 
+| `{"do": "tree", "step": …, "path": …}` | `{}`: one of `trees.STEPS` was done on a command's cgroup |
+| `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
+
 A request that fails is answered by `{"error": words}`. Where it does not run as root (the `local` runtime on
 a laptop) a worker is a plain child on the folder, and nothing but the safe paths of `tree` confines it.
+
+By `listening` it is a process of its own: each connection gets a fork of it, whose workers end with the
+connection.
 
 It is also the zygote: everything that a worker needs is imported before the first fork, so that a worker
 starts in milliseconds and shares this process' memory.
@@ -18,29 +24,35 @@ starts in milliseconds and shares this process' memory.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import orjson
 
-from gateway.rootfs import FilesystemRoot, IdMap, kernel
-from gateway.rootfs.confine import Namespaces, Plan, confine
+from gateway.rootfs import FilesystemRoot, IdMap, kernel, trees
+from gateway.rootfs.confine import Namespaces, Plan, confine, end_with_parent
 from gateway.rootfs.groups import Group, Groups, hierarchies
 from gateway.rootfs.operations import Limits, Loop, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
 
+GATEWAYS_MAX = 16  # connections of a listening broker: a gateway has three, its successor as many
 MESSAGE_MAX = 64 << 10  # bytes of one request or answer
 _SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
 _UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
+_CHORE_WAIT = 8.0  # seconds, less than a gateway waits for an answer
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
 
@@ -113,10 +125,39 @@ class _Child:
     group: Group
 
 
+class Chores:
+    """Command lines of the host's that a gateway without root may ask for by name, with nothing to add."""
+
+    def __init__(self, commands: Mapping[str, Sequence[str]], environment: Mapping[str, str]) -> None:
+        self._commands = commands
+        self._environment = environment
+
+    def do(self, name: str) -> None:
+        """Run one to its end. Raises `KeyError`, and `OSError` where it fails or takes too long."""
+        command = self._commands[name]
+        pid = os.posix_spawn(command[0], list(command), self._environment)
+        until = time.monotonic() + _CHORE_WAIT
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise TimeoutError(f"{name} took too long")
+            select.select((), (), (), 0.005)
+        if ended[1]:
+            raise OSError(f"{name} failed")
+
+
 class Broker:
     """The broker's state: its workers and what it keeps for the next."""
 
-    def __init__(self, connection: socket.socket, operations: str, allowed: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        operations: str,
+        allowed: tuple[str, ...],
+        chores: Chores | None = None,
+    ) -> None:
+        self._chores = chores
         self._connection = connection
         self._allowed = allowed
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
@@ -162,6 +203,14 @@ class Broker:
                     answer = {"same": self._same(int(request["worker"]))}
                 case "kill":
                     self._kill(int(request["worker"]))
+                    answer = {}
+                case "tree":
+                    trees.STEPS[request["step"]](trees.checked(request["path"]))
+                    answer = {}
+                case "chore":
+                    if self._chores is None:
+                        raise ValueError("no chores")
+                    self._chores.do(request["name"])
                     answer = {}
                 case _:
                     answer = {"error": "unknown request"}
@@ -298,5 +347,92 @@ def main(arguments: list[str]) -> None:
     descriptor, operations, *allowed = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
     connection = socket.socket(fileno=int(descriptor))
-    folders = tuple(os.path.normpath(folder) + "/" for folder in allowed)
-    Broker(connection, operations, folders).run()
+    Broker(connection, operations, _folders(allowed)).run()
+
+
+def _folders(allowed: Iterable[object]) -> tuple[str, ...]:
+    return tuple(os.path.normpath(str(folder)) + "/" for folder in allowed)
+
+
+def listening(arguments: list[str]) -> NoReturn:
+    """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
+
+    The one argument is a JSON object: `path` of the socket, which will be `gid`'s with mode 0660, in a folder
+    that only root may write; `operations`, `allowed`, `uids`; `chores`, command lines by name, which get
+    `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is told when
+    connections are taken. Raises `OSError`.
+    """
+    told = orjson.loads(arguments[0])
+    path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])
+    folders, chores = _folders(told["allowed"]), Chores(told["chores"], told["environment"])
+    served = {0, *told["uids"]}
+    importlib.import_module(operations)
+    preload()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # a killed broker's
+    mask = os.umask(0o177)
+    listener.bind(path)
+    os.umask(mask)
+    os.chown(path, -1, gid)
+    os.chmod(path, 0o660)
+    listener.listen(GATEWAYS_MAX)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    children: set[int] = set()
+    _notify_ready()
+    try:
+        while True:
+            listener.settimeout(1.0)
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                connection = None
+            children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
+            if connection is None:
+                continue
+            with connection:
+                # struct ucred: pid, uid, gid, as they were at connect(2); the kernel's word, not the peer's
+                ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                _, uid, _ = struct.unpack("iII", ucred)
+                if uid not in served or len(children) >= GATEWAYS_MAX:
+                    continue
+                pid = os.fork()
+                if pid == 0:
+                    _serve_one(connection, listener, operations, folders, chores)
+                children.add(pid)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+
+
+def _notify_ready() -> None:
+    if address := os.environ.get("NOTIFY_SOCKET"):  # sd_notify(3), of Type=notify
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifying:
+            notifying.connect("\0" + address[1:] if address.startswith("@") else address)
+            notifying.send(b"READY=1")
+
+
+def _serve_one(
+    connection: socket.socket,
+    listener: socket.socket,
+    operations: str,
+    allowed: tuple[str, ...],
+    chores: Chores,
+) -> NoReturn:
+    """Be the broker of one gateway, in the forked child; never return."""
+    code = 1
+    try:
+        listener.close()
+        connection.setblocking(True)
+        end_with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Broker(connection, operations, allowed, chores).run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)

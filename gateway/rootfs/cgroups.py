@@ -12,15 +12,22 @@ links into cgroupfs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import os
-import signal
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-_FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
+from gateway.rootfs import trees
+from gateway.rootfs.trees import mount_point
+
+# Does one of `trees.STEPS` on a path: here, or by the broker where this process may not.
+Hands = Callable[[str, Path], Awaitable[None]]
+
+
+async def here(step: str, path: Path) -> None:
+    """Do a step with this process' own rights."""
+    trees.STEPS[step](path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +37,6 @@ class Ended:
     killed: int
     escalated: bool
     survivors: int
-
-
-def mount_point() -> Path | None:
-    """Return where the v2 tree is mounted: the top on pure hosts, `unified` on hybrid ones."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            if right.startswith("cgroup2 "):
-                return Path(left.split(" ")[4])
-    return None
 
 
 def of_init(pid: int) -> Path | None:
@@ -58,54 +55,43 @@ def of_init(pid: int) -> Path | None:
 
 
 class Cgroup:
-    """One exec's cgroup, as seen from the host."""
+    """One exec's cgroup, as seen from the host. `hands` does what takes root."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hands: Hands = here) -> None:
         self.path = path
+        self._hands = hands
 
     def reachable(self) -> bool:
         """Tell whether we may kill through it: its tree is there, and so is it, or it has ended."""
         if self.path.exists():
-            return os.access(self.path / "cgroup.kill", os.W_OK)
+            return self._hands is not here or os.access(self.path / "cgroup.kill", os.W_OK)
         return self.path.parent.exists()
 
     def pids(self) -> list[int]:
-        """Return the processes in it and below it: a tenant's root can make folders of its own there."""
-        found: list[int] = []
-        for folder in self._folders():
-            # gone, or removed between open and read (ENODEV)
-            with contextlib.suppress(OSError):
-                found += [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
-        return found
-
-    def _folders(self) -> list[Path]:
-        below = itertools.islice(os.walk(self.path), _FOLDERS)
-        return [Path(folder) for folder, _, _ in below]
+        """Return the processes in it and below it."""
+        return trees.pids(self.path)
 
     async def kill(self, grace: float, limit: float) -> Ended:
         """TERM to every process, `grace` seconds, then KILL; return when none is left or `limit` passed."""
         first = self.pids()
         seen = set(first)
-        if grace > 0:
-            for pid in first:
-                self._signal(pid, signal.SIGTERM)
+        if grace > 0 and first:
+            await self._hands("terminate", self.path)
             await self._until_empty(grace, seen)
         left = self.pids()
         escalated = bool(left)
         if left:
             seen.update(left)
-            with contextlib.suppress(OSError):
-                (self.path / "cgroup.kill").write_text("1")
+            await self._hands("end", self.path)
             await self._until_empty(limit, seen)
             left = self.pids()
-        self.remove()
+        await self.remove()
         return Ended(killed=len(seen) - len(left), escalated=escalated, survivors=len(left))
 
-    def remove(self) -> bool:
+    async def remove(self) -> bool:
         """Remove the cgroup once it is empty; tell whether it is gone."""
-        for folder in reversed(self._folders()):
-            with contextlib.suppress(OSError):  # a process is left, or is just dying
-                folder.rmdir()
+        if self.path.exists():
+            await self._hands("remove", self.path)
         return not self.path.exists()
 
     async def _until_empty(self, seconds: float, seen: set[int]) -> None:
@@ -115,17 +101,3 @@ class Cgroup:
             seen.update(left)
             await asyncio.sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(pause * 1.5, 0.02)
-
-    def _signal(self, pid: int, number: signal.Signals) -> None:
-        # a pid may have been reused since it was read: hold the process first, then look again
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:
-            return
-        try:
-            if pid in self.pids():
-                signal.pidfd_send_signal(descriptor, number)
-        except OSError:
-            pass
-        finally:
-            os.close(descriptor)

@@ -99,12 +99,17 @@ def _user_namespace(idmap: tuple[IdMap, ...]) -> int:
         os.waitpid(pid, 0)
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends."""
+    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
 def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     """Confine this process, whose descriptors but `keep` are closed; return the names of the layers.
 
     Afterwards `/` is the workspace. Raises `OSError` where a layer that must hold does not; the caller ends.
     """
-    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    end_with_parent()
     tree = _clone(plan.folder, plan.namespace)
     _enter(tree)
     _close_all(keep)
@@ -178,8 +183,7 @@ def _drop(uid: int, gid: int) -> None:
     checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     # A process of that uid in the container must not trace this one or read its memory.
     checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
-    # setresuid took it away (prctl(2)).
-    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    end_with_parent()  # setresuid took it away (prctl(2))
 
 
 # LANDLOCK_ACCESS_FS_*: all of ABI 3 but executing (bit 0), making character and block devices (6 and 11).

@@ -104,9 +104,7 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def answer(
-    request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]
-) -> bytes | Passing:
+def answer(request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]) -> bytes | Passing:
     """Run the operation of a request; return the whole frame of its reply, or what is to be passed."""
     try:
         name, arguments = orjson.loads(request)

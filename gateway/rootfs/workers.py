@@ -38,9 +38,10 @@ _GRACE = 1.0  # seconds after its own deadline after which a worker that has not
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 # -c, not -m: the broker's import path must be this process' own, whatever the environment says.
-_BOOT = (
-    "import sys; sys.path[:] = sys.argv[1].split('\\n'); "
-    "from gateway.rootfs.broker import main; main(sys.argv[2:])"
+BOOT = (
+    "import sys, importlib; sys.path[:] = sys.argv[1].split('\\n'); "
+    "module, _, name = sys.argv[2].partition(':'); "
+    "getattr(importlib.import_module(module), name)(sys.argv[3:])"
 )
 
 
@@ -48,10 +49,12 @@ class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
     The broker is started with the first request and again where it has died. `allowed` are the folders below
-    which tenants live; empty allows every.
+    which tenants live; empty allows every. With `at`, one that listens there is connected to instead, and
+    knows all of that itself.
     """
 
-    def __init__(self, operations: str, allowed: Iterable[Path] = ()) -> None:
+    def __init__(self, operations: str = "", allowed: Iterable[Path] = (), *, at: Path | None = None) -> None:
+        self._at = at
         self._operations = operations
         self._allowed = [str(folder) for folder in allowed]
         self._lock = asyncio.Lock()
@@ -77,10 +80,14 @@ class BrokerClient:
             raise Unavailable("the file service could not open the workspace")
         return answer, descriptors
 
+    async def on_tree(self, step: str, path: Path) -> None:
+        """Do one of `trees.STEPS` on a command's cgroup. Raises `Unavailable`."""
+        await self.request({"do": "tree", "step": step, "path": str(path)})
+
     async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         try:
             async with asyncio.timeout(_BROKER_TIMEOUT):
-                connection = self._socket or await self._start()
+                connection = self._socket or await (self._connect() if self._at else self._start())
                 connection.send(orjson.dumps(message))
                 await _readable(connection)
                 data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
@@ -93,6 +100,18 @@ class BrokerClient:
         answer: dict[str, Any] = orjson.loads(data)
         return answer, descriptors
 
+    async def _connect(self) -> socket.socket:
+        assert self._at is not None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, str(self._at))
+        except BaseException:
+            connection.close()
+            raise
+        self._socket = connection
+        return connection
+
     async def _start(self) -> socket.socket:
         kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -101,8 +120,9 @@ class BrokerClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-ISBc",
-                _BOOT,
+                BOOT,
                 "\n".join(path or str(Path.cwd()) for path in sys.path),
+                "gateway.rootfs.broker:main",
                 str(theirs.fileno()),
                 self._operations,
                 *self._allowed,
@@ -230,7 +250,7 @@ class Workers:
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
-        self.broker = BrokerClient(operations, allowed)
+        self.broker = BrokerClient(operations, allowed, at=settings.broker_socket)
         self._slots: dict[tuple[str, bool], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()

@@ -37,6 +37,7 @@ from gateway.incus import ExecSockets, Incus, IncusError, Lost
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot, IdMap
 from gateway.rootfs.cgroups import Cgroup, of_init
+from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import (
     REPORT_MAX,
     ExecSpec,
@@ -134,6 +135,7 @@ class IncusRuntime:
         self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
         self._pools = settings.incus_socket.parent / "storage-pools"
         self.roots: tuple[Path, ...] = (self._pools,)
+        self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
         self._located: dict[str, _Located] = {}
         self._standbys = Standbys(
             self._stand_by,
@@ -154,6 +156,8 @@ class IncusRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._standbys.aclose()
+        if self._broker is not None:
+            await self._broker.aclose()
         await self._incus.__aexit__(kind, error, trace)
 
     # --- tenants ------------------------------------------------------------------------------------
@@ -368,7 +372,7 @@ class IncusRuntime:
                 if root is None:
                     continue
                 for folder in (root / CGROUP_PARENT).glob(f"{self._own}-*"):
-                    left = Cgroup(folder)
+                    left = self.cgroup(folder)
                     if folder.name == self._life or not left.reachable():
                         continue
                     killed = await left.kill(0, self._settings.cancel_timeout)
@@ -460,6 +464,10 @@ class IncusRuntime:
             )
         # an exec's command line is the tenant's own: only that it happened is told
         yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
+
+    def cgroup(self, path: Path) -> Cgroup:
+        """Return the group of commands at a path of the host, ended by the broker where there is one."""
+        return Cgroup(path) if self._broker is None else Cgroup(path, self._broker.on_tree)
 
     # --- Incus --------------------------------------------------------------------------------------
 
@@ -616,7 +624,7 @@ class IncusProcess:
         code = operation.metadata.get("return")
         if self._broken or not isinstance(code, int) or code < 0:
             raise Unavailable("the command's exit was lost: the tenant went away")
-        await asyncio.to_thread(self._tidy)
+        await self._tidy()
         return Exit.of(code)
 
     async def kill(self, grace: float) -> Killed:
@@ -654,12 +662,13 @@ class IncusProcess:
         if self._preamble.ready and self._preamble.method != "cgroup":
             return None
         root = of_init(self._located.init_pid) if self._located.init_pid else None
-        return None if root is None else Cgroup(root / CGROUP_PARENT / self._exec_id)
+        return None if root is None else self._runtime.cgroup(root / CGROUP_PARENT / self._exec_id)
 
-    def _tidy(self) -> None:
+    async def _tidy(self) -> None:
         cgroup = self._cgroup()
         if cgroup is not None:
-            cgroup.remove()
+            with contextlib.suppress(Unavailable):  # of a broker; the next start removes it
+                await cgroup.remove()
 
 
 def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:

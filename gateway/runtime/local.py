@@ -29,7 +29,8 @@ import orjson
 
 from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.cgroups import Cgroup, mount_point
+from gateway.rootfs.cgroups import Cgroup
+from gateway.rootfs.trees import mount_point
 from gateway.runtime import (
     REPORT_MAX,
     ExecSpec,
@@ -363,7 +364,7 @@ class LocalProcess:
         code = await asyncio.shield(self.ended)
         cgroup = self._cgroup()
         if cgroup is not None:
-            cgroup.remove()
+            await cgroup.remove()
         return Exit.of(code)
 
     async def kill(self, grace: float) -> Killed:

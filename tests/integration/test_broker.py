@@ -1,0 +1,140 @@
+"""A gateway without root, beside the broker that has it: files, cancelled trees, bound ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gateway.rootfs import trees
+from gateway.runtime import ExecSpec
+from gateway.runtime.incus import IncusRuntime
+from gateway.settings import Settings
+from tests.contracts.processes import Tree, until
+from tests.integration import environment
+from tests.integration.conftest import Container, MakeTenant
+from tests.live import LiveGateway
+
+NOBODY = 65534
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder that others may enter, and the settings of a gateway whose broker runs in it."""
+
+    folder: Path
+    settings: Settings
+
+
+@pytest.fixture
+async def place(incus_settings: Settings) -> AsyncIterator[Place]:
+    folder = Path(tempfile.mkdtemp(prefix="gateway-broker-"))
+    folder.chmod(0o755)
+    settings = environment.settings(broker_socket=folder / "run" / "socket", broker_user="nobody")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "broker"),
+        env={"PATH": os.environ["PATH"], "GATEWAY_CONFIG": "/nonexistent", **environment.variables(settings)},
+    )
+    try:
+        await until((folder / "run" / "socket").exists)
+        yield Place(folder, settings)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def gateway(place: Place) -> AsyncIterator[LiveGateway]:
+    """`serve` as nobody, whose one privilege is that it may speak to incusd."""
+    state = place.folder / "state"
+    state.mkdir()
+    os.chown(state, NOBODY, NOBODY)
+    group = place.settings.incus_socket.stat().st_gid
+    variables = environment.variables(place.settings)
+    variables |= {"GATEWAY_STATE_DIR": str(state)}
+    del variables["GATEWAY_LISTEN"]
+    gateway = LiveGateway(variables, place.folder / "log")
+    # One capability, or it could not read a Python that lies in root's home; it lets nobody write or signal.
+    held = "-all,+dac_read_search"
+    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", f"--groups={group}")
+    await gateway.start("setpriv", *user, f"--inh-caps={held}", f"--ambient-caps={held}", "--no-new-privs")
+    try:
+        yield gateway
+    finally:
+        assert await gateway.stop() == 0, gateway.log.read_text()
+        assert "Traceback" not in gateway.log.read_text()
+
+
+async def test_files_and_trees(gateway: LiveGateway, tenant: Container) -> None:
+    """File tools and cancel need no root in the gateway."""
+    assert gateway.process is not None
+    status = Path(f"/proc/{gateway.process.pid}/status").read_text()
+    assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
+    assert f"CapEff:\t{1 << 2:016x}" in status  # CAP_DAC_READ_SEARCH
+    async with gateway.wire(tenant.name) as wire:
+        for name, given in (
+            ("Write", {"file_path": "new/a.txt", "content": "alpha\n"}),
+            ("Read", {"file_path": "new/a.txt"}),
+            ("Grep", {"pattern": "alp+ha"}),
+        ):
+            said = await wire.call("tools/call", name=name, arguments=given)
+            assert not said.get("isError"), said
+        assert "a.txt" in said["content"][0]["text"]
+        assert tenant.sh("stat -c %U:%G /srv/site/new/a.txt").strip() == "site:site"
+        tree = Tree()
+        started = await wire.call("exec/start", argv=["bash", "-c", tree.script])
+        await tree.grown()
+        killed = await wire.call("exec/cancel", exec=started["exec"])
+        assert tree.alive() == 0
+        assert (killed["survivors"], killed["method"]) == (0, "cgroup")
+
+
+async def test_ports(gateway: LiveGateway, make_tenant: MakeTenant) -> None:
+    """A tenant that starts has its hardware address bound to its port, which takes root."""
+    container = await make_tenant()
+    told = environment.incus("query", f"/1.0/instances/{container.name}")
+    address = json.loads(told.stdout)["config"]["volatile.eth0.hwaddr"]
+    bridge = environment.settings().network
+
+    def bound() -> bool:
+        command = ["bridge", "-j", "fdb", "show", "br", bridge]
+        entries = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return any(entry["mac"] == address and "sticky" in entry.get("flags", ()) for entry in entries)
+
+    await until(bound)
+    assert "could not be bound" not in gateway.log.read_text()
+
+
+async def test_ends_trees_by_the_broker(
+    place: Place, tenant: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a broker no step on a cgroup is this process', and none is left to a command in the tenant."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("not by this process")
+
+    for step in trees.STEPS:
+        monkeypatch.setitem(trees.STEPS, step, never)
+    monkeypatch.setattr(IncusRuntime, "kill_inside", never)
+    async with IncusRuntime(place.settings) as runtime:
+        tree = Tree()
+        process = await runtime.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))
+        await tree.grown()
+        killed = await process.kill(0.2)
+        assert (killed.survivors, tree.alive()) == (0, 0)
+        assert killed.killed >= Tree.SIZE
+        await process.aclose()
+    left = tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d -name '*' | grep -c exec || :")
+    assert left.strip() == "0"

@@ -1,0 +1,203 @@
+"""The broker as a process of its own: whom it serves, what it does for them, what it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import Unavailable
+from gateway.rootfs import FilesystemRoot, Workers, trees
+from gateway.rootfs.workers import BrokerClient
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolSession
+from tests.unit.test_rootfs_workers import gone, make_root
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a broker of its own runs as root")
+
+CONNECT = """
+import os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+try:
+    s.connect(sys.argv[1])
+    s.send(b'{"do": "same", "worker": 1}')
+    print(s.recv(100).decode())
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+class Running:
+    """A broker on tenants below `folder`, for the user `nobody`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings(broker_socket=folder / "run" / "broker.sock")
+        self.process: subprocess.Popen[bytes]
+        self._folder = folder
+
+    @property
+    def socket(self) -> Path:
+        assert self.settings.broker_socket is not None
+        return self.settings.broker_socket
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "broker"],
+            env={
+                "PATH": os.defpath,
+                "GATEWAY_INCUS_SOCKET": str(self._folder / "unix.socket"),
+                "GATEWAY_BROKER_SOCKET": str(self.socket),
+                "GATEWAY_BROKER_USER": "nobody",
+                "GATEWAY_SECRET": "this-is-no-worker's-business-0123456789",
+            },
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            for _ in range(500):
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    probe.connect(str(self.socket))
+                    return
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.01)
+                    break
+        raise AssertionError("the broker does not listen")
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(10)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Running]:
+    running = Running(tmp_path)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> FilesystemRoot:
+    return make_root(tmp_path / "storage-pools" / "one")
+
+
+async def read(workers: Workers, root: FilesystemRoot) -> str:
+    tools = FileTools(workers, workers_settings)
+    answer = await tools.call(root, ToolSession(), "Read", {"file_path": "a.txt"})
+    return str(answer.data()["content"][0]["text"])
+
+
+workers_settings = Settings()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@needs_root
+async def test_serves(broker: Running, root: FilesystemRoot) -> None:
+    """A gateway that connects gets confined workers, without the gateway's secret, and starts no broker."""
+    async with Workers(broker.settings) as workers:
+        assert "alpha" in await read(workers, root)
+        assert workers.broker._process is None
+        layers = workers.layers(root.tenant)
+        assert layers is not None and {"mount", "uid", "seccomp"} <= set(layers)
+        # the first connection was the fixture's
+        (serving,) = [pid for pid in children_of(broker.process.pid) if children_of(pid)]
+        (worker,) = children_of(serving)
+        assert b"GATEWAY_SECRET" not in Path(f"/proc/{broker.process.pid}/environ").read_bytes()
+    await gone(worker)
+
+
+@needs_root
+async def test_comes_back(broker: Running, root: FilesystemRoot) -> None:
+    """A broker that was restarted is found again; its workers went with it."""
+    async with Workers(broker.settings) as workers:
+        await read(workers, root)
+        assert broker.stop() == 0
+        assert not broker.socket.exists()
+        with pytest.raises(Unavailable):
+            await workers.broker.request({"do": "same", "worker": 1})
+        broker.start()
+        await asyncio.gather(read(workers, root), return_exceptions=True)
+        assert "alpha" in await read(workers, root)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "uid", "answer"),
+    [
+        (0o660, 65534, '{"same":false}'),  # nobody, whom it serves
+        (0o660, 12345, "PermissionError"),
+        (0o666, 12345, ""),  # the socket lets it in, the kernel's word on who it is does not
+    ],
+)
+def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only root and its gateway's user are answered, by SO_PEERCRED, whatever the socket's mode became."""
+    folder = Path(f"/run/gateway-test-{os.getpid()}")  # where everybody may look, unlike pytest's
+    running = Running(folder)
+    folder.mkdir()
+    running.start()
+    try:
+        status = running.socket.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 65534, 0o660)
+        running.socket.chmod(mode)
+        command = [sys.executable, "-c", CONNECT, str(running.socket), str(uid)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        assert said.strip() in (
+            {answer, "ConnectionResetError", "BrokenPipeError"} if not answer else {answer}
+        )
+    finally:
+        running.stop()
+        running.socket.parent.rmdir()
+        folder.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "tree", "step": "end", "path": "/"},
+        {"do": "tree", "step": "shout", "path": "/"},
+        {"do": "chore", "name": "rm"},
+        {"do": "chore", "name": "pin", "arguments": ["x"]},  # no incusd here: it fails, and is told so
+        {"do": "shell"},
+        {},
+    ],
+)
+async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
+    """What is none of its requests is refused, and the connection lives."""
+    client = BrokerClient(at=broker.socket)
+    with pytest.raises(Unavailable):
+        await client.request({"do": "?"} | request_)
+    assert (await client.request({"do": "same", "worker": 1}))[0] == {"same": False}
+    await client.aclose()
+
+
+def test_only_commands_groups() -> None:
+    """Of cgroups only those of commands, and of one gateway's commands, below a container's are touched."""
+    mount = trees.mount_point()
+    if mount is None:
+        pytest.skip("no cgroup v2 here")
+    for good in ("lxc.payload.shop/gateway/own/exec1", "lxc.payload.shop/gateway/own", "a/b/gateway/own/x"):
+        assert trees.checked(f"{mount}/{good}") == mount / good
+    for bad in (
+        "",
+        "lxc.payload.shop",
+        "gateway/own",
+        "lxc.payload.shop/gateway",
+        "lxc.payload.shop/system.slice/ssh.service",
+        "lxc.payload.shop/gateway/../../init.scope",
+        "lxc.payload.shop/gateway/own/exec/below",
+        "lxc.payload.shop/gateway/a b",
+    ):
+        with pytest.raises(ValueError, match="cgroup"):
+            trees.checked(f"{mount}/{bad}")
+    with pytest.raises(ValueError, match="cgroup"):
+        trees.checked("/etc/x/gateway/own")
