@@ -402,10 +402,13 @@ class LocalProcess:
         return None if mount is None else Cgroup(mount / CGROUP_PARENT / self._exec_id)
 
 
-# Incus makes the terminal the session's own; here a Python in between does, and becomes the shell
+# Incus makes the terminal the session's own; here a Python in between does, and becomes the shell. What was
+# started in a background job ignores SIGINT, and so would all that it starts: Ctrl-C must work again.
 _OWN_TERMINAL: Final = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+for number in (signal.SIGINT, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
