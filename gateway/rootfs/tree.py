@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
@@ -424,14 +424,17 @@ def read_all(descriptor: int, size: int, maximum: int) -> bytes:
     return b"".join(chunks)
 
 
+Names = Callable[[], Collection[str]]
+
+
 class Chooser(Protocol):
     """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
 
-    `enter` is called for each folder with the names in it; what it returns is the `state` of the questions
-    about these names and of `enter` for the folders below.
+    `enter` is called for each folder, `names` gives the names in it; what it returns is the `state` of the
+    questions about these names and of `enter` for the folders below.
     """
 
-    def enter(self, path: str, names: Collection[str], state: Any) -> Any: ...
+    def enter(self, path: str, names: Names, state: Any) -> Any: ...
 
     def folder(self, path: str, state: Any) -> bool: ...
 
@@ -519,7 +522,7 @@ class Walk:
                 self.truncated = True
                 listed.pop()
             chooser = self._chooser
-            state = chooser.enter(path, {entry.name for entry in listed}, state)
+            state = chooser.enter(path, lambda: {entry.name for entry in listed}, state)
             prefix = path + "/" if path else ""
             found: list[tuple[str, str, os.stat_result | None, Any]] = []
             for entry in listed:
@@ -528,7 +531,7 @@ class Walk:
                 if entry.is_dir(follow_symlinks=False):
                     if chooser.folder(below, state):
                         found.append((name, below, None, state))
-                elif entry.is_file(follow_symlinks=False) and chooser.file(below, state):
+                elif chooser.file(below, state) and entry.is_file(follow_symlinks=False):
                     try:
                         found.append((name, below, entry.stat(follow_symlinks=False), state))
                     except OSError:

@@ -15,7 +15,7 @@ from typing import Any
 import re2
 
 from gateway.errors import GatewayError
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.tree import Names, Tree
 
 GLOB_MAX = 2000  # characters of one glob
 _RULES_MAX = 2000  # rules of one ignore file
@@ -165,6 +165,11 @@ class Glob:
             except re2.error:
                 raise GlobError(pattern, "too complex") from None
 
+    @property
+    def suffix(self) -> str | None:
+        """What a file's name must end with, where that says it all."""
+        return None if self.folders_only else self._suffix
+
     def matches(self, path: str) -> bool:
         if self._suffix is not None:
             return path.endswith(self._suffix)
@@ -183,6 +188,9 @@ class Globs:
         globs = [Glob(pattern) for pattern in patterns]
         self._globs = globs[::-1]
         self._selective = any(not glob.negated for glob in globs)
+        self.excludes = any(glob.negated for glob in globs)
+        # With one glob that asks for an ending, that ending: the whole question, for a walk of all files.
+        self.suffix = globs[0].suffix if len(globs) == 1 and not self.excludes else None
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
         """Say whether the path is taken (True), left out (False) or not spoken of (None)."""
@@ -199,17 +207,20 @@ class Named:
         self._globs = globs
         # Folders beside the literal beginning of the pattern cannot hold a match.
         self._prefix = prefix
+        self._suffix = globs.suffix
 
-    def enter(self, path: str, names: Collection[str], state: Any) -> Any:
+    def enter(self, path: str, names: Names, state: Any) -> Any:
         return None
 
     def folder(self, path: str, state: Any) -> bool:
         prefix = self._prefix
         if prefix and not (path + "/").startswith(prefix) and not prefix.startswith(path + "/"):
             return False
-        return self._globs.decide(path, folder=True) is not False
+        return not self._globs.excludes or self._globs.decide(path, folder=True) is not False
 
     def file(self, path: str, state: Any) -> bool:
+        if self._suffix is not None:
+            return path.endswith(self._suffix)
         return self._globs.decide(path, folder=False) is not False
 
 
@@ -262,8 +273,8 @@ class Sought:
             return False
         return True
 
-    def enter(self, path: str, names: Collection[str], state: _State) -> _State:
-        return self._entered((self._base + path).rstrip("/"), names, state)
+    def enter(self, path: str, names: Names, state: _State) -> _State:
+        return self._entered((self._base + path).rstrip("/"), names(), state)
 
     def _entered(self, folder: str, names: Collection[str], state: _State) -> _State:
         repository, tracked, ignored = state
