@@ -101,7 +101,7 @@ def up(report: Report) -> bool:
         if ours:
             RUNNER.write_text(runner)
     for instance in instances():
-        mark = instance["config"].get(OWNER)
+        mark = (instance["config"] or {}).get(OWNER)  # none while another run is making it
         if ours or (mark and not _lives(mark)):
             report(f"removing {instance['name']}, left by an earlier run")
             incus("delete", "--force", instance["name"], check=False)
