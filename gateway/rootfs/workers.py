@@ -91,6 +91,8 @@ class BrokerClient:
                 connection.send(orjson.dumps(message))
                 await _readable(connection)
                 data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
+                for descriptor in descriptors:  # recv_fds leaves them to children
+                    os.set_inheritable(descriptor, False)
         except (OSError, TimeoutError) as error:
             await self.aclose()
             raise Unavailable("the file service did not answer; try again") from error

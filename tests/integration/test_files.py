@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -132,7 +133,7 @@ async def test_restored_snapshot(tenant: Container, workers: Workers, incus_sett
 @pytest.mark.parametrize("driver", ["dir"])
 async def test_other_pools(driver: str, workers: Workers, incus_settings: Settings, tmp_path: Path) -> None:
     """A pool of folders, on which files may carry other ids on disk, works the same."""
-    name = f"t-files-{driver}"
+    name = f"t-files-{driver}-{os.getpid()}"
     environment.incus("storage", "create", name, driver, check=False)
     words = ("--profile", incus_settings.profile, "--storage", name)
     environment.incus("launch", incus_settings.image, name, *words, timeout=120)
