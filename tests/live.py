@@ -226,5 +226,15 @@ class LiveGateway:
     @contextlib.asynccontextmanager
     async def http(self, *tenants: str, **options: Any) -> AsyncIterator[aiohttp.ClientSession]:
         headers = {"Authorization": f"Bearer {self.token(*tenants, **options)}"}
-        async with aiohttp.ClientSession(self.url, headers=headers) as session:
+        opened: list[aiohttp.ClientResponse] = []
+
+        class Response(aiohttp.ClientResponse):
+            async def start(self, connection: Any) -> aiohttp.ClientResponse:
+                opened.append(self)
+                return await super().start(connection)
+
+        async with aiohttp.ClientSession(self.url, headers=headers, response_class=Response) as session:
             yield session
+            # an answer that a test did not read would be warned of whenever it is collected
+            for response in opened:
+                response.close()
