@@ -19,6 +19,7 @@ import pytest
 from gateway.rootfs import trees
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.incus.commands import Commands
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, until
 from tests.integration import environment
@@ -127,7 +128,7 @@ async def test_ends_trees_by_the_broker(
 
     for step in trees.STEPS:
         monkeypatch.setitem(trees.STEPS, step, never)
-    monkeypatch.setattr(IncusRuntime, "kill_inside", never)
+    monkeypatch.setattr(Commands, "kill_inside", never)
     async with IncusRuntime(place.settings) as runtime:
         tree = Tree()
         process = await runtime.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))

@@ -82,7 +82,7 @@ class TestIncus(RuntimeContract):
         process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         exec_id = process._exec_id  # type: ignore[attr-defined]  # no other way to choose the way
-        killed = await runtime.kill_inside(name, exec_id, 0.5)
+        killed = await runtime.commands.kill_inside(name, exec_id, 0.5)
         assert (killed.survivors, tree.alive()) == (0, 0)
         await finish(process)
 
@@ -155,13 +155,13 @@ async def expecting(runtime: IncusRuntime, tenant: Container) -> AsyncIterator[s
     with runtime.expect(tenant.name):
         await standing_by(runtime, tenant.name)
         yield tenant.name
-    runtime._standbys.drop(tenant.name)
+    runtime.commands._standbys.drop(tenant.name)
 
 
 async def standing_by(runtime: IncusRuntime, name: str) -> dict[bool, int]:
     """Wait for a shell of each kind and return their pids by kind."""
-    await until(lambda: {(name, False), (name, True)} <= set(runtime._standbys._waiting))
-    shells = {kind: runtime._standbys._waiting[name, kind].shell for kind in (False, True)}
+    await until(lambda: {(name, False), (name, True)} <= set(runtime.commands._standbys._waiting))
+    shells = {kind: runtime.commands._standbys._waiting[name, kind].shell for kind in (False, True)}
     return {kind: shell._preamble.pid for kind, shell in shells.items()}  # type: ignore[attr-defined]
 
 
@@ -223,7 +223,7 @@ class TestStandby:
             with runtime.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
                 await asyncio.to_thread(environment.incus, "pause", tenant.name)
-                await until(lambda: not runtime._standbys._waiting)
+                await until(lambda: not runtime.commands._standbys._waiting)
                 with pytest.raises(TenantNotRunning):
                     await runtime.exec(tenant.name, ExecSpec(("true",)))
                 await runtime.start(tenant.name)

@@ -147,7 +147,7 @@ def test_an_import_that_points_up_or_sideways_is_found(module: str, source: str)
         ("gateway.protocol", "from gateway.errors import GatewayError"),
         ("gateway.auth", "from gateway.settings import Settings\nimport jwt"),
         ("gateway.incus.client", "from gateway.incus.exec import Exec\nfrom . import exec"),
-        ("gateway.runtime.incus", "from gateway.incus import client\nfrom ..rootfs import tree"),
+        ("gateway.runtime.incus.tenants", "from gateway.incus import client\nfrom ...rootfs import tree"),
         ("gateway.host.setup", "from gateway.host.image import build\nfrom gateway.incus import client"),
         ("gateway.app", "from gateway import connection, __version__"),
         ("gateway.cli", "from gateway_client import Client"),

@@ -1,0 +1,385 @@
+"""Starts commands in Incus containers, follows them, and ends the whole tree of each.
+
+Every command is an Incus exec of a shell that becomes it (`gateway.runtime.wrapper`), in a cgroup of its own
+inside the container's tree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
+from gateway.incus import ExecSockets, Incus, IncusError, Lost
+from gateway.rootfs.cgroups import Cgroup, of_init
+from gateway.rootfs.workers import BrokerClient
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
+from gateway.runtime.incus.refusals import translated
+from gateway.runtime.standby import Standbys
+from gateway.runtime.wrapper import (
+    CGROUP_PARENT,
+    KILL_SCRIPT,
+    START_SCRIPT,
+    START_SCRIPT_PTY,
+    Account,
+    Preamble,
+    check_size,
+    command_line,
+)
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_CGROUP_LOOKS: Final = "40"  # two seconds, for a container that is just booting
+_MAX_ID: Final = (1 << 31) - 1
+_OURS: Final = (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT)
+
+
+def is_ours(command: list[str]) -> bool:
+    """Return whether an exec's command line is one of the gateway's own shells."""
+    return len(command) > 2 and command[2] in _OURS
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a waiting shell is to become."""
+
+    spec: ExecSpec
+    account: Account
+    cwd: str
+
+    def line(self, exec_id: str) -> bytes:
+        """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
+        spec = self.spec
+        return command_line(
+            spec.argv,
+            exec_id=exec_id,
+            cwd=self.cwd,
+            env=spec.env,
+            account=self.account,
+            terminal=spec.pty is not None,
+            merged=spec.merged,
+        )
+
+
+class Commands:
+    """The commands of one gateway in the containers of one Incus.
+
+    `init_pid` returns the host's pid of a container's first process, 0 where it does not run, and raises
+    `NotFound`.
+    """
+
+    def __init__(self, settings: Settings, incus: Incus, init_pid: Callable[[str], Awaitable[int]]) -> None:
+        self.settings = settings
+        self._incus = incus
+        self._init_pid = init_pid
+        self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
+        self._standbys = Standbys(
+            self._stand_by,
+            maximum=settings.standby_max,
+            age=settings.standby_age,
+            idle=settings.standby_idle,
+        )
+        # marks commands of this gateway, in this life or another: another's on the same host are not ours
+        self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+        self._life = f"{self._own}-{secrets.token_hex(4)}"
+
+    async def aclose(self) -> None:
+        await self._standbys.aclose()
+        if self._broker is not None:
+            await self._broker.aclose()
+
+    async def exec(self, name: str, spec: ExecSpec) -> Process:
+        settings = self.settings
+        check_size(spec.argv, spec.env, one=settings.max_argument, total=settings.max_arguments)
+        account = self._account(spec.user)
+        cwd = spec.cwd or settings.workspace
+        if not cwd.startswith("/"):
+            cwd = f"{settings.workspace}/{cwd}"
+        order = _Order(spec, account, cwd)
+        order.line("")  # refuse what no line can carry before anything is started
+        waiting = self._standbys.take(name, spec.pty is not None)
+        if isinstance(waiting, IncusProcess):
+            try:
+                await self._hand_over(waiting, order)
+                return waiting
+            except ExecFailed as error:
+                if "reason" in error.facts:  # said by a shell that lives
+                    raise
+                log.info("a standby of %s had died: starting anew", name)
+            except Unavailable:
+                log.info("a standby of %s was lost: starting anew", name)
+        process = await self._open(name, spec.pty)
+        await self._hand_over(process, order)
+        return process
+
+    def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._standbys.expect(name)
+
+    async def _open(self, name: str, pty: Pty | None) -> IncusProcess:
+        """Start a shell that takes a command. Raises what Incus refuses, and `Timeout`."""
+        init_pid = await self._init_pid(name)
+        exec_id = f"{self._life}/{secrets.token_hex(8)}"
+        script = START_SCRIPT if pty is None else START_SCRIPT_PTY
+        command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
+        size = None if pty is None else (pty.cols, pty.rows)
+        with translated(name), _in_time(name, "incusd"):
+            async with asyncio.timeout(self.settings.exec_start_timeout):
+                sockets = await self._incus.exec(name, command, pty=size)
+        return IncusProcess(self, name, exec_id, sockets, init_pid)
+
+    async def _hand_over(self, process: IncusProcess, order: _Order) -> None:
+        """Have a shell become the command; ends it where it does not."""
+        try:
+            with _in_time(process.tenant, "command"):
+                async with asyncio.timeout(self.settings.exec_start_timeout):
+                    await process.begin(order)
+        except BaseException:
+            await asyncio.shield(process.abandon())
+            raise
+
+    async def _stand_by(self, name: str, terminal: bool) -> IncusProcess:
+        """Start a shell and return it once it waits for its line."""
+        process = await self._open(name, Pty() if terminal else None)
+        try:
+            with _in_time(name, "shell"):
+                async with asyncio.timeout(self.settings.exec_start_timeout):
+                    await process.ready()
+        except BaseException:
+            await asyncio.shield(process.abandon())
+            raise
+        return process
+
+    async def kill_inside(self, name: str, exec_id: str, grace: float) -> Killed:
+        """End a tree by a second command in the container, where the host's cgroups cannot be reached."""
+        limit = self.settings.cancel_timeout
+        milliseconds = [str(int(seconds * 1000)) for seconds in (grace, limit)]
+        command = ["/bin/sh", "-c", KILL_SCRIPT, "sh", exec_id, *milliseconds]
+        with translated(name):
+            async with asyncio.timeout(grace + limit + 5):
+                sockets = await self._incus.exec(name, command)
+                try:
+                    await sockets.close_stdin()
+                    said = b""
+                    while chunk := await sockets.read("1"):
+                        said += chunk
+                    await sockets.result()
+                finally:
+                    await sockets.aclose()
+        killed, escalated, survivors, method = said.decode().split()
+        return Killed(
+            int(killed) - int(survivors),
+            escalated == "1",
+            int(survivors),
+            "cgroup" if method == "cgroup" else "scan",
+        )
+
+    def _account(self, user: str | int | None) -> Account:
+        settings = self.settings
+        if user is None or user in (settings.workspace_user, settings.workspace_uid):
+            uid = settings.workspace_uid
+            return Account(settings.workspace_user, uid, uid, f"/home/{settings.workspace_user}")
+        if user in ("root", 0, "0"):
+            return Account("root", 0, 0, "/root")
+        if isinstance(user, int):
+            # -1 and its unsigned twin mean "keep", which would be root
+            if not 0 < user <= _MAX_ID:
+                raise InvalidParams(f"user {user} is out of range", field="user")
+            return Account(str(user))
+        if not user or len(user) > 256 or user.startswith("-") or not user.isprintable():
+            raise InvalidParams("user is a name or a number", field="user")
+        if user.isdigit() and not 0 < int(user) <= _MAX_ID:
+            raise InvalidParams(f"user {user} is out of range", field="user")
+        return Account(user)
+
+    async def sweep(self, name: str) -> int:
+        """End what commands of an earlier life of this gateway left in a running tenant; return how many.
+
+        A gateway that was killed could not end them, and nobody can follow them any more. Commands of this
+        life, which may be there already, are told by their folder. Without access to the host's cgroups
+        nothing is found.
+        """
+        ended = 0
+        root = of_init(await self._init_pid(name))
+        if root is None:
+            return 0
+        for folder in (root / CGROUP_PARENT).glob(f"{self._own}-*"):
+            left = self.cgroup(folder)
+            if folder.name == self._life or not left.reachable():
+                continue
+            killed = await left.kill(0, self.settings.cancel_timeout)
+            ended += killed.killed
+            if killed.killed:
+                log.warning("ended %d processes left in %s by a gateway that died", killed.killed, name)
+        return ended
+
+    def drop(self, name: str | None) -> None:
+        """Let go of the shells that wait in a tenant to which something happened, or of all."""
+        self._standbys.drop(name)
+
+    def cgroup(self, path: Path) -> Cgroup:
+        """Return the group of commands at a path of the host, ended by the broker where there is one."""
+        return Cgroup(path) if self._broker is None else Cgroup(path, self._broker.on_tree)
+
+
+class IncusProcess:
+    """One command in a container; see `gateway.runtime.Process`."""
+
+    def __init__(
+        self,
+        commands: Commands,
+        tenant: str,
+        exec_id: str,
+        sockets: ExecSockets,
+        init_pid: int,
+    ) -> None:
+        self.tenant = tenant
+        self.pid = 0
+        self.started_at = 0.0
+        self.streams: tuple[StreamName, ...] = ("stdout",)
+        self.report = b""
+        self._merged = False
+        self._commands = commands
+        self._exec_id = exec_id
+        self._sockets = sockets
+        self._preamble = Preamble()
+        self._init_pid = init_pid
+        self._first = b""  # the command's own output that came with the preamble
+        self._broken = False
+
+    @property
+    def _preamble_stream(self) -> str:
+        return "0" if self._sockets.terminal else "2"
+
+    async def ready(self) -> None:
+        """Return once the shell waits for its line."""
+        await self._feed(until_ready=True)
+
+    async def begin(self, order: _Order) -> None:
+        """Hand over the command and return once it runs. Raises `ExecFailed`."""
+        preamble, spec = self._preamble, order.spec
+        preamble.asked(spec.argv[0][:200], order.cwd[:200], order.account.name[:200])
+        self._merged = spec.merged and spec.pty is None
+        if spec.pty is None and not spec.merged:
+            self.streams = ("stdout", "stderr")
+        if spec.pty is not None:  # before it is ready, the terminal would echo the line
+            await self.ready()
+            await self.resize(spec.pty.cols, spec.pty.rows)
+        await self._sockets.write(order.line(self._exec_id))
+        if not spec.stdin and spec.pty is None:
+            await self._sockets.close_stdin()
+        await self._feed(until_ready=False)
+        self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
+
+    async def _feed(self, *, until_ready: bool) -> None:
+        preamble = self._preamble
+        while not (preamble.ready if until_ready else preamble.started):
+            try:
+                data = await self._sockets.read(self._preamble_stream)
+            except Lost:
+                raise Unavailable("the command's start was lost: the tenant or Incus went away") from None
+            if not data:
+                raise preamble.ended()
+            preamble.feed(data)
+
+    async def read(self, stream: StreamName) -> bytes:
+        """See `Process`; of a merged command stderr is the report, which `wait` reads."""
+        name = "0" if self._sockets.terminal else ("1" if stream == "stdout" else "2")
+        if name == self._preamble_stream and self._first:
+            first, self._first = self._first, b""
+            return first
+        try:
+            return await self._sockets.read(name)
+        except Lost:
+            self._broken = True
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        await self._sockets.write(data)
+
+    async def close_stdin(self) -> None:
+        await self._sockets.close_stdin()
+
+    async def resize(self, cols: int, rows: int) -> None:
+        # incusd wants the numbers as strings
+        size = {"width": str(cols), "height": str(rows)}
+        await self._sockets.control({"command": "window-resize", "args": size})
+
+    async def signal(self, number: int) -> None:
+        await self._sockets.control({"command": "signal", "signal": number})
+
+    async def wait(self) -> Exit:
+        if self._merged:
+            while said := await self.read("stderr"):
+                self.report = (self.report + said)[:REPORT_MAX]
+        try:
+            operation = await self._sockets.result()
+        except IncusError as error:
+            raise Unavailable("the command's exit was lost: Incus went away") from error
+        code = operation.metadata.get("return")
+        if self._broken or not isinstance(code, int) or code < 0:
+            raise Unavailable("the command's exit was lost: the tenant went away")
+        await self._tidy()
+        return Exit.of(code)
+
+    async def kill(self, grace: float) -> Killed:
+        limit = self._commands.settings.cancel_timeout
+        cgroup = self._cgroup()
+        if cgroup is not None and cgroup.reachable():
+            ended = await cgroup.kill(grace, limit)
+            killed = Killed(ended.killed, ended.escalated, ended.survivors)
+        else:
+            killed = await self._commands.kill_inside(self.tenant, self._exec_id, grace)
+        await self.signal(signal.SIGKILL)  # a leader that left its cgroup; nothing where it has ended
+        return killed
+
+    async def aclose(self) -> None:
+        await self._sockets.aclose()
+
+    async def abandon(self) -> None:
+        """End a command that did not start properly: nothing of it may stay.
+
+        The shell first, so that it goes no further, then what it may have become meanwhile.
+        """
+        limit = self._commands.settings.cancel_timeout
+        cgroup = self._cgroup()
+        with contextlib.suppress(GatewayError, TimeoutError):
+            async with asyncio.timeout(limit):
+                await self.signal(signal.SIGKILL)
+                if cgroup is not None:
+                    await cgroup.kill(0, limit)  # also lets go of the outputs that delay the end
+                await self._sockets.result()
+                if cgroup is not None:
+                    await cgroup.kill(0, limit)
+        await self.aclose()
+
+    def _cgroup(self) -> Cgroup | None:
+        if self._preamble.ready and self._preamble.method != "cgroup":
+            return None
+        root = of_init(self._init_pid) if self._init_pid else None
+        return None if root is None else self._commands.cgroup(root / CGROUP_PARENT / self._exec_id)
+
+    async def _tidy(self) -> None:
+        cgroup = self._cgroup()
+        if cgroup is not None:
+            with contextlib.suppress(Unavailable):  # of a broker; the next start removes it
+                await cgroup.remove()
+
+
+@contextlib.contextmanager
+def _in_time(name: str, stage: str) -> Iterator[None]:
+    """Turn a passed deadline of a start into our error; the log keeps what was waited for."""
+    try:
+        yield
+    except TimeoutError as error:
+        log.warning("a command of %s did not start in time: waited for the %s", name, stage)
+        raise Timeout("the command did not start in time; the tenant may be overloaded") from error

@@ -1,0 +1,424 @@
+"""Runs tenants as Incus system containers.
+
+Incus is the database: which instances are tenants, their state, domain and port are read from it. An
+instance is a tenant where `user.gateway.managed` is true in its expanded configuration, which the tenant
+profile sets; others do not exist for the gateway. Only where the rootfs lies and which process is the
+container's first is kept, for as long as the event stream stands that would tell of a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.incus import Incus, IncusError
+from gateway.incus.client import instance_path
+from gateway.rootfs import FilesystemRoot, IdMap
+from gateway.runtime import ExecSpec, Process, Status, Tenant, TenantEvent
+from gateway.runtime.incus.commands import Commands, is_ours
+from gateway.runtime.incus.refusals import translated
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MANAGED: Final = "user.gateway.managed"
+DOMAIN: Final = "user.gateway.domain"
+PORT: Final = "user.gateway.port"
+
+_STATUS: Final[Mapping[str, Status]] = {
+    "Running": "running",
+    "Ready": "running",
+    "Stopped": "stopped",
+    "Frozen": "frozen",
+    "Freezing": "frozen",
+    "Starting": "starting",
+    "Stopping": "stopping",
+    "Aborting": "stopping",
+}
+
+# Incus's lifecycle actions that have a name of their own in our events
+_LIFECYCLE: Final[Mapping[str, str]] = {
+    "instance-created": "tenant.created",
+    "instance-started": "tenant.started",
+    "instance-stopped": "tenant.stopped",
+    "instance-shutdown": "tenant.stopped",
+    "instance-restarted": "tenant.restarted",
+    "instance-deleted": "tenant.destroyed",
+    "instance-renamed": "tenant.renamed",
+}
+
+# actions that change nothing of where a tenant's files and processes are
+_LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """What is kept of a tenant while the event stream stands."""
+
+    root: FilesystemRoot
+    init_pid: int
+
+
+class IncusRuntime:
+    """The tenants of one Incus project. Use as an async context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
+        self._pools = settings.incus_socket.parent / "storage-pools"
+        self.roots: tuple[Path, ...] = (self._pools,)
+        self._located: dict[str, _Located] = {}
+        self._watching = False
+        self.commands = Commands(settings, self._incus, self.init_pid)
+
+    async def __aenter__(self) -> IncusRuntime:
+        await self._incus.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.commands.aclose()
+        await self._incus.__aexit__(kind, error, trace)
+
+    # --- tenants ------------------------------------------------------------------------------------
+
+    async def list(self) -> list[Tenant]:
+        with translated(""):
+            instances = await self._incus.get("/1.0/instances", recursion="2")
+        return [_tenant(instance) for instance in instances if _is_tenant(instance)]
+
+    async def get(self, name: str) -> Tenant:
+        return _tenant(await self._instance(name))
+
+    async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
+        body: dict[str, Any] = {
+            "name": name,
+            "type": "container",
+            "source": {"type": "image", "alias": self._settings.image},
+            "profiles": [self._settings.profile],
+            "config": {} if domain is None else {DOMAIN: domain},
+            "start": start,
+        }
+        with translated(name):
+            await self._operate("POST", "/1.0/instances", body)
+        return await self.get(name)
+
+    async def start(self, name: str) -> None:
+        tenant = await self.get(name)
+        if tenant.status == "frozen":
+            await self._state(name, "unfreeze")
+        elif tenant.status != "running":
+            await self._state(name, "start")
+
+    async def stop(self, name: str) -> None:
+        tenant = await self.get(name)
+        if tenant.status == "stopped":
+            return
+        if tenant.status == "frozen":  # a frozen init cannot shut down
+            await self._state(name, "stop", force=True)
+            return
+        try:
+            await self._state(name, "stop")
+        except Unavailable:  # it does not shut down by itself
+            await self._state(name, "stop", force=True)
+
+    async def restart(self, name: str) -> None:
+        await self.stop(name)
+        await self.start(name)
+
+    async def destroy(self, name: str) -> None:
+        tenant = await self.get(name)
+        if tenant.status != "stopped":
+            await self._state(name, "stop", force=True)
+        with translated(name):
+            await self._operate("DELETE", instance_path(name))
+        self._changed(name)
+
+    async def filesystem(self, name: str) -> FilesystemRoot:
+        return (await self._locate(name)).root
+
+    async def metrics(self, name: str) -> Mapping[str, Any]:
+        instance = await self._instance(name)
+        state = instance["state"]
+        memory = state.get("memory") or {}
+        disk = (state.get("disk") or {}).get("root") or {}
+        network = {
+            interface: {
+                "received_bytes": facts["counters"]["bytes_received"],
+                "sent_bytes": facts["counters"]["bytes_sent"],
+            }
+            for interface, facts in (state.get("network") or {}).items()
+            if interface != "lo"
+        }
+        return {
+            "cpu_seconds": (state.get("cpu") or {}).get("usage", 0) / 1e9,
+            "memory_bytes": memory.get("usage", 0),
+            "memory_peak_bytes": memory.get("usage_peak", 0),
+            "memory_limit_bytes": memory.get("total", 0),
+            "processes": max(0, state.get("processes", 0)),
+            "disk_bytes": disk.get("usage"),
+            "disk_limit_bytes": disk.get("total"),
+            "network": network,
+        }
+
+    async def ready(self) -> None:
+        with translated(""):
+            await self._incus.get("/1.0")
+        if not self._watching:
+            raise Unavailable("the Incus event stream is not up yet")
+
+    # --- commands -----------------------------------------------------------------------------------
+
+    async def exec(self, name: str, spec: ExecSpec) -> Process:
+        return await self.commands.exec(name, spec)
+
+    def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self.commands.expect(name)
+
+    async def sweep(self) -> int:
+        ended = 0
+        for tenant in await self.list():
+            if tenant.status == "running":
+                with contextlib.suppress(NotFound):
+                    ended += await self.commands.sweep(tenant.name)
+        return ended
+
+    async def init_pid(self, name: str) -> int:
+        """Return the host's pid of the container's first process now; 0 where it does not run."""
+        return (await self._locate(name)).init_pid
+
+    # --- events -------------------------------------------------------------------------------------
+
+    async def watch(self) -> AsyncIterator[TenantEvent]:
+        """Yield what happens to tenants, for ever.
+
+        Incus replays nothing: after each gap the instances are listed and the differences published,
+        then `gateway.resynced`. The same look is taken every `reconcile_interval`, since Incus drops a
+        slow reader's events and a deleted profile key tells nobody.
+        """
+        known: dict[str, Status] | None = None
+        pause = 0.1
+        while True:
+            try:
+                stream = self._incus.events("lifecycle")
+                async with contextlib.aclosing(stream):
+                    async for event in _with_ticks(stream, self._settings.reconcile_interval):
+                        if event is None or event["type"] == "connected":
+                            changes, known = await self._differences(known)
+                            for change in changes:
+                                yield change
+                            if event is not None:
+                                pause, self._watching = 0.1, True
+                                yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
+                            continue
+                        async for change in self._lifecycle(event, known or {}):
+                            yield change
+                raise IncusError("the event stream ended", 0)
+            except (GatewayError, IncusError) as error:
+                if self._watching:
+                    log.warning("Incus event stream lost: %s", error)
+            except Exception:
+                # one odd answer must not end the watch for ever: look again from the start
+                log.exception("an Incus event could not be understood")
+            self._watching = False
+            self._changed(None)
+            await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
+            pause = min(pause * 2, 5.0)
+
+    async def _differences(
+        self, known: dict[str, Status] | None
+    ) -> tuple[Sequence[TenantEvent], dict[str, Status]]:
+        now = {tenant.name: tenant.status for tenant in await self.list()}
+        changes = [] if known is None else differences(known, now)
+        for change in changes:
+            self._changed(change.tenant or "")
+        return changes, now
+
+    async def _lifecycle(
+        self, event: Mapping[str, Any], known: dict[str, Status]
+    ) -> AsyncIterator[TenantEvent]:
+        metadata = event.get("metadata") or {}
+        action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
+        if not action.startswith("instance-") or not name or "/" in name:
+            return
+        context = metadata.get("context") or {}
+        if action == "instance-exec":
+            if is_ours(context.get("command") or []):
+                return  # our own, told as exec.started
+        elif not action.startswith(_LOOKS):
+            self._changed(name)
+        old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
+        self._changed(old)
+        if name not in known and old not in known:
+            try:
+                await self.get(name)  # is it ours?
+            except NotFound:
+                return
+        requestor = metadata.get("requestor") or {}
+        data = {"action": action, "by": requestor.get("username") or requestor.get("protocol") or "guest"}
+        if old:
+            known.pop(old, None)
+            data["from"] = old
+        if action == "instance-deleted":
+            known.pop(name, None)
+        else:
+            known[name] = {"tenant.started": "running", "tenant.stopped": "stopped"}.get(  # type: ignore[assignment]
+                _LIFECYCLE.get(action, ""), known.get(name, "running")
+            )
+        # an exec's command line is the tenant's own: only that it happened is told
+        yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
+
+    # --- Incus --------------------------------------------------------------------------------------
+
+    async def _instance(self, name: str) -> dict[str, Any]:
+        with translated(name):
+            instance: dict[str, Any] = await self._incus.get(instance_path(name), recursion="1")
+        if not _is_tenant(instance):
+            raise NotFound(f"no tenant {name}")
+        return instance
+
+    async def _locate(self, name: str) -> _Located:
+        located = self._located.get(name)
+        if located is not None:
+            return located
+        watching = self._watching  # a change during the look-up must not be kept
+        instance = await self._instance(name)
+        located = _Located(self._root(name, instance), int(instance["state"].get("pid") or 0))
+        if watching and self._watching:
+            self._located[name] = located
+        return located
+
+    def _root(self, name: str, instance: Mapping[str, Any]) -> FilesystemRoot:
+        settings, config = self._settings, instance["config"]
+        project = settings.incus_project
+        folder = name if project == "default" else f"{project}_{name}"
+        pool = instance["expanded_devices"]["root"]["pool"]
+        idmap = _idmap(config.get("volatile.idmap.current") or config.get("volatile.idmap.next") or "[]")
+        return FilesystemRoot(
+            tenant=name,
+            path=self._pools / pool / "containers" / folder / "rootfs",
+            workspace=settings.workspace,
+            uid=settings.workspace_uid,
+            gid=settings.workspace_uid,
+            idmap=idmap,
+            # an empty last idmap means that the kernel maps ids at the mount: the disk holds them unshifted
+            shifted=bool(_idmap(config.get("volatile.last_state.idmap") or "[]")),
+        )
+
+    async def _state(self, name: str, action: str, *, force: bool = False) -> None:
+        timeout = self._settings.lifecycle_timeout
+        # a graceful stop gets less than our own limit, so that force still fits
+        seconds = -1 if force or action != "stop" else max(1, int(timeout / 4))
+        body = {"action": action, "timeout": seconds, "force": force}
+        with translated(name):
+            await self._operate("PUT", instance_path(name, "state"), body)
+        self._changed(name)
+
+    def _changed(self, name: str | None) -> None:
+        """Let go of what is kept of a tenant to which something happened, or of all."""
+        if name is None:
+            self._located.clear()
+        else:
+            self._located.pop(name, None)
+        self.commands.drop(name)
+
+    async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
+        await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
+
+
+def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:
+    """Return what must have happened between two looks, marked `resync`: no event told of it."""
+    data = {"resync": True}
+    changes: list[TenantEvent] = []
+    for name, status in now.items():
+        if name not in known:
+            changes.append(TenantEvent("tenant.created", name, data))
+        if known.get(name) != status and status in ("running", "stopped"):
+            kind = "tenant.started" if status == "running" else "tenant.stopped"
+            if name in known or status == "running":
+                changes.append(TenantEvent(kind, name, data))
+    changes += [TenantEvent("tenant.destroyed", name, data) for name in known if name not in now]
+    return changes
+
+
+def _is_tenant(instance: Mapping[str, Any]) -> bool:
+    # one that is just being made has no expanded configuration yet
+    expanded = instance.get("expanded_config") or {}
+    return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
+
+
+def _tenant(instance: Mapping[str, Any]) -> Tenant:
+    config, devices = instance["expanded_config"], instance["expanded_devices"]
+    port = config.get(PORT, "")
+    return Tenant(
+        name=instance["name"],
+        status=_STATUS.get(instance["status"], "error"),
+        domain=config.get(DOMAIN),
+        address=_address(instance),
+        port=int(port) if port.isdigit() else None,
+        created=instance.get("created_at"),
+        location=None if instance.get("location") in (None, "", "none") else instance["location"],
+        limits={
+            "cpu": config.get("limits.cpu"),
+            "memory": config.get("limits.memory"),
+            "processes": config.get("limits.processes"),
+            "disk": devices.get("root", {}).get("size"),
+        },
+    )
+
+
+def _address(instance: Mapping[str, Any]) -> str | None:
+    for device in instance["expanded_devices"].values():
+        if device.get("type") == "nic" and device.get("ipv4.address"):
+            return str(device["ipv4.address"])
+    for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
+        if name != "lo":
+            for address in interface["addresses"]:
+                if address["family"] == "inet" and address["scope"] == "global":
+                    return str(address["address"])
+    return None
+
+
+def _idmap(text: str) -> tuple[IdMap, ...]:
+    return tuple(
+        IdMap(line["Isuid"], line["Isgid"], line["Nsid"], line["Hostid"], line["Maprange"])
+        for line in orjson.loads(text) or ()
+    )
+
+
+async def _with_ticks(
+    stream: AsyncIterator[dict[str, Any]], interval: float
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield the stream's items, and None whenever `interval` seconds passed without a look."""
+    pending: asyncio.Task[dict[str, Any]] | None = None
+    due = time.monotonic() + interval
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(anext(stream))
+            await asyncio.wait([pending], timeout=max(0.0, due - time.monotonic()))
+            if time.monotonic() >= due:
+                due = time.monotonic() + interval
+                yield None
+            if pending.done():
+                task, pending = pending, None
+                try:
+                    item = task.result()
+                except StopAsyncIteration:
+                    return
+                yield item
+    finally:
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
