@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Annotated, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import unquote_to_bytes
 
 import orjson
@@ -53,6 +55,9 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from gateway.mcp import Mcp
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +108,7 @@ class Gateway:
         self._drained: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
         self._workers: Workers | None = None
+        self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
             Starlette(
@@ -139,6 +145,7 @@ class Gateway:
             Route(tenant + "/files/{path:path}", self._file),
             Route(tenant + "/files/{path:path}", self._file_put, methods=["PUT"]),
             Route(tenant + "/files/{path:path}", self._file_delete, methods=["DELETE"]),
+            Route(tenant + "/mcp", self._mcp_endpoint, methods=["GET", "POST", "DELETE"]),
             Route("/v1/events", self._events),
             WebSocketRoute(tenant + "/ws", self._websocket),
         ]
@@ -160,6 +167,10 @@ class Gateway:
             files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
+            if importlib.util.find_spec("mcp") is not None:
+                from gateway.mcp import Mcp  # an extra, and a second of start-up
+
+                self._mcp = await stack.enter_async_context(Mcp(toolbox, settings))
             jobs = [self._watch(runtime, workers, files), self.metrics.follow(self.bus)]
             if settings.runtime == "incus":
                 jobs.append(self._pin_ports())
@@ -382,6 +393,14 @@ class Gateway:
         result = await _unless_gone(request, work)
         return Response(result.encoded, media_type="application/json")
 
+    async def _mcp_endpoint(self, request: Request) -> Response:
+        name, token = self._tenant_for(request, None)
+        if self._mcp is None:
+            problem = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
+            return _problem(problem, 501)
+        await self.hub.runtime.get(name)
+        return _McpAnswer(self._mcp, name, token, await _read_body(request, self.settings.max_body))
+
     async def _exec(self, request: Request) -> Response:
         name, token = self._tenant_for(request, "exec")
         if self.draining:
@@ -486,6 +505,16 @@ class Gateway:
         await Connection(websocket, name, token, self.hub).run()
 
 
+class _McpAnswer(Response):
+    """What the MCP endpoint answers, written by it."""
+
+    def __init__(self, endpoint: Mcp, tenant: str, token: auth.Token, body: bytes) -> None:
+        self._answer = partial(endpoint.serve, tenant, token, body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
+
+
 async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
     # a browser sees a close code only of a connection that was accepted
     offered = websocket.scope.get("subprotocols") or []
@@ -575,6 +604,14 @@ async def _ended(task: asyncio.Future[Any]) -> None:
 
 async def _read_json(request: Request, limit: int) -> Any:
     """Return the JSON body. Raises `TooLarge` before more than `limit` bytes are read, `InvalidParams`."""
+    try:
+        return orjson.loads(await _read_body(request, limit))
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """Return the body. Raises `TooLarge` before more than `limit` bytes are read."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body has over {limit} bytes", limit=limit)
@@ -583,10 +620,7 @@ async def _read_json(request: Request, limit: int) -> Any:
         body += chunk
         if len(body) > limit:
             raise TooLarge(f"the body has over {limit} bytes", limit=limit)
-    try:
-        return orjson.loads(body)
-    except ValueError:
-        raise InvalidParams("the body is not JSON") from None
+    return bytes(body)
 
 
 def _file_path(request: Request) -> str:

@@ -46,7 +46,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     )
     # tokens never travel in a URL, but tenants' names do: no access log
     logging.getLogger("uvicorn.access").disabled = True
-    for name in ("uvicorn.error", "uvicorn", "websockets"):
+    for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
     listening = listen(settings.listen)
     gateway = Gateway(settings)

@@ -176,6 +176,7 @@ class Settings(BaseSettings):
         description="names that a watch leaves out unless it says else, comma-separated",
     )
 
+    mcp_progress: float = Field(15.0, gt=0, description="seconds between progress messages of an MCP call")
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events

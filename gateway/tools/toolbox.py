@@ -152,6 +152,12 @@ class Toolbox:
         else:
             await self._shells.end(session)
 
+    async def end_session(self, tenant: str, name: str) -> None:
+        """End a session by its name, if there is one; return when nothing of it runs."""
+        session = self._sessions.pop((tenant, name), None)
+        if session is not None:
+            await self._shells.end(session)
+
     def forget(self, tenant: str) -> None:
         """End the sessions of a tenant that is destroyed: another of its name starts anew."""
         for key in [key for key in self._sessions if key[0] == tenant]:

@@ -756,6 +756,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_WATCHES": "3",
     "GATEWAY_MAX_TENANT_WATCHES": "4",
     "GATEWAY_WATCH_FOLDERS": "50",
+    "GATEWAY_MCP_PROGRESS": "0.2",
 }
 
 

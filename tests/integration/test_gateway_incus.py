@@ -13,6 +13,7 @@ import pytest
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.mcp import McpContract
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd
@@ -86,6 +87,13 @@ class TestIncus(GatewayContract):
             assert one["usage"]["memory_limit_bytes"] == 512 << 20
         async with gateway.http(tenant) as http, http.get(f"/v1/tenants/{tenant}/metrics") as response:
             assert (await response.json())["cpu_seconds"] > 0
+
+
+class TestIncusMcp(McpContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
 
 
 class TestIncusFiles(FilesContract):

@@ -12,6 +12,7 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.mcp import McpContract
 from tests.live import LiveGateway
 
 
@@ -65,6 +66,10 @@ class TestLocal(GatewayContract):
     pass
 
 
+class TestLocalMcp(McpContract):
+    pass
+
+
 class TestLocalFiles(FilesContract):
     async def as_root(self, gateway: LiveGateway, tenant: str, script: str) -> None:
         root = f"{gateway.environment['GATEWAY_STATE_DIR']}/tenants/{tenant}/root"
@@ -81,3 +86,16 @@ async def test_a_port_in_use_is_told_with_what_to_change(gateway: LiveGateway, s
     _, said = await process.communicate()
     assert process.returncode == 1
     assert b"in use" in said and b"GATEWAY_LISTEN" in said and b"Traceback" not in said
+
+
+async def test_without_the_extra_a_gateway_says_what_to_install(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mcp'] = None\n")
+    gateway = local(state, tmp_path / "log", PYTHONPATH=str(tmp_path))
+    await gateway.start()
+    try:
+        async with gateway.http("demo") as http, http.post("/v1/tenants/demo/mcp", json={}) as response:
+            problem = await response.json()
+            assert (response.status, problem["code"]) == (501, "not_found")
+            assert "install incus-gateway[mcp]" in problem["detail"]
+    finally:
+        assert await gateway.stop() == 0
