@@ -87,6 +87,22 @@ ensure_python() { # sets $python
   die "no Python 3.11 or newer with venv was found; install one (Debian, Ubuntu: apt-get install python3-venv)"
 }
 
+good_node() { # what Vite and the web tests need: Node 20.19 or newer, and npm
+  command -v npm >/dev/null 2>&1 && node -e '
+    const [major, minor] = process.versions.node.split(".").map(Number);
+    process.exit(major > 20 || (major === 20 && minor >= 19) ? 0 : 1)' >/dev/null 2>&1
+}
+
+# The web's packages as package-lock.json says; returns 1 where they are there already.
+ensure_node_modules() { # FOLDER
+  local folder=$1 stamp
+  stamp="$(digest <"$folder/package-lock.json") $(node --version)"
+  [ "$(cat "$folder/node_modules/.stamp" 2>/dev/null)" = "$stamp" ] && return 1
+  quietly npm ci --prefix "$folder" --ignore-scripts --no-audit --no-fund ||
+    die "npm cannot install the web's packages; check that this machine reaches the npm registry, then run this again"
+  printf '%s\n' "$stamp" >"$folder/node_modules/.stamp"
+}
+
 digest() { # reads stdin, prints one word
   cksum | tr -s ' \t' '-'
 }

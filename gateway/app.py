@@ -130,6 +130,7 @@ class Gateway:
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
             Route("/metrics", self._metrics),
+            Route("/v1/session", self._session),
             Route("/v1/session", self._session_open, methods=["POST"]),
             Route("/v1/session", self._session_close, methods=["DELETE"]),
             Route("/v1/tenants", self._tenants),
@@ -306,11 +307,14 @@ class Gateway:
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=self.metrics.CONTENT_TYPE)
 
+    async def _session(self, request: Request) -> Response:
+        return _json(_granted(self._token(request, None)))
+
     async def _session_open(self, request: Request) -> Response:
         self._check_origin(request.scope)
         body = protocol.validate(SessionBody, await _read_json(request, self.settings.max_body))
         token = self._verify(body.token)
-        response = _json({"subject": token.subject, "scopes": sorted(token.scopes), "expires": token.expires})
+        response = _json(_granted(token))
         forwarded = request.headers.get("x-forwarded-proto", request.url.scheme)
         response.set_cookie(
             auth.COOKIE,
@@ -520,6 +524,15 @@ async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
     offered = websocket.scope.get("subprotocols") or []
     await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
     await websocket.close(code, reason[:100])
+
+
+def _granted(token: auth.Token) -> dict[str, Any]:
+    return {
+        "subject": token.subject,
+        "scopes": sorted(token.scopes),
+        "tenants": sorted(token.tenants),
+        "expires": token.expires,
+    }
 
 
 def _describe(tenant: Tenant) -> dict[str, Any]:

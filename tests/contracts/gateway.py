@@ -614,7 +614,13 @@ class HttpContract:
                 assert "HttpOnly" in cookie and "SameSite=strict" in cookie
             async with http.get(f"/v1/tenants/{tenant}") as response:
                 assert response.status == 200
+            async with http.get("/v1/session") as response:
+                said = await response.json()
+                assert said["tenants"] == [tenant]
+                assert "exec" in said["scopes"] and said["expires"] > 0
             await http.delete("/v1/session")
+            async with http.get("/v1/session") as response:
+                assert response.status == 401
             async with http.get(f"/v1/tenants/{tenant}") as response:
                 assert response.status == 401
             async with http.post("/v1/session", json={"token": "x"}) as response:

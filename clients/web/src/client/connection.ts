@@ -1,0 +1,194 @@
+/** Knows one websocket to a tenant: calls and their answers, frames by channel. It never reconnects. */
+
+import { cancelled, Disconnected, fatalClose, GatewayError } from "./errors.js";
+import type { ServerInfo } from "./types.js";
+import {
+  cancelRequest,
+  decodeServerText,
+  type Frame,
+  type Notification,
+  packFrame,
+  request,
+  STDIN,
+  SUBPROTOCOL,
+  unpackFrame,
+} from "./wire.js";
+
+const OPEN_TIMEOUT = 15_000;
+/** Small enough for any gateway's frame limit, large enough to be quick. */
+const CHUNK = 256 * 1024;
+
+/** What we need of a WebSocket; the browsers' own and that of the package `ws` both have it. */
+export interface SocketLike {
+  binaryType: string;
+  readonly readyState: number;
+  readonly bufferedAmount: number;
+  onopen: ((event: never) => void) | null;
+  onmessage: ((event: never) => void) | null;
+  onerror: ((event: never) => void) | null;
+  onclose: ((event: never) => void) | null;
+  send(data: string | Uint8Array<ArrayBuffer>): void;
+  close(code?: number, reason?: string): void;
+}
+
+export type SocketConstructor = new (url: string, protocols?: string | string[]) => SocketLike;
+
+export interface Listener {
+  notified(notification: Notification): void;
+  closed(error: GatewayError): void;
+}
+
+interface Pending {
+  resolve(value: unknown): void;
+  reject(error: GatewayError): void;
+  accept: ((result: never) => void) | undefined;
+}
+
+export class Connection {
+  readonly channels = new Map<number, (frame: Frame) => void>();
+  readonly #socket: SocketLike;
+  readonly #listener: Listener;
+  readonly #pending = new Map<number, Pending>();
+  #failure: GatewayError | null = null;
+  #lastId = 0;
+  server!: ServerInfo;
+
+  private constructor(socket: SocketLike, listener: Listener) {
+    this.#socket = socket;
+    this.#listener = listener;
+  }
+
+  /** Connects and initializes. Throws the error of a refusal, `Disconnected` where nobody answers. */
+  static async open(
+    kind: SocketConstructor,
+    url: string,
+    initialize: object,
+    listener: Listener,
+    timeout = OPEN_TIMEOUT,
+  ): Promise<Connection> {
+    const socket = new kind(url, SUBPROTOCOL);
+    socket.binaryType = "arraybuffer";
+    const connection = new Connection(socket, listener);
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    try {
+      await new Promise<void>((resolve, reject) => {
+        timer = setTimeout(() => reject(new Disconnected("the gateway does not answer")), timeout);
+        socket.onopen = () => resolve();
+        socket.onerror = () => {}; // a close follows, with all that may be known
+        socket.onmessage = (event: { data: string | ArrayBuffer }) => connection.#receive(event.data);
+        socket.onclose = (event: { code: number; reason: string }) => {
+          const error =
+            fatalClose(event.code, event.reason) ??
+            new Disconnected(event.reason || `the connection broke (${event.code})`);
+          connection.#fail(error);
+          reject(error);
+        };
+      });
+      const answered = connection.request<ServerInfo>("initialize", initialize);
+      const late = new Promise<never>((_, reject) => {
+        clearTimeout(timer);
+        timer = setTimeout(() => reject(new Disconnected("the gateway does not answer initialize")), timeout);
+      });
+      connection.server = await Promise.race([answered, late]);
+      return connection;
+    } catch (error) {
+      connection.close();
+      throw error;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  get alive(): boolean {
+    return this.#failure === null;
+  }
+
+  /**
+   * Calls `method`. `accept` is called with the result before anything that follows it is looked at, so
+   * that what it sets up is there for the next frame. An aborted call is cancelled in the gateway too.
+   */
+  request<Result>(
+    method: string,
+    params: object = {},
+    accept?: (result: Result) => void,
+    signal?: AbortSignal,
+  ): Promise<Result> {
+    return new Promise<Result>((resolve, reject) => {
+      if (this.#failure !== null) return reject(this.#failure);
+      if (signal?.aborted) return reject(cancelled());
+      const id = ++this.#lastId;
+      const abort = () => {
+        this.#pending.delete(id);
+        if (this.alive) this.#socket.send(cancelRequest(id));
+        reject(cancelled());
+      };
+      const settled = () => signal?.removeEventListener("abort", abort);
+      this.#pending.set(id, {
+        resolve: (value) => {
+          settled();
+          resolve(value as Result);
+        },
+        reject: (error) => {
+          settled();
+          reject(error);
+        },
+        accept: accept as ((result: never) => void) | undefined,
+      });
+      signal?.addEventListener("abort", abort);
+      this.#socket.send(request(id, method, params));
+    });
+  }
+
+  /** Gives bytes to the input of the command on `channel`; resolves once the socket has room again. */
+  async input(channel: number, data: Uint8Array): Promise<void> {
+    for (let start = 0; start < data.length; start += CHUNK) {
+      if (this.#failure !== null) throw this.#failure;
+      this.#socket.send(packFrame(STDIN, channel, data.subarray(start, start + CHUNK)));
+      // a WebSocket says only by this number how much it has not sent yet, and never when
+      while (this.#socket.bufferedAmount > 4 * CHUNK && this.alive) {
+        await new Promise((resolve) => setTimeout(resolve, 5));
+      }
+    }
+  }
+
+  close(error: GatewayError = new Disconnected("this connection was closed")): void {
+    this.#fail(error);
+    this.#socket.close(1000);
+  }
+
+  #receive(data: string | ArrayBuffer): void {
+    if (this.#failure !== null) return;
+    try {
+      if (typeof data !== "string") {
+        const frame = unpackFrame(data);
+        this.channels.get(frame.channel)?.(frame);
+        return;
+      }
+      const message = decodeServerText(data);
+      if (message.kind === "notification") {
+        this.#listener.notified(message);
+        return;
+      }
+      const pending = typeof message.id === "number" ? this.#pending.get(message.id) : undefined;
+      if (pending === undefined) return;
+      this.#pending.delete(message.id as number);
+      if (message.error !== undefined) {
+        pending.reject(new GatewayError(message.error.code, message.error.message, message.error.facts));
+      } else {
+        pending.accept?.(message.result as never);
+        pending.resolve(message.result);
+      }
+    } catch (error) {
+      this.close(error instanceof GatewayError ? error : new GatewayError("invalid_params", String(error)));
+    }
+  }
+
+  #fail(error: GatewayError): void {
+    if (this.#failure !== null) return;
+    this.#failure = error;
+    const pending = [...this.#pending.values()];
+    this.#pending.clear();
+    for (const call of pending) call.reject(error);
+    this.#listener.closed(error);
+  }
+}

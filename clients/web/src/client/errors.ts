@@ -1,0 +1,109 @@
+/** Knows how failures reach a client: one class with the wire's code words, and one for a broken connection. */
+
+export const ERROR_CODES = [
+  "unauthorized",
+  "forbidden",
+  "not_found",
+  "conflict",
+  "outside_workspace",
+  "not_a_file",
+  "is_a_directory",
+  "too_large",
+  "binary_file",
+  "ambiguous_match",
+  "no_match",
+  "stale_read",
+  "cancelled",
+  "timeout",
+  "exec_failed",
+  "tenant_not_running",
+  "unavailable",
+  "rate_limited",
+  "gone",
+  "invalid_params",
+] as const;
+
+/** What went wrong, in the words of the protocol; a newer gateway may say others. */
+export type ErrorCode = (typeof ERROR_CODES)[number] | (string & {});
+
+export type Facts = Readonly<Record<string, unknown>>;
+
+/** Everything that the gateway refuses. `message` is for a person, `facts` travel beside the code. */
+export class GatewayError extends Error {
+  override readonly name: string = "GatewayError";
+
+  constructor(
+    readonly code: ErrorCode,
+    message: string,
+    readonly facts: Facts = {},
+  ) {
+    super(message);
+  }
+
+  /** Whether the same request may succeed later. */
+  get retriable(): boolean {
+    return this.code === "unavailable" || this.code === "rate_limited" || this.code === "timeout";
+  }
+}
+
+/** The way to the gateway broke. Whether a request that was under way took effect is not known. */
+export class Disconnected extends GatewayError {
+  override readonly name = "Disconnected";
+
+  constructor(message: string) {
+    super("unavailable", message);
+  }
+}
+
+/** The request was given up by the caller's `AbortSignal`. */
+export function cancelled(): GatewayError {
+  return new GatewayError("cancelled", "the request was cancelled");
+}
+
+const BY_CLOSE: Readonly<Record<number, ErrorCode>> = {
+  1009: "too_large",
+  4400: "invalid_params",
+  4401: "unauthorized",
+  4403: "forbidden",
+  4404: "not_found",
+};
+
+/** Returns what a close code says for ever; null where coming back may help. */
+export function fatalClose(code: number, reason: string): GatewayError | null {
+  const word = BY_CLOSE[code];
+  return word === undefined
+    ? null
+    : new GatewayError(word, reason || `the gateway closed the connection (${code})`);
+}
+
+const BY_STATUS: Readonly<Record<number, ErrorCode>> = {
+  401: "unauthorized",
+  403: "forbidden",
+  404: "not_found",
+  409: "conflict",
+  410: "gone",
+  412: "conflict",
+  413: "too_large",
+  429: "rate_limited",
+};
+
+// RFC 9457 §3.1, and our own member
+const PROBLEM = new Set(["type", "title", "status", "detail", "instance", "code"]);
+
+/** Returns the error of an HTTP answer; `body` is problem+json where it is the gateway's own. */
+export function refusal(status: number, body: string): GatewayError {
+  try {
+    const problem = JSON.parse(body) as Record<string, unknown>;
+    if (typeof problem.code === "string") {
+      const facts = Object.fromEntries(Object.entries(problem).filter(([key]) => !PROBLEM.has(key)));
+      return new GatewayError(
+        problem.code,
+        String(problem.detail ?? problem.title ?? `HTTP ${status}`),
+        facts,
+      );
+    }
+  } catch {
+    // a proxy's own page
+  }
+  return new GatewayError(BY_STATUS[status] ?? "unavailable", `HTTP ${status}`);
+}

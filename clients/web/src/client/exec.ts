@@ -1,0 +1,434 @@
+/** Knows one running command: its output, its input, its end, and how it goes on after a broken connection. */
+
+import type { Connection } from "./connection.js";
+import { Emitter } from "./emitter.js";
+import { Disconnected, GatewayError } from "./errors.js";
+import type { Link, Resumable } from "./link.js";
+import type { Exit, Killed, Offsets, Size } from "./types.js";
+import { type Frame, type Notification, STDERR } from "./wire.js";
+
+const MiB = 1 << 20;
+
+export type StreamName = "stdout" | "stderr";
+
+export interface ExecOptions {
+  readonly cwd?: string;
+  readonly env?: Readonly<Record<string, string>>;
+  readonly user?: string | number;
+  /** A terminal of this size; brings `stdin`, and joins both outputs in `stdout`. */
+  readonly pty?: Size;
+  readonly stdin?: boolean;
+  readonly timeoutMs?: number;
+  /** How long it lives on with nobody attached: 60 000 where left out, −1 for ever. */
+  readonly lingerMs?: number;
+  readonly execId?: string;
+  /** How many bytes may wait here for who reads them; see `Exec`. */
+  readonly buffer?: number;
+}
+
+export interface ExecEvents {
+  data: { readonly stream: StreamName; readonly data: Uint8Array };
+  /** Bytes that no one will see, in front of what comes next. */
+  lost: { readonly stream: StreamName; readonly bytes: number };
+  /** The connection broke (`false`), or is there again and the output goes on (`true`). */
+  attached: boolean;
+  exit: Exit;
+}
+
+interface Attached {
+  readonly channel: number;
+  readonly exec?: string;
+  readonly pid?: number;
+  readonly startedAt?: string;
+  readonly from?: Offsets;
+  readonly lost?: Offsets;
+}
+
+/** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
+export class Output implements AsyncIterable<Uint8Array> {
+  offset = 0;
+  /** Bytes that fell out of the gateway's buffer, or of ours, before anyone saw them. */
+  lost = 0;
+  /** @internal */ size = 0;
+  /** @internal */ begun = false;
+  readonly #chunks: Uint8Array[] = [];
+  readonly #taken: () => void;
+  #ended = false;
+  #error: GatewayError | null = null;
+  #wake: (() => void)[] = [];
+
+  /** @internal */
+  constructor(taken: () => void) {
+    this.#taken = taken;
+  }
+
+  async *[Symbol.asyncIterator](): AsyncIterator<Uint8Array> {
+    this.begun = true;
+    for (;;) {
+      const chunk = this.take();
+      if (chunk !== undefined) yield chunk;
+      else if (this.#error !== null) throw this.#error;
+      else if (this.#ended) return;
+      else await this.changed();
+    }
+  }
+
+  /** Returns all that is left of it as text. Unbounded: for output that is known to be small. */
+  async text(): Promise<string> {
+    const decoder = new TextDecoder();
+    let text = "";
+    for await (const chunk of this) text += decoder.decode(chunk, { stream: true });
+    return text + decoder.decode();
+  }
+
+  /** @internal */
+  take(): Uint8Array | undefined {
+    const chunk = this.#chunks.shift();
+    if (chunk !== undefined) {
+      this.size -= chunk.length;
+      this.#taken();
+    }
+    return chunk;
+  }
+
+  /** @internal */
+  changed(): Promise<void> {
+    return new Promise((resolve) => this.#wake.push(resolve));
+  }
+
+  /** @internal */
+  push(data: Uint8Array): void {
+    this.#chunks.push(data);
+    this.size += data.length;
+    this.wake();
+  }
+
+  /** @internal Drops the oldest chunks over `limit`. */
+  trim(limit: number): void {
+    while (this.size > limit) {
+      const chunk = this.#chunks.shift();
+      if (chunk === undefined) return;
+      this.size -= chunk.length;
+      this.lost += chunk.length;
+    }
+  }
+
+  /** @internal */
+  end(error: GatewayError | null): void {
+    if (this.#ended) return;
+    this.#ended = true;
+    this.#error = error;
+    this.wake();
+  }
+
+  /** @internal */
+  get ended(): boolean {
+    return this.#ended && this.#chunks.length === 0;
+  }
+
+  /** @internal */
+  wake(): void {
+    for (const wake of this.#wake.splice(0)) wake();
+  }
+}
+
+/**
+ * A command in a tenant. Read it by `for await` over `stdout`, `stderr` or `output()`, or by the event
+ * `data`; its end is `exit`.
+ *
+ * A broken connection is healed unseen: the output goes on at the byte at which it stopped. What waits here
+ * unread is bounded: a browser cannot leave a socket unread, so over `buffer` bytes we detach and come back
+ * when half of it was read. The gateway keeps the last 1 MiB meanwhile; what fell out of that is counted in
+ * `lost` and told by the event `lost`. Where nobody reads at all, the last `buffer` bytes are kept.
+ */
+export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposable {
+  id: string;
+  pid: number | null = null;
+  startedAt: string | null = null;
+  readonly stdout: Output;
+  readonly stderr: Output;
+  /** How it ended, after its last output. Rejects where it can never be known: this client was closed. */
+  readonly exit: Promise<Exit>;
+  readonly #link: Link;
+  readonly #buffer: number;
+  #start: object | null;
+  #settle!: { resolve(exit: Exit): void; reject(error: GatewayError): void };
+  #connection: Connection | null = null;
+  #channel = 0;
+  #returning = false;
+  #state: "starting" | "attached" | "away" | "held" | "over" = "starting";
+
+  /** @internal Use `Tenant.exec` and `Tenant.attach`. */
+  constructor(link: Link, id: string, start: object | null, from: Partial<Offsets>, buffer = 8 * MiB) {
+    super();
+    this.id = id;
+    this.#link = link;
+    this.#start = start;
+    this.#buffer = buffer;
+    this.stdout = new Output(() => this.#taken());
+    this.stderr = new Output(() => this.#taken());
+    this.stdout.offset = from.stdout ?? 0;
+    this.stderr.offset = from.stderr ?? 0;
+    this.exit = new Promise((resolve, reject) => {
+      this.#settle = { resolve, reject };
+    });
+    this.exit.catch(() => {}); // nobody has to wait for it
+  }
+
+  get running(): boolean {
+    return this.#state !== "over";
+  }
+
+  /** Whether its output comes at present. */
+  get attached(): boolean {
+    return this.#state === "attached";
+  }
+
+  /** @internal */
+  async begin(): Promise<this> {
+    let asked = false;
+    for (;;) {
+      const connection = await this.#link.opened();
+      this.#link.add(this);
+      try {
+        if (this.#start === null) await this.#attach(connection);
+        else if (!asked) {
+          asked = true;
+          await connection.request<Attached>("exec/start", this.#start, (result) =>
+            this.#attached(connection, result),
+          );
+        } else await this.#startOrAttach(connection, this.#start);
+        this.#start = null;
+        return this;
+      } catch (error) {
+        if (error instanceof Disconnected && this.#link.status.state !== "closed") continue;
+        this.#over(error as GatewayError);
+        throw error;
+      }
+    }
+  }
+
+  /** The answer to a start was lost with its connection: it may run, and then its output is kept. */
+  async #startOrAttach(connection: Connection, start: object): Promise<void> {
+    try {
+      await this.#attach(connection);
+    } catch (error) {
+      if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
+      await connection.request<Attached>("exec/start", start, (result) => this.#attached(connection, result));
+    }
+  }
+
+  async #attach(connection: Connection): Promise<void> {
+    const from = { stdout: this.stdout.offset, stderr: this.stderr.offset };
+    await connection.request<Attached>("exec/attach", { exec: this.id, from }, (result) =>
+      this.#attached(connection, result),
+    );
+  }
+
+  #attached(connection: Connection, result: Attached): void {
+    if (this.#state === "over") return;
+    this.#connection?.channels.delete(this.#channel);
+    this.#connection = connection;
+    this.#channel = result.channel;
+    this.#state = "attached";
+    this.id = result.exec ?? this.id;
+    this.pid = result.pid ?? this.pid;
+    this.startedAt = result.startedAt ?? this.startedAt;
+    for (const name of ["stdout", "stderr"] as const) {
+      const output = this[name];
+      output.offset = Math.max(output.offset, result.from?.[name] ?? 0);
+      const lost = result.lost?.[name] ?? 0;
+      if (lost > 0) {
+        output.lost += lost;
+        this.emit("lost", { stream: name, bytes: lost });
+      }
+    }
+    connection.channels.set(this.#channel, (frame) => this.#frame(frame));
+    this.emit("attached", true);
+  }
+
+  // --- what the link brings ------------------------------------------------------------------------------
+
+  /** @internal */
+  async resume(connection: Connection): Promise<void> {
+    if (this.#state !== "away" && this.#state !== "held") return; // `begin` asks for itself
+    try {
+      await this.#attach(connection);
+    } catch (error) {
+      if (error instanceof Disconnected) return;
+      // it ended with the gateway or the tenant, and so did all that was known of it
+      this.#ended({ code: null, signal: null, reason: "lost", durationMs: 0 });
+    }
+  }
+
+  /** @internal */
+  interrupted(error: GatewayError, final: boolean): void {
+    if (this.#state === "over") return;
+    if (final) {
+      this.#over(error);
+      return;
+    }
+    if (this.#state !== "attached" && this.#state !== "held") return;
+    this.#state = "away";
+    this.#connection = null;
+    this.emit("attached", false);
+  }
+
+  /** @internal */
+  notified({ method, params }: Notification): void {
+    if (params.exec !== this.id || this.#state === "over") return;
+    if (method === "exec/lost") {
+      const stream = params.stream === "stderr" ? "stderr" : "stdout";
+      const bytes = Number(params.bytes);
+      this[stream].lost += bytes;
+      this[stream].offset += bytes;
+      this.emit("lost", { stream, bytes });
+    } else if (method === "exec/exited" && this.#state === "attached") {
+      this.#ended({
+        code: params.exitCode as number | null,
+        signal: params.signal as string | null,
+        reason: params.reason as Exit["reason"],
+        durationMs: Number(params.durationMs),
+      });
+    }
+  }
+
+  #frame(frame: Frame): void {
+    const stream = frame.stream === STDERR ? "stderr" : "stdout";
+    const output = this[stream];
+    output.offset += frame.data.length;
+    if (this.listened("data")) this.emit("data", { stream, data: frame.data });
+    else output.push(frame.data);
+    if (this.stdout.size + this.stderr.size <= this.#buffer) return;
+    if (this.stdout.begun || this.stderr.begun) void this.#hold();
+    else output.trim(this.#buffer / 2);
+  }
+
+  async #hold(): Promise<void> {
+    const connection = this.#connection;
+    if (this.#state !== "attached" || connection === null) return;
+    this.#state = "held";
+    try {
+      // what comes before this answer still is of the old channel, and belongs to us
+      await connection.request("exec/detach", { exec: this.id });
+    } catch {
+      return; // a new connection resumes it
+    }
+    this.#connection?.channels.delete(this.#channel);
+    this.#connection = null;
+    this.#taken();
+  }
+
+  /** Comes back to a command that was left because its output was not read. */
+  #taken(): void {
+    if (this.#state !== "held" || this.#connection !== null || this.#returning) return;
+    if (this.stdout.size + this.stderr.size > this.#buffer / 2) return;
+    this.#returning = true;
+    void this.#link
+      .opened()
+      .then((connection) => this.resume(connection))
+      .catch(() => {})
+      .finally(() => {
+        this.#returning = false;
+      });
+  }
+
+  #ended(exit: Exit): void {
+    this.#close(null);
+    this.#settle.resolve(exit);
+    this.emit("exit", exit);
+  }
+
+  #over(error: GatewayError): void {
+    this.#close(error);
+    this.#settle.reject(error);
+  }
+
+  #close(error: GatewayError | null): void {
+    this.#state = "over";
+    this.#link.remove(this);
+    this.#connection?.channels.delete(this.#channel);
+    this.stdout.end(error);
+    this.stderr.end(error);
+  }
+
+  // --- talking to it -------------------------------------------------------------------------------------
+
+  /** Yields the chunks of both streams as they come. Nobody else may read then. */
+  async *output(): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
+    this.stdout.begun = this.stderr.begun = true;
+    for (;;) {
+      let found = false;
+      for (const stream of ["stdout", "stderr"] as const) {
+        const data = this[stream].take();
+        if (data !== undefined) {
+          found = true;
+          yield { stream, data };
+        }
+      }
+      if (found) continue;
+      if (this.stdout.ended && this.stderr.ended) return;
+      await Promise.race([this.stdout.changed(), this.stderr.changed()]);
+    }
+  }
+
+  /** Returns how it ended, once its last output is here. */
+  wait(): Promise<Exit> {
+    return this.exit;
+  }
+
+  /**
+   * Gives bytes or text to its input. Throws `Disconnected` while the connection is broken: input is never
+   * kept for later, because whoever typed it may have seen other output by then.
+   */
+  async write(data: Uint8Array | string): Promise<void> {
+    if (this.#state === "held") {
+      await new Promise<void>((resolve) => {
+        const stop = this.on("attached", () => {
+          stop();
+          resolve();
+        });
+      });
+    }
+    if (this.#connection === null || !this.attached)
+      throw new Disconnected("the command is not attached now");
+    await this.#connection.input(
+      this.#channel,
+      typeof data === "string" ? new TextEncoder().encode(data) : data,
+    );
+  }
+
+  async closeStdin(): Promise<void> {
+    await this.#link.request("exec/closeStdin", { exec: this.id });
+  }
+
+  async resize(size: Size): Promise<void> {
+    await this.#link.request("exec/resize", { exec: this.id, ...size });
+  }
+
+  /** Sends one signal, such as `"INT"`, to the command itself, not to its tree. */
+  async signal(signal: string | number): Promise<void> {
+    await this.#link.request("exec/signal", { exec: this.id, signal });
+  }
+
+  /** Ends the whole tree: TERM, the grace, KILL. Returns when nothing of it is left. */
+  async cancel(graceMs?: number): Promise<Killed> {
+    return await this.#link.request("exec/cancel", {
+      exec: this.id,
+      ...(graceMs === undefined ? {} : { graceMs }),
+    });
+  }
+
+  /** Lets it run on without us, for as long as its linger time says; `Tenant.attach` finds it by its id. */
+  async detach(): Promise<void> {
+    if (this.#state === "over") return;
+    const connection = this.#connection;
+    this.#over(new Disconnected("detached from this command"));
+    if (connection?.alive) await connection.request("exec/detach", { exec: this.id });
+  }
+
+  /** `await using`: ends it with its whole tree unless it has ended or was detached. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.running) await this.cancel();
+  }
+}

@@ -1,0 +1,279 @@
+/** Knows a gateway as a whole: who we are to it, its tenants, deployments and event stream. */
+
+import type { SocketConstructor } from "./connection.js";
+import { Disconnected, GatewayError, refusal } from "./errors.js";
+import { Tenant, type TenantOptions } from "./tenant.js";
+import type { DeploymentInfo, GatewayEvent, Session, TenantInfo } from "./types.js";
+import { unique } from "./unique.js";
+import { EventParser } from "./wire.js";
+
+export interface GatewayOptions {
+  /** Sent as bearer and in `initialize`. A browser with the session's cookie needs none. */
+  readonly token?: string;
+  readonly client?: { readonly name: string; readonly version: string };
+  /** A WebSocket for a runtime without one: Node 20, where `ws` is taken if it is installed. */
+  readonly WebSocket?: SocketConstructor;
+  readonly fetch?: typeof fetch;
+}
+
+export interface EventFilter {
+  readonly tenants?: readonly string[];
+  readonly deployments?: readonly string[];
+  /** May end in `*`. */
+  readonly types?: readonly string[];
+  readonly lastEventId?: string | number;
+  readonly signal?: AbortSignal;
+  /** Called with false when the stream broke and with true when it is there again. */
+  readonly onConnected?: (connected: boolean) => void;
+}
+
+export interface DeploymentRequest {
+  readonly domain: string;
+  readonly template: string;
+  readonly size?: string;
+  readonly env?: Readonly<Record<string, string>>;
+  readonly tenant?: string;
+}
+
+interface HttpOptions {
+  readonly body?: BodyInit | undefined;
+  readonly headers?: Readonly<Record<string, string>>;
+  readonly signal?: AbortSignal | undefined;
+}
+
+// a comment comes every 15 s; four of them missing is a dead connection
+const SILENCE = 60_000;
+
+export class Gateway {
+  readonly url: string;
+  readonly identity: { readonly name: string; readonly version: string };
+  token: string | null;
+  readonly #socket: SocketConstructor | undefined;
+  readonly #fetch: typeof fetch;
+
+  /** `url` is `https://HOST` or `http://HOST:PORT`; in a browser it may be left out for the page's own. */
+  constructor(url = globalThis.location?.origin, options: GatewayOptions = {}) {
+    if (!/^https?:\/\/[^/]/.test(url ?? ""))
+      throw new TypeError(`a gateway's address is http(s)://…, not ${url}`);
+    this.url = url.replace(/\/+$/, "");
+    this.token = options.token ?? null;
+    this.identity = options.client ?? { name: "@incus-gateway/client", version: "0.1.0" };
+    this.#socket = options.WebSocket;
+    this.#fetch = options.fetch ?? ((...args) => fetch(...args));
+  }
+
+  // --- HTTP ------------------------------------------------------------------------------------------------
+
+  /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` where nobody answers. */
+  async http(method: string, path: string, options: HttpOptions = {}): Promise<Response> {
+    const headers: Record<string, string> = { ...options.headers };
+    if (this.token !== null) headers.Authorization = `Bearer ${this.token}`;
+    let response: Response;
+    try {
+      response = await this.#fetch(this.url + path, {
+        method,
+        headers,
+        cache: "no-store",
+        ...(options.body === undefined ? {} : { body: options.body }),
+        ...(options.signal === undefined ? {} : { signal: options.signal }),
+      });
+    } catch (error) {
+      if (options.signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
+      throw new Disconnected(
+        `no gateway answers at ${this.url}: ${error instanceof Error ? error.message : error}`,
+      );
+    }
+    if (!response.ok) throw refusal(response.status, await response.text().catch(() => ""));
+    return response;
+  }
+
+  /** Sends JSON and returns the JSON of the answer, null where it has none. */
+  async json<Result>(
+    method: string,
+    path: string,
+    value?: unknown,
+    options: HttpOptions = {},
+  ): Promise<Result> {
+    const body = value === undefined ? undefined : JSON.stringify(value);
+    const headers = {
+      ...options.headers,
+      ...(body === undefined ? {} : { "Content-Type": "application/json" }),
+    };
+    const response = await this.http(method, path, { ...options, headers, body });
+    return (response.status === 204 ? null : await response.json()) as Result;
+  }
+
+  // --- who we are ------------------------------------------------------------------------------------------
+
+  /** Has the browser keep the token as a cookie that no script can read. */
+  signIn(token: string): Promise<Session> {
+    return this.json("POST", "/v1/session", { token });
+  }
+
+  /** Returns what the cookie or token grants. Throws `unauthorized` where there is none. */
+  session(): Promise<Session> {
+    return this.json("GET", "/v1/session");
+  }
+
+  async signOut(): Promise<void> {
+    await this.http("DELETE", "/v1/session");
+  }
+
+  // --- tenants ---------------------------------------------------------------------------------------------
+
+  async tenants(): Promise<readonly TenantInfo[]> {
+    return (await this.json<{ tenants: TenantInfo[] }>("GET", "/v1/tenants")).tenants;
+  }
+
+  /** Returns a tenant to work with; it connects when something is asked, and each has its own connection. */
+  tenant(name: string, options: TenantOptions = {}): Tenant {
+    const path = `/v1/tenants/${encodeURIComponent(name)}/ws`;
+    return new Tenant(this, name, options, {
+      url: () => `ws${this.url.slice(4)}${path}`,
+      socket: () => this.#socketKind(),
+    });
+  }
+
+  async #socketKind(): Promise<SocketConstructor> {
+    if (this.#socket !== undefined) return this.#socket;
+    if (typeof globalThis.WebSocket === "function")
+      return globalThis.WebSocket as unknown as SocketConstructor;
+    try {
+      const name = "ws"; // not for a bundler to see: browsers have their own
+      const module = (await import(/* @vite-ignore */ name)) as { WebSocket: SocketConstructor };
+      return module.WebSocket;
+    } catch {
+      throw new GatewayError(
+        "invalid_params",
+        "this runtime has no WebSocket: use Node 22, install the package ws, or give one as `WebSocket`",
+      );
+    }
+  }
+
+  // --- deployments -----------------------------------------------------------------------------------------
+
+  /** Starts a deployment. The same `idempotencyKey` again is the same deployment. */
+  async deploy(request: DeploymentRequest, idempotencyKey: string = unique()): Promise<Deployment> {
+    const headers = { "Idempotency-Key": idempotencyKey };
+    const info = await this.json<DeploymentInfo>("POST", "/v1/deployments", request, { headers });
+    return new Deployment(this, info);
+  }
+
+  async deployment(id: string): Promise<Deployment> {
+    return new Deployment(this, await this.json("GET", `/v1/deployments/${encodeURIComponent(id)}`));
+  }
+
+  // --- events ----------------------------------------------------------------------------------------------
+
+  /**
+   * Yields events as they happen, until `signal` aborts. A broken stream is resumed after the last event that
+   * was seen; an event `gap` says that some are gone, and that the state is to be read anew. By `fetch` and
+   * not by `EventSource`, which can send no bearer and hands out only types that are known beforehand.
+   */
+  async *events(filter: EventFilter = {}): AsyncGenerator<GatewayEvent> {
+    const query = new URLSearchParams();
+    if (filter.tenants) query.set("tenant", filter.tenants.join(","));
+    if (filter.deployments) query.set("deployment", filter.deployments.join(","));
+    if (filter.types) query.set("type", filter.types.join(","));
+    let last = filter.lastEventId === undefined ? "" : String(filter.lastEventId);
+    for (let failures = 0; ; failures++) {
+      if (filter.signal?.aborted) return;
+      if (failures > 0)
+        await pause(
+          Math.min(8000, 250 * 2 ** Math.min(failures, 16)) * (0.5 + Math.random() / 2),
+          filter.signal,
+        );
+      const ending = new AbortController();
+      const abort = () => ending.abort();
+      filter.signal?.addEventListener("abort", abort);
+      let silence: ReturnType<typeof setTimeout> | undefined;
+      const heard = () => {
+        clearTimeout(silence);
+        silence = setTimeout(abort, SILENCE);
+      };
+      try {
+        heard();
+        const response = await this.http("GET", `/v1/events?${query}`, {
+          headers: { Accept: "text/event-stream", ...(last === "" ? {} : { "Last-Event-ID": last }) },
+          signal: ending.signal,
+        });
+        if (response.body === null) return;
+        const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+        const parser = new EventParser();
+        filter.onConnected?.(true);
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) break;
+          heard();
+          for (const sent of parser.feed(value)) {
+            last = sent.id || last;
+            failures = 0;
+            yield JSON.parse(sent.data) as GatewayEvent;
+          }
+        }
+      } catch (error) {
+        if (filter.signal?.aborted) return;
+        if (error instanceof GatewayError && !error.retriable && error.code !== "cancelled") throw error;
+      } finally {
+        clearTimeout(silence);
+        filter.signal?.removeEventListener("abort", abort);
+        ending.abort();
+      }
+      filter.onConnected?.(false);
+    }
+  }
+}
+
+function pause(ms: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const end = () => {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", end);
+      resolve();
+    };
+    const timer = setTimeout(end, ms);
+    signal?.addEventListener("abort", end);
+  });
+}
+
+const ENDINGS = new Set([
+  "deployment.succeeded",
+  "deployment.failed",
+  "deployment.cancelled",
+  "deployment.rolledback",
+]);
+
+/** One attempt to bring a tenant to a site that answers. */
+export class Deployment {
+  readonly id: string;
+  readonly tenant: string;
+  readonly #gateway: Gateway;
+
+  /** @internal Use `Gateway.deploy` and `Gateway.deployment`. */
+  constructor(
+    gateway: Gateway,
+    readonly started: DeploymentInfo,
+  ) {
+    this.#gateway = gateway;
+    this.id = started.id;
+    this.tenant = started.tenant;
+  }
+
+  info(): Promise<DeploymentInfo> {
+    return this.#gateway.json("GET", `/v1/deployments/${encodeURIComponent(this.id)}`);
+  }
+
+  /** Cancels it and rolls back what was done. */
+  async cancel(): Promise<void> {
+    await this.#gateway.http("DELETE", `/v1/deployments/${encodeURIComponent(this.id)}`);
+  }
+
+  /** Yields its events from the first kept one on, and ends after the one that tells how it ended. */
+  async *events(signal?: AbortSignal): AsyncGenerator<GatewayEvent> {
+    const options = signal === undefined ? {} : { signal };
+    for await (const event of this.#gateway.events({ deployments: [this.id], lastEventId: 0, ...options })) {
+      yield event;
+      if (ENDINGS.has(event.type)) return;
+    }
+  }
+}

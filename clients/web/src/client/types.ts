@@ -1,0 +1,167 @@
+/** What crosses the wire, as types: parameters and results of the methods, and what HTTP answers. */
+
+import type { Facts } from "./errors.js";
+
+export interface ServerInfo {
+  readonly server: { readonly name: string; readonly version: string };
+  readonly protocol: number;
+  readonly tenant: string;
+  readonly workspace: string;
+  readonly user: string;
+  readonly scopes: readonly string[];
+  readonly limits: Readonly<Record<string, number>>;
+}
+
+export interface Session {
+  readonly subject: string;
+  readonly scopes: readonly string[];
+  /** names, or `["*"]` */
+  readonly tenants: readonly string[];
+  /** seconds since the epoch */
+  readonly expires: number;
+}
+
+export type TenantStatus = "running" | "stopped" | "frozen" | "starting" | "stopping" | "error";
+
+export interface TenantInfo {
+  readonly name: string;
+  readonly domain: string | null;
+  readonly status: TenantStatus;
+  readonly address: string | null;
+  readonly url: string | null;
+  readonly port: number | null;
+  readonly created: string | null;
+  readonly limits: Facts;
+  readonly location: string | null;
+  readonly usage?: Usage | null;
+}
+
+export interface Usage {
+  readonly cpu_seconds: number;
+  readonly memory_bytes: number;
+  readonly memory_peak_bytes: number | null;
+  readonly memory_limit_bytes: number | null;
+  readonly processes: number;
+  readonly disk_bytes: number | null;
+  readonly disk_limit_bytes: number | null;
+  readonly network: Readonly<
+    Record<string, { readonly received_bytes: number; readonly sent_bytes: number }>
+  >;
+}
+
+export type EntryType = "file" | "directory" | "symlink" | "other";
+
+export interface Entry {
+  readonly path: string;
+  readonly type: EntryType;
+  readonly size: number;
+  readonly mode: number;
+  readonly mtime: number;
+  readonly etag: string;
+  readonly target?: string | null;
+  readonly escaped?: boolean;
+}
+
+export interface Listing {
+  readonly path: string;
+  readonly entries: readonly Entry[];
+  readonly truncated: boolean;
+  readonly skipped: readonly string[];
+}
+
+export interface FileContent {
+  readonly text?: string;
+  /** base64 */
+  readonly data?: string;
+  readonly etag: string;
+  readonly encoding: "utf-8" | "base64";
+  readonly size: number;
+  readonly mode: number;
+}
+
+export interface Written {
+  readonly etag: string;
+  readonly size: number;
+  readonly created: boolean;
+}
+
+export type FileChangeKind = "created" | "changed" | "removed";
+
+export interface FileChanges {
+  readonly changes: readonly { readonly path: string; readonly change: FileChangeKind }[];
+  /** Changes were missed: read anew what you show. */
+  readonly overflow: boolean;
+  readonly ended?: string;
+}
+
+export interface ToolResult {
+  readonly content: readonly (
+    | { readonly type: "text"; readonly text: string }
+    | { readonly type: "image"; readonly data: string; readonly mimeType: string }
+  )[];
+  readonly isError: boolean;
+  readonly structuredContent: Facts;
+}
+
+export interface Size {
+  readonly cols: number;
+  readonly rows: number;
+}
+
+export interface Offsets {
+  readonly stdout: number;
+  readonly stderr: number;
+}
+
+export type ExitReason = "exited" | "cancelled" | "timeout" | "lost";
+
+/** How a command ended. `code` is null where its status was not seen: `reason` then says `lost`. */
+export interface Exit {
+  readonly code: number | null;
+  readonly signal: string | null;
+  readonly reason: ExitReason;
+  readonly durationMs: number;
+}
+
+export interface Killed {
+  readonly killed: number;
+  readonly escalated: boolean;
+  readonly survivors: number;
+}
+
+export interface ExecInfo {
+  readonly exec: string;
+  readonly argv: readonly string[];
+  readonly pid: number;
+  readonly startedAt: string;
+  readonly pty: boolean | Size | null;
+  readonly state: "running" | "ended";
+  readonly attached: number;
+  readonly offsets: Offsets;
+}
+
+/** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */
+export interface GatewayEvent {
+  readonly id: string;
+  readonly type: string;
+  readonly subject?: string;
+  readonly source: string;
+  readonly time: string;
+  readonly data: Readonly<Record<string, unknown>>;
+}
+
+export interface DeploymentPhase {
+  readonly phase: string;
+  readonly state?: string;
+  readonly ms?: number | null;
+}
+
+export interface DeploymentInfo {
+  readonly id: string;
+  readonly tenant: string;
+  readonly state: string;
+  readonly domain?: string | null;
+  readonly template?: string | null;
+  readonly phases?: readonly DeploymentPhase[];
+  readonly error?: { readonly code?: string; readonly message?: string } | string | null;
+}

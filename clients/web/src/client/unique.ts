@@ -1,0 +1,8 @@
+/** Knows names that nobody else makes. `crypto.randomUUID` is not there on plain http from another machine. */
+
+/** Returns 32 random hex digits. */
+export function unique(): string {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
+    byte.toString(16).padStart(2, "0"),
+  ).join("");
+}

@@ -1,0 +1,341 @@
+/** The client against a live gateway of plain processes: everything is real but the isolation. */
+
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { type Exec, Gateway, type GatewayEvent, type LinkState, type Tenant } from "../src/client/index.js";
+import { LiveGateway, Wire } from "./live.js";
+
+const live = new LiveGateway();
+let wire: Wire;
+let gateway: Gateway;
+let token: string;
+const opened: Tenant[] = [];
+
+function tenant(options = {}): Tenant {
+  const made = gateway.tenant("demo", { backoff: { first: 20, most: 100 }, ...options });
+  opened.push(made);
+  return made;
+}
+
+function reached(tenant: Tenant, state: LinkState): Promise<void> {
+  return new Promise((resolve) => {
+    const look = () => {
+      if (tenant.status.state !== state) return;
+      stop();
+      resolve();
+    };
+    const stop = tenant.onStatus(look);
+    look();
+  });
+}
+
+/** Reads a command's output until it holds `text`. */
+async function until(exec: Exec, text: string): Promise<string> {
+  let seen = "";
+  while (!seen.includes(text)) {
+    const chunk = exec.stdout.take();
+    if (chunk === undefined) await exec.stdout.changed();
+    else seen += Buffer.from(chunk).toString();
+  }
+  return seen;
+}
+
+beforeAll(async () => {
+  await live.start("demo", "other");
+  token = live.token("demo");
+});
+beforeEach(async () => {
+  wire = await new Wire(live).open();
+  gateway = new Gateway(wire.url, { token });
+  return () => {
+    for (const tenant of opened.splice(0)) tenant.close();
+    wire.close();
+  };
+});
+afterAll(() => live.remove());
+
+describe("a gateway", () => {
+  test("lists tenants and says who we are", async () => {
+    expect((await gateway.tenants()).map((tenant) => tenant.name)).toEqual(["demo"]);
+    const session = await gateway.session();
+    expect(session).toMatchObject({ tenants: ["demo"] });
+    expect(session.scopes).toContain("exec");
+  });
+
+  test("refuses a wrong token with its typed code, on both ways", async () => {
+    const wrong = new Gateway(wire.url, { token: "nobody" });
+    await expect(wrong.tenants()).rejects.toMatchObject({ code: "unauthorized" });
+    await expect(wrong.tenant("demo").connect()).rejects.toMatchObject({ code: "unauthorized" });
+    const foreign = gateway.tenant("other");
+    await expect(foreign.connect()).rejects.toMatchObject({ code: "not_found" });
+    expect(foreign.status.state).toBe("closed");
+  });
+});
+
+describe("files", () => {
+  test("are written, read, refused when stale, moved and removed", async () => {
+    const { files } = tenant();
+    const first = await files.write("a/é ✓.txt", "one\r\n", { createDirs: true });
+    expect(first.created).toBe(true);
+    expect(await files.read("a/é ✓.txt")).toMatchObject({ text: "one\r\n", etag: first.etag });
+    const second = await files.write("a/é ✓.txt", "two", { ifMatch: first.etag });
+    const stale = files.write("a/é ✓.txt", "three", { ifMatch: first.etag });
+    await expect(stale).rejects.toMatchObject({ code: "conflict", facts: { etag: second.etag } });
+    await files.move("a/é ✓.txt", "b.txt");
+    expect((await files.list(".")).entries.map((entry) => entry.path)).toEqual(
+      expect.arrayContaining(["a", "b.txt"]),
+    );
+    await files.remove("b.txt");
+    await expect(files.stat("b.txt")).rejects.toMatchObject({ code: "not_found" });
+  });
+
+  test("are watched, also across a broken connection", async () => {
+    const client = tenant();
+    await client.files.mkdir("watched");
+    const watch = await client.watch(["watched"]);
+    const changes = watch[Symbol.asyncIterator]();
+    await client.files.write("watched/one", "1");
+    const next = async () => (await changes.next()).value;
+    expect((await next()).changes).toContainEqual({ path: "watched/one", change: "created" });
+    wire.cut();
+    await reached(client, "reconnecting");
+    wire.join();
+    let told = await next();
+    while (!told.overflow) told = await next(); // a change of the same file may have come before the cut
+    expect(told).toEqual({ changes: [], overflow: true });
+    await client.files.write("watched/two", "2");
+    expect((await next()).changes).toContainEqual({ path: "watched/two", change: "created" });
+  });
+});
+
+describe("tools", () => {
+  test("answer in the shape of an MCP result, failures in their own terms included", async () => {
+    const client = tenant();
+    await client.tool("Write", { file_path: "t.txt", content: "needle\n" });
+    const found = await client.tool("Grep", { pattern: "needle", output_mode: "content" });
+    expect(found.isError).toBe(false);
+    expect(found.content[0]).toMatchObject({ type: "text" });
+    const missing = await client.tool("Read", { file_path: "no.txt" });
+    expect(missing).toMatchObject({ isError: true, structuredContent: { code: "not_found" } });
+    await expect(client.tool("Nothing", {})).rejects.toMatchObject({ code: "not_found" });
+  });
+
+  test("are called once, though the answer was lost with the connection", async () => {
+    const client = tenant();
+    await client.files.write("once.txt", "a");
+    const direct = new Gateway(live.url, { token }).tenant("demo");
+    opened.push(direct);
+    wire.mute();
+    const edit = { file_path: "once.txt", old_string: "a", new_string: "b" };
+    const call = client.tool("Edit", edit);
+    while ((await direct.files.read("once.txt")).text !== "b");
+    wire.cut();
+    wire.join();
+    expect(await call).toMatchObject({ isError: false }); // a second edit would find no "a"
+  });
+
+  test("are not run a second time where the first was cut in the middle", async () => {
+    const client = tenant();
+    const direct = new Gateway(live.url, { token }).tenant("demo");
+    opened.push(direct);
+    const call = client.tool("Bash", { command: "echo x >> cut.txt; sleep 987" });
+    const seen = async () => (await direct.files.read("cut.txt").catch(() => null))?.text;
+    while ((await seen()) !== "x\n");
+    wire.cut();
+    wire.join();
+    await expect(call).rejects.toMatchObject({ name: "Disconnected" });
+    expect(await seen()).toBe("x\n");
+  });
+
+  test("are cancelled by a signal, and what they ran is killed", async () => {
+    const client = tenant();
+    const ending = new AbortController();
+    const call = client.tool("Bash", { command: "sleep 987" }, { signal: ending.signal });
+    const running = async () => (await client.execs()).filter((exec) => exec.state === "running");
+    while ((await running()).length === 0);
+    ending.abort();
+    await expect(call).rejects.toMatchObject({ code: "cancelled" });
+    while ((await running()).length > 0);
+  });
+});
+
+describe("commands", () => {
+  test("stream both outputs, take input, and tell their exit", async () => {
+    const exec = await tenant().exec("read line; echo out $line; echo err >&2; exit 3", { stdin: true });
+    await exec.write("hello\n");
+    const [out, err] = await Promise.all([exec.stdout.text(), exec.stderr.text()]);
+    expect([out, err]).toEqual(["out hello\n", "err\n"]);
+    expect(await exec.wait()).toMatchObject({ code: 3, signal: null, reason: "exited" });
+  });
+
+  test("yield both streams in one iteration, and ask for nothing after their end", async () => {
+    const exec = await tenant().exec(["sh", "-c", "echo a; echo b >&2"]);
+    const seen: Record<string, string> = { stdout: "", stderr: "" };
+    for await (const { stream, data } of exec.output()) seen[stream] += Buffer.from(data).toString();
+    expect(seen).toEqual({ stdout: "a\n", stderr: "b\n" });
+  });
+
+  test("have terminals that know their size", async () => {
+    const exec = await tenant().exec("stty size; read _; stty size", { pty: { cols: 91, rows: 17 } });
+    await until(exec, "17 91");
+    await exec.resize({ cols: 120, rows: 40 });
+    await exec.write("\n");
+    await until(exec, "40 120");
+    expect((await exec.exit).code).toBe(0);
+  });
+
+  test("go on at the byte at which the connection broke", async () => {
+    const client = tenant();
+    const exec = await client.exec(
+      "for i in $(seq 2000); do echo line $i; [ $((i % 100)) = 0 ] && sleep 0.02; done",
+    );
+    let text = "";
+    let cuts = 0;
+    for await (const chunk of exec.stdout) {
+      text += Buffer.from(chunk).toString();
+      if (cuts < 3 && text.length > (cuts + 1) * 4000) {
+        cuts += 1;
+        wire.cut();
+        await reached(client, "reconnecting");
+        wire.join();
+        await reached(client, "open");
+      }
+    }
+    expect(cuts).toBe(3);
+    expect(text).toBe(Array.from({ length: 2000 }, (_, i) => `line ${i + 1}\n`).join(""));
+    expect(await exec.exit).toMatchObject({ code: 0, reason: "exited" });
+    expect(exec.stdout.lost).toBe(0);
+  });
+
+  test("refuse input while the connection is broken, rather than keep it for later", async () => {
+    const client = tenant();
+    const exec = await client.exec("cat", { stdin: true });
+    wire.cut();
+    await reached(client, "reconnecting");
+    await expect(exec.write("late\n")).rejects.toMatchObject({ name: "Disconnected" });
+    wire.join();
+    await reached(client, "open");
+    while (!exec.attached) await new Promise((resolve) => exec.on("attached", resolve));
+    await exec.write("now\n");
+    await until(exec, "now\n");
+    expect(await exec.cancel()).toMatchObject({ survivors: 0 });
+    expect(await exec.exit).toMatchObject({ reason: "cancelled" });
+  });
+
+  test("are found again by their id, from the first byte", async () => {
+    const client = tenant();
+    const first = await client.exec("echo before; read _; echo after", { stdin: true, lingerMs: 10_000 });
+    await until(first, "before");
+    await first.detach();
+    const again = await client.attach(first.id);
+    await again.write("\n");
+    expect(await again.stdout.text()).toBe("before\nafter\n");
+  });
+
+  test("hold a bounded part of what nobody reads in time, and count what is lost", async () => {
+    const client = tenant();
+    const size = 24 << 20;
+    const exec = await client.exec(`head -c ${size} /dev/zero; echo end`, { buffer: 1 << 20 });
+    let most = 0;
+    let seen = 0;
+    let end = "";
+    for await (const chunk of exec.stdout) {
+      most = Math.max(most, exec.stdout.size);
+      seen += chunk.length;
+      end = Buffer.from(chunk.subarray(-4)).toString();
+      if (seen < 4 << 20) await new Promise((resolve) => setTimeout(resolve, 1)); // a slow reader at first
+    }
+    expect(end).toBe("end\n");
+    expect(seen + exec.stdout.lost).toBe(size + 4);
+    expect(exec.stdout.offset).toBe(size + 4);
+    expect(most).toBeLessThan(16 << 20);
+    expect((await exec.exit).code).toBe(0);
+  });
+
+  test("keep the end of what nobody reads at all", async () => {
+    const exec = await tenant().exec("seq 400000", { buffer: 1 << 20 });
+    expect((await exec.exit).code).toBe(0);
+    expect((await exec.stdout.text()).endsWith("399999\n400000\n")).toBe(true);
+  });
+
+  test("that cannot start are an error with a reason", async () => {
+    await expect(tenant().exec(["/no/such"])).rejects.toMatchObject({ code: "exec_failed" });
+  });
+});
+
+describe("events", () => {
+  test("come over HTTP and resume after the last one that was seen", async () => {
+    const ending = new AbortController();
+    const filter = { tenants: ["demo"], types: ["exec.*"], signal: ending.signal };
+    const stream = gateway.events({ ...filter, onConnected: (is) => connected.push(is) });
+    const connected: boolean[] = [];
+    const first = stream.next();
+    while (connected.length === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+    const client = tenant();
+    const one = await client.exec("true");
+    expect((await first).value).toMatchObject({ type: "exec.started", subject: "demo" });
+    await one.exit;
+    wire.cut();
+    wire.join();
+    const two = await client.exec("exit 7");
+    const seen: GatewayEvent[] = [];
+    while (seen.length < 3) seen.push((await stream.next()).value as GatewayEvent);
+    expect(seen.map((event) => [event.type, event.data.exec])).toEqual([
+      ["exec.exited", one.id],
+      ["exec.started", two.id],
+      ["exec.exited", two.id],
+    ]);
+    ending.abort();
+    expect((await stream.next()).done).toBe(true);
+  });
+
+  test("of a tenant come over its connection, without a gap or a repeat across a break", async () => {
+    const client = tenant();
+    const events = (await client.events({ types: ["tool.*"] }))[Symbol.asyncIterator]();
+    const next = async () => (await events.next()).value as GatewayEvent;
+    await client.tool("Glob", { pattern: "*" });
+    expect((await next()).data).toMatchObject({ name: "Glob" });
+    wire.cut();
+    await reached(client, "reconnecting");
+    const direct = new Gateway(live.url, { token });
+    await direct.json("POST", "/v1/tenants/demo/tools/Grep", { pattern: "x" });
+    wire.join();
+    const types = [await next(), await next(), await next()].map((event) => [event.type, event.data.name]);
+    expect(types).toEqual([
+      ["tool.finished", "Glob"],
+      ["tool.started", "Grep"],
+      ["tool.finished", "Grep"],
+    ]);
+  });
+});
+
+describe("the state of the connection", () => {
+  test("is visible: draining, reconnecting while the gateway is away, open again", async () => {
+    const own = new LiveGateway();
+    await own.start("demo");
+    const client = new Gateway(own.url, { token: own.token("demo") }).tenant("demo", {
+      backoff: { first: 20, most: 100 },
+    });
+    const states: LinkState[] = [];
+    client.onStatus(({ state }) => states.at(-1) !== state && states.push(state));
+    await client.connect();
+    const exec = await client.exec("sleep 100");
+    expect(await own.stop()).toBe(0);
+    await reached(client, "reconnecting");
+    expect(client.status).toMatchObject({ error: { code: "unavailable" } });
+    expect(client.status.retryAt).toBeGreaterThan(0);
+    await own.start();
+    await reached(client, "open");
+    expect(states).toEqual(["connecting", "open", "draining", "reconnecting", "open"]);
+    expect((await exec.exit).reason).not.toBe("exited");
+    client.close();
+    await expect(client.files.list()).rejects.toMatchObject({ name: "Disconnected" });
+    await own.remove();
+  });
+
+  test("is open only while the other end answers", async () => {
+    const client = tenant({ heartbeat: 30 });
+    await client.connect();
+    while (client.status.latency === null) await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(client.status.latency).toBeGreaterThan(0);
+  });
+});
