@@ -54,6 +54,7 @@ from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.shells import Shells
+from gateway.store import Store
 from gateway.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
@@ -97,12 +98,17 @@ class SessionBody(protocol.Params):
 
 
 class Gateway:
-    """One gateway process: everything that lives as long as it, and the application that serves it."""
+    """One gateway process: everything that lives as long as it, and the application that serves it.
+
+    Whoever serves `app` holds `store` open around it, so that records which cannot be used end the start
+    as one line.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.draining = False
         self.bus = Bus(MemoryJournal(settings.events_kept, settings.events_bytes))
+        self.store = Store(settings.state_dir, settings.store_waiting)
         self._secret = auth.load_secret(settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None

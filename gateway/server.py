@@ -40,7 +40,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT. Raises `Unavailable` where the address cannot be had."""
+    """Serve until SIGTERM or SIGINT. Raises `Unavailable` where the address or the records cannot be had."""
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
@@ -64,13 +64,18 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout / 4)),
     )
-    # uvicorn raises the signal that ended it once more for whoever had a handler before: an orderly end
-    # is no death by signal
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+
+    async def run() -> None:
+        async with gateway.store:
+            # uvicorn raises the signal that ended it once more for whoever had a handler before: an orderly
+            # end is no death by signal
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            await _Server(config, gateway).serve(sockets=[listening])
+
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Server(config, gateway).serve(sockets=[listening]))
+            runner.run(run())
     finally:
         listening.close()
         if not _is_tcp(settings.listen):

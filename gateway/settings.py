@@ -177,6 +177,8 @@ class Settings(BaseSettings):
     )
 
     mcp_progress: float = Field(15.0, gt=0, description="seconds between progress messages of an MCP call")
+    # records
+    store_waiting: int = Field(10_000, gt=0, description="reads and writes of records that may wait at once")
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events

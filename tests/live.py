@@ -23,6 +23,8 @@ import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
 from gateway import auth, protocol
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
 
 SECRET = "a secret of the tests, long enough to sign with"
 EVERY_SCOPE = tuple(sorted(auth.SCOPES - {"admin"}))
@@ -238,3 +240,12 @@ class LiveGateway:
             # an answer that a test did not read would be warned of whenever it is collected
             for response in opened:
                 response.close()
+
+
+async def local_gateway(folder: Path, *tenants: str, **environment: str) -> LiveGateway:
+    """Return a gateway of the `local` runtime with a state dir of its own and these tenants."""
+    async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
+        for tenant in tenants:
+            await runtime.create(tenant)
+    given = {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(folder), **environment}
+    return LiveGateway(given, folder / "gateway.log")

@@ -489,7 +489,7 @@ class TransferContract:
             await wire.call("files/remove", path=name)
 
     async def test_sigterm_ends_transfers_and_leaves_nothing_unfinished(
-        self, disposable: LiveGateway, gateway: LiveGateway, tenant: str
+        self, disposable: LiveGateway, tenant: str
     ) -> None:
         top = f"j-{mark()}"
         base = f"/v1/tenants/{tenant}/files/{top}"
@@ -513,7 +513,8 @@ class TransferContract:
             await asyncio.gather(sending, return_exceptions=True)
         log = disposable.log.read_text()
         assert code == 0 and "Traceback" not in log, log
-        async with gateway.wire(tenant) as wire:
+        await disposable.start()
+        async with disposable.wire(tenant) as wire:
             assert (await wire.run(argv=["ls", "-A", top]))[1] == b"kept\n"
 
     async def test_a_large_file_passes_through_without_being_held(

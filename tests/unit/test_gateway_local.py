@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gateway.runtime.local import LocalRuntime
-from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.mcp import McpContract
-from tests.live import LiveGateway
+from tests.live import LiveGateway, local_gateway
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +20,8 @@ def tenant() -> str:
 
 
 @pytest.fixture(scope="module")
-async def state(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> Path:
-    folder = tmp_path_factory.mktemp("state")
-    async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
-        await runtime.create(tenant)
-    return folder
-
-
-def local(state: Path, log: Path, **environment: str) -> LiveGateway:
-    return LiveGateway({"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state), **environment}, log)
-
-
-@pytest.fixture(scope="module")
-async def gateway(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, state / "gateway.log")
+async def gateway(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path_factory.mktemp("state"), tenant)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0
@@ -43,8 +29,8 @@ async def gateway(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 @pytest.fixture(scope="module")
-async def quick(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, state / "quick.log", **QUICK)
+async def quick(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path_factory.mktemp("quick"), tenant, **QUICK)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0
@@ -52,8 +38,8 @@ async def quick(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 @pytest.fixture
-async def disposable(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, state / "disposable.log")
+async def disposable(tmp_path: Path, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path, tenant)
     await gateway.start()
     yield gateway
     assert gateway.process is not None
@@ -77,20 +63,34 @@ class TestLocalFiles(FilesContract):
         assert await process.wait() == 0
 
 
-async def test_a_port_in_use_is_told_with_what_to_change(gateway: LiveGateway, state: Path) -> None:
-    second = local(state, state / "second.log")
-    second.environment["GATEWAY_LISTEN"] = f"127.0.0.1:{gateway.port}"
+async def refused(gateway: LiveGateway) -> bytes:
     process = await asyncio.create_subprocess_exec(
-        *("incus-gateway", "serve"), env=second.environment, stderr=asyncio.subprocess.PIPE
+        *("incus-gateway", "serve"), env=gateway.environment, stderr=asyncio.subprocess.PIPE
     )
     _, said = await process.communicate()
-    assert process.returncode == 1
-    assert b"in use" in said and b"GATEWAY_LISTEN" in said and b"Traceback" not in said
+    assert process.returncode == 1 and b"Traceback" not in said
+    return said
 
 
-async def test_without_the_extra_a_gateway_says_what_to_install(state: Path, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_told_with_what_to_change(
+    gateway: LiveGateway, tmp_path: Path, tenant: str
+) -> None:
+    second = await local_gateway(tmp_path, tenant)
+    second.environment["GATEWAY_LISTEN"] = f"127.0.0.1:{gateway.port}"
+    said = await refused(second)
+    assert b"in use" in said and b"GATEWAY_LISTEN" in said
+
+
+async def test_a_state_dir_in_use_is_told_with_what_to_change(gateway: LiveGateway) -> None:
+    second = LiveGateway(gateway.environment, gateway.log)
+    second.environment["GATEWAY_LISTEN"] = f"127.0.0.1:{second.port}"
+    said = await refused(second)
+    assert b"another gateway" in said and b"GATEWAY_STATE_DIR" in said
+
+
+async def test_without_the_extra_a_gateway_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mcp'] = None\n")
-    gateway = local(state, tmp_path / "log", PYTHONPATH=str(tmp_path))
+    gateway = await local_gateway(tmp_path, "demo", PYTHONPATH=str(tmp_path))
     await gateway.start()
     try:
         async with gateway.http("demo") as http, http.post("/v1/tenants/demo/mcp", json={}) as response:

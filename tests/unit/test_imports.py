@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (
     {"errors", "settings", "protocol"},
+    {"store"},
     {"auth", "incus", "rootfs", "events"},
     {"runtime"},
     {"files"},
@@ -31,6 +32,7 @@ ONLY: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
     "protocol": {"errors"},
+    "store": {"errors"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway.runtime.local import LocalRuntime
-from gateway.settings import Settings
 from tests.contracts import claude
 from tests.contracts.gateway import no_traceback
 from tests.contracts.shells import QUICK, ShellContract
-from tests.live import LiveGateway
+from tests.live import LiveGateway, local_gateway
 
 TENANTS = [f"case-{number}" for number in range(12)]  # run at the same time: most of their time is waiting
 
@@ -24,22 +22,8 @@ def tenant() -> str:
 
 
 @pytest.fixture(scope="module")
-async def state(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> Path:
-    folder = tmp_path_factory.mktemp("state")
-    async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
-        for name in (tenant, *TENANTS):
-            await runtime.create(name)
-    return folder
-
-
-def local(state: Path, log: str, **more: str) -> LiveGateway:
-    environment = {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state), **more}
-    return LiveGateway(environment, state / log)
-
-
-@pytest.fixture(scope="module")
-async def gateway(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, "gateway.log")
+async def gateway(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path_factory.mktemp("state"), tenant, *TENANTS)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0
@@ -47,8 +31,8 @@ async def gateway(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 @pytest.fixture(scope="module")
-async def quick(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, "quick.log", **QUICK)
+async def quick(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path_factory.mktemp("quick"), tenant, **QUICK)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0
@@ -56,8 +40,8 @@ async def quick(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 @pytest.fixture
-async def disposable(state: Path) -> AsyncIterator[LiveGateway]:
-    gateway = local(state, "disposable.log")
+async def disposable(tmp_path: Path, tenant: str) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path, tenant)
     await gateway.start()
     yield gateway
     assert gateway.process is not None
@@ -67,7 +51,9 @@ async def disposable(state: Path) -> AsyncIterator[LiveGateway]:
 
 
 @pytest.fixture(scope="module")
-async def outcomes(gateway: LiveGateway, state: Path) -> Mapping[str, claude.Outcome | Exception]:
+async def outcomes(gateway: LiveGateway) -> Mapping[str, claude.Outcome | Exception]:
+    state = gateway.environment["GATEWAY_STATE_DIR"]
+
     def shown(tenant: str, text: str) -> str:
         return text.replace(f"{state}/tenants/{tenant}/root", "")
 
