@@ -151,9 +151,9 @@ async def model(*turns: Sequence[Block]) -> AsyncIterator[Model]:
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/v1/messages", scripted._messages)
     app.router.add_post("/v1/messages/count_tokens", scripted._count)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     address: tuple[str, int] = runner.addresses[0]
     scripted.url = f"http://127.0.0.1:{address[1]}"

@@ -196,7 +196,7 @@ class Toolbox:
         Raises `Conflict` where that id stood for another input, and what `FileTools.call` raises.
         """
         if call_id is None:
-            return await self._call(tenant, session, name, arguments, by)
+            return await self._call(tenant, session, name, arguments, by, call_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key = (tenant, call_id)
         receipt = self._receipts.get(key)
@@ -207,7 +207,7 @@ class Toolbox:
         promise: asyncio.Future[ToolResult] = asyncio.get_running_loop().create_future()
         self._receipts[key] = _Receipt(digest, promise)
         try:
-            result = await self._call(tenant, session, name, arguments, by)
+            result = await self._call(tenant, session, name, arguments, by, call_id)
         except BaseException as error:
             del self._receipts[key]  # it did not happen: it may be tried again
             # who waits for the same call was not cancelled itself
@@ -221,11 +221,18 @@ class Toolbox:
         return result
 
     async def _call(
-        self, tenant: str, session: ToolSession, name: str, arguments: Mapping[str, Any], by: str
+        self,
+        tenant: str,
+        session: ToolSession,
+        name: str,
+        arguments: Mapping[str, Any],
+        by: str,
+        call_id: str | None,
     ) -> ToolResult:
         began = time.perf_counter()
         told = {key: str(arguments[key])[:200] for key in _TOLD if isinstance(arguments.get(key), str)}
-        started: dict[str, Any] = {"name": name, "input": told, "by": by}
+        who: dict[str, Any] = {"by": by} if call_id is None else {"by": by, "callId": call_id}
+        started: dict[str, Any] = {"name": name, "input": told, **who}
         exec_id = f"x-{secrets.token_hex(8)}"
         if name == "Bash":
             started["exec"] = exec_id
@@ -243,7 +250,7 @@ class Toolbox:
             raise
         finally:
             ms = round((time.perf_counter() - began) * 1000, 3)
-            self._bus.publish("tool.finished", tenant, {"name": name, "by": by, "ms": ms, **outcome})
+            self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
         if name in _WRITES and not result.is_error:
             file_written(self._bus, tenant, told.get("file_path", ""), by)
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,6 +16,7 @@ from gateway_client.files import Files
 
 if TYPE_CHECKING:
     from gateway_client.client import Client
+    from gateway_client.events import EventStream
 
 # connections kept for the next command: opening one costs more than starting the command
 IDLE: Final = 4
@@ -215,6 +216,12 @@ class Tenant:
             body["timeout_ms"] = round(timeout * 1000)
         answer = await self._client.http("POST", f"{self._path}/exec", body)
         return RunResult(**{name: answer[name] for name in RunResult.__slots__ if name in answer})
+
+    def events(
+        self, *, types: str | Iterable[str] | None = None, last_event_id: int | None = None
+    ) -> EventStream:
+        """Return the stream of this tenant's events; see `Client.events`."""
+        return self._client.events(tenant=self.name, types=types, last_event_id=last_event_id)
 
     # --- its life -------------------------------------------------------------------------------------
 

@@ -1,0 +1,321 @@
+"""Knows how Claude's Agent SDK works in a tenant: options that give an agent its tools, nothing of this host.
+
+    async with Client("https://gateway.example", token=…) as client:
+        async with ClaudeSDKClient(claude.options(client.tenant("shop"))) as agent:
+            await agent.query("Make the heading blue.")
+            async for message in agent.receive_response():
+                print(message)
+
+The SDK runs Claude Code's CLI on this host with all of its own tools off; the tenant's tools take their names
+and places. Needs the extra `claude`. What is said of the CLI here was seen with its version 2.1.331.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, Final, Literal
+
+import anyio
+import mcp_types as types
+from claude_agent_sdk import ClaudeAgentOptions
+from mcp.server import Server
+from mcp.server.context import ServerRequestContext
+
+from gateway_client.errors import GatewayError
+from gateway_client.events import EventStream
+from gateway_client.tenant import Tenant, ToolResult
+
+__all__ = ["Printed", "options", "server"]
+
+log = logging.getLogger(__name__)
+
+SERVER: Final = "tenant"
+READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
+# UTF-16 units of a result's text. Over 500 000 the CLI writes it into a file of this host and shows 2 KB of
+# it, over some 10 000 it cuts the middle out of an error: both are cut here, with words that help.
+RESULT_MAX: Final = 490_000
+ERROR_MAX: Final = 10_000
+# bytes of one message of the CLI: a Write of megabytes comes as one, and the SDK's own limit of 1 MiB ends
+# the session
+MESSAGE_MAX: Final = 64 << 20
+# seconds; over the longest that Bash takes in front, 600, so that its own answer comes first
+TOOL_TIMEOUT: Final = 660.0
+# seconds that a result waits for the last of its live output to be handed over
+DRAIN: Final = 5.0
+
+_CALL_ID: Final = "claudecode/toolUseId"
+_REFUSED: Final[Mapping[str, str]] = {
+    "tools": "the CLI's own tools run on this host, and win over the tenant's of the same name",
+    "setting_sources": "settings of this host can run commands on it",
+    "settings": "settings of this host can run commands on it",
+    "add_dirs": "folders of this host are no business of an agent in a tenant",
+    "plugins": "plugins run on this host",
+    "skills": "skills are files of this host",
+    "strict_mcp_config": "servers of this host's own configuration would be there too",
+    "verbatim_prompts": "an @path in a prompt would read a file of this host",
+    "max_buffer_size": "it is set so that large inputs pass",
+}
+_ENVIRONMENT: Final[Mapping[str, str]] = {
+    # the tools appear as Read and Bash rather than as mcp__tenant__Read: the names that the model knows
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+}
+_PROMPT: Final = (
+    "Your tools work in a Linux container, not on the machine that you are invoked on: where you are told of "
+    "another working directory or platform, this one counts. The project lies in {workspace}, which is the "
+    "working directory. Read, Write, Edit, Glob and Grep reach the files below it; Bash runs there as the "
+    "user that owns them."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """A piece of what a Bash call prints while it runs. `call` is the model's id of the call, `toolu_…`."""
+
+    call: str
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+OnOutput = Callable[[Printed], Awaitable[None] | None]
+
+
+def options(
+    tenant: Tenant,
+    *,
+    on_output: OnOutput | None = None,
+    system_prompt: str | None = None,
+    workspace: str = "/srv/site",
+    tool_timeout: float = TOOL_TIMEOUT,
+    bare: bool = True,
+    env: Mapping[str, str] | None = None,
+    mcp_servers: Mapping[str, Any] | None = None,
+    allowed_tools: Sequence[str] = (),
+    extra_args: Mapping[str, str | None] | None = None,
+    **more: Any,
+) -> ClaudeAgentOptions:
+    """Return options for `ClaudeSDKClient` or `query`: the tenant's eight tools, and nothing of this host.
+
+    `on_output` is given what Bash prints while it runs; who is slow there slows the command. It needs a token
+    with the scope `events`. `system_prompt` is yours; where the tools work is said after it. `tool_timeout`
+    is in seconds: a call that takes longer is given up, with all that it runs. Further options are the SDK's.
+    Raises `ValueError` for those that would open this host.
+
+    `bare` keeps even the CLI's descriptions of this host out of the conversation; then the SDK's hooks do
+    not run, and the key is taken from ANTHROPIC_API_KEY alone. Without it the model is told the CLI's working
+    directory and platform, and that the prompt's words about the container count.
+    """
+    for name, why in _REFUSED.items():
+        if name in more:
+            raise ValueError(f"{name} cannot be set for an agent in a tenant: {why}")
+    if bare and more.get("hooks"):
+        raise ValueError("hooks need bare=False: the CLI runs none in its bare mode")
+    if SERVER in (mcp_servers or {}):
+        raise ValueError(f"the name {SERVER!r} is taken by the tenant's own tools")
+    place = _PROMPT.format(workspace=workspace)
+    tools = {"type": "sdk", "name": SERVER, "instance": server(tenant, on_output=on_output)}
+    found: dict[str, Any] = {
+        # no folder of a user's: its name would be told to the model
+        "cwd": "/",
+        **more,
+        "tools": [],
+        # without alwaysLoad the tools would hide behind a search where other servers have many
+        "mcp_servers": {
+            **(mcp_servers or {}),
+            SERVER: {**tools, "timeout": round(tool_timeout * 1000), "alwaysLoad": True},
+        },
+        "strict_mcp_config": True,
+        "setting_sources": [],
+        "skills": [],
+        "allowed_tools": [*allowed_tools, f"mcp__{SERVER}"],
+        "system_prompt": f"{system_prompt}\n\n{place}" if system_prompt else place,
+        "verbatim_prompts": True,
+        "max_buffer_size": MESSAGE_MAX,
+        "env": {**(env or {}), **_ENVIRONMENT},
+        "extra_args": {**(extra_args or {}), **({"bare": None} if bare else {})},
+    }
+    return ClaudeAgentOptions(**found)
+
+
+def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
+    """Return an in-process MCP server of the tenant's tools, for who builds the SDK's options alone.
+
+    Read-only tools are marked so that the CLI runs them at the same time. Results carry no
+    structuredContent: the CLI would show the model that instead of the text.
+    """
+    live = None if on_output is None else _Live(tenant, on_output)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Server[Any]) -> AsyncIterator[None]:
+        async with live or contextlib.nullcontext():
+            yield
+
+    async def list_tools(
+        context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[_described(tool) for tool in await tenant.tools()])
+
+    async def call_tool(
+        context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        call_id = (context.meta or {}).get(_CALL_ID)
+        call = None if call_id is None else str(call_id)
+        try:
+            with live.awaiting(call) if live and call else contextlib.nullcontext():
+                result = await _called(tenant, params.name, params.arguments or {}, call)
+        except GatewayError as error:  # the model can say it to its user, or try something else
+            return _answer(ToolResult([{"type": "text", "text": error.message}], is_error=True))
+        if live and call and params.name == "Bash":
+            await live.finish(call, result)
+        return _answer(result)
+
+    return Server("incus-gateway", lifespan=lifespan, on_list_tools=list_tools, on_call_tool=call_tool)
+
+
+async def _called(tenant: Tenant, name: str, arguments: Mapping[str, Any], call_id: str | None) -> ToolResult:
+    """Call a tool in a task of its own: anyio cancels what it cancels again and again, and telling the
+    gateway of it takes an await."""
+    work = asyncio.ensure_future(tenant.tool(name, arguments, call_id))
+    try:
+        return await asyncio.shield(work)
+    finally:
+        work.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([work])
+
+
+def _described(tool: Mapping[str, Any]) -> types.Tool:
+    read_only = tool["name"] in READ_ONLY
+    return types.Tool(
+        name=tool["name"],
+        description=tool["description"],
+        input_schema=tool["inputSchema"],
+        annotations=types.ToolAnnotations(read_only_hint=read_only, destructive_hint=not read_only),
+        _meta={"anthropic/maxResultSizeChars": 500_000, "anthropic/alwaysLoad": True},
+    )
+
+
+def _answer(result: ToolResult) -> types.CallToolResult:
+    content: list[types.ContentBlock] = []
+    room = ERROR_MAX if result.is_error else RESULT_MAX
+    for part in result.content:
+        if part["type"] == "image":
+            content.append(types.ImageContent(data=part["data"], mime_type=part["mimeType"]))
+        elif part["type"] == "text":
+            text = _cut(part["text"], room, middle=result.is_error)
+            room = max(0, room - _units(text))
+            content.append(types.TextContent(text=text))
+    return types.CallToolResult(content=content, is_error=result.is_error)
+
+
+def _units(text: str) -> int:
+    """Return the length as JavaScript counts it."""
+    return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
+
+
+def _cut(text: str, limit: int, *, middle: bool) -> str:
+    """Return `text` within `limit` UTF-16 units: its beginning, or its two ends."""
+    size = _units(text)
+    if size <= limit:
+        return text
+    encoded = text.encode("utf-16-le")
+    note = f"\n\n... [{size - limit} characters truncated] ...\n\n"
+    if not middle:
+        note += "Ask for less at a time: a range of lines, a narrower pattern."
+    keep = max(0, limit - len(note))
+    head, tail = (keep - keep // 2, keep // 2) if middle else (keep, 0)
+    # an encoded half of a pair is dropped rather than shown
+    first = encoded[: 2 * head].decode("utf-16-le", "ignore")
+    last = encoded[len(encoded) - 2 * tail :].decode("utf-16-le", "ignore") if tail else ""
+    return f"{first}{note}{last}"
+
+
+class _Live:
+    """Hands over what Bash calls print while they run, by the gateway's events and own attachments."""
+
+    def __init__(self, tenant: Tenant, on_output: OnOutput) -> None:
+        self._tenant = tenant
+        self._on_output = on_output
+        self._calls: set[str] = set()
+        self._starting: dict[str, str] = {}  # call ids, by the exec that is about to start
+        self._followed: dict[str, asyncio.Task[None]] = {}  # by exec
+        self._listening: asyncio.Task[None] | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> None:
+        stream = self._tenant.events(types=("tool.started", "exec.started"))
+        try:
+            # entered before any call is made: what happens from here on is in the stream
+            await self._stack.enter_async_context(stream)
+        except GatewayError as error:
+            log.warning("output comes only with a call's end, there are no events: %s", error.message)
+        else:
+            self._listening = asyncio.create_task(self._listen(stream))
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [*self._followed.values(), *([self._listening] if self._listening else [])]
+        for task in tasks:
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._stack.aclose()
+
+    @contextlib.contextmanager
+    def awaiting(self, call: str) -> Iterator[None]:
+        """Follow the command of this call as soon as it starts."""
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+
+    async def finish(self, call: str, result: ToolResult) -> None:
+        """Return once all that an ended command printed was handed over."""
+        exec_id = result.structured.get("exec")
+        if exec_id is None:
+            return
+        # a short command may be over before its start is told
+        following = self._follow(call, str(exec_id))
+        if result.structured.get("status") != "running":
+            await asyncio.wait([following], timeout=DRAIN)
+        following.add_done_callback(lambda _: self._followed.pop(exec_id, None))
+
+    async def _listen(self, stream: EventStream) -> None:
+        try:
+            async for event in stream:
+                exec_id, call = event.data.get("exec"), event.data.get("callId")
+                if event.type == "tool.started" and exec_id and call in self._calls:
+                    self._starting[exec_id] = call
+                elif event.type == "exec.started" and exec_id in self._starting:
+                    self._follow(self._starting.pop(exec_id), exec_id)
+        except GatewayError as error:
+            log.warning("output comes only with a call's end, the events broke off: %s", error.message)
+
+    def _follow(self, call: str, exec_id: str) -> asyncio.Task[None]:
+        if exec_id not in self._followed:
+            task = asyncio.create_task(self._hand_over(call, exec_id), name=f"output of {exec_id}")
+            self._followed[exec_id] = task
+        return self._followed[exec_id]
+
+    async def _hand_over(self, call: str, exec_id: str) -> None:
+        try:
+            async with self._tenant.attach(exec_id) as command:
+                try:
+                    async for stream, data in command.output():
+                        given = self._on_output(Printed(call, stream, data))
+                        if isawaitable(given):
+                            await given
+                except BaseException:
+                    await command.detach()  # else leaving would end it
+                    raise
+        except GatewayError as error:
+            log.warning("output of exec %s could not be followed: %s", exec_id, error.message)
+        except Exception:
+            log.exception("on_output failed; the rest of what exec %s prints is not handed over", exec_id)

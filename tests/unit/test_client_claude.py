@@ -1,0 +1,69 @@
+"""The Claude adapter alone: what its options refuse, and how results are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway_client import Client, claude
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": ["Read"]},
+        {"setting_sources": ["user"]},
+        {"settings": "{}"},
+        {"add_dirs": ["/"]},
+        {"plugins": [{"type": "local", "path": "/x"}]},
+        {"skills": "all"},
+        {"strict_mcp_config": False},
+        {"verbatim_prompts": False},
+        {"hooks": {"Stop": []}, "mcp_servers": {"tenant": {}}},
+        {"mcp_servers": {"tenant": {"type": "http", "url": "http://x"}}},
+        {"hooks": {"Stop": [object()]}},
+    ],
+)
+async def test_what_would_open_the_agents_host_is_refused(more: dict[str, Any]) -> None:
+    async with Client("http://127.0.0.1:9", token="t") as client:
+        with pytest.raises(ValueError, match=r"cannot be set|is taken|bare=False"):
+            claude.options(client.tenant("shop"), **more)
+
+
+async def test_what_is_the_callers_own_is_kept_and_what_holds_the_host_shut_wins() -> None:
+    async with Client("http://127.0.0.1:9", token="t") as client:
+        found = claude.options(
+            client.tenant("shop"),
+            model="claude-opus-5",
+            env={"A": "b", "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "0", "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "0"},
+            mcp_servers={"search": {"type": "http", "url": "http://x"}},
+            allowed_tools=["mcp__search"],
+            extra_args={"debug": None},
+            tool_timeout=12.5,
+        )
+    assert (found.model, found.tools, found.setting_sources) == ("claude-opus-5", [], [])
+    assert found.env["A"] == "b"
+    assert (
+        found.env["CLAUDE_AGENT_SDK_MCP_NO_PREFIX"] == found.env["CLAUDE_CODE_DISABLE_FILE_MENTIONS"] == "1"
+    )
+    assert isinstance(found.mcp_servers, dict) and set(found.mcp_servers) == {"search", "tenant"}
+    assert dict(found.mcp_servers["tenant"])["timeout"] == 12_500
+    assert found.allowed_tools == ["mcp__search", "mcp__tenant"]
+    assert found.extra_args == {"debug": None, "bare": None}
+
+
+@pytest.mark.parametrize("middle", [True, False])
+@pytest.mark.parametrize("letter", ["x", "ä", "𝄞"])
+@pytest.mark.parametrize("size", [0, 999, 1000, 1001, 50_000])
+def test_a_text_is_cut_to_its_limit_in_utf_16_and_never_in_a_pair(
+    letter: str, size: int, middle: bool
+) -> None:
+    text = letter * size
+    cut = claude._cut(text, 1000, middle=middle)
+    assert len(cut.encode("utf-16-le")) // 2 <= 1000
+    if len(text.encode("utf-16-le")) // 2 <= 1000:
+        assert cut == text
+    else:
+        assert "characters truncated] ..." in cut and cut.startswith(letter) and "�" not in cut
+        assert cut.endswith(letter) is middle
