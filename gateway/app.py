@@ -166,7 +166,7 @@ class Gateway:
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with contextlib.AsyncExitStack() as stack:
             runtime: TenantRuntime = await stack.enter_async_context(runtime_type(settings))
-            workers = await stack.enter_async_context(Workers(settings, allowed=runtime.roots))
+            workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             self._workers = workers
             execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
             shells = await stack.enter_async_context(Shells(execs, workers, settings))

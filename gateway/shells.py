@@ -12,7 +12,6 @@ import base64
 import codecs
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -513,5 +512,5 @@ def _reset(root: FilesystemRoot) -> str:
 
 def _inside(root: FilesystemRoot, path: str) -> str:
     """Return a folder that a command reported as the tenant sees it: `local` ones see the host's paths."""
-    host = os.path.realpath(root.path)
-    return path[len(host) :] or "/" if f"{path}/".startswith(f"{host}/") else path
+    seen = root.prefix
+    return path[len(seen) :] or "/" if seen and f"{path}/".startswith(f"{seen}/") else path

@@ -16,6 +16,7 @@ import orjson
 
 from gateway import settings as settings_module
 from gateway.host import HostError, Report
+from gateway.rootfs.tenants import Instances
 from gateway.rootfs.workers import BOOT
 from gateway.settings import Settings
 
@@ -46,7 +47,9 @@ def run(settings: Settings, report: Report) -> NoReturn:
     told = {
         "path": str(path),
         "operations": OPERATIONS,
-        "allowed": [str(settings.incus_socket.parent / "storage-pools")],
+        "tenants": Instances(
+            str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
+        ).told(),
         "uids": uids,
         "gid": gid,
         "chores": {"pin": [sys.executable, "-ISBc", BOOT, imports, "gateway.host.broker:pin"]},

@@ -1,17 +1,17 @@
 """Safe access to a workspace whose every byte and name a hostile tenant controls.
 
-`FilesystemRoot` says where a tenant's files are; `Workers` runs operations on them, each tenant's in
-processes of its own. Host paths stay in this package and in the runtime that made them.
+`FilesystemRoot` names a tenant's files; `Workers` runs operations on them, each tenant's in processes of its
+own. Where they lie on the host, only the broker knows.
 
 Parts: `kernel` (raw calls), `tree` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
-`broker` (starts workers), `workers` (the gateway's side). All but the last run inside a worker too, so
-nothing here imports more than it needs, and `Workers` is loaded when it is first asked for.
+`tenants` (whose files lie where), `broker` (starts workers), `workers` (the gateway's side). All but the last
+run inside a worker too, so nothing here imports more than it needs, and `Workers` is loaded when it is first
+asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,35 +41,14 @@ class IdMap:
 
 @dataclass(frozen=True, slots=True)
 class FilesystemRoot:
-    """How to reach a tenant's files from the host. The path never leaves the gateway.
+    """Which files: those below `workspace`, absolute as the tenant sees it.
 
-    `path` holds the container's `/`. `workspace` is absolute inside it, owned by `uid`:`gid` (ids
-    inside). `idmap` is the tenant's user namespace; empty where there is none (`local`). On disk, files
-    carry ids of the inside, or of the outside where `shifted`.
+    `state` changes where the same name has come to mean other files, or files with other ids: a worker that
+    was opened on another is not used. `prefix` is what the tenant's own commands see before each path, empty
+    but for `local` ones, which see the host's.
     """
 
     tenant: str
-    path: Path
     workspace: str
-    uid: int
-    gid: int
-    idmap: tuple[IdMap, ...] = ()
-    shifted: bool = False
-
-    def on_disk(self, uid: int, gid: int) -> tuple[int, int]:
-        """Return the host's ids for a file that `uid`:`gid` (inside) owns, as written through `path`."""
-        if not self.shifted:
-            return uid, gid
-        return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
-
-    def outside(self, uid: int, gid: int) -> tuple[int, int]:
-        """Return the host's ids of a process that is `uid`:`gid` inside. Raises `ValueError` if unmapped."""
-        if not self.idmap:
-            return uid, gid
-        return self._outside(uid, uid_map=True), self._outside(gid, uid_map=False)
-
-    def _outside(self, inside: int, *, uid_map: bool) -> int:
-        for line in self.idmap:
-            if (line.is_uid if uid_map else line.is_gid) and line.inside <= inside < line.inside + line.size:
-                return line.outside + inside - line.inside
-        raise ValueError(f"id {inside} is not mapped")
+    state: str = ""
+    prefix: str = ""

@@ -8,12 +8,13 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 | `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
 | `{"do": "kill", "worker": n}` | `{}` once the process has ended |
-
-| `{"do": "tree", "step": …, "path": …}` | `{}`: one of `trees.STEPS` was done on a command's cgroup |
+| `{"do": "tree", "tenant", "group", "step"}` | `{}`: a step of `trees.STEPS` was done on a command's cgroup |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
 
-A request that fails is answered by `{"error": words}`. Where it does not run as root (the `local` runtime on
-a laptop) a worker is a plain child on the folder, and nothing but the safe paths of `tree` confines it.
+No request carries a path of the host, an id or a pid: whose files and groups lie where, `tenants` finds out.
+A request that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message",
+"facts"}` for the client. Where it does not run as root (the `local` runtime on a laptop) a worker is a plain
+child on the folder, and nothing but the safe paths of `tree` confines it.
 
 By `listening` it is a process of its own: each connection gets a fork of it, whose workers end with the
 connection.
@@ -35,16 +36,18 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import orjson
 
-from gateway.rootfs import FilesystemRoot, IdMap, kernel, trees
+from gateway.errors import GatewayError
+from gateway.rootfs import kernel, trees
 from gateway.rootfs.confine import Namespaces, Plan, confine, end_with_parent
 from gateway.rootfs.groups import Group, Groups, hierarchies
 from gateway.rootfs.operations import Limits, Loop, Workspace
+from gateway.rootfs.tenants import Disk, Tenants, found_by
 from gateway.rootfs.tree import Tree
 from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
 
@@ -64,23 +67,18 @@ class Spawn:
     those that may take long: others' work goes before theirs.
     """
 
-    root: FilesystemRoot
+    tenant: str
+    workspace: str
     limits: Limits
     memory: int
     loop: str = ""
     search: bool = False
 
     def wire(self) -> dict[str, Any]:
-        root = self.root
         return {
             "do": "spawn",
-            "tenant": root.tenant,
-            "path": str(root.path),
-            "workspace": root.workspace,
-            "uid": root.uid,
-            "gid": root.gid,
-            "shifted": root.shifted,
-            "idmap": [[m.is_uid, m.is_gid, m.inside, m.outside, m.size] for m in root.idmap],
+            "tenant": self.tenant,
+            "workspace": self.workspace,
             "limits": {name: getattr(self.limits, name) for name in Limits.__slots__},
             "memory": self.memory,
             "loop": self.loop,
@@ -90,26 +88,12 @@ class Spawn:
     @classmethod
     def of(cls, message: dict[str, Any]) -> Spawn:
         """Check and take a request. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
-        # FilesystemRoot annotates a pathlib.Path; a string serves here, and spares the import in workers.
-        path = str(message["path"])
         workspace = str(message["workspace"])
-        if not path.startswith("/") or not workspace.startswith("/") or "\0" in path + workspace:
-            raise ValueError("paths must be absolute")
-        idmap = tuple(
-            IdMap(bool(u), bool(g), int(inside), int(outside), int(size))
-            for u, g, inside, outside, size in message["idmap"]
-        )
-        root = FilesystemRoot(
-            str(message["tenant"]),
-            path,  # type: ignore[arg-type]  # see above
-            workspace,
-            int(message["uid"]),
-            int(message["gid"]),
-            idmap,
-            bool(message["shifted"]),
-        )
+        if workspace != os.path.normpath(workspace) or not workspace.startswith("/") or "\0" in workspace:
+            raise ValueError("a workspace is an absolute path")
         return cls(
-            root,
+            str(message["tenant"]),
+            workspace,
             Limits(**message["limits"]),
             int(message["memory"]),
             str(message["loop"]),
@@ -120,7 +104,7 @@ class Spawn:
 @dataclass(frozen=True, slots=True)
 class _Child:
     pid: int
-    root: FilesystemRoot
+    disk: Disk
     inode: tuple[int, int]
     group: Group
 
@@ -154,12 +138,12 @@ class Broker:
         self,
         connection: socket.socket,
         operations: str,
-        allowed: tuple[str, ...],
+        tenants: Tenants,
         chores: Chores | None = None,
     ) -> None:
         self._chores = chores
         self._connection = connection
-        self._allowed = allowed
+        self._tenants = tenants
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
         self._namespaces = Namespaces()
         self._groups = Groups(hierarchies() if self._privileged else [])
@@ -205,7 +189,8 @@ class Broker:
                     self._kill(int(request["worker"]))
                     answer = {}
                 case "tree":
-                    trees.STEPS[request["step"]](trees.checked(request["path"]))
+                    step = trees.STEPS[request["step"]]
+                    step(trees.of_command(self._tenants.group(str(request["tenant"])), str(request["group"])))
                     answer = {}
                 case "chore":
                     if self._chores is None:
@@ -214,8 +199,9 @@ class Broker:
                     answer = {}
                 case _:
                     answer = {"error": "unknown request"}
+        except GatewayError as error:
+            answer = {"refused": error.code, "message": error.message, "facts": error.facts}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            # For the log of the gateway, which knows the paths anyway.
             answer = {"error": f"{type(error).__name__}: {error}"}
         try:
             socket.send_fds(self._connection, [orjson.dumps(answer)], passed)
@@ -223,17 +209,17 @@ class Broker:
             for descriptor in passed:
                 os.close(descriptor)
 
-    def _open(self, root: FilesystemRoot) -> int:
-        """Open the workspace by its host path, following no link below the container's `/`."""
-        path = str(root.path)
-        if self._allowed and not (os.path.normpath(path) + "/").startswith(self._allowed):
-            raise ValueError("not a place where tenants live")
-        flags = os.O_DIRECTORY | os.O_CLOEXEC
-        top = os.open(path, flags | (kernel.O_PATH or os.O_RDONLY) | os.O_NOFOLLOW)
+    @staticmethod
+    def _open(disk: Disk) -> int:
+        """Open the workspace, following no link in what is the tenant's."""
+        flags = os.O_DIRECTORY | os.O_CLOEXEC | (kernel.O_PATH or os.O_RDONLY)
+        if disk.real and kernel.HAS_OPENAT2:
+            top = kernel.openat2(kernel.AT_FDCWD, os.fsencode(disk.path), flags, kernel.RESOLVE_NO_SYMLINKS)
+        else:
+            top = os.open(disk.path, flags | os.O_NOFOLLOW)
         try:
-            tree = Tree(top, "/")
             # The folder itself must be real: the tenant owns its parents' content and may swap it.
-            return tree.open_real(root.workspace.strip("/"), flags | (kernel.O_PATH or os.O_RDONLY))
+            return Tree(top, "/").open_real(disk.inside, flags)
         finally:
             os.close(top)
 
@@ -242,7 +228,7 @@ class Broker:
         if child is None:
             return False
         try:
-            descriptor = self._open(child.root)
+            descriptor = self._open(child.disk)
         except OSError:
             return False
         try:
@@ -252,16 +238,17 @@ class Broker:
         return (status.st_dev, status.st_ino) == child.inode
 
     def _spawn(self, spawn: Spawn) -> tuple[int, int]:
-        folder = self._open(spawn.root)
+        disk = self._tenants.disk(spawn.tenant, spawn.workspace)
+        folder = self._open(disk)
         try:
             status = os.fstat(folder)
             plan = None
-            root = spawn.root
             # a root of the `local` runtime owns its tenants itself: there is nobody to become
-            if self._privileged and (root.idmap or root.uid):
-                uid, gid = root.outside(root.uid, root.gid)
-                namespace = self._namespaces.get(root.idmap) if root.idmap and not root.shifted else None
-                plan = Plan(folder, namespace, uid, gid, spawn.memory, spawn.limits.write_max)
+            if self._privileged and (disk.idmap or disk.uid):
+                uid, gid = disk.outside(disk.uid, disk.gid)
+                namespace = self._namespaces.get(disk.idmap) if disk.idmap and not disk.shifted else None
+                file = spawn.limits.write_max
+                plan = Plan(folder, namespace, uid, gid, spawn.memory, file, disk.read_only, disk.covered)
             self._number += 1
             group = self._groups.new(self._number, spawn.memory, search=spawn.search)
             ours, theirs = open_pair()
@@ -272,7 +259,7 @@ class Broker:
                     self._become(theirs, folder, plan, spawn, group)
         finally:
             os.close(folder)
-        self._children[self._number] = _Child(pid, spawn.root, (status.st_dev, status.st_ino), group)
+        self._children[self._number] = _Child(pid, disk, (status.st_dev, status.st_ino), group)
         return self._number, ours.detach()
 
     def _become(
@@ -294,7 +281,7 @@ class Broker:
                 self._connection.close()
                 if not kernel.O_PATH:
                     folder = os.dup(folder)
-            tree = Tree(folder, spawn.root.workspace, nodev=plan is not None)
+            tree = Tree(folder, spawn.workspace, nodev=plan is not None)
             connection.sendall(frame(READY, orjson.dumps(layers)))
             workspace = Workspace(tree, spawn.limits)
             if spawn.loop:
@@ -343,28 +330,24 @@ def preload() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the broker: arguments are the socket's descriptor, the operations' module, allowed folders."""
-    descriptor, operations, *allowed = arguments
+    """Run the broker: arguments are the socket's descriptor, the operations' module, whose tenants (JSON)."""
+    descriptor, operations, told = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
     connection = socket.socket(fileno=int(descriptor))
-    Broker(connection, operations, _folders(allowed)).run()
-
-
-def _folders(allowed: Iterable[object]) -> tuple[str, ...]:
-    return tuple(os.path.normpath(str(folder)) + "/" for folder in allowed)
+    Broker(connection, operations, found_by(orjson.loads(told))).run()
 
 
 def listening(arguments: list[str]) -> NoReturn:
     """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
 
     The one argument is a JSON object: `path` of the socket, which will be `gid`'s with mode 0660, in a folder
-    that only root may write; `operations`, `allowed`, `uids`; `chores`, command lines by name, which get
+    that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name, which get
     `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is told when
     connections are taken. Raises `OSError`.
     """
     told = orjson.loads(arguments[0])
     path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])
-    folders, chores = _folders(told["allowed"]), Chores(told["chores"], told["environment"])
+    tenants, chores = found_by(told["tenants"]), Chores(told["chores"], told["environment"])
     served = {0, *told["uids"]}
     importlib.import_module(operations)
     preload()
@@ -399,7 +382,7 @@ def listening(arguments: list[str]) -> NoReturn:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _serve_one(connection, listener, operations, folders, chores)
+                    _serve_one(connection, listener, operations, tenants, chores)
                 children.add(pid)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -419,7 +402,7 @@ def _serve_one(
     connection: socket.socket,
     listener: socket.socket,
     operations: str,
-    allowed: tuple[str, ...],
+    tenants: Tenants,
     chores: Chores,
 ) -> NoReturn:
     """Be the broker of one gateway, in the forked child; never return."""
@@ -430,7 +413,7 @@ def _serve_one(
         end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Broker(connection, operations, allowed, chores).run()
+        Broker(connection, operations, tenants, chores).run()
         code = 0
     except BaseException:
         traceback.print_exc()

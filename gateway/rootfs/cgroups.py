@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 
 from gateway.rootfs import trees
-from gateway.rootfs.trees import mount_point
+from gateway.rootfs.trees import of_init
 
 # Does one of `trees.STEPS` on a path: here, or by the broker where this process may not.
 Hands = Callable[[str, Path], Awaitable[None]]
@@ -37,21 +37,6 @@ class Ended:
     killed: int
     escalated: bool
     survivors: int
-
-
-def of_init(pid: int) -> Path | None:
-    """Return the root cgroup of the container whose first process is `pid`; None where there is none."""
-    mount = mount_point()
-    if mount is None:
-        return None
-    try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
-            path = next((line[3:].strip() for line in lines if line.startswith("0::")), None)
-    except OSError:
-        return None
-    if path is None:
-        return None
-    return mount / path.removesuffix("/init.scope").lstrip("/")
 
 
 class Cgroup:
@@ -101,3 +86,6 @@ class Cgroup:
             seen.update(left)
             await asyncio.sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(pause * 1.5, 0.02)
+
+
+__all__ = ["Cgroup", "Ended", "Hands", "here", "of_init"]

@@ -25,8 +25,9 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
-_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_IDMAP = 0x2, 0x4, 0x8, 0x100000
+_ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_IDMAP = 0x1, 0x2, 0x4, 0x8, 0x100000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 _MNT_DETACH = 2
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
@@ -44,7 +45,7 @@ class Plan:
     """What a worker becomes: `folder` its `/`, `namespace` a user namespace for the ids of its mount.
 
     `uid` and `gid` are the host's. `memory` is in bytes of address space, `file` in bytes of the largest file
-    that it may write.
+    that it may write. `covered` are folders below that are closed to it.
     """
 
     folder: int
@@ -53,6 +54,8 @@ class Plan:
     gid: int
     memory: int
     file: int
+    read_only: bool = False
+    covered: tuple[str, ...] = ()
 
 
 class Namespaces:
@@ -110,8 +113,8 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     Afterwards `/` is the workspace. Raises `OSError` where a layer that must hold does not; the caller ends.
     """
     end_with_parent()
-    tree = _clone(plan.folder, plan.namespace)
-    _enter(tree)
+    tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)
+    _enter(tree, plan.covered)
     _close_all(keep)
     _limit(plan)
     _drop(plan.uid, plan.gid)
@@ -123,20 +126,22 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     return tuple(layers)
 
 
-def _clone(folder: int, namespace: int | None) -> int:
+def _clone(folder: int, namespace: int | None, *, read_only: bool) -> int:
     """Return a detached mount of `folder` alone, without the mounts below it."""
     flags = _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC
     tree = checked(syscall(_OPEN_TREE, folder, b"", flags), "open_tree")
     attributes = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
     if namespace is not None:
         attributes |= _ATTR_IDMAP
+    if read_only:
+        attributes |= _ATTR_RDONLY
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
     wanted = struct.pack("QQQQ", attributes, 0, _MS_PRIVATE, namespace or 0)
     checked(syscall(_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, wanted, len(wanted)), "mount_setattr")
     return tree
 
 
-def _enter(tree: int) -> None:
+def _enter(tree: int, covered: tuple[str, ...]) -> None:
     """Make `tree` the root of new namespaces, in which nothing else of the host is left."""
     checked(_libc.unshare(_NEWNS | _NEWIPC | _NEWNET | _NEWUTS), "unshare")
     # First, or the mounts below would show on the host.
@@ -145,12 +150,32 @@ def _enter(tree: int) -> None:
     over = b"/run"
     moved = syscall(_MOVE_MOUNT, tree, b"", AT_FDCWD, over, _MOVE_MOUNT_F_EMPTY_PATH)
     checked(moved, "move_mount")
+    for path in covered:
+        _cover(tree, path)
     os.chdir(over)
     # pivot_root(".", ".") stacks the old root over the new one, so no folder for it is needed: pivot_root(2).
     checked(syscall(_PIVOT_ROOT[_MACHINE], b".", b"."), "pivot_root")
     checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
     os.chdir("/")
     os.umask(0o022)
+
+
+def _cover(tree: int, path: str) -> None:
+    """Put an empty mount over a folder, so that no open crosses into what lies below it on this disk.
+
+    The container has another disk there: what this one holds would be shown, and written, by mistake.
+    """
+    flags, real = kernel.O_PATH | os.O_DIRECTORY, kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
+    try:
+        folder = kernel.openat2(tree, os.fsencode(path), flags, real)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the disk is not there: Incus makes the folder for it
+    try:
+        over = f"/proc/self/fd/{folder}".encode()
+        options = ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+        checked(_libc.mount(b"none", over, b"tmpfs", options, b"size=4k,nr_inodes=1,mode=000"), "mount over")
+    finally:
+        os.close(folder)
 
 
 def _close_all(keep: int) -> None:

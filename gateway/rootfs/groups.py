@@ -18,6 +18,8 @@ import select
 import signal
 from dataclasses import dataclass
 
+from gateway.rootfs.kernel import started
+
 _TOPS = {False: "incus-gateway", True: "incus-gateway-searches"}
 _WANTED = ("memory", "pids")
 _SEARCH_WEIGHT = 33  # of 100: as much less than others' as nice 5 is of nice 0
@@ -83,7 +85,7 @@ class Groups:
     def __init__(self, found: list[Hierarchy]) -> None:
         self._parents: list[tuple[Hierarchy, dict[bool, str]]] = []
         pid = os.getpid()
-        mine = f"{pid}-{_started(pid)}"
+        mine = f"{pid}-{started(pid)}"
         for hierarchy in found:
             parents: dict[bool, str] = {}
             for search, name in _TOPS.items():
@@ -145,9 +147,9 @@ def _clear(top: str) -> None:
     except OSError:
         return
     for name in names:
-        pid, _, started = name.partition("-")
+        pid, _, began = name.partition("-")
         folder = f"{top}/{name}"
-        if not pid.isdigit() or not os.path.isdir(folder) or _started(int(pid)) == started:
+        if not pid.isdigit() or not os.path.isdir(folder) or started(int(pid)) == began:
             continue
         for worker in [f"{folder}/{child}" for child in os.listdir(folder) if child.isdigit()]:
             for left in _read(f"{worker}/cgroup.procs").split():
@@ -155,12 +157,6 @@ def _clear(top: str) -> None:
                     os.kill(int(left), signal.SIGKILL)
             _remove(worker)
         _remove(folder)
-
-
-def _started(pid: int) -> str:
-    """Return when a process began, in ticks: with its number its one name. Empty where it is dead."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def _delegate(folder: str, controllers: tuple[str, ...]) -> None:

@@ -28,21 +28,30 @@ def mount_point() -> Path | None:
     return None
 
 
-def checked(text: str) -> Path:
-    """Return the path of a command's group, or of one gateway's commands. Raises `ValueError` for others.
-
-    It lies below a container's: `MOUNT/CONTAINER…/gateway/OWN[/EXEC]`. cgroupfs has no links.
-    """
+def of_init(pid: int) -> Path | None:
+    """Return the root group of the container whose first process is `pid`; None where there is none."""
     mount = mount_point()
-    path = Path(text)
-    if mount is None or not path.is_relative_to(mount):
-        raise ValueError("not a cgroup")
-    parts = path.relative_to(mount).parts
-    if not all(_PART.fullmatch(part) and part != ".." for part in parts):
+    if mount is None:
+        return None
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+            path = next((line[3:].strip() for line in lines if line.startswith("0::")), None)
+    except OSError:
+        return None
+    if path is None:
+        return None
+    return mount / path.removesuffix("/init.scope").lstrip("/")
+
+
+def of_command(container: Path, group: str) -> Path:
+    """Return the group of a command, `OWN/EXEC`, or of one gateway's commands, `OWN`, below a container's.
+
+    Raises `ValueError` for what is neither. cgroupfs has no links.
+    """
+    parts = group.split("/")
+    if len(parts) > 2 or not all(_PART.fullmatch(part) and part not in (".", "..") for part in parts):
         raise ValueError("not a command's cgroup")
-    if not any(parts[-back:][0] == PARENT for back in (2, 3) if len(parts) > back):
-        raise ValueError("not a command's cgroup")
-    return path
+    return container.joinpath(PARENT, *parts)
 
 
 def folders(path: Path) -> list[Path]:

@@ -13,7 +13,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 
 from gateway import errors
-from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
+from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
 from gateway.rootfs.operations import Limits
@@ -48,15 +49,17 @@ BOOT = (
 class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
-    The broker is started with the first request and again where it has died. `allowed` are the folders below
-    which tenants live; empty allows every. With `at`, one that listens there is connected to instead, and
+    The broker is started with the first request and again where it has died; `tenants` describes where it
+    finds them (see `gateway.rootfs.tenants`). With `at`, one that listens there is connected to instead, and
     knows all of that itself.
     """
 
-    def __init__(self, operations: str = "", allowed: Iterable[Path] = (), *, at: Path | None = None) -> None:
+    def __init__(
+        self, operations: str = "", tenants: Mapping[str, Any] | None = None, *, at: Path | None = None
+    ) -> None:
         self._at = at
         self._operations = operations
-        self._allowed = [str(folder) for folder in allowed]
+        self._tenants = orjson.dumps(tenants).decode()
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
@@ -64,7 +67,8 @@ class BrokerClient:
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; return the answer and the descriptors that came with it.
 
-        Raises `Unavailable` where the broker cannot be reached or refuses; its words go to the log alone.
+        Raises what the broker refuses with, and `Unavailable` where it fails or cannot be reached; its words
+        go to the log alone then.
         """
         async with self._lock:
             # Shielded: a caller that is cancelled must not leave its answer to the next one.
@@ -75,14 +79,20 @@ class BrokerClient:
                 for descriptor in (await exchange)[1]:
                     os.close(descriptor)
                 raise
+        if "refused" in answer:
+            raise _KINDS.get(answer["refused"], Unavailable)(answer["message"], **answer["facts"])
         if "error" in answer:
             _log.warning("the broker refused to %s: %s", message["do"], answer["error"])
             raise Unavailable("the file service could not open the workspace")
         return answer, descriptors
 
-    async def on_tree(self, step: str, path: Path) -> None:
-        """Do one of `trees.STEPS` on a command's cgroup. Raises `Unavailable`."""
-        await self.request({"do": "tree", "step": step, "path": str(path)})
+    async def on_tree(self, tenant: str, group: str, step: str) -> None:
+        """Do one of `trees.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
+
+        What the broker does not find any more has ended with its container.
+        """
+        with suppress(NotFound):
+            await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
 
     async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         try:
@@ -127,7 +137,7 @@ class BrokerClient:
                 "gateway.rootfs.broker:main",
                 str(theirs.fileno()),
                 self._operations,
-                *self._allowed,
+                self._tenants,
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={"PATH": os.defpath, "LANG": "C.UTF-8"},
@@ -227,6 +237,7 @@ class _Slot:
 class Workers:
     """Runs operations in the tenants' workers. Use as an async context manager.
 
+    `tenants` describes where they are found, and may be left out where a broker listens that knows it.
     `operations` names the module whose table the workers serve. At most `max_workers` run; where all are busy
     a call for another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, with
     `forget`, when its workspace is another folder than it was, and with the gateway.
@@ -235,9 +246,8 @@ class Workers:
     def __init__(
         self,
         settings: Settings,
-        *,
+        tenants: Mapping[str, Any] | None = None,
         operations: str = "gateway.tools.operations",
-        allowed: Iterable[Path] = (),
     ) -> None:
         self._limits = Limits(
             settings.read_max,
@@ -252,7 +262,7 @@ class Workers:
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
-        self.broker = BrokerClient(operations, allowed, at=settings.broker_socket)
+        self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
         self._slots: dict[tuple[str, bool], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -365,7 +375,7 @@ class Workers:
 
     def spawn(self, root: FilesystemRoot, loop: str = "", *, search: bool = False) -> Spawn:
         """Return the broker's request for a worker with this gateway's limits."""
-        return Spawn(root, self._limits, self._memory, loop, search)
+        return Spawn(root.tenant, root.workspace, self._limits, self._memory, loop, search)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
         """Return what confines a tenant's worker, or None where none runs."""

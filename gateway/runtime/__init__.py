@@ -11,7 +11,6 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
@@ -146,10 +145,10 @@ class TenantEvent:
 class TenantRuntime(Protocol):
     """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`.
 
-    `roots` are the host's folders below which every `FilesystemRoot` lies.
+    `tenants` tells a broker how it finds their files by itself, see `gateway.rootfs.tenants`.
     """
 
-    roots: tuple[Path, ...]
+    tenants: Mapping[str, Any]
 
     async def list(self) -> list[Tenant]: ...
 

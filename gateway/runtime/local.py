@@ -21,7 +21,6 @@ import sys
 import termios
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -30,6 +29,7 @@ import orjson
 from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup
+from gateway.rootfs.tenants import Folders
 from gateway.rootfs.trees import mount_point
 from gateway.runtime import (
     REPORT_MAX,
@@ -65,7 +65,8 @@ class LocalRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._home = settings.state_dir / "tenants"
-        self.roots: tuple[Path, ...] = (self._home,)
+        self._real_home = os.path.realpath(self._home)  # what its commands see
+        self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").told()
         self._running: dict[str, set[LocalProcess]] = {}
         self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=1000)
 
@@ -125,9 +126,7 @@ class LocalRuntime:
 
     async def filesystem(self, name: str) -> FilesystemRoot:
         self._record(name)
-        root = self._home / name / "root"
-        owner = root.stat()
-        return FilesystemRoot(name, root, self._settings.workspace, owner.st_uid, owner.st_gid)
+        return FilesystemRoot(name, self._settings.workspace, prefix=f"{self._real_home}/{name}/root")
 
     async def metrics(self, name: str) -> Mapping[str, Any]:
         self._record(name)

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import random
 import shutil
 import statistics
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.rootfs import FilesystemRoot, Workers, kernel
+from gateway.rootfs import FilesystemRoot, IdMap, Workers, kernel
+from gateway.rootfs.tenants import Folders, found_by
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings, load
 from gateway.tools import FileTools, ToolSession
@@ -221,15 +223,22 @@ async def neighbour(busy: Tenant, calm: Tenant, rounds: int) -> dict[str, Any]:
 # --- memory -------------------------------------------------------------------------------------------
 
 
-async def memory(settings: Settings, root: FilesystemRoot) -> dict[str, Any]:
+async def memory(settings: Settings, home: Path) -> dict[str, Any]:
     """Return kilobytes of private memory of idle workers that have read, edited and rested."""
-    pools = settings.incus_socket.parent / "storage-pools"
-    async with Workers(settings, allowed=[pools]) as workers:
+    idmap = (IdMap(True, True, 0, 1_000_000, 65_536),)
+    for number in range(WORKERS):
+        (home / str(number)).mkdir()
+        (home / str(number) / "ten.txt").write_text("?" + _ten())
+        for path in (home / str(number), home / str(number) / "ten.txt"):
+            os.chown(path, settings.workspace_uid, settings.workspace_uid)
+    places = Folders(str(home), "", settings.workspace_uid, idmap)
+    async with Workers(settings, places.told()) as workers:
         tools = FileTools(workers, settings)
         for number in range(WORKERS):
-            one, session = replace(root, tenant=f"bench-{number}"), ToolSession()
-            await tools.call(one, session, "Read", {"file_path": READ})
-            await tools.call(one, session, "Edit", {"file_path": READ, "old_string": "?", "new_string": "!"})
+            one, session = FilesystemRoot(str(number), "/"), ToolSession()
+            edit = {"file_path": "ten.txt", "old_string": "?", "new_string": "!"}
+            await tools.call(one, session, "Read", {"file_path": "ten.txt"})
+            await tools.call(one, session, "Edit", edit)
         await asyncio.sleep(IDLE)
         process = workers.broker._process
         assert process is not None
@@ -265,8 +274,7 @@ async def measure_all(quick: bool, say: Callable[[str], None]) -> dict[str, Any]
         say(f"unpacking {PACKAGES * PER_PACKAGE} files")
         await asyncio.to_thread(fill, bare.name)
         settings: Settings = load()
-        async with IncusRuntime(settings) as runtime:
-            root = await runtime.filesystem(bare.name)
+        disk = found_by(IncusRuntime(settings).tenants).disk(bare.name, WORKSPACE)
         shop, calm = client.tenant(bare.name), client.tenant(other.name)
 
         async def gateway_read() -> None:
@@ -278,14 +286,15 @@ async def measure_all(quick: bool, say: Callable[[str], None]) -> dict[str, Any]
 
         eight = [case for case in bench.cases(shop, bare) if case.name == "eight calls"]
         read = Case("Read 10 KB", {GATEWAY: gateway_read, CLI: cli_read}, series=20)
-        for case in [*searches(shop, f"{root.path}{WORKSPACE}"), read, *eight]:
+        for case in [*searches(shop, f"{disk.path}{WORKSPACE}"), read, *eight]:
             say(f"measuring {case.name}")
             await bench.measure(case, rounds, time.monotonic() + seconds)
             results[case.name] = case.report()
         say("measuring the neighbour")
         beside = await neighbour(shop, calm, 4 if quick else 15)
         say(f"measuring {WORKERS} idle workers")
-        idle = await memory(settings, root)
+        with tempfile.TemporaryDirectory() as home:
+            idle = await memory(settings, Path(home))
     return {"machine": bench.machine(), "cases": results, "neighbour": beside, "memory": idle}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TenantNotRunning, TooLarge
+from gateway.rootfs.tenants import found_by
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
 from tests.contracts.processes import Tree, alive, mark, until
 
@@ -233,7 +235,8 @@ class RuntimeContract:
             assert (await runtime.get(fresh)).status == "stopped"
             with pytest.raises(TenantNotRunning):
                 await runtime.exec(fresh, ExecSpec(("true",)))
-            assert (await runtime.filesystem(fresh)).path.exists()
+            workspace = (await runtime.filesystem(fresh)).workspace
+            assert Path(found_by(runtime.tenants).disk(fresh, workspace).path).exists()
             await runtime.start(fresh)
             await runtime.start(fresh)
             assert (await run(runtime, fresh, "true"))[0].code == 0

@@ -70,6 +70,11 @@ def incus(
     return done
 
 
+def rootfs(name: str, pool: str = "gwtest") -> Path:
+    """Return where the host has a container's `/`."""
+    return INCUS_DIR / "storage-pools" / pool / "containers" / name / "rootfs"
+
+
 def owner(pid: int) -> str | None:
     """Return `PID:START` of a living process, or None; one that only waits to be reaped does not live."""
     try:

@@ -83,13 +83,13 @@ class Arena:
             async with asyncio.timeout(DEADLINE):
                 result = await self.tools.call(self.root, ToolSession(), tool, given)
         except GatewayError as error:
-            assert str(self.root.path) not in error.message
+            assert str(environment.INCUS_DIR) not in error.message
             self.refused[error.code] = self.refused.get(error.code, 0) + 1
         else:
             text = result.encoded.decode()
             json.loads(text)
             assert SECRET not in text
-            assert str(self.root.path) not in text
+            assert str(environment.INCUS_DIR) not in text
             if result.code:
                 self.refused[result.code] = self.refused.get(result.code, 0) + 1
         self.calls += 1
@@ -149,8 +149,7 @@ async def arena(tenant: Container, incus_settings: Settings, tmp_path: Path) -> 
     )
     async with IncusRuntime(incus_settings) as runtime:
         root = await runtime.filesystem(tenant.name)
-    pools = incus_settings.incus_socket.parent / "storage-pools"
-    async with Workers(incus_settings, allowed=[pools]) as workers:
+    async with Workers(incus_settings, runtime.tenants) as workers:
         yield Arena(tenant, root, FileTools(workers, incus_settings), secret)
 
 
@@ -174,7 +173,7 @@ async def test_races(arena: Arena) -> None:
 
 async def test_naive_check_leaks(arena: Arena) -> None:
     """The usual check (resolve, compare the beginning, open) leaks under the same attack: the races bite."""
-    site = Path(str(arena.root.path) + arena.root.workspace)
+    site = Path(str(environment.rootfs(arena.container.name)) + arena.root.workspace)
 
     def naive(name: str) -> str:
         try:

@@ -10,13 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.rootfs import trees
+from gateway.errors import NotFound, Unavailable
+from gateway.rootfs import FilesystemRoot, Workers, trees
+from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.commands import Commands
@@ -139,3 +143,71 @@ async def test_ends_trees_by_the_broker(
         await process.aclose()
     left = tenant.sh("find /sys/fs/cgroup -path '*/gateway/*' -type d -name '*' | grep -c exec || :")
     assert left.strip() == "0"
+
+
+@pytest.fixture
+async def foreign(incus_settings: Settings) -> AsyncIterator[Container]:
+    """A running container on the same pool that is none of ours, with a command's cgroup as ours have."""
+    container = Container(f"t-foreign-{os.getpid()}")
+    mark = f"{environment.OWNER}={environment.owner(os.getpid())}"
+    words = ("--no-profiles", "--storage", incus_settings.pool, "--config", mark)
+    environment.incus("launch", incus_settings.image, container.name, *words)
+    yield container
+    environment.incus("delete", "--force", container.name)
+
+
+# Stays in a group of its own, as `runtime.wrapper` makes them, until it is killed.
+STAY = """
+for try in $(seq 100); do
+  g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup
+  [ -e $g/cgroup.procs ] && break; sleep 0.05
+done
+mkdir -p $g/gateway/own/x && echo $$ > $g/gateway/own/x/cgroup.procs && exec sleep 600
+"""
+
+
+async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, foreign: Container) -> None:
+    """It gets no worker on a foreign container and ends nothing there, nor anything of a tenant but commands.
+
+    incusd decides, not the request: taking the mark off a tenant ends its being served.
+    """
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *("incus", "exec", name, "-T", "--", "sh", "-c", STAY),
+            env=environment.daemon().environment,
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        for name in (tenant.name, foreign.name)
+    ]
+    broker = BrokerClient(at=place.settings.broker_socket)
+    spawn = Workers(place.settings).spawn(FilesystemRoot(tenant.name, place.settings.workspace)).wire()
+    for container in (tenant, foreign):
+        await until(lambda container=container: "own/x" in container.sh("cat /proc/[0-9]*/cgroup; true"))
+
+    async def refused(**request: Any) -> None:
+        with pytest.raises((NotFound, Unavailable)) as caught:
+            await broker.request(request)
+        assert str(environment.INCUS_DIR) not in caught.value.message
+
+    for name in (foreign.name, f"../{foreign.name}", f"{tenant.name}/../{foreign.name}", "", "/"):
+        await refused(**(spawn | {"tenant": name}))
+        for step in trees.STEPS:
+            await refused(do="tree", tenant=name, group="own/x", step=step)
+    for group in ("..", "../init.scope", "own/../..", f"../../lxc.payload.{foreign.name}/gateway/own", ""):
+        await refused(do="tree", tenant=tenant.name, group=group, step="end")
+    for folder in ("/", "/etc", "/srv/site/../../etc"):
+        await refused(**(spawn | {"workspace": folder}))
+    assert foreign.sh("pgrep -c sleep").strip() == "1"
+    assert tenant.sh("pgrep -c sleep").strip() == "1"
+
+    began = time.perf_counter()
+    _, (descriptor,) = await broker.request(spawn)
+    print(f"opened in {(time.perf_counter() - began) * 1000:.1f} ms")
+    os.close(descriptor)
+    await broker.request({"do": "tree", "tenant": tenant.name, "group": "own/x", "step": "end"})
+    assert await asyncio.wait_for(processes[0].wait(), 10) == 137
+    environment.incus("config", "set", tenant.name, "user.gateway.managed=false")
+    await refused(**spawn)
+    processes[1].terminate()
+    await processes[1].wait()
+    await broker.aclose()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, Unavailable
 from gateway.rootfs import FilesystemRoot, Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
@@ -39,8 +39,7 @@ class Files:
 
 @pytest.fixture
 async def workers(incus_settings: Settings) -> AsyncIterator[Workers]:
-    pools = incus_settings.incus_socket.parent / "storage-pools"
-    async with Workers(incus_settings, allowed=[pools]) as running:
+    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants) as running:
         yield running
 
 
@@ -113,7 +112,7 @@ async def test_delete_with_live_workers(
     with contextlib.suppress(GatewayError):
         assert (await files.call("Read", file_path="a.txt")).is_error
     await workers.forget(files.root.tenant)
-    assert not Path(files.root.path).exists()
+    assert not environment.rootfs(container.name).exists()
 
 
 async def test_restored_snapshot(tenant: Container, workers: Workers, incus_settings: Settings) -> None:
@@ -148,3 +147,96 @@ async def test_other_pools(driver: str, workers: Workers, incus_settings: Settin
     finally:
         environment.incus("delete", "--force", name, check=False)
         environment.incus("storage", "delete", name, check=False)
+
+
+def devices(container: Container, *words: str) -> None:
+    environment.incus("config", "device", *words[:1], container.name, *words[1:])
+
+
+@pytest.fixture
+def volume(incus_settings: Settings) -> Iterator[str]:
+    name = f"t-files-{os.getpid()}"
+    environment.incus("storage", "volume", "create", incus_settings.pool, name)
+    yield name
+    environment.incus("storage", "volume", "delete", incus_settings.pool, name)
+
+
+@pytest.mark.parametrize("kind", ["folder", "volume"])
+async def test_workspace_on_a_disk_device(
+    kind: str,
+    volume: str,
+    make_tenant: MakeTenant,
+    workers: Workers,
+    incus_settings: Settings,
+    tmp_path: Path,
+) -> None:
+    """Where the workspace is a disk of its own, as after a migration, the tools open that disk."""
+    container = await make_tenant(start=False)
+    files = await files_of(container, workers, incus_settings)
+    await files.text("Write", file_path="below.txt", content="hidden by the device\n")
+    place = (f"source={tmp_path}", "shift=true") if kind == "folder" else ("pool=gwtest", f"source={volume}")
+    devices(container, "add", "data", "disk", f"path={incus_settings.workspace}", *place)
+    environment.incus("start", container.name)
+    container.sh("chown site:site /srv/site; su site -c 'echo one > /srv/site/mine.txt'")
+    files = await files_of(container, workers, incus_settings)
+    assert await files.text("Glob", pattern="*") == "mine.txt"
+    await files.text("Edit", file_path="mine.txt", old_string="one", new_string="two")
+    await files.text("Write", file_path="new/a.txt", content="a\n")
+    listed = container.sh("cd /srv/site; cat mine.txt; stat -c %U:%G mine.txt new new/a.txt")
+    assert listed.split() == ["two", *["site:site"] * 3]
+    # and while it is stopped
+    environment.incus("stop", "--force", container.name)
+    await workers.forget(container.name)
+    assert await files.text("Read", file_path="mine.txt") == "1\ttwo\n2\t"
+    await workers.forget(container.name)
+    devices(container, "set", "data", "readonly=true")
+    result = await files.call("Write", file_path="mine.txt", content="three")
+    assert (result.is_error, result.code) == (True, "forbidden")
+    await workers.forget(container.name)
+    devices(container, "remove", "data")
+    files = await files_of(container, workers, incus_settings)
+    assert await files.text("Glob", pattern="*") == "below.txt"
+
+
+async def test_a_disk_that_the_broker_cannot_open(
+    volume: str, make_tenant: MakeTenant, workers: Workers, incus_settings: Settings, tmp_path: Path
+) -> None:
+    """A workspace on a disk that cannot be opened is an error that says so; no empty folder is shown."""
+    pool = incus_settings.pool
+    container = await make_tenant(start=False)
+    environment.incus("storage", "volume", "set", pool, volume, "security.unmapped=true")
+    where = f"path={incus_settings.workspace}"
+    devices(container, "add", "data", "disk", where, f"pool={pool}", f"source={volume}")
+    files = await files_of(container, workers, incus_settings)
+    with pytest.raises(Unavailable) as caught:
+        await files.call("Glob", pattern="*")
+    assert caught.value.facts["device"] == "data" and "use Bash" in caught.value.message
+    # a link in the path of a source is not followed
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    devices(container, "remove", "data")
+    devices(container, "add", "data", "disk", where, f"source={tmp_path}/link")
+    with pytest.raises(Unavailable) as caught:
+        await files.call("Glob", pattern="*")
+    assert str(tmp_path) not in caught.value.message
+
+
+async def test_a_disk_below_the_workspace(
+    tenant: Container, workers: Workers, incus_settings: Settings, tmp_path: Path
+) -> None:
+    """What is another disk below the workspace is refused: nothing is written under it by mistake."""
+    tenant.sh("mkdir -p /srv/site/public/up /srv/site/public/other", user=1000)
+    devices(tenant, "add", "data", "disk", "path=/srv/site/public/up", f"source={tmp_path}", "shift=true")
+    files = await files_of(tenant, workers, incus_settings)
+    await files.text("Write", file_path="public/other/a.txt", content="a")
+    for tool, given in (
+        ("Write", {"content": "x"}),
+        ("Read", {}),
+        ("Edit", {"old_string": "", "new_string": "x"}),
+    ):
+        result = await files.call(tool, file_path="public/up/x.txt", **given)
+        assert (result.is_error, result.code) == (True, "outside_workspace"), result.data()
+    assert await files.text("Glob", pattern="**") == "public/other/a.txt"
+    assert not list(tmp_path.iterdir())
+    rootfs = environment.rootfs(tenant.name)
+    assert not list((rootfs / "srv/site/public/up").iterdir())

@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot, Workers, kernel
+from gateway.rootfs import Workers, kernel
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession
-from tests.unit.test_rootfs_workers import make_root, needs_root
+from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
 from tests.unit.test_tools_conformance import HereWorkers
 
 SECRET = "host-secret-9d1f"
@@ -33,7 +34,7 @@ RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1.5"))
 class Target:
     """A tenant's workspace, files outside that must not be reached, and the tools."""
 
-    def __init__(self, folder: Path, root: FilesystemRoot, tools: FileTools) -> None:
+    def __init__(self, folder: Path, root: LaidRoot, tools: FileTools) -> None:
         self.root = root
         self.site = root.path / "srv" / "site"
         self.host = folder / "host"
@@ -60,7 +61,7 @@ class Target:
         if os.getuid() == 0:
             for folder, names, files in os.walk(self.site):
                 for path in (folder, *(os.path.join(folder, name) for name in names + files)):
-                    os.chown(path, self.root.uid, self.root.gid, follow_symlinks=False)
+                    os.chown(path, USER, USER, follow_symlinks=False)
 
     async def call(self, tool: str, within: float = 5.0, **given: Any) -> ToolResult:
         async with asyncio.timeout(within):
@@ -77,8 +78,9 @@ class Target:
 
 
 @pytest.fixture(scope="module")
-async def running() -> AsyncIterator[Workers]:
-    async with Workers(Settings(tool_timeout=5)) as workers:
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workers]:
+    places = folders(tmp_path_factory.getbasetemp(), "tenant")
+    async with Workers(Settings(tool_timeout=5), places) as workers:
         yield workers
 
 
@@ -86,7 +88,7 @@ async def running() -> AsyncIterator[Workers]:
 async def target(
     request: pytest.FixtureRequest, tmp_path: Path, running: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Target]:
-    root = make_root(tmp_path, "tenant")
+    root = replace(make_root(tmp_path, "tenant"), tenant=tmp_path.name)
     if request.param == "worker":
         target = Target(tmp_path, root, FileTools(running, Settings()))
         yield target
@@ -352,7 +354,7 @@ async def test_deep_tree(target: Target) -> None:
     for _ in range(300):
         os.mkdir("d" * 40, dir_fd=place)
         if os.getuid() == 0:
-            os.chown("d" * 40, target.root.uid, target.root.gid, dir_fd=place)
+            os.chown("d" * 40, USER, USER, dir_fd=place)
         below = os.open("d" * 40, os.O_RDONLY, dir_fd=place)
         os.close(place)
         place = below

@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gateway.errors import Unavailable
+from gateway.errors import NotFound, Unavailable
 from gateway.rootfs import FilesystemRoot, Workers, trees
 from gateway.rootfs.workers import BrokerClient
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
+from tests.unit.incusd import answering, instance
 from tests.unit.test_rootfs_workers import gone, make_root
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a broker of its own runs as root")
@@ -77,14 +79,22 @@ class Running:
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Running]:
     running = Running(tmp_path)
-    running.start()
-    yield running
-    running.stop()
+    table = {
+        "/1.0/instances/one": instance("one"),
+        "/1.0/instances/foreign": instance("foreign", expanded_config={}),
+    }
+    with answering(tmp_path / "unix.socket", table):
+        running.start()
+        yield running
+        running.stop()
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> FilesystemRoot:
-    return make_root(tmp_path / "storage-pools" / "one")
+    """A tenant and a foreign container beside it, laid where Incus would have them."""
+    for name in ("foreign", "one"):
+        laid = make_root(tmp_path / "storage-pools/pool/containers" / name, "rootfs")
+    return replace(laid, tenant="one")
 
 
 async def read(workers: Workers, root: FilesystemRoot) -> str:
@@ -164,7 +174,9 @@ def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.Mo
     "request_",
     [
         {"do": "tree", "step": "end", "path": "/"},
-        {"do": "tree", "step": "shout", "path": "/"},
+        {"do": "tree", "step": "end", "tenant": "shop", "group": "own"},
+        {"do": "tree", "step": "shout", "tenant": "one", "group": "own"},
+        {"do": "spawn", "tenant": "one", "workspace": "/srv/site", "path": "/etc"},
         {"do": "chore", "name": "rm"},
         {"do": "chore", "name": "pin", "arguments": ["x"]},  # no incusd here: it fails, and is told so
         {"do": "shell"},
@@ -174,30 +186,52 @@ def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.Mo
 async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
     """What is none of its requests is refused, and the connection lives."""
     client = BrokerClient(at=broker.socket)
-    with pytest.raises(Unavailable):
+    with pytest.raises((Unavailable, NotFound)):
         await client.request({"do": "?"} | request_)
     assert (await client.request({"do": "same", "worker": 1}))[0] == {"same": False}
     await client.aclose()
 
 
 def test_only_commands_groups() -> None:
-    """Of cgroups only those of commands, and of one gateway's commands, below a container's are touched."""
-    mount = trees.mount_point()
-    if mount is None:
-        pytest.skip("no cgroup v2 here")
-    for good in ("lxc.payload.shop/gateway/own/exec1", "lxc.payload.shop/gateway/own", "a/b/gateway/own/x"):
-        assert trees.checked(f"{mount}/{good}") == mount / good
+    """Of a container's cgroups only those of commands, and of one gateway's commands, are touched."""
+    container = Path("/cgroup/lxc.payload.shop")
+    assert trees.of_command(container, "own/exec1") == container / "gateway/own/exec1"
+    assert trees.of_command(container, "own") == container / "gateway/own"
     for bad in (
         "",
-        "lxc.payload.shop",
-        "gateway/own",
-        "lxc.payload.shop/gateway",
-        "lxc.payload.shop/system.slice/ssh.service",
-        "lxc.payload.shop/gateway/../../init.scope",
-        "lxc.payload.shop/gateway/own/exec/below",
-        "lxc.payload.shop/gateway/a b",
+        ".",
+        "..",
+        "own/..",
+        "../init.scope",
+        "own/exec/below",
+        "/own",
+        "own/",
+        "own//",
+        "a b",
+        "a\0",
     ):
         with pytest.raises(ValueError, match="cgroup"):
-            trees.checked(f"{mount}/{bad}")
-    with pytest.raises(ValueError, match="cgroup"):
-        trees.checked("/etc/x/gateway/own")
+            trees.of_command(container, bad)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["foreign", "absent", "..", "../containers/one", "one/../foreign", ""])
+async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: str) -> None:
+    """A gateway that was taken over gets no worker on what is not ours: it is not there."""
+    async with Workers(broker.settings) as workers:
+        spawn = workers.spawn(root).wire()
+        with pytest.raises(NotFound):
+            await workers.broker.request(spawn | {"tenant": name})
+        for folder in ("/", "/etc", "/srv/site/../..", "/srv"):
+            with pytest.raises(Unavailable):
+                await workers.broker.request(spawn | {"workspace": folder})
+        # What older requests carried is nobody's word any more.
+        given = {"path": "/", "uid": 0, "gid": 0, "idmap": [], "shifted": True}
+        answer, (descriptor,) = await workers.broker.request(spawn | given)
+        with socket.socket(fileno=descriptor) as ready:
+            assert b"seccomp" in ready.recv(1000)
+            (worker,) = [pid for one in children_of(broker.process.pid) for pid in children_of(one)]
+            status, ids = Path(f"/proc/{worker}/status").read_text(), "\t1001000" * 4
+            assert f"Uid:{ids}\nGid:{ids}\n" in status
+            assert Path(f"/proc/{worker}/mountinfo").read_text().split()[3].endswith("/one/rootfs/srv/site")
+        await workers.broker.request({"do": "kill", "worker": answer["worker"]})

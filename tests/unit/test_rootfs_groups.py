@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.rootfs import FilesystemRoot, Workers
+from gateway.rootfs import Workers
 from gateway.rootfs.groups import Group, Groups, Hierarchy, hierarchies
 from gateway.settings import MiB, Settings
-from tests.unit.test_rootfs_workers import PROBES, echo, gone, make_root, pid_of
+from tests.unit.test_rootfs_workers import PROBES, LaidRoot, echo, gone, make_root, pid_of
+from tests.unit.test_rootfs_workers import folders as at
 
 needs_groups = pytest.mark.skipif(
     os.getuid() != 0 or "memory" not in {name for found in hierarchies() for name in found.controllers},
@@ -22,7 +23,7 @@ needs_groups = pytest.mark.skipif(
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> FilesystemRoot:
+def root(tmp_path: Path) -> LaidRoot:
     return make_root(tmp_path)
 
 
@@ -45,9 +46,9 @@ def first(folder: Path, *names: str) -> int:
 
 
 @needs_groups
-async def test_bounds(root: FilesystemRoot) -> None:
+async def test_bounds(root: LaidRoot) -> None:
     """A worker is alone in its group, which bounds its memory and processes and goes with it."""
-    async with Workers(Settings(worker_memory=96 * MiB), operations=PROBES) as workers:
+    async with Workers(Settings(worker_memory=96 * MiB), at(root.path.parent), PROBES) as workers:
         pids = [await pid_of(workers, root, search=search) for search in (False, True)]
         layers = workers.layers(root.tenant)
         places = [folders_of(pid) for pid in pids]
@@ -63,9 +64,9 @@ async def test_bounds(root: FilesystemRoot) -> None:
 
 
 @needs_groups
-async def test_memory(root: FilesystemRoot) -> None:
+async def test_memory(root: LaidRoot) -> None:
     """A worker that takes more memory than it may is ended by the kernel, and costs one call."""
-    async with Workers(Settings(worker_memory=64 * MiB), operations=PROBES) as workers:
+    async with Workers(Settings(worker_memory=64 * MiB), at(root.path.parent), PROBES) as workers:
         pid = await pid_of(workers, root)
         assert await workers.call(root, "gorge", {"megabytes": 8}) == b"8"
         with pytest.raises(Unavailable):
@@ -75,16 +76,16 @@ async def test_memory(root: FilesystemRoot) -> None:
 
 
 @needs_groups
-async def test_leftovers(root: FilesystemRoot) -> None:
+async def test_leftovers(root: LaidRoot) -> None:
     """A broker removes what a killed one left, and nothing of one that runs."""
     found = hierarchies()[0]
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    async with Workers(Settings(), operations=PROBES) as other:
+    async with Workers(Settings(), at(root.path.parent), PROBES) as other:
         living = folders_of(await pid_of(other, root))
         for top in ("incus-gateway", "incus-gateway-searches"):
             Path(found.mount, top, f"{ended.pid}-17", "3").mkdir(parents=True)
-        async with Workers(Settings(), operations=PROBES) as workers:
+        async with Workers(Settings(), at(root.path.parent), PROBES) as workers:
             await echo(workers, root)
             left = list(Path(found.mount).glob(f"incus-gateway*/{ended.pid}-17"))
             kept = all(folder.exists() for folder in living.values())

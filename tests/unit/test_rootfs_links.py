@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import IsADirectory, NotAFile, RateLimited, Timeout, Unavailable
-from gateway.rootfs import FilesystemRoot, Workers
+from gateway.rootfs import Workers
 from gateway.rootfs.links import Links
 from gateway.settings import Settings
-from tests.unit.test_rootfs_workers import PROBES, make_root
+from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> FilesystemRoot:
+def root(tmp_path: Path) -> LaidRoot:
     return make_root(tmp_path)
 
 
 @pytest.fixture
-async def workers() -> AsyncIterator[Workers]:
-    async with Workers(Settings()) as running:
+async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
+    async with Workers(Settings(), folders(tmp_path)) as running:
         yield running
 
 
@@ -37,7 +37,7 @@ def descriptors() -> int:
     return len(os.listdir("/dev/fd"))
 
 
-async def test_a_descriptor_comes_with_its_reply(links: Links, root: FilesystemRoot) -> None:
+async def test_a_descriptor_comes_with_its_reply(links: Links, root: LaidRoot) -> None:
     """Of several calls at once each gets its own; a refusal brings none."""
     site = root.path / "srv" / "site"
     for number in range(8):
@@ -64,7 +64,7 @@ async def test_a_descriptor_comes_with_its_reply(links: Links, root: FilesystemR
     assert descriptors() == before
 
 
-async def test_a_descriptor_for_nobody_is_closed(links: Links, root: FilesystemRoot) -> None:
+async def test_a_descriptor_for_nobody_is_closed(links: Links, root: LaidRoot) -> None:
     link = await links.get(root)
     before = descriptors()
     for _ in range(20):
@@ -79,7 +79,7 @@ async def test_a_descriptor_for_nobody_is_closed(links: Links, root: FilesystemR
     assert descriptors() == before
 
 
-async def test_only_what_is_regular_is_passed(links: Links, root: FilesystemRoot) -> None:
+async def test_only_what_is_regular_is_passed(links: Links, root: LaidRoot) -> None:
     """The gateway may read what it was given, and write nothing; it is never a FIFO or device."""
     site = root.path / "srv" / "site"
     os.mkfifo(site / "pipe")
@@ -105,7 +105,7 @@ async def test_every_end_is_told(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     lost: list[str] = []
     async with (
-        Workers(Settings(), operations=PROBES) as workers,
+        Workers(Settings(), folders(tmp_path), PROBES) as workers,
         Links(workers, "", maximum=2, idle=60, lost=lost.append) as links,
     ):
         for operation, error, timeout in (("crash", Unavailable, 5.0), ("hang", Timeout, 0.2)):
@@ -124,7 +124,7 @@ async def test_unfinished_uploads_go_with_their_worker(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     site = root.path / "srv" / "site"
     async with (
-        Workers(Settings()) as workers,
+        Workers(Settings(), folders(tmp_path)) as workers,
         Links(workers, "", maximum=2, idle=60, farewell="files/releaseAll") as links,
     ):
         link = await links.get(root)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
-from gateway.errors import InvalidParams, RateLimited, Timeout, TooLarge, Unavailable
+from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.rootfs.tenants import Folders
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 
@@ -21,28 +23,42 @@ PROBES = "tests.unit.test_rootfs_probes"
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="confinement needs root; the local runtime has none")
 
 
-def make_root(folder: Path, tenant: str = "one") -> FilesystemRoot:
+MAPPED = os.getuid() == 0  # then tenants have ids of their own, as in a container
+USER = 1000 if MAPPED else os.getuid()
+
+
+@dataclass(frozen=True, slots=True)
+class LaidRoot(FilesystemRoot):
+    """A tenant that a test laid: the host's path of its `/`, which the gateway does not know."""
+
+    path: Path = Path("/")
+
+
+def folders(home: Path, below: str = "") -> Mapping[str, Any]:
+    """Return where a broker finds the tenants that `make_root` laid in `home`."""
+    idmap = (IdMap(True, True, 0, 1_000_000, 65_536),)
+    return Folders(str(home), below, 1000, idmap).told() if MAPPED else Folders(str(home), below).told()
+
+
+def make_root(folder: Path, tenant: str = "one") -> LaidRoot:
     """Return a tenant's root in `folder`, with mapped ids where this process is root."""
     site = folder / tenant / "srv" / "site"
     site.mkdir(parents=True)
     (site / "a.txt").write_text("alpha\n")
-    uid, gid = os.getuid(), os.getgid()
-    idmap: tuple[IdMap, ...] = ()
-    if uid == 0:
-        uid, gid, idmap = 1000, 1000, (IdMap(True, True, 0, 1_000_000, 65_536),)
+    if MAPPED:
         for path in (site, site / "a.txt"):
-            os.chown(path, uid, gid)
-    return FilesystemRoot(tenant, folder / tenant, "/srv/site", uid, gid, idmap)
+            os.chown(path, USER, USER)
+    return LaidRoot(tenant, "/srv/site", path=folder / tenant)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> FilesystemRoot:
+def root(tmp_path: Path) -> LaidRoot:
     return make_root(tmp_path)
 
 
 @pytest.fixture
-async def workers() -> AsyncIterator[Workers]:
-    async with Workers(Settings(tool_timeout=0.5), operations=PROBES) as running:
+async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
+    async with Workers(Settings(tool_timeout=0.5), folders(tmp_path), PROBES) as running:
         yield running
 
 
@@ -196,7 +212,7 @@ async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) 
         await gone(pid)
 
 
-async def test_workspace_replaced(workers: Workers, root: FilesystemRoot) -> None:
+async def test_workspace_replaced(workers: Workers, root: LaidRoot) -> None:
     """Where the workspace became another folder, the next call after a second sees the new one."""
     names = orjson.loads(await workers.call(root, "names", {}))
     assert names == ["a.txt"]
@@ -211,7 +227,7 @@ async def test_workspace_replaced(workers: Workers, root: FilesystemRoot) -> Non
             names = orjson.loads(await workers.call(root, "names", {}))
 
 
-async def test_workspace_is_no_link(workers: Workers, root: FilesystemRoot, tmp_path: Path) -> None:
+async def test_workspace_is_no_link(workers: Workers, root: LaidRoot, tmp_path: Path) -> None:
     """A workspace, or a folder above it, that became a link is not followed."""
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -230,19 +246,25 @@ async def test_workspace_is_no_link(workers: Workers, root: FilesystemRoot, tmp_
 
 
 async def test_only_where_tenants_live(tmp_path: Path) -> None:
-    """The broker opens nothing outside the folders that it was started with."""
-    inside, outside = make_root(tmp_path / "pool"), make_root(tmp_path / "pool-evil")
-    async with Workers(Settings(), operations=PROBES, allowed=[tmp_path / "pool"]) as workers:
+    """The broker opens nothing outside the folder of its tenants, whatever name it is asked for."""
+    inside = make_root(tmp_path / "pool")
+    make_root(tmp_path / "pool-evil")
+    (tmp_path / "pool" / "link").symlink_to(tmp_path / "pool-evil" / "one")
+    async with Workers(Settings(), folders(tmp_path / "pool"), PROBES) as workers:
         assert await echo(workers, inside) == "hi"
-        await workers.forget("one")
-        for root in (outside, FilesystemRoot("x", tmp_path / "pool" / ".." / "pool-evil", "/", 1, 1)):
+        for name in ("", ".", "..", "../pool-evil/one", "one/", str(tmp_path / "pool-evil/one"), "two", "\0"):
+            with pytest.raises(NotFound):
+                await echo(workers, FilesystemRoot(name, "/srv/site"))
+        for workspace in ("srv/site", "/srv/../srv/site", "/srv/site/", "/srv\0"):
             with pytest.raises(Unavailable):
-                await echo(workers, root)
+                await workers.call(FilesystemRoot("one", workspace, "new"), "names", {})
+        with pytest.raises(Unavailable):
+            await echo(workers, FilesystemRoot("link", "/srv/site"))
 
 
-async def test_idle_worker_ends(root: FilesystemRoot) -> None:
+async def test_idle_worker_ends(root: LaidRoot) -> None:
     """A worker ends after its idle time; the next call starts another."""
-    async with Workers(Settings(worker_idle=0.2), operations=PROBES) as workers:
+    async with Workers(Settings(worker_idle=0.2), folders(root.path.parent), PROBES) as workers:
         pid = await pid_of(workers, root)
         await gone(pid)
         assert await echo(workers, root) == "hi"
@@ -251,7 +273,7 @@ async def test_idle_worker_ends(root: FilesystemRoot) -> None:
 async def test_maximum(tmp_path: Path) -> None:
     """The worker that rested longest makes room; where all are busy a new one is refused."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(3)]
-    async with Workers(Settings(max_workers=2, tool_timeout=1), operations=PROBES) as workers:
+    async with Workers(Settings(max_workers=2, tool_timeout=1), folders(tmp_path), PROBES) as workers:
         first = await pid_of(workers, roots[0])
         second = await pid_of(workers, roots[1])
         await echo(workers, roots[2])
@@ -281,9 +303,9 @@ async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
     assert await echo(workers, root) == "hi"
 
 
-async def test_everything_ends_with_the_gateway(root: FilesystemRoot) -> None:
+async def test_everything_ends_with_the_gateway(root: LaidRoot) -> None:
     """Leaving the context ends broker and workers."""
-    async with Workers(Settings(), operations=PROBES) as workers:
+    async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
         pid = await pid_of(workers, root)
         process = workers.broker._process
         assert process is not None
@@ -291,9 +313,9 @@ async def test_everything_ends_with_the_gateway(root: FilesystemRoot) -> None:
     assert not alive(pid)
 
 
-async def test_edits_are_not_lost(root: FilesystemRoot) -> None:
+async def test_edits_are_not_lost(root: LaidRoot) -> None:
     """Of many edits sent at once to one file none is lost."""
-    async with Workers(Settings()) as workers:
+    async with Workers(Settings(), folders(root.path.parent)) as workers:
         tools, session = FileTools(workers, Settings()), ToolSession()
         lines = "".join(f"[{i}]\n" for i in range(60))
         await tools.call(root, session, "Write", {"file_path": "count.txt", "content": lines})

@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.rootfs import FilesystemRoot, Workers
 from gateway.rootfs.operations import Limits, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
 from gateway.tools import FILE_TOOLS, FileTools, ToolSession
 from gateway.tools.operations import OPERATIONS
 from gateway.tools.reading import SCALE
+from tests.unit.test_rootfs_workers import MAPPED, USER, folders
 
 WORKSPACE = "/srv/site"
 CASES = [
@@ -94,9 +95,9 @@ class Site:
 
     def own(self) -> None:
         """Give everything to the tenant's user."""
-        if os.getuid() == 0:
+        if MAPPED:
             for path in (self.folder, *self.folder.rglob("*")):
-                os.chown(path, self.root.uid, self.root.gid, follow_symlinks=False)
+                os.chown(path, USER, USER, follow_symlinks=False)
 
     async def step(self, step: dict[str, Any]) -> None:
         if "wait_ms" in step:
@@ -116,8 +117,8 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-async def workers() -> AsyncIterator[Workers]:
-    async with Workers(Settings()) as running:
+async def workers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workers]:
+    async with Workers(Settings(), folders(tmp_path_factory.getbasetemp())) as running:
         yield running
 
 
@@ -125,12 +126,7 @@ async def workers() -> AsyncIterator[Workers]:
 async def site(request: pytest.FixtureRequest, tmp_path: Path, workers: Workers) -> AsyncIterator[Site]:
     folder = tmp_path / "srv" / "site"
     folder.mkdir(parents=True)
-    # Ids as in a tenant's container where that is possible, so that a worker runs with mapped ones.
-    uid, gid = os.getuid(), os.getgid()
-    idmap: tuple[IdMap, ...] = ()
-    if uid == 0:
-        uid, gid, idmap = 1000, 1000, (IdMap(True, True, 0, 1_000_000, 65_536),)
-    root = FilesystemRoot(tmp_path.name, tmp_path, WORKSPACE, uid, gid, idmap)
+    root = FilesystemRoot(tmp_path.name, WORKSPACE)
     if request.param == "here":
         here = HereWorkers(folder)
         yield Site(folder, FileTools(here, Settings()), root)  # type: ignore[arg-type]  # the stand-in

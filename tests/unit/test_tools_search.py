@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ async def ask(site: Path, tool: str, **given: object) -> str:
     here = HereWorkers(site)
     try:
         tools = FileTools(here, Settings())  # type: ignore[arg-type]  # the stand-in
-        root = FilesystemRoot("search", site, "/srv/site", os.getuid(), os.getgid())
+        root = FilesystemRoot("search", "/srv/site")
         result = await tools.call(root, ToolSession(), tool, given)
         return str(result.data()["content"][0]["text"])
     finally:

@@ -21,6 +21,7 @@ from typing import Final
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost
 from gateway.rootfs.cgroups import Cgroup, of_init
+from gateway.rootfs.trees import of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
 from gateway.runtime.incus.refusals import translated
@@ -213,7 +214,7 @@ class Commands:
         if root is None:
             return 0
         for folder in (root / CGROUP_PARENT).glob(f"{self._own}-*"):
-            left = self.cgroup(folder)
+            left = self.cgroup(name, root, folder.name)
             if folder.name == self._life or not left.reachable():
                 continue
             killed = await left.kill(0, self.settings.cancel_timeout)
@@ -226,9 +227,12 @@ class Commands:
         """Let go of the shells that wait in a tenant to which something happened, or of all."""
         self._standbys.drop(name)
 
-    def cgroup(self, path: Path) -> Cgroup:
-        """Return the group of commands at a path of the host, ended by the broker where there is one."""
-        return Cgroup(path) if self._broker is None else Cgroup(path, self._broker.on_tree)
+    def cgroup(self, name: str, container: Path, group: str) -> Cgroup:
+        """Return a group of commands below a container's, ended by the broker where there is one."""
+        path, broker = of_command(container, group), self._broker
+        if broker is None:
+            return Cgroup(path)
+        return Cgroup(path, lambda step, _: broker.on_tree(name, group, step))
 
 
 class IncusProcess:
@@ -366,7 +370,7 @@ class IncusProcess:
         if self._preamble.ready and self._preamble.method != "cgroup":
             return None
         root = of_init(self._init_pid) if self._init_pid else None
-        return None if root is None else self._commands.cgroup(root / CGROUP_PARENT / self._exec_id)
+        return None if root is None else self._commands.cgroup(self.tenant, root, self._exec_id)
 
     async def _tidy(self) -> None:
         cgroup = self._cgroup()

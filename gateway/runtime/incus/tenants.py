@@ -2,7 +2,7 @@
 
 Incus is the database: which instances are tenants, their state, domain and port are read from it. An
 instance is a tenant where `user.gateway.managed` is true in its expanded configuration, which the tenant
-profile sets; others do not exist for the gateway. Only where the rootfs lies and which process is the
+profile sets; others do not exist for the gateway. Only the state of its disks and which process is the
 container's first is kept, for as long as the event stream stands that would tell of a change.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -23,7 +23,8 @@ import orjson
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs import FilesystemRoot, IdMap
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.tenants import Instances, is_tenant
 from gateway.runtime import ExecSpec, Process, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import Commands, is_ours
 from gateway.runtime.incus.refusals import translated
@@ -31,7 +32,6 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MANAGED: Final = "user.gateway.managed"
 DOMAIN: Final = "user.gateway.domain"
 PORT: Final = "user.gateway.port"
 
@@ -75,8 +75,9 @@ class IncusRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
-        self._pools = settings.incus_socket.parent / "storage-pools"
-        self.roots: tuple[Path, ...] = (self._pools,)
+        self.tenants: Mapping[str, Any] = Instances(
+            str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
+        ).told()
         self._located: dict[str, _Located] = {}
         self._watching = False
         self.commands = Commands(settings, self._incus, self.init_pid)
@@ -96,7 +97,7 @@ class IncusRuntime:
     async def list(self) -> list[Tenant]:
         with translated(""):
             instances = await self._incus.get("/1.0/instances", recursion="2")
-        return [_tenant(instance) for instance in instances if _is_tenant(instance)]
+        return [_tenant(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
         return _tenant(await self._instance(name))
@@ -284,7 +285,7 @@ class IncusRuntime:
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
             instance: dict[str, Any] = await self._incus.get(instance_path(name), recursion="1")
-        if not _is_tenant(instance):
+        if not is_tenant(instance):
             raise NotFound(f"no tenant {name}")
         return instance
 
@@ -294,27 +295,11 @@ class IncusRuntime:
             return located
         watching = self._watching  # a change during the look-up must not be kept
         instance = await self._instance(name)
-        located = _Located(self._root(name, instance), int(instance["state"].get("pid") or 0))
+        root = FilesystemRoot(name, self._settings.workspace, _disk_state(instance))
+        located = _Located(root, int(instance["state"].get("pid") or 0))
         if watching and self._watching:
             self._located[name] = located
         return located
-
-    def _root(self, name: str, instance: Mapping[str, Any]) -> FilesystemRoot:
-        settings, config = self._settings, instance["config"]
-        project = settings.incus_project
-        folder = name if project == "default" else f"{project}_{name}"
-        pool = instance["expanded_devices"]["root"]["pool"]
-        idmap = _idmap(config.get("volatile.idmap.current") or config.get("volatile.idmap.next") or "[]")
-        return FilesystemRoot(
-            tenant=name,
-            path=self._pools / pool / "containers" / folder / "rootfs",
-            workspace=settings.workspace,
-            uid=settings.workspace_uid,
-            gid=settings.workspace_uid,
-            idmap=idmap,
-            # an empty last idmap means that the kernel maps ids at the mount: the disk holds them unshifted
-            shifted=bool(_idmap(config.get("volatile.last_state.idmap") or "[]")),
-        )
 
     async def _state(self, name: str, action: str, *, force: bool = False) -> None:
         timeout = self._settings.lifecycle_timeout
@@ -352,12 +337,6 @@ def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[
     return changes
 
 
-def _is_tenant(instance: Mapping[str, Any]) -> bool:
-    # one that is just being made has no expanded configuration yet
-    expanded = instance.get("expanded_config") or {}
-    return instance.get("type") == "container" and expanded.get(MANAGED) == "true"
-
-
 def _tenant(instance: Mapping[str, Any]) -> Tenant:
     config, devices = instance["expanded_config"], instance["expanded_devices"]
     port = config.get(PORT, "")
@@ -390,11 +369,13 @@ def _address(instance: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _idmap(text: str) -> tuple[IdMap, ...]:
-    return tuple(
-        IdMap(line["Isuid"], line["Isgid"], line["Nsid"], line["Hostid"], line["Maprange"])
-        for line in orjson.loads(text) or ()
-    )
+def _disk_state(instance: Mapping[str, Any]) -> str:
+    """Return what changes with an instance's disks, their ids or their content as a whole."""
+    config, devices = instance["config"], instance["expanded_devices"]
+    keys = ("uuid.generation", "idmap.current", "idmap.next", "last_state.idmap")
+    disks = {name: device for name, device in devices.items() if device.get("type") == "disk"}
+    facts = [[config.get(f"volatile.{key}") for key in keys], disks]
+    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 async def _with_ticks(
