@@ -122,6 +122,7 @@ class Connection:
             "ping": self._ping,
             "tools/list": self._tools_list,
             "tools/call": self._tools_call,
+            "session/end": self._session_end,
             "exec/start": self._exec_start,
             "exec/attach": self._exec_attach,
             "exec/detach": self._exec_detach,
@@ -308,6 +309,8 @@ class Connection:
         except asyncio.CancelledError:
             if not pending.cancelled:  # the connection ends: nobody reads an answer
                 raise
+            if isinstance(request.params, protocol.ToolsCall) and request.params.call_id is not None:
+                await self._hub.toolbox.give_up(self._tenant, request.params.call_id)
             reply = protocol.failure(request.id, Cancelled("the request was cancelled"))
         except Exception:
             log.exception("%s of tenant %s failed", request.method, self._tenant)
@@ -378,6 +381,11 @@ class Connection:
             call_id=params.call_id,
         )
         return _Answer(result.encoded)
+
+    async def _session_end(self, params: protocol.NoParams) -> _Answer:
+        assert self._session is not None
+        await self._hub.toolbox.end(self._session)
+        return _Answer({})
 
     # --- commands -----------------------------------------------------------------------------------
 

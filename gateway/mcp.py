@@ -121,7 +121,7 @@ class Mcp:
             case "POST":
                 await self._post(caller, body, scope, receive, send)
             case "DELETE" if caller.handshake is not None:
-                await self._toolbox.end_session(tenant, _tool_session(caller.handshake))
+                await self._toolbox.end_named(tenant, _tool_session(caller.handshake))
                 await Response(status_code=204)(scope, receive, send)
             case _:  # nothing is ever sent that was not asked for: a GET stream would stay silent
                 await Response(status_code=405, headers={"Allow": "POST, DELETE"})(scope, receive, send)
@@ -170,6 +170,7 @@ class Mcp:
             raise MCPError(types.INVALID_PARAMS, error.message) from None
         except GatewayError as error:
             return _refusal(error)
+        call_id = _call_id(context.meta)
         work = asyncio.create_task(
             self._toolbox.call(
                 caller.tenant,
@@ -177,7 +178,7 @@ class Mcp:
                 params.name,
                 params.arguments or {},
                 by=caller.token.subject,
-                call_id=_call_id(context.meta),
+                call_id=call_id,
             )
         )
         key = (caller.tenant, caller.handshake or "", context.request_id)
@@ -198,6 +199,8 @@ class Mcp:
             # until nothing is left of the command
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([work])
+                if call_id is not None:
+                    await self._toolbox.give_up(caller.tenant, call_id)
 
     async def _wait(
         self, context: ServerRequestContext[Any, Any], name: str, work: asyncio.Task[ToolResult]

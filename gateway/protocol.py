@@ -248,6 +248,7 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "ping": NoParams,
     "tools/list": NoParams,
     "tools/call": ToolsCall,
+    "session/end": NoParams,
     "exec/start": ExecStart,
     "exec/attach": ExecAttach,
     "exec/detach": ExecRef,

@@ -179,6 +179,11 @@ class Settings(BaseSettings):
     mcp_progress: float = Field(15.0, gt=0, description="seconds between progress messages of an MCP call")
     # records
     store_waiting: int = Field(10_000, gt=0, description="reads and writes of records that may wait at once")
+    call_linger: float = Field(
+        30.0,
+        ge=0,
+        description="seconds that a call with a callId outlives its connection, to be asked again",
+    )
     receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events

@@ -49,12 +49,14 @@ _TOLD: Final = (
 _WRITES: Final = frozenset({"Write", "Edit"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Receipt:
-    """The outcome of one `callId`: what was asked, and the result or its promise."""
+    """One `callId`: what was asked, the call itself or its outcome, and how many wait for that."""
 
     digest: bytes
-    result: asyncio.Future[ToolResult]
+    work: asyncio.Task[ToolResult]
+    waiting: int = 0
+    lingering: asyncio.TimerHandle | None = None
 
 
 class ShellTools(Protocol):
@@ -104,7 +106,10 @@ class Toolbox:
     ) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        running = [receipt.work for receipt in self._receipts.values() if not receipt.work.done()]
+        for work in running:
+            work.cancel()
+        await asyncio.gather(*running, *self._ending, return_exceptions=True)
 
     def descriptions(self) -> list[dict[str, Any]]:
         """Return the tools as `tools/list` shows them."""
@@ -152,11 +157,17 @@ class Toolbox:
         else:
             await self._shells.end(session)
 
-    async def end_session(self, tenant: str, name: str) -> None:
-        """End a session by its name, if there is one; return when nothing of it runs."""
-        session = self._sessions.pop((tenant, name), None)
+    async def end(self, session: ToolSession) -> None:
+        """End a session; return when nothing of it runs. The next of its name begins anew."""
+        for key in [key for key, one in self._sessions.items() if one is session]:
+            del self._sessions[key]
+        await self._shells.end(session)
+
+    async def end_named(self, tenant: str, name: str) -> None:
+        """End the tenant's session of that name, if there is one."""
+        session = self._sessions.get((tenant, name))
         if session is not None:
-            await self._shells.end(session)
+            await self.end(session)
 
     def forget(self, tenant: str) -> None:
         """End the sessions of a tenant that is destroyed: another of its name starts anew."""
@@ -191,34 +202,58 @@ class Toolbox:
         by: str = "",
         call_id: str | None = None,
     ) -> ToolResult:
-        """Run one tool; with a `call_id` that was seen before, return what it returned.
+        """Run one tool; with a `call_id` that was seen before, return what it returned, or will.
 
-        Raises `Conflict` where that id stood for another input, and what `FileTools.call` raises.
+        A call with an id is not ended by the end of who asked: it goes on for `call_linger` seconds, so that
+        a client whose connection broke can ask again. `give_up` ends it. Raises `Conflict` where that id
+        stood for another input, and what `FileTools.call` raises.
         """
         if call_id is None:
             return await self._call(tenant, session, name, arguments, by, call_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
         key = (tenant, call_id)
         receipt = self._receipts.get(key)
-        if receipt is not None:
-            if receipt.digest != digest:
-                raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
-            return await asyncio.shield(receipt.result)
-        promise: asyncio.Future[ToolResult] = asyncio.get_running_loop().create_future()
-        self._receipts[key] = _Receipt(digest, promise)
+        if receipt is None:
+            work = asyncio.create_task(self._call(tenant, session, name, arguments, by, call_id))
+            receipt = self._receipts[key] = _Receipt(digest, work)
+            work.add_done_callback(lambda _: self._settle(key, receipt))
+        elif receipt.digest != digest:
+            raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
+        return await self._await(receipt)
+
+    async def _await(self, receipt: _Receipt) -> ToolResult:
+        if receipt.lingering is not None:
+            receipt.lingering.cancel()
+            receipt.lingering = None
+        receipt.waiting += 1
         try:
-            result = await self._call(tenant, session, name, arguments, by, call_id)
-        except BaseException as error:
-            del self._receipts[key]  # it did not happen: it may be tried again
-            # who waits for the same call was not cancelled itself
-            gone = isinstance(error, asyncio.CancelledError)
-            promise.set_exception(Cancelled("the call was cancelled by who asked first") if gone else error)
-            promise.exception()  # seen, also where nobody else waits
+            return await asyncio.shield(receipt.work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if receipt.work.cancelled() and task is not None and not task.cancelling():
+                raise Cancelled("the call was given up by who asked for it") from None
             raise
-        promise.set_result(result)
+        finally:
+            receipt.waiting -= 1
+            if not receipt.waiting and not receipt.work.done():
+                loop, seconds = asyncio.get_running_loop(), self._settings.call_linger
+                receipt.lingering = loop.call_later(seconds, receipt.work.cancel)
+
+    async def give_up(self, tenant: str, call_id: str) -> None:
+        """End a call that runs under this id, for everybody; return when nothing of it is left."""
+        receipt = self._receipts.get((tenant, call_id))
+        if receipt is not None and not receipt.work.done():
+            receipt.work.cancel()
+            await asyncio.wait([receipt.work])
+
+    def _settle(self, key: tuple[str, str], receipt: _Receipt) -> None:
+        if receipt.lingering is not None:
+            receipt.lingering.cancel()
+        if receipt.work.cancelled() or receipt.work.exception() is not None:
+            del self._receipts[key]  # it did not happen: it may be tried again
+            return
         self._receipts.move_to_end(key)
         self._trim_receipts()
-        return result
 
     async def _call(
         self,
@@ -258,6 +293,6 @@ class Toolbox:
     def _trim_receipts(self) -> None:
         while len(self._receipts) > self._settings.receipts_kept:
             oldest = next(iter(self._receipts))
-            if not self._receipts[oldest].result.done():
+            if not self._receipts[oldest].work.done():
                 return  # still runs: it is trimmed by one of the next
             del self._receipts[oldest]

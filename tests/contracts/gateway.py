@@ -253,6 +253,52 @@ class ToolsContract:
                 await wire.call("tools/call", name="Read", arguments={"file_path": "o.txt"}, callId="once")
             assert caught.value.code == "conflict"
 
+    async def test_a_call_with_an_id_outlives_its_socket(self, gateway: LiveGateway, tenant: str) -> None:
+        """Who asks again on another socket joins it, even after several breaks: the command runs once."""
+        given = {"command": "echo x >>survived; until [ -e now ]; do sleep 0.05; done; wc -l <survived"}
+        asked = {"name": "Bash", "arguments": given, "callId": mark()}
+        async with gateway.wire(tenant) as other:
+            for _ in range(3):
+                async with gateway.wire(tenant) as wire:
+                    await wire.start_call("tools/call", **asked)
+                    await other.run(command="until [ -e survived ]; do sleep 0.05; done")
+            await other.run(command="touch now")
+            said = await other.call("tools/call", **asked)
+            assert said["content"][0]["text"] == "1"
+            assert await other.call("tools/call", **asked) == said
+            await other.run(command="rm survived now")
+
+    async def test_a_call_that_nobody_asks_for_again_ends(self, quick: LiveGateway, tenant: str) -> None:
+        tree = Tree()
+        async with quick.wire(tenant) as wire:
+            given = {"command": tree.script}
+            await wire.start_call("tools/call", name="Bash", arguments=given, callId=mark())
+            await tree.grown()
+        await until(lambda: tree.alive() == 0)
+
+    async def test_a_cancelled_call_with_an_id_is_ended_for_everybody(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """And may be made again: it did not happen."""
+        tree = Tree()
+        asked = {"name": "Bash", "arguments": {"command": tree.script}, "callId": mark()}
+        async with gateway.wire(tenant) as wire, gateway.wire(tenant) as other:
+            number, reply = await wire.start_call("tools/call", **asked)
+            await tree.grown()
+            _, same = await other.start_call("tools/call", **asked)
+            await other.call("ping")
+            await wire.send({"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": number}})
+            for waiting in (reply, same):
+                with pytest.raises(RpcFailure) as caught:
+                    await asyncio.wait_for(waiting, 10)
+                assert caught.value.code == "cancelled"
+            assert tree.alive() == 0
+            number, reply = await wire.start_call("tools/call", **asked)
+            await tree.grown()
+            await wire.send({"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": number}})
+            await asyncio.gather(reply, return_exceptions=True)
+            assert tree.alive() == 0
+
     async def test_http_gives_the_same_answer(self, gateway: LiveGateway, tenant: str) -> None:
         async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
             await wire.call("tools/call", name="Write", arguments={"file_path": "h.txt", "content": "x"})
@@ -763,6 +809,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_TENANT_WATCHES": "4",
     "GATEWAY_WATCH_FOLDERS": "50",
     "GATEWAY_MCP_PROGRESS": "0.2",
+    "GATEWAY_CALL_LINGER": "0.5",
 }
 
 

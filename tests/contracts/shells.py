@@ -81,6 +81,20 @@ class ShellContract:
         await asyncio.gather(reply, return_exceptions=True)
         await until(lambda: front.alive() + behind.alive() + moved.alive() == 0)
 
+    async def test_an_ended_session_leaves_nothing(self, gateway: LiveGateway, tenant: str) -> None:
+        """One with a name too, which another socket shares: it begins anew there."""
+        for session in ({}, {"session": "to-end"}):
+            tree = Tree()
+            async with gateway.wire(tenant, **session) as wire, gateway.wire(tenant, **session) as other:
+                await call(wire, "Bash", {"command": "mkdir -p ended && cd ended"})
+                await background(wire, tree.script)
+                await tree.grown()
+                assert await wire.call("session/end") == {}
+                assert tree.alive() == 0
+                assert await other.call("session/end") == {}
+            async with gateway.wire(tenant, **session) as wire:
+                assert await call(wire, "Bash", {"command": "basename $PWD"}) == (False, "site")
+
     async def test_a_dropped_http_request_leaves_nothing(self, gateway: LiveGateway, tenant: str) -> None:
         tree = Tree()
         async with gateway.http(tenant) as http:
