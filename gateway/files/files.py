@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ClassVar
 
+import orjson
+
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.files.transfers import Source, Transfers
 from gateway.files.watches import Watch, Watches
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.links import Links
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def file_written(bus: Bus, tenant: str, path: str, by: str) -> None:
@@ -40,15 +49,27 @@ class Files:
         self._bus = bus
         self._transfers = Transfers(workers, settings)
         self._watches = Watches(workers, settings)
+        self._settings = settings
+        self._began = time.time()
+        # One at a time, and a worker of its own: a sweep goes through a whole workspace.
+        self._sweeps = Links(workers, "", maximum=1, idle=settings.worker_idle, search=True)
+        self._sweeping = asyncio.Lock()
+        self._swept: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Files:
         await self._transfers.__aenter__()
         await self._watches.__aenter__()
+        await self._sweeps.__aenter__()
+        self._workers.opened = self._opened
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for task in self._swept.values():
+            task.cancel()
+        await asyncio.gather(*self._swept.values(), return_exceptions=True)
+        await self._sweeps.__aexit__(kind, error, trace)
         await self._watches.__aexit__(kind, error, trace)
         await self._transfers.__aexit__(kind, error, trace)
 
@@ -100,6 +121,37 @@ class Files:
         """Let go of a tenant's files, which are others now or going away. `reason` is told to who watches."""
         await self._transfers.forget(tenant)
         await self._watches.forget(tenant, reason)
+        self._sweeps.end(tenant)
+        await self._sweeps.ended()
+        if (task := self._swept.get(tenant)) is not None and task.done():
+            del self._swept[tenant]
+
+    def _opened(self, root: FilesystemRoot, broke: bool) -> None:
+        """Have a workspace swept when it is first opened, and where a worker was killed at its work."""
+        task = self._swept.get(root.tenant)
+        if task is None or (broke and task.done()):
+            self._swept[root.tenant] = asyncio.create_task(self._sweep(root))
+
+    async def _sweep(self, root: FilesystemRoot) -> None:
+        """Remove the unfinished files that killed gateways and workers left.
+
+        What was written to within `transfer_stall` may be another gateway's, which is just ending or serves
+        the tenant too: what is older is nobody's.
+        """
+        stall = self._settings.transfer_stall
+        async with self._sweeping:
+            await asyncio.sleep(max(0.0, self._began + stall - time.time()))  # for those of a life before
+            try:
+                link = await self._sweeps.get(root)
+                given = {"before": time.time() - stall}
+                reply, _ = await link.call("files/sweep", given, self._settings.tool_timeout + 1)
+            except GatewayError as error:
+                log.info("the workspace of %s could not be swept: %s", root.tenant, error.message)
+            else:
+                if removed := orjson.loads(reply)["removed"]:
+                    log.warning("removed %d unfinished files from the workspace of %s", removed, root.tenant)
+            finally:
+                self._sweeps.end(root.tenant)
 
     async def recheck(self, tenant: str) -> None:
         """Something of the tenant changed: end its watches where its files are in another place now."""

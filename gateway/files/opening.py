@@ -27,17 +27,19 @@ from gateway.rootfs.tree import TEMPORARY, etag, refusal
 class _Upload:
     """An upload that is not finished: the folder and name of its file, and the file it is to replace.
 
-    `old` only keeps that file alive until the end. To free a large one takes a tenth of a second, and must
-    happen here, not in the worker that does the tenant's other calls.
+    `nameless` is the file itself where it gets its name only at the end: then nothing is left of it, whoever
+    is killed before. `old` only keeps that file alive until the end. To free a large one takes a tenth of a
+    second, and must happen here, not in the worker that does the tenant's other calls.
     """
 
     directory: int
     temporary: str
+    nameless: int | None
     old: int | None
 
 
 _unfinished: dict[str, _Upload] = {}  # one process serves one tenant
-_UNFINISHED_MAX = 64  # each takes two of a worker's 256 descriptors; the gateway's own limit is below it
+_UNFINISHED_MAX = 64  # each takes three of a worker's 256 descriptors; the gateway's own limit is below it
 
 
 def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
@@ -78,15 +80,20 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
             raise
     token = os.urandom(8).hex()
     temporary = f"{TEMPORARY}{os.getpid():x}-{token}"
+    nameless: int | None = None
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
+        try:
+            descriptor = kernel.open_nameless(directory, os.O_WRONLY, temporary)
+            nameless = os.dup(descriptor)
+        except OSError:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
     except BaseException:
         os.close(directory)
         if old is not None:
             os.close(old)
         raise
-    _unfinished[token] = _Upload(directory, temporary, old)
+    _unfinished[token] = _Upload(directory, temporary, nameless, old)
     os.fchmod(descriptor, mode)
     inode = os.fstat(descriptor).st_ino
     told = {"token": token, "folder": folder, "temporary": temporary, "inode": inode}
@@ -104,6 +111,16 @@ def _above(workspace: Workspace, folder: str) -> tuple[str, int]:
     raise NotFound("no such file or directory", reason="missing")
 
 
+def _finish(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Give an upload the name from which it is moved to its place, if it has none yet."""
+    found = _unfinished.get(given["token"])
+    if found is None:
+        raise NotFound("no such upload")
+    if found.nameless is not None:
+        kernel.name_file(found.nameless, found.directory, found.temporary)
+    return b"{}"
+
+
 def _release(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Forget an upload, and remove its file where it did not get its place. A second time does nothing."""
     found = _unfinished.pop(given["token"], None)
@@ -112,9 +129,9 @@ def _release(workspace: Workspace, given: dict[str, Any]) -> bytes:
             with suppress(FileNotFoundError):
                 os.unlink(found.temporary, dir_fd=found.directory)
         finally:
-            os.close(found.directory)
-            if found.old is not None:
-                os.close(found.old)
+            for descriptor in (found.directory, found.nameless, found.old):
+                if descriptor is not None:
+                    os.close(descriptor)
     return b"{}"
 
 
@@ -138,6 +155,7 @@ def _operation(method: Operation) -> Operation:
 OPERATIONS: dict[str, Operation] = {
     "files/open": _operation(_open),
     "files/create": _operation(_create),
+    "files/finish": _operation(_finish),
     "files/release": _operation(_release),
     "files/releaseAll": _operation(_release_all),
 }

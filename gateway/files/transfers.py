@@ -172,6 +172,7 @@ class Transfers:
         async with self._hold(root, "files/create", given) as (link, told, held):
 
             async def commit() -> dict[str, Any]:
+                await link.call("files/finish", {"token": told["token"]}, self._settings.tool_timeout)
                 place = {name: told[name] for name in ("folder", "temporary", "inode")}
                 reply = await self._workers.call(root, "files/commit", {**given, **place, "createDirs": True})
                 found: dict[str, Any] = orjson.loads(reply)

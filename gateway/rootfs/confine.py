@@ -294,6 +294,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "newfstatat": (262, 79),
     "unlinkat": (263, 35),
     "renameat": (264, 38),
+    "linkat": (265, 37),
     "readlinkat": (267, 78),
     "fchmodat": (268, 53),
     "ppoll": (271, 73),

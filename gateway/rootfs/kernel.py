@@ -37,6 +37,9 @@ _SYS_OPENAT2 = 437
 _RENAME_NOREPLACE = 1
 _INOTIFY_EVENT = struct.Struct("iIII")  # wd, mask, cookie, length of the name that follows
 
+# whether `open_nameless` can; None until it was tried
+_names_files: bool | None = None if hasattr(os, "O_TMPFILE") else False
+
 _libc = ctypes.CDLL(None, use_errno=True)
 syscall = _libc.syscall
 syscall.restype = ctypes.c_long
@@ -148,6 +151,38 @@ def rename_new(source_folder: int, source: bytes, target_folder: int, target: by
         os.rename(source, target, src_dir_fd=source_folder, dst_dir_fd=target_folder)
         return
     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
+def open_nameless(directory: int, flags: int, probe: str) -> int:
+    """Open a new file that lies in `directory` without a name, to be given one by `name_file`.
+
+    It goes with its last descriptor, whatever ends the process. Raises `OSError` where the file system cannot
+    or the kernel would not let us name it (Linux before 6.10), which is tried once, with the name `probe`.
+    """
+    global _names_files
+    if _names_files is False:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    flags |= os.O_TMPFILE | os.O_CLOEXEC
+    descriptor = os.open(".", flags, 0o600, dir_fd=directory)
+    if _names_files:
+        return descriptor
+    try:
+        name_file(descriptor, directory, probe)
+        os.unlink(probe, dir_fd=directory)
+    except OSError as error:
+        # EPERM, ENOENT: no right to; EINVAL, ENOSYS: no such call; the rest may come right another time
+        if error.errno in (errno.EPERM, errno.EACCES, errno.ENOENT, errno.EINVAL, errno.ENOSYS):
+            _names_files = False
+        raise
+    finally:
+        os.close(descriptor)
+    _names_files = True
+    return os.open(".", flags, 0o600, dir_fd=directory)  # one that had a name gets no second
+
+
+def name_file(descriptor: int, directory: int, name: str) -> None:
+    """Give an open file a name, which must be free. Raises `OSError`."""
+    checked(_libc.linkat(descriptor, b"", directory, os.fsencode(name), AT_EMPTY_PATH), "linkat")
 
 
 def started(pid: int) -> str:

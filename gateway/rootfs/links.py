@@ -162,7 +162,8 @@ class Links:
 
     At most `maximum` run; one that nobody holds makes room, else a new one is `RateLimited`. One that nobody
     holds ends after `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose
-    worker ended by itself. `farewell` is an operation that a worker does before it is ended by us.
+    worker ended by itself. `farewell` is an operation that a worker does before it is ended by us; others'
+    work goes before that of `search` ones.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Links:
         maximum: int,
         idle: float,
         farewell: str = "",
+        search: bool = False,
         told: Callable[[str, bytes], None] = lambda tenant, payload: None,
         lost: Callable[[str], None] = lambda tenant: None,
     ) -> None:
@@ -181,6 +183,7 @@ class Links:
         self._maximum = maximum
         self._idle = idle
         self._farewell = farewell
+        self._search = search
         self._told = told
         self._lost = lost
         self._links: dict[str, Link] = {}
@@ -242,7 +245,8 @@ class Links:
 
     async def _spawn(self, root: FilesystemRoot) -> Link:
         self._make_room()
-        answer, descriptors = await self._workers.broker.request(self._workers.spawn(root, self._kind).wire())
+        spawn = self._workers.spawn(root, self._kind, search=self._search)
+        answer, descriptors = await self._workers.broker.request(spawn.wire())
         connection = socket.socket(fileno=descriptors[0])
         connection.setblocking(False)
         tenant = root.tenant

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -226,9 +226,10 @@ class _Worker(asyncio.Protocol):
 class _Slot:
     """The place of one worker of a tenant. `lock` lets one call through at a time, in their order."""
 
-    __slots__ = ("lock", "waiting", "worker")
+    __slots__ = ("broke", "lock", "waiting", "worker")
 
     def __init__(self) -> None:
+        self.broke = False
         self.lock = asyncio.Lock()
         self.waiting = 0
         self.worker: _Worker | None = None
@@ -240,7 +241,8 @@ class Workers:
     `tenants` describes where they are found, and may be left out where a broker listens that knows it.
     `operations` names the module whose table the workers serve. At most `max_workers` run; where all are busy
     a call for another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, with
-    `forget`, when its workspace is another folder than it was, and with the gateway.
+    `forget`, when its workspace is another folder than it was, and with the gateway. `opened` is called for
+    each new worker for single files; `broke` says whether the one before was ended in the middle of a call.
     """
 
     def __init__(
@@ -263,6 +265,7 @@ class Workers:
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
         self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
+        self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         self._slots: dict[tuple[str, bool], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -306,7 +309,10 @@ class Workers:
             async with slot.lock:
                 worker = await self._ready(slot, root, search=search)
                 worker.send(request)
-                return result_of(operation, await self._answer(slot, worker, search=search))
+                try:
+                    return result_of(operation, await self._answer(slot, worker, search=search))
+                finally:
+                    slot.broke |= worker.closed
         finally:
             slot.waiting -= 1
 
@@ -371,6 +377,9 @@ class Workers:
             _log.error("a file worker of %s did not start: %s", root.tenant, said)
             raise Unavailable("a file worker could not be started")
         worker.layers = tuple(orjson.loads(reply[1:]))
+        if not search:
+            broke, slot.broke = slot.broke, False
+            self.opened(root, broke)
         return worker
 
     def spawn(self, root: FilesystemRoot, loop: str = "", *, search: bool = False) -> Spawn:

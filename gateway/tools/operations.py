@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.files import opening
+from gateway.files import opening, sweeping
 from gateway.files import operations as editor
 from gateway.files.watching import LOOPS
 from gateway.rootfs.operations import Operation, Workspace
@@ -51,6 +51,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
     **editor.OPERATIONS,
     **opening.OPERATIONS,
+    **sweeping.OPERATIONS,
     **outputs.OPERATIONS,
 }
 

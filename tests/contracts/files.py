@@ -6,6 +6,7 @@ import asyncio
 import base64
 import filecmp
 import io
+import itertools
 import os
 import time
 from pathlib import Path
@@ -370,9 +371,10 @@ class TransferContract:
         begun = asyncio.Event()
 
         async def endless() -> Any:
-            while True:
+            for sent in itertools.count():
                 yield b"x" * 65536
-                begun.set()
+                if sent == 512:  # more than the sockets between hold: the file has been opened
+                    begun.set()
 
         async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
             await http.put(f"{base}/old", data=b"old")
@@ -386,8 +388,6 @@ class TransferContract:
                 begun.clear()
                 sending = asyncio.ensure_future(http.put(f"{base}/{name}", data=endless()))
                 await begun.wait()
-                while b".gateway-" not in await found():
-                    pass
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
                 async with asyncio.timeout(10):

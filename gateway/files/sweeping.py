@@ -1,0 +1,61 @@
+"""Knows how a worker removes unfinished files that nobody will finish: a killed process could not.
+
+Writes and edits are renamed into place within a millisecond of being made, uploads too where the kernel lets
+a file be without a name until then. What a SIGKILL catches in between stays under a name that only we give.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from gateway.rootfs import kernel
+from gateway.rootfs.operations import Operation, Workspace
+from gateway.rootfs.tree import TEMPORARY, Names, Walk
+
+_OURS = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
+_FOLDER = kernel.O_PATH | os.O_DIRECTORY
+
+
+class _Unfinished:
+    """Chooses what has a name of ours, in every folder."""
+
+    def enter(self, path: str, names: Names, state: Any) -> None:
+        return None
+
+    def folder(self, path: str, state: Any) -> bool:
+        return True
+
+    def file(self, path: str, state: Any) -> bool:
+        return _OURS.fullmatch(path.rpartition("/")[2]) is not None
+
+
+def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Remove unfinished files that were last touched before the time `before`; return how many.
+
+    A tenant may have put anything under such a name: it loses what it put there, and nothing else is reached.
+    """
+    tree, limits = workspace.tree, workspace.limits
+    deadline = time.monotonic() + limits.tool_timeout
+    walk = Walk(tree, "", _Unfinished(), maximum=limits.visit_max, deadline=deadline, ordered=False)
+    removed = 0
+    for path, status in walk:
+        if max(status.st_mtime, status.st_ctime) >= given["before"]:
+            continue
+        folder, _, name = path.rpartition("/")
+        with suppress(OSError):
+            directory = tree.open_real(folder, _FOLDER)
+            try:
+                os.unlink(name, dir_fd=directory)
+                removed += 1
+            finally:
+                os.close(directory)
+    return orjson.dumps({"removed": removed, "visited": walk.visited, "truncated": walk.truncated})
+
+
+OPERATIONS: dict[str, Operation] = {"files/sweep": _sweep}
