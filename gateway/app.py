@@ -41,7 +41,7 @@ from gateway.errors import (
     Unauthorized,
     Unavailable,
 )
-from gateway.events import Bus, Filter, MemoryJournal, sse
+from gateway.events import Bus, Filter, StoredJournal, sse
 from gateway.execs import Attachment, Ended, Execs
 from gateway.files import http
 from gateway.files.files import Files
@@ -107,8 +107,15 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.draining = False
-        self.bus = Bus(MemoryJournal(settings.events_kept, settings.events_bytes))
         self.store = Store(settings.state_dir, settings.store_waiting)
+        self.journal = StoredJournal(
+            self.store,
+            kept=settings.events_kept,
+            kept_bytes=settings.events_bytes,
+            age=settings.events_age,
+            waiting=settings.events_waiting,
+        )
+        self.bus = Bus(self.journal)
         self._secret = auth.load_secret(settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
@@ -165,6 +172,7 @@ class Gateway:
         settings = self.settings
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.journal)
             runtime: TenantRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             self._workers = workers
@@ -308,6 +316,10 @@ class Gateway:
         if self.draining:
             raise Unavailable("the gateway is draining", reason="draining")
         await self.hub.runtime.ready()
+        if self.journal.failed is not None:
+            raise Unavailable(
+                f"events cannot be recorded: {self.journal.failed.message}", **self.journal.failed.facts
+            )
         return _json({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:

@@ -189,6 +189,10 @@ class Settings(BaseSettings):
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")
     events_bytes: int = Field(64 * MiB, gt=0, description="bytes of events kept for replay")
+    events_age: float = Field(604_800.0, gt=0, description="seconds that events are kept for replay")
+    events_waiting: int = Field(
+        50_000, gt=0, description="events that wait in memory while they cannot be written"
+    )
     events_keepalive: float = Field(15.0, gt=0, description="seconds between SSE comment lines")
 
     # Incus

@@ -47,7 +47,6 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE TABLE journal (
         one INTEGER PRIMARY KEY CHECK (one = 1),
-        newest INTEGER NOT NULL,
         boot TEXT
     ) STRICT;
     """,

@@ -1,11 +1,22 @@
 """Knows what happened: the journal that keeps events, the bus that hands them on, their SSE form.
 
-From outside use `Bus`, `Filter`, `Event`, `MemoryJournal` and `sse.response`. A publisher calls
+From outside use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. A publisher calls
 `Bus.publish` and forgets; a subscriber holds a cursor on the journal and nothing else.
 """
 
 from gateway.events.bus import Bus, Subscription
 from gateway.events.event import GAP, Draft, Event, Filter
-from gateway.events.journal import Journal, MemoryJournal
+from gateway.events.journal import Journal, MemoryJournal, StoredJournal, Stretch
 
-__all__ = ["GAP", "Bus", "Draft", "Event", "Filter", "Journal", "MemoryJournal", "Subscription"]
+__all__ = [
+    "GAP",
+    "Bus",
+    "Draft",
+    "Event",
+    "Filter",
+    "Journal",
+    "MemoryJournal",
+    "StoredJournal",
+    "Stretch",
+    "Subscription",
+]

@@ -6,7 +6,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gateway.events.event import Draft, Event, Filter, gap
@@ -67,7 +67,8 @@ class Bus:
         """Follow the events that `filter` lets through: from now on, or all after the id `after`.
 
         The place in the journal is taken now, not when iteration starts: subscribe first, read the
-        state after, and no change falls between. Where `after` is older than what is kept, or lies in
+        state after, and no change falls between. What was published a moment before and is not written
+        yet comes too. Where `after` is older than what is kept, or lies in
         the future because it was given out by another life, a `gap` comes first and then all that is
         kept.
         """
@@ -76,7 +77,10 @@ class Bus:
         return subscription
 
     def close(self) -> None:
-        """End every subscription once it has delivered what is recorded by now. Idempotent."""
+        """End every subscription once it has delivered what is recorded by now. Idempotent.
+
+        What cannot be recorded is not waited for.
+        """
         self._closed = True
         self._wake()
 
@@ -96,7 +100,7 @@ class Subscription:
 
     def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
         self._bus, self._journal, self._filter = bus, journal, filter
-        self._ready: deque[Event] = deque()  # at most BATCH
+        self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
         self._cursor = journal.newest if after is None else after
 
@@ -108,30 +112,49 @@ class Subscription:
         return self
 
     async def __anext__(self) -> Event:
+        if self._ready or await self._fill():
+            return self._ready.popleft()
+        raise StopAsyncIteration
+
+    async def batch(self) -> Sequence[Event]:
+        """Return the next events, at most some dozens, as soon as there is one; none after the end."""
+        if not self._ready and not await self._fill():
+            return ()
+        events = tuple(self._ready)
+        self._ready.clear()
+        return events
+
+    async def _fill(self) -> bool:
+        """Have something ready; return False where iteration ends instead."""
+        journal, source = self._journal, self._bus._source
         while not self._closed:
+            grown, closing, before = self._bus._grown, self._bus.closed, self._cursor
+            if before > journal.last:
+                self._cursor = journal.oldest - 1
+                self._ready.append(gap(journal.oldest, source, time.time()))
+                return True
+            stretch = await journal.read(before, BATCH, self._filter)
+            if self._closed:
+                break
+            self._cursor = stretch.end
+            if stretch.start > before:
+                self._ready.append(gap(stretch.start + 1, source, time.time()))
+            self._ready.extend(stretch.events)
             if self._ready:
-                return self._ready.popleft()
-            grown, closing = self._bus._grown, self._bus.closed
-            if self._cursor + 1 < self._journal.oldest or self._cursor > self._journal.newest:
-                self._cursor = self._journal.oldest - 1
-                return gap(self._journal.oldest, self._bus._source, time.time())
-            batch = await self._journal.read(self._cursor, BATCH)
-            if not batch:
-                if closing:
-                    break
+                return True
+            if stretch.end > before:
+                # reading from memory never waits: let others run while we skip a long stretch
+                await asyncio.sleep(0)
+            elif closing and journal.settled and journal.newest <= before:
+                break
+            else:
                 self._waiting = True
                 try:
                     await grown.wait()
                 finally:
                     self._waiting = False
-            elif batch[0].id == self._cursor + 1:  # else retention was faster: the gap is found above
-                self._cursor = batch[-1].id
-                self._ready.extend(event for event in batch if self._filter.matches(event))
-                if not self._ready:
-                    # reading from memory never waits: let others run while we skip a long stretch
-                    await asyncio.sleep(0)
         self.close()
-        raise StopAsyncIteration
+        return False
 
     def close(self) -> None:
         """End the iteration, also for a task that waits in it. Idempotent."""

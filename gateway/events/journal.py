@@ -1,14 +1,54 @@
-"""Knows how events are kept: the interface of a journal, and one that lives in memory."""
+"""Knows how events are kept: the interface of a journal, one in the store, and one that lives in memory."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol
 
-from gateway.events.event import Draft, Event, numbered
+from gateway.events.event import EVERYTHING, Draft, Event, Filter, numbered
+from gateway.store import Store, StoreFailed
+
+log = logging.getLogger(__name__)
 
 MiB = 1 << 20
+
+# events that one read looks at: bounds how long it holds up others where few of them are wanted
+_SCAN: Final = 512
+# what is kept in memory of a journal on disk, for whoever keeps up
+_RECENT, _RECENT_BYTES = 4096, 8 * MiB
+# events of one commit
+_GROUP: Final = 1024
+# seconds that events wait for others to share their commit: one for each would slow down the very tool calls
+# that they tell of by an eighth (measured)
+_GATHER: Final = 0.01
+_RETRY: Final = 1.0
+# seconds between two looks for what is too old
+_AGEING: Final = 600.0
+# a power cut may take back the last commits, and with them ids that were seen: far beyond what can be lost
+_JUMP: Final = 1_000_000
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What a read found: the wanted events with ids in `start < id <= end`, all of them.
+
+    What lies between the id after which was asked and `start` is gone.
+    """
+
+    start: int
+    end: int
+    events: Sequence[Event]
 
 
 class Journal(Protocol):
@@ -28,19 +68,26 @@ class Journal(Protocol):
         """Id of the newest readable event; where there was none yet, the one before the first."""
         ...
 
+    @property
+    def last(self) -> int:
+        """The id that was given out last, readable or not."""
+        ...
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way: what was appended is readable, or cannot be made so now."""
+        ...
+
     def append(self, drafts: Sequence[Draft]) -> list[Event]:
         """Give each draft the next id and keep it. Does not wait; `grown` is called once readable."""
         ...
 
-    async def read(self, after: int, limit: int) -> list[Event]:
-        """Return at most `limit` events with ids above `after`, in order, without a hole.
-
-        A hole can only be in front: where the first id is not `after + 1`, the ones between are gone.
-        """
+    async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
+        """Return the next stretch after an id, with at most `limit` events; empty where nothing is yet."""
         ...
 
     def watch(self, grown: Callable[[], None]) -> None:
-        """Call `grown` in the loop whenever `newest` rises. One watcher: the bus."""
+        """Call `grown` in the loop when `newest` rises or `settled` becomes true. One watcher: the bus."""
         ...
 
 
@@ -54,7 +101,7 @@ class MemoryJournal:
     """
 
     def __init__(self, kept: int, kept_bytes: int = 64 * MiB, first: int | None = None) -> None:
-        first = time.time_ns() // 1_000_000 if first is None else first
+        first = _clock() if first is None else first
         self._kept, self._kept_bytes = kept, kept_bytes
         self._events: dict[int, Event] = {}  # ids without holes, oldest first
         self._oldest, self._newest = first, first - 1
@@ -69,23 +116,261 @@ class MemoryJournal:
     def newest(self) -> int:
         return self._newest
 
+    @property
+    def last(self) -> int:
+        return self._newest
+
+    @property
+    def settled(self) -> bool:
+        return True
+
     def append(self, drafts: Sequence[Draft]) -> list[Event]:
         # all are encoded before one is kept: a draft that is not JSON leaves no hole in the ids
         events = [numbered(draft, self._newest + n) for n, draft in enumerate(drafts, 1)]
+        self.keep(events)
+        if events:
+            self._grown()
+        return events
+
+    def keep(self, events: Sequence[Event]) -> None:
+        """Take over events that have their ids; what is before a hole is let go."""
         for event in events:
+            if event.id != self._newest + 1:
+                self._events.clear()
+                self._bytes, self._oldest = 0, event.id
             self._newest = event.id
             self._events[event.id] = event
             self._bytes += len(event.encoded)
             while len(self._events) > self._kept or (self._bytes > self._kept_bytes and self._events):
                 self._bytes -= len(self._events.pop(self._oldest).encoded)
                 self._oldest += 1
-        if events:
-            self._grown()
-        return events
 
-    async def read(self, after: int, limit: int) -> list[Event]:
-        first = max(after + 1, self._oldest)
-        return [self._events[number] for number in range(first, min(self._newest, first + limit - 1) + 1)]
+    async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
+        return self.look(after, limit, wanted)
+
+    def look(self, after: int, limit: int, wanted: Filter) -> Stretch:
+        """Do as `read`, which here never waits."""
+        start = end = max(after, self._oldest - 1)
+        found: list[Event] = []
+        for number in range(start + 1, min(self._newest, start + _SCAN) + 1):
+            end, event = number, self._events[number]
+            if wanted.matches(event):
+                found.append(event)
+                if len(found) == limit:
+                    break
+        return Stretch(start, end, found)
 
     def watch(self, grown: Callable[[], None]) -> None:
         self._grown = grown
+
+
+class StoredJournal:
+    """Events in the gateway's store, and the latest in memory too. Use as an async context manager.
+
+    Kept are the last `kept` events, at most `kept_bytes` of their JSON, none older than `age` seconds but
+    the newest, whose id is the next life's beginning. While the store cannot be written, up to `waiting`
+    events wait in memory, unseen by anybody; of more the oldest are dropped, which subscribers are told by
+    a gap. `failed` says so meanwhile; each second it is tried again.
+    """
+
+    def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float, waiting: int) -> None:
+        self._store = store
+        self._kept, self._kept_bytes, self._age, self._room = kept, kept_bytes, age, waiting
+        self._last = self._newest = 0  # the ids that were given out and became readable last
+        self._held: deque[tuple[int, int, float]] = deque()  # id, bytes and time of what is in the store
+        self._bytes = 0
+        self._recent = MemoryJournal(_RECENT, _RECENT_BYTES, first=1)
+        self._waiting: deque[Event] = deque()
+        self._writing = False
+        self._appended = asyncio.Event()
+        self._grown: Callable[[], None] = lambda: None
+        self._writer: asyncio.Task[None] | None = None
+        self.failed: StoreFailed | None = None
+
+    async def __aenter__(self) -> StoredJournal:
+        """Take up where the last life ended. Raises `StoreFailed`."""
+        boot = _BOOT.read_text().strip()
+        whole = await self._store.write(lambda connection: _begun(connection, boot), durable=True)
+        rows, recent = await self._store.read(_kept)
+        self._held.extend(rows)
+        self._bytes = sum(row[1] for row in rows)
+        self._last = self._newest = rows[-1][0] if rows else _clock()
+        self._recent.keep(recent)
+        if not whole:
+            self._last += _JUMP
+        self._appended.set()  # what grew too old meanwhile goes at once
+        self._writer = asyncio.create_task(self._write(), name="journal")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write what waits, once; say what could not be."""
+        assert self._writer is not None
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+        try:
+            await self._flush()
+            await self._store.write(_ended, durable=True)
+        except StoreFailed as failed:
+            log.error("%d events are lost: %s", len(self._waiting), failed.message)
+
+    @property
+    def oldest(self) -> int:
+        return self._held[0][0] if self._held else self._newest + 1
+
+    @property
+    def newest(self) -> int:
+        return self._newest
+
+    @property
+    def last(self) -> int:
+        return self._last
+
+    @property
+    def settled(self) -> bool:
+        return self.failed is not None or not (self._waiting or self._writing)
+
+    def append(self, drafts: Sequence[Draft]) -> list[Event]:
+        events = [numbered(draft, self._last + n) for n, draft in enumerate(drafts, 1)]
+        if events:
+            self._last = events[-1].id
+            self._waiting.extend(events)
+            self._trim()
+            self._appended.set()
+        return events
+
+    async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
+        if after + 1 >= max(self._recent.oldest, self.oldest):
+            return self._recent.look(after, limit, wanted)
+        newest = self.newest
+        return await self._store.read(lambda connection: _stretch(connection, after, newest, limit, wanted))
+
+    def watch(self, grown: Callable[[], None]) -> None:
+        self._grown = grown
+
+    def _trim(self) -> None:
+        while len(self._waiting) > self._room:
+            self._waiting.popleft()
+
+    async def _write(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._age, _AGEING)):
+                    await self._appended.wait()
+            await asyncio.sleep(_GATHER)
+            try:
+                await self._flush()
+            except StoreFailed as failed:
+                if self.failed is None:
+                    log.error("events cannot be written: %s", failed.message)
+                self.failed = failed
+                self._grown()
+                await asyncio.sleep(_RETRY)
+            else:
+                if self.failed is not None:
+                    log.warning("events can be written again")
+                self.failed = None
+
+    async def _flush(self) -> None:
+        """Write what waits, and remove what need not be kept any more. Raises `StoreFailed`."""
+        self._appended.clear()
+        while True:
+            events = list(islice(self._waiting, _GROUP))
+            coming = [(event.id, len(event.encoded), event.time) for event in events]
+            outdated = self._outdated(coming)
+            if not events and not outdated:
+                return
+            for _ in events:
+                self._waiting.popleft()
+            self._writing = True
+            try:
+                await self._store.write(lambda connection: _write(connection, events, outdated))  # noqa: B023
+            except BaseException:
+                self._waiting.extendleft(reversed(events))
+                self._trim()
+                raise
+            finally:
+                self._writing = False
+            self._held.extend(coming)
+            self._bytes += sum(entry[1] for entry in coming)
+            while self._held and self._held[0][0] <= outdated:
+                self._bytes -= self._held.popleft()[1]
+            self._newest = self._held[-1][0]
+            self._recent.keep(events)
+            self._grown()
+
+    def _outdated(self, coming: Sequence[tuple[int, int, float]]) -> int:
+        """Return the id up to which nothing is kept once those have come; 0 for none."""
+        count = len(self._held) + len(coming)
+        size = self._bytes + sum(entry[1] for entry in coming)
+        born = time.time() - self._age
+        upto = 0
+        for number, length, at in chain(self._held, coming):
+            if count == 1 or not (count > self._kept or size > self._kept_bytes or at < born):
+                break
+            count, size, upto = count - 1, size - length, number
+        return upto
+
+
+def _clock() -> int:
+    return time.time_ns() // 1_000_000
+
+
+# --- statements: each is a work of the store -----------------------------------------------------------
+
+
+def _begun(connection: sqlite3.Connection, boot: str) -> bool:
+    """Note that a life begins; return whether all that the last one wrote must still be there."""
+    found = connection.execute("SELECT boot FROM journal").fetchone()
+    connection.execute("INSERT OR REPLACE INTO journal VALUES (1, ?)", (boot,))
+    return found is None or found[0] in (None, boot)
+
+
+def _ended(connection: sqlite3.Connection) -> None:
+    connection.execute("UPDATE journal SET boot = NULL")
+
+
+def _kept(connection: sqlite3.Connection) -> tuple[list[tuple[int, int, float]], Sequence[Event]]:
+    """Return what is kept of every event, and the latest of them."""
+    rows = connection.execute("SELECT id, length(encoded), time FROM events ORDER BY id").fetchall()
+    if not rows:
+        return rows, ()
+    after = rows[max(0, len(rows) - _RECENT)][0] - 1
+    return rows, list(_events(connection, after, rows[-1][0], _RECENT))
+
+
+def _write(connection: sqlite3.Connection, events: Sequence[Event], outdated: int) -> None:
+    # those of a write whose end was not seen may be there already
+    connection.executemany(
+        "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (event.id, event.time, event.type, event.source, event.tenant, event.deployment, event.encoded)
+            for event in events
+        ],
+    )
+    if outdated:
+        connection.execute("DELETE FROM events WHERE id <= ?", (outdated,))
+
+
+def _events(connection: sqlite3.Connection, after: int, upto: int, limit: int) -> Iterator[Event]:
+    for number, at, type_, source, tenant, deployment, encoded in connection.execute(
+        "SELECT * FROM events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?", (after, upto, limit)
+    ):
+        yield Event(number, type_, source, at, tenant, deployment, encoded)
+
+
+def _stretch(connection: sqlite3.Connection, after: int, newest: int, limit: int, wanted: Filter) -> Stretch:
+    start = end = after
+    found: list[Event] = []
+    for event in _events(connection, after, newest, _SCAN):
+        if event.id != end + 1:
+            if end > after:
+                break  # the next stretch begins after this hole
+            start = event.id - 1
+        end = event.id
+        if wanted.matches(event):
+            found.append(event)
+            if len(found) == limit:
+                break
+    return Stretch(start, end, found)

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.errors import InvalidParams
-from gateway.events import GAP, Bus, Draft, Event, Filter, Journal, MemoryJournal, Subscription
+from gateway.events import (
+    GAP,
+    Bus,
+    Draft,
+    Event,
+    Filter,
+    Journal,
+    MemoryJournal,
+    StoredJournal,
+    Subscription,
+)
+from gateway.events import (
+    journal as journal_module,
+)
 from gateway.events.bus import BATCH
 from gateway.events.event import numbered
+from gateway.store import FILE, Store
+from tests.unit.test_store import Held
 
 ALL = Filter()
 
@@ -22,8 +46,46 @@ def event(type: str = "exec.started", tenant: str | None = "shop", deployment: s
     return numbered(Draft(type, "/gateway/t", 0.0, tenant, deployment), 1)
 
 
-def small(kept: int = 4, first: int = 100) -> Bus:
-    return Bus(MemoryJournal(kept, first=first), "t")
+Make = Callable[..., Awaitable[Journal]]
+
+
+@pytest.fixture(params=["memory", "stored"])
+async def make(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Make]:
+    """Return what makes an empty journal: of each kind, since the bus must not see a difference."""
+    monkeypatch.setattr(journal_module, "_RECENT", 32)  # so that most reads are of the disk
+    async with AsyncExitStack() as stack:
+
+        async def one(kept: int = 1000, kept_bytes: int = 1 << 26) -> Journal:
+            if request.param == "memory":
+                return MemoryJournal(kept, kept_bytes)
+            store = await stack.enter_async_context(Store(tmp_path))
+            return await stack.enter_async_context(stored(store, kept=kept, kept_bytes=kept_bytes))
+
+        yield one
+
+
+def stored(
+    store: Store,
+    kept: int = 1000,
+    kept_bytes: int = 1 << 26,
+    age: float = 4e9,  # these tests' events are of 1970
+    waiting: int = 10_000,
+) -> StoredJournal:
+    return StoredJournal(store, kept=kept, kept_bytes=kept_bytes, age=age, waiting=waiting)
+
+
+async def settle(journal: Journal) -> None:
+    """Wait until what was appended is readable."""
+    async with asyncio.timeout(10):
+        while not journal.settled:
+            await asyncio.sleep(0)
+
+
+async def read(journal: Journal, after: int, limit: int = 100) -> tuple[int, int, list[int]]:
+    stretch = await journal.read(after, limit)
+    return stretch.start, stretch.end, [event.id for event in stretch.events]
 
 
 async def take(subscription: Subscription, count: int) -> list[Event]:
@@ -41,7 +103,7 @@ async def rest(subscription: Subscription) -> list[Event]:
 
 def test_an_event_is_a_cloudevent() -> None:
     made = numbered(Draft("exec.exited", "/gateway/host1", 1764032523.1234, "shop", None, {"exitCode": 0}), 7)
-    assert made.cloudevent() == {
+    assert json.loads(made.encoded) == {
         "specversion": "1.0",
         "id": "7",
         "source": "/gateway/host1",
@@ -50,11 +112,10 @@ def test_an_event_is_a_cloudevent() -> None:
         "time": "2025-11-25T01:02:03.123Z",
         "data": {"exitCode": 0},
     }
-    assert json.loads(made.encoded) == made.cloudevent()
 
 
 def test_an_event_of_no_tenant_has_no_subject() -> None:
-    assert "subject" not in event("gateway.ready", None).cloudevent()
+    assert "subject" not in json.loads(event("gateway.ready", None).encoded)
 
 
 @pytest.mark.parametrize(
@@ -108,27 +169,42 @@ def drafts(count: int, size: int = 0) -> list[Draft]:
     return [Draft("t", "/gateway/t", 0.0, data={"n": n, "x": "x" * size}) for n in range(count)]
 
 
-async def test_a_journal_gives_growing_ids_and_keeps_the_last() -> None:
-    journal = MemoryJournal(3, first=10)
-    assert (journal.oldest, journal.newest) == (10, 9)
-    assert await journal.read(0, 10) == []
-    assert [made.id for made in journal.append(drafts(5))] == [10, 11, 12, 13, 14]
-    assert (journal.oldest, journal.newest) == (12, 14)
-    assert [kept.id for kept in await journal.read(0, 10)] == [12, 13, 14]
-    assert [kept.id for kept in await journal.read(12, 1)] == [13]
-    assert await journal.read(14, 10) == []
-    assert await journal.read(99, 10) == []
+async def test_a_journal_gives_growing_ids_and_keeps_the_last(make: Make) -> None:
+    journal = await make(3)
+    first = journal.newest + 1
+    assert journal.oldest == first
+    assert await read(journal, journal.newest) == (first - 1, first - 1, [])
+    assert [made.id for made in journal.append(drafts(5))] == [first + n for n in range(5)]
+    await settle(journal)
+    assert (journal.oldest, journal.newest) == (first + 2, first + 4)
+    assert await read(journal, first - 50) == (first + 1, first + 4, [first + 2, first + 3, first + 4])
+    assert await read(journal, first + 1) == (first + 1, first + 4, [first + 2, first + 3, first + 4])
+    assert await read(journal, first + 2, 1) == (first + 2, first + 3, [first + 3])
+    assert await read(journal, first + 4) == (first + 4, first + 4, [])
 
 
-async def test_a_journal_is_bounded_in_bytes_too() -> None:
-    journal = MemoryJournal(1000, kept_bytes=10_000, first=1)
-    journal.append(drafts(50, size=1000))
-    kept = await journal.read(0, 1000)
+async def test_a_journal_is_bounded_in_bytes_too(make: Make) -> None:
+    journal = await make(1000, kept_bytes=10_000)
+    last = journal.append(drafts(50, size=1000))[-1].id
+    await settle(journal)
+    _, end, kept = await read(journal, journal.oldest - 1)
     assert 8 <= len(kept) <= 10
-    assert kept[-1].id == 50
-    journal.append(drafts(1, size=100_000))  # one that is too large alone is not kept, and that shows
-    assert (journal.oldest, journal.newest) == (52, 51)
-    assert await journal.read(0, 10) == []
+    assert kept[-1] == end == last
+
+
+async def test_a_long_stretch_that_nobody_wants_is_read_in_parts(make: Make) -> None:
+    journal = await make(5000)
+    made = journal.append([Draft("t", "/gateway/t", 0.0, "shop" if n == 1999 else None) for n in range(2000)])
+    await settle(journal)
+    at, parts = made[0].id - 1, []
+    wanted = Filter(tenants=frozenset({"shop"}))
+    while at < journal.newest:
+        stretch = await journal.read(at, 10, wanted)
+        assert stretch.start == at < stretch.end
+        at = stretch.end
+        parts.append([event.id for event in stretch.events])
+    assert len(parts) == 4
+    assert parts[-1] == [made[-1].id] and not any(parts[:-1])
 
 
 def test_a_later_life_has_higher_ids() -> None:
@@ -139,27 +215,31 @@ def test_a_later_life_has_higher_ids() -> None:
     assert MemoryJournal(10).newest > before.newest
 
 
-async def test_what_is_not_json_is_refused_and_leaves_no_hole() -> None:
-    journal = MemoryJournal(10, first=1)
+async def test_what_is_not_json_is_refused_and_leaves_no_hole(make: Make) -> None:
+    journal = await make()
+    before = journal.newest
     with pytest.raises(TypeError):
         journal.append([*drafts(2), Draft("t", "/gateway/t", 0.0, data={"x": object()})])
-    assert (journal.oldest, journal.newest) == (1, 0)
+    (made,) = journal.append(drafts(1))
+    await settle(journal)
+    assert made.id == before + 1
+    assert await read(journal, before) == (before, made.id, [made.id])
 
 
 # --- the bus -----------------------------------------------------------------------------------------
 
 
-async def test_publish_returns_the_event_and_subscribers_get_it() -> None:
-    bus = small()
+async def test_publish_returns_the_event_and_subscribers_get_it(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     one, two = bus.subscribe(ALL), bus.subscribe(ALL)
     published = bus.publish("exec.started", "shop", {"exec": "e1"}, deployment="d1")
-    assert (published.id, published.tenant, published.deployment) == (100, "shop", "d1")
+    assert (published.tenant, published.deployment) == ("shop", "d1")
     assert published.data == {"exec": "e1", "deployment": "d1"}
     assert await take(one, 1) == await take(two, 1) == [published]
 
 
-async def test_a_subscriber_that_waits_is_woken() -> None:
-    bus = small()
+async def test_a_subscriber_that_waits_is_woken(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     subscription = bus.subscribe(ALL)
     waiting = asyncio.ensure_future(take(subscription, 1))
     await asyncio.sleep(0)
@@ -168,16 +248,18 @@ async def test_a_subscriber_that_waits_is_woken() -> None:
     assert await waiting == [published]
 
 
-async def test_a_subscription_starts_when_it_is_made() -> None:
-    bus = small()
+async def test_a_subscription_starts_when_it_is_made(make: Make) -> None:
+    journal = await make(4)
+    bus = Bus(journal, "t")
     bus.publish("before")
+    await settle(journal)
     subscription = bus.subscribe(ALL)
     between = bus.publish("between")
     assert await take(subscription, 1) == [between]
 
 
-async def test_after_replays_what_came_later() -> None:
-    bus = small()
+async def test_after_replays_what_came_later(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     first, second = bus.publish("a"), bus.publish("b")
     subscription = bus.subscribe(ALL, after=first.id)
     third = bus.publish("c")
@@ -185,8 +267,8 @@ async def test_after_replays_what_came_later() -> None:
     assert subscription.last_id == third.id
 
 
-async def test_only_matching_events_arrive_and_the_place_moves_on() -> None:
-    bus = small(kept=1000)
+async def test_only_matching_events_arrive_and_the_place_moves_on(make: Make) -> None:
+    bus = Bus(await make(1000), "t")
     subscription = bus.subscribe(Filter(frozenset({"shop"}), types=("exec.*",)))
     for _ in range(BATCH * 3):
         bus.publish("exec.started", "blog")
@@ -197,26 +279,32 @@ async def test_only_matching_events_arrive_and_the_place_moves_on() -> None:
     assert subscription.last_id == bus.newest
 
 
-@pytest.mark.parametrize("after", [0, 50, 101, 5000])
-async def test_what_is_gone_or_was_never_ours_is_a_gap_first(after: int) -> None:
-    bus = small(kept=3)
+@pytest.mark.parametrize("after", [-(10**9), -50, 1, 5000])
+async def test_what_is_gone_or_was_never_ours_is_a_gap_first(make: Make, after: int) -> None:
+    """Counted from the first event's id: long gone, gone, just gone, and of another life."""
+    journal = await make(3)
+    bus = Bus(journal, "t")
     made = [bus.publish(name) for name in "abcdef"]
-    got = await take(bus.subscribe(ALL, after=after), 4)
-    assert (got[0].type, got[0].data, got[0].id) == (GAP, {"oldest": 103}, 102)
+    await settle(journal)
+    got = await take(bus.subscribe(ALL, after=made[0].id + after), 4)
+    assert (got[0].type, got[0].data, got[0].id) == (GAP, {"oldest": made[3].id}, made[2].id)
     assert got[1:] == made[3:]
 
 
-@pytest.mark.parametrize("after", [102, 105])
-async def test_no_gap_where_nothing_is_missing(after: int) -> None:
-    bus = small(kept=3)
+@pytest.mark.parametrize("after", [2, 5])
+async def test_no_gap_where_nothing_is_missing(make: Make, after: int) -> None:
+    journal = await make(3)
+    bus = Bus(journal, "t")
     made = [bus.publish(name) for name in "abcdef"]
+    await settle(journal)
+    after += made[0].id
     subscription = bus.subscribe(ALL, after=after)
     bus.close()
     assert await rest(subscription) == [seen for seen in made if seen.id > after]
 
 
-async def test_a_gap_passes_every_filter_and_resuming_from_it_misses_nothing() -> None:
-    bus = small(kept=3)
+async def test_a_gap_passes_every_filter_and_resuming_from_it_misses_nothing(make: Make) -> None:
+    bus = Bus(await make(3), "t")
     for name in "abcdef":
         bus.publish(name, "shop")
     (gap,) = await take(bus.subscribe(Filter(frozenset(), types=("none",)), after=1), 1)
@@ -224,8 +312,8 @@ async def test_a_gap_passes_every_filter_and_resuming_from_it_misses_nothing() -
     assert [seen.type for seen in await rest(bus.subscribe(ALL, after=gap.id))] == ["d", "e", "f"]
 
 
-async def test_a_slow_subscriber_gets_a_gap_and_never_silence() -> None:
-    bus = small(kept=BATCH)
+async def test_a_slow_subscriber_gets_a_gap_and_never_silence(make: Make) -> None:
+    bus = Bus(await make(BATCH), "t")
     subscription = bus.subscribe(ALL)
     bus.publish("first")
     assert [seen.type for seen in await take(subscription, 1)] == ["first"]
@@ -235,8 +323,8 @@ async def test_a_slow_subscriber_gets_a_gap_and_never_silence() -> None:
     assert got[1:] == made[-BATCH:]
 
 
-async def test_a_burst_reaches_all_and_a_stalled_one_holds_nothing() -> None:
-    bus = small(kept=5000)
+async def test_a_burst_reaches_all_and_a_stalled_one_holds_nothing(make: Make) -> None:
+    bus = Bus(await make(5000), "t")
     active = [bus.subscribe(ALL) for _ in range(20)]
     stalled = bus.subscribe(ALL)
     first = bus.publish("first")
@@ -250,8 +338,8 @@ async def test_a_burst_reaches_all_and_a_stalled_one_holds_nothing() -> None:
     assert len(stalled._ready) <= BATCH
 
 
-async def test_close_delivers_what_was_published_and_ends_all() -> None:
-    bus = small()
+async def test_close_delivers_what_was_published_and_ends_all(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     waiting, late = bus.subscribe(ALL), bus.subscribe(ALL)
     task = asyncio.ensure_future(rest(waiting))
     await asyncio.sleep(0)
@@ -265,8 +353,8 @@ async def test_close_delivers_what_was_published_and_ends_all() -> None:
     assert bus.subscribers == 0
 
 
-async def test_one_subscription_can_be_closed_alone() -> None:
-    bus = small()
+async def test_one_subscription_can_be_closed_alone(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     one, two = bus.subscribe(ALL), bus.subscribe(ALL)
     tasks = [asyncio.ensure_future(rest(subscription)) for subscription in (one, two)]
     await asyncio.sleep(0)
@@ -278,8 +366,8 @@ async def test_one_subscription_can_be_closed_alone() -> None:
     assert await tasks[1] == [published]
 
 
-async def test_cancelling_a_waiting_reader_loses_nothing() -> None:
-    bus = small()
+async def test_cancelling_a_waiting_reader_loses_nothing(make: Make) -> None:
+    bus = Bus(await make(4), "t")
     subscription = bus.subscribe(ALL)
     task = asyncio.ensure_future(anext(subscription))
     await asyncio.sleep(0)
@@ -290,51 +378,172 @@ async def test_cancelling_a_waiting_reader_loses_nothing() -> None:
     assert await take(subscription, 1) == [published]
 
 
-class LateJournal(MemoryJournal):
-    """Gives ids at once and makes events readable later, as one on disk does."""
-
-    def __init__(self) -> None:
-        super().__init__(100, first=1)
-        self._written = 0
-
-    @property
-    def newest(self) -> int:
-        return self._written
-
-    def append(self, drafts: Sequence[Draft]) -> list[Event]:
-        grown, self._grown = self._grown, lambda: None
-        try:
-            return super().append(drafts)
-        finally:
-            self._grown = grown
-
-    async def read(self, after: int, limit: int) -> list[Event]:
-        await asyncio.sleep(0)
-        return [seen for seen in await super().read(after, limit) if seen.id <= self._written]
-
-    def written(self) -> None:
-        self._written = self._newest
-        self._grown()
-
-
-async def test_a_journal_that_writes_later_fits_the_same_bus() -> None:
-    """Nothing reaches a subscriber before it is written: a crash cannot take back what was seen."""
-    late = LateJournal()
-    journal: Journal = late
-    bus = Bus(journal, "t")
-    subscription = bus.subscribe(ALL)
-    task = asyncio.ensure_future(take(subscription, 2))
-    made = [bus.publish("a"), bus.publish("b")]
-    assert [seen.id for seen in made] == [1, 2]
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not task.done()
-    late.written()
-    assert await task == made
-
-
-def test_data_of_the_publisher_is_copied() -> None:
+async def test_data_of_the_publisher_is_copied(make: Make) -> None:
     data: dict[str, Any] = {"n": 1}
-    published = small().publish("a", None, data)
+    published = Bus(await make()).publish("a", None, data)
     data["n"] = 2
     assert published.data == {"n": 1}
+
+
+# --- the journal in the store --------------------------------------------------------------------------
+
+
+async def test_nothing_is_seen_before_it_is_written(tmp_path: Path) -> None:
+    """A crash cannot take back what was seen."""
+    async with Store(tmp_path) as store, stored(store) as journal:
+        bus = Bus(journal, "t")
+        subscription = bus.subscribe(ALL)
+        async with Held(store):
+            task = asyncio.ensure_future(take(subscription, 2))
+            made = [bus.publish("a"), bus.publish("b")]
+            assert made[1].id == made[0].id + 1  # ids are there at once
+            await asyncio.sleep(0.05)  # time for what must not happen
+            assert not task.done() and not journal.settled
+        assert await task == made
+
+
+async def test_events_and_ids_outlive_the_process(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store, stored(store) as journal:
+        bus = Bus(journal, "t")
+        made = [bus.publish("a", "shop", {"n": n}, "d1") for n in range(10)]
+    async with Store(tmp_path) as store, stored(store) as journal:
+        bus = Bus(journal, "t")
+        assert (journal.oldest, journal.newest) == (made[0].id, made[-1].id)
+        later = bus.publish("b")
+        assert later.id == made[-1].id + 1
+        assert await take(bus.subscribe(ALL, after=made[3].id), 7) == [*made[4:], later]
+
+
+async def test_old_events_go_and_the_newest_stays(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        async with stored(store) as journal:
+            made = journal.append(drafts(5))
+        async with stored(store, age=60) as journal:  # all are of 1970
+            await until(lambda: journal.oldest == made[-1].id)
+            later = Bus(journal, "t").publish("new")
+            await settle(journal)
+            assert await read(journal, made[0].id) == (later.id - 1, later.id, [later.id])
+        async with stored(store) as journal:
+            assert (journal.oldest, journal.newest) == (later.id, later.id)
+
+
+async def test_after_a_power_cut_ids_jump_and_a_gap_says_so(tmp_path: Path) -> None:
+    """The last commits may be lost then, and with them ids that subscribers have seen."""
+    async with Store(tmp_path) as store:
+        async with stored(store) as journal:
+            before = journal.append(drafts(2))
+        # no boot is noted after an orderly end: another boot is nothing to fear then
+        assert await store.read(lambda db: db.execute("SELECT boot FROM journal").fetchone()) == (None,)
+        await store.write(lambda db: db.execute("UPDATE journal SET boot = 'another'").rowcount)
+        async with stored(store) as journal:
+            bus = Bus(journal, "t")
+            after = bus.publish("after")
+            assert after.id > before[-1].id + 10_000
+            got = await take(bus.subscribe(ALL, after=before[0].id), 3)
+            assert [event.id for event in got] == [before[1].id, after.id - 1, after.id]
+            assert (got[1].type, got[1].data) == (GAP, {"oldest": after.id})
+
+
+async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) -> None:
+    async def pages(count: int) -> None:
+        await store.write(lambda db: db.execute(f"PRAGMA max_page_count={count}").fetchall())
+
+    async with Store(tmp_path) as store, stored(store, waiting=5) as journal:
+        bus = Bus(journal, "t")
+        subscription = bus.subscribe(ALL)
+        first = bus.publish("first")
+        assert await take(subscription, 1) == [first]
+        await pages(1)
+        lost = bus.publish("large", data={"x": "x" * 100_000})
+        await until(lambda: journal.failed is not None)
+        assert journal.failed is not None and journal.failed.facts == {"reason": "disk_full"}
+        waiting = [bus.publish("small") for _ in range(5)]
+        assert journal.newest == first.id
+        await pages(1 << 20)
+        got = await take(subscription, 6)
+        assert (got[0].type, got[0].id, got[0].data) == (GAP, lost.id, {"oldest": waiting[0].id})
+        assert got[1:] == waiting
+        await until(lambda: journal.failed is None)
+        assert await rest_of(bus) == []
+
+
+async def test_a_full_disk_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        async with stored(store) as journal:
+            bus = Bus(journal, "t")
+            await store.write(lambda db: db.execute("PRAGMA max_page_count=1").fetchall())
+            following = asyncio.ensure_future(rest(bus.subscribe(ALL)))
+            bus.publish("large", data={"x": "x" * 100_000})
+            bus.close()
+            assert await following == []
+
+
+async def rest_of(bus: Bus) -> list[Event]:
+    bus.close()
+    return await rest(bus.subscribe(ALL))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+_PUBLISHER = """
+import asyncio, sys
+from pathlib import Path
+from gateway.events import Bus, Filter, StoredJournal
+from gateway.store import Store
+
+async def main():
+    async with Store(Path(sys.argv[1])) as store:
+        async with StoredJournal(store, kept=100_000, kept_bytes=1 << 30, age=1e6, waiting=1000) as journal:
+            bus = Bus(journal)
+            seen = bus.subscribe(Filter(), after=journal.newest)
+
+            async def publish():
+                while True:
+                    for _ in range(3):
+                        bus.publish("t", "shop", {"life": sys.argv[2]})
+                    while len(journal._waiting) > 500:
+                        await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+
+            publishing = asyncio.ensure_future(publish())
+            async for event in seen:
+                sys.stdout.buffer.write(b"%d %s\\n" % (event.id, event.encoded))
+                sys.stdout.buffer.flush()
+
+asyncio.run(main())
+"""
+
+
+def test_what_a_subscriber_saw_survives_kills(tmp_path: Path) -> None:
+    """Nothing of it is lost or changed, and no id is given twice: 8 lives, each ended by SIGKILL."""
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS", "8"))
+    seen: dict[int, bytes] = {}
+    for life in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PUBLISHER, str(tmp_path), str(life)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        for _ in range(random.choice((1, 3, 50, 700))):
+            _note(seen, process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        *whole, _cut = process.stdout.read().split(b"\n")
+        for line in whole:
+            _note(seen, line)
+        process.wait()
+        process.stdout.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as found:
+        kept = dict(found.execute("SELECT id, encoded FROM events"))
+    assert len(seen) >= kills
+    assert {number: kept.get(number) for number in seen} == seen
+
+
+def _note(seen: dict[int, bytes], line: bytes) -> None:
+    number, _, encoded = line.strip().partition(b" ")
+    assert seen.setdefault(int(number), encoded) == encoded, "an id was given twice"
+    assert encoded.endswith(b"}")
