@@ -571,7 +571,7 @@ def _describe(tenant: Tenant) -> dict[str, Any]:
 
 
 async def _feed(attachment: Attachment, data: bytes) -> None:
-    await attachment.exec.write(data)
+    await attachment.write(data)
     attachment.exec.close_stdin()
 
 

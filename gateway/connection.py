@@ -209,7 +209,7 @@ class Connection:
             case protocol.Request():
                 await self._start(event)
             case protocol.Input(channel, data):
-                await self._attachments[channel].exec.write(data)
+                await self._attachments[channel].write(data)
             case protocol.CancelPending(id):
                 self._cancel_pending(id)
             case protocol.Refused(reply):
@@ -407,19 +407,22 @@ class Connection:
             "channel": channel,
             "pid": exec_.process.pid,
             "startedAt": started_at(exec_.process),
+            "attachment": attachment.id,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
     async def _exec_attach(self, params: protocol.ExecAttach) -> _Answer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
-        channel, attachment = self._attach(exec_, offsets)
+        channel, attachment = self._attach(exec_, offsets, params.resume)
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
         answer = {
             "channel": channel,
             "from": {"stdout": 0, "stderr": 0, **begin},
             "lost": attachment.lost,
             "state": exec_.state,
+            "attachment": attachment.id,
+            "stdin": attachment.taken,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
@@ -463,9 +466,13 @@ class Connection:
         self._require("exec")
         return self._hub.execs.get(self._tenant, exec_id)
 
-    def _attach(self, exec_: Exec, offsets: Mapping[str, int]) -> tuple[int, Attachment]:
+    def _attach(
+        self, exec_: Exec, offsets: Mapping[str, int], resume: str | None = None
+    ) -> tuple[int, Attachment]:
         """Attach anew; the connection's earlier attachment of the same command ends."""
-        attachment = exec_.attach(offsets)  # before the old one ends, so that nothing falls between
+        attachment = exec_.attach(
+            offsets, resume=resume
+        )  # before the old one ends, so that nothing falls between
         old = self._channels.get(exec_.id)
         if old is not None:
             self._detach(old)

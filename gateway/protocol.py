@@ -151,6 +151,7 @@ class Offsets(Params):
 class ExecAttach(Params):
     exec: str
     from_: Offsets = Field(default_factory=Offsets, alias="from")
+    resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
 class ExecRef(Params):

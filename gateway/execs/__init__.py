@@ -161,10 +161,12 @@ class Execs:
 
     async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
         """End a command's whole tree; return when nothing of it is left."""
+        grace = self._settings.cancel_grace if grace is None else grace
         ran = exec_.state == "running"
-        killed = await exec_.cancel(self._settings.cancel_grace if grace is None else grace)
-        if not ran and not killed.killed:
-            return killed  # nothing happened: nothing to tell
+        began = exec_.end("cancelled", grace)
+        killed = await exec_.cancel(grace)
+        if not began or (not ran and not killed.killed):
+            return killed  # nothing happened that is not told by another
         data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
         self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
         return killed

@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from gateway.errors import GatewayError, Unavailable
+from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.tail import Tail
 from gateway.runtime import ExecSpec, Killed, Process, StreamName
 
 log = logging.getLogger(__name__)
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
+
+_READERS: Final = 64  # of one command, whose place is kept for their return
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +104,27 @@ class Cursor:
         self.stream = stream
         self.offset = offset
         self._wake = asyncio.Event()
+        self._detached = False
+
+    def detach(self) -> None:
+        """Read no further, and hold the command back no more. Idempotent."""
+        self._detached = True
+        self.stream.detach(self)
+        self.wake()
 
     def wake(self) -> None:
         self._wake.set()
 
     async def next(self) -> list[bytes]:
         """Return the next bytes in parts, none after the stream's last. Call `taken` once delivered."""
-        while not (parts := self.stream.tail.read(self.offset)):
+        while not self._detached:
+            if parts := self.stream.tail.read(self.offset):
+                return parts
             if self.stream.ended:
-                return []
+                break
             self._wake.clear()
             await self._wake.wait()
-        return parts
+        return []
 
     def taken(self, parts: list[bytes]) -> None:
         self.offset += sum(map(len, parts))
@@ -120,19 +132,31 @@ class Cursor:
 
 
 class Attachment:
-    """One reader of a command's output: a cursor per stream. Close it; the command outlives it."""
+    """One reader of a command's output: a cursor per stream. Close it; the command outlives it.
 
-    def __init__(self, owner: Exec, offsets: Mapping[str, int]) -> None:
+    `id` is what the next attachment names to take its place; `taken` counts the bytes of its input that were
+    taken over, and those of the attachments before it.
+    """
+
+    def __init__(self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None) -> None:
         self.exec = owner
+        self.id = f"a-{secrets.token_hex(8)}"
+        self.taken: int = 0 if before is None else before.taken
+        self.closed = False
         self.cursors: dict[StreamName, Cursor] = {}
         self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
         for name, stream in owner.streams.items():
             self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0))
 
+    async def write(self, data: bytes) -> None:
+        """Queue input; waits while the command's buffer is full. Dropped where the input or we have ended."""
+        await self.exec.write(data, self)
+
     def close(self) -> None:
         """Detach. Idempotent."""
+        self.closed = True
         for cursor in self.cursors.values():
-            cursor.stream.detach(cursor)
+            cursor.detach()
         self.exec.detached(self)
 
 
@@ -165,6 +189,7 @@ class Exec:
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
         self._attachments: set[Attachment] = set()
+        self._places: OrderedDict[str, Attachment] = OrderedDict()
         self._began = time.monotonic()
         self._input = _Input(process, stdin_buffer)
         self._killing: asyncio.Task[Killed] | None = None
@@ -200,10 +225,22 @@ class Exec:
             duration = int((time.monotonic() - self._began) * 1000)
             self.ended.set_result(Ended(self._reason, code, signal, duration, offsets))
 
-    def attach(self, offsets: Mapping[str, int] | None = None) -> Attachment:
-        """Start to read from the given offsets (default: the beginning)."""
-        attachment = Attachment(self, offsets or {})
+    def attach(self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None) -> Attachment:
+        """Start to read from the given offsets (default: the beginning).
+
+        `resume` is an attachment whose reader has lost it: it ends, whatever became of its connection, and
+        its input goes on here. Raises `NotFound` for one that there never was, or that is forgotten.
+        """
+        before = None if resume is None else self._places.pop(resume, None)
+        if resume is not None and before is None:
+            raise NotFound(f"exec {self.id} has no attachment {resume}; attach anew", exec=self.id)
+        attachment = Attachment(self, offsets or {}, before)  # before the old one ends: nothing falls between
         self._attachments.add(attachment)
+        if before is not None:
+            before.close()
+        self._places[attachment.id] = attachment
+        if len(self._places) > _READERS:
+            self._places.popitem(last=False)
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
@@ -217,9 +254,9 @@ class Exec:
             loop = asyncio.get_running_loop()
             self._lingering = loop.call_later(self.linger, self.end, "cancelled", self._grace)
 
-    async def write(self, data: bytes) -> None:
-        """Queue input; waits while the command's buffer is full. Dropped where the input has ended."""
-        await self._input.put(data)
+    async def write(self, data: bytes, by: Attachment) -> None:
+        """Queue input of an attachment; waits while the command's buffer is full."""
+        await self._input.put(data, by)
 
     def close_stdin(self) -> None:
         """End the input after what was queued. Idempotent."""
@@ -234,14 +271,15 @@ class Exec:
         assert self._killing is not None
         return await asyncio.shield(self._killing)
 
-    def end(self, reason: Reason, grace: float) -> None:
-        """Start to end the tree and return at once."""
+    def end(self, reason: Reason, grace: float) -> bool:
+        """Start to end the tree and return at once: whether it was not being ended already."""
         if self._killing is not None and not (self._killing.done() and self.ended.done()):
-            return
+            return False
         if not self.ended.done():
             self._reason = reason
         self._killing = asyncio.create_task(self.process.kill(grace), name=f"kill {self.id}")
         self._killing.add_done_callback(_retrieved)
+        return True
 
     def describe(self) -> dict[str, Any]:
         """Return what `exec/list` tells."""
@@ -284,12 +322,13 @@ class _Input:
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
 
-    async def put(self, data: bytes) -> None:
+    async def put(self, data: bytes, by: Attachment) -> None:
         while self._size >= self._limit and not self._over:
             self._room.clear()
             await self._room.wait()
-        if self._ending or self._over or not data:
+        if self._ending or self._over or by.closed or not data:
             return
+        by.taken += len(data)
         self._queue.append(data)
         self._size += len(data)
         self._wake.set()

@@ -594,6 +594,49 @@ class ExecContract:
                 assert caught.value.code == "not_found"
 
 
+class ResumeContract:
+    async def test_an_attachment_takes_the_place_of_one_that_broke(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """What had not arrived is sent again and nothing twice, though the old socket still stands."""
+        async with gateway.wire(tenant) as old, gateway.wire(tenant) as new:
+            started = await old.call("exec/start", argv=["cat"], stdin=True)
+            exec_id, channel = started["exec"], started["channel"]
+            await old.stdin(channel, b"one ")
+            await old.until(lambda: old.output[channel, 1] == b"one ")
+            seen = {"stdout": 4, "stderr": 0}
+            asked = {"exec": exec_id, "from": seen, "resume": started["attachment"]}
+            resumed = await new.call("exec/attach", **asked)
+            assert (resumed["stdin"], resumed["from"], resumed["lost"]["stdout"]) == (4, seen, 0)
+            await old.stdin(channel, b"late ")
+            await old.call("ping")
+            await new.stdin(resumed["channel"], b"two ")
+            await new.until(lambda: new.output[resumed["channel"], 1] == b"two ")
+            with pytest.raises(RpcFailure) as caught:
+                await old.call("exec/attach", exec=exec_id, resume=started["attachment"])
+            assert caught.value.code == "not_found"
+            again = await old.call("exec/attach", exec=exec_id, resume=resumed["attachment"])
+            assert again["stdin"] == 8
+            await old.call("exec/closeStdin", exec=exec_id)
+            assert (await old.exited(exec_id))["offsets"]["stdout"] == 8
+            assert old.output[again["channel"], 1] == b"one two "
+
+    async def test_a_stale_attachment_holds_nothing_back(self, gateway: LiveGateway, tenant: str) -> None:
+        """A socket that takes nothing any more slows its command only until another takes its place."""
+        size = 24 << 20
+        async with gateway.wire(tenant) as new:
+            async with gateway.wire(tenant) as old:
+                started = await old.call("exec/start", argv=["head", "-c", str(size), "/dev/zero"])
+                old.socket.transport.pause_reading()
+                asked = {"exec": started["exec"], "resume": started["attachment"]}
+                resumed = await new.call("exec/attach", **asked)
+                exit_ = await new.exited(started["exec"])
+                assert exit_["offsets"]["stdout"] == size
+                got = len(new.output[resumed["channel"], 1])
+                assert got + resumed["lost"]["stdout"] == size
+                old.socket.transport.resume_reading()
+
+
 class HttpContract:
     async def test_health_needs_no_token(self, gateway: LiveGateway) -> None:
         async with aiohttp.ClientSession(gateway.url) as http:
@@ -791,7 +834,13 @@ class ShutdownContract:
 
 
 class GatewayContract(
-    ConnectionContract, ToolsContract, ExecContract, HttpContract, EventsContract, ShutdownContract
+    ConnectionContract,
+    ToolsContract,
+    ExecContract,
+    ResumeContract,
+    HttpContract,
+    EventsContract,
+    ShutdownContract,
 ):
     """All of it."""
 
