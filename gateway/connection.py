@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import __version__, protocol
@@ -41,6 +42,7 @@ from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolSession
+from gateway.websocket import PARTS
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +108,12 @@ class Connection:
         self._token = token
         self._hub = hub
         self._wire = protocol.ServerWire()
+        self._parts = PARTS in websocket.scope.get("extensions", {})
         self._session: ToolSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: dict[RequestId, _Pending] = {}
         self._attachments: dict[int, Attachment] = {}
+        self._sending: dict[int, float] = {}  # since when output of a channel waits for the client
         self._channels: dict[str, int] = {}
         self._subscriptions: dict[int, Subscription] = {}
         self._last_subscription = 0
@@ -147,6 +151,7 @@ class Connection:
         began, code, reason = time.monotonic(), 1000, ""
         self._hub.connections.add(self)
         reading = asyncio.create_task(self._read(), name="websocket")
+        self._spawn(self._watch_stalls())
         try:
             # the reader ends by the client's will, `_closing` by ours
             waiting: list[asyncio.Future[Any]] = [reading, self._closing]
@@ -221,13 +226,18 @@ class Connection:
             case protocol.Ignored():
                 pass
 
-    async def _send(self, frame: str | bytes) -> None:
+    async def _send(self, text: str) -> None:
         """Send one frame at the client's pace; a client that is gone ends the connection elsewhere."""
+        await self._send_message({"type": "websocket.send", "text": text})
+
+    async def _send_bytes(self, *parts: bytes) -> None:
+        """Send one binary frame made of `parts`."""
+        whole = {"parts": parts} if self._parts else {"bytes": b"".join(parts)}
+        await self._send_message({"type": "websocket.send", **whole})
+
+    async def _send_message(self, message: Message) -> None:
         try:
-            if isinstance(frame, str):
-                await self._socket.send_text(frame)
-            else:
-                await self._socket.send_bytes(frame)
+            await self._socket.send(message)
         except (WebSocketDisconnect, RuntimeError):
             # starlette raises RuntimeError for a send after the close was seen
             self.close(1006, "")
@@ -505,17 +515,21 @@ class Connection:
             await self._send(protocol.notification("exec/exited", ended.on_wire(exec_.id)))
 
     async def _copy(self, channel: int, stream: StreamId, cursor: Cursor) -> None:
-        stall, now = self._hub.settings.exec_stall, asyncio.get_running_loop().time
-        try:
-            async with asyncio.timeout(None) as patience:
-                while (parts := await cursor.next()) and channel in self._attachments:
-                    patience.reschedule(now() + stall)
-                    await self._send(protocol.pack_frame(stream, channel, *parts))
-                    patience.reschedule(None)
-                    cursor.taken(parts)
-        except TimeoutError:
-            # nothing can be said to a socket that takes nothing; the client resumes from its offset
-            self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+        header = protocol.frame_header(stream, channel)
+        while (parts := await cursor.next()) and channel in self._attachments:
+            self._sending.setdefault(channel, asyncio.get_running_loop().time())
+            await self._send_bytes(header, *parts)
+            self._sending.pop(channel, None)
+            cursor.taken(parts)
+
+    async def _watch_stalls(self) -> None:
+        """End the connection where a send of output has not returned for too long."""
+        stall, loop = self._hub.settings.exec_stall, asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(stall / 4)
+            if any(loop.time() - since > stall for since in self._sending.values()):
+                # nothing can be said to a socket that takes nothing; the client resumes from its offset
+                self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
 
     # --- files --------------------------------------------------------------------------------------
 

@@ -61,9 +61,14 @@ class Frame:
     data: bytes
 
 
-def pack_frame(stream: int, channel: int, *data: bytes) -> bytes:
-    """Return the frame for the parts of `data`: u8 stream, u32 channel big-endian, the bytes."""
-    return b"".join((_HEADER.pack(stream, channel), *data))
+def frame_header(stream: int, channel: int) -> bytes:
+    """Return what comes before a frame's bytes: u8 stream, u32 channel big-endian."""
+    return _HEADER.pack(stream, channel)
+
+
+def pack_frame(stream: int, channel: int, data: bytes) -> bytes:
+    """Return a whole frame."""
+    return frame_header(stream, channel) + data
 
 
 def unpack_frame(frame: bytes) -> Frame:

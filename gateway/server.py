@@ -19,6 +19,7 @@ import uvloop
 from gateway.app import Gateway
 from gateway.errors import Unavailable
 from gateway.settings import Settings
+from gateway.websocket import WebSocketProtocol
 
 # a client that vanished without a word is found by the kernel: 30 s of silence, then 3 probes. A peer that
 # merely stalls still answers them, so that a slow reader is never taken for a dead one. Websocket pings
@@ -53,7 +54,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     config = uvicorn.Config(
         gateway.app,
         http="h11",
-        ws="websockets-sansio",  # holds back in both directions
+        ws=WebSocketProtocol,
         ws_max_size=settings.max_frame,
         ws_ping_interval=None,
         ws_per_message_deflate=False,

@@ -174,11 +174,10 @@ class Incus:
         # seen, also where nobody asks any more
         waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            base = f"{_BASE}/1.0/operations/{operation}/websocket"
-            sockets = await connect(self.session, base, fds)
+            sockets = await connect(self.socket, operation, fds)
         except BaseException as error:
             waiting.cancel()
-            if isinstance(error, aiohttp.ClientError | OSError | TimeoutError):
+            if isinstance(error, OSError):
                 raise _unreachable(error) from error
             raise
         return ExecSockets(operation, sockets, waiting, terminal=pty is not None)

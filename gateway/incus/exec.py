@@ -14,34 +14,27 @@ Facts about incusd that shape this module (measured on 6.0.4):
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import aiohttp
 import orjson
+
+from gateway.incus.socket import StreamSocket
 
 if TYPE_CHECKING:
     from gateway.incus.client import Operation
 
 
-class Lost(Exception):
-    """The daemon or its sockets went away before a wait status was seen."""
+async def connect(socket: Path, operation: str, fds: dict[str, str]) -> dict[str, StreamSocket]:
+    """Open every socket of an exec operation, control first; closes what it opened where one fails.
 
-
-_WS_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=1.0)  # incusd mostly hangs up without a close frame
-
-
-async def connect(
-    session: aiohttp.ClientSession, base: str, fds: dict[str, str]
-) -> dict[str, aiohttp.ClientWebSocketResponse]:
-    """Open every socket of an exec operation, control first; closes what it opened where one fails."""
-    opened: dict[str, aiohttp.ClientWebSocketResponse] = {}
+    Raises `OSError`.
+    """
+    opened: dict[str, StreamSocket] = {}
 
     async def one(name: str) -> None:
-        url = f"{base}?secret={fds[name]}"
-        opened[name] = await session.ws_connect(
-            url, max_msg_size=0, compress=0, autoping=False, timeout=_WS_TIMEOUT
-        )
+        path = f"/1.0/operations/{operation}/websocket?secret={fds[name]}"
+        opened[name] = await StreamSocket.connect(socket, path)
 
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -52,16 +45,10 @@ async def connect(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _close(opened)
+        for stream in opened.values():
+            stream.abort()
         raise
     return opened
-
-
-async def _close(sockets: dict[str, aiohttp.ClientWebSocketResponse]) -> None:
-    # control last: without it incusd kills the leader before the others have said goodbye
-    for name in sorted(sockets):
-        with contextlib.suppress(aiohttp.ClientError, OSError):
-            await sockets[name].close()
 
 
 class ExecSockets:
@@ -74,7 +61,7 @@ class ExecSockets:
     def __init__(
         self,
         operation: str,
-        sockets: dict[str, aiohttp.ClientWebSocketResponse],
+        sockets: dict[str, StreamSocket],
         waiting: asyncio.Task[Operation],
         *,
         terminal: bool,
@@ -86,34 +73,22 @@ class ExecSockets:
 
     async def read(self, fd: str) -> bytes:
         """Return the next bytes of an output, b"" at its end. Raises `Lost` where it broke off."""
-        socket = self._sockets[fd]
-        while True:
-            message = await socket.receive()
-            if message.type is aiohttp.WSMsgType.BINARY:
-                if message.data:
-                    return message.data  # type: ignore[no-any-return]  # bytes, by its type
-            elif message.type is aiohttp.WSMsgType.TEXT:
-                return b""
-            elif message.type not in (aiohttp.WSMsgType.PING, aiohttp.WSMsgType.PONG):
-                raise Lost(f"output {fd} broke off")
+        return await self._sockets[fd].read()
 
     async def write(self, data: bytes) -> None:
         """Give bytes to the command; waits while it does not read. Dropped where it has ended."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            await self._sockets["0"].send_bytes(data)
+        await self._sockets["0"].write(data)
 
     async def close_stdin(self) -> None:
         """End the input; on a terminal that is Ctrl-D."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            if self.terminal:
-                await self._sockets["0"].send_bytes(b"\x04")
-            else:
-                await self._sockets["0"].send_str("")
+        if self.terminal:
+            await self._sockets["0"].write(b"\x04")
+        else:
+            await self._sockets["0"].write_end()
 
     async def control(self, command: dict[str, object]) -> None:
         """Send one control message; dropped where the command has ended."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            await self._sockets["control"].send_bytes(orjson.dumps(command))
+        await self._sockets["control"].write(orjson.dumps(command))
 
     async def result(self) -> Operation:
         """Return the ended operation; call it after the outputs have ended.
@@ -121,11 +96,13 @@ class ExecSockets:
         Raises `IncusError` where incusd went away.
         """
         if self.terminal:  # the operation goes on until we hang up
-            await _close({"0": self._sockets["0"]})
+            self._sockets["0"].close()
         return await asyncio.shield(self._waiting)
 
     async def aclose(self) -> None:
         """Close all sockets, which kills a leader that still runs (its children live on). Idempotent."""
         self._waiting.cancel()
-        await _close(self._sockets)
+        # control last: without it incusd kills the leader before the others have said goodbye
+        for name in sorted(self._sockets):
+            self._sockets[name].close()
         await asyncio.gather(self._waiting, return_exceptions=True)

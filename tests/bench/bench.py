@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import aiohttp
 
+from gateway import protocol
 from gateway_client import Client, Tenant
 from gateway_client.errors import GatewayError
 
@@ -44,6 +45,7 @@ USER: Final = os.environ.get("GATEWAY_WORKSPACE_UID", "1000")
 SCOPES: Final = "files:read files:write exec"
 PREFIX: Final = "t-cl-bench-"
 GATEWAY, API, CLI, FILES = "websocket", "Incus API", "incus exec", "Incus file GET"
+CLIENT: Final = "Python client"
 MiB = 1 << 20
 
 Way = Callable[[], Awaitable[None]]
@@ -467,12 +469,12 @@ class Hash:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
         self._size = 0
         self._working: asyncio.Future[None] | None = None
         self.count = 0
 
-    async def take(self, chunk: bytes) -> None:
+    async def take(self, chunk: bytes | memoryview) -> None:
         self._chunks.append(chunk)
         self._size += len(chunk)
         if self._size >= 4 * MiB:
@@ -492,14 +494,43 @@ class Hash:
         return self._hash.hexdigest()
 
 
-async def stream(shop: Tenant, bare: Bare, size: int, times: int) -> dict[str, Any]:
-    """Return MB/s of `size` zero bytes from a command to a client, by way. Raises `Wrong`."""
+@contextlib.asynccontextmanager
+async def plain(client: Client, name: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    """Connect by the websocket client that the Incus API is read with too, and initialize."""
+    headers = {"Authorization": f"Bearer {client.token}"}
+    async with aiohttp.ClientSession(client.address.url, headers=headers) as session:
+        path = f"/v1/tenants/{name}/ws"
+        async with session.ws_connect(path, protocols=["gateway.v1"], max_msg_size=0) as socket:
+            await socket.send_str(protocol.request(0, "initialize"))
+            await socket.receive()
+            yield socket
+
+
+async def stream(client: Client, bare: Bare, size: int, times: int) -> dict[str, Any]:
+    """Return MB/s of `size` zero bytes from a command to a client, by way. Raises `Wrong`.
+
+    The gateway and the Incus API are read by the same client, so that the difference is the gateway's;
+    our own Python client is a third way.
+    """
+    shop = client.tenant(bare.name)
     zeros = hashlib.sha256()
     for _ in range(size // MiB):
         zeros.update(bytes(MiB))
     argv = ["head", "-c", str(size), "/dev/zero"]
 
     async def by_gateway(hashed: Hash) -> None:
+        async with plain(client, bare.name) as socket:
+            await socket.send_str(protocol.request(1, "exec/start", {"argv": argv}))
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    await hashed.take(memoryview(message.data)[protocol.HEADER_SIZE :])
+                else:
+                    said = protocol.decode_server_text(message.data)
+                    if isinstance(said, protocol.Notification):
+                        check(said.params["exitCode"] == 0, "head failed")
+                        break
+
+    async def by_client(hashed: Hash) -> None:
         async with shop.exec(argv) as run:
             async for chunk in run.stdout:
                 await hashed.take(chunk)
@@ -508,9 +539,10 @@ async def stream(shop: Tenant, bare: Bare, size: int, times: int) -> dict[str, A
     async def by_api(hashed: Hash) -> None:
         check(await bare.exec(argv, hashed.take) == 0, "head failed")
 
-    speeds: dict[str, list[float]] = {GATEWAY: [], API: []}
+    ways = {GATEWAY: by_gateway, CLIENT: by_client, API: by_api}
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(times):
-        for way, call in ((GATEWAY, by_gateway), (API, by_api)):
+        for way, call in ways.items():
             hashed, began = Hash(), time.perf_counter()
             await call(hashed)
             digest = await hashed.digest()
@@ -541,7 +573,7 @@ async def bench(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
             results[case.name] = case.report()
         size, times = (256 * MiB, 1) if quick else (1024 * MiB, 3)
         say(f"streaming {size // MiB} MiB")
-        streamed = await stream(shop, bare, size, times)
+        streamed = await stream(client, bare, size, times)
     return {"machine": machine(), "cases": results, "stream": streamed}
 
 

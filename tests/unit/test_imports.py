@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol"},
+    {"errors", "settings", "protocol", "websocket"},
     {"store"},
     {"auth", "incus", "rootfs", "events"},
     {"runtime"},
@@ -31,6 +31,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ONLY: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
+    "websocket": set(),
     "protocol": {"errors"},
     "store": {"errors"},
     # browsers and tenants are nothing to these

@@ -1,0 +1,155 @@
+"""The reader of Incus exec sockets against a real websocket server, and against frames cut anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from websockets.asyncio.server import ServerConnection, unix_serve
+
+from gateway.incus.socket import Lost, StreamSocket
+
+
+@pytest.fixture
+async def peer(tmp_path: Path) -> AsyncIterator[tuple[Path, asyncio.Queue[ServerConnection]]]:
+    """A websocket server by another library; gives its path and each connection that comes."""
+    came: asyncio.Queue[ServerConnection] = asyncio.Queue()
+
+    async def serve(connection: ServerConnection) -> None:
+        came.put_nowait(connection)
+        await connection.wait_closed()
+
+    async with unix_serve(serve, str(tmp_path / "s"), compression=None, max_size=None, ping_interval=None):
+        yield tmp_path / "s", came
+
+
+async def whole(stream: StreamSocket) -> bytes:
+    found = b""
+    while data := await stream.read():
+        found += data
+    return found
+
+
+async def test_frames_of_every_size_arrive_in_order_and_end(peer: Any) -> None:
+    path, came = peer
+    stream = await StreamSocket.connect(path, "/x?secret=y")
+    server = await came.get()
+    assert server.request.path == "/x?secret=y"
+    sent = [bytes([n % 251]) * n for n in (1, 125, 126, 65535, 65536, 300_000, 7)]
+    reading = asyncio.create_task(whole(stream))
+    for piece in sent:
+        await server.send(piece)
+        await server.ping()
+    await server.send("")
+    assert await reading == b"".join(sent)
+    assert await stream.read() == b""
+    stream.close()
+
+
+async def test_what_is_written_arrives_unmasked_at_the_other_end(peer: Any) -> None:
+    path, came = peer
+    stream = await StreamSocket.connect(path, "/")
+    server = await came.get()
+    for size in (0, 5, 125, 126, 65535, 65536, 3_000_000):
+        writing = asyncio.create_task(stream.write(b"\x00\xffa"[:1] + b"b" * size))
+        assert await server.recv() == b"\x00" + b"b" * size
+        await writing
+    await stream.write_end()
+    assert await server.recv() == ""
+    stream.close()
+    await server.wait_closed()
+    await stream.write(b"late")  # dropped
+
+
+async def test_a_peer_that_hangs_up_loses_the_stream_but_not_what_had_come(peer: Any) -> None:
+    path, came = peer
+    stream = await StreamSocket.connect(path, "/")
+    server = await came.get()
+    await server.send(b"before")
+    server.transport.close()
+    assert await stream.read() == b"before"
+    with pytest.raises(Lost):
+        await stream.read()
+    stream.close()
+
+
+async def test_what_is_no_websocket_is_refused(tmp_path: Path) -> None:
+    answers = [b"HTTP/1.1 404 Not Found\r\n\r\n", b"", b"x" * 20_000]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answers.pop(0))
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, str(tmp_path / "s")):
+        for error in (ConnectionRefusedError, ConnectionResetError, ConnectionRefusedError):
+            with pytest.raises(error):
+                await StreamSocket.connect(tmp_path / "s", "/")
+    with pytest.raises(OSError, match="No such file"):
+        await StreamSocket.connect(tmp_path / "none", "/")
+
+
+async def test_a_stream_that_nobody_reads_is_held_back(peer: Any) -> None:
+    path, came = peer
+    stream = await StreamSocket.connect(path, "/")
+    server = await came.get()
+
+    async def send() -> None:
+        for _ in range(64):
+            await server.send(b"x" * 65536)
+        await server.send("")
+
+    sending = asyncio.create_task(send())
+    await asyncio.wait([sending], timeout=0.3)
+    assert not sending.done() and stream._size <= 64 * 1024 + 256 * 1024
+    assert len(await whole(stream)) == 64 * 65536
+    await sending
+    stream.close()
+
+
+def frame(kind: int, data: bytes, final: bool = True) -> bytes:
+    size = len(data)
+    head = bytes([kind | (0x80 if final else 0)])
+    if size < 126:
+        return head + bytes([size]) + data
+    form, mark = ("!H", 126) if size < 65536 else ("!Q", 127)
+    return head + bytes([mark]) + struct.pack(form, size) + data
+
+
+class Still:
+    """A transport that does nothing."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=400), max_size=12), st.data())
+async def test_frames_cut_anywhere_are_the_same_bytes(pieces: list[bytes], data: st.DataObject) -> None:
+    stream: Any = StreamSocket()
+    stream._transport = Still()
+    sent = b"HTTP/1.1 101 Switching Protocols\r\nA: b\r\n\r\n"
+    for piece in pieces:
+        cut = data.draw(st.integers(0, len(piece)))
+        whole_one = data.draw(st.booleans())
+        sent += (
+            frame(2, piece)
+            if whole_one
+            else frame(2, piece[:cut], False) + frame(9, b"p") + frame(0, piece[cut:])
+        )
+    sent += frame(1, b"")
+    while sent:
+        size = data.draw(st.integers(1, len(sent)))
+        buffer = stream.get_buffer(-1)
+        buffer[:size] = sent[:size]
+        stream.buffer_updated(size)
+        sent = sent[size:]
+    assert stream._upgraded.done()
+    assert await whole(stream) == b"".join(pieces)
