@@ -122,6 +122,8 @@ class Settings(BaseSettings):
     write_max: int = Field(8 * MiB, gt=0, description="bytes that Write and Edit accept")
     result_max: int = Field(1 * MiB, gt=0, description="bytes of one tool result")
     visit_max: int = Field(300_000, gt=0, description="files that one Glob or Grep visits")
+    pdf_max: int = Field(32 * MiB, gt=0, description="bytes of a PDF that Read shows")
+    pdf_pages: int = Field(20, gt=0, description="pages of a PDF that one Read shows")
     broker_socket: Path | None = Field(
         None,
         description="unix socket of `incus-gateway broker`; unset: the gateway starts a broker of its own",

@@ -26,6 +26,8 @@ class Limits:
     list_max: int = 10_000
     watch_folders: int = 8192
     watch_changes: int = 1000
+    pdf_max: int = 32 << 20
+    pdf_pages: int = 20
 
 
 @dataclass(frozen=True, slots=True)

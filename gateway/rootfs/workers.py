@@ -260,6 +260,8 @@ class Workers:
             settings.list_max,
             settings.watch_folders,
             settings.watch_changes,
+            settings.pdf_max,
+            settings.pdf_pages,
         )
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle

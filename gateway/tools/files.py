@@ -73,7 +73,8 @@ class FileTools:
                 "seen": seen.wire() if seen else None,
                 "read_first": session.read_before_write,
             },
-            search=name in _SEARCHES,
+            # a document takes long to be drawn, and must hold up no other read
+            search=name in _SEARCHES or (name == "Read" and (path or "").lower().endswith(".pdf")),
         )
         head, body = decode(reply)
         if path is not None and head["seen"] is not None:

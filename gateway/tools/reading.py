@@ -1,12 +1,14 @@
-"""Knows Claude Code's Read: numbered text, ranges, images, notebooks; its texts come from version 2.1.331."""
+"""Knows Claude Code's Read: numbered text, ranges, images, PDFs, notebooks; texts of version 2.1.331."""
 
 from __future__ import annotations
 
 import binascii
 import errno
 import os
+import re
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 from zlib import crc32
 
@@ -22,7 +24,8 @@ TOKENS_MAX = 25_000  # of one answer, as in Claude Code
 BYTES_PER_TOKEN = 4  # our estimate; the real count needs the model's tokeniser
 IMAGE_MAX = 3_750_000  # bytes of an image; the Messages API takes 5 MB of base64
 IMAGE_SIDE_MAX = 2000  # pixels; larger ones are scaled down where Pillow is there
-PDF_MAX = 10 << 20  # bytes of a PDF
+PDF_WHOLE_MAX = 10  # pages of a PDF that is shown whole, as in Claude Code
+PDF_RESULT_MAX = 10 << 20  # bytes of all pages of one answer; base64 and a frame's limit are above it
 _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
 _CHUNK = 1 << 18
 
@@ -36,6 +39,15 @@ def _scaler() -> Callable[[bytes, str, int, int], tuple[bytes, str, bool]] | Non
 
 
 SCALE = _scaler()
+
+pdf: ModuleType | None
+try:
+    from gateway.tools import pdf
+except ImportError:  # an extra
+    pdf = None
+
+_PAGES = re.compile(r"(\d{1,6})(-(\d{1,6})?)?", re.ASCII)
+_PAGE_MAX = 10**6
 
 _IMAGES = {"png", "jpg", "jpeg", "gif", "webp"}
 # What Claude Code refuses by name, without a look at the content.
@@ -315,25 +327,96 @@ def _looks_like(data: bytes) -> str:
 
 
 def _pdf(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answer:
-    """Answer with the document as a resource block, for a model to read by itself."""
-    if call.given.get("pages"):
-        raise ToolFailure(
-            "invalid_params", "Reading single pages of a PDF needs a renderer, which is not installed here."
-        )
-    if status.st_size > PDF_MAX:
-        raise failure("Read", TooLarge("the PDF is too large", size=status.st_size, limit=PDF_MAX))
-    data = read_all(descriptor, status.st_size, PDF_MAX)
+    """Answer with pages of the document as images; as a whole where there is nothing to show them with."""
+    wanted = call.given.get("pages")
+    pages = _pages(wanted, call.limits.pdf_pages) if wanted else None
+    limit = call.limits.pdf_max
+    if status.st_size > limit:
+        raise failure("Read", TooLarge("the PDF is too large", size=status.st_size, limit=limit))
+    data = read_all(descriptor, status.st_size, limit)
     if not data.startswith(b"%PDF-"):
         raise ToolFailure("binary_file", "The file is named as a PDF, but its content is not one.")
     absolute = call.absolute(path)
-    resource = {"uri": f"file://{absolute}", "mimeType": "application/pdf", "blob": _base64(data)}
-    return Answer(
-        [
-            {"type": "text", "text": f"PDF file read: {absolute} ({len(data)} bytes)"},
-            {"type": "resource", "resource": resource},
-        ],
-        {"path": absolute, "size": status.st_size, "etag": etag(status), "mimeType": "application/pdf"},
-    )
+    facts: dict[str, Any] = {
+        "path": absolute,
+        "size": status.st_size,
+        "etag": etag(status),
+        "mimeType": "application/pdf",
+    }
+    said = f"PDF file read: {absolute} ({_size(len(data))})"
+    if pdf is None:
+        if pages is not None:
+            raise ToolFailure(
+                "unavailable",
+                "Reading pages of a PDF needs a renderer, which is not installed on this gateway: whoever "
+                "runs it can install the extra `pdf`.",
+                tagged=False,
+            )
+        resource = {"uri": f"file://{absolute}", "mimeType": "application/pdf", "blob": _base64(data)}
+        return Answer([{"type": "text", "text": said}, {"type": "resource", "resource": resource}], facts)
+    try:
+        with pdf.Document(data) as document:
+            facts["totalPages"] = document.pages
+            shown = _shown_pages(pages, wanted, document.pages, call.limits.pdf_pages)
+            if pages is not None:
+                said = f"PDF pages extracted: {len(shown)} page(s) from {absolute} ({_size(len(data))})"
+            blocks: list[dict[str, Any]] = [{"type": "text", "text": said}]
+            room = PDF_RESULT_MAX
+            for image in document.images(shown, IMAGE_SIDE_MAX, call.deadline):
+                room -= len(image)
+                if room < 0:
+                    words = "the pages are too large together; ask for fewer"
+                    raise failure("Read", TooLarge(words, limit=PDF_RESULT_MAX))
+                blocks.append({"type": "image", "data": _base64(image), "mimeType": "image/jpeg"})
+    except pdf.Locked:
+        words = "PDF is password-protected. Please provide an unprotected version."
+        raise ToolFailure("binary_file", words, tagged=False) from None
+    except pdf.Broken:
+        raise ToolFailure("binary_file", "PDF file is corrupted or invalid.", tagged=False) from None
+    except TimeoutError:
+        words = "Rendering the pages took too long; ask for fewer by the pages parameter."
+        raise ToolFailure("timeout", words, tagged=False) from None
+    return Answer(blocks, {**facts, "pages": [shown[0], shown[-1]]})
+
+
+def _pages(text: str, limit: int) -> tuple[int, int]:
+    """Return the first and last page of what the parameter `pages` asks for."""
+    match = _PAGES.fullmatch(text.strip())
+    first = int(match[1]) if match else 0
+    last = int(match[3] or _PAGE_MAX) if match and match[2] else first
+    if not first or last < first:
+        raise ToolFailure(
+            "invalid_params",
+            f'Invalid pages parameter: "{show(text[:100])}". Use formats like "1-5", "3", or "10-20". '
+            "Pages are 1-indexed.",
+        )
+    if last - first >= limit:
+        raise ToolFailure(
+            "invalid_params",
+            f'Page range "{show(text[:100])}" exceeds maximum of {limit} pages per request. Please use a '
+            "smaller range.",
+        )
+    return first, last
+
+
+def _shown_pages(pages: tuple[int, int] | None, wanted: str | None, total: int, limit: int) -> range:
+    """Return the numbers of the pages that are shown of a document that has `total`."""
+    if pages is None:
+        if total > min(PDF_WHOLE_MAX, limit):
+            raise ToolFailure(
+                "too_large",
+                f"This PDF has {total} pages, which is too many to read at once. Use the pages parameter to "
+                f'read specific page ranges (e.g., pages: "1-5"). Maximum {limit} pages per request.',
+                tagged=False,
+                pages=total,
+                limit=limit,
+            )
+        pages = (1, total)
+    first, last = pages
+    if first > total:
+        words = f'Page range "{wanted}" lies behind the end: the PDF has {total} pages.'
+        raise ToolFailure("invalid_params", words, tagged=False, pages=total)
+    return range(first, min(last, total) + 1)
 
 
 def _notebook(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answer:

@@ -42,7 +42,7 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
         limit=_said(
             {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER}, "How many lines to read"
         ),
-        pages=_said(_STRING, 'Pages of a PDF, such as "1-5"'),
+        pages=_said(_STRING, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
         allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
     ),
     "Write": _object(
@@ -121,7 +121,7 @@ DESCRIPTIONS: dict[str, str] = {
     "Read": (
         "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB "
         "come whole; of larger ones ask for a range by offset and limit. Images (PNG, JPEG, GIF, WebP) come "
-        "as images, notebooks as their cells."
+        "as images, PDFs as images of their pages, notebooks as their cells."
     ),
     "Write": (
         "Write a file of the workspace, whole and at once. Missing folders are made; a file that is there is "
