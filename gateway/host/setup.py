@@ -17,6 +17,7 @@ from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, run
 from gateway.host.incus import Incus
+from gateway.host.limits import raise_limits
 from gateway.settings import Settings
 
 MANAGED = "user.gateway.managed"
@@ -59,6 +60,7 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     if settings.runtime == "local":
         steps.run("host", lambda: None, unchanged="the local runtime needs nothing of it")
         return steps.changes
+    steps.run("limits of inotify", raise_limits, unchanged="high enough, or not to be raised here")
     root = Incus(settings.incus_socket)
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
     incus = Incus(settings.incus_socket, settings.incus_project)
