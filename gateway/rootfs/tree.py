@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
@@ -431,23 +431,24 @@ class Chooser(Protocol):
     """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
 
     `enter` is called for each folder, `names` gives the names in it; what it returns is the `state` of the
-    questions about these names and of `enter` for the folders below.
+    questions about these names and of `enter` for the folders below. `files` returns which of the names,
+    in the folder whose path with a slash is `prefix`, are wanted, should they be regular files.
     """
 
     def enter(self, path: str, names: Names, state: Any) -> Any: ...
 
     def folder(self, path: str, state: Any) -> bool: ...
 
-    def file(self, path: str, state: Any) -> bool: ...
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
 
 
 class Walk:
     """A look at all regular files below one folder. Links are neither followed nor yielded.
 
     Iterating yields the path and status of each chosen file; `ordered` by path (part by part), else folder
-    by folder. At most `maximum` entries are looked at: more sets `truncated`. After `deadline` (of
-    `time.monotonic`) `Timeout` is raised. Folders that vanish, may not be read or lie deeper than a path can
-    name are counted in `skipped`.
+    by folder. Where all that is chosen lies below one folder, `first` names it. At most `maximum` entries are
+    looked at: more sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that
+    vanish, may not be read or lie deeper than a path can name are counted in `skipped`.
     """
 
     def __init__(
@@ -460,8 +461,10 @@ class Walk:
         maximum: int,
         deadline: float,
         ordered: bool,
+        first: str = "",
     ) -> None:
         self._tree = tree
+        self._first = first
         self._start = start
         self._chooser = chooser
         self._state = state
@@ -477,7 +480,7 @@ class Walk:
         below = Tree(start, self._tree.workspace)
         try:
             # A file is on the stack with its status, a folder with None.
-            stack: list[tuple[str, os.stat_result | None, Any]] = [("", None, self._state)]
+            stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
             while stack:
                 path, status, state = stack.pop()
                 if status is not None:
@@ -489,21 +492,24 @@ class Walk:
                     self.skipped += 1
                     continue
                 try:
-                    found = self._look(descriptor, path, state)
+                    files, folders, state = self._look(descriptor, path, state)
                 except OSError:
                     self.skipped += 1
                     continue
                 finally:
                     os.close(descriptor)
                 if self._ordered:
-                    found.sort(reverse=True)
-                    stack.extend(item[1:] for item in found)
+                    stack += sorted(
+                        [
+                            *((name, status, None) for name, status in files),
+                            *((name, None, state) for name in folders),
+                        ],
+                        key=_path,
+                        reverse=True,
+                    )
                 else:
-                    for _, below_path, below_status, below_state in found:
-                        if below_status is None:
-                            stack.append((below_path, None, below_state))
-                        else:
-                            yield below_path, below_status
+                    yield from files
+                    stack += [(name, None, state) for name in folders]
                 if time.monotonic() > self._deadline:
                     raise Timeout("the search took too long", reason="timeout")
         finally:
@@ -511,8 +517,8 @@ class Walk:
 
     def _look(
         self, descriptor: int, path: str, state: Any
-    ) -> list[tuple[str, str, os.stat_result | None, Any]]:
-        """List one folder: name, path, status (None for a folder) and state of each chosen entry."""
+    ) -> tuple[list[tuple[str, os.stat_result]], list[str], Any]:
+        """Look into one folder: the chosen files with their status, the chosen folders, and their state."""
         with os.scandir(descriptor) as entries:
             # The bound comes before the list: a folder may have millions of names.
             listed = list(islice(entries, self._maximum - self.visited + 1))
@@ -524,16 +530,23 @@ class Walk:
             chooser = self._chooser
             state = chooser.enter(path, lambda: {entry.name for entry in listed}, state)
             prefix = path + "/" if path else ""
-            found: list[tuple[str, str, os.stat_result | None, Any]] = []
+            others: dict[str, os.DirEntry[str]] = {}
+            folders = []
             for entry in listed:
-                name = entry.name
-                below = prefix + name
-                if entry.is_dir(follow_symlinks=False):
-                    if chooser.folder(below, state):
-                        found.append((name, below, None, state))
-                elif chooser.file(below, state) and entry.is_file(follow_symlinks=False):
+                if not entry.is_dir(follow_symlinks=False):
+                    others[entry.name] = entry
+                elif chooser.folder(prefix + entry.name, state):
+                    folders.append(prefix + entry.name)
+            files = []
+            for name in chooser.files(prefix, list(others), state):
+                entry = others[name]
+                if entry.is_file(follow_symlinks=False):
                     try:
-                        found.append((name, below, entry.stat(follow_symlinks=False), state))
+                        files.append((prefix + name, entry.stat(follow_symlinks=False)))
                     except OSError:
                         continue  # gone
-            return found
+            return files, folders, state
+
+
+def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
+    return found[0]

@@ -1,8 +1,9 @@
 """Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
 
-A tenant has up to two workers, started when they are needed: one for the calls on single files and one for
-searches, so that a heavy Grep holds up no Read. Each does one call after the other. That serialises all
-writes of a tenant (two concurrent edits of one file lose none), and whatever ends a worker costs one call.
+A tenant has up to two workers, started when they are needed: one for calls that are over at once and one for
+those that may take long, so that a heavy Grep holds up no Read. Each does one call after the other. That
+serialises all writes of a tenant (two concurrent edits of one file lose none), and whatever ends a worker
+costs one call.
 """
 
 from __future__ import annotations
@@ -317,6 +318,11 @@ class Workers:
                     slot.broke |= worker.closed
         finally:
             slot.waiting -= 1
+
+    def rests(self, tenant: str) -> bool:
+        """Return whether no call to the tenant's worker for single files runs or waits."""
+        slot = self._slots.get((tenant, False))
+        return slot is None or not slot.waiting
 
     async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
         try:

@@ -12,7 +12,10 @@ from gateway.tools.answer import Seen, ToolFailure
 
 
 class Call:
-    """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file."""
+    """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file.
+
+    A `brief` one holds up others: it ends with `Timeout` where it would take long.
+    """
 
     def __init__(
         self,
@@ -22,15 +25,18 @@ class Call:
         cwd: str,
         seen: list[Any] | None,
         read_first: bool,
+        *,
+        brief: bool = False,
     ) -> None:
         self.tool = tool
         self.tree = workspace.tree
         self.limits = workspace.limits
+        self.brief = brief
         self.given = given
         self.cwd = cwd
         self.seen = Seen(*seen) if seen else None
         self.read_first = read_first
-        self.deadline = time.monotonic() + workspace.limits.tool_timeout
+        self.deadline = time.monotonic() + self.limits.tool_timeout
 
     def locate(self, path: str) -> str:
         """Return the relative path of a `path` of the input."""
@@ -42,6 +48,8 @@ class Call:
 
     def shown(self, path: str) -> str:
         """Return a relative path as results list it: relative to the working directory where below it."""
+        if self.cwd == self.tree.workspace:
+            return show(path or self.cwd)
         absolute = self.tree.absolute(path)
         cwd = self.cwd.rstrip("/") + "/"
         return show(absolute[len(cwd) :] if absolute.startswith(cwd) else absolute)

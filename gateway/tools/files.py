@@ -64,19 +64,23 @@ class FileTools:
         cwd = session.cwd or root.workspace
         path = _named(arguments, cwd, root.workspace)
         seen = session.seen(path) if path is not None else None
-        reply = await self._workers.call(
-            root,
-            name,
-            {
-                "input": arguments,
-                "cwd": cwd,
-                "seen": seen.wire() if seen else None,
-                "read_first": session.read_before_write,
-            },
-            # a document takes long to be drawn, and must hold up no other read
-            search=name in _SEARCHES or (name == "Read" and (path or "").lower().endswith(".pdf")),
-        )
-        head, body = decode(reply)
+        given = {
+            "input": arguments,
+            "cwd": cwd,
+            "seen": seen.wire() if seen else None,
+            "read_first": session.read_before_write,
+            "brief": False,
+        }
+        search = name in _SEARCHES
+        if search and self._workers.rests(root.tenant):
+            # Most searches are over at once. The worker that does the other calls is awake and warm for them;
+            # what takes longer goes to the one that holds up nobody.
+            head, body = decode(await self._workers.call(root, name, given | {"brief": True}))
+            if head["code"] != "timeout":
+                return ToolResult(body, head["is_error"], head["code"])
+        # a document takes long to be drawn, and must hold up no other read
+        apart = search or (name == "Read" and (path or "").lower().endswith(".pdf"))
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
         if path is not None and head["seen"] is not None:
             session.remember(path, Seen(*head["seen"]))
         return ToolResult(body, head["is_error"], head["code"])

@@ -16,7 +16,7 @@ from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
 from gateway.tools.schemas import checked
-from gateway.tools.searching import glob, grep, idle
+from gateway.tools.searching import brief, glob, grep, idle
 from gateway.tools.writing import edit, write
 
 _TOOLS: dict[str, Callable[[Call], Answer]] = {
@@ -32,7 +32,18 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
     def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         try:
             given = checked(name, arguments["input"])
-            call = Call(name, workspace, given, arguments["cwd"], arguments["seen"], arguments["read_first"])
+            hurried = arguments["brief"]
+            if hurried:
+                workspace = Workspace(workspace.tree, brief(workspace.limits))
+            call = Call(
+                name,
+                workspace,
+                given,
+                arguments["cwd"],
+                arguments["seen"],
+                arguments["read_first"],
+                brief=hurried,
+            )
             answer = tool(call)
         except ToolFailure as error:
             answer = error.answer()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import re2
@@ -124,9 +125,12 @@ def _class(glob: str, inside: bytes) -> bytes:
 
 
 class Glob:
-    """One glob of an override or an ignore file: `negated`, `folders_only`, and whether it `matches`."""
+    """One glob of an override or an ignore file: `negated`, `folders_only`, and whether it `matches`.
 
-    __slots__ = ("_name", "_regex", "_suffix", "_tail", "folders_only", "negated")
+    `name` is the one file name that it matches anywhere, None where it is not as simple.
+    """
+
+    __slots__ = ("_regex", "_suffix", "_tail", "folders_only", "name", "negated")
 
     def __init__(self, pattern: str) -> None:
         if len(pattern) > GLOB_MAX:
@@ -146,7 +150,7 @@ class Glob:
         body = body[1:] if body.startswith("/") else body
         plain = not any(char in body for char in "*?[]{}\\/")
         # Two short cuts for what most globs are, a name or a suffix; both without a regular expression.
-        self._name = body if plain and not anchored else None
+        self.name = body if plain and not anchored else None
         tail = body[1:]
         self._suffix = (
             tail
@@ -156,7 +160,7 @@ class Glob:
         # What stands after the last wildcard: the cheap question that most paths answer with no.
         self._tail = re.split(r"[*?\[\]{}\\]", body)[-1]
         self._regex = None
-        if self._name is None and self._suffix is None:
+        if self.name is None and self._suffix is None:
             expression = _translate(body)
             if not anchored:
                 expression = b"(?:.*/)?" + expression
@@ -164,6 +168,10 @@ class Glob:
                 self._regex = re2.compile(expression, _OPTIONS)
             except re2.error:
                 raise GlobError(pattern, "too complex") from None
+
+    def kind(self) -> tuple[bool, bool, bool]:
+        """Return what globs must have in common to be asked as one: whether a plain name, and the marks."""
+        return self.name is not None, self.negated, self.folders_only
 
     @property
     def suffix(self) -> str | None:
@@ -173,12 +181,42 @@ class Glob:
     def matches(self, path: str) -> bool:
         if self._suffix is not None:
             return path.endswith(self._suffix)
-        if self._name is not None:
-            return path == self._name or path.endswith("/" + self._name)
+        if self.name is not None:
+            return path == self.name or path.endswith("/" + self.name)
         assert self._regex is not None
         if not path.endswith(self._tail):
             return False
         return self._regex.fullmatch(os.fsencode(path)) is not None
+
+
+class _Names:
+    """Globs that stand together and say the same of one name each: one look for all of them."""
+
+    __slots__ = ("_names", "folders_only", "negated")
+
+    def __init__(self, names: Iterable[str], *, negated: bool, folders_only: bool) -> None:
+        self._names = frozenset(names)
+        self.negated = negated
+        self.folders_only = folders_only
+
+    def matches(self, path: str) -> bool:
+        return path.rpartition("/")[2] in self._names
+
+
+_Rule = Glob | _Names
+
+
+def _joined(globs: Sequence[Glob]) -> tuple[_Rule, ...]:
+    """Return rules that say the same as `globs` in their order, with fewer questions."""
+    rules: list[_Rule] = []
+    for (plain, negated, folders_only), group in groupby(globs, Glob.kind):
+        if plain:
+            rules.append(
+                _Names((glob.name for glob in group if glob.name), negated=negated, folders_only=folders_only)
+            )
+        else:
+            rules += group
+    return tuple(rules)
 
 
 class Globs:
@@ -186,7 +224,7 @@ class Globs:
 
     def __init__(self, patterns: Collection[str]) -> None:
         globs = [Glob(pattern) for pattern in patterns]
-        self._globs = globs[::-1]
+        self._rules = _joined(globs[::-1])
         self._selective = any(not glob.negated for glob in globs)
         self.excludes = any(glob.negated for glob in globs)
         # With one glob that asks for an ending, that ending: the whole question, for a walk of all files.
@@ -194,19 +232,23 @@ class Globs:
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
         """Say whether the path is taken (True), left out (False) or not spoken of (None)."""
-        for glob in self._globs:
-            if (folder or not glob.folders_only) and glob.matches(path):
-                return not glob.negated
+        for rule in self._rules:
+            if (folder or not rule.folders_only) and rule.matches(path):
+                return not rule.negated
         return False if self._selective and not folder else None
 
 
 class Named:
-    """Chooses files by globs alone: what Glob walks. Every folder is entered unless a glob excludes it."""
+    """Chooses files by globs alone: what Glob walks.
 
-    def __init__(self, globs: Globs, prefix: str) -> None:
+    Folders are entered unless a glob excludes them, or nothing in them can match: those beside `prefix`, the
+    literal beginning of the pattern, and with `depth` those that have as many folders above them.
+    """
+
+    def __init__(self, globs: Globs, prefix: str, depth: int | None) -> None:
         self._globs = globs
-        # Folders beside the literal beginning of the pattern cannot hold a match.
         self._prefix = prefix
+        self._depth = depth
         self._suffix = globs.suffix
 
     def enter(self, path: str, names: Names, state: Any) -> Any:
@@ -216,16 +258,21 @@ class Named:
         prefix = self._prefix
         if prefix and not (path + "/").startswith(prefix) and not prefix.startswith(path + "/"):
             return False
+        if self._depth is not None and path.count("/") >= self._depth:
+            return False
         return not self._globs.excludes or self._globs.decide(path, folder=True) is not False
 
-    def file(self, path: str, state: Any) -> bool:
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
+        if self._prefix and not prefix.startswith(self._prefix):
+            return ()
         if self._suffix is not None:
-            return path.endswith(self._suffix)
-        return self._globs.decide(path, folder=False) is not False
+            return [name for name in names if name.endswith(self._suffix)]
+        decide = self._globs.decide
+        return [name for name in names if decide(prefix + name, folder=False) is not False]
 
 
 @lru_cache(256)
-def _rules(text: str) -> tuple[Glob, ...]:
+def _rules(text: str) -> tuple[_Rule, ...]:
     """Return the rules of an ignore file (gitignore(5)), last first; lines that do not parse are left out."""
     rules = []
     for line in text.split("\n", _RULES_MAX)[:_RULES_MAX]:
@@ -238,12 +285,12 @@ def _rules(text: str) -> tuple[Glob, ...]:
             rules.append(Glob(line))
         except GlobError:
             continue
-    return tuple(rules[::-1])
+    return _joined(rules[::-1])
 
 
 # Which ignore files hold in a folder: whether a repository was entered, and from the innermost outwards
 # the length of each file's folder (with its slash) and its rules.
-_Stack = tuple[tuple[int, tuple[Glob, ...]], ...]
+_Stack = tuple[tuple[int, tuple[_Rule, ...]], ...]
 _State = tuple[bool, _Stack, _Stack]
 
 
@@ -310,13 +357,19 @@ class Sought:
         decided = self._globs.decide(path, folder=True)
         return decided if decided is not None else not self._ignored(path, state, folder=True)
 
-    def file(self, path: str, state: _State) -> bool:
-        decided = self._globs.decide(path, folder=False)
-        if decided is not None:
-            return decided
-        if self._ignored(path, state, folder=False):
-            return False
-        return self._types is None or self._types.decide(path, folder=False) is True
+    def files(self, prefix: str, names: Sequence[str], state: _State) -> Collection[str]:
+        decide, types, ignores = self._globs.decide, self._types, state[1] or state[2]
+        chosen = []
+        for name in names:
+            path = prefix + name
+            decided = decide(path, folder=False)
+            if decided is None:
+                decided = not (ignores and self._ignored(path, state, folder=False)) and (
+                    types is None or types.decide(path, folder=False) is True
+                )
+            if decided:
+                chosen.append(name)
+        return chosen
 
 
 # The types of ripgrep 14 that a web or systems project meets (crates/ignore/src/default_types.rs).

@@ -11,6 +11,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,7 @@ import re2
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
+from gateway.rootfs.operations import Limits
 from gateway.rootfs.tree import Tree, Walk
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
@@ -30,6 +32,9 @@ PATTERN_MAX = 4000  # characters
 FILE_MAX = 16 << 20  # bytes of a file that Grep looks into; larger ones are skipped and counted
 CACHE_MAX = 16 << 20  # bytes of file contents that a worker keeps between two calls
 CACHE_FILE_MAX = 1 << 20
+BRIEF_BYTES = 1 << 20  # of files that a brief Grep may look into; with the limits of `brief`
+BRIEF_VISITS = 1000
+BRIEF_SECONDS = 0.02
 _REGEX_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
 _REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
 _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
@@ -48,6 +53,12 @@ def _timed_out(call: Call) -> ToolFailure:
     )
 
 
+def brief(limits: Limits) -> Limits:
+    """Return the limits of a search that is to be over at once, or to be left to another worker."""
+    visits, seconds = min(BRIEF_VISITS, limits.visit_max), min(BRIEF_SECONDS, limits.tool_timeout)
+    return replace(limits, visit_max=visits, tool_timeout=seconds)
+
+
 # Glob
 
 
@@ -58,13 +69,23 @@ def glob(call: Call) -> Answer:
         path, pattern = _split_absolute(pattern)
     start = _start(call, path)
     try:
-        named = Named(Globs([pattern, *_hidden(start, pattern)]), _literal_folder(pattern))
+        literal = _literal_folder(pattern)
+        named = Named(Globs([pattern, *_hidden(start, pattern)]), literal, _depth(pattern))
     except GlobError as error:
         raise _rejected(str(error)) from None
-    walk = Walk(call.tree, start, named, maximum=call.limits.visit_max, deadline=call.deadline, ordered=False)
+    walk = Walk(
+        call.tree,
+        start,
+        named,
+        maximum=call.limits.visit_max,
+        deadline=call.deadline,
+        ordered=False,
+        first=literal.rstrip("/"),
+    )
     prefix = start + "/" if start else ""
     try:
         found = [(status.st_mtime_ns, prefix + name) for name, status in walk]
+        note = _bounded(walk, call)
     except Timeout:
         raise _timed_out(call) from None
     except GatewayError as error:
@@ -74,19 +95,21 @@ def glob(call: Call) -> Answer:
     names = [call.shown(name) for _, name in found[:GLOB_LIMIT]]
     facts = {"files": names, "total": total, "truncated": total > len(names) or walk.truncated}
     if not names:
-        return text("No files found" + _bounded(walk, call), facts)
+        return text("No files found" + note, facts)
     lines = "\n".join(names)
     if total > GLOB_LIMIT:
         lines += (
             f"\n(Showing {GLOB_LIMIT} of {total} matching files; {total - GLOB_LIMIT} more are not listed. "
             "Narrow the pattern or path to see the rest.)"
         )
-    return text(lines + _bounded(walk, call), facts)
+    return text(lines + note, facts)
 
 
 def _bounded(walk: Walk, call: Call) -> str:
     if not walk.truncated:
         return ""
+    if call.brief:
+        raise Timeout("too much for a brief search", reason="timeout")
     return f"\n(The search stopped after {call.limits.visit_max} files and folders. Narrow the path.)"
 
 
@@ -100,11 +123,27 @@ def _split_absolute(pattern: str) -> tuple[str, str]:
 
 
 def _literal_folder(pattern: str) -> str:
-    """Return the folders at a pattern's beginning that hold no wildcard, with the slash after them."""
+    """Return the folders at a pattern's beginning that hold no wildcard, with the slash after them.
+
+    Nothing for odd ones, such as `./src`: those match no path, which is for the glob to find out.
+    """
     if "/" not in pattern or pattern.startswith("!"):
         return ""
     head = re.split(r"[*?\[\]{}\\]", pattern, maxsplit=1)[0].lstrip("/")
-    return head.rpartition("/")[0] + "/" if "/" in head else ""
+    folders = head.rpartition("/")[0]
+    return "" if {"", ".", ".."} & set(folders.split("/")) else folders + "/"
+
+
+def _depth(pattern: str) -> int | None:
+    """Return how many folders a match has above it; None where that is open."""
+    if (
+        pattern.startswith("!")
+        or "/" not in pattern.strip("/")
+        or "**" in pattern
+        or any(char in pattern for char in "{[\\")
+    ):
+        return None
+    return pattern.strip("/").count("/")
 
 
 def _start(call: Call, path: str) -> str:
@@ -151,7 +190,7 @@ def grep(call: Call) -> Answer:
                 state=sought.above(),
                 maximum=call.limits.visit_max,
                 deadline=call.deadline,
-                ordered=True,
+                ordered=search.ordered,
             )
             prefix = start + "/" if start else ""
             for name, entry in walk:
@@ -282,7 +321,8 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
         raise _rejected(f"regex parse error:\n    (?:{pattern})\n    ^\nerror: {words}") from None
 
 
-_cache: OrderedDict[tuple[int, int, int, int], bytes] = OrderedDict()
+# what was read, as UTF-8, and where its first NUL is, by inode, mtime, ctime and size
+_cache: OrderedDict[tuple[int, int, int, int], tuple[bytes, int]] = OrderedDict()
 _cached = 0
 
 
@@ -294,25 +334,27 @@ def idle() -> None:
     _regex.cache_clear()
 
 
-def _content(call: Call, path: str, status: os.stat_result) -> bytes | None:
-    """Return a file's bytes, from the cache where inode, mtime, ctime and size are still the same."""
+def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
+    """Return a file's bytes and where the first NUL is; nothing where it cannot be read."""
     global _cached
     key = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    data = _cache.get(key)
-    if data is not None:
+    kept = _cache.get(key)
+    if kept is not None:
         _cache.move_to_end(key)
-        return data
+        return kept
     try:
-        data, _ = call.tree.read_file(path, FILE_MAX)
+        read, _ = call.tree.read_file(path, FILE_MAX)
     except GatewayError:
-        return None
-    if len(data) <= CACHE_FILE_MAX and len(data) == status.st_size:
-        _cache[key] = data
+        return b"", -1
+    data = _as_utf8(read)
+    kept = data, data.find(b"\0")
+    if len(data) <= CACHE_FILE_MAX and len(read) == status.st_size:
+        _cache[key] = kept
         _cached += len(data)
         while _cached > CACHE_MAX:
-            _, dropped = _cache.popitem(last=False)
+            _, (dropped, _) = _cache.popitem(last=False)
             _cached -= len(dropped)
-    return data
+    return kept
 
 
 class _Search:
@@ -340,8 +382,14 @@ class _Search:
         self._files: list[tuple[int, str]] = []
         self._matches = 0
         self._skipped = 0
+        self._brief = BRIEF_BYTES
         self._cut = False
         self.note = ""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether files are to be searched in their order; else the answer brings them into its own."""
+        return self._mode != "files_with_matches"
 
     @property
     def full(self) -> bool:
@@ -349,20 +397,22 @@ class _Search:
 
     def file(self, path: str, name: str, status: os.stat_result, *, explicit: bool) -> None:
         """Search one file. `path` is its place in the workspace."""
+        if self._call.brief:
+            self._brief -= status.st_size
+            if self._brief < 0:
+                raise Timeout("too much for a brief search", reason="timeout")
         if status.st_size > FILE_MAX:
             self._skipped += 1
             return
-        data = _content(self._call, path, status)
-        if not data:
-            return
-        data = _as_utf8(data)
-        nul = data.find(b"\0")
-        if nul >= 0 and not explicit:
+        data, nul = _content(self._call, path, status)
+        if not data or (nul >= 0 and not explicit):
             return
         if time.monotonic() > self._call.deadline:
             raise Timeout("the search took too long", reason="timeout")
         if self._mode == "files_with_matches":
-            if next(self._spans(data), None) is not None:
+            match = self._find(data)
+            # an empty match after the last line end is on no line
+            if match is not None and (match.start() < len(data) or not data.endswith(b"\n")):
                 self._files.append((status.st_mtime_ns, path))
             return
         if self._mode == "count":

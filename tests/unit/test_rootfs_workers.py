@@ -328,6 +328,40 @@ async def test_edits_are_not_lost(root: LaidRoot) -> None:
     assert text == "".join(f"<{i}>\n" for i in range(60))
 
 
+async def test_small_search_needs_no_worker_of_its_own(root: FilesystemRoot) -> None:
+    """A search that is over at once is done by the worker that does the other calls."""
+    site = root.path / "srv" / "site"
+    (site / "a.ts").write_text("form\n")
+    async with Workers(Settings()) as workers:
+        tools = FileTools(workers, Settings())
+        for tool, given in (("Glob", {"pattern": "*.ts"}), ("Grep", {"pattern": "form"})):
+            result = await tools.call(root, ToolSession(), tool, given)
+            assert "a.ts" in result.data()["content"][0]["text"]
+        assert workers.layers(root.tenant) is not None
+        assert workers.layers(root.tenant, search=True) is None
+
+
+@pytest.mark.parametrize("much", ["files", "bytes"])
+async def test_large_search_is_whole_and_apart(root: FilesystemRoot, much: str) -> None:
+    """A search over many files or bytes misses none of them, and ends in the worker for what takes long."""
+    site = root.path / "srv" / "site"
+    names = [f"{number:04}.ts" for number in range(1500 if much == "files" else 5)]
+    for name in names:
+        (site / name).write_text("form\n" if much == "files" else "." * (400 << 10) + "\nform\n")
+    async with Workers(Settings()) as workers:
+        tools = FileTools(workers, Settings())
+        given = {"pattern": "form", "output_mode": "count"}
+        result = await tools.call(root, ToolSession(), "Grep", given)
+        assert result.data()["structuredContent"] == {
+            "mode": "count",
+            "total": len(names),
+            "files": len(names),
+        }
+        assert workers.layers(root.tenant, search=True) is not None
+        result = await tools.call(root, ToolSession(), "Glob", {"pattern": "*.ts"})
+        assert result.data()["structuredContent"]["total"] == len(names)
+
+
 @needs_root
 async def test_confined(workers: Workers, root: FilesystemRoot) -> None:
     """From inside a worker nothing of the host can be reached, and nothing but files be done."""

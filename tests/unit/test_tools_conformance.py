@@ -56,6 +56,9 @@ class HereWorkers:
     def close(self) -> None:
         self._tree.close()
 
+    def rests(self, tenant: str) -> bool:
+        return False
+
     async def call(
         self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
     ) -> bytes:

@@ -139,3 +139,28 @@ async def test_session_is_bounded() -> None:
     assert session.seen("a") is not None
     session.remember("a", Seen("1", 1, False))
     assert session.seen("a") == Seen("1", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("src/*.ts", ["src/a.ts"]),
+        ("src/*/*.ts", ["src/x/b.ts"]),
+        ("src/**/*.ts", ["src/a.ts", "src/x/b.ts", "src/x/y/c.ts"]),
+        ("src/{x,x/y}/*.ts", ["src/x/b.ts", "src/x/y/c.ts"]),
+        ("src/x/b.ts", ["src/x/b.ts"]),
+        ("link/*.ts", []),
+        ("none/*.ts", []),
+        ("./src/*.ts", []),
+        ("src/../src/*.ts", []),
+        ("!src/*.ts", ["src/x/b.ts", "src/x/y/c.ts"]),
+    ],
+)
+async def test_folders_that_a_glob_names(site: Path, pattern: str, found: list[str]) -> None:
+    """Walking only the folders that a glob can match in finds what a walk of all would find."""
+    for name in ("src/a.ts", "src/x/b.ts", "src/x/y/c.ts"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).touch()
+    (site / "link").symlink_to("src")
+    answer = await ask(site, "Glob", pattern=pattern)
+    assert sorted(answer.split("\n")) == (found or ["No files found"])
