@@ -7,7 +7,6 @@ image's properties, so that a second daemon imports without a build, and a chang
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -24,7 +23,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, run
+from gateway.host import Change, HostError, Report, Steps, npm, run
 from gateway.host.incus import Incus
 from gateway.host.setup import CA_BUNDLE
 from gateway.settings import Settings
@@ -290,7 +289,11 @@ def _clear(place: Path) -> None:
 def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact, lock: int) -> None:
     bun, tree = place / "bun", place / "tree"
     made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
-    steps.run(f"Bun {BUN} ({definition.bun})", lambda: _fetch_bun(definition, place, bun, lock))
+    package, integrity = f"@oven/bun-linux-{definition.bun}@{BUN}", BUN_INTEGRITY[definition.bun]
+    steps.run(
+        f"Bun {BUN} ({definition.bun})",
+        lambda: npm.fetch(package, integrity, "package/bin/bun", bun, holding=(lock,)),
+    )
     steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
     steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, bun, lock))
     steps.run("packing", lambda: _pack(definition, tree, made, lock))
@@ -299,48 +302,6 @@ def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact
         with source.open("rb") as file:
             os.fsync(file.fileno())
         source.replace(target)
-
-
-def _fetch_bun(definition: Definition, place: Path, bun: Path, lock: int) -> str:
-    package = f"@oven/bun-linux-{definition.bun}@{BUN}"
-    environment = {
-        **os.environ,
-        "npm_config_update_notifier": "false",
-        "npm_config_cache": str(place / "npm"),
-    }
-    run(
-        ["npm", "pack", "--silent", "--pack-destination", place, package],
-        cwd=place,
-        env=environment,
-        holding=(lock,),
-        fix="check that this machine reaches the npm registry (npm ping), then run again",
-    )
-    tarball = next(place.glob("*.tgz"), None)
-    if tarball is None:
-        raise HostError(f"npm pack {package} left no file; run it by hand to see why")
-    check_integrity(tarball, BUN_INTEGRITY[definition.bun])
-    with tarfile.open(tarball) as archive:
-        binary = archive.extractfile("package/bin/bun")
-        if binary is None:
-            raise HostError(f"{package} holds no package/bin/bun")
-        with bun.open("wb") as file:
-            shutil.copyfileobj(binary, file)
-    bun.chmod(0o755)
-    tarball.unlink()
-    return f"fetched, {bun.stat().st_size >> 20} MiB, integrity checked"
-
-
-def check_integrity(file: Path, expected: str) -> None:
-    """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` where it differs."""
-    algorithm, _, digest = expected.partition("-")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, algorithm).digest()
-    if found != base64.b64decode(digest):
-        raise HostError(
-            f"{file.name} is not what was published: its {algorithm} is {base64.b64encode(found).decode()}, "
-            f"not {digest}; it was damaged or altered on the way: run again, and if it repeats, "
-            "do not use this registry"
-        )
 
 
 def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path, lock: int) -> str:

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, run
+from gateway.host import Change, HostError, Report, Steps, ripgrep, run
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.settings import Settings
@@ -70,6 +70,7 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run(f"storage pool {settings.pool}", lambda: _pool(incus, settings))
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
+    steps.run("ripgrep for large searches", lambda: ripgrep.ensure(settings))
     return steps.changes
 
 

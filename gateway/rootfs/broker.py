@@ -7,7 +7,7 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 |---|---|
 | `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
-| `{"do": "kill", "worker": n}` | `{}` once the process has ended |
+| `{"do": "kill", "worker": n}` | `{"status": …}` once the process has ended: of a program its exit status |
 | `{"do": "tree", "tenant", "group", "step"}` | `{}`: a step of `trees.STEPS` was done on a command's cgroup |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
 
@@ -32,11 +32,12 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -56,6 +57,9 @@ MESSAGE_MAX = 64 << 10  # bytes of one request or answer
 _SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
 _UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
 _CHORE_WAIT = 8.0  # seconds, less than a gateway waits for an answer
+_PROGRAM_TASKS = 8  # threads that a program may have
+_STATUSES_MAX = 256
+_BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h: no program's word for anything else
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
 
@@ -107,6 +111,7 @@ class _Child:
     disk: Disk
     inode: tuple[int, int]
     group: Group
+    program: bool
 
 
 class Chores:
@@ -139,6 +144,7 @@ class Broker:
         connection: socket.socket,
         operations: str,
         tenants: Tenants,
+        program: str = "",
         chores: Chores | None = None,
     ) -> None:
         self._chores = chores
@@ -153,6 +159,9 @@ class Broker:
         self._operations = module.OPERATIONS
         self._idle = module.idle
         self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
+        self._becoming: Collection[str] = getattr(module, "BECOMING", ())
+        self._program = _program(program, self._privileged)
+        self._statuses: dict[int, int] = {}  # of programs that ended, until they are asked for
 
     def run(self) -> None:
         """Serve until the gateway closes its end; then end every worker."""
@@ -187,7 +196,7 @@ class Broker:
                     answer = {"same": self._same(int(request["worker"]))}
                 case "kill":
                     self._kill(int(request["worker"]))
-                    answer = {}
+                    answer = {"status": self._statuses.pop(int(request["worker"]), None)}
                 case "tree":
                     step = trees.STEPS[request["step"]]
                     step(trees.of_command(self._tenants.group(str(request["tenant"])), str(request["group"])))
@@ -238,6 +247,9 @@ class Broker:
         return (status.st_dev, status.st_ino) == child.inode
 
     def _spawn(self, spawn: Spawn) -> tuple[int, int]:
+        program = self._program if spawn.loop in self._becoming else None
+        if spawn.loop in self._becoming and program is None:
+            raise ValueError("no program to become")
         disk = self._tenants.disk(spawn.tenant, spawn.workspace)
         folder = self._open(disk)
         try:
@@ -248,9 +260,15 @@ class Broker:
                 uid, gid = disk.outside(disk.uid, disk.gid)
                 namespace = self._namespaces.get(disk.idmap) if disk.idmap and not disk.shifted else None
                 file = spawn.limits.write_max
-                plan = Plan(folder, namespace, uid, gid, spawn.memory, file, disk.read_only, disk.covered)
+                plan = Plan(
+                    *(folder, namespace, uid, gid, spawn.memory, file),
+                    read_only=disk.read_only,
+                    covered=disk.covered,
+                    program=program,
+                )
             self._number += 1
-            group = self._groups.new(self._number, spawn.memory, search=spawn.search)
+            tasks = 1 if program is None else _PROGRAM_TASKS
+            group = self._groups.new(self._number, spawn.memory, search=spawn.search, tasks=tasks)
             ours, theirs = open_pair()
             with theirs:
                 pid = os.fork()
@@ -259,14 +277,15 @@ class Broker:
                     self._become(theirs, folder, plan, spawn, group)
         finally:
             os.close(folder)
-        self._children[self._number] = _Child(pid, disk, (status.st_dev, status.st_ino), group)
+        inode = (status.st_dev, status.st_ino)
+        self._children[self._number] = _Child(pid, disk, inode, group, program is not None)
         return self._number, ours.detach()
 
     def _become(
         self, connection: socket.socket, folder: int, plan: Plan | None, spawn: Spawn, group: Group
     ) -> NoReturn:
         """Be a worker, in the forked child; never return."""
-        code = 1
+        code = _BROKEN_WORKER
         try:
             signal.set_wakeup_fd(-1)
             kernel.take_turns(nice=_SEARCH_NICE if spawn.search else 0, short=not spawn.search)
@@ -283,7 +302,8 @@ class Broker:
                     folder = os.dup(folder)
             tree = Tree(folder, spawn.workspace, nodev=plan is not None)
             connection.sendall(frame(READY, orjson.dumps(layers)))
-            workspace = Workspace(tree, spawn.limits)
+            program = self._program if spawn.loop in self._becoming else None
+            workspace = Workspace(tree, spawn.limits, program)
             if spawn.loop:
                 self._loops[spawn.loop](connection, workspace)
             else:
@@ -313,10 +333,30 @@ class Broker:
 
     def _reap(self) -> None:
         for number, child in list(self._children.items()):
-            pid, _ = os.waitpid(child.pid, os.WNOHANG)
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
                 del self._children[number]
                 child.group.remove()
+                if child.program:
+                    while len(self._statuses) >= _STATUSES_MAX:
+                        del self._statuses[next(iter(self._statuses))]
+                    self._statuses[number] = os.waitstatus_to_exitcode(status)
+
+
+def _program(path: str, privileged: bool) -> int | None:
+    """Open the program that workers may become, None where there is none that can be trusted."""
+    if not path:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    trusted = not privileged or (status.st_uid == 0 and not status.st_mode & 0o022)
+    if stat.S_ISREG(status.st_mode) and trusted:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def preload() -> None:
@@ -330,20 +370,24 @@ def preload() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the broker: arguments are the socket's descriptor, the operations' module, whose tenants (JSON)."""
-    descriptor, operations, told = arguments
+    """Run the broker: its arguments are a socket's descriptor, the operations' module, tenants, a program.
+
+    The tenants are JSON for `found_by`. The program, a path or nothing, is what workers of the module's
+    `BECOMING` loops turn into.
+    """
+    descriptor, operations, told, program = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
     connection = socket.socket(fileno=int(descriptor))
-    Broker(connection, operations, found_by(orjson.loads(told))).run()
+    Broker(connection, operations, found_by(orjson.loads(told)), program).run()
 
 
 def listening(arguments: list[str]) -> NoReturn:
     """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
 
     The one argument is a JSON object: `path` of the socket, which will be `gid`'s with mode 0660, in a folder
-    that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name, which get
-    `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is told when
-    connections are taken. Raises `OSError`.
+    that only root may write; `operations`, `tenants`, `program`, `uids`; `chores`, command lines by name,
+    which get `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is
+    told when connections are taken. Raises `OSError`.
     """
     told = orjson.loads(arguments[0])
     path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])
@@ -382,7 +426,7 @@ def listening(arguments: list[str]) -> NoReturn:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _serve_one(connection, listener, operations, tenants, chores)
+                    _serve_one(connection, listener, operations, tenants, str(told["program"]), chores)
                 children.add(pid)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -403,6 +447,7 @@ def _serve_one(
     listener: socket.socket,
     operations: str,
     tenants: Tenants,
+    program: str,
     chores: Chores,
 ) -> NoReturn:
     """Be the broker of one gateway, in the forked child; never return."""
@@ -413,7 +458,7 @@ def _serve_one(
         end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Broker(connection, operations, tenants, chores).run()
+        Broker(connection, operations, tenants, program, chores).run()
         code = 0
     except BaseException:
         traceback.print_exc()

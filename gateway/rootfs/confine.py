@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gateway.rootfs import IdMap, kernel
@@ -45,7 +46,8 @@ class Plan:
     """What a worker becomes: `folder` its `/`, `namespace` a user namespace for the ids of its mount.
 
     `uid` and `gid` are the host's. `memory` is in bytes of address space, `file` in bytes of the largest file
-    that it may write. `covered` are folders below that are closed to it.
+    that it may write. `covered` are folders below that are closed to it. `program` is the descriptor of the
+    one program that it may become; None: of none.
     """
 
     folder: int
@@ -56,6 +58,7 @@ class Plan:
     file: int
     read_only: bool = False
     covered: tuple[str, ...] = ()
+    program: int | None = None
 
 
 class Namespaces:
@@ -115,13 +118,13 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     end_with_parent()
     tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)
     _enter(tree, plan.covered)
-    _close_all(keep)
+    _close_all({keep} if plan.program is None else {keep, plan.program})
     _limit(plan)
     _drop(plan.uid, plan.gid)
     layers = ["mount", "namespaces", "limits", "uid"]
-    if _landlock():
+    if _landlock(plan.program):
         layers.append("landlock")
-    if _seccomp():
+    if _seccomp(_ALLOWED if plan.program is None else {**_ALLOWED, **_OF_PROGRAMS}):
         layers.append("seccomp")
     return tuple(layers)
 
@@ -178,9 +181,12 @@ def _cover(tree: int, path: str) -> None:
         os.close(folder)
 
 
-def _close_all(keep: int) -> None:
-    os.closerange(0, keep)
-    os.closerange(keep + 1, 1 << 16)
+def _close_all(keep: set[int]) -> None:
+    first = 0
+    for descriptor in sorted(keep):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, 1 << 16)
 
 
 def _limit(plan: Plan) -> None:
@@ -212,12 +218,16 @@ def _drop(uid: int, gid: int) -> None:
 
 
 # LANDLOCK_ACCESS_FS_*: all of ABI 3 but executing (bit 0), making character and block devices (6 and 11).
+_FS_EXECUTE, _FS_READ = 1 << 0, 1 << 2
 _FS_ALL = (1 << 15) - 1
 _FS_ALLOWED = _FS_ALL & ~(1 << 0) & ~(1 << 6) & ~(1 << 11)
 
 
-def _landlock() -> bool:
-    """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock."""
+def _landlock(program: int | None) -> bool:
+    """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock.
+
+    Executing is forbidden but for `program`.
+    """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
@@ -229,6 +239,9 @@ def _landlock() -> bool:
     try:
         # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
         checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", _FS_ALLOWED, root), 0), "landlock")
+        if program is not None:
+            may = struct.pack("=Qi", _FS_EXECUTE | _FS_READ, program)
+            checked(syscall(_LANDLOCK_ADD, rules, 1, may, 0), "landlock")
         checked(syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock")
     finally:
         os.close(root)
@@ -306,17 +319,38 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "rseq": (334, 293),
     "openat2": (437, 437),
 }
+# What a static program needs beside them: to begin, and threads of its own.
+_OF_PROGRAMS: dict[str, tuple[int | None, int | None]] = {
+    "open": (2, None),
+    "ioctl": (16, 29),
+    "access": (21, None),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "nanosleep": (35, 101),
+    "clone": (56, 220),
+    "execve": (59, 221),
+    "uname": (63, 160),
+    "getcwd": (79, 17),
+    "readlink": (89, None),
+    "arch_prctl": (158, None),
+    "sched_getaffinity": (204, 123),
+    "set_tid_address": (218, 96),
+    "set_robust_list": (273, 99),
+    "prlimit64": (302, 261),
+    "execveat": (322, 281),
+    "membarrier": (324, 283),
+}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ, |JGE, BPF_RET
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 
 
-def _seccomp() -> bool:
-    """Allow the calls of `_ALLOWED` and answer every other by EPERM. False on unknown architectures."""
+def _seccomp(allowed: Mapping[str, tuple[int | None, int | None]]) -> bool:
+    """Allow these calls and answer every other by EPERM. False on unknown architectures."""
     if _MACHINE not in _SECCOMP:
         return False
     column = 0 if _MACHINE == "x86_64" else 1
-    numbers = sorted(number for row in _ALLOWED.values() if (number := row[column]) is not None)
+    numbers = sorted(number for row in allowed.values() if (number := row[column]) is not None)
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL_PROCESS)]
     program.append((_LOAD, 0, 0, 0))
     if column == 0:  # the x32 numbers

@@ -104,8 +104,8 @@ class Groups:
             else:
                 self._parents.append((hierarchy, parents))
 
-    def new(self, number: int, memory: int, *, search: bool) -> Group:
-        """Make worker `number`'s group with at most `memory` bytes and one process.
+    def new(self, number: int, memory: int, *, search: bool, tasks: int = 1) -> Group:
+        """Make worker `number`'s group with at most `memory` bytes and `tasks` processes and threads.
 
         What cannot be made or bounded is left out: the worker's other limits hold without it.
         """
@@ -124,7 +124,7 @@ class Groups:
                 if _write(f"{folder}/{limit[0]}", str(limit[1])):
                     bounded.append("memory")
                     _write(f"{folder}/{swap[0]}", str(swap[1]))  # absent in a kernel that does not count swap
-            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", "1"):
+            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", str(tasks)):
                 bounded.append("pids")
             if bounded:
                 folders.append((folder, tuple(bounded)))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from gateway.rootfs.tree import Tree
+
+SIFT: Final = "sift"  # the loop of a worker that becomes the program
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What an operation works on."""
+    """What an operation works on. `program` is the descriptor of a program that a loop may become."""
 
     tree: Tree
     limits: Limits
+    program: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

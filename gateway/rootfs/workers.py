@@ -26,8 +26,8 @@ from gateway import errors
 from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
-from gateway.rootfs.operations import Limits
-from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, READY, REFUSED
+from gateway.rootfs.operations import SIFT, Limits
+from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
 _BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
+_SIFTED_MAX = 8 << 20  # bytes of names
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 # -c, not -m: the broker's import path must be this process' own, whatever the environment says.
@@ -51,14 +52,20 @@ class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
     The broker is started with the first request and again where it has died; `tenants` describes where it
-    finds them (see `gateway.rootfs.tenants`). With `at`, one that listens there is connected to instead, and
-    knows all of that itself.
+    finds them (see `gateway.rootfs.tenants`), `program` is one that workers may become. With `at`, one that
+    listens there is connected to instead, and knows all of that itself.
     """
 
     def __init__(
-        self, operations: str = "", tenants: Mapping[str, Any] | None = None, *, at: Path | None = None
+        self,
+        operations: str = "",
+        tenants: Mapping[str, Any] | None = None,
+        program: Path | None = None,
+        *,
+        at: Path | None = None,
     ) -> None:
         self._at = at
+        self._program = program
         self._operations = operations
         self._tenants = orjson.dumps(tenants).decode()
         self._lock = asyncio.Lock()
@@ -139,6 +146,7 @@ class BrokerClient:
                 str(theirs.fileno()),
                 self._operations,
                 self._tenants,
+                str(self._program or ""),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={"PATH": os.defpath, "LANG": "C.UTF-8"},
@@ -267,7 +275,9 @@ class Workers:
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
-        self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
+        self.broker = BrokerClient(operations, tenants, settings.ripgrep, at=settings.broker_socket)
+        self._sifts = settings.ripgrep.exists()
+        self._sifting = asyncio.Semaphore(os.cpu_count() or 1)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         self._slots: dict[tuple[str, bool], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -323,6 +333,40 @@ class Workers:
         """Return whether no call to the tenant's worker for single files runs or waits."""
         slot = self._slots.get((tenant, False))
         return slot is None or not slot.waiting
+
+    async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
+        """Have the program name the files worth a search, each with a NUL after it; None where it cannot.
+
+        It is confined as a worker is, and runs once. Raises `Timeout`, and what the broker refuses with.
+        """
+        if not self._sifts:
+            return None
+        try:
+            async with asyncio.timeout(self._limits.tool_timeout), self._sifting:
+                return await self._sift(self.spawn(root, SIFT, search=True), orjson.dumps(arguments))
+        except TimeoutError:
+            raise Timeout("the search took too long and was ended; try a more specific path") from None
+
+    async def _sift(self, spawn: Spawn, request: bytes) -> bytes | None:
+        answer, descriptors = await self.broker.request(spawn.wire())
+        reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=descriptors[0]))
+        names, whole = bytearray(), False
+        try:
+            length, status = HEAD.unpack(await reader.readexactly(HEAD.size))
+            await reader.readexactly(length - 1)
+            if status == READY:
+                writer.write(LENGTH.pack(len(request)) + request)
+                while len(names) <= _SIFTED_MAX and (chunk := await reader.read(1 << 16)):
+                    names += chunk
+                whole = len(names) <= _SIFTED_MAX
+        except (OSError, EOFError):
+            whole = False
+        finally:
+            writer.close()
+            ending = asyncio.ensure_future(self.broker.request({"do": "kill", "worker": answer["worker"]}))
+            ended, _ = await asyncio.shield(ending)
+        # 1 is ripgrep's word for nothing found
+        return bytes(names) if whole and ended["status"] in (0, 1) else None
 
     async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
         try:

@@ -14,7 +14,8 @@ from gateway.tools.answer import Seen, ToolFailure
 class Call:
     """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file.
 
-    A `brief` one holds up others: it ends with `Timeout` where it would take long.
+    A `brief` one holds up others: it ends with `Timeout` where it would take long. `sifted` are the names
+    that `gateway.tools.sifting` found, each a Latin-1 character for a byte and with a NUL after it.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Call:
         read_first: bool,
         *,
         brief: bool = False,
+        sifted: str | None = None,
     ) -> None:
         self.tool = tool
         self.tree = workspace.tree
         self.limits = workspace.limits
         self.brief = brief
+        self.sifted = sifted
         self.given = given
         self.cwd = cwd
         self.seen = Seen(*seen) if seen else None

@@ -69,20 +69,29 @@ class FileTools:
             "cwd": cwd,
             "seen": seen.wire() if seen else None,
             "read_first": session.read_before_write,
-            "brief": False,
+            "brief": name in _SEARCHES,
+            "sifted": None,
         }
-        search = name in _SEARCHES
-        if search and self._workers.rests(root.tenant):
-            # Most searches are over at once. The worker that does the other calls is awake and warm for them;
-            # what takes longer goes to the one that holds up nobody.
-            head, body = decode(await self._workers.call(root, name, given | {"brief": True}))
-            if head["code"] != "timeout":
-                return ToolResult(body, head["is_error"], head["code"])
+        if name in _SEARCHES:
+            return await self._search(root, name, given)
         # a document takes long to be drawn, and must hold up no other read
-        apart = search or (name == "Read" and (path or "").lower().endswith(".pdf"))
+        apart = name == "Read" and (path or "").lower().endswith(".pdf")
         head, body = decode(await self._workers.call(root, name, given, search=apart))
         if path is not None and head["seen"] is not None:
             session.remember(path, Seen(*head["seen"]))
+        return ToolResult(body, head["is_error"], head["code"])
+
+    async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
+        # Most searches are over at once. The worker that does the other calls is awake and warm for them;
+        # what takes longer goes to the one that holds up nobody.
+        apart = not self._workers.rests(root.tenant)
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
+        if head["code"] == "timeout":
+            given["brief"] = False
+            if name == "Grep":
+                sifted = await self._workers.sift(root, {"input": given["input"], "cwd": given["cwd"]})
+                given["sifted"] = None if sifted is None else sifted.decode("latin-1")
+            head, body = decode(await self._workers.call(root, name, given, search=True))
         return ToolResult(body, head["is_error"], head["code"])
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.files import opening, sweeping
+from gateway.files import opening, sweeping, watching
 from gateway.files import operations as editor
-from gateway.files.watching import LOOPS
-from gateway.rootfs.operations import Operation, Workspace
+from gateway.rootfs.operations import SIFT, Loop, Operation, Workspace
 from gateway.rootfs.tree import refusal
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure
@@ -17,6 +16,7 @@ from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
 from gateway.tools.schemas import checked
 from gateway.tools.searching import brief, glob, grep, idle
+from gateway.tools.sifting import sift
 from gateway.tools.writing import edit, write
 
 _TOOLS: dict[str, Callable[[Call], Answer]] = {
@@ -43,6 +43,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
                 arguments["seen"],
                 arguments["read_first"],
                 brief=hurried,
+                sifted=arguments["sifted"],
             )
             answer = tool(call)
         except ToolFailure as error:
@@ -66,4 +67,7 @@ OPERATIONS: dict[str, Operation] = {
     **outputs.OPERATIONS,
 }
 
-__all__ = ["LOOPS", "OPERATIONS", "idle"]
+LOOPS: dict[str, Loop] = {**watching.LOOPS, SIFT: sift}
+BECOMING = frozenset({SIFT})
+
+__all__ = ["BECOMING", "LOOPS", "OPERATIONS", "idle"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -182,6 +183,10 @@ def grep(call: Call) -> Answer:
         if file:
             search.file(start, start, status, explicit=True)
         else:
+            prefix = start + "/" if start else ""
+            if call.sifted is not None:
+                search.named(prefix, call.sifted)
+                return search.answer(single=False)
             sought = Sought(call.tree, start, globs, types)
             walk = Walk(
                 call.tree,
@@ -192,7 +197,6 @@ def grep(call: Call) -> Answer:
                 deadline=call.deadline,
                 ordered=search.ordered,
             )
-            prefix = start + "/" if start else ""
             for name, entry in walk:
                 search.file(prefix + name, name, entry, explicit=False)
                 if search.full:
@@ -223,11 +227,16 @@ def _hidden(start: str, pattern: str = "") -> list[str]:
     return [] if start or pattern.startswith(outputs.HOME) else [f"!/{outputs.HOME}"]
 
 
-def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
+def overrides(given: dict[str, Any], start: str) -> list[str]:
+    """Return the globs that go before ignore files, the last that matches deciding."""
     patterns = [f"!{name}" for name in _CONTROL]
     for word in str(given.get("glob", "")).split():
         # A comma separates two globs, unless it stands in braces.
         patterns += [word] if "{" in word else [part for part in word.split(",") if part]
+    return patterns + _hidden(start)
+
+
+def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
     types = None
     if given.get("type"):
         kind = given["type"]
@@ -235,7 +244,7 @@ def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
             raise _rejected(f"unrecognized file type: {kind[:100]}")
         types = Globs(TYPES[kind].split())
     try:
-        return Globs(patterns + _hidden(start)), types
+        return Globs(overrides(given, start)), types
     except GlobError as error:
         raise _rejected(str(error)) from None
 
@@ -422,6 +431,20 @@ class _Search:
                 self._matches += count
             return
         self._lines(data, "" if explicit else self._call.shown(path), nul)
+
+    def named(self, prefix: str, sifted: str) -> None:
+        """Search the files that were named, in the order of a walk."""
+        names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
+        names.sort(key=lambda name: name.split("/"))
+        for name in names:
+            try:
+                status = self._call.tree.status(prefix + name)
+            except GatewayError:
+                continue  # gone
+            if stat.S_ISREG(status.st_mode):
+                self.file(prefix + name, name, status, explicit=False)
+            if self.full:
+                break
 
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
         """Yield start and end of each match, one for each line that matches or `every` one."""

@@ -18,10 +18,10 @@ from gateway.host.image import (
     PROPERTY,
     Artefact,
     Definition,
-    check_integrity,
     define,
     image_metadata,
 )
+from gateway.host.npm import check_integrity
 from gateway.host.setup import MANAGED, PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.settings import Settings
 

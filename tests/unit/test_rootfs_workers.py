@@ -19,6 +19,7 @@ from gateway.rootfs.tenants import Folders
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 
+NO_RIPGREP = Settings(ripgrep=Path("/nonexistent"))
 PROBES = "tests.unit.test_rootfs_probes"
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="confinement needs root; the local runtime has none")
 
@@ -328,11 +329,11 @@ async def test_edits_are_not_lost(root: LaidRoot) -> None:
     assert text == "".join(f"<{i}>\n" for i in range(60))
 
 
-async def test_small_search_needs_no_worker_of_its_own(root: FilesystemRoot) -> None:
+async def test_small_search_needs_no_worker_of_its_own(root: LaidRoot) -> None:
     """A search that is over at once is done by the worker that does the other calls."""
     site = root.path / "srv" / "site"
     (site / "a.ts").write_text("form\n")
-    async with Workers(Settings()) as workers:
+    async with Workers(NO_RIPGREP, folders(root.path.parent)) as workers:
         tools = FileTools(workers, Settings())
         for tool, given in (("Glob", {"pattern": "*.ts"}), ("Grep", {"pattern": "form"})):
             result = await tools.call(root, ToolSession(), tool, given)
@@ -342,13 +343,13 @@ async def test_small_search_needs_no_worker_of_its_own(root: FilesystemRoot) -> 
 
 
 @pytest.mark.parametrize("much", ["files", "bytes"])
-async def test_large_search_is_whole_and_apart(root: FilesystemRoot, much: str) -> None:
+async def test_large_search_is_whole_and_apart(root: LaidRoot, much: str) -> None:
     """A search over many files or bytes misses none of them, and ends in the worker for what takes long."""
     site = root.path / "srv" / "site"
     names = [f"{number:04}.ts" for number in range(1500 if much == "files" else 5)]
     for name in names:
         (site / name).write_text("form\n" if much == "files" else "." * (400 << 10) + "\nform\n")
-    async with Workers(Settings()) as workers:
+    async with Workers(NO_RIPGREP, folders(root.path.parent)) as workers:
         tools = FileTools(workers, Settings())
         given = {"pattern": "form", "output_mode": "count"}
         result = await tools.call(root, ToolSession(), "Grep", given)

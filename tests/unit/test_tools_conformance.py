@@ -56,6 +56,9 @@ class HereWorkers:
     def close(self) -> None:
         self._tree.close()
 
+    async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
+        return None
+
     def rests(self, tenant: str) -> bool:
         return False
 

@@ -1,0 +1,131 @@
+"""Searches in large trees: ripgrep as a confined sieve, put there by `setup`, finds what our walk finds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import Timeout
+from gateway.rootfs import Workers
+from gateway.settings import Settings
+from gateway.tools import FileTools, ToolSession
+from tests.integration.environment import settings as incus_settings
+from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root
+
+pytestmark = pytest.mark.usefixtures("incus_settings")
+
+SETTINGS = Settings(ripgrep=incus_settings().ripgrep)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> LaidRoot:
+    """More than a brief search looks at, with all that searches treat in their own way."""
+    root = make_root(tmp_path)
+    site = root.path / "srv" / "site"
+    for number in range(1200):
+        (site / f"plain{number:04}.txt").write_text("nothing here\n")
+    texts = {
+        "src/a.ts": b"one form\nForm two\nform form\n",
+        "src/b/c.tsx": b"x\r\nform\r\n",
+        "src/.hidden": b"form\n",
+        "src/bin.dat": b"form\0form\n",
+        "src/utf16.txt": "form é\n".encode("utf-16"),
+        "src/bom.ts": b"\xef\xbb\xbfform\n",
+        "src/multi.ts": b"for\nm\nform",
+        "src/build/out.ts": b"form\n",
+        "src/.gitignore": b"build/\n*.log\n",
+        "src/x.log": b"form\n",
+        ".git/config": b"form\n",
+        "node_modules/p/index.js": b"form\n" * 3,
+        "dir-b/form.ts": b"form\n",
+        "dir/form.ts": b"form\n",
+        "dir.ts": b"form\n",
+    }
+    for name, text in texts.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(text)
+    (site / os.fsdecode(b"bad-\xff.ts")).write_bytes(b"form\n")
+    (site / "new\nline.ts").write_bytes(b"form\n")
+    (site / "big.txt").write_bytes(b"form\n" + b"." * (17 << 20))
+    (site / "link.ts").symlink_to("src/a.ts")
+    (site / "host").symlink_to("/etc")
+    return root
+
+
+@pytest.fixture
+async def workers(root: LaidRoot) -> AsyncIterator[Workers]:
+    async with Workers(SETTINGS, folders(root.path.parent)) as running:
+        yield running
+
+
+GREPS: list[dict[str, Any]] = [
+    {"pattern": "form"},
+    {"pattern": "form", "output_mode": "count"},
+    {"pattern": "form", "output_mode": "content", "-n": True},
+    {"pattern": "form", "output_mode": "content", "-C": 1, "head_limit": 7, "offset": 2},
+    {"pattern": "form", "output_mode": "content", "-o": True},
+    {"pattern": "FORM", "-i": True},
+    {"pattern": "for.m", "multiline": True, "output_mode": "content"},
+    {"pattern": "form", "glob": "*.{ts,tsx}"},
+    {"pattern": "form", "glob": "!src/**"},
+    {"pattern": "form", "type": "ts"},
+    {"pattern": "^form$", "output_mode": "count"},
+    {"pattern": "\\w+é"},
+    {"pattern": "nowhere to be found"},
+    {"pattern": "-e"},
+]
+
+
+@pytest.mark.parametrize("given", GREPS, ids=lambda given: " ".join(map(str, given.values())))
+async def test_answers_as_without(workers: Workers, root: LaidRoot, given: dict[str, Any]) -> None:
+    """With the sieve or without it, in every mode, the answer is the same to the letter."""
+    sifted = await workers.sift(root, {"input": given, "cwd": "/srv/site"})
+    assert sifted is not None
+    with_sieve = await FileTools(workers, SETTINGS).call(root, ToolSession(), "Grep", given)
+    async with Workers(NO_RIPGREP, folders(root.path.parent)) as without:
+        expected = await FileTools(without, NO_RIPGREP).call(root, ToolSession(), "Grep", given)
+    ours, theirs = with_sieve.data(), expected.data()
+    # large files are counted where they are met: the sieve leaves them out before
+    assert ours["structuredContent"] | {"skippedLargeFiles": 0} == theirs["structuredContent"] | {
+        "skippedLargeFiles": 0
+    }
+    assert ours["content"] == theirs["content"]
+
+
+async def test_names_nothing_outside(workers: Workers, root: LaidRoot) -> None:
+    """Links out of the workspace lead nowhere, as a start no more than on the way."""
+    found = await workers.sift(root, {"input": {"pattern": "root"}, "cwd": "/srv/site"})
+    assert found == b""
+    for path in ("host", "/etc", "../../etc"):
+        given = {"pattern": "root", "path": path}
+        assert await workers.sift(root, {"input": given, "cwd": "/srv/site"}) is None
+
+
+async def test_refuses_to_be_misled(workers: Workers, root: LaidRoot) -> None:
+    """Input that is not Grep's, and a pattern that ripgrep refuses, is left to the walk, which says why."""
+    for given in (
+        {"pattern": "("},
+        {"pattern": 7},
+        {"pattern": "a", "--pre": "/bin/sh"},
+        {"pattern": "a", "type": "no"},
+    ):
+        assert await workers.sift(root, {"input": given, "cwd": "/srv/site"}) is None
+
+
+async def test_ends_in_time(root: LaidRoot) -> None:
+    """A sieve that takes too long is killed, and nothing of it stays."""
+    async with Workers(
+        SETTINGS.model_copy(update={"tool_timeout": 0.001}), folders(root.path.parent)
+    ) as workers:
+        with pytest.raises(Timeout):
+            await workers.sift(root, {"input": {"pattern": "form"}, "cwd": "/srv/site"})
+        broker = workers.broker._process
+        assert broker is not None
+        async with asyncio.timeout(5):
+            while Path(f"/proc/{broker.pid}/task/{broker.pid}/children").read_text():
+                await asyncio.sleep(0.01)
