@@ -217,31 +217,35 @@ def _drop(uid: int, gid: int) -> None:
     end_with_parent()  # setresuid took it away (prctl(2))
 
 
-# LANDLOCK_ACCESS_FS_*: all of ABI 3 but executing (bit 0), making character and block devices (6 and 11).
-_FS_EXECUTE, _FS_READ = 1 << 0, 1 << 2
+# LANDLOCK_ACCESS_FS_*: all of ABI 3, allowed are all but executing and making devices.
+_FS_EXECUTE, _FS_READ_FILE, _FS_READ_DIR, _FS_MAKE_CHAR, _FS_MAKE_BLOCK, _FS_TRUNCATE = (
+    1 << bit for bit in (0, 2, 3, 6, 11, 14)
+)
 _FS_ALL = (1 << 15) - 1
-_FS_ALLOWED = _FS_ALL & ~(1 << 0) & ~(1 << 6) & ~(1 << 11)
+_FS_ALLOWED = _FS_ALL & ~(_FS_EXECUTE | _FS_MAKE_CHAR | _FS_MAKE_BLOCK)
+# Of a program, which changes nothing. Reading is left to the mounts: asked at each open, it would cost a
+# search of all files a third of its time. Truncating needs an open for writing.
+_FS_OF_PROGRAMS = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 
 
 def _landlock(program: int | None) -> bool:
     """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock.
 
-    Executing is forbidden but for `program`.
+    Executing is forbidden but for `program`, and to it every change of a file.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
     # struct landlock_ruleset_attr grew: fs (ABI 1), net (4), scope (6)
-    attributes = struct.pack("QQQ", _FS_ALL, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    handled = _FS_ALL if program is None else _FS_OF_PROGRAMS
+    attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = checked(syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     root = os.open("/", (kernel.O_PATH or 0) | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
-        checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", _FS_ALLOWED, root), 0), "landlock")
-        if program is not None:
-            may = struct.pack("=Qi", _FS_EXECUTE | _FS_READ, program)
-            checked(syscall(_LANDLOCK_ADD, rules, 1, may, 0), "landlock")
+        may = (_FS_ALLOWED, root) if program is None else (_FS_EXECUTE, program)
+        checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", *may), 0), "landlock")
         checked(syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock")
     finally:
         os.close(root)
