@@ -14,11 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Protocol
 
 from gateway.errors import (
     Conflict,
@@ -29,7 +26,6 @@ from gateway.errors import (
     NotAFile,
     NotFound,
     OutsideWorkspace,
-    Timeout,
     TooLarge,
     Unavailable,
 )
@@ -43,7 +39,7 @@ TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
 _REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 
 # errno -> error, `reason` (a fact that tells errors of one code apart) and words without any path
 _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
@@ -184,7 +180,7 @@ class Tree:
         folder, _, name = path.rpartition("/")
         try:
             for part in folder.split("/") if folder else ():
-                following = os.open(part, _FOLDER | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                following = os.open(part, FOLDER | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
                 os.close(directory)
                 directory = following
             return os.open(name or ".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -353,7 +349,7 @@ class Tree:
 
     def names(self, path: str, maximum: int) -> list[str]:
         """Return at most `maximum` names of a folder, in no order."""
-        descriptor = self.open(path, _FOLDER)
+        descriptor = self.open(path, FOLDER)
         try:
             with os.scandir(descriptor) as entries:
                 return [entry.name for entry in islice(entries, maximum)]
@@ -422,131 +418,3 @@ def read_all(descriptor: int, size: int, maximum: int) -> bytes:
         chunks.append(chunk)
         done += len(chunk)
     return b"".join(chunks)
-
-
-Names = Callable[[], Collection[str]]
-
-
-class Chooser(Protocol):
-    """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
-
-    `enter` is called for each folder, `names` gives the names in it; what it returns is the `state` of the
-    questions about these names and of `enter` for the folders below. `files` returns which of the names,
-    in the folder whose path with a slash is `prefix`, are wanted, should they be regular files.
-    """
-
-    def enter(self, path: str, names: Names, state: Any) -> Any: ...
-
-    def folder(self, path: str, state: Any) -> bool: ...
-
-    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
-
-
-class Walk:
-    """A look at all regular files below one folder. Links are neither followed nor yielded.
-
-    Iterating yields the path and status of each chosen file; `ordered` by path (part by part), else folder
-    by folder. Where all that is chosen lies below one folder, `first` names it. At most `maximum` entries are
-    looked at: more sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that
-    vanish, may not be read or lie deeper than a path can name are counted in `skipped`.
-    """
-
-    def __init__(
-        self,
-        tree: Tree,
-        start: str,
-        chooser: Chooser,
-        *,
-        state: Any = None,
-        maximum: int,
-        deadline: float,
-        ordered: bool,
-        first: str = "",
-    ) -> None:
-        self._tree = tree
-        self._first = first
-        self._start = start
-        self._chooser = chooser
-        self._state = state
-        self._maximum = maximum
-        self._deadline = deadline
-        self._ordered = ordered
-        self.visited = 0
-        self.truncated = False
-        self.skipped = 0
-
-    def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
-        start = self._tree.open(self._start, _FOLDER)
-        below = Tree(start, self._tree.workspace)
-        try:
-            # A file is on the stack with its status, a folder with None.
-            stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
-            while stack:
-                path, status, state = stack.pop()
-                if status is not None:
-                    yield path, status
-                    continue
-                try:
-                    descriptor = below.open_real(path, _FOLDER)
-                except OSError:
-                    self.skipped += 1
-                    continue
-                try:
-                    files, folders, state = self._look(descriptor, path, state)
-                except OSError:
-                    self.skipped += 1
-                    continue
-                finally:
-                    os.close(descriptor)
-                if self._ordered:
-                    stack += sorted(
-                        [
-                            *((name, status, None) for name, status in files),
-                            *((name, None, state) for name in folders),
-                        ],
-                        key=_path,
-                        reverse=True,
-                    )
-                else:
-                    yield from files
-                    stack += [(name, None, state) for name in folders]
-                if time.monotonic() > self._deadline:
-                    raise Timeout("the search took too long", reason="timeout")
-        finally:
-            below.close()
-
-    def _look(
-        self, descriptor: int, path: str, state: Any
-    ) -> tuple[list[tuple[str, os.stat_result]], list[str], Any]:
-        """Look into one folder: the chosen files with their status, the chosen folders, and their state."""
-        with os.scandir(descriptor) as entries:
-            # The bound comes before the list: a folder may have millions of names.
-            listed = list(islice(entries, self._maximum - self.visited + 1))
-            self.visited += len(listed)
-            if self.visited > self._maximum:
-                self.visited = self._maximum
-                self.truncated = True
-                listed.pop()
-            chooser = self._chooser
-            state = chooser.enter(path, lambda: {entry.name for entry in listed}, state)
-            prefix = path + "/" if path else ""
-            others: dict[str, os.DirEntry[str]] = {}
-            folders = []
-            for entry in listed:
-                if not entry.is_dir(follow_symlinks=False):
-                    others[entry.name] = entry
-                elif chooser.folder(prefix + entry.name, state):
-                    folders.append(prefix + entry.name)
-            files = []
-            for name in chooser.files(prefix, list(others), state):
-                entry = others[name]
-                if entry.is_file(follow_symlinks=False):
-                    try:
-                        files.append((prefix + name, entry.stat(follow_symlinks=False)))
-                    except OSError:
-                        continue  # gone
-            return files, folders, state
-
-
-def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
-    return found[0]

@@ -16,7 +16,8 @@ from typing import Any
 import re2
 
 from gateway.errors import GatewayError
-from gateway.rootfs.tree import Names, Tree
+from gateway.rootfs.tree import Tree
+from gateway.rootfs.walk import Names
 
 GLOB_MAX = 2000  # characters of one glob
 _RULES_MAX = 2000  # rules of one ignore file

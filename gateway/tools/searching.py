@@ -21,7 +21,8 @@ import re2
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Limits
-from gateway.rootfs.tree import Tree, Walk
+from gateway.rootfs.tree import Tree
+from gateway.rootfs.walk import Walk, forget
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
@@ -340,6 +341,7 @@ def idle() -> None:
     global _cached
     _cache.clear()
     _cached = 0
+    forget()
     _regex.cache_clear()
 
 

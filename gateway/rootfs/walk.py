@@ -1,0 +1,185 @@
+"""Knows how to look at all files of a workspace, and remembers what it saw of folders that did not change."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, Protocol
+
+from gateway.errors import Timeout
+from gateway.rootfs.tree import FOLDER, Tree
+
+KEPT_NAMES_MAX: Final = 100_000
+_SETTLED: Final = 100_000_000  # nanoseconds; a folder that changed later may change again in the same tick
+
+Names = Callable[[], Collection[str]]
+
+
+class Chooser(Protocol):
+    """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
+
+    `enter` is called for each folder, `names` gives the names in it; what it returns is the `state` of the
+    questions about these names and of `enter` for the folders below. `files` returns which of the names,
+    in the folder whose path with a slash is `prefix`, are wanted, should they be regular files.
+    """
+
+    def enter(self, path: str, names: Names, state: Any) -> Any: ...
+
+    def folder(self, path: str, state: Any) -> bool: ...
+
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
+
+
+# the names of files and other things, and those of folders
+_Listing = tuple[list[str], list[str]]
+
+# By device, inode and ctime, which nobody can set back: entries of a folder do not change without it.
+_kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
+_kept_names = 0
+
+
+def forget() -> None:
+    """Let go of what is remembered of folders."""
+    global _kept_names
+    _kept.clear()
+    _kept_names = 0
+
+
+def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
+    global _kept_names
+    _kept[key] = listing
+    _kept_names += len(listing[0]) + len(listing[1]) + 1
+    while _kept_names > KEPT_NAMES_MAX:
+        _, (others, folders) = _kept.popitem(last=False)
+        _kept_names -= len(others) + len(folders) + 1
+
+
+class Walk:
+    """A look at all regular files below one folder. Links are neither followed nor yielded.
+
+    Iterating yields the path and status of each chosen file; `ordered` by path (part by part), else folder
+    by folder. Where all that is chosen lies below one folder, `first` names it. At most `maximum` entries are
+    looked at: more sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that
+    vanish, may not be read or lie deeper than a path can name are counted in `skipped`.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        start: str,
+        chooser: Chooser,
+        *,
+        state: Any = None,
+        maximum: int,
+        deadline: float,
+        ordered: bool,
+        first: str = "",
+    ) -> None:
+        self._tree = tree
+        self._first = first
+        self._start = start
+        self._chooser = chooser
+        self._state = state
+        self._maximum = maximum
+        self._deadline = deadline
+        self._ordered = ordered
+        self.visited = 0
+        self.truncated = False
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
+        below = Tree(self._tree.open(self._start, FOLDER), self._tree.workspace)
+        try:
+            # A file is on the stack with its status, a folder with None.
+            stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
+            while stack:
+                path, status, state = stack.pop()
+                if status is not None:
+                    yield path, status
+                    continue
+                try:
+                    files, folders, state = self._look(below, path, state)
+                except OSError:
+                    self.skipped += 1
+                    continue
+                if self._ordered:
+                    stack += sorted(
+                        [
+                            *((name, status, None) for name, status in files),
+                            *((name, None, state) for name in folders),
+                        ],
+                        key=_path,
+                        reverse=True,
+                    )
+                else:
+                    yield from files
+                    stack += [(name, None, state) for name in folders]
+                if time.monotonic() > self._deadline:
+                    raise Timeout("the search took too long", reason="timeout")
+        finally:
+            below.close()
+
+    def _look(
+        self, below: Tree, path: str, state: Any
+    ) -> tuple[list[tuple[str, os.stat_result]], list[str], Any]:
+        """Look into one folder: the chosen files with their status, the chosen folders, and their state."""
+        descriptor = -1
+        # A link on the way may lead elsewhere, but only to what was seen as it would be seen again.
+        status = os.stat(path or ".", dir_fd=below.descriptor, follow_symlinks=False)
+        listing = _kept.get((status.st_dev, status.st_ino, status.st_ctime_ns))
+        try:
+            if listing is None:
+                descriptor = below.open_real(path, FOLDER)
+                listing = self._list(descriptor)
+            others, folders = self._counted(listing)
+            chooser, prefix = self._chooser, path + "/" if path else ""
+            state = chooser.enter(path, lambda: {*others, *folders}, state)
+            entered = [below_ for name in folders if chooser.folder(below_ := prefix + name, state)]
+            files = []
+            chosen = chooser.files(prefix, others, state)
+            if chosen and descriptor < 0:
+                descriptor = below.open_real(path, FOLDER)
+            for name in chosen:
+                try:
+                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                except OSError:
+                    continue  # gone
+                if stat.S_ISREG(status.st_mode):
+                    files.append((prefix + name, status))
+            return files, entered, state
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _list(self, descriptor: int) -> _Listing:
+        """Return the names in a folder, kept for the next walk where that is safe."""
+        before, now = os.fstat(descriptor), time.time_ns()
+        others: list[str] = []
+        folders: list[str] = []
+        # The bound comes before the list: a folder may have millions of names.
+        room = self._maximum - self.visited + 1
+        with os.scandir(descriptor) as entries:
+            for entry in islice(entries, room):
+                (folders if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
+        if now - before.st_ctime_ns > _SETTLED and len(others) + len(folders) < room:
+            _keep((before.st_dev, before.st_ino, before.st_ctime_ns), (others, folders))
+        return others, folders
+
+    def _counted(self, listing: _Listing) -> _Listing:
+        """Return of a listing what may still be looked at."""
+        others, folders = listing
+        room = self._maximum - self.visited
+        self.visited += len(others) + len(folders)
+        if self.visited > self._maximum:
+            self.visited = self._maximum
+            self.truncated = True
+            others, folders = others[:room], folders[: max(0, room - len(others))]
+        return others, folders
+
+
+def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
+    return found[0]

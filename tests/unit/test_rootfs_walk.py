@@ -1,0 +1,125 @@
+"""A walk remembers folders, and yet sees every change in them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.rootfs import walk
+from gateway.rootfs.tree import Tree
+from gateway.rootfs.walk import Names, Walk
+
+
+class All:
+    """Chooses everything."""
+
+    def enter(self, path: str, names: Names, state: Any) -> Any:
+        return None
+
+    def folder(self, path: str, state: Any) -> bool:
+        return True
+
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
+        return names
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Path]:
+    """A workspace whose folders have been as they are for long enough to be remembered."""
+    walk.forget()
+    for name in ("a.ts", "src/b.ts", "src/deep/c.ts"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    newest = max(folder.stat().st_ctime_ns for folder in (tmp_path, tmp_path / "src", tmp_path / "src/deep"))
+    while time.time_ns() - newest <= walk._SETTLED:
+        time.sleep(0.01)
+    yield tmp_path
+    walk.forget()
+
+
+def seen(site: Path, maximum: int = 1000) -> list[str]:
+    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    try:
+        looked = Walk(tree, "", All(), maximum=maximum, deadline=time.monotonic() + 5, ordered=True)
+        return [name for name, _ in looked]
+    finally:
+        tree.close()
+
+
+EVERYTHING = ["a.ts", "src/b.ts", "src/deep/c.ts"]
+
+
+def _new(site: Path) -> None:
+    (site / "src/new.ts").touch()
+
+
+def _removed(site: Path) -> None:
+    (site / "src/b.ts").unlink()
+
+
+def _renamed(site: Path) -> None:
+    (site / "src/b.ts").rename(site / "src/d.ts")
+
+
+def _set_back(site: Path) -> None:
+    status = (site / "src").stat()
+    (site / "src/new.ts").touch()
+    os.utime(site / "src", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _swapped(site: Path) -> None:
+    (site / "src/b.ts").unlink()
+    (site / "src/b.ts").mkdir()
+    (site / "src/b.ts/e.ts").touch()
+
+
+def _linked(site: Path) -> None:
+    (site / "src").rename(site / "lib")
+    (site / "src").symlink_to("lib")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_new, [*EVERYTHING, "src/new.ts"]),
+        (_removed, ["a.ts", "src/deep/c.ts"]),
+        (_renamed, ["a.ts", "src/d.ts", "src/deep/c.ts"]),
+        (_set_back, [*EVERYTHING, "src/new.ts"]),
+        (_swapped, ["a.ts", "src/b.ts/e.ts", "src/deep/c.ts"]),
+        (_linked, ["a.ts", "lib/b.ts", "lib/deep/c.ts"]),
+    ],
+)
+def test_change_is_seen(site: Path, change: Callable[[Path], None], expected: list[str]) -> None:
+    """Whatever happened to a remembered folder, the next walk tells of the folder as it is."""
+    assert seen(site) == EVERYTHING
+    assert len(walk._kept) == 3
+    assert seen(site) == EVERYTHING
+    change(site)
+    assert seen(site) == sorted(expected)
+
+
+def test_young_folder_is_not_remembered(site: Path) -> None:
+    """A folder that changed a moment ago may change once more with the same time: it is read again."""
+    (site / "src/new.ts").touch()
+    seen(site)
+    assert len(walk._kept) == 2
+
+
+def test_bound_holds_for_what_is_remembered(site: Path) -> None:
+    """A remembered folder counts as a read one: the bound cuts both at the same place."""
+    cut = seen(site, maximum=2)
+    assert seen(site) == EVERYTHING
+    assert len(seen(site, maximum=2)) == len(cut) < len(EVERYTHING)
+
+
+def test_memory_is_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more names than are kept, the oldest folders are forgotten and the walk is still whole."""
+    monkeypatch.setattr(walk, "KEPT_NAMES_MAX", 4)
+    assert seen(site) == EVERYTHING
+    assert 0 < len(walk._kept) < 3
+    assert seen(site) == EVERYTHING
