@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +17,8 @@ import orjson
 
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import TEMPORARY, Names, Walk
+from gateway.rootfs.tree import TEMPORARY
+from gateway.rootfs.walk import Names, Walk
 
 _OURS = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY
@@ -31,8 +33,8 @@ class _Unfinished:
     def folder(self, path: str, state: Any) -> bool:
         return True
 
-    def file(self, path: str, state: Any) -> bool:
-        return _OURS.fullmatch(path.rpartition("/")[2]) is not None
+    def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
+        return [name for name in names if name.startswith(TEMPORARY) and _OURS.fullmatch(name)]
 
 
 def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:
