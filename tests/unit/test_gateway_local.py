@@ -11,6 +11,7 @@ import pytest
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.mcp import McpContract
+from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
 
 
@@ -53,6 +54,10 @@ class TestLocal(GatewayContract):
 
 
 class TestLocalMcp(McpContract):
+    pass
+
+
+class TestLocalReceipts(ReceiptsContract):
     pass
 
 
