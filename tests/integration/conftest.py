@@ -118,13 +118,14 @@ async def incusd(incus_settings: Settings) -> AsyncIterator[Incusd]:
 
 
 async def _make(
-    made: list[Container], prefix: str, settings: Settings, *, start: bool, ready: bool
+    made: list[Container], prefix: str, settings: Settings, *, start: bool, ready: bool, pool: str = ""
 ) -> Container:
     container = Container(f"t-{prefix}-{os.getpid()}-{next(_numbers)}")
     made.append(container)
     words = (
         *("create" if not start else "launch", settings.image, container.name, "--profile", settings.profile),
         *("--config", f"{environment.OWNER}={environment.owner(os.getpid())}"),
+        *(("--storage", pool) if pool else ()),
     )
     await asyncio.to_thread(environment.incus, *words)
     if start and ready:
@@ -157,12 +158,12 @@ async def make_containers(prefix: str, settings: Settings, number: int) -> Async
 async def make_tenant(incus_settings: Settings) -> AsyncIterator[MakeTenant]:
     """A function that makes tenants, `await make_tenant(start=True, ready=False)`; they end with the test.
 
-    `ready` waits for the container's systemd and for its address, a second more.
+    `ready` waits for the container's systemd and for its address, a second more; `pool` is one beside theirs.
     """
     made: list[Container] = []
 
-    async def make(*, start: bool = True, ready: bool = False) -> Container:
-        return await _make(made, "test", incus_settings, start=start, ready=ready)
+    async def make(*, start: bool = True, ready: bool = False, pool: str = "") -> Container:
+        return await _make(made, "test", incus_settings, start=start, ready=ready, pool=pool)
 
     yield make
     await _destroy(made)

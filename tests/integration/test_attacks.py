@@ -1,7 +1,8 @@
 """A process inside a real container swaps paths as fast as it can, while the tools work on them.
 
-`tests/unit/test_rootfs_attacks.py` has the whole table of what can be laid into a workspace; here are the
-races, which need the real mounts, ids and kernel paths, and at least a minute. GATEWAY_TEST_RACE_SECONDS sets
+By websocket through a live gateway, on a pool with idmapped mounts as the tenants' own and on one of plain
+folders. `tests/unit/test_rootfs_attacks.py` has the whole table of what can be laid into a workspace; here
+are the races, which need the real mounts, ids and kernel paths, and a minute. GATEWAY_TEST_RACE_SECONDS sets
 the seconds of each of them.
 """
 
@@ -19,15 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import GatewayError
-from gateway.rootfs import FilesystemRoot, Workers
-from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
 from tests.integration import environment
-from tests.integration.conftest import Container
+from tests.integration.conftest import Container, MakeTenant
+from tests.integration.test_gateway_incus import live
+from tests.live import LiveGateway, RpcFailure, Wire
 
-SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "6"))
+SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "3"))
 SECRET = "host-secret-9d1f"
 DEADLINE = 5.0  # seconds in which every call must answer
 
@@ -69,9 +68,9 @@ class Arena:
     """A tenant whose workspace is laid with bait, the files outside, and a count of what was answered."""
 
     container: Container
-    root: FilesystemRoot
-    tools: FileTools
+    wire: Wire
     secret: Path
+    rootfs: Path
     calls: int = 0
     slowest: float = 0.0
     refused: dict[str, int] = field(default_factory=dict)
@@ -81,17 +80,15 @@ class Arena:
         started = time.monotonic()
         try:
             async with asyncio.timeout(DEADLINE):
-                result = await self.tools.call(self.root, ToolSession(), tool, given)
-        except GatewayError as error:
-            assert str(environment.INCUS_DIR) not in error.message
-            self.refused[error.code] = self.refused.get(error.code, 0) + 1
+                answer = await self.wire.call("tools/call", name=tool, arguments=given)
+        except RpcFailure as error:
+            text, code = str(error), error.code
         else:
-            text = result.encoded.decode()
-            json.loads(text)
-            assert SECRET not in text
-            assert str(environment.INCUS_DIR) not in text
-            if result.code:
-                self.refused[result.code] = self.refused.get(result.code, 0) + 1
+            text, code = json.dumps(answer), answer["structuredContent"].get("code")
+        assert SECRET not in text
+        assert str(environment.INCUS_DIR) not in text and str(self.secret.parent) not in text
+        if code:
+            self.refused[code] = self.refused.get(code, 0) + 1
         self.calls += 1
         self.slowest = max(self.slowest, time.monotonic() - started)
 
@@ -126,7 +123,30 @@ class Arena:
 
 
 @pytest.fixture
-async def arena(tenant: Container, incus_settings: Settings, tmp_path: Path) -> AsyncIterator[Arena]:
+async def gateway(
+    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, tmp_path_factory.mktemp("attacks") / "gateway.log") as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def pool(request: pytest.FixtureRequest, incus_settings: Settings) -> Iterator[str]:
+    """The tenants' own pool, or with the parameter "dir" one of plain folders beside it."""
+    if getattr(request, "param", "own") == "own":
+        yield incus_settings.pool
+        return
+    name = f"t-attacks-{os.getpid()}"
+    environment.incus("storage", "create", name, "dir")
+    yield name
+    environment.incus("storage", "delete", name)
+
+
+@pytest.fixture
+async def arena(
+    pool: str, make_tenant: MakeTenant, gateway: LiveGateway, tmp_path: Path
+) -> AsyncIterator[Arena]:
+    tenant = await make_tenant(pool=pool)
     secret = tmp_path / "secret.txt"
     secret.write_text(SECRET)
     # So that nothing but our own care keeps a worker from it.
@@ -147,12 +167,11 @@ async def arena(tenant: Container, incus_settings: Settings, tmp_path: Path) -> 
         """,
         user=1000,
     )
-    async with IncusRuntime(incus_settings) as runtime:
-        root = await runtime.filesystem(tenant.name)
-    async with Workers(incus_settings, runtime.tenants) as workers:
-        yield Arena(tenant, root, FileTools(workers, incus_settings), secret)
+    async with gateway.wire(tenant.name) as wire:
+        yield Arena(tenant, wire, secret, environment.rootfs(tenant.name, pool))
 
 
+@pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)
 @pytest.mark.timeout(300)
 async def test_races(arena: Arena) -> None:
     """Nothing leaks, hangs or lands outside, and no unfinished file is left, over all attacks."""
@@ -173,7 +192,7 @@ async def test_races(arena: Arena) -> None:
 
 async def test_naive_check_leaks(arena: Arena) -> None:
     """The usual check (resolve, compare the beginning, open) leaks under the same attack: the races bite."""
-    site = Path(str(environment.rootfs(arena.container.name)) + arena.root.workspace)
+    site = arena.rootfs / "srv/site"
 
     def naive(name: str) -> str:
         try:

@@ -10,26 +10,15 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
-from gateway.settings import Settings
-from tests.integration.test_attacks import DEADLINE, RACES, SECONDS, SECRET, Arena, arena
-from tests.integration.test_gateway_incus import live
+from tests.integration.test_attacks import DEADLINE, RACES, SECONDS, SECRET, Arena, arena, gateway, pool
 from tests.live import LiveGateway, RpcFailure, Wire
 
-__all__ = ["arena"]
-
-
-@pytest.fixture
-async def gateway(
-    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[LiveGateway]:
-    async with live(incus_settings, tmp_path_factory.mktemp("attacks") / "gateway.log") as gateway:
-        yield gateway
+__all__ = ["arena", "gateway", "pool"]
 
 
 class Editor:

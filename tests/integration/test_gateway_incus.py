@@ -15,7 +15,6 @@ from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.mcp import McpContract
 from tests.contracts.processes import Tree, alive, mark, until
-from tests.contracts.receipts import ReceiptsContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd
 from tests.live import LiveGateway, RpcFailure
@@ -91,13 +90,6 @@ class TestIncus(GatewayContract):
 
 
 class TestIncusMcp(McpContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def tenant(cls, shared_tenant: Container) -> str:
-        return shared_tenant.name
-
-
-class TestIncusReceipts(ReceiptsContract):
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
