@@ -122,6 +122,9 @@ class Settings(BaseSettings):
     write_max: int = Field(8 * MiB, gt=0, description="bytes that Write and Edit accept")
     result_max: int = Field(1 * MiB, gt=0, description="bytes of one tool result")
     visit_max: int = Field(300_000, gt=0, description="files that one Glob or Grep visits")
+    matches_max: int = Field(10_000, gt=0, description="lines or files that one Grep returns")
+    depth_max: int = Field(256, gt=0, description="folders that a path or a search goes down")
+    pattern_max: int = Field(4000, gt=0, le=4000, description="characters of a pattern or glob")
     pdf_max: int = Field(32 * MiB, gt=0, description="bytes of a PDF that Read shows")
     pdf_pages: int = Field(20, gt=0, description="pages of a PDF that one Read shows")
     broker_socket: Path | None = Field(
@@ -190,14 +193,7 @@ class Settings(BaseSettings):
         ge=0,
         description="seconds that a call with a callId outlives its connection, to be asked again",
     )
-    receipts_kept: int = Field(
-        1000, gt=0, description="calls and commands kept under the caller's id, of one tenant"
-    )
-    receipts_bytes: int = Field(16 * MiB, gt=0, description="bytes of those of one tenant, in the store")
-    receipts_age: float = Field(86_400.0, gt=0, description="seconds that they are kept")
-    receipts_memory: int = Field(
-        32 * MiB, gt=0, description="bytes of results kept in memory, of calls that only read, all tenants"
-    )
+    receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
 
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")

@@ -50,19 +50,6 @@ MIGRATIONS: Final = (
         boot TEXT
     ) STRICT;
     """,
-    """
-    CREATE TABLE receipts (
-        tenant TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        id TEXT NOT NULL,
-        digest BLOB NOT NULL,
-        at REAL NOT NULL,
-        state TEXT NOT NULL,
-        result BLOB,
-        PRIMARY KEY (tenant, kind, id)
-    ) STRICT;
-    CREATE INDEX receipts_at ON receipts (at);
-    """,
 )
 
 

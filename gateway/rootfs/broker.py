@@ -300,7 +300,8 @@ class Broker:
                 self._connection.close()
                 if not kernel.O_PATH:
                     folder = os.dup(folder)
-            tree = Tree(folder, spawn.workspace, nodev=plan is not None)
+            depth = spawn.limits.depth_max
+            tree = Tree(folder, spawn.workspace, nodev=plan is not None, depth=depth)
             connection.sendall(frame(READY, orjson.dumps(layers)))
             program = self._program if spawn.loop in self._becoming else None
             workspace = Workspace(tree, spawn.limits, program)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.tree import DEPTH_MAX, Tree
 
 SIFT: Final = "sift"  # the loop of a worker that becomes the program
 
@@ -30,6 +30,9 @@ class Limits:
     watch_changes: int = 1000
     pdf_max: int = 32 << 20
     pdf_pages: int = 20
+    matches_max: int = 10_000
+    depth_max: int = DEPTH_MAX
+    pattern_max: int = 4000
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from gateway.rootfs import kernel
 
 NAME_MAX = 255  # bytes of one name, limits.h
 PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its final NUL
+DEPTH_MAX = 256  # folders of one path, where nobody says else
 LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
 TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
 
@@ -125,13 +126,17 @@ class Tree:
 
     `workspace` is the absolute path that the tenant knows it by: absolute links below it are followed.
     `nodev` says that the mount refuses device nodes; without it every file is looked at before it is opened.
+    `depth` bounds the folders of a client's paths, and of walks.
     """
 
-    def __init__(self, descriptor: int, workspace: str, *, nodev: bool = False) -> None:
+    def __init__(
+        self, descriptor: int, workspace: str, *, nodev: bool = False, depth: int = DEPTH_MAX
+    ) -> None:
         self.descriptor = descriptor
         self.workspace = workspace
         self._prefix = workspace.rstrip("/") + "/"
         self._nodev = nodev
+        self.depth = depth
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -140,7 +145,12 @@ class Tree:
 
     def locate(self, path: str, cwd: str) -> str:
         """Return the relative path that `path` names, see the function `locate`."""
-        return locate(path, cwd, self.workspace)
+        found = locate(path, cwd, self.workspace)
+        if found.count("/") > self.depth:
+            raise InvalidParams(
+                f"the path goes down more than {self.depth} folders", reason="too_deep", limit=self.depth
+            )
+        return found
 
     def absolute(self, path: str) -> str:
         """Return the tenant's own absolute name of a relative path."""

@@ -64,7 +64,8 @@ class Walk:
     Iterating yields the path and status of each chosen file; `ordered` by path (part by part), else folder
     by folder. Where all that is chosen lies below one folder, `first` names it. At most `maximum` entries are
     looked at: more sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that
-    vanish, may not be read or lie deeper than a path can name are counted in `skipped`.
+    vanish, may not be read or lie deeper than a path can name are counted in `skipped`; one further down than
+    the tree's `depth` sets `deep`.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Walk:
         self._ordered = ordered
         self.visited = 0
         self.truncated = False
+        self.deep = False
         self.skipped = 0
 
     def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
         below = Tree(self._tree.open(self._start, FOLDER), self._tree.workspace)
+        deepest = self._tree.depth - (self._start.count("/") + 1 if self._start else 0)
         try:
             # A file is on the stack with its status, a folder with None.
             stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
@@ -106,6 +109,8 @@ class Walk:
                 except OSError:
                     self.skipped += 1
                     continue
+                if folders and path.count("/") + (1 if path else 0) >= deepest:
+                    self.deep, folders = True, []
                 if self._ordered:
                     stack += sorted(
                         [

@@ -260,18 +260,7 @@ class Workers:
         tenants: Mapping[str, Any] | None = None,
         operations: str = "gateway.tools.operations",
     ) -> None:
-        self._limits = Limits(
-            settings.read_max,
-            settings.write_max,
-            settings.result_max,
-            settings.visit_max,
-            settings.tool_timeout,
-            settings.list_max,
-            settings.watch_folders,
-            settings.watch_changes,
-            settings.pdf_max,
-            settings.pdf_pages,
-        )
+        self._limits = Limits(**{name: getattr(settings, name) for name in Limits.__slots__})
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers

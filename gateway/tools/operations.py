@@ -8,7 +8,7 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.files import opening, sweeping, watching
 from gateway.files import operations as editor
-from gateway.rootfs.operations import SIFT, Loop, Operation, Workspace
+from gateway.rootfs.operations import SIFT, Limits, Loop, Operation, Workspace
 from gateway.rootfs.tree import refusal
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure
@@ -28,10 +28,34 @@ _TOOLS: dict[str, Callable[[Call], Answer]] = {
 }
 
 
+_SEARCHES = ("Glob", "Grep")
+
+
+def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
+    """Hold an input to the limits of searches; all that there is becomes as much as is returned at once."""
+    for field in ("pattern", "glob", "type"):
+        if len(given.get(field, "")) > limits.pattern_max:
+            words = f"The parameter `{field}` has over {limits.pattern_max} characters."
+            raise ToolFailure("too_large", words, limit=limits.pattern_max)
+    if tool == "Grep":
+        asked = given.get("head_limit", 250)
+        given["head_limit"] = min(asked, limits.matches_max) if asked > 0 else limits.matches_max
+
+
+def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:
+    """Return the reply of a search, or one that says that it is too large."""
+    room = 3 * limits.result_max  # what was found is in it as text and as data, with JSON's own escapes
+    if len(reply) <= room:
+        return reply
+    words = f"The result exceeds {limits.result_max} bytes. Narrow the search, or ask for less by head_limit."
+    return ToolFailure("too_large", words, tagged=False, limit=limits.result_max).answer().encode()
+
+
 def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
     def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         try:
             given = checked(name, arguments["input"])
+            _bound(name, given, workspace.limits)
             hurried = arguments["brief"]
             if hurried:
                 workspace = Workspace(workspace.tree, brief(workspace.limits))
@@ -46,6 +70,8 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
                 sifted=arguments["sifted"],
             )
             answer = tool(call)
+            if name in _SEARCHES:
+                return _bounded(name, answer.encode(), workspace.limits)
         except ToolFailure as error:
             answer = error.answer()
         except GatewayError as error:

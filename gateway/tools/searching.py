@@ -108,11 +108,16 @@ def glob(call: Call) -> Answer:
 
 
 def _bounded(walk: Walk, call: Call) -> str:
+    note = _too_deep(call) if walk.deep else ""
     if not walk.truncated:
-        return ""
+        return note
     if call.brief:
         raise Timeout("too much for a brief search", reason="timeout")
-    return f"\n(The search stopped after {call.limits.visit_max} files and folders. Narrow the path.)"
+    return f"\n(The search stopped after {call.limits.visit_max} files and folders. Narrow the path.){note}"
+
+
+def _too_deep(call: Call) -> str:
+    return f"\n(Folders more than {call.tree.depth} deep were left out.)"
 
 
 def _split_absolute(pattern: str) -> tuple[str, str]:
@@ -439,6 +444,9 @@ class _Search:
         names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
         names.sort(key=lambda name: name.split("/"))
         for name in names:
+            if (prefix + name).count("/") > self._call.tree.depth:
+                self.note = _too_deep(self._call)
+                continue
             try:
                 status = self._call.tree.status(prefix + name)
             except GatewayError:

@@ -11,7 +11,6 @@ import pytest
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.mcp import McpContract
-from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
 
 
@@ -54,10 +53,6 @@ class TestLocal(GatewayContract):
 
 
 class TestLocalMcp(McpContract):
-    pass
-
-
-class TestLocalReceipts(ReceiptsContract):
     pass
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = (
     {"errors", "settings", "protocol", "websocket"},
     {"store"},
-    {"auth", "incus", "rootfs", "events", "receipts"},
+    {"auth", "incus", "rootfs", "events"},
     {"runtime"},
     {"files"},
     {"execs", "tools"},
@@ -38,10 +38,9 @@ ONLY: dict[str, set[str]] = {
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},
     "runtime": {"errors", "settings", "incus", "rootfs"},
-    "receipts": {"errors", "settings", "store"},
-    "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
+    "execs": {"errors", "settings", "runtime", "rootfs", "events"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
-    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store"},
+    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files"},
 }
 CLIENT_MAY = {"gateway.errors", "gateway.protocol"}
 
