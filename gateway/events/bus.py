@@ -67,8 +67,7 @@ class Bus:
         """Follow the events that `filter` lets through: from now on, or all after the id `after`.
 
         The place in the journal is taken now, not when iteration starts: subscribe first, read the
-        state after, and no change falls between. What was published a moment before and is not written
-        yet comes too. Where `after` is older than what is kept, or lies in
+        state after, and no change falls between. Where `after` is older than what is kept, or lies in
         the future because it was given out by another life, a `gap` comes first and then all that is
         kept.
         """
@@ -102,11 +101,14 @@ class Subscription:
         self._bus, self._journal, self._filter = bus, journal, filter
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
-        self._cursor = journal.newest if after is None else after
+        self._cursor = journal.last if after is None else after
 
     @property
     def last_id(self) -> int:
-        return self._ready[0].id - 1 if self._ready else self._cursor
+        if self._ready:
+            return self._ready[0].id - 1
+        # an id that is not written yet may be another event's in the next life
+        return min(self._cursor, self._journal.newest)
 
     def __aiter__(self) -> Subscription:
         return self

@@ -249,11 +249,10 @@ async def test_a_subscriber_that_waits_is_woken(make: Make) -> None:
 
 
 async def test_a_subscription_starts_when_it_is_made(make: Make) -> None:
-    journal = await make(4)
-    bus = Bus(journal, "t")
-    bus.publish("before")
-    await settle(journal)
+    bus = Bus(await make(4), "t")
+    before = bus.publish("before")
     subscription = bus.subscribe(ALL)
+    assert subscription.last_id <= before.id
     between = bus.publish("between")
     assert await take(subscription, 1) == [between]
 
@@ -395,7 +394,8 @@ async def test_nothing_is_seen_before_it_is_written(tmp_path: Path) -> None:
         subscription = bus.subscribe(ALL)
         async with Held(store):
             task = asyncio.ensure_future(take(subscription, 2))
-            made = [bus.publish("a"), bus.publish("b")]
+            before, made = journal.newest, [bus.publish("a"), bus.publish("b")]
+            assert bus.subscribe(ALL).last_id == before  # no id that a crash would give to another event
             assert made[1].id == made[0].id + 1  # ids are there at once
             await asyncio.sleep(0.05)  # time for what must not happen
             assert not task.done() and not journal.settled
