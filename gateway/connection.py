@@ -418,6 +418,7 @@ class Connection:
             "pid": exec_.process.pid,
             "startedAt": started_at(exec_.process),
             "attachment": attachment.id,
+            "stdinWindow": exec_.stdin_window,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
@@ -433,6 +434,7 @@ class Connection:
             "state": exec_.state,
             "attachment": attachment.id,
             "stdin": attachment.taken,
+            "stdinWindow": exec_.stdin_window,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
@@ -494,6 +496,14 @@ class Connection:
     def _follow(self, channel: int, attachment: Attachment) -> None:
         if channel in self._attachments:  # not detached meanwhile
             self._spawn(self._forward(channel, attachment))
+            if attachment.exec.spec.stdin:
+                self._spawn(self._tell_consumed(channel, attachment))
+
+    async def _tell_consumed(self, channel: int, attachment: Attachment) -> None:
+        """Let the client send more input as the command takes it."""
+        while (consumed := await attachment.more_consumed()) is not None:
+            told = {"exec": attachment.exec.id, "channel": channel, "consumed": consumed}
+            await self._send(protocol.notification("exec/stdin", told))
 
     def _detach(self, channel: int) -> None:
         attachment = self._attachments.pop(channel, None)

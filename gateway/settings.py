@@ -86,7 +86,15 @@ class Settings(BaseSettings):
         256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down"
     )
     exec_stdin_buffer: int = Field(
-        4 * MiB, gt=0, description="bytes of input kept for a command that does not read"
+        4 * MiB,
+        gt=0,
+        description="bytes of input kept in memory for a command that does not read; the window",
+    )
+    exec_stdin_spool: int = Field(
+        64 * MiB, ge=0, description="bytes of further input kept on disk for one command; 0 for none"
+    )
+    exec_stdin_spools: int = Field(
+        1024 * MiB, ge=0, description="bytes of input kept on disk for all commands"
     )
     exec_stall: float = Field(
         600.0, gt=0, description="seconds without progress after which a reader is detached"

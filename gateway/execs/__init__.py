@@ -16,6 +16,7 @@ from typing import Any
 from gateway.errors import Cancelled, Conflict, NotFound, RateLimited
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, started_at
+from gateway.execs.input import Spools
 from gateway.runtime import ExecSpec, Killed, TenantRuntime
 from gateway.settings import Settings
 
@@ -31,6 +32,7 @@ class Execs:
         self._runtime = runtime
         self._bus = bus
         self._settings = settings
+        self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
         self._ended: OrderedDict[tuple[str, str], Exec] = OrderedDict()  # first ended first
@@ -114,6 +116,7 @@ class Execs:
             tail=settings.exec_tail,
             window=settings.exec_window,
             stdin_buffer=settings.exec_stdin_buffer,
+            spools=self._spools,
             linger=settings.exec_linger if linger is None else linger,
             grace=settings.cancel_grace,
         )

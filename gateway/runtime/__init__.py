@@ -126,6 +126,15 @@ class Process(Protocol):
         """
         ...
 
+    @property
+    def unsent(self) -> int:
+        """How many bytes that `write` took have not left this process; more may wait on their way."""
+        ...
+
+    async def flush(self) -> None:
+        """Drop the input that the command's terminal holds, and all on its way there."""
+        ...
+
     async def kill(self, grace: float) -> Killed:
         """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
         ...

@@ -58,6 +58,8 @@ from gateway.settings import Settings
 _CHUNK: Final = 64 * 1024
 # a child that keeps the output open after the command has ended holds its end back this long, as in Incus
 _HOLDER: Final = 1.0
+# before a terminal's own 4 KiB there are up to 64 KiB on their way in the kernel
+_FLUSHES: Final = 25
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -320,6 +322,8 @@ class LocalProcess:
         self._outputs: dict[StreamName, _End] = {}
         self._input: _End | None = None
         self._terminal = False
+        self._terminal_path = ""
+        self._writing = 0  # bytes that a write waits to get rid of
         self._first = b""
         self._over: asyncio.Task[None] | None = None
 
@@ -372,6 +376,7 @@ class LocalProcess:
     ) -> asyncio.subprocess.Process:
         self._terminal = True
         master, slave = pty.openpty()
+        self._terminal_path = os.ttyname(slave)
         self._input = self._outputs["stdout"] = _End(master)
         try:
             await self.resize(size.cols, size.rows)
@@ -415,11 +420,29 @@ class LocalProcess:
         if self._input is not None:
             writing = asyncio.ensure_future(self._input.write(data))
             both: list[asyncio.Future[Any]] = [writing, self.ended]
+            self._writing += len(data)
             try:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                self._writing -= len(data)
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
+
+    @property
+    def unsent(self) -> int:
+        return self._writing
+
+    async def flush(self) -> None:
+        terminal = os.open(self._terminal_path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            async with asyncio.timeout(self._limit):
+                after = _FLUSHES
+                while after and not self.ended.done():
+                    termios.tcflush(terminal, termios.TCIFLUSH)
+                    await asyncio.sleep(0.002)  # nothing tells when it is full again
+                    after = _FLUSHES if self._writing else after - 1
+        finally:
+            os.close(terminal)
 
     async def close_stdin(self) -> None:
         if self._terminal:

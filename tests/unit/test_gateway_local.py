@@ -10,6 +10,7 @@ import pytest
 
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.input import InputContract
 from tests.contracts.mcp import McpContract
 from tests.live import LiveGateway, local_gateway
 
@@ -49,6 +50,10 @@ async def disposable(tmp_path: Path, tenant: str) -> AsyncIterator[LiveGateway]:
 
 
 class TestLocal(GatewayContract):
+    pass
+
+
+class TestLocalInput(InputContract):
     pass
 
 
