@@ -50,6 +50,20 @@ MIGRATIONS: Final = (
         boot TEXT
     ) STRICT;
     """,
+    """
+    CREATE TABLE deployments (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        created REAL NOT NULL,
+        ended REAL,
+        subject TEXT NOT NULL,
+        key TEXT,
+        request TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
+    CREATE INDEX deployments_created ON deployments (created);
+    """,
 )
 
 

@@ -108,6 +108,10 @@ class LocalRuntime:
             await self.start(name)
         return self._tenant(name)
 
+    def set_domain(self, name: str, domain: str) -> None:
+        """Record which domain a tenant's site has."""
+        self._save(name, {**self._record(name), "domain": domain})
+
     async def start(self, name: str) -> None:
         if self._record(name)["status"] != "running":
             self._save(name, {**self._record(name), "status": "running"})
