@@ -64,7 +64,7 @@ class Caddy:
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
         # no redirect is followed and no name looked up: it is this machine's Caddy that is asked
-        self._sites = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False, force_close=True))
+        self._sites = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
         return self
 
     async def __aexit__(
@@ -111,7 +111,7 @@ class Caddy:
     def reconcile(self, wanted: Mapping[str, str], leave: Collection[str]) -> list[str]:
         """Make the routes what they should be, but for the domains in `leave`; return what was changed."""
         changed = []
-        leave = {*leave, self._settings.domain}
+        leave = {*leave, self._settings.domain or ""}
         for domain, target in wanted.items():
             healthy = self.get(domain) == target and (self._targets / target / target).exists()
             if domain not in leave and not healthy:
@@ -242,10 +242,14 @@ class Caddy:
     async def _fetch(self, url: str, domain: str, timeout: float, *, tls: bool = False) -> tuple[int, bytes]:
         assert self._sites is not None
         limit = aiohttp.ClientTimeout(total=timeout)
-        names = {"server_hostname": domain, "ssl": _any_certificate()} if tls else {}
         try:
             async with self._sites.get(
-                url, headers={"Host": domain}, timeout=limit, allow_redirects=False, **names
+                url,
+                headers={"Host": domain},
+                timeout=limit,
+                allow_redirects=False,
+                ssl=_any_certificate() if tls else True,
+                server_hostname=domain if tls else None,
             ) as answer:
                 return answer.status, await answer.content.read(4096)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -279,4 +283,3 @@ def _text(path: Path) -> str | None:
         return path.read_text()
     except OSError:
         return None
-

@@ -45,7 +45,10 @@ class Settings(BaseSettings):
     caddy_http: int = Field(80, gt=0, lt=65536, description="port of Caddy for HTTP")
     caddy_https: int = Field(443, gt=0, lt=65536, description="port of Caddy for HTTPS")
     caddy_ask: int = Field(
-        2020, gt=0, lt=65536, description="port of Caddy on loopback, by which it and the gateway look sites up"
+        2020,
+        gt=0,
+        lt=65536,
+        description="port of Caddy on loopback, by which it and the gateway look sites up",
     )
     caddy_issuer: Literal["acme", "internal"] = Field(
         "acme", description="who signs sites' certificates: a public authority, or Caddy itself"
@@ -54,7 +57,7 @@ class Settings(BaseSettings):
     domain: str | None = Field(None, description="the gateway's own domain behind Caddy")
     expose: Literal["address", "port", "socket"] = Field(
         "address",
-        description="how Caddy reaches a site: its address on the bridge, or a proxy device's port or unix socket",
+        description="how Caddy reaches a site: at its address, by a proxy device's port or by its socket",
     )
     expose_ports: str = Field("20000-29999", description="ports of this host for proxy devices")
     templates_dir: Path | None = Field(None, description="folder of site templates beside the built-in ones")

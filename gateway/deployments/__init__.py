@@ -4,5 +4,6 @@ From outside: `Deployments`, `Request`, and what `template` says of templates.
 """
 
 from gateway.deployments.deployments import Deployments, Request
+from gateway.deployments.record import Record
 
-__all__ = ["Deployments", "Request"]
+__all__ = ["Deployments", "Record", "Request"]

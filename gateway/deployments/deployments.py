@@ -13,7 +13,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -28,7 +28,6 @@ from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
 from gateway.errors import (
     Conflict,
-    ExecFailed,
     GatewayError,
     InvalidParams,
     NotFound,
@@ -58,7 +57,7 @@ Step = Callable[[str, str], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. `template` is a name, or an archive; `env` is for the site and kept nowhere else."""
+    """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant."""
 
     domain: str
     template: str | bytes
@@ -68,7 +67,9 @@ class Request:
 
     @property
     def digest(self) -> str:
-        template = self.template if isinstance(self.template, str) else hashlib.sha256(self.template).hexdigest()
+        template = (
+            self.template if isinstance(self.template, str) else hashlib.sha256(self.template).hexdigest()
+        )
         env = None if self.env is None else sorted(self.env.items())
         facts = [self.domain, template, self.size, env, self.tenant]
         return hashlib.sha256(orjson.dumps(facts)).hexdigest()
@@ -110,7 +111,6 @@ class Deployments:
         self._moved = asyncio.Event()
         self._recovered = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
-        self._ending = False
 
     async def __aenter__(self) -> Deployments:
         self._following = asyncio.create_task(self._follow(), name="routes")
@@ -119,29 +119,36 @@ class Deployments:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancel what runs and wait until it is undone; what does not fit is left to the next life."""
-        self._ending = True
-        tasks = [running.task for running in self._running.values() if running.task is not None]
-        for task in tasks:
-            task.cancel()
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        await self.end()
+
+    async def end(self) -> None:
+        """Cancel what runs and wait until it is undone; what does not fit is left to the next life."""
+        tasks = [running.task for running in self._running.values() if running.task is not None]
+        for task in tasks:
+            task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=self._settings.shutdown_timeout / 2)
 
     # --- what clients ask ---------------------------------------------------------------------------
 
-    async def begin(self, request: Request, *, by: str, key: str | None = None) -> tuple[Record, bool]:
+    async def begin(
+        self, request: Request, covers: Callable[[str], bool], *, by: str, key: str | None = None
+    ) -> tuple[Record, bool]:
         """Begin a deployment; return it, and whether it is new: the same key gives the same one again.
 
-        Raises `InvalidParams` and `NotFound` for what can be told at once, `Conflict` where one runs for the
-        tenant or the key was used for something else, `RateLimited`.
+        `covers` says whether who asks may touch a tenant. Raises `InvalidParams` and `NotFound` for what can
+        be told at once, `Conflict` where one runs for the tenant or the key was used for something else, and
+        `RateLimited`.
         """
         domain = normalized(request.domain)
         tenant = request.tenant or tenant_name(domain)
         if not TENANT_NAME.fullmatch(tenant):
             raise InvalidParams(f"{tenant[:63]!r} is no tenant name", field="tenant")
+        if not covers(tenant):
+            raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
         if request.size not in SIZES:
             raise InvalidParams(f"size is one of {', '.join(SIZES)}", field="size")
         _check_env(request.env)
@@ -197,7 +204,7 @@ class Deployments:
             raise NotFound(f"no deployment {identity[:40]}")
         return found
 
-    async def list(self, coverage: frozenset[str] | None) -> list[Record]:
+    async def recent(self, coverage: frozenset[str] | None) -> list[Record]:
         """Return the newest deployments of the tenants that a token covers, None for all."""
         found = await self._store.read(lambda connection: records.recent(connection, coverage, _LISTED))
         return [self._running[r.id].record if r.id in self._running else r for r in found]
@@ -238,13 +245,12 @@ class Deployments:
 
     async def _attempt(self, running: _Running) -> Template | None:
         """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so."""
-        record = running.record
         undo = contextlib.AsyncExitStack()
         current = PHASES[0]
+        work = _Work(self, running, undo)
         try:
-            for index, (name, work) in enumerate(self._phases(running, undo)):
-                current = name
-                await self._phase(running, index, name, work)
+            for index, current in enumerate(PHASES):
+                await self._phase(running, index, current, getattr(work, current))
         except (Exception, asyncio.CancelledError) as error:
             # shielded: whatever else comes, what was done is undone
             await asyncio.shield(asyncio.ensure_future(self._undo(running, undo, current, error)))
@@ -252,7 +258,9 @@ class Deployments:
         template = running.request.template
         return await self._template(running.request) if isinstance(template, str) else None
 
-    async def _phase(self, running: _Running, index: int, name: str, work: Callable[[], Awaitable[Any]]) -> None:
+    async def _phase(
+        self, running: _Running, index: int, name: str, work: Callable[[], Awaitable[Any]]
+    ) -> None:
         record = running.record
         phase = record.phases[index]
         phase.state = "running"
@@ -269,12 +277,6 @@ class Deployments:
             raise
         phase.state, phase.ms = "done", _ms(began)
         self._tell(running, "phase.finished", {**place, "ms": phase.ms, **facts})
-
-    def _phases(
-        self, running: _Running, undo: contextlib.AsyncExitStack
-    ) -> list[tuple[str, Callable[[], Awaitable[Any]]]]:
-        work = _Work(self, running, undo)
-        return [(name, getattr(work, name)) for name in PHASES]
 
     async def _undo(
         self, running: _Running, undo: contextlib.AsyncExitStack, phase: str, error: BaseException
@@ -357,12 +359,20 @@ class Deployments:
     async def recover(self) -> None:
         """Finish or undo what an earlier life left; from then on new ones run. Call it once Incus answers."""
         try:
+            await self._sites.adopt(await asyncio.to_thread(self._shared_recipes))
             for record in await self._store.read(records.unfinished):
                 if record.id not in self._running:
                     await self._recover_one(record)
             await self._reconcile()
         finally:
             self._recovered.set()
+
+    def _shared_recipes(self) -> list[Recipe]:
+        recipes = []
+        for name in names(self._settings):
+            with contextlib.suppress(GatewayError, OSError):
+                recipes.append(named(name, self._settings).recipe())
+        return recipes
 
     async def _recover_one(self, record: Record) -> None:
         running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
@@ -376,7 +386,11 @@ class Deployments:
                 await self._sites.finish(record.tenant, order)
             else:
                 if record.error is None:
-                    record.error = {"code": "unavailable", "message": "the gateway ended", "phase": _at(record)}
+                    record.error = {
+                        "code": "unavailable",
+                        "message": "the gateway ended",
+                        "phase": _at(record),
+                    }
                     self._tell(running, "failed", {"phase": _at(record), "error": record.error})
                 if record.kind == "create":
                     self._caddy.unset(record.domain)
@@ -413,7 +427,7 @@ class Deployments:
             self._moved.set()
 
     async def _reconcile(self) -> None:
-        found = await self._sites.list()
+        found = await self._sites.listed()
         busy = {running.record.domain for running in self._running.values()}
         wanted = {
             site.domain: site.exposure.target
@@ -459,13 +473,14 @@ class _Work:
         for other in tenants.values():
             if other.domain == record.domain and other.name != record.tenant:
                 raise Conflict(
-                    f"{record.domain} belongs to another tenant; destroy that one first", reason="domain_owned"
+                    f"{record.domain} belongs to another tenant; destroy that one first",
+                    reason="domain_owned",
                 )
         there = tenants.get(record.tenant)
         if there is None:
             if len(tenants) >= settings.max_tenants:
                 raise RateLimited(
-                    f"there are {len(tenants)} tenants, the limit; destroy some, or raise GATEWAY_MAX_TENANTS",
+                    f"{len(tenants)} tenants are the limit; destroy some, or raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
         else:
@@ -553,8 +568,7 @@ class _Work:
         health, limit = self._recipe.health, self._settings.verify_timeout
         try:
             async with asyncio.timeout(limit):
-                while (await answer(exposure.address, exposure.port, health, limit)) >= 400:
-                    await asyncio.sleep(0.05)  # it listens already, and is not ready yet
+                await answer(exposure.address, exposure.port, health, limit)
         except TimeoutError:
             said = await self._sites.log(self._record.tenant, side)
             raise Timeout(

@@ -66,7 +66,9 @@ def parsed(text: bytes) -> Record:
     return Record(**said)
 
 
-def save(connection: sqlite3.Connection, record: bytes, identity: str, tenant: str, ended: float | None) -> None:
+def save(
+    connection: sqlite3.Connection, record: bytes, identity: str, tenant: str, ended: float | None
+) -> None:
     connection.execute(
         "UPDATE deployments SET record = ?, ended = ?, tenant = ? WHERE id = ?",
         (record, ended, tenant, identity),
@@ -113,5 +115,7 @@ def recent(connection: sqlite3.Connection, tenants: Iterable[str] | None, limit:
 
 
 def unfinished(connection: sqlite3.Connection) -> list[Record]:
-    rows = connection.execute("SELECT record FROM deployments WHERE ended IS NULL ORDER BY created").fetchall()
+    rows = connection.execute(
+        "SELECT record FROM deployments WHERE ended IS NULL ORDER BY created"
+    ).fetchall()
     return [parsed(row[0]) for row in rows]

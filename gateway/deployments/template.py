@@ -72,7 +72,9 @@ class Template:
         digest = hashlib.sha256()
         for path, entry in sorted(self.entries.items()):
             content = hashlib.sha256(entry.content or b"").digest()
-            digest.update(f"{path}\0{entry.link}\0{entry.executable}\0{entry.content is None}\0".encode() + content)
+            digest.update(
+                f"{path}\0{entry.link}\0{entry.executable}\0{entry.content is None}\0".encode() + content
+            )
         return digest.hexdigest()
 
     def recipe(self) -> Recipe:
@@ -120,9 +122,13 @@ def uploaded(archive: bytes, settings: Settings) -> Template:
 def checked(name: str, entries: Mapping[str, Entry], settings: Settings, *, shared: bool) -> Template:
     """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong."""
     if len(entries) > settings.template_files:
-        raise TooLarge(f"a template has at most {settings.template_files} files", limit=settings.template_files)
+        raise TooLarge(
+            f"a template has at most {settings.template_files} files", limit=settings.template_files
+        )
     if sum(len(entry.content or b"") for entry in entries.values()) > settings.template_bytes:
-        raise TooLarge(f"a template has at most {settings.template_bytes} bytes", limit=settings.template_bytes)
+        raise TooLarge(
+            f"a template has at most {settings.template_bytes} bytes", limit=settings.template_bytes
+        )
     for path, entry in entries.items():
         _check(path, entry, entries)
     said = entries.get(MANIFEST)
@@ -180,7 +186,7 @@ def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
                 if len(entries) >= settings.template_files:
                     raise TooLarge(f"a template has at most {settings.template_files} files")
                 if found.is_symlink():
-                    entries[path] = Entry(link=os.readlink(found.path))
+                    entries[path] = Entry(link=str(Path(found.path).readlink()))
                 elif found.is_dir(follow_symlinks=False):
                     entries[path] = Entry()
                     pending.append(path)

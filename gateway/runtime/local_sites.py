@@ -40,7 +40,7 @@ class LocalSites:
         self._services: dict[tuple[str, Side], _Service] = {}
 
     async def __aenter__(self) -> LocalSites:
-        for site in await self.list():
+        for site in await self.listed():
             kept = self._kept(site.tenant)
             if "start" in kept and site.deployment is None:
                 recipe = Recipe(b"", tuple(kept["start"]), int(kept["port"]))
@@ -162,7 +162,7 @@ class LocalSites:
         service = self._services.get((tenant, side))
         return "" if service is None else service.said
 
-    async def list(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[Site]:
         sites = []
         for tenant in await self._runtime.list():
             if tenant.domain is None:
@@ -267,4 +267,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Final
 
 _PAUSE: Final = 0.015  # seconds between two looks; there is nothing to wait on but the network itself
+# of one try: a connection that is asked for before the network is up is tried again by the kernel after a second
+_CONNECT: Final = 0.1
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
 
 
@@ -14,7 +17,7 @@ async def network_up(address: str, timeout: float) -> None:
     async with asyncio.timeout(timeout):
         while True:
             try:
-                _, writer = await asyncio.wait_for(asyncio.open_connection(address, _DISCARD), 0.5)
+                _, writer = await asyncio.wait_for(asyncio.open_connection(address, _DISCARD), _CONNECT)
                 writer.close()
                 return
             except ConnectionRefusedError:
@@ -24,18 +27,19 @@ async def network_up(address: str, timeout: float) -> None:
 
 
 async def answer(address: str, port: int, path: str, timeout: float) -> int:
-    """Ask a site until it answers HTTP and return the status. Raises `TimeoutError`."""
+    """Ask a site until it answers with success or elsewhere, return the status. Raises `TimeoutError`."""
     async with asyncio.timeout(timeout):
         while True:
-            try:
-                return await ask(address, port, path)
-            except (OSError, ValueError):
-                await asyncio.sleep(_PAUSE)
+            with contextlib.suppress(OSError, ValueError):
+                status = await ask(address, port, path)
+                if status < 400:
+                    return status
+            await asyncio.sleep(_PAUSE)
 
 
-async def ask(address: str, port: int, path: str) -> int:
+async def ask(address: str, port: int, path: str, connect: float = _CONNECT) -> int:
     """Ask once; return the status. Raises `OSError`, `TimeoutError` among them, and `ValueError`."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 1.0)
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), connect)
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
         line = await asyncio.wait_for(reader.readline(), 10.0)

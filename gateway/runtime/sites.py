@@ -138,7 +138,7 @@ class Sites(Protocol):
         """Return the last lines of a side's service; empty where they cannot be had."""
         ...
 
-    async def list(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[Site]:
         """Return every tenant with a domain, also those that are just being made."""
         ...
 

@@ -1,6 +1,6 @@
-"""Makes sites in Incus containers: instances from a pool, a golden copy or the image; a systemd unit in each.
+"""Makes sites in Incus containers: instances from a pool, a golden copy or the image, with a systemd unit.
 
-Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are not tenants
+Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are no tenants
 yet, `user.gateway.owner` which gateway made them, `user.gateway.deployment` which deployment is not over.
 
 An instance of the pool waits stopped: Incus renames no running one, and to stop it (0.8 s) costs more than to
@@ -28,7 +28,7 @@ from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.incus.tenants import DOMAIN, PORT
-from gateway.runtime.probe import answer, network_up
+from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Say, Side, Site, Source, lines
 from gateway.settings import Settings
 
@@ -41,6 +41,7 @@ KEY: Final = "user.gateway.key"
 MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
 
 _SNAPSHOT: Final = "ready"
+_INSTALLS: Final = 3  # runs of an install command until it has failed
 _TRIES: Final = 20  # addresses that are tried until one is free
 
 _UNIT: Final = """\
@@ -69,17 +70,19 @@ MemoryHigh=90%
 WantedBy=multi-user.target
 """
 
-# after each of these steps the names tell which was the last: so a second run goes on from there
+# Which folder was the live one is noted before the two are exchanged, so that after a crash both this and its
+# undo know whether they were. The exchange is one step: no request ever finds the folder missing.
 _SETTLE: Final = """\
 set -eu
-live="$1" next="$2" old="$3" unit=/etc/systemd/system/site.service
+live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
 new=$(cat; printf .)
-if [ -d "$next" ] && [ ! -e "$old" ]; then
+if [ ! -e "$note" ]; then
   if [ -f $unit ]; then cp $unit $unit.old; fi
   if [ -f /etc/site.env ]; then cp -p /etc/site.env /etc/site.env.old; fi
-  mv -T "$live" "$old"
+  stat -c %i "$live" >"$note.new"
+  mv "$note.new" "$note"
 fi
-if [ -d "$next" ] && [ ! -e "$live" ]; then mv -T "$next" "$live"; fi
+if [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
 if [ -f /etc/site-next.env ]; then mv /etc/site-next.env /etc/site.env; fi
 printf %s "${new%.}" >$unit
 systemctl daemon-reload
@@ -88,28 +91,27 @@ systemctl restart site.service
 """
 _UNSETTLE: Final = """\
 set -eu
-live="$1" next="$2" old="$3" unit=/etc/systemd/system/site.service
-[ -d "$old" ] || exit 0
-if [ -d "$live" ]; then rm -rf "$next"; mv -T "$live" "$next"; fi
-mv -T "$old" "$live"
+live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
+[ -e "$note" ] || exit 0
+if [ "$(stat -c %i "$live")" != "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
 if [ -f /etc/site.env.old ]; then mv /etc/site.env.old /etc/site.env; else rm -f /etc/site.env; fi
 if [ -f $unit.old ]; then
-  mv $unit.old $unit
+  cp $unit.old $unit
   systemctl daemon-reload
   systemctl restart site.service
 else
   systemctl --quiet disable --now site.service || :
   rm -f $unit
 fi
+rm -f "$note" $unit.old
 """
 _CLEAR: Final = """\
-live="$1" next="$2" old="$3"
+live="$1" next="$2" note="$3"
 systemctl stop site-next.service 2>/dev/null
 rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
   /etc/systemd/system/site.service.old
 systemctl daemon-reload
-rm -rf "$next"
-[ ! -d "$live" ] || rm -rf "$old"
+rm -rf "$next" "$note" "$note.new"
 """
 _STAGE: Final = """\
 set -eu
@@ -120,11 +122,16 @@ setpriv --reuid="$uid" --regid="$uid" --clear-groups cp -a --reflink=auto "$live
 """
 _UNPACK: Final = """\
 exec setpriv --reuid="$2" --regid="$2" --clear-groups \
-  tar --extract --file=- --no-same-owner --unlink-first --directory="$1"
+  tar --extract --file=- --no-same-owner --directory="$1"
 """
 _START: Final = """\
 set -eu
 cat >"$1"
+# right after a container's start its systemd does not listen yet
+for look in $(seq 400); do
+  [ -S /run/systemd/private ] && break
+  sleep 0.05
+done
 systemctl daemon-reload
 [ "$2" = next ] || systemctl --quiet enable site.service
 systemctl restart "$3"
@@ -133,7 +140,7 @@ systemctl restart "$3"
 _SEAL: Final = """\
 set -eu
 systemctl stop site.service
-systemctl stop systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket 2>/dev/null || :
+systemctl stop systemd-journald-dev-log.socket systemd-journald.socket systemd-journald.service || :
 rm -rf /var/log/journal/* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
 : >/etc/machine-id
 sync -f /
@@ -154,7 +161,7 @@ class IncusSites:
         folder, _, name = settings.workspace.rpartition("/")
         # root's folder is above them, so that the tenant cannot put a link in their place
         self._next = f"{folder}/.{name}-next"
-        self._old = f"{folder}/.{name}-old"
+        self._note = f"{folder}/.{name}-before"
 
     async def __aenter__(self) -> IncusSites:
         return self
@@ -205,9 +212,7 @@ class IncusSites:
             ) from error
         return "image"
 
-    async def _claim(
-        self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]
-    ) -> bool:
+    async def _claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
         """Make an instance of the pool the tenant; say whether there was one."""
         async with self._claiming:
             members = [entry["name"] for entry in await self._ours("pool") if entry["config"].get(KEY) == key]
@@ -224,9 +229,7 @@ class IncusSites:
                 await self._operate("PATCH", instance_path(member), change)
         with translated(tenant):
             await self._operate("POST", instance_path(member), {"name": tenant})
-            await self._operate(
-                "PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1}
-            )
+            await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
         return True
 
     async def _make(
@@ -313,7 +316,7 @@ class IncusSites:
                     log.info("%s cannot be removed yet: %s", name, error.message)
                     await asyncio.sleep(0.2)  # Incus has no word for "when it is no longer busy"
 
-    async def list(self) -> Sequence[Site]:
+    async def listed(self) -> Sequence[Site]:
         sites = []
         with translated(""):
             instances = await self._incus.get("/1.0/instances", recursion="2")
@@ -349,6 +352,18 @@ class IncusSites:
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
         if not recipe.install:
             return
+        await self.reachable(tenant)
+        for left in reversed(range(_INSTALLS)):
+            try:
+                await self._install(tenant, side, recipe, say)
+                return
+            except ExecFailed as error:
+                # registries and name servers fail now and then; what was fetched is kept
+                if not left or "exit_code" not in error.facts:
+                    raise
+                say(f"the install command ended with {error.facts['exit_code']}, trying again")
+
+    async def _install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
         process = await self._commands.exec(
             tenant, ExecSpec(recipe.install, cwd=self._folder(side), env={"CI": "1"}, merged=True)
         )
@@ -413,7 +428,10 @@ class IncusSites:
         limit = instance["expanded_config"].get("limits.memory", "")
         number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
         if number.isdigit():
-            change = {MEMORY: instance["config"].get("limits.memory", "-"), "limits.memory": f"{int(number) * 2}{unit}"}
+            change = {
+                MEMORY: instance["config"].get("limits.memory", "-"),
+                "limits.memory": f"{int(number) * 2}{unit}",
+            }
             with translated(tenant):
                 await self._operate("PATCH", instance_path(tenant), {"config": change})
 
@@ -488,7 +506,7 @@ class IncusSites:
             return ""
 
     def _places(self) -> tuple[str, str, str]:
-        return self._settings.workspace, self._next, self._old
+        return self._settings.workspace, self._next, self._note
 
     def _folder(self, side: Side) -> str:
         return self._settings.workspace if side == "live" else self._next
@@ -501,14 +519,18 @@ class IncusSites:
             user=self._settings.workspace_user,
             workspace=workspace,
             port=recipe.listens(side),
-            environment=_environment(side) if side == "live" else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
+            environment=_environment(side)
+            if side == "live"
+            else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
             command=unit_words(("/usr/bin/env", *recipe.start)),
             more=more,
         )
 
     async def _root(self, name: str, script: str, *words: str, given: bytes = b"") -> str:
         """Run a script as the container's root and return what it printed. Raises `ExecFailed`."""
-        spec = ExecSpec(("/bin/sh", "-c", script, "sh", *words), cwd="/", user="root", stdin=True, merged=True)
+        spec = ExecSpec(
+            ("/bin/sh", "-c", script, "sh", *words), cwd="/", user="root", stdin=True, merged=True
+        )
         process = await self._commands.exec(name, spec)
         try:
             async with asyncio.timeout(self._settings.install_timeout):
@@ -584,8 +606,10 @@ class IncusSites:
         """Wait until the site answers, and have it do its first work."""
         found = _exposure(await self._instance(name), recipe.port)
         assert found is not None
-        for path in (recipe.health, *recipe.warm):
-            await answer(found.address, found.port, path, self._settings.verify_timeout)
+        await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
+        for path in recipe.warm:
+            with contextlib.suppress(OSError, ValueError, TimeoutError):
+                await ask(found.address, found.port, path)
 
     async def reachable(self, name: str) -> None:
         """Return once the container's network is up."""

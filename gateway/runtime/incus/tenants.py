@@ -84,6 +84,11 @@ class IncusRuntime:
         self.commands = Commands(settings, self._incus, self.init_pid)
         self._disks = Disks(settings, self._incus)
 
+    @property
+    def incus(self) -> Incus:
+        """The API that this runtime speaks to."""
+        return self._incus
+
     async def __aenter__(self) -> IncusRuntime:
         await self._incus.__aenter__()
         return self
