@@ -7,8 +7,7 @@ import contextlib
 from typing import Final
 
 _PAUSE: Final = 0.015  # seconds between two looks; there is nothing to wait on but the network itself
-# of one try: a connection that is asked for before the network is up is tried again by the kernel after a second
-_CONNECT: Final = 0.1
+_CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel would wait a whole one
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
 
 

@@ -128,7 +128,7 @@ class Hosting:
                 f"{scheme}://127.0.0.1:{port}{path}",
                 headers={"Host": domain},
                 server_hostname=domain if https else None,
-                ssl=False if https else True,
+                ssl=not https,
             ) as answer,
         ):
             return answer.status, await answer.text()

@@ -22,7 +22,7 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
 
 
 async def test_a_domain_becomes_a_site_that_answers_and_events_tell_how(host: Hosting) -> None:
-    """One POST ends in a site under its domain by HTTP and HTTPS; every phase is told in order, with times."""
+    """One POST ends in a site by HTTP and HTTPS; every phase is told, in order and timed."""
     async with host.gateway.http("*") as session:
         answer = await session.get("/v1/events?type=deployment.*")
         status, begun, headers = await host.call(
