@@ -51,6 +51,7 @@ from gateway.files.files import Files
 from gateway.host.setup import pin
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
+from gateway.receipts import Receipts
 from gateway.rootfs.workers import BrokerClient, Workers
 from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
@@ -59,7 +60,7 @@ from gateway.runtime.local_sites import LocalSites
 from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
-from gateway.store import Store
+from gateway.store import Store, StoreFailed
 from gateway.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
@@ -185,12 +186,15 @@ class Gateway:
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.journal)
+            receipts = await Receipts.opened(self.store, settings)
             runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             self._workers = workers
-            execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
+            execs = await stack.enter_async_context(Execs(runtime, self.bus, receipts, settings))
             shells = await stack.enter_async_context(Shells(execs, workers, settings))
-            toolbox = await stack.enter_async_context(Toolbox(runtime, workers, shells, self.bus, settings))
+            toolbox = await stack.enter_async_context(
+                Toolbox(runtime, workers, shells, self.bus, receipts, settings)
+            )
             files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
             sites: Sites = await stack.enter_async_context(
                 IncusSites(settings, runtime.incus)
@@ -207,7 +211,11 @@ class Gateway:
                 from gateway.mcp import Mcp  # an extra, and a second of start-up
 
                 self._mcp = await stack.enter_async_context(Mcp(toolbox, settings))
-            jobs = [self._watch(runtime, workers, files), self.metrics.follow(self.bus), self._recover()]
+            jobs = [
+                self._watch(runtime, workers, files, receipts),
+                self.metrics.follow(self.bus),
+                self._recover(),
+            ]
             if settings.runtime == "incus":
                 jobs.append(self._pin_ports())
             for work in jobs:
@@ -217,7 +225,9 @@ class Gateway:
             yield
             await self.drain()
 
-    async def _watch(self, runtime: TenantRuntime, workers: Workers, files: Files) -> None:
+    async def _watch(
+        self, runtime: TenantRuntime, workers: Workers, files: Files, receipts: Receipts
+    ) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         swept = False
         async for event in runtime.watch():
@@ -235,6 +245,10 @@ class Gateway:
                     await files.forget(event.tenant, event.type.rpartition(".")[2])
             if event.tenant is not None and event.type == "tenant.destroyed":
                 self.hub.toolbox.forget(event.tenant)
+                try:
+                    await receipts.forget_tenant(event.tenant)
+                except StoreFailed as failed:
+                    log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
             if event.type in _STARTED:
                 self._started.set()
             self.deploys.noticed(event)
@@ -447,7 +461,10 @@ class Gateway:
             request.headers.get("x-tool-session"),
             request.headers.get("x-read-before-write") == "1",
         )
-        work = toolbox.call(name, session, tool, arguments, by=token.subject)
+        call_id = request.headers.get("idempotency-key")
+        if call_id is not None and not 0 < len(call_id) <= 200:
+            raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
+        work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id)
         result = await _unless_gone(request, work)
         return Response(result.encoded, media_type="application/json")
 

@@ -237,7 +237,14 @@ class Settings(BaseSettings):
         ge=0,
         description="seconds that a call with a callId outlives its connection, to be asked again",
     )
-    receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
+    receipts_kept: int = Field(
+        1000, gt=0, description="calls and commands kept under the caller's id, of one tenant"
+    )
+    receipts_bytes: int = Field(16 * MiB, gt=0, description="bytes of those of one tenant, in the store")
+    receipts_age: float = Field(86_400.0, gt=0, description="seconds that they are kept")
+    receipts_memory: int = Field(
+        32 * MiB, gt=0, description="bytes of results kept in memory, of calls that only read, all tenants"
+    )
 
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")

@@ -64,6 +64,19 @@ MIGRATIONS: Final = (
     CREATE UNIQUE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
     CREATE INDEX deployments_created ON deployments (created);
     """,
+    """
+    CREATE TABLE receipts (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        at REAL NOT NULL,
+        state TEXT NOT NULL,
+        result BLOB,
+        PRIMARY KEY (tenant, kind, id)
+    ) STRICT;
+    CREATE INDEX receipts_at ON receipts (at);
+    """,
 )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
 from gateway.execs.tail import Tail
-from gateway.runtime import ExecSpec, Killed, Process, StreamName
+from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,45 @@ class Attachment:
         self.exec.detached(self)
 
 
+class Past:
+    """The process of a command that ended in an earlier life of the gateway: nothing is left to do."""
+
+    streams: tuple[StreamName, ...] = ("stdout", "stderr")
+    report = b""
+    unsent = 0
+
+    def __init__(self, pid: int, started_at: float) -> None:
+        self.pid = pid
+        self.started_at = started_at
+
+    async def read(self, stream: StreamName) -> bytes:
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        pass
+
+    async def close_stdin(self) -> None:
+        pass
+
+    async def resize(self, cols: int, rows: int) -> None:
+        pass
+
+    async def signal(self, number: int) -> None:
+        pass
+
+    async def flush(self) -> None:
+        pass
+
+    async def wait(self) -> Exit:
+        raise Unavailable("the command ended before this gateway began")
+
+    async def kill(self, grace: float) -> Killed:
+        return Killed(0, False, 0)
+
+    async def aclose(self) -> None:
+        pass
+
+
 class Exec:
     """A command that has started, until some time after its end.
 
@@ -212,10 +251,12 @@ class Exec:
         self.id = exec_id
         self.tenant = tenant
         self.spec = spec
+        self.asked = spec.digest()
         self.process = process
         self.linger = linger
         self._grace = grace
         self.streams = {name: Stream(name, tail, window) for name in process.streams}
+        self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
         self._attachments: set[Attachment] = set()
@@ -226,6 +267,15 @@ class Exec:
         self._interrupting: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[Killed] | None = None
         self._lingering: asyncio.TimerHandle | None = None
+
+    def ended_before(self, asked: bytes, ended: Ended) -> None:
+        """Be a command of an earlier life of the gateway, of which only the end is known."""
+        self.asked = asked
+        for name, stream in self.streams.items():
+            stream.tail.start = stream.tail.end = ended.offsets.get(name, 0)
+            stream.ended = True
+        self.over = ended
+        self.tell_end()
 
     async def run(self) -> None:
         """Carry the command to its end; the task that owns it. Never raises for what the command does."""
@@ -257,7 +307,11 @@ class Exec:
             offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
             offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
-            self.ended.set_result(Ended(self._reason, code, signal, duration, offsets))
+            self.over = Ended(self._reason, code, signal, duration, offsets)
+
+    def tell_end(self) -> None:
+        """Let everybody know of the end, once `run` has found it."""
+        self.ended.set_result(self.over)
 
     def attach(self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None) -> Attachment:
         """Start to read from the given offsets (default: the beginning).

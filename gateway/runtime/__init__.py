@@ -6,6 +6,7 @@ Connection, execs, tools and deployments know only this module's words. `incus` 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -61,6 +62,11 @@ class ExecSpec:
     stdin: bool = False
     merged: bool = False
     shown: tuple[str, ...] | None = None
+
+    def digest(self) -> bytes:
+        """Return what tells this command from another, and nothing else of it."""
+        said = (self.argv, self.cwd, sorted(self.env.items()), self.user, self.pty, self.stdin, self.merged)
+        return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)

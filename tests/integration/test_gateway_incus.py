@@ -18,6 +18,7 @@ from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
 from tests.contracts.mcp import McpContract
 from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.receipts import ReceiptsContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd
 from tests.live import LiveGateway, RpcFailure
@@ -112,6 +113,13 @@ class TestIncusInput(InputContract):
 
 
 class TestIncusMcp(McpContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
+
+
+class TestIncusReceipts(ReceiptsContract):
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:

@@ -12,6 +12,7 @@ from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
 from tests.contracts.mcp import McpContract
+from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
 
 
@@ -58,6 +59,10 @@ class TestLocalInput(InputContract):
 
 
 class TestLocalMcp(McpContract):
+    pass
+
+
+class TestLocalReceipts(ReceiptsContract):
     pass
 
 
