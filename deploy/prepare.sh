@@ -55,7 +55,6 @@ install_packages() { # PACKAGE…
 
 host_packages() { # CHECKOUT: prints every package that the host needs
   grep -v '^#' "$1/deploy/packages"
-  command -v npm >/dev/null 2>&1 || printf 'npm\n'
   # Gives tenants their own view of memory and CPUs; where systemd does not run, nothing would start it.
   [ -d /run/systemd/system ] && printf 'lxcfs\n'
   return 0

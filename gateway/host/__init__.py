@@ -27,7 +27,6 @@ PROGRAMS = {
     "mkfs.btrfs": "btrfs-progs",
     "mksquashfs": "squashfs-tools",
     "mmdebstrap": "mmdebstrap",
-    "npm": "npm",
 }
 
 

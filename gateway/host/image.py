@@ -23,12 +23,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, npm, run
+from gateway.host import Change, HostError, Report, Steps, bun, run
 from gateway.host.incus import Incus
 from gateway.host.setup import CA_BUNDLE
 from gateway.settings import Settings
 
-CACHE = Path("/var/cache/incus-gateway")
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
 
@@ -59,18 +58,6 @@ PACKAGES = (
     "xz-utils",
     "zip",
 )
-
-BUN = "1.4.5"
-# npm's dist.integrity of @oven/bun-linux-VARIANT at that version: `npm view NAME@VERSION dist.integrity`.
-BUN_INTEGRITY = {
-    "x64": "sha512-IWX9BELoGHAUtMonkeSaNaZwXzRk+oDw6Mk+HBFXd3KHYIBNBsIGRupMZPcgNoDbJpLu6gAJjIoIVPZtt1aJ1g==",
-    "x64-baseline": (
-        "sha512-s8yMwYcFnnrA178gji0gZbkE2WVDej/Ti1x770oPfihxyRxSMNhGhiAQNXV53aDeraZxksdvKV/RAdQBCd0qPA=="
-    ),
-    "aarch64": (
-        "sha512-4BXmsSKnjOrlGWqZV4x/oWa7AVoR+B6lCXddMzOAXBIm3t50eslg9wb66gmtW1AamEQ1l1CDvmmruysEhqOWMg=="
-    ),
-}
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -173,7 +160,7 @@ class Definition:
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        parts = (SUITE, PACKAGES, BUN, BUN_INTEGRITY[self.bun], FILES, MASKED, FINISH)
+        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, FINISH)
         text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
@@ -187,13 +174,9 @@ def define(settings: Settings, machine: str = "", flags: str | None = None) -> D
         raise HostError(f"GATEWAY_WORKSPACE_USER {settings.workspace_user!r} is not a user name")
     if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", settings.workspace) or ".." in settings.workspace.split("/"):
         raise HostError(f"GATEWAY_WORKSPACE {settings.workspace!r} must be an absolute path of plain names")
-    variant = "aarch64"
-    if machine == "x86_64":
-        flags = Path("/proc/cpuinfo").read_text() if flags is None else flags
-        variant = "x64" if " avx2" in flags else "x64-baseline"
     return Definition(
         architecture=MACHINES[machine],
-        bun=variant,
+        bun=bun.variant(machine, flags),
         user=settings.workspace_user,
         uid=settings.workspace_uid,
         workspace=settings.workspace,
@@ -219,7 +202,9 @@ class Artefact:
         return digest.hexdigest()
 
 
-def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: bool = False) -> list[Change]:
+def build(
+    settings: Settings, report: Report, *, cache: Path = bun.CACHE, rebuild: bool = False
+) -> list[Change]:
     """Have the base image under its alias in Incus, building it where the cache lacks it.
 
     Takes about a minute, or seconds from the cache. Safe to interrupt: the artefact appears in the cache
@@ -236,7 +221,7 @@ def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: b
         artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
         if rebuild or not (artefact.metadata.exists() and artefact.rootfs.exists()):
             with _workplace(cache) as place:
-                _build(definition, place, steps, artefact, lock)
+                _build(definition, cache, place, steps, artefact, lock)
         steps.run(
             f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
         )
@@ -286,16 +271,17 @@ def _clear(place: Path) -> None:
     shutil.rmtree(place)
 
 
-def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact, lock: int) -> None:
-    bun, tree = place / "bun", place / "tree"
+def _build(
+    definition: Definition, cache: Path, place: Path, steps: Steps, artefact: Artefact, lock: int
+) -> None:
+    tree = place / "tree"
     made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
-    package, integrity = f"@oven/bun-linux-{definition.bun}@{BUN}", BUN_INTEGRITY[definition.bun]
-    steps.run(
-        f"Bun {BUN} ({definition.bun})",
-        lambda: npm.fetch(package, integrity, "package/bin/bun", bun, holding=(lock,)),
-    )
+    steps.run(f"Bun {bun.VERSION} ({definition.bun})", lambda: _fetch_bun(definition, cache))
     steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
-    steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, bun, lock))
+    steps.run(
+        f"Debian {SUITE}",
+        lambda: _bootstrap(definition, place, tree, bun.ensure(definition.bun, cache), lock),
+    )
     steps.run("packing", lambda: _pack(definition, tree, made, lock))
     # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
     for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
@@ -304,7 +290,12 @@ def _build(definition: Definition, place: Path, steps: Steps, artefact: Artefact
         source.replace(target)
 
 
-def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path, lock: int) -> str:
+def _fetch_bun(definition: Definition, cache: Path) -> str:
+    size = bun.ensure(definition.bun, cache).stat().st_size
+    return f"{size >> 20} MiB, integrity checked when it was fetched"
+
+
+def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, lock: int) -> str:
     overlay = place / "overlay"
     for name, text in FILES.items():
         target = overlay / name
@@ -317,7 +308,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, bun: Path, lock:
             uid=definition.uid,
             user=definition.user,
             workspace=definition.workspace,
-            bun=bun,
+            bun=program,
             masked=" ".join(MASKED),
         )
     )
@@ -386,7 +377,7 @@ def image_metadata(definition: Definition) -> dict[str, Any]:
         "properties": {
             "os": "Debian",
             "release": SUITE,
-            "description": f"incus-gateway tenant: Debian {SUITE}, Bun {BUN}",
+            "description": f"incus-gateway tenant: Debian {SUITE}, Bun {bun.VERSION}",
             PROPERTY: definition.digest,
         },
         "templates": {},

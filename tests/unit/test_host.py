@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, Steps, run
+from gateway.host import Change, HostError, Steps, bun, run
 from gateway.host.daemon import Daemon, _only_options
 from gateway.host.image import (
-    BUN_INTEGRITY,
     PROPERTY,
     Artefact,
     Definition,
@@ -126,7 +125,7 @@ def test_bun_fits_the_processor(machine: str, flags: str, variant: str, architec
     """A processor without AVX2 gets the build that does not use it; ARM gets its own."""
     made = define(Settings(), machine, flags)
     assert (made.bun, made.architecture) == (variant, architecture)
-    assert variant in BUN_INTEGRITY
+    assert variant in bun.INTEGRITY
 
 
 @pytest.mark.parametrize(

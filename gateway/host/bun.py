@@ -1,0 +1,66 @@
+"""Knows which Bun tenants get, and keeps it in a cache: for the image, and to build the browser editor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from gateway.host import HostError, npm
+
+VERSION = "1.4.5"
+# npm's dist.integrity of @oven/bun-linux-VARIANT at that version: `npm view NAME@VERSION dist.integrity`.
+INTEGRITY = {
+    "x64": "sha512-IWX9BELoGHAUtMonkeSaNaZwXzRk+oDw6Mk+HBFXd3KHYIBNBsIGRupMZPcgNoDbJpLu6gAJjIoIVPZtt1aJ1g==",
+    "x64-baseline": (
+        "sha512-s8yMwYcFnnrA178gji0gZbkE2WVDej/Ti1x770oPfihxyRxSMNhGhiAQNXV53aDeraZxksdvKV/RAdQBCd0qPA=="
+    ),
+    "aarch64": (
+        "sha512-4BXmsSKnjOrlGWqZV4x/oWa7AVoR+B6lCXddMzOAXBIm3t50eslg9wb66gmtW1AamEQ1l1CDvmmruysEhqOWMg=="
+    ),
+}
+CACHE = Path("/var/cache/incus-gateway")
+
+
+def variant(machine: str = "", flags: str | None = None) -> str:
+    """Return the build for a processor: this one, or another `machine` with CPU `flags`."""
+    machine = machine or platform.machine()
+    if machine in ("aarch64", "arm64"):
+        return "aarch64"
+    if machine != "x86_64":
+        raise HostError(f"there is no Bun for {machine}, only for x86_64 and aarch64")
+    flags = Path("/proc/cpuinfo").read_text() if flags is None else flags
+    return "x64" if " avx2" in flags else "x64-baseline"
+
+
+def ensure(kind: str, cache: Path) -> Path:
+    """Return the program of build `kind`, from the cache or fetched into it. Raises `HostError`."""
+    target = cache / f"bun-{VERSION}-{kind}"
+    if target.exists():
+        return target
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bun-", dir=cache) as place:
+        fetched = Path(place) / "bun"
+        npm.fetch(f"@oven/bun-linux-{kind}@{VERSION}", INTEGRITY[kind], "package/bin/bun", fetched)
+        fetched.replace(target)
+    for old in cache.glob(f"bun-*-{kind}"):
+        if old != target and old.is_file():
+            old.unlink(missing_ok=True)
+    return target
+
+
+def main() -> int:
+    """Print the path of this machine's Bun, in the system's cache or, for an ordinary user, in their own."""
+    cache = CACHE if os.geteuid() == 0 else Path.home() / ".cache" / "incus-gateway"
+    try:
+        sys.stdout.write(f"{ensure(variant(), cache)}\n")
+    except HostError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
