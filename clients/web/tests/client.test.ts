@@ -133,16 +133,20 @@ describe("tools", () => {
     expect(await call).toMatchObject({ isError: false }); // a second edit would find no "a"
   });
 
-  test("are not run a second time where the first was cut in the middle", async () => {
+  test("go on where the connection broke in the middle, and are not run a second time", async () => {
     const client = tenant();
     const direct = new Gateway(live.url, { token }).tenant("demo");
     opened.push(direct);
-    const call = client.tool("Bash", { command: "echo x >> cut.txt; sleep 987" });
+    const command = "echo x >> cut.txt; while [ ! -e go ]; do sleep 0.01; done; echo went on";
+    const call = client.tool("Bash", { command });
     const seen = async () => (await direct.files.read("cut.txt").catch(() => null))?.text;
     while ((await seen()) !== "x\n");
     wire.cut();
+    await reached(client, "reconnecting");
     wire.join();
-    await expect(call).rejects.toMatchObject({ name: "Disconnected" });
+    await reached(client, "open");
+    await direct.files.write("go", "");
+    expect(await call).toMatchObject({ isError: false, content: [{ text: "went on" }] });
     expect(await seen()).toBe("x\n");
   });
 
@@ -219,6 +223,24 @@ describe("commands", () => {
     await until(exec, "now\n");
     expect(await exec.cancel()).toMatchObject({ survivors: 0 });
     expect(await exec.exit).toMatchObject({ reason: "cancelled" });
+  });
+
+  test("get each byte of their input once, though the connection broke while it was sent", async () => {
+    const client = tenant();
+    const exec = await client.exec("cat > received; wc -c < received", { stdin: true });
+    const line = `${"x".repeat(999)}\n`;
+    for (let sent = 0; sent < 200; sent++) {
+      await exec.write(line);
+      if (sent % 50 === 20) {
+        wire.cut(); // some of what was written is under way
+        await reached(client, "reconnecting");
+        wire.join();
+        await reached(client, "open");
+        while (!exec.attached) await new Promise((resolve) => exec.on("attached", resolve));
+      }
+    }
+    await exec.closeStdin();
+    expect((await exec.stdout.text()).trim()).toBe("200000");
   });
 
   test("are found again by their id, from the first byte", async () => {

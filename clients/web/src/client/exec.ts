@@ -9,6 +9,9 @@ import { type Frame, type Notification, STDERR } from "./wire.js";
 
 const MiB = 1 << 20;
 
+/** How much of the input that was sent last is kept, to send again what a broken connection swallowed. */
+const SENT = 4 * MiB;
+
 export type StreamName = "stdout" | "stderr";
 
 export interface ExecOptions {
@@ -42,6 +45,9 @@ interface Attached {
   readonly startedAt?: string;
   readonly from?: Offsets;
   readonly lost?: Offsets;
+  readonly attachment?: string;
+  /** How many bytes of the input of the attachment that this one resumes have arrived. */
+  readonly stdin?: number;
 }
 
 /** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
@@ -156,6 +162,11 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   #connection: Connection | null = null;
   #channel = 0;
   #returning = false;
+  /** Names our attachment, so that the next one can take its place. */
+  #attachment: string | null = null;
+  #sent: Uint8Array[] = [];
+  #sentSize = 0;
+  #sentTotal = 0;
   #state: "starting" | "attached" | "away" | "held" | "over" = "starting";
 
   /** @internal Use `Tenant.exec` and `Tenant.attach`. */
@@ -220,9 +231,22 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
 
   async #attach(connection: Connection): Promise<void> {
     const from = { stdout: this.stdout.offset, stderr: this.stderr.offset };
-    await connection.request<Attached>("exec/attach", { exec: this.id, from }, (result) =>
-      this.#attached(connection, result),
-    );
+    const attach = (resume: { resume?: string }) =>
+      connection.request<Attached>("exec/attach", { exec: this.id, from, ...resume }, (result) =>
+        this.#attached(connection, result),
+      );
+    if (this.#attachment !== null) {
+      try {
+        await attach({ resume: this.#attachment });
+        return;
+      } catch (error) {
+        // the gateway keeps only so many of those that ended; without it nobody knows what input has arrived
+        if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
+        this.#attachment = null;
+        this.#sent = [];
+      }
+    }
+    await attach({});
   }
 
   #attached(connection: Connection, result: Attached): void {
@@ -244,7 +268,32 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
       }
     }
     connection.channels.set(this.#channel, (frame) => this.#frame(frame));
+    this.#attachment = result.attachment ?? null;
+    if (result.stdin !== undefined) this.#sendAgain(connection, result.stdin);
     this.emit("attached", true);
+  }
+
+  /** Sends what was under way when the connection broke: of `arrived` bytes the command has got each once. */
+  #sendAgain(connection: Connection, arrived: number): void {
+    const missing = this.#sentTotal - arrived;
+    let skip = this.#sentSize - missing;
+    const sent = this.#sent.splice(0);
+    [this.#sentSize, this.#sentTotal] = [0, arrived];
+    for (const data of sent) {
+      const rest = data.subarray(Math.max(0, Math.min(skip, data.length)));
+      skip -= data.length;
+      if (rest.length > 0) void this.#input(connection, rest).catch(() => {});
+    }
+  }
+
+  async #input(connection: Connection, data: Uint8Array): Promise<void> {
+    this.#sent.push(data);
+    this.#sentSize += data.length;
+    this.#sentTotal += data.length;
+    while (this.#sentSize - (this.#sent[0]?.length ?? 0) > SENT) {
+      this.#sentSize -= this.#sent.shift()?.length ?? 0;
+    }
+    await connection.input(this.#channel, data);
   }
 
   // --- what the link brings ------------------------------------------------------------------------------
@@ -378,8 +427,9 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   }
 
   /**
-   * Gives bytes or text to its input. Throws `Disconnected` while the connection is broken: input is never
-   * kept for later, because whoever typed it may have seen other output by then.
+   * Gives bytes or text to its input. What was under way when the connection broke is sent again, once. While
+   * it is broken this throws `Disconnected`: input is never kept for later, because whoever typed it may have
+   * seen other output by then.
    */
   async write(data: Uint8Array | string): Promise<void> {
     if (this.#state === "held") {
@@ -392,9 +442,10 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
     }
     if (this.#connection === null || !this.attached)
       throw new Disconnected("the command is not attached now");
-    await this.#connection.input(
-      this.#channel,
-      typeof data === "string" ? new TextEncoder().encode(data) : data,
+    // a copy: the caller may use its buffer for something else, and we may have to send it again
+    await this.#input(
+      this.#connection,
+      typeof data === "string" ? new TextEncoder().encode(data) : data.slice(),
     );
   }
 

@@ -250,6 +250,10 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   }
 
   /** Tries at once what would be tried later. */
+  retry(): void {
+    this.#hurry();
+  }
+
   readonly #hurry = (): void => {
     if (this.#connection !== null) void this.check();
     else if (!this.#opening && this.#status.state !== "closed" && this.#status.state !== "idle") {

@@ -90,6 +90,11 @@ export class Tenant implements Disposable {
     return this.#link.check();
   }
 
+  /** Tries at once to connect again, rather than when the back-off says. */
+  retry(): void {
+    this.#link.retry();
+  }
+
   close(): void {
     this.#link.close();
   }
@@ -107,15 +112,14 @@ export class Tenant implements Disposable {
 
   /**
    * Calls a tool. A failure in the tool's own terms is a result with `isError`. Where the connection breaks
-   * before the answer, it is asked again by its `callId`; but not Bash, which is killed with its connection:
-   * half of a command line must not run twice, so that throws `Disconnected`.
+   * before the answer it is asked again by its `callId`, and joins the call that still runs.
    */
   tool(name: string, args: object, options: ToolOptions = {}): Promise<ToolResult> {
     const callId = options.callId ?? unique();
     return this.#link.request(
       "tools/call",
       { name, arguments: args, callId },
-      { again: name !== "Bash", signal: options.signal },
+      { again: true, signal: options.signal },
     );
   }
 
