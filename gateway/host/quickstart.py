@@ -432,7 +432,8 @@ class Quickstart:
             "running": running and self._pid() is not None,
             "runtime": self.settings.runtime,
             "url": url,
-            "editor_url": f"{url}/#{TENANT}",
+            # a fragment stays in the browser; the editor takes the token out of the address at once
+            "editor_url": f"{url}/#tenant={TENANT}&token={token}" if token else f"{url}/#{TENANT}",
             "tenant": TENANT,
             "token": token,
         }

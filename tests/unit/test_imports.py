@@ -13,14 +13,13 @@ ROOT = Path(__file__).parents[2]
 LEVELS = (
     {"errors", "settings", "protocol", "websocket"},
     {"store"},
-    {"auth", "incus", "rootfs", "events", "receipts"},
+    {"auth", "incus", "rootfs", "events"},
     {"runtime"},
     {"files"},
     {"execs", "tools"},
     {"shells"},
-    {"caddy"},
-    {"deployments", "host"},
-    {"connection", "mcp", "metrics"},
+    {"deployments", "caddy", "host"},
+    {"connection", "editor", "mcp", "metrics"},
     {"app"},
     {"server"},
     {"cli"},
@@ -35,14 +34,14 @@ ONLY: dict[str, set[str]] = {
     "websocket": set(),
     "protocol": {"errors"},
     "store": {"errors"},
+    "editor": {"errors"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},
     "runtime": {"errors", "settings", "incus", "rootfs"},
-    "receipts": {"errors", "settings", "store"},
-    "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
+    "execs": {"errors", "settings", "runtime", "rootfs", "events"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
-    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store"},
+    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files"},
 }
 CLIENT_MAY = {"gateway.errors", "gateway.protocol"}
 

@@ -1,6 +1,5 @@
-"""Runs tenants as Incus system containers. From outside `IncusRuntime` and `IncusSites` are used."""
+"""Runs tenants as Incus system containers. From outside only `IncusRuntime` is used."""
 
-from gateway.runtime.incus.sites import IncusSites
 from gateway.runtime.incus.tenants import IncusRuntime
 
-__all__ = ["IncusRuntime", "IncusSites"]
+__all__ = ["IncusRuntime"]

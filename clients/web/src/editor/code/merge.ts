@@ -1,0 +1,62 @@
+/** Knows two versions of a file side by side: theirs to look at, mine to change. */
+
+import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
+import { MergeView } from "@codemirror/merge";
+import { EditorState } from "@codemirror/state";
+import { EditorView, keymap, lineNumbers } from "@codemirror/view";
+import { languageOf } from "./languages.js";
+import { nonce, theme } from "./theme.js";
+
+export interface Comparison {
+  /** The right side, as it is now. */
+  mine(): string;
+  focus(): void;
+  destroy(): void;
+}
+
+export async function compare(
+  host: HTMLElement,
+  path: string,
+  theirs: string,
+  mine: string,
+): Promise<Comparison> {
+  const support = (await languageOf(path)?.load()) ?? [];
+  const lineBreak = mine.includes("\r\n") ? "\r\n" : "\n";
+  const common = [
+    lineNumbers(),
+    theme,
+    support,
+    EditorState.lineSeparator.of(lineBreak),
+    EditorView.cspNonce.of(nonce()),
+    EditorView.lineWrapping,
+  ];
+  const view = new MergeView({
+    parent: host,
+    a: {
+      doc: theirs,
+      extensions: [
+        ...common,
+        EditorState.readOnly.of(true),
+        EditorView.editable.of(false),
+        EditorView.contentAttributes.of({ "aria-label": "Theirs, as the file is now" }),
+      ],
+    },
+    b: {
+      doc: mine,
+      extensions: [
+        ...common,
+        history(),
+        keymap.of([...defaultKeymap, ...historyKeymap]),
+        EditorView.contentAttributes.of({ "aria-label": "Mine, to be saved" }),
+      ],
+    },
+    revertControls: "a-to-b",
+    gutter: true,
+    collapseUnchanged: { margin: 3, minSize: 6 },
+  });
+  return {
+    mine: () => view.b.state.sliceDoc(),
+    focus: () => view.b.focus(),
+    destroy: () => view.destroy(),
+  };
+}

@@ -1,0 +1,211 @@
+/** Starts the editor. */
+
+import "@fontsource-variable/inter/wght.css";
+import "@fontsource-variable/jetbrains-mono/wght.css";
+import "./style/base.css";
+import "./style/shell.css";
+import "./style/views.css";
+import { effect } from "@preact/signals";
+import { render } from "preact";
+import { palette, register } from "./state/commands.js";
+import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
+import { type Address, allows, readAddress, resume, session } from "./state/session.js";
+import { listTenants, openFirst, workspace } from "./state/workspace.js";
+import { App } from "./ui/app.js";
+import { closeDoc, view } from "./ui/editor-pane.js";
+import { reloads } from "./ui/preview.js";
+import { focusSearch } from "./ui/search.js";
+import { leave } from "./ui/top-bar.js";
+
+// first of all, so that a token does not stay in the address while anything else happens
+const wanted = readAddress();
+
+const current = () => workspace.value;
+const doc = () => current()?.documents.active.value ?? null;
+const here = () => current() !== null;
+const file = () => doc() !== null;
+
+register(
+  {
+    id: "file.save",
+    title: "Save",
+    keys: "Mod-s",
+    when: here,
+    run: () => void (doc() && current()?.documents.save(doc()!)),
+  },
+  {
+    id: "file.saveAll",
+    title: "Save all",
+    keys: "Mod-Alt-s",
+    when: here,
+    run: () => void current()?.documents.saveAll(),
+  },
+  { id: "file.open", title: "Open a file by name", keys: "Mod-p", when: here, run: () => ask("files", "") },
+  { id: "palette", title: "Run a command", keys: "Mod-Shift-p", run: () => ask("commands", ">") },
+  { id: "palette.f1", title: "Run a command (F1)", keys: "F1", run: () => ask("commands", ">") },
+  {
+    id: "file.close",
+    title: "Close the file",
+    keys: "Alt-w",
+    when: file,
+    run: () => closeDoc(current()!, doc()!),
+  },
+  {
+    id: "file.next",
+    title: "Next file",
+    keys: "Alt-PageDown",
+    when: file,
+    run: () => current()?.documents.step(1),
+  },
+  {
+    id: "file.previous",
+    title: "Previous file",
+    keys: "Alt-PageUp",
+    when: file,
+    run: () => current()?.documents.step(-1),
+  },
+  { id: "file.reveal", title: "Show the file in the tree", when: file, run: () => reveal() },
+  { id: "view.files", title: "Files", keys: "Mod-Shift-e", run: () => showSide("files") },
+  { id: "search", title: "Search in all files", keys: "Mod-Shift-f", when: here, run: () => find() },
+  { id: "view.activity", title: "Activity", keys: "Mod-Shift-a", run: () => showSide("activity") },
+  { id: "view.deploy", title: "Deploy", keys: "Mod-Shift-d", run: () => showSide("deploy") },
+  { id: "view.insights", title: "Metrics and logs", keys: "Mod-Shift-m", run: () => showSide("insights") },
+  {
+    id: "side.toggle",
+    title: "Show or hide the side",
+    keys: "Mod-b",
+    run: () => flip(sideOpen),
+  },
+  {
+    id: "terminal.toggle",
+    title: "Show or hide the terminals",
+    keys: "Mod-`",
+    when: here,
+    run: () => terminal(),
+  },
+  {
+    id: "terminal.new",
+    title: "New terminal",
+    keys: "Mod-Shift-`",
+    when: () => here() && allows("exec"),
+    run: () => newTerminal(),
+  },
+  {
+    id: "preview.toggle",
+    title: "Show or hide the preview",
+    keys: "Mod-\\",
+    when: here,
+    run: () => flip(previewOpen),
+  },
+  { id: "preview.reload", title: "Reload the preview", when: here, run: () => reload() },
+  { id: "activity.follow", title: "Follow the files that are written", when: here, run: () => follow() },
+  { id: "tenant.switch", title: "Open another tenant", keys: "Mod-Shift-o", run: () => switcher() },
+  { id: "editor.focus", title: "Go to the editor", keys: "F6", when: file, run: () => view.current?.focus() },
+  {
+    id: "connection.check",
+    title: "Check the connection",
+    when: here,
+    run: () => void current()?.tenant.check(),
+  },
+  { id: "theme", title: "Change the colours: system, light, dark", run: nextTheme },
+  { id: "sign-out", title: "Sign out", run: leave },
+);
+
+function ask(mode: "files" | "commands" | "tenants", initial: string): void {
+  palette.value = { mode, initial };
+}
+
+function reload(): void {
+  reloads.value += 1;
+}
+
+function switcher(): void {
+  void listTenants();
+  ask("tenants", "");
+}
+
+function reveal(): void {
+  showSide("files");
+  const path = doc()?.path;
+  if (path !== undefined) void current()?.tree.reveal(path);
+}
+
+function find(): void {
+  const state = view.current?.state;
+  const selected = state?.sliceDoc(state.selection.main.from, state.selection.main.to) ?? "";
+  showSide("search");
+  const search = current()?.search;
+  if (search !== undefined && selected !== "" && !selected.includes("\n")) {
+    search.query.value = selected;
+    void search.run();
+  }
+  focusSearch.value += 1;
+}
+
+function terminal(): void {
+  const terminals = current()?.terminals;
+  if (terminals === undefined) return;
+  const inside = document.activeElement?.closest(".panel") != null;
+  if (panelOpen.value && (inside || terminals.list.value.length > 0)) {
+    if (!inside && terminals.active.value?.screen) {
+      terminals.active.value.screen.focus();
+      return;
+    }
+    panelOpen.value = false;
+    view.current?.focus();
+    return;
+  }
+  panelOpen.value = true;
+  area.value = "panel";
+  if (terminals.list.value.length === 0 && allows("exec")) terminals.open();
+  else terminals.active.value?.screen?.focus();
+}
+
+function newTerminal(): void {
+  panelOpen.value = true;
+  area.value = "panel";
+  current()?.terminals.open();
+}
+
+function follow(): void {
+  const activity = current()?.activity;
+  if (activity !== undefined) activity.follow.value = !activity.follow.value;
+  showSide("activity");
+}
+
+// the panel is never open and empty without need
+effect(() => {
+  const opened = workspace.value;
+  if (
+    opened?.server.value &&
+    panelOpen.value &&
+    allows("exec") &&
+    opened.terminals.list.peek().length === 0
+  ) {
+    opened.terminals.open();
+  }
+});
+
+effect(() => {
+  const path = doc()?.path;
+  const name = workspace.value?.name;
+  document.title = [path, name, "incus-gateway"].filter(Boolean).join(" · ");
+});
+
+/** Signs in where there is a token to do so, and opens what the address asks for. */
+async function begin(to: Address): Promise<void> {
+  await resume(to.token);
+  if (session.value) await openFirst(to.tenant, to.file);
+}
+
+addEventListener("hashchange", () => {
+  const to = readAddress();
+  if (to.token !== null) void begin(to);
+  else if (to.tenant !== null && to.tenant === workspace.value?.name && to.file !== null) {
+    void workspace.value.documents.show(to.file);
+  }
+});
+
+render(<App wanted={wanted} />, document.getElementById("app")!);
+
+await begin(wanted);

@@ -1,0 +1,202 @@
+/** Knows the terminals of this window: commands in the tenant that outlive the page, and their screens. */
+
+import { signal } from "@preact/signals";
+import {
+  Disconnected,
+  type Exec,
+  type ExecInfo,
+  type Exit,
+  GatewayError,
+  type Tenant,
+} from "../../client/index.js";
+import { unique } from "../../client/unique.js";
+import type { Screen } from "../terminal/screen.js";
+import { complain } from "./toasts.js";
+
+/** Begins the id of each editor's terminals: somebody sits at them, they are no agent's work. */
+export const TERMINAL = "terminal-";
+
+export type TerminalState = "starting" | "running" | "away" | "ended" | "lost";
+
+/** How long a shell waits for somebody to come back to it. */
+const LINGER = 30 * 60_000;
+const BUFFER = 2 << 20;
+const SHELL = ["/bin/bash", "-l"];
+const ENVIRONMENT = { TERM: "xterm-256color", COLORTERM: "truecolor", LANG: "C.UTF-8" };
+
+interface Kept {
+  readonly id: string;
+  readonly title: string;
+  readonly foreign?: boolean;
+}
+
+let count = 0;
+
+export class Terminal {
+  /** Names it in this window, from before it has an id. */
+  readonly key = ++count;
+  readonly state = signal<TerminalState>("starting");
+  readonly exit = signal<Exit | null>(null);
+  readonly title;
+  exec: Exec | null = null;
+  screen: Screen | null = null;
+  /** The output up to here was seen before: what it makes a terminal answer must not be sent again. */
+  replay = 0;
+
+  constructor(
+    public id: string,
+    title: string,
+    /** Somebody else's command: it is only looked at, and goes on when we leave. */
+    readonly foreign: boolean,
+  ) {
+    this.title = signal(title);
+  }
+}
+
+export class Terminals {
+  readonly #tenant: () => Tenant;
+  readonly #key: string;
+  readonly list = signal<readonly Terminal[]>([]);
+  readonly active = signal<Terminal | null>(null);
+  #count = 0;
+
+  constructor(tenant: () => Tenant, name: string) {
+    this.#tenant = tenant;
+    this.#key = `gateway.terminals.${name}`;
+    for (const { id, title, foreign } of this.#kept())
+      this.#add(new Terminal(id, title, foreign === true), false);
+  }
+
+  #kept(): readonly Kept[] {
+    try {
+      const kept: unknown = JSON.parse(sessionStorage.getItem(this.#key) ?? "[]");
+      return Array.isArray(kept) ? kept.filter((entry) => typeof entry?.id === "string") : [];
+    } catch {
+      return [];
+    }
+  }
+
+  #keep(): void {
+    const kept = this.list.value
+      .filter(({ state }) => state.value !== "ended" && state.value !== "lost")
+      .map(({ id, title, foreign }) => ({ id, title: title.value, foreign }));
+    sessionStorage.setItem(this.#key, JSON.stringify(kept));
+  }
+
+  #add(terminal: Terminal, keep = true): Terminal {
+    this.#count += 1;
+    this.list.value = [...this.list.value, terminal];
+    this.active.value = terminal;
+    if (keep) this.#keep();
+    return terminal;
+  }
+
+  /** Opens a new shell. It starts when its screen knows its size. */
+  open(): Terminal {
+    const terminal = new Terminal("", `bash ${this.#count + 1}`, false);
+    return this.#add(terminal, false);
+  }
+
+  /** Shows a command that runs already. */
+  watch(exec: string, title: string, foreign = true): Terminal {
+    const found = this.list.value.find(({ id }) => id === exec);
+    if (found !== undefined) {
+      this.active.value = found;
+      return found;
+    }
+    return this.#add(new Terminal(exec, title, foreign));
+  }
+
+  /** The tenant's other terminals, which could be shown here too. */
+  async others(): Promise<readonly ExecInfo[]> {
+    const here = new Set(this.list.value.map(({ id }) => id));
+    const execs = await this.#tenant().execs();
+    return execs.filter(({ exec, state, pty }) => state === "running" && Boolean(pty) && !here.has(exec));
+  }
+
+  /** Starts the command, or attaches to it, and copies its output to the screen until it ends. */
+  async run(terminal: Terminal, screen: Screen): Promise<void> {
+    terminal.screen = screen;
+    const tenant = this.#tenant();
+    try {
+      if (terminal.id === "") {
+        const options = { pty: screen.size, env: ENVIRONMENT, lingerMs: LINGER, buffer: BUFFER };
+        terminal.id = TERMINAL + unique(); // known before its events come
+        this.#keep();
+        terminal.exec = await tenant.exec(SHELL, { ...options, execId: terminal.id });
+      } else {
+        const known = (await tenant.execs()).find(({ exec }) => exec === terminal.id);
+        terminal.replay = known?.offsets.stdout ?? 0;
+        terminal.exec = await tenant.attach(terminal.id, {}, { buffer: BUFFER });
+        if (!terminal.foreign && known?.state === "running") void this.#redraw(terminal, screen);
+      }
+      terminal.state.value = "running";
+      const exec = terminal.exec;
+      exec.on("attached", (is) => {
+        terminal.state.value = is ? "running" : "away";
+      });
+      exec.on("lost", ({ bytes }) => screen.note(`${bytes.toLocaleString()} bytes skipped`));
+      for await (const { data } of exec.output()) await screen.write(data);
+      const exit = await exec.exit;
+      terminal.exit.value = exit;
+      terminal.state.value = exit.reason === "lost" ? "lost" : "ended";
+      screen.note(ending(exit));
+    } catch (error) {
+      terminal.state.value = "lost";
+      const known = error instanceof GatewayError && error.code === "not_found";
+      const message = error instanceof Error ? error.message : String(error);
+      screen.note(known ? "This command has ended, and its output is no longer kept." : message);
+    } finally {
+      this.#keep();
+    }
+  }
+
+  /** Has a full-screen program draw anew: it does so when the size changes. */
+  async #redraw(terminal: Terminal, screen: Screen): Promise<void> {
+    const { cols, rows } = screen.size;
+    await terminal.exec?.resize({ cols, rows: Math.max(1, rows - 1) }).catch(() => {});
+    await terminal.exec?.resize({ cols, rows }).catch(() => {});
+  }
+
+  input(terminal: Terminal, data: string | Uint8Array): void {
+    if (terminal.foreign || terminal.exec === null) return;
+    if (terminal.exec.stdout.offset < terminal.replay) return;
+    terminal.exec.write(data).catch((error) => {
+      if (!(error instanceof Disconnected)) complain(error);
+    });
+  }
+
+  resized(terminal: Terminal): void {
+    if (terminal.screen === null || terminal.foreign || terminal.state.value !== "running") return;
+    terminal.exec?.resize(terminal.screen.size).catch(() => {});
+  }
+
+  /** Kills the command with everything that it has started. */
+  async cancel(terminal: Terminal): Promise<void> {
+    const killed = await terminal.exec?.cancel().catch((error) => complain(error, "Ending the command"));
+    if (killed && killed.survivors > 0)
+      complain(new Error(`${killed.survivors} processes could not be ended`));
+  }
+
+  close(terminal: Terminal): void {
+    const at = this.list.value.indexOf(terminal);
+    if (at < 0) return;
+    if (terminal.foreign) void terminal.exec?.detach().catch(() => {});
+    else if (terminal.exec?.running) void this.cancel(terminal);
+    terminal.screen?.dispose();
+    this.list.value = this.list.value.toSpliced(at, 1);
+    if (this.active.value === terminal) this.active.value = this.list.value[Math.max(0, at - 1)] ?? null;
+    this.#keep();
+  }
+
+  dispose(): void {
+    for (const terminal of this.list.value) terminal.screen?.dispose();
+  }
+}
+
+function ending({ code, signal, reason }: Exit): string {
+  if (reason === "lost") return "The command is lost: the gateway or the tenant went away.";
+  if (reason === "cancelled") return "The command was cancelled.";
+  if (signal !== null) return `The command was ended by SIG${signal}.`;
+  return code === 0 ? "The command has ended." : `The command has ended with ${code}.`;
+}

@@ -1,0 +1,270 @@
+/** Knows how the parts stand together, on a desk and on a phone. */
+
+import { keysOf, palette } from "../state/commands.js";
+import {
+  type Area,
+  area,
+  panelOpen,
+  phone,
+  previewOpen,
+  previewWidth,
+  type SideView,
+  showSide,
+  sideOpen,
+  sideView,
+  sideWidth,
+  toggleSide,
+} from "../state/layout.js";
+import { session } from "../state/session.js";
+import { dismiss, toasts } from "../state/toasts.js";
+import { openFirst, tenants, type Workspace, workspace } from "../state/workspace.js";
+import { ActivityView } from "./activity.js";
+import { Conflict } from "./conflict.js";
+import { DeployView } from "./deploy.js";
+import { caret, EditorPane } from "./editor-pane.js";
+import { Explorer } from "./explorer.js";
+import type { IconName } from "./icons.js";
+import { InsightsView } from "./insights.js";
+import { Palette } from "./palette.js";
+import { Panel } from "./panel.js";
+import { Divider, Empty, Icon } from "./parts.js";
+import { Preview } from "./preview.js";
+import { SearchView } from "./search.js";
+import { SignIn } from "./sign-in.js";
+import { TopBar } from "./top-bar.js";
+
+export function App({ wanted }: { wanted: { tenant: string | null; file: string | null } }) {
+  const current = workspace.value;
+  if (session.value === undefined) return null;
+  const begin = () => {
+    if (current === null) void openFirst(wanted.tenant, wanted.file);
+    else current.reconnect();
+  };
+  // a session that ends leaves the window as it is, with all unsaved text in it
+  if (session.value === null && current === null) return <SignIn onDone={begin} />;
+  return (
+    <div class={`shell ${phone.value ? "phone" : ""}`} data-area={area.value}>
+      <TopBar />
+      {phone.value ? <Bottom current={current} /> : <Rail current={current} />}
+      {current === null ? (
+        <main class="main">
+          <Empty icon="server" title={tenants.value.length === 0 ? "No tenant yet" : "Choose a tenant"}>
+            <p>
+              <code>incus-gateway deploy DOMAIN --template vite-react</code> makes one with a site.
+            </p>
+          </Empty>
+        </main>
+      ) : (
+        <Main current={current} key={current.name} />
+      )}
+      {!phone.value && <StatusBar current={current} />}
+      {palette.value !== null && (
+        <Palette current={current} key={palette.value.mode + palette.value.initial} />
+      )}
+      {current?.documents.comparing.value != null && (
+        <Conflict current={current} doc={current.documents.comparing.value} />
+      )}
+      {session.value === null && (
+        <div class="cover">
+          <SignIn onDone={begin} />
+        </div>
+      )}
+      <div class="toasts" aria-live="polite">
+        {toasts.value.map((toast) => (
+          <button
+            type="button"
+            key={toast.id}
+            class={`toast ${toast.kind}`}
+            onClick={() => dismiss(toast.id)}
+          >
+            <Icon name={toast.kind === "error" ? "circle-alert" : "info"} size={15} />
+            <span>{toast.text}</span>
+          </button>
+        ))}
+      </div>
+    </div>
+  );
+}
+
+function Main({ current }: { current: Workspace }) {
+  const small = phone.value;
+  const side = small ? area.value === "side" : sideOpen.value;
+  const preview = small ? area.value === "preview" : previewOpen.value;
+  const panel = small ? area.value === "panel" : panelOpen.value;
+  return (
+    <main class="main">
+      {side && (
+        <>
+          <aside class="side" style={small ? undefined : { width: `${sideWidth.value}px` }}>
+            <Side current={current} />
+          </aside>
+          <Divider
+            label="Width of the side"
+            vertical
+            value={sideWidth.value}
+            min={190}
+            max={() => window.innerWidth * 0.4}
+            onChange={(value) => {
+              sideWidth.value = value;
+            }}
+          />
+        </>
+      )}
+      <div class="centre-column">
+        <EditorPane current={current} />
+        {panel && <Panel current={current} />}
+      </div>
+      {preview && (
+        <>
+          <Divider
+            label="Width of the preview"
+            vertical
+            invert
+            value={previewWidth.value}
+            min={240}
+            max={() => window.innerWidth * 0.6}
+            onChange={(value) => {
+              previewWidth.value = value;
+            }}
+          />
+          <div class="preview-column" style={small ? undefined : { width: `${previewWidth.value}px` }}>
+            <Preview current={current} />
+          </div>
+        </>
+      )}
+    </main>
+  );
+}
+
+function Side({ current }: { current: Workspace }) {
+  switch (sideView.value) {
+    case "files":
+      return <Explorer current={current} />;
+    case "search":
+      return <SearchView current={current} />;
+    case "activity":
+      return <ActivityView current={current} />;
+    case "deploy":
+      return <DeployView current={current} />;
+    case "insights":
+      return <InsightsView current={current} />;
+  }
+}
+
+const VIEWS: readonly { view: SideView; icon: IconName; label: string }[] = [
+  { view: "files", icon: "files", label: "Files" },
+  { view: "search", icon: "search", label: "Search" },
+  { view: "activity", icon: "activity", label: "Activity" },
+  { view: "deploy", icon: "rocket", label: "Deploy" },
+  { view: "insights", icon: "gauge", label: "Metrics and logs" },
+];
+
+function Rail({ current }: { current: Workspace | null }) {
+  const running = current?.activity.running.value ?? 0;
+  return (
+    <nav class="rail" aria-label="Views">
+      {VIEWS.map(({ view, icon, label }) => {
+        const keys = keysOf(`view.${view}`);
+        const shown = sideOpen.value && sideView.value === view;
+        return (
+          <button
+            type="button"
+            key={view}
+            class={shown ? "active" : ""}
+            aria-label={label}
+            aria-pressed={shown}
+            title={keys === undefined ? label : `${label} (${keys})`}
+            onClick={() => toggleSide(view)}
+          >
+            <Icon name={icon} size={19} />
+            {view === "activity" && running > 0 && <span class="pulse" />}
+          </button>
+        );
+      })}
+      <span class="grow" />
+      <button
+        type="button"
+        class={panelOpen.value ? "active" : ""}
+        aria-label="Terminals"
+        aria-pressed={panelOpen.value}
+        title={`Terminals (${keysOf("terminal.toggle") ?? ""})`}
+        onClick={() => {
+          panelOpen.value = !panelOpen.value;
+        }}
+      >
+        <Icon name="square-terminal" size={19} />
+      </button>
+    </nav>
+  );
+}
+
+const PLACES: readonly { icon: IconName; label: string; area: Area; view?: SideView }[] = [
+  { icon: "activity", label: "Activity", area: "side", view: "activity" },
+  { icon: "files", label: "Files", area: "side", view: "files" },
+  { icon: "file-code", label: "Editor", area: "editor" },
+  { icon: "square-terminal", label: "Terminal", area: "panel" },
+  { icon: "globe", label: "Preview", area: "preview" },
+  { icon: "gauge", label: "Metrics", area: "side", view: "insights" },
+];
+
+function Bottom({ current }: { current: Workspace | null }) {
+  const running = current?.activity.running.value ?? 0;
+  return (
+    <nav class="bottom" aria-label="Views">
+      {PLACES.map((place) => {
+        const shown =
+          area.value === place.area && (place.view === undefined || sideView.value === place.view);
+        return (
+          <button
+            type="button"
+            key={place.label}
+            class={shown ? "active" : ""}
+            aria-pressed={shown}
+            onClick={() => {
+              if (place.view !== undefined) showSide(place.view);
+              else area.value = place.area;
+            }}
+          >
+            <Icon name={place.icon} size={19} />
+            <span>{place.label}</span>
+            {place.view === "activity" && running > 0 && <span class="pulse" />}
+          </button>
+        );
+      })}
+    </nav>
+  );
+}
+
+function StatusBar({ current }: { current: Workspace | null }) {
+  const doc = current?.documents.active.value ?? null;
+  const at = caret.value;
+  const server = current?.server.value;
+  const unsaved = current?.documents.open.value.filter(({ dirty }) => dirty.value).length ?? 0;
+  return (
+    <footer class="status-bar">
+      {server && (
+        <span class="path" title="The workspace in the container">
+          {server.user}@{current?.name}:{server.workspace}
+          {doc !== null && `/${doc.path}`}
+        </span>
+      )}
+      <span class="grow" />
+      {unsaved > 0 && <span class="unsaved">{unsaved} unsaved</span>}
+      {doc !== null && at !== null && (
+        <>
+          <span>
+            Ln {at.line}, Col {at.column}
+            {at.selected > 0 && ` (${at.selected} selected)`}
+          </span>
+          <span>{at.indent}</span>
+          <span>{at.lineEnd}</span>
+        </>
+      )}
+      {server && (
+        <span title="The gateway's version">
+          {server.server.name} {server.server.version}
+        </span>
+      )}
+    </footer>
+  );
+}

@@ -1,0 +1,179 @@
+/** Knows how a deployment is asked for and watched to its end. */
+
+import { signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import type { Deploy, Phase } from "../state/deploys.js";
+import { allows } from "../state/session.js";
+import { complain } from "../state/toasts.js";
+import { openTenant, type Workspace } from "../state/workspace.js";
+import { clock, duration, Empty, Icon, Spinner } from "./parts.js";
+
+const MEANING: Readonly<Record<string, string>> = {
+  validate: "Domain, template and quota",
+  create: "A container",
+  push: "The template's files",
+  install: "Dependencies",
+  start: "The site's service",
+  expose: "An address",
+  route: "The way through Caddy",
+  verify: "The site answers",
+};
+
+const domain = signal("");
+const template = signal("vite-react");
+
+export function DeployView({ current }: { current: Workspace }) {
+  const { deploys } = current;
+  const [newest, ...older] = deploys.list.value;
+  const may = allows("deploy");
+  const busy = deploys.starting.value;
+  const submit = (event: Event) => {
+    event.preventDefault();
+    void deploys.start({ domain: domain.value.trim(), template: template.value.trim() });
+  };
+  return (
+    <section class="side-view deploy" aria-label="Deploy">
+      <header>
+        <h2>Deploy</h2>
+      </header>
+      <div class="scroll">
+        <form class="deploy-form" onSubmit={submit}>
+          <label for="deploy-domain">Domain</label>
+          <div class="field">
+            <Icon name="globe" size={14} />
+            <input
+              id="deploy-domain"
+              placeholder="shop.example.com"
+              spellcheck={false}
+              autocapitalize="off"
+              value={domain.value}
+              onInput={(event) => {
+                domain.value = event.currentTarget.value;
+              }}
+            />
+          </div>
+          <label for="deploy-template">Template</label>
+          <div class="field">
+            <Icon name="list-tree" size={14} />
+            <input
+              id="deploy-template"
+              spellcheck={false}
+              autocapitalize="off"
+              value={template.value}
+              onInput={(event) => {
+                template.value = event.currentTarget.value;
+              }}
+            />
+          </div>
+          <button
+            type="submit"
+            class="primary"
+            disabled={!may || busy || !domain.value.trim() || !template.value.trim()}
+          >
+            {busy ? <Spinner label="Starting" /> : "Deploy"}
+          </button>
+          {!may && <p class="hint">This token lacks the scope deploy.</p>}
+          {deploys.failure.value !== null && (
+            <p class="problem" role="alert">
+              {deploys.failure.value}
+            </p>
+          )}
+        </form>
+        {newest === undefined ? (
+          <Empty icon="rocket" title="No deployment yet">
+            From a template to a site that answers, phase by phase.
+          </Empty>
+        ) : (
+          <Card deploy={newest} current={current} />
+        )}
+        {older.length > 0 && (
+          <div class="older">
+            <h3>Before</h3>
+            {older.map((deploy) => (
+              <div class="older-row" key={deploy.id}>
+                <Verdict deploy={deploy} />
+                <span class="name">{deploy.domain || deploy.tenant}</span>
+                <time>{clock(deploy.at)}</time>
+              </div>
+            ))}
+          </div>
+        )}
+      </div>
+    </section>
+  );
+}
+
+function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
+  const log = useRef<HTMLPreElement>(null);
+  useEffect(() => {
+    const element = log.current;
+    if (element !== null && element.scrollHeight - element.scrollTop - element.clientHeight < 120) {
+      element.scrollTop = element.scrollHeight;
+    }
+  }, [deploy.log.length]);
+  return (
+    <article class={`deployment ${deploy.state}`} aria-label={`Deployment of ${deploy.domain}`}>
+      <header>
+        <Verdict deploy={deploy} />
+        <strong>{deploy.domain || deploy.tenant}</strong>
+        <span class="grow" />
+        {deploy.ms !== null && <span class="ms">{duration(deploy.ms)}</span>}
+        {deploy.state === "running" && (
+          <button
+            type="button"
+            onClick={() => current.deploys.cancel(deploy.id).catch((error) => complain(error))}
+          >
+            Cancel
+          </button>
+        )}
+      </header>
+      <ol class="phases">
+        {deploy.phases.map((phase) => (
+          <PhaseRow key={phase.name} phase={phase} />
+        ))}
+      </ol>
+      {deploy.error !== null && (
+        <p class="problem" role="alert">
+          {deploy.error}
+          {deploy.undone && " What was done is undone."}
+        </p>
+      )}
+      {deploy.log.length > 0 && (
+        <pre class="log" ref={log} role="log" aria-label="Log of the deployment">
+          {deploy.log.join("\n")}
+        </pre>
+      )}
+      {deploy.state === "succeeded" && deploy.tenant !== current.name && (
+        <button type="button" class="primary" onClick={() => openTenant(deploy.tenant)}>
+          Open {deploy.tenant}
+        </button>
+      )}
+    </article>
+  );
+}
+
+function PhaseRow({ phase }: { phase: Phase }) {
+  return (
+    <li class={`phase ${phase.state}`} data-phase={phase.name}>
+      <span class="phase-mark">
+        {phase.state === "running" ? (
+          <Spinner label="Running" />
+        ) : phase.state === "done" ? (
+          <Icon name="check" size={13} />
+        ) : phase.state === "failed" ? (
+          <Icon name="x" size={13} />
+        ) : (
+          <span class="pending" />
+        )}
+      </span>
+      <span class="phase-name">{phase.name}</span>
+      <span class="phase-what">{MEANING[phase.name] ?? ""}</span>
+      <span class="ms">{phase.ms === null ? "" : duration(phase.ms)}</span>
+    </li>
+  );
+}
+
+function Verdict({ deploy }: { deploy: Deploy }) {
+  const words = { running: "Deploying", succeeded: "Live", failed: "Failed", cancelled: "Cancelled" };
+  return <span class={`badge ${deploy.state}`}>{words[deploy.state]}</span>;
+}

@@ -1,0 +1,308 @@
+/** Knows the tabs, the one view in which files are edited, and what is said of a file over it. */
+
+import type { EditorView } from "@codemirror/view";
+import { effect, signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import type { Caret } from "../code/editor.js";
+import { keysOf } from "../state/commands.js";
+import type { Doc } from "../state/documents.js";
+import { parent } from "../state/paths.js";
+import type { Workspace } from "../state/workspace.js";
+import { Interruption } from "./connection.js";
+import { bytes, Dialog, Empty, FileIcon, Icon, Key, Spinner } from "./parts.js";
+import { Logo } from "./sign-in.js";
+
+export const caret = signal<Caret | null>(null);
+export const closing = signal<Doc | null>(null);
+/** The view, for commands that act on it. */
+export const view: { current: EditorView | null } = { current: null };
+
+export function EditorPane({ current }: { current: Workspace }) {
+  const { documents } = current;
+  const doc = documents.active.value;
+  return (
+    <section class="editor" aria-label="Editor">
+      <Tabs current={current} />
+      <Interruption />
+      {doc !== null && <Told doc={doc} current={current} />}
+      <div class="editor-body">
+        <Stage current={current} />
+        {doc === null ? <Welcome /> : <Instead doc={doc} current={current} />}
+      </div>
+      {closing.value !== null && <Closing doc={closing.value} current={current} />}
+    </section>
+  );
+}
+
+export function closeDoc(current: Workspace, doc: Doc): void {
+  if (doc.dirty.value && doc.phase.value === "ready") closing.value = doc;
+  else current.documents.close(doc);
+}
+
+function Tabs({ current }: { current: Workspace }) {
+  const { documents } = current;
+  const strip = useRef<HTMLDivElement>(null);
+  const active = documents.active.value;
+  useEffect(() => {
+    strip.current
+      ?.querySelector('[aria-selected="true"]')
+      ?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }, [active]);
+  if (documents.open.value.length === 0) return null;
+  const names = documents.open.value.map(({ name }) => name);
+  return (
+    <div class="tabs" role="tablist" aria-label="Open files" ref={strip}>
+      {documents.open.value.map((doc) => {
+        const twin = names.filter((name) => name === doc.name).length > 1;
+        const state =
+          doc.theirs.value !== null ? "conflict" : doc.gone.value ? "gone" : doc.dirty.value ? "dirty" : "";
+        return (
+          <div
+            key={doc.path}
+            class={`tab ${active === doc ? "active" : ""} ${state}`}
+            role="tab"
+            tabIndex={active === doc ? 0 : -1}
+            aria-selected={active === doc}
+            title={doc.path}
+            onMouseDown={(event) => {
+              if (event.button === 1) event.preventDefault();
+            }}
+            onAuxClick={(event) => event.button === 1 && closeDoc(current, doc)}
+            onClick={() => {
+              documents.active.value = doc;
+            }}
+            onKeyDown={(event) => {
+              if (event.key === "ArrowRight") documents.step(1);
+              else if (event.key === "ArrowLeft") documents.step(-1);
+              else if (event.key === "Enter") view.current?.focus();
+              else if (event.key === "Delete") closeDoc(current, doc);
+            }}
+          >
+            <FileIcon path={doc.path} />
+            <span class="name">{doc.name}</span>
+            {twin && <span class="where">{parent(doc.path)}</span>}
+            <button
+              type="button"
+              class="close"
+              tabIndex={-1}
+              aria-label={state === "" ? `Close ${doc.name}` : `Close ${doc.name}, which has unsaved changes`}
+              onClick={(event) => {
+                event.stopPropagation();
+                closeDoc(current, doc);
+              }}
+            >
+              <span class="dot" />
+              <Icon name="x" size={13} />
+            </button>
+          </div>
+        );
+      })}
+    </div>
+  );
+}
+
+/** What one must know of this file: somebody else changed it, it is gone, it may not be written. */
+function Told({ doc, current }: { doc: Doc; current: Workspace }) {
+  const { documents } = current;
+  if (doc.theirs.value !== null) {
+    const gone = doc.theirs.value.text === null;
+    return (
+      <div class="told warn" role="alert">
+        <Icon name="git-compare" size={15} />
+        <span>
+          {gone
+            ? "Somebody deleted this file while you were changing it."
+            : "Somebody else changed this file while you were changing it."}
+        </span>
+        <button
+          type="button"
+          onClick={() => {
+            documents.comparing.value = doc;
+          }}
+        >
+          Compare and choose
+        </button>
+      </div>
+    );
+  }
+  if (doc.gone.value) {
+    return (
+      <div class="told warn" role="status">
+        <Icon name="trash" size={15} />
+        <span>This file was deleted. Saving makes it anew.</span>
+      </div>
+    );
+  }
+  return null;
+}
+
+/** The host of CodeMirror: made when the first file is there, and kept. */
+function Stage({ current }: { current: Workspace }) {
+  const host = useRef<HTMLDivElement>(null);
+  const { documents } = current;
+  useEffect(() => {
+    let made: EditorView | null = null;
+    let shown: Doc | null = null;
+    let turn = 0;
+    const leave = () => {
+      if (made !== null && shown !== null) shown.scroll = made.scrollSnapshot();
+      shown = null;
+    };
+    const stop = effect(() => {
+      const doc = documents.active.value;
+      const ready = doc?.phase.value === "ready";
+      const mine = ++turn;
+      void (async () => {
+        if (doc === null || !ready || doc.state === null || host.current === null) {
+          leave();
+          caret.value = null;
+          return;
+        }
+        const code = await import("../code/editor.js");
+        if (mine !== turn || host.current === null || doc.state === null) return;
+        made ??= code.makeView(host.current);
+        view.current = made;
+        if (shown !== doc) {
+          leave();
+          shown = doc;
+          code.showState(made, doc.state, (state) => {
+            documents.updated(doc, state);
+            caret.value = code.caretOf(state);
+          });
+          if (doc.scroll !== null)
+            made.dispatch({ effects: doc.scroll as ReturnType<EditorView["scrollSnapshot"]> });
+          caret.value = code.caretOf(doc.state);
+        }
+        if (doc.goTo !== null) {
+          code.goTo(made, doc.goTo.line, doc.goTo.column);
+          doc.goTo = null;
+        }
+        if (
+          !matchMedia("(pointer: coarse)").matches &&
+          document.activeElement?.closest(".tree, .panel") === null
+        ) {
+          made.focus();
+        }
+      })();
+    });
+    documents.stage = {
+      get doc() {
+        return shown;
+      },
+      dispatch: (spec) => made?.dispatch(spec),
+    };
+    return () => {
+      stop();
+      documents.stage = null;
+      made?.destroy();
+      view.current = null;
+    };
+  }, [documents]);
+  const doc = documents.active.value;
+  return <div class="stage" ref={host} hidden={doc === null || doc.phase.value !== "ready"} />;
+}
+
+function Instead({ doc, current }: { doc: Doc; current: Workspace }) {
+  switch (doc.phase.value) {
+    case "ready":
+      return null;
+    case "loading":
+      return (
+        <div class="centre">
+          <Spinner label={`Reading ${doc.name}`} />
+        </div>
+      );
+    case "image":
+      return (
+        <div class="centre picture">
+          <img src={doc.image.value ?? ""} alt={doc.path} />
+          <p class="hint">{bytes(doc.size.value)}</p>
+        </div>
+      );
+    case "binary":
+      return (
+        <Empty icon="file" title="Not a text">
+          {doc.name} has {bytes(doc.size.value)} of data that no editor of text can show.
+        </Empty>
+      );
+    case "failed":
+      return (
+        <Empty icon="circle-alert" title={`${doc.name} cannot be shown`}>
+          <p>{doc.failure.value}</p>
+          <button type="button" onClick={() => void current.documents.load(doc)}>
+            Try again
+          </button>
+        </Empty>
+      );
+  }
+}
+
+const HINTS: readonly (readonly [string, string])[] = [
+  ["file.open", "Open a file"],
+  ["palette", "Run a command"],
+  ["search", "Search in all files"],
+  ["terminal.toggle", "Terminal"],
+  ["preview.toggle", "Preview of the site"],
+];
+
+function Welcome() {
+  return (
+    <div class="welcome">
+      <Logo size={44} />
+      <dl>
+        {HINTS.map(([id, text]) => {
+          const keys = keysOf(id);
+          return (
+            keys !== undefined && (
+              <div key={id}>
+                <dt>{text}</dt>
+                <dd>
+                  {keys.split("+").map((key) => (
+                    <Key key={key}>{key}</Key>
+                  ))}
+                </dd>
+              </div>
+            )
+          );
+        })}
+      </dl>
+    </div>
+  );
+}
+
+function Closing({ doc, current }: { doc: Doc; current: Workspace }) {
+  const end = () => {
+    closing.value = null;
+  };
+  return (
+    <Dialog label="Unsaved changes" class="small" onClose={end}>
+      <h2>Save {doc.name}?</h2>
+      <p>It has changes that are nowhere but in this window.</p>
+      <footer>
+        <button type="button" onClick={end}>
+          Go on editing
+        </button>
+        <button
+          type="button"
+          class="danger"
+          onClick={() => {
+            end();
+            current.documents.close(doc);
+          }}
+        >
+          Throw away
+        </button>
+        <button
+          type="button"
+          class="primary"
+          onClick={async () => {
+            end();
+            if (await current.documents.save(doc)) current.documents.close(doc);
+          }}
+        >
+          Save
+        </button>
+      </footer>
+    </Dialog>
+  );
+}

@@ -1,0 +1,287 @@
+/** Knows how the file tree looks and is driven by keys. */
+
+import { signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import { area } from "../state/layout.js";
+import { basename, join, parent, within } from "../state/paths.js";
+import { allows } from "../state/session.js";
+import { complain } from "../state/toasts.js";
+import type { Draft, Row } from "../state/tree.js";
+import type { Workspace } from "../state/workspace.js";
+import { Dialog, Empty, FileIcon, Icon, IconButton, Spinner } from "./parts.js";
+import { Rows } from "./virtual.js";
+
+const removing = signal<string | null>(null);
+const FRESH = 20_000;
+
+export function Explorer({ current }: { current: Workspace }) {
+  const { tree, documents } = current;
+  const rows = tree.rows.value;
+  const draft = tree.draft.value;
+  const writes = allows("files:write");
+  const shown = withDraft(rows, draft);
+  const at = rows.findIndex(({ path }) => path === tree.selected.value);
+
+  const open = (row: Row) => {
+    tree.selected.value = row.path;
+    if (row.entry.type === "directory") tree.toggle(row.path);
+    else {
+      void documents.show(row.path);
+      area.value = "editor";
+    }
+  };
+  const folder = () => {
+    const row = rows[at];
+    if (row === undefined) return ".";
+    return row.entry.type === "directory" ? row.path : parent(row.path);
+  };
+  const begin = (kind: "file" | "directory") => {
+    const where = folder();
+    if (where !== ".") tree.toggle(where, true);
+    tree.draft.value = { folder: where, kind };
+  };
+  const keys = (event: KeyboardEvent) => {
+    if (event.target instanceof HTMLInputElement || event.ctrlKey || event.metaKey || event.altKey) return;
+    const row = rows[at];
+    const to = (index: number) => {
+      const next = rows[Math.max(0, Math.min(rows.length - 1, index))];
+      if (next !== undefined) tree.selected.value = next.path;
+    };
+    const acts: Record<string, () => void> = {
+      ArrowDown: () => to(at + 1),
+      ArrowUp: () => to(at < 0 ? 0 : at - 1),
+      Home: () => to(0),
+      End: () => to(rows.length - 1),
+      PageDown: () => to(at + 15),
+      PageUp: () => to(at - 15),
+      Enter: () => row && open(row),
+      " ": () => row && open(row),
+      ArrowRight: () => {
+        if (row?.entry.type !== "directory") return;
+        if (row.open) to(at + 1);
+        else tree.toggle(row.path, true);
+      },
+      ArrowLeft: () => {
+        if (row === undefined) return;
+        if (row.open) tree.toggle(row.path, false);
+        else if (parent(row.path) !== ".") tree.selected.value = parent(row.path);
+      },
+      F2: () => {
+        if (row && writes) tree.draft.value = { folder: parent(row.path), kind: "rename", from: row.path };
+      },
+      Delete: () => {
+        if (row && writes) removing.value = row.path;
+      },
+    };
+    const act = acts[event.key];
+    if (act === undefined) return;
+    event.preventDefault();
+    act();
+  };
+
+  return (
+    <section class="side-view" aria-label="Files">
+      <header>
+        <h2>Files</h2>
+        <span class="grow" />
+        {writes && <IconButton icon="file-plus" label="New file" onClick={() => begin("file")} />}
+        {writes && <IconButton icon="folder-plus" label="New folder" onClick={() => begin("directory")} />}
+        <IconButton icon="refresh-cw" label="Read anew" onClick={() => tree.refresh()} />
+      </header>
+      {tree.failure.value !== null && !tree.loaded ? (
+        <Empty icon="circle-alert" title="The files cannot be read">
+          {tree.failure.value}
+        </Empty>
+      ) : rows.length === 0 && draft === null ? (
+        tree.loaded ? (
+          <Empty icon="folder-open" title="This workspace is empty">
+            Make a file, or deploy a template.
+          </Empty>
+        ) : (
+          <div class="skeleton" aria-hidden="true">
+            {[62, 48, 75, 40, 56, 68].map((width) => (
+              <span key={width} style={{ width: `${width}%` }} />
+            ))}
+          </div>
+        )
+      ) : (
+        <Rows
+          items={shown}
+          height={26}
+          class="tree"
+          show={at}
+          attributes={{
+            role: "tree",
+            "aria-label": "Files of the workspace",
+            tabIndex: 0,
+            "aria-activedescendant": at < 0 ? undefined : `tree-${at}`,
+            onKeyDown: keys,
+          }}
+          row={(item) => (
+            <TreeRow
+              key={"path" in item ? item.path : "draft"}
+              item={item}
+              index={"path" in item ? rows.indexOf(item) : -1}
+              current={current}
+              onOpen={open}
+            />
+          )}
+        />
+      )}
+      {removing.value !== null && <Removing path={removing.value} current={current} />}
+    </section>
+  );
+}
+
+type Shown = Row | { readonly draft: Draft; readonly depth: number };
+
+function withDraft(rows: readonly Row[], draft: Draft | null): readonly Shown[] {
+  if (draft === null) return rows;
+  if (draft.kind === "rename") {
+    return rows.map((row) => (row.path === draft.from ? { draft, depth: row.depth } : row));
+  }
+  const at = rows.findIndex(({ path }) => path === draft.folder);
+  const depth = at < 0 ? 0 : (rows[at]?.depth ?? 0) + 1;
+  return [...rows.slice(0, at + 1), { draft, depth }, ...rows.slice(at + 1)];
+}
+
+function TreeRow(props: { item: Shown; index: number; current: Workspace; onOpen: (row: Row) => void }) {
+  const { item, current } = props;
+  const indent = { paddingLeft: `${8 + item.depth * 14}px` };
+  if ("draft" in item) return <Naming draft={item.draft} indent={indent} current={current} />;
+  const { tree, documents } = current;
+  const folder = item.entry.type === "directory";
+  const doc = documents.find(item.path);
+  const at = tree.touched.value.get(item.path) ?? 0;
+  const fresh = Date.now() - at < FRESH;
+  const classes = [
+    "tree-row",
+    tree.selected.value === item.path && "selected",
+    documents.active.value?.path === item.path && "shown",
+    /^(node_modules|\.git|\.gateway)$/.test(item.name) && "faint",
+  ];
+  return (
+    // biome-ignore lint/a11y/useKeyWithClickEvents: the tree takes the keys, as its role asks
+    <div
+      id={`tree-${props.index}`}
+      class={classes.filter(Boolean).join(" ")}
+      role="treeitem"
+      tabIndex={-1}
+      aria-level={item.depth + 1}
+      aria-selected={tree.selected.value === item.path}
+      aria-expanded={folder ? item.open : undefined}
+      style={indent}
+      title={item.entry.target === undefined ? item.path : `${item.path} → ${item.entry.target ?? "outside"}`}
+      onClick={() => props.onOpen(item)}
+    >
+      <span class="twist">
+        {folder && <Icon name={item.open ? "chevron-down" : "chevron-right"} size={13} />}
+      </span>
+      <FileIcon path={item.path} folder={folder} open={item.open} />
+      <span class="name">{item.name}</span>
+      {item.entry.type === "symlink" && <Icon name="link" size={11} />}
+      {item.loading && <Spinner />}
+      {doc?.dirty.value && <span class="mark dirty" title="Unsaved changes" />}
+      {fresh && !doc?.dirty.value && (
+        <span
+          class="mark fresh"
+          key={at}
+          title="Changed just now"
+          style={{ animationDelay: `${at - Date.now()}ms` }}
+        />
+      )}
+    </div>
+  );
+}
+
+function Naming({
+  draft,
+  indent,
+  current,
+}: {
+  draft: Draft;
+  indent: { paddingLeft: string };
+  current: Workspace;
+}) {
+  const { tree, documents } = current;
+  const input = useRef<HTMLInputElement>(null);
+  const done = useRef(false);
+  const initial = draft.from === undefined ? "" : basename(draft.from);
+  useEffect(() => {
+    input.current?.focus();
+    const dot = initial.lastIndexOf(".");
+    input.current?.setSelectionRange(0, dot > 0 ? dot : initial.length);
+  }, [initial]);
+  const end = async (take: boolean) => {
+    if (done.current) return;
+    done.current = true;
+    const name = input.current?.value.trim() ?? "";
+    tree.draft.value = null;
+    if (!take || name === "" || name === initial) return;
+    try {
+      if (draft.kind === "rename" && draft.from !== undefined) {
+        documents.moved(draft.from, await tree.rename(draft.from, name));
+      } else if (draft.kind !== "rename") {
+        const path = join(draft.folder, name);
+        await tree.create(path, draft.kind);
+        if (draft.kind === "file") void documents.show(path);
+      }
+    } catch (error) {
+      complain(error, name);
+    }
+  };
+  return (
+    <div class="tree-row naming" style={indent}>
+      <span class="twist" />
+      <FileIcon path={initial || "new"} folder={draft.kind === "directory"} />
+      <input
+        ref={input}
+        aria-label={
+          draft.kind === "rename"
+            ? "New name"
+            : `Name of the new ${draft.kind === "file" ? "file" : "folder"}`
+        }
+        defaultValue={initial}
+        spellcheck={false}
+        onKeyDown={(event) => {
+          event.stopPropagation();
+          if (event.key === "Enter") void end(true);
+          if (event.key === "Escape") void end(false);
+        }}
+        onBlur={() => void end(true)}
+      />
+    </div>
+  );
+}
+
+function Removing({ path, current }: { path: string; current: Workspace }) {
+  const close = () => {
+    removing.value = null;
+  };
+  const open = current.documents.open.value.filter((doc) => within(doc.path, path));
+  return (
+    <Dialog label={`Delete ${basename(path)}`} class="small" onClose={close}>
+      <h2>Delete {basename(path)}?</h2>
+      <p>
+        <code>{path}</code> is removed from the container at once, with all that is in it. There is no bin to
+        take it back from; a snapshot of the tenant is.
+      </p>
+      <footer>
+        <button type="button" onClick={close}>
+          Keep it
+        </button>
+        <button
+          type="button"
+          class="danger"
+          onClick={() => {
+            close();
+            for (const doc of open) current.documents.close(doc);
+            void current.tree.remove(path);
+          }}
+        >
+          Delete
+        </button>
+      </footer>
+    </Dialog>
+  );
+}

@@ -1,0 +1,169 @@
+/** Knows the field in the middle: files by name, commands, tenants. */
+
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { available, palette, shown } from "../state/commands.js";
+import { area } from "../state/layout.js";
+import { basename, parent } from "../state/paths.js";
+import { score } from "../state/search.js";
+import { tenants, type Workspace } from "../state/workspace.js";
+import { Dialog, FileIcon, Icon, Key, Spinner } from "./parts.js";
+import { switchTenant } from "./top-bar.js";
+
+interface Choice {
+  readonly id: string;
+  readonly title: string;
+  readonly detail?: string;
+  readonly keys?: string | undefined;
+  readonly file?: string;
+  readonly status?: string;
+  run(): void;
+}
+
+export function Palette({ current }: { current: Workspace | null }) {
+  const asked = palette.value;
+  const [query, setQuery] = useState(asked?.initial ?? "");
+  const [at, setAt] = useState(0);
+  const [files, setFiles] = useState<readonly string[] | null>(null);
+  const list = useRef<HTMLDivElement>(null);
+  const mode = asked?.mode === "tenants" ? "tenants" : query.startsWith(">") ? "commands" : "files";
+  const wanted = (mode === "commands" ? query.slice(1) : query).trim();
+  const [name = "", line] = mode === "files" ? wanted.split(/:(?=\d*$)/) : [wanted];
+
+  useEffect(() => {
+    if (mode !== "files" || current === null) return;
+    const ending = new AbortController();
+    const timer = setTimeout(async () => {
+      const folders = current.tree.top.filter(({ type }) => type === "directory").map(({ path }) => path);
+      try {
+        setFiles(name === "" ? [] : await current.search.files(name, folders, ending.signal));
+      } catch {
+        if (!ending.signal.aborted) setFiles([]);
+      }
+    }, 60);
+    return () => {
+      clearTimeout(timer);
+      ending.abort();
+    };
+  }, [mode, name, current]);
+
+  const close = () => {
+    palette.value = null;
+  };
+  const choices = useMemo<readonly Choice[]>(() => {
+    if (mode === "tenants") {
+      return tenants.value
+        .filter((tenant) => score(tenant.name, wanted) > 0)
+        .map((tenant) => ({
+          id: tenant.name,
+          title: tenant.name,
+          detail: tenant.domain ?? "",
+          status: tenant.status,
+          run: () => switchTenant(tenant.name),
+        }));
+    }
+    if (mode === "commands") {
+      return available()
+        .map((command) => ({ command, points: score(command.title, wanted) }))
+        .filter(({ points }) => points > 0)
+        .sort((a, b) => (wanted === "" ? 0 : b.points - a.points))
+        .map(({ command }) => ({
+          id: command.id,
+          title: command.title,
+          keys: command.keys,
+          run: () => command.run(),
+        }));
+    }
+    const open = current?.documents.open.value.map(({ path }) => path) ?? [];
+    const paths = name === "" ? open : (files ?? []);
+    return paths.map((path) => ({
+      id: path,
+      title: basename(path),
+      detail: parent(path) === "." ? "" : parent(path),
+      file: path,
+      run: () => {
+        void current?.documents.show(path, line ? { line: Number(line) } : undefined);
+        area.value = "editor";
+      },
+    }));
+  }, [mode, wanted, name, line, files, current]);
+  const chosen = Math.min(at, Math.max(0, choices.length - 1));
+  useEffect(() => {
+    list.current?.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
+  }, [chosen, choices]);
+
+  const run = (choice: Choice | undefined) => {
+    if (choice === undefined) return;
+    close();
+    queueMicrotask(() => choice.run());
+  };
+  const hint = {
+    files: "Find a file by its name, or type > for commands",
+    commands: "Run a command",
+    tenants: "Open a tenant",
+  };
+  return (
+    <Dialog label={hint[mode]} class="palette" onClose={close}>
+      <div class="palette-field">
+        <Icon name={mode === "commands" ? "command" : mode === "tenants" ? "server" : "search"} size={16} />
+        <input
+          role="combobox"
+          aria-expanded="true"
+          aria-controls="choices"
+          aria-activedescendant={choices.length > 0 ? `choice-${chosen}` : undefined}
+          aria-label={hint[mode]}
+          placeholder={hint[mode]}
+          spellcheck={false}
+          autocomplete="off"
+          value={query}
+          autofocus
+          onInput={(event) => {
+            setQuery(event.currentTarget.value);
+            setAt(0);
+          }}
+          onKeyDown={(event) => {
+            const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+            if (step !== undefined) {
+              event.preventDefault();
+              setAt((chosen + step + choices.length) % Math.max(1, choices.length));
+            } else if (event.key === "Enter") {
+              event.preventDefault();
+              run(choices[chosen]);
+            }
+          }}
+        />
+        {mode === "files" && name !== "" && files === null && <Spinner label="Looking" />}
+      </div>
+      <div class="choices" id="choices" role="listbox" aria-label={hint[mode]} ref={list}>
+        {choices.map((choice, index) => (
+          // biome-ignore lint/a11y/useKeyWithClickEvents: the field takes the keys
+          <div
+            key={choice.id}
+            id={`choice-${index}`}
+            class="choice"
+            role="option"
+            tabIndex={-1}
+            aria-selected={index === chosen}
+            onMouseMove={() => setAt(index)}
+            onClick={() => run(choice)}
+          >
+            {choice.file !== undefined && <FileIcon path={choice.file} />}
+            {choice.status !== undefined && <span class={`lamp ${choice.status}`} />}
+            <span class="name">{choice.title}</span>
+            {choice.detail && <span class="where">{choice.detail}</span>}
+            <span class="grow" />
+            {choice.keys !== undefined && <Key>{shown(choice.keys)}</Key>}
+          </div>
+        ))}
+        {choices.length === 0 && (
+          <p class="hint">
+            {mode === "files" && name === ""
+              ? "Type a part of the file's name."
+              : files === null
+                ? "Looking…"
+                : "Nothing has this name."}
+          </p>
+        )}
+      </div>
+    </Dialog>
+  );
+}

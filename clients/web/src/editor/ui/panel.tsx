@@ -1,0 +1,227 @@
+/** Knows the terminals at the bottom: their tabs, and the one that is shown. */
+
+import { effect, signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import type { ExecInfo } from "../../client/index.js";
+import { keysOf } from "../state/commands.js";
+import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
+import { allows } from "../state/session.js";
+import type { Terminal } from "../state/terminals.js";
+import { complain } from "../state/toasts.js";
+import type { Workspace } from "../state/workspace.js";
+import { Divider, Empty, Icon, IconButton } from "./parts.js";
+
+const others = signal<readonly ExecInfo[] | null>(null);
+
+export function Panel({ current }: { current: Workspace }) {
+  const { terminals } = current;
+  const list = terminals.list.value;
+  const active = terminals.active.value;
+  const may = allows("exec");
+  const height = phone.value ? undefined : { height: `${panelHeight.value}px` };
+  return (
+    <>
+      <Divider
+        label="Height of the terminals"
+        value={panelHeight.value}
+        min={96}
+        max={() => window.innerHeight - 240}
+        invert
+        onChange={(value) => {
+          panelHeight.value = value;
+        }}
+      />
+      <section class="panel" aria-label="Terminals" style={height}>
+        <header>
+          <div class="panel-tabs" role="tablist" aria-label="Terminals">
+            {list.map((terminal) => (
+              <TerminalTab key={terminal.key} terminal={terminal} current={current} />
+            ))}
+          </div>
+          {may && (
+            <IconButton
+              icon="plus"
+              label="New terminal"
+              keys={keysOf("terminal.new")}
+              onClick={() => terminals.open()}
+            />
+          )}
+          {may && (
+            <IconButton
+              icon="link"
+              label="Show a terminal that runs elsewhere"
+              onClick={() =>
+                void terminals
+                  .others()
+                  .then((found) => {
+                    others.value = found;
+                  })
+                  .catch((error) => complain(error))
+              }
+            />
+          )}
+          <span class="grow" />
+          {active?.state.value === "running" && !active.foreign && (
+            <IconButton
+              icon="octagon-x"
+              label="Cancel: end the command with everything it started"
+              danger
+              onClick={() => void terminals.cancel(active)}
+            />
+          )}
+          <IconButton
+            icon="chevron-down"
+            label="Hide the terminals"
+            keys={keysOf("terminal.toggle")}
+            onClick={() => {
+              panelOpen.value = false;
+            }}
+          />
+        </header>
+        {others.value !== null && <Others current={current} found={others.value} />}
+        <div class="screens">
+          {list.map((terminal) => (
+            <TerminalView
+              key={terminal.key}
+              terminal={terminal}
+              current={current}
+              shown={terminal === active}
+            />
+          ))}
+          {list.length === 0 && (
+            <Empty icon="square-terminal" title={may ? "No terminal" : "No commands for this token"}>
+              {may && (
+                <button type="button" onClick={() => terminals.open()}>
+                  New terminal
+                </button>
+              )}
+            </Empty>
+          )}
+        </div>
+      </section>
+    </>
+  );
+}
+
+function TerminalTab({ terminal, current }: { terminal: Terminal; current: Workspace }) {
+  const { terminals } = current;
+  const active = terminals.active.value === terminal;
+  const state = terminal.state.value;
+  return (
+    <div
+      class={`panel-tab ${active ? "active" : ""}`}
+      role="tab"
+      aria-selected={active}
+      tabIndex={active ? 0 : -1}
+      onClick={() => {
+        terminals.active.value = terminal;
+        terminal.screen?.focus();
+      }}
+      onKeyDown={(event) => {
+        if (event.key === "Enter") terminal.screen?.focus();
+        if (event.key === "Delete") terminals.close(terminal);
+      }}
+    >
+      <span class={`lamp ${state}`} title={state} />
+      <Icon name={terminal.foreign ? "eye" : "square-terminal"} size={13} />
+      <span class="name">{terminal.title.value}</span>
+      <button
+        type="button"
+        class="close"
+        tabIndex={-1}
+        aria-label={`Close ${terminal.title.value}`}
+        onClick={(event) => {
+          event.stopPropagation();
+          terminals.close(terminal);
+        }}
+      >
+        <Icon name="x" size={12} />
+      </button>
+    </div>
+  );
+}
+
+function Others({ current, found }: { current: Workspace; found: readonly ExecInfo[] }) {
+  const close = () => {
+    others.value = null;
+  };
+  return (
+    <div class="others" role="menu">
+      <p>{found.length === 0 ? "No other terminal runs in this tenant." : "Terminals that run elsewhere:"}</p>
+      {found.map((exec) => (
+        <button
+          type="button"
+          role="menuitem"
+          key={exec.exec}
+          onClick={() => {
+            current.terminals.watch(exec.exec, exec.argv[0]?.split("/").pop() ?? "command", false);
+            close();
+          }}
+        >
+          <Icon name="square-terminal" size={14} />
+          <code>{exec.argv.join(" ").slice(0, 60)}</code>
+          <span class="where">
+            pid {exec.pid}, {exec.attached} {exec.attached === 1 ? "viewer" : "viewers"}
+          </span>
+        </button>
+      ))}
+      <button type="button" role="menuitem" onClick={close}>
+        Close
+      </button>
+    </div>
+  );
+}
+
+function TerminalView({
+  terminal,
+  current,
+  shown,
+}: {
+  terminal: Terminal;
+  current: Workspace;
+  shown: boolean;
+}) {
+  const host = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    if (!shown || host.current === null) return;
+    const element = host.current;
+    let gone = false;
+    void (async () => {
+      let { screen } = terminal;
+      if (screen === null) {
+        const { Screen } = await import("../terminal/screen.js");
+        await document.fonts.load('12px "JetBrains Mono Variable"').catch(() => {});
+        if (gone || terminal.screen !== null) return;
+        const made = new Screen(terminal.foreign);
+        screen = made;
+        screen.onInput = (data) => current.terminals.input(terminal, data);
+        screen.onResize = () => current.terminals.resized(terminal);
+        element.append(screen.element);
+        screen.open();
+        void current.terminals.run(terminal, made);
+      } else if (screen.element.parentElement !== element) element.append(screen.element);
+      screen.fit();
+      if (!phone.value) screen.focus();
+    })();
+    let frame = 0;
+    const observer = new ResizeObserver(() => {
+      cancelAnimationFrame(frame);
+      frame = requestAnimationFrame(() => terminal.screen?.fit());
+    });
+    observer.observe(element);
+    const stop = effect(() => {
+      void dark.value;
+      queueMicrotask(() => terminal.screen?.recolour());
+    });
+    return () => {
+      gone = true;
+      observer.disconnect();
+      stop();
+    };
+  }, [shown, terminal, current]);
+  return (
+    <div class={`screen-host ${terminal.state.value}`} ref={host} hidden={!shown} data-exec={terminal.id}>
+      {terminal.state.value === "away" && <div class="away">reconnecting…</div>}
+    </div>
+  );
+}

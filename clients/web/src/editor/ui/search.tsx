@@ -1,0 +1,158 @@
+/** Knows how searching through all files looks. */
+
+import { signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import { area } from "../state/layout.js";
+import { basename, parent } from "../state/paths.js";
+import type { Match } from "../state/search.js";
+import type { Workspace } from "../state/workspace.js";
+import { Empty, FileIcon, IconButton, Spinner } from "./parts.js";
+
+/** Grows whenever the field is to take the focus. */
+export const focusSearch = signal(0);
+const folded = signal<ReadonlySet<string>>(new Set());
+
+export function SearchView({ current }: { current: Workspace }) {
+  const { search } = current;
+  const input = useRef<HTMLInputElement>(null);
+  const timer = useRef<ReturnType<typeof setTimeout>>(undefined);
+  const wish = focusSearch.value;
+  useEffect(() => {
+    input.current?.focus();
+    input.current?.select();
+  }, [wish]);
+  const later = () => {
+    clearTimeout(timer.current);
+    timer.current = setTimeout(() => void search.run(), 180);
+  };
+  const found = search.found.value;
+  const show = (match: Match) => {
+    const at = search.regex.value ? -1 : match.text.toLowerCase().indexOf(search.query.value.toLowerCase());
+    void current.documents.show(match.path, { line: match.line, column: Math.max(1, at + 1) });
+    area.value = "editor";
+  };
+  return (
+    <section class="side-view search" aria-label="Search">
+      <header>
+        <h2>Search</h2>
+        <span class="grow" />
+        {search.busy.value && <Spinner label="Searching" />}
+      </header>
+      <div class="search-fields">
+        <div class="field">
+          <input
+            ref={input}
+            type="search"
+            placeholder="Search all files"
+            aria-label="Search all files"
+            value={search.query.value}
+            spellcheck={false}
+            onInput={(event) => {
+              search.query.value = event.currentTarget.value;
+              later();
+            }}
+            onKeyDown={(event) => event.key === "Enter" && void search.run()}
+          />
+          <IconButton
+            icon="case-sensitive"
+            label="Match case"
+            pressed={search.matchCase.value}
+            onClick={() => {
+              search.matchCase.value = !search.matchCase.value;
+              void search.run();
+            }}
+          />
+          <IconButton
+            icon="regex"
+            label="Regular expression"
+            pressed={search.regex.value}
+            onClick={() => {
+              search.regex.value = !search.regex.value;
+              void search.run();
+            }}
+          />
+        </div>
+        <div class="field">
+          <input
+            placeholder="In files, such as *.tsx"
+            aria-label="In files"
+            value={search.include.value}
+            spellcheck={false}
+            onInput={(event) => {
+              search.include.value = event.currentTarget.value;
+              later();
+            }}
+          />
+        </div>
+      </div>
+      <div class="found" aria-live="polite">
+        {search.failure.value !== null ? (
+          <p class="problem">{search.failure.value}</p>
+        ) : found === null ? (
+          <p class="hint">Every file of the workspace, but what its git ignores.</p>
+        ) : found.total === 0 ? (
+          <p class="hint">Nothing found.</p>
+        ) : (
+          <>
+            <p class="hint">
+              {found.total} {found.total === 1 ? "line" : "lines"} in {found.files.length}{" "}
+              {found.files.length === 1 ? "file" : "files"}
+              {found.truncated && "; there are more"}
+            </p>
+            {found.files.map(({ path, matches }) => {
+              const closed = folded.value.has(path);
+              return (
+                <div class="found-file" key={path}>
+                  <button
+                    type="button"
+                    class="found-name"
+                    aria-expanded={!closed}
+                    title={path}
+                    onClick={() => {
+                      const next = new Set(folded.value);
+                      if (closed) next.delete(path);
+                      else next.add(path);
+                      folded.value = next;
+                    }}
+                  >
+                    <FileIcon path={path} />
+                    <span class="name">{basename(path)}</span>
+                    <span class="where">{parent(path) === "." ? "" : parent(path)}</span>
+                    <span class="count">{matches.length}</span>
+                  </button>
+                  {!closed &&
+                    matches.map((match) => (
+                      <button type="button" class="found-line" key={match.line} onClick={() => show(match)}>
+                        <span class="number">{match.line}</span>
+                        <Line text={match.text} query={search.query.value} plain={!search.regex.value} />
+                      </button>
+                    ))}
+                </div>
+              );
+            })}
+          </>
+        )}
+        {found === null && search.failure.value === null && search.query.value === "" && (
+          <Empty icon="search" title="Search by Grep">
+            Runs on the host, beside the container: thousands of files in milliseconds.
+          </Empty>
+        )}
+      </div>
+    </section>
+  );
+}
+
+function Line({ text, query, plain }: { text: string; query: string; plain: boolean }) {
+  const line = text.trimStart().slice(0, 300);
+  const at = plain ? line.toLowerCase().indexOf(query.toLowerCase()) : -1;
+  if (at < 0) return <code>{line}</code>;
+  const start = Math.max(0, at - 24);
+  return (
+    <code>
+      {start > 0 && "…"}
+      {line.slice(start, at)}
+      <mark>{line.slice(at, at + query.length)}</mark>
+      {line.slice(at + query.length)}
+    </code>
+  );
+}

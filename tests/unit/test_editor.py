@@ -1,0 +1,115 @@
+"""How the browser editor's built files are served, over a folder like that of `deploy/build-web`."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from gateway import editor
+from gateway.errors import NotFound
+
+INDEX = (
+    '<!doctype html><meta name="csp-nonce" content="" /><script type="module" src="/assets/a1.js"></script>'
+)
+
+
+@pytest.fixture
+def static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (tmp_path / "index.html").write_text(INDEX)
+    (tmp_path / ".stamp").write_text("secret of nobody")
+    (assets / "a1.js").write_text("script")
+    (assets / "a1.js.gz").write_bytes(gzip.compress(b"script"))
+    (assets / "a1.js.br").write_bytes(b"brotli")
+    (assets / "f1.woff2").write_bytes(b"font")
+    monkeypatch.setattr(editor, "STATIC", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def client(static: Path) -> TestClient:
+    routes = [
+        Route("/", editor.page),
+        Route("/assets/{name}", editor.asset),
+        Route("/favicon.svg", editor.icon),
+    ]
+    absent = {NotFound: lambda request, error: Response(status_code=404)}
+    return TestClient(Starlette(routes=routes, exception_handlers=absent), headers={"Accept-Encoding": ""})
+
+
+def policy(client: TestClient) -> dict[str, str]:
+    answer = client.get("/")
+    assert answer.status_code == 200
+    parts = (part.partition(" ") for part in answer.headers["content-security-policy"].split("; "))
+    return {name: value for name, _, value in parts}
+
+
+def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script(client: TestClient) -> None:
+    said = policy(client)
+    assert said["default-src"] == "'none'"
+    assert said["script-src"] == "'self'"
+    assert said["connect-src"] == said["font-src"] == "'self'"
+    assert said["frame-ancestors"] == said["base-uri"] == said["form-action"] == "'none'"
+    assert not any("unsafe" in value or "*" in value for value in said.values())
+
+
+def test_each_page_has_a_nonce_of_its_own_that_the_policy_names(client: TestClient) -> None:
+    seen = set()
+    for _ in range(3):
+        answer = client.get("/")
+        nonce = answer.text.partition('<meta name="csp-nonce" content="')[2].partition('"')[0]
+        assert len(nonce) >= 22 and f"'nonce-{nonce}'" in answer.headers["content-security-policy"]
+        seen.add(nonce)
+    assert len(seen) == 3
+
+
+def test_the_page_is_asked_for_anew_and_what_its_digest_names_never(client: TestClient) -> None:
+    assert client.get("/").headers["cache-control"] == "no-cache"
+    asset = client.get("/assets/a1.js")
+    assert asset.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert asset.headers["content-type"].startswith("text/javascript")
+    assert asset.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [
+        ("gzip, deflate, br, zstd", "br"),
+        ("gzip", "gzip"),
+        ("br;q=0, gzip;q=0.5", "gzip"),
+        ("identity", None),
+        ("", None),
+    ],
+)
+def test_files_are_sent_as_the_browser_takes_them(
+    client: TestClient, accepted: str, encoding: str | None
+) -> None:
+    answer = client.head("/assets/a1.js", headers={"Accept-Encoding": accepted})
+    assert answer.headers.get("content-encoding") == encoding
+    assert answer.headers["vary"] == "Accept-Encoding"
+
+
+def test_a_file_without_a_compressed_one_comes_as_it_is(client: TestClient) -> None:
+    answer = client.get("/assets/f1.woff2", headers={"Accept-Encoding": "br"})
+    assert answer.content == b"font" and "content-encoding" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "name", ["none.js", "..%2f.stamp", "..%2findex.html", ".stamp", "a1.js.br", "%2e%2e"]
+)
+def test_nothing_but_the_built_files_is_served(client: TestClient, name: str) -> None:
+    assert client.get(f"/assets/{name}").status_code == 404
+
+
+def test_without_a_build_the_page_says_how_to_make_one(client: TestClient, static: Path) -> None:
+    (static / "index.html").unlink()
+    answer = client.get("/")
+    assert answer.status_code == 503
+    assert "deploy/build-web" in answer.text
