@@ -1,9 +1,9 @@
 """A process inside a real container swaps paths as fast as it can, while the tools work on them.
 
-By websocket through a live gateway, on a pool with idmapped mounts as the tenants' own and on one of plain
-folders. `tests/unit/test_rootfs_attacks.py` has the whole table of what can be laid into a workspace; here
-are the races, which need the real mounts, ids and kernel paths, and a minute. GATEWAY_TEST_RACE_SECONDS sets
-the seconds of each of them.
+By websocket through a live gateway, on a pool with idmapped mounts as the tenants' own and on one of
+plain folders. `tests/unit/test_rootfs_attacks.py` has what can be laid into a workspace layer by layer; here
+are the races, which need the real mounts, ids and kernel paths, and with those of `test_attacks_editor` take
+more than a minute. GATEWAY_TEST_RACE_SECONDS sets the seconds of each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.integration.conftest import Container, MakeTenant
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure, Wire
 
-SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "3"))
+SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "2.5"))
 SECRET = "host-secret-9d1f"
 DEADLINE = 5.0  # seconds in which every call must answer
 
@@ -75,8 +75,8 @@ class Arena:
     slowest: float = 0.0
     refused: dict[str, int] = field(default_factory=dict)
 
-    async def call(self, tool: str, **given: object) -> None:
-        """Run a tool; whatever it answers, it answers in time and without the secret."""
+    async def call(self, tool: str, **given: object) -> str | None:
+        """Run a tool and return its error's code; what it answers comes in time and without the secret."""
         started = time.monotonic()
         try:
             async with asyncio.timeout(DEADLINE):
@@ -91,6 +91,7 @@ class Arena:
             self.refused[code] = self.refused.get(code, 0) + 1
         self.calls += 1
         self.slowest = max(self.slowest, time.monotonic() - started)
+        return code
 
     async def round(self) -> None:
         """Use every tool once or more on what is being swapped."""
@@ -229,3 +230,111 @@ async def test_workers_do_not_see_each_other(arena: Arena) -> None:
     await arena.call("Read", file_path="prey.txt")
     seen = arena.container.sh("grep -l [g]ateway.rootfs /proc/[0-9]*/cmdline 2>/dev/null || true")
     assert seen.strip() == ""
+
+
+# What a tenant lays by hand, as its user; %s is the host's folder with the secret.
+LAY = r"""
+cd /srv/site; mkdir t; cd t; echo harmless > file; mkdir dir
+ln -s %s/secret.txt host; ln -s %s host-dir; ln -s ../../../etc/marker tenant; ln -s ../../way twin-dir
+ln -s /proc/self/root/etc/passwd magic; ln -s /proc/self/cwd magic-dir; ln -s %s/new dangling
+ln -s loop loop; ln -s b a; ln -s a b
+ln -s /srv/site/t/file l0; for i in $(seq 45); do ln -s l$((i-1)) l$i; done
+ln -s file inside; ln -s /srv/site/t/file inside-absolute; ln file twin; mkfifo fifo
+echo suid > suid; chmod 6755 suid
+perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0); bind(S, sockaddr_un("socket")) or die'
+truncate -s 1T sparse.txt; yes line | head -c 2000000 > hole.txt; truncate -s 50G hole.txt
+head -c 200000 /dev/zero | tr '\0' w > wide.txt; printf 'bad \377 text' > invalid.txt
+touch "$(printf 'new\nline')" "$(printf 'esc\033x')" "$(printf 'bad\377')"
+mkdir -p git/.git; mkfifo git/.gitignore; echo needle > git/found
+perl -e 'for (1..300) { mkdir "d" x 40; chdir "d" x 40 or die }'
+"""
+
+OUT, NOT, DIR, BAD, LARGE = "outside_workspace", "not_a_file", "is_a_directory", "invalid_params", "too_large"
+# The path, and the codes that reading and writing it answer with; None where it works.
+TABLE: list[tuple[str, set[str | None], set[str | None]]] = [
+    ("../../etc/passwd", {OUT}, {OUT}),
+    ("/etc/passwd", {OUT}, {OUT}),
+    ("/srv/site-evil/secret.txt", {OUT}, {OUT}),
+    ("t/host", {OUT}, {NOT}),
+    ("t/host-dir/secret.txt", {OUT}, {OUT}),
+    ("t/host-dir/new/deeper", {OUT}, {OUT}),
+    ("t/tenant", {OUT}, {NOT}),
+    ("t/twin-dir/secret.txt", {OUT}, {OUT}),
+    ("t/magic", {OUT}, {NOT}),
+    ("t/magic-dir/x", {OUT}, {OUT}),
+    ("t/dangling", {OUT}, {NOT}),
+    ("t/loop", {OUT}, {NOT}),
+    ("t/a/x", {OUT}, {OUT}),
+    ("t/l45", {OUT}, {NOT}),
+    ("t/inside", {None}, {NOT}),
+    ("t/inside-absolute", {None}, {NOT}),
+    ("t/fifo", {NOT}, {NOT}),
+    ("t/socket", {NOT}, {NOT}),
+    ("/dev/zero", {NOT}, {OUT}),
+    ("t/dir", {DIR}, {DIR}),
+    ("t/file/x", {NOT}, {NOT}),
+    ("a\0b", {BAD}, {BAD}),
+    ("", {BAD}, {BAD}),
+    ("n" * 300, {BAD}, {BAD}),
+    ("n/" * 3000 + "x", {BAD}, {BAD}),
+    ("t/sparse.txt", {LARGE}, {None}),
+    ("t/hole.txt", {LARGE}, {None}),
+    ("t/wide.txt", {LARGE}, {None}),
+    ("t/invalid.txt", {None}, {"binary_file"}),
+    ("t/twin", {None}, {None}),
+    ("t/suid", {None}, {None}),
+]
+
+
+@pytest.mark.timeout(120)
+async def test_table(arena: Arena) -> None:
+    """Every row of what can be laid is answered with its code while paths are swapped beside it."""
+    folder = str(arena.secret.parent)
+    arena.container.sh(LAY.replace("%s", folder), user=1000)
+    before = arena.secret.stat().st_mtime_ns, sorted(arena.secret.parent.iterdir())
+    with arena.attacked("folder", 1000):
+        for path, reading, writing in TABLE:
+            assert await arena.call("Read", file_path=path) in reading, path
+            assert await arena.call("Write", file_path=path, content="mine") in writing, path
+        assert await arena.call("Write", file_path="t/big", content="x" * (9 << 20)) == LARGE
+        for call in (
+            {"tool": "Read", "file_path": "t/hole.txt", "offset": 300_000, "limit": 2},
+            {"tool": "Glob", "pattern": "**"},
+            {"tool": "Glob", "pattern": "*a" * 60 + "b"},
+            {"tool": "Glob", "pattern": "{a,b}" * 200},
+            {"tool": "Grep", "pattern": "(a+)+$", "output_mode": "content", "head_limit": 0},
+            {"tool": "Grep", "pattern": "needle", "path": "t/git"},
+        ):
+            assert await arena.call(**call) in (None, LARGE)
+    assert (arena.secret.stat().st_mtime_ns, sorted(arena.secret.parent.iterdir())) == before
+    told = await arena.wire.call("tools/call", name="Glob", arguments={"pattern": "*", "path": "t"})
+    text = told["content"][0]["text"]
+    assert all(name in text for name in ("new\\nline", "esc\\x1bx", "bad\\xff")) and "\x1b" not in text
+    found = await arena.wire.call("tools/call", name="Grep", arguments={"pattern": "needle", "path": "t/git"})
+    assert "git/found" in found["content"][0]["text"]
+    listed = arena.container.sh("cd /srv/site/t; cat file; stat -c %a suid; find . -name '.gateway-*'")
+    assert listed.split() == ["harmless", "755"]  # the twin's content, and no set-uid bit
+    assert not arena.container.sh("cat /srv/way/secret.txt").replace(SECRET, "").strip()
+
+
+@pytest.mark.timeout(120)
+async def test_crowded_folder(arena: Arena) -> None:
+    """A folder of 250 000 files costs the tenant a bounded answer, and holds up no other call of its own."""
+    make = 'chdir "/srv/site"; mkdir "c"; chdir "c"; for (1..250_000) { open F, ">", "file$_" }'
+    arena.container.run("perl", "-e", make, user=1000, timeout=100)
+    searching = [
+        asyncio.ensure_future(arena.wire.call("tools/call", name=tool, arguments=given))
+        for tool, given in (
+            ("Glob", {"pattern": "**/file77777*"}),
+            ("Grep", {"pattern": "needle"}),
+        )
+    ]
+    while not all(search.done() for search in searching):
+        assert await arena.call("Read", file_path="prey.txt") is None
+    assert arena.slowest < 1.0
+    for search in searching:
+        answer = search.result()
+        assert len(json.dumps(answer)) < 100_000
+        assert not answer["isError"] or answer["structuredContent"]["code"] == "timeout"
+    listed = await arena.wire.call("files/list", path="c")
+    assert listed["truncated"] and len(listed["entries"]) <= 10_000

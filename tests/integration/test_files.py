@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -13,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import GatewayError, Unavailable
+from gateway.host import daemon
 from gateway.rootfs import FilesystemRoot, Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession
+from tests.contracts.processes import until
 from tests.integration import environment
-from tests.integration.conftest import Container, MakeTenant
+from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.test_gateway_incus import live
+from tests.live import LiveGateway
 
 
 class Files:
@@ -285,3 +289,112 @@ async def test_a_killed_gateway_leaves_no_unfinished_file(
                 while (left := await asyncio.to_thread(found)) != ["./.gateway-own"]:
                     assert "./.gateway-own" in left
         assert "unfinished files" in gateway.log.read_text()
+
+
+def workers_of(gateway: LiveGateway) -> set[int]:
+    """Return the processes of a gateway's broker: it is the one child of the gateway that has children."""
+
+    def children(pid: int) -> set[int]:
+        with contextlib.suppress(FileNotFoundError):
+            return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        return set()
+
+    assert gateway.process is not None
+    return {worker for broker in children(gateway.process.pid) for worker in children(broker)}
+
+
+async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:
+    """A tenant's workers end when it is stopped, restored or deleted, or its workspace is another folder."""
+    tenant, other = await make_tenant(), await make_tenant()
+    name = tenant.name
+    async with live(incus_settings, tmp_path / "gateway.log") as gateway:
+        async with gateway.wire(other.name) as wire, gateway.http(name) as http:
+            await wire.call("files/stat", path=".")
+            before = workers_of(gateway)  # of the other tenant: they stay through all of this
+            assert before
+
+            async def used() -> set[int]:
+                """Have a worker of each kind: for files, transfers and watches; return them."""
+                async with gateway.wire(name) as used:
+                    await used.call("tools/call", name="Glob", arguments={"pattern": "*"})
+                    await used.call("files/list", path=".", depth=3)
+                    async with http.put(f"/v1/tenants/{name}/files/a.txt", data=b"a") as response:
+                        assert response.status in (200, 201)
+                    await used.call("files/watch", paths=["."])
+                    found = workers_of(gateway) - before
+                    assert len(found) >= 4
+                return found
+
+            async def ended(workers: set[int]) -> None:
+                await until(lambda: not workers & workers_of(gateway))
+                assert before <= workers_of(gateway)
+
+            found = await used()
+            async with http.post(f"/v1/tenants/{name}/stop") as response:
+                assert response.status == 200
+            await ended(found)
+            environment.incus("start", name)
+            found = await used()
+            environment.incus("stop", "--force", name)
+            await ended(found)
+            environment.incus("start", name)
+            environment.incus("snapshot", "create", name, "s1")
+            found = await used()
+            environment.incus("snapshot", "restore", name, "s1")
+            await ended(found)
+            found = await used()
+            tenant.sh("cd /srv; mv site old; install -d -o site -g site site; echo x > site/new.txt")
+            # each kind finds out when it is next used, a second after it last looked
+            async with asyncio.timeout(15):
+                while found & workers_of(gateway):
+                    await used()
+            async with gateway.wire(name) as again:
+                assert "new.txt" in str(await again.call("files/list", path="."))
+            found = await used()
+            environment.incus("delete", "--force", name)
+            await ended(found)
+
+
+async def test_idle_workers_end(tenant: Container, incus_settings: Settings, tmp_path: Path) -> None:
+    """A worker that nobody asks anything ends; the next call has a new one."""
+    async with live(incus_settings, tmp_path / "gateway.log", GATEWAY_WORKER_IDLE="0.5") as gateway:
+        async with gateway.wire(tenant.name) as wire:
+            await wire.call("files/stat", path=".")
+            found = workers_of(gateway)
+            assert found
+            await until(lambda: not workers_of(gateway))
+            await wire.call("files/stat", path=".")
+            assert not found & workers_of(gateway)
+
+
+async def test_shifted_rootfs(
+    incusd: Incusd,
+    make_tenant: MakeTenant,
+    incus_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where Incus shifts the ids on disk, as without idmapped mounts, the tools write with those ids."""
+    program = tmp_path / "incusd"
+    program.write_text(f'#!/bin/sh\nexec env INCUS_IDMAPPED_MOUNTS_DISABLE=1 {daemon.INCUSD} "$@"\n')
+    program.chmod(0o755)
+    await asyncio.to_thread(incusd.daemon.stop, instances=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(daemon, "INCUSD", program)
+        await incusd.restart()
+        container = await make_tenant()
+        await asyncio.to_thread(incusd.daemon.stop, instances=False)
+    await incusd.restart()
+    config = json.loads(environment.incus("query", f"/1.0/instances/{container.name}").stdout)["config"]
+    assert config["volatile.last_state.idmap"] != "[]"
+    site = environment.rootfs(container.name) / "srv" / "site"
+    base = site.stat().st_uid - incus_settings.workspace_uid
+    assert base > 0
+    async with Workers(incus_settings, IncusRuntime(incus_settings).tenants) as workers:
+        files = await files_of(container, workers, incus_settings)
+        await files.text("Write", file_path="x/a.txt", content="a\n")
+        assert container.sh("stat -c %U:%G /srv/site/x /srv/site/x/a.txt").split() == ["site:site"] * 2
+        assert (site / "x" / "a.txt").stat().st_uid == base + incus_settings.workspace_uid
+        container.sh("echo b >> /srv/site/x/a.txt", user=1000)
+        assert await files.text("Read", file_path="x/a.txt") == "1\ta\n2\tb\n3\t"
+        assert {"mount", "uid", "seccomp"} <= set(workers.layers(container.name) or ())
