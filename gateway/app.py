@@ -28,7 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import __version__, auth, editor, protocol
+from gateway.caddy import Caddy
 from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
+from gateway.deployments import Deployments, Record
+from gateway.deployments.http import DeployBody, templates
 from gateway.errors import (
     Cancelled,
     Conflict,
@@ -48,13 +51,16 @@ from gateway.files.files import Files
 from gateway.host.setup import pin
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
+from gateway.receipts import Receipts
 from gateway.rootfs.workers import BrokerClient, Workers
 from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
-from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local_sites import LocalSites
+from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
-from gateway.store import Store
+from gateway.store import Store, StoreFailed
 from gateway.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
@@ -120,7 +126,9 @@ class Gateway:
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
+        self._resynced = asyncio.Event()
         self._workers: Workers | None = None
+        self._deploys: Deployments | None = None
         self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
@@ -162,6 +170,11 @@ class Gateway:
             Route(tenant + "/files/{path:path}", self._file_put, methods=["PUT"]),
             Route(tenant + "/files/{path:path}", self._file_delete, methods=["DELETE"]),
             Route(tenant + "/mcp", self._mcp_endpoint, methods=["GET", "POST", "DELETE"]),
+            Route("/v1/templates", self._templates),
+            Route("/v1/deployments", self._deployments),
+            Route("/v1/deployments", self._deploy, methods=["POST"]),
+            Route("/v1/deployments/{deployment}", self._deployment),
+            Route("/v1/deployments/{deployment}", self._deployment_cancel, methods=["DELETE"]),
             Route("/v1/events", self._events),
             WebSocketRoute(tenant + "/ws", self._websocket),
         ]
@@ -175,20 +188,36 @@ class Gateway:
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.journal)
-            runtime: TenantRuntime = await stack.enter_async_context(runtime_type(settings))
+            receipts = await Receipts.opened(self.store, settings)
+            runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             self._workers = workers
-            execs = await stack.enter_async_context(Execs(runtime, self.bus, settings))
+            execs = await stack.enter_async_context(Execs(runtime, self.bus, receipts, settings))
             shells = await stack.enter_async_context(Shells(execs, workers, settings))
-            toolbox = await stack.enter_async_context(Toolbox(runtime, workers, shells, self.bus, settings))
+            toolbox = await stack.enter_async_context(
+                Toolbox(runtime, workers, shells, self.bus, receipts, settings)
+            )
             files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
+            sites: Sites = await stack.enter_async_context(
+                IncusSites(settings, runtime.incus)
+                if isinstance(runtime, IncusRuntime)
+                else LocalSites(settings, runtime)
+            )
+            caddy = await stack.enter_async_context(Caddy(settings))
+            self._deploys = await stack.enter_async_context(
+                Deployments(runtime, sites, caddy, self.store, self.bus, settings)
+            )
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
                 from gateway.mcp import Mcp  # an extra, and a second of start-up
 
                 self._mcp = await stack.enter_async_context(Mcp(toolbox, settings))
-            jobs = [self._watch(runtime, workers, files), self.metrics.follow(self.bus)]
+            jobs = [
+                self._watch(runtime, workers, files, receipts),
+                self.metrics.follow(self.bus),
+                self._recover(),
+            ]
             if settings.runtime == "incus":
                 jobs.append(self._pin_ports())
             for work in jobs:
@@ -198,7 +227,9 @@ class Gateway:
             yield
             await self.drain()
 
-    async def _watch(self, runtime: TenantRuntime, workers: Workers, files: Files) -> None:
+    async def _watch(
+        self, runtime: TenantRuntime, workers: Workers, files: Files, receipts: Receipts
+    ) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         swept = False
         async for event in runtime.watch():
@@ -216,9 +247,21 @@ class Gateway:
                     await files.forget(event.tenant, event.type.rpartition(".")[2])
             if event.tenant is not None and event.type == "tenant.destroyed":
                 self.hub.toolbox.forget(event.tenant)
+                try:
+                    await receipts.forget_tenant(event.tenant)
+                except StoreFailed as failed:
+                    log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
             if event.type in _STARTED:
                 self._started.set()
+            self.deploys.noticed(event)
+            if event.type == "gateway.resynced":
+                self._resynced.set()
             self.bus.publish(event.type, event.tenant, event.data)
+
+    async def _recover(self) -> None:
+        """Finish or undo what deployments of an earlier life left, once Incus answers."""
+        await self._resynced.wait()
+        await self.deploys.recover()
 
     async def _pin_ports(self) -> None:
         """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""
@@ -252,6 +295,7 @@ class Gateway:
                 await hub.execs.end_all()
         except TimeoutError:
             log.warning("commands did not end in time")
+        await self.deploys.end()
         hub.files.end_transfers()
         for connection in list(hub.connections):
             connection.close(CloseCode.DRAINING, "draining")
@@ -268,6 +312,12 @@ class Gateway:
         if self._hub is None:
             raise Unavailable("the gateway is starting")
         return self._hub
+
+    @property
+    def deploys(self) -> Deployments:
+        if self._deploys is None:
+            raise Unavailable("the gateway is starting")
+        return self._deploys
 
     # --- who asks -----------------------------------------------------------------------------------
 
@@ -408,7 +458,10 @@ class Gateway:
             request.headers.get("x-tool-session"),
             request.headers.get("x-read-before-write") == "1",
         )
-        work = toolbox.call(name, session, tool, arguments, by=token.subject)
+        call_id = request.headers.get("idempotency-key")
+        if call_id is not None and not 0 < len(call_id) <= 200:
+            raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
+        work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id)
         result = await _unless_gone(request, work)
         return Response(result.encoded, media_type="application/json")
 
@@ -491,6 +544,45 @@ class Gateway:
         except Conflict as error:
             raise http.failed_condition(error) from None
         return Response(status_code=204)
+
+    # --- deployments --------------------------------------------------------------------------------
+
+    async def _templates(self, request: Request) -> Response:
+        self._token(request, "deploy")
+        return _json({"templates": await asyncio.to_thread(templates, self.settings)})
+
+    async def _deploy(self, request: Request) -> Response:
+        token = self._token(request, "deploy")
+        if self.draining:
+            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
+        body = protocol.validate(DeployBody, await _read_json(request, self.settings.max_body))
+        key = request.headers.get("idempotency-key")
+        if key is not None and not 0 < len(key) <= 200:
+            raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
+        record, new = await self.deploys.begin(body.request(), token.covers, by=token.subject, key=key)
+        response = _json({"id": record.id, "tenant": record.tenant, "state": record.state})
+        response.status_code = 202 if new or not record.over else 200
+        response.headers["Location"] = f"/v1/deployments/{record.id}"
+        return response
+
+    async def _deployments(self, request: Request) -> Response:
+        token = self._token(request, "deploy")
+        found = await self.deploys.recent(token.coverage)
+        return _json({"deployments": [record.told() for record in found]})
+
+    async def _deployment(self, request: Request) -> Response:
+        return _json((await self._deployment_for(request)).told())
+
+    async def _deployment_cancel(self, request: Request) -> Response:
+        record = await self._deployment_for(request)
+        return _json((await self.deploys.cancel(record.id)).told())
+
+    async def _deployment_for(self, request: Request) -> Record:
+        token = self._token(request, "deploy")
+        record = await self.deploys.get(request.path_params["deployment"])
+        if not token.covers(record.tenant):
+            raise NotFound("no such deployment")
+        return record
 
     async def _events(self, request: Request) -> Response:
         token = self._token(request, "events")

@@ -126,6 +126,7 @@ class Connection:
             "ping": self._ping,
             "tools/list": self._tools_list,
             "tools/call": self._tools_call,
+            "tools/cancel": self._tools_cancel,
             "session/end": self._session_end,
             "exec/start": self._exec_start,
             "exec/attach": self._exec_attach,
@@ -306,6 +307,7 @@ class Connection:
         pending.started = True
         try:
             if pending.cancelled:
+                await self._fence(request)
                 raise Cancelled("the request was cancelled before it began")
             answer = await self._methods[request.method](request.params)
             reply = protocol.result(request.id or 0, answer.value)
@@ -319,8 +321,7 @@ class Connection:
         except asyncio.CancelledError:
             if not pending.cancelled:  # the connection ends: nobody reads an answer
                 raise
-            if isinstance(request.params, protocol.ToolsCall) and request.params.call_id is not None:
-                await self._hub.toolbox.give_up(self._tenant, request.params.call_id)
+            await self._fence(request)
             reply = protocol.failure(request.id, Cancelled("the request was cancelled"))
         except Exception:
             log.exception("%s of tenant %s failed", request.method, self._tenant)
@@ -333,6 +334,17 @@ class Connection:
             await self._send(reply)
         if answer is not None and answer.then is not None:
             answer.then()
+
+    async def _fence(self, request: protocol.Request) -> None:
+        """See to it that what a cancelled request asked for is not made by another of its id."""
+        try:
+            match request.params:
+                case protocol.ToolsCall(call_id=str(call_id)):
+                    await self._hub.toolbox.fence(self._tenant, call_id)
+                case protocol.ExecStart(exec_id=str(exec_id)):
+                    await self._hub.execs.fence(self._tenant, exec_id)
+        except GatewayError as error:
+            log.warning("a cancel of tenant %s could not be noted: %s", self._tenant, error.message)
 
     async def _initialize(self, params: protocol.Initialize) -> _Answer:
         hub = self._hub
@@ -392,6 +404,13 @@ class Connection:
         )
         return _Answer(result.encoded)
 
+    async def _tools_cancel(self, params: protocol.ToolsCancel) -> _Answer:
+        assert self._token is not None
+        if not any(map(self._token.allows, self._hub.toolbox.SCOPES)):
+            self._require("files:read")
+        await self._hub.toolbox.fence(self._tenant, params.call_id)
+        return _Answer({})
+
     async def _session_end(self, params: protocol.NoParams) -> _Answer:
         assert self._session is not None
         await self._hub.toolbox.end(self._session)
@@ -407,6 +426,7 @@ class Connection:
                 params.argv, params.command, params.cwd, params.env, params.user, params.pty, params.stdin
             ),
             exec_id=params.exec_id,
+            once=params.exec_id is not None,
             timeout=None if params.timeout_ms is None else params.timeout_ms / 1000,
             linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
             by=token.subject,
@@ -418,6 +438,7 @@ class Connection:
             "pid": exec_.process.pid,
             "startedAt": started_at(exec_.process),
             "attachment": attachment.id,
+            "stdinWindow": exec_.stdin_window,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
@@ -433,6 +454,7 @@ class Connection:
             "state": exec_.state,
             "attachment": attachment.id,
             "stdin": attachment.taken,
+            "stdinWindow": exec_.stdin_window,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
 
@@ -459,7 +481,13 @@ class Connection:
 
     async def _exec_cancel(self, params: protocol.ExecCancel) -> _Answer:
         grace = None if params.grace_ms is None else params.grace_ms / 1000
-        killed = await self._hub.execs.cancel(self._exec(params.exec), grace)
+        try:
+            exec_ = self._exec(params.exec)
+        except NotFound:
+            if len(params.exec) <= protocol.MAX_EXEC_ID:
+                await self._hub.execs.fence(self._tenant, params.exec)  # its start may still be on the way
+            raise
+        killed = await self._hub.execs.cancel(exec_, grace)
         answer = {"killed": killed.killed, "escalated": killed.escalated, "survivors": killed.survivors}
         return _Answer({**answer, "method": killed.method})
 
@@ -494,6 +522,14 @@ class Connection:
     def _follow(self, channel: int, attachment: Attachment) -> None:
         if channel in self._attachments:  # not detached meanwhile
             self._spawn(self._forward(channel, attachment))
+            if attachment.exec.spec.stdin:
+                self._spawn(self._tell_consumed(channel, attachment))
+
+    async def _tell_consumed(self, channel: int, attachment: Attachment) -> None:
+        """Let the client send more input as the command takes it."""
+        while (consumed := await attachment.more_consumed()) is not None:
+            told = {"exec": attachment.exec.id, "channel": channel, "consumed": consumed}
+            await self._send(protocol.notification("exec/stdin", told))
 
     def _detach(self, channel: int) -> None:
         attachment = self._attachments.pop(channel, None)

@@ -113,10 +113,18 @@ class Initialize(Params):
     read_before_write: bool = False
 
 
+MAX_EXEC_ID: Final = 128
+CallId: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
+
+
 class ToolsCall(Params):
     name: Annotated[str, Field(max_length=200)]
     arguments: dict[str, Any] = Field(default_factory=dict)
-    call_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    call_id: CallId | None = None
+
+
+class ToolsCancel(Params):
+    call_id: CallId
 
 
 class PtySize(Params):
@@ -124,7 +132,7 @@ class PtySize(Params):
     rows: Annotated[int, Field(ge=1, le=65535)] = 24
 
 
-_ExecId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+_ExecId = Annotated[str, Field(min_length=1, max_length=MAX_EXEC_ID, pattern=r"^[A-Za-z0-9._:-]+$")]
 
 
 class ExecStart(Params):
@@ -254,6 +262,7 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "ping": NoParams,
     "tools/list": NoParams,
     "tools/call": ToolsCall,
+    "tools/cancel": ToolsCancel,
     "session/end": NoParams,
     "exec/start": ExecStart,
     "exec/attach": ExecAttach,

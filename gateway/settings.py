@@ -42,6 +42,24 @@ class Settings(BaseSettings):
         (), description="allowed browser origins beside same-origin, comma-separated"
     )
     caddy_admin: str = Field("http://127.0.0.1:2019", description="URL or unix socket of Caddy's admin API")
+    caddy_http: int = Field(80, gt=0, lt=65536, description="port of Caddy for HTTP")
+    caddy_https: int = Field(443, gt=0, lt=65536, description="port of Caddy for HTTPS")
+    caddy_ask: int = Field(
+        2020,
+        gt=0,
+        lt=65536,
+        description="port of Caddy on loopback, by which it and the gateway look sites up",
+    )
+    caddy_issuer: Literal["acme", "internal"] = Field(
+        "acme", description="who signs sites' certificates: a public authority, or Caddy itself"
+    )
+    caddy_email: str = Field("", description="address that a public authority writes to")
+    domain: str | None = Field(None, description="the gateway's own domain behind Caddy")
+    expose: Literal["address", "port", "socket"] = Field(
+        "address",
+        description="how Caddy reaches a site: at its address, by a proxy device's port or by its socket",
+    )
+    expose_ports: str = Field("20000-29999", description="ports of this host for proxy devices")
     templates_dir: Path | None = Field(None, description="folder of site templates beside the built-in ones")
 
     # tenants
@@ -62,6 +80,24 @@ class Settings(BaseSettings):
     tenant_memory: str = Field("512MiB", description="limits.memory of a tenant, hard")
     tenant_processes: int = Field(400, gt=0, description="limits.processes of a tenant")
     tenant_disk: str = Field("4GiB", description="root disk quota of a tenant where the pool can")
+
+    max_tenants: int = Field(1000, gt=0, description="tenants that deployments may make in all")
+
+    # deployments
+    template_files: int = Field(10_000, gt=0, description="files of one template")
+    template_bytes: int = Field(64 * MiB, gt=0, description="bytes of one template's files")
+    max_deployments: int = Field(4, gt=0, description="deployments that run at once; more wait")
+    waiting_deployments: int = Field(256, gt=0, description="deployments that may wait; more are refused")
+    deployments_kept: int = Field(1000, gt=0, description="ended deployments kept on record")
+    install_timeout: float = Field(300.0, gt=0, description="seconds of a template's install command")
+    install_log: int = Field(2000, gt=0, description="lines of an install command that are published")
+    verify_timeout: float = Field(60.0, gt=0, description="seconds until a started site must answer")
+    warm_pool: int = Field(
+        2, ge=0, description="instances kept ready for each template that was deployed; 0 for none"
+    )
+    golden: bool = Field(True, description="keep each template installed once, to copy the next tenant from")
+    health_interval: float = Field(5.0, gt=0, description="seconds between two looks at a site's port")
+    health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
 
     # limits of one connection and one request
     initialize_timeout: float = Field(
@@ -86,7 +122,15 @@ class Settings(BaseSettings):
         256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down"
     )
     exec_stdin_buffer: int = Field(
-        4 * MiB, gt=0, description="bytes of input kept for a command that does not read"
+        4 * MiB,
+        gt=0,
+        description="bytes of input kept in memory for a command that does not read; the window",
+    )
+    exec_stdin_spool: int = Field(
+        64 * MiB, ge=0, description="bytes of further input kept on disk for one command; 0 for none"
+    )
+    exec_stdin_spools: int = Field(
+        1024 * MiB, ge=0, description="bytes of input kept on disk for all commands"
     )
     exec_stall: float = Field(
         600.0, gt=0, description="seconds without progress after which a reader is detached"
@@ -193,7 +237,14 @@ class Settings(BaseSettings):
         ge=0,
         description="seconds that a call with a callId outlives its connection, to be asked again",
     )
-    receipts_kept: int = Field(1000, gt=0, description="results of tool calls kept under their callId")
+    receipts_kept: int = Field(
+        1000, gt=0, description="calls and commands kept under the caller's id, of one tenant"
+    )
+    receipts_bytes: int = Field(16 * MiB, gt=0, description="bytes of those of one tenant, in the store")
+    receipts_age: float = Field(86_400.0, gt=0, description="seconds that they are kept")
+    receipts_memory: int = Field(
+        32 * MiB, gt=0, description="bytes of results kept in memory, of calls that only read, all tenants"
+    )
 
     # events
     events_kept: int = Field(10_000, gt=0, description="events kept for replay")

@@ -50,6 +50,33 @@ MIGRATIONS: Final = (
         boot TEXT
     ) STRICT;
     """,
+    """
+    CREATE TABLE deployments (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        created REAL NOT NULL,
+        ended REAL,
+        subject TEXT NOT NULL,
+        key TEXT,
+        request TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
+    CREATE INDEX deployments_created ON deployments (created);
+    """,
+    """
+    CREATE TABLE receipts (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        at REAL NOT NULL,
+        state TEXT NOT NULL,
+        result BLOB,
+        PRIMARY KEY (tenant, kind, id)
+    ) STRICT;
+    CREATE INDEX receipts_at ON receipts (at);
+    """,
 )
 
 

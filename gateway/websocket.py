@@ -15,6 +15,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 PARTS: Final = "gateway.parts"
 
+_WAITING: Final = 8  # messages that wait to be taken while more are read
+_SMALL: Final = 16 << 10  # bytes of one such message
+
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's own, which holds back in both directions, and `parts`."""
@@ -22,6 +25,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         self.scope["extensions"][PARTS] = {}
         await super().run_asgi()
+
+    def send_receive_event_to_app(self) -> None:
+        # uvicorn stops reading at each message until it is taken, which costs two calls of the kernel: a few
+        # small ones may wait instead
+        may_wait = not self.read_paused and self.queue.qsize() < _WAITING
+        may_wait = may_wait and sum(map(len, self.frames)) <= _SMALL
+        if may_wait:
+            self.read_paused = True  # for uvicorn's eyes alone
+        super().send_receive_event_to_app()
+        if may_wait:
+            self.read_paused = False
 
     async def send(self, message: Any) -> None:
         parts: Sequence[bytes] | None = message.get("parts")

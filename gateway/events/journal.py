@@ -28,9 +28,9 @@ _SCAN: Final = 512
 _RECENT, _RECENT_BYTES = 4096, 8 * MiB
 # events of one commit
 _GROUP: Final = 1024
-# seconds that events wait for others to share their commit: one for each would slow down the very tool calls
-# that they tell of by an eighth (measured)
-_GATHER: Final = 0.01
+# seconds that events wait for others to share their commit, and that lie between two commits: each more often
+# would slow down the very tool calls that they tell of, by a fifth every 5 ms (measured)
+_GATHER, _SPACING = 0.01, 0.05
 _RETRY: Final = 1.0
 # seconds between two looks for what is too old
 _AGEING: Final = 600.0
@@ -254,11 +254,13 @@ class StoredJournal:
             self._waiting.popleft()
 
     async def _write(self) -> None:
+        flushed = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(self._age, _AGEING)):
                     await self._appended.wait()
-            await asyncio.sleep(_GATHER)
+            await asyncio.sleep(max(_GATHER, flushed + _SPACING - time.monotonic()))
+            flushed = time.monotonic()
             try:
                 await self._flush()
             except StoreFailed as failed:

@@ -9,15 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from gateway.errors import Cancelled, Conflict, NotFound, RateLimited
+import orjson
+
+from gateway.errors import Cancelled, Conflict, Gone, NotFound, RateLimited
 from gateway.events import Bus
-from gateway.execs.exec import Attachment, Cursor, Ended, Exec, started_at
-from gateway.runtime import ExecSpec, Killed, TenantRuntime
+from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Past, started_at
+from gateway.execs.input import Spools
+from gateway.receipts import Key, Receipt, Receipts
+from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
 from gateway.settings import Settings
+from gateway.store import StoreFailed
 
 __all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "started_at"]
 
@@ -27,16 +34,28 @@ log = logging.getLogger(__name__)
 class Execs:
     """All commands of this gateway. Use as an async context manager: leaving it ends every one."""
 
-    def __init__(self, runtime: TenantRuntime, bus: Bus, settings: Settings) -> None:
+    def __init__(self, runtime: TenantRuntime, bus: Bus, receipts: Receipts, settings: Settings) -> None:
         self._runtime = runtime
+        self._receipts = receipts
         self._bus = bus
         self._settings = settings
+        self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
         self._ended: OrderedDict[tuple[str, str], Exec] = OrderedDict()  # first ended first
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
+        """Take over how the commands under callers' ids ended in earlier lives; what ran then is lost."""
+        for key, receipt in await self._receipts.earlier("exec"):
+            lost = receipt.result is None
+            exec_ = self._earlier(key, receipt)
+            if lost or time.time() - receipt.at < self._settings.exec_keep:
+                self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
+                self._keep(exec_)
+            if lost:
+                self._bus.publish("exec.exited", exec_.tenant, exec_.ended.result().on_wire(exec_.id))
+                await self._note_end(exec_)
         return self
 
     async def __aexit__(
@@ -58,18 +77,22 @@ class Execs:
         timeout: float | None = None,
         linger: float | None = None,
         by: str = "",
+        once: bool = False,
     ) -> Exec:
         """Start a command, or return the one that was started under `exec_id` before.
 
-        Raises `Conflict` where that one is another command, `RateLimited` where the tenant has too many,
+        With `once` the id is the caller's own, and holds across a restart of the gateway too. Raises
+        `Conflict` where that one is another command, `RateLimited` where the tenant has too many,
         and what the runtime raises where it cannot start.
         """
         known = exec_id or f"x-{secrets.token_hex(8)}"
-        found = self._execs.get(tenant, {}).get(known)
-        if found is None and (tenant, known) in self._starting:
-            found = await asyncio.shield(self._starting[tenant, known])
+        found = await self._known(tenant, known)
+        if found is None and once:
+            if await self._receipts.result((tenant, "exec", known), spec.digest()) is not None:
+                raise Gone(f"exec {known} ended and is no longer kept; use a new id", exec=known)
+            found = await self._known(tenant, known)  # another start may have come first meanwhile
         if found is not None:
-            if found.spec != spec:
+            if found.asked != spec.digest():
                 raise Conflict(f"exec {known} was started with another command", exec=known)
             return found
         running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
@@ -82,7 +105,14 @@ class Execs:
         promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
         self._starting[tenant, known] = promise
         try:
-            exec_ = await self._start(tenant, known, spec, timeout, linger, by)
+            if once:
+                await self._receipts.begin((tenant, "exec", known), spec.digest())
+            try:
+                exec_ = await self._start(tenant, known, spec, timeout, linger, by, once)
+            except BaseException:
+                if once:  # nothing of it was left: it may be started again
+                    await asyncio.shield(self._receipts.forget((tenant, "exec", known)))
+                raise
         except BaseException as error:
             # who waits for the same start was not cancelled itself
             gone = isinstance(error, asyncio.CancelledError)
@@ -95,6 +125,68 @@ class Execs:
         finally:
             del self._starting[tenant, known]
 
+    async def _known(self, tenant: str, exec_id: str) -> Exec | None:
+        """Return the command that was started under an id, or is about to be."""
+        starting = self._starting.get((tenant, exec_id))
+        if starting is not None:
+            return await asyncio.shield(starting)
+        return self._execs.get(tenant, {}).get(exec_id)
+
+    def _earlier(self, key: Key, receipt: Receipt) -> Exec:
+        """Return a command of an earlier life: how it ended, and that its output is gone."""
+        tenant, _, exec_id = key
+        told: Mapping[str, Any] = {} if receipt.result is None else orjson.loads(receipt.result)
+        process = Past(told.get("pid", 0), told.get("startedAt", receipt.at))
+        exec_ = self._made(exec_id, tenant, ExecSpec((told.get("command", ""),)), process, None)
+        exit_ = told.get("exit") or {"reason": "lost", "durationMs": 0, "offsets": {}}
+        exec_.ended_before(
+            receipt.digest,
+            Ended(
+                exit_["reason"],
+                exit_.get("exitCode"),
+                exit_.get("signal"),
+                exit_["durationMs"],
+                exit_["offsets"],
+            ),
+        )
+        return exec_
+
+    async def _note_end(self, exec_: Exec) -> None:
+        """Keep how a command under a caller's id ended."""
+        told = {
+            "pid": exec_.process.pid,
+            "startedAt": exec_.process.started_at,
+            "command": _short(exec_.spec),
+            "exit": exec_.over.on_wire(exec_.id),
+        }
+        key: Key = (exec_.tenant, "exec", exec_.id)
+        try:
+            await self._receipts.finish(key, exec_.asked, orjson.dumps(told))
+        except StoreFailed as failed:
+            log.error("the end of exec %s will not outlive this process: %s", exec_.id, failed.message)
+
+    async def fence(self, tenant: str, exec_id: str) -> None:
+        """See to it that nothing starts under an id that is not known yet."""
+        if await self._known(tenant, exec_id) is None:
+            await self._receipts.fence((tenant, "exec", exec_id))
+
+    def _made(
+        self, exec_id: str, tenant: str, spec: ExecSpec, process: Process, linger: float | None
+    ) -> Exec:
+        settings = self._settings
+        return Exec(
+            exec_id,
+            tenant,
+            spec,
+            process,
+            tail=settings.exec_tail,
+            window=settings.exec_window,
+            stdin_buffer=settings.exec_stdin_buffer,
+            spools=self._spools,
+            linger=settings.exec_linger if linger is None else linger,
+            grace=settings.cancel_grace,
+        )
+
     async def _start(
         self,
         tenant: str,
@@ -103,29 +195,23 @@ class Execs:
         timeout: float | None,
         linger: float | None,
         by: str,
+        once: bool,
     ) -> Exec:
-        settings = self._settings
-        process = await self._runtime.exec(tenant, spec)
-        exec_ = Exec(
-            exec_id,
-            tenant,
-            spec,
-            process,
-            tail=settings.exec_tail,
-            window=settings.exec_window,
-            stdin_buffer=settings.exec_stdin_buffer,
-            linger=settings.exec_linger if linger is None else linger,
-            grace=settings.cancel_grace,
-        )
+        exec_ = self._made(exec_id, tenant, spec, await self._runtime.exec(tenant, spec), linger)
         self._execs.setdefault(tenant, {})[exec_id] = exec_
-        started: dict[str, Any] = {"exec": exec_id, "pid": process.pid, "command": _short(spec), "by": by}
+        started: dict[str, Any] = {
+            "exec": exec_id,
+            "pid": exec_.process.pid,
+            "command": _short(spec),
+            "by": by,
+        }
         self._bus.publish("exec.started", tenant, started)
-        task = asyncio.create_task(self._carry(exec_, timeout), name=f"exec {exec_id}")
+        task = asyncio.create_task(self._carry(exec_, timeout, once), name=f"exec {exec_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return exec_
 
-    async def _carry(self, exec_: Exec, timeout: float | None) -> None:
+    async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
         timer = None
         if timeout is not None:
             loop = asyncio.get_running_loop()
@@ -135,6 +221,11 @@ class Execs:
         finally:
             if timer is not None:
                 timer.cancel()
+            try:
+                if once:
+                    await self._note_end(exec_)  # before anybody is told
+            finally:
+                exec_.tell_end()
             ended = exec_.ended.result()
             data = ended.on_wire(exec_.id)
             self._keep(exec_)

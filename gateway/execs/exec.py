@@ -13,19 +13,22 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.execs.input import Input, Spools
 from gateway.execs.tail import Tail
-from gateway.runtime import ExecSpec, Killed, Process, StreamName
+from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName
 
 log = logging.getLogger(__name__)
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
+_CTRL_C: Final = b"\x03"
+_TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
 _READERS: Final = 64  # of one command, whose place is kept for their return
 
 
@@ -135,29 +138,94 @@ class Attachment:
     """One reader of a command's output: a cursor per stream. Close it; the command outlives it.
 
     `id` is what the next attachment names to take its place; `taken` counts the bytes of its input that were
-    taken over, and those of the attachments before it.
+    taken over, and those of the attachments before it, `consumed` those of them that wait no more.
     """
 
     def __init__(self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None) -> None:
         self.exec = owner
         self.id = f"a-{secrets.token_hex(8)}"
         self.taken: int = 0 if before is None else before.taken
+        self.consumed: int = 0 if before is None else before.consumed
         self.closed = False
+        self._told = self.taken
+        self._heir: Attachment | None = None
+        self._progress = asyncio.Event()
+        if before is not None:
+            before._heir = self
         self.cursors: dict[StreamName, Cursor] = {}
         self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
         for name, stream in owner.streams.items():
             self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0))
 
     async def write(self, data: bytes) -> None:
-        """Queue input; waits while the command's buffer is full. Dropped where the input or we have ended."""
+        """Give input; see `Input.put`. Dropped where the input or we have ended."""
         await self.exec.write(data, self)
+
+    def took(self, size: int) -> None:
+        self.taken += size
+
+    def passed(self, size: int) -> None:
+        if self._heir is not None:
+            self._heir.passed(size)
+        self.consumed += size
+        self._progress.set()
+
+    async def more_consumed(self) -> int | None:
+        """Return `consumed` once it is worth telling: a quarter of the window further. None once closed."""
+        while not self.closed:
+            if self.consumed - self._told >= self.exec.stdin_window // 4:
+                self._told = self.consumed
+                return self.consumed
+            self._progress.clear()
+            await self._progress.wait()
+        return None
 
     def close(self) -> None:
         """Detach. Idempotent."""
         self.closed = True
+        self._progress.set()
         for cursor in self.cursors.values():
             cursor.detach()
         self.exec.detached(self)
+
+
+class Past:
+    """The process of a command that ended in an earlier life of the gateway: nothing is left to do."""
+
+    streams: tuple[StreamName, ...] = ("stdout", "stderr")
+    report = b""
+    unsent = 0
+
+    def __init__(self, pid: int, started_at: float) -> None:
+        self.pid = pid
+        self.started_at = started_at
+
+    async def read(self, stream: StreamName) -> bytes:
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        pass
+
+    async def close_stdin(self) -> None:
+        pass
+
+    async def resize(self, cols: int, rows: int) -> None:
+        pass
+
+    async def signal(self, number: int) -> None:
+        pass
+
+    async def flush(self) -> None:
+        pass
+
+    async def wait(self) -> Exit:
+        raise Unavailable("the command ended before this gateway began")
+
+    async def kill(self, grace: float) -> Killed:
+        return Killed(0, False, 0)
+
+    async def aclose(self) -> None:
+        pass
 
 
 class Exec:
@@ -176,24 +244,38 @@ class Exec:
         tail: int,
         window: int,
         stdin_buffer: int,
+        spools: Spools,
         linger: float,
         grace: float,
     ) -> None:
         self.id = exec_id
         self.tenant = tenant
         self.spec = spec
+        self.asked = spec.digest()
         self.process = process
         self.linger = linger
         self._grace = grace
         self.streams = {name: Stream(name, tail, window) for name in process.streams}
+        self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
         self._attachments: set[Attachment] = set()
         self._places: OrderedDict[str, Attachment] = OrderedDict()
         self._began = time.monotonic()
-        self._input = _Input(process, stdin_buffer)
+        self.stdin_window = stdin_buffer
+        self._input = Input(process, stdin_buffer, spools)
+        self._interrupting: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[Killed] | None = None
         self._lingering: asyncio.TimerHandle | None = None
+
+    def ended_before(self, asked: bytes, ended: Ended) -> None:
+        """Be a command of an earlier life of the gateway, of which only the end is known."""
+        self.asked = asked
+        for name, stream in self.streams.items():
+            stream.tail.start = stream.tail.end = ended.offsets.get(name, 0)
+            stream.ended = True
+        self.over = ended
+        self.tell_end()
 
     async def run(self) -> None:
         """Carry the command to its end; the task that owns it. Never raises for what the command does."""
@@ -215,15 +297,21 @@ class Exec:
             log.exception("exec %s of %s failed", self.id, self.tenant)
             self._reason = "lost"
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
+            helping = [task for task in (writing, self._interrupting) if task is not None]
+            for task in helping:
+                task.cancel()
+            await asyncio.gather(*helping, return_exceptions=True)
             await self.process.aclose()
             if self._lingering is not None:
                 self._lingering.cancel()
             offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
             offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
-            self.ended.set_result(Ended(self._reason, code, signal, duration, offsets))
+            self.over = Ended(self._reason, code, signal, duration, offsets)
+
+    def tell_end(self) -> None:
+        """Let everybody know of the end, once `run` has found it."""
+        self.ended.set_result(self.over)
 
     def attach(self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None) -> Attachment:
         """Start to read from the given offsets (default: the beginning).
@@ -255,8 +343,23 @@ class Exec:
             self._lingering = loop.call_later(self.linger, self.end, "cancelled", self._grace)
 
     async def write(self, data: bytes, by: Attachment) -> None:
-        """Queue input of an attachment; waits while the command's buffer is full."""
+        """Give input of an attachment; see `Input.put`."""
         await self._input.put(data, by)
+        if data == _CTRL_C and self.spec.pty is not None:
+            self._interrupting = asyncio.create_task(self._interrupt(), name=f"interrupt {self.id}")
+
+    async def _interrupt(self) -> None:
+        """Let a Ctrl-C through to a terminal that takes no input.
+
+        It holds some 4 KiB that no program reads, and the byte waits behind all that was typed or pasted. As
+        a terminal does by itself at Ctrl-C, what waits is dropped.
+        """
+        await asyncio.sleep(_TAKES)
+        if self._input.waiting or self.process.unsent:
+            self._input.discard()
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self.process.flush()
+                await self.process.write(_CTRL_C)
 
     def close_stdin(self) -> None:
         """End the input after what was queued. Idempotent."""
@@ -304,55 +407,6 @@ class Exec:
     @property
     def state(self) -> Literal["running", "ended"]:
         return "ended" if self.ended.done() else "running"
-
-
-class _Input:
-    """The bounded queue before a command's standard input.
-
-    Full, it makes the sender wait; that is how a client that sends too fast is held back.
-    """
-
-    def __init__(self, process: Process, limit: int) -> None:
-        self._process = process
-        self._limit = limit
-        self._queue: deque[bytes] = deque()
-        self._size = 0
-        self._ending = False
-        self._over = False
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-
-    async def put(self, data: bytes, by: Attachment) -> None:
-        while self._size >= self._limit and not self._over:
-            self._room.clear()
-            await self._room.wait()
-        if self._ending or self._over or by.closed or not data:
-            return
-        by.taken += len(data)
-        self._queue.append(data)
-        self._size += len(data)
-        self._wake.set()
-
-    def end(self) -> None:
-        self._ending = True
-        self._wake.set()
-
-    async def run(self) -> None:
-        try:
-            while True:
-                while self._queue:
-                    data = self._queue.popleft()
-                    await self._process.write(data)
-                    self._size -= len(data)
-                    self._room.set()
-                if self._ending:
-                    await self._process.close_stdin()
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-        finally:
-            self._over = True
-            self._room.set()
 
 
 def started_at(process: Process) -> str:

@@ -102,6 +102,26 @@ class Incus:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _unreachable(error) from error
 
+    async def put_file(self, instance: str, path: str, data: bytes, *, mode: int) -> None:
+        """Write a file of root's in an instance, running or not. Raises `IncusError`."""
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "X-Incus-type": "file",
+            "X-Incus-mode": f"{mode:04o}",
+            "X-Incus-uid": "0",
+            "X-Incus-gid": "0",
+        }
+        params = {"project": self.project, "path": path}
+        try:
+            async with self.session.post(
+                _BASE + instance_path(instance, "files"), params=params, data=data, headers=headers
+            ) as response:
+                answer: dict[str, Any] = orjson.loads(await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _unreachable(error) from error
+        if answer.get("type") == "error":
+            raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
+
     async def operate(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
     ) -> Operation:

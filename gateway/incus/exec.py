@@ -46,7 +46,7 @@ async def connect(socket: Path, operation: str, fds: dict[str, str]) -> dict[str
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in opened.values():
-            stream.abort()
+            stream.close()
         raise
     return opened
 
@@ -78,6 +78,11 @@ class ExecSockets:
     async def write(self, data: bytes) -> None:
         """Give bytes to the command; waits while it does not read. Dropped where it has ended."""
         await self._sockets["0"].write(data)
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes of input incusd has not taken."""
+        return self._sockets["0"].unsent
 
     async def close_stdin(self) -> None:
         """End the input; on a terminal that is Ctrl-D."""

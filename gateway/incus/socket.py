@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import secrets
 import struct
+import termios
 from collections import deque
 from pathlib import Path
 from typing import Final, cast
@@ -90,22 +92,27 @@ class StreamSocket(asyncio.BufferedProtocol):
         """Send bytes; waits while incusd does not take them. Dropped where it hung up."""
         await self._send(_BINARY, data)
 
+    @property
+    def unsent(self) -> int:
+        """How many written bytes incusd has not taken."""
+        if self._gone:
+            return 0
+        kept = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return int(struct.unpack("i", kept)[0]) + self._transport.get_write_buffer_size()
+
     async def write_end(self) -> None:
         """Say that no more bytes come."""
         await self._send(_TEXT, b"")
 
     def close(self) -> None:
-        """Hang up once what was written is sent. Idempotent."""
-        if not self._gone:
+        """Hang up, by a closing frame unless it would wait behind what incusd does not take. Idempotent."""
+        if self._gone or self.unsent:
+            self._transport.abort()
+        else:
             self._transport.writelines(_frame(_CLOSE, b""))
-            self._gone = True
-        self._transport.close()
-        self._woken()
-
-    def abort(self) -> None:
-        """Hang up at once: also where incusd takes nothing."""
+            self._transport.close()
         self._gone = True
-        self._transport.abort()
+        self._writable.set()
         self._woken()
 
     async def _send(self, kind: int, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Knows the steps on the cgroup of a command's tree that take root: TERM to all, KILL to all, removing it.
+"""Knows the steps on the cgroup of a command's tree that take root: signals to all, KILL to all, removing it.
 
 They are apart from `cgroups`, which waits between them, so that the broker can do them for a gateway without
 root. Only groups that the gateway makes in containers are touched.
@@ -11,6 +11,8 @@ import itertools
 import os
 import re
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree, see `runtime.wrapper`
@@ -71,7 +73,11 @@ def pids(path: Path) -> list[int]:
 
 def terminate(path: Path) -> None:
     """Send TERM to every process."""
-    for pid in pids(path):
+    _send(path, signal.SIGTERM, lambda pid: True)
+
+
+def _send(path: Path, number: signal.Signals, chosen: Callable[[int], bool]) -> None:
+    for pid in filter(chosen, pids(path)):
         # a pid may have been reused since it was read: hold the process first, then look again
         try:
             descriptor = os.pidfd_open(pid)
@@ -79,11 +85,31 @@ def terminate(path: Path) -> None:
             continue
         try:
             if pid in pids(path):
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                signal.pidfd_send_signal(descriptor, number)
         except OSError:
             pass
         finally:
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What proc(5) tells of a process, in numbers as the reader of /proc sees them."""
+
+    parent: int
+    group: int
+    session: int
+    terminal: int
+    front: int  # the group in front on its terminal
+
+
+def stat(pid: int) -> Stat | None:
+    """Return the facts of a process; None where it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:6]))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def end(path: Path) -> None:

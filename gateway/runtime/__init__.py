@@ -6,9 +6,10 @@ Connection, execs, tools and deployments know only this module's words. `incus` 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
@@ -16,6 +17,8 @@ from typing import Any, Final, Literal, Protocol
 from gateway.rootfs import FilesystemRoot
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
+# what Incus takes, and no path
+SNAPSHOT_NAME: Final = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")
 TENANT_NAME: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Status = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
@@ -59,6 +62,11 @@ class ExecSpec:
     stdin: bool = False
     merged: bool = False
     shown: tuple[str, ...] | None = None
+
+    def digest(self) -> bytes:
+        """Return what tells this command from another, and nothing else of it."""
+        said = (self.argv, self.cwd, sorted(self.env.items()), self.user, self.pty, self.stdin, self.merged)
+        return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,15 @@ class Process(Protocol):
         """
         ...
 
+    @property
+    def unsent(self) -> int:
+        """How many bytes that `write` took have not left this process; more may wait on their way."""
+        ...
+
+    async def flush(self) -> None:
+        """Drop the input that the command's terminal holds, and all on its way there."""
+        ...
+
     async def kill(self, grace: float) -> Killed:
         """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
         ...
@@ -131,6 +148,15 @@ class Process(Protocol):
     async def aclose(self) -> None:
         """Let go of the sockets. Idempotent; does not promise that the tree is gone: `kill` does."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A tenant's disk at one moment; `size` in bytes where it is known."""
+
+    name: str
+    created: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +190,43 @@ class TenantRuntime(Protocol):
 
     async def restart(self, name: str) -> None: ...
 
-    async def destroy(self, name: str) -> None: ...
+    async def destroy(self, name: str) -> None:
+        """Remove the tenant and everything of it, its snapshots too."""
+        ...
+
+    async def rename(self, name: str, domain: str | None) -> None:
+        """Give the tenant another domain, or none; its name stays."""
+        ...
+
+    async def clone(
+        self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
+    ) -> Tenant:
+        """Make a tenant whose disk is a copy of another's, or of a snapshot of it, and start it.
+
+        It has an address, a machine id and host uids of its own. Raises `Conflict` where the name is taken.
+        """
+        ...
+
+    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+        """Return the tenant's snapshots, oldest first."""
+        ...
+
+    async def snapshot(self, name: str, snapshot: str) -> Snapshot:
+        """Keep the disk as it is now. Raises `Conflict` where the snapshot's name is taken."""
+        ...
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        """Make the disk what it was: stop, restore, and start again what ran before.
+
+        Domain, limits and address stay as they are now.
+        """
+        ...
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None: ...
+
+    def logs(self, lines: int, follow: bool) -> ExecSpec:
+        """Return the command that prints the last lines of the site's log, and with `follow` what comes."""
+        ...
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""

@@ -20,13 +20,14 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import orjson
 
-from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout
+from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup
 from gateway.rootfs.tenants import Folders
@@ -38,6 +39,7 @@ from gateway.runtime import (
     Killed,
     Process,
     Pty,
+    Snapshot,
     StreamName,
     Tenant,
     TenantEvent,
@@ -56,6 +58,8 @@ from gateway.settings import Settings
 _CHUNK: Final = 64 * 1024
 # a child that keeps the output open after the command has ended holds its end back this long, as in Incus
 _HOLDER: Final = 1.0
+# before a terminal's own 4 KiB there are up to 64 KiB on their way in the kernel
+_FLUSHES: Final = 25
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -104,6 +108,10 @@ class LocalRuntime:
             await self.start(name)
         return self._tenant(name)
 
+    def set_domain(self, name: str, domain: str) -> None:
+        """Record which domain a tenant's site has."""
+        self._save(name, {**self._record(name), "domain": domain})
+
     async def start(self, name: str) -> None:
         if self._record(name)["status"] != "running":
             self._save(name, {**self._record(name), "status": "running"})
@@ -123,6 +131,74 @@ class LocalRuntime:
         await self.stop(name)
         await asyncio.to_thread(shutil.rmtree, self._home / name)
         self._tell("tenant.destroyed", name)
+
+    async def rename(self, name: str, domain: str | None) -> None:
+        self._save(name, {**self._record(name), "domain": domain})
+
+    async def clone(
+        self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
+    ) -> Tenant:
+        source = self._home / name / "root" if snapshot is None else self._kept(name, snapshot)
+        self._record(name)
+        made = await self.create(new, domain=domain, start=False)
+        await self._copy(source, self._home / new / "root")
+        await self.start(made.name)
+        return self._tenant(new)
+
+    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+        self._record(name)
+        folder = self._home / name / "snapshots"
+        found = sorted(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns) if folder.exists() else []
+        return [_snapshot(path) for path in found if not path.name.startswith(".")]
+
+    async def snapshot(self, name: str, snapshot: str) -> Snapshot:
+        self._record(name)
+        kept = self._home / name / "snapshots" / snapshot
+        if kept.exists():
+            raise Conflict(f"tenant {name} has a snapshot {snapshot}; delete it, or choose another name")
+        await self._copy(self._home / name / "root", kept)
+        return _snapshot(kept)
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        ran, kept = self._record(name)["status"] == "running", self._kept(name, snapshot)
+        await self.stop(name)
+        await self._copy(kept, self._home / name / "root")
+        self._tell("incus.instance-restored", name)
+        if ran:
+            await self.start(name)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._kept(name, snapshot))
+
+    def logs(self, lines: int, follow: bool) -> ExecSpec:
+        # beside the root, in which the tenant could put a link in its place
+        line = f'exec tail -n {lines} {"-F" if follow else ""} "${{PWD%/root/*}}/site.log" 2>/dev/null'
+        return ExecSpec(("sh", "-c", line))
+
+    def _kept(self, name: str, snapshot: str) -> Path:
+        self._record(name)
+        kept = self._home / name / "snapshots" / snapshot
+        if not kept.is_dir():
+            raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
+        return kept
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        """Put a copy of a folder in another's place, whole or not at all."""
+        target.parent.mkdir(exist_ok=True)
+        fresh, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
+        argv = ("cp", "--archive", "--reflink=auto", "--", str(source), str(fresh))
+        copying = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
+        try:
+            _, said = await copying.communicate()
+            if copying.returncode != 0:
+                raise Unavailable(f"the copy failed: {said.decode(errors='replace')[-200:].strip()}")
+            await asyncio.to_thread(_replace, target, fresh, old)
+        finally:
+            if copying.returncode is None:
+                copying.kill()
+                await copying.wait()
+            for left in (fresh, old):
+                await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
 
     async def filesystem(self, name: str) -> FilesystemRoot:
         self._record(name)
@@ -221,6 +297,17 @@ class LocalRuntime:
             self._events.put_nowait(TenantEvent(kind, name))
 
 
+def _replace(target: Path, fresh: Path, old: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    fresh.rename(target)
+
+
+def _snapshot(kept: Path) -> Snapshot:
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.stat().st_ctime))
+    return Snapshot(kept.name, created)
+
+
 class LocalProcess:
     """One command on this machine; see `gateway.runtime.Process`."""
 
@@ -239,6 +326,8 @@ class LocalProcess:
         self._outputs: dict[StreamName, _End] = {}
         self._input: _End | None = None
         self._terminal = False
+        self._terminal_path = ""
+        self._writing = 0  # bytes that a write waits to get rid of
         self._first = b""
         self._over: asyncio.Task[None] | None = None
 
@@ -291,6 +380,7 @@ class LocalProcess:
     ) -> asyncio.subprocess.Process:
         self._terminal = True
         master, slave = pty.openpty()
+        self._terminal_path = os.ttyname(slave)
         self._input = self._outputs["stdout"] = _End(master)
         try:
             await self.resize(size.cols, size.rows)
@@ -334,11 +424,29 @@ class LocalProcess:
         if self._input is not None:
             writing = asyncio.ensure_future(self._input.write(data))
             both: list[asyncio.Future[Any]] = [writing, self.ended]
+            self._writing += len(data)
             try:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                self._writing -= len(data)
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
+
+    @property
+    def unsent(self) -> int:
+        return self._writing
+
+    async def flush(self) -> None:
+        terminal = os.open(self._terminal_path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            async with asyncio.timeout(self._limit):
+                after = _FLUSHES
+                while after and not self.ended.done():
+                    termios.tcflush(terminal, termios.TCIFLUSH)
+                    await asyncio.sleep(0.002)  # nothing tells when it is full again
+                    after = _FLUSHES if self._writing else after - 1
+        finally:
+            os.close(terminal)
 
     async def close_stdin(self) -> None:
         if self._terminal:

@@ -40,16 +40,16 @@ _START = (
     "[ $r -gt 0 ]; do r=$((r-1)); sleep 0.05; done; k=scan; "
     "{ mkdir -p $g && echo 0 >$g/cgroup.procs && k=cgroup; } 2>/dev/null; "
     "%(quiet)s"
-    "printf '\\001R %%s %%s\\n' $$ $k >&2; "
+    "printf '\\001R %%s %%s %%s\\n' $$ $k $y >&2; "
     "n='\n'; IFS= read -r l || exit 0; "
     "%(restore)s"
     'eval "$l"'
 )
 
-START_SCRIPT: Final = _START % {"quiet": "", "restore": ""}
+START_SCRIPT: Final = _START % {"quiet": "y=; ", "restore": ""}
 # the line must not be echoed, nor end at the terminal's 4096 bytes of canonical input
 START_SCRIPT_PTY: Final = _START % {
-    "quiet": "t=$(stty -g); stty raw -echo; ",
+    "quiet": "t=$(stty -g); y=$(tty); stty raw -echo; ",
     "restore": 'stty "$t"; ',
 }
 
@@ -80,6 +80,12 @@ KILL_SCRIPT: Final = (
     "[ $m = cgroup ] && echo 1 >$g/cgroup.kill 2>/dev/null || kill -KILL $a 2>/dev/null; "
     'sleep 0.02; t=$((t+20)); a=$(list "$1"); done; '
     "rmdir $g 2>/dev/null; echo $n $x $(echo $a | wc -w) $m"
+)
+
+# $1 a terminal: drops what it holds and gets, until standard input ends, and leaves its modes as they were
+DRAIN_SCRIPT: Final = (
+    's=$(stty -g <"$1") || exit 0; stty raw -echo <"$1"; cat <"$1" >/dev/null & c=$!; '
+    'printf "\\001D\\n"; read -r x; kill $c; stty "$s" <"$1"'
 )
 
 Method = Literal["cgroup", "scan"]
@@ -158,6 +164,7 @@ class Preamble:
     def __init__(self) -> None:
         self.pid = 0
         self.method: Method = "scan"
+        self.terminal = ""
         self.ready = False
         self.started = False
         self.rest = b""
@@ -194,8 +201,9 @@ class Preamble:
             return
         words = line[1:].decode("ascii", "replace").split(" ")
         match words:
-            case ["R", pid, "cgroup" | "scan" as method] if pid.isdigit():
+            case ["R", pid, "cgroup" | "scan" as method, terminal] if pid.isdigit():
                 self.pid, self.method, self.ready = int(pid), method, True
+                self.terminal = terminal
             case ["K"]:
                 self.started = True
             case ["E", "cwd"]:

@@ -37,6 +37,16 @@ class ToolResult:
         head, body = decode(answer.encode())
         return cls(body, head["is_error"], head["code"])
 
+    def packed(self) -> bytes:
+        """Return the result as one value to be kept; `unpacked` undoes it."""
+        return orjson.dumps([self.is_error, self.code]) + b"\n" + self.encoded
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> ToolResult:
+        head, _, encoded = packed.partition(b"\n")
+        is_error, code = orjson.loads(head)
+        return cls(encoded, is_error, code)
+
     def data(self) -> dict[str, Any]:
         """Return the result as data, for the few who must look into it."""
         found: dict[str, Any] = orjson.loads(self.encoded)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -18,16 +19,29 @@ from typing import Any, Final, Literal, Protocol
 
 import orjson
 
-from gateway.errors import Cancelled, Conflict, GatewayError, InvalidParams, NotFound, RateLimited
+from gateway.errors import (
+    Cancelled,
+    Conflict,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    Timeout,
+    Unavailable,
+)
 from gateway.events import Bus
 from gateway.files.files import file_written
+from gateway.receipts import Key, Receipts
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
+from gateway.store import StoreFailed
 from gateway.tools.files import FileTools, ToolResult
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
 from gateway.tools.session import ToolSession
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ToolResult", "ToolSession", "Toolbox"]
 
@@ -47,11 +61,13 @@ _TOLD: Final = (
     *("command", "description", "bash_id", "shell_id", "filter"),
 )
 _WRITES: Final = frozenset({"Write", "Edit"})
+# what may leave something behind that outlives the gateway
+_LASTING: Final = _WRITES | {"Bash"}
 
 
 @dataclass(slots=True)
-class _Receipt:
-    """One `callId`: what was asked, the call itself or its outcome, and how many wait for that."""
+class _Running:
+    """A call under a `callId` that runs: what was asked, and how many wait for it."""
 
     digest: bytes
     work: asyncio.Task[ToolResult]
@@ -85,7 +101,13 @@ class Toolbox:
     """
 
     def __init__(
-        self, runtime: TenantRuntime, workers: Workers, shells: ShellTools, bus: Bus, settings: Settings
+        self,
+        runtime: TenantRuntime,
+        workers: Workers,
+        shells: ShellTools,
+        bus: Bus,
+        receipts: Receipts,
+        settings: Settings,
     ) -> None:
         self._runtime = runtime
         self._shells = shells
@@ -93,7 +115,8 @@ class Toolbox:
         self._bus = bus
         self._settings = settings
         self._sessions: OrderedDict[tuple[str, str], ToolSession] = OrderedDict()
-        self._receipts: OrderedDict[tuple[str, str], _Receipt] = OrderedDict()
+        self._receipts = receipts
+        self._running: dict[Key, _Running] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -106,10 +129,12 @@ class Toolbox:
     ) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
-        running = [receipt.work for receipt in self._receipts.values() if not receipt.work.done()]
+        running = [one.work for one in self._running.values()]
         for work in running:
             work.cancel()
         await asyncio.gather(*running, *self._ending, return_exceptions=True)
+
+    SCOPES: Final = frozenset(_SCOPES.values())
 
     def descriptions(self) -> list[dict[str, Any]]:
         """Return the tools as `tools/list` shows them."""
@@ -170,7 +195,7 @@ class Toolbox:
             await self.end(session)
 
     def forget(self, tenant: str) -> None:
-        """End the sessions of a tenant that is destroyed: another of its name starts anew."""
+        """Forget a tenant that is destroyed: another of its name starts anew."""
         for key in [key for key in self._sessions if key[0] == tenant]:
             self._end(key)
 
@@ -206,54 +231,95 @@ class Toolbox:
 
         A call with an id is not ended by the end of who asked: it goes on for `call_linger` seconds, so that
         a client whose connection broke can ask again. `give_up` ends it. Raises `Conflict` where that id
-        stood for another input, and what `FileTools.call` raises.
+        stood for another input, `Cancelled` where it was cancelled, `Gone` where an earlier life of the
+        gateway ended during it, `StoreFailed` where it cannot be noted, and what `FileTools.call` raises.
         """
         if call_id is None:
             return await self._call(tenant, session, name, arguments, by, call_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()
-        key = (tenant, call_id)
-        receipt = self._receipts.get(key)
-        if receipt is None:
-            work = asyncio.create_task(self._call(tenant, session, name, arguments, by, call_id))
-            receipt = self._receipts[key] = _Receipt(digest, work)
-            work.add_done_callback(lambda _: self._settle(key, receipt))
-        elif receipt.digest != digest:
+        key: Key = (tenant, "call", call_id)
+        running = self._running.get(key)
+        if running is None:
+            known = await self._receipts.result(key, digest)
+            if known is not None:
+                return ToolResult.unpacked(known)
+            running = self._running.get(key)  # another may have come first meanwhile
+        if running is None:
+            work = asyncio.create_task(self._once(key, digest, session, name, arguments, by))
+            running = self._running[key] = _Running(digest, work)
+            work.add_done_callback(lambda _: self._settle(key, running))
+        elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
-        return await self._await(receipt)
+        return await self._await(running)
 
-    async def _await(self, receipt: _Receipt) -> ToolResult:
-        if receipt.lingering is not None:
-            receipt.lingering.cancel()
-            receipt.lingering = None
-        receipt.waiting += 1
+    async def _once(
+        self,
+        key: Key,
+        digest: bytes,
+        session: ToolSession,
+        name: str,
+        arguments: Mapping[str, Any],
+        by: str,
+    ) -> ToolResult:
+        """Make a call and keep what came of it under its id."""
+        tenant, _, call_id = key
+        if name not in _LASTING:
+            result = await self._call(tenant, session, name, arguments, by, call_id)
+            self._receipts.keep(key, digest, result.packed())
+            return result
+        await self._receipts.begin(key, digest)
         try:
-            return await asyncio.shield(receipt.work)
+            result = await self._call(tenant, session, name, arguments, by, call_id)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._receipts.fence(key))  # some of it may have happened
+            raise
+        except (Unavailable, Timeout):
+            raise  # whether it happened nobody knows: it stays begun
+        except GatewayError:
+            await self._receipts.forget(key)  # it did not happen: it may be made again
+            raise
+        try:
+            await self._receipts.finish(key, digest, result.packed())
+        except StoreFailed as failed:
+            log.error("the result of a call of %s will not outlive this process: %s", tenant, failed.message)
+        return result
+
+    async def _await(self, running: _Running) -> ToolResult:
+        if running.lingering is not None:
+            running.lingering.cancel()
+            running.lingering = None
+        running.waiting += 1
+        try:
+            return await asyncio.shield(running.work)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if receipt.work.cancelled() and task is not None and not task.cancelling():
+            if running.work.cancelled() and task is not None and not task.cancelling():
                 raise Cancelled("the call was given up by who asked for it") from None
             raise
         finally:
-            receipt.waiting -= 1
-            if not receipt.waiting and not receipt.work.done():
+            running.waiting -= 1
+            if not running.waiting and not running.work.done():
                 loop, seconds = asyncio.get_running_loop(), self._settings.call_linger
-                receipt.lingering = loop.call_later(seconds, receipt.work.cancel)
+                running.lingering = loop.call_later(seconds, running.work.cancel)
 
     async def give_up(self, tenant: str, call_id: str) -> None:
         """End a call that runs under this id, for everybody; return when nothing of it is left."""
-        receipt = self._receipts.get((tenant, call_id))
-        if receipt is not None and not receipt.work.done():
-            receipt.work.cancel()
-            await asyncio.wait([receipt.work])
+        running = self._running.get((tenant, "call", call_id))
+        if running is not None and not running.work.done():
+            running.work.cancel()
+            await asyncio.wait([running.work])
 
-    def _settle(self, key: tuple[str, str], receipt: _Receipt) -> None:
-        if receipt.lingering is not None:
-            receipt.lingering.cancel()
-        if receipt.work.cancelled() or receipt.work.exception() is not None:
-            del self._receipts[key]  # it did not happen: it may be tried again
-            return
-        self._receipts.move_to_end(key)
-        self._trim_receipts()
+    async def fence(self, tenant: str, call_id: str) -> None:
+        """Cancel whatever is asked for under this id, also where it comes only later."""
+        await self.give_up(tenant, call_id)
+        await self._receipts.fence((tenant, "call", call_id))
+
+    def _settle(self, key: Key, running: _Running) -> None:
+        if running.lingering is not None:
+            running.lingering.cancel()
+        if not running.work.cancelled():
+            running.work.exception()  # seen, also where nobody waits for it any more
+        del self._running[key]
 
     async def _call(
         self,
@@ -291,10 +357,3 @@ class Toolbox:
         if name in _WRITES and not result.is_error:
             file_written(self._bus, tenant, told.get("file_path", ""), by)
         return result
-
-    def _trim_receipts(self) -> None:
-        while len(self._receipts) > self._settings.receipts_kept:
-            oldest = next(iter(self._receipts))
-            if not self._receipts[oldest].work.done():
-                return  # still runs: it is trimmed by one of the next
-            del self._receipts[oldest]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TenantNotRunning, TooLarge
+from gateway.errors import (
+    Conflict,
+    ExecFailed,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    TenantNotRunning,
+    TooLarge,
+)
 from gateway.rootfs.tenants import found_by
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
 from tests.contracts.processes import Tree, alive, mark, until
@@ -246,6 +255,77 @@ class RuntimeContract:
             await runtime.destroy(fresh)
         with pytest.raises(NotFound):
             await runtime.get(fresh)
+
+    async def test_a_disk_is_kept_and_brought_back(self, runtime: TenantRuntime, fresh: str) -> None:
+        """And nothing but the disk: the domain stays what it is by then. The tenant runs as before."""
+
+        async def sh(line: str) -> bytes:
+            return (await run(runtime, fresh, "sh", "-c", line))[1][0]
+
+        await runtime.create(fresh, domain="old.example.com")
+        try:
+            assert await runtime.snapshots(fresh) == []
+            await sh("echo one >a")
+            await runtime.snapshot(fresh, "s1")
+            await sh("echo two >a; echo new >b; sync")
+            await runtime.snapshot(fresh, "s2")
+            with pytest.raises(Conflict):
+                await runtime.snapshot(fresh, "s1")
+            kept = await runtime.snapshots(fresh)
+            assert [snapshot.name for snapshot in kept] == ["s1", "s2"]
+            assert all(snapshot.created for snapshot in kept)
+            await runtime.rename(fresh, "new.example.com")
+            await runtime.restore(fresh, "s1")
+            tenant = await runtime.get(fresh)
+            assert (tenant.status, tenant.domain) == ("running", "new.example.com")
+            assert await sh("cat a b 2>/dev/null") == b"one\n"
+            await runtime.stop(fresh)
+            await runtime.restore(fresh, "s2")
+            assert (await runtime.get(fresh)).status == "stopped"
+            await runtime.start(fresh)
+            assert await sh("cat a b") == b"two\nnew\n"
+            await runtime.delete_snapshot(fresh, "s1")
+            assert [snapshot.name for snapshot in await runtime.snapshots(fresh)] == ["s2"]
+            for work in (runtime.restore(fresh, "s1"), runtime.delete_snapshot(fresh, "s1")):
+                with pytest.raises(NotFound):
+                    await work
+            assert (await runtime.get(fresh)).status == "running"  # not stopped for nothing
+            await runtime.rename(fresh, None)
+            assert (await runtime.get(fresh)).domain is None
+        finally:
+            await runtime.destroy(fresh)
+
+    async def test_a_clone_has_the_disk_and_nothing_else(self, runtime: TenantRuntime, fresh: str) -> None:
+        async def sh(name: str, line: str) -> bytes:
+            return (await run(runtime, name, "sh", "-c", line))[1][0]
+
+        copies = (f"{fresh}-a", f"{fresh}-b")
+        await runtime.create(fresh, domain="mine.example.com")
+        try:
+            await sh(fresh, "echo one >a; sync")
+            await runtime.snapshot(fresh, "s1")
+            await sh(fresh, "echo two >a; sync")
+            one = await runtime.clone(fresh, copies[0])
+            assert (one.name, one.status, one.domain) == (copies[0], "running", None)
+            two = await runtime.clone(fresh, copies[1], domain="two.example.com", snapshot="s1")
+            assert two.domain == "two.example.com"
+            assert [await sh(name, "cat a") for name in copies] == [b"two\n", b"one\n"]
+            assert await runtime.snapshots(copies[0]) == []
+            await sh(copies[0], "echo else >a")
+            assert await sh(fresh, "cat a") == b"two\n"
+            with pytest.raises(Conflict):
+                await runtime.clone(fresh, copies[0])
+            assert (await runtime.get(copies[0])).status == "running"
+            with pytest.raises(NotFound):
+                await runtime.clone(fresh, f"{fresh}-c", snapshot="none")
+            await self.differ(runtime, fresh, *copies)
+        finally:
+            for name in (fresh, *copies):
+                with contextlib.suppress(NotFound):
+                    await runtime.destroy(name)
+
+    async def differ(self, runtime: TenantRuntime, *names: str) -> None:
+        """Prove that tenants of the same disk are told apart."""
 
     async def test_a_stop_ends_what_runs(self, runtime: TenantRuntime, fresh: str) -> None:
         await runtime.create(fresh)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import pytest
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.input import InputContract
 from tests.contracts.mcp import McpContract
 from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.receipts import ReceiptsContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd
 from tests.live import LiveGateway, RpcFailure
@@ -89,7 +93,33 @@ class TestIncus(GatewayContract):
             assert (await response.json())["cpu_seconds"] > 0
 
 
+class TestIncusInput(InputContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
+
+    async def test_a_gigabyte_of_input_arrives_whole(self, gateway: LiveGateway, tenant: str) -> None:
+        """From a client that knows of no window and sends as fast as it can."""
+        piece, digest = os.urandom(1 << 20), hashlib.sha256()
+        async with gateway.wire(tenant) as wire:
+            started = await wire.call("exec/start", argv=["sha256sum"], stdin=True)
+            for _ in range(1024):
+                await wire.stdin(started["channel"], piece)
+                digest.update(piece)
+            await wire.call("exec/closeStdin", exec=started["exec"])
+            await wire.exited(started["exec"])
+            assert wire.output[started["channel"], 1].startswith(digest.hexdigest().encode())
+
+
 class TestIncusMcp(McpContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
+
+
+class TestIncusReceipts(ReceiptsContract):
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import ExecFailed, NotFound, TenantNotRunning, Unavailable
-from gateway.runtime import ExecSpec, Pty, TenantEvent
+from gateway.runtime import ExecSpec, Pty, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, alive, mark, until
@@ -21,6 +22,10 @@ from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 
 _fresh = itertools.count()
+
+
+async def until_has_address(name: str) -> None:
+    await asyncio.to_thread(Container(name).address)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,20 @@ class TestIncus(RuntimeContract):
             await finish(process)
         finally:
             await runtime.destroy(fresh)
+
+    async def differ(self, runtime: TenantRuntime, *names: str) -> None:
+        """By machine id, address, hardware address and host uids."""
+        seen = []
+        for name in names:
+            machine = (await run(runtime, name, "cat", "/etc/machine-id"))[1][0]
+            await until_has_address(name)
+            query = await asyncio.to_thread(environment.incus, "query", f"/1.0/instances/{name}")
+            config = json.loads(query.stdout)["config"]
+            address = (await runtime.get(name)).address
+            assert len(machine) == 33 and address
+            facts = (machine, address, config["volatile.eth0.hwaddr"], config["volatile.idmap.base"])
+            seen.append(facts)
+        assert all(len(set(values)) == len(names) for values in zip(*seen, strict=True)), seen
 
     async def test_a_frozen_tenant_says_so(self, runtime: IncusRuntime, tenant: Container) -> None:
         await asyncio.to_thread(environment.incus, "pause", tenant.name)

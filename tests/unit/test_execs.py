@@ -12,9 +12,11 @@ import pytest
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
+from gateway.receipts import Receipts
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from gateway.store import Store
 from tests.contracts.processes import alive, mark, until
 
 Make = Callable[..., Awaitable[Execs]]
@@ -29,8 +31,10 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         settings = Settings(runtime="local", state_dir=tmp_path, cancel_grace=0, **changes)
         runtime = await LocalRuntime(settings).__aenter__()
         await runtime.create("demo")
-        execs = Execs(runtime, Bus(MemoryJournal(1000)), settings)
-        opened.extend((runtime, execs))
+        store = await Store(tmp_path / "records").__aenter__()
+        receipts = await Receipts.opened(store, settings)
+        execs = Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings)
+        opened.extend((runtime, store, execs))
         return execs
 
     yield make

@@ -10,7 +10,9 @@ import pytest
 
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.input import InputContract
 from tests.contracts.mcp import McpContract
+from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
 
 
@@ -52,7 +54,15 @@ class TestLocal(GatewayContract):
     pass
 
 
+class TestLocalInput(InputContract):
+    pass
+
+
 class TestLocalMcp(McpContract):
+    pass
+
+
+class TestLocalReceipts(ReceiptsContract):
     pass
 
 

@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[2]
 LEVELS = (
     {"errors", "settings", "protocol", "websocket"},
     {"store"},
-    {"auth", "incus", "rootfs", "events"},
+    {"auth", "incus", "rootfs", "events", "receipts"},
     {"runtime"},
     {"files"},
     {"execs", "tools"},
     {"shells"},
-    {"deployments", "caddy", "host"},
+    {"caddy"},
+    {"deployments", "host"},
     {"connection", "editor", "mcp", "metrics"},
     {"app"},
     {"server"},
@@ -39,9 +40,10 @@ ONLY: dict[str, set[str]] = {
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},
     "runtime": {"errors", "settings", "incus", "rootfs"},
-    "execs": {"errors", "settings", "runtime", "rootfs", "events"},
+    "receipts": {"errors", "settings", "store"},
+    "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
-    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files"},
+    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store"},
 }
 CLIENT_MAY = {"gateway.errors", "gateway.protocol"}
 

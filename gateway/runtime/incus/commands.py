@@ -13,13 +13,13 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
-from gateway.incus import ExecSockets, Incus, IncusError, Lost
+from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
 from gateway.rootfs.cgroups import Cgroup, of_init
 from gateway.rootfs.trees import of_command
 from gateway.rootfs.workers import BrokerClient
@@ -28,6 +28,7 @@ from gateway.runtime.incus.refusals import translated
 from gateway.runtime.standby import Standbys
 from gateway.runtime.wrapper import (
     CGROUP_PARENT,
+    DRAIN_SCRIPT,
     KILL_SCRIPT,
     START_SCRIPT,
     START_SCRIPT_PTY,
@@ -41,8 +42,13 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _CGROUP_LOOKS: Final = "40"  # two seconds, for a container that is just booting
+_LOOK: Final = 0.002  # seconds between two looks at what nothing tells of
+_FULL: Final = 0.3  # seconds after which the end of a terminal's command is not merely late
+_IN_HAND: Final = (
+    0.05  # seconds that incusd has for what it took from its socket, but not yet put into a terminal
+)
 _MAX_ID: Final = (1 << 31) - 1
-_OURS: Final = (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT)
+_OURS: Final = (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT, DRAIN_SCRIPT)
 
 
 def is_ours(command: list[str]) -> bool:
@@ -184,6 +190,25 @@ class Commands:
             "cgroup" if method == "cgroup" else "scan",
         )
 
+    @contextlib.asynccontextmanager
+    async def draining(self, name: str, terminal: str) -> AsyncIterator[None]:
+        """Drop all input of a terminal while the context is open, `cancel_timeout` seconds at most.
+
+        incusd waits for ever for a terminal that takes nothing: it reads no further, and where the command
+        ends meanwhile it never tells.
+        """
+        command = ["/bin/sh", "-c", DRAIN_SCRIPT, "sh", terminal]
+        with translated(name), _in_time(name, "terminal"):
+            async with asyncio.timeout(self.settings.cancel_timeout):
+                sockets = await self._incus.exec(name, command)
+                try:
+                    await sockets.read("1")
+                    yield
+                    await sockets.close_stdin()
+                    await sockets.result()
+                finally:
+                    await sockets.aclose()
+
     def _account(self, user: str | int | None) -> Account:
         settings = self.settings
         if user is None or user in (settings.workspace_user, settings.workspace_uid):
@@ -310,6 +335,16 @@ class IncusProcess:
     async def write(self, data: bytes) -> None:
         await self._sockets.write(data)
 
+    @property
+    def unsent(self) -> int:
+        return self._sockets.unsent
+
+    async def flush(self) -> None:
+        async with self._commands.draining(self.tenant, self._preamble.terminal):
+            while self.unsent:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_IN_HAND)
+
     async def close_stdin(self) -> None:
         await self._sockets.close_stdin()
 
@@ -326,7 +361,7 @@ class IncusProcess:
             while said := await self.read("stderr"):
                 self.report = (self.report + said)[:REPORT_MAX]
         try:
-            operation = await self._sockets.result()
+            operation = await self._result()
         except IncusError as error:
             raise Unavailable("the command's exit was lost: Incus went away") from error
         code = operation.metadata.get("return")
@@ -334,6 +369,20 @@ class IncusProcess:
             raise Unavailable("the command's exit was lost: the tenant went away")
         await self._tidy()
         return Exit.of(code)
+
+    async def _result(self) -> Operation:
+        """Return the ended operation, also where incusd still stands before a full terminal."""
+        ending = asyncio.ensure_future(self._sockets.result())
+        try:
+            if self._sockets.terminal:
+                await asyncio.wait([ending], timeout=_FULL)
+            if not ending.done() and self._sockets.terminal:
+                with contextlib.suppress(GatewayError):
+                    async with self._commands.draining(self.tenant, self._preamble.terminal):
+                        await asyncio.wait([ending], timeout=_FULL * 10)
+            return await ending
+        finally:
+            ending.cancel()
 
     async def kill(self, grace: float) -> Killed:
         limit = self._commands.settings.cancel_timeout

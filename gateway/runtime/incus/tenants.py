@@ -20,13 +20,14 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.tenants import Instances, is_tenant
-from gateway.runtime import ExecSpec, Process, Status, Tenant, TenantEvent
+from gateway.rootfs.tenants import MANAGED, Instances, is_tenant
+from gateway.runtime import ExecSpec, Process, Snapshot, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import Commands, is_ours
+from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.refusals import translated
 from gateway.settings import Settings
 
@@ -81,6 +82,12 @@ class IncusRuntime:
         self._located: dict[str, _Located] = {}
         self._watching = False
         self.commands = Commands(settings, self._incus, self.init_pid)
+        self._disks = Disks(settings, self._incus)
+
+    @property
+    def incus(self) -> Incus:
+        """The API that this runtime speaks to."""
+        return self._incus
 
     async def __aenter__(self) -> IncusRuntime:
         await self._incus.__aenter__()
@@ -145,6 +152,56 @@ class IncusRuntime:
         with translated(name):
             await self._operate("DELETE", instance_path(name))
         self._changed(name)
+
+    async def rename(self, name: str, domain: str | None) -> None:
+        await self.get(name)
+        with translated(name):
+            # Incus takes an empty value for none
+            await self._operate("PATCH", instance_path(name), {"config": {DOMAIN: domain or ""}})
+
+    async def clone(
+        self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
+    ) -> Tenant:
+        port = (await self.get(name)).port
+        config = {MANAGED: "true", DOMAIN: domain or "", PORT: "" if port is None else str(port)}
+        try:
+            await self._disks.clone(name, new, config, snapshot)
+            await self.start(new)
+        except Conflict:
+            raise  # the name is another's
+        except BaseException:
+            with contextlib.suppress(GatewayError):
+                await asyncio.shield(self.destroy(new))
+            raise
+        return await self.get(new)
+
+    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+        await self.get(name)
+        return await self._disks.snapshots(name)
+
+    async def snapshot(self, name: str, snapshot: str) -> Snapshot:
+        await self.get(name)
+        return await self._disks.snapshot(name, snapshot)
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        ran = (await self.get(name)).status != "stopped"
+        await self._disks.known(name, snapshot)  # before it is stopped for nothing
+        await self.stop(name)
+        try:
+            await self._disks.restore(name, snapshot)
+        finally:
+            self._changed(name)
+            if ran:
+                await self.start(name)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await self.get(name)
+        await self._disks.delete(name, snapshot)
+
+    def logs(self, lines: int, follow: bool) -> ExecSpec:
+        argv = ["journalctl", "--unit=site.service", f"--lines={lines}", "--output=short-iso", "--quiet"]
+        argv += ["--no-pager", "--no-hostname", "--all", *(["--follow"] if follow else [])]
+        return ExecSpec(tuple(argv), user="root")
 
     async def filesystem(self, name: str) -> FilesystemRoot:
         return (await self._locate(name)).root
@@ -343,7 +400,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
     return Tenant(
         name=instance["name"],
         status=_STATUS.get(instance["status"], "error"),
-        domain=config.get(DOMAIN),
+        domain=config.get(DOMAIN) or None,
         address=_address(instance),
         port=int(port) if port.isdigit() else None,
         created=instance.get("created_at"),

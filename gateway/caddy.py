@@ -1,0 +1,285 @@
+"""Knows the Caddy in front of all sites: its configuration, and the routes that it looks up.
+
+A route is a link, `routes/DOMAIN` to a folder with one file that is named by where the site answers. Caddy
+looks for it at each request, so that changing one is a rename: nothing is reloaded, which would cut every
+websocket (Caddy before 2.7 has no `stream_close_delay`). The configuration itself is loaded through the admin
+API, only where it differs, and never over one that is not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+import shutil
+import ssl
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from gateway.errors import Unavailable
+from gateway.settings import Settings
+
+TARGET: Final = re.compile(r"[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock")
+_ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+
+
+class CaddyFailed(Unavailable):
+    """Caddy does not do its part; `facts["reason"]` is `caddy_down`, `caddy_foreign` or `caddy_refused`."""
+
+
+def shipped(name: str) -> Path:
+    """Return a file or folder that comes with the gateway, from its package or its checkout."""
+    package = Path(__file__).parent
+    inside = package / "shipped" / name
+    return inside if inside.exists() else package.parent / name
+
+
+class Caddy:
+    """The routes of one gateway and the admin API of its Caddy. Use as an async context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.folder = settings.state_dir / "caddy"
+        self.routes = self.folder / "routes"
+        self.sockets = self.folder / "sockets"
+        self._targets = self.folder / "targets"
+        self._admin: aiohttp.ClientSession | None = None
+        self._sites: aiohttp.ClientSession | None = None
+        self._loading = asyncio.Lock()
+
+    async def __aenter__(self) -> Caddy:
+        for folder in (self.routes, self._targets, self.sockets):
+            await asyncio.to_thread(folder.mkdir, mode=0o755, parents=True, exist_ok=True)
+        if self._settings.domain is not None and ":" in self._settings.listen:
+            host, _, port = self._settings.listen.rpartition(":")
+            host = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
+            self.set(self._settings.domain, f"{host}:{port}")
+        path = _socket_of(self._settings.caddy_admin)
+        connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
+        self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
+        # no redirect is followed and no name looked up: it is this machine's Caddy that is asked
+        self._sites = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for session in (self._admin, self._sites):
+            if session is not None:
+                await session.close()
+
+    # --- routes -------------------------------------------------------------------------------------
+
+    def set(self, domain: str, target: str) -> str | None:
+        """Lead a domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic."""
+        if not TARGET.fullmatch(target):
+            raise ValueError(f"{target!r} is no target of a route")
+        before = self.get(domain)
+        if before == target:
+            return before
+        place = self._targets / target
+        place.mkdir(mode=0o755, exist_ok=True)
+        (place / target).touch(mode=0o644)
+        new = self.folder / f".new-{secrets.token_hex(6)}"
+        new.symlink_to(f"../targets/{target}")
+        new.replace(self.routes / domain)
+        return before
+
+    def get(self, domain: str) -> str | None:
+        """Return where a domain leads, or None."""
+        try:
+            return (self.routes / domain).readlink().name
+        except OSError:
+            return None
+
+    def unset(self, domain: str) -> None:
+        """Lead a domain nowhere. Idempotent."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.routes / domain).unlink()
+
+    def listed(self) -> dict[str, str]:
+        """Return every domain with where it leads."""
+        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir()}
+        return {domain: target for domain, target in found.items() if target is not None}
+
+    def reconcile(self, wanted: Mapping[str, str], leave: Collection[str]) -> list[str]:
+        """Make the routes what they should be, but for the domains in `leave`; return what was changed."""
+        changed = []
+        leave = {*leave, self._settings.domain or ""}
+        for domain, target in wanted.items():
+            healthy = self.get(domain) == target and (self._targets / target / target).exists()
+            if domain not in leave and not healthy:
+                self.unset(domain)
+                self.set(domain, target)
+                changed.append(domain)
+        for entry in list(self.routes.iterdir()):
+            if entry.name not in wanted and entry.name not in leave:
+                self.unset(entry.name)
+                changed.append(entry.name)
+        used = set(self.listed().values())
+        for place in list(self._targets.iterdir()):
+            if place.name not in used:
+                shutil.rmtree(place, ignore_errors=True)
+        return changed
+
+    # --- the configuration --------------------------------------------------------------------------
+
+    def rendered(self) -> dict[str, str]:
+        """Return the files of the configuration with this gateway's values in them."""
+        settings = self._settings
+        values = {
+            "ADMIN": _caddy_address(settings.caddy_admin),
+            "DATA": str(self.folder / "data"),
+            "HTTP": str(settings.caddy_http),
+            "HTTPS": str(settings.caddy_https),
+            "HTTPS_SUFFIX": "" if settings.caddy_https == 443 else f":{settings.caddy_https}",
+            "ASK": str(settings.caddy_ask),
+            "ISSUER": "internal" if settings.caddy_issuer == "internal" else settings.caddy_email,
+            "ROUTES": str(self.routes),
+            "SOCKETS": str(self.sockets),
+            "SITE": str(self.folder / "site.caddy"),
+        }
+        files = {}
+        for name in ("Caddyfile", "site.caddy"):
+            text = shipped("caddy").joinpath(name).read_text()
+            for key, value in values.items():
+                text = text.replace("{$GATEWAY_CADDY_" + key + "}", value)
+            files[name] = text
+        return files
+
+    def write(self) -> Path:
+        """Write the configuration for a Caddy that is to be started with it; return its main file."""
+        for name, text in self.rendered().items():
+            new = self.folder / f".{name}.new"
+            new.write_text(text)
+            new.replace(self.folder / name)
+        return self.folder / "Caddyfile"
+
+    async def ensure(self) -> bool:
+        """Have Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
+
+        A configuration that is not ours is left alone, and one that Caddy refuses changes nothing: the
+        old one goes on, its files too.
+        """
+        async with self._loading:
+            running = await self._ask("GET", "/config/")
+            if running is not None and running.get("storage", {}).get("root") != str(self.folder / "data"):
+                if str(self.routes) in orjson.dumps(running).decode():
+                    return False  # an operator's own, which looks our routes up
+                raise CaddyFailed(
+                    f"the Caddy at {self._settings.caddy_admin} serves something else, which stays as it is; "
+                    "let it import our sites as docs/operations.md says, or start one of our own "
+                    "(deploy/quickstart does) with another GATEWAY_CADDY_ADMIN",
+                    reason="caddy_foreign",
+                )
+            before = {name: _text(self.folder / name) for name in ("Caddyfile", "site.caddy")}
+            after = self.rendered()
+            if running is not None and before == after:
+                return False
+            self.write()
+            try:
+                await self._ask("POST", "/load", after["Caddyfile"])
+            except CaddyFailed:
+                for name, text in before.items():
+                    if text is not None:
+                        (self.folder / name).write_text(text)
+                raise
+            return True
+
+    async def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+        assert self._admin is not None
+        address = self._settings.caddy_admin
+        unix = _socket_of(address) is not None
+        url = ("http://caddy" if unix else address.rstrip("/")) + path
+        # on a unix socket Caddy wants no origin and takes any host
+        headers = {"Content-Type": "text/caddyfile"} if body is not None else {}
+        if unix:
+            headers["Host"] = ""
+        try:
+            async with self._admin.request(method, url, data=body, headers=headers) as answer:
+                said = await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise CaddyFailed(
+                f"Caddy's admin API at {address} does not answer; start Caddy "
+                "(systemctl start incus-gateway-caddy, or deploy/quickstart), or set GATEWAY_CADDY_ADMIN",
+                reason="caddy_down",
+            ) from error
+        if answer.status >= 400:
+            reason = said.decode(errors="replace")[:500]
+            raise CaddyFailed(f"Caddy refuses our configuration: {reason}", reason="caddy_refused")
+        try:
+            return orjson.loads(said) if said.strip() else None
+        except ValueError:
+            return None
+
+    # --- sites as the world sees them ---------------------------------------------------------------
+
+    def url(self, domain: str) -> str:
+        """Return the address of a site for people."""
+        settings = self._settings
+        if domain.endswith(".localhost"):
+            return f"http://{domain}" + ("" if settings.caddy_http == 80 else f":{settings.caddy_http}")
+        return f"https://{domain}" + ("" if settings.caddy_https == 443 else f":{settings.caddy_https}")
+
+    async def fetch(self, domain: str, path: str, timeout: float) -> tuple[int, bytes]:
+        """Ask a site through Caddy, by the listener that needs no certificate. Raises `CaddyFailed`."""
+        return await self._fetch(f"http://127.0.0.1:{self._settings.caddy_ask}{path}", domain, timeout)
+
+    async def certify(self, domain: str, timeout: float) -> str | None:
+        """Ask a site by HTTPS, which makes its certificate; return what went wrong, or None."""
+        try:
+            await self._fetch(f"https://127.0.0.1:{self._settings.caddy_https}/", domain, timeout, tls=True)
+        except CaddyFailed as error:
+            return error.message
+        return None
+
+    async def _fetch(self, url: str, domain: str, timeout: float, *, tls: bool = False) -> tuple[int, bytes]:
+        assert self._sites is not None
+        limit = aiohttp.ClientTimeout(total=timeout)
+        try:
+            async with self._sites.get(
+                url,
+                headers={"Host": domain},
+                timeout=limit,
+                allow_redirects=False,
+                ssl=_any_certificate() if tls else True,
+                server_hostname=domain if tls else None,
+            ) as answer:
+                return answer.status, await answer.content.read(4096)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            what = "has no certificate for it yet" if tls else "does not answer"
+            raise CaddyFailed(f"Caddy {what}: {type(error).__name__}", reason="caddy_down") from error
+
+
+def _any_certificate() -> ssl.SSLContext:
+    # who signed it is the visitor's question; ours is whether there is one, asked on this machine
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _socket_of(address: str) -> str | None:
+    """Return the path of a unix socket in `/PATH`, `unix:/PATH` or Caddy's `unix//PATH`."""
+    if address.startswith("/"):
+        return address
+    match = re.fullmatch(r"unix(?::(?://)?|/)(/.+)", address)
+    return None if match is None else match[1]
+
+
+def _caddy_address(address: str) -> str:
+    path = _socket_of(address)
+    return f"unix/{path}" if path is not None else address.split("://")[-1].rstrip("/")
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

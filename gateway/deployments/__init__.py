@@ -1,0 +1,9 @@
+"""Deployments: from a domain to a site that answers, in phases that can each be undone.
+
+From outside: `Deployments`, `Request`, and what `template` says of templates.
+"""
+
+from gateway.deployments.deployments import Deployments, Request
+from gateway.deployments.record import Record
+
+__all__ = ["Deployments", "Record", "Request"]

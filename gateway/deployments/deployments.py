@@ -1,0 +1,627 @@
+"""Runs deployments: phase after phase, each with its undo, on record at every step.
+
+A new tenant is built and destroyed as a whole. An update builds the next site beside the live one, leads the
+domain to it, sees it answer, and only then puts its files in the live one's place. What a killed gateway left
+half done the next one undoes, or finishes where it had been seen to work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from gateway.caddy import Caddy, CaddyFailed
+from gateway.deployments import record as records
+from gateway.deployments.domain import normalized, tenant_name
+from gateway.deployments.record import PHASES, Record
+from gateway.deployments.template import Template, named, names, uploaded
+from gateway.errors import (
+    Conflict,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    Timeout,
+    Unavailable,
+)
+from gateway.events import Bus
+from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
+from gateway.runtime.probe import answer
+from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Sites
+from gateway.settings import Settings
+from gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ENV_MAX: Final = 64 << 10
+_LISTED: Final = 100
+_UNDO_TIMEOUT: Final = 120.0
+# what a tenant's end or change may mean for its route
+_MOVES: Final = ("tenant.destroyed", "tenant.renamed", "incus.instance-updated", "gateway.resynced")
+
+Step = Callable[[str, str], Awaitable[None]]
+"""Called with a phase and `before`, `middle` or `after`: where tests break in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant."""
+
+    domain: str
+    template: str | bytes
+    size: str = "small"
+    env: Mapping[str, str] | None = None
+    tenant: str | None = None
+
+    @property
+    def digest(self) -> str:
+        template = (
+            self.template if isinstance(self.template, str) else hashlib.sha256(self.template).hexdigest()
+        )
+        env = None if self.env is None else sorted(self.env.items())
+        facts = [self.domain, template, self.size, env, self.tenant]
+        return hashlib.sha256(orjson.dumps(facts)).hexdigest()
+
+
+@dataclass(slots=True)
+class _Running:
+    record: Record
+    request: Request
+    key: str | None = None
+    task: asyncio.Task[None] | None = None
+    cancelled: bool = False
+    lines: int = 0
+    batch: list[str] = field(default_factory=list)
+
+
+async def _no_step(phase: str, when: str) -> None:
+    return
+
+
+class Deployments:
+    """The deployments of one gateway. Use as an async context manager."""
+
+    def __init__(
+        self,
+        runtime: TenantRuntime,
+        sites: Sites,
+        caddy: Caddy,
+        store: Store,
+        bus: Bus,
+        settings: Settings,
+        step: Step = _no_step,
+    ) -> None:
+        self._runtime, self._sites, self._caddy = runtime, sites, caddy
+        self._store, self._bus, self._settings = store, bus, settings
+        self._step = step
+        self._running: dict[str, _Running] = {}
+        self._slots = asyncio.Semaphore(settings.max_deployments)
+        self._moved = asyncio.Event()
+        self._recovered = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Deployments:
+        self._following = asyncio.create_task(self._follow(), name="routes")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self.end()
+
+    async def end(self) -> None:
+        """Cancel what runs and wait until it is undone; what does not fit is left to the next life."""
+        tasks = [running.task for running in self._running.values() if running.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.shutdown_timeout / 2)
+
+    # --- what clients ask ---------------------------------------------------------------------------
+
+    async def begin(
+        self, request: Request, covers: Callable[[str], bool], *, by: str, key: str | None = None
+    ) -> tuple[Record, bool]:
+        """Begin a deployment; return it, and whether it is new: the same key gives the same one again.
+
+        `covers` says whether who asks may touch a tenant. Raises `InvalidParams` and `NotFound` for what can
+        be told at once, `Conflict` where one runs for the tenant or the key was used for something else, and
+        `RateLimited`.
+        """
+        domain = normalized(request.domain)
+        tenant = request.tenant or tenant_name(domain)
+        if not TENANT_NAME.fullmatch(tenant):
+            raise InvalidParams(f"{tenant[:63]!r} is no tenant name", field="tenant")
+        if not covers(tenant):
+            raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
+        if request.size not in SIZES:
+            raise InvalidParams(f"size is one of {', '.join(SIZES)}", field="size")
+        _check_env(request.env)
+        if domain == self._settings.domain:
+            raise Conflict(f"{domain} is the gateway's own", reason="domain_owned")
+        if isinstance(request.template, str) and request.template not in names(self._settings):
+            known = ", ".join(names(self._settings))
+            raise NotFound(
+                f"no template {request.template[:63]}; there are: {known}", reason="template_missing"
+            )
+        template = request.template if isinstance(request.template, str) else "upload"
+        fresh = Record(tenant, domain, self._caddy.url(domain), template, by)
+        if key is not None:
+            kept = await self._store.read(lambda connection: records.keyed(connection, by, key))
+            if kept is not None:
+                return self._same(kept[0], kept[1], request), False
+        for other in self._running.values():
+            if key is not None and (other.record.by, other.key) == (by, key):
+                return self._same(other.record, other.request.digest, request), False
+        for other in self._running.values():
+            if other.record.tenant == tenant or other.record.domain == domain:
+                raise Conflict(
+                    f"a deployment of {other.record.domain} runs already; wait for it, or cancel it",
+                    deployment=other.record.id,
+                )
+        if len(self._running) >= self._settings.waiting_deployments:
+            raise RateLimited("too many deployments wait; ask again when some have ended")
+        running = self._running[fresh.id] = _Running(fresh, request, key)
+        try:
+            await self._store.write(
+                lambda connection: records.begin(
+                    connection, fresh, key, request.digest, self._settings.deployments_kept
+                )
+            )
+        except BaseException:
+            del self._running[fresh.id]
+            raise
+        running.task = asyncio.create_task(self._run(running), name=f"deploy {tenant}")
+        return fresh, True
+
+    @staticmethod
+    def _same(found: Record, digest: str, request: Request) -> Record:
+        if digest != request.digest:
+            raise Conflict("this Idempotency-Key was used for another deployment; take a new one")
+        return found
+
+    async def get(self, identity: str) -> Record:
+        """Return a deployment. Raises `NotFound`."""
+        if identity in self._running:
+            return self._running[identity].record
+        found = await self._store.read(lambda connection: records.find(connection, identity))
+        if found is None:
+            raise NotFound(f"no deployment {identity[:40]}")
+        return found
+
+    async def recent(self, coverage: frozenset[str] | None) -> list[Record]:
+        """Return the newest deployments of the tenants that a token covers, None for all."""
+        found = await self._store.read(lambda connection: records.recent(connection, coverage, _LISTED))
+        return [self._running[r.id].record if r.id in self._running else r for r in found]
+
+    async def cancel(self, identity: str) -> Record:
+        """Cancel a deployment and return it once it is undone; one that has ended is returned as it is."""
+        running = self._running.get(identity)
+        if running is None or running.task is None:
+            return await self.get(identity)
+        if not running.record.settled:
+            running.cancelled = True
+            running.task.cancel()
+        await asyncio.wait([running.task])
+        return running.record
+
+    # --- one deployment -----------------------------------------------------------------------------
+
+    async def _run(self, running: _Running) -> None:
+        record, began = running.record, time.monotonic()
+        try:
+            async with self._slots:
+                await self._recovered.wait()
+                record.state = "running"
+                self._tell(running, "started", {"domain": record.domain, "template": record.template})
+                template = await self._attempt(running)
+            await self._end(running, began)
+            if template is not None:
+                self._sites.prepare(template.recipe())
+        except asyncio.CancelledError:
+            if record.state in ("waiting", "running"):  # it had not begun
+                record.state = "rolledback"
+                self._tell(running, "cancelled", {})
+                await asyncio.shield(self._end(running, began))
+        except Exception:
+            log.exception("deployment %s is broken off; the next start of the gateway undoes it", record.id)
+        finally:
+            self._running.pop(record.id, None)
+
+    async def _attempt(self, running: _Running) -> Template | None:
+        """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so."""
+        undo = contextlib.AsyncExitStack()
+        current = PHASES[0]
+        work = _Work(self, running, undo)
+        try:
+            for index, current in enumerate(PHASES):
+                await self._phase(running, index, current, getattr(work, current))
+        except (Exception, asyncio.CancelledError) as error:
+            # shielded: whatever else comes, what was done is undone
+            await asyncio.shield(asyncio.ensure_future(self._undo(running, undo, current, error)))
+            return None
+        template = running.request.template
+        return await self._template(running.request) if isinstance(template, str) else None
+
+    async def _phase(
+        self, running: _Running, index: int, name: str, work: Callable[[], Awaitable[Any]]
+    ) -> None:
+        record = running.record
+        phase = record.phases[index]
+        phase.state = "running"
+        place = {"phase": name, "index": index, "of": len(PHASES)}
+        self._tell(running, "phase.started", place)
+        await self._save(record)
+        began = time.monotonic()
+        try:
+            await self._step(name, "before")
+            facts = await work() or {}
+            await self._step(name, "after")
+        except BaseException:
+            phase.state, phase.ms = "failed", _ms(began)
+            raise
+        phase.state, phase.ms = "done", _ms(began)
+        self._tell(running, "phase.finished", {**place, "ms": phase.ms, **facts})
+
+    async def _undo(
+        self, running: _Running, undo: contextlib.AsyncExitStack, phase: str, error: BaseException
+    ) -> None:
+        record = running.record
+        if isinstance(error, asyncio.CancelledError):
+            record.error = {"code": "cancelled", "message": "the deployment was cancelled", "phase": phase}
+            if not running.cancelled:
+                record.error["message"] = "the gateway was stopped"
+            kind = "cancelled"
+        else:
+            known = _known(error)
+            record.failed(known, phase)
+            kind = "failed"
+        record.state = "undoing"
+        index = PHASES.index(phase)
+        place = {"phase": phase, "index": index, "of": len(PHASES)}
+        self._flush(running)
+        self._tell(running, kind, {**place, "error": record.error})
+        await self._save(record)
+        async with asyncio.timeout(_UNDO_TIMEOUT):
+            await undo.aclose()
+        for done in record.phases:
+            if done.state == "done":
+                done.state = "undone"
+        record.state = "rolledback"
+
+    async def _end(self, running: _Running, began: float) -> None:
+        record = running.record
+        if record.state == "running":
+            record.state = "succeeded"
+        record.ended, record.ms = time.time(), _ms(began)
+        await self._save(record)
+        facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
+        if record.error is not None:
+            facts["error"] = record.error
+        self._running.pop(record.id, None)
+        self._tell(running, record.state, facts)
+
+    async def _save(self, record: Record) -> None:
+        text, identity, tenant, ended = orjson.dumps(record), record.id, record.tenant, record.ended
+        await self._store.write(lambda connection: records.save(connection, text, identity, tenant, ended))
+
+    def _tell(self, running: _Running, kind: str, data: Mapping[str, Any]) -> None:
+        record = running.record
+        facts = {"deployment": record.id, "tenant": record.tenant, **data}
+        self._bus.publish(f"deployment.{kind}", record.tenant, facts, deployment=record.id)
+
+    async def _template(self, request: Request) -> Template:
+        template = request.template
+        if isinstance(template, str):
+            return await asyncio.to_thread(named, template, self._settings)
+        return await asyncio.to_thread(uploaded, template, self._settings)
+
+    # --- the install log ----------------------------------------------------------------------------
+
+    def say(self, running: _Running, phase: str) -> Callable[[str], None]:
+        """Return what publishes a phase's lines, a few at once and not more than the setting allows."""
+
+        def one(line: str) -> None:
+            running.lines += 1
+            if running.lines > self._settings.install_log:
+                return
+            running.batch.append(line[:500])
+            if len(running.batch) == 1:
+                asyncio.get_running_loop().call_later(0.1, self._flush, running, phase)
+            elif len(running.batch) >= 50:
+                self._flush(running, phase)
+
+        return one
+
+    def _flush(self, running: _Running, phase: str = "install") -> None:
+        if running.batch:
+            lines, running.batch = running.batch, []
+            place = {"phase": phase, "index": PHASES.index(phase), "of": len(PHASES)}
+            self._tell(running, "phase.log", {**place, "lines": lines})
+
+    # --- after a restart, and always ----------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Finish or undo what an earlier life left; from then on new ones run. Call it once Incus answers."""
+        try:
+            await self._sites.adopt(await asyncio.to_thread(self._shared_recipes))
+            for record in await self._store.read(records.unfinished):
+                if record.id not in self._running:
+                    await self._recover_one(record)
+            await self._reconcile()
+        finally:
+            self._recovered.set()
+
+    def _shared_recipes(self) -> list[Recipe]:
+        recipes = []
+        for name in names(self._settings):
+            with contextlib.suppress(GatewayError, OSError):
+                recipes.append(named(name, self._settings).recipe())
+        return recipes
+
+    async def _recover_one(self, record: Record) -> None:
+        running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
+        try:
+            if record.kind == "update" and record.settled:
+                await self._sites.clear(record.tenant)
+                record.state = "running"
+            elif record.phases[-1].state == "done" and record.kind == "create":
+                record.state = "running"  # it works: only this was not written down
+                order = Order(record.id, record.domain, Recipe(b"", (), record.port))
+                await self._sites.finish(record.tenant, order)
+            else:
+                if record.error is None:
+                    record.error = {
+                        "code": "unavailable",
+                        "message": "the gateway ended",
+                        "phase": _at(record),
+                    }
+                    self._tell(running, "failed", {"phase": _at(record), "error": record.error})
+                if record.kind == "create":
+                    self._caddy.unset(record.domain)
+                    await self._sites.remove(record.id)
+                else:
+                    with contextlib.suppress(NotFound):
+                        await self._sites.unsettle(record.tenant)
+                        await self._sites.clear(record.tenant)
+                for phase in record.phases:
+                    if phase.state in ("done", "running"):
+                        phase.state = "undone" if phase.state == "done" else "failed"
+                record.state = "rolledback"
+            await self._end(running, began - (time.time() - record.created))
+        except GatewayError as error:
+            log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
+
+    async def _follow(self) -> None:
+        """Keep the routes as Incus says that they are, whatever happens to Caddy, files or tenants."""
+        await self._recovered.wait()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), self._settings.reconcile_interval)
+            self._moved.clear()
+            try:
+                await self._reconcile()
+            except GatewayError as error:
+                log.warning("routes could not be looked after: %s", error.message)
+            except Exception:
+                log.exception("routes could not be looked after")
+
+    def noticed(self, event: TenantEvent) -> None:
+        """Take notice of what happened to a tenant."""
+        if event.type in _MOVES:
+            self._moved.set()
+
+    async def _reconcile(self) -> None:
+        found = await self._sites.listed()
+        busy = {running.record.domain for running in self._running.values()}
+        wanted = {
+            site.domain: site.exposure.target
+            for site in found
+            if site.exposure is not None and site.deployment is None
+        }
+        changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy)
+        if changed:
+            log.info("routes put right: %s", ", ".join(changed))
+        for site in found:
+            # made by a request that was still under way when its gateway died
+            if site.deployment is not None and site.deployment not in self._running:
+                with contextlib.suppress(NotFound):
+                    if (await self.get(site.deployment)).over:
+                        await self._sites.remove(site.deployment)
+        if wanted or busy:
+            await self._caddy.ensure()
+
+
+class _Work:
+    """The phases of one deployment. Each pushes its undo before it does what is to be undone."""
+
+    def __init__(self, all_: Deployments, running: _Running, undo: contextlib.AsyncExitStack) -> None:
+        self._all, self._running, self._undo = all_, running, undo
+        self._record, self._request = running.record, running.request
+        self._sites, self._caddy, self._settings = all_._sites, all_._caddy, all_._settings
+        self._recipe: Recipe
+        self._exposure: Exposure
+        self._side: Side = "live"
+        self._prepared = False
+
+    @property
+    def _order(self) -> Order:
+        record = self._record
+        return Order(record.id, record.domain, self._recipe, self._request.size)
+
+    async def validate(self) -> dict[str, Any]:
+        record, settings = self._record, self._settings
+        template = await self._all._template(self._request)
+        self._recipe = await asyncio.to_thread(template.recipe)
+        record.port = self._recipe.port
+        tenants = {tenant.name: tenant for tenant in await self._all._runtime.list()}
+        for other in tenants.values():
+            if other.domain == record.domain and other.name != record.tenant:
+                raise Conflict(
+                    f"{record.domain} belongs to another tenant; destroy that one first",
+                    reason="domain_owned",
+                )
+        there = tenants.get(record.tenant)
+        if there is None:
+            if len(tenants) >= settings.max_tenants:
+                raise RateLimited(
+                    f"{len(tenants)} tenants are the limit; destroy some, or raise GATEWAY_MAX_TENANTS",
+                    reason="quota",
+                )
+        else:
+            if there.domain not in (None, record.domain):
+                raise Conflict(
+                    f"tenant {record.tenant} has another domain; name one for this site by `tenant`",
+                    reason="domain_owned",
+                )
+            record.kind, self._side = "update", "next"
+        await self._caddy.ensure()
+        return {"kind": record.kind}
+
+    async def create(self) -> dict[str, Any]:
+        record = self._record
+        if record.kind == "update":
+            record.source = "tenant"
+            if (await self._all._runtime.get(record.tenant)).status != "running":
+                await self._all._runtime.start(record.tenant)
+            return {"from": "tenant"}
+        self._undo.push_async_callback(self._sites.remove, record.id)
+        await self._all._save(record)
+        record.source = source = await self._sites.create(record.tenant, self._order)
+        self._prepared = source in ("pool", "golden")
+        return {"from": source}
+
+    async def push(self) -> None:
+        record = self._record
+        if record.kind == "update":
+            self._undo.push_async_callback(self._sites.clear, record.tenant)
+        if self._prepared and self._request.env is None:
+            return
+        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env)
+
+    async def install(self) -> None:
+        if not self._prepared:
+            say = self._all.say(self._running, "install")
+            await self._sites.install(self._record.tenant, self._side, self._recipe, say)
+            self._all._flush(self._running)
+
+    async def start(self) -> None:
+        record = self._record
+        if not self._prepared or self._request.env is not None:
+            await self._sites.start(record.tenant, self._side, self._recipe)
+
+    async def expose(self) -> dict[str, Any]:
+        self._exposure = await self._sites.expose(self._record.tenant, self._side, self._recipe)
+        return {"address": self._exposure.address, "port": self._recipe.port}
+
+    async def route(self) -> dict[str, Any]:
+        await self._answering(self._side, self._exposure)
+        domain = self._record.domain
+        before = self._caddy.get(domain)
+        self._undo.callback(
+            partial(self._caddy.unset, domain) if before is None else partial(self._caddy.set, domain, before)
+        )
+        self._caddy.set(domain, self._exposure.target)
+        return {"url": self._record.url}
+
+    async def verify(self) -> dict[str, Any]:
+        await self._seen()
+        facts: dict[str, Any] = {}
+        if self._record.kind == "update":
+            await self._settle()
+        await self._sites.finish(self._record.tenant, self._order)
+        if self._settings.caddy_issuer == "internal":
+            facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
+        return facts
+
+    async def _settle(self) -> None:
+        """Put the next site in the live one's place; the domain leads to the next one all the while."""
+        record, sites = self._record, self._sites
+        self._undo.push_async_callback(sites.unsettle, record.tenant)
+        await sites.settle(record.tenant, self._recipe)
+        live = await sites.expose(record.tenant, "live", self._recipe)
+        await self._answering("live", live)
+        await sites.finish(record.tenant, self._order)
+        # from here on there is no way back, and none is needed
+        record.settled = True
+        await self._all._save(record)
+        self._caddy.set(record.domain, live.target)
+        await sites.clear(record.tenant)
+
+    async def _answering(self, side: Side, exposure: Exposure) -> None:
+        """Wait until a side answers at its own address."""
+        health, limit = self._recipe.health, self._settings.verify_timeout
+        try:
+            async with asyncio.timeout(limit):
+                await answer(exposure.address, exposure.port, health, limit)
+        except TimeoutError:
+            said = await self._sites.log(self._record.tenant, side)
+            raise Timeout(
+                f"the site did not answer {health} on port {exposure.port} within {limit:.0f} s; "
+                f"it must listen on 0.0.0.0 and $PORT. It last said: {said.strip()[-1000:] or 'nothing'}",
+                reason="never_healthy",
+            ) from None
+        self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
+
+    def _place(self) -> dict[str, Any]:
+        index = next(i for i, phase in enumerate(self._record.phases) if phase.state == "running")
+        return {"phase": PHASES[index], "index": index, "of": len(PHASES)}
+
+    async def _seen(self) -> None:
+        """Wait until the site answers through Caddy under its domain."""
+        health, domain, last = self._recipe.health, self._record.domain, "nothing"
+        deadline = time.monotonic() + self._settings.verify_timeout
+        while time.monotonic() < deadline:
+            try:
+                status, _ = await self._caddy.fetch(domain, health, 10.0)
+                if status < 400:
+                    return
+                last = f"status {status}"
+            except CaddyFailed as error:
+                last = error.message
+                await self._caddy.ensure()
+            await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
+        raise Timeout(f"{domain} does not answer through Caddy: {last}", reason="never_healthy")
+
+
+def _known(error: BaseException) -> GatewayError:
+    """Return an error as one of ours; what nobody foresaw is in the log."""
+    if isinstance(error, GatewayError):
+        return error
+    if isinstance(error, TimeoutError):
+        return Timeout("a step took too long; the gateway's log says more")
+    log.error("a deployment failed", exc_info=error)
+    return Unavailable("the deployment failed; the gateway's log says why")
+
+
+def _at(record: Record) -> str:
+    return next((phase.name for phase in record.phases if phase.state in ("running", "failed")), PHASES[0])
+
+
+def _check_env(env: Mapping[str, str] | None) -> None:
+    if env is None:
+        return
+    for name, value in env.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in value:
+            raise InvalidParams(f"{name[:60]!r} is no environment variable", field="env")
+    if sum(len(name) + len(value) for name, value in env.items()) > _ENV_MAX:
+        raise InvalidParams(f"env has over {_ENV_MAX} characters", field="env")
+
+
+def _ms(since: float) -> int:
+    return round((time.monotonic() - since) * 1000)

@@ -1,0 +1,59 @@
+"""Knows how deployments and templates look over HTTP: bodies in, answers out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.deployments.deployments import Request
+from gateway.deployments.template import MANIFEST, checked, names, read_folder
+from gateway.errors import GatewayError, InvalidParams
+from gateway.settings import Settings
+
+
+class Archive(BaseModel):
+    """An uploaded template: a tar, gzipped or not, in base64."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    archive: Annotated[str, Field(min_length=1)]
+
+
+class DeployBody(BaseModel):
+    """What `POST /v1/deployments` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    domain: Annotated[str, Field(min_length=1, max_length=300)]
+    template: Annotated[str, Field(min_length=1, max_length=63)] | Archive
+    size: str = "small"
+    env: Annotated[dict[str, str], Field(max_length=200)] | None = None
+    tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+
+    def request(self) -> Request:
+        """Return what is asked for. Raises `InvalidParams` for an archive that is not base64."""
+        template: str | bytes
+        if isinstance(self.template, str):
+            template = self.template
+        else:
+            try:
+                template = base64.b64decode(self.template.archive, validate=True)
+            except binascii.Error:
+                raise InvalidParams("template.archive is base64 of a tar", field="template") from None
+        return Request(self.domain, template, self.size, self.env, self.tenant)
+
+
+def templates(settings: Settings) -> list[dict[str, Any]]:
+    """Return the templates that can be deployed by name; a broken one with what is wrong."""
+    told: list[dict[str, Any]] = []
+    for name, folder in names(settings).items():
+        try:
+            manifest = checked(name, read_folder(folder, settings), settings, shared=True).manifest
+            told.append({"name": name, "description": manifest.description, "port": manifest.port})
+        except (GatewayError, OSError) as error:
+            why = error.message if isinstance(error, GatewayError) else f"{MANIFEST} cannot be read"
+            told.append({"name": name, "description": "", "error": why})
+    return told

@@ -1,0 +1,121 @@
+"""Knows what is kept of a deployment, as it is stored and as it is told."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+import orjson
+
+from gateway.errors import GatewayError
+
+Kind = Literal["create", "update"]
+State = Literal["waiting", "running", "succeeded", "undoing", "rolledback"]
+PHASES: Final = ("validate", "create", "push", "install", "start", "expose", "route", "verify")
+ENDED: Final = ("succeeded", "rolledback")
+
+
+@dataclass(slots=True)
+class Phase:
+    name: str
+    state: Literal["waiting", "running", "done", "failed", "undone"] = "waiting"
+    ms: int | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One deployment. What it was given of secrets and files is not kept."""
+
+    tenant: str
+    domain: str
+    url: str
+    template: str
+    by: str
+    kind: Kind = "create"
+    port: int = 0
+    source: str | None = None  # what the tenant was made from
+    settled: bool = False  # of an update: the new files are the live ones, and only tidying is left
+    state: State = "waiting"
+    id: str = field(default_factory=lambda: f"d-{secrets.token_hex(8)}")
+    created: float = field(default_factory=time.time)
+    ended: float | None = None
+    ms: int | None = None
+    error: dict[str, Any] | None = None
+    phases: list[Phase] = field(default_factory=lambda: [Phase(name) for name in PHASES])
+
+    @property
+    def over(self) -> bool:
+        return self.state in ENDED
+
+    def told(self) -> dict[str, Any]:
+        """Return it as HTTP answers it."""
+        hidden = {"by", "settled"}
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
+
+    def failed(self, error: GatewayError, phase: str) -> None:
+        self.error = {"code": error.code, "message": error.message, **error.facts, "phase": phase}
+
+
+def parsed(text: bytes) -> Record:
+    said = orjson.loads(text)
+    said["phases"] = [Phase(**phase) for phase in said["phases"]]
+    return Record(**said)
+
+
+def save(
+    connection: sqlite3.Connection, record: bytes, identity: str, tenant: str, ended: float | None
+) -> None:
+    connection.execute(
+        "UPDATE deployments SET record = ?, ended = ?, tenant = ? WHERE id = ?",
+        (record, ended, tenant, identity),
+    )
+
+
+def keyed(connection: sqlite3.Connection, subject: str, key: str) -> tuple[Record, str] | None:
+    """Return the deployment that a subject began under a key, and the digest of what it asked for."""
+    row = connection.execute(
+        "SELECT record, request FROM deployments WHERE subject = ? AND key = ?", (subject, key)
+    ).fetchone()
+    return None if row is None else (parsed(row[0]), str(row[1]))
+
+
+def begin(connection: sqlite3.Connection, record: Record, key: str | None, request: str, kept: int) -> None:
+    """Keep a new deployment; ended ones above `kept` are removed."""
+    connection.execute(
+        "INSERT INTO deployments (id, tenant, created, ended, subject, key, request, record) "
+        "VALUES (?, ?, ?, NULL, ?, ?, ?, ?)",
+        (record.id, record.tenant, record.created, record.by, key, request, orjson.dumps(record)),
+    )
+    connection.execute(
+        "DELETE FROM deployments WHERE ended IS NOT NULL AND id NOT IN "
+        "(SELECT id FROM deployments ORDER BY created DESC LIMIT ?)",
+        (kept,),
+    )
+
+
+def find(connection: sqlite3.Connection, identity: str) -> Record | None:
+    row = connection.execute("SELECT record FROM deployments WHERE id = ?", (identity,)).fetchone()
+    return None if row is None else parsed(row[0])
+
+
+def recent(connection: sqlite3.Connection, tenants: Iterable[str] | None, limit: int) -> list[Record]:
+    """Return the newest deployments, of these tenants or of all."""
+    where, names = "", list(tenants or ())
+    if tenants is not None:
+        where = f"WHERE tenant IN ({','.join('?' * len(names))})"
+    rows = connection.execute(
+        f"SELECT record FROM deployments {where} ORDER BY created DESC LIMIT ?",  # noqa: S608 - question marks
+        (*names, limit),
+    ).fetchall()
+    return [parsed(row[0]) for row in rows]
+
+
+def unfinished(connection: sqlite3.Connection) -> list[Record]:
+    rows = connection.execute(
+        "SELECT record FROM deployments WHERE ended IS NULL ORDER BY created"
+    ).fetchall()
+    return [parsed(row[0]) for row in rows]

@@ -1,0 +1,294 @@
+"""Knows what a template is: a folder with a manifest, `site.toml`, as plain entries that can harm nobody.
+
+A template may come from whoever deploys, so nothing of it is believed: not its names, not its links, not its
+sizes. What is accepted is packed anew, and unpacked only inside the tenant's container, as its own user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import tarfile
+import tomllib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from gateway.caddy import shipped
+from gateway.errors import InvalidParams, NotFound, TooLarge
+from gateway.runtime.sites import Recipe
+from gateway.settings import Settings
+
+MANIFEST: Final = "site.toml"
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+LEFT_OUT: Final = frozenset({"node_modules", ".git", ".DS_Store"})  # made anew, or nobody else's business
+_DEPTH: Final = 32
+_PATH_MAX: Final = 1024
+
+Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
+UrlPath = Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)]
+
+
+class Manifest(BaseModel):
+    """What `site.toml` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: Annotated[str, Field(max_length=500)] = ""
+    install: Annotated[tuple[Word, ...], Field(max_length=64)] = ()
+    start: Annotated[tuple[Word, ...], Field(min_length=1, max_length=64)]
+    port: Annotated[int, Field(ge=1024, le=65535)] = 3000
+    health: UrlPath = "/"
+    warm: Annotated[tuple[UrlPath, ...], Field(max_length=16)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file with its content, a link with where it leads, or (with neither) a folder."""
+
+    content: bytes | None = None
+    link: str | None = None
+    executable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A checked template. `shared` where it is the operator's own: only then may tenants share its copies."""
+
+    name: str
+    manifest: Manifest
+    entries: Mapping[str, Entry]
+    shared: bool
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for path, entry in sorted(self.entries.items()):
+            content = hashlib.sha256(entry.content or b"").digest()
+            digest.update(
+                f"{path}\0{entry.link}\0{entry.executable}\0{entry.content is None}\0".encode() + content
+            )
+        return digest.hexdigest()
+
+    def recipe(self) -> Recipe:
+        """Return what a runtime needs to make a site of it."""
+        manifest = self.manifest
+        return Recipe(
+            archive=packed(self.entries),
+            start=manifest.start,
+            port=manifest.port,
+            health=manifest.health,
+            install=manifest.install,
+            warm=manifest.warm,
+            key=self.digest if self.shared else "",
+        )
+
+
+def names(settings: Settings) -> dict[str, Path]:
+    """Return every template that can be deployed by its name; the operator's win over ours."""
+    found: dict[str, Path] = {}
+    for folder in (shipped("deploy/templates"), settings.templates_dir):
+        if folder is not None and folder.is_dir():
+            found |= {
+                place.name: place
+                for place in sorted(folder.iterdir())
+                if NAME.fullmatch(place.name) and (place / MANIFEST).is_file()
+            }
+    return found
+
+
+def named(name: str, settings: Settings) -> Template:
+    """Read a template by its name. Raises `NotFound`, which names those that there are."""
+    known = names(settings)
+    if name not in known:
+        raise NotFound(
+            f"no template {name[:63]}; there are: {', '.join(known) or 'none'}", reason="template_missing"
+        )
+    return checked(name, read_folder(known[name], settings), settings, shared=True)
+
+
+def uploaded(archive: bytes, settings: Settings) -> Template:
+    """Read a template from a tar, compressed or not."""
+    return checked("upload", read_archive(archive, settings), settings, shared=False)
+
+
+def checked(name: str, entries: Mapping[str, Entry], settings: Settings, *, shared: bool) -> Template:
+    """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong."""
+    if len(entries) > settings.template_files:
+        raise TooLarge(
+            f"a template has at most {settings.template_files} files", limit=settings.template_files
+        )
+    if sum(len(entry.content or b"") for entry in entries.values()) > settings.template_bytes:
+        raise TooLarge(
+            f"a template has at most {settings.template_bytes} bytes", limit=settings.template_bytes
+        )
+    for path, entry in entries.items():
+        _check(path, entry, entries)
+    said = entries.get(MANIFEST)
+    if said is None or said.content is None:
+        raise InvalidParams(f"a template needs a {MANIFEST} with at least `start`", reason="template_invalid")
+    try:
+        manifest = Manifest.model_validate(tomllib.loads(said.content.decode()))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise _refused(f"{MANIFEST}: {field}: {problem['msg']}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _refused(f"{MANIFEST} is not TOML: {error}") from None
+    return Template(name, manifest, entries, shared)
+
+
+def _refused(why: str) -> InvalidParams:
+    return InvalidParams(f"this template is refused: {why}", reason="template_invalid")
+
+
+def _check(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
+    parts = path.split("/")
+    shown = path[:100].encode("unicode_escape").decode()
+    if len(path.encode()) > _PATH_MAX or len(parts) > _DEPTH or any(len(p.encode()) > 255 for p in parts):
+        raise _refused(f"the path {shown} is too long")
+    if any(part in ("", ".", "..") for part in parts) or not path.isprintable():
+        raise _refused(f"the path {shown!r} is not plain")
+    for depth in range(1, len(parts)):
+        above = entries.get("/".join(parts[:depth]))
+        if above is not None and (above.content is not None or above.link is not None):
+            raise _refused(f"{shown} lies below something that is no folder")
+    if entry.link is not None:
+        target = entry.link
+        if not target or not target.isprintable() or len(target) > _PATH_MAX or target.startswith("/"):
+            raise _refused(f"the link {shown} leads out of the template")
+        depth = len(parts) - 1
+        for step in target.split("/"):
+            depth += {"..": -1, ".": 0, "": 0}.get(step, 1)
+            if depth < 0:
+                raise _refused(f"the link {shown} leads out of the template")
+
+
+def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
+    """Read a folder, following nothing. Raises `InvalidParams` for what is neither file, folder nor link."""
+    entries: dict[str, Entry] = {}
+    room = settings.template_bytes
+    pending = [""]
+    while pending:
+        at = pending.pop()
+        with os.scandir(folder / at) as listed:
+            for found in sorted(listed, key=lambda entry: entry.name):
+                if found.name in LEFT_OUT:
+                    continue
+                path = f"{at}/{found.name}" if at else found.name
+                if len(entries) >= settings.template_files:
+                    raise TooLarge(f"a template has at most {settings.template_files} files")
+                if found.is_symlink():
+                    entries[path] = Entry(link=str(Path(found.path).readlink()))
+                elif found.is_dir(follow_symlinks=False):
+                    entries[path] = Entry()
+                    pending.append(path)
+                elif found.is_file(follow_symlinks=False):
+                    entries[path] = _read_file(Path(found.path), room)
+                    room -= len(entries[path].content or b"")
+                else:
+                    raise _refused(f"{path} is a device, a pipe or a socket")
+    return entries
+
+
+def _read_file(path: Path, room: int) -> Entry:
+    # not by its name again: what it is may have changed, and a pipe would hold us for ever
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise _refused("a file changed into something else while it was read")
+        content = file.read(room + 1)
+    if len(content) > room:
+        raise TooLarge("the template's files have more bytes than GATEWAY_TEMPLATE_BYTES allows", limit=room)
+    return Entry(content, executable=bool(mode & 0o100))
+
+
+class _Bounded(io.RawIOBase):
+    """Unpacks gzip, and reads at most so many bytes: a bomb ends at the limit, not at the machine's."""
+
+    def __init__(self, data: bytes, limit: int) -> None:
+        self._data = memoryview(data)
+        self._gzip = zlib.decompressobj(31) if data[:2] == b"\x1f\x8b" else None
+        self._at = 0
+        self._left = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._gzip is None:
+            piece = bytes(self._data[self._at : self._at + size])
+            self._at += len(piece)
+        else:
+            wanted, piece = size, b""
+            while len(piece) < wanted and not self._gzip.eof:
+                fed = self._gzip.unconsumed_tail or bytes(self._data[self._at : self._at + 65536])
+                if not self._gzip.unconsumed_tail:
+                    self._at += len(fed)
+                more = self._gzip.decompress(fed, wanted - len(piece))
+                if not more and not fed:
+                    break
+                piece += more
+        self._left -= len(piece)
+        if self._left < 0:
+            raise TooLarge("the archive unpacks to more bytes than GATEWAY_TEMPLATE_BYTES allows")
+        return piece
+
+
+def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
+    """Read a tar, gzipped or not. Raises `InvalidParams` for what is neither file, folder nor link."""
+    # headers and padding take a block or two of each entry beside its content
+    limit = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
+    entries: dict[str, Entry] = {}
+    try:
+        with tarfile.open(fileobj=_Bounded(archive, limit), mode="r|") as tar:
+            for member in tar:
+                path = member.name.rstrip("/").removeprefix("./")
+                if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
+                    continue
+                if len(entries) >= settings.template_files:
+                    raise TooLarge(f"a template has at most {settings.template_files} files")
+                if path in entries and entries[path] != Entry():
+                    raise _refused(f"{path[:100]!r} is there twice")
+                if member.isreg():
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    entries[path] = Entry(file.read(), executable=bool(member.mode & 0o100))
+                elif member.issym():
+                    entries[path] = Entry(link=member.linkname)
+                elif member.isdir():
+                    entries[path] = Entry()
+                else:
+                    raise _refused(f"{path[:100]!r} is a device, a pipe or a hard link")
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:
+        raise _refused(f"it is no tar archive ({type(error).__name__})") from None
+    return entries
+
+
+def packed(entries: Mapping[str, Entry]) -> bytes:
+    """Return entries as a tar of nothing but plain files, folders and links, folders first."""
+    buffer = io.BytesIO()
+    folders = {"/".join(path.split("/")[:n]) for path in entries for n in range(1, path.count("/") + 1)}
+    folders |= {path for path, entry in entries.items() if entry == Entry()}
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for path in sorted(folders):
+            member = tarfile.TarInfo(path)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(member)
+        for path, entry in sorted(entries.items()):
+            member = tarfile.TarInfo(path)
+            if entry.link is not None:
+                member.type, member.linkname = tarfile.SYMTYPE, entry.link
+                tar.addfile(member)
+            elif entry.content is not None:
+                member.size, member.mode = len(entry.content), 0o755 if entry.executable else 0o644
+                tar.addfile(member, io.BytesIO(entry.content))
+    return buffer.getvalue()

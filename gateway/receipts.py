@@ -1,0 +1,227 @@
+"""Knows which calls were made under an id of the caller's, and what came of each: so that none is made twice.
+
+A call that may change something is noted in the store before it begins and again with its result, before
+that is told: what a killed gateway had begun and not finished is known as such to the next one. What only
+reads is kept in memory: made again, it does no harm.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, Literal
+
+from gateway.errors import Cancelled, Conflict, Gone
+from gateway.settings import Settings
+from gateway.store import Store
+
+Kind = Literal["call", "exec"]
+Key = tuple[str, Kind, str]  # tenant, kind, the caller's id
+
+# what one receipt costs beside its result, in memory and on disk
+_OVERHEAD: Final = 500
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What is known of one id. `result` is None where it lies in the store, or is none."""
+
+    digest: bytes
+    at: float
+    state: Literal["begun", "done", "fenced"]
+    size: int = 0
+    result: bytes | None = None
+
+
+class _Shelf:
+    """Receipts in the order in which they were put, bounded; the oldest fall out."""
+
+    def __init__(self, kept: int, kept_bytes: int, age: float) -> None:
+        self.receipts: OrderedDict[Key, Receipt] = OrderedDict()
+        self._kept, self._kept_bytes, self._age = kept, kept_bytes, age
+        self._bytes = 0
+
+    def put(self, key: Key, receipt: Receipt) -> None:
+        self.take(key)
+        self.receipts[key] = receipt
+        self._bytes += _OVERHEAD + receipt.size
+
+    def take(self, key: Key) -> Receipt | None:
+        receipt = self.receipts.pop(key, None)
+        if receipt is not None:
+            self._bytes -= _OVERHEAD + receipt.size
+        return receipt
+
+    def trim(self) -> list[Key]:
+        """Drop what is too much or too old, and return it."""
+        born, gone = time.time() - self._age, list[Key]()
+        while self.receipts:
+            key, receipt = next(iter(self.receipts.items()))
+            full = len(self.receipts) > self._kept or self._bytes > self._kept_bytes
+            if not full and receipt.at >= born:
+                break
+            self.take(key)
+            gone.append(key)
+        return gone
+
+
+class Receipts:
+    """The latest receipts of each tenant. Make it by `opened`; used from the event loop only.
+
+    Kept of one tenant in the store are `receipts_kept` with at most `receipts_bytes`, for `receipts_age`
+    seconds; in memory, of calls that only read, the latest of all tenants in `receipts_memory` bytes.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._stored: dict[str, _Shelf] = {}  # of each tenant: none can push out another's
+        self._reads = _Shelf(1 << 20, settings.receipts_memory, settings.receipts_age)
+
+    @classmethod
+    async def opened(cls, store: Store, settings: Settings) -> Receipts:
+        """Take over what earlier lives left; what they had begun and not finished is `begun` still."""
+        self = cls(store, settings)
+        for key, receipt in await store.read(_all):
+            self._shelf(key).put(key, receipt)
+        await self._trim(*self._stored)
+        return self
+
+    async def result(self, key: Key, digest: bytes) -> bytes | None:
+        """Return the result under that id, None where the call is to be made.
+
+        Raises `Conflict` where the id stands for another input, `Cancelled` where it was cancelled, `Gone`
+        where it was begun and nobody knows how it ended.
+        """
+        receipt = self._find(key)
+        if receipt is None:
+            return None
+        id_ = key[2]
+        if receipt.state == "fenced":
+            raise Cancelled(f"{id_} was cancelled; use a new id to do it after all", id=id_)
+        if receipt.digest != digest:
+            raise Conflict(f"{id_} was used with another input", id=id_)
+        if receipt.state == "begun":
+            raise Gone(
+                f"{id_} was begun, and how it ended is not known: look at what it did, then use a new id",
+                id=id_,
+                reason="unknown_outcome",
+            )
+        if receipt.result is not None:
+            return receipt.result
+        return await self._store.read(lambda connection: _result(connection, key))
+
+    async def begin(self, key: Key, digest: bytes) -> None:
+        """Note that a call which may change something begins. Raises `StoreFailed`: then it must not."""
+        receipt = Receipt(digest, time.time(), "begun")
+        self._shelf(key).put(key, receipt)
+        try:
+            await self._store.write(lambda connection: _insert(connection, key, receipt))
+        except BaseException:
+            self._shelf(key).take(key)
+            raise
+
+    async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
+        """Keep the result of a call that began.
+
+        Raises `StoreFailed` where it can only be kept in memory; for this life it is.
+        """
+        receipt = Receipt(digest, time.time(), "done", len(result), result)
+        self._shelf(key).put(key, receipt)
+        await self._store.write(lambda connection: _insert(connection, key, receipt))
+        receipt.result = None  # asked for so seldom that the store may hold it alone
+        await self._trim(key[0])
+
+    def keep(self, key: Key, digest: bytes, result: bytes) -> None:
+        """Keep the result of a call that only read, for a while, in memory."""
+        self._reads.put(key, Receipt(digest, time.time(), "done", len(result), result))
+        self._reads.trim()
+
+    async def forget(self, key: Key) -> None:
+        """Take back what `begin` noted: the call did not happen, and may be made again."""
+        if self._shelf(key).take(key) is not None:
+            await self._store.write(lambda connection: _delete(connection, [key]))
+
+    async def fence(self, key: Key) -> None:
+        """See to it that nothing is made under this id any more, be it unheard of or begun."""
+        known = self._find(key)
+        if known is not None and known.state == "done":
+            return
+        receipt = Receipt(b"", time.time(), "fenced")
+        self._shelf(key).put(key, receipt)
+        await self._store.write(lambda connection: _insert(connection, key, receipt))
+        await self._trim(key[0])
+
+    async def forget_tenant(self, tenant: str) -> None:
+        """Forget a tenant that is destroyed: another of its name begins anew."""
+        self._stored.pop(tenant, None)
+        for key in [key for key in self._reads.receipts if key[0] == tenant]:
+            self._reads.take(key)
+        await self._store.write(
+            lambda connection: connection.execute("DELETE FROM receipts WHERE tenant = ?", (tenant,)).rowcount
+        )
+
+    async def earlier(self, kind: Kind) -> list[tuple[Key, Receipt]]:
+        """Return what earlier lives left of one kind, with the results; for the start."""
+        found = [
+            (key, receipt)
+            for shelf in self._stored.values()
+            for key, receipt in shelf.receipts.items()
+            if key[1] == kind and receipt.state != "fenced"
+        ]
+        return [
+            (key, replace(receipt, result=await self._store.read(partial(_result, key=key))))
+            for key, receipt in found
+        ]
+
+    def _find(self, key: Key) -> Receipt | None:
+        shelf = self._stored.get(key[0])
+        return (shelf and shelf.receipts.get(key)) or self._reads.receipts.get(key)
+
+    def _shelf(self, key: Key) -> _Shelf:
+        shelf = self._stored.get(key[0])
+        if shelf is None:
+            settings = self._settings
+            shelf = _Shelf(settings.receipts_kept, settings.receipts_bytes, settings.receipts_age)
+            self._stored[key[0]] = shelf
+        return shelf
+
+    async def _trim(self, *tenants: str) -> None:
+        gone = [key for tenant in tenants for key in self._stored[tenant].trim()]
+        if gone:
+            await self._store.write(lambda connection: _delete(connection, gone))
+
+
+# --- statements: each is a work of the store -----------------------------------------------------------
+
+
+def _all(connection: sqlite3.Connection) -> list[tuple[Key, Receipt]]:
+    rows = connection.execute(
+        "SELECT tenant, kind, id, digest, at, state, coalesce(length(result), 0) FROM receipts ORDER BY at"
+    )
+    return [
+        ((tenant, kind, id_), Receipt(digest, at, state, size))
+        for tenant, kind, id_, digest, at, state, size in rows
+    ]
+
+
+def _result(connection: sqlite3.Connection, key: Key) -> bytes | None:
+    row = connection.execute(
+        "SELECT result FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", key
+    ).fetchone()
+    found: bytes | None = None if row is None else row[0]
+    return found
+
+
+def _insert(connection: sqlite3.Connection, key: Key, receipt: Receipt) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*key, receipt.digest, receipt.at, receipt.state, receipt.result),
+    )
+
+
+def _delete(connection: sqlite3.Connection, keys: list[Key]) -> None:
+    connection.executemany("DELETE FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", keys)

@@ -1,0 +1,109 @@
+"""Keeps, brings back and copies the disks of Incus containers: snapshots, restores, clones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gateway.errors import Conflict, NotFound
+from gateway.incus import Incus
+from gateway.incus.client import instance_path
+from gateway.runtime import Snapshot
+from gateway.runtime.incus.refusals import translated
+from gateway.settings import Settings
+
+# by it a machine tells itself from another: two of one id would be given one address
+_MACHINE_ID: Final = "/etc/machine-id"
+
+
+class Disks:
+    """The disks of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
+
+    def __init__(self, settings: Settings, incus: Incus) -> None:
+        self._timeout = settings.lifecycle_timeout
+        self._incus = incus
+
+    async def snapshots(self, name: str) -> Sequence[Snapshot]:
+        with translated(name):
+            found = await self._incus.get(instance_path(name, "snapshots"), recursion="1")
+        return sorted(map(_snapshot, found), key=lambda snapshot: snapshot.created or "")
+
+    async def snapshot(self, name: str, snapshot: str) -> Snapshot:
+        if any(kept.name == snapshot for kept in await self.snapshots(name)):
+            raise Conflict(f"tenant {name} has a snapshot {snapshot}; delete it, or choose another name")
+        body = {"name": snapshot, "stateful": False}
+        with translated(name):
+            await self._operate("POST", instance_path(name, "snapshots"), body)
+            return _snapshot(await self._incus.get(instance_path(name, "snapshots", snapshot)))
+
+    async def restore(self, name: str, snapshot: str) -> None:
+        """Bring back the disk of a stopped instance, and nothing but the disk."""
+        with translated(name):
+            before = await self._incus.get(instance_path(name))
+            await self._operate("PUT", instance_path(name), {"restore": snapshot})
+            # Incus brings back the settings of then too: an old domain might be another tenant's by now
+            after = await self._incus.get(instance_path(name))
+            config = {
+                **_own(before),
+                **{key: value for key, value in after["config"].items() if not _kept(key)},
+            }
+            body = {**after, "config": config, "devices": before["devices"], "profiles": before["profiles"]}
+            await self._operate("PUT", instance_path(name), body)
+
+    async def delete(self, name: str, snapshot: str) -> None:
+        await self.known(name, snapshot)
+        with translated(name):
+            await self._operate("DELETE", instance_path(name, "snapshots", snapshot))
+
+    async def clone(self, name: str, new: str, config: Mapping[str, str], snapshot: str | None) -> None:
+        """Make a stopped instance of another's disk, with that configuration beside the other's limits.
+
+        Its address is Incus's to choose.
+        """
+        if snapshot is not None:
+            await self.known(name, snapshot)
+        with translated(name):
+            found = await self._incus.get(instance_path(name))
+        # what is not said anew is taken over; an empty value takes nothing over
+        unset = {key: "" for key in found["config"] if key.startswith("user.")}
+        devices = {
+            device: {key: value for key, value in facts.items() if key != "ipv4.address"}
+            for device, facts in found["devices"].items()
+            if facts.get("type") != "proxy"
+        }
+        body = {
+            "name": new,
+            "type": "container",
+            "source": {
+                "type": "copy",
+                "source": name if snapshot is None else f"{name}/{snapshot}",
+                "instance_only": True,
+            },
+            "profiles": found["profiles"],
+            "config": {**unset, **config},
+            "devices": devices,
+        }
+        with translated(new):
+            await self._operate("POST", "/1.0/instances", body)
+            await self._incus.put_file(new, _MACHINE_ID, b"", mode=0o444)
+
+    async def known(self, name: str, snapshot: str) -> None:
+        """Return if there is that snapshot. Raises `NotFound`."""
+        if not any(kept.name == snapshot for kept in await self.snapshots(name)):
+            raise NotFound(f"tenant {name} has no snapshot {snapshot[:63]}")
+
+    async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
+        await self._incus.operate(method, path, body, timeout=self._timeout)
+
+
+def _snapshot(found: Mapping[str, Any]) -> Snapshot:
+    return Snapshot(found["name"].rpartition("/")[2], found["created_at"], found.get("size"))
+
+
+def _kept(key: str) -> bool:
+    """Say whether a setting is the operator's or ours, not Incus's own notes of the instance."""
+    return not key.startswith(("volatile.", "image."))
+
+
+def _own(instance: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value for key, value in instance["config"].items() if _kept(key)}

@@ -1,0 +1,731 @@
+"""Makes sites in Incus containers: instances from a pool, a golden copy or the image, with a systemd unit.
+
+Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are no tenants
+yet, `user.gateway.owner` which gateway made them, `user.gateway.deployment` which deployment is not over.
+
+An instance of the pool waits stopped: Incus renames no running one, and to stop it (0.8 s) costs more than to
+start it (0.15 s, and 0.5 s until its network is up). It costs no memory, and no copy of a disk is left to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import secrets
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Interface
+from types import TracebackType
+from typing import Any, Final
+
+from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Unavailable
+from gateway.incus import Incus, IncusError
+from gateway.incus.client import instance_path
+from gateway.rootfs.tenants import MANAGED
+from gateway.runtime import ExecSpec, Process
+from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.tenants import DOMAIN, PORT
+from gateway.runtime.probe import answer, ask, network_up
+from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Say, Side, Site, Source, lines
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT: Final = "user.gateway.deployment"
+ROLE: Final = "user.gateway.role"
+OWNER: Final = "user.gateway.owner"
+KEY: Final = "user.gateway.key"
+MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
+
+_SNAPSHOT: Final = "ready"
+_INSTALLS: Final = 3  # runs of an install command until it has failed
+_TRIES: Final = 20  # addresses that are tried until one is free
+
+_UNIT: Final = """\
+[Unit]
+Description=The site of this tenant
+StartLimitIntervalSec=0
+
+[Service]
+User={user}
+WorkingDirectory={workspace}
+Environment=PORT={port} HOST=0.0.0.0 NODE_ENV=development
+EnvironmentFile=-{environment}
+ExecStart={command}
+Restart=always
+RestartSec=300ms
+RestartSteps=5
+RestartMaxDelaySec=10s
+TimeoutStopSec=1s
+KillMode=mixed
+# the site is what may be killed when memory is short, not the tenant's systemd or an agent's command
+OOMScoreAdjust=300
+OOMPolicy=continue
+MemoryHigh=90%
+{more}
+[Install]
+WantedBy=multi-user.target
+"""
+
+# Which folder was the live one is noted before the two are exchanged, so that after a crash both this and its
+# undo know whether they were. The exchange is one step: no request ever finds the folder missing.
+_SETTLE: Final = """\
+set -eu
+live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
+new=$(cat; printf .)
+if [ ! -e "$note" ]; then
+  if [ -f $unit ]; then cp $unit $unit.old; fi
+  if [ -f /etc/site.env ]; then cp -p /etc/site.env /etc/site.env.old; fi
+  stat -c %i "$live" >"$note.new"
+  mv "$note.new" "$note"
+fi
+if [ "$(stat -c %i "$live")" = "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
+if [ -f /etc/site-next.env ]; then mv /etc/site-next.env /etc/site.env; fi
+printf %s "${new%.}" >$unit
+systemctl daemon-reload
+systemctl --quiet enable site.service
+systemctl restart site.service
+"""
+_UNSETTLE: Final = """\
+set -eu
+live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
+[ -e "$note" ] || exit 0
+if [ "$(stat -c %i "$live")" != "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
+if [ -f /etc/site.env.old ]; then mv /etc/site.env.old /etc/site.env; else rm -f /etc/site.env; fi
+if [ -f $unit.old ]; then
+  cp $unit.old $unit
+  systemctl daemon-reload
+  systemctl restart site.service
+else
+  systemctl --quiet disable --now site.service || :
+  rm -f $unit
+fi
+rm -f "$note" $unit.old
+"""
+_CLEAR: Final = """\
+live="$1" next="$2" note="$3"
+systemctl stop site-next.service 2>/dev/null
+rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
+  /etc/systemd/system/site.service.old
+systemctl daemon-reload
+rm -rf "$next" "$note" "$note.new"
+"""
+_STAGE: Final = """\
+set -eu
+live="$1" next="$2" uid="$4"
+rm -rf "$next"
+install -d -m 0755 -o "$uid" -g "$uid" "$next"
+setpriv --reuid="$uid" --regid="$uid" --clear-groups cp -a --reflink=auto "$live/." "$next/"
+"""
+_UNPACK: Final = """\
+exec setpriv --reuid="$2" --regid="$2" --clear-groups \
+  tar --extract --file=- --no-same-owner --directory="$1"
+"""
+_START: Final = """\
+set -eu
+cat >"$1"
+# right after a container's start its systemd does not listen yet
+for look in $(seq 400); do
+  [ -S /run/systemd/private ] && break
+  sleep 0.05
+done
+systemctl daemon-reload
+[ "$2" = next ] || systemctl --quiet enable site.service
+systemctl restart "$3"
+"""
+# what must not be the same in two copies: the machine's name for itself, and what it logged
+_SEAL: Final = """\
+set -eu
+systemctl stop site.service
+systemctl stop systemd-journald-dev-log.socket systemd-journald.socket systemd-journald.service || :
+rm -rf /var/log/journal/* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
+: >/etc/machine-id
+sync -f /
+"""
+
+
+class IncusSites:
+    """The sites of one Incus project; see `gateway.runtime.sites.Sites`."""
+
+    def __init__(self, settings: Settings, incus: Incus) -> None:
+        self._settings = settings
+        self._incus = incus
+        # commands of ours in instances that are no tenants, too
+        self._commands = Commands(settings, incus, self._init_pid)
+        self._owner = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+        self._claiming = asyncio.Lock()
+        self._preparing: dict[str, asyncio.Task[None]] = {}
+        folder, _, name = settings.workspace.rpartition("/")
+        # root's folder is above them, so that the tenant cannot put a link in their place
+        self._next = f"{folder}/.{name}-next"
+        self._note = f"{folder}/.{name}-before"
+
+    async def __aenter__(self) -> IncusSites:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop preparing and remove the pool: what nobody looks after any more."""
+        preparing = list(self._preparing.values())
+        for task in preparing:
+            task.cancel()
+        await asyncio.gather(*preparing, return_exceptions=True)
+        with contextlib.suppress(GatewayError, TimeoutError):
+            async with asyncio.timeout(self._settings.shutdown_timeout / 2):
+                await self._drain()
+        await self._commands.aclose()
+
+    # --- instances ----------------------------------------------------------------------------------
+
+    async def create(self, tenant: str, order: Order) -> Source:
+        config = {
+            MANAGED: "true",
+            ROLE: "tenant",
+            DOMAIN: order.domain,
+            PORT: str(order.recipe.port),
+            DEPLOYMENT: order.deployment,
+        }
+        size = SIZES[order.size]
+        config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
+        key = await self._key(order.recipe)
+        try:
+            if key and await self._claim(tenant, key, config, size):
+                return "pool"
+            golden = f"gateway-golden-{key}" if key else ""
+            if golden and await self._golden_is_ready(golden):
+                await self._make(
+                    tenant, {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}, config, size, start=True
+                )
+                return "golden"
+            await self._make(
+                tenant, {"type": "image", "alias": self._settings.image}, config, size, start=True
+            )
+        except NotFound as error:
+            raise Unavailable(
+                f"the base image {self._settings.image} or the profile {self._settings.profile} is missing; "
+                "run incus-gateway setup and incus-gateway image build",
+                reason="no_image",
+            ) from error
+        return "image"
+
+    async def _claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
+        """Make an instance of the pool the tenant; say whether there was one."""
+        async with self._claiming:
+            members = [entry["name"] for entry in await self._ours("pool") if entry["config"].get(KEY) == key]
+            if not members:
+                return False
+            member = members[0]
+            change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
+            if "disk" in size:
+                root = (await self._profile())["devices"]["root"]
+                instance = await self._instance(member)
+                change["devices"] = {**instance["devices"], "root": {**root, "size": size["disk"]}}
+            with translated(tenant):
+                # marked first: from now on it belongs to the deployment, whatever it is called
+                await self._operate("PATCH", instance_path(member), change)
+        with translated(tenant):
+            await self._operate("POST", instance_path(member), {"name": tenant})
+            await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
+        return True
+
+    async def _make(
+        self,
+        name: str,
+        source: Mapping[str, str],
+        config: Mapping[str, str],
+        size: Mapping[str, str],
+        *,
+        start: bool,
+    ) -> None:
+        """Create an instance with an address of its own. Raises `Conflict` where the name is taken."""
+        devices = (await self._profile())["devices"]
+        own = {"root": {**devices["root"], "size": size["disk"]}} if "disk" in size else {}
+        for attempt in range(_TRIES):
+            nic = {**devices["eth0"], "ipv4.address": await self._free_address()}
+            body = {
+                "name": name,
+                "type": "container",
+                "source": source,
+                "profiles": [self._settings.profile],
+                "config": dict(config),
+                "devices": {**own, "eth0": nic},
+                "start": start,
+            }
+            try:
+                with translated(name):
+                    try:
+                        await self._operate("POST", "/1.0/instances", body)
+                    except IncusError as error:
+                        # another gateway took that address in between
+                        if "IP address" in error.message and attempt < _TRIES - 1:
+                            continue
+                        raise
+                return
+            except GatewayError:
+                raise
+        raise Unavailable(f"no address is free on {self._settings.network}")
+
+    async def _free_address(self) -> str:
+        settings = self._settings
+        bridge = IPv4Interface(settings.network_ipv4)
+        with translated(""):
+            instances = await self._incus.get("/1.0/instances", recursion="1")
+            leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
+        taken = {str(bridge.ip)} | {str(lease["address"]) for lease in leases}
+        for instance in instances:
+            taken |= {
+                device["ipv4.address"] for device in instance["devices"].values() if "ipv4.address" in device
+            }
+        first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
+        if len(taken) >= count:
+            raise Unavailable(
+                f"every address of {settings.network_ipv4} is taken; destroy tenants, or choose a larger "
+                "GATEWAY_NETWORK_IPV4",
+                reason="quota",
+            )
+        while True:
+            # at random: of two gateways that ask at the same time each gets another
+            address = str(type(bridge.ip)(first + random.randrange(count)))  # noqa: S311 - no secret
+            if address not in taken:
+                return address
+
+    async def remove(self, deployment: str) -> None:
+        for instance in await self._instances():
+            if instance["config"].get(DEPLOYMENT) == deployment:
+                await self._destroy(instance["name"])
+
+    async def _destroy(self, name: str) -> None:
+        """Destroy an instance in whatever state it is; one that is still being made is waited for."""
+        async with asyncio.timeout(self._settings.lifecycle_timeout):
+            while True:
+                try:
+                    with translated(name):
+                        instance = await self._instance(name)
+                        if instance["status"] != "Stopped":
+                            body = {"action": "stop", "timeout": -1, "force": True}
+                            await self._operate("PUT", instance_path(name, "state"), body)
+                        await self._operate("DELETE", instance_path(name))
+                    return
+                except NotFound:
+                    return
+                except (Conflict, Unavailable) as error:
+                    log.info("%s cannot be removed yet: %s", name, error.message)
+                    await asyncio.sleep(0.2)  # Incus has no word for "when it is no longer busy"
+
+    async def listed(self) -> Sequence[Site]:
+        sites = []
+        with translated(""):
+            instances = await self._incus.get("/1.0/instances", recursion="2")
+        for instance in instances:
+            config = instance.get("expanded_config") or {}
+            domain = config.get(DOMAIN)
+            if not domain or config.get(MANAGED) != "true":
+                continue
+            port = config.get(PORT, "")
+            sites.append(
+                Site(
+                    tenant=instance["name"],
+                    domain=domain,
+                    running=instance["status"] == "Running",
+                    exposure=_exposure(instance, int(port)) if port.isdigit() else None,
+                    deployment=config.get(DEPLOYMENT) or None,
+                )
+            )
+        return sites
+
+    # --- the site in its container ------------------------------------------------------------------
+
+    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
+        if side == "next":
+            await self._root(tenant, _STAGE, *self._places(), str(self._settings.workspace_uid))
+        uid = str(self._settings.workspace_uid)
+        await self._root(tenant, _UNPACK, self._folder(side), uid, given=recipe.archive)
+        if env is not None:
+            # by standard input: it may hold secrets, and a command line shows on the host
+            text = environment_file(env).encode()
+            await self._root(tenant, 'umask 077; cat >"$1"', _environment(side), given=text)
+
+    async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        if not recipe.install:
+            return
+        await self.reachable(tenant)
+        for left in reversed(range(_INSTALLS)):
+            try:
+                await self._install(tenant, side, recipe, say)
+                return
+            except ExecFailed as error:
+                # registries and name servers fail now and then; what was fetched is kept
+                if not left or "exit_code" not in error.facts:
+                    raise
+                say(f"the install command ended with {error.facts['exit_code']}, trying again")
+
+    async def _install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        process = await self._commands.exec(
+            tenant, ExecSpec(recipe.install, cwd=self._folder(side), env={"CI": "1"}, merged=True)
+        )
+        try:
+            async with asyncio.timeout(self._settings.install_timeout):
+                tail = await lines(process, say)
+                exit_ = await process.wait()
+        except BaseException as error:
+            await asyncio.shield(process.kill(0))
+            if isinstance(error, TimeoutError):
+                raise ExecFailed(
+                    f"the install command did not end within {self._settings.install_timeout:.0f} s; "
+                    "GATEWAY_INSTALL_TIMEOUT allows more",
+                    reason="install_failed",
+                ) from error
+            raise
+        finally:
+            await process.aclose()
+        if exit_.code != 0:
+            raise ExecFailed(
+                f"the install command {' '.join(recipe.install)} ended with {exit_.code}: {tail[-1000:]}",
+                reason="install_failed",
+                exit_code=exit_.code,
+            )
+
+    async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
+        name = "site.service" if side == "live" else "site-next.service"
+        folder = "/etc/systemd/system" if side == "live" else "/run/systemd/system"
+        if side == "next":
+            await self._make_room(tenant)
+        unit = self._unit(recipe, side).encode()
+        await self._root(tenant, _START, f"{folder}/{name}", side, name, given=unit)
+
+    async def restart(self, tenant: str) -> None:
+        await self._root(tenant, "exec systemctl restart site.service")
+
+    async def settle(self, tenant: str, recipe: Recipe) -> None:
+        await self._root(tenant, _SETTLE, *self._places(), given=self._unit(recipe, "live").encode())
+
+    async def unsettle(self, tenant: str) -> None:
+        await self._root(tenant, _UNSETTLE, *self._places())
+
+    async def clear(self, tenant: str) -> None:
+        await self._root(tenant, _CLEAR, *self._places())
+        instance = await self._instance(tenant)
+        before = instance["config"].get(MEMORY)
+        devices = {name: device for name, device in instance["devices"].items() if name != "site-next"}
+        if before is not None or len(devices) < len(instance["devices"]):
+            config = {**instance["config"]}
+            if before is not None:
+                config.pop(MEMORY)
+                config.pop("limits.memory", None)
+                if before != "-":
+                    config["limits.memory"] = before
+            await self._replace(tenant, instance, config, devices)
+
+    async def _make_room(self, tenant: str) -> None:
+        """Double the memory while two sites run side by side."""
+        instance = await self._instance(tenant)
+        if MEMORY in instance["config"]:
+            return
+        limit = instance["expanded_config"].get("limits.memory", "")
+        number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
+        if number.isdigit():
+            change = {
+                MEMORY: instance["config"].get("limits.memory", "-"),
+                "limits.memory": f"{int(number) * 2}{unit}",
+            }
+            with translated(tenant):
+                await self._operate("PATCH", instance_path(tenant), {"config": change})
+
+    async def _replace(
+        self, name: str, instance: Mapping[str, Any], config: Mapping[str, str], devices: Mapping[str, Any]
+    ) -> None:
+        kept = {key: instance[key] for key in ("architecture", "description", "ephemeral", "profiles")}
+        with translated(name):
+            await self._operate("PUT", instance_path(name), {**kept, "config": config, "devices": devices})
+
+    async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
+        device = "site" if side == "live" else "site-next"
+        if self._settings.expose != "address":
+            await self._add_proxy(tenant, device, recipe.listens(side))
+        found = _exposure(await self._instance(tenant), recipe.listens(side), device)
+        if found is None:
+            raise Unavailable(f"tenant {tenant} has no address on {self._settings.network}")
+        return found
+
+    async def _add_proxy(self, tenant: str, device: str, port: int) -> None:
+        """Give a site a port or a socket of this host.
+
+        Incus adds a device to a running instance only if its listener can be had: so of two gateways that
+        choose the same port one fails, and chooses again.
+        """
+        connect = f"tcp:127.0.0.1:{port}"
+        first, _, last = self._settings.expose_ports.partition("-")
+        for attempt in range(_TRIES):
+            instances = await self._instances()
+            proxies = {
+                (instance["name"], name): entry
+                for instance in instances
+                for name, entry in instance["devices"].items()
+                if entry.get("type") == "proxy"
+            }
+            there = proxies.get((tenant, device))
+            if there is not None and there["connect"] == connect:
+                return
+            taken = {entry["listen"].rpartition(":")[2] for entry in proxies.values()}
+            if self._settings.expose == "socket":
+                folder = self._settings.state_dir.absolute() / "caddy" / "sockets"
+                name = tenant if device == "site" else f"{tenant}.next"
+                listen = {"listen": f"unix:{folder}/{name}.sock", "mode": "0666"}
+            else:
+                free = [number for number in range(int(first), int(last) + 1) if str(number) not in taken]
+                if not free:
+                    raise Unavailable(
+                        f"every port of {self._settings.expose_ports} is taken; set GATEWAY_EXPOSE_PORTS",
+                        reason="port_taken",
+                    )
+                listen = {"listen": f"tcp:127.0.0.1:{random.choice(free)}"}  # noqa: S311 - no secret
+            proxy = {"type": "proxy", "connect": connect, **listen}
+            try:
+                await self._operate("PATCH", instance_path(tenant), {"devices": {device: proxy}})
+                return
+            except IncusError as error:
+                if "in use" in error.message and attempt < _TRIES - 1:
+                    continue
+                with translated(tenant):
+                    raise
+
+    async def finish(self, tenant: str, order: Order) -> None:
+        config = {DOMAIN: order.domain, PORT: str(order.recipe.port), DEPLOYMENT: ""}
+        with translated(tenant):
+            await self._operate("PATCH", instance_path(tenant), {"config": config})
+
+    async def log(self, tenant: str, side: Side) -> str:
+        unit = "site.service" if side == "live" else "site-next.service"
+        try:
+            return await self._root(tenant, f"journalctl --unit={unit} --lines=20 --output=cat --no-pager")
+        except GatewayError:
+            return ""
+
+    def _places(self) -> tuple[str, str, str]:
+        return self._settings.workspace, self._next, self._note
+
+    def _folder(self, side: Side) -> str:
+        return self._settings.workspace if side == "live" else self._next
+
+    def _unit(self, recipe: Recipe, side: Side) -> str:
+        workspace = self._settings.workspace
+        # the next site sees its folder where the live one's is: absolute paths stay true when it becomes that
+        more = f"BindPaths={self._next}:{workspace}\n" if side == "next" else ""
+        return _UNIT.format(
+            user=self._settings.workspace_user,
+            workspace=workspace,
+            port=recipe.listens(side),
+            environment=_environment(side)
+            if side == "live"
+            else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
+            command=unit_words(("/usr/bin/env", *recipe.start)),
+            more=more,
+        )
+
+    async def _root(self, name: str, script: str, *words: str, given: bytes = b"") -> str:
+        """Run a script as the container's root and return what it printed. Raises `ExecFailed`."""
+        spec = ExecSpec(
+            ("/bin/sh", "-c", script, "sh", *words), cwd="/", user="root", stdin=True, merged=True
+        )
+        process = await self._commands.exec(name, spec)
+        try:
+            async with asyncio.timeout(self._settings.install_timeout):
+                feeding = asyncio.create_task(_feed(process, given))
+                try:
+                    said = await lines(process, lambda line: None)
+                finally:
+                    feeding.cancel()
+                    await asyncio.gather(feeding, return_exceptions=True)
+                exit_ = await process.wait()
+        except BaseException:
+            await asyncio.shield(process.kill(0))
+            raise
+        finally:
+            await process.aclose()
+        if exit_.code != 0:
+            lowered = said.lower()
+            if "no space left" in lowered or "quota exceeded" in lowered:
+                raise Unavailable(
+                    f"the disk of tenant {name} is full; deploy it in a larger size, or remove files",
+                    reason="disk_full",
+                )
+            raise ExecFailed(f"preparing tenant {name} failed: {said.strip()[-500:]}", reason="script_failed")
+        return said
+
+    # --- what is ready before it is asked for -------------------------------------------------------
+
+    def prepare(self, recipe: Recipe) -> None:
+        key = recipe.key
+        if not key or not self._settings.golden or key in self._preparing:
+            return
+        task = asyncio.create_task(self._prepare(recipe), name=f"prepare {key}")
+        self._preparing[key] = task
+        task.add_done_callback(lambda _: self._preparing.pop(key, None))
+
+    async def _prepare(self, recipe: Recipe) -> None:
+        try:
+            key = await self._key(recipe)
+            golden = f"gateway-golden-{key}"
+            if not await self._golden_is_ready(golden):
+                await self._make_golden(golden, key, recipe)
+            for _ in range(self._settings.warm_pool):
+                members = [e for e in await self._ours("pool") if e["config"].get(KEY) == key]
+                if len(members) >= self._settings.warm_pool:
+                    return
+                name = f"gateway-pool-{secrets.token_hex(6)}"
+                source = {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}
+                await self._make(name, source, self._marks("pool", key), {}, start=False)
+        except (GatewayError, TimeoutError) as error:
+            # only time is lost: the next tenant is made from the image
+            log.warning("a template could not be made ready: %s", error)
+
+    async def _make_golden(self, name: str, key: str, recipe: Recipe) -> None:
+        await self._destroy(name)  # one that was not finished
+        try:
+            source = {"type": "image", "alias": self._settings.image}
+            await self._make(name, source, self._marks("golden", key), {}, start=True)
+            await self.push(name, "live", recipe, None)
+            await self.reachable(name)
+            await self.install(name, "live", recipe, lambda line: None)
+            await self.start(name, "live", recipe)
+            await self._warm(name, recipe)
+            await self._root(name, _SEAL)
+            with translated(name):
+                body = {"action": "stop", "timeout": -1, "force": True}
+                await self._operate("PUT", instance_path(name, "state"), body)
+                await self._operate("POST", instance_path(name, "snapshots"), {"name": _SNAPSHOT})
+        except BaseException:
+            await asyncio.shield(self._destroy(name))
+            raise
+
+    async def _warm(self, name: str, recipe: Recipe) -> None:
+        """Wait until the site answers, and have it do its first work."""
+        found = _exposure(await self._instance(name), recipe.port)
+        assert found is not None
+        await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
+        for path in recipe.warm:
+            with contextlib.suppress(OSError, ValueError, TimeoutError):
+                await ask(found.address, found.port, path)
+
+    async def reachable(self, name: str) -> None:
+        """Return once the container's network is up."""
+        instance = await self._instance(name)
+        found = _exposure(instance, 9)
+        if found is not None:
+            await network_up(found.address, self._settings.verify_timeout)
+
+    async def _golden_is_ready(self, name: str) -> bool:
+        try:
+            with translated(name):
+                await self._incus.get(instance_path(name, "snapshots", _SNAPSHOT))
+        except NotFound:
+            return False
+        return True
+
+    async def _key(self, recipe: Recipe) -> str:
+        """Name what a recipe becomes on the present image; empty where it must not be shared."""
+        if not recipe.key or not self._settings.golden:
+            return ""
+        with translated(""):
+            alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
+        facts = f"{recipe.key} {alias['target']} {self._owner} {self._unit(recipe, 'live')}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def _marks(self, role: str, key: str) -> dict[str, str]:
+        return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
+
+    async def _ours(self, role: str) -> list[dict[str, Any]]:
+        return [
+            instance
+            for instance in await self._instances()
+            if instance["config"].get(ROLE) == role and instance["config"].get(OWNER) == self._owner
+        ]
+
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
+        keys = {await self._key(recipe) for recipe in recipes if recipe.key}
+        for instance in [*await self._ours("golden"), *await self._ours("pool")]:
+            name, key = instance["name"], instance["config"].get(KEY)
+            whole = instance["config"][ROLE] == "pool" or await self._golden_is_ready(name)
+            if key not in keys or not whole or instance["status"] != "Stopped":
+                await self._destroy(name)
+
+    async def _drain(self) -> None:
+        for instance in await self._ours("pool"):
+            await self._destroy(instance["name"])
+
+    # --- Incus --------------------------------------------------------------------------------------
+
+    async def _instances(self) -> list[dict[str, Any]]:
+        with translated(""):
+            found: list[dict[str, Any]] = await self._incus.get("/1.0/instances", recursion="1")
+        return found
+
+    async def _instance(self, name: str) -> dict[str, Any]:
+        with translated(name):
+            found: dict[str, Any] = await self._incus.get(instance_path(name), recursion="1")
+        return found
+
+    async def _profile(self) -> dict[str, Any]:
+        with translated(""):
+            found: dict[str, Any] = await self._incus.get(f"/1.0/profiles/{self._settings.profile}")
+        return found
+
+    async def _init_pid(self, name: str) -> int:
+        return int((await self._instance(name))["state"].get("pid") or 0)
+
+    async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
+        await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
+
+
+def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> Exposure | None:
+    """Return where an instance's site answers: through the proxy device where it has one, else directly."""
+    address = next(
+        (
+            str(nic["ipv4.address"])
+            for nic in instance["expanded_devices"].values()
+            if nic.get("type") == "nic" and nic.get("ipv4.address")
+        ),
+        None,
+    )
+    if address is None:
+        return None
+    listen = (instance["expanded_devices"].get(device) or {}).get("listen", "")
+    if listen.startswith("unix:"):
+        return Exposure(address, port, listen.rpartition("/")[2])
+    if listen.startswith("tcp:"):
+        return Exposure(address, port, listen.removeprefix("tcp:"))
+    return Exposure(address, port, f"{address}:{port}")
+
+
+def _environment(side: Side) -> str:
+    return "/etc/site.env" if side == "live" else "/etc/site-next.env"
+
+
+def environment_file(env: Mapping[str, str]) -> str:
+    """Write variables as systemd's EnvironmentFile wants them (systemd.exec(5)): quoted, one a line."""
+    lines = []
+    for name, value in env.items():
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
+        lines.append(f'{name}="{escaped}"\n')
+    return "".join(lines)
+
+
+def unit_words(argv: Sequence[str]) -> str:
+    """Write a command as ExecStart= takes it (systemd.service(5)): quoted, nothing of it expanded."""
+    words = []
+    for word in argv:
+        escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+        words.append('"' + escaped.replace("\n", "\\n") + '"')
+    return " ".join(words)
+
+
+async def _feed(process: Process, data: bytes) -> None:
+    view = memoryview(data)
+    for start in range(0, len(view), 1 << 18):
+        await process.write(bytes(view[start : start + (1 << 18)]))
+    await process.close_stdin()

@@ -1,0 +1,269 @@
+"""Makes sites of the `local` runtime: a folder each, and a process on loopback that is started again.
+
+Which port a site has is in its tenant's folder; its process ends with the gateway and comes again with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import shutil
+import socket
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import ExecFailed, GatewayError, NotFound
+from gateway.runtime import ExecSpec, Process
+from gateway.runtime.local import LocalRuntime
+from gateway.runtime.sites import Exposure, Order, Recipe, Say, Side, Site, Source, lines
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_TAIL: Final = 4000
+_PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in its systemd unit
+
+
+class LocalSites:
+    """The sites of the local runtime; see `gateway.runtime.sites.Sites`. No size is enforced here."""
+
+    def __init__(self, settings: Settings, runtime: LocalRuntime) -> None:
+        self._settings, self._runtime = settings, runtime
+        self._home = settings.state_dir / "tenants"
+        self._services: dict[tuple[str, Side], _Service] = {}
+
+    async def __aenter__(self) -> LocalSites:
+        for site in await self.listed():
+            kept = self._kept(site.tenant)
+            if "start" in kept and site.deployment is None:
+                recipe = Recipe(b"", tuple(kept["start"]), int(kept["port"]))
+                await self.start(site.tenant, "live", recipe)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for key in list(self._services):
+            await self._stop(*key)
+
+    async def create(self, tenant: str, order: Order) -> Source:
+        await self._runtime.create(tenant, domain=order.domain)
+        self._keep(tenant, deployment=order.deployment)
+        return "folder"
+
+    async def remove(self, deployment: str) -> None:
+        for tenant in await self._runtime.list():
+            if self._kept(tenant.name).get("deployment") == deployment:
+                await self._stop(tenant.name, "live")
+                await self._runtime.destroy(tenant.name)
+
+    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
+        folder = self._folder(tenant, side)
+
+        def lay() -> None:
+            if side == "next":
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(self._folder(tenant, "live"), folder, symlinks=True)
+            with tarfile.open(fileobj=io.BytesIO(recipe.archive)) as tar:
+                tar.extractall(folder, filter="data")
+
+        await asyncio.to_thread(lay)
+        if env is not None:
+            self._keep(tenant, **{f"env_{side}": dict(env)})
+
+    async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        if not recipe.install:
+            return
+        spec = ExecSpec(recipe.install, cwd=str(self._folder(tenant, side)), env={"CI": "1"}, merged=True)
+        process = await self._runtime.exec(tenant, spec)
+        try:
+            async with asyncio.timeout(self._settings.install_timeout):
+                said = await lines(process, say)
+                exit_ = await process.wait()
+        except BaseException:
+            await asyncio.shield(process.kill(0))
+            raise
+        if exit_.code != 0:
+            raise ExecFailed(
+                f"the install command ended with {exit_.code}: {said[-1000:]}", reason="install_failed"
+            )
+
+    async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
+        await self._stop(tenant, side)
+        env = self._kept(tenant).get(f"env_{side}") or self._kept(tenant).get("env_live") or {}
+        port = _free_port()
+        told = {**env, "PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
+        spec = ExecSpec(recipe.start, cwd=str(self._folder(tenant, side)), env=told, merged=True)
+        service = _Service(self._runtime, tenant, spec, port)
+        await service.start()
+        self._services[tenant, side] = service
+        if side == "live":
+            self._keep(tenant, start=list(recipe.start), port=recipe.port)
+
+    async def restart(self, tenant: str) -> None:
+        service = self._services.get((tenant, "live"))
+        if service is None:
+            raise NotFound(f"tenant {tenant} has no site")
+        await service.stop()
+        await service.start()
+
+    async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
+        service = self._services.get((tenant, side))
+        if service is None:
+            raise NotFound(f"the site of {tenant} does not run")
+        return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
+
+    async def settle(self, tenant: str, recipe: Recipe) -> None:
+        live, next_, old = self._folder(tenant, "live"), self._folder(tenant, "next"), self._old(tenant)
+        if next_.exists() and not old.exists():
+            live.rename(old)
+        if next_.exists() and not live.exists():
+            next_.rename(live)
+        kept = self._kept(tenant)
+        if "env_next" in kept:
+            self._keep(tenant, env_old=kept.get("env_live"), env_live=kept.pop("env_next"))
+        self._keep(tenant, start_old=kept.get("start"), port_old=kept.get("port"))
+        await self.start(tenant, "live", recipe)
+
+    async def unsettle(self, tenant: str) -> None:
+        live, next_, old = self._folder(tenant, "live"), self._folder(tenant, "next"), self._old(tenant)
+        if not old.exists():
+            return
+        if live.exists():
+            shutil.rmtree(next_, ignore_errors=True)
+            live.rename(next_)
+        old.rename(live)
+        kept = self._kept(tenant)
+        if "env_old" in kept:
+            self._keep(tenant, env_live=kept["env_old"])
+        if kept.get("start_old"):
+            await self.start(tenant, "live", Recipe(b"", tuple(kept["start_old"]), int(kept["port_old"])))
+        else:
+            await self._stop(tenant, "live")
+
+    async def clear(self, tenant: str) -> None:
+        await self._stop(tenant, "next")
+        for folder in (self._folder(tenant, "next"), self._old(tenant)):
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        with contextlib.suppress(NotFound):
+            self._keep(tenant, env_next=None, env_old=None, start_old=None, port_old=None)
+
+    async def finish(self, tenant: str, order: Order) -> None:
+        self._keep(tenant, deployment=None, domain=order.domain)
+
+    async def log(self, tenant: str, side: Side) -> str:
+        service = self._services.get((tenant, side))
+        return "" if service is None else service.said
+
+    async def listed(self) -> Sequence[Site]:
+        sites = []
+        for tenant in await self._runtime.list():
+            if tenant.domain is None:
+                continue
+            service = self._services.get((tenant.name, "live"))
+            exposure = None
+            if service is not None:
+                exposure = Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
+            sites.append(
+                Site(
+                    tenant.name,
+                    tenant.domain,
+                    tenant.status == "running",
+                    exposure,
+                    self._kept(tenant.name).get("deployment"),
+                )
+            )
+        return sites
+
+    def prepare(self, recipe: Recipe) -> None:
+        return  # a folder is made as fast as it could be prepared
+
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        return
+
+    async def _stop(self, tenant: str, side: Side) -> None:
+        service = self._services.pop((tenant, side), None)
+        if service is not None:
+            await service.stop()
+
+    def _folder(self, tenant: str, side: Side) -> Path:
+        live = self._home / tenant / "root" / self._settings.workspace.lstrip("/")
+        return (live if side == "live" else live.with_name(f".{live.name}-next")).absolute()
+
+    def _old(self, tenant: str) -> Path:
+        live = self._folder(tenant, "live")
+        return live.with_name(f".{live.name}-old")
+
+    def _kept(self, tenant: str) -> dict[str, Any]:
+        try:
+            kept: dict[str, Any] = orjson.loads((self._home / tenant / "site.json").read_bytes())
+        except OSError:
+            return {}
+        return kept
+
+    def _keep(self, tenant: str, **facts: Any) -> None:
+        if "domain" in facts:
+            self._runtime.set_domain(tenant, facts.pop("domain"))
+        kept = {name: value for name, value in {**self._kept(tenant), **facts}.items() if value is not None}
+        path = self._home / tenant / "site.json"
+        if not path.parent.is_dir():
+            raise NotFound(f"no tenant {tenant}")
+        new = path.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_bytes(orjson.dumps(kept))
+        new.replace(path)
+
+
+class _Service:
+    """A site's process, started again whenever it ends."""
+
+    def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
+        self.port = port
+        self.said = ""
+        self._runtime, self._tenant, self._spec = runtime, tenant, spec
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start it; raises `ExecFailed` where it cannot be started at all."""
+        process = await self._runtime.exec(self._tenant, self._spec)
+        self._task = asyncio.create_task(self._keep(process), name=f"site of {self._tenant}")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self, process: Process) -> None:
+        while True:
+            try:
+                await lines(process, self._say)
+                await process.wait()
+            except asyncio.CancelledError:
+                await asyncio.shield(process.kill(1.0))
+                raise
+            while True:
+                await asyncio.sleep(_PAUSE)
+                try:
+                    process = await self._runtime.exec(self._tenant, self._spec)
+                    break
+                except NotFound:
+                    return
+                except GatewayError as error:
+                    log.info("the site of %s cannot be started: %s", self._tenant, error.message)
+
+    def _say(self, line: str) -> None:
+        self.said = (self.said + line + "\n")[-_TAIL:]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,0 +1,169 @@
+"""The seam between deployments and where sites run: what turns a tenant into a site that answers.
+
+A tenant has one site. Beside the one that is `live`, a redeploy builds the `next` one in a folder of its own
+and starts it on a port of its own, so that the live one serves until the next one has been seen to work.
+Every call that undoes is idempotent: after a crash it is not known how far its counterpart came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Literal, Protocol
+
+from gateway.runtime import Process
+
+_TAIL: Final = 4000  # bytes of a command's output that an error tells
+
+Side = Literal["live", "next"]
+Source = Literal["pool", "golden", "image", "folder"]
+Say = Callable[[str], None]
+"""Takes one line that a command printed."""
+
+SIZES: Final[Mapping[str, Mapping[str, str]]] = {
+    "small": {},  # what the tenants' profile says
+    "medium": {"cpu": "2", "memory": "1GiB", "disk": "8GiB"},
+    "large": {"cpu": "4", "memory": "2GiB", "disk": "16GiB"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a site is made of. `archive` is a tar of the workspace that holds nothing but plain entries.
+
+    `key` names what may be prepared ahead and shared between tenants; empty where nothing may be. `warm` are
+    paths that are asked for while it is prepared, so that a dev server has done its first work.
+    """
+
+    archive: bytes
+    start: tuple[str, ...]
+    port: int
+    health: str = "/"
+    install: tuple[str, ...] = ()
+    warm: tuple[str, ...] = ()
+    key: str = ""
+
+    def listens(self, side: Side) -> int:
+        """Return the port of a side: it is told to the site as PORT."""
+        if side == "live":
+            return self.port
+        return self.port + 10_000 if self.port < 50_000 else self.port - 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a deployment asks of a new tenant. `deployment` marks it until the site works."""
+
+    deployment: str
+    domain: str
+    recipe: Recipe
+    size: str = "small"
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """Where a site answers: for the gateway's own probes, and `target` as a route of Caddy."""
+
+    address: str
+    port: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet."""
+
+    tenant: str
+    domain: str
+    running: bool
+    exposure: Exposure | None
+    deployment: str | None = None
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sites(Protocol):
+    """The sites of one runtime. Use as an async context manager."""
+
+    async def __aenter__(self) -> Sites: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def create(self, tenant: str, order: Order) -> Source:
+        """Make and start a tenant, from what is ready; say from what. Raises `Conflict`, `Unavailable`.
+
+        From `pool` or `golden` it comes with the recipe's files, installed and started.
+        """
+        ...
+
+    async def remove(self, deployment: str) -> None:
+        """Destroy whatever carries the mark of a deployment."""
+        ...
+
+    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
+        """Lay the recipe's files over the workspace, `next` over a copy of it; keep its environment."""
+        ...
+
+    async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        """Run the recipe's install command; it is ended as a whole tree where this is cancelled."""
+        ...
+
+    async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
+        """Start, or start again, the site's service."""
+        ...
+
+    async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
+        """Make a side reachable, and say where."""
+        ...
+
+    async def settle(self, tenant: str, recipe: Recipe) -> None:
+        """Make the next site's files the live ones and start them; the next service runs on. Idempotent."""
+        ...
+
+    async def unsettle(self, tenant: str) -> None:
+        """Undo `settle`."""
+        ...
+
+    async def clear(self, tenant: str) -> None:
+        """Remove everything of the next side, and what `settle` kept. Idempotent."""
+        ...
+
+    async def finish(self, tenant: str, order: Order) -> None:
+        """Record that the site works: domain, port, and no deployment any more."""
+        ...
+
+    async def log(self, tenant: str, side: Side) -> str:
+        """Return the last lines of a side's service; empty where they cannot be had."""
+        ...
+
+    async def listed(self) -> Sequence[Site]:
+        """Return every tenant with a domain, also those that are just being made."""
+        ...
+
+    def prepare(self, recipe: Recipe) -> None:
+        """Get ready for more tenants of a recipe, in the background."""
+        ...
+
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
+        ...
+
+    async def restart(self, tenant: str) -> None:
+        """Start the live site's service again."""
+        ...
+
+
+async def lines(process: Process, say: Say) -> str:
+    """Pass each line of a merged command's output on; return the end of it all."""
+    tail, rest = b"", b""
+    while chunk := await process.read("stdout"):
+        tail = (tail + chunk)[-_TAIL:]
+        *whole, rest = (rest + chunk).split(b"\n")
+        rest = rest[-_TAIL:]
+        for line in whole:
+            say(line.decode("utf-8", "replace"))
+    if rest:
+        say(rest.decode("utf-8", "replace"))
+    return tail.decode("utf-8", "replace")

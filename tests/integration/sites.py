@@ -1,0 +1,196 @@
+"""A gateway with a Caddy of its own, and deployments as a client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from gateway.caddy import Caddy
+from gateway.settings import Settings
+from tests.integration import environment
+from tests.live import LiveGateway
+
+ENDED = ("succeeded", "rolledback")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass
+class RealCaddy:
+    """A Caddy process with the configuration of one gateway."""
+
+    settings: Settings
+    process: asyncio.subprocess.Process | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.state_dir / "caddy"
+
+    async def start(self) -> None:
+        async with Caddy(self.settings) as caddy:
+            main = caddy.write()
+        with (self.folder / "log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *("caddy", "run", "--config", str(main), "--adapter", "caddyfile"), stdout=log, stderr=log
+            )
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.settings.caddy_ask)
+                    writer.close()
+                    return
+                assert self.process.returncode is None, (self.folder / "log").read_text()
+                await asyncio.sleep(0.02)  # nothing to wait on but the port itself
+
+    async def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(number)
+            await self.process.wait()
+
+
+class Hosting:
+    """One gateway with its Caddy, and what a client asks of them."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        self.settings = settings
+        self.caddy = RealCaddy(settings)
+        variables = environment.variables(settings)
+        del variables["GATEWAY_LISTEN"]
+        self.gateway = LiveGateway(variables, log)
+
+    @property
+    def url(self) -> str:
+        return self.gateway.url
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, tenants: tuple[str, ...] = ("*",), **headers: str
+    ) -> tuple[int, Any, Mapping[str, str]]:
+        """Ask the gateway; return status, JSON and headers."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with (
+            self.gateway.http(*tenants) as session,
+            session.request(method, path, json=body, headers=headers) as answer,
+        ):
+            text = await answer.read()
+            return answer.status, json.loads(text) if text else None, dict(answer.headers)
+
+    async def deploy(self, domain: str, template: Any = "static", **more: Any) -> dict[str, Any]:
+        """Deploy and return the record once it has ended."""
+        status, begun, _ = await self.call(
+            "POST", "/v1/deployments", {"domain": domain, "template": template, **more}
+        )
+        assert status == 202, begun
+        return await self.ended(begun["id"])
+
+    async def ended(self, deployment: str, deadline: float = 100) -> dict[str, Any]:
+        async with asyncio.timeout(deadline):
+            while True:
+                _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
+                if record["state"] in ENDED:
+                    return dict(record)
+                await asyncio.sleep(0.05)
+
+    async def reached(self, deployment: str, phase: str, state: str = "running") -> None:
+        """Return once a phase of a deployment is in a state, or past it."""
+        order = ("waiting", "running", "done")
+        async with asyncio.timeout(60):
+            while True:
+                _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
+                found = next(entry for entry in record["phases"] if entry["name"] == phase)["state"]
+                if found in order and order.index(found) >= order.index(state):
+                    return
+                assert record["state"] not in ENDED, record
+                await asyncio.sleep(0.01)
+
+    async def visit(self, domain: str, path: str = "/", *, https: bool = False) -> tuple[int, str]:
+        """Ask a site through Caddy, as a browser would."""
+        port = self.settings.caddy_https if https else self.settings.caddy_ask
+        scheme = "https" if https else "http"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(
+                f"{scheme}://127.0.0.1:{port}{path}",
+                headers={"Host": domain},
+                server_hostname=domain if https else None,
+                ssl=not https,
+            ) as answer,
+        ):
+            return answer.status, await answer.text()
+
+    def leavings(self) -> dict[str, Any]:
+        """Return everything that a deployment may have made, but for what is kept ready for the next."""
+        listed = environment.instances()
+        caddy = self.settings.state_dir / "caddy"
+        return {
+            "instances": {
+                entry["name"]: [entry["status"], entry["config"], sorted(entry["devices"])]
+                for entry in (_without_volatile(entry) for entry in listed)
+                if entry["config"].get("user.gateway.role") not in ("pool", "golden")
+            },
+            "routes": sorted((e.name, e.readlink().name) for e in (caddy / "routes").iterdir()),
+            "sockets": sorted(e.name for e in (caddy / "sockets").iterdir()),
+            "files": sorted(e.name for e in caddy.iterdir() if e.name.startswith(".")),
+        }
+
+
+def _without_volatile(entry: dict[str, Any]) -> dict[str, Any]:
+    config = {key: value for key, value in entry["config"].items() if not key.startswith("volatile.")}
+    return {**entry, "config": config}
+
+
+def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
+    """Return settings of a gateway with a Caddy on free ports."""
+    http, https, ask = free_ports(3)
+    # a unix socket's path has 107 bytes at most
+    admin = Path(tempfile.mkdtemp(prefix="gw-caddy-")) / "admin.sock"
+    fields: dict[str, Any] = {
+        "state_dir": state,
+        "caddy_admin": str(admin),
+        "caddy_http": http,
+        "caddy_https": https,
+        "caddy_ask": ask,
+        "caddy_issuer": "internal",
+        "warm_pool": 0,
+        "golden": False,
+        "verify_timeout": 30.0,
+    }
+    return environment.settings(**(fields | changes))
+
+
+@contextlib.asynccontextmanager
+async def hosting(
+    base: Settings, state: Path, *, caddy: bool = True, start: bool = True, **changes: Any
+) -> AsyncIterator[Hosting]:
+    """Give a running gateway with its Caddy; what it left of tenants is destroyed at the end."""
+    host = Hosting(settings_for(base, state, **changes), state.with_suffix(".log"))
+    state.mkdir(exist_ok=True)
+    before = {entry["name"] for entry in environment.instances()}
+    if caddy:
+        await host.caddy.start()
+    try:
+        if start:
+            await host.gateway.start()
+        yield host
+    finally:
+        if host.gateway.process is not None:
+            await host.gateway.stop()
+        await host.caddy.stop()
+        for entry in environment.instances():
+            if entry["name"] not in before and entry["config"].get(environment.OWNER) is None:
+                environment.incus("delete", "--force", entry["name"], check=False)

@@ -1,0 +1,83 @@
+"""From a domain to a site that answers through real Caddy, on real containers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from gateway.settings import Settings
+from tests.contracts.gateway import sse
+from tests.integration import environment
+from tests.integration.sites import Hosting, hosting
+
+PHASES = ["validate", "create", "push", "install", "start", "expose", "route", "verify"]
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    async with hosting(incus_settings, tmp_path_factory.mktemp("deployments") / "state") as host:
+        yield host
+
+
+async def test_a_domain_becomes_a_site_that_answers_and_events_tell_how(host: Hosting) -> None:
+    """One POST ends in a site by HTTP and HTTPS; every phase is told, in order and timed."""
+    async with host.gateway.http("*") as session:
+        answer = await session.get("/v1/events?type=deployment.*")
+        status, begun, headers = await host.call(
+            "POST", "/v1/deployments", {"domain": "Shop.Example.com", "template": "static"}
+        )
+        assert status == 202
+        assert headers["Location"] == f"/v1/deployments/{begun['id']}"
+        assert begun["tenant"] == "shop-example-com"
+        record = await host.ended(begun["id"])
+        assert record["state"] == "succeeded", record["error"]
+        events = await sse(answer, 2 + 2 * len(PHASES) + 1)
+    assert [entry["name"] for entry in record["phases"]] == PHASES
+    assert all(entry["state"] == "done" and entry["ms"] is not None for entry in record["phases"])
+    told = [(event["event"], event["data"]["data"].get("phase")) for event in events]
+    assert told[0] == ("deployment.started", None)
+    assert [phase for kind, phase in told if kind == "deployment.phase.started"] == PHASES
+    assert [phase for kind, phase in told if kind == "deployment.phase.finished"] == PHASES
+    assert told[-1] == ("deployment.succeeded", None)
+    for event in events:
+        assert event["data"]["data"]["deployment"] == begun["id"]
+        assert event["data"]["subject"] == "shop-example-com"
+    assert "Your site is up." in (await host.visit("shop.example.com"))[1]
+    assert "Your site is up." in (await host.visit("shop.example.com", https=True))[1]
+    assert (await host.visit("other.example.com"))[0] == 404
+    _, tenant, _ = await host.call("GET", "/v1/tenants/shop-example-com")
+    assert tenant["domain"] == "shop.example.com"
+    assert tenant["port"] == 3000
+
+
+async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Hosting) -> None:
+    """A redeploy never lets a request fail, keeps what the site wrote, and ends with the new files."""
+    first = await host.deploy("live.example.com")
+    assert first["state"] == "succeeded", first["error"]
+    environment.incus("exec", "live-example-com", "--", "sh", "-c", "echo kept >/srv/site/mine")
+    answers: list[int] = []
+    done = asyncio.Event()
+
+    async def visit() -> None:
+        while not done.is_set():
+            answers.append((await host.visit("live.example.com"))[0])
+
+    visiting = asyncio.create_task(visit())
+    record = await host.deploy("live.example.com", env={"GREETING": 'a "b" $c'})
+    done.set()
+    await visiting
+    assert record["state"] == "succeeded", record["error"]
+    assert record["kind"] == "update"
+    assert set(answers) == {200}
+    assert len(answers) > 10
+    said = environment.incus("exec", "live-example-com", "--", "cat", "/srv/site/mine").stdout
+    assert said == b"kept\n"
+    seen = environment.incus(
+        *("exec", "live-example-com", "--", "sh", "-c"),
+        "tr '\\0' '\\n' </proc/$(systemctl show -P MainPID site.service)/environ; ls -A /srv",
+    ).stdout.decode()
+    assert 'GREETING=a "b" $c\n' in seen
+    assert "PORT=3000\n" in seen
+    assert seen.endswith("\nsite\n"), "no folder of the update is left"

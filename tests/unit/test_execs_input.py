@@ -1,0 +1,144 @@
+"""The input of a command that takes its time: order, limits, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from gateway.execs.input import Input, Spools
+
+KiB = 1 << 10
+
+
+class Slow:
+    """A process that takes input only when told to."""
+
+    def __init__(self) -> None:
+        self.got = bytearray()
+        self.closed = False
+        self.open = asyncio.Event()
+
+    async def write(self, data: bytes) -> None:
+        await self.open.wait()
+        self.got += data
+        await asyncio.sleep(0)
+
+    async def close_stdin(self) -> None:
+        self.closed = True
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.closed = False
+        self.taken = 0
+        self.consumed = 0
+
+    def took(self, size: int) -> None:
+        self.taken += size
+
+    def passed(self, size: int) -> None:
+        self.consumed += size
+
+
+def make(folder: Path, *, memory: int, each: int, limit: int) -> tuple[Any, Input, Spools, Any]:
+    process: Any = Slow()
+    spools = Spools(folder, each, limit)
+    input_ = Input(process, memory, spools)
+    return process, input_, spools, asyncio.create_task(input_.run())
+
+
+def spooled() -> int:
+    """Count this process' files without a name."""
+    found = 0
+    for entry in os.scandir("/proc/self/fd"):
+        try:
+            found += "(deleted)" in os.readlink(entry.path)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+async def test_bytes_keep_their_order_from_memory_over_the_disk_and_round_its_ring(tmp_path: Path) -> None:
+    process, input_, spools, running = make(tmp_path, memory=10 * KiB, each=100 * KiB, limit=100 * KiB)
+    by, sent, before = Sender(), bytearray(), spooled()
+    for turn in range(40):
+        piece = bytes([turn]) * (7 * KiB + turn)
+        sent += piece
+        await asyncio.wait_for(input_.put(piece, by), 5)
+        if turn % 8 == 7:
+            assert input_.waiting > 10 * KiB and spooled() == before + 1
+            process.open.set()
+            while input_.waiting > 20 * KiB:
+                await asyncio.sleep(0)
+            process.open.clear()
+    process.open.set()
+    input_.end()
+    await running
+    assert process.got == sent and process.closed
+    assert by.taken == by.consumed == len(sent)
+    assert spools._free == 100 * KiB and spooled() == before
+
+
+async def test_beyond_both_limits_a_sender_waits_and_loses_nothing(tmp_path: Path) -> None:
+    process, input_, spools, running = make(tmp_path, memory=1, each=20 * KiB, limit=8 * KiB)
+    by = Sender()
+    for _ in range(3):
+        await input_.put(b"x" * 4 * KiB, by)
+    fourth = asyncio.create_task(input_.put(b"y" * 4 * KiB, by))
+    await asyncio.wait([fourth], timeout=0.2)
+    assert not fourth.done() and by.taken == 12 * KiB
+    process.open.set()
+    await asyncio.wait_for(fourth, 5)
+    input_.end()
+    await running
+    assert process.got == b"x" * 12 * KiB + b"y" * 4 * KiB
+    assert spools._free == 8 * KiB
+
+
+async def test_what_waits_when_the_command_ends_is_let_go(tmp_path: Path) -> None:
+    _, input_, spools, running = make(tmp_path, memory=1, each=20 * KiB, limit=20 * KiB)
+    by, before = Sender(), spooled()
+    for _ in range(4):
+        await input_.put(b"x" * 4 * KiB, by)
+    late = [asyncio.create_task(input_.put(b"z" * 10 * KiB, by)) for _ in range(2)]
+    await asyncio.wait(late, timeout=0.1)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await asyncio.wait_for(asyncio.gather(*late), 5)
+    await input_.put(b"later", by)
+    assert (by.consumed, input_.waiting, spools._free) == (by.taken, 0, 20 * KiB)
+    assert spooled() == before
+
+
+async def test_a_disk_that_fails_makes_the_sender_wait(tmp_path: Path) -> None:
+    process, input_, spools, running = make(tmp_path / "none", memory=1, each=20 * KiB, limit=20 * KiB)
+    by = Sender()
+    await input_.put(b"1", by)
+    second = asyncio.create_task(input_.put(b"2", by))
+    await asyncio.wait([second], timeout=0.2)
+    assert not second.done()
+    process.open.set()
+    await asyncio.wait_for(second, 5)
+    input_.end()
+    await running
+    assert process.got == b"12" and spools._free == 20 * KiB
+
+
+async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(tmp_path: Path) -> None:
+    process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
+    by = Sender()
+    await input_.put(b"a", by)
+    for pause in (0.0, 0.051, 0.0515, 0.052, 0.06):
+        putting = asyncio.create_task(input_.put(b"b" * 200 * KiB, by))
+        await asyncio.sleep(pause)  # the moment is what is tested
+        putting.cancel()
+        await asyncio.gather(putting, return_exceptions=True)
+    await input_.put(b"c", by)
+    process.open.set()
+    input_.end()
+    await running
+    whole = (by.taken - 2) // (200 * KiB)
+    assert process.got == b"a" + b"b" * whole * 200 * KiB + b"c"
+    assert spools._free == 1 << 20
