@@ -2,8 +2,8 @@
 
 Each exec runs in a cgroup v2 of its own, made inside the container's delegated tree. Whatever its
 processes do (`setsid`, double fork, a cleared environment, a fork bomb), they stay in it, and one write
-to `cgroup.kill` ends all of them at once. Only who moves itself out, which takes the tenant's root,
-escapes; the answer counts what is left and never claims more.
+to `cgroup.kill` ends all of them at once. Who moves itself out, which takes the tenant's root, is brought
+back as long as its environment, its parents or its session tell whose it is (`trees.catch`).
 
 Paths come from the kernel (`/proc/PID/cgroup`) and from names that the gateway made. A tenant cannot put
 links into cgroupfs.
@@ -58,6 +58,7 @@ class Cgroup:
 
     async def kill(self, grace: float, limit: float) -> Ended:
         """TERM to every process, `grace` seconds, then KILL; return when none is left or `limit` passed."""
+        await self._hands("catch", self.path)
         first = self.pids()
         seen = set(first)
         if grace > 0 and first:

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-PARENT = "gateway"  # the folder of all commands in a container's delegated tree, see `runtime.wrapper`
+PARENT = "gateway"  # the folder of all commands in a container's delegated tree
+MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
 _FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
+_ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
@@ -71,51 +73,36 @@ def pids(path: Path) -> list[int]:
     return found
 
 
+def catch(path: Path) -> None:
+    """Bring back what left the group, which takes the tenant's root: `su -` in its own session does it too.
+
+    Found are the processes of the container that carry the group's name in their environment, that descend
+    from one of the group, or that share a session of the container with one.
+    """
+    for pid in _strays(path):
+        _bring_back(path, pid)
+
+
 def terminate(path: Path) -> None:
     """Send TERM to every process."""
-    _send(path, signal.SIGTERM, lambda pid: True)
-
-
-def _send(path: Path, number: signal.Signals, chosen: Callable[[int], bool]) -> None:
-    for pid in filter(chosen, pids(path)):
-        # a pid may have been reused since it was read: hold the process first, then look again
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:
-            continue
-        try:
-            if pid in pids(path):
-                signal.pidfd_send_signal(descriptor, number)
-        except OSError:
-            pass
-        finally:
-            os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """What proc(5) tells of a process, in numbers as the reader of /proc sees them."""
-
-    parent: int
-    group: int
-    session: int
-    terminal: int
-    front: int  # the group in front on its terminal
-
-
-def stat(pid: int) -> Stat | None:
-    """Return the facts of a process; None where it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:6]))
-    except (OSError, ValueError, TypeError):
-        return None
+    for pid in pids(path):
+        _send(pid, signal.SIGTERM, lambda pid: pid in pids(path))
 
 
 def end(path: Path) -> None:
-    """Send KILL to all processes at once."""
-    with contextlib.suppress(OSError):
-        (path / "cgroup.kill").write_text("1")
+    """Send KILL to all processes at once, to those that left the group too.
+
+    The group is frozen first, so that what is brought back, by several rounds where it forks, stays.
+    """
+    if strays := _strays(path):
+        _write(path / "cgroup.freeze", "1")
+        for _ in range(_ROUNDS):
+            for pid in strays:
+                if not _bring_back(path, pid):
+                    _send(pid, signal.SIGKILL, lambda pid: pid in _strays(path))
+            if not (strays := _strays(path)):
+                break
+    _write(path / "cgroup.kill", "1")
 
 
 def remove(path: Path) -> None:
@@ -125,4 +112,81 @@ def remove(path: Path) -> None:
             folder.rmdir()
 
 
-STEPS = {"terminate": terminate, "end": end, "remove": remove}
+STEPS = {"catch": catch, "terminate": terminate, "end": end, "remove": remove}
+
+
+def _strays(path: Path) -> set[int]:
+    """Return the processes of a command that are in its container, but no longer in its group."""
+    container = next((up.parent for up in path.parents if up.name == PARENT), None)
+    if container is None or container == mount_point():  # this machine's own tree is no container's
+        return set()
+    group = set(pids(path))
+    facts = {pid: found for pid in pids(container) if (found := stat(pid)) is not None}
+    name = f"{MARKER}={path.relative_to(container / PARENT)}".encode()
+    mine = group | {pid for pid in facts.keys() - group if _carries(pid, name)}
+    sessions = {facts[pid].session for pid in mine if pid in facts} & facts.keys()
+    grown = True
+    while grown:
+        more = {
+            pid
+            for pid, found in facts.items()
+            if pid not in mine and (found.parent in mine or found.session in sessions)
+        }
+        mine |= more
+        grown = bool(more)
+    return mine - group
+
+
+def _carries(pid: int, name: bytes) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(word == name or word.startswith(name + b"/") for word in words)
+
+
+def _bring_back(path: Path, pid: int) -> bool:
+    with contextlib.suppress(OSError):  # another gateway's, or ours that ended: its group is gone
+        path.mkdir()
+    return _write(path / "cgroup.procs", str(pid))
+
+
+def _send(pid: int, number: signal.Signals, still: Callable[[int], bool]) -> None:
+    # a pid may have been reused since it was read: hold the process first, then look again
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if still(pid):
+            signal.pidfd_send_signal(descriptor, number)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, text: str) -> bool:
+    try:
+        path.write_text(text)
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What proc(5) tells of a process, in numbers as the reader of /proc sees them."""
+
+    parent: int
+    group: int
+    session: int
+
+
+def stat(pid: int) -> Stat | None:
+    """Return the facts of a process; None where it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:4]))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -31,7 +31,7 @@ from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, 
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup
 from gateway.rootfs.tenants import Folders
-from gateway.rootfs.trees import mount_point
+from gateway.rootfs.trees import PARENT, mount_point
 from gateway.runtime import (
     REPORT_MAX,
     ExecSpec,
@@ -45,7 +45,6 @@ from gateway.runtime import (
     TenantEvent,
 )
 from gateway.runtime.wrapper import (
-    CGROUP_PARENT,
     KILL_SCRIPT,
     START_SCRIPT,
     START_SCRIPT_PTY,
@@ -506,7 +505,7 @@ class LocalProcess:
     def _cgroup(self) -> Cgroup | None:
         preamble = self._preamble
         mount = mount_point() if preamble.method == "cgroup" or not preamble.ready else None
-        return None if mount is None else Cgroup(mount / CGROUP_PARENT / self._exec_id)
+        return None if mount is None else Cgroup(mount / PARENT / self._exec_id)
 
 
 # Incus makes the terminal the session's own; here a Python in between does, and becomes the shell. What was

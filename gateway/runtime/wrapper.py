@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway.errors import ExecFailed, InvalidParams, TooLarge
-
-CGROUP_PARENT: Final = "gateway"
-MARKER: Final = "GATEWAY_EXEC"
+from gateway.rootfs.trees import MARKER, PARENT
 
 # a hybrid host mounts the v2 tree at …/unified, a pure one at the top
-_FIND_CGROUP = f"g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; g=$g/{CGROUP_PARENT}/$1"
+_FIND_CGROUP = f"g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; g=$g/{PARENT}/$1"
 
 # finds an account that the gateway does not know by itself; a number without a passwd entry is its own group
 _LOOK_UP = (
@@ -36,7 +34,7 @@ _LOOK_UP = (
 # $2 is how often to look, 50 ms apart, for a tree that systemd mounts only some 100 ms after a
 # container's start: a command that runs before it could only be found by its marker
 _START = (
-    f"{_LOOK_UP}r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{CGROUP_PARENT}/*}}/cgroup.procs ] && "
+    f"{_LOOK_UP}r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{PARENT}/*}}/cgroup.procs ] && "
     "[ $r -gt 0 ]; do r=$((r-1)); sleep 0.05; done; k=scan; "
     "{ mkdir -p $g && echo 0 >$g/cgroup.procs && k=cgroup; } 2>/dev/null; "
     "%(quiet)s"
@@ -67,17 +65,17 @@ _ENTER = (
 )
 
 # $1 exec id, $2 grace and $3 limit in ms: what `Cgroup.kill` does on the host, for where the host's
-# cgroups cannot be reached; without a cgroup, everything that carries the marker in its environment
+# cgroups cannot be reached, to what is in the cgroup and what carries the marker in its environment
 KILL_SCRIPT: Final = (
     f"{_FIND_CGROUP}; m=cgroup; [ -e $g/cgroup.procs ] || m=scan; "
-    "list() { if [ $m = cgroup ]; then cat $g/cgroup.procs 2>/dev/null; else "
+    "list() { { [ $m = cgroup ] && cat $g/cgroup.procs 2>/dev/null; "
     f'grep -lsz "^{MARKER}=$1\\$" /proc/[0-9]*/environ | while IFS=/ read -r _ _ p _; do '
-    'case $(cat /proc/$p/stat 2>/dev/null) in *") Z "*|"") ;; *) echo $p;; esac; done; fi; }; '
+    'case $(cat /proc/$p/stat 2>/dev/null) in *") Z "*|"") ;; *) echo $p;; esac; done; } | sort -u; }; '
     'a=$(list "$1"); n=$(echo $a | wc -w); x=0; '
     "[ $2 -gt 0 ] && [ $n -gt 0 ] && kill -TERM $a 2>/dev/null; "
     't=0; while [ -n "$a" ] && [ $t -lt $2 ]; do sleep 0.02; t=$((t+20)); a=$(list "$1"); done; '
     't=0; while [ -n "$a" ] && [ $t -lt $3 ]; do x=1; '
-    "[ $m = cgroup ] && echo 1 >$g/cgroup.kill 2>/dev/null || kill -KILL $a 2>/dev/null; "
+    "[ $m = cgroup ] && echo 1 >$g/cgroup.kill 2>/dev/null; kill -KILL $a 2>/dev/null; "
     'sleep 0.02; t=$((t+20)); a=$(list "$1"); done; '
     "rmdir $g 2>/dev/null; echo $n $x $(echo $a | wc -w) $m"
 )

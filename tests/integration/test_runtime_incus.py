@@ -104,6 +104,49 @@ class TestIncus(RuntimeContract):
         assert alive(seconds) == 0
         await finish(process)
 
+    @pytest.mark.parametrize("inside", [False, True])
+    async def test_what_the_tenants_root_moved_out_of_its_group_dies_too(
+        self, runtime: IncusRuntime, name: str, inside: bool
+    ) -> None:
+        """By its environment, by its parents, by its session; with the host's hands and without."""
+        seconds, other = mark(), mark()
+        script = (
+            "c=/sys/fs/cgroup/unified; [ -d $c ] || c=/sys/fs/cgroup; mkdir -p $c/out; "
+            f"(echo 0 >$c/out/cgroup.procs; setsid sh -c 'sleep {seconds} & sleep {seconds}') & "
+        )
+        if not inside:
+            script += (
+                f"(echo 0 >$c/out/cgroup.procs; env -i /usr/bin/sleep {seconds}) & "
+                f"setsid sh -c '(echo 0 >'$c'/out/cgroup.procs; exec env -i /usr/bin/sleep {seconds}) & "
+                f"sleep {seconds}' & "
+            )
+        grown = 2 if inside else 5
+        bystander = await runtime.exec(name, ExecSpec(("sleep", other), user="root"))
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script + "wait"), user="root"))
+        await until(lambda: alive(seconds) >= grown - 1)
+        if inside:
+            killed = await runtime.commands.kill_inside(name, process._exec_id, 0)  # type: ignore[attr-defined]
+        else:
+            killed = await process.kill(0.0)
+        assert (killed.survivors, alive(seconds)) == (0, 0)
+        assert killed.killed >= grown
+        assert alive(other) == 1
+        await bystander.kill(0)
+        await asyncio.gather(finish(process), finish(bystander))
+
+    async def test_what_left_its_group_hears_term_first(self, runtime: IncusRuntime, name: str) -> None:
+        script = (
+            "c=/sys/fs/cgroup/unified; [ -d $c ] || c=/sys/fs/cgroup; mkdir -p $c/out; "
+            "echo 0 >$c/out/cgroup.procs; trap 'echo heard; exit 7' TERM; echo r; "
+            "while :; do sleep 0.05; done"
+        )
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), user="root"))
+        assert await process.read("stdout") == b"r\n"
+        killed = await process.kill(5)
+        assert (killed.escalated, killed.survivors) == (False, 0)
+        exit_, outputs = await finish(process)
+        assert (exit_.code, outputs[0]) == (7, b"heard\n")
+
     async def test_a_command_in_a_container_that_just_boots_has_its_cgroup(
         self, runtime: IncusRuntime, fresh: str
     ) -> None:

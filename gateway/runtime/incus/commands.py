@@ -21,13 +21,12 @@ from typing import Final
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
 from gateway.rootfs.cgroups import Cgroup, of_init
-from gateway.rootfs.trees import of_command
+from gateway.rootfs.trees import PARENT, of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.standby import Standbys
 from gateway.runtime.wrapper import (
-    CGROUP_PARENT,
     DRAIN_SCRIPT,
     KILL_SCRIPT,
     START_SCRIPT,
@@ -238,7 +237,7 @@ class Commands:
         root = of_init(await self._init_pid(name))
         if root is None:
             return 0
-        for folder in (root / CGROUP_PARENT).glob(f"{self._own}-*"):
+        for folder in (root / PARENT).glob(f"{self._own}-*"):
             left = self.cgroup(name, root, folder.name)
             if folder.name == self._life or not left.reachable():
                 continue
