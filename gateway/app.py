@@ -49,11 +49,12 @@ from gateway.execs import Attachment, Ended, Execs
 from gateway.files import http
 from gateway.files.files import Files
 from gateway.host.setup import pin
+from gateway.life import Ask, Life, described
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.rootfs.workers import BrokerClient, Workers
-from gateway.runtime import TENANT_NAME, StreamName, Tenant, TenantRuntime
+from gateway.runtime import TENANT_NAME, StreamName, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from gateway.mcp import Mcp
 
 log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 _RETRY_AFTER_MS: Final = 2000
 _REQUEST_ID: Final = "x-request-id"
@@ -127,8 +130,8 @@ class Gateway:
         self._drained: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
         self._resynced = asyncio.Event()
-        self._workers: Workers | None = None
         self._deploys: Deployments | None = None
+        self._life_of: Life | None = None
         self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
@@ -158,10 +161,9 @@ class Gateway:
             Route("/v1/session", self._session_close, methods=["DELETE"]),
             Route("/v1/tenants", self._tenants),
             Route(tenant, self._tenant),
-            Route(tenant, self._tenant_destroy, methods=["DELETE"]),
             *(
-                Route(f"{tenant}/{action}", self._lifecycle(action), methods=["POST"])
-                for action in ("start", "stop", "restart")
+                Route(tenant + path, self._life(method, scope, handler, status), methods=[method])
+                for method, path, scope, handler, status in Life.ROUTES
             ),
             Route(tenant + "/metrics", self._tenant_metrics),
             Route(tenant + "/tools/{tool}", self._tool, methods=["POST"]),
@@ -191,7 +193,6 @@ class Gateway:
             receipts = await Receipts.opened(self.store, settings)
             runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
-            self._workers = workers
             execs = await stack.enter_async_context(Execs(runtime, self.bus, receipts, settings))
             shells = await stack.enter_async_context(Shells(execs, workers, settings))
             toolbox = await stack.enter_async_context(
@@ -207,6 +208,7 @@ class Gateway:
             self._deploys = await stack.enter_async_context(
                 Deployments(runtime, sites, caddy, self.store, self.bus, settings)
             )
+            self._life_of = Life(runtime, workers, self.bus, settings)
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
@@ -297,6 +299,7 @@ class Gateway:
             log.warning("commands did not end in time")
         await self.deploys.end()
         hub.files.end_transfers()
+        self.life.end()
         for connection in list(hub.connections):
             connection.close(CloseCode.DRAINING, "draining")
         self.bus.close()
@@ -318,6 +321,12 @@ class Gateway:
         if self._deploys is None:
             raise Unavailable("the gateway is starting")
         return self._deploys
+
+    @property
+    def life(self) -> Life:
+        if self._life_of is None:
+            raise Unavailable("the gateway is starting")
+        return self._life_of
 
     # --- who asks -----------------------------------------------------------------------------------
 
@@ -403,42 +412,33 @@ class Gateway:
     async def _tenants(self, request: Request) -> Response:
         token = self._token(request, None)
         tenants = await self.hub.runtime.list()
-        return _json({"tenants": [_describe(tenant) for tenant in tenants if token.covers(tenant.name)]})
+        return _json({"tenants": [described(tenant) for tenant in tenants if token.covers(tenant.name)]})
 
     async def _tenant(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
         tenant = await self.hub.runtime.get(name)
         usage = await self.hub.runtime.metrics(name) if tenant.status == "running" else None
-        return _json(_describe(tenant) | {"usage": usage})
+        return _json(described(tenant) | {"usage": usage})
 
-    def _lifecycle(self, action: str) -> Callable[[Request], Awaitable[Response]]:
+    def _life(self, method: str, scope: str | None, handler: str, status: int) -> Handler:
+        """Return the route's handler that asks `Life` and tells its answer."""
+
         async def handle(request: Request) -> Response:
-            name, _ = self._tenant_for(request, "deploy")
-            runtime = self.hub.runtime
-            if action != "start":
-                await self._let_go(name)
-            match action:
-                case "start":
-                    await runtime.start(name)
-                case "stop":
-                    await runtime.stop(name)
-                case _:
-                    await runtime.restart(name)
-            return _json(_describe(await runtime.get(name)))
+            name, token = self._tenant_for(request, scope)
+            text = await _read_body(request, self.settings.max_body)
+            try:
+                body = orjson.loads(text) if text else {}
+            except ValueError:
+                raise InvalidParams("the body is not JSON") from None
+            ask = Ask(name, request.path_params, request.query_params, body, token)
+            answer = await getattr(self.life, handler)(ask)
+            if isinstance(answer, Response):
+                return answer
+            response = Response(status_code=status) if answer is None else _json(answer)
+            response.status_code = status
+            return response
 
         return handle
-
-    async def _tenant_destroy(self, request: Request) -> Response:
-        name, _ = self._tenant_for(request, "deploy")
-        await self._let_go(name)
-        await self.hub.runtime.destroy(name)
-        return Response(status_code=204)
-
-    async def _let_go(self, tenant: str) -> None:
-        """End the tenant's file workers: they would hold its disk."""
-        if self._workers is not None:
-            await self.hub.runtime.get(tenant)  # an unknown one has none
-            await self._workers.forget(tenant)
 
     async def _tenant_metrics(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
@@ -639,20 +639,6 @@ def _granted(token: auth.Token) -> dict[str, Any]:
         "scopes": sorted(token.scopes),
         "tenants": sorted(token.tenants),
         "expires": token.expires,
-    }
-
-
-def _describe(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "name": tenant.name,
-        "domain": tenant.domain,
-        "status": tenant.status,
-        "address": tenant.address,
-        "url": None if tenant.domain is None else f"https://{tenant.domain}",
-        "port": tenant.port,
-        "created": tenant.created,
-        "limits": dict(tenant.limits),
-        "location": tenant.location,
     }
 
 

@@ -240,6 +240,104 @@ _lifecycle("stop", "Stop a tenant.")
 _lifecycle("restart", "Restart a tenant.")
 _lifecycle("destroy", "Destroy a tenant and everything of it.")
 
+SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
+
+
+@app.command()
+def snapshot(
+    tenant: TenantName,
+    name: Annotated[str | None, typer.Argument(help="Its name; default: the time")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List what there is instead")] = False,
+    delete: Annotated[str | None, typer.Option(metavar="SNAPSHOT", help="Delete one instead")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Keep a tenant's disk as it is now."""
+    if (name is not None) + list_ + (delete is not None) > 1:
+        raise typer.BadParameter("NAME, --list and --delete exclude one another")
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            target = client.tenant(tenant)
+            if delete is not None:
+                await target.delete_snapshot(delete)
+                return
+            kept = await target.snapshots() if list_ else [await target.snapshot(name)]
+        if as_json:
+            _print_json(kept if list_ else kept[0])
+        elif list_:
+            table = Table("snapshot", "created", box=None, pad_edge=False)
+            for entry in kept:
+                table.add_row(entry["name"], (entry["created"] or "")[:19])
+            out.print(table)
+        else:
+            out.print(kept[0]["name"], markup=False)
+
+    _run(run())
+
+
+@app.command()
+def restore(tenant: TenantName, snapshot: SnapshotName, url: Url = None, token: TokenOption = None) -> None:
+    """Make a tenant's disk what it was; stops the tenant, and starts it again if it ran."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            await client.tenant(tenant).restore(snapshot)
+
+    _run(run())
+
+
+@app.command()
+def clone(
+    tenant: TenantName,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new tenant's name")],
+    snapshot: Annotated[str | None, typer.Option(help="Of this snapshot, not of the disk as it is")] = None,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Make a tenant whose disk is a copy of another's; it has no domain until it is given one."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            await client.tenant(tenant).clone(new, snapshot)
+
+    _run(run())
+
+
+@app.command()
+def rename(
+    tenant: TenantName,
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The new domain; - for none")],
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Give a tenant another domain; its name stays."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            await client.tenant(tenant).rename(None if domain == "-" else domain)
+
+    _run(run())
+
+
+@app.command()
+def logs(
+    tenant: TenantName,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines")] = 100,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Print the log of a tenant's site."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            async for piece in client.tenant(tenant).logs(lines, follow):
+                await asyncio.to_thread(_write_all, sys.stdout.buffer, piece)
+
+    _run(run())
+
 
 @app.command()
 def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:

@@ -258,6 +258,14 @@ class Settings(BaseSettings):
     # Incus
     incus_timeout: float = Field(30.0, gt=0, description="seconds of one Incus request that is not a wait")
     lifecycle_timeout: float = Field(60.0, gt=0, description="seconds of a tenant's start, stop or destroy")
+    stop_grace: float = Field(
+        5.0,
+        gt=0,
+        description="seconds in which a tenant may shut down before it is stopped by force",
+    )
+    max_snapshots: int = Field(20, gt=0, description="snapshots of one tenant")
+    logs_max: int = Field(10_000, gt=0, description="lines of a site's log that are asked for at once")
+    max_followers: int = Field(8, gt=0, description="readers of one tenant's log at a time")
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
     shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
 

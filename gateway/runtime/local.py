@@ -133,6 +133,7 @@ class LocalRuntime:
 
     async def rename(self, name: str, domain: str | None) -> None:
         self._save(name, {**self._record(name), "domain": domain})
+        self._tell("incus.instance-updated", name)
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None

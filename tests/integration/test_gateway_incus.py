@@ -16,11 +16,12 @@ from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
+from tests.contracts.life import LifeContract, ask
 from tests.contracts.mcp import McpContract
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.contracts.receipts import ReceiptsContract
 from tests.integration import environment
-from tests.integration.conftest import Container, Incusd
+from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.live import LiveGateway, RpcFailure
 
 
@@ -117,6 +118,54 @@ class TestIncusMcp(McpContract):
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:
         return shared_tenant.name
+
+
+class TestIncusLife(LifeContract):
+    @pytest.fixture
+    async def fresh(self, make_tenant: MakeTenant) -> str:
+        return (await make_tenant()).name
+
+    async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:
+        # as its site would: journald files what a unit's processes say under that unit
+        unit = "[Service]\\nExecStart=/usr/bin/tail -n +1 -f /run/lines\\n"
+        script = f"""
+            echo '{line}' >>/run/lines
+            until systemctl is-active --quiet site.service; do
+                mkdir -p /run/systemd/system
+                printf '{unit}' >/run/systemd/system/site.service
+                systemctl daemon-reload && systemctl start site.service || sleep 0.1  # it may just boot
+            done"""
+        await asyncio.to_thread(Container(tenant).sh, script)
+
+    async def followers(self, gateway: LiveGateway, tenant: str) -> int:
+        return int(await asyncio.to_thread(Container(tenant).sh, "pgrep -c journalctl || :"))
+
+    async def test_what_others_do_is_seen_within_a_second(self, gateway: LiveGateway, fresh: str) -> None:
+        """A state is Incus's, never remembered: what another `incus` user did is there, and told."""
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
+            await wire.call("events/subscribe", types=["tenant.*"])
+            for command, kind, status in (
+                (("stop", "--force"), "tenant.stopped", "stopped"),
+                (("start",), "tenant.started", "running"),
+            ):
+                await asyncio.to_thread(environment.incus, command[0], fresh, *command[1:])
+                assert (await ask(http, "GET", url))["status"] == status
+                await wire.until(lambda kind=kind: wire.notified("event", type=kind, subject=fresh), 1.0)
+            await asyncio.to_thread(environment.incus, "delete", "--force", fresh)
+            await ask(http, "GET", url, status=404)
+            await wire.until(lambda: wire.notified("event", type="tenant.destroyed", subject=fresh), 1.0)
+
+    async def test_nothing_of_a_destroyed_tenant_is_left_in_incus(
+        self, gateway: LiveGateway, fresh: str
+    ) -> None:
+        async with gateway.http(fresh) as http:
+            await ask(http, "POST", f"/v1/tenants/{fresh}/snapshots", {"name": "s1"}, 201)
+            await ask(http, "DELETE", f"/v1/tenants/{fresh}", status=204)
+        pool = f"/1.0/storage-pools/{environment.settings().pool}/volumes?recursion=1"
+        for what in ("/1.0/instances?recursion=1", pool):
+            found = await asyncio.to_thread(environment.incus, "query", what)
+            assert fresh not in found.stdout.decode()
 
 
 class TestIncusReceipts(ReceiptsContract):

@@ -151,3 +151,42 @@ async def test_serve_help_lists_every_setting(gateway: LiveGateway) -> None:
     _, out, _ = await run(gateway, "serve", "--help")
     for name in ("GATEWAY_LISTEN", "GATEWAY_EXEC_TAIL", "GATEWAY_SHUTDOWN_TIMEOUT"):
         assert name in out.decode()
+
+
+async def test_a_tenants_disk_is_kept_brought_back_and_copied(gateway: LiveGateway) -> None:
+    async def cat(tenant: str) -> bytes:
+        return (await run(gateway, "exec", tenant, "--", "cat", "a"))[1]
+
+    await run(gateway, "exec", "demo", "--", "sh", "-c", "echo one >a")
+    assert (await run(gateway, "snapshot", "demo", "s1"))[:2] == (0, b"s1\n")
+    await run(gateway, "exec", "demo", "--", "sh", "-c", "echo two >a")
+    _, out, _ = await run(gateway, "snapshot", "demo", "--list", "--json")
+    assert [kept["name"] for kept in orjson.loads(out)] == ["s1"]
+    assert (await run(gateway, "clone", "demo", "copy", "--snapshot", "s1"))[0] == 0
+    assert (await cat("copy"), await cat("demo")) == (b"one\n", b"two\n")
+    assert (await run(gateway, "restore", "demo", "s1"))[0] == 0
+    assert await cat("demo") == b"one\n"
+    assert (await run(gateway, "rename", "copy", "copy.example.com"))[0] == 0
+    _, out, _ = await run(gateway, "list", "--json")
+    assert {entry["name"]: entry["domain"] for entry in orjson.loads(out)}["copy"] == "copy.example.com"
+    assert (await run(gateway, "destroy", "copy"))[0] == 0
+    assert (await run(gateway, "snapshot", "demo", "--delete", "s1"))[0] == 0
+    code, out, err = await run(gateway, "restore", "demo", "s1")
+    assert (code, out, err.count("\n")) == (1, b"", 1)
+    assert (await run(gateway, "snapshot", "demo", "s2", "--list"))[0] == 2
+
+
+async def test_the_sites_log_is_printed_and_followed(gateway: LiveGateway) -> None:
+    log = Path(gateway.environment["GATEWAY_STATE_DIR"], "tenants", "demo", "site.log")
+    log.write_text("".join(f"line {n}\n" for n in range(5)))
+    assert (await run(gateway, "logs", "demo", "-n", "2"))[:2] == (0, b"line 3\nline 4\n")
+    following = await start(gateway, "logs", "demo", "-f", "-n", "1")
+    assert following.stdout is not None
+    async with asyncio.timeout(20):
+        assert await following.stdout.readline() == b"line 4\n"
+        with log.open("a") as more:
+            more.write("line 5\n")
+        assert await following.stdout.readline() == b"line 5\n"
+        following.send_signal(signal.SIGINT)
+        assert await following.wait() == 130
+    assert (await run(gateway, "logs", "none"))[0] == 1

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
+from tests.contracts.life import LifeContract
 from tests.contracts.mcp import McpContract
+from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
 
@@ -60,6 +64,24 @@ class TestLocalInput(InputContract):
 
 class TestLocalMcp(McpContract):
     pass
+
+
+class TestLocalLife(LifeContract):
+    @pytest.fixture
+    async def fresh(self, gateway: LiveGateway) -> str:
+        name = f"fresh-{mark()}"
+        folder = Path(gateway.environment["GATEWAY_STATE_DIR"])
+        async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
+            await runtime.create(name)
+        return name
+
+    async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:
+        with Path(gateway.environment["GATEWAY_STATE_DIR"], "tenants", tenant, "site.log").open("a") as log:
+            log.write(f"{line}\n")
+
+    async def followers(self, gateway: LiveGateway, tenant: str) -> int:
+        found = await asyncio.create_subprocess_exec("pgrep", "-cf", f"/{tenant}/site.log", stdout=-1)
+        return int((await found.communicate())[0])
 
 
 class TestLocalReceipts(ReceiptsContract):

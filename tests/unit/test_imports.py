@@ -20,7 +20,7 @@ LEVELS = (
     {"shells"},
     {"caddy"},
     {"deployments", "host"},
-    {"connection", "editor", "mcp", "metrics"},
+    {"connection", "editor", "life", "mcp", "metrics"},
     {"app"},
     {"server"},
     {"cli"},

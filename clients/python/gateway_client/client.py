@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -113,6 +113,18 @@ class Client:
             if wish is not None
         }
         return EventStream(self, query, last_event_id)
+
+    async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
+        """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        try:
+            async with self.session.get(self.address.url + path, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise refusal(response.status, await response.read())
+                async for piece in response.content.iter_any():
+                    yield piece
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"GET {path}: {error}") from error
 
     async def http(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""

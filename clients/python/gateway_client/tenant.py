@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -242,6 +242,40 @@ class Tenant:
 
     async def restart(self) -> None:
         await self._client.http("POST", f"{self._path}/restart")
+
+    async def rename(self, domain: str | None) -> None:
+        """Give the tenant another domain, or none; its name stays."""
+        await self._client.http("PATCH", self._path, {"domain": domain})
+
+    async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
+        """Make another tenant of this one's disk, or of a snapshot of it; it has no domain yet."""
+        body = {"tenant": tenant} if snapshot is None else {"tenant": tenant, "snapshot": snapshot}
+        await self._client.http("POST", f"{self._path}/clone", body)
+        return self._client.tenant(tenant)
+
+    async def snapshots(self) -> list[Mapping[str, Any]]:
+        """Return name, time and size of each, oldest first."""
+        return list((await self._client.http("GET", f"{self._path}/snapshots"))["snapshots"])
+
+    async def snapshot(self, name: str | None = None) -> Mapping[str, Any]:
+        """Keep the disk as it is now; without a name by the time."""
+        body = {} if name is None else {"name": name}
+        answer: Mapping[str, Any] = await self._client.http("POST", f"{self._path}/snapshots", body)
+        return answer
+
+    async def restore(self, snapshot: str) -> None:
+        """Make the disk what it was: stops the tenant, and starts it again if it ran."""
+        await self._client.http("POST", f"{self._path}/snapshots/{snapshot}/restore")
+
+    async def delete_snapshot(self, snapshot: str) -> None:
+        await self._client.http("DELETE", f"{self._path}/snapshots/{snapshot}")
+
+    async def logs(self, lines: int = 100, follow: bool = False) -> AsyncIterator[bytes]:
+        """Yield the last lines of the site's log in pieces, and with `follow` what comes, until left."""
+        path = f"{self._path}/logs?lines={lines}&follow={int(follow)}"
+        async with contextlib.aclosing(self._client.stream(path)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def delete(self) -> None:
         """Destroy the tenant and everything of it."""

@@ -359,9 +359,8 @@ class IncusRuntime:
         return located
 
     async def _state(self, name: str, action: str, *, force: bool = False) -> None:
-        timeout = self._settings.lifecycle_timeout
-        # a graceful stop gets less than our own limit, so that force still fits
-        seconds = -1 if force or action != "stop" else max(1, int(timeout / 4))
+        # a systemd that has just begun does not hear that it should end
+        seconds = -1 if force or action != "stop" else max(1, int(self._settings.stop_grace))
         body = {"action": action, "timeout": seconds, "force": force}
         with translated(name):
             await self._operate("PUT", instance_path(name, "state"), body)

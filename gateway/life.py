@@ -1,0 +1,281 @@
+"""Knows a tenant's life as clients ask for it: start to destroy, snapshots, clones, the site's log.
+
+It takes what HTTP asked for as values and answers with values; `app` knows who may ask. A change of one
+tenant waits for the one before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+from weakref import WeakValueDictionary
+
+from pydantic import Field
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway import protocol
+from gateway.auth import Token
+from gateway.deployments.domain import normalized
+from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
+from gateway.events import Bus
+from gateway.rootfs.workers import Workers
+from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantRuntime
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request about a tenant that its token covers."""
+
+    tenant: str
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    body: Any
+    token: Token
+
+
+class SnapshotBody(protocol.Params):
+    name: Annotated[str, Field(max_length=63)] | None = None
+
+
+class RenameBody(protocol.Params):
+    domain: Annotated[str, Field(max_length=253)] | None
+
+
+class CloneBody(protocol.Params):
+    tenant: Annotated[str, Field(max_length=63)]
+    snapshot: Annotated[str, Field(max_length=63)] | None = None
+
+
+class Life:
+    """The lives of all tenants. Used from the event loop only."""
+
+    # method, path below the tenant's, scope, handler, status
+    ROUTES: Final = (
+        ("POST", "/start", "deploy", "start", 200),
+        ("POST", "/stop", "deploy", "stop", 200),
+        ("POST", "/restart", "deploy", "restart", 200),
+        ("DELETE", "", "deploy", "destroy", 204),
+        ("PATCH", "", "deploy", "rename", 200),
+        ("POST", "/clone", "deploy", "clone", 201),
+        ("GET", "/snapshots", None, "snapshots", 200),
+        ("POST", "/snapshots", "deploy", "snapshot", 201),
+        ("POST", "/snapshots/{snapshot}/restore", "deploy", "restore", 200),
+        ("DELETE", "/snapshots/{snapshot}", "deploy", "delete_snapshot", 204),
+        ("GET", "/logs", "files:read", "logs", 200),
+    )
+
+    def __init__(self, runtime: TenantRuntime, workers: Workers, bus: Bus, settings: Settings) -> None:
+        self._runtime = runtime
+        self._bus = bus
+        self._domains = asyncio.Lock()
+        self._workers = workers
+        self._settings = settings
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._following: dict[Following, tuple[str, str]] = {}  # tenant and token of each
+
+    # --- start to destroy ---------------------------------------------------------------------------
+
+    async def start(self, ask: Ask) -> Mapping[str, Any]:
+        return await self._change(ask.tenant, self._runtime.start, holds_files=False)
+
+    async def stop(self, ask: Ask) -> Mapping[str, Any]:
+        return await self._change(ask.tenant, self._runtime.stop)
+
+    async def restart(self, ask: Ask) -> Mapping[str, Any]:
+        return await self._change(ask.tenant, self._runtime.restart)
+
+    async def destroy(self, ask: Ask) -> None:
+        async with self._alone(ask.tenant):
+            await self._let_go(ask.tenant)
+            await self._runtime.destroy(ask.tenant)
+
+    async def clone(self, ask: Ask) -> Mapping[str, Any]:
+        """Copy a tenant under a new name; it has no domain until it is given one."""
+        body = protocol.validate(CloneBody, ask.body)
+        if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
+            raise InvalidParams(f"{body.tenant!r} is no tenant name that this token covers", field="tenant")
+        made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
+        return described(made)
+
+    async def rename(self, ask: Ask) -> Mapping[str, Any]:
+        """Give the tenant another domain, or none; its name stays. Routes follow."""
+        body = protocol.validate(RenameBody, ask.body)
+        domain = None if body.domain is None else normalized(body.domain)
+        async with self._domains:  # two must not take the same one
+            tenants = await self._runtime.list()
+            before = next((tenant.domain for tenant in tenants if tenant.name == ask.tenant), None)
+            if domain is not None:
+                for tenant in tenants:
+                    if tenant.domain == domain and tenant.name != ask.tenant:
+                        raise Conflict(f"{domain} is another tenant's; take it from that one first")
+            await self._runtime.rename(ask.tenant, domain)
+        if domain != before:
+            self._bus.publish(
+                "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
+            )
+        return described(await self._runtime.get(ask.tenant))
+
+    async def _change(
+        self, tenant: str, change: Callable[[str], Awaitable[None]], *, holds_files: bool = True
+    ) -> Mapping[str, Any]:
+        async with self._alone(tenant):
+            if holds_files:
+                await self._let_go(tenant)
+            await change(tenant)
+            return described(await self._runtime.get(tenant))
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, tenant: str) -> AsyncIterator[None]:
+        """Keep other changes of this gateway out; those of others Incus refuses itself."""
+        lock = self._changing.setdefault(tenant, asyncio.Lock())
+        try:
+            async with asyncio.timeout(self._settings.lifecycle_timeout):
+                await lock.acquire()
+        except TimeoutError:
+            raise Timeout(f"tenant {tenant} is busy with another change; ask again later") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _let_go(self, tenant: str) -> None:
+        """End the tenant's file workers: they would hold its disk."""
+        await self._runtime.get(tenant)  # an unknown one has none
+        await self._workers.forget(tenant)
+
+    # --- snapshots ----------------------------------------------------------------------------------
+
+    async def snapshots(self, ask: Ask) -> Mapping[str, Any]:
+        return {"snapshots": [_told(kept) for kept in await self._runtime.snapshots(ask.tenant)]}
+
+    async def snapshot(self, ask: Ask) -> Mapping[str, Any]:
+        body = protocol.validate(SnapshotBody, ask.body)
+        name = body.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        if not SNAPSHOT_NAME.fullmatch(name):
+            raise InvalidParams("a snapshot's name has letters, digits, dots and dashes", field="name")
+        async with self._alone(ask.tenant):
+            kept = await self._runtime.snapshots(ask.tenant)
+            if len(kept) >= self._settings.max_snapshots:
+                raise RateLimited(
+                    f"the tenant has {len(kept)} snapshots, the most it may; delete one first",
+                    limit=self._settings.max_snapshots,
+                )
+            return _told(await self._runtime.snapshot(ask.tenant, name))
+
+    async def restore(self, ask: Ask) -> Mapping[str, Any]:
+        return await self._change(ask.tenant, lambda name: self._runtime.restore(name, _named(ask)))
+
+    async def delete_snapshot(self, ask: Ask) -> None:
+        async with self._alone(ask.tenant):
+            await self._runtime.delete_snapshot(ask.tenant, _named(ask))
+
+    # --- the site's log -----------------------------------------------------------------------------
+
+    async def logs(self, ask: Ask) -> Response:
+        """Return the response that prints the last lines, and with `follow=1` what comes until it is left."""
+        lines = ask.query.get("lines", "100")
+        if not lines.isdigit() or int(lines) > self._settings.logs_max:
+            raise InvalidParams(f"lines is a number up to {self._settings.logs_max}", field="lines")
+        follow = ask.query.get("follow", "0")
+        if follow not in ("0", "1"):
+            raise InvalidParams("follow is 0 or 1", field="follow")
+        open_ = sum(tenant == ask.tenant for tenant, _ in self._following.values())
+        if open_ >= self._settings.max_followers:
+            raise RateLimited("the tenant's log is followed by as many as may", limit=open_)
+        process = await self._runtime.exec(ask.tenant, self._runtime.logs(int(lines), follow == "1"))
+        following = Following(process, self._following.pop)
+        self._following[following] = (ask.tenant, ask.token.id)
+        return following
+
+    def end(self, token: str | None = None) -> None:
+        """End the logs that are being followed: all, or those of the token with this id."""
+        for following, (_, by) in list(self._following.items()):
+            if token in (None, by):
+                following.end()
+
+
+class Following(Response):
+    """Sends what a command prints until it ends or the client leaves; nothing of it runs on after that."""
+
+    media_type = "text/plain"
+
+    def __init__(self, process: Process, over: Callable[[Following], Any]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._process = process
+        self._over = over
+        self._ended = asyncio.Event()
+
+    __hash__ = object.__hash__
+
+    def end(self) -> None:
+        """End the response soon."""
+        self._ended.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        ends = (sending, asyncio.ensure_future(_left(receive)), asyncio.ensure_future(self._ended.wait()))
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+            await asyncio.shield(self._close())
+        if not sending.cancelled():
+            sending.result()
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while data := await self._process.read("stdout"):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _close(self) -> None:
+        self._over(self)
+        try:
+            await self._process.kill(0)
+        except (GatewayError, TimeoutError) as error:
+            log.warning("a log that was followed could not be ended: %s", error)
+        finally:
+            await self._process.aclose()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def described(tenant: Tenant) -> dict[str, Any]:
+    """Return a tenant as clients see it."""
+    return {
+        "name": tenant.name,
+        "domain": tenant.domain,
+        "status": tenant.status,
+        "address": tenant.address,
+        "url": None if tenant.domain is None else f"https://{tenant.domain}",
+        "port": tenant.port,
+        "created": tenant.created,
+        "limits": dict(tenant.limits),
+        "location": tenant.location,
+    }
+
+
+def _told(kept: Snapshot) -> dict[str, Any]:
+    return {"name": kept.name, "created": kept.created, "size": kept.size}
+
+
+def _named(ask: Ask) -> str:
+    """Return the snapshot of the path; one that no snapshot can be called does not exist."""
+    name = ask.path["snapshot"]
+    return name if SNAPSHOT_NAME.fullmatch(name) else "-"

@@ -1,0 +1,159 @@
+"""A tenant's life over HTTP. A subclass gives `gateway`, `fresh`, a running tenant, and how its site logs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+
+from tests.live import LiveGateway
+
+
+async def ask(http: aiohttp.ClientSession, method: str, url: str, body: Any = None, status: int = 200) -> Any:
+    async with http.request(method, url, json=body) as response:
+        text = await response.read()
+        assert response.status == status, text
+        return await response.json() if text else None
+
+
+class LifeContract:
+    async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:
+        """Have the tenant's site log a line."""
+        raise NotImplementedError
+
+    async def followers(self, gateway: LiveGateway, tenant: str) -> int:
+        """Return how many processes follow the tenant's log."""
+        raise NotImplementedError
+
+    async def test_stop_start_and_restart(self, gateway: LiveGateway, fresh: str) -> None:
+        """Each answers when it is done, twice is as good as once, and everybody hears of it."""
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
+            await wire.call("events/subscribe", types=["tenant.*"])
+            for action, status in (
+                *(("stop", "stopped"), ("stop", "stopped"), ("start", "running")),
+                *(("start", "running"), ("restart", "running")),
+            ):
+                assert (await ask(http, "POST", f"{url}/{action}"))["status"] == status
+                assert (await ask(http, "GET", url))["status"] == status
+            for kind in ("tenant.stopped", "tenant.started"):
+                await wire.until(lambda kind=kind: wire.notified("event", type=kind, subject=fresh))
+
+    async def test_changes_of_one_tenant_wait_for_one_another(self, gateway: LiveGateway, fresh: str) -> None:
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.http(fresh) as http:
+            actions = ("restart", "stop", "start")
+            await asyncio.gather(*(ask(http, "POST", f"{url}/{action}") for action in actions))
+            assert (await ask(http, "POST", f"{url}/start"))["status"] == "running"
+
+    async def test_snapshots(self, gateway: LiveGateway, fresh: str) -> None:
+        url = f"/v1/tenants/{fresh}/snapshots"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
+
+            async def write(text: str) -> None:
+                given = {"file_path": "a", "content": text}
+                assert not (await wire.call("tools/call", name="Write", arguments=given))["isError"]
+
+            await write("one")
+            assert (await ask(http, "POST", url, {"name": "s1"}, 201))["name"] == "s1"
+            assert (await ask(http, "POST", url, {"name": "s1"}, 409))["code"] == "conflict"
+            for bad in ("a/b", "-", "x" * 64, ""):
+                await ask(http, "POST", url, {"name": bad}, 400 if bad else 201)
+            await write("two")
+            assert (await ask(http, "GET", url))["snapshots"][0]["name"] == "s1"
+            assert (await ask(http, "POST", f"{url}/s1/restore"))["status"] == "running"
+            said = await wire.call("tools/call", name="Read", arguments={"file_path": "a"})
+            assert said["content"][0]["text"].endswith("one")
+            await ask(http, "DELETE", f"{url}/s1", status=204)
+            for method, path in (("DELETE", "/s1"), ("POST", "/s1/restore"), ("DELETE", "/..%2f..")):
+                assert (await ask(http, method, url + path, status=404))["code"] == "not_found"
+
+    async def test_a_clone(self, gateway: LiveGateway, fresh: str) -> None:
+        copy = f"{fresh}-copy"
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.http(fresh, copy) as http, gateway.http(fresh) as narrow:
+            await http.put(f"{url}/files/a", data=b"mine")
+            refused = await ask(narrow, "POST", f"{url}/clone", {"tenant": copy}, 400)
+            assert refused["field"] == "tenant"
+            made = await ask(http, "POST", f"{url}/clone", {"tenant": copy}, 201)
+            try:
+                assert (made["name"], made["status"], made["domain"]) == (copy, "running", None)
+                async with http.get(f"/v1/tenants/{copy}/files/a") as response:
+                    assert await response.read() == b"mine"
+                await ask(http, "POST", f"{url}/clone", {"tenant": copy}, 409)
+            finally:
+                await ask(http, "DELETE", f"/v1/tenants/{copy}", status=204)
+            await ask(http, "GET", f"/v1/tenants/{copy}", status=404)
+
+    async def test_another_domain(self, gateway: LiveGateway, fresh: str) -> None:
+        url, domain = f"/v1/tenants/{fresh}", f"{fresh}.example.com"
+        other = f"{fresh}-o"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh, other) as http:
+            await wire.call("events/subscribe", types=["tenant.renamed"])
+            assert (await ask(http, "PATCH", url, {"domain": domain.upper()}))["domain"] == domain
+            told = await wire.until(lambda: wire.notified("event", type="tenant.renamed"))
+            assert (told["data"]["domain"], told["data"]["from"]) == (domain, None)
+            await ask(http, "PATCH", url, {"domain": "no domain"}, 400)
+            await ask(http, "POST", f"{url}/clone", {"tenant": other}, 201)
+            try:
+                taken = await ask(http, "PATCH", f"/v1/tenants/{other}", {"domain": domain}, 409)
+                assert taken["code"] == "conflict"
+            finally:
+                await ask(http, "DELETE", f"/v1/tenants/{other}", status=204)
+            assert (await ask(http, "PATCH", url, {"domain": None}))["domain"] is None
+
+    async def test_the_sites_log(self, gateway: LiveGateway, fresh: str) -> None:
+        """The last lines, then what comes; who leaves leaves nothing running."""
+        url = f"/v1/tenants/{fresh}/logs"
+        for n in range(3):
+            await self.log(gateway, fresh, f"line {n}")
+        async with gateway.http(fresh) as http:
+
+            async def last(lines: int) -> list[bytes]:
+                async with http.get(url, params={"lines": lines}) as response:
+                    assert response.status == 200
+                    return (await response.read()).splitlines()
+
+            deadline = time.monotonic() + 10
+            while not (found := await last(2)) or not found[-1].endswith(b"line 2"):
+                assert time.monotonic() < deadline, found
+            assert [line[-6:] for line in found] == [b"line 1", b"line 2"]
+            async with http.get(url, params={"lines": 1, "follow": 1}) as response:
+                async with asyncio.timeout(10):
+                    assert (await response.content.readline()).endswith(b"line 2\n")
+                    await self.log(gateway, fresh, "line 3")
+                    assert (await response.content.readline()).endswith(b"line 3\n")
+                assert await self.followers(gateway, fresh) == 1
+                response.close()
+            deadline = time.monotonic() + 10
+            while await self.followers(gateway, fresh):
+                assert time.monotonic() < deadline
+            for query in ({"lines": "x"}, {"lines": "100001"}, {"follow": "yes"}):
+                async with http.get(url, params=query) as response:
+                    assert response.status == 400
+            await ask(http, "POST", f"/v1/tenants/{fresh}/stop")
+            async with http.get(url) as response:
+                assert (response.status, (await response.json())["code"]) == (409, "tenant_not_running")
+
+    async def test_who_may(self, gateway: LiveGateway, fresh: str) -> None:
+        changes = (
+            *(("POST", "/stop"), ("POST", "/clone"), ("POST", "/snapshots"), ("PATCH", "")),
+            *(("POST", "/snapshots/s/restore"), ("DELETE", "/snapshots/s"), ("DELETE", ""), ("GET", "/logs")),
+        )
+        async with gateway.http(fresh, scopes=("exec",)) as less, gateway.http("t-other") as other:
+            for method, path in changes:
+                url = f"/v1/tenants/{fresh}{path}"
+                assert (await ask(less, method, url, {}, 403))["code"] == "forbidden"
+                assert (await ask(other, method, url, {}, 404))["code"] == "not_found"
+
+    async def test_a_destroyed_tenant_is_gone(self, gateway: LiveGateway, fresh: str) -> None:
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
+            call = {"name": "Write", "arguments": {"file_path": "a", "content": "x"}, "callId": "mine"}
+            await wire.call("tools/call", **call)
+            await ask(http, "POST", f"{url}/snapshots", {"name": "s1"}, 201)
+            await ask(http, "DELETE", url, status=204)
+            for method, path in (("GET", ""), ("GET", "/snapshots"), ("GET", "/logs"), ("DELETE", "")):
+                await ask(http, method, url + path, status=404)
