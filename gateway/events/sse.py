@@ -24,9 +24,10 @@ def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings
     when the client goes or when the bus closes, whichever is first. A client that does not read is
     simply waited for: it holds a place in the journal, nothing more.
     """
-    subscription = bus.subscribe(filter, parse_last_event_id(last_event_id))
+    after = parse_last_event_id(last_event_id)
+    subscription = bus.subscribe(filter, after)
     return EventSourceResponse(
-        _stream(subscription),
+        _stream(subscription, announced=after is None),
         ping=settings.events_keepalive,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
         sep=_SEPARATOR,
@@ -36,8 +37,12 @@ def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings
     )
 
 
-async def _stream(subscription: Subscription) -> AsyncIterator[bytes]:
+async def _stream(subscription: Subscription, announced: bool) -> AsyncIterator[bytes]:
     try:
+        if announced:
+            # an id without data is no event, but every client comes back with it: one that is cut off before
+            # its first event misses nothing either
+            yield b"id: %d\n\n" % subscription.last_id
         # several at once: in a burst each send of its own would cost more than all else
         while events := await subscription.batch():
             yield b"".join(map(sent, events))

@@ -18,9 +18,10 @@ from websockets.typing import Subprotocol
 from gateway import protocol
 from gateway.errors import WIRE_CODES, Conflict, StaleRead
 from gateway.protocol import StreamId
-from gateway_client import Client, Disconnected, Exit, Killed, Tenant, errors
+from gateway_client import Change, Client, Disconnected, Exit, Killed, Tenant, errors
 from gateway_client.connection import Address
 from gateway_client.execution import BUFFER
+from gateway_client.retry import Patience, Retry
 
 
 class Peer:
@@ -62,7 +63,9 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def gateway(*scripts: Script, refuse: Response | None = None) -> AsyncIterator[Tenant]:
+async def gateway(
+    *scripts: Script, refuse: Response | None = None, retry: Retry | None = None, **more: Any
+) -> AsyncIterator[Tenant]:
     """Serve one script per connection, in order; give a tenant of a client. Scripts must end well."""
     left = iter(scripts)
     done: list[asyncio.Future[None]] = []
@@ -93,7 +96,7 @@ async def gateway(*scripts: Script, refuse: Response | None = None) -> AsyncIter
             close_timeout=1,
         ) as server:
             port = server.sockets[0].getsockname()[1]
-            async with Client(f"http://127.0.0.1:{port}", token="t0ken") as client:
+            async with Client(f"http://127.0.0.1:{port}", token="t0ken", retry=retry, **more) as client:
                 yield client.tenant("shop")
             await asyncio.gather(*done)
     assert len(done) == len(scripts)
@@ -105,8 +108,10 @@ async def gateway(*scripts: Script, refuse: Response | None = None) -> AsyncIter
 async def test_a_tool_call_has_the_contracts_shape() -> None:
     async def script(peer: Peer) -> None:
         params = await peer.initialize()
-        assert params == {"client": {"name": "gateway_client", "version": "1"}, "readBeforeWrite": False}
         protocol.validate(protocol.Initialize, params)
+        # named, so that it outlasts a broken connection
+        assert params.pop("session").startswith("client-")
+        assert params == {"client": {"name": "gateway_client", "version": "1"}, "readBeforeWrite": False}
         number, params = await peer.expect("tools/call")
         assert params == {"name": "Read", "arguments": {"file_path": "a"}, "callId": "c1"}
         content = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]
@@ -133,6 +138,7 @@ async def test_typed_tools_use_claudes_inputs(
     async def script(peer: Peer) -> None:
         await peer.initialize()
         number, params = await peer.expect("tools/call")
+        assert params.pop("callId")
         assert params == {"name": name, "arguments": arguments}
         await peer.reply(number, {"content": [{"type": "text", "text": "ok"}], "isError": False})
 
@@ -281,6 +287,228 @@ async def test_a_server_that_speaks_something_else_is_left() -> None:
     async with gateway(script) as shop:
         with pytest.raises(errors.InvalidParams, match=r"not gateway\.v1"):
             await shop.ping()
+
+
+# --- coming back -------------------------------------------------------------------------------------
+
+SOON = Retry(first=0.01, most=0.05, patience=5)
+
+
+def test_pauses_double_up_to_a_limit_and_end() -> None:
+    patience = Patience(Retry(first=1, most=8, patience=0.05))
+    assert patience.pause() == 0
+    assert 0 < (patience.pause() or 0) <= 0.05
+    patience = Patience(Retry(first=1, most=8, patience=1000))
+    pauses = [patience.pause() or 0 for _ in range(9)]
+    for pause, longest in zip(pauses, (0, 1, 2, 4, 8, 8, 8, 8, 8), strict=True):
+        assert longest / 2 <= pause <= longest
+    patience.restore()
+    assert patience.pause() == 0
+    assert Patience(None).pause() is None
+    over = Patience(Retry(patience=-1))
+    assert (over.pause(), over.pause()) == (0, None)
+
+
+async def test_a_tool_call_is_asked_again_under_its_id_and_in_its_session() -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def broken(peer: Peer) -> None:
+        params = await peer.initialize()
+        _, call = await peer.expect("tools/call")
+        seen.append((params["session"], call["callId"]))
+        peer.socket.transport.abort()
+
+    async def good(peer: Peer) -> None:
+        params = await peer.initialize()
+        number, call = await peer.expect("tools/call")
+        seen.append((params["session"], call["callId"]))
+        await peer.reply(number, {"content": [{"type": "text", "text": "once"}], "isError": False})
+
+    async with gateway(broken, broken, good, retry=SOON) as shop:
+        assert (await shop.read("a")).text == "once"
+    assert len(set(seen)) == 1 and len(seen) == 3
+
+
+async def test_what_must_not_be_asked_twice_is_not() -> None:
+    async def broken(peer: Peer) -> None:
+        await peer.initialize()
+        await peer.expect("files/write")
+        peer.socket.transport.abort()
+
+    async with gateway(broken, retry=SOON) as shop:
+        with pytest.raises(Disconnected):
+            await shop.files.write("a", "b")
+
+
+async def test_an_answer_that_says_unavailable_is_an_answer() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("tools/call")
+        await peer.socket.send(protocol.failure(number, errors.Unavailable("Incus is away")))
+
+    async with gateway(script, retry=SOON) as shop:
+        with pytest.raises(errors.Unavailable, match="Incus is away"):
+            await shop.read("a")
+
+
+async def test_the_state_is_told_while_it_changes_and_at_last_it_gives_up() -> None:
+    told: list[tuple[str, str]] = []
+
+    def on_change(change: Change) -> None:
+        told.append((change.tenant, change.state))
+
+    async def draining(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("ping")
+        await peer.reply(number, {})
+        await peer.expect("ping")
+        await peer.socket.close(1012, "draining")
+
+    async def drained(peer: Peer) -> None:
+        await peer.socket.close(1012, "draining")
+
+    async def again(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("ping")
+        await peer.reply(number, {})
+        await peer.expect("ping")
+        assert shop.state == "connected"
+        peer.socket.transport.abort()
+
+    async def refusing(peer: Peer) -> None:
+        await peer.socket.close(1013, "Incus does not answer")
+
+    few = Retry(first=0.01, most=0.02, patience=0.001)
+    async with gateway(draining, drained, again, refusing, retry=SOON, on_change=on_change) as shop:
+        assert shop.state == "idle"
+        await shop.ping()
+        await shop.ping()  # asked again after the gateway has come back
+        shop._client.retry = few
+        with pytest.raises(Disconnected, match="Incus does not answer"):
+            await shop.ping()
+        assert shop.state == "idle"
+    states = [state for tenant, state in told if tenant == "shop"]
+    assert states[:4] == ["connected", "reconnecting", "reconnecting", "connected"]
+    assert states[-2:] == ["idle", "closed"] and "reconnecting" in states[4:]
+
+
+async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/start")
+        answer = {"exec": params["execId"], "channel": 1, "pid": 1, "startedAt": "", "attachment": "a-1"}
+        await peer.reply(number, answer)
+        await peer.output(b"abc")
+        await peer.output(b"e", StreamId.STDERR)
+        frame = protocol.unpack_frame(bytes(await peer.socket.recv(decode=False)))
+        assert frame.data == b"input"
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/attach")
+        protocol.validate(protocol.ExecAttach, params)
+        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 1}, "resume": "a-1"}
+        answer = {"channel": 7, "from": {"stdout": 5, "stderr": 1}, "lost": {"stdout": 2, "stderr": 0}}
+        await peer.reply(number, {**answer, "state": "running", "attachment": "a-2", "stdin": 2})
+        frame = protocol.unpack_frame(bytes(await peer.socket.recv(decode=False)))
+        assert (frame.channel, frame.data) == (7, b"put")  # what had not arrived
+        peer.socket.transport.abort()
+
+    async def third(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/attach")
+        assert params == {"exec": "e1", "from": {"stdout": 5, "stderr": 1}, "resume": "a-2"}
+        answer = {"channel": 1, "from": params["from"], "lost": {"stdout": 0, "stderr": 0}}
+        await peer.reply(number, {**answer, "state": "running", "attachment": "a-3", "stdin": 5})
+        await peer.output(b"fgh")
+        frame = protocol.unpack_frame(bytes(await peer.socket.recv(decode=False)))
+        assert frame.data == b"more"
+        await peer.expect("exec/closeStdin")
+        await peer.exited("e1", offsets={"stdout": 8, "stderr": 1})
+
+    async with gateway(first, second, third, retry=SOON) as shop:
+        async with shop.exec("cat", stdin=True, exec_id="e1") as run:
+            await run.write(b"input")
+            assert await anext(run.stdout) == b"abc"
+            assert await anext(run.stdout) == b"fgh"
+            await run.write(b"more")
+            await run.close_stdin()
+            assert (await run.wait()).code == 0
+            assert await run.stderr.read() == b"e"
+            assert (run.stdout.offset, run.stdout.lost) == (8, 2)
+
+
+async def test_input_that_may_be_lost_is_refused_and_output_goes_on() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.initialize()
+        await peer.start()
+        await peer.socket.recv(decode=False)
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/attach")
+        answer = {"channel": 1, "from": params["from"], "lost": {"stdout": 0, "stderr": 0}}
+        await peer.reply(number, {**answer, "state": "running"})
+        await peer.output(b"on")
+        await peer.socket.wait_closed()
+
+    async with gateway(first, second, retry=SOON) as shop:
+        async with shop.exec("cat", stdin=True, exec_id="e1") as run:
+            await run.write(b"input")
+            assert await anext(run.stdout) == b"on"
+            with pytest.raises(Disconnected, match="is not known"):
+                await run.write(b"more")
+            run._exit.set_result(Exit(None, None, "cancelled", 0))  # the scripted gateway tells none
+
+
+async def test_a_command_that_is_gone_is_told() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.initialize()
+        await peer.start()
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("exec/attach")
+        await peer.socket.send(protocol.failure(number, errors.NotFound("no exec e1")))
+
+    async def main(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("exec/cancel")
+        await peer.socket.send(protocol.failure(number, errors.NotFound("no exec e1")))
+
+    async with gateway(first, second, main, retry=SOON) as shop:
+        async with shop.exec("x", exec_id="e1") as run:
+            with pytest.raises(errors.NotFound):
+                await anext(run.stdout)
+            with pytest.raises(errors.NotFound):
+                await run.wait()
+
+
+async def test_a_watch_that_broke_says_that_changes_were_missed() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("files/watch")
+        await peer.reply(number, {"watch": 1, "unwatched": 0})
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("files/watch")
+        assert params == {"paths": ["src"]}
+        await peer.reply(number, {"watch": 4, "unwatched": 0})
+        told = {"watch": 4, "changes": [{"path": "src/a", "change": "changed"}], "overflow": False}
+        await peer.socket.send(protocol.notification("files/changed", told))
+        await peer.socket.wait_closed()
+
+    async with gateway(first, second, retry=SOON) as shop:
+        async with shop.files.watch("src") as watch:
+            changes = [await anext(watch), await anext(watch)]
+    missed, told = sorted(changes, key=lambda changed: len(changed.changes))
+    assert (missed.overflow, missed.changes) == (True, [])
+    assert told.changes == [("src/a", "changed")]
 
 
 # --- commands ----------------------------------------------------------------------------------------
@@ -521,6 +749,9 @@ async def test_an_idle_connection_that_died_is_replaced_and_the_id_stays() -> No
 
     async def second(peer: Peer) -> None:
         await peer.initialize()
+        number, params = await peer.expect("exec/attach")  # the first request may have come through
+        ids.append(params["exec"])
+        await peer.socket.send(protocol.failure(number, errors.NotFound("no exec")))
         params = await peer.start()
         ids.append(params["execId"])
         await peer.output(b"here")
@@ -532,7 +763,7 @@ async def test_an_idle_connection_that_died_is_replaced_and_the_id_stays() -> No
         async with shop.exec("x") as run:
             assert await run.stdout.read() == b"here"
             assert (await run.wait()).code == 0
-    assert ids[0] == ids[1]
+    assert ids[0] == ids[1] == ids[2]
 
 
 async def test_a_command_that_cannot_start_raises_and_gives_its_connection_back() -> None:

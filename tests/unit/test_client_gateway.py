@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 
 from gateway import auth
-from gateway_client import Client, Disconnected, Exit, GatewayError, Tenant, errors
+from gateway_client import Client, Disconnected, Exit, GatewayError, Retry, Tenant, errors
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s" * 32
+RETRY = Retry()
 SCOPES = ("files:read", "files:write", "exec", "events", "deploy")
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
+async def serving(
+    folder: Path, retry: Retry | None = RETRY
+) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
     """Run `incus-gateway serve` with one tenant; end it by SIGTERM, which must be orderly."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
@@ -47,7 +50,7 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Tenant, asyncio.subproces
         server = await run("serve")
         try:
             token = auth.issue(SECRET, "test", ["shop"], SCOPES, 600)
-            async with Client(f"unix:{folder}/socket", token=token) as client:
+            async with Client(f"unix:{folder}/socket", token=token, retry=retry) as client:
                 while True:
                     try:
                         await client.http("GET", "/readyz")
@@ -164,7 +167,7 @@ async def test_refusals_have_their_types(shop: Tenant) -> None:
 
 
 async def test_a_gateway_that_ends_says_so_to_everybody(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (shop, server):
+    async with serving(tmp_path, retry=None) as (shop, server):
         async with shop._client.events(types="gateway.draining") as stream:
             async with shop.exec("echo up; sleep 600") as run:
                 assert await anext(run.stdout) == b"up\n"

@@ -17,16 +17,17 @@ from gateway.events import Bus, Filter, MemoryJournal, sse
 from gateway.settings import Settings
 from gateway_client import Client, Disconnected, Event, RunResult, errors
 from gateway_client.events import MAX_EVENT, Parser, ServerSent
+from gateway_client.retry import Retry
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextlib.asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[Client]:
+async def serving(handler: Handler, retry: Retry | None = None) -> AsyncIterator[Client]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
     async with asyncio.timeout(30), TestServer(app) as server:
-        async with Client(str(server.make_url("/")), token="t0ken") as client:
+        async with Client(str(server.make_url("/")), token="t0ken", retry=retry) as client:
             yield client
 
 
@@ -184,6 +185,39 @@ async def test_a_stream_that_breaks_is_not_an_end() -> None:
         with pytest.raises(Disconnected):
             async for _ in client.events():
                 pytest.fail("there was none")
+
+
+def _sent(number: int) -> bytes:
+    body = {"specversion": "1.0", "id": str(number), "source": "/g", "type": "t", "data": {}}
+    return f"id: {number}\nevent: t\ndata: {json.dumps(body)}\n\n".encode()
+
+
+async def test_a_stream_comes_back_where_it_was_and_misses_nothing() -> None:
+    """After a break, after an end, before its first event; at last it says that nobody answers."""
+    asked: list[str | None] = []
+    answers = iter([b"id: 4\n\n", _sent(5) + _sent(6) + b"id: 7\nda", None, _sent(7)])
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append(request.headers.get("Last-Event-ID"))
+        response = web.StreamResponse()
+        answer = next(answers, None)
+        if answer is None:
+            return web.json_response({"code": "unavailable"}, status=503)
+        await response.prepare(request)
+        await response.write(answer)
+        assert request.transport is not None
+        if len(asked) == 2:
+            request.transport.abort()
+        return response
+
+    async with serving(handler, Retry(first=0.01, most=0.02, patience=0.2)) as client:
+        stream, got = client.events(), []
+        with pytest.raises(errors.Unavailable):
+            while True:
+                got.append((await anext(stream)).id)
+    assert got == [5, 6, 7]
+    assert asked[:4] == [None, "4", "6", "6"]
+    assert set(asked[4:]) == {"7"} and len(asked) > 6
 
 
 async def test_a_refused_stream_is_the_typed_error() -> None:

@@ -16,9 +16,11 @@ from gateway_client.errors import Disconnected, GatewayError
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Exit, Killed, Output
 from gateway_client.files import Changed, Content, Entry, Files, Watch
+from gateway_client.retry import Change, Retry
 from gateway_client.tenant import RunResult, Tenant, ToolResult
 
 __all__ = [
+    "Change",
     "Changed",
     "Client",
     "Content",
@@ -32,6 +34,7 @@ __all__ = [
     "GatewayError",
     "Killed",
     "Output",
+    "Retry",
     "RunResult",
     "Tenant",
     "TenantInfo",

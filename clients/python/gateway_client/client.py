@@ -15,6 +15,7 @@ import orjson
 from gateway_client.connection import Address, refusal
 from gateway_client.errors import Disconnected
 from gateway_client.events import EventStream
+from gateway_client.retry import OnChange, Retry
 from gateway_client.tenant import Tenant
 
 # a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
@@ -36,9 +37,24 @@ class Client:
     """A gateway and one token for it. Use it in an `async with`; nothing is connected before it is needed.
 
     `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. No proxy of the environment is used.
+
+    What was connected comes back by itself as `retry` says, None for not at all: tool calls are asked again
+    and yet made once, commands go on where they stood, in output and input, watches say that changes were
+    missed, events are replayed. `on_change` is called as connections come and go; `Tenant.state` tells it
+    too.
     """
 
-    def __init__(self, url: str, *, token: str, name: str = "gateway_client") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str,
+        name: str = "gateway_client",
+        retry: Retry | None = Retry(),  # noqa: B008 - immutable
+        on_change: OnChange | None = None,
+    ) -> None:
+        self.retry = retry
+        self.on_change = on_change
         self.address = Address.parse(url)
         self.token = token
         self.identity = {"name": name, "version": "1"}

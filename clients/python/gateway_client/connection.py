@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket as sockets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from socket import IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET
 from typing import Any, Final, Protocol
 
 import orjson
@@ -30,6 +32,12 @@ MAX_MESSAGE: Final = 64 * MiB
 FRAMES: Final = 16
 OPEN_TIMEOUT: Final = 15.0
 CLOSE_TIMEOUT: Final = 2.0
+# 30 s of silence, then a probe every 10 s, of which 3 may be lost; not every system has the names
+_KEEPALIVE: Final = tuple(
+    (getattr(sockets, name), value)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(sockets, name)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,11 @@ class Connection:
         self.draining = False
 
     @property
+    def failure(self) -> GatewayError | None:
+        """What ended this connection. A request that raises this very error may or may not have arrived."""
+        return self._failure
+
+    @property
     def alive(self) -> bool:
         """Whether a new request may be tried here."""
         return self._failure is None and not self.draining
@@ -118,6 +131,12 @@ class Connection:
             raise refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, TimeoutError, InvalidHandshake, InvalidURI, EOFError) as error:
             raise Disconnected(f"no gateway answers at {address.unix or address.url}: {error}") from error
+        wire = socket.transport.get_extra_info("socket")
+        if not address.unix and wire is not None:
+            # who waits for a silent command sends nothing: only so is it noticed that the gateway is gone
+            wire.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                wire.setsockopt(IPPROTO_TCP, option, value)
         connection = cls(socket)
         connection._reader = asyncio.create_task(connection._read(), name=f"gateway.v1 {tenant}")
         try:

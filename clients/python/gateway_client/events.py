@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import deque
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ import aiohttp
 import orjson
 
 from gateway_client.connection import refusal
-from gateway_client.errors import Disconnected, TooLarge
+from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable
+from gateway_client.retry import Patience
 
 if TYPE_CHECKING:
     from gateway_client.client import Client
@@ -38,11 +40,11 @@ class ServerSent:
 class Parser:
     """Server-Sent Events out of bytes, as WHATWG HTML §9.2.6 has it. No IO, bounded by `MAX_EVENT`."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_id: str = "") -> None:
         self._rest = b""
         self._begun = False
         self._type, self._data, self._size = "", list[str](), 0
-        self.last_id = ""
+        self.last_id = last_id
 
     def feed(self, chunk: bytes) -> list[ServerSent]:
         """Return the events that `chunk` completes. Raises `TooLarge`."""
@@ -113,9 +115,10 @@ class Event:
 class EventStream:
     """Events as they happen: `async with` it, then `async for`. Iterating alone opens it too.
 
-    What happens after the block is entered is in the stream: enter first, read the state after. Ends
-    when the gateway ends it; raises `Disconnected` where the connection breaks or falls silent.
-    `last_event_id` resumes after the last event that was handed out.
+    What happens after the block is entered is in the stream: enter first, read the state after. Where the
+    connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
+    says, and goes on after the last event; `Disconnected` where that is in vain. Without a `Retry` it ends
+    when the gateway ends it. `last_event_id` resumes after the last event that was handed out.
     """
 
     def __init__(self, client: Client, query: Mapping[str, str], last_event_id: int | None) -> None:
@@ -124,26 +127,31 @@ class EventStream:
         self._parser = Parser()
         self._ready: deque[ServerSent] = deque()
         self._response: aiohttp.ClientResponse | None = None
+        self._closed = False
+        self._patience = Patience(client.retry)
 
     async def __aenter__(self) -> EventStream:
         if self._response is None:
-            headers = {"Accept": "text/event-stream"}
-            if self.last_event_id is not None:
-                headers["Last-Event-ID"] = str(self.last_event_id)
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
-            try:
-                response = await self._client.session.get(
-                    self._client.address.url + "/v1/events",
-                    params=self._query,
-                    headers=headers,
-                    timeout=timeout,
-                )
-            except (aiohttp.ClientError, TimeoutError) as error:
-                raise Disconnected(f"the gateway's events cannot be reached: {error}") from error
+            self._response = await self._open()
+        return self
+
+    async def _open(self) -> aiohttp.ClientResponse:
+        headers = {"Accept": "text/event-stream"}
+        # the gateway names where a stream begins before its first event
+        last = self._parser.last_id if self.last_event_id is None else str(self.last_event_id)
+        if last:
+            headers["Last-Event-ID"] = last
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
+        try:
+            response = await self._client.session.get(
+                self._client.address.url + "/v1/events", params=self._query, headers=headers, timeout=timeout
+            )
             if response.status != 200:
                 raise refusal(response.status, await response.read())
-            self._response = response
-        return self
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"the gateway's events cannot be reached: {error}") from error
+        self._parser = Parser(last)
+        return response
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -152,6 +160,7 @@ class EventStream:
 
     async def close(self) -> None:
         """End the stream. Idempotent."""
+        self._closed = True
         if self._response is not None:
             self._response.close()
 
@@ -160,17 +169,34 @@ class EventStream:
 
     async def __anext__(self) -> Event:
         await self.__aenter__()
-        assert self._response is not None
         while not self._ready:
+            error: GatewayError | None = None
             try:
-                chunk = await self._response.content.readany()
-            except (aiohttp.ClientError, TimeoutError) as error:
-                self._response.close()
-                raise Disconnected("the event stream broke") from error
-            if not chunk:
+                assert self._response is not None
+                if chunk := await self._response.content.readany():
+                    self._ready.extend(self._parser.feed(chunk))
+                    continue
+            except (aiohttp.ClientError, TimeoutError) as broken:
+                error = Disconnected(f"the event stream broke: {broken}")
+            if self._closed or (error is None and self._client.retry is None):
                 await self.close()
                 raise StopAsyncIteration
-            self._ready.extend(self._parser.feed(chunk))
+            await self._reopen(error or Disconnected("the gateway ended the event stream"))
         event = Event.parse(self._ready.popleft())
         self.last_event_id = event.id
+        self._patience.restore()
         return event
+
+    async def _reopen(self, error: GatewayError) -> None:
+        assert self._response is not None
+        self._response.close()
+        while True:
+            pause = self._patience.pause()
+            if pause is None:
+                raise error
+            await asyncio.sleep(pause)
+            try:
+                self._response = await self._open()
+                return
+            except Unavailable as again:
+                error = again

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway import protocol
-from gateway_client.errors import Disconnected, GatewayError
+from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimited, Unavailable
 
 if TYPE_CHECKING:
     from gateway_client.connection import Connection
@@ -23,6 +23,8 @@ KiB, MiB = 1 << 10, 1 << 20
 BUFFER: Final = 1 * MiB
 # bytes of one input frame: small enough for any gateway's frame limit, large enough to be quick
 CHUNK: Final = 256 * KiB
+# bytes of input that are kept to be sent again after a break: more than the buffers on the way can hold
+SENT: Final = 16 * MiB
 START_TIMEOUT: Final = 60.0
 END_TIMEOUT: Final = 30.0
 
@@ -120,12 +122,43 @@ class Output:
             await self._drained.wait()
 
 
+class _Sent:
+    """The last input that was sent, by its offsets: what of it had not arrived when a connection broke."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self.end = 0
+
+    def add(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._size += len(data)
+        self.end += len(data)
+        while self._size - len(self._chunks[0]) >= SENT:
+            self._size -= len(self._chunks.popleft())
+
+    def since(self, offset: int) -> list[bytes] | None:
+        """Return what was sent from `offset` on, None where that is no longer kept."""
+        skip = offset - (self.end - self._size)
+        if skip < 0:
+            return None
+        found = []
+        for chunk in self._chunks:
+            if skip < len(chunk):
+                found.append(chunk[max(skip, 0) :])
+            skip -= len(chunk)
+        return found
+
+
 class Exec:
     """A command in a tenant. Made by `Tenant.exec` or `Tenant.attach`; runs inside its `async with`.
 
     Leaving the block ends the command and its whole tree unless it has ended or was `detach`ed. The
     streams hold each other up: whoever lets one stand with more than a buffer full stops the other too,
     as pipes do; read both, or `output()`, or ask for a `pty`, or leave both alone and `wait()`.
+
+    A connection that breaks is replaced as the client's `Retry` says: the output goes on where it stood,
+    `lost` counting what the gateway could not keep, and input that had not arrived is sent again.
     """
 
     def __init__(
@@ -138,51 +171,71 @@ class Exec:
         self._tenant, self._method, self._params = tenant, method, params
         self._connection: Connection | None = None
         self._channel: int | None = None
+        self._attachment: str | None = None
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._arrived = asyncio.Event()
         self._detached = False
+        self._resuming: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        self._sent = _Sent()
+        self._input_closed = False
+        self._input_failure: GatewayError | None = None
         self.stdout, self.stderr = Output(buffer), Output(buffer)
         self.id: str = str(params.get("execId") or params.get("exec"))
         self.pid: int | None = None
         self.started_at: Any = None
 
     async def __aenter__(self) -> Exec:
-        for last in (False, True):
-            connection = await self._tenant._acquire(fresh=last)
-            connection.receiver = self
-            try:
-                async with asyncio.timeout(START_TIMEOUT):
-                    await connection.request(self._method, self._params, self._started)
-            except Disconnected:
-                # an idle connection may have died unseen. The id is ours, so that asking again on
-                # another one attaches to what the first request may have started.
-                await self._tenant._release(connection, good=False)
-                if last:
+        async with self._tenant._patience() as patience:
+            again = False
+            while True:
+                connection = await self._tenant._acquire(patience, fresh=again)
+                try:
+                    await self._begin(connection, again)
+                except Unavailable as error:
+                    connection.receiver = None
+                    await self._tenant._release(connection, good=error is not connection.failure)
+                    if error is not connection.failure:
+                        raise
+                    # an idle connection may have died unseen: that one is replaced whatever `Retry` says
+                    if again:
+                        await self._tenant._pause(patience, error)
+                    again = True
+                except BaseException as error:
+                    connection.receiver = None
+                    await self._tenant._release(connection, good=isinstance(error, GatewayError))
+                    if isinstance(error, TimeoutError):
+                        raise Disconnected("the gateway does not start the command") from None
                     raise
-                self._reset()
-            except BaseException as error:
-                answered = isinstance(error, GatewayError)
-                connection.receiver = None
-                await self._tenant._release(connection, good=answered)
-                if isinstance(error, TimeoutError):
-                    raise Disconnected("the gateway does not start the command") from None
-                raise
-            else:
-                self._connection = connection
-                return self
-        raise AssertionError("unreachable")
+                else:
+                    self._connection = connection
+                    if connection.failure is not None:  # at once again, before it was ours
+                        self.broken(connection.failure)
+                    return self
+
+    async def _begin(self, connection: Connection, again: bool) -> None:
+        connection.receiver = self
+        async with asyncio.timeout(START_TIMEOUT):
+            if again and self._method == "exec/start":
+                # the id is ours, and the first request may have come through
+                with contextlib.suppress(NotFound):
+                    await connection.request("exec/attach", {"exec": self.id}, self._started)
+                    return
+            await connection.request(self._method, self._params, self._started)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        connection = self._connection
-        if connection is None or self._detached:
+        if self._connection is None or self._detached:
             return
         ended = False
         try:
             for output in (self.stdout, self.stderr):
                 output._abandoned = True
                 output._drop()
+            if self._resuming is not None:
+                await self._stop_resuming()
+                self._mark(Disconnected("the command was left"))
             broken = self._exit.done() and self._exit.exception() is not None
             if broken or not self._exit.done():
                 # a broken connection did not end the command either
@@ -192,23 +245,57 @@ class Exec:
                         await asyncio.shield(self._exit)
             ended = self._exit.done() and self._exit.exception() is None
         finally:
+            connection, self._detached = self._connection, True
             connection.receiver = None
             self._mark(Disconnected("the command was left"))
+            await self._stop_resuming()
             await self._tenant._release(connection, good=ended)
 
     # --- talking to it --------------------------------------------------------------------------------
 
     async def write(self, data: bytes) -> None:
         """Give bytes to the command's input; waits while the gateway's buffer is full."""
-        connection = self._running()
+        self._running()
         for start in range(0, len(data), CHUNK):
-            assert self._channel is not None
-            await connection.send(protocol.StreamId.STDIN, self._channel, data[start : start + CHUNK])
+            async with self._writing:
+                await self._resumed()
+                self._sent.add(data[start : start + CHUNK])
+                await self._give([data[start : start + CHUNK]])
 
     async def close_stdin(self) -> None:
         """Tell the command that no more input comes."""
-        # on the connection that carried the input: the end must not overtake it
-        await self._running().post("exec/closeStdin", {"exec": self.id})
+        self._running()
+        async with self._writing:
+            await self._resumed()
+            self._input_closed = True
+            await self._give([])
+
+    async def _give(self, chunks: list[bytes]) -> None:
+        """Send input, and its end where it has one; what breaks on the way is sent by who resumes."""
+        connection = self._running()
+        try:
+            await self._pass(connection, chunks)
+        except Unavailable as error:
+            if error is not connection.failure:
+                raise
+            await self._resumed()
+
+    async def _pass(self, connection: Connection, chunks: list[bytes]) -> None:
+        for chunk in chunks:
+            assert self._channel is not None
+            await connection.send(protocol.StreamId.STDIN, self._channel, chunk)
+        if self._input_closed:
+            # on the connection that carried the input: the end must not overtake it
+            await connection.post("exec/closeStdin", {"exec": self.id})
+
+    async def _resumed(self) -> None:
+        """Wait until the connection stands. Raises what it finally failed with, or that input was lost."""
+        if self._resuming is not None:
+            await asyncio.wait([self._resuming])
+        if self._exit.done() and (error := self._exit.exception()) is not None:
+            raise error.with_traceback(None)
+        if self._input_failure is not None:
+            raise self._input_failure.with_traceback(None)
 
     async def resize(self, cols: int, rows: int) -> None:
         """Tell the terminal its new size."""
@@ -232,7 +319,8 @@ class Exec:
 
         Output that nobody has begun to read is kept up to its buffer, its end rather than its start, and
         counted in `lost` beyond that. A stream that somebody began to read is waited for, unless
-        `discard` says that nobody will read on. Raises `Disconnected` where the connection breaks first.
+        `discard` says that nobody will read on. Raises `Disconnected` where the connection breaks and is not
+        replaced.
         """
         for output in (self.stdout, self.stderr):
             output._waited = True
@@ -242,6 +330,8 @@ class Exec:
 
     async def detach(self) -> None:
         """Let the command run on without us, for as long as its linger time says; `id` finds it again."""
+        self._running()
+        await self._stop_resuming()
         connection, self._detached = self._running(), True
         connection.receiver = None
         self._mark(Disconnected("detached from this command"))
@@ -271,21 +361,76 @@ class Exec:
             raise Disconnected("a command is used inside its `async with`")
         return self._connection
 
+    # --- coming back ----------------------------------------------------------------------------------
+
+    async def _resume(self, broken: Connection, error: GatewayError) -> None:
+        """Attach anew where the output stands; end both streams with the failure where that cannot be."""
+        try:
+            async with self._tenant._patience() as patience:
+                while True:
+                    await self._tenant._release(broken, good=False)
+                    await self._tenant._pause(patience, error)
+                    broken = await self._tenant._connect(patience, patient=True)
+                    before = self.stdout.offset + self.stderr.offset
+                    try:
+                        await self._take_place(broken)
+                    except Unavailable as again:
+                        error = again
+                    else:
+                        if broken.failure is None:
+                            self._connection = broken
+                            return
+                        error = broken.failure
+                    if self.stdout.offset + self.stderr.offset > before:
+                        patience.restore()
+        except GatewayError as final:
+            broken.receiver = None
+            await self._tenant._release(broken, good=False)
+            self._mark(final)
+        except TimeoutError:
+            self._mark(Disconnected("the gateway does not let us attach to the command again"))
+        finally:
+            self._resuming = None
+
+    async def _take_place(self, connection: Connection) -> None:
+        """Attach by another connection in place of the one that broke, and send again what it took along."""
+        connection.receiver = self
+        params = {"exec": self.id, "from": {"stdout": self.stdout.offset, "stderr": self.stderr.offset}}
+        missing: list[bytes] | None = [] if self._sent.end == 0 else None
+        resume = {} if self._attachment is None else {"resume": self._attachment}
+        async with asyncio.timeout(START_TIMEOUT):
+            try:
+                answer = await connection.request("exec/attach", {**params, **resume}, self._started)
+            except NotFound:
+                if not resume:
+                    raise
+                # of many readers the gateway forgets the first
+                await connection.request("exec/attach", params, self._started)
+            else:
+                if resume:
+                    missing = self._sent.since(int(answer.get("stdin", 0)))
+        if missing is None:
+            lost = Disconnected("the connection broke, and how much of the input arrived is not known")
+            self._input_failure = lost
+            return
+        await self._pass(connection, missing)
+
+    async def _stop_resuming(self) -> None:
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.wait([self._resuming])
+
     # --- what the connection brings -------------------------------------------------------------------
 
     def _started(self, result: Any) -> None:
         self._channel = int(result["channel"])
+        self._attachment = result.get("attachment")
         self.id = str(result.get("exec", self.id))
         self.pid = result.get("pid", self.pid)
         self.started_at = result.get("startedAt", self.started_at)
         for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
-            output.offset = int((result.get("from") or {}).get(name, 0))
-            output.lost = int((result.get("lost") or {}).get(name, 0))
-
-    def _reset(self) -> None:
-        buffer = self.stdout._limit
-        self.stdout, self.stderr, self._channel = Output(buffer), Output(buffer), None
-        self._exit = asyncio.get_running_loop().create_future()
+            output.offset = int((result.get("from") or {}).get(name, output.offset))
+            output.lost += int((result.get("lost") or {}).get(name, 0))
 
     def frame(self, frame: protocol.Frame) -> None:
         if frame.channel != self._channel:
@@ -319,7 +464,14 @@ class Exec:
             self._mark(None)
 
     def broken(self, error: GatewayError) -> None:
-        self._mark(error)
+        if self._connection is None or self._resuming is not None or self._detached:
+            return  # who starts, resumes or leaves sees it for itself
+        # a reader that stood still for too long was put off, and may come back too
+        passing = isinstance(error, Unavailable | RateLimited)
+        if passing and not self._exit.done() and self._tenant._client.retry is not None:
+            self._resuming = asyncio.create_task(self._resume(self._connection, error))
+        else:
+            self._mark(error)
 
     async def room(self) -> None:
         await self.stdout._room()

@@ -17,7 +17,8 @@ from yarl import URL
 
 from gateway import protocol
 from gateway_client.connection import refusal
-from gateway_client.errors import Disconnected, GatewayError
+from gateway_client.errors import Disconnected, GatewayError, Unavailable
+from gateway_client.retry import Patience
 
 if TYPE_CHECKING:
     from gateway_client.connection import Connection
@@ -170,13 +171,13 @@ class Files:
         params: dict[str, Any] = {"paths": list(paths) or ["."]}
         if ignore is not None:
             params["ignore"] = list(ignore)
-        connection = await self._tenant._connect(patient=False)
+        watch = Watch(self._tenant, params)
         try:
-            watch = Watch(connection)
-            await connection.request("files/watch", params, watch.begin)
+            async with self._tenant._patience() as patience:
+                await watch._begin(patience)
             yield watch
         finally:
-            await self._tenant._release(connection, good=False)
+            await watch._end()
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -191,20 +192,60 @@ class Files:
 class Watch:
     """What changes, by `async for`. Ends after the notification that has `ended`; `Disconnected` may come.
 
-    `unwatched` folders could not be watched.
+    A connection that breaks is replaced as the client's `Retry` says, which is told as an `overflow`:
+    what changed meanwhile was missed. `unwatched` folders could not be watched.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, tenant: Tenant, params: Mapping[str, Any]) -> None:
         self.unwatched = 0
+        self._tenant, self._params = tenant, params
+        self._connection: Connection | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._number: int | None = None
         self._told: deque[Changed] = deque()
         self._failure: GatewayError | None = None
         self._over = False
         self._grown = asyncio.Event()
-        connection.receiver = self
 
-    def begin(self, answer: Mapping[str, Any]) -> None:
+    async def _begin(self, patience: Patience) -> None:
+        connection = await self._tenant._connect(patience, patient=False)
+        connection.receiver = self
+        try:
+            await connection.request("files/watch", self._params, self._begun)
+        except BaseException:
+            connection.receiver = None
+            await self._tenant._release(connection, good=False)
+            raise
+        self._connection = connection
+        if connection.failure is not None:  # at once again, before it was ours
+            self.broken(connection.failure)
+
+    def _begun(self, answer: Mapping[str, Any]) -> None:
         self._number, self.unwatched = answer["watch"], answer["unwatched"]
+
+    async def _resume(self, broken: Connection, error: GatewayError) -> None:
+        self._connection = None
+        try:
+            async with self._tenant._patience() as patience:
+                await self._tenant._release(broken, good=False)
+                while self._connection is None:
+                    await self._tenant._pause(patience, error)
+                    try:
+                        await self._begin(patience)
+                    except Unavailable as again:
+                        error = again
+            self._tell(Changed([], True))
+        except GatewayError as final:
+            self._failure = final
+            self._grown.set()
+
+    async def _end(self) -> None:
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.wait([self._resuming])
+        if self._connection is not None:
+            self._connection.receiver = None
+            await self._tenant._release(self._connection, good=False)
 
     def __aiter__(self) -> Watch:
         return self
@@ -230,16 +271,23 @@ class Watch:
         told = notification.params
         if notification.method == "files/changed" and told.get("watch") == self._number:
             changes = [(change["path"], change["change"]) for change in told["changes"]]
-            changed = Changed(changes, bool(told["overflow"]), told.get("ended"))
-            if len(self._told) < WAITING:
-                self._told.append(changed)
-            else:
-                self._told[-1] = replace(self._told[-1], overflow=True, ended=changed.ended)
-            self._grown.set()
+            self._tell(Changed(changes, bool(told["overflow"]), told.get("ended")))
+
+    def _tell(self, changed: Changed) -> None:
+        if len(self._told) < WAITING:
+            self._told.append(changed)
+        else:
+            self._told[-1] = replace(self._told[-1], overflow=True, ended=changed.ended)
+        self._grown.set()
 
     def broken(self, error: GatewayError) -> None:
-        self._failure = error
-        self._grown.set()
+        if self._connection is None:
+            return  # who begins sees it for itself
+        if isinstance(error, Unavailable) and self._tenant._client.retry is not None:
+            self._resuming = asyncio.create_task(self._resume(self._connection, error))
+        else:
+            self._failure = error
+            self._grown.set()
 
     async def room(self) -> None:
         """Nothing is held back: what waits is bounded by itself."""

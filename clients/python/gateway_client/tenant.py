@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway_client.connection import Connection
-from gateway_client.errors import from_wire
+from gateway_client.errors import Disconnected, GatewayError, Unavailable, from_wire
 from gateway_client.execution import BUFFER, Exec
 from gateway_client.files import Files
+from gateway_client.retry import Change, Patience, State
 
 if TYPE_CHECKING:
     from gateway_client.client import Client
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
 
 # connections kept for the next command: opening one costs more than starting the command
 IDLE: Final = 4
+# a connection that lasted so many seconds was a good one
+LASTED: Final = 5.0
+CLOSE_TIMEOUT: Final = 5.0
+# what may be asked twice, because it changes nothing or the same; a tool call may with its id
+_REPEATABLE: Final = frozenset(
+    {
+        *("ping", "tools/list", "exec/list", "exec/wait", "exec/cancel", "exec/resize"),
+        *("files/stat", "files/list", "files/read"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +80,16 @@ class Tenant:
     ) -> None:
         self.name = name
         self._client = client
-        self._initialize: dict[str, Any] = {"client": client.identity, "readBeforeWrite": read_before_write}
-        if session is not None:
-            self._initialize["session"] = session
+        self._own_session = session is None
+        self._initialize: dict[str, Any] = {
+            "client": client.identity,
+            "readBeforeWrite": read_before_write,
+            # one without a name would end with its connection, and not outlast a break
+            "session": session or f"client-{uuid.uuid4().hex}",
+        }
+        self._met = False  # whether the gateway was ever reached
+        self._troubled: set[Patience] = set()
+        self._told: State = "idle"
         self._main: Connection | None = None
         self._opening = asyncio.Lock()
         self._idle: list[Connection] = []
@@ -81,8 +100,36 @@ class Tenant:
     def _path(self) -> str:
         return f"/v1/tenants/{self.name}"
 
+    @property
+    def state(self) -> State:
+        """Whether there is a connection to this tenant: `idle` where none was needed yet, or none is kept."""
+        if self._client.closed:
+            return "closed"
+        if self._troubled:
+            return "reconnecting"
+        return "connected" if any(connection.alive for connection in self._open) else "idle"
+
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
-        """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer."""
+        """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
+
+        Where the connection breaks, what may be asked twice is asked again.
+        """
+        repeatable = method in _REPEATABLE or (method == "tools/call" and "callId" in (params or {}))
+        async with self._patience() as patience:
+            while True:
+                connection = await self._talk(patience)
+                began = time.monotonic()
+                try:
+                    return await connection.request(method, params)
+                except Unavailable as error:
+                    if not repeatable or error is not connection.failure:
+                        raise
+                    if time.monotonic() - began > LASTED:
+                        patience.restore()
+                    await self._pause(patience, error)
+
+    async def _talk(self, patience: Patience) -> Connection:
+        """Return the connection for tools and control messages."""
         connection = self._main
         if connection is None or not connection.alive:
             async with self._opening:
@@ -90,8 +137,8 @@ class Tenant:
                 if connection is None or not connection.alive:
                     if connection is not None:
                         await self._release(connection, good=False)
-                    connection = self._main = await self._connect(patient=False)
-        return await connection.request(method, params)
+                    connection = self._main = await self._connect(patience, patient=False)
+        return connection
 
     async def ping(self) -> None:
         await self.request("ping")
@@ -105,12 +152,11 @@ class Tenant:
     async def tool(self, name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> ToolResult:
         """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
 
-        `call_id` makes the call exactly-once: asking again with the same one returns the same result.
-        Cancelling the task cancels the call and what it runs.
+        `call_id` makes the call exactly-once: asking again with the same one returns the same result. Without
+        one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
+        cancels the call and what it runs.
         """
-        params: dict[str, Any] = {"name": name, "arguments": arguments}
-        if call_id is not None:
-            params["callId"] = call_id
+        params = {"name": name, "arguments": arguments, "callId": call_id or uuid.uuid4().hex}
         return ToolResult.parse(await self.request("tools/call", params))
 
     async def read(self, path: str, *, offset: int | None = None, limit: int | None = None) -> ToolResult:
@@ -284,26 +330,72 @@ class Tenant:
     # --- connections ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """End all connections to this tenant; the client does it too. What runs is left to its linger."""
-        self._main = None
+        """End all connections to this tenant; the client does it too.
+
+        Ends what Bash runs in the background, unless the tool session has a name of yours; other commands
+        are left to their linger.
+        """
+        main, self._main = self._main, None
+        if self._own_session and main is not None and main.alive:
+            with contextlib.suppress(GatewayError, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await main.request("session/end")
         self._idle.clear()
         await asyncio.gather(*(self._release(connection, good=False) for connection in list(self._open)))
+        self._tell(None)
 
-    async def _connect(self, *, patient: bool) -> Connection:
-        connection = await Connection.open(
-            self._client.address, self.name, self._client.token, self._initialize, patient=patient
-        )
-        self._open.add(connection)
-        return connection
+    @contextlib.asynccontextmanager
+    async def _patience(self) -> AsyncIterator[Patience]:
+        """Give the attempts of one operation, for as long as it lasts."""
+        patience = Patience(self._client.retry)
+        try:
+            yield patience
+        finally:
+            self._troubled.discard(patience)
+            self._tell(None)
 
-    async def _acquire(self, *, fresh: bool = False) -> Connection:
+    async def _pause(self, patience: Patience, error: GatewayError) -> None:
+        """Wait before the next attempt. Raises `error` where there is none."""
+        pause = patience.pause() if self._met and not self._client.closed else None
+        if pause is None:
+            raise error.with_traceback(None)
+        self._troubled.add(patience)
+        self._tell(error)
+        await asyncio.sleep(pause)
+
+    async def _connect(self, patience: Patience, *, patient: bool) -> Connection:
+        """Open a connection; as often as `patience` has it where the gateway cannot be reached."""
+        while True:
+            try:
+                connection = await Connection.open(
+                    self._client.address, self.name, self._client.token, self._initialize, patient=patient
+                )
+            except Unavailable as error:
+                await self._pause(patience, error)
+            else:
+                if self._client.closed:  # meanwhile: nobody would close it any more
+                    await connection.close()
+                    raise Disconnected("this client was closed")
+                self._met = True
+                self._open.add(connection)
+                self._troubled.discard(patience)
+                self._tell(None)
+                return connection
+
+    def _tell(self, error: GatewayError | None) -> None:
+        state, tell = self.state, self._client.on_change
+        if tell is not None and (state != self._told or error is not None):
+            self._told = state
+            tell(Change(self.name, state, error))
+
+    async def _acquire(self, patience: Patience, *, fresh: bool = False) -> Connection:
         """Return a connection for one command."""
         while self._idle and not fresh:
             connection = self._idle.pop()
             if connection.alive:
                 return connection
             await self._release(connection, good=False)
-        return await self._connect(patient=True)
+        return await self._connect(patience, patient=True)
 
     async def _release(self, connection: Connection, *, good: bool) -> None:
         """Take a connection back: keep it for the next command where it is `good`, else close it."""

@@ -1,0 +1,67 @@
+"""Knows when to try again: how long to wait after each failure, when to give up, and who is told."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway_client.errors import GatewayError
+
+State = Literal["idle", "connected", "reconnecting", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How a client comes back after a break: at once, then after pauses that double up to `most` seconds.
+
+    A part of each pause is random, so that many clients of one gateway do not come back as one. After
+    `patience` seconds without a gateway the failure is told; the default is how long a command outlives its
+    last reader. Only who was connected before is tried again: a wrong address is told at once.
+    """
+
+    first: float = 0.1
+    most: float = 5.0
+    patience: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A tenant's connection changed its state. While `reconnecting`, `error` is what failed last."""
+
+    tenant: str
+    state: State
+    error: GatewayError | None = None
+
+
+OnChange = Callable[[Change], None]
+
+
+class Patience:
+    """The attempts of one operation, from failure to failure; `restore` it where there was progress."""
+
+    def __init__(self, retry: Retry | None) -> None:
+        self._retry = retry
+        self._attempts = 0
+        self._end = 0.0
+
+    def pause(self) -> float | None:
+        """Return the seconds to wait before the next attempt, None where there is none."""
+        retry, now = self._retry, time.monotonic()
+        if retry is None:
+            return None
+        if self._attempts == 0:
+            self._end = now + retry.patience
+        self._attempts += 1
+        if self._attempts == 1:
+            return 0.0
+        if now >= self._end:
+            return None
+        longest = min(retry.most, retry.first * 2.0 ** min(self._attempts - 2, 32))
+        # no secret depends on it
+        return min(longest * random.uniform(0.5, 1.0), max(0.0, self._end - now))  # noqa: S311
+
+    def restore(self) -> None:
+        self._attempts = 0
