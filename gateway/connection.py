@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
 
+# the socket went without a word: RFC 6455 §7.1.5
+_BROKEN: Final = frozenset({1005, 1006})
 
 CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Unauthorized: CloseCode.UNAUTHORIZED,
@@ -130,6 +132,7 @@ class Connection:
             "session/end": self._session_end,
             "exec/start": self._exec_start,
             "exec/attach": self._exec_attach,
+            "exec/ack": self._exec_ack,
             "exec/detach": self._exec_detach,
             "exec/closeStdin": self._exec_close_stdin,
             "exec/resize": self._exec_resize,
@@ -164,7 +167,7 @@ class Connection:
             code, reason = 1011, "internal error"
         finally:
             self._hub.connections.discard(self)
-            await self._end([reading, *self._tasks])
+            await self._end([reading, *self._tasks], broken=code in _BROKEN)
             await self._say_goodbye(code, reason)
             if self._session is not None:
                 await self._hub.toolbox.leave(self._session)
@@ -252,12 +255,15 @@ class Connection:
         except (RuntimeError, WebSocketDisconnect, TimeoutError):
             pass  # it is gone already
 
-    async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
+    async def _end(self, tasks: list[asyncio.Task[Any]], *, broken: bool) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for attachment in list(self._attachments.values()):
-            attachment.close()
+            if broken and attachment.acking:
+                attachment.hold(self._hub.settings.exec_hold)
+            else:
+                attachment.close()
         for subscription in self._subscriptions.values():
             subscription.close()
         for watch in self._watches.values():
@@ -431,7 +437,7 @@ class Connection:
             linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
             by=token.subject,
         )
-        channel, attachment = self._attach(exec_, {})
+        channel, attachment = self._attach(exec_, {}, acks=params.acks)
         answer = {
             "exec": exec_.id,
             "channel": channel,
@@ -445,7 +451,7 @@ class Connection:
     async def _exec_attach(self, params: protocol.ExecAttach) -> _Answer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
-        channel, attachment = self._attach(exec_, offsets, params.resume)
+        channel, attachment = self._attach(exec_, offsets, resume=params.resume, acks=params.acks)
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
         answer = {
             "channel": channel,
@@ -457,6 +463,13 @@ class Connection:
             "stdinWindow": exec_.stdin_window,
         }
         return _Answer(answer, lambda: self._follow(channel, attachment))
+
+    async def _exec_ack(self, params: protocol.ExecAck) -> _Answer:
+        attachment = self._attachments.get(self._channels.get(self._exec(params.exec).id, 0))
+        if attachment is not None:
+            for name, cursor in attachment.cursors.items():
+                cursor.ack(getattr(params, name))
+        return _Answer({})
 
     async def _exec_detach(self, params: protocol.ExecRef) -> _Answer:
         channel = self._channels.get(self._exec(params.exec).id)
@@ -505,12 +518,12 @@ class Connection:
         return self._hub.execs.get(self._tenant, exec_id)
 
     def _attach(
-        self, exec_: Exec, offsets: Mapping[str, int], resume: str | None = None
+        self, exec_: Exec, offsets: Mapping[str, int], *, resume: str | None = None, acks: bool
     ) -> tuple[int, Attachment]:
         """Attach anew; the connection's earlier attachment of the same command ends."""
-        attachment = exec_.attach(
-            offsets, resume=resume
-        )  # before the old one ends, so that nothing falls between
+        unacked = self._hub.settings.exec_unacked if acks else 0
+        # before the old one ends, so that nothing falls between
+        attachment = exec_.attach(offsets, resume=resume, unacked=unacked)
         old = self._channels.get(exec_.id)
         if old is not None:
             self._detach(old)
@@ -556,6 +569,8 @@ class Connection:
             self._sending.setdefault(channel, asyncio.get_running_loop().time())
             await self._send_bytes(header, *parts)
             self._sending.pop(channel, None)
+            if self._closing.done():
+                return  # it may not have gone out
             cursor.taken(parts)
 
     async def _watch_stalls(self) -> None:

@@ -148,6 +148,7 @@ class ExecStart(Params):
     timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
     linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
     exec_id: _ExecId | None = None
+    acks: bool = False
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
@@ -165,6 +166,11 @@ class ExecAttach(Params):
     exec: str
     from_: Offsets = Field(default_factory=Offsets, alias="from")
     resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    acks: bool = False
+
+
+class ExecAck(Offsets):
+    exec: str
 
 
 class ExecRef(Params):
@@ -266,6 +272,7 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "session/end": NoParams,
     "exec/start": ExecStart,
     "exec/attach": ExecAttach,
+    "exec/ack": ExecAck,
     "exec/detach": ExecRef,
     "exec/closeStdin": ExecRef,
     "exec/resize": ExecResize,

@@ -121,6 +121,12 @@ class Settings(BaseSettings):
     exec_window: int = Field(
         256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down"
     )
+    exec_unacked: int = Field(
+        8 * MiB, gt=0, description="bytes of each output stream kept until a reader that does so acknowledges"
+    )
+    exec_hold: float = Field(
+        10.0, ge=0, description="seconds that a command waits for such a reader whose connection broke"
+    )
     exec_stdin_buffer: int = Field(
         4 * MiB,
         gt=0,

@@ -28,6 +28,8 @@ def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings
     subscription = bus.subscribe(filter, after)
     return EventSourceResponse(
         _stream(subscription, announced=after is None),
+        # known with the headers, before the first byte of the body may be cut off
+        headers={"Last-Event-ID": str(subscription.last_id)},
         ping=settings.events_keepalive,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=_SEPARATOR),
         sep=_SEPARATOR,

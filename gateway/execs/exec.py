@@ -68,7 +68,7 @@ class Stream:
         """Read the process until its stream ends; stop while the slowest cursor lags too far."""
         try:
             while data := await process.read(self.name):
-                floor = min((cursor.offset for cursor in self._cursors), default=None)
+                floor = min((cursor.floor for cursor in self._cursors), default=None)
                 self.tail.append(data, floor)
                 for cursor in self._cursors:
                     cursor.wake()
@@ -80,10 +80,13 @@ class Stream:
             for cursor in self._cursors:
                 cursor.wake()
 
-    def attach(self, offset: int) -> tuple[Cursor, int]:
-        """Return a cursor from `offset` on, and how many bytes from there are no longer kept."""
+    def attach(self, offset: int, unacked: int) -> tuple[Cursor, int]:
+        """Return a cursor from `offset` on, and how many bytes from there are no longer kept.
+
+        `unacked` bytes behind it are kept until they are acknowledged; 0 for a reader that does not do that.
+        """
         start = min(max(offset, self.tail.start), self.tail.end)
-        cursor = Cursor(self, start)
+        cursor = Cursor(self, start, unacked)
         self._cursors.add(cursor)
         return cursor, max(0, start - offset)
 
@@ -101,11 +104,16 @@ class Stream:
 
 
 class Cursor:
-    """One reader's place in a stream. `offset` is what it has taken over, not what it has looked at."""
+    """One reader's place in a stream. `offset` is what it has taken over, not what it has looked at.
 
-    def __init__(self, stream: Stream, offset: int) -> None:
+    `floor` is what it may come back to: of what was sent, the part that is not known to have arrived.
+    """
+
+    def __init__(self, stream: Stream, offset: int, unacked: int) -> None:
         self.stream = stream
         self.offset = offset
+        self._acked = offset
+        self._unacked = unacked
         self._wake = asyncio.Event()
         self._detached = False
 
@@ -129,6 +137,14 @@ class Cursor:
             await self._wake.wait()
         return []
 
+    @property
+    def floor(self) -> int:
+        return max(self._acked, self.offset - self._unacked)
+
+    def ack(self, offset: int) -> None:
+        """Take note that everything before `offset` has arrived."""
+        self._acked = max(self._acked, min(offset, self.offset))
+
     def taken(self, parts: list[bytes]) -> None:
         self.offset += sum(map(len, parts))
         self.stream.progress()
@@ -141,7 +157,9 @@ class Attachment:
     taken over, and those of the attachments before it, `consumed` those of them that wait no more.
     """
 
-    def __init__(self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None) -> None:
+    def __init__(
+        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, unacked: int
+    ) -> None:
         self.exec = owner
         self.id = f"a-{secrets.token_hex(8)}"
         self.taken: int = 0 if before is None else before.taken
@@ -152,10 +170,12 @@ class Attachment:
         self._progress = asyncio.Event()
         if before is not None:
             before._heir = self
+        self.acking = unacked > 0
+        self._holding: asyncio.TimerHandle | None = None
         self.cursors: dict[StreamName, Cursor] = {}
         self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
         for name, stream in owner.streams.items():
-            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0))
+            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), unacked)
 
     async def write(self, data: bytes) -> None:
         """Give input; see `Input.put`. Dropped where the input or we have ended."""
@@ -180,10 +200,17 @@ class Attachment:
             await self._progress.wait()
         return None
 
+    def hold(self, seconds: float) -> None:
+        """Keep the place for a reader whose connection broke: until it is resumed, or for so long."""
+        if not self.closed:
+            self._holding = asyncio.get_running_loop().call_later(seconds, self.close)
+
     def close(self) -> None:
         """Detach. Idempotent."""
         self.closed = True
         self._progress.set()
+        if self._holding is not None:
+            self._holding.cancel()
         for cursor in self.cursors.values():
             cursor.detach()
         self.exec.detached(self)
@@ -313,16 +340,21 @@ class Exec:
         """Let everybody know of the end, once `run` has found it."""
         self.ended.set_result(self.over)
 
-    def attach(self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None) -> Attachment:
+    def attach(
+        self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None, unacked: int = 0
+    ) -> Attachment:
         """Start to read from the given offsets (default: the beginning).
 
+        `unacked` bytes that were read stay until they are acknowledged, to be read again after a break.
         `resume` is an attachment whose reader has lost it: it ends, whatever became of its connection, and
         its input goes on here. Raises `NotFound` for one that there never was, or that is forgotten.
         """
         before = None if resume is None else self._places.pop(resume, None)
         if resume is not None and before is None:
             raise NotFound(f"exec {self.id} has no attachment {resume}; attach anew", exec=self.id)
-        attachment = Attachment(self, offsets or {}, before)  # before the old one ends: nothing falls between
+        attachment = Attachment(
+            self, offsets or {}, before, unacked
+        )  # before the old one ends: nothing falls between
         self._attachments.add(attachment)
         if before is not None:
             before.close()

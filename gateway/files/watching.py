@@ -319,7 +319,8 @@ class Watcher:
             self._note(below, "changed" if replaced else "created")
             if is_folder:
                 self._arrived(folder, name, below, self._moving.pop(cookie, None) if cookie else None)
-        else:
+        elif folder.names is None or name in folder.names:
+            # a file that is being written and has no name yet shows under its number, "#1234"
             self._note(below, "changed")
 
     def _arrived(self, folder: _Folder, name: str, path: str, moved: _Folder | None) -> None:

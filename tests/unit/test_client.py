@@ -378,7 +378,7 @@ async def test_the_state_is_told_while_it_changes_and_at_last_it_gives_up() -> N
     async def refusing(peer: Peer) -> None:
         await peer.socket.close(1013, "Incus does not answer")
 
-    few = Retry(first=0.01, most=0.02, patience=0.001)
+    few = Retry(first=0.01, most=0.02, patience=0)
     async with gateway(draining, drained, again, refusing, retry=SOON, on_change=on_change) as shop:
         assert shop.state == "idle"
         await shop.ping()
@@ -408,7 +408,7 @@ async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
         protocol.validate(protocol.ExecAttach, params)
-        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 1}, "resume": "a-1"}
+        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 1}, "resume": "a-1", "acks": True}
         answer = {"channel": 7, "from": {"stdout": 5, "stderr": 1}, "lost": {"stdout": 2, "stderr": 0}}
         await peer.reply(number, {**answer, "state": "running", "attachment": "a-2", "stdin": 2})
         frame = protocol.unpack_frame(bytes(await peer.socket.recv(decode=False)))
@@ -418,7 +418,7 @@ async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
     async def third(peer: Peer) -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
-        assert params == {"exec": "e1", "from": {"stdout": 5, "stderr": 1}, "resume": "a-2"}
+        assert params == {"exec": "e1", "from": {"stdout": 5, "stderr": 1}, "resume": "a-2", "acks": True}
         answer = {"channel": 1, "from": params["from"], "lost": {"stdout": 0, "stderr": 0}}
         await peer.reply(number, {**answer, "state": "running", "attachment": "a-3", "stdin": 5})
         await peer.output(b"fgh")
@@ -814,7 +814,7 @@ async def test_detach_leaves_the_command_and_attach_finds_it() -> None:
         await peer.initialize()
         number, params = await peer.expect("exec/attach")
         protocol.validate(protocol.ExecAttach, params)
-        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 0}}
+        assert params == {"exec": "e1", "from": {"stdout": 3, "stderr": 0}, "acks": True}
         offsets = {"stdout": 5, "stderr": 0}
         answer = {"channel": 1, "from": offsets, "lost": {"stdout": 2, "stderr": 0}, "state": "running"}
         await peer.reply(number, answer)

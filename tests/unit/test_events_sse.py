@@ -60,6 +60,7 @@ async def test_an_event_has_id_type_and_data_on_one_line_each() -> None:
     headers = dict(start["headers"])
     assert headers[b"content-type"].startswith(b"text/event-stream")
     assert headers[b"cache-control"] == b"no-store"
+    assert headers[b"last-event-id"] == b"99"
     lines = body["body"].decode().split("\n")
     assert lines[:2] == ["id: 100", "event: exec.started"]
     assert json.loads(lines[2].removeprefix("data: "))["data"] == published.data

@@ -178,6 +178,10 @@ class Connection:
         """Call `method` without waiting for its answer, which may stand behind output nobody reads."""
         await self._send(protocol.request(next(self._ids), method, params))
 
+    async def notify(self, method: str, params: Mapping[str, Any]) -> None:
+        """Say something that is never answered."""
+        await self._send(protocol.notification(method, params))
+
     async def send(self, stream: protocol.StreamId, channel: int, data: bytes) -> None:
         """Send bytes to a command; waits while the gateway does not take them."""
         await self._send(protocol.pack_frame(stream, channel, data))

@@ -56,7 +56,10 @@ __all__ = [
     "from_wire",
 ]
 
-_BY_CODE: Mapping[str, type[GatewayError]] = {kind.code: kind for kind in GatewayError.__subclasses__()}
+# those of the contract alone: a process that is a gateway too has more
+_BY_CODE: Mapping[str, type[GatewayError]] = {
+    kind.code: kind for kind in GatewayError.__subclasses__() if kind.__module__ == GatewayError.__module__
+}
 
 # close codes of the contract and of RFC 6455 §7.4.1
 _BY_CLOSE: Mapping[int, type[GatewayError]] = {

@@ -137,7 +137,6 @@ class EventStream:
 
     async def _open(self) -> aiohttp.ClientResponse:
         headers = {"Accept": "text/event-stream"}
-        # the gateway names where a stream begins before its first event
         last = self._parser.last_id if self.last_event_id is None else str(self.last_event_id)
         if last:
             headers["Last-Event-ID"] = last
@@ -150,7 +149,8 @@ class EventStream:
                 raise refusal(response.status, await response.read())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"the gateway's events cannot be reached: {error}") from error
-        self._parser = Parser(last)
+        # the gateway tells where a stream begins: so one that breaks before its first event misses nothing
+        self._parser = Parser(last or response.headers.get("Last-Event-ID", ""))
         return response
 
     async def __aexit__(

@@ -25,6 +25,8 @@ BUFFER: Final = 1 * MiB
 CHUNK: Final = 256 * KiB
 # bytes of input that are kept to be sent again after a break: more than the buffers on the way can hold
 SENT: Final = 16 * MiB
+# bytes of output between two acknowledgements
+ACK: Final = 256 * KiB
 START_TIMEOUT: Final = 60.0
 END_TIMEOUT: Final = 30.0
 
@@ -168,7 +170,7 @@ class Exec:
         params: Mapping[str, Any],
         buffer: int,
     ) -> None:
-        self._tenant, self._method, self._params = tenant, method, params
+        self._tenant, self._method, self._params = tenant, method, {**params, "acks": True}
         self._connection: Connection | None = None
         self._channel: int | None = None
         self._attachment: str | None = None
@@ -180,6 +182,9 @@ class Exec:
         self._sent = _Sent()
         self._input_closed = False
         self._input_failure: GatewayError | None = None
+        self._unacked = 0
+        self._due = asyncio.Event()
+        self._acking: asyncio.Task[None] | None = None
         self.stdout, self.stderr = Output(buffer), Output(buffer)
         self.id: str = str(params.get("execId") or params.get("exec"))
         self.pid: int | None = None
@@ -203,6 +208,11 @@ class Exec:
                     again = True
                 except BaseException as error:
                     connection.receiver = None
+                    if not isinstance(error, GatewayError) and self._method == "exec/start":
+                        # given up while it starts, or has started: the gateway refuses it, or ends it
+                        with contextlib.suppress(GatewayError, TimeoutError):
+                            async with asyncio.timeout(END_TIMEOUT):
+                                await self.cancel()
                     await self._tenant._release(connection, good=isinstance(error, GatewayError))
                     if isinstance(error, TimeoutError):
                         raise Disconnected("the gateway does not start the command") from None
@@ -219,7 +229,7 @@ class Exec:
             if again and self._method == "exec/start":
                 # the id is ours, and the first request may have come through
                 with contextlib.suppress(NotFound):
-                    await connection.request("exec/attach", {"exec": self.id}, self._started)
+                    await connection.request("exec/attach", {"exec": self.id, "acks": True}, self._started)
                     return
             await connection.request(self._method, self._params, self._started)
 
@@ -234,7 +244,7 @@ class Exec:
                 output._abandoned = True
                 output._drop()
             if self._resuming is not None:
-                await self._stop_resuming()
+                await self._stop()
                 self._mark(Disconnected("the command was left"))
             broken = self._exit.done() and self._exit.exception() is not None
             if broken or not self._exit.done():
@@ -248,7 +258,7 @@ class Exec:
             connection, self._detached = self._connection, True
             connection.receiver = None
             self._mark(Disconnected("the command was left"))
-            await self._stop_resuming()
+            await self._stop()
             await self._tenant._release(connection, good=ended)
 
     # --- talking to it --------------------------------------------------------------------------------
@@ -331,7 +341,7 @@ class Exec:
     async def detach(self) -> None:
         """Let the command run on without us, for as long as its linger time says; `id` finds it again."""
         self._running()
-        await self._stop_resuming()
+        await self._stop()
         connection, self._detached = self._running(), True
         connection.receiver = None
         self._mark(Disconnected("detached from this command"))
@@ -395,7 +405,11 @@ class Exec:
     async def _take_place(self, connection: Connection) -> None:
         """Attach by another connection in place of the one that broke, and send again what it took along."""
         connection.receiver = self
-        params = {"exec": self.id, "from": {"stdout": self.stdout.offset, "stderr": self.stderr.offset}}
+        params = {
+            "exec": self.id,
+            "from": {"stdout": self.stdout.offset, "stderr": self.stderr.offset},
+            "acks": True,
+        }
         missing: list[bytes] | None = [] if self._sent.end == 0 else None
         resume = {} if self._attachment is None else {"resume": self._attachment}
         async with asyncio.timeout(START_TIMEOUT):
@@ -415,10 +429,25 @@ class Exec:
             return
         await self._pass(connection, missing)
 
-    async def _stop_resuming(self) -> None:
-        if self._resuming is not None:
-            self._resuming.cancel()
-            await asyncio.wait([self._resuming])
+    async def _stop(self) -> None:
+        tasks = [task for task in (self._resuming, self._acking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _acknowledge(self) -> None:
+        """Tell the gateway what has arrived, as often as it is due; it keeps the rest for a break.
+
+        In a task of its own: while the command's input is full nothing can be sent, and output must still
+        be read.
+        """
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            offsets = {"stdout": self.stdout.offset, "stderr": self.stderr.offset}
+            if self._connection is not None:
+                with contextlib.suppress(GatewayError):
+                    await self._connection.notify("exec/ack", {"exec": self.id, **offsets})
 
     # --- what the connection brings -------------------------------------------------------------------
 
@@ -440,6 +469,12 @@ class Exec:
         elif frame.stream is protocol.StreamId.STDOUT:
             self.stdout._feed(frame.data)
         self._arrived.set()
+        self._unacked += len(frame.data)
+        if self._unacked >= ACK:
+            self._unacked = 0
+            self._due.set()
+            if self._acking is None:
+                self._acking = asyncio.create_task(self._acknowledge())
 
     def notified(self, notification: protocol.Notification) -> None:
         params = notification.params
