@@ -210,13 +210,13 @@ async def test_two_megabytes_are_written_and_an_image_is_seen(shop: Tenant, tmp_
 
 async def test_results_are_cut_by_us_within_the_clis_limits(shop: Tenant, tmp_path: Path) -> None:
     """What is longer the CLI would write to a file of this host, and show a path that no tool can read."""
-    await shop.files.write("long.txt", "".join(f"{number} 𝄞 ä\n" for number in range(45_000)))
+    await shop.files.write("long.txt", "".join(f"{number} 𝄞{'ä' * 60}\n" for number in range(10_000)))
     large = use("Grep", pattern="ä", path="long.txt", output_mode="content", head_limit=0)
     failed = use("Edit", file_path="long.txt", old_string="x" * 30_000, new_string="y")
     scripted, _ = await converse(shop, tmp_path, [large], [failed])
     said = scripted.result(large)
     assert not said.is_error and "characters truncated] ..." in said.text
-    assert "Ask for less at a time" in said.text and said.text.startswith("1:0 𝄞 ä\n2:1")
+    assert "Ask for less at a time" in said.text and said.text.startswith("1:0 𝄞ä")
     assert 480_000 < len(said.text.encode("utf-16-le")) // 2 <= 490_000
     error = scripted.result(failed)
     assert error.is_error and 9_900 < len(error.text) <= 10_000
