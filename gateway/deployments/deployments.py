@@ -13,7 +13,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -51,9 +51,6 @@ _UNDO_TIMEOUT: Final = 120.0
 # what a tenant's end or change may mean for its route
 _MOVES: Final = ("tenant.destroyed", "tenant.renamed", "incus.instance-updated", "gateway.resynced")
 
-Step = Callable[[str, str], Awaitable[None]]
-"""Called with a phase and `before`, `middle` or `after`: where tests break in."""
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -86,10 +83,6 @@ class _Running:
     batch: list[str] = field(default_factory=list)
 
 
-async def _no_step(phase: str, when: str) -> None:
-    return
-
-
 class Deployments:
     """The deployments of one gateway. Use as an async context manager."""
 
@@ -101,11 +94,9 @@ class Deployments:
         store: Store,
         bus: Bus,
         settings: Settings,
-        step: Step = _no_step,
     ) -> None:
         self._runtime, self._sites, self._caddy = runtime, sites, caddy
         self._store, self._bus, self._settings = store, bus, settings
-        self._step = step
         self._running: dict[str, _Running] = {}
         self._slots = asyncio.Semaphore(settings.max_deployments)
         self._moved = asyncio.Event()
@@ -214,7 +205,7 @@ class Deployments:
         running = self._running.get(identity)
         if running is None or running.task is None:
             return await self.get(identity)
-        if not running.record.settled:
+        if running.record.state in ("waiting", "running") and not running.record.settled:
             running.cancelled = True
             running.task.cancel()
         await asyncio.wait([running.task])
@@ -229,22 +220,27 @@ class Deployments:
                 await self._recovered.wait()
                 record.state = "running"
                 self._tell(running, "started", {"domain": record.domain, "template": record.template})
-                template = await self._attempt(running)
-            await self._end(running, began)
-            if template is not None:
-                self._sites.prepare(template.recipe())
+                await self._attempt(running)
+            await _whatever_comes(self._end(running, began))
+            if record.error is None and isinstance(running.request.template, str):
+                template = await self._template(running.request)
+                self._sites.prepare(await asyncio.to_thread(template.recipe))
         except asyncio.CancelledError:
-            if record.state in ("waiting", "running"):  # it had not begun
+            if record.state == "waiting":  # it had not begun
                 record.state = "rolledback"
-                self._tell(running, "cancelled", {})
-                await asyncio.shield(self._end(running, began))
+                record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
+                self._tell(running, "cancelled", {"error": record.error})
+                await _whatever_comes(self._end(running, began))
         except Exception:
-            log.exception("deployment %s is broken off; the next start of the gateway undoes it", record.id)
+            log.exception("deployment %s is broken off; it is looked after again soon", record.id)
         finally:
             self._running.pop(record.id, None)
 
-    async def _attempt(self, running: _Running) -> Template | None:
-        """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so."""
+    async def _attempt(self, running: _Running) -> None:
+        """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so.
+
+        Once the site was seen to work there is no way back: what fails then is finished later.
+        """
         undo = contextlib.AsyncExitStack()
         current = PHASES[0]
         work = _Work(self, running, undo)
@@ -252,11 +248,9 @@ class Deployments:
             for index, current in enumerate(PHASES):
                 await self._phase(running, index, current, getattr(work, current))
         except (Exception, asyncio.CancelledError) as error:
-            # shielded: whatever else comes, what was done is undone
-            await asyncio.shield(asyncio.ensure_future(self._undo(running, undo, current, error)))
-            return None
-        template = running.request.template
-        return await self._template(running.request) if isinstance(template, str) else None
+            if running.record.settled:
+                raise
+            await _whatever_comes(self._undo(running, undo, current, error))
 
     async def _phase(
         self, running: _Running, index: int, name: str, work: Callable[[], Awaitable[Any]]
@@ -269,9 +263,7 @@ class Deployments:
         await self._save(record)
         began = time.monotonic()
         try:
-            await self._step(name, "before")
             facts = await work() or {}
-            await self._step(name, "after")
         except BaseException:
             phase.state, phase.ms = "failed", _ms(began)
             raise
@@ -360,9 +352,6 @@ class Deployments:
         """Finish or undo what an earlier life left; from then on new ones run. Call it once Incus answers."""
         try:
             await self._sites.adopt(await asyncio.to_thread(self._shared_recipes))
-            for record in await self._store.read(records.unfinished):
-                if record.id not in self._running:
-                    await self._recover_one(record)
             await self._reconcile()
         finally:
             self._recovered.set()
@@ -377,13 +366,12 @@ class Deployments:
     async def _recover_one(self, record: Record) -> None:
         running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
         try:
-            if record.kind == "update" and record.settled:
-                await self._sites.clear(record.tenant)
-                record.state = "running"
-            elif record.phases[-1].state == "done" and record.kind == "create":
-                record.state = "running"  # it works: only this was not written down
+            if record.settled:  # it works: only this was not written down
                 order = Order(record.id, record.domain, Recipe(b"", (), record.port))
                 await self._sites.finish(record.tenant, order)
+                if record.kind == "update":
+                    await self._sites.clear(record.tenant)
+                record.phases[-1].state, record.state = "done", "running"
             else:
                 if record.error is None:
                     record.error = {
@@ -397,8 +385,9 @@ class Deployments:
                     await self._sites.remove(record.id)
                 else:
                     with contextlib.suppress(NotFound):
-                        await self._sites.unsettle(record.tenant)
-                        await self._sites.clear(record.tenant)
+                        if (await self._runtime.get(record.tenant)).status == "running":
+                            await self._sites.unsettle(record.tenant)
+                            await self._sites.clear(record.tenant)
                 for phase in record.phases:
                     if phase.state in ("done", "running"):
                         phase.state = "undone" if phase.state == "done" else "failed"
@@ -427,6 +416,9 @@ class Deployments:
             self._moved.set()
 
     async def _reconcile(self) -> None:
+        for record in await self._store.read(records.unfinished):
+            if record.id not in self._running:
+                await self._recover_one(record)
         found = await self._sites.listed()
         busy = {running.record.domain for running in self._running.values()}
         wanted = {
@@ -497,8 +489,10 @@ class _Work:
         record = self._record
         if record.kind == "update":
             record.source = "tenant"
-            if (await self._all._runtime.get(record.tenant)).status != "running":
-                await self._all._runtime.start(record.tenant)
+            runtime = self._all._runtime
+            if (await runtime.get(record.tenant)).status != "running":
+                self._undo.push_async_callback(runtime.stop, record.tenant)
+                await runtime.start(record.tenant)
             return {"from": "tenant"}
         self._undo.push_async_callback(self._sites.remove, record.id)
         await self._all._save(record)
@@ -541,27 +535,29 @@ class _Work:
 
     async def verify(self) -> dict[str, Any]:
         await self._seen()
-        facts: dict[str, Any] = {}
-        if self._record.kind == "update":
-            await self._settle()
-        await self._sites.finish(self._record.tenant, self._order)
+        record, sites, facts = self._record, self._sites, dict[str, Any]()
+        live = self._exposure
+        if record.kind == "update":
+            live = await self._settle()
+        record.settled = True
+        await self._all._save(record)
+        self._undo.pop_all()
+        self._caddy.set(record.domain, live.target)
+        await sites.finish(record.tenant, self._order)
+        if record.kind == "update":
+            await sites.clear(record.tenant)
         if self._settings.caddy_issuer == "internal":
-            facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
+            facts["certificate"] = await self._caddy.certify(record.domain, 10.0) or "issued"
         return facts
 
-    async def _settle(self) -> None:
+    async def _settle(self) -> Exposure:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""
         record, sites = self._record, self._sites
         self._undo.push_async_callback(sites.unsettle, record.tenant)
         await sites.settle(record.tenant, self._recipe)
         live = await sites.expose(record.tenant, "live", self._recipe)
         await self._answering("live", live)
-        await sites.finish(record.tenant, self._order)
-        # from here on there is no way back, and none is needed
-        record.settled = True
-        await self._all._save(record)
-        self._caddy.set(record.domain, live.target)
-        await sites.clear(record.tenant)
+        return live
 
     async def _answering(self, side: Side, exposure: Exposure) -> None:
         """Wait until a side answers at its own address."""
@@ -597,6 +593,15 @@ class _Work:
                 await self._caddy.ensure()
             await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
         raise Timeout(f"{domain} does not answer through Caddy: {last}", reason="never_healthy")
+
+
+async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
+    """Carry `work` through, also where this task is cancelled meanwhile; it bounds itself."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
 
 
 def _known(error: BaseException) -> GatewayError:

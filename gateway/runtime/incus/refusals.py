@@ -5,9 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Final
 
-from gateway.errors import Conflict, NotFound, TenantNotRunning, Timeout, Unavailable
+from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import IncusError
+
+# what incusd says, in lower case: which reason that is, and what to do
+_CAUSES: Final = {
+    "no space left": ("disk_full", "the storage pool is full; make room in it, or destroy tenants"),
+    "quota exceeded": ("disk_full", "the tenant's disk is full; deploy it in a larger size, or remove files"),
+    "storage pool not found": ("no_pool", "the storage pool is missing; run incus-gateway setup"),
+    "requested profile": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
+    "profile not found": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
+    "image not found": ("no_image", "the base image is missing; run incus-gateway image build"),
+    "image couldn't be found": ("no_image", "the base image is missing; run incus-gateway image build"),
+    "image alias not found": ("no_image", "the base image is missing; run incus-gateway image build"),
+    "reached maximum number of": (
+        "quota",
+        "the Incus project takes no more; destroy tenants, or raise its limits",
+    ),
+    "address already in use": ("port_taken", "another program has that port; set GATEWAY_EXPOSE_PORTS"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +40,11 @@ def translated(name: str) -> Iterator[None]:
         lowered = said.lower()
         if error.status == 0:
             raise Unavailable(f"Incus cannot be reached; is incusd running? ({said})") from error
+        for words, (reason, advice) in _CAUSES.items():
+            if words in lowered:
+                log.warning("Incus on tenant %s: %s", name, said)
+                kind = RateLimited if reason == "quota" else Unavailable
+                raise kind(advice, reason=reason) from error
         if "not running" in lowered or "is frozen" in lowered or "is stopped" in lowered:
             state = "frozen" if "frozen" in lowered else "stopped"
             raise TenantNotRunning(f"tenant {name} is {state}; start it first", status=state) from error

@@ -192,24 +192,14 @@ class IncusSites:
         size = SIZES[order.size]
         config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
         key = await self._key(order.recipe)
-        try:
-            if key and await self._claim(tenant, key, config, size):
-                return "pool"
-            golden = f"gateway-golden-{key}" if key else ""
-            if golden and await self._golden_is_ready(golden):
-                await self._make(
-                    tenant, {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}, config, size, start=True
-                )
-                return "golden"
-            await self._make(
-                tenant, {"type": "image", "alias": self._settings.image}, config, size, start=True
-            )
-        except NotFound as error:
-            raise Unavailable(
-                f"the base image {self._settings.image} or the profile {self._settings.profile} is missing; "
-                "run incus-gateway setup and incus-gateway image build",
-                reason="no_image",
-            ) from error
+        if key and await self._claim(tenant, key, config, size):
+            return "pool"
+        golden = f"gateway-golden-{key}" if key else ""
+        if golden and await self._golden_is_ready(golden):
+            source = {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}
+            await self._make(tenant, source, config, size, start=True)
+            return "golden"
+        await self._make(tenant, {"type": "image", "alias": self._settings.image}, config, size, start=True)
         return "image"
 
     async def _claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
@@ -692,6 +682,10 @@ def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> E
         ),
         None,
     )
+    for interface, facts in ((instance.get("state") or {}).get("network") or {}).items():
+        for found in facts["addresses"] if address is None and interface != "lo" else ():
+            if found["family"] == "inet" and found["scope"] == "global":
+                address = str(found["address"])
     if address is None:
         return None
     listen = (instance["expanded_devices"].get(device) or {}).get("listen", "")

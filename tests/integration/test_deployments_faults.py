@@ -1,0 +1,204 @@
+"""A deployment that is broken anywhere leaves nothing: every effect fails before and after it happened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.caddy import Caddy
+from gateway.deployments import Deployments, Record, Request
+from gateway.errors import Unavailable
+from gateway.events import Bus, MemoryJournal
+from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.settings import Settings
+from gateway.store import Store
+from tests.integration import environment
+from tests.integration.sites import Hosting, RealCaddy, settings_for
+
+# every effect of a deployment, in order; what it does before it is a fault of the phase before
+CREATE = ["create", "push", "install", "start", "expose", "set", "fetch", "certify"]
+UPDATE = ["push", "install", "start", "expose", "set", "fetch", "settle"]
+
+
+@dataclass
+class Broken:
+    """Hands every call on to the real thing, but breaks at one point for each tenant or domain.
+
+    `when` is before, after (what was to be done is done) or hang (it is done, and never returns).
+    """
+
+    real: Any
+    faults: dict[str, tuple[str, str]] = field(default_factory=dict)
+    reached: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.real, name)
+        if name not in {*CREATE, *UPDATE}:
+            return found
+        return self._broken_later(name, found) if name != "set" else self._broken(name, found)
+
+    def _broken(self, name: str, found: Callable[..., Any]) -> Callable[..., Any]:
+        def call(subject: str, *words: Any) -> Any:
+            self._fail(subject, name, "before")
+            result = found(subject, *words)
+            self._fail(subject, name, "after")
+            return result
+
+        return call
+
+    def _broken_later(self, name: str, found: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(subject: str, *words: Any) -> Any:
+            self._fail(subject, name, "before")
+            result = await found(subject, *words)
+            self._fail(subject, name, "after")
+            if self.faults.get(subject) == (name, "hang"):
+                del self.faults[subject]
+                self.reached.setdefault(subject, asyncio.Event()).set()
+                await asyncio.Event().wait()
+            return result
+
+        return call
+
+    def _fail(self, subject: str, name: str, when: str) -> None:
+        if self.faults.get(subject) == (name, when):
+            del self.faults[subject]
+            raise Unavailable(f"broken {when} {name}")
+
+
+@dataclass
+class Rig:
+    """Deployments of this process on the tests' Incus, with a real Caddy."""
+
+    deployments: Deployments
+    sites: Broken
+    caddy: Broken
+    journal: MemoryJournal
+    host: Hosting
+
+    async def deploy(self, domain: str, **more: Any) -> Record:
+        record, _ = await self.deployments.begin(
+            Request(domain, "static", **more), lambda tenant: True, by="test"
+        )
+        return record
+
+    async def ended(self, record: Record) -> Record:
+        async with asyncio.timeout(100):
+            while not record.over:
+                await asyncio.sleep(0.05)
+        return record
+
+    async def told(self, record: Record) -> list[str]:
+        """Return the types of a deployment's events, in their order."""
+        events = await self.journal.read(0, 100_000)
+        return [event.type for event in events if event.deployment == record.id]
+
+
+@pytest.fixture(scope="module")
+async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
+    state = tmp_path_factory.mktemp("faults") / "state"
+    settings = settings_for(incus_settings, state, verify_timeout=20.0)
+    process = RealCaddy(settings)
+    await process.start()
+    journal = MemoryJournal(100_000)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(process.stop)
+        store = await stack.enter_async_context(Store(settings.state_dir))
+        runtime = await stack.enter_async_context(IncusRuntime(settings))
+        sites = Broken(await stack.enter_async_context(IncusSites(settings, runtime.incus)))
+        caddy = Broken(await stack.enter_async_context(Caddy(settings)))
+        deployments = await stack.enter_async_context(
+            Deployments(runtime, sites, caddy, store, Bus(journal), settings)  # type: ignore[arg-type]  # stands in
+        )
+        await deployments.recover()
+        yield Rig(deployments, sites, caddy, journal, Hosting(settings, Path("/dev/null")))
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left(rig: Rig) -> AsyncIterator[None]:
+    before = rig.host.leavings()
+    yield
+    for name in [entry["name"] for entry in environment.instances()]:
+        if name.startswith(("fault-", "live-")):
+            environment.incus("delete", "--force", name)
+    async with asyncio.timeout(20):
+        while rig.host.leavings()["routes"] != before["routes"]:
+            await rig.deployments._reconcile()
+
+
+async def test_a_new_site_that_breaks_anywhere_leaves_nothing(rig: Rig) -> None:
+    """Whichever effect of a first deployment fails, before or after it was had, all is as it was."""
+    before = rig.host.leavings()
+    records = []
+    for number, (name, when) in enumerate(
+        (name, when) for name in CREATE[:-1] for when in ("before", "after")
+    ):
+        tenant, domain = f"fault-{number}-test", f"fault-{number}.test"
+        target = rig.caddy if name in ("set", "fetch") else rig.sites
+        target.faults[domain if target is rig.caddy else tenant] = (name, when)
+        records.append((name, when, await rig.deploy(domain)))
+    for name, when, record in records:
+        await rig.ended(record)
+        assert record.state == "rolledback", (name, when, record)
+        assert record.error is not None
+        assert record.error["message"] == f"broken {when} {name}"
+    assert rig.host.leavings() == before
+
+
+async def test_an_update_that_breaks_anywhere_leaves_the_old_site_as_it_was(rig: Rig) -> None:
+    """Whichever effect of an update fails, the old site answers, and its container holds nothing new."""
+    points = [(name, when) for name in UPDATE for when in ("before", "after")]
+    tenants = 3
+    for number in range(tenants):
+        record = await rig.ended(await rig.deploy(f"live-{number}.test"))
+        assert record.state == "succeeded", record.error
+    before = rig.host.leavings()
+    inside = [_inside(f"live-{number}-test") for number in range(tenants)]
+    for start in range(0, len(points), tenants):
+        records = []
+        for number, (name, when) in enumerate(points[start : start + tenants]):
+            target = rig.caddy if name in ("set", "fetch") else rig.sites
+            subject = f"live-{number}.test" if target is rig.caddy else f"live-{number}-test"
+            target.faults[subject] = (name, when)
+            records.append((name, when, await rig.deploy(f"live-{number}.test", env={"A": "1"})))
+        for name, when, record in records:
+            await rig.ended(record)
+            assert record.state == "rolledback", (name, when, record)
+            assert record.error is not None
+            assert record.error["message"] == f"broken {when} {name}"
+        assert rig.host.leavings() == before, points[start : start + tenants]
+        for number in range(tenants):
+            assert _inside(f"live-{number}-test") == inside[number], points[start : start + tenants]
+            assert (await rig.host.visit(f"live-{number}.test"))[0] == 200
+
+
+def _inside(tenant: str) -> str:
+    """Return what a deployment may have changed in a container."""
+    look = (
+        "cd /srv && find . -path ./site/node_modules -prune -o -printf '%p %s %u\\n' | sort;"
+        "ls -l --time-style=+ /etc/site* /etc/systemd/system/site* /run/systemd/system/site* 2>/dev/null;"
+        "cat /etc/systemd/system/site.service; systemctl is-active site.service site-next.service"
+    )
+    return environment.incus("exec", tenant, "--", "sh", "-c", look, check=False).stdout.decode()
+
+
+@pytest.mark.parametrize("name", ["create", "push", "expose"])
+async def test_a_cancelled_deployment_leaves_nothing(rig: Rig, name: str) -> None:
+    """A cancel in mid-phase answers once all is undone, and says so in this order."""
+    before = rig.host.leavings()
+    subject, domain = "fault-cancel-test", "fault-cancel.test"
+    rig.sites.reached[subject] = asyncio.Event()
+    rig.sites.faults[subject] = (name, "hang")
+    record = await rig.deploy(domain)
+    await asyncio.wait_for(rig.sites.reached[subject].wait(), 60)
+    said = await rig.deployments.cancel(record.id)
+    assert said.state == "rolledback"
+    assert said.error is not None
+    assert said.error["code"] == "cancelled"
+    assert (await rig.told(said))[-2:] == ["deployment.cancelled", "deployment.rolledback"]
+    assert rig.host.leavings() == before
