@@ -95,7 +95,7 @@ class Rig:
 
     async def told(self, record: Record) -> list[str]:
         """Return the types of a deployment's events, in their order."""
-        events = await self.journal.read(0, 100_000)
+        events = (await self.journal.read(0, 100_000)).events
         return [event.type for event in events if event.deployment == record.id]
 
 
