@@ -158,7 +158,7 @@ async def test_an_update_that_breaks_anywhere_leaves_the_old_site_as_it_was(rig:
         record = await rig.ended(await rig.deploy(f"live-{number}.test"))
         assert record.state == "succeeded", record.error
     before = rig.host.leavings()
-    inside = [_inside(f"live-{number}-test") for number in range(tenants)]
+    at_rest = [inside(f"live-{number}-test") for number in range(tenants)]
     for start in range(0, len(points), tenants):
         records = []
         for number, (name, when) in enumerate(points[start : start + tenants]):
@@ -173,11 +173,11 @@ async def test_an_update_that_breaks_anywhere_leaves_the_old_site_as_it_was(rig:
             assert record.error["message"] == f"broken {when} {name}"
         assert rig.host.leavings() == before, points[start : start + tenants]
         for number in range(tenants):
-            assert _inside(f"live-{number}-test") == inside[number], points[start : start + tenants]
+            assert inside(f"live-{number}-test") == at_rest[number], points[start : start + tenants]
             assert (await rig.host.visit(f"live-{number}.test"))[0] == 200
 
 
-def _inside(tenant: str) -> str:
+def inside(tenant: str) -> str:
     """Return what a deployment may have changed in a container."""
     look = (
         "cd /srv && find . -path ./site/node_modules -prune -o -printf '%p %s %u\\n' | sort;"
