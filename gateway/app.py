@@ -30,7 +30,7 @@ from starlette.websockets import WebSocket
 from gateway import __version__, auth, editor, protocol
 from gateway.caddy import Caddy
 from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
-from gateway.deployments import Deployments, Record
+from gateway.deployments import Deployments, Health, Record
 from gateway.deployments.http import DeployBody, templates
 from gateway.errors import (
     Cancelled,
@@ -54,7 +54,7 @@ from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.rootfs.workers import BrokerClient, Workers
-from gateway.runtime import TENANT_NAME, StreamName, TenantRuntime
+from gateway.runtime import TENANT_NAME, StreamName, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
@@ -132,6 +132,7 @@ class Gateway:
         self._resynced = asyncio.Event()
         self._deploys: Deployments | None = None
         self._life_of: Life | None = None
+        self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
         self.app = _with_request_id(
@@ -209,6 +210,8 @@ class Gateway:
                 Deployments(runtime, sites, caddy, self.store, self.bus, settings)
             )
             self._life_of = Life(runtime, workers, self.bus, settings)
+            health = await stack.enter_async_context(Health(sites, self.bus, settings))
+            self._notice = (self._deploys.noticed, health.noticed)
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
@@ -255,7 +258,8 @@ class Gateway:
                     log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
             if event.type in _STARTED:
                 self._started.set()
-            self.deploys.noticed(event)
+            for notice in self._notice:
+                notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
             self.bus.publish(event.type, event.tenant, event.data)

@@ -12,7 +12,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from typing import Annotated, Any, NoReturn, Protocol
 
 import orjson
@@ -24,6 +24,7 @@ from rich.table import Table
 from gateway import __version__, auth
 from gateway import settings as settings_module
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound
+from gateway.progress import Progress, follow, template_argument
 from gateway.runtime import TENANT_NAME
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
@@ -193,6 +194,43 @@ def create(
         out.print(f"{made.name} is {made.status}")
 
     asyncio.run(run())
+
+
+@app.command()
+def deploy(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
+    template: Annotated[str, typer.Option(help="A folder with a site.toml, or the name of a template")],
+    size: Annotated[str, typer.Option(help="small, medium or large; of a new tenant")] = "small",
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
+    tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it."""
+    body: dict[str, Any] = {"domain": domain, "size": size}
+    body["template"] = template_argument(template, settings_module.load())
+    if env:
+        body["env"] = dict(_assignment(entry) for entry in env)
+    if tenant is not None:
+        body["tenant"] = tenant
+
+    def print_line(event: Mapping[str, Any]) -> None:
+        print(orjson.dumps(event).decode(), flush=True)
+
+    async def run() -> dict[str, Any]:
+        async with _client(url, token) as client:
+            if as_json:
+                return await follow(client, body, print_line)
+            with Progress(out, domain) as progress:
+                return await follow(client, body, progress.told)
+
+    record = _run(run())
+    if record["state"] != "succeeded":
+        error = record["error"]
+        _fail(f"{error.get('phase', 'deploy')}: {error['message']}\nEverything that was done is undone.")
+    if not as_json:
+        out.print(f"{record['url']} is up, after {record['ms'] / 1000:.2f} s", markup=False)
 
 
 @app.command("list")

@@ -4,6 +4,7 @@ From outside: `Deployments`, `Request`, and what `template` says of templates.
 """
 
 from gateway.deployments.deployments import Deployments, Request
+from gateway.deployments.health import Health
 from gateway.deployments.record import Record
 
-__all__ = ["Deployments", "Record", "Request"]
+__all__ = ["Deployments", "Health", "Record", "Request"]

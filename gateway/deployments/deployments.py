@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ENV_MAX: Final = 64 << 10
 _LISTED: Final = 100
+_PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
+_RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
 _UNDO_TIMEOUT: Final = 120.0
 # what a tenant's end or change may mean for its route
 _MOVES: Final = ("tenant.destroyed", "tenant.renamed", "incus.instance-updated", "gateway.resynced")
@@ -367,7 +369,7 @@ class Deployments:
         running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
         try:
             if record.settled:  # it works: only this was not written down
-                order = Order(record.id, record.domain, Recipe(b"", (), record.port))
+                order = Order(record.id, record.domain, Recipe(b"", (), record.port, record.health))
                 await self._sites.finish(record.tenant, order)
                 if record.kind == "update":
                     await self._sites.clear(record.tenant)
@@ -460,7 +462,7 @@ class _Work:
         record, settings = self._record, self._settings
         template = await self._all._template(self._request)
         self._recipe = await asyncio.to_thread(template.recipe)
-        record.port = self._recipe.port
+        record.port, record.health = self._recipe.port, self._recipe.health
         tenants = {tenant.name: tenant for tenant in await self._all._runtime.list()}
         for other in tenants.values():
             if other.domain == record.domain and other.name != record.tenant:
@@ -561,17 +563,25 @@ class _Work:
 
     async def _answering(self, side: Side, exposure: Exposure) -> None:
         """Wait until a side answers at its own address."""
-        health, limit = self._recipe.health, self._settings.verify_timeout
-        try:
-            async with asyncio.timeout(limit):
-                await answer(exposure.address, exposure.port, health, limit)
-        except TimeoutError:
-            said = await self._sites.log(self._record.tenant, side)
+        tenant, health = self._record.tenant, self._recipe.health
+        deadline = time.monotonic() + self._settings.verify_timeout
+        why = ""
+        while not why:
+            try:
+                await answer(exposure.address, exposure.port, health, _PATIENCE)
+                break
+            except TimeoutError:
+                if await self._sites.restarts(tenant, side) >= _RESTARTS:
+                    why = "the site ends again and again"
+                elif time.monotonic() > deadline:
+                    why = f"the site did not answer {health} on port {exposure.port}"
+        if why:
+            said = await self._sites.log(tenant, side)
             raise Timeout(
-                f"the site did not answer {health} on port {exposure.port} within {limit:.0f} s; "
-                f"it must listen on 0.0.0.0 and $PORT. It last said: {said.strip()[-1000:] or 'nothing'}",
+                f"{why}; it must listen on 0.0.0.0 and $PORT. "
+                f"It last said: {said.strip()[-1000:] or 'nothing'}",
                 reason="never_healthy",
-            ) from None
+            )
         self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
 
     def _place(self) -> dict[str, Any]:

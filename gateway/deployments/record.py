@@ -37,6 +37,7 @@ class Record:
     by: str
     kind: Kind = "create"
     port: int = 0
+    health: str = "/"
     source: str | None = None  # what the tenant was made from
     settled: bool = False  # of an update: the new files are the live ones, and only tidying is left
     state: State = "waiting"
@@ -53,7 +54,7 @@ class Record:
 
     def told(self) -> dict[str, Any]:
         """Return it as HTTP answers it."""
-        hidden = {"by", "settled"}
+        hidden = {"by", "settled", "health"}
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def failed(self, error: GatewayError, phase: str) -> None:

@@ -156,7 +156,11 @@ class LocalSites:
             self._keep(tenant, env_next=None, env_old=None, start_old=None, port_old=None)
 
     async def finish(self, tenant: str, order: Order) -> None:
-        self._keep(tenant, deployment=None, domain=order.domain)
+        self._keep(tenant, deployment=None, domain=order.domain, health=order.recipe.health)
+
+    async def restarts(self, tenant: str, side: Side) -> int:
+        service = self._services.get((tenant, side))
+        return 0 if service is None else service.restarts
 
     async def log(self, tenant: str, side: Side) -> str:
         service = self._services.get((tenant, side))
@@ -171,13 +175,15 @@ class LocalSites:
             exposure = None
             if service is not None:
                 exposure = Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
+            kept = self._kept(tenant.name)
             sites.append(
                 Site(
                     tenant.name,
                     tenant.domain,
                     tenant.status == "running",
                     exposure,
-                    self._kept(tenant.name).get("deployment"),
+                    kept.get("deployment"),
+                    kept.get("health", "/"),
                 )
             )
         return sites
@@ -227,6 +233,7 @@ class _Service:
     def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
         self.port = port
         self.said = ""
+        self.restarts = 0
         self._runtime, self._tenant, self._spec = runtime, tenant, spec
         self._task: asyncio.Task[None] | None = None
 
@@ -252,6 +259,7 @@ class _Service:
                 await asyncio.sleep(_PAUSE)
                 try:
                     process = await self._runtime.exec(self._tenant, self._spec)
+                    self.restarts += 1
                     break
                 except NotFound:
                     return

@@ -8,7 +8,7 @@ Every call that undoes is idempotent: after a crash it is not known how far its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
@@ -79,7 +79,7 @@ class Site:
     running: bool
     exposure: Exposure | None
     deployment: str | None = None
-    marks: Mapping[str, str] = field(default_factory=dict)
+    health: str = "/"
 
 
 class Sites(Protocol):
@@ -132,6 +132,10 @@ class Sites(Protocol):
 
     async def finish(self, tenant: str, order: Order) -> None:
         """Record that the site works: domain, port, and no deployment any more."""
+        ...
+
+    async def restarts(self, tenant: str, side: Side) -> int:
+        """Return how often a side's service was started again by itself; 0 where that is not known."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:

@@ -35,6 +35,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 DEPLOYMENT: Final = "user.gateway.deployment"
+HEALTH: Final = "user.gateway.health"
 ROLE: Final = "user.gateway.role"
 OWNER: Final = "user.gateway.owner"
 KEY: Final = "user.gateway.key"
@@ -323,6 +324,7 @@ class IncusSites:
                     running=instance["status"] == "Running",
                     exposure=_exposure(instance, int(port)) if port.isdigit() else None,
                     deployment=config.get(DEPLOYMENT) or None,
+                    health=config.get(HEALTH) or "/",
                 )
             )
         return sites
@@ -484,9 +486,22 @@ class IncusSites:
                     raise
 
     async def finish(self, tenant: str, order: Order) -> None:
-        config = {DOMAIN: order.domain, PORT: str(order.recipe.port), DEPLOYMENT: ""}
+        config = {
+            DOMAIN: order.domain,
+            PORT: str(order.recipe.port),
+            HEALTH: order.recipe.health,
+            DEPLOYMENT: "",
+        }
         with translated(tenant):
             await self._operate("PATCH", instance_path(tenant), {"config": config})
+
+    async def restarts(self, tenant: str, side: Side) -> int:
+        unit = "site.service" if side == "live" else "site-next.service"
+        try:
+            said = await self._root(tenant, f"systemctl show --property=NRestarts --value {unit}")
+            return int(said.strip() or 0)
+        except (GatewayError, ValueError):
+            return 0
 
     async def log(self, tenant: str, side: Side) -> str:
         unit = "site.service" if side == "live" else "site-next.service"

@@ -1,0 +1,128 @@
+"""Watches from outside whether sites answer, and says when that changes; nothing is run in a tenant."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final
+
+from gateway.errors import GatewayError
+from gateway.events import Bus
+from gateway.runtime import TenantEvent
+from gateway.runtime.probe import answer, ask
+from gateway.runtime.sites import Site, Sites
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE: Final = 32
+_STARTS: Final = ("tenant.started", "tenant.restarted")
+
+
+class Health:
+    """The health of every site. Use as an async context manager.
+
+    A site that has just been started is looked at until it answers, which is told as `tenant.healthy` with
+    the milliseconds it took; after that every site in turn. What is well when the gateway starts is not news.
+    """
+
+    def __init__(self, sites: Sites, bus: Bus, settings: Settings) -> None:
+        self._sites, self._bus, self._settings = sites, bus, settings
+        self._failures: dict[str, int] = {}
+        self._unhealthy: set[str] = set()
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Health:
+        self._watching = asyncio.create_task(self._watch(), name="health")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._watching, *self._starting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def noticed(self, event: TenantEvent) -> None:
+        """Take notice of what happened to a tenant."""
+        tenant = event.tenant
+        if tenant is not None and event.type in _STARTS and tenant not in self._starting:
+            task = asyncio.create_task(self._started(tenant), name=f"health of {tenant}")
+            self._starting[tenant] = task
+            task.add_done_callback(lambda _: self._starting.pop(tenant, None))
+
+    async def _started(self, tenant: str) -> None:
+        began = time.monotonic()
+        with contextlib.suppress(GatewayError):
+            site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+            # one that is being deployed is told by its deployment
+            if site is None or site.exposure is None or site.deployment is not None:
+                return
+            where = site.exposure
+            try:
+                await answer(where.address, where.port, site.health, self._settings.verify_timeout)
+            except TimeoutError:
+                self._failed(site, self._settings.health_failures)
+                return
+            self._failures[tenant] = 0
+            self._unhealthy.discard(tenant)
+            self._bus.publish(
+                "tenant.healthy", tenant, {"port": where.port, "ms": round((time.monotonic() - began) * 1000)}
+            )
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.health_interval)
+            try:
+                await self._look(await self._sites.listed())
+            except GatewayError as error:
+                log.info("sites could not be looked at: %s", error.message)
+            except Exception:
+                log.exception("sites could not be looked at")
+
+    async def _look(self, sites: Sequence[Site]) -> None:
+        watched = {
+            site.tenant: site
+            for site in sites
+            if site.running and site.deployment is None and site.exposure is not None
+        }
+        for gone in [tenant for tenant in self._failures if tenant not in watched]:
+            del self._failures[gone]
+            self._unhealthy.discard(gone)
+        slots = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(site: Site) -> None:
+            async with slots:
+                await self._one(site)
+
+        await asyncio.gather(*(one(site) for site in watched.values() if site.tenant not in self._starting))
+
+    async def _one(self, site: Site) -> None:
+        assert site.exposure is not None
+        tenant, where = site.tenant, site.exposure
+        try:
+            well = await ask(where.address, where.port, site.health, 1.0) < 500
+        except (OSError, ValueError):
+            well = False
+        if not well:
+            self._failed(site, self._failures.get(tenant, 0) + 1)
+            return
+        self._failures[tenant] = 0
+        if tenant in self._unhealthy:
+            self._unhealthy.discard(tenant)
+            self._bus.publish("tenant.healthy", tenant, {"port": where.port})
+
+    def _failed(self, site: Site, failures: int) -> None:
+        tenant = site.tenant
+        self._failures[tenant] = failures
+        if failures >= self._settings.health_failures and tenant not in self._unhealthy:
+            self._unhealthy.add(tenant)
+            assert site.exposure is not None
+            facts = {"port": site.exposure.port, "path": site.health, "failures": failures}
+            self._bus.publish("tenant.unhealthy", tenant, facts)

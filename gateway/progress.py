@@ -1,0 +1,169 @@
+"""Knows how a deployment looks to who waits for it at a terminal, and follows one to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from gateway.deployments.record import PHASES
+from gateway.deployments.template import MANIFEST, checked, packed, read_folder
+from gateway.errors import InvalidParams
+from gateway.settings import Settings
+from gateway_client import Client
+
+_SAYS: Final = {
+    "validate": "check domain and template",
+    "create": "make the container",
+    "push": "copy the files",
+    "install": "install dependencies",
+    "start": "start the site",
+    "expose": "give it an address",
+    "route": "lead the domain to it",
+    "verify": "see it answer",
+}
+_ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
+
+Told = Callable[[Mapping[str, Any]], None]
+
+
+def template_argument(given: str, settings: Settings) -> str | dict[str, str]:
+    """Return what `--template` means to the gateway: a name as it is, a folder as an archive of it."""
+    folder = Path(given)
+    if "/" not in given and not given.startswith(".") and not folder.is_dir():
+        return given
+    if not (folder / MANIFEST).is_file():
+        raise InvalidParams(f"{given} is no template: it has no {MANIFEST}")
+    entries = read_folder(folder, settings)
+    checked(given, entries, settings, shared=False)  # what is wrong is said before anything is sent
+    return {"archive": base64.b64encode(gzip.compress(packed(entries), 6, mtime=0)).decode()}
+
+
+async def follow(client: Client, body: Mapping[str, Any], told: Told) -> dict[str, Any]:
+    """Begin a deployment, pass on each of its events as `{type, **data}`, and return its record.
+
+    A cancel cancels the deployment, and is raised once that is undone.
+    """
+    async with client.events(types="deployment.*") as events:
+        begun = await client.http("POST", "/v1/deployments", body)
+        path = f"/v1/deployments/{begun['id']}"
+        try:
+            async for event in events:
+                if event.data.get("deployment") == begun["id"]:
+                    told({"type": event.type, "time": event.time, **event.data})
+                    if event.type in _ENDS:
+                        break
+        except asyncio.CancelledError:
+            await asyncio.shield(client.http("DELETE", path))
+            raise
+        record: dict[str, Any] = await client.http("GET", path)
+        return record
+
+
+@dataclass
+class _Line:
+    state: str = "waiting"
+    began: float = 0.0
+    ms: int | None = None
+    note: str = ""
+
+
+@dataclass
+class Progress:
+    """A deployment as lines that change while it runs. Use as a context manager around `follow`."""
+
+    console: Console
+    domain: str
+    lines: dict[str, _Line] = field(default_factory=lambda: {name: _Line() for name in PHASES})
+    last: str = ""
+    undoing: bool = False
+    _live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=12)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is not None:
+            self.last = ""
+            self._live.__exit__(*error)
+
+    def told(self, event: Mapping[str, Any]) -> None:
+        """Take in one event; without a terminal print what is worth a line."""
+        kind, line = event["type"].removeprefix("deployment."), self.lines.get(event.get("phase", ""))
+        match kind:
+            case "phase.started" if line is not None:
+                line.state, line.began = "running", time.monotonic()
+            case "phase.log":
+                self.last = event["lines"][-1]
+                if self._live is None:
+                    for said in event["lines"]:
+                        self.console.print(f"    {said}", markup=False)
+            case "phase.finished" if line is not None:
+                line.state, line.ms = "done", event["ms"]
+                line.note = _note(event)
+                self.last = ""
+                if self._live is None:
+                    phase = event["phase"]
+                    self.console.print(f"{phase:9} {_seconds(line.ms):>8}  {line.note}", markup=False)
+            case "failed" | "cancelled":
+                self.undoing = True
+                if line is not None:
+                    line.state = "failed"
+            case "succeeded" | "rolledback":
+                self.undoing = False
+
+    def __rich__(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for name, line in self.lines.items():
+            passed = line.ms if line.ms is not None else int((time.monotonic() - line.began) * 1000)
+            match line.state:
+                case "done":
+                    row: tuple[RenderableType, ...] = (
+                        Text("✓", "green"), name, Text(_seconds(passed), "dim"), Text(line.note, "dim")
+                    )  # fmt: skip
+                case "running":
+                    says = Text(self.last or _SAYS[name], "cyan", overflow="ellipsis", no_wrap=True)
+                    row = (Spinner("dots", style="cyan"), Text(name, "bold"), _seconds(passed), says)
+                case "failed":
+                    row = (Text("✗", "red"), Text(name, "red"), "", "")
+                case _:
+                    row = (" ", Text(name, "dim"), "", "")
+            table.add_row(*row)
+        title = Text(f"Deploying {self.domain}", "bold")
+        if self.undoing:
+            return Group(title, table, Text("undoing what was done …", "yellow"))
+        return Group(title, table)
+
+
+def _note(event: Mapping[str, Any]) -> str:
+    match event["phase"]:
+        case "create":
+            said = {
+                "pool": "one was ready",
+                "golden": "a copy of one that is installed",
+                "tenant": "it is there",
+            }
+            return said.get(event.get("from", ""), "from the base image")
+        case "expose":
+            return f"{event.get('address')}:{event.get('port')}"
+        case "route":
+            return str(event.get("url", ""))
+    return ""
+
+
+def _seconds(ms: int) -> str:
+    return f"{ms / 1000:.2f} s"
