@@ -18,10 +18,8 @@ from typing import Any
 from gateway.host import Change, HostError, Report, Steps, ripgrep, run
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
+from gateway.rootfs.tenants import MANAGED
 from gateway.settings import Settings
-
-MANAGED = "user.gateway.managed"
-"""The configuration key by which the runtime recognises a tenant; the profile carries it."""
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 GiB = 1 << 30

@@ -119,6 +119,7 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)
     _enter(tree, plan.covered)
     _close_all({keep} if plan.program is None else {keep, plan.program})
+    _hold_standard()
     _limit(plan)
     _drop(plan.uid, plan.gid)
     layers = ["mount", "namespaces", "limits", "uid"]
@@ -187,6 +188,16 @@ def _close_all(keep: set[int]) -> None:
         os.closerange(first, descriptor)
         first = descriptor + 1
     os.closerange(first, 1 << 16)
+
+
+def _hold_standard() -> None:
+    """Have the standard descriptors be folders, which take and give nothing.
+
+    A library's word to standard error would else land in the file that happened to get its number.
+    """
+    while (descriptor := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def _limit(plan: Plan) -> None:

@@ -9,7 +9,8 @@ import pytest
 from gateway.host import Change, HostError, image
 from gateway.host.daemon import Daemon
 from gateway.host.incus import Incus, Missing
-from gateway.host.setup import MANAGED, acl_name, setup
+from gateway.host.setup import acl_name, setup
+from gateway.rootfs.tenants import MANAGED
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import MakeTenant

@@ -21,7 +21,8 @@ from gateway.host.image import (
     image_metadata,
 )
 from gateway.host.npm import check_integrity
-from gateway.host.setup import MANAGED, PRIVATE, acl, forwarding, network, pool_size, profile, setup
+from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
+from gateway.rootfs.tenants import MANAGED
 from gateway.settings import Settings
 
 GiB = 1 << 30

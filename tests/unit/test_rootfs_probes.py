@@ -113,7 +113,7 @@ def _attempt(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Return the open descriptors, found by asking for each."""
+    """Return the open descriptors, found by asking for each, the tree's, and what 0 to 2 take of a byte."""
     found = []
     for descriptor in range(256):
         try:
@@ -121,7 +121,13 @@ def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         except OSError:
             continue
         found.append(descriptor)
-    return orjson.dumps([found, workspace.tree.descriptor])
+    written = []
+    for descriptor in range(3):
+        try:
+            written.append(os.write(descriptor, b"x"))
+        except OSError as error:
+            written.append(-(error.errno or 0))
+    return orjson.dumps([found, workspace.tree.descriptor, written])
 
 
 OPERATIONS = {
