@@ -78,6 +78,22 @@ def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspac
     assert told(watcher) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files always have names here")
+def test_a_file_without_a_name_is_no_change(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
+    """What is written into a file without a name is not told of; a name of the same form is a name."""
+    watcher.watch(workspace, wish(1))
+    site = tmp_path / "site"
+    descriptor = os.open(site, os.O_TMPFILE | os.O_WRONLY)
+    os.write(descriptor, b"x")
+    os.fchmod(descriptor, 0o600)
+    assert told(watcher) == []
+    os.close(descriptor)
+    (site / "#1").write_text("x")
+    assert [change["path"] for change in told(watcher)[0]["changes"]] == ["#1"]
+    (site / "#1").write_text("y")
+    assert told(watcher)[0]["changes"] == [{"path": "#1", "change": "changed"}]
+
+
 def test_a_root_goes_with_a_folder_above_it(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
     watcher.watch(workspace, wish(1, "a/b"))
     (tmp_path / "site" / "a").rename(tmp_path / "gone")
