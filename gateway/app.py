@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import __version__, auth, editor, protocol
+from gateway.audit import Audit
 from gateway.caddy import Caddy
 from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
 from gateway.deployments import Deployments, Health, Record
@@ -53,6 +54,7 @@ from gateway.life import Ask, Life, described
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
+from gateway.revocations import Revocations
 from gateway.rootfs.workers import BrokerClient, Workers
 from gateway.runtime import TENANT_NAME, StreamName, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
@@ -106,6 +108,12 @@ class SessionBody(protocol.Params):
     token: Annotated[str, Field(max_length=auth.MAX_TOKEN)]
 
 
+class RevokeBody(protocol.Params):
+    """`id` is the token's `jti`."""
+
+    id: Annotated[str, Field(min_length=1, max_length=200)]
+
+
 class Gateway:
     """One gateway process: everything that lives as long as it, and the application that serves it.
 
@@ -126,6 +134,8 @@ class Gateway:
         )
         self.bus = Bus(self.journal)
         self._secret = auth.load_secret(settings)
+        self.revocations = Revocations(self.store)
+        self.audit = Audit(self.store, self.bus, settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
@@ -179,6 +189,8 @@ class Gateway:
             Route("/v1/deployments/{deployment}", self._deployment),
             Route("/v1/deployments/{deployment}", self._deployment_cancel, methods=["DELETE"]),
             Route("/v1/events", self._events),
+            Route("/v1/revocations", self._revoke, methods=["POST"]),
+            Route("/v1/audit", self._audit),
             WebSocketRoute(tenant + "/ws", self._websocket),
         ]
 
@@ -192,6 +204,8 @@ class Gateway:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.journal)
             receipts = await Receipts.opened(self.store, settings)
+            self.revocations = await Revocations.opened(self.store)
+            self.audit = await stack.enter_async_context(Audit(self.store, self.bus, settings))
             runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             execs = await stack.enter_async_context(Execs(runtime, self.bus, receipts, settings))
@@ -335,7 +349,7 @@ class Gateway:
     # --- who asks -----------------------------------------------------------------------------------
 
     def _verify(self, raw: str | None) -> auth.Token:
-        return auth.verify(self._secret, raw)
+        return auth.verify(self._secret, raw, self.revocations.__contains__)
 
     def _check_origin(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -436,6 +450,9 @@ class Gateway:
                 raise InvalidParams("the body is not JSON") from None
             ask = Ask(name, request.path_params, request.query_params, body, token)
             answer = await getattr(self.life, handler)(ask)
+            if method != "GET":
+                facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
+                await self.audit.note(token.subject, f"tenant.{handler}", name, **facts)
             if isinstance(answer, Response):
                 return answer
             response = Response(status_code=status) if answer is None else _json(answer)
@@ -593,7 +610,38 @@ class Gateway:
         query = request.query_params
         filter = Filter.parse(token.coverage, query.get("tenant"), query.get("deployment"), query.get("type"))
         last = request.headers.get("last-event-id") or query.get("lastEventId")
-        return sse.response(self.bus, filter, last, self.settings)
+        return sse.response(self.bus, filter, last, self.settings, token.id)
+
+    # --- the operator -------------------------------------------------------------------------------
+
+    def _operator(self, request: Request) -> auth.Token:
+        """Return the token of whoever may see and end everybody's doing."""
+        token = self._token(request, "admin")
+        if token.coverage is not None:
+            raise Forbidden("this needs a token with the scope admin for every tenant")
+        return token
+
+    async def _revoke(self, request: Request) -> Response:
+        token = self._operator(request)
+        body = protocol.validate(RevokeBody, await _read_json(request, self.settings.max_body))
+        await self.revocations.add(body.id, token.subject)
+        ended = [one for one in self.hub.connections if one.token is not None and one.token.id == body.id]
+        for connection in ended:
+            connection.close(CloseCode.UNAUTHORIZED, "this token was revoked")
+        self.bus.end(body.id)
+        self.life.end(body.id)
+        await self.audit.note(token.subject, "token.revoked", None, token=body.id)
+        return _json({"id": body.id, "closed": len(ended)})
+
+    async def _audit(self, request: Request) -> Response:
+        self._operator(request)
+        query = request.query_params
+        limit, before = query.get("limit", "100"), query.get("before")
+        if not limit.isdigit() or not 0 < int(limit) <= 1000 or not (before or "0").isdigit():
+            raise InvalidParams("limit is a number up to 1000, and before the id of an entry")
+        last = None if before is None else min(int(before), 1 << 62)
+        found = await self.audit.entries(int(limit), query.get("tenant"), last)
+        return _json({"entries": found})
 
     async def _websocket(self, websocket: WebSocket) -> None:
         try:
@@ -643,6 +691,7 @@ def _granted(token: auth.Token) -> dict[str, Any]:
         "scopes": sorted(token.scopes),
         "tenants": sorted(token.tenants),
         "expires": token.expires,
+        "id": token.id,
     }
 
 

@@ -13,22 +13,27 @@ import sys
 import termios
 import tty
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from datetime import datetime
 from typing import Annotated, Any, NoReturn, Protocol
+from urllib.parse import quote
 
 import orjson
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gateway import __version__, auth
 from gateway import settings as settings_module
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound
 from gateway.progress import Progress, follow, template_argument
+from gateway.revocations import Revocations
 from gateway.runtime import TENANT_NAME
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from gateway.store import Store
 from gateway_client import Client, Disconnected, Exec
 
 app = typer.Typer(
@@ -159,17 +164,68 @@ def image_build(
 
 @app.command()
 def token(
-    tenant: Annotated[list[str], typer.Option(help="A tenant it covers; repeat for more; * for all.")],
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="A tenant it covers; repeat for more; * for all.")
+    ] = None,
     scope: Annotated[
         list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(auth.SCOPES)))
     ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
     ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
     subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
+    revoke: Annotated[
+        str | None, typer.Option(metavar="ID", help="Take one back instead: its jti, or the token itself")
+    ] = None,
+    url: Url = None,
+    own: TokenOption = None,
 ) -> None:
     """Print a token. The tenants need not exist."""
+    if (tenant is None) == (revoke is None):
+        raise typer.BadParameter("give --tenant, or --revoke")
+    if revoke is not None:
+        _run(_revoke(auth.token_id(revoke), url, own))
+        return
     secret = auth.load_secret(settings_module.load())
     scopes = " ".join(scope).replace(",", " ").split()
-    typer.echo(auth.issue(secret, subject, tenant, scopes, auth.parse_ttl(ttl)))
+    typer.echo(auth.issue(secret, subject, tenant or (), scopes, auth.parse_ttl(ttl)))
+
+
+async def _revoke(id_: str, url: str | None, own: str | None) -> None:
+    try:
+        async with _client(url, own) as client:
+            await client.http("POST", "/v1/revocations", {"id": id_})
+    except Disconnected:
+        if url is not None:
+            raise
+        # no gateway runs here: the next one will know
+        async with Store(settings_module.load().state_dir) as store:
+            await (await Revocations.opened(store)).add(id_, os.environ.get("USER", "operator"))
+
+
+@app.command()
+def audit(
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant")] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, max=1000, help="How many")] = 50,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Show who did what, the latest last."""
+
+    async def run() -> None:
+        query = f"limit={lines}" + ("" if tenant is None else f"&tenant={quote(tenant)}")
+        async with _client(url, token) as client:
+            entries = (await client.http("GET", f"/v1/audit?{query}"))["entries"][::-1]
+        if as_json:
+            _print_json(entries)
+            return
+        table = Table("time", "who", "did", "tenant", "", box=None, pad_edge=False)
+        for entry in entries:
+            at = datetime.fromtimestamp(entry["time"]).isoformat(" ", "seconds")
+            facts = " ".join(f"{key}={value}" for key, value in entry["facts"].items())
+            table.add_row(at, entry["who"], entry["action"], entry["tenant"] or "-", Text(facts))
+        out.print(table)
+
+    _run(run())
 
 
 # --- tenants ------------------------------------------------------------------------------------------

@@ -175,6 +175,11 @@ class Connection:
                 "websocket of %s ended: %d, %d ms", self._tenant, code, (time.monotonic() - began) * 1000
             )
 
+    @property
+    def token(self) -> Token | None:
+        """Who is connected; None until `initialize` said so."""
+        return self._token
+
     def announce_draining(self, retry_after_ms: int) -> None:
         """Tell the client that the gateway is about to end."""
         text = protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})

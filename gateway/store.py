@@ -77,6 +77,19 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX receipts_at ON receipts (at);
     """,
+    """
+    CREATE TABLE revoked (token TEXT PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL) STRICT;
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        time REAL NOT NULL,
+        who TEXT NOT NULL,
+        action TEXT NOT NULL,
+        tenant TEXT,
+        facts TEXT NOT NULL,
+        event INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_event ON audit (event);
+    """,
 )
 
 

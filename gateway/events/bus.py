@@ -63,17 +63,23 @@ class Bus:
         draft = Draft(type, self._source, time.time(), tenant, deployment, body)
         return self._journal.append([draft])[0]
 
-    def subscribe(self, filter: Filter, after: int | None = None) -> Subscription:
+    def subscribe(self, filter: Filter, after: int | None = None, token: str | None = None) -> Subscription:
         """Follow the events that `filter` lets through: from now on, or all after the id `after`.
 
         The place in the journal is taken now, not when iteration starts: subscribe first, read the
         state after, and no change falls between. Where `after` is older than what is kept, or lies in
         the future because it was given out by another life, a `gap` comes first and then all that is
-        kept.
+        kept. `token` is the id of the token by which it was asked for: `end` takes it.
         """
-        subscription = Subscription(self, self._journal, filter, after)
+        subscription = Subscription(self, self._journal, filter, after, token)
         self._subscriptions.add(subscription)
         return subscription
+
+    def end(self, token: str) -> None:
+        """End at once what was asked for by a token that is revoked."""
+        for subscription in list(self._subscriptions):
+            if subscription.token == token:
+                subscription.close()
 
     def close(self) -> None:
         """End every subscription once it has delivered what is recorded by now. Idempotent.
@@ -97,7 +103,10 @@ class Subscription:
     ends after `close`, its own or the bus's.
     """
 
-    def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
+    def __init__(
+        self, bus: Bus, journal: Journal, filter: Filter, after: int | None, token: str | None = None
+    ) -> None:
+        self.token = token
         self._bus, self._journal, self._filter = bus, journal, filter
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False

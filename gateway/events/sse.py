@@ -16,16 +16,22 @@ from gateway.settings import Settings
 _SEPARATOR = "\n"
 
 
-def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings) -> Response:
+def response(
+    bus: Bus,
+    filter: Filter,
+    last_event_id: str | int | None,
+    settings: Settings,
+    token: str | None = None,
+) -> Response:
     """Return the endless response that sends the events of `filter`.
 
     `last_event_id` is the header's or the query's text. A comment goes out every
     `settings.events_keepalive` seconds. The subscription is taken before the headers are sent, and freed
     when the client goes or when the bus closes, whichever is first. A client that does not read is
-    simply waited for: it holds a place in the journal, nothing more.
+    simply waited for: it holds a place in the journal, nothing more. `token` as for `Bus.subscribe`.
     """
     after = parse_last_event_id(last_event_id)
-    subscription = bus.subscribe(filter, after)
+    subscription = bus.subscribe(filter, after, token)
     return EventSourceResponse(
         _stream(subscription, announced=after is None),
         # known with the headers, before the first byte of the body may be cut off

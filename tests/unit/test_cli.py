@@ -190,3 +190,21 @@ async def test_the_sites_log_is_printed_and_followed(gateway: LiveGateway) -> No
         following.send_signal(signal.SIGINT)
         assert await following.wait() == 130
     assert (await run(gateway, "logs", "none"))[0] == 1
+
+
+async def test_a_token_is_taken_back_with_a_gateway_and_without(tmp_path: Path) -> None:
+    gateway = LiveGateway(
+        {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(tmp_path)}, tmp_path / "gateway.log"
+    )
+    tokens = [(await run(gateway, "token", "--tenant", "shop"))[1].decode().strip() for _ in range(2)]
+    assert (await run(gateway, "token", "--revoke", tokens[0]))[0] == 0
+    await gateway.start()
+    assert (await run(gateway, "token", "--revoke", auth.verify(SECRET, tokens[1]).id))[0] == 0
+    for raw in tokens:
+        code, _, said = await run(gateway, "list", "--token", raw)
+        assert (code, said) == (1, "incus-gateway: this token is not valid\n")
+    _, out, _ = await run(gateway, "audit", "--json")
+    assert [(entry["who"], entry["action"]) for entry in orjson.loads(out)] == [("tester", "token.revoked")]
+    assert b"token.revoked" in (await run(gateway, "audit"))[1]
+    assert (await run(gateway, "token", "--revoke", "x", "--tenant", "shop"))[0] == 2
+    assert await gateway.stop() == 0

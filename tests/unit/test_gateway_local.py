@@ -15,6 +15,7 @@ from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
 from tests.contracts.life import LifeContract
 from tests.contracts.mcp import McpContract
+from tests.contracts.operator import OperatorContract
 from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
@@ -82,6 +83,10 @@ class TestLocalLife(LifeContract):
     async def followers(self, gateway: LiveGateway, tenant: str) -> int:
         found = await asyncio.create_subprocess_exec("pgrep", "-cf", f"/{tenant}/site.log", stdout=-1)
         return int((await found.communicate())[0])
+
+
+class TestLocalOperator(OperatorContract):
+    pass
 
 
 class TestLocalReceipts(ReceiptsContract):

@@ -1,0 +1,145 @@
+"""Knows who did what to tenants and tokens: a record for the operator, kept longer than events.
+
+What a client asks of a tenant's life is noted where it is done. What tools, commands and deployments do is
+taken over from the events, which name who asked, from where the last life left off. Contents, command lines
+and secrets are in none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from gateway.events import GAP, Bus, Event, Filter, Subscription
+from gateway.settings import Settings
+from gateway.store import Store, StoreFailed
+
+log = logging.getLogger(__name__)
+
+# the events that tell of somebody's doing, and what of their data is kept
+_TAKEN: Final[Mapping[str, Sequence[str]]] = {
+    "exec.started": ("exec",),
+    "exec.cancelled": ("exec", "killed"),
+    "file.written": ("path",),
+    "deployment.started": ("deployment",),
+    "deployment.succeeded": ("deployment",),
+    "deployment.failed": ("deployment",),
+    "deployment.cancelled": ("deployment",),
+    "deployment.rolledback": ("deployment",),
+}
+_RETRY: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One deed. `event` is the id of the event it was taken from, 0 for none."""
+
+    time: float
+    who: str
+    action: str
+    tenant: str | None
+    facts: Mapping[str, Any]
+    event: int = 0
+
+
+class Audit:
+    """The last `audit_kept` deeds. Use as an async context manager while the bus is open."""
+
+    def __init__(self, store: Store, bus: Bus, settings: Settings) -> None:
+        self._store = store
+        self._bus = bus
+        self._kept = settings.audit_kept
+        self._following: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Audit:
+        after = await self._store.read(_last_event)
+        types = (*_TAKEN, GAP)
+        subscription = self._bus.subscribe(Filter(types=types), after)
+        self._following = asyncio.create_task(self._follow(subscription), name="audit")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._following is not None
+        self._following.cancel()
+        await asyncio.gather(self._following, return_exceptions=True)
+
+    async def note(self, who: str, action: str, tenant: str | None = None, **facts: Any) -> None:
+        """Record what somebody did. Where it cannot be recorded the log says so, and the deed stays done."""
+        try:
+            await self._write([Entry(time.time(), who, action, tenant, facts)])
+        except StoreFailed as failed:
+            log.error("%s of %s by %s is not in the audit: %s", action, tenant, who, failed.message)
+
+    async def entries(self, limit: int, tenant: str | None = None, before: int | None = None) -> list[Any]:
+        """Return the latest deeds, newest first; `before` is the id of the last one that was seen."""
+        return await self._store.read(lambda connection: _entries(connection, limit, tenant, before))
+
+    async def _follow(self, subscription: Subscription) -> None:
+        while events := await subscription.batch():
+            entries = [_taken(event) for event in events]
+            while True:
+                try:
+                    await self._write(entries)
+                    break
+                except StoreFailed:
+                    await asyncio.sleep(_RETRY)  # a pause between two tries; the journal tells of the cause
+
+    async def _write(self, entries: Sequence[Entry]) -> None:
+        await self._store.write(lambda connection: _insert(connection, entries, self._kept))
+
+
+def _taken(event: Event) -> Entry:
+    data = event.data
+    facts = {key: data[key] for key in _TAKEN.get(event.type, ("oldest",)) if key in data}
+    return Entry(event.time, str(data.get("by", "")), event.type, event.tenant, facts, event.id)
+
+
+# --- statements: each is a work of the store -----------------------------------------------------------
+
+
+def _last_event(connection: sqlite3.Connection) -> int | None:
+    (last,) = connection.execute("SELECT max(event) FROM audit").fetchone()
+    return last or None
+
+
+def _insert(connection: sqlite3.Connection, entries: Sequence[Entry], kept: int) -> None:
+    connection.executemany(
+        "INSERT INTO audit (time, who, action, tenant, facts, event) VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (
+                entry.time,
+                entry.who,
+                entry.action,
+                entry.tenant,
+                orjson.dumps(entry.facts).decode(),
+                entry.event,
+            )
+            for entry in entries
+        ],
+    )
+    (newest,) = connection.execute("SELECT max(id) FROM audit").fetchone()
+    connection.execute("DELETE FROM audit WHERE id <= ?", (newest - kept,))
+
+
+def _entries(
+    connection: sqlite3.Connection, limit: int, tenant: str | None, before: int | None
+) -> list[dict[str, Any]]:
+    rows = connection.execute(
+        "SELECT id, time, who, action, tenant, facts FROM audit"
+        " WHERE id < coalesce(?1, 1 << 62) AND (?2 IS NULL OR tenant = ?2) ORDER BY id DESC LIMIT ?3",
+        (before, tenant, limit),
+    )
+    return [
+        {"id": id_, "time": at, "who": who, "action": action, "tenant": of, "facts": orjson.loads(facts)}
+        for id_, at, who, action, of, facts in rows
+    ]
