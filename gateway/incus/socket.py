@@ -218,8 +218,8 @@ def _header(view: memoryview) -> tuple[int, int, int] | None:
     return kind, struct.unpack_from(form, view, 2)[0], size
 
 
-def _frame(kind: int, data: bytes) -> tuple[bytes, bytes]:
-    """Return a client's frame in parts.
+def _frame(kind: int, data: bytes) -> tuple[bytes, ...]:
+    """Return a client's frame in parts, none of them empty: on one, asyncio's `writelines` spins (Python 3.12+).
 
     A client has to mask; by the key 0 the bytes stay what they are. Masks protect proxies between browsers
     and servers from scripts (RFC 6455 §10.3): on a unix socket there are neither.
@@ -231,4 +231,5 @@ def _frame(kind: int, data: bytes) -> tuple[bytes, bytes]:
         head = struct.pack("!BBH", 0x80 | kind, 0x80 | 126, length)
     else:
         head = struct.pack("!BBQ", 0x80 | kind, 0x80 | 127, length)
-    return head + bytes(4), data
+    head += bytes(4)
+    return (head, data) if data else (head,)
