@@ -219,7 +219,7 @@ def _header(view: memoryview) -> tuple[int, int, int] | None:
 
 
 def _frame(kind: int, data: bytes) -> tuple[bytes, ...]:
-    """Return a client's frame in parts, none of them empty: on one, asyncio's `writelines` spins (Python 3.12+).
+    """Return a client's frame in parts, none of them empty: on one asyncio's `writelines` spins for ever.
 
     A client has to mask; by the key 0 the bytes stay what they are. Masks protect proxies between browsers
     and servers from scripts (RFC 6455 §10.3): on a unix socket there are neither.

