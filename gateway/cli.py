@@ -14,8 +14,8 @@ import termios
 import tty
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any, NoReturn, Protocol
-from urllib.parse import quote
 
 import orjson
 import typer
@@ -34,7 +34,7 @@ from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.store import Store
-from gateway_client import Client, Disconnected, Exec
+from gateway_client import Client, DeploymentRecord, Disconnected, Exec
 
 app = typer.Typer(
     name="incus-gateway",
@@ -61,6 +61,14 @@ TokenOption = Annotated[
         "--token", envvar="GATEWAY_TOKEN", help="A token; default: one made from this machine's secret."
     ),
 ]
+
+
+class Size(StrEnum):
+    SMALL = "small"
+    MEDIUM = "medium"
+    LARGE = "large"
+
+
 TenantName = Annotated[str, typer.Argument(metavar="TENANT")]
 
 
@@ -192,7 +200,7 @@ def token(
 async def _revoke(id_: str, url: str | None, own: str | None) -> None:
     try:
         async with _client(url, own) as client:
-            await client.http("POST", "/v1/revocations", {"id": id_})
+            await client.revoke(id_)
     except Disconnected:
         if url is not None:
             raise
@@ -212,9 +220,8 @@ def audit(
     """Show who did what, the latest last."""
 
     async def run() -> None:
-        query = f"limit={lines}" + ("" if tenant is None else f"&tenant={quote(tenant)}")
         async with _client(url, token) as client:
-            entries = (await client.http("GET", f"/v1/audit?{query}"))["entries"][::-1]
+            entries = (await client.audit(tenant, limit=lines))[::-1]
         if as_json:
             _print_json(entries)
             return
@@ -256,7 +263,7 @@ def create(
 def deploy(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
     template: Annotated[str, typer.Option(help="A folder with a site.toml, or the name of a template")],
-    size: Annotated[str, typer.Option(help="small, medium or large; of a new tenant")] = "small",
+    size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
     tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
@@ -264,29 +271,26 @@ def deploy(
     token: TokenOption = None,
 ) -> None:
     """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it."""
-    body: dict[str, Any] = {"domain": domain, "size": size}
-    body["template"] = template_argument(template, settings_module.load())
-    if env:
-        body["env"] = dict(_assignment(entry) for entry in env)
-    if tenant is not None:
-        body["tenant"] = tenant
+    what = template_argument(template, settings_module.load())
+    variables = dict(_assignment(entry) for entry in env) if env else None
 
     def print_line(event: Mapping[str, Any]) -> None:
         print(orjson.dumps(event).decode(), flush=True)
 
-    async def run() -> dict[str, Any]:
+    async def run() -> DeploymentRecord:
         async with _client(url, token) as client:
+            begun = await client.deploy(domain, what, size=size.value, env=variables, tenant=tenant)
             if as_json:
-                return await follow(client, body, print_line)
+                return await follow(begun, print_line)
             with Progress(out, domain) as progress:
-                return await follow(client, body, progress.told)
+                return await follow(begun, progress.told)
 
     record = _run(run())
-    if record["state"] != "succeeded":
-        error = record["error"]
-        _fail(f"{error.get('phase', 'deploy')}: {error['message']}\nEverything that was done is undone.")
+    if record.error is not None:
+        where = record.error.facts.get("phase", "deploy")
+        _fail(f"{where}: {record.error.message}\nEverything that was done is undone.")
     if not as_json:
-        out.print(f"{record['url']} is up, after {record['ms'] / 1000:.2f} s", markup=False)
+        out.print(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s", markup=False)
 
 
 @app.command("list")
@@ -295,23 +299,19 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
 
     async def run() -> None:
         async with _client(url, token) as client:
-            answer = (await client.http("GET", "/v1/tenants"))["tenants"]
+            found = await client.tenants()
         if as_json:
-            _print_json(answer)
+            _print_json([info.all for info in found])
             return
         table = Table(box=None, pad_edge=False)
         for column in ("tenant", "status", "address", "domain", "memory", "created"):
             table.add_column(column)
-        for entry in answer:
-            limits = entry["limits"]
-            created = (entry["created"] or "")[:19]
+        for info in found:
+            memory, created = info.all["limits"].get("memory"), info.all["created"] or ""
             table.add_row(
-                entry["name"],
-                entry["status"],
-                entry["address"] or "-",
-                entry["domain"] or "-",
-                limits.get("memory") or "-",
-                created,
+                *(info.name, info.status, info.address or "-", info.domain or "-"),
+                memory or "-",
+                created[:19],
             )
         out.print(table)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gzip
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from gateway.deployments.record import PHASES
 from gateway.deployments.template import MANIFEST, checked, packed, read_folder
 from gateway.errors import InvalidParams
 from gateway.settings import Settings
-from gateway_client import Client
+from gateway_client import Deployment, DeploymentRecord
 
 _SAYS: Final = {
     "validate": "check domain and template",
@@ -33,12 +32,10 @@ _SAYS: Final = {
     "route": "lead the domain to it",
     "verify": "see it answer",
 }
-_ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
-
 Told = Callable[[Mapping[str, Any]], None]
 
 
-def template_argument(given: str, settings: Settings) -> str | dict[str, str]:
+def template_argument(given: str, settings: Settings) -> str | bytes:
     """Return what `--template` means to the gateway: a name as it is, a folder as an archive of it."""
     folder = Path(given)
     if "/" not in given and not given.startswith(".") and not folder.is_dir():
@@ -47,28 +44,21 @@ def template_argument(given: str, settings: Settings) -> str | dict[str, str]:
         raise InvalidParams(f"{given} is no template: it has no {MANIFEST}")
     entries = read_folder(folder, settings)
     checked(given, entries, settings, shared=False)  # what is wrong is said before anything is sent
-    return {"archive": base64.b64encode(gzip.compress(packed(entries), 6, mtime=0)).decode()}
+    return gzip.compress(packed(entries), 6, mtime=0)
 
 
-async def follow(client: Client, body: Mapping[str, Any], told: Told) -> dict[str, Any]:
-    """Begin a deployment, pass on each of its events as `{type, **data}`, and return its record.
+async def follow(deployment: Deployment, told: Told) -> DeploymentRecord:
+    """Pass on each event of a deployment as `{type, **data}`, and return how it ended.
 
     A cancel cancels the deployment, and is raised once that is undone.
     """
-    async with client.events(types="deployment.*") as events:
-        begun = await client.http("POST", "/v1/deployments", body)
-        path = f"/v1/deployments/{begun['id']}"
-        try:
-            async for event in events:
-                if event.data.get("deployment") == begun["id"]:
-                    told({"type": event.type, "time": event.time, **event.data})
-                    if event.type in _ENDS:
-                        break
-        except asyncio.CancelledError:
-            await asyncio.shield(client.http("DELETE", path))
-            raise
-        record: dict[str, Any] = await client.http("GET", path)
-        return record
+    try:
+        async for event in deployment.events():
+            told({"type": event.type, "time": event.time, **event.data})
+    except asyncio.CancelledError:
+        await asyncio.shield(deployment.cancel())
+        raise
+    return await deployment.record()
 
 
 @dataclass

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from gateway.settings import Settings
+from gateway_client import Client, errors
 from tests.contracts.gateway import sse
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
@@ -81,3 +83,29 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     assert 'GREETING=a "b" $c\n' in seen
     assert "PORT=3000\n" in seen
     assert seen.endswith("\nsite\n"), "no folder of the update is left"
+
+
+async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(
+    host: Hosting, tmp_path: Path
+) -> None:
+    """Events come from the first to the last, also to who asks after the end; a failure raises its type."""
+    (tmp_path / "site.toml").write_text('start = ["bun", "serve.ts"]\n')
+    (tmp_path / "serve.ts").write_text(
+        'Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch: () => new Response("mine")})'
+    )
+    token = host.gateway.token("*")
+    async with Client(host.url, token=token) as client:
+        begun = await client.deploy("client.example.com", tmp_path, key="first")
+        assert (await client.deploy("client.example.com", tmp_path, key="first")).id == begun.id
+        told = [event.type async for event in begun.events()]
+        assert (told[0], told[-1]) == ("deployment.started", "deployment.succeeded")
+        assert told.count("deployment.phase.finished") == len(PHASES)
+        ended = await begun.wait()
+        assert (ended.tenant, ended.state) == ("client-example-com", "succeeded")
+        assert await host.visit("client.example.com") == (200, "mine")
+        assert [event.type async for event in client.deployment(begun.id).events()] == told
+        assert begun.id in [record.id for record in await client.deployments()]
+        assert "static" in [template["name"] for template in await client.templates()]
+        with pytest.raises(errors.NotFound, match="none") as caught:
+            await (await client.deploy("client.example.com", "none")).wait()
+        assert caught.value.facts["reason"] == "template_missing"

@@ -129,7 +129,12 @@ async def test_a_tool_call_has_the_contracts_shape() -> None:
         (lambda t: t.write("a", "x"), "Write", {"file_path": "a", "content": "x"}),
         (lambda t: t.edit("a", "x", "y"), "Edit", {"file_path": "a", "old_string": "x", "new_string": "y"}),
         (lambda t: t.glob("*.py"), "Glob", {"pattern": "*.py"}),
-        (lambda t: t.grep("x", **{"-i": True}), "Grep", {"pattern": "x", "-i": True}),
+        (
+            lambda t: t.grep("x", ignore_case=True, line_numbers=False, before=1, type="py"),
+            "Grep",
+            {"pattern": "x", "-i": True, "-n": False, "-B": 1, "type": "py"},
+        ),
+        (lambda t: t.kill_shell("s1"), "KillShell", {"shell_id": "s1"}),
     ],
 )
 async def test_typed_tools_use_claudes_inputs(
@@ -352,7 +357,7 @@ async def test_an_answer_that_says_unavailable_is_an_answer() -> None:
 
 
 async def test_the_state_is_told_while_it_changes_and_at_last_it_gives_up() -> None:
-    told: list[tuple[str, str]] = []
+    told: list[tuple[str | None, str]] = []
 
     def on_change(change: Change) -> None:
         told.append((change.tenant, change.state))

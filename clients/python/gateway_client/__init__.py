@@ -8,22 +8,26 @@
                 sys.stdout.buffer.write(chunk)
             exit = await install.wait()
 
-Everything that fails raises a class of `gateway_client.errors`.
+Everything that fails raises a class of `gateway_client.errors`. `gateway_client.sync` is the same without
+asyncio.
 """
 
 from gateway_client.client import Client, TenantInfo
+from gateway_client.deployments import Deployment, DeploymentRecord, Phase
 from gateway_client.errors import Disconnected, GatewayError
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Exit, Killed, Output
 from gateway_client.files import Changed, Content, Entry, Files, Watch
 from gateway_client.retry import Change, Retry
-from gateway_client.tenant import RunResult, Tenant, ToolResult
+from gateway_client.tenant import RunResult, ShellResult, Tenant, ToolResult
 
 __all__ = [
     "Change",
     "Changed",
     "Client",
     "Content",
+    "Deployment",
+    "DeploymentRecord",
     "Disconnected",
     "Entry",
     "Event",
@@ -34,8 +38,10 @@ __all__ = [
     "GatewayError",
     "Killed",
     "Output",
+    "Phase",
     "Retry",
     "RunResult",
+    "ShellResult",
     "Tenant",
     "TenantInfo",
     "ToolResult",

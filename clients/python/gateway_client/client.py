@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal
+from urllib.parse import urlencode
 
 import aiohttp
 import orjson
 
 from gateway_client.connection import Address, refusal
+from gateway_client.deployments import Deployment, DeploymentRecord, template_body
 from gateway_client.errors import Disconnected
 from gateway_client.events import EventStream
 from gateway_client.retry import OnChange, Retry
@@ -40,8 +43,8 @@ class Client:
 
     What was connected comes back by itself as `retry` says, None for not at all: tool calls are asked again
     and yet made once, commands go on where they stood, in output and input, watches say that changes were
-    missed, events are replayed. `on_change` is called as connections come and go; `Tenant.state` tells it
-    too.
+    missed, events are replayed. `on_change` is called as connections come and go; `Tenant.state` and
+    `EventStream.state` tell it too.
     """
 
     def __init__(
@@ -113,6 +116,53 @@ class Client:
             for entry in answer["tenants"]
         ]
 
+    async def deploy(
+        self,
+        domain: str,
+        template: str | bytes | os.PathLike[str],
+        *,
+        size: Literal["small", "medium", "large"] | None = None,
+        env: Mapping[str, str] | None = None,
+        tenant: str | None = None,
+        key: str | None = None,
+    ) -> Deployment:
+        """Begin to bring a domain to a site that answers, or to update it; needs the scope `deploy`.
+
+        `template` is the name of one of the gateway's, the path of a folder with a `site.toml`, or a tar of
+        one; `tenant` is made of the domain where it is not given. Asking again with the same `key` gives the
+        same deployment. `Deployment.wait` and `.events` tell how it goes.
+        """
+        wishes = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
+        body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
+        body |= {name: wish for name, wish in wishes.items() if wish is not None}
+        headers = {} if key is None else {"Idempotency-Key": key}
+        return Deployment(self, (await self.http("POST", "/v1/deployments", body, headers))["id"])
+
+    def deployment(self, deployment_id: str) -> Deployment:
+        """Return a deployment by its id, without asking whether it exists."""
+        return Deployment(self, deployment_id)
+
+    async def deployments(self) -> list[DeploymentRecord]:
+        """Return the newest deployments of the tenants that the token covers."""
+        answer = await self.http("GET", "/v1/deployments")
+        return [DeploymentRecord.parse(record) for record in answer["deployments"]]
+
+    async def templates(self) -> list[Mapping[str, Any]]:
+        """Return name and description of the templates that can be deployed by name."""
+        return list((await self.http("GET", "/v1/templates"))["templates"])
+
+    async def revoke(self, token_id: str) -> None:
+        """Take back the token with this `jti`; needs the scope `admin` for every tenant."""
+        await self.http("POST", "/v1/revocations", {"id": token_id})
+
+    async def audit(
+        self, tenant: str | None = None, *, limit: int = 100, before: int | None = None
+    ) -> list[Mapping[str, Any]]:
+        """Return who did what, newest first; needs the scope `admin` for every tenant."""
+        wishes = {"tenant": tenant, "limit": limit, "before": before}
+        query = urlencode({name: wish for name, wish in wishes.items() if wish is not None})
+        return list((await self.http("GET", f"/v1/audit?{query}"))["entries"])
+
     def events(
         self,
         *,
@@ -142,11 +192,17 @@ class Client:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"GET {path}: {error}") from error
 
-    async def http(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def http(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
         # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
         data = None if body is None else io.BytesIO(orjson.dumps(body))
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
         url = self.address.url + path
         try:
             async with self.session.request(method, url, data=data, headers=headers) as response:

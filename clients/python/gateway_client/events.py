@@ -15,7 +15,7 @@ import orjson
 
 from gateway_client.connection import refusal
 from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable
-from gateway_client.retry import Patience
+from gateway_client.retry import Change, Patience, State
 
 if TYPE_CHECKING:
     from gateway_client.client import Client
@@ -118,7 +118,8 @@ class EventStream:
     What happens after the block is entered is in the stream: enter first, read the state after. Where the
     connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
     says, and goes on after the last event; `Disconnected` where that is in vain. Without a `Retry` it ends
-    when the gateway ends it. `last_event_id` resumes after the last event that was handed out.
+    when the gateway ends it. `last_event_id` resumes after the last event that was handed out; `state`
+    says whether the stream stands.
     """
 
     def __init__(self, client: Client, query: Mapping[str, str], last_event_id: int | None) -> None:
@@ -127,12 +128,13 @@ class EventStream:
         self._parser = Parser()
         self._ready: deque[ServerSent] = deque()
         self._response: aiohttp.ClientResponse | None = None
-        self._closed = False
         self._patience = Patience(client.retry)
+        self.state: State = "idle"
 
     async def __aenter__(self) -> EventStream:
         if self._response is None:
             self._response = await self._open()
+            self._tell("connected")
         return self
 
     async def _open(self) -> aiohttp.ClientResponse:
@@ -160,7 +162,7 @@ class EventStream:
 
     async def close(self) -> None:
         """End the stream. Idempotent."""
-        self._closed = True
+        self._tell("closed")
         if self._response is not None:
             self._response.close()
 
@@ -178,7 +180,7 @@ class EventStream:
                     continue
             except (aiohttp.ClientError, TimeoutError) as broken:
                 error = Disconnected(f"the event stream broke: {broken}")
-            if self._closed or (error is None and self._client.retry is None):
+            if self.state == "closed" or (error is None and self._client.retry is None):
                 await self.close()
                 raise StopAsyncIteration
             await self._reopen(error or Disconnected("the gateway ended the event stream"))
@@ -194,9 +196,17 @@ class EventStream:
             pause = self._patience.pause()
             if pause is None:
                 raise error
+            self._tell("reconnecting", error)
             await asyncio.sleep(pause)
             try:
                 self._response = await self._open()
-                return
             except Unavailable as again:
                 error = again
+            else:
+                self._tell("connected")
+                return
+
+    def _tell(self, state: State, error: GatewayError | None = None) -> None:
+        changed, self.state = state != self.state or error is not None, state
+        if changed and self._client.on_change is not None:
+            self._client.on_change(Change(None, state, error))

@@ -29,9 +29,12 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A tenant's connection changed its state. While `reconnecting`, `error` is what failed last."""
+    """The connection to a tenant, or None an event stream, changed its state.
 
-    tenant: str
+    While `reconnecting`, `error` is what failed last.
+    """
+
+    tenant: str | None
     state: State
     error: GatewayError | None = None
 

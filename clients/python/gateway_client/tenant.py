@@ -52,6 +52,35 @@ class ToolResult:
         return cls(value.get("content", ()), bool(value.get("isError")), value.get("structuredContent") or {})
 
 
+class ShellResult(ToolResult):
+    """What Bash and BashOutput answered. An exit code other than 0 is a result, not an error."""
+
+    @property
+    def status(self) -> Literal["running", "completed", "failed", "killed"]:
+        found: Literal["running", "completed", "failed", "killed"] = self.structured["status"]
+        return found
+
+    @property
+    def exit_code(self) -> int | None:
+        """What the command ended with; None while it runs."""
+        return self.structured.get("exitCode")
+
+    @property
+    def exec(self) -> str:
+        """The id of the command, for `Tenant.attach`."""
+        return str(self.structured["exec"])
+
+    @property
+    def shell_id(self) -> str | None:
+        """The id of a command in the background, for `bash_output` and `kill_shell`."""
+        return self.structured.get("shellId")
+
+    @property
+    def output_file(self) -> str | None:
+        """Where all of the output lies, for `read`, where the text is not all."""
+        return self.structured.get("outputFile")
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """A command that was run and waited for over HTTP. `reason` tells a timeout from an exit."""
@@ -159,9 +188,19 @@ class Tenant:
         params = {"name": name, "arguments": arguments, "callId": call_id or uuid.uuid4().hex}
         return ToolResult.parse(await self.request("tools/call", params))
 
-    async def read(self, path: str, *, offset: int | None = None, limit: int | None = None) -> ToolResult:
-        """Read lines of a file. This and the next four raise the typed error where the tool fails."""
-        return await self._tool("Read", file_path=path, offset=offset, limit=limit)
+    async def read(
+        self,
+        path: str,
+        *,
+        offset: int | None = None,
+        limit: int | None = None,
+        pages: str | None = None,
+        allow_large: bool = False,
+    ) -> ToolResult:
+        """Read lines of a file, or `pages` of a PDF. This and the next raise the typed error of a failure."""
+        return await self._tool(
+            "Read", file_path=path, offset=offset, limit=limit, pages=pages, allow_large=allow_large or None
+        )
 
     async def write(self, path: str, content: str) -> ToolResult:
         """Write a whole file, with the folders above it."""
@@ -183,20 +222,74 @@ class Tenant:
         path: str | None = None,
         *,
         glob: str | None = None,
+        type: str | None = None,
         output_mode: Literal["content", "files_with_matches", "count"] | None = None,
-        **more: Any,
+        ignore_case: bool = False,
+        only_matching: bool = False,
+        multiline: bool = False,
+        line_numbers: bool = True,
+        before: int | None = None,
+        after: int | None = None,
+        context: int | None = None,
+        head_limit: int | None = None,
+        offset: int | None = None,
     ) -> ToolResult:
-        """Search in files. `more` are Grep's other inputs, those with a dash as `**{"-i": True}`."""
+        """Search in files. `before`, `after` and `context` count lines around a match, in content mode."""
+        given = {"-i": ignore_case or None, "-o": only_matching or None, "-B": before, "-A": after}
         return await self._tool(
-            "Grep", pattern=pattern, path=path, glob=glob, output_mode=output_mode, **more
+            "Grep",
+            pattern=pattern,
+            path=path,
+            glob=glob,
+            type=type,
+            output_mode=output_mode,
+            multiline=multiline or None,
+            context=context,
+            head_limit=head_limit,
+            offset=offset,
+            **given,
+            **({} if line_numbers else {"-n": False}),
         )
 
+    async def bash(
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        background: bool = False,
+        description: str | None = None,
+    ) -> ShellResult:
+        """Run a line in this session's working directory; an exit code is in the result, whatever it is.
+
+        After `timeout` seconds (default 120, at most 600) it goes on in the background: `status` is `running`
+        then, and `bash_output` follows it.
+        """
+        return await self._shell(
+            "Bash",
+            command=command,
+            timeout=None if timeout is None else round(timeout * 1000),
+            run_in_background=background or None,
+            description=description,
+        )
+
+    async def bash_output(self, shell_id: str, *, filter: str | None = None) -> ShellResult:
+        """Return what a command in the background has printed since the last call; its end too."""
+        return await self._shell("BashOutput", bash_id=shell_id, filter=filter)
+
+    async def kill_shell(self, shell_id: str) -> ToolResult:
+        """End a command in the background with all that it started."""
+        return await self._tool("KillShell", shell_id=shell_id)
+
+    async def _shell(self, name: str, /, **arguments: Any) -> ShellResult:
+        result = await self.tool(name, _given(arguments))
+        if result.is_error and not {"exec", "status"} <= result.structured.keys():  # nothing has run
+            raise _failure(result)
+        return ShellResult(result.content, result.is_error, result.structured)
+
     async def _tool(self, name: str, /, **arguments: Any) -> ToolResult:
-        given = {key: value for key, value in arguments.items() if value is not None}
-        result = await self.tool(name, given)
+        result = await self.tool(name, _given(arguments))
         if result.is_error:
-            facts = {key: value for key, value in result.structured.items() if key != "code"}
-            raise from_wire(str(result.structured.get("code", "")), result.text, facts)
+            raise _failure(result)
         return result
 
     # --- commands -------------------------------------------------------------------------------------
@@ -405,6 +498,15 @@ class Tenant:
         self._open.discard(connection)
         with contextlib.suppress(OSError):
             await connection.close()
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _failure(result: ToolResult) -> GatewayError:
+    facts = {name: fact for name, fact in result.structured.items() if name != "code"}
+    return from_wire(str(result.structured.get("code", "")), result.text, facts)
 
 
 def _command(command: str | Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:

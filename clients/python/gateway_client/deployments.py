@@ -1,0 +1,152 @@
+"""Knows one deployment from the client's side: what happens in it, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import tarfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from gateway_client.errors import GatewayError, from_wire
+from gateway_client.events import Event
+
+if TYPE_CHECKING:
+    from gateway_client.client import Client
+
+# what ends a deployment, and nothing of it comes after
+_ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
+_ENDED: Final = ("succeeded", "rolledback")
+# seconds that the kept events of a deployment that has ended are waited for
+SETTLE: Final = 5.0
+# what the gateway leaves out too: it would be sent for nothing
+_LEFT_OUT: Final = frozenset({"node_modules", ".git"})
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One step of a deployment; `ms` once it is done."""
+
+    name: str
+    state: Literal["waiting", "running", "done", "failed", "undone"]
+    ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRecord:
+    """A deployment as it stands. `error` is what it failed with; `all` holds every member."""
+
+    id: str
+    tenant: str
+    domain: str
+    url: str
+    kind: Literal["create", "update"]
+    state: Literal["waiting", "running", "succeeded", "undoing", "rolledback"]
+    phases: Sequence[Phase]
+    ms: int | None
+    error: GatewayError | None
+    all: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> DeploymentRecord:
+        phases = [Phase(one["name"], one["state"], one.get("ms")) for one in value["phases"]]
+        error = None
+        if told := value.get("error"):
+            facts = {name: fact for name, fact in told.items() if name not in ("code", "message")}
+            error = from_wire(told["code"], told["message"], facts)
+        return cls(
+            value["id"],
+            value["tenant"],
+            value["domain"],
+            value["url"],
+            value["kind"],
+            value["state"],
+            phases,
+            value.get("ms"),
+            error,
+            value,
+        )
+
+
+class Deployment:
+    """One attempt to bring a tenant to a site that answers. Made by `Client.deploy` or `Client.deployment`.
+
+    It runs in the gateway, whether anybody looks or not.
+    """
+
+    def __init__(self, client: Client, deployment_id: str) -> None:
+        self.id = deployment_id
+        self._client = client
+        self._path = f"/v1/deployments/{deployment_id}"
+
+    async def record(self) -> DeploymentRecord:
+        """Return how it stands now."""
+        return DeploymentRecord.parse(await self._client.http("GET", self._path))
+
+    async def cancel(self) -> DeploymentRecord:
+        """Cancel it and return once it is undone; one that has ended stays as it is."""
+        return DeploymentRecord.parse(await self._client.http("DELETE", self._path))
+
+    async def wait(self) -> DeploymentRecord:
+        """Return how it ended, once it did. Raises the typed error of what failed, once all is undone."""
+        while (record := await self.record()).state not in _ENDED:
+            async for _ in self.events():
+                pass
+        if record.error is not None:
+            raise record.error
+        return record
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield its events from the first to the last, those that were before too.
+
+        Needs the scope `events`. Where some are no longer kept a `gap` comes in their place.
+        """
+        begun = False
+        missing: Event | None = None  # a gap, until it is known to be one: before the first event is nothing
+        deadline: float | None = None
+        async with self._client.events(types="deployment.*", deployment=self.id, last_event_id=0) as stream:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(stream, None)
+                except TimeoutError:  # its last event is no longer kept
+                    event = None
+                if event is None:
+                    if missing is not None:
+                        yield missing
+                    return
+                if event.type == "gap":
+                    missing = event
+                    # its end may be among what is missing: then only the record tells of it
+                    if (await self.record()).state in _ENDED:
+                        deadline = asyncio.get_running_loop().time() + SETTLE
+                    continue
+                if missing is not None and (begun or event.type != "deployment.started"):
+                    yield missing
+                missing, begun = None, True
+                yield event
+                if event.type in _ENDS:
+                    return
+
+
+def template_body(template: str | bytes | os.PathLike[str]) -> str | dict[str, str]:
+    """Return a template as the gateway takes it: a name as it is, a folder or a tar as an archive."""
+    if isinstance(template, str):
+        return template
+    archive = template if isinstance(template, bytes) else _packed(Path(template))
+    return {"archive": base64.b64encode(archive).decode()}
+
+
+def _packed(folder: Path) -> bytes:
+    def chosen(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if entry.name.rpartition("/")[2] in _LEFT_OUT else entry
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:
+        for entry in sorted(folder.iterdir()):
+            archive.add(entry, entry.name, filter=chosen)
+    return buffer.getvalue()
