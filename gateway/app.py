@@ -730,6 +730,7 @@ def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) 
         "stderr": outputs["stderr"][0].decode("utf-8", "replace"),
         "truncated": any(cut for _, cut in outputs.values()),
         "duration_ms": ended.duration_ms,
+        "left": ended.left,
     }
 
 

@@ -27,7 +27,10 @@ _OVERHEAD: Final = 500
 
 @dataclass(slots=True)
 class Receipt:
-    """What is known of one id. `result` is None where it lies in the store, or is none."""
+    """What is known of one id. `result` is None where it lies in the store, or is none.
+
+    Of what is begun it is what `note` kept.
+    """
 
     digest: bytes
     at: float
@@ -123,6 +126,13 @@ class Receipts:
         except BaseException:
             self._shelf(key).take(key)
             raise
+
+    async def note(self, key: Key, digest: bytes, facts: bytes) -> None:
+        """Keep facts of a call that has begun: the next life's `earlier` has them. Raises `StoreFailed`."""
+        receipt = Receipt(digest, time.time(), "begun", len(facts), facts)
+        self._shelf(key).put(key, receipt)
+        await self._store.write(lambda connection: _insert(connection, key, receipt))
+        receipt.result = None  # of no use to this life
 
     async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that began.

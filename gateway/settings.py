@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     exec_keep_bytes: int = Field(
         128 * MiB, ge=0, description="bytes of output kept of ended commands, all tenants"
     )
+    exec_left: Literal["keep", "kill"] = Field(
+        "keep", description="what becomes of processes that a command leaves behind when it ends"
+    )
     exec_start_timeout: float = Field(20.0, gt=0, description="seconds until a command must have started")
     exec_timeout: float = Field(
         600.0, gt=0, description="seconds of a waiting HTTP exec that names no timeout"

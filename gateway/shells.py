@@ -225,7 +225,7 @@ class Shell:
         facts: dict[str, Any] = {"exec": self.exec_id, "status": self.status}
         if ended is not None:
             facts |= {"exitCode": ended.code, "signal": ended.signal, "reason": ended.reason}
-            facts["durationMs"] = ended.duration_ms
+            facts |= {"durationMs": ended.duration_ms, "left": ended.left}
         return facts
 
 

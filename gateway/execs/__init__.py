@@ -46,9 +46,9 @@ class Execs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
-        """Take over how the commands under callers' ids ended in earlier lives; what ran then is lost."""
+        """Take over how commands of earlier lives ended, as far as it is noted; what ran then is lost."""
         for key, receipt in await self._receipts.earlier("exec"):
-            lost = receipt.result is None
+            lost = receipt.state == "begun"
             exec_ = self._earlier(key, receipt)
             if lost or time.time() - receipt.at < self._settings.exec_keep:
                 self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
@@ -147,23 +147,32 @@ class Execs:
                 exit_.get("signal"),
                 exit_["durationMs"],
                 exit_["offsets"],
+                exit_.get("left"),
             ),
         )
         return exec_
 
+    async def _note_start(self, exec_: Exec) -> None:
+        """Keep that a command runs, so that the next life can tell that it is lost."""
+        try:
+            await self._receipts.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
+        except StoreFailed as failed:
+            log.warning("exec %s will not be known after this process: %s", exec_.id, failed.message)
+
     async def _note_end(self, exec_: Exec) -> None:
         """Keep how a command under a caller's id ended."""
-        told = {
-            "pid": exec_.process.pid,
-            "startedAt": exec_.process.started_at,
-            "command": _short(exec_.spec),
-            "exit": exec_.over.on_wire(exec_.id),
-        }
-        key: Key = (exec_.tenant, "exec", exec_.id)
+        told = {**_facts(exec_), "exit": exec_.over.on_wire(exec_.id)}
         try:
-            await self._receipts.finish(key, exec_.asked, orjson.dumps(told))
+            await self._receipts.finish(_key(exec_), exec_.asked, orjson.dumps(told))
         except StoreFailed as failed:
             log.error("the end of exec %s will not outlive this process: %s", exec_.id, failed.message)
+
+    async def _note_no_more(self, exec_: Exec) -> None:
+        """Let the next life know nothing of a command that ended; its caller gave it no id to ask by."""
+        try:
+            await self._receipts.forget(_key(exec_))
+        except StoreFailed as failed:
+            log.warning("exec %s will be lost to the next process: %s", exec_.id, failed.message)
 
     async def fence(self, tenant: str, exec_id: str) -> None:
         """See to it that nothing starts under an id that is not known yet."""
@@ -185,6 +194,7 @@ class Execs:
             spools=self._spools,
             linger=settings.exec_linger if linger is None else linger,
             grace=settings.cancel_grace,
+            kill_left=settings.exec_left == "kill",
         )
 
     async def _start(
@@ -213,6 +223,7 @@ class Execs:
 
     async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
         timer = None
+        noting = asyncio.create_task(self._note_start(exec_), name=f"note {exec_.id}")
         if timeout is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(timeout, exec_.end, "timeout", self._settings.cancel_grace)
@@ -239,6 +250,9 @@ class Execs:
                 ended.duration_ms,
                 sum(ended.offsets.values()),
             )
+            await noting
+            if not once:  # the events are written later: none is told as exited and then as lost
+                await self._note_no_more(exec_)
 
     def get(self, tenant: str, exec_id: str) -> Exec:
         """Return a command that runs or ended not long ago. Raises `NotFound`."""
@@ -276,19 +290,31 @@ class Execs:
             await asyncio.gather(*late, return_exceptions=True)
 
     def _keep(self, exec_: Exec) -> None:
-        """Keep an ended command for a while; forget the first ended where there are too many or too large."""
+        """Keep an ended command for a while; forget the first ended where there are too many or too large.
+
+        One of whose tree something runs on is kept until that has ended, so that it can be listed and
+        ended, unless there are too many of these too.
+        """
         settings = self._settings
-        asyncio.get_running_loop().call_later(settings.exec_keep, self._forget, exec_)
+        asyncio.get_running_loop().call_later(settings.exec_keep, self._forget_in_time, exec_)
         self._ended[exec_.tenant, exec_.id] = exec_
         of_tenant = [other for other in self._ended.values() if other.tenant == exec_.tenant]
-        for other in of_tenant[: max(0, len(of_tenant) - settings.exec_keep_count)]:
-            self._forget(other)
+        if len(of_tenant) > settings.exec_keep_count:
+            of_tenant.sort(key=lambda other: other.left)
+            for other in of_tenant[: len(of_tenant) - settings.exec_keep_count]:
+                self._forget(other)
         size = sum(other.kept_bytes for other in self._ended.values())
         for other in list(self._ended.values()):
             if size <= settings.exec_keep_bytes:
                 break
             size -= other.kept_bytes
             self._forget(other)
+
+    def _forget_in_time(self, exec_: Exec) -> None:
+        if exec_.left and self._ended.get((exec_.tenant, exec_.id)) is exec_:
+            asyncio.get_running_loop().call_later(self._settings.exec_keep, self._forget_in_time, exec_)
+        else:
+            self._forget(exec_)
 
     def _forget(self, exec_: Exec) -> None:
         execs = self._execs.get(exec_.tenant, {})
@@ -298,6 +324,16 @@ class Execs:
                 del self._execs[exec_.tenant]
         if self._ended.get((exec_.tenant, exec_.id)) is exec_:
             del self._ended[exec_.tenant, exec_.id]
+
+
+def _key(exec_: Exec) -> Key:
+    return exec_.tenant, "exec", exec_.id
+
+
+def _facts(exec_: Exec) -> dict[str, Any]:
+    """Return what the next life is to know of a command, beside its end."""
+    process = exec_.process
+    return {"pid": process.pid, "startedAt": process.started_at, "command": _short(exec_.spec)}
 
 
 def _short(spec: ExecSpec) -> str:

@@ -14,13 +14,14 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
 from gateway.execs.tail import Tail
+from gateway.rootfs.trees import Member
 from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,17 @@ _READERS: Final = 64  # of one command, whose place is kept for their return
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended. `code` and `signal` are None where no wait status was seen."""
+    """How a command ended. `code` and `signal` are None where no wait status was seen.
+
+    `left` is how many processes of its tree ran on, None where that is not known.
+    """
 
     reason: Reason
     code: int | None
     signal: str | None
     duration_ms: int
     offsets: Mapping[str, int]
+    left: int | None = None
 
     def on_wire(self, exec_id: str) -> dict[str, Any]:
         return {
@@ -50,6 +55,7 @@ class Ended:
             "reason": self.reason,
             "durationMs": self.duration_ms,
             "offsets": dict(self.offsets),
+            "left": self.left,
         }
 
 
@@ -251,6 +257,9 @@ class Past:
     async def kill(self, grace: float) -> Killed:
         return Killed(0, False, 0)
 
+    def left(self) -> Sequence[Member]:
+        return ()
+
     async def aclose(self) -> None:
         pass
 
@@ -274,6 +283,7 @@ class Exec:
         spools: Spools,
         linger: float,
         grace: float,
+        kill_left: bool,
     ) -> None:
         self.id = exec_id
         self.tenant = tenant
@@ -282,6 +292,7 @@ class Exec:
         self.process = process
         self.linger = linger
         self._grace = grace
+        self._kill_left = kill_left
         self.streams = {name: Stream(name, tail, window) for name in process.streams}
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -306,7 +317,7 @@ class Exec:
 
     async def run(self) -> None:
         """Carry the command to its end; the task that owns it. Never raises for what the command does."""
-        code = signal = None
+        code = signal = left = None
         writing = asyncio.create_task(self._input.run(), name=f"stdin {self.id}")
         try:
             async with asyncio.TaskGroup() as group:
@@ -314,12 +325,14 @@ class Exec:
                     group.create_task(stream.pump(self.process))
             exit_ = await self.process.wait()
             code, signal = exit_.code, exit_.signal
+            left = await self._left()
         except Unavailable:
             if self._reason == "exited":
                 self._reason = "lost"
             # nobody follows it any more, but where only Incus went away it still runs
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self.process.kill(0)
+            left = await self._left()
         except Exception:
             log.exception("exec %s of %s failed", self.id, self.tenant)
             self._reason = "lost"
@@ -334,7 +347,17 @@ class Exec:
             offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
             offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
-            self.over = Ended(self._reason, code, signal, duration, offsets)
+            self.over = Ended(self._reason, code, signal, duration, offsets, left)
+
+    async def _left(self) -> int | None:
+        """Return how many processes of the tree run on, once whoever ends it has done so, as we may."""
+        if self._killing is not None:
+            await asyncio.wait([self._killing])
+        elif self._kill_left and self.process.left():
+            with contextlib.suppress(GatewayError, TimeoutError):
+                await self.process.kill(self._grace)
+        left = self.process.left()
+        return None if left is None else len(left)
 
     def tell_end(self) -> None:
         """Let everybody know of the end, once `run` has found it."""
@@ -428,13 +451,22 @@ class Exec:
             "state": self.state,
             "attached": len(self._attachments),
             "offsets": {name: stream.tail.end for name, stream in self.streams.items()},
-            **({} if ended is None else {"exit": ended.on_wire(self.id)}),
+            **({} if ended is None else {"exit": ended.on_wire(self.id), "left": self._told_left()}),
         }
+
+    def _told_left(self) -> list[dict[str, Any]]:
+        left = self.process.left() if self.over.left else None
+        return [{"pid": member.pid, "name": member.name} for member in left or ()]
 
     @property
     def kept_bytes(self) -> int:
         """How much of the outputs is held."""
         return sum(stream.tail.end - stream.tail.start for stream in self.streams.values())
+
+    @property
+    def left(self) -> bool:
+        """Whether the command has ended and something of its tree runs on."""
+        return self.ended.done() and bool(self.over.left and self.process.left())
 
     @property
     def state(self) -> Literal["running", "ended"]:

@@ -56,6 +56,10 @@ class Cgroup:
         """Return the processes in it and below it."""
         return trees.pids(self.path)
 
+    def members(self) -> list[trees.Member]:
+        """Return the same as the tenant sees them, a hundred at most."""
+        return trees.members(self.path)
+
     async def kill(self, grace: float, limit: float) -> Ended:
         """TERM to every process, `grace` seconds, then KILL; return when none is left or `limit` passed."""
         await self._hands("catch", self.path)

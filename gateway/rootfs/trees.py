@@ -18,6 +18,7 @@ from pathlib import Path
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
 _FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
+_LISTED = 100  # processes that are told by name
 _ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -70,6 +71,27 @@ def pids(path: Path) -> list[int]:
         # gone, or removed between open and read (ENODEV)
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of a command's tree: its number as the tenant sees it, and what it calls itself."""
+
+    pid: int
+    name: str
+
+
+def members(path: Path) -> list[Member]:
+    """Return the processes in a group and below it, but for those beyond a hundred. Takes no root."""
+    found: list[Member] = []
+    for pid in pids(path)[:_LISTED]:
+        try:
+            status = Path(f"/proc/{pid}/status").read_bytes().decode("utf-8", "replace")
+        except OSError:
+            continue  # it has ended
+        facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        found.append(Member(int(facts.get("NSpid", "0").split()[-1]), facts.get("Name", "")))
     return found
 
 

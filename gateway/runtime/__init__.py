@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.trees import Member
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
 # what Incus takes, and no path
@@ -143,6 +144,10 @@ class Process(Protocol):
 
     async def kill(self, grace: float) -> Killed:
         """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
+        ...
+
+    def left(self) -> Sequence[Member] | None:
+        """Return what runs of the tree, a hundred processes at most; None where that cannot be known."""
         ...
 
     async def aclose(self) -> None:

@@ -31,7 +31,7 @@ from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, 
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.cgroups import Cgroup
 from gateway.rootfs.tenants import Folders
-from gateway.rootfs.trees import PARENT, mount_point
+from gateway.rootfs.trees import PARENT, Member, mount_point
 from gateway.runtime import (
     REPORT_MAX,
     ExecSpec,
@@ -488,6 +488,10 @@ class LocalProcess:
         killed, escalated, survivors, method = said.decode().split()
         left = int(survivors)
         return Killed(int(killed) - left, escalated == "1", left, "cgroup" if method == "cgroup" else "scan")
+
+    def left(self) -> Sequence[Member] | None:
+        cgroup = self._cgroup()
+        return None if cgroup is None else cgroup.members()
 
     async def aclose(self) -> None:
         if self._process is not None and not self.ended.done():

@@ -461,6 +461,54 @@ class ExecContract:
             assert exit_["reason"] == "timeout"
             await until(lambda: alive(seconds) == 0)
 
+    async def test_what_holds_the_output_open_holds_nobody_up(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """By websocket, HTTP and Bash; what is left is counted, listed, kept, and ended by a cancel."""
+        marks = [mark() for _ in range(4)]
+        lines = [f"setsid sleep {seconds} & sleep {seconds} & echo hi; exit 3" for seconds in marks]
+        url, body = f"/v1/tenants/{tenant}/exec", {"command": lines[1]}
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+
+            async def by_http() -> Mapping[str, Any]:
+                async with http.post(url, json=body) as response:
+                    said: Mapping[str, Any] = await response.json()
+                return said
+
+            pty = {"cols": 80, "rows": 24}
+            async with asyncio.timeout(20):
+                (exit_, out, _), posted, bash, (terminal, shown, _) = await asyncio.gather(
+                    wire.run(command=lines[0]),
+                    by_http(),
+                    wire.call("tools/call", name="Bash", arguments={"command": lines[2]}),
+                    wire.run(command=f"trap '' HUP; {lines[3]}", pty=pty),
+                )
+            assert (exit_["exitCode"], exit_["reason"], exit_["left"], out) == (3, "exited", 2, b"hi\n")
+            assert (posted["exit_code"], posted["left"], posted["stdout"]) == (3, 2, "hi\n")
+            facts = bash["structuredContent"]
+            assert (facts["exitCode"], facts["left"]) == (3, 2) and "hi" in bash["content"][0]["text"]
+            assert (terminal["exitCode"], terminal["left"], shown) == (3, 2, b"hi\r\n")
+            execs = [exit_["exec"], posted["exec"], facts["exec"], terminal["exec"]]
+            for seconds, exec_id in zip(marks, execs, strict=True):
+                listed = {entry["exec"]: entry for entry in (await wire.call("exec/list"))["execs"]}
+                assert [member["name"] for member in listed[exec_id]["left"]] == ["sleep", "sleep"]
+                pids = " ".join(str(member["pid"]) for member in listed[exec_id]["left"])
+                _, seen, _ = await wire.run(command=f"ps -o args= -p {pids}")
+                assert seen.decode().splitlines() == [f"sleep {seconds}"] * 2
+                killed = await wire.call("exec/cancel", exec=exec_id)
+                assert (killed["killed"], killed["survivors"], alive(seconds)) == (2, 0, 0)
+                listed = {entry["exec"]: entry for entry in (await wire.call("exec/list"))["execs"]}
+                assert (listed[exec_id]["exit"]["exitCode"], listed[exec_id]["left"]) == (3, [])
+
+    async def test_what_is_left_can_be_set_to_end_with_its_command(
+        self, quick: LiveGateway, tenant: str
+    ) -> None:
+        seconds = mark()
+        async with quick.wire(tenant) as wire:
+            exit_, out, _ = await wire.run(command=f"setsid sleep {seconds} & echo hi")
+            assert (exit_["reason"], exit_["exitCode"], exit_["left"], out) == ("exited", 0, 0, b"hi\n")
+            assert alive(seconds) == 0
+
     async def test_attach_gives_every_byte_once(self, gateway: LiveGateway, tenant: str) -> None:
         """From any offset, on another socket, while output goes on."""
         async with gateway.wire(tenant) as wire, gateway.wire(tenant) as other:
@@ -860,6 +908,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_WATCH_FOLDERS": "50",
     "GATEWAY_MCP_PROGRESS": "0.2",
     "GATEWAY_CALL_LINGER": "0.5",
+    "GATEWAY_EXEC_LEFT": "kill",
 }
 
 

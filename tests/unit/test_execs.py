@@ -70,6 +70,42 @@ async def test_an_ended_command_is_forgotten_in_time(make: Make) -> None:
     await until(lambda: execs.list("demo") == [])
 
 
+async def test_an_ended_command_is_kept_while_something_of_it_runs(make: Make) -> None:
+    """Neither its time nor the number of those kept takes away by what the rest can be ended."""
+    execs = await make(exec_keep=0.1, exec_keep_count=2)
+    seconds = mark()
+    left = await ended(execs, "sh", "-c", f"setsid sleep {seconds} >/dev/null 2>&1 </dev/null &")
+    assert left.over.left == 1
+    for n in range(3):
+        await ended(execs, "echo", str(n))
+    await until(lambda: execs.list("demo") == [left])
+    assert (await execs.cancel(left)).killed == 1
+    await until(lambda: execs.list("demo") == [])
+
+
+async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp_path: Path) -> None:
+    """Also without an id of the caller's; what had ended by then is not known any more."""
+    execs = await make()
+    over = await ended(execs, "true")
+    running = await execs.start("demo", ExecSpec(("sleep", mark())))
+    await until(lambda: len(noted(execs)) == 1)
+    again = Execs(execs._runtime, Bus(MemoryJournal(1000)), execs._receipts, execs._settings)
+    seen = again._bus.subscribe(Filter(), 0)
+    async with again:
+        found = again.get("demo", running.id)
+        assert (found.over.reason, found.over.code) == ("lost", None)
+        assert found.describe()["pid"] == running.process.pid
+        with pytest.raises(NotFound):
+            again.get("demo", over.id)
+        again._bus.close()
+        told = [event.data["exec"] async for event in seen if event.type == "exec.exited"]
+    assert told == [running.id]
+
+
+def noted(execs: Execs) -> list[Any]:
+    return [receipt for receipt in execs._receipts._stored["demo"].receipts.values() if receipt.size]
+
+
 async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,12 +35,16 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a command ended. `code` is None where its status was lost: `reason` then says `lost`."""
+    """How a command ended. `code` is None where its status was lost: `reason` then says `lost`.
+
+    `left` is how many processes of its tree ran on, None where that is not known; `cancel` ends them.
+    """
 
     code: int | None
     signal: str | None
     reason: Reason
     duration_ms: int
+    left: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,6 +498,7 @@ class Exec:
                     params.get("signal"),
                     params.get("reason", "lost"),
                     int(params.get("durationMs") or 0),
+                    params.get("left"),
                 )
             )
             self._mark(None)

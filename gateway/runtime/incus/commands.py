@@ -13,7 +13,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from typing import Final
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
 from gateway.rootfs.cgroups import Cgroup, of_init
-from gateway.rootfs.trees import PARENT, of_command
+from gateway.rootfs.trees import PARENT, Member, of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
 from gateway.runtime.incus.refusals import translated
@@ -141,7 +141,10 @@ class Commands:
         with translated(name), _in_time(name, "incusd"):
             async with asyncio.timeout(self.settings.exec_start_timeout):
                 sockets = await self._incus.exec(name, command, pty=size)
-        return IncusProcess(self, name, exec_id, sockets, init_pid)
+        root = of_init(init_pid) if init_pid else None
+        return IncusProcess(
+            self, name, exec_id, sockets, None if root is None else self.cgroup(name, root, exec_id)
+        )
 
     async def _hand_over(self, process: IncusProcess, order: _Order) -> None:
         """Have a shell become the command; ends it where it does not."""
@@ -268,7 +271,7 @@ class IncusProcess:
         tenant: str,
         exec_id: str,
         sockets: ExecSockets,
-        init_pid: int,
+        cgroup: Cgroup | None,
     ) -> None:
         self.tenant = tenant
         self.pid = 0
@@ -280,7 +283,7 @@ class IncusProcess:
         self._exec_id = exec_id
         self._sockets = sockets
         self._preamble = Preamble()
-        self._init_pid = init_pid
+        self._group = cgroup
         self._first = b""  # the command's own output that came with the preamble
         self._broken = False
 
@@ -394,6 +397,10 @@ class IncusProcess:
         await self.signal(signal.SIGKILL)  # a leader that left its cgroup; nothing where it has ended
         return killed
 
+    def left(self) -> Sequence[Member] | None:
+        cgroup = self._cgroup()
+        return None if cgroup is None else cgroup.members()
+
     async def aclose(self) -> None:
         await self._sockets.aclose()
 
@@ -417,8 +424,7 @@ class IncusProcess:
     def _cgroup(self) -> Cgroup | None:
         if self._preamble.ready and self._preamble.method != "cgroup":
             return None
-        root = of_init(self._init_pid) if self._init_pid else None
-        return None if root is None else self._commands.cgroup(self.tenant, root, self._exec_id)
+        return self._group
 
     async def _tidy(self) -> None:
         cgroup = self._cgroup()
