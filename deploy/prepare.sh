@@ -54,10 +54,14 @@ install_packages() { # PACKAGE…
 }
 
 host_packages() { # CHECKOUT: prints every package that the host needs
-  grep -v '^#' "$1/deploy/packages"
+  grep -v -e '^#' -e ' ' "$1/deploy/packages"
   # Gives tenants their own view of memory and CPUs; where systemd does not run, nothing would start it.
   [ -d /run/systemd/system ] && printf 'lxcfs\n'
   return 0
+}
+
+part_packages() { # CHECKOUT PART: prints the packages that this part of the tests needs beside them
+  sed -n "/^#/d; s/ $2\$//p" "$1/deploy/packages"
 }
 
 good_python() { # PYTHON: at least 3.11, and able to make an environment with pip in it

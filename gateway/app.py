@@ -430,13 +430,15 @@ class Gateway:
     async def _tenants(self, request: Request) -> Response:
         token = self._token(request, None)
         tenants = await self.hub.runtime.list()
-        return _json({"tenants": [described(tenant) for tenant in tenants if token.covers(tenant.name)]})
+        return _json(
+            {"tenants": [described(tenant, self.settings) for tenant in tenants if token.covers(tenant.name)]}
+        )
 
     async def _tenant(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
         tenant = await self.hub.runtime.get(name)
         usage = await self.hub.runtime.metrics(name) if tenant.status == "running" else None
-        return _json(described(tenant) | {"usage": usage})
+        return _json(described(tenant, self.settings) | {"usage": usage})
 
     def _life(self, method: str, scope: str | None, handler: str, status: int) -> Handler:
         """Return the route's handler that asks `Life` and tells its answer."""

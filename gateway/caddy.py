@@ -40,6 +40,13 @@ def shipped(name: str) -> Path:
     return inside if inside.exists() else package.parent / name
 
 
+def site_url(domain: str, settings: Settings) -> str:
+    """Return the address of a site for people."""
+    if domain.endswith(".localhost"):
+        return f"http://{domain}" + ("" if settings.caddy_http == 80 else f":{settings.caddy_http}")
+    return f"https://{domain}" + ("" if settings.caddy_https == 443 else f":{settings.caddy_https}")
+
+
 class Caddy:
     """The routes of one gateway and the admin API of its Caddy. Use as an async context manager."""
 
@@ -221,11 +228,7 @@ class Caddy:
     # --- sites as the world sees them ---------------------------------------------------------------
 
     def url(self, domain: str) -> str:
-        """Return the address of a site for people."""
-        settings = self._settings
-        if domain.endswith(".localhost"):
-            return f"http://{domain}" + ("" if settings.caddy_http == 80 else f":{settings.caddy_http}")
-        return f"https://{domain}" + ("" if settings.caddy_https == 443 else f":{settings.caddy_https}")
+        return site_url(domain, self._settings)
 
     async def fetch(self, domain: str, path: str, timeout: float) -> tuple[int, bytes]:
         """Ask a site through Caddy, by the listener that needs no certificate. Raises `CaddyFailed`."""

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import protocol
 from gateway.auth import Token
+from gateway.caddy import site_url
 from gateway.deployments.domain import normalized
 from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
@@ -104,7 +105,7 @@ class Life:
         if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
             raise InvalidParams(f"{body.tenant!r} is no tenant name that this token covers", field="tenant")
         made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
-        return described(made)
+        return described(made, self._settings)
 
     async def rename(self, ask: Ask) -> Mapping[str, Any]:
         """Give the tenant another domain, or none; its name stays. Routes follow."""
@@ -122,7 +123,7 @@ class Life:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
             )
-        return described(await self._runtime.get(ask.tenant))
+        return described(await self._runtime.get(ask.tenant), self._settings)
 
     async def _change(
         self, tenant: str, change: Callable[[str], Awaitable[None]], *, holds_files: bool = True
@@ -131,7 +132,7 @@ class Life:
             if holds_files:
                 await self._let_go(tenant)
             await change(tenant)
-            return described(await self._runtime.get(tenant))
+            return described(await self._runtime.get(tenant), self._settings)
 
     @contextlib.asynccontextmanager
     async def _alone(self, tenant: str) -> AsyncIterator[None]:
@@ -256,14 +257,14 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def described(tenant: Tenant) -> dict[str, Any]:
+def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:
     """Return a tenant as clients see it."""
     return {
         "name": tenant.name,
         "domain": tenant.domain,
         "status": tenant.status,
         "address": tenant.address,
-        "url": None if tenant.domain is None else f"https://{tenant.domain}",
+        "url": None if tenant.domain is None else site_url(tenant.domain, settings),
         "port": tenant.port,
         "created": tenant.created,
         "limits": dict(tenant.limits),

@@ -51,6 +51,7 @@ async def test_a_domain_becomes_a_site_that_answers_and_events_tell_how(host: Ho
     assert (await host.visit("other.example.com"))[0] == 404
     _, tenant, _ = await host.call("GET", "/v1/tenants/shop-example-com")
     assert tenant["domain"] == "shop.example.com"
+    assert tenant["url"] == record["url"] == f"https://shop.example.com:{host.settings.caddy_https}"
     assert tenant["port"] == 3000
 
 

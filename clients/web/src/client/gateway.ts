@@ -3,7 +3,7 @@
 import type { SocketConstructor } from "./connection.js";
 import { Disconnected, GatewayError, refusal } from "./errors.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
-import type { DeploymentInfo, GatewayEvent, Session, TenantInfo } from "./types.js";
+import type { DeploymentInfo, GatewayEvent, Session, TemplateInfo, TenantInfo } from "./types.js";
 import { unique } from "./unique.js";
 import { EventParser } from "./wire.js";
 
@@ -125,6 +125,11 @@ export class Gateway {
     return (await this.json<{ tenants: TenantInfo[] }>("GET", "/v1/tenants")).tenants;
   }
 
+  /** Returns what can be deployed by name; one with `error` cannot. */
+  async templates(): Promise<readonly TemplateInfo[]> {
+    return (await this.json<{ templates: TemplateInfo[] }>("GET", "/v1/templates")).templates;
+  }
+
   /** Returns a tenant to work with; it connects when something is asked, and each has its own connection. */
   tenant(name: string, options: TenantOptions = {}): Tenant {
     const path = `/v1/tenants/${encodeURIComponent(name)}/ws`;
@@ -236,12 +241,8 @@ function pause(ms: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
-const ENDINGS = new Set([
-  "deployment.succeeded",
-  "deployment.failed",
-  "deployment.cancelled",
-  "deployment.rolledback",
-]);
+/** What fails or is cancelled is undone first, and ends by that. */
+const ENDINGS = new Set(["deployment.succeeded", "deployment.rolledback"]);
 
 /** One attempt to bring a tenant to a site that answers. */
 export class Deployment {

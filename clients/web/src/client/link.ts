@@ -52,6 +52,7 @@ export interface RequestOptions {
 const PATIENCE = 30_000;
 const HEARTBEAT = 20_000;
 const SILENCE = 10_000;
+const DOUBT = 2_000;
 
 // asking these twice does the same as asking once
 const REPEATABLE = new Set([
@@ -95,6 +96,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     if (this.#status.state === "idle") {
       this.#set({ state: "connecting" });
       this.#environment?.addEventListener("online", this.#hurry);
+      this.#environment?.addEventListener("offline", this.#doubt);
       this.#environment?.document.addEventListener("visibilitychange", this.#look);
     }
     clearTimeout(this.#timer);
@@ -105,6 +107,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   close(error: GatewayError = new Disconnected("this client was closed")): void {
     if (this.#status.state === "closed") return;
     this.#environment?.removeEventListener("online", this.#hurry);
+    this.#environment?.removeEventListener("offline", this.#doubt);
     this.#environment?.document.removeEventListener("visibilitychange", this.#look);
     clearTimeout(this.#timer);
     clearTimeout(this.#beat);
@@ -262,6 +265,9 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     }
   };
 
+  /** The browser says that there is no network, but a gateway on this very device may be reached without. */
+  readonly #doubt = (): void => void this.check(DOUBT);
+
   readonly #look = (): void => {
     if (this.#environment?.document.visibilityState === "visible") this.#hurry();
   };
@@ -272,14 +278,14 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   }
 
   /** Asks whether the other end is there; a connection that does not answer is given up. */
-  async check(): Promise<void> {
+  async check(silence = SILENCE): Promise<void> {
     const connection = this.#connection;
     if (connection === null) return;
     clearTimeout(this.#beat);
     const began = performance.now();
     const timer = setTimeout(
       () => connection.close(new Disconnected("the gateway does not answer")),
-      SILENCE,
+      silence,
     );
     try {
       await connection.request("ping");

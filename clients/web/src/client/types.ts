@@ -150,6 +150,13 @@ export interface GatewayEvent {
   readonly data: Readonly<Record<string, unknown>>;
 }
 
+export interface TemplateInfo {
+  readonly name: string;
+  readonly description: string;
+  readonly port?: number;
+  readonly error?: string;
+}
+
 export interface DeploymentPhase {
   readonly phase: string;
   readonly state?: string;

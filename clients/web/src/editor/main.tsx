@@ -155,16 +155,16 @@ function terminal(): void {
     view.current?.focus();
     return;
   }
+  if (terminals.active.value !== null) terminals.active.value.wanted = true;
   panelOpen.value = true;
   area.value = "panel";
-  if (terminals.list.value.length === 0 && allows("exec")) terminals.open();
-  else terminals.active.value?.screen?.focus();
+  if (terminals.list.value.length === 0 && allows("exec")) terminals.open(true);
 }
 
 function newTerminal(): void {
   panelOpen.value = true;
   area.value = "panel";
-  current()?.terminals.open();
+  current()?.terminals.open(true);
 }
 
 function follow(): void {
@@ -182,7 +182,7 @@ effect(() => {
     allows("exec") &&
     opened.terminals.list.peek().length === 0
   ) {
-    opened.terminals.open();
+    opened.terminals.open(false);
   }
 });
 

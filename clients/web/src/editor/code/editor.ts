@@ -91,6 +91,7 @@ function base(readOnly: boolean): Extension {
     arrivals,
     theme,
     EditorView.cspNonce.of(nonce()),
+    EditorView.domEventHandlers({ beforeinput: replaced }),
     keymap.of([
       ...closeBracketsKeymap,
       ...defaultKeymap,
@@ -102,6 +103,28 @@ function base(readOnly: boolean): Extension {
     ]),
     readOnly ? [EditorState.readOnly.of(true), EditorView.editable.of(false)] : [],
   ];
+}
+
+/**
+ * Types over lines that are selected. Left to the browser it would join them itself, with inline styles that the
+ * page's content security policy reports.
+ */
+function replaced(event: InputEvent, view: EditorView): boolean {
+  const { from, to } = view.state.selection.main;
+  const text = event.data;
+  if (event.inputType !== "insertText" || text === null || !event.cancelable || view.composing) return false;
+  const single = view.state.selection.ranges.length === 1 && !text.includes("\n");
+  if (view.state.readOnly || (single && view.state.doc.lineAt(from).to >= to)) return false;
+  event.preventDefault();
+  const insert = () =>
+    view.state.update(view.state.replaceSelection(view.state.toText(text)), {
+      userEvent: "input.type",
+      scrollIntoView: true,
+    });
+  if (view.state.facet(EditorView.inputHandler).some((take) => take(view, from, to, text, insert)))
+    return true;
+  view.dispatch(insert());
+  return true;
 }
 
 /** Returns the line separator with which a text comes back byte by byte. */

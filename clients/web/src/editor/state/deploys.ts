@@ -6,8 +6,10 @@ import {
   type DeploymentRequest,
   GatewayError,
   type GatewayEvent,
+  type TemplateInfo,
 } from "../../client/index.js";
 import { gateway } from "./session.js";
+import { complain } from "./toasts.js";
 
 export const PHASES = [
   "validate",
@@ -20,7 +22,7 @@ export const PHASES = [
   "verify",
 ] as const;
 
-export type PhaseState = "waiting" | "running" | "done" | "failed";
+export type PhaseState = "waiting" | "running" | "done" | "failed" | "undone";
 
 export interface Phase {
   readonly name: string;
@@ -49,8 +51,18 @@ export class Deploys {
   readonly list = signal<readonly Deploy[]>([]);
   readonly starting = signal(false);
   readonly failure = signal<string | null>(null);
+  readonly templates = signal<readonly TemplateInfo[]>([]);
   #seen = 0;
   readonly #ending = new AbortController();
+
+  /** Learns which templates there are. Without them a name can still be typed. */
+  async look(): Promise<void> {
+    try {
+      this.templates.value = (await gateway.templates()).filter(({ error }) => error === undefined);
+    } catch (error) {
+      complain(error, "Listing templates");
+    }
+  }
 
   /** Starts one and follows it to its end. */
   async start(request: DeploymentRequest): Promise<void> {
@@ -123,7 +135,13 @@ export class Deploys {
         this.#change(id, { ...facts, state: "cancelled", ms });
         break;
       case "rolledback":
-        this.#change(id, { undone: true });
+        this.#change(id, {
+          undone: true,
+          ms,
+          phases: this.#find(id).phases.map((entry) =>
+            entry.state === "done" ? { ...entry, state: "undone" } : entry,
+          ),
+        });
         break;
     }
   }

@@ -1,7 +1,7 @@
 /** Knows how to find things: text by Grep, files by Glob. */
 
 import { signal } from "@preact/signals";
-import type { Tenant, ToolResult } from "../../client/index.js";
+import type { Entry, Tenant, ToolResult } from "../../client/index.js";
 import { unique } from "../../client/unique.js";
 import { basename } from "./paths.js";
 
@@ -17,7 +17,7 @@ export interface Found {
   readonly truncated: boolean;
 }
 
-/** What nobody wants to open by name; the tools look there only when asked to. */
+/** What nobody means who looks for his own text or file; it is searched only where it is named. */
 const HEAVY = new Set(["node_modules", ".git", ".gateway", "dist", "build", ".vite", ".cache", ".next"]);
 const LIMIT = 600;
 
@@ -58,6 +58,7 @@ export class Search {
     this.busy.value = true;
     const pattern = this.regex.value ? query : query.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
     const include = this.include.value.trim();
+    const without = [...HEAVY].filter((name) => !include.includes(name)).map((name) => `!**/${name}/**`);
     try {
       const result = await this.#tenant().tool(
         "Grep",
@@ -67,7 +68,7 @@ export class Search {
           "-n": true,
           "-i": !this.matchCase.value,
           head_limit: LIMIT,
-          ...(include === "" ? {} : { glob: include }),
+          glob: [include, ...without].join(" ").trim(),
         },
         { signal: ending.signal, callId: silent() },
       );
@@ -80,26 +81,20 @@ export class Search {
     }
   }
 
-  /** Returns the files whose path holds the characters of `query` in this order, the best first. */
-  async files(query: string, folders: readonly string[], signal: AbortSignal): Promise<readonly string[]> {
+  /** Returns the files whose path holds the characters of `query` in this order, the best first; `top` is known. */
+  async files(query: string, top: readonly Entry[], signal: AbortSignal): Promise<readonly string[]> {
     const tenant = this.#tenant();
-    const glob = async (pattern: string, path?: string): Promise<readonly string[]> => {
-      const result = await tenant.tool(
-        "Glob",
-        { pattern, ...(path === undefined ? {} : { path }) },
-        { signal },
-      );
+    const glob = async (pattern: string, path: string): Promise<readonly string[]> => {
+      const result = await tenant.tool("Glob", { pattern, path }, { signal, callId: silent() });
       return result.isError ? [] : ((result.structuredContent.files as string[] | undefined) ?? []);
     };
     const last = query.slice(query.lastIndexOf("/") + 1);
     const pattern = `*${[...last].map(either).join("*")}${last === "" ? "" : "*"}`;
-    const light = folders.filter((folder) => !HEAVY.has(folder));
+    const light = top.filter(({ type, path }) => type === "directory" && !HEAVY.has(path));
     // folder by folder: the tool answers with at most a hundred, and node_modules would fill them all
-    const parts = await Promise.all([
-      glob(`./${pattern}`).then((found) => found.filter((path) => !path.replace(/^\.\//, "").includes("/"))),
-      ...light.map((folder) => glob(`**/${pattern}`, folder)),
-    ]);
-    const paths = parts.flat().map((path) => path.replace(/^\.\//, ""));
+    const below = await Promise.all(light.map(({ path }) => glob(`**/${pattern}`, path)));
+    const beside = top.filter(({ type }) => type !== "directory").map(({ path }) => path);
+    const paths = [...beside, ...below.flat().map((path) => path.replace(/^\.\//, ""))];
     const scored = [...new Set(paths)]
       .filter((path) => !path.split("/").some((part) => HEAVY.has(part)))
       .map((path) => ({ path, score: score(path, query) }))

@@ -40,6 +40,8 @@ export class Terminal {
   readonly title;
   exec: Exec | null = null;
   screen: Screen | null = null;
+  /** Somebody asked for it, and wants to type. What opens by itself takes the focus from nobody. */
+  wanted = false;
   /** The output up to here was seen before: what it makes a terminal answer must not be sent again. */
   replay = 0;
 
@@ -91,9 +93,10 @@ export class Terminals {
     return terminal;
   }
 
-  /** Opens a new shell. It starts when its screen knows its size. */
-  open(): Terminal {
+  /** Opens a new shell. It starts when its screen knows its size; `wanted` takes the focus to it. */
+  open(wanted: boolean): Terminal {
     const terminal = new Terminal("", `bash ${this.#count + 1}`, false);
+    terminal.wanted = wanted;
     return this.#add(terminal, false);
   }
 
@@ -104,7 +107,9 @@ export class Terminals {
       this.active.value = found;
       return found;
     }
-    return this.#add(new Terminal(exec, title, foreign));
+    const terminal = new Terminal(exec, title, foreign);
+    terminal.wanted = true;
+    return this.#add(terminal);
   }
 
   /** The tenant's other terminals, which could be shown here too. */

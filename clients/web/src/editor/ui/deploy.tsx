@@ -27,6 +27,10 @@ export function DeployView({ current }: { current: Workspace }) {
   const [newest, ...older] = deploys.list.value;
   const may = allows("deploy");
   const busy = deploys.starting.value;
+  useEffect(() => {
+    if (may) void deploys.look();
+  }, [deploys, may]);
+  const known = deploys.templates.value.find(({ name }) => name === template.value.trim());
   const submit = (event: Event) => {
     event.preventDefault();
     void deploys.start({ domain: domain.value.trim(), template: template.value.trim() });
@@ -57,6 +61,7 @@ export function DeployView({ current }: { current: Workspace }) {
             <Icon name="list-tree" size={14} />
             <input
               id="deploy-template"
+              list="deploy-templates"
               spellcheck={false}
               autocapitalize="off"
               value={template.value}
@@ -65,6 +70,14 @@ export function DeployView({ current }: { current: Workspace }) {
               }}
             />
           </div>
+          <datalist id="deploy-templates">
+            {deploys.templates.value.map(({ name, description }) => (
+              <option key={name} value={name}>
+                {description}
+              </option>
+            ))}
+          </datalist>
+          {known && <p class="hint">{known.description}</p>}
           <button
             type="submit"
             class="primary"
@@ -162,6 +175,8 @@ function PhaseRow({ phase }: { phase: Phase }) {
           <Icon name="check" size={13} />
         ) : phase.state === "failed" ? (
           <Icon name="x" size={13} />
+        ) : phase.state === "undone" ? (
+          <Icon name="undo" size={13} />
         ) : (
           <span class="pending" />
         )}

@@ -1,7 +1,7 @@
 /** Knows how the file tree looks and is driven by keys. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { area } from "../state/layout.js";
 import { basename, join, parent, within } from "../state/paths.js";
 import { allows } from "../state/session.js";
@@ -207,7 +207,8 @@ function Naming({
   const input = useRef<HTMLInputElement>(null);
   const done = useRef(false);
   const initial = draft.from === undefined ? "" : basename(draft.from);
-  useEffect(() => {
+  // at once: the next key is for the name already
+  useLayoutEffect(() => {
     input.current?.focus();
     const dot = initial.lastIndexOf(".");
     input.current?.setSelectionRange(0, dot > 0 ? dot : initial.length);

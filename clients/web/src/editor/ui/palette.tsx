@@ -33,9 +33,8 @@ export function Palette({ current }: { current: Workspace | null }) {
     if (mode !== "files" || current === null) return;
     const ending = new AbortController();
     const timer = setTimeout(async () => {
-      const folders = current.tree.top.filter(({ type }) => type === "directory").map(({ path }) => path);
       try {
-        setFiles(name === "" ? [] : await current.search.files(name, folders, ending.signal));
+        setFiles(name === "" ? [] : await current.search.files(name, current.tree.top, ending.signal));
       } catch {
         if (!ending.signal.aborted) setFiles([]);
       }

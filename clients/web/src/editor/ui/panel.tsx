@@ -43,7 +43,7 @@ export function Panel({ current }: { current: Workspace }) {
               icon="plus"
               label="New terminal"
               keys={keysOf("terminal.new")}
-              onClick={() => terminals.open()}
+              onClick={() => terminals.open(true)}
             />
           )}
           {may && (
@@ -91,7 +91,7 @@ export function Panel({ current }: { current: Workspace }) {
           {list.length === 0 && (
             <Empty icon="square-terminal" title={may ? "No terminal" : "No commands for this token"}>
               {may && (
-                <button type="button" onClick={() => terminals.open()}>
+                <button type="button" onClick={() => terminals.open(true)}>
                   New terminal
                 </button>
               )}
@@ -114,6 +114,7 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
       aria-selected={active}
       tabIndex={active ? 0 : -1}
       onClick={() => {
+        terminal.wanted = true;
         terminals.active.value = terminal;
         terminal.screen?.focus();
       }}
@@ -201,7 +202,8 @@ function TerminalView({
         void current.terminals.run(terminal, made);
       } else if (screen.element.parentElement !== element) element.append(screen.element);
       screen.fit();
-      if (!phone.value) screen.focus();
+      if (terminal.wanted && !phone.value) screen.focus();
+      terminal.wanted = false;
     })();
     let frame = 0;
     const observer = new ResizeObserver(() => {

@@ -89,7 +89,9 @@ export function SearchView({ current }: { current: Workspace }) {
         {search.failure.value !== null ? (
           <p class="problem">{search.failure.value}</p>
         ) : found === null ? (
-          <p class="hint">Every file of the workspace, but what its git ignores.</p>
+          <p class="hint">
+            Every file of the workspace, but what git ignores, and what was built or installed.
+          </p>
         ) : found.total === 0 ? (
           <p class="hint">Nothing found.</p>
         ) : (

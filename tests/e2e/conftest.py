@@ -1,0 +1,108 @@
+"""One gateway behind Caddy with one deployed site, and one Chromium, for all tests of this folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Browser, async_playwright, expect
+
+from gateway.settings import Settings
+from tests.e2e.editor import DEADLINE, Editor, Watched
+from tests.integration.conftest import incus_settings
+from tests.integration.sites import Hosting, hosting
+
+__all__ = ["incus_settings"]
+
+CHECKOUT = Path(__file__).parents[2]
+CHROMIUM = os.environ.get("GATEWAY_TEST_CHROMIUM", "/usr/bin/chromium")
+PICTURES = "GATEWAY_TEST_PICTURES"
+ADDRESS = "gateway.localhost"
+"""The gateway's own domain. Browsers resolve `*.localhost` to this machine, and trust it as they do HTTPS."""
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+SITE = """\
+install = ["sh", "-c", '{install}']
+start = ["bun", "-e", 'Bun.serve({{ port: 3000, fetch: () => new Response("News of today") }})']
+"""
+TEMPLATES = {
+    # goes on when a test says so
+    "talkative": "echo step 1 is done; until [ -e go-on ]; do sleep 0.1; done; echo step 2 is done",
+    "broken": "echo there is no such thing; exit 1",
+}
+
+expect.set_options(timeout=DEADLINE)
+
+OpenEditor = Callable[..., Awaitable[Editor]]
+
+
+@pytest.fixture(scope="session")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    await asyncio.to_thread(subprocess.run, [str(CHECKOUT / "deploy" / "build-web")], check=True)
+    folder = tmp_path_factory.mktemp("e2e")
+    for name, install in TEMPLATES.items():
+        (folder / "templates" / name).mkdir(parents=True)
+        (folder / "templates" / name / "site.toml").write_text(SITE.format(install=install))
+    templates = folder / "templates"
+    async with hosting(incus_settings, folder / "state", domain=ADDRESS, templates_dir=templates) as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+async def site(host: Hosting) -> str:
+    """The tenant of a deployed React site with its dev server; its address is `http://shop.localhost`."""
+    record = await host.deploy("shop.localhost", "vite-react", tenant="shop")
+    assert record["state"] == "succeeded", record["error"]
+    return str(record["tenant"])
+
+
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def editor(browser: Browser, host: Hosting, site: str) -> AsyncIterator[OpenEditor]:
+    """A function that makes windows for the editor, signed in. In none may anything go wrong unseen."""
+    windows: list[Watched] = []
+
+    async def open_editor(
+        *, signed_in: bool = True, tenants: tuple[str, ...] = ("*",), **window: object
+    ) -> Editor:
+        watched = Watched(f"http://{ADDRESS}:{host.settings.caddy_http}")
+        windows.append(watched)
+        await watched.open(browser, window)
+        if signed_in:
+            await watched.sign_in(host.gateway.token(*tenants))
+        return Editor(await watched.page(), watched, site)
+
+    yield open_editor
+    for watched in windows:
+        await watched.close()
+    complaints = [line for watched in windows for line in watched.complaints]
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Path:
+    """Where pictures are put: the folder that GATEWAY_TEST_PICTURES names, else one that is thrown away."""
+    folder = Path(os.environ.get(PICTURES) or tempfile.mkdtemp(prefix="gateway-pictures-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
