@@ -545,12 +545,16 @@ class _Work:
         await self._all._save(record)
         self._undo.pop_all()
         self._caddy.set(record.domain, live.target)
-        await sites.finish(record.tenant, self._order)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sites.finish(record.tenant, self._order))
+            if self._settings.caddy_issuer == "internal":
+                group.create_task(self._certify(facts))
         if record.kind == "update":
             await sites.clear(record.tenant)
-        if self._settings.caddy_issuer == "internal":
-            facts["certificate"] = await self._caddy.certify(record.domain, 10.0) or "issued"
         return facts
+
+    async def _certify(self, facts: dict[str, Any]) -> None:
+        facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
 
     async def _settle(self) -> Exposure:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""

@@ -61,12 +61,14 @@ PACKAGES = (
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
+# What it has of addresses when it starts, the gateway gave it: networkd asks for the rest, and leaves those.
 NETWORK = """\
 [Match]
 Name=eth0
 
 [Network]
 DHCP=ipv4
+KeepConfiguration=yes
 LinkLocalAddressing=no
 IPv6AcceptRA=no
 LLMNR=no
@@ -119,7 +121,11 @@ MASKED = (
     "e2scrub_all.timer",
     "fstrim.timer",
     "getty-static.service",
+    "modprobe@.service",
     "systemd-modules-load.service",
+    "systemd-network-generator.service",
+    "systemd-remount-fs.service",
+    "systemd-udev-load-credentials.service",
     "systemd-networkd-wait-online.service",
     "sys-kernel-debug.mount",
     "sys-kernel-tracing.mount",
@@ -139,7 +145,8 @@ ln -s bun "$root/usr/local/bin/node"
 install -d "$root/var/log/journal"
 chroot "$root" systemctl --quiet enable systemd-networkd.service systemd-resolved.service
 chroot "$root" systemctl --quiet mask {masked}
-ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
+# the static one, so that who starts before systemd-resolved finds it there
+ln -sf ../usr/lib/systemd/resolv.conf "$root/etc/resolv.conf"
 : > "$root/etc/machine-id"
 rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/apt/apt.conf.d/99mmdebstrap"
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*.log "$root"/var/log/apt

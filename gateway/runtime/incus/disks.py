@@ -15,6 +15,9 @@ from gateway.settings import Settings
 # by it a machine tells itself from another: two of one id would be given one address
 _MACHINE_ID: Final = "/etc/machine-id"
 
+STATIC: Final = "raw.lxc"
+"""Gives an instance its address before anything of it runs; no two may have the same."""
+
 
 class Disks:
     """The disks of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
@@ -65,7 +68,7 @@ class Disks:
         with translated(name):
             found = await self._incus.get(instance_path(name))
         # what is not said anew is taken over; an empty value takes nothing over
-        unset = {key: "" for key in found["config"] if key.startswith("user.")}
+        unset = {key: "" for key in found["config"] if key.startswith("user.") or key == STATIC}
         devices = {
             device: {key: value for key, value in facts.items() if key != "ipv4.address"}
             for device, facts in found["devices"].items()

@@ -16,7 +16,8 @@ import logging
 import random
 import secrets
 from collections.abc import Mapping, Sequence
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.disks import STATIC
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.incus.tenants import DOMAIN, PORT
 from gateway.runtime.probe import answer, ask, network_up
@@ -41,14 +43,21 @@ OWNER: Final = "user.gateway.owner"
 KEY: Final = "user.gateway.key"
 MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
 
+_STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _SNAPSHOT: Final = "ready"
 _INSTALLS: Final = 3  # runs of an install command until it has failed
 _TRIES: Final = 20  # addresses that are tried until one is free
 
+# It starts as soon as /tmp is there, beside the rest of the container's boot and not after it: so a new
+# tenant's site answers a good deal earlier.
 _UNIT: Final = """\
 [Unit]
 Description=The site of this tenant
 StartLimitIntervalSec=0
+DefaultDependencies=no
+After=tmp.mount
+Conflicts=shutdown.target
+Before=shutdown.target
 
 [Service]
 User={user}
@@ -68,7 +77,7 @@ OOMPolicy=continue
 MemoryHigh=90%
 {more}
 [Install]
-WantedBy=multi-user.target
+WantedBy=sysinit.target
 """
 
 # Which folder was the live one is noted before the two are exchanged, so that after a crash both this and its
@@ -236,13 +245,17 @@ class IncusSites:
         devices = (await self._profile())["devices"]
         own = {"root": {**devices["root"], "size": size["disk"]}} if "disk" in size else {}
         for attempt in range(_TRIES):
-            nic = {**devices["eth0"], "ipv4.address": await self._free_address()}
+            address = await self._free_address()
+            nic = {**devices["eth0"], "ipv4.address": str(address.ip)}
+            # it has its address from the first moment, and not only when it has asked for it
+            gateway = IPv4Interface(self._settings.network_ipv4).ip
+            early = {STATIC: _STATIC.format(address=address, gateway=gateway)}
             body = {
                 "name": name,
                 "type": "container",
                 "source": source,
                 "profiles": [self._settings.profile],
-                "config": dict(config),
+                "config": {**config, **early},
                 "devices": {**own, "eth0": nic},
                 "start": start,
             }
@@ -260,7 +273,7 @@ class IncusSites:
                 raise
         raise Unavailable(f"no address is free on {self._settings.network}")
 
-    async def _free_address(self) -> str:
+    async def _free_address(self) -> IPv4Interface:
         settings = self._settings
         bridge = IPv4Interface(settings.network_ipv4)
         with translated(""):
@@ -272,6 +285,10 @@ class IncusSites:
                 device["ipv4.address"] for device in instance["devices"].values() if "ipv4.address" in device
             }
         first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
+        # for seconds this host still takes an address that was another's for that one's: not at once again
+        known = await asyncio.to_thread(_neighbours)
+        if len(taken | known) < count:
+            taken |= known
         if len(taken) >= count:
             raise Unavailable(
                 f"every address of {settings.network_ipv4} is taken; destroy tenants, or choose a larger "
@@ -280,9 +297,9 @@ class IncusSites:
             )
         while True:
             # at random: of two gateways that ask at the same time each gets another
-            address = str(type(bridge.ip)(first + random.randrange(count)))  # noqa: S311 - no secret
-            if address not in taken:
-                return address
+            address = IPv4Address(first + random.randrange(count))  # noqa: S311 - no secret
+            if str(address) not in taken:
+                return IPv4Interface(f"{address}/{bridge.network.prefixlen}")
 
     async def remove(self, deployment: str) -> None:
         for instance in await self._instances():
@@ -668,7 +685,8 @@ class IncusSites:
     async def _instances(self) -> list[dict[str, Any]]:
         with translated(""):
             found: list[dict[str, Any]] = await self._incus.get("/1.0/instances", recursion="1")
-        return found
+        # one that is just being made may be shown without anything
+        return [entry for entry in found if entry.get("config") is not None]
 
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
@@ -709,6 +727,13 @@ def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> E
     if listen.startswith("tcp:"):
         return Exposure(address, port, listen.removeprefix("tcp:"))
     return Exposure(address, port, f"{address}:{port}")
+
+
+def _neighbours() -> set[str]:
+    """Return the addresses that this host's kernel believes to know."""
+    with contextlib.suppress(OSError):
+        return {line.split()[0] for line in Path("/proc/net/arp").read_text().splitlines()[1:]}
+    return set()
 
 
 def _environment(side: Side) -> str:
