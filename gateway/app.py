@@ -50,6 +50,7 @@ from gateway.execs import Attachment, Ended, Execs
 from gateway.files import http
 from gateway.files.files import Files
 from gateway.host.setup import pin
+from gateway.idle import Idle
 from gateway.life import Ask, Life, described
 from gateway.metrics import Metrics
 from gateway.protocol import CloseCode
@@ -87,6 +88,8 @@ _MOVED: Final = frozenset(
     }
 )
 
+# in an ASGI scope: the uses of tenants that end with its answer
+_USES: Final = "gateway.uses"
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
 
 
@@ -183,6 +186,7 @@ class Gateway:
             Route(tenant + "/files/{path:path}", self._file_put, methods=["PUT"]),
             Route(tenant + "/files/{path:path}", self._file_delete, methods=["DELETE"]),
             Route(tenant + "/mcp", self._mcp_endpoint, methods=["GET", "POST", "DELETE"]),
+            Route("/v1/wake", self._wake),
             Route("/v1/templates", self._templates),
             Route("/v1/deployments", self._deployments),
             Route("/v1/deployments", self._deploy, methods=["POST"]),
@@ -220,13 +224,16 @@ class Gateway:
                 else LocalSites(settings, runtime)
             )
             caddy = await stack.enter_async_context(Caddy(settings))
-            self._deploys = await stack.enter_async_context(
-                Deployments(runtime, sites, caddy, self.store, self.bus, settings)
-            )
             self._life_of = Life(runtime, workers, self.bus, settings)
+            idle = await stack.enter_async_context(
+                Idle(runtime, sites, caddy, self._life_of, execs.running_in, settings)
+            )
+            self._deploys = await stack.enter_async_context(
+                Deployments(runtime, sites, caddy, self.store, self.bus, settings, idle.use)
+            )
             health = await stack.enter_async_context(Health(sites, self.bus, settings))
-            self._notice = (self._deploys.noticed, health.noticed)
-            self._hub = Hub(runtime, execs, toolbox, files, self.bus, settings, self._verify)
+            self._notice = (self._deploys.noticed, health.noticed, idle.noticed)
+            self._hub = Hub(runtime, execs, toolbox, files, self.bus, idle, settings, self._verify)
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
                 from gateway.mcp import Mcp  # an extra, and a second of start-up
@@ -272,11 +279,12 @@ class Gateway:
                     log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
             if event.type in _STARTED:
                 self._started.set()
+            facts = self.hub.idle.explained(event)
             for notice in self._notice:
                 notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
-            self.bus.publish(event.type, event.tenant, event.data)
+            self.bus.publish(event.type, event.tenant, facts)
 
     async def _recover(self) -> None:
         """Finish or undo what deployments of an earlier life left, once Incus answers."""
@@ -381,6 +389,13 @@ class Gateway:
             token.require(scope)
         return name, token
 
+    async def _used(self, request: Request, scope: str | None) -> tuple[str, auth.Token]:
+        """Do as `_tenant_for`, and have the tenant awake until the answer to this request has been sent."""
+        name, token = self._tenant_for(request, scope)
+        request.scope[_USES].enter_context(self.hub.idle.using(name))
+        await self.hub.idle.awake(name)
+        return name, token
+
     # --- the gateway itself -------------------------------------------------------------------------
 
     async def _healthz(self, request: Request) -> Response:
@@ -444,7 +459,10 @@ class Gateway:
         """Return the route's handler that asks `Life` and tells its answer."""
 
         async def handle(request: Request) -> Response:
-            name, token = self._tenant_for(request, scope)
+            if handler == "logs":
+                name, token = await self._used(request, scope)
+            else:
+                name, token = self._tenant_for(request, scope)
             text = await _read_body(request, self.settings.max_body)
             try:
                 body = orjson.loads(text) if text else {}
@@ -471,8 +489,7 @@ class Gateway:
 
     async def _tool(self, request: Request) -> Response:
         toolbox, tool = self.hub.toolbox, request.path_params["tool"]
-        name, token = self._tenant_for(request, None)
-        token.require(toolbox.scope(tool))
+        name, token = await self._used(request, toolbox.scope(tool))
         arguments = await _read_json(request, self.settings.max_body)
         if not isinstance(arguments, dict):
             raise InvalidParams("the body is a JSON object: the tool's input")
@@ -494,10 +511,11 @@ class Gateway:
             problem = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
             return _problem(problem, 501)
         await self.hub.runtime.get(name)
+        await self._used(request, None)
         return _McpAnswer(self._mcp, name, token, await _read_body(request, self.settings.max_body))
 
     async def _exec(self, request: Request) -> Response:
-        name, token = self._tenant_for(request, "exec")
+        name, token = await self._used(request, "exec")
         if self.draining:
             raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
         body = protocol.validate(ExecBody, await _read_json(request, self.settings.max_body))
@@ -536,16 +554,26 @@ class Gateway:
             raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
         return _ran(exec_.id, ended, outputs)
 
+    async def _wake(self, request: Request) -> Response:
+        """Have the site at a domain awake. Caddy asks for its visitors, who need no token to see a site."""
+        try:
+            await self.hub.idle.visit(request.query_params.get("domain", ""))
+        except GatewayError as error:
+            text = f"This site was asleep and could not be woken: {error.message}.\n"
+            retry = {"Retry-After": str(_RETRY_AFTER_MS // 1000)}
+            return Response(text, error.http_status, headers=retry, media_type="text/plain")
+        return Response(status_code=204)
+
     # --- files --------------------------------------------------------------------------------------
 
     async def _file(self, request: Request) -> Response:
-        name, _ = self._tenant_for(request, "files:read")
+        name, _ = await self._used(request, "files:read")
         async with contextlib.AsyncExitStack() as stack:
             source = await stack.enter_async_context(self.hub.files.read(name, _file_path(request)))
             return http.Sending(request, source, stack, self.settings.transfer_stall)
 
     async def _file_put(self, request: Request) -> Response:
-        name, token = self._tenant_for(request, "files:write")
+        name, token = await self._used(request, "files:write")
         settings, path = self.settings, _file_path(request)
         conditions = http.conditions(request.headers)
         body = http.received(request, settings.upload_max, settings.transfer_stall)
@@ -559,7 +587,7 @@ class Gateway:
         return response
 
     async def _file_delete(self, request: Request) -> Response:
-        name, token = self._tenant_for(request, "files:write")
+        name, token = await self._used(request, "files:write")
         recursive = request.query_params.get("recursive") == "1"
         given = {"path": _file_path(request), "recursive": recursive, **http.conditions(request.headers)}
         try:
@@ -845,6 +873,7 @@ def _with_request_id(app: ASGIApp) -> ASGIApp:
                 MutableHeaders(scope=message)[_REQUEST_ID] = request_id
             await send(message)
 
-        await app(scope, receive, send_with_id)
+        with contextlib.ExitStack() as scope[_USES]:
+            await app(scope, receive, send_with_id)
 
     return wrapped

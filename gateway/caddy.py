@@ -2,7 +2,8 @@
 
 A route is a link, `routes/DOMAIN` to a folder with one file that is named by where the site answers. Caddy
 looks for it at each request, so that changing one is a rename: nothing is reloaded, which would cut every
-websocket (Caddy before 2.7 has no `stream_close_delay`). The configuration itself is loaded through the admin
+websocket (Caddy before 2.7 has no `stream_close_delay`). Of a site that is asleep the route says so, and
+Caddy asks the gateway before it hands a request on. The configuration itself is loaded through the admin
 API, only where it differs, and never over one that is not ours.
 """
 
@@ -25,12 +26,18 @@ import orjson
 from gateway.errors import Unavailable
 from gateway.settings import Settings
 
-TARGET: Final = re.compile(r"[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock")
+TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
+_ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
 _ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
 
 
 class CaddyFailed(Unavailable):
     """Caddy does not do its part; `facts["reason"]` is `caddy_down`, `caddy_foreign` or `caddy_refused`."""
+
+
+def asleep(target: str) -> str:
+    """Return the target of a site that is reached at `target` once the gateway has woken it."""
+    return _ASLEEP + target.removeprefix(_ASLEEP)
 
 
 def shipped(name: str) -> Path:
@@ -59,14 +66,14 @@ class Caddy:
         self._admin: aiohttp.ClientSession | None = None
         self._sites: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
+        # held by whoever finds out what routes should be and then makes them so
+        self.changing = asyncio.Lock()
 
     async def __aenter__(self) -> Caddy:
         for folder in (self.routes, self._targets, self.sockets):
             await asyncio.to_thread(folder.mkdir, mode=0o755, parents=True, exist_ok=True)
         if self._settings.domain is not None and ":" in self._settings.listen:
-            host, _, port = self._settings.listen.rpartition(":")
-            host = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
-            self.set(self._settings.domain, f"{host}:{port}")
+            self.set(self._settings.domain, self._gateway())
         path = _socket_of(self._settings.caddy_admin)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
@@ -81,18 +88,27 @@ class Caddy:
             if session is not None:
                 await session.close()
 
+    def _gateway(self) -> str:
+        """Return where Caddy reaches the gateway itself."""
+        listen = self._settings.listen
+        if listen.startswith("/"):
+            return f"unix/{listen}"
+        host, _, port = listen.rpartition(":")
+        host = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
+        return f"{host}:{port}"
+
     # --- routes -------------------------------------------------------------------------------------
 
     def set(self, domain: str, target: str) -> str | None:
         """Lead a domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic."""
         if not TARGET.fullmatch(target):
             raise ValueError(f"{target!r} is no target of a route")
-        before = self.get(domain)
-        if before == target:
-            return before
         place = self._targets / target
         place.mkdir(mode=0o755, exist_ok=True)
         (place / target).touch(mode=0o644)
+        before = self.get(domain)
+        if before == target:
+            return before
         new = self.folder / f".new-{secrets.token_hex(6)}"
         new.symlink_to(f"../targets/{target}")
         new.replace(self.routes / domain)
@@ -110,6 +126,10 @@ class Caddy:
         with contextlib.suppress(FileNotFoundError):
             (self.routes / domain).unlink()
 
+    def sleeps(self, domain: str) -> bool:
+        """Say whether Caddy asks the gateway before it hands on what comes to a domain."""
+        return (self.get(domain) or "").startswith(_ASLEEP)
+
     def listed(self) -> dict[str, str]:
         """Return every domain with where it leads."""
         found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir()}
@@ -122,7 +142,6 @@ class Caddy:
         for domain, target in wanted.items():
             healthy = self.get(domain) == target and (self._targets / target / target).exists()
             if domain not in leave and not healthy:
-                self.unset(domain)
                 self.set(domain, target)
                 changed.append(domain)
         for entry in list(self.routes.iterdir()):
@@ -150,6 +169,8 @@ class Caddy:
             "ISSUER": "internal" if settings.caddy_issuer == "internal" else settings.caddy_email,
             "ROUTES": str(self.routes),
             "SOCKETS": str(self.sockets),
+            "GATEWAY": self._gateway(),
+            "WAKE_TIMEOUT": f"{settings.wake_timeout:g}s",
             "SITE": str(self.folder / "site.caddy"),
         }
         files = {}

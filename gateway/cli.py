@@ -309,7 +309,9 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
         for info in found:
             memory, created = info.all["limits"].get("memory"), info.all["created"] or ""
             table.add_row(
-                *(info.name, info.status, info.address or "-", info.domain or "-"),
+                info.name,
+                "asleep" if info.all["asleep"] else info.status,
+                *(info.address or "-", info.domain or "-"),
                 memory or "-",
                 created[:19],
             )

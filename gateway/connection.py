@@ -38,6 +38,7 @@ from gateway.events import Bus, Filter, Subscription
 from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
 from gateway.files.files import Files
 from gateway.files.watches import Watch
+from gateway.idle import Idle
 from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
@@ -70,6 +71,7 @@ class Hub:
     toolbox: Toolbox
     files: Files
     bus: Bus
+    idle: Idle
     settings: Settings
     verify: Callable[[str | None], Token]
     connections: set[Connection] = field(default_factory=set)
@@ -363,6 +365,8 @@ class Connection:
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
         await hub.runtime.get(self._tenant)
+        self._expecting.enter_context(hub.idle.using(self._tenant))
+        await hub.idle.awake(self._tenant)
         self._token = token
         self._session = hub.toolbox.session(
             self._tenant, params.session, params.read_before_write, lasting=True

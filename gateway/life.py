@@ -89,14 +89,14 @@ class Life:
         return await self._change(ask.tenant, self._runtime.start, holds_files=False)
 
     async def stop(self, ask: Ask) -> Mapping[str, Any]:
-        return await self._change(ask.tenant, self._runtime.stop)
+        return await self._change(ask.tenant, self._stay_stopped)
 
     async def restart(self, ask: Ask) -> Mapping[str, Any]:
         return await self._change(ask.tenant, self._runtime.restart)
 
     async def destroy(self, ask: Ask) -> None:
-        async with self._alone(ask.tenant):
-            await self._let_go(ask.tenant)
+        async with self.alone(ask.tenant):
+            await self.let_go(ask.tenant)
             await self._runtime.destroy(ask.tenant)
 
     async def clone(self, ask: Ask) -> Mapping[str, Any]:
@@ -125,17 +125,22 @@ class Life:
             )
         return described(await self._runtime.get(ask.tenant), self._settings)
 
+    async def _stay_stopped(self, tenant: str) -> None:
+        await self._runtime.stop(tenant)
+        if (await self._runtime.get(tenant)).asleep:
+            await self._runtime.mark_asleep(tenant, False)
+
     async def _change(
         self, tenant: str, change: Callable[[str], Awaitable[None]], *, holds_files: bool = True
     ) -> Mapping[str, Any]:
-        async with self._alone(tenant):
+        async with self.alone(tenant):
             if holds_files:
-                await self._let_go(tenant)
+                await self.let_go(tenant)
             await change(tenant)
             return described(await self._runtime.get(tenant), self._settings)
 
     @contextlib.asynccontextmanager
-    async def _alone(self, tenant: str) -> AsyncIterator[None]:
+    async def alone(self, tenant: str) -> AsyncIterator[None]:
         """Keep other changes of this gateway out; those of others Incus refuses itself."""
         lock = self._changing.setdefault(tenant, asyncio.Lock())
         try:
@@ -148,7 +153,7 @@ class Life:
         finally:
             lock.release()
 
-    async def _let_go(self, tenant: str) -> None:
+    async def let_go(self, tenant: str) -> None:
         """End the tenant's file workers: they would hold its disk."""
         await self._runtime.get(tenant)  # an unknown one has none
         await self._workers.forget(tenant)
@@ -163,7 +168,7 @@ class Life:
         name = body.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         if not SNAPSHOT_NAME.fullmatch(name):
             raise InvalidParams("a snapshot's name has letters, digits, dots and dashes", field="name")
-        async with self._alone(ask.tenant):
+        async with self.alone(ask.tenant):
             kept = await self._runtime.snapshots(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
@@ -176,7 +181,7 @@ class Life:
         return await self._change(ask.tenant, lambda name: self._runtime.restore(name, _named(ask)))
 
     async def delete_snapshot(self, ask: Ask) -> None:
-        async with self._alone(ask.tenant):
+        async with self.alone(ask.tenant):
             await self._runtime.delete_snapshot(ask.tenant, _named(ask))
 
     # --- the site's log -----------------------------------------------------------------------------
@@ -263,6 +268,7 @@ def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:
         "name": tenant.name,
         "domain": tenant.domain,
         "status": tenant.status,
+        "asleep": tenant.asleep and tenant.status != "running",
         "address": tenant.address,
         "url": None if tenant.domain is None else site_url(tenant.domain, settings),
         "port": tenant.port,

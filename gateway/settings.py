@@ -99,6 +99,23 @@ class Settings(BaseSettings):
     health_interval: float = Field(10.0, gt=0, description="seconds between two looks at a site's port")
     health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
 
+    # idle tenants
+    idle_stop: float = Field(
+        0.0,
+        ge=0,
+        description="seconds without use after which a tenant sleeps until it is asked for; 0: none",
+    )
+    idle_look: float = Field(
+        15.0, gt=0, le=50, description="seconds between two looks at who uses which tenant"
+    )
+    wake_timeout: float = Field(
+        30.0, gt=0, description="seconds that a request to a sleeping tenant waits for it at most"
+    )
+    wakes_at_once: int = Field(8, gt=0, description="tenants that are woken or put to sleep at once")
+    wakes_waiting: int = Field(
+        1000, gt=0, description="visitors that wait for sleeping sites; more are refused"
+    )
+
     # limits of one connection and one request
     initialize_timeout: float = Field(
         10.0, gt=0, description="seconds until a websocket must have said initialize"

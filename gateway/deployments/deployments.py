@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.caddy import Caddy, CaddyFailed
+from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
 from gateway.deployments.domain import normalized, tenant_name
 from gateway.deployments.record import PHASES, Record
@@ -96,7 +96,10 @@ class Deployments:
         store: Store,
         bus: Bus,
         settings: Settings,
+        use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
     ) -> None:
+        """`use` keeps a tenant awake while its context is open."""
+        self._use = use or (lambda tenant: contextlib.nullcontext())
         self._runtime, self._sites, self._caddy = runtime, sites, caddy
         self._store, self._bus, self._settings = store, bus, settings
         self._running: dict[str, _Running] = {}
@@ -222,7 +225,8 @@ class Deployments:
                 await self._recovered.wait()
                 record.state = "running"
                 self._tell(running, "started", {"domain": record.domain, "template": record.template})
-                await self._attempt(running)
+                async with contextlib.AsyncExitStack() as held:
+                    await self._attempt(running, held)
             await _whatever_comes(self._end(running, began))
             if record.error is None and isinstance(running.request.template, str):
                 template = await self._template(running.request)
@@ -238,8 +242,10 @@ class Deployments:
         finally:
             self._running.pop(record.id, None)
 
-    async def _attempt(self, running: _Running) -> None:
+    async def _attempt(self, running: _Running, held: contextlib.AsyncExitStack) -> None:
         """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so.
+
+        The tenant is kept awake until `held` is closed.
 
         Once the site was seen to work there is no way back: what fails then is finished later.
         """
@@ -247,6 +253,7 @@ class Deployments:
         current = PHASES[0]
         work = _Work(self, running, undo)
         try:
+            await held.enter_async_context(self._use(running.record.tenant))
             for index, current in enumerate(PHASES):
                 await self._phase(running, index, current, getattr(work, current))
         except (Exception, asyncio.CancelledError) as error:
@@ -421,14 +428,15 @@ class Deployments:
         for record in await self._store.read(records.unfinished):
             if record.id not in self._running:
                 await self._recover_one(record)
-        found = await self._sites.listed()
-        busy = {running.record.domain for running in self._running.values()}
-        wanted = {
-            site.domain: site.exposure.target
-            for site in found
-            if site.exposure is not None and site.deployment is None
-        }
-        changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy)
+        async with self._caddy.changing:
+            found = await self._sites.listed()
+            busy = {running.record.domain for running in self._running.values()}
+            wanted = {
+                site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
+                for site in found
+                if site.exposure is not None and site.deployment is None
+            }
+            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy)
         if changed:
             log.info("routes put right: %s", ", ".join(changed))
         for site in found:

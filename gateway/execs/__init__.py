@@ -68,6 +68,11 @@ class Execs:
         """How many commands run now, of all tenants."""
         return sum(exec_.state == "running" for execs in self._execs.values() for exec_ in execs.values())
 
+    def running_in(self, tenant: str) -> int:
+        """How many commands run, or are being started, in one tenant now."""
+        running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
+        return running + sum(key[0] == tenant for key in self._starting)
+
     async def start(
         self,
         tenant: str,
@@ -95,9 +100,8 @@ class Execs:
             if found.asked != spec.digest():
                 raise Conflict(f"exec {known} was started with another command", exec=known)
             return found
-        running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
-        starting = sum(key[0] == tenant for key in self._starting)
-        if running + starting >= self._settings.max_execs:
+        running = self.running_in(tenant)
+        if running >= self._settings.max_execs:
             raise RateLimited(
                 f"the tenant runs {running} commands, the most it may; end one first",
                 limit=self._settings.max_execs,

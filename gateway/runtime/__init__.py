@@ -28,7 +28,7 @@ StreamName = Literal["stdout", "stderr"]
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """What is known of one tenant; `status` and `address` come from the runtime, never from memory."""
+    """What is known of one tenant; all of it comes from the runtime, never from memory."""
 
     name: str
     status: Status
@@ -38,6 +38,8 @@ class Tenant:
     created: str | None = None
     location: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
+    asleep: bool = False  # it is stopped, or about to be, until it is asked for
+    idle_stop: float | None = None  # seconds in the place of the setting's
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,17 @@ class TenantRuntime(Protocol):
     async def stop(self, name: str) -> None: ...
 
     async def restart(self, name: str) -> None: ...
+
+    async def mark_asleep(self, name: str, asleep: bool) -> None:
+        """Note that whoever asks for the tenant may wake it, or that this is over; stop nothing."""
+        ...
+
+    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+        """Return how many seconds ago the last connection to each one's site ended, and 0 while there is one.
+
+        Those are absent to which there was none in the last minute. The gateway's own probes are none.
+        """
+        ...
 
     async def destroy(self, name: str) -> None:
         """Remove the tenant and everything of it, its snapshots too."""

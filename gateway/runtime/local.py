@@ -44,6 +44,7 @@ from gateway.runtime import (
     Tenant,
     TenantEvent,
 )
+from gateway.runtime.visits import Place, visited
 from gateway.runtime.wrapper import (
     KILL_SCRIPT,
     START_SCRIPT,
@@ -107,9 +108,9 @@ class LocalRuntime:
             await self.start(name)
         return self._tenant(name)
 
-    def set_domain(self, name: str, domain: str) -> None:
-        """Record which domain a tenant's site has."""
-        self._save(name, {**self._record(name), "domain": domain})
+    def set_site(self, name: str, **facts: Any) -> None:
+        """Record the `domain` of a tenant's site, or at which `port` of loopback it answers."""
+        self._save(name, {**self._record(name), **facts})
 
     async def start(self, name: str) -> None:
         if self._record(name)["status"] != "running":
@@ -125,6 +126,14 @@ class LocalRuntime:
     async def restart(self, name: str) -> None:
         await self.stop(name)
         await self.start(name)
+
+    async def mark_asleep(self, name: str, asleep: bool) -> None:
+        self._save(name, {**self._record(name), "asleep": asleep})
+        self._tell("incus.instance-updated", name)
+
+    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+        places = {t.name: Place(t.port, "127.0.0.1") for t in tenants if t.port is not None}
+        return await asyncio.to_thread(visited, places)
 
     async def destroy(self, name: str) -> None:
         await self.stop(name)
@@ -284,8 +293,10 @@ class LocalRuntime:
             name=name,
             status=record["status"],
             domain=record.get("domain"),
+            port=record.get("port"),
             created=record.get("created"),
             location="local",
+            asleep=record.get("asleep", False),
         )
 
     async def _end_all(self, name: str) -> None:

@@ -105,6 +105,7 @@ class LocalSites:
         await service.start()
         self._services[tenant, side] = service
         if side == "live":
+            self._runtime.set_site(tenant, port=port)
             self._keep(tenant, start=list(recipe.start), port=recipe.port)
 
     async def restart(self, tenant: str) -> None:
@@ -184,6 +185,7 @@ class LocalSites:
                     exposure,
                     kept.get("deployment"),
                     kept.get("health", "/"),
+                    tenant.asleep,
                 )
             )
         return sites
@@ -216,7 +218,7 @@ class LocalSites:
 
     def _keep(self, tenant: str, **facts: Any) -> None:
         if "domain" in facts:
-            self._runtime.set_domain(tenant, facts.pop("domain"))
+            self._runtime.set_site(tenant, domain=facts.pop("domain"))
         kept = {name: value for name, value in {**self._kept(tenant), **facts}.items() if value is not None}
         path = self._home / tenant / "site.json"
         if not path.parent.is_dir():

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
+import socket
+import time
 from typing import Final
 
 _PAUSE: Final = 0.015  # seconds between two looks; there is nothing to wait on but the network itself
 _CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel would wait a whole one
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
+_TRACE: Final = 61.0  # seconds that a connection that has ended can be seen
+
+_ports: dict[int, float] = {}  # from which this process asked, until when that can be seen; oldest first
+
+
+def ours(port: int) -> bool:
+    """Say whether a connection from that port of this machine is, or was, one of our own probes."""
+    return _ports.get(port, 0.0) > time.monotonic()
 
 
 async def network_up(address: str, timeout: float) -> None:
@@ -38,12 +50,29 @@ async def answer(address: str, port: int, path: str, timeout: float) -> int:
 
 async def ask(address: str, port: int, path: str, connect: float = _CONNECT) -> int:
     """Ask once; return the status. Raises `OSError`, `TimeoutError` among them, and `ValueError`."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), connect)
-    try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-        line = await asyncio.wait_for(reader.readline(), 10.0)
-    finally:
-        writer.close()
+    with socket.socket() as own:
+        own.setblocking(False)
+        own.bind(("", 0))  # so that its port is known before anybody sees the connection
+        mine = own.getsockname()[1]
+        _ports[mine] = math.inf
+        try:
+            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(own, (address, port)), connect)
+            reader, writer = await asyncio.open_connection(sock=own)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                line = await asyncio.wait_for(reader.readline(), 10.0)
+            finally:
+                writer.close()
+        finally:
+            _ended(mine)
     if not line.startswith(b"HTTP/1."):
         raise ValueError("no HTTP")
     return int(line.split()[1])
+
+
+def _ended(port: int) -> None:
+    now = time.monotonic()
+    _ports.pop(port, None)
+    _ports[port] = now + _TRACE
+    for old, _ in list(itertools.takewhile(lambda entry: entry[1] < now, _ports.items())):
+        del _ports[old]

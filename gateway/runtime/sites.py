@@ -72,7 +72,10 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet."""
+    """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet.
+
+    Of one that is `asleep` visitors ask the gateway first.
+    """
 
     tenant: str
     domain: str
@@ -80,6 +83,7 @@ class Site:
     exposure: Exposure | None
     deployment: str | None = None
     health: str = "/"
+    asleep: bool = False
 
 
 class Sites(Protocol):

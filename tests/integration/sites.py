@@ -68,11 +68,12 @@ class Hosting:
     """One gateway with its Caddy, and what a client asks of them."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
-        self.settings = settings
-        self.caddy = RealCaddy(settings)
         variables = environment.variables(settings)
         del variables["GATEWAY_LISTEN"]
         self.gateway = LiveGateway(variables, log)
+        # as the gateway's, so that both write the same configuration
+        self.settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.gateway.port}"})
+        self.caddy = RealCaddy(self.settings)
 
     @property
     def url(self) -> str:

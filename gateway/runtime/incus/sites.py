@@ -29,7 +29,7 @@ from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.disks import STATIC
 from gateway.runtime.incus.refusals import translated
-from gateway.runtime.incus.tenants import DOMAIN, PORT
+from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Say, Side, Site, Source, lines
 from gateway.settings import Settings
@@ -342,6 +342,7 @@ class IncusSites:
                     exposure=_exposure(instance, int(port)) if port.isdigit() else None,
                     deployment=config.get(DEPLOYMENT) or None,
                     health=config.get(HEALTH) or "/",
+                    asleep=config.get(ASLEEP) == "true",
                 )
             )
         return sites

@@ -29,12 +29,15 @@ from gateway.runtime import ExecSpec, Process, Snapshot, Status, Tenant, TenantE
 from gateway.runtime.incus.commands import Commands, is_ours
 from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.refusals import translated
+from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
 DOMAIN: Final = "user.gateway.domain"
 PORT: Final = "user.gateway.port"
+ASLEEP: Final = "user.gateway.asleep"
+IDLE_STOP: Final = "user.gateway.idle_stop"  # the operator's, in the place of the setting of that name
 
 _STATUS: Final[Mapping[str, Status]] = {
     "Running": "running",
@@ -144,6 +147,20 @@ class IncusRuntime:
     async def restart(self, name: str) -> None:
         await self.stop(name)
         await self.start(name)
+
+    async def mark_asleep(self, name: str, asleep: bool) -> None:
+        with translated(name):
+            # Incus takes an empty value for none
+            await self._operate("PATCH", instance_path(name), {"config": {ASLEEP: "true" if asleep else ""}})
+
+    async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
+        places = {}
+        for tenant in tenants:
+            if tenant.port is not None:
+                with contextlib.suppress(NotFound):
+                    pid = await self.init_pid(tenant.name)
+                    places[tenant.name] = Place(tenant.port, tenant.address, pid or None)
+        return await asyncio.to_thread(visited, places)
 
     async def destroy(self, name: str) -> None:
         tenant = await self.get(name)
@@ -410,7 +427,18 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
             "processes": config.get("limits.processes"),
             "disk": devices.get("root", {}).get("size"),
         },
+        asleep=config.get(ASLEEP) == "true",
+        idle_stop=_seconds(config.get(IDLE_STOP)),
     )
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return what an operator wrote; what is no number is as if it was not there."""
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 else None
 
 
 def _address(instance: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,194 @@
+"""Sites that nobody visits sleep in real containers, and the first visitor through real Caddy wakes them.
+
+GATEWAY_TEST_WAKES says how often a site is visited at any moment of its falling asleep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gateway.caddy import Caddy
+from gateway.settings import Settings
+from tests.contracts.gateway import no_traceback, sse
+from tests.contracts.idle import echo, get, told
+from tests.integration import environment
+from tests.integration.sites import Hosting, RealCaddy, hosting, settings_for
+
+WAKES = int(os.environ.get("GATEWAY_TEST_WAKES", "2"))
+DOMAIN, TENANT = "sleepy.example.com", "sleepy-example-com"
+LIMIT = 1.0
+
+# a server that answers /slow only when it is told to by a second request, and POST with the length it got
+SITE = """
+let release = [];
+Bun.serve({
+  port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60,
+  websocket: {message(ws, text) { ws.send(text) }},
+  async fetch(request, server) {
+    const path = new URL(request.url).pathname;
+    if (path === "/ws" && server.upgrade(request)) return;
+    if (path === "/slow") await new Promise((done) => release.push(done));
+    if (path === "/release") { release.forEach((done) => done()); release = []; }
+    return new Response(`${request.method} ${(await request.arrayBuffer()).byteLength}`);
+  },
+});
+"""
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    folder = tmp_path_factory.mktemp("idle")
+    template = folder / "templates" / "sleepy"
+    template.mkdir(parents=True)
+    (template / "site.toml").write_text('start = ["bun", "site.js"]\nport = 3000\n')
+    (template / "site.js").write_text(SITE)
+    changes: dict[str, Any] = {"templates_dir": template.parent, "idle_look": 0.2, "health_interval": 1.0}
+    async with hosting(incus_settings, folder / "state", **changes) as host:
+        record = await host.deploy(DOMAIN, "sleepy")
+        assert record["state"] == "succeeded", record["error"]
+        # only this one: other tests' tenants are in the same Incus
+        environment.incus("config", "set", TENANT, f"user.gateway.idle_stop={LIMIT}")
+        yield host
+        await no_traceback(host.gateway)
+
+
+async def asleep(host: Hosting, events: aiohttp.ClientResponse) -> None:
+    """Return once the tenant sleeps; `events` were asked for before its last use."""
+    async with host.gateway.http(TENANT) as http:
+        if (await get(http, TENANT))["asleep"]:
+            return
+    while (event := (await sse(events, 1))[0])["event"] != "tenant.stopped":
+        pass
+    assert event["data"]["data"]["reason"] == "idle"
+
+
+async def stays_awake(host: Hosting) -> None:
+    """Look for longer than Caddy keeps a connection that nobody uses, and the limit after it."""
+    deadline = time.monotonic() + 4 + LIMIT + 1
+    async with host.gateway.http(TENANT) as http:
+        while time.monotonic() < deadline:
+            assert (await get(http, TENANT))["status"] == "running"
+            await asyncio.sleep(0.2)
+
+
+def visitor(host: Hosting) -> aiohttp.ClientSession:
+    url = f"http://127.0.0.1:{host.settings.caddy_ask}"
+    return aiohttp.ClientSession(url, headers={"Host": DOMAIN})
+
+
+async def test_a_sleeping_site_is_woken_by_its_first_visitors(host: Hosting) -> None:
+    """All who come meanwhile are served, with what they sent; a tool call wakes it as well."""
+    routes = host.settings.state_dir / "caddy" / "routes"
+    async with host.gateway.http(TENANT) as http, told(host.gateway, TENANT, "tenant.*") as events:
+        await host.visit(DOMAIN)
+        await asleep(host, events)
+        assert (routes / DOMAIN).readlink().name.startswith("asleep_")
+        found = await get(http, TENANT)
+        assert (found["status"], found["asleep"]) == ("stopped", True)
+        async with visitor(host) as session:
+
+            async def post(size: int) -> tuple[int, str]:
+                async with session.post("/", data=io.BytesIO(b"x" * size)) as answer:
+                    return answer.status, await answer.text()
+
+            sizes = [1, 200_000, 3_000_000]
+            assert await asyncio.gather(*map(post, sizes)) == [(200, f"POST {size}") for size in sizes]
+        assert not (routes / DOMAIN).readlink().name.startswith("asleep_")
+        while (started := (await sse(events, 1))[0])["event"] != "tenant.started":
+            pass
+        assert started["data"]["data"]["reason"] == "wake"
+        await asleep(host, events)
+        assert await echo(http, TENANT) == "awake"
+        assert (await get(http, TENANT))["status"] == "running"
+
+
+async def test_a_websocket_and_a_request_without_an_answer_keep_a_site_awake(host: Hosting) -> None:
+    """The gateway's own probes, each second, do not."""
+    async with told(host.gateway, TENANT, "tenant.*") as events:
+        async with visitor(host) as session, session.ws_connect("/ws") as websocket:
+            await stays_awake(host)
+            await websocket.send_str("still there")
+            assert await websocket.receive_str() == "still there"
+        slow = asyncio.create_task(host.visit(DOMAIN, "/slow"))
+        await stays_awake(host)
+        assert await host.visit(DOMAIN, "/release") == (200, "GET 0")
+        assert await slow == (200, "GET 0")
+        await asleep(host, events)
+
+
+async def test_who_was_stopped_by_somebody_is_not_woken(host: Hosting) -> None:
+    async with host.gateway.http(TENANT) as http, told(host.gateway, TENANT, "tenant.*") as events:
+        await asleep(host, events)
+        async with http.post(f"/v1/tenants/{TENANT}/stop") as response:
+            assert (await response.json())["asleep"] is False
+        status, _ = await host.visit(DOMAIN)
+        assert status == 502
+        assert (await get(http, TENANT))["status"] == "stopped"
+        async with http.post(f"/v1/tenants/{TENANT}/start") as response:
+            assert response.status == 200
+
+
+async def test_no_visitor_is_lost_while_a_site_falls_asleep(host: Hosting) -> None:
+    chance, statuses = random.Random(7), []
+    for _ in range(WAKES):
+        # Caddy's connection lives for 4 s, the limit runs after it, and the stop takes about a second
+        await asyncio.sleep(chance.uniform(4 + LIMIT, 7 + LIMIT))
+        visits = (host.visit(DOMAIN) for _ in range(5))
+        statuses += [status for status, _ in await asyncio.gather(*visits)]
+    assert statuses == [200] * 5 * WAKES
+
+
+async def test_a_site_sleeps_on_while_the_gateway_is_started_again(host: Hosting) -> None:
+    async with told(host.gateway, TENANT, "tenant.*") as events:
+        await host.visit(DOMAIN)
+        await asleep(host, events)
+    await host.gateway.stop()
+    async with visitor(host) as session:
+        visiting = asyncio.create_task(session.ws_connect("/ws"))  # Caddy waits for the gateway
+        await host.gateway.start()
+        async with await visiting as websocket:
+            await websocket.send_str("hello")
+            assert await websocket.receive_str() == "hello"
+
+
+async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, tmp_path: Path) -> None:
+    """Caddy looks a route up while it is exchanged, hundreds of times in a second."""
+    settings = settings_for(incus_settings, tmp_path, listen="127.0.0.1:9")
+    process = RealCaddy(settings)
+    await process.start()
+    statuses: Counter[int] = Counter()
+    changing = True
+
+    async def visits(session: aiohttp.ClientSession) -> None:
+        while changing:
+            async with session.get("/") as answer:
+                statuses[answer.status] += 1
+
+    url = f"http://127.0.0.1:{settings.caddy_ask}"
+    try:
+        async with (
+            Caddy(settings) as caddy,
+            aiohttp.ClientSession(url, headers={"Host": "a.example.com"}) as session,
+        ):
+            caddy.set("a.example.com", "127.0.0.1:9")
+            asking = [asyncio.create_task(visits(session)) for _ in range(3)]
+            while statuses.total() < 1000:
+                for target in ("127.0.0.2:9", "127.0.0.1:9"):
+                    caddy.set("a.example.com", target)
+                    await asyncio.sleep(0.001)
+            changing = False
+            await asyncio.gather(*asking)
+    finally:
+        await process.stop()
+    assert statuses.keys() == {502}  # there is a route, but nothing at its end

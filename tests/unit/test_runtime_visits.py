@@ -1,0 +1,72 @@
+"""Who is connected to a site is read from the kernel's tables."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+
+from gateway.runtime import probe
+from gateway.runtime.visits import Place, visited
+
+
+def _ages(port: int) -> float | None:
+    return visited({"site": Place(port, "127.0.0.1")}).get("site")
+
+
+def test_a_connection_is_seen_while_it_is_open_and_a_minute_after() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert _ages(port) is None, "to listen is no visit"
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        assert _ages(port) == 0
+        accepted.close()
+        assert client.recv(1) == b""
+        client.close()
+        # the kernel's clock for it ticks about once in a second
+        deadline = time.monotonic() + 10
+        while (age := _ages(port)) is None or age == 0:
+            assert time.monotonic() < deadline
+        assert 0 < age < 12
+
+
+def test_a_site_that_listens_by_ipv6_is_seen_too() -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = server.accept()
+            assert _ages(port) == 0
+            accepted.close()
+
+
+def test_the_network_of_a_process_is_looked_at_by_the_sites_own_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert visited({"a": Place(port, pid=os.getpid())}) == {"a": 0}
+            assert visited({"a": Place(9, pid=os.getpid())}) == {}
+
+
+async def test_the_gateways_own_probes_are_no_visits() -> None:
+    answered = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        await answered.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    asking = asyncio.create_task(probe.ask("127.0.0.1", port, "/"))
+    async with server:
+        async with asyncio.timeout(10):
+            while not any(map(probe.ours, list(probe._ports))):
+                await asyncio.sleep(0)
+        assert _ages(port) is None
+        answered.set()
+        assert await asking == 200
+        assert _ages(port) is None
