@@ -255,7 +255,10 @@ class Settings(BaseSettings):
         description="names that a watch leaves out unless it says else, comma-separated",
     )
 
-    mcp_progress: float = Field(15.0, gt=0, description="seconds between progress messages of an MCP call")
+    # clients give up calls of which they hear nothing, some after half a minute
+    mcp_progress: float = Field(
+        15.0, gt=0, le=20, description="seconds between progress messages of an MCP call"
+    )
     # records
     audit_kept: int = Field(100_000, gt=0, description="entries kept of who did what")
     store_waiting: int = Field(10_000, gt=0, description="reads and writes of records that may wait at once")

@@ -163,16 +163,20 @@ async def model(*turns: Sequence[Block]) -> AsyncIterator[Model]:
         await runner.cleanup()
 
 
-async def claude(model: Model, home: Path, *words: str, deadline: float = 60) -> str:
-    """Run the real CLI, the one that the SDK bundles, and return what it printed; it must succeed."""
+def claude_program() -> Path:
+    """Return the real CLI, the one that the SDK bundles."""
     import claude_agent_sdk
 
-    program = Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
+    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
+
+
+async def claude(model: Model, home: Path, *words: str, deadline: float = 120, **environment: str) -> str:
+    """Run the real CLI and return what it printed; it must succeed."""
     home.mkdir(exist_ok=True)
     process = await asyncio.create_subprocess_exec(
-        str(program),
+        str(claude_program()),
         *words,
-        env={"PATH": "/usr/bin:/bin", **model.environment(home)},
+        env={"PATH": "/usr/bin:/bin", **model.environment(home), **environment},
         cwd=home,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

@@ -40,7 +40,9 @@ async def gateway(
     incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("claude")
-    async with live(incus_settings, folder / "gateway.log", GATEWAY_CANCEL_GRACE="0.5") as gateway:
+    async with live(
+        incus_settings, folder / "gateway.log", GATEWAY_CANCEL_GRACE="0.5", GATEWAY_MCP_PROGRESS="0.3"
+    ) as gateway:
         yield gateway
 
 
@@ -338,42 +340,74 @@ async def test_a_tenant_that_is_away_is_told_to_the_model(
 
 # --- Claude Code by itself, over MCP ------------------------------------------------------------------
 
+# by itself it speaks 2026-07-28, which has no sessions
+BOTH = pytest.mark.parametrize("negotiation", ["auto", "legacy"])
 
+
+def configured(gateway: LiveGateway, tenant: str, **headers: str) -> tuple[str, ...]:
+    """Return the words that give the CLI the tenant as its one server, `shop`."""
+    headers = {"Authorization": f"Bearer {gateway.token(tenant)}", **headers}
+    shop = {"type": "http", "url": f"{gateway.url}/v1/tenants/{tenant}/mcp", "headers": headers}
+    servers = json.dumps({"mcpServers": {"shop": shop}})
+    return (
+        "-p",
+        "go",
+        "--model",
+        MODEL,
+        "--allowedTools",
+        "mcp__shop",
+        "--mcp-config",
+        servers,
+        "--strict-mcp-config",
+    )
+
+
+@BOTH
 async def test_claude_code_works_in_a_tenant_over_mcp(
-    gateway: LiveGateway, shared_tenant: Container, tmp_path: Path
+    gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
 ) -> None:
-    """The real CLI with an `http` server: texts rather than facts, a session by its header, one call once."""
-    name = shared_tenant.name
-    headers = {"Authorization": f"Bearer {gateway.token(name)}", "X-Tool-Session": "claude"}
-    shop = {"type": "http", "url": f"{gateway.url}/v1/tenants/{name}/mcp", "headers": headers}
-    write = use("mcp__shop__Write", file_path="code/a.txt", content="one\ntwo\n")
-    read = use("mcp__shop__Read", file_path="code/a.txt")
-    move = use("mcp__shop__Bash", command="cd code")
+    """The real CLI with an `http` server, in both protocols: texts, not facts; a named session."""
+    name = f"code-{negotiation}"
+    write = use("mcp__shop__Write", file_path=f"{name}/a.txt", content="one\ntwo\n")
+    read = use("mcp__shop__Read", file_path=f"{name}/a.txt")
+    move = use("mcp__shop__Bash", command=f"cd {name}")
     there = use("mcp__shop__Bash", command="pwd; exit 3")
+    words = configured(gateway, shared_tenant.name, **{"X-Tool-Session": name})
     async with model([write], [read], [move], [there]) as scripted:
-        words = ("--mcp-config", json.dumps({"mcpServers": {"shop": shop}}), "--strict-mcp-config")
-        printed = await claude(
-            scripted, tmp_path / "home", "-p", "go", "--model", MODEL, "--allowedTools", "mcp__shop", *words
-        )
+        printed = await claude(scripted, tmp_path, *words, MCP_PROTOCOL_NEGOTIATION=negotiation)
         assert printed.strip() == "done"
         # the CLI adds a reminder after what a tool said
         assert scripted.result(read).text.startswith("1\tone\n2\ttwo\n3\t")
-        assert scripted.result(there).text.startswith("Exit code 3\n/srv/site/code")
+        assert scripted.result(there).text.startswith(f"Exit code 3\n/srv/site/{name}")
 
 
-async def test_claude_code_that_is_ended_takes_its_command_along(
-    gateway: LiveGateway, shared_tenant: Container, tmp_path: Path
+@BOTH
+async def test_claude_code_has_a_session_of_its_own_only_in_the_handshake_protocol(
+    gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
 ) -> None:
-    name, tree = shared_tenant.name, Tree()
-    headers = {"Authorization": f"Bearer {gateway.token(name)}"}
-    shop = {"type": "http", "url": f"{gateway.url}/v1/tenants/{name}/mcp", "headers": headers}
+    """So one sees which of the two it speaks; progress that is told while a command runs does it no harm."""
+    move, there = (use("mcp__shop__Bash", command=command) for command in ("cd public; sleep 1", "pwd"))
+    shared_tenant.sh("mkdir -p /srv/site/public", user=1000)
+    async with model([move], [there]) as scripted:
+        words = configured(gateway, shared_tenant.name)
+        await claude(scripted, tmp_path, *words, MCP_PROTOCOL_NEGOTIATION=negotiation)
+        assert not scripted.result(move).is_error, scripted.result(move).text
+        stood = {"auto": "/srv/site", "legacy": "/srv/site/public"}[negotiation]
+        assert scripted.result(there).text.split()[0] == stood
+
+
+@BOTH
+async def test_claude_code_that_is_ended_takes_its_command_along(
+    gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
+) -> None:
+    tree = Tree()
     async with model([use("mcp__shop__Bash", command=tree.script), say("never")]) as scripted:
-        words = ("--mcp-config", json.dumps({"mcpServers": {"shop": shop}}), "--strict-mcp-config")
+        words = configured(gateway, shared_tenant.name)
         talking = asyncio.create_task(
-            claude(scripted, tmp_path / "home", "-p", "go", "--allowedTools", "mcp__shop", *words)
+            claude(scripted, tmp_path, *words, MCP_PROTOCOL_NEGOTIATION=negotiation)
         )
         await tree.grown()
         talking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await talking
-        await until(lambda: tree.alive() == 0, 5)
+        await until(lambda: tree.alive() == 0, 20)
