@@ -158,6 +158,21 @@ def setup(
         _print_json([{"step": c.step, "changed": c.changed, "detail": c.detail} for c in changes])
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look whether this host has what the gateway needs; change nothing. Exit code 1 where it has not."""
+    from gateway.host.doctor import doctor as run
+
+    found = run(settings_module.load())
+    if as_json:
+        _print_json([{"what": f.what, "ok": f.ok, "detail": f.detail} for f in found])
+    else:
+        for finding in found:
+            out.print(str(finding), markup=False)
+    if not all(finding.ok for finding in found):
+        raise typer.Exit(1)
+
+
 @image_app.command("build")
 def image_build(
     rebuild: Annotated[

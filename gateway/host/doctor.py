@@ -1,0 +1,138 @@
+"""Looks whether this host has what a gateway needs, and changes nothing.
+
+What `setup` compares is compared by `setup`'s own steps, on an Incus that refuses to be changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from gateway.host import HostError
+from gateway.host import setup as steps
+from gateway.host.daemon import Daemon
+from gateway.host.incus import Incus
+from gateway.host.limits import KERNEL, WANTED
+from gateway.settings import Settings
+
+GiB: Final = 1 << 30
+_SETUP: Final = "run `incus-gateway setup`"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; `detail` says what it is, or what is wrong and what to do."""
+
+    what: str
+    ok: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.ok else 'problem':<8} {self.what}: {self.detail}"
+
+
+class Looking(Incus):
+    """An Incus that is only looked at: whoever would change it is told that setup is due."""
+
+    def _refuse(self, *path: str, **request: Any) -> NoReturn:
+        raise HostError(f"it is missing or not as it should be; {_SETUP}")
+
+    post = put = patch = delete = _refuse
+
+
+def doctor(settings: Settings) -> list[Finding]:
+    """Look at everything; what cannot be looked at is a problem too."""
+    checks: list[tuple[str, Callable[[], str | None]]] = [("state dir", lambda: _state(settings))]
+    if settings.runtime == "incus":
+        root = settings.incus_socket
+        project = settings.incus_project
+        checks += [
+            ("Incus", lambda: _daemon(settings)),
+            (f"project {project}", lambda: steps._project(Looking(root), settings)),
+            (
+                f"firewall {steps.acl_name(settings)}",
+                lambda: steps._acl(Looking(root, project), settings, steps.host_addresses()),
+            ),
+            (f"bridge {settings.network}", lambda: steps._network(Looking(root, project), settings)),
+            (f"storage pool {settings.pool}", lambda: _pool(settings)),
+            (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
+            (f"image {settings.image}", lambda: _image(settings)),
+            ("limits of inotify", _limits),
+            ("ripgrep", lambda: _ripgrep(settings)),
+        ]
+    found = []
+    for what, check in checks:
+        try:
+            found.append(Finding(what, True, check() or "as it should be"))
+        except HostError as error:
+            found.append(Finding(what, False, error.message))
+        except OSError as error:
+            found.append(Finding(what, False, f"{error.strerror}: {error.filename}; run this as root"))
+    return found
+
+
+def _state(settings: Settings) -> str:
+    folder = settings.state_dir
+    if not folder.is_dir():
+        raise HostError(f"{folder} does not exist; start the gateway once, or set GATEWAY_STATE_DIR")
+    if not os.access(folder, os.W_OK):
+        raise HostError(f"{folder} cannot be written; run this as the gateway's user")
+    if (free := shutil.disk_usage(folder).free) < GiB // 4:
+        raise HostError(f"{free >> 20} MiB are free at {folder}; make room")
+    for name in ("secret", "gateway.db"):
+        path = folder / name
+        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise HostError(f"{path} can be read by others; run: chmod 600 {path}")
+    database = folder / "gateway.db"
+    if database.exists():
+        try:
+            connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+            try:
+                said = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            said = str(error)
+        if said != "ok":
+            raise HostError(f"{database} is damaged ({said}); see docs/operations.md, the gateway's records")
+    return f"{folder}, {free / GiB:.1f} GiB free"
+
+
+def _daemon(settings: Settings) -> str:
+    if not Daemon.at(settings.incus_socket).answers():
+        raise HostError(f"nothing answers at {settings.incus_socket}; start Incus: systemctl start incus")
+    return "answers"
+
+
+def _pool(settings: Settings) -> str:
+    incus = Looking(settings.incus_socket, settings.incus_project)
+    found = incus.find("storage-pools", settings.pool)
+    if found is None:
+        raise HostError(f"there is none; {_SETUP}")
+    space = incus.get("storage-pools", settings.pool, "resources")["space"]
+    free = space["total"] - space["used"]
+    if free < GiB:
+        raise HostError(f"{free >> 20} MiB are free; destroy tenants or snapshots, or enlarge the pool")
+    return f"{found['driver']}, {free / GiB:.1f} GiB free"
+
+
+def _image(settings: Settings) -> None:
+    incus = Looking(settings.incus_socket, settings.incus_project)
+    if incus.find("images", "aliases", settings.image) is None:
+        raise HostError("there is none; run `incus-gateway image build`")
+
+
+def _limits() -> None:
+    low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
+    if low:
+        raise HostError(f"{', '.join(low)} low; {_SETUP}")
+
+
+def _ripgrep(settings: Settings) -> None:
+    if not os.access(settings.ripgrep, os.X_OK):
+        raise HostError(f"{settings.ripgrep} is missing, searches in large trees are slow; {_SETUP}")
