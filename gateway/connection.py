@@ -461,6 +461,8 @@ class Connection:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
         channel, attachment = self._attach(exec_, offsets, resume=params.resume, acks=params.acks)
+        if attachment.lost["stdout"]:
+            exec_.redraw()
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
         answer = {
             "channel": channel,
@@ -494,7 +496,7 @@ class Connection:
         exec_ = self._exec(params.exec)
         if exec_.spec.pty is None:
             raise Conflict(f"exec {exec_.id} has no terminal", exec=exec_.id)
-        await exec_.process.resize(params.cols, params.rows)
+        await exec_.resize(params.cols, params.rows)
         return _Answer({})
 
     async def _exec_signal(self, params: protocol.ExecSignal) -> _Answer:

@@ -22,7 +22,7 @@ from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
 from gateway.execs.tail import Tail
 from gateway.rootfs.trees import Member
-from gateway.runtime import ExecSpec, Exit, Killed, Process, StreamName
+from gateway.runtime import ExecSpec, Exit, Killed, Process, Pty, StreamName
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
 _CTRL_C: Final = b"\x03"
 _TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
+_SEES: Final = 0.15  # seconds within which a program sees that its terminal has another size
 _READERS: Final = 64  # of one command, whose place is kept for their return
 
 
@@ -303,6 +304,8 @@ class Exec:
         self.stdin_window = stdin_buffer
         self._input = Input(process, stdin_buffer, spools)
         self._interrupting: asyncio.Task[None] | None = None
+        self._size = spec.pty
+        self._redrawing: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[Killed] | None = None
         self._lingering: asyncio.TimerHandle | None = None
 
@@ -337,7 +340,7 @@ class Exec:
             log.exception("exec %s of %s failed", self.id, self.tenant)
             self._reason = "lost"
         finally:
-            helping = [task for task in (writing, self._interrupting) if task is not None]
+            helping = [task for task in (writing, self._interrupting, self._redrawing) if task is not None]
             for task in helping:
                 task.cancel()
             await asyncio.gather(*helping, return_exceptions=True)
@@ -415,6 +418,26 @@ class Exec:
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self.process.flush()
                 await self.process.write(_CTRL_C)
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Give the terminal another size."""
+        self._size = Pty(cols, rows)
+        await self.process.resize(cols, rows)
+
+    def redraw(self) -> None:
+        """Have a program that fills its terminal draw it anew, for a reader who lacks what it drew before."""
+        if self._size is not None and not self.ended.done() and self._redrawing is None:
+            self._redrawing = asyncio.create_task(self._redraw(), name=f"redraw {self.id}")
+
+    async def _redraw(self) -> None:
+        # a terminal tells its program only of a change, and two within a moment may be none to it
+        assert self._size is not None
+        try:
+            await self.process.resize(self._size.cols, max(1, self._size.rows - 1))
+            await asyncio.sleep(_SEES)
+            await self.process.resize(self._size.cols, self._size.rows)
+        finally:
+            self._redrawing = None
 
     def close_stdin(self) -> None:
         """End the input after what was queued. Idempotent."""
