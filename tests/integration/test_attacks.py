@@ -333,6 +333,9 @@ async def test_crowded_folder(arena: Arena) -> None:
         assert await arena.call("Read", file_path="prey.txt") is None
     assert arena.slowest < 1.0
     for search in searching:
+        if error := search.exception():  # a busy machine: it was ended, and says so
+            assert isinstance(error, RpcFailure) and error.code == "timeout"
+            continue
         answer = search.result()
         assert len(json.dumps(answer)) < 100_000
         assert not answer["isError"] or answer["structuredContent"]["code"] == "timeout"
