@@ -344,10 +344,10 @@ async def test_a_deployment_is_watched_to_its_end_and_its_site_opened(
     await expect(card.get_by_text("Live")).to_be_visible(timeout=2 * DEADLINE)
     await expect(card.locator(".phase.done")).to_have_count(8)
     await card.get_by_role("button", name="Open news-localhost").click()
-    await expect(window.page.get_by_role("button", name="Tenant news-localhost; switch")).to_be_visible()
+    await expect(window.page.locator(".tenant-switch", has_text="news-localhost")).to_be_visible()
     await expect(window.site.get_by_text("News of today")).to_be_visible()
     await expect(window.page.get_by_text("There was a failure")).to_have_count(0)
-    await window.page.get_by_role("button", name="Tenant news-localhost; switch").click()
+    await window.page.locator(".tenant-switch", has_text="news-localhost").click()
     await window.page.get_by_role("option").filter(has_text="shop").click()
     await window.site_shows(HEADING)
 

@@ -81,6 +81,13 @@ const look = EditorView.theme({
   ".cm-changedLine": { backgroundColor: "var(--diff-line) !important" },
   ".cm-changedText": { background: "var(--diff-text) !important" },
   ".cm-deletedChunk": { backgroundColor: "var(--diff-gone)" },
+  ".cm-collapsedLines": {
+    background: "var(--raised) !important",
+    color: "var(--text-soft)",
+    fontFamily: "var(--sans)",
+    fontSize: "12px",
+  },
+  ".cm-collapsedLines::before, .cm-collapsedLines::after": { content: '"···" !important' },
   ".cm-changeGutter": { width: "3px", paddingLeft: "1px" },
 });
 

@@ -66,7 +66,7 @@ function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
   return (
     <button
       type="button"
-      class={`event ${item.state}`}
+      class={item.state === "told" ? "event" : `event ${item.state}`}
       disabled={!openable && !watchable}
       title={watchable ? "Show its output" : openable ? "Open the file" : item.what}
       onClick={show}

@@ -37,7 +37,7 @@ export function TopBar() {
         type="button"
         class="tenant-switch"
         aria-haspopup="dialog"
-        aria-label={`Tenant ${current?.name ?? "none"}; switch`}
+        title="Open another tenant"
         onClick={() => {
           void listTenants();
           palette.value = { mode: "tenants", initial: "" };
@@ -51,7 +51,7 @@ export function TopBar() {
       <button
         type="button"
         class="finder"
-        aria-label="Find a file or command"
+        title="Find a file or command"
         onClick={() => {
           palette.value = { mode: "files", initial: "" };
         }}

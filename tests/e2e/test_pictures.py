@@ -1,0 +1,132 @@
+"""Each view in a picture for the docs, and whether everybody can use it: roles, names, contrast."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import expect
+
+from tests.e2e.conftest import CHECKOUT, OpenEditor
+from tests.e2e.editor import Editor
+from tests.e2e.test_editor import run, tool
+from tests.integration.sites import Hosting
+
+AXE = CHECKOUT / "clients" / "web" / "node_modules" / "axe-core" / "axe.min.js"
+# A tab has its close button in it; the key Delete on the tab does the same.
+_FOUND = """async () => (await axe.run({exclude: ["iframe", ".xterm", ".cm-editor"]},
+  {iframes: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"],
+   rules: {"nested-interactive": {enabled: false}}})).violations.map(({id, nodes}) =>
+  id + ": " + nodes.map(({html, any}) => html.slice(0, 120) + " " + (any[0]?.message ?? "")).join("\\n  "))
+"""
+
+
+async def picture(window: Editor, folder: Path, name: str) -> None:
+    """Take a picture of a view, and let axe-core look at it."""
+    page = window.page
+    await page.evaluate("document.fonts.ready.then(() => null)")
+    await page.screenshot(path=folder / f"{name}.png", animations="disabled", caret="hide")
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(AXE.read_text())
+    found: list[str] = await page.evaluate(_FOUND)
+    assert not found, name + "\n" + "\n".join(found)
+
+
+async def at_work(window: Editor, site: str) -> None:
+    """Have a file, a terminal with something in it, and the site in view."""
+    await window.load_connected(f"{site}/src/app.tsx")
+    await expect(window.text).to_contain_text("lucide-react")
+    await window.row("src").wait_for()
+    await window.prompt()
+    await window.command("clear; ls --color=always; cat /etc/os-release | head -3")
+    await expect(window.screen).to_contain_text("PRETTY_NAME")
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+async def test_the_editor_with_files_terminal_and_preview(
+    editor: OpenEditor, site: str, pictures: Path, scheme: str
+) -> None:
+    window = await editor(color_scheme=scheme)
+    await at_work(window, site)
+    await window.site_shows("Your site is live.")
+    await picture(window, pictures, f"editor-{scheme}")
+
+
+async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
+    before = run(site, "cat server/api.ts")
+    window = await editor()
+    await window.load_connected(f"{site}/server/api.ts")
+    await expect(window.text).to_contain_text("Hono")
+    lines = before.splitlines(keepends=True)
+    await window.replace_all("".join([lines[0], "// mine: say hello first\n", *lines[1:]]))
+    theirs = "".join([lines[0], "// the agent: count the visits\n", *lines[1:]])
+    await tool(host, site, "Write", file_path="/srv/site/server/api.ts", content=theirs)
+    await window.page.get_by_role("button", name="Compare and choose").click()
+    await expect(window.page.get_by_label("Mine, to be saved")).to_contain_text("say hello")
+    await picture(window, pictures, "conflict")
+    await window.page.get_by_role("button", name="Take theirs").click()
+    await tool(host, site, "Write", file_path="/srv/site/server/api.ts", content=before)
+
+
+async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
+    """Activity with an agent at work, a deployment, metrics and the log, search, the palette."""
+    window = await editor()
+    await at_work(window, site)
+    side = await window.view("Activity")
+    await tool(host, site, "Glob", pattern="src/**/*.tsx")
+    await tool(host, site, "Read", file_path="/srv/site/src/app.tsx")
+    await tool(host, site, "Grep", pattern="useState")
+    command = "until [ -e /tmp/go ]; do sleep 0.1; done; bun test"
+    bash = asyncio.create_task(tool(host, site, "Bash", command=command))
+    await expect(side.get_by_label("Running").first).to_be_visible()
+    await picture(window, pictures, "activity")
+    run(site, "touch /tmp/go")
+    await asyncio.gather(bash, return_exceptions=True)  # there are no tests to run
+
+    side = await window.view("Deploy")
+    await side.get_by_label("Domain").fill("blog.localhost")
+    await side.get_by_label("Template").fill("static")
+    await side.get_by_role("button", name="Deploy", exact=True).click()
+    await expect(side.get_by_text("Live")).to_be_visible()
+    await picture(window, pictures, "deploy")
+
+    side = await window.view("Metrics and logs")
+    await expect(side.get_by_role("log")).to_contain_text("5173")
+    await asyncio.sleep(9)  # the lines are drawn from a sample every two seconds
+    await picture(window, pictures, "metrics")
+
+    side = await window.view("Search")
+    await side.get_by_label("Search all files").fill("className")
+    await expect(side.locator(".found-line").first).to_be_visible()
+    await picture(window, pictures, "search")
+    await window.page.keyboard.press("Control+Shift+p")
+    await expect(window.page.get_by_role("option").first).to_be_visible()
+    await picture(window, pictures, "palette")
+
+
+async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
+    size: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2}
+    window = await editor(**size, has_touch=True, is_mobile=True)
+    await window.load_connected()
+    await window.page.get_by_role("button", name="Activity").click()
+    await tool(host, site, "Read", file_path="/srv/site/package.json")
+    await expect(window.page.get_by_role("log")).to_contain_text("package.json")
+    await picture(window, pictures, "phone")
+    wide = await window.page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= 390, "nothing sticks out at the side"
+
+
+async def test_at_1024_pixels(editor: OpenEditor, site: str, pictures: Path) -> None:
+    window = await editor(viewport={"width": 1024, "height": 768})
+    await at_work(window, site)
+    await picture(window, pictures, "narrow")
+
+
+async def test_signing_in(editor: OpenEditor, pictures: Path) -> None:
+    window = await editor(signed_in=False)
+    window.watched.expected.append("401")
+    await window.load("")
+    await expect(window.page.get_by_label("Access token")).to_be_focused()
+    await picture(window, pictures, "sign-in")
