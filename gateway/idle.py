@@ -273,6 +273,8 @@ class Idle:
     def explained(self, event: TenantEvent) -> Mapping[str, Any]:
         """Return an event's facts, with the `reason` of a stop or a start that is ours."""
         if event.type == "tenant.stopped" and event.tenant in self._stops:
+            if "resync" not in event.data:  # else Incus's own word may still come
+                self._stops.discard(event.tenant)
             return {**event.data, "reason": "idle"}
         if event.type == "tenant.started" and event.tenant in self._starts:
             return {**event.data, "reason": "wake"}
@@ -285,7 +287,6 @@ class Idle:
             return
         if event.type in ("tenant.started", "tenant.restarted"):
             self._last[name] = time.monotonic()
-            self._stops.discard(name)
             self._starts.discard(name)
             if self._asleep is not None and name in self._asleep:
                 self._wake(name)  # somebody else started it
