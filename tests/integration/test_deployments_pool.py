@@ -1,0 +1,102 @@
+"""What is made ready before it is asked for: golden copies and the warm pool, on real containers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gateway.caddy import shipped
+from gateway.settings import Settings
+from tests.integration import environment
+from tests.integration.sites import hosting
+
+KEY = "user.gateway.key"
+
+
+def having(role: str) -> list[dict[str, Any]]:
+    # one that is just being made is listed without its configuration
+    return [e for e in environment.instances() if (e["config"] or {}).get("user.gateway.role") == role]
+
+
+def ready() -> bool:
+    """Say whether a golden copy and one of the pool are whole."""
+    golden = [e for e in having("golden") if e["status"] == "Stopped" and e["snapshots"]]
+    return len(golden) == 1 and [e["config"][KEY] for e in having("pool")] == [golden[0]["config"][KEY]]
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(90):
+        while not await asyncio.to_thread(what):
+            await asyncio.sleep(0.1)  # nobody tells what happens to instances that are no tenants
+
+
+async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
+    incus_settings: Settings, tmp_path: Path
+) -> None:
+    """Each deployment is made from what is ready; a killed gateway's pool is used; SIGTERM leaves none.
+
+    A changed template gets a golden copy of its own, and the old one goes with the gateway's next start.
+    """
+    templates = tmp_path / "templates"
+    shutil.copytree(shipped("deploy/templates") / "static", templates / "mine")
+    # not the same as `static`, whose copies would serve it and be kept
+    (templates / "mine" / "bun.lock").write_text("# one version\n")
+    state = tmp_path / "state"
+    async with hosting(incus_settings, state, golden=True, warm_pool=1, templates_dir=templates) as host:
+        first = await host.deploy("one.test", "mine")
+        assert (first["state"], first["source"]) == ("succeeded", "image"), first["error"]
+        await until(ready)
+        pooled = having("pool")[0]["name"]
+
+        second = await host.deploy("two.test", "mine")
+        assert (second["state"], second["source"]) == ("succeeded", "pool"), second["error"]
+        assert "Your site is up." in (await host.visit("two.test"))[1]
+        ids = {
+            environment.incus("exec", name, "--", "cat", "/etc/machine-id").stdout
+            for name in ("one-test", "two-test")
+        }
+        assert len(ids) == 2, "a copy has a machine id of its own"
+        await until(lambda: ready() and having("pool")[0]["name"] != pooled)
+
+        old = having("golden")[0]["name"]
+        await host.gateway.stop(signal.SIGKILL)
+        (templates / "mine" / "bun.lock").write_text("# another version of what it needs\n")
+        await host.gateway.start()
+        await until(lambda: not having("golden") and not having("pool"))
+        third = await host.deploy("three.test", "mine")
+        assert (third["state"], third["source"]) == ("succeeded", "image"), third["error"]
+        await until(ready)
+        assert having("golden")[0]["name"] != old
+
+        kept = having("pool")[0]["name"]
+        await host.gateway.stop(signal.SIGKILL)
+        await host.gateway.start()
+        fourth = await host.deploy("four.test", "mine")
+        assert (fourth["state"], fourth["source"]) == ("succeeded", "pool"), fourth["error"]
+        assert kept not in {entry["name"] for entry in environment.instances()}, "it became the tenant"
+        await host.gateway.stop()
+        assert not having("pool"), "nobody looks after it any more"
+
+
+async def test_a_template_that_cannot_be_made_ready_is_still_deployed(
+    incus_settings: Settings, tmp_path: Path
+) -> None:
+    """Where a golden copy fails it is removed and the log says so; tenants are made from the image."""
+    templates = tmp_path / "templates"
+    shutil.copytree(shipped("deploy/templates") / "static", templates / "odd")
+    manifest = templates / "odd" / "site.toml"
+    # only what is made for a tenant has its domain's name
+    install = 'install = ["sh", "-c", "hostname | grep -qv golden"]\n'
+    manifest.write_text(install + manifest.read_text())
+    state = tmp_path / "state"
+    async with hosting(incus_settings, state, golden=True, warm_pool=1, templates_dir=templates) as host:
+        for domain in ("odd.test", "even.test"):
+            record = await host.deploy(domain, "odd")
+            assert (record["state"], record["source"]) == ("succeeded", "image"), record["error"]
+            await until(lambda: "could not be made ready" in host.gateway.log.read_text())
+        await until(lambda: not having("golden"))
+        assert not having("pool")
