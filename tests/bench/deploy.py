@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -29,7 +29,7 @@ from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
-WAYS: Final = {
+WAYS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
     "warm": ("pool", {"golden": True, "warm_pool": 1}),
     "golden": ("golden", {"golden": True, "warm_pool": 0}),
     "cold": ("image", {"golden": False, "warm_pool": 0}),
