@@ -461,7 +461,7 @@ def cases(shop: Tenant, bare: Bare) -> Iterator[Case]:
         await cli_edit()
         await cli_read_index()
 
-    yield Case("eight calls", {GATEWAY: gateway_eight, CLI: cli_eight}, series=2)
+    yield Case("eight calls", {GATEWAY: gateway_eight, CLI: cli_eight}, series=5)
 
 
 class Hash:
