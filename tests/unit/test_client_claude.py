@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway_client import Client, claude
+from gateway_client import Client, ToolResult, claude
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,14 @@ def test_a_text_is_cut_to_its_limit_in_utf_16_and_never_in_a_pair(
     else:
         assert "characters truncated] ..." in cut and cut.startswith(letter) and "�" not in cut
         assert cut.endswith(letter) is middle
+
+
+def test_a_whole_pdf_is_not_put_on_the_agents_host_and_the_model_is_told() -> None:
+    """The CLI would write an embedded file to a folder of its host and show the model that path alone."""
+    resource = {"uri": "file:///srv/site/a.pdf", "mimeType": "application/pdf", "blob": "JVBERi0="}
+    said = {"type": "text", "text": "PDF file read: /srv/site/a.pdf (5 bytes)"}
+    answer = claude._answer(ToolResult([said, {"type": "resource", "resource": resource}]))
+    shown = [part.get("text") for part in answer.model_dump()["content"]]
+    assert shown[0] == said["text"] and len(shown) == 2
+    assert "cannot be shown" in shown[1] and "`pdf`" in shown[1]
+    assert "JVBERi0=" not in answer.model_dump_json()

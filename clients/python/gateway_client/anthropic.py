@@ -85,11 +85,16 @@ def _blocks(result: ToolResult) -> list[Any]:
     """Return a result's content as the API has it."""
     found: list[Any] = []
     for part in result.content:
-        if part["type"] == "image":
-            source = {"type": "base64", "media_type": part["mimeType"], "data": part["data"]}
-            found.append({"type": "image", "source": source})
-        else:
-            found.append({"type": "text", "text": part["text"]})
+        match part["type"]:
+            case "image":
+                source = {"type": "base64", "media_type": part["mimeType"], "data": part["data"]}
+                found.append({"type": "image", "source": source})
+            case "resource":  # a whole PDF of a gateway that cannot draw its pages
+                file = part["resource"]
+                source = {"type": "base64", "media_type": file["mimeType"], "data": file["blob"]}
+                found.append({"type": "document", "source": source})
+            case _:
+                found.append({"type": "text", "text": part["text"]})
     return found
 
 

@@ -73,6 +73,11 @@ _PROMPT: Final = (
     "working directory. Read, Write, Edit, Glob and Grep reach the files below it; Bash runs there as the "
     "user that owns them."
 )
+# of an embedded file: the CLI would keep it on this host and show the model a path that no tool of it reaches
+_UNSHOWN: Final = (
+    "The file itself cannot be shown here: its pages come as images once whoever runs the gateway has "
+    "installed its extra `pdf`. Until then a program in the container may read it, if there is one."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +217,9 @@ def _answer(result: ToolResult) -> types.CallToolResult:
             text = _cut(part["text"], room, middle=result.is_error)
             room = max(0, room - _units(text))
             content.append(types.TextContent(text=text))
+        elif part["type"] == "resource":
+            # a whole PDF of a gateway that cannot draw its pages
+            content.append(types.TextContent(text=_UNSHOWN))
     return types.CallToolResult(content=content, is_error=result.is_error)
 
 
