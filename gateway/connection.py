@@ -446,7 +446,7 @@ class Connection:
             linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
             by=token.subject,
         )
-        channel, attachment = self._attach(exec_, {}, acks=params.acks)
+        channel, attachment = self._attach(exec_, {}, acks=params.acks, encoding=params.encoding)
         answer = {
             "exec": exec_.id,
             "channel": channel,
@@ -460,7 +460,9 @@ class Connection:
     async def _exec_attach(self, params: protocol.ExecAttach) -> _Answer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
-        channel, attachment = self._attach(exec_, offsets, resume=params.resume, acks=params.acks)
+        channel, attachment = self._attach(
+            exec_, offsets, resume=params.resume, acks=params.acks, encoding=params.encoding
+        )
         if attachment.lost["stdout"]:
             exec_.redraw()
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
@@ -529,12 +531,18 @@ class Connection:
         return self._hub.execs.get(self._tenant, exec_id)
 
     def _attach(
-        self, exec_: Exec, offsets: Mapping[str, int], *, resume: str | None = None, acks: bool
+        self,
+        exec_: Exec,
+        offsets: Mapping[str, int],
+        *,
+        resume: str | None = None,
+        acks: bool,
+        encoding: protocol.Encoding,
     ) -> tuple[int, Attachment]:
         """Attach anew; the connection's earlier attachment of the same command ends."""
         unacked = self._hub.settings.exec_unacked if acks else 0
         # before the old one ends, so that nothing falls between
-        attachment = exec_.attach(offsets, resume=resume, unacked=unacked)
+        attachment = exec_.attach(offsets, resume=resume, unacked=unacked, text=encoding == "utf-8")
         old = self._channels.get(exec_.id)
         if old is not None:
             self._detach(old)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Annotated, Any, Final, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -135,6 +135,9 @@ class PtySize(Params):
 _ExecId = Annotated[str, Field(min_length=1, max_length=MAX_EXEC_ID, pattern=r"^[A-Za-z0-9._:-]+$")]
 
 
+Encoding = Literal["binary", "utf-8"]
+
+
 class ExecStart(Params):
     """`argv` runs a program, `command` a line by the user's shell: one of the two."""
 
@@ -149,6 +152,7 @@ class ExecStart(Params):
     linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
     exec_id: _ExecId | None = None
     acks: bool = False
+    encoding: Encoding = "binary"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
@@ -167,6 +171,7 @@ class ExecAttach(Params):
     from_: Offsets = Field(default_factory=Offsets, alias="from")
     resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     acks: bool = False
+    encoding: Encoding = "binary"
 
 
 class ExecAck(Offsets):

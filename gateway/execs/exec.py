@@ -9,6 +9,7 @@ and the next attachment is told how many.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import logging
 import secrets
@@ -31,6 +32,7 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 _CTRL_C: Final = b"\x03"
 _TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
 _SEES: Final = 0.15  # seconds within which a program sees that its terminal has another size
+_SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
 _READERS: Final = 64  # of one command, whose place is kept for their return
 
 
@@ -67,7 +69,7 @@ class Stream:
         self.name: StreamName = name
         self.tail = Tail(tail)
         self.ended = False
-        self._window = window
+        self._window = max(window, _SEQUENCE)
         self._cursors: set[Cursor] = set()
         self._room = asyncio.Event()
 
@@ -87,13 +89,14 @@ class Stream:
             for cursor in self._cursors:
                 cursor.wake()
 
-    def attach(self, offset: int, unacked: int) -> tuple[Cursor, int]:
+    def attach(self, offset: int, unacked: int, text: bool = False) -> tuple[Cursor, int]:
         """Return a cursor from `offset` on, and how many bytes from there are no longer kept.
 
         `unacked` bytes behind it are kept until they are acknowledged; 0 for a reader that does not do that.
+        A reader of `text` is given no part of a UTF-8 sequence whose rest may come.
         """
         start = min(max(offset, self.tail.start), self.tail.end)
-        cursor = Cursor(self, start, unacked)
+        cursor = Cursor(self, start, unacked, text)
         self._cursors.add(cursor)
         return cursor, max(0, start - offset)
 
@@ -116,11 +119,12 @@ class Cursor:
     `floor` is what it may come back to: of what was sent, the part that is not known to have arrived.
     """
 
-    def __init__(self, stream: Stream, offset: int, unacked: int) -> None:
+    def __init__(self, stream: Stream, offset: int, unacked: int, text: bool) -> None:
         self.stream = stream
         self.offset = offset
         self._acked = offset
         self._unacked = unacked
+        self._text = text
         self._wake = asyncio.Event()
         self._detached = False
 
@@ -136,13 +140,21 @@ class Cursor:
     async def next(self) -> list[bytes]:
         """Return the next bytes in parts, none after the stream's last. Call `taken` once delivered."""
         while not self._detached:
-            if parts := self.stream.tail.read(self.offset):
+            if parts := self._read():
                 return parts
             if self.stream.ended:
                 break
             self._wake.clear()
             await self._wake.wait()
         return []
+
+    def _read(self) -> list[bytes]:
+        tail, ended = self.stream.tail, self.stream.ended
+        parts = tail.read(self.offset)
+        end = self.offset + sum(map(len, parts))
+        if not self._text or (ended and end == tail.end):
+            return parts
+        return whole(parts) or whole(parts + tail.read(end))
 
     @property
     def floor(self) -> int:
@@ -157,6 +169,19 @@ class Cursor:
         self.stream.progress()
 
 
+def whole(parts: list[bytes]) -> list[bytes]:
+    """Return `parts` without the UTF-8 sequence that they end in the middle of; what is not UTF-8 stays."""
+    last = b"".join(parts[-_SEQUENCE:])[-_SEQUENCE:]
+    held = len(last) - codecs.utf_8_decode(last, "replace", False)[1]
+    parts = list(parts)
+    while held:
+        part = parts.pop()
+        if len(part) > held:
+            parts.append(part[:-held])
+        held = max(0, held - len(part))
+    return parts
+
+
 class Attachment:
     """One reader of a command's output: a cursor per stream. Close it; the command outlives it.
 
@@ -165,7 +190,7 @@ class Attachment:
     """
 
     def __init__(
-        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, unacked: int
+        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, unacked: int, text: bool
     ) -> None:
         self.exec = owner
         self.id = f"a-{secrets.token_hex(8)}"
@@ -182,7 +207,7 @@ class Attachment:
         self.cursors: dict[StreamName, Cursor] = {}
         self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
         for name, stream in owner.streams.items():
-            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), unacked)
+            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), unacked, text)
 
     async def write(self, data: bytes) -> None:
         """Give input; see `Input.put`. Dropped where the input or we have ended."""
@@ -367,11 +392,17 @@ class Exec:
         self.ended.set_result(self.over)
 
     def attach(
-        self, offsets: Mapping[str, int] | None = None, *, resume: str | None = None, unacked: int = 0
+        self,
+        offsets: Mapping[str, int] | None = None,
+        *,
+        resume: str | None = None,
+        unacked: int = 0,
+        text: bool = False,
     ) -> Attachment:
         """Start to read from the given offsets (default: the beginning).
 
         `unacked` bytes that were read stay until they are acknowledged, to be read again after a break.
+        A reader of `text` is given no part of a UTF-8 sequence whose rest may come.
         `resume` is an attachment whose reader has lost it: it ends, whatever became of its connection, and
         its input goes on here. Raises `NotFound` for one that there never was, or that is forgotten.
         """
@@ -379,7 +410,7 @@ class Exec:
         if resume is not None and before is None:
             raise NotFound(f"exec {self.id} has no attachment {resume}; attach anew", exec=self.id)
         attachment = Attachment(
-            self, offsets or {}, before, unacked
+            self, offsets or {}, before, unacked, text
         )  # before the old one ends: nothing falls between
         self._attachments.add(attachment)
         if before is not None:

@@ -531,6 +531,37 @@ class ExecContract:
             assert late["state"] == "ended"
             await other.until(lambda: other.output[late["channel"], 1] == b"end\n")
 
+    @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+    async def test_characters_are_never_split_for_who_asks_for_text(
+        self, gateway: LiveGateway, tenant: str, size: int
+    ) -> None:
+        """However the command cuts them; bytes and offsets stay, and what is not UTF-8 too."""
+        text, rest = "aé€😀𝄞\N{CHECK MARK}z😀".encode() * 2, b"\xff\xe2\x82"
+        async with gateway.wire(tenant) as wire, gateway.wire(tenant) as raw:
+            started = await wire.call("exec/start", argv=["cat"], stdin=True, encoding="utf-8")
+            attached = await raw.call("exec/attach", exec=started["exec"])
+            shown, bare = (started["channel"], 1), (attached["channel"], 1)
+            for end in range(size, len(text) + size, size):
+                await wire.stdin(started["channel"], text[end - size : end])
+                sent = text[:end]
+                await raw.until(lambda sent=sent: raw.output[bare] == sent)
+                characters = sent.decode(errors="ignore")
+
+                def complete(characters: str = characters) -> bool:
+                    return wire.output[shown].decode() == characters  # raises for a split one
+
+                await wire.until(complete)
+            await wire.stdin(started["channel"], rest)
+            await raw.until(lambda: raw.output[bare] == text + rest)
+            await wire.until(lambda: wire.output[shown] == text + rest[:1])
+            late = await raw.call("exec/attach", exec=started["exec"], encoding="utf-8")
+            await raw.until(lambda: raw.output[late["channel"], 1] == text + rest[:1])
+            await wire.call("exec/closeStdin", exec=started["exec"])
+            exit_ = await wire.exited(started["exec"])
+            await raw.exited(started["exec"])
+            assert wire.output[shown] == raw.output[late["channel"], 1] == text + rest
+            assert exit_["offsets"] == {"stdout": len(text + rest), "stderr": 0}
+
     async def test_what_fell_out_of_the_tail_is_counted(self, quick: LiveGateway, tenant: str) -> None:
         async with quick.wire(tenant) as wire:
             total = 4 << 20

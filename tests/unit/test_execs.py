@@ -12,6 +12,7 @@ import pytest
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
+from gateway.execs.exec import Stream
 from gateway.receipts import Receipts
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime
@@ -156,3 +157,19 @@ async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
     told = [(event.type, event.data["exec"] == exec_.id) async for event in following]
     assert sorted(told[:3]) == [("exec.cancelled", True), ("exec.exited", True), ("exec.started", True)]
     assert told[3:] == [("exec.started", False), ("exec.exited", False)]
+
+
+async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() -> None:
+    """Also where a piece is as large as one read, behind the first byte of a character."""
+    stream, text = Stream("stdout", 4 << 20, 1 << 20), "€" * 200_000
+    data = text.encode()
+    for piece in (data[:1], data[1 : 256 << 10], data[256 << 10 :]):
+        stream.tail.append(piece)
+    cursor, _ = stream.attach(0, 0, text=True)
+    read = ""
+    while len(read) < len(text):
+        async with asyncio.timeout(5):
+            parts = await cursor.next()
+        read += b"".join(parts).decode()
+        cursor.taken(parts)
+    assert read == text
