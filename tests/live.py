@@ -193,6 +193,16 @@ class LiveGateway:
             self.process.send_signal(number)
         return await asyncio.wait_for(self.process.wait(), deadline)
 
+    def memory(self, key: str) -> int:
+        """Return bytes of the gateway's own process: `VmRSS` now, or `VmHWM` since `reset_peak`."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition(f"{key}:")[2].split()[0]) << 10
+
+    def reset_peak(self) -> None:
+        assert self.process is not None
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
     def token(self, *tenants: str, scopes: tuple[str, ...] = EVERY_SCOPE, ttl: int = 600) -> str:
         return auth.issue(SECRET, "test", tenants, scopes, ttl)
 
