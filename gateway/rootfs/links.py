@@ -83,17 +83,11 @@ class Link:
             raise Unavailable("the file worker ended; try again")
         self.used = time.monotonic()
         request = orjson.dumps((operation, arguments))
-        async with self._sending:
-            reply = self._expect()
-            try:
-                await self._loop.sock_sendall(self._socket, LENGTH.pack(len(request)) + request)
-            except OSError:
-                self._end()
-            except asyncio.CancelledError:
-                self._end()  # half a request may have been sent
-                raise
         try:
             async with asyncio.timeout(timeout):
+                async with self._sending:
+                    reply = self._expect()
+                    await self._send(LENGTH.pack(len(request)) + request)
                 answer, descriptor = await reply
         except TimeoutError:
             self._end()
@@ -104,6 +98,20 @@ class Link:
             if descriptor is not None:
                 os.close(descriptor)
             raise
+
+    async def _send(self, frame: bytes) -> None:
+        if self.closed:
+            raise Unavailable("the file worker ended; try again")
+        try:
+            await self._loop.sock_sendall(self._socket, frame)
+        except OSError:
+            self._end()
+        except asyncio.CancelledError:
+            self._end()  # half a request may have been sent
+            raise
+        finally:
+            if self.closed:
+                self._socket.close()
 
     def _read(self) -> None:
         try:
@@ -147,7 +155,13 @@ class Link:
             return
         self.closed = True
         self._loop.remove_reader(self._socket)
-        self._socket.close()
+        if (
+            self._sending.locked()
+        ):  # who sends is woken by this, and closes: the loop still has the descriptor
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        else:
+            self._socket.close()
         while self._passed:
             os.close(self._passed.popleft())
         while self._waiting:

@@ -71,6 +71,7 @@ class BrokerClient:
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
+        self._readable: asyncio.Future[None] | None = None
 
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; return the answer and the descriptors that came with it.
@@ -107,7 +108,7 @@ class BrokerClient:
             async with asyncio.timeout(_BROKER_TIMEOUT):
                 connection = self._socket or await (self._connect() if self._at else self._start())
                 connection.send(orjson.dumps(message))
-                await _readable(connection)
+                await self._until_readable(connection)
                 data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
                 for descriptor in descriptors:  # recv_fds leaves them to children
                     os.set_inheritable(descriptor, False)
@@ -155,9 +156,25 @@ class BrokerClient:
         self._socket = ours
         return ours
 
+    async def _until_readable(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._readable = readable = loop.create_future()
+        loop.add_reader(connection, _resolve, readable)
+        try:
+            await readable
+        finally:
+            if self._readable is readable:
+                loop.remove_reader(connection)
+                self._readable = None
+
     async def aclose(self) -> None:
         """End the broker and with it all workers. Idempotent."""
         if self._socket is not None:
+            if self._readable is not None:
+                # before its number is another's: the loop would serve that one by what it knows of this
+                asyncio.get_running_loop().remove_reader(self._socket)
+                _resolve(self._readable)
+                self._readable = None
             self._socket.close()
             self._socket = None
         process, self._process = self._process, None
@@ -170,19 +187,9 @@ class BrokerClient:
                 await process.wait()
 
 
-async def _readable(connection: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(connection, wake)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(connection)
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Worker(asyncio.Protocol):

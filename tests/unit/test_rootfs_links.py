@@ -149,3 +149,37 @@ async def test_one_that_is_held_makes_no_room(links: Links, tmp_path: Path) -> N
     first.holds -= 1
     await links.get(roots[2])
     assert first.closed and links.current("t1") is not None
+
+
+async def test_an_end_wakes_who_is_still_sending(tmp_path: Path) -> None:
+    """A request that a worker does not take ends with it, and the loop forgets the socket's number."""
+    root = make_root(tmp_path)
+    async with (
+        Workers(Settings(), folders(tmp_path), PROBES) as workers,
+        Links(workers, "", maximum=2, idle=60) as links,
+    ):
+        link = await links.get(root)
+        hung = asyncio.ensure_future(link.call("hang", {}, 60))
+        sending = asyncio.ensure_future(link.call("echo", {"text": "x" * (16 << 20)}, 60))
+        done, _ = await asyncio.wait([hung, sending], timeout=0.3)
+        assert not done and link._sending.locked()
+        links.end("one")
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(hung, sending, return_exceptions=True)
+        assert all(isinstance(result, Unavailable) for result in results)
+        assert (await (await links.get(root)).call("echo", {"text": "hi"}, 5))[0] == b"hi"
+
+
+async def test_a_request_that_is_not_taken_in_time_is_a_timeout(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    async with (
+        Workers(Settings(), folders(tmp_path), PROBES) as workers,
+        Links(workers, "", maximum=2, idle=60) as links,
+    ):
+        link = await links.get(root)
+        hung = asyncio.ensure_future(link.call("hang", {}, 60))
+        sending = asyncio.ensure_future(link.call("echo", {"text": "x" * (16 << 20)}, 0.3))
+        with pytest.raises(Timeout):
+            await sending
+        with pytest.raises(Unavailable):
+            await hung
