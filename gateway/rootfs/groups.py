@@ -142,21 +142,25 @@ class Groups:
 
 def _clear(top: str) -> None:
     """Remove the groups of brokers that are gone; their workers died with them, or die here."""
-    try:
-        names = os.listdir(top)
-    except OSError:
-        return
-    for name in names:
+    for name in _names(top):
         pid, _, began = name.partition("-")
         folder = f"{top}/{name}"
         if not pid.isdigit() or not os.path.isdir(folder) or started(int(pid)) == began:
             continue
-        for worker in [f"{folder}/{child}" for child in os.listdir(folder) if child.isdigit()]:
+        for worker in [f"{folder}/{child}" for child in _names(folder) if child.isdigit()]:
             for left in _read(f"{worker}/cgroup.procs").split():
                 with contextlib.suppress(OSError):
                     os.kill(int(left), signal.SIGKILL)
             _remove(worker)
         _remove(folder)
+
+
+def _names(folder: str) -> list[str]:
+    """Return what lies in a folder; of one that another broker removes meanwhile, nothing."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _delegate(folder: str, controllers: tuple[str, ...]) -> None:
