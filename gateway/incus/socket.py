@@ -109,7 +109,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         if self._gone or self.unsent:
             self._transport.abort()
         else:
-            self._transport.writelines(_frame(_CLOSE, b""))
+            self._transport.write(b"".join(_frame(_CLOSE, b"")))
             self._transport.close()
         self._gone = True
         self._writable.set()
@@ -117,7 +117,9 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def _send(self, kind: int, data: bytes) -> None:
         await self._writable.wait()
-        if not self._gone:
+        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
+        # whosever it is next.
+        if not self._gone and not self._transport.is_closing():
             self._transport.writelines(_frame(kind, data))
             await self._writable.wait()
 

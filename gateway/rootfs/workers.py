@@ -231,7 +231,10 @@ class _Worker(asyncio.Protocol):
     def send(self, request: bytes) -> None:
         assert self._transport is not None
         self.reply = asyncio.get_running_loop().create_future()
-        self._transport.writelines((LENGTH.pack(len(request)), request))
+        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
+        # whosever it is next; `connection_lost` is about to end the reply.
+        if not self._transport.is_closing():
+            self._transport.writelines((LENGTH.pack(len(request)), request))
 
     def close(self) -> None:
         self.closed = True

@@ -153,3 +153,20 @@ async def test_frames_cut_anywhere_are_the_same_bytes(pieces: list[bytes], data:
         sent = sent[size:]
     assert stream._upgraded.done()
     assert await whole(stream) == b"".join(pieces)
+
+
+async def test_what_is_written_after_the_end_leaves_no_trace_in_the_loop(peer: Any) -> None:
+    """The number of a lost connection's descriptor serves the next one."""
+    path, came = peer
+    for _ in range(20):
+        stream = await StreamSocket.connect(path, "/")
+        server = await came.get()
+        server.transport.abort()
+        stream._transport.abort()  # lost, and the loop has not told it yet
+        await stream.write(b"late")
+        stream.close()
+        again = await StreamSocket.connect(path, "/")
+        await (await came.get()).send(b"hello")
+        async with asyncio.timeout(5):
+            assert await again.read() == b"hello"
+        again.close()
