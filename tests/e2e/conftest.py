@@ -65,7 +65,8 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 async def site(host: Hosting) -> str:
     """The tenant of a deployed React site with its dev server; its address is `http://shop.localhost`."""
-    record = await host.deploy("shop.localhost", "vite-react", tenant="shop")
+    # not the smallest: with its cache full a dev server waits for its own pages to be read back
+    record = await host.deploy("shop.localhost", "vite-react", tenant="shop", size="medium")
     assert record["state"] == "succeeded", record["error"]
     return str(record["tenant"])
 

@@ -114,6 +114,7 @@ class Editor:
     async def open_file(self, path: str) -> None:
         """Open a file by a part of its name, as by Ctrl-P."""
         await self.page.keyboard.press("Control+p")
+        await expect(self.page.locator("[aria-controls=choices]")).to_be_focused()
         await self.page.get_by_role("combobox").fill(path)
         await self.page.get_by_role("option").filter(has_text=path.rpartition("/")[2]).first.click()
         await expect(self.page.locator(f'.editor .cm-content[aria-label="{path}"]')).to_be_visible()
@@ -140,8 +141,19 @@ class Editor:
         return self.page.frame_locator("iframe")
 
     async def site_shows(self, heading: str) -> None:
-        """Wait until the preview has a heading; the first time Vite bundles the dependencies before."""
-        await expect(self.site.get_by_role("heading", name=heading)).to_be_visible(timeout=4 * DEADLINE)
+        """Wait until the preview has a heading, reloading it as one does.
+
+        While Vite bundles the dependencies anew it answers a page that is just loading by 504, which stays
+        blank.
+        """
+        shown = self.site.get_by_role("heading", name=heading)
+        for _ in range(4):
+            try:
+                await expect(shown).to_be_visible(timeout=DEADLINE)
+                return
+            except AssertionError:
+                await self.page.get_by_role("button", name="Reload the site").click()
+        await expect(shown).to_be_visible(timeout=DEADLINE)
 
     @property
     def screen(self) -> Locator:
