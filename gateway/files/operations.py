@@ -334,6 +334,11 @@ def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         os.close(directory)
 
 
+def _moved_away() -> Conflict:
+    # not a 404: what is missing is the upload itself, its folder or the workspace was replaced
+    return Conflict("the upload's folder was replaced meanwhile; send it again", reason="changed")
+
+
 def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     """Put an upload in its place: the last step of what `opening` began.
 
@@ -342,9 +347,15 @@ def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     """
     tree = workspace.tree
     path = locate(workspace, given["path"])
-    source = tree.open(given["folder"], kernel.O_PATH | os.O_DIRECTORY)
     try:
-        new = os.stat(given["temporary"], dir_fd=source, follow_symlinks=False)
+        source = tree.open(given["folder"], kernel.O_PATH | os.O_DIRECTORY)
+    except NotFound:
+        raise _moved_away() from None
+    try:
+        try:
+            new = os.stat(given["temporary"], dir_fd=source, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _moved_away() from None
         if not stat.S_ISREG(new.st_mode) or new.st_ino != given["inode"]:
             raise Conflict("the upload was replaced meanwhile", reason="changed")
         directory, name = parent(tree, path, given)

@@ -86,7 +86,8 @@ def owner(pid: int) -> str | None:
 
 def instances() -> list[dict[str, Any]]:
     listed: list[dict[str, Any]] = json.loads(incus("list", "--format=json").stdout)
-    return listed
+    # Incus shows one without anything that is just being made or removed
+    return [entry for entry in listed if entry["config"] is not None]
 
 
 def up(report: Report) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.errors import NotFound
+from gateway.errors import Conflict, NotFound
 from gateway.files import opening, operations, sweeping
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Limits, Passing, Workspace
@@ -69,6 +69,21 @@ def test_upload(
     assert site.names() == ["a.txt"]
     assert (site.folder / "a.txt").read_bytes() == b"new"
     assert (site.folder / "a.txt").stat().st_mode & 0o777 == (0o644 if old is None else 0o640)
+
+
+@pytest.mark.parametrize("folder", ["", "deep/"])
+def test_folder_replaced(site: Site, folder: str) -> None:
+    """An upload whose folder is another by its end is a conflict, not a file that nobody asked for."""
+    (site.folder / "deep").mkdir()
+    told, descriptor = site.create(f"{folder}a.txt")
+    os.close(descriptor)
+    site.call("files/finish", token=told["token"])
+    place = {key: told[key] for key in ("folder", "temporary", "inode")}
+    (site.folder / folder / told["temporary"]).rename(site.folder / "elsewhere")
+    if folder:
+        (site.folder / "deep").rename(site.folder / "old")
+    with pytest.raises(Conflict, match="send it again"):
+        site.call("files/commit", path=f"{folder}a.txt", **place)
 
 
 @pytest.mark.parametrize("nameless", [None, False])

@@ -289,8 +289,9 @@ class _Live:
         exec_id = result.structured.get("exec")
         if exec_id is None:
             return
-        # a short command may be over before its start is told
+        # a short command may be over before its start is told; told then, it is not followed once more
         following = self._follow(call, str(exec_id))
+        self._starting.pop(str(exec_id), None)
         if result.structured.get("status") != "running":
             await asyncio.wait([following], timeout=DRAIN)
         following.add_done_callback(lambda _: self._followed.pop(exec_id, None))

@@ -276,8 +276,8 @@ class IncusSites:
     async def _free_address(self) -> IPv4Interface:
         settings = self._settings
         bridge = IPv4Interface(settings.network_ipv4)
+        instances = await self._instances()
         with translated(""):
-            instances = await self._incus.get("/1.0/instances", recursion="1")
             leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
         taken = {str(bridge.ip)} | {str(lease["address"]) for lease in leases}
         for instance in instances:
@@ -686,7 +686,7 @@ class IncusSites:
     async def _instances(self) -> list[dict[str, Any]]:
         with translated(""):
             found: list[dict[str, Any]] = await self._incus.get("/1.0/instances", recursion="1")
-        # one that is just being made may be shown without anything
+        # one that is just being made or removed may be shown without anything
         return [entry for entry in found if entry.get("config") is not None]
 
     async def _instance(self, name: str) -> dict[str, Any]:
