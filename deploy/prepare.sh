@@ -111,7 +111,7 @@ digest() { # reads stdin, prints one word
 }
 
 checkout_digest() { # CHECKOUT: changes whenever what pip would install does
-  (cd "$1" && find pyproject.toml README.md LICENSE gateway clients/python -type f \
+  (cd "$1" && find pyproject.toml README.md LICENSE gateway clients/python caddy deploy/templates -type f \
     ! -path '*/__pycache__/*' ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum | digest)
 }
 

@@ -166,12 +166,13 @@ class LiveGateway:
             **environment,
         }
         self.log = log
+        self.program: tuple[str, ...] = (sys.executable, "-m", "gateway")
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *before: str) -> None:
         """Start it, by the command `before` if there is one, and return once it is ready."""
         with self.log.open("ab") as log:
-            command = (*before, sys.executable, "-m", "gateway", "serve")
+            command = (*before, *self.program, "serve")
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=self.environment, stdout=log, stderr=log
             )
