@@ -14,7 +14,7 @@ import stat
 import tarfile
 import tomllib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -22,7 +22,8 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from gateway.caddy import shipped
-from gateway.errors import InvalidParams, NotFound, TooLarge
+from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
+from gateway.rootfs.tree import show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 
@@ -31,6 +32,8 @@ NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 LEFT_OUT: Final = frozenset({"node_modules", ".git", ".DS_Store"})  # made anew, or nobody else's business
 _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
+_MANIFEST_MAX: Final = 64 << 10  # bytes
+_SHOWN: Final = 200  # characters of what a template says that an error repeats
 
 Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
 UrlPath = Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)]
@@ -111,7 +114,14 @@ def named(name: str, settings: Settings) -> Template:
         raise NotFound(
             f"no template {name[:63]}; there are: {', '.join(known) or 'none'}", reason="template_missing"
         )
-    return checked(name, read_folder(known[name], settings), settings, shared=True)
+    try:
+        entries = read_folder(known[name], settings)
+    except OSError as error:
+        raise Unavailable(
+            f"template {name} cannot be read: {error.strerror}; mend its folder, or its owner and modes",
+            reason="template_invalid",
+        ) from error
+    return checked(name, entries, settings, shared=True)
 
 
 def uploaded(archive: bytes, settings: Settings) -> Template:
@@ -122,40 +132,68 @@ def uploaded(archive: bytes, settings: Settings) -> Template:
 def checked(name: str, entries: Mapping[str, Entry], settings: Settings, *, shared: bool) -> Template:
     """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong."""
     if len(entries) > settings.template_files:
-        raise TooLarge(
-            f"a template has at most {settings.template_files} files", limit=settings.template_files
-        )
+        raise _too_many(settings)
     if sum(len(entry.content or b"") for entry in entries.values()) > settings.template_bytes:
-        raise TooLarge(
-            f"a template has at most {settings.template_bytes} bytes", limit=settings.template_bytes
-        )
+        raise _too_large(settings)
     for path, entry in entries.items():
         _check(path, entry, entries)
-    said = entries.get(MANIFEST)
+    # folders that only names tell of are made, too
+    if len(entries.keys() | _above(entries)) > settings.template_files:
+        raise _too_many(settings)
+    return Template(name, _manifest(entries.get(MANIFEST)), entries, shared)
+
+
+def _manifest(said: Entry | None) -> Manifest:
     if said is None or said.content is None:
         raise InvalidParams(f"a template needs a {MANIFEST} with at least `start`", reason="template_invalid")
+    if len(said.content) > _MANIFEST_MAX:
+        raise _refused(f"{MANIFEST} has over {_MANIFEST_MAX >> 10} KiB")
     try:
-        manifest = Manifest.model_validate(tomllib.loads(said.content.decode()))
+        return Manifest.model_validate(tomllib.loads(said.content.decode()))
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
-        raise _refused(f"{MANIFEST}: {field}: {problem['msg']}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _refused(f"{MANIFEST} is not TOML: {error}") from None
-    return Template(name, manifest, entries, shared)
+        raise _refused(f"{MANIFEST}: {show(field[:_SHOWN])}: {problem['msg']}") from None
+    except (ValueError, RecursionError) as error:  # TOML's own, text's, a number of 5000 digits, nesting
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _refused(f"{MANIFEST} is not TOML: {show(why[:_SHOWN])}") from None
 
 
 def _refused(why: str) -> InvalidParams:
     return InvalidParams(f"this template is refused: {why}", reason="template_invalid")
 
 
+def _too_many(settings: Settings) -> TooLarge:
+    limit = settings.template_files
+    return TooLarge(
+        f"a template has at most {limit} files and folders; leave some out, or raise GATEWAY_TEMPLATE_FILES",
+        reason="template_invalid",
+        limit=limit,
+    )
+
+
+def _too_large(settings: Settings) -> TooLarge:
+    limit = settings.template_bytes
+    return TooLarge(
+        f"a template's files have at most {limit} bytes; leave some out, or raise GATEWAY_TEMPLATE_BYTES",
+        reason="template_invalid",
+        limit=limit,
+    )
+
+
+def _above(paths: Iterable[str]) -> set[str]:
+    """Return every folder that one of the paths lies in."""
+    return {path[:at] for path in paths for at, character in enumerate(path) if character == "/"}
+
+
 def _check(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
     parts = path.split("/")
-    shown = path[:100].encode("unicode_escape").decode()
+    shown = show(path[:_SHOWN])
+    # what is not printable may not be encodable either
+    if any(part in ("", ".", "..") for part in parts) or not path.isprintable():
+        raise _refused(f"the path {shown} is not plain")
     if len(path.encode()) > _PATH_MAX or len(parts) > _DEPTH or any(len(p.encode()) > 255 for p in parts):
         raise _refused(f"the path {shown} is too long")
-    if any(part in ("", ".", "..") for part in parts) or not path.isprintable():
-        raise _refused(f"the path {shown!r} is not plain")
     for depth in range(1, len(parts)):
         above = entries.get("/".join(parts[:depth]))
         if above is not None and (above.content is not None or above.link is not None):
@@ -164,15 +202,18 @@ def _check(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
         target = entry.link
         if not target or not target.isprintable() or len(target) > _PATH_MAX or target.startswith("/"):
             raise _refused(f"the link {shown} leads out of the template")
-        depth = len(parts) - 1
-        for step in target.split("/"):
-            depth += {"..": -1, ".": 0, "": 0}.get(step, 1)
-            if depth < 0:
-                raise _refused(f"the link {shown} leads out of the template")
+        steps = target.split("/")
+        up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
+        # `..` behind a name is above wherever that may lead, if it is a link itself
+        if up >= len(parts) or ".." in steps[up:]:
+            raise _refused(f"the link {shown} leads out of the template")
 
 
 def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
-    """Read a folder, following nothing. Raises `InvalidParams` for what is neither file, folder nor link."""
+    """Read a folder, following nothing.
+
+    Raises `InvalidParams` for what is neither file, folder nor link, `TooLarge`, and `OSError`.
+    """
     entries: dict[str, Entry] = {}
     room = settings.template_bytes
     pending = [""]
@@ -184,21 +225,26 @@ def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
                     continue
                 path = f"{at}/{found.name}" if at else found.name
                 if len(entries) >= settings.template_files:
-                    raise TooLarge(f"a template has at most {settings.template_files} files")
+                    raise _too_many(settings)
                 if found.is_symlink():
                     entries[path] = Entry(link=str(Path(found.path).readlink()))
                 elif found.is_dir(follow_symlinks=False):
+                    if path.count("/") >= _DEPTH:
+                        raise _refused(f"the path {show(path[:_SHOWN])} is too long")
                     entries[path] = Entry()
                     pending.append(path)
                 elif found.is_file(follow_symlinks=False):
-                    entries[path] = _read_file(Path(found.path), room)
-                    room -= len(entries[path].content or b"")
+                    entries[path] = entry = _read_file(Path(found.path), room)
+                    room -= len(entry.content or b"")
+                    if room < 0:
+                        raise _too_large(settings)
                 else:
-                    raise _refused(f"{path} is a device, a pipe or a socket")
+                    raise _refused(f"{show(path[:_SHOWN])} is a device, a pipe or a socket")
     return entries
 
 
 def _read_file(path: Path, room: int) -> Entry:
+    """Read a file, or just over `room` bytes of it."""
     # not by its name again: what it is may have changed, and a pipe would hold us for ever
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
@@ -206,19 +252,19 @@ def _read_file(path: Path, room: int) -> Entry:
         if not stat.S_ISREG(mode):
             raise _refused("a file changed into something else while it was read")
         content = file.read(room + 1)
-    if len(content) > room:
-        raise TooLarge("the template's files have more bytes than GATEWAY_TEMPLATE_BYTES allows", limit=room)
     return Entry(content, executable=bool(mode & 0o100))
 
 
 class _Bounded(io.RawIOBase):
     """Unpacks gzip, and reads at most so many bytes: a bomb ends at the limit, not at the machine's."""
 
-    def __init__(self, data: bytes, limit: int) -> None:
+    def __init__(self, data: bytes, settings: Settings) -> None:
+        self._settings = settings
         self._data = memoryview(data)
         self._gzip = zlib.decompressobj(31) if data[:2] == b"\x1f\x8b" else None
         self._at = 0
-        self._left = limit
+        # headers and padding take a block or two of each entry beside its content
+        self._left = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
 
     def readable(self) -> bool:
         return True
@@ -239,26 +285,29 @@ class _Bounded(io.RawIOBase):
                 piece += more
         self._left -= len(piece)
         if self._left < 0:
-            raise TooLarge("the archive unpacks to more bytes than GATEWAY_TEMPLATE_BYTES allows")
+            raise _too_large(self._settings)
         return piece
 
 
 def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
     """Read a tar, gzipped or not. Raises `InvalidParams` for what is neither file, folder nor link."""
-    # headers and padding take a block or two of each entry beside its content
-    limit = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
     entries: dict[str, Entry] = {}
+    room = settings.template_bytes
     try:
-        with tarfile.open(fileobj=_Bounded(archive, limit), mode="r|") as tar:
+        with tarfile.open(fileobj=_Bounded(archive, settings), mode="r|") as tar:
             for member in tar:
                 path = member.name.rstrip("/").removeprefix("./")
                 if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
                     continue
                 if len(entries) >= settings.template_files:
-                    raise TooLarge(f"a template has at most {settings.template_files} files")
+                    raise _too_many(settings)
                 if path in entries and entries[path] != Entry():
-                    raise _refused(f"{path[:100]!r} is there twice")
+                    raise _refused(f"{show(path[:_SHOWN])} is there twice")
                 if member.isreg():
+                    # what is said of it, before it is read: of a sparse file a few bytes make any number
+                    room -= max(member.size, 0)
+                    if room < 0:
+                        raise _too_large(settings)
                     file = tar.extractfile(member)
                     assert file is not None
                     entries[path] = Entry(file.read(), executable=bool(member.mode & 0o100))
@@ -267,8 +316,9 @@ def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
                 elif member.isdir():
                     entries[path] = Entry()
                 else:
-                    raise _refused(f"{path[:100]!r} is a device, a pipe or a hard link")
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError) as error:
+                    raise _refused(f"{show(path[:_SHOWN])} is a device, a pipe or a hard link")
+    # a chain of headers that each tell of the next one ends in the last of these
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise _refused(f"it is no tar archive ({type(error).__name__})") from None
     return entries
 
@@ -276,8 +326,7 @@ def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
 def packed(entries: Mapping[str, Entry]) -> bytes:
     """Return entries as a tar of nothing but plain files, folders and links, folders first."""
     buffer = io.BytesIO()
-    folders = {"/".join(path.split("/")[:n]) for path in entries for n in range(1, path.count("/") + 1)}
-    folders |= {path for path, entry in entries.items() if entry == Entry()}
+    folders = _above(entries) | {path for path, entry in entries.items() if entry == Entry()}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path in sorted(folders):
             member = tarfile.TarInfo(path)

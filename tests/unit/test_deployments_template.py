@@ -1,0 +1,283 @@
+"""Templates: what is one, and that nothing a hostile one holds is believed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import socket
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.deployments.template import named, packed, read_folder, uploaded
+from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
+from gateway.settings import Settings
+
+MANIFEST = b'start = ["bun", "serve.ts"]\n'
+SMALL = Settings(template_files=50, template_bytes=1 << 20)
+
+# a tar's member: a name with its content, or a header of its own
+Member = tuple[str, bytes] | tarfile.TarInfo
+
+
+def archive(*members: Member, manifest: bytes | None = MANIFEST, form: int = tarfile.GNU_FORMAT) -> bytes:
+    """Return a tar of these, with a manifest unless there is to be none."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form, errors="surrogateescape") as tar:
+        for member in (*members, *((("site.toml", manifest),) if manifest is not None else ())):
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                header = tarfile.TarInfo(member[0])
+                header.size = len(member[1])
+                tar.addfile(header, io.BytesIO(member[1]))
+    return buffer.getvalue()
+
+
+def header(name: str, kind: bytes, target: str = "", **pax: str) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname, made.pax_headers = kind, target, pax
+    return made
+
+
+def link(name: str, target: str) -> tarfile.TarInfo:
+    return header(name, tarfile.SYMTYPE, target)
+
+
+def sparse(size: int) -> bytes:
+    """Return a tar with a file of `size` bytes of which none is kept, as GNU tar writes it."""
+    made = header("big", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT)
+    block = bytearray(made)
+    block[483:495] = b"\x80" + size.to_bytes(11)  # the real size, in base 256
+    block[386:410] = b"%011o\0%011o\0" % (0, 0)  # one piece: at 0, of no bytes
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + archive()
+
+
+def long_names(count: int) -> bytes:
+    """Return headers that each say the name of the next one."""
+    one = header("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    one.size = 2
+    return (one.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * count + archive()
+
+
+def refused(data: bytes, kind: type[GatewayError] = InvalidParams, settings: Settings = SMALL) -> str:
+    """Return what whoever uploads this is told, once it was seen to be fit for JSON and a terminal."""
+    with pytest.raises(kind) as error:
+        uploaded(data, settings)
+    assert error.value.facts["reason"] == "template_invalid"
+    assert error.value.message.isprintable()
+    assert len(error.value.message) < 500
+    return error.value.message
+
+
+def test_a_folder_and_its_archive_are_the_same_template(tmp_path: Path) -> None:
+    """What a client packs is what the gateway reads; what is made anew is left out."""
+    (tmp_path / "site.toml").write_bytes(MANIFEST)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tool").write_bytes(b"#!/bin/sh\n")
+    (tmp_path / "bin" / "tool").chmod(0o755)
+    (tmp_path / "bin" / "up").symlink_to("../site.toml")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules" / "left").write_bytes(b"out")
+    entries = read_folder(tmp_path, SMALL)
+    assert set(entries) == {"site.toml", "bin", "bin/tool", "bin/up", "empty"}
+    read = uploaded(gzip.compress(packed(entries)), SMALL)
+    assert read.entries == entries
+    assert read.entries["bin/tool"].executable
+    assert read.manifest.start == ("bun", "serve.ts")
+    assert not read.recipe().key, "what was uploaded is shared with nobody"
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("out", "/etc/passwd"),
+        ("out", "../outside"),
+        ("a/b/out", "../../../outside"),
+        ("out", "a/../../outside"),
+        ("out", ".."),
+        ("out", "a/.."),  # `a` may be a link that leads elsewhere
+        ("out", "x\x1b[31m"),
+        ("out", "x" * 2000),
+    ],
+)
+def test_a_link_out_of_the_folder_is_refused(name: str, target: str) -> None:
+    assert "leads out" in refused(archive(("a/b/c", b""), link(name, target)))
+
+
+def test_a_link_within_the_folder_stays() -> None:
+    links = {"a/b/up": "../../site.toml", "here": ".", "there": "a/b", "a/nothing": "no/such"}
+    template = uploaded(archive(*(link(name, target) for name, target in links.items())), SMALL)
+    assert {path: entry.link for path, entry in template.entries.items() if entry.link} == links
+
+
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.LNKTYPE])
+def test_a_device_a_pipe_and_a_hard_link_in_an_archive_are_refused(kind: bytes) -> None:
+    assert "is a device" in refused(archive(header("odd", kind, "site.toml")))
+
+
+def test_a_pipe_and_a_socket_in_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_bytes(MANIFEST)
+    os.mkfifo(tmp_path / "pi\npe")
+    with pytest.raises(InvalidParams, match=r"pi\\npe is a device, a pipe or a socket"):
+        read_folder(tmp_path, SMALL)
+    (tmp_path / "pi\npe").unlink()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+        with pytest.raises(InvalidParams, match="socket is a device, a pipe or a socket"):
+            read_folder(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "new\nline",
+        "esc\x1b[2J",
+        "not-\udcff-text",  # bytes that are not UTF-8
+        "right\u202eleft",
+        "/etc/passwd",
+        "../outside",
+        "a/../../outside",
+        "a//b",
+        "a/./b",
+        "n" * 256,
+        "p/" * 40 + "deep",
+        "/".join(["long" * 50] * 8),
+    ],
+)
+def test_an_odd_name_is_refused(name: str) -> None:
+    said = refused(archive((name, b"x")))
+    assert "is not plain" in said or "is too long" in said
+
+
+def test_two_of_one_name_and_what_lies_below_a_file_or_a_link_are_refused() -> None:
+    assert "is there twice" in refused(archive(("a", b"1"), link("a", "/etc")))
+    assert "lies below" in refused(archive(("a", b"1"), ("a/b", b"2")))
+    assert "lies below" in refused(archive(link("a", "b"), ("a/b", b"2")))
+    assert "lies below" in refused(archive(header("a", tarfile.DIRTYPE), ("a/b", b"2"), link("a", "c")))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: sparse(10 << 30), id="10 GB of a sparse file"),
+        pytest.param(lambda: archive(("a", bytes(2 << 20))), id="2 MB"),
+        pytest.param(lambda: gzip.compress(archive(("node_modules/a", bytes(64 << 20)))), id="a gzip bomb"),
+        pytest.param(lambda: archive(*((f"{n}", bytes(40_000)) for n in range(40))), id="many bytes in all"),
+        pytest.param(lambda: archive(*((f"{n}", b"") for n in range(51))), id="too many files"),
+        pytest.param(
+            lambda: archive(*((f"{n}/a/b/c/d/e/f/g", b"") for n in range(10))), id="too many folders"
+        ),
+    ],
+)
+def test_what_is_too_large_is_refused_before_it_is_there(data: Callable[[], bytes]) -> None:
+    assert "at most" in refused(data(), TooLarge)
+
+
+def test_a_folder_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_bytes(MANIFEST)
+    with (tmp_path / "big").open("wb") as big:
+        big.truncate(10 << 30)
+    with pytest.raises(TooLarge, match="GATEWAY_TEMPLATE_BYTES"):
+        read_folder(tmp_path, SMALL)
+    (tmp_path / "big").unlink()
+    for number in range(60):
+        (tmp_path / f"{number}").touch()
+    with pytest.raises(TooLarge, match="GATEWAY_TEMPLATE_FILES"):
+        read_folder(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: b"no tar", id="no tar"),
+        pytest.param(lambda: b"", id="nothing"),
+        pytest.param(lambda: gzip.compress(archive())[:-30], id="half a gzip"),
+        pytest.param(lambda: archive(("a", b"x" * 10_000))[:3000], id="half a tar"),
+        pytest.param(lambda: long_names(3000), id="a chain of headers"),
+        pytest.param(lambda: archive(manifest=None), id="no manifest"),
+        pytest.param(lambda: archive(link("site.toml", "other"), manifest=None), id="a link for a manifest"),
+        pytest.param(
+            lambda: archive(header("a", tarfile.REGTYPE, size="-1"), form=tarfile.PAX_FORMAT, manifest=b""),
+            id="a size below nothing",
+        ),
+    ],
+)
+def test_what_is_no_template_is_refused(data: Callable[[], bytes]) -> None:
+    refused(data())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        (b"", "start"),
+        (b"start = []", "start"),
+        (b'start = "bun serve.ts"', "start"),
+        (b'start = [""]', "start"),
+        (b"start = [1]", "start"),
+        (b'start = ["new\\nline"]', "start"),
+        (b'start = ["esc\\u001b[2J"]', "start"),
+        (b'start = ["' + b"x" * 5000 + b'"]', "start"),
+        (b"start = [" + b'"x",' * 65 + b"]", "start"),
+        (MANIFEST + b"port = 80", "port"),
+        (MANIFEST + b"port = 65536", "port"),
+        (MANIFEST + b"port = 1e400", "port"),
+        (MANIFEST + b"port = true", "port"),
+        (MANIFEST + b'port = "x"', "port"),
+        (MANIFEST + b"port = " + b"9" * 5000, "TOML"),
+        (MANIFEST + b'health = "http://elsewhere/"', "health"),
+        (MANIFEST + b'health = "/a b"', "health"),
+        (MANIFEST + b'health = "/\\r\\nHost: x"', "health"),
+        (MANIFEST + b"install = {a = 1}", "install"),
+        (MANIFEST + b"warm = [" + b'"/",' * 17 + b"]", "warm"),
+        (MANIFEST + b'description = "' + b"x" * 501 + b'"', "description"),
+        (MANIFEST + b"unknown = 1", "unknown"),
+        (MANIFEST + b'"\\u001b[2J\\u202e' + b"x" * 5000 + b'" = 1', r"\\x1b\[2J\\u202e"),
+        (MANIFEST + b"port = 3000\nport = 3001", "TOML"),
+        (MANIFEST + b"\xff", "TOML"),
+        (b"start = " + b"[" * 20_000 + b"]" * 20_000, "nested"),
+        (MANIFEST + b"# " + b"x" * (64 << 10), "64 KiB"),
+    ],
+)
+def test_an_odd_manifest_is_refused_and_the_message_says_where(manifest: bytes, told: str) -> None:
+    with pytest.raises(InvalidParams, match=told):
+        uploaded(archive(manifest=manifest), SMALL)
+    refused(archive(manifest=manifest))
+
+
+def test_the_operators_templates_win_over_ours_and_a_broken_one_says_what_is_wrong(tmp_path: Path) -> None:
+    settings = Settings(templates_dir=tmp_path)
+    assert "port = 3000" in named("static", settings).entries["site.toml"].content.decode()  # type: ignore[union-attr]  # it is there
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "site.toml").write_bytes(MANIFEST)
+    assert named("static", settings).manifest.start == ("bun", "serve.ts")
+    with pytest.raises(NotFound, match="there are: static, vite-react") as missing:
+        named("nothing", settings)
+    assert missing.value.facts["reason"] == "template_missing"
+    # a folder that is taken away while it is read, or that its owner keeps to himself
+    (tmp_path / "static" / "site.toml").unlink()
+    (tmp_path / "static" / "site.toml").symlink_to("manifest")
+    (tmp_path / "static" / "manifest").write_bytes(MANIFEST)
+    with pytest.raises(InvalidParams, match=r"needs a site\.toml"):
+        named("static", settings)
+
+
+def test_a_folder_that_cannot_be_read_is_told_without_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "site.toml").write_bytes(MANIFEST)
+
+    def denied(path: Path, settings: Settings) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("gateway.deployments.template.read_folder", denied)
+    with pytest.raises(Unavailable, match="Permission denied") as error:
+        named("mine", Settings(templates_dir=tmp_path))
+    assert str(tmp_path) not in error.value.message
