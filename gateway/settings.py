@@ -176,6 +176,14 @@ class Settings(BaseSettings):
     exec_output: int = Field(
         8 * MiB, gt=0, description="bytes of each output stream that a waiting HTTP exec returns"
     )
+    standby_pipes: int = Field(
+        2, ge=0, description="shells kept waiting for commands without a terminal in a tenant with a client"
+    )
+    standby_terminals: int = Field(1, ge=0, description="shells kept waiting there for terminals")
+    standby_delay: float = Field(
+        0.1, ge=0, description="seconds after a command's start until the shell that it took is replaced"
+    )
+    standby_starts: int = Field(2, gt=0, description="such shells being started at a time, all tenants")
     standby_max: int = Field(
         64, ge=0, description="shells kept waiting for commands, all tenants; 0 for none"
     )

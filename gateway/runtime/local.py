@@ -47,11 +47,10 @@ from gateway.runtime import (
 from gateway.runtime.visits import Place, visited
 from gateway.runtime.wrapper import (
     KILL_SCRIPT,
-    START_SCRIPT,
-    START_SCRIPT_PTY,
     Preamble,
     check_size,
     command_line,
+    start_command,
 )
 from gateway.settings import Settings
 
@@ -234,15 +233,7 @@ class LocalRuntime:
             raise InvalidParams("the local runtime runs commands as its own user only", field="user")
         exec_id = secrets.token_hex(8)
         cwd = self._folder(name, spec.cwd)
-        line = command_line(
-            spec.argv,
-            exec_id=exec_id,
-            cwd=cwd,
-            env=spec.env,
-            account=None,
-            terminal=spec.pty is not None,
-            merged=spec.merged,
-        )
+        line = command_line(spec.argv, cwd=cwd, env=spec.env, merged=spec.merged and spec.pty is None)
         preamble = Preamble()
         preamble.asked(spec.argv[0][:200], (spec.cwd or "")[:200], "")
         process = LocalProcess(exec_id, preamble, settings.cancel_timeout)
@@ -346,8 +337,7 @@ class LocalProcess:
         """Start the shells, hand over the command, return once it runs. Raises `ExecFailed`."""
         # the gateway's own environment, which may hold its secret, stays with the gateway
         environment = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": home}
-        script = START_SCRIPT if spec.pty is None else START_SCRIPT_PTY
-        argv = ("/bin/sh", "-c", script, "sh", self._exec_id, "0")
+        argv = start_command(self._exec_id, None, looks=0, terminal=spec.pty is not None)
         preamble = self._preamble
         if spec.pty is None:
             self._process = await self._open_pipes(argv, environment)

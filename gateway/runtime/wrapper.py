@@ -1,10 +1,11 @@
 """Knows how a command is started inside a tenant so that its whole tree can be found and ended.
 
-A small POSIX `sh`, as root in the container, makes a cgroup for the exec, joins it, says that it is
-ready, and takes one line from its standard input: environment, user, folder and command. So neither
-command line nor secrets show in the host's process list or in Incus's operations and events before
-the command itself runs, and a shell can wait ready before its command is known. Then a second `sh`, as
-the command's user, enters the folder, looks whether the program exists and says so, and becomes it.
+A small POSIX `sh`, as root in the container, makes a cgroup for the exec, joins it and becomes a second
+one, of the command's user. That says that it is ready, and takes one line from its standard input: folder,
+environment and command. So neither command line nor secrets show in the host's process list or in Incus's
+operations and events before the command itself runs, and a shell can wait ready before its command is
+known. With the line it enters the folder, looks whether the program exists and says so, and becomes it:
+nothing else is started between the line and the command.
 
 What the shells say goes to standard error (with a terminal, to the terminal) before the command's first
 byte: lines that begin with SOH. `Preamble` takes them out of the stream.
@@ -23,45 +24,45 @@ from gateway.rootfs.trees import MARKER, PARENT
 # a hybrid host mounts the v2 tree at …/unified, a pure one at the top
 _FIND_CGROUP = f"g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; g=$g/{PARENT}/$1"
 
-# finds an account that the gateway does not know by itself; a number without a passwd entry is its own group
-_LOOK_UP = (
-    'w() { u=$1; if e=$(getent passwd "$u"); then IFS=:; set -f; set -- $e; unset IFS; set +f; '
-    "u=$1 i=$3 j=$4 h=$6 s=$7 c=--init-groups; "
-    "else case $u in *[!0-9]*) printf '\\001E user\\n' >&2; exit 126;; "
-    "*) i=$u j=$u h=/ s=/bin/sh c=--clear-groups;; esac; fi; }; "
-)
-
-# $2 is how often to look, 50 ms apart, for a tree that systemd mounts only some 100 ms after a
-# container's start: a command that runs before it could only be found by its marker
+# $1 exec id; $2 how often to look, 50 ms apart, for a tree that systemd mounts only some 100 ms after a
+# container's start: a command that runs before it could only be found by its marker; $3 the script that
+# waits; the user's $4 name, $5 uid, $6 gid, $7 home. Without a name the user stays, one without a uid is
+# looked up; a number without a passwd entry is its own group.
 _START = (
-    f"{_LOOK_UP}r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{PARENT}/*}}/cgroup.procs ] && "
+    f"r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{PARENT}/*}}/cgroup.procs ] && "
     "[ $r -gt 0 ]; do r=$((r-1)); sleep 0.05; done; k=scan; "
     "{ mkdir -p $g && echo 0 >$g/cgroup.procs && k=cgroup; } 2>/dev/null; "
-    "%(quiet)s"
-    "printf '\\001R %%s %%s %%s\\n' $$ $k $y >&2; "
-    "n='\n'; IFS= read -r l || exit 0; "
-    "%(restore)s"
-    'eval "$l"'
+    f'export {MARKER}="$1"; y= t=; %(quiet)s'
+    "w=$3 u=$4 i=$5 j=$6 h=$7 s=/bin/bash c=--init-groups; "
+    'if [ -n "$u" ] && [ -z "$i" ]; then if e=$(getent passwd "$u"); then IFS=:; set -f; set -- $e; '
+    "unset IFS; set +f; u=$1 i=$3 j=$4 h=$6 s=${7:-/bin/sh}; "
+    "else case $u in *[!0-9]*) printf '\\001E user\\n' >&2; exit 126;; "
+    "*) i=$u j=$u h=/ s=/bin/sh c=--clear-groups;; esac; fi; fi; "
+    'if [ -n "$u" ]; then export HOME="$h" USER="$u" LOGNAME="$u" SHELL="$s"; '
+    '[ "$i" = 0 ] || exec setpriv --reuid=$i --regid=$j $c -- /bin/sh -c "$w" sh "$k" "$y" "$t"; fi; '
+    'set -- "$k" "$y" "$t"; eval "$w"'
 )
 
-START_SCRIPT: Final = _START % {"quiet": "y=; ", "restore": ""}
+START_SCRIPT: Final = _START % {"quiet": ""}
 # the line must not be echoed, nor end at the terminal's 4096 bytes of canonical input
 START_SCRIPT_PTY: Final = _START % {
-    "quiet": "t=$(stty -g); y=$(tty); stty raw -echo; ",
-    "restore": 'stty "$t"; ',
+    "quiet": "export TERM=xterm-256color; t=$(stty -g); y=$(tty); stty raw -echo; ",
 }
 
-# $1 folder, $2 "merged" or nothing, the rest the command. A program is looked up before it is run, so that
-# "not found" (127) and "not executable" (126) are ours to tell from a program's own exit codes.
-_ENTER = (
-    'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; m=$2; shift 2; r=127; '
-    "case $1 in "
-    '*/*) p=$1; [ -e "$p" ] && r=126; [ -f "$p" ] && [ -x "$p" ] && r=0;; '
-    "*) IFS=:; set -f; for d in $PATH; do "
-    'if [ -f "${d:-.}/$1" ]; then r=126; if [ -x "${d:-.}/$1" ]; then r=0; break; fi; fi; '
+# $1 how the tree can be found, $2 the terminal and $3 its modes, or nothing. The line calls `f FOLDER PROGRAM`:
+# a program is looked up before it is run, so that "not found" (127) and "not executable" (126) are ours to
+# tell from a program's own exit codes. Names of variables are such that no environment has them.
+_WAIT: Final = (
+    "__n='\n'; f() { "
+    'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; __r=127; '
+    "case $2 in "
+    '*/*) [ -e "$2" ] && __r=126; [ -f "$2" ] && [ -x "$2" ] && __r=0;; '
+    "*) IFS=:; set -f; for __d in $PATH; do "
+    'if [ -f "${__d:-.}/$2" ]; then __r=126; if [ -x "${__d:-.}/$2" ]; then __r=0; break; fi; fi; '
     "done; unset IFS; set +f;; esac; "
-    'if [ $r != 0 ]; then printf "\\001E %s\\n" $r >&2; exit $r; fi; '
-    'printf "\\001K\\n" >&2; [ -z "$m" ] || exec "$@" 3>&2 2>&1; exec "$@"'
+    "if [ $__r != 0 ]; then printf '\\001E %s\\n' $__r >&2; exit $__r; fi; }; "
+    "printf '\\001R %s %s %s\\n' $$ $1 $2 >&2; "
+    'IFS= read -r __l || exit 0; [ -z "$3" ] || stty "$3"; eval "$__l"'
 )
 
 # $1 exec id, $2 grace and $3 limit in ms: what `Cgroup.kill` does on the host, for where the host's
@@ -102,52 +103,41 @@ class Account:
 def quote(text: str) -> str:
     """Quote for the one line that the shell reads: no newline may remain in it.
 
-    `$n` holds a newline. Raises `InvalidParams` for NUL, which no argument can carry.
+    `$__n` holds a newline. Raises `InvalidParams` for NUL, which no argument can carry.
     """
     if "\0" in text:
         raise InvalidParams("arguments, environment and folders cannot contain NUL")
-    return "'" + text.replace("'", "'\\''").replace("\n", "'\"$n\"'") + "'"
+    return "'" + text.replace("'", "'\\''").replace("\n", "'\"$__n\"'") + "'"
 
 
-def command_line(
-    argv: tuple[str, ...],
-    *,
-    exec_id: str,
-    cwd: str,
-    env: Mapping[str, str],
-    account: Account | None,
-    terminal: bool,
-    merged: bool = False,
-) -> bytes:
+def start_command(exec_id: str, account: Account | None, *, looks: int, terminal: bool) -> list[str]:
+    """Return the command that makes a shell of `account` wait for its line; None stays who it is.
+
+    `looks` is how often, 50 ms apart, it looks for a cgroup tree that is not mounted yet.
+    """
+    words: tuple[object, ...] = ()
+    if account is not None and account.uid is None:
+        words = (account.name,)
+    elif account is not None:
+        words = (account.name, account.uid, account.gid, account.home or "/")
+    script = START_SCRIPT_PTY if terminal else START_SCRIPT
+    return ["/bin/sh", "-c", script, "sh", exec_id, str(looks), _WAIT, *map(str, words)]
+
+
+def command_line(argv: tuple[str, ...], *, cwd: str, env: Mapping[str, str], merged: bool = False) -> bytes:
     """Return the line, newline included, that makes the waiting shell run `argv`.
 
-    `account` None runs as whoever the shell is. Raises `InvalidParams` for names and texts that no
-    environment can carry.
+    Raises `InvalidParams` for names and texts that no environment can carry.
     """
-    parts: list[str] = []
-    exports = {MARKER: exec_id, **({"TERM": "xterm-256color"} if terminal else {})}
-    words = (cwd, "merged" if merged else "", *argv)
-    enter = f"/bin/sh -c {quote(_ENTER)} sh " + " ".join(quote(word) for word in words)
-    if account is None:
-        become = ""
-    elif account.uid is None or account.gid is None:
-        parts.append(f"w {quote(account.name)}; ")
-        parts.append('export HOME="$h" USER="$u" LOGNAME="$u" SHELL="${s:-/bin/sh}"; ')
-        become = "setpriv --reuid=$i --regid=$j $c -- "
-    else:
-        exports |= {"USER": account.name, "LOGNAME": account.name, "HOME": account.home or "/"}
-        exports["SHELL"] = "/bin/bash"
-        become = (
-            ""
-            if account.uid == 0
-            else f"setpriv --reuid={account.uid} --regid={account.gid} --init-groups -- "
-        )
     for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise InvalidParams(f"{name[:100]!r} cannot be the name of an environment variable")
-    for name, value in {**exports, **env}.items():
-        parts.append(f"export {name}={quote(value)}; ")
-    return ("".join(parts) + f"exec {become}{enter}\n").encode("utf-8", "surrogateescape")
+    exports = {name: f"export {name}={quote(value)}; " for name, value in env.items()}
+    path = exports.pop("PATH", "")  # the program is looked up in it
+    rest = "".join(exports.values())
+    words = " ".join(quote(word) for word in argv)
+    order = f"{path}f {quote(cwd)} {quote(argv[0])}; {rest}printf '\\001K\\n' >&2; exec {words}"
+    return f"{order}{' 3>&2 2>&1' if merged else ''}\n".encode("utf-8", "surrogateescape")
 
 
 class Preamble:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import string
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,23 @@ class RuntimeContract:
         script = 'printf %s "$1"; printf %s "$ODD" >&2'
         _, outputs = await run(runtime, name, "sh", "-c", script, "sh", odd, env={"ODD": odd})
         assert outputs == [odd.encode(), odd.encode()]
+
+    async def test_no_name_in_the_environment_disturbs_the_start(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        """Not one that the shells which start it use themselves."""
+        env = {letter: f"a\n'{letter}' b" for letter in string.ascii_letters} | {"IFS": "o", "CDPATH": "/"}
+        _, outputs = await run(runtime, name, "env", "-0", env=env)
+        told = dict(part.split("=", 1) for part in outputs[0].decode().split("\0")[:-1])
+        assert {letter: told.get(letter) for letter in env} == env
+
+    async def test_a_program_is_found_by_the_path_of_its_environment(
+        self, runtime: TenantRuntime, name: str
+    ) -> None:
+        with pytest.raises(ExecFailed, match="command not found: env"):
+            await run(runtime, name, "env", env={"PATH": "/nowhere"})
+        exit_, _ = await run(runtime, name, "env", env={"PATH": "/nowhere:/usr/bin"})
+        assert exit_.code == 0
 
     async def test_too_long_an_argument_is_told_before_anything_runs(
         self, runtime: TenantRuntime, name: str

@@ -75,7 +75,6 @@ class TestIncus(RuntimeContract):
         with events:
             events.terminate()
             told = events.communicate()[0]
-        assert b"GATEWAY" not in listed  # nor the marker
         for text in (listed, operations, told):
             assert secret.encode() not in text
 
@@ -221,9 +220,10 @@ async def expecting(runtime: IncusRuntime, tenant: Container) -> AsyncIterator[s
 
 
 async def standing_by(runtime: IncusRuntime, name: str) -> dict[bool, int]:
-    """Wait for a shell of each kind and return their pids by kind."""
-    await until(lambda: {(name, False), (name, True)} <= set(runtime.commands._standbys._waiting))
-    shells = {kind: runtime.commands._standbys._waiting[name, kind].shell for kind in (False, True)}
+    """Wait for a shell of each kind and return the pids of those that are taken first, by kind."""
+    waiting = runtime.commands._standbys.waiting
+    await until(lambda: waiting(name, False) and waiting(name, True))
+    shells = {kind: waiting(name, kind)[0] for kind in (False, True)}
     return {kind: shell._preamble.pid for kind, shell in shells.items()}  # type: ignore[attr-defined]
 
 
@@ -236,12 +236,12 @@ class TestStandby:
         pids = await standing_by(runtime, expecting)
         script = "echo $$; pwd; id -un; echo $A; cat"
         process = await runtime.exec(
-            expecting, ExecSpec(("sh", "-c", script), cwd="/tmp", env={"A": "b"}, user="root", stdin=True)
+            expecting, ExecSpec(("sh", "-c", script), cwd="/tmp", env={"A": "b"}, stdin=True)
         )
         await process.write(b"input")
         await process.close_stdin()
         _, outputs = await finish(process)
-        assert outputs == [f"{pids[False]}\n/tmp\nroot\nb\ninput".encode(), b""]
+        assert outputs == [f"{pids[False]}\n/tmp\nsite\nb\ninput".encode(), b""]
         terminal = await runtime.exec(
             expecting, ExecSpec(("sh", "-c", "echo $$; stty size"), pty=Pty(99, 33))
         )
@@ -249,6 +249,18 @@ class TestStandby:
         assert outputs[0] == f"{pids[True]}\r\n33 99\r\n".encode()
         later = await standing_by(runtime, expecting)
         assert not set(later.values()) & set(pids.values())
+
+    async def test_a_command_of_another_user_takes_none(self, runtime: IncusRuntime, expecting: str) -> None:
+        pids = await standing_by(runtime, expecting)
+        _, outputs = await run(runtime, expecting, "id", "-un", user="root")
+        assert outputs[0] == b"root\n"
+        assert await standing_by(runtime, expecting) == pids
+
+    async def test_a_burst_gets_what_waits_and_then_fresh_ones(
+        self, runtime: IncusRuntime, expecting: str
+    ) -> None:
+        done = await asyncio.gather(*(run(runtime, expecting, "echo", str(n)) for n in range(6)))
+        assert [outputs[0] for _, outputs in done] == [b"%d\n" % n for n in range(6)]
 
     async def test_its_tree_dies_as_any_other(self, runtime: IncusRuntime, expecting: str) -> None:
         tree = Tree()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -21,14 +22,24 @@ class Shell:
 
 
 class Maker:
-    """Starts shells; `made` are all, in order."""
+    """Starts shells, while it `may`; `made` are all, in order, `most` is how many were started at a time."""
 
     def __init__(self) -> None:
         self.made: list[Shell] = []
         self.fails = False
+        self.may = asyncio.Event()
+        self.may.set()
+        self.most = 0
+        self._at_work = 0
         self._more = asyncio.Condition()
 
     async def start(self, tenant: str, terminal: bool) -> Shell:
+        self._at_work += 1
+        self.most = max(self.most, self._at_work)
+        try:
+            await self.may.wait()
+        finally:
+            self._at_work -= 1
         async with self._more:
             if self.fails:
                 raise Unavailable("no")
@@ -37,7 +48,7 @@ class Maker:
             return self.made[-1]
 
     async def until(self, count: int) -> list[Shell]:
-        async with asyncio.timeout(5), self._more:
+        async with asyncio.timeout(30), self._more:
             await self._more.wait_for(lambda: len(self.made) >= count)
         await asyncio.sleep(0)  # the last one is put in its place
         await asyncio.sleep(0)
@@ -53,9 +64,26 @@ def maker() -> Maker:
     return Maker()
 
 
+def keeping(
+    maker: Maker,
+    *,
+    pipes: int = 1,
+    terminals: int = 1,
+    maximum: int = 4,
+    starts: int = 4,
+    delay: float = 0.001,
+    age: float = 60,
+    idle: float = 60,
+) -> Standbys:
+    wanted = {False: pipes, True: terminals}
+    return Standbys(
+        maker.start, wanted=wanted, maximum=maximum, starts=starts, delay=delay, age=age, idle=idle
+    )
+
+
 @pytest.fixture
 async def standbys(maker: Maker) -> AsyncIterator[Standbys]:
-    standbys = Standbys(maker.start, maximum=4, age=60, idle=60)
+    standbys = keeping(maker)
     yield standbys
     await standbys.aclose()
 
@@ -76,6 +104,70 @@ async def test_one_of_each_kind_is_kept_and_replaced_when_taken(standbys: Standb
         assert standbys.take("a", False) is made[2]
 
 
+async def test_as_many_of_each_kind_are_kept_as_are_wanted(maker: Maker) -> None:
+    standbys = keeping(maker, pipes=3, terminals=0)
+    with standbys.expect("a"):
+        await maker.until(3)
+        assert [shell.key for shell in maker.made] == [("a", False)] * 3
+        burst = [standbys.take("a", False) for _ in range(4)]
+        assert burst == [*maker.made[:3], None]  # who comes too soon starts one for itself
+        await maker.until(6)
+        assert standbys.take("a", True) is None
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert len(maker.made) == 6  # and no more than that
+    await standbys.aclose()
+
+
+async def test_what_took_a_shell_has_a_moment_for_itself(maker: Maker) -> None:
+    standbys = keeping(maker, terminals=0, delay=0.3)
+    loop = asyncio.get_running_loop()
+    with standbys.expect("a"):
+        await maker.until(1)
+        taken = loop.time()
+        assert standbys.take("a", False) is maker.made[0]
+        await maker.until(2)
+        assert loop.time() - taken > 0.29
+    await standbys.aclose()
+
+
+async def test_of_one_tenant_one_is_started_at_a_time_and_of_all_a_few(maker: Maker) -> None:
+    standbys = keeping(maker, pipes=2, maximum=30, starts=3)
+    maker.may.clear()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(standbys.expect("a"))
+        stack.enter_context(standbys.expect("a"))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert maker.most == 1
+        for number in range(9):
+            stack.enter_context(standbys.expect(f"b{number}"))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert maker.most == 3
+        maker.may.set()
+        await maker.until(30)
+        assert maker.most == 3
+        assert sorted({shell.key for shell in maker.made}) == sorted(
+            (tenant, kind)
+            for tenant in ("a", *(f"b{number}" for number in range(9)))
+            for kind in (False, True)
+        )
+    await standbys.aclose()
+
+
+async def test_a_limit_below_what_is_wanted_is_kept_to_without_end(maker: Maker) -> None:
+    standbys = keeping(maker, pipes=3, maximum=2)
+    with standbys.expect("a"):
+        await maker.until(3)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert len(maker.made) == 3  # the third took the place of the first, and none that of the second
+        assert maker.left == maker.made[1:]
+    await standbys.aclose()
+    assert maker.left == []
+
+
 async def test_two_that_expect_share_their_shells(standbys: Standbys, maker: Maker) -> None:
     with standbys.expect("a"), standbys.expect("a"):
         await maker.until(2)
@@ -92,7 +184,7 @@ async def test_the_shells_of_a_tenant_that_changed_are_given_up(standbys: Standb
 
 
 async def test_after_the_last_that_expected_them_they_stay_a_while(maker: Maker) -> None:
-    standbys = Standbys(maker.start, maximum=4, age=60, idle=0.05)
+    standbys = keeping(maker, idle=0.05)
     with standbys.expect("a"):
         made = await maker.until(2)
     assert maker.left == made
@@ -101,7 +193,7 @@ async def test_after_the_last_that_expected_them_they_stay_a_while(maker: Maker)
 
 
 async def test_an_old_one_is_replaced(maker: Maker) -> None:
-    standbys = Standbys(maker.start, maximum=4, age=0.05, idle=60)
+    standbys = keeping(maker, age=0.05)
     with standbys.expect("a"):
         first = (await maker.until(2))[0]
         await asyncio.wait_for(first.abandoned.wait(), 5)

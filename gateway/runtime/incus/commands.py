@@ -35,12 +35,13 @@ from gateway.runtime.wrapper import (
     Preamble,
     check_size,
     command_line,
+    start_command,
 )
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_CGROUP_LOOKS: Final = "40"  # two seconds, for a container that is just booting
+_CGROUP_LOOKS: Final = 40  # two seconds, for a container that is just booting
 _LOOK: Final = 0.002  # seconds between two looks at what nothing tells of
 _FULL: Final = 0.3  # seconds after which the end of a terminal's command is not merely late
 _IN_HAND: Final = (
@@ -63,18 +64,10 @@ class _Order:
     account: Account
     cwd: str
 
-    def line(self, exec_id: str) -> bytes:
+    def line(self) -> bytes:
         """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
         spec = self.spec
-        return command_line(
-            spec.argv,
-            exec_id=exec_id,
-            cwd=self.cwd,
-            env=spec.env,
-            account=self.account,
-            terminal=spec.pty is not None,
-            merged=spec.merged,
-        )
+        return command_line(spec.argv, cwd=self.cwd, env=spec.env, merged=spec.merged and spec.pty is None)
 
 
 class Commands:
@@ -91,7 +84,10 @@ class Commands:
         self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
         self._standbys = Standbys(
             self._stand_by,
+            wanted={False: settings.standby_pipes, True: settings.standby_terminals},
             maximum=settings.standby_max,
+            starts=settings.standby_starts,
+            delay=settings.standby_delay,
             age=settings.standby_age,
             idle=settings.standby_idle,
         )
@@ -112,8 +108,10 @@ class Commands:
         if not cwd.startswith("/"):
             cwd = f"{settings.workspace}/{cwd}"
         order = _Order(spec, account, cwd)
-        order.line("")  # refuse what no line can carry before anything is started
-        waiting = self._standbys.take(name, spec.pty is not None)
+        order.line()  # refuse what no line can carry before anything is started
+        # the shells that wait are the workspace user's already
+        ours = account == self._account(None)
+        waiting = self._standbys.take(name, spec.pty is not None) if ours else None
         if isinstance(waiting, IncusProcess):
             try:
                 await self._hand_over(waiting, order)
@@ -124,19 +122,18 @@ class Commands:
                 log.info("a standby of %s had died: starting anew", name)
             except Unavailable:
                 log.info("a standby of %s was lost: starting anew", name)
-        process = await self._open(name, spec.pty)
+        process = await self._open(name, spec.pty, account)
         await self._hand_over(process, order)
         return process
 
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._standbys.expect(name)
 
-    async def _open(self, name: str, pty: Pty | None) -> IncusProcess:
-        """Start a shell that takes a command. Raises what Incus refuses, and `Timeout`."""
+    async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusProcess:
+        """Start a shell that takes a command of `account`. Raises what Incus refuses, and `Timeout`."""
         init_pid = await self._init_pid(name)
         exec_id = f"{self._life}/{secrets.token_hex(8)}"
-        script = START_SCRIPT if pty is None else START_SCRIPT_PTY
-        command = ["/bin/sh", "-c", script, "sh", exec_id, _CGROUP_LOOKS]
+        command = start_command(exec_id, account, looks=_CGROUP_LOOKS, terminal=pty is not None)
         size = None if pty is None else (pty.cols, pty.rows)
         with translated(name), _in_time(name, "incusd"):
             async with asyncio.timeout(self.settings.exec_start_timeout):
@@ -158,7 +155,7 @@ class Commands:
 
     async def _stand_by(self, name: str, terminal: bool) -> IncusProcess:
         """Start a shell and return it once it waits for its line."""
-        process = await self._open(name, Pty() if terminal else None)
+        process = await self._open(name, Pty() if terminal else None, self._account(None))
         try:
             with _in_time(name, "shell"):
                 async with asyncio.timeout(self.settings.exec_start_timeout):
@@ -305,7 +302,7 @@ class IncusProcess:
         if spec.pty is not None:  # before it is ready, the terminal would echo the line
             await self.ready()
             await self.resize(spec.pty.cols, spec.pty.rows)
-        await self._sockets.write(order.line(self._exec_id))
+        await self._sockets.write(order.line())
         if not spec.stdin and spec.pty is None:
             await self._sockets.close_stdin()
         await self._feed(until_ready=False)
