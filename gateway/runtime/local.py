@@ -337,7 +337,7 @@ class LocalProcess:
         """Start the shells, hand over the command, return once it runs. Raises `ExecFailed`."""
         # the gateway's own environment, which may hold its secret, stays with the gateway
         environment = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": home}
-        argv = start_command(self._exec_id, None, looks=0, terminal=spec.pty is not None)
+        argv = tuple(start_command(self._exec_id, None, looks=0, terminal=spec.pty is not None))
         preamble = self._preamble
         if spec.pty is None:
             self._process = await self._open_pipes(argv, environment)

@@ -168,7 +168,7 @@ class Standbys:
         finally:
             del self._filling[tenant]
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(key, shell, loop.call_later(self._age, lambda: self._expired(waiting)))
+        waiting: _Waiting = _Waiting(key, shell, loop.call_later(self._age, lambda: self._expired(waiting)))
         self._waiting.append(waiting)
         if not (tenant in self._expected or tenant in self._leaving) or self._closed:
             self._give_up(waiting)

@@ -49,9 +49,10 @@ START_SCRIPT_PTY: Final = _START % {
     "quiet": "export TERM=xterm-256color; t=$(stty -g); y=$(tty); stty raw -echo; ",
 }
 
-# $1 how the tree can be found, $2 the terminal and $3 its modes, or nothing. The line calls `f FOLDER PROGRAM`:
-# a program is looked up before it is run, so that "not found" (127) and "not executable" (126) are ours to
-# tell from a program's own exit codes. Names of variables are such that no environment has them.
+# $1 how the tree can be found, $2 the terminal and $3 its modes, or nothing. The line calls `f FOLDER
+# PROGRAM`, which looks for the program before it is run, so that "not found" (127) and "not executable"
+# (126) are ours to tell from a program's own exit codes. Names of variables are such that no environment
+# has them.
 _WAIT: Final = (
     "__n='\n'; f() { "
     'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; __r=127; '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 
 import pytest
@@ -140,19 +141,16 @@ async def test_of_one_tenant_one_is_started_at_a_time_and_of_all_a_few(maker: Ma
         for _ in range(20):
             await asyncio.sleep(0.001)
         assert maker.most == 1
-        for number in range(9):
-            stack.enter_context(standbys.expect(f"b{number}"))
+        others = [f"b{number}" for number in range(9)]
+        for tenant in others:
+            stack.enter_context(standbys.expect(tenant))
         for _ in range(20):
             await asyncio.sleep(0.001)
         assert maker.most == 3
         maker.may.set()
         await maker.until(30)
         assert maker.most == 3
-        assert sorted({shell.key for shell in maker.made}) == sorted(
-            (tenant, kind)
-            for tenant in ("a", *(f"b{number}" for number in range(9)))
-            for kind in (False, True)
-        )
+        assert {shell.key for shell in maker.made} == set(itertools.product(["a", *others], [False, True]))
     await standbys.aclose()
 
 
