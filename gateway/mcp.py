@@ -32,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.auth import Token
-from gateway.errors import GatewayError, InvalidParams, NotFound
+from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolResult
 
@@ -45,6 +45,12 @@ _READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
 # Claude Code puts a longer result than this into a file of its own host, which no tool of ours can read.
 # Without the mark it does so from 50 000 characters on.
 _RESULT_MAX: Final = 500_000
+# of an embedded file: Claude Code would keep it on its own host and tell its model a path there, and most
+# other clients show nothing at all
+_UNSHOWN: Final = (
+    "A PDF cannot be shown by this gateway: its pages come as images once whoever runs it has installed the "
+    "extra `pdf`. Until then a program in the container may read it, if there is one."
+)
 _INSTRUCTIONS: Final = (
     "These tools work in a Linux container of its own, not on this machine. Its project lies in {workspace}; "
     "paths are absolute there or relative to it."
@@ -239,6 +245,8 @@ def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
     for the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331).
     """
     answer = types.CallToolResult.model_validate_json(result.encoded, by_name=False)
+    if any(isinstance(part, types.EmbeddedResource) for part in answer.content):
+        return _refusal(Unavailable(_UNSHOWN))
     if not answer.is_error and not structured:
         answer.meta = {_FACTS: answer.structured_content}
         answer.structured_content = None

@@ -13,12 +13,21 @@ import io
 import json
 import socket
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mcp
 import pytest
-from claude_agent_sdk import ClaudeSDKClient, HookMatcher, ResultMessage, query
+from claude_agent_sdk import (
+    ClaudeAgentOptions,
+    ClaudeSDKClient,
+    HookMatcher,
+    ResultMessage,
+    create_sdk_mcp_server,
+    query,
+    tool,
+)
 from PIL import Image
 
 from gateway.settings import Settings
@@ -30,7 +39,7 @@ from tests.integration import environment
 from tests.integration.conftest import Container, make_containers
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
-from tests.messages import MODEL, Block, Model, claude, model, say, use
+from tests.messages import MODEL, Block, Model, Result, claude, model, say, use
 
 EIGHT = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"]
 
@@ -82,13 +91,15 @@ async def test_an_agent_reads_edits_searches_runs_and_kills(shop: Tenant, tmp_pa
     there = use("Bash", command="pwd; exit 3")
     behind = use("Bash", command=tree.script, run_in_background=True)
     wrong = use("Read", file_path="agent/none.txt")
+    calls = (write, read, edit, grep, glob, moved, there, behind, wrong)
     async with shop.events(types="tool.started") as stream:
-        scripted, ended = await converse(
-            shop, tmp_path, *([one] for one in (write, read, edit, grep, glob, moved, there, behind, wrong))
-        )
-        started = [await anext(stream) for _ in range(9)]
+        scripted, ended = await converse(shop, tmp_path, *([one] for one in calls))
+        started: list[str] = []
+        while len(started) < len(calls):
+            told = (await anext(stream)).data["callId"]
+            started += [told] if told in scripted.results else []  # others work in the tenant too
     assert ended.subtype == "success"
-    said = [scripted.result(one) for one in (write, read, edit, grep, glob, moved, there, behind, wrong)]
+    said = [scripted.result(one) for one in calls]
     assert "created successfully at: agent/a.txt" in said[0].text
     assert said[1].text == "1\tone\n2\ttwo\n3\t"
     assert "has been updated successfully" in said[2].text
@@ -98,7 +109,7 @@ async def test_an_agent_reads_edits_searches_runs_and_kills(shop: Tenant, tmp_pa
     assert (said[6].is_error, said[6].text) == (True, "Exit code 3\n/srv/site/agent")
     assert said[8].is_error and "File does not exist" in said[8].text
     # the model's id of a call is the gateway's
-    assert [event.data["callId"] for event in started] == list(scripted.results)
+    assert started == list(scripted.results)
     await tree.grown()
     shell_id = identified(said[7].text)
     output, kill = use("BashOutput", bash_id=shell_id), use("KillShell", shell_id=shell_id)
@@ -155,6 +166,51 @@ async def test_nothing_of_the_agents_host_is_told_or_offered(
     )
 
 
+async def test_the_tools_are_there_at_once_beside_the_clis_own_and_a_server_with_many(
+    shop: Tenant, tmp_path: Path
+) -> None:
+    """Where its own are on, the CLI hides servers' tools behind a search; not the tenant's."""
+
+    @tool("look_up", "looks something up", {"word": str})
+    async def look_up(given: dict[str, Any]) -> dict[str, Any]:
+        return {"content": [{"type": "text", "text": "found"}]}
+
+    many = [replace(look_up, name=f"look_up_{number}") for number in range(40)]
+    servers: Any = {
+        "others": create_sdk_mcp_server("others", tools=many),
+        "shop": {"type": "sdk", "name": "shop", "instance": server(shop)},
+    }
+    call = use("mcp__shop__Bash", command="echo here")
+    async with asyncio.timeout(60), model([call]) as scripted:
+        alone = ClaudeAgentOptions(
+            mcp_servers=servers,
+            allowed_tools=["mcp__shop"],
+            setting_sources=[],
+            **given(scripted, tmp_path),
+        )
+        async for _ in query(prompt="go", options=alone):
+            pass
+    assert scripted.result(call).text.startswith("here")
+    first = {entry["name"] for entry in scripted.requests[0]["tools"] if not entry.get("defer_loading")}
+    assert {f"mcp__shop__{name}" for name in EIGHT} <= first
+    assert not any("look_up" in name for name in first), "those of others are searched for"
+
+
+async def test_an_interrupt_before_the_first_message_leaves_the_session_usable(
+    shop: Tenant, tmp_path: Path
+) -> None:
+    """The CLI takes no notice of one before its `init`: what was asked is done, and nothing hangs."""
+    call, after = use("Bash", command="echo begun"), use("Bash", command="echo on")
+    async with asyncio.timeout(60), model([call], [say("well")], [after]) as scripted:
+        async with ClaudeSDKClient(options(shop, **given(scripted, tmp_path))) as agent:
+            await agent.interrupt()
+            for asked in ("go", "go on"):
+                await agent.query(asked)
+                ended = [one async for one in agent.receive_response() if isinstance(one, ResultMessage)]
+                assert [one.subtype for one in ended] == ["success"]
+    assert (scripted.result(call).text, scripted.result(after).text) == ("begun", "on")
+
+
 async def test_an_interrupt_ends_the_commands_whole_tree_and_the_session_goes_on(
     shop: Tenant, tmp_path: Path
 ) -> None:
@@ -205,6 +261,9 @@ async def test_two_megabytes_are_written_and_an_image_is_seen(shop: Tenant, tmp_
     scripted, ended = await converse(shop, tmp_path, [write], [summed], [read])
     assert ended.subtype == "success" and len(content) == 2 << 20
     assert scripted.result(summed).text.split()[0] == hashlib.sha256(content.encode()).hexdigest()
+    # nor is the model told where on this host the CLI would keep the image: it keeps none
+    assert scripted.result(read).text == "" and str(tmp_path) not in scripted.heard
+    assert not list((tmp_path / ".claude").rglob("*.png"))
     (image,) = scripted.result(read).others
     seen = Image.open(io.BytesIO(base64.b64decode(image["source"]["data"]))).convert("RGB")
     assert (seen.size, seen.getpixel((5, 5))) == ((32, 16), (200, 30, 30))
@@ -396,6 +455,36 @@ async def test_claude_code_has_a_session_of_its_own_only_in_the_handshake_protoc
         assert scripted.result(there).text.split()[0] == stood
 
 
+@pytest.fixture(scope="module", autouse=True)
+async def long_talks(
+    gateway: LiveGateway, shared_tenant: Container, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[str, asyncio.Task[Result]]]:
+    """Calls that take longer than the CLI waits for a silent server, which run beside the other tests.
+
+    The CLI looks every 30 seconds whether anything came (seen with 2.1.332), so that they must take longer.
+    """
+
+    async def talk(negotiation: str, home: Path) -> Result:
+        call = use("mcp__shop__Bash", command="sleep 34; echo done at last")
+        async with model([call]) as scripted:
+            await claude(
+                scripted,
+                home,
+                *configured(gateway, shared_tenant.name),
+                MCP_PROTOCOL_NEGOTIATION=negotiation,
+                CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT="10000",
+            )
+            return scripted.result(call)
+
+    talks = {
+        word: asyncio.create_task(talk(word, tmp_path_factory.mktemp(word))) for word in ("auto", "legacy")
+    }
+    yield talks
+    for task in talks.values():
+        task.cancel()
+    await asyncio.gather(*talks.values(), return_exceptions=True)
+
+
 @BOTH
 async def test_claude_code_that_is_ended_takes_its_command_along(
     gateway: LiveGateway, shared_tenant: Container, tmp_path: Path, negotiation: str
@@ -411,3 +500,11 @@ async def test_claude_code_that_is_ended_takes_its_command_along(
         with contextlib.suppress(asyncio.CancelledError):
             await talking
         await until(lambda: tree.alive() == 0, 20)
+
+
+@BOTH
+async def test_progress_keeps_a_long_call_of_claude_code_alive(
+    long_talks: dict[str, asyncio.Task[Result]], negotiation: str
+) -> None:
+    said = await long_talks[negotiation]
+    assert said.text.startswith("done at last"), said

@@ -23,11 +23,13 @@ from gateway_client import Client, ToolResult, claude
         {"hooks": {"Stop": []}, "mcp_servers": {"tenant": {}}},
         {"mcp_servers": {"tenant": {"type": "http", "url": "http://x"}}},
         {"hooks": {"Stop": [object()]}},
+        {"resume": "5f0c"},
+        {"continue_conversation": True},
     ],
 )
 async def test_what_would_open_the_agents_host_is_refused(more: dict[str, Any]) -> None:
     async with Client("http://127.0.0.1:9", token="t") as client:
-        with pytest.raises(ValueError, match=r"cannot be set|is taken|bare=False"):
+        with pytest.raises(ValueError, match=r"cannot be set|is taken|bare=False|persist_session=True"):
             claude.options(client.tenant("shop"), **more)
 
 
@@ -50,7 +52,13 @@ async def test_what_is_the_callers_own_is_kept_and_what_holds_the_host_shut_wins
     assert isinstance(found.mcp_servers, dict) and set(found.mcp_servers) == {"search", "tenant"}
     assert dict(found.mcp_servers["tenant"])["timeout"] == 12_500
     assert found.allowed_tools == ["mcp__search", "mcp__tenant"]
-    assert found.extra_args == {"debug": None, "bare": None}
+    assert found.extra_args == {"debug": None, "bare": None, "no-session-persistence": None}
+
+
+async def test_a_conversation_can_be_kept_and_resumed() -> None:
+    async with Client("http://127.0.0.1:9", token="t") as client:
+        found = claude.options(client.tenant("shop"), persist_session=True, resume="5f0c", bare=False)
+    assert (found.resume, found.extra_args) == ("5f0c", {})
 
 
 @pytest.mark.parametrize("middle", [True, False])
@@ -74,7 +82,6 @@ def test_a_whole_pdf_is_not_put_on_the_agents_host_and_the_model_is_told() -> No
     resource = {"uri": "file:///srv/site/a.pdf", "mimeType": "application/pdf", "blob": "JVBERi0="}
     said = {"type": "text", "text": "PDF file read: /srv/site/a.pdf (5 bytes)"}
     answer = claude._answer(ToolResult([said, {"type": "resource", "resource": resource}]))
-    shown = [part.get("text") for part in answer.model_dump()["content"]]
-    assert shown[0] == said["text"] and len(shown) == 2
-    assert "cannot be shown" in shown[1] and "`pdf`" in shown[1]
+    (shown,) = (part.get("text") for part in answer.model_dump()["content"])
+    assert answer.is_error and "cannot be shown" in shown and "`pdf`" in shown
     assert "JVBERi0=" not in answer.model_dump_json()

@@ -14,7 +14,7 @@ from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
 from tests.contracts.life import LifeContract
-from tests.contracts.mcp import McpContract
+from tests.contracts.mcp import SESSIONLESS, McpContract, mcp, text
 from tests.contracts.operator import OperatorContract
 from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
@@ -134,5 +134,24 @@ async def test_without_the_extra_a_gateway_says_what_to_install(tmp_path: Path) 
             problem = await response.json()
             assert (response.status, problem["code"]) == (501, "not_found")
             assert "install incus-gateway[mcp]" in problem["detail"]
+    finally:
+        assert await gateway.stop() == 0
+
+
+async def test_a_pdf_without_its_extra_is_an_error_over_mcp(tmp_path: Path) -> None:
+    """Whole, as others get it, Claude Code would put it on its own host and show its model that path."""
+    # workers take the gateway's import path, and nothing else of its environment
+    (tmp_path / "pypdfium2.py").write_text("raise ImportError\n")
+    gateway = await local_gateway(tmp_path, "demo", PYTHONPATH=str(tmp_path))
+    await gateway.start()
+    try:
+        async with mcp(gateway, "demo", SESSIONLESS) as client, gateway.wire("demo") as wire:
+            await client.call_tool("Write", {"file_path": "a.pdf", "content": "%PDF-1.7 and no more"})
+            whole = await wire.call("tools/call", name="Read", arguments={"file_path": "a.pdf"})
+            assert [part["type"] for part in whole["content"]] == ["text", "resource"]
+            said = await client.call_tool("Read", {"file_path": "a.pdf"})
+            assert said.is_error and "extra `pdf`" in text(said)
+            assert (said.structured_content or {})["code"] == "unavailable"
+            assert [part.type for part in said.content] == ["text"]
     finally:
         assert await gateway.stop() == 0

@@ -78,6 +78,7 @@ _UNSHOWN: Final = (
     "The file itself cannot be shown here: its pages come as images once whoever runs the gateway has "
     "installed its extra `pdf`. Until then a program in the container may read it, if there is one."
 )
+_OF_KEPT: Final = ("resume", "continue_conversation", "fork_session", "session_store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ def options(
     workspace: str = "/srv/site",
     tool_timeout: float = TOOL_TIMEOUT,
     bare: bool = True,
+    persist_session: bool = False,
     env: Mapping[str, str] | None = None,
     mcp_servers: Mapping[str, Any] | None = None,
     allowed_tools: Sequence[str] = (),
@@ -116,12 +118,17 @@ def options(
     `bare` keeps even the CLI's descriptions of this host out of the conversation; then the SDK's hooks do
     not run, and the key is taken from ANTHROPIC_API_KEY alone. Without it the model is told the CLI's working
     directory and platform, and that the prompt's words about the container count.
+
+    `persist_session` has the CLI keep the conversation in the user's folder on this host, so that it can be
+    resumed. Then it keeps each image that is read there too, and tells the model under which path.
     """
     for name, why in _REFUSED.items():
         if name in more:
             raise ValueError(f"{name} cannot be set for an agent in a tenant: {why}")
     if bare and more.get("hooks"):
         raise ValueError("hooks need bare=False: the CLI runs none in its bare mode")
+    if not persist_session and any(more.get(name) for name in _OF_KEPT):
+        raise ValueError("only what was kept can be resumed: set persist_session=True, there and here")
     if SERVER in (mcp_servers or {}):
         raise ValueError(f"the name {SERVER!r} is taken by the tenant's own tools")
     place = _PROMPT.format(workspace=workspace)
@@ -144,7 +151,11 @@ def options(
         "verbatim_prompts": True,
         "max_buffer_size": MESSAGE_MAX,
         "env": {**(env or {}), **_ENVIRONMENT},
-        "extra_args": {**(extra_args or {}), **({"bare": None} if bare else {})},
+        "extra_args": {
+            **(extra_args or {}),
+            **({"bare": None} if bare else {}),
+            **({} if persist_session else {"no-session-persistence": None}),
+        },
     }
     return ClaudeAgentOptions(**found)
 
@@ -219,7 +230,7 @@ def _answer(result: ToolResult) -> types.CallToolResult:
             content.append(types.TextContent(text=text))
         elif part["type"] == "resource":
             # a whole PDF of a gateway that cannot draw its pages
-            content.append(types.TextContent(text=_UNSHOWN))
+            return types.CallToolResult(content=[types.TextContent(text=_UNSHOWN)], is_error=True)
     return types.CallToolResult(content=content, is_error=result.is_error)
 
 
