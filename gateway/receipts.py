@@ -90,7 +90,8 @@ class Receipts:
         self = cls(store, settings)
         for key, receipt in await store.read(_all):
             self._shelf(key).put(key, receipt)
-        await self._trim(*self._stored)
+        gone = [key for shelf in self._stored.values() for key in shelf.trim()]
+        await store.write(lambda connection: _delete(connection, gone))
         return self
 
     async def result(self, key: Key, digest: bytes) -> bytes | None:
@@ -140,10 +141,8 @@ class Receipts:
         Raises `StoreFailed` where it can only be kept in memory; for this life it is.
         """
         receipt = Receipt(digest, time.time(), "done", len(result), result)
-        self._shelf(key).put(key, receipt)
-        await self._store.write(lambda connection: _insert(connection, key, receipt))
+        await self._put(key, receipt)
         receipt.result = None  # asked for so seldom that the store may hold it alone
-        await self._trim(key[0])
 
     def keep(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that only read, for a while, in memory."""
@@ -160,10 +159,7 @@ class Receipts:
         known = self._find(key)
         if known is not None and known.state == "done":
             return
-        receipt = Receipt(b"", time.time(), "fenced")
-        self._shelf(key).put(key, receipt)
-        await self._store.write(lambda connection: _insert(connection, key, receipt))
-        await self._trim(key[0])
+        await self._put(key, Receipt(b"", time.time(), "fenced"))
 
     async def forget_tenant(self, tenant: str) -> None:
         """Forget a tenant that is destroyed: another of its name begins anew."""
@@ -199,10 +195,17 @@ class Receipts:
             self._stored[key[0]] = shelf
         return shelf
 
-    async def _trim(self, *tenants: str) -> None:
-        gone = [key for tenant in tenants for key in self._stored[tenant].trim()]
-        if gone:
-            await self._store.write(lambda connection: _delete(connection, gone))
+    async def _put(self, key: Key, receipt: Receipt) -> None:
+        """Keep a receipt, and drop in the same breath what is too much."""
+        shelf = self._shelf(key)
+        shelf.put(key, receipt)
+        gone = shelf.trim()
+
+        def written(connection: sqlite3.Connection) -> None:
+            _insert(connection, key, receipt)
+            _delete(connection, gone)
+
+        await self._store.write(written)
 
 
 # --- statements: each is a work of the store -----------------------------------------------------------
@@ -228,7 +231,9 @@ def _result(connection: sqlite3.Connection, key: Key) -> bytes | None:
 
 def _insert(connection: sqlite3.Connection, key: Key, receipt: Receipt) -> None:
     connection.execute(
-        "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)",
+        # not REPLACE, which deletes the row and makes it anew in every index
+        "INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+        " digest = excluded.digest, at = excluded.at, state = excluded.state, result = excluded.result",
         (*key, receipt.digest, receipt.at, receipt.state, receipt.result),
     )
 

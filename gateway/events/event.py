@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -84,10 +85,15 @@ def _cloudevent(number: int, event: Draft) -> dict[str, Any]:
     }
     if event.tenant is not None:
         body["subject"] = event.tenant
-    time = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
-    body["time"] = time.removesuffix("+00:00") + "Z"
+    seconds, ms = divmod(int(event.time * 1000), 1000)
+    body["time"] = f"{_second(seconds)}.{ms:03}Z"
     body["data"] = dict(event.data)
     return body
+
+
+@lru_cache(4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 @dataclass(frozen=True, slots=True)

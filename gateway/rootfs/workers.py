@@ -193,7 +193,11 @@ def _resolve(future: asyncio.Future[None]) -> None:
 
 
 class _Worker(asyncio.Protocol):
-    """The gateway's end of one worker: at most one request is under way."""
+    """The gateway's end of one worker: at most one request is under way, the first is that it gets READY.
+
+    `answers` says whether its reply is still to come. A caller that gives up leaves it so: the reply is taken
+    off the stream before the next request.
+    """
 
     def __init__(self, number: int, root: FilesystemRoot) -> None:
         self.number = number
@@ -201,7 +205,9 @@ class _Worker(asyncio.Protocol):
         self.layers: tuple[str, ...] = ()
         self.used = self.checked = time.monotonic()
         self.closed = False
-        self.reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()  # the first is READY
+        self.answers = True
+        self._loop = asyncio.get_running_loop()
+        self._caller: asyncio.Future[bytes] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
 
@@ -220,19 +226,36 @@ class _Worker(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        if not self.reply.done():
-            self.reply.set_exception(Unavailable("the file worker ended during the call; try again"))
-            self.reply.exception()  # also where nobody waits any more
+        self._fail(Unavailable("the file worker ended during the call; try again"))
+        if not self._caller.cancelled():
+            self._caller.exception()  # seen, also where nobody waits any more
 
     def _done(self, reply: bytes) -> None:
-        if not self.reply.done():
-            self.reply.set_result(reply)
+        self.answers = False
+        if not self._caller.done():
+            self._caller.set_result(reply)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._caller.done():
+            self._caller.set_exception(error)
+
+    async def reply(self, seconds: float) -> bytes:
+        """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` where none will."""
+        if self._caller.cancelled():
+            self._caller = self._loop.create_future()
+        # cheaper than a timeout's scope around a shield: this is on the way of each Read
+        late = self._loop.call_later(seconds, self._fail, TimeoutError())
+        try:
+            return await self._caller
+        finally:
+            late.cancel()
 
     def send(self, request: bytes) -> None:
         assert self._transport is not None
-        self.reply = asyncio.get_running_loop().create_future()
+        self.answers = True
+        self._caller = self._loop.create_future()
         # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
-        # whosever it is next; `connection_lost` is about to end the reply.
+        # whosever it is next; `connection_lost` is about to end the call.
         if not self._transport.is_closing():
             self._transport.writelines((LENGTH.pack(len(request)), request))
 
@@ -369,9 +392,7 @@ class Workers:
 
     async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
         try:
-            async with asyncio.timeout(self._limits.tool_timeout + _GRACE):
-                # Shielded: the reply of a call that is given up is still to be taken off the stream.
-                reply = await asyncio.shield(worker.reply)
+            reply = await worker.reply(self._limits.tool_timeout + _GRACE)
         except TimeoutError:
             self._end(slot, worker)
             raise Timeout("the file operation took too long and was ended") from None
@@ -385,11 +406,10 @@ class Workers:
     async def _ready(self, slot: _Slot, root: FilesystemRoot, *, search: bool) -> _Worker:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
-        if worker is not None and not worker.reply.done():
+        if worker is not None and worker.answers and not worker.closed:
             # Its last caller gave up. A write is not broken off in the middle: wait for its end.
             try:
-                async with asyncio.timeout(self._limits.tool_timeout + _GRACE):
-                    await asyncio.shield(worker.reply)
+                await worker.reply(self._limits.tool_timeout + _GRACE)
             except (TimeoutError, GatewayError):
                 self._end(slot, worker)
         if worker is not None and not worker.closed and worker.root != root:
@@ -415,8 +435,7 @@ class Workers:
         slot.worker = worker
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
-            async with asyncio.timeout(_SPAWN_TIMEOUT):
-                reply = await worker.reply
+            reply = await worker.reply(_SPAWN_TIMEOUT)
         except BaseException as error:
             self._end(slot, worker)
             if isinstance(error, TimeoutError):

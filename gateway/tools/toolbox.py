@@ -336,9 +336,9 @@ class Toolbox:
         if call_id is not None:
             who["callId"] = call_id
         started: dict[str, Any] = {"name": name, "input": told, **who}
-        exec_id = f"x-{secrets.token_hex(8)}"
+        exec_id = ""
         if name == "Bash":
-            started["exec"] = exec_id
+            started["exec"] = exec_id = f"x-{secrets.token_hex(8)}"
         self._bus.publish("tool.started", tenant, started)
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
