@@ -76,7 +76,7 @@ class Case:
 
     name: str
     ways: Mapping[str, Way]
-    series: int = 5
+    series: int = 10
     samples: dict[str, list[float]] = field(default_factory=dict)
     wrong: dict[str, int] = field(default_factory=dict)
 
@@ -461,7 +461,7 @@ def cases(shop: Tenant, bare: Bare) -> Iterator[Case]:
         await cli_edit()
         await cli_read_index()
 
-    yield Case("eight calls", {GATEWAY: gateway_eight, CLI: cli_eight}, series=5)
+    yield Case("eight calls", {GATEWAY: gateway_eight, CLI: cli_eight})
 
 
 class Hash:
