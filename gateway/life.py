@@ -117,7 +117,10 @@ class Life:
             if domain is not None:
                 for tenant in tenants:
                     if tenant.domain == domain and tenant.name != ask.tenant:
-                        raise Conflict(f"{domain} is another tenant's; take it from that one first")
+                        raise Conflict(
+                            f"{domain} is another tenant's; take it from that one first",
+                            reason="domain_owned",
+                        )
             await self._runtime.rename(ask.tenant, domain)
         if domain != before:
             self._bus.publish(

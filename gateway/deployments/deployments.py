@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import re
@@ -40,7 +41,7 @@ from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
 from gateway.runtime.probe import answer
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Sites
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ _LISTED: Final = 100
 _PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
 _RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
 _UNDO_TIMEOUT: Final = 120.0
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+# Caddy's own words may name folders of this host; they are in the log
+_CADDY: Final = {
+    "caddy_down": "Caddy does not answer; whoever runs the gateway starts it (incus-gateway doctor says how)",
+    "caddy_foreign": "the Caddy of this host serves something else; incus-gateway doctor says what to do",
+    "caddy_refused": "Caddy refuses the gateway's configuration; the gateway's log says why",
+}
 # what a tenant's end or change may mean for its route
 _MOVES: Final = ("tenant.destroyed", "tenant.renamed", "incus.instance-updated", "gateway.resynced")
 
@@ -103,6 +111,8 @@ class Deployments:
         self._runtime, self._sites, self._caddy = runtime, sites, caddy
         self._store, self._bus, self._settings = store, bus, settings
         self._running: dict[str, _Running] = {}
+        # over, but the store could not take it; no more than it took when they began
+        self._unwritten: dict[str, Record] = {}
         self._slots = asyncio.Semaphore(settings.max_deployments)
         self._moved = asyncio.Event()
         self._recovered = asyncio.Event()
@@ -195,6 +205,8 @@ class Deployments:
         """Return a deployment. Raises `NotFound`."""
         if identity in self._running:
             return self._running[identity].record
+        if identity in self._unwritten:
+            return self._unwritten[identity]
         found = await self._store.read(lambda connection: records.find(connection, identity))
         if found is None:
             raise NotFound(f"no deployment {identity[:40]}")
@@ -203,7 +215,8 @@ class Deployments:
     async def recent(self, coverage: frozenset[str] | None) -> list[Record]:
         """Return the newest deployments of the tenants that a token covers, None for all."""
         found = await self._store.read(lambda connection: records.recent(connection, coverage, _LISTED))
-        return [self._running[r.id].record if r.id in self._running else r for r in found]
+        newer = self._unwritten | {identity: running.record for identity, running in self._running.items()}
+        return [newer.get(record.id, record) for record in found]
 
     async def cancel(self, identity: str) -> Record:
         """Cancel a deployment and return it once it is undone; one that has ended is returned as it is."""
@@ -229,8 +242,9 @@ class Deployments:
                     await self._attempt(running, held)
             await _whatever_comes(self._end(running, began))
             if record.error is None and isinstance(running.request.template, str):
-                template = await self._template(running.request)
-                self._sites.prepare(await asyncio.to_thread(template.recipe))
+                with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
+                    template = await self._template(running.request)
+                    self._sites.prepare(await asyncio.to_thread(template.recipe))
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
                 record.state = "rolledback"
@@ -269,9 +283,9 @@ class Deployments:
         phase.state = "running"
         place = {"phase": name, "index": index, "of": len(PHASES)}
         self._tell(running, "phase.started", place)
-        await self._save(record)
         began = time.monotonic()
         try:
+            await self._save(record)
             facts = await work() or {}
         except BaseException:
             phase.state, phase.ms = "failed", _ms(began)
@@ -297,7 +311,8 @@ class Deployments:
         place = {"phase": phase, "index": index, "of": len(PHASES)}
         self._flush(running)
         self._tell(running, kind, {**place, "error": record.error})
-        await self._save(record)
+        with contextlib.suppress(StoreFailed):  # of a full disk: all the more is undone
+            await self._save(record)
         async with asyncio.timeout(_UNDO_TIMEOUT):
             await undo.aclose()
         for done in record.phases:
@@ -310,7 +325,11 @@ class Deployments:
         if record.state == "running":
             record.state = "succeeded"
         record.ended, record.ms = time.time(), _ms(began)
-        await self._save(record)
+        try:
+            await self._save(record)
+        except StoreFailed as failed:
+            log.warning("deployment %s is over, which cannot be written down: %s", record.id, failed.message)
+            self._unwritten[record.id] = record
         facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
         if record.error is not None:
             facts["error"] = record.error
@@ -426,7 +445,11 @@ class Deployments:
 
     async def _reconcile(self) -> None:
         for record in await self._store.read(records.unfinished):
-            if record.id not in self._running:
+            if record.id in self._unwritten:
+                with contextlib.suppress(StoreFailed):
+                    await self._save(record := self._unwritten[record.id])
+                    del self._unwritten[record.id]
+            elif record.id not in self._running:
                 await self._recover_one(record)
         async with self._caddy.changing:
             found = await self._sites.listed()
@@ -550,7 +573,11 @@ class _Work:
         if record.kind == "update":
             live = await self._settle()
         record.settled = True
-        await self._all._save(record)
+        try:
+            await self._all._save(record)
+        except StoreFailed:  # what is not on record is undone by the next life, so by this one too
+            record.settled = False
+            raise
         self._undo.pop_all()
         self._caddy.set(record.domain, live.target)
         async with asyncio.TaskGroup() as group:
@@ -628,10 +655,16 @@ async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
 
 def _known(error: BaseException) -> GatewayError:
     """Return an error as one of ours; what nobody foresaw is in the log."""
+    if isinstance(error, CaddyFailed) and error.facts.get("reason") in _CADDY:
+        log.warning("a deployment failed: %s", error.message)
+        return CaddyFailed(_CADDY[error.facts["reason"]], **error.facts)
     if isinstance(error, GatewayError):
         return error
     if isinstance(error, TimeoutError):
         return Timeout("a step took too long; the gateway's log says more")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        log.warning("a deployment failed: %s", error)
+        return Unavailable("the disk of the state dir is full; free some space there", reason="disk_full")
     log.error("a deployment failed", exc_info=error)
     return Unavailable("the deployment failed; the gateway's log says why")
 

@@ -269,6 +269,7 @@ class StoredJournal:
                 self.failed = failed
                 self._grown()
                 await asyncio.sleep(_RETRY)
+                self._appended.set()  # what waits is tried again, also where nothing more comes
             else:
                 if self.failed is not None:
                     log.warning("events can be written again")

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.errors import ExecFailed, GatewayError, NotFound
+from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime
-from gateway.runtime.sites import Exposure, Order, Recipe, Say, Side, Site, Source, lines
+from gateway.runtime.sites import Exposure, Order, Recipe, Say, Side, Site, Source, disk_was_full, lines
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,8 @@ class LocalSites:
         except BaseException:
             await asyncio.shield(process.kill(0))
             raise
+        if exit_.code != 0 and disk_was_full(said):
+            raise Unavailable("this machine's disk is full; make room on it", reason="disk_full")
         if exit_.code != 0:
             raise ExecFailed(
                 f"the install command ended with {exit_.code}: {said[-1000:]}", reason="install_failed"

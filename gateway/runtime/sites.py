@@ -15,6 +15,8 @@ from typing import Final, Literal, Protocol
 from gateway.runtime import Process
 
 _TAIL: Final = 4000  # bytes of a command's output that an error tells
+_QUOTA: Final = ("quota exceeded", "edquot")
+_FULL: Final = ("no space left", "enospc", *_QUOTA)
 
 Side = Literal["live", "next"]
 Source = Literal["pool", "golden", "image", "folder"]
@@ -161,6 +163,16 @@ class Sites(Protocol):
     async def restart(self, tenant: str) -> None:
         """Start the live site's service again."""
         ...
+
+
+def disk_was_full(said: str) -> bool:
+    """Say whether a command that failed had no room on its disk, by what it said last."""
+    return any(words in said.lower() for words in _FULL)
+
+
+def quota_was_reached(said: str) -> bool:
+    """Say whether that was the end of its own share, by the kernel's words for it."""
+    return any(words in said.lower() for words in _QUOTA)
 
 
 async def lines(process: Process, say: Say) -> str:

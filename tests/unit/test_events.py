@@ -467,6 +467,18 @@ async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) 
         assert await rest_of(bus) == []
 
 
+async def test_what_waits_for_room_needs_no_other_event_to_be_written(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store, stored(store) as journal:
+        bus = Bus(journal, "t")
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=1").fetchall())
+        large = bus.publish("large", data={"x": "x" * 100_000})
+        await until(lambda: journal.failed is not None)
+        failed = journal.failed
+        await until(lambda: journal.failed is not failed)  # tried again, while nothing more came
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=100000").fetchall())
+        assert (await take(bus.subscribe(ALL, after=large.id - 1), 1))[-1].id == large.id
+
+
 async def test_a_full_disk_does_not_hold_up_the_end(tmp_path: Path) -> None:
     async with Store(tmp_path) as store:
         async with stored(store) as journal:

@@ -10,13 +10,22 @@ from typing import Final
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import IncusError
 
+DISK_FULL: Final = "the tenant's disk is full; deploy it in a larger size, or remove files"
+POOL_FULL: Final = "the storage pool is full; make room in it, or destroy tenants"
+_POOL_AWAY: Final = "the storage pool cannot be used; see `incus storage list` and what its disk says"
+_TAKEN: Final = "no port could be had for the site; set GATEWAY_EXPOSE_PORTS to ports that nobody else uses"
+
 # what incusd says, in lower case: which reason that is, and what to do
 _CAUSES: Final = {
-    "no space left": ("disk_full", "the storage pool is full; make room in it, or destroy tenants"),
-    "quota exceeded": ("disk_full", "the tenant's disk is full; deploy it in a larger size, or remove files"),
+    "no space left": ("disk_full", POOL_FULL),
+    "quota exceeded": ("disk_full", DISK_FULL),
     "storage pool not found": ("no_pool", "the storage pool is missing; run incus-gateway setup"),
+    # its disk is away, or the folder or file that it is made of
+    "pool is unavailable": ("no_pool", _POOL_AWAY),
+    "failed to create mount directory": ("no_pool", _POOL_AWAY),
     "requested profile": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
     "profile not found": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
+    "image not provided": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image not found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image couldn't be found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image alias not found": ("no_image", "the base image is missing; run incus-gateway image build"),
@@ -24,7 +33,8 @@ _CAUSES: Final = {
         "quota",
         "the Incus project takes no more; destroy tenants, or raise its limits",
     ),
-    "address already in use": ("port_taken", "another program has that port; set GATEWAY_EXPOSE_PORTS"),
+    "address already in use": ("port_taken", _TAKEN),
+    "starting proxy device": ("port_taken", _TAKEN),
 }
 
 log = logging.getLogger(__name__)
@@ -39,7 +49,9 @@ def translated(name: str) -> Iterator[None]:
         said = error.message
         lowered = said.lower()
         if error.status == 0:
-            raise Unavailable(f"Incus cannot be reached; is incusd running? ({said})") from error
+            raise Unavailable(
+                f"Incus cannot be reached; is incusd running? ({said})", reason="incus_down"
+            ) from error
         for words, (reason, advice) in _CAUSES.items():
             if words in lowered:
                 log.warning("Incus on tenant %s: %s", name, said)

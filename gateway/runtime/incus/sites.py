@@ -15,6 +15,7 @@ import hashlib
 import logging
 import random
 import secrets
+import socket
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -28,10 +29,22 @@ from gateway.rootfs.tenants import MANAGED
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.disks import STATIC
-from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT
 from gateway.runtime.probe import answer, ask, network_up
-from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Say, Side, Site, Source, lines
+from gateway.runtime.sites import (
+    SIZES,
+    Exposure,
+    Order,
+    Recipe,
+    Say,
+    Side,
+    Site,
+    Source,
+    disk_was_full,
+    lines,
+    quota_was_reached,
+)
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,6 +59,9 @@ MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled
 _STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _SNAPSHOT: Final = "ready"
 _INSTALLS: Final = 3  # runs of an install command until it has failed
+# one file system of all: a tenant that reaches its own end there hears of a quota
+_SHARED: Final = ("btrfs", "dir", "zfs")
+_EMPTY: Final = 0.5  # used of a pool that a command cannot have filled, even if it cleaned up after itself
 _TRIES: Final = 20  # addresses that are tried until one is free
 
 # It starts as soon as /tmp is there, beside the rest of the container's boot and not after it: so a new
@@ -393,6 +409,7 @@ class IncusSites:
         finally:
             await process.aclose()
         if exit_.code != 0:
+            await self._if_full(tail)
             raise ExecFailed(
                 f"the install command {' '.join(recipe.install)} ended with {exit_.code}: {tail[-1000:]}",
                 reason="install_failed",
@@ -469,6 +486,7 @@ class IncusSites:
         """
         connect = f"tcp:127.0.0.1:{port}"
         first, _, last = self._settings.expose_ports.partition("-")
+        tried = set[int]()
         for attempt in range(_TRIES):
             instances = await self._instances()
             proxies = {
@@ -486,19 +504,23 @@ class IncusSites:
                 name = tenant if device == "site" else f"{tenant}.next"
                 listen = {"listen": f"unix:{folder}/{name}.sock", "mode": "0666"}
             else:
-                free = [number for number in range(int(first), int(last) + 1) if str(number) not in taken]
-                if not free:
+                free = {number for number in range(int(first), int(last) + 1) if str(number) not in taken}
+                chosen = await asyncio.to_thread(_unused, free - tried)
+                if chosen is None:
                     raise Unavailable(
                         f"every port of {self._settings.expose_ports} is taken; set GATEWAY_EXPOSE_PORTS",
                         reason="port_taken",
                     )
-                listen = {"listen": f"tcp:127.0.0.1:{random.choice(free)}"}  # noqa: S311 - no secret
+                tried.add(chosen)
+                listen = {"listen": f"tcp:127.0.0.1:{chosen}"}
             proxy = {"type": "proxy", "connect": connect, **listen}
             try:
                 await self._operate("PATCH", instance_path(tenant), {"devices": {device: proxy}})
                 return
             except IncusError as error:
-                if "in use" in error.message and attempt < _TRIES - 1:
+                # of a listener that cannot be had it says what its child said, or only that it ended
+                log.info("tenant %s cannot be exposed by %s: %s", tenant, listen["listen"], error.message)
+                if tried and "proxy device" in error.message and attempt < _TRIES - 1:
                     continue
                 with translated(tenant):
                     raise
@@ -570,14 +592,27 @@ class IncusSites:
         finally:
             await process.aclose()
         if exit_.code != 0:
-            lowered = said.lower()
-            if "no space left" in lowered or "quota exceeded" in lowered:
-                raise Unavailable(
-                    f"the disk of tenant {name} is full; deploy it in a larger size, or remove files",
-                    reason="disk_full",
-                )
+            await self._if_full(said)
             raise ExecFailed(f"preparing tenant {name} failed: {said.strip()[-500:]}", reason="script_failed")
         return said
+
+    async def _if_full(self, said: str) -> None:
+        """Raise what is right where a command that failed had no room: on its tenant's disk, or in the pool.
+
+        It may also have filled a file system in memory, such as /tmp, which is its own affair.
+        """
+        if quota_was_reached(said):
+            raise Unavailable(DISK_FULL, reason="disk_full")
+        if not disk_was_full(said):
+            return
+        pool = (await self._profile())["devices"]["root"]["pool"]
+        with translated(""):
+            driver = (await self._incus.get(f"/1.0/storage-pools/{pool}"))["driver"]
+            space = (await self._incus.get(f"/1.0/storage-pools/{pool}/resources"))["space"]
+        if driver not in _SHARED:
+            raise Unavailable(DISK_FULL, reason="disk_full")
+        if space["used"] > space["total"] * _EMPTY:
+            raise Unavailable(POOL_FULL, reason="disk_full")
 
     # --- what is ready before it is asked for -------------------------------------------------------
 
@@ -728,6 +763,16 @@ def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> E
     if listen.startswith("tcp:"):
         return Exposure(address, port, listen.removeprefix("tcp:"))
     return Exposure(address, port, f"{address}:{port}")
+
+
+def _unused(ports: set[int]) -> int | None:
+    """Return one of these ports that no program of this host has now, at random."""
+    for port in random.sample(sorted(ports), len(ports)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the proxy does
+            probe.bind(("127.0.0.1", port))
+            return port
+    return None
 
 
 def _neighbours() -> set[str]:
