@@ -35,7 +35,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.events import Bus, Filter, Subscription
-from gateway.execs import Attachment, Cursor, Exec, Execs, started_at
+from gateway.execs import Attachment, Cursor, Exec, Execs, Reading, started_at
 from gateway.files.files import Files
 from gateway.files.watches import Watch
 from gateway.idle import Idle
@@ -446,7 +446,7 @@ class Connection:
             linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
             by=token.subject,
         )
-        channel, attachment = self._attach(exec_, {}, acks=params.acks, encoding=params.encoding)
+        channel, attachment = self._attach(exec_, {}, params)
         answer = {
             "exec": exec_.id,
             "channel": channel,
@@ -460,9 +460,7 @@ class Connection:
     async def _exec_attach(self, params: protocol.ExecAttach) -> _Answer:
         exec_ = self._exec(params.exec)
         offsets = {"stdout": params.from_.stdout, "stderr": params.from_.stderr}
-        channel, attachment = self._attach(
-            exec_, offsets, resume=params.resume, acks=params.acks, encoding=params.encoding
-        )
+        channel, attachment = self._attach(exec_, offsets, params, params.resume)
         if attachment.lost["stdout"]:
             exec_.redraw()
         begin = {name: cursor.offset for name, cursor in attachment.cursors.items()}
@@ -534,15 +532,17 @@ class Connection:
         self,
         exec_: Exec,
         offsets: Mapping[str, int],
-        *,
+        wanted: protocol.Reader,
         resume: str | None = None,
-        acks: bool,
-        encoding: protocol.Encoding,
     ) -> tuple[int, Attachment]:
         """Attach anew; the connection's earlier attachment of the same command ends."""
-        unacked = self._hub.settings.exec_unacked if acks else 0
+        # more than can be had again after a break is not sent ahead
+        unacked = self._hub.settings.exec_unacked
+        window = None if wanted.window is None else max(1, min(wanted.window, unacked))
+        acks = unacked > 0 and (wanted.acks or window is not None)
+        reading = Reading(viewer=True, acks=acks, window=window, text=wanted.encoding == "utf-8")
         # before the old one ends, so that nothing falls between
-        attachment = exec_.attach(offsets, resume=resume, unacked=unacked, text=encoding == "utf-8")
+        attachment = exec_.attach(offsets, resume=resume, reading=reading)
         old = self._channels.get(exec_.id)
         if old is not None:
             self._detach(old)
@@ -576,15 +576,19 @@ class Connection:
         exec_ = attachment.exec
         async with asyncio.TaskGroup() as group:
             for name, cursor in attachment.cursors.items():
-                group.create_task(self._copy(channel, _STREAMS[name], cursor))
+                group.create_task(self._copy(channel, name, attachment, cursor))
         ended = await asyncio.shield(exec_.ended)
         if channel in self._attachments:
             self._detach(channel)
             await self._send(protocol.notification("exec/exited", ended.on_wire(exec_.id)))
 
-    async def _copy(self, channel: int, stream: StreamId, cursor: Cursor) -> None:
-        header = protocol.frame_header(stream, channel)
+    async def _copy(self, channel: int, name: StreamName, attachment: Attachment, cursor: Cursor) -> None:
+        header = protocol.frame_header(_STREAMS[name], channel)
         while (parts := await cursor.next()) and channel in self._attachments:
+            if cursor.lost:
+                told = {"exec": attachment.exec.id, "channel": channel, "stream": name, "bytes": cursor.lost}
+                cursor.lost = 0
+                await self._send(protocol.notification("exec/lost", told))
             self._sending.setdefault(channel, asyncio.get_running_loop().time())
             await self._send_bytes(header, *parts)
             self._sending.pop(channel, None)

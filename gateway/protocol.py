@@ -138,7 +138,15 @@ _ExecId = Annotated[str, Field(min_length=1, max_length=MAX_EXEC_ID, pattern=r"^
 Encoding = Literal["binary", "utf-8"]
 
 
-class ExecStart(Params):
+class Reader(Params):
+    """How who attaches wants the output. `window` says that it acknowledges, and how far it may be behind."""
+
+    acks: bool = False
+    window: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    encoding: Encoding = "binary"
+
+
+class ExecStart(Reader):
     """`argv` runs a program, `command` a line by the user's shell: one of the two."""
 
     argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
@@ -151,8 +159,6 @@ class ExecStart(Params):
     timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
     linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
     exec_id: _ExecId | None = None
-    acks: bool = False
-    encoding: Encoding = "binary"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ExecStart:
@@ -166,12 +172,10 @@ class Offsets(Params):
     stderr: Annotated[int, Field(ge=0)] = 0
 
 
-class ExecAttach(Params):
+class ExecAttach(Reader):
     exec: str
     from_: Offsets = Field(default_factory=Offsets, alias="from")
     resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    acks: bool = False
-    encoding: Encoding = "binary"
 
 
 class ExecAck(Offsets):

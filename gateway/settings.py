@@ -138,6 +138,14 @@ class Settings(BaseSettings):
     exec_window: int = Field(
         256 * KiB, gt=0, description="bytes that a reader may lag before its command is slowed down"
     )
+    exec_patience: float = Field(
+        1.0,
+        ge=0,
+        description="seconds that a viewer who reads nothing holds up a command which others read",
+    )
+    exec_lag: int = Field(
+        8 * MiB, ge=0, description="bytes of each output stream kept for a viewer that was left behind so"
+    )
     exec_unacked: int = Field(
         8 * MiB, gt=0, description="bytes of each output stream kept until a reader that does so acknowledges"
     )

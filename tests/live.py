@@ -208,8 +208,8 @@ class LiveGateway:
         return auth.issue(SECRET, "test", tenants, scopes, ttl)
 
     @contextlib.asynccontextmanager
-    async def raw(self, tenant: str, **headers: str) -> AsyncIterator[Wire]:
-        """Connect without saying anything."""
+    async def raw(self, tenant: str, kind: type[Wire] = Wire, **headers: str) -> AsyncIterator[Wire]:
+        """Connect without saying anything; `kind` is who reads."""
         address = f"ws://127.0.0.1:{self.port}/v1/tenants/{tenant}/ws"
         subprotocols: Any = [protocol.SUBPROTOCOL]
         async with connect(
@@ -221,7 +221,7 @@ class LiveGateway:
             proxy=None,
             open_timeout=DEADLINE,
         ) as websocket:
-            wire = Wire(websocket)
+            wire = kind(websocket)
             try:
                 yield wire
             finally:

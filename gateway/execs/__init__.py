@@ -19,14 +19,14 @@ import orjson
 
 from gateway.errors import Cancelled, Conflict, Gone, NotFound, RateLimited
 from gateway.events import Bus
-from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Past, started_at
+from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, started_at
 from gateway.execs.input import Spools
 from gateway.receipts import Key, Receipt, Receipts
 from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
 from gateway.settings import Settings
 from gateway.store import StoreFailed
 
-__all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "started_at"]
+__all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started_at"]
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,12 @@ class Execs:
             spec,
             process,
             tail=settings.exec_tail,
-            window=settings.exec_window,
+            pace=Pace(
+                window=settings.exec_window,
+                patience=settings.exec_patience,
+                lag=settings.exec_lag,
+                unacked=settings.exec_unacked,
+            ),
             stdin_buffer=settings.exec_stdin_buffer,
             spools=self._spools,
             linger=settings.exec_linger if linger is None else linger,

@@ -2,7 +2,8 @@
 
 Output flows from the process into a `Stream`, one reader task each; readers are `Cursor`s on it. While
 anyone is attached the reader task stops when the slowest cursor lags by more than the window, so that
-the process itself is held back and nothing is lost. With nobody attached the tail drops its oldest bytes
+the process itself is held back and nothing is lost. A viewer that stands still while another reads on is
+left behind after a moment, and told what it has missed. With nobody attached the tail drops its oldest bytes
 and the next attachment is told how many.
 """
 
@@ -21,7 +22,7 @@ from typing import Any, Final, Literal
 
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
-from gateway.execs.tail import Tail
+from gateway.execs.tail import READ, Tail
 from gateway.rootfs.trees import Member
 from gateway.runtime import ExecSpec, Exit, Killed, Process, Pty, StreamName
 
@@ -62,41 +63,66 @@ class Ended:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How far a command and its readers may be apart.
+
+    A reader may lag by `window` bytes. Who lags by more holds the command back, but a viewer beside which
+    others read on does so for `patience` seconds only; after that up to `lag` bytes are kept for it. Of what
+    was sent up to `unacked` bytes are kept until they are acknowledged, for a reader that does so.
+    """
+
+    window: int
+    patience: float
+    lag: int
+    unacked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How one reader wants the output.
+
+    A `viewer` can be left behind. `acks` says that it acknowledges what has arrived; with a `window` it is
+    sent so many bytes beyond that and no more. A reader of `text` is given no part of a UTF-8 sequence whose
+    rest may come.
+    """
+
+    viewer: bool = False
+    acks: bool = False
+    window: int | None = None
+    text: bool = False
+
+
 class Stream:
     """One output stream of a command: its tail and the cursors on it."""
 
-    def __init__(self, name: StreamName, tail: int, window: int) -> None:
+    def __init__(self, name: StreamName, tail: int, pace: Pace) -> None:
         self.name: StreamName = name
         self.tail = Tail(tail)
         self.ended = False
-        self._window = max(window, _SEQUENCE)
+        self.pace = pace
+        self.window = max(pace.window, _SEQUENCE)
         self._cursors: set[Cursor] = set()
-        self._room = asyncio.Event()
+        self._progress = asyncio.Event()
 
     async def pump(self, process: Process) -> None:
-        """Read the process until its stream ends; stop while the slowest cursor lags too far."""
+        """Read the process until its stream ends; stop while a cursor that counts lags too far."""
         try:
             while data := await process.read(self.name):
-                floor = min((cursor.floor for cursor in self._cursors), default=None)
-                self.tail.append(data, floor)
+                self.tail.append(data, self._floor())
                 for cursor in self._cursors:
                     cursor.wake()
-                while self._lag() > self._window:
-                    self._room.clear()
-                    await self._room.wait()
+                while self._slow():
+                    await self._pause()
         finally:
             self.ended = True
             for cursor in self._cursors:
                 cursor.wake()
 
-    def attach(self, offset: int, unacked: int, text: bool = False) -> tuple[Cursor, int]:
-        """Return a cursor from `offset` on, and how many bytes from there are no longer kept.
-
-        `unacked` bytes behind it are kept until they are acknowledged; 0 for a reader that does not do that.
-        A reader of `text` is given no part of a UTF-8 sequence whose rest may come.
-        """
+    def attach(self, offset: int, reading: Reading) -> tuple[Cursor, int]:
+        """Return a cursor from `offset` on, and how many bytes from there are no longer kept."""
         start = min(max(offset, self.tail.start), self.tail.end)
-        cursor = Cursor(self, start, unacked, text)
+        cursor = Cursor(self, start, reading)
         self._cursors.add(cursor)
         return cursor, max(0, start - offset)
 
@@ -105,26 +131,56 @@ class Stream:
         self.progress()
 
     def progress(self) -> None:
-        """Let the reader go on where the cursors have caught up."""
-        if self._lag() <= self._window:
-            self._room.set()
+        """Let the reader task look again who has caught up."""
+        self._progress.set()
 
-    def _lag(self) -> int:
-        return max((self.tail.end - cursor.offset for cursor in self._cursors), default=0)
+    def _floor(self) -> int | None:
+        """Return from where on something is still wanted, by those that are not left behind at least."""
+        if all(cursor.behind for cursor in self._cursors):
+            return min((cursor.floor for cursor in self._cursors), default=None)
+        most = self.tail.end - self.pace.lag
+        return min(max(cursor.floor, most) if cursor.behind else cursor.floor for cursor in self._cursors)
+
+    def _slow(self) -> list[Cursor]:
+        """Return the cursors that the command waits for."""
+        slow = [cursor for cursor in self._cursors if cursor.lag > self.window]
+        return slow if len(slow) == len(self._cursors) else [one for one in slow if not one.behind]
+
+    async def _pause(self) -> None:
+        """Wait for progress; leave behind who makes none for too long while others have read all."""
+        slow, now = self._slow(), asyncio.get_running_loop().time()
+        until = None
+        if all(cursor.viewer for cursor in slow) and len(slow) < len(self._cursors):
+            for cursor in slow:
+                cursor.slow_since = now if cursor.slow_since is None else cursor.slow_since
+                cursor.behind = now - cursor.slow_since >= self.pace.patience
+            first = min(cursor.slow_since or now for cursor in slow)
+            until = first + self.pace.patience
+        if self._slow():
+            self._progress.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._progress.wait()
 
 
 class Cursor:
     """One reader's place in a stream. `offset` is what it has taken over, not what it has looked at.
 
     `floor` is what it may come back to: of what was sent, the part that is not known to have arrived.
+    `lost` counts the bytes in front of `offset` that it never got, because it was left `behind`.
     """
 
-    def __init__(self, stream: Stream, offset: int, unacked: int, text: bool) -> None:
+    def __init__(self, stream: Stream, offset: int, reading: Reading) -> None:
         self.stream = stream
         self.offset = offset
+        self.viewer = reading.viewer
+        self.behind = False
+        self.slow_since: float | None = None
+        self.lost = 0
         self._acked = offset
-        self._unacked = unacked
-        self._text = text
+        self._unacked = stream.pace.unacked if reading.acks else 0
+        self._window = reading.window
+        self._text = reading.text
         self._wake = asyncio.Event()
         self._detached = False
 
@@ -140,21 +196,32 @@ class Cursor:
     async def next(self) -> list[bytes]:
         """Return the next bytes in parts, none after the stream's last. Call `taken` once delivered."""
         while not self._detached:
-            if parts := self._read():
-                return parts
-            if self.stream.ended:
-                break
+            room = READ if self._window is None else self._window - (self.offset - self._acked)
+            if room > 0:
+                if parts := self._read(min(room, READ)):
+                    return parts
+                if self.stream.ended:
+                    break
             self._wake.clear()
             await self._wake.wait()
         return []
 
-    def _read(self) -> list[bytes]:
+    def _read(self, most: int) -> list[bytes]:
         tail, ended = self.stream.tail, self.stream.ended
-        parts = tail.read(self.offset)
+        if self.offset < tail.start:
+            self.lost += tail.start - self.offset
+            self.offset = tail.start
+        parts = tail.read(self.offset, most)
+        if self._window is not None and parts:
+            parts[0] = parts[0][:most]
         end = self.offset + sum(map(len, parts))
         if not self._text or (ended and end == tail.end):
             return parts
         return whole(parts) or whole(parts + tail.read(end))
+
+    @property
+    def lag(self) -> int:
+        return self.stream.tail.end - self.offset
 
     @property
     def floor(self) -> int:
@@ -163,9 +230,12 @@ class Cursor:
     def ack(self, offset: int) -> None:
         """Take note that everything before `offset` has arrived."""
         self._acked = max(self._acked, min(offset, self.offset))
+        self.wake()
 
     def taken(self, parts: list[bytes]) -> None:
         self.offset += sum(map(len, parts))
+        if self.lag <= self.stream.window:
+            self.behind, self.slow_since = False, None
         self.stream.progress()
 
 
@@ -190,7 +260,7 @@ class Attachment:
     """
 
     def __init__(
-        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, unacked: int, text: bool
+        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, reading: Reading
     ) -> None:
         self.exec = owner
         self.id = f"a-{secrets.token_hex(8)}"
@@ -202,12 +272,12 @@ class Attachment:
         self._progress = asyncio.Event()
         if before is not None:
             before._heir = self
-        self.acking = unacked > 0
+        self.acking = reading.acks
         self._holding: asyncio.TimerHandle | None = None
         self.cursors: dict[StreamName, Cursor] = {}
         self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
         for name, stream in owner.streams.items():
-            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), unacked, text)
+            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), reading)
 
     async def write(self, data: bytes) -> None:
         """Give input; see `Input.put`. Dropped where the input or we have ended."""
@@ -304,7 +374,7 @@ class Exec:
         process: Process,
         *,
         tail: int,
-        window: int,
+        pace: Pace,
         stdin_buffer: int,
         spools: Spools,
         linger: float,
@@ -319,7 +389,7 @@ class Exec:
         self.linger = linger
         self._grace = grace
         self._kill_left = kill_left
-        self.streams = {name: Stream(name, tail, window) for name in process.streams}
+        self.streams = {name: Stream(name, tail, pace) for name in process.streams}
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
@@ -396,22 +466,18 @@ class Exec:
         offsets: Mapping[str, int] | None = None,
         *,
         resume: str | None = None,
-        unacked: int = 0,
-        text: bool = False,
+        reading: Reading = Reading(),
     ) -> Attachment:
         """Start to read from the given offsets (default: the beginning).
 
-        `unacked` bytes that were read stay until they are acknowledged, to be read again after a break.
-        A reader of `text` is given no part of a UTF-8 sequence whose rest may come.
         `resume` is an attachment whose reader has lost it: it ends, whatever became of its connection, and
         its input goes on here. Raises `NotFound` for one that there never was, or that is forgotten.
         """
         before = None if resume is None else self._places.pop(resume, None)
         if resume is not None and before is None:
             raise NotFound(f"exec {self.id} has no attachment {resume}; attach anew", exec=self.id)
-        attachment = Attachment(
-            self, offsets or {}, before, unacked, text
-        )  # before the old one ends: nothing falls between
+        # before the old one ends: nothing falls between
+        attachment = Attachment(self, offsets or {}, before, reading)
         self._attachments.add(attachment)
         if before is not None:
             before.close()

@@ -8,7 +8,7 @@ from typing import Final
 # chunks below this are merged, so that a terminal's single characters do not make long lists
 _MERGE: Final = 8 * 1024
 # one frame to a client: fewer, larger ones cost less, but hold up the others on its socket
-_READ: Final = 256 * 1024
+READ: Final = 256 * 1024
 
 
 class Tail:
@@ -34,7 +34,7 @@ class Tail:
         while self._chunks and self.start + len(self._chunks[0]) <= keep:
             self.start += len(self._chunks.popleft())
 
-    def read(self, offset: int, limit: int = _READ) -> list[bytes]:
+    def read(self, offset: int, limit: int = READ) -> list[bytes]:
         """Return what is kept from `offset` on, some `limit` bytes at most, none at the end.
 
         Raises `ValueError` where the offset is not kept.

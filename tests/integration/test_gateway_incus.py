@@ -18,6 +18,7 @@ from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
 from tests.contracts.life import LifeContract, ask
 from tests.contracts.mcp import McpContract
+from tests.contracts.pace import PaceContract
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.contracts.receipts import ReceiptsContract
 from tests.integration import environment
@@ -111,6 +112,13 @@ class TestIncusInput(InputContract):
             await wire.call("exec/closeStdin", exec=started["exec"])
             await wire.exited(started["exec"])
             assert wire.output[started["channel"], 1].startswith(digest.hexdigest().encode())
+
+
+class TestIncusPace(PaceContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
 
 
 class TestIncusMcp(McpContract):

@@ -12,9 +12,9 @@ import pytest
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
-from gateway.execs.exec import Stream
+from gateway.execs.exec import Cursor, Pace, Past, Reading, Stream
 from gateway.receipts import Receipts
-from gateway.runtime import ExecSpec, Process
+from gateway.runtime import ExecSpec, Process, StreamName
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.store import Store
@@ -161,11 +161,11 @@ async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
 
 async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() -> None:
     """Also where a piece is as large as one read, behind the first byte of a character."""
-    stream, text = Stream("stdout", 4 << 20, 1 << 20), "€" * 200_000
+    stream, text = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 0)), "€" * 200_000
     data = text.encode()
     for piece in (data[:1], data[1 : 256 << 10], data[256 << 10 :]):
         stream.tail.append(piece)
-    cursor, _ = stream.attach(0, 0, text=True)
+    cursor, _ = stream.attach(0, Reading(text=True))
     read = ""
     while len(read) < len(text):
         async with asyncio.timeout(5):
@@ -173,3 +173,144 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
         read += b"".join(parts).decode()
         cursor.taken(parts)
     assert read == text
+
+
+# --- readers at different paces -----------------------------------------------------------------------
+
+CHUNK = 10_000
+
+
+class Printing(Past):
+    """A process that prints `chunks` numbered chunks as fast as it is read; `printed` counts them."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__(1, 0.0)
+        self.chunks = chunks
+        self.printed = 0
+
+    async def read(self, stream: StreamName) -> bytes:
+        await asyncio.sleep(0)
+        if self.printed == self.chunks:
+            return b""
+        self.printed += 1
+        return self.whole(self.printed)[-CHUNK:]
+
+    @staticmethod
+    def whole(chunks: int) -> bytes:
+        return b"".join(b"%9d\n" % number * (CHUNK // 10) for number in range(1, chunks + 1))
+
+
+async def read(cursor: Cursor) -> bytes:
+    """Read a stream to its end; a zero in front for each byte that was lost."""
+    found = b""
+    while parts := await cursor.next():
+        found += bytes(cursor.lost)
+        cursor.lost = 0
+        found += b"".join(parts)
+        cursor.taken(parts)
+    return found
+
+
+async def settled(process: Printing) -> int:
+    """Return how many chunks were printed once no more come."""
+    before = -1
+    while before != process.printed:
+        before = process.printed
+        for _ in range(20):
+            await asyncio.sleep(0)
+    return before
+
+
+def printing(patience: float = 60.0) -> tuple[Stream, Printing]:
+    """Return a stream that keeps 50 kB, lets a reader lag by 30 kB and keeps 100 kB for one left behind."""
+    pace = Pace(window=3 * CHUNK, patience=patience, lag=10 * CHUNK, unacked=5 * CHUNK)
+    return Stream("stdout", 5 * CHUNK, pace), Printing(100)
+
+
+async def test_a_command_waits_for_its_only_reader_and_loses_nothing() -> None:
+    stream, process = printing(patience=0)
+    cursor, _ = stream.attach(0, Reading(viewer=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    assert await settled(process) == 4
+    async with asyncio.timeout(30):
+        assert await read(cursor) == process.whole(100)
+        await pumping
+
+
+async def test_a_viewer_that_stands_still_holds_another_up_for_a_moment_only() -> None:
+    """Then it is told how much it has missed, and gets the last of what was printed."""
+    stream, process = printing(patience=0.2)
+    still, _ = stream.attach(0, Reading(viewer=True))
+    other, _ = stream.attach(0, Reading(viewer=True))
+    parts = await asyncio.gather(still.next(), stream.pump(process), read(other))
+    whole = process.whole(100)
+    assert parts[2] == whole
+    assert stream.tail.end - stream.tail.start <= 11 * CHUNK
+    still.taken(parts[0])
+    had = sum(map(len, parts[0]))
+    missed = stream.tail.start - had
+    assert await read(still) == bytes(missed) + whole[had + missed :]
+
+
+async def test_who_catches_up_counts_again() -> None:
+    stream, process = printing(patience=0)
+    slow, _ = stream.attach(0, Reading(viewer=True))
+    other, _ = stream.attach(0, Reading(viewer=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    reading = asyncio.create_task(read(other))
+    assert await settled(process) == 100
+    assert slow.behind
+    rest = await read(slow)
+    assert len(rest) == 100 * CHUNK
+    assert not slow.behind
+    await asyncio.gather(pumping, reading)
+
+
+async def test_two_that_both_move_lose_nothing_at_the_slower_ones_pace() -> None:
+    stream, process = printing()
+    one, _ = stream.attach(0, Reading(viewer=True))
+    other, _ = stream.attach(0, Reading(viewer=True))
+
+    async def slowly(cursor: Cursor) -> bytes:
+        found = b""
+        while parts := await cursor.next():
+            await asyncio.sleep(0.002)
+            cursor.taken(parts)
+            found += b"".join(parts)
+        return found
+
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(slowly(one), read(other), stream.pump(process))
+    assert results[0] == results[1] == process.whole(100)
+
+
+async def test_who_is_no_viewer_is_never_left_behind() -> None:
+    """What a tool reads must be whole, whoever looks on."""
+    stream, process = printing(patience=0)
+    tool, _ = stream.attach(0, Reading())
+    viewer, _ = stream.attach(0, Reading(viewer=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    reading = asyncio.create_task(read(viewer))
+    assert await settled(process) == 4
+    async with asyncio.timeout(30):
+        assert await read(tool) == process.whole(100)
+        await asyncio.gather(pumping, reading)
+
+
+async def test_a_reader_with_a_window_is_sent_no_more_than_it_acknowledges() -> None:
+    stream, process = printing()
+    cursor, _ = stream.attach(0, Reading(viewer=True, acks=True, window=2 * CHUNK + 5))
+    pumping = asyncio.create_task(stream.pump(process))
+    found = b""
+    async with asyncio.timeout(30):
+        while len(found) < 100 * CHUNK:
+            reading = asyncio.create_task(read(cursor))
+            await settled(process)
+            sent = cursor.offset
+            assert 0 < sent - len(found) <= 2 * CHUNK + 5
+            reading.cancel()
+            await asyncio.wait([reading])
+            found = process.whole(100)[:sent]
+            cursor.ack(sent)
+        assert await read(cursor) == b""
+        await pumping

@@ -16,6 +16,7 @@ from tests.contracts.input import InputContract
 from tests.contracts.life import LifeContract
 from tests.contracts.mcp import SESSIONLESS, McpContract, mcp, text
 from tests.contracts.operator import OperatorContract
+from tests.contracts.pace import PaceContract
 from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
 from tests.live import LiveGateway, local_gateway
@@ -60,6 +61,10 @@ class TestLocal(GatewayContract):
 
 
 class TestLocalInput(InputContract):
+    pass
+
+
+class TestLocalPace(PaceContract):
     pass
 
 
