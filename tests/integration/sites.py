@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def filled(folder: Path, room: int = 0) -> Iterator[None]:
+    """Leave so many bytes of a file system; a test that is killed gives all back: its file has no name."""
+    size, at = 1 << 34, 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        while size >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), at, size)
+                at += size
+            except OSError:
+                size >>= 1
+        file.truncate(at - room)
+        yield
 
 
 @dataclass

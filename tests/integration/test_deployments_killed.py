@@ -1,6 +1,6 @@
 """A gateway that is killed at any moment of its deployments leaves nothing half done to the next one.
 
-GATEWAY_TEST_KILLS says how often it is killed (10), GATEWAY_TEST_SEED at which moments.
+GATEWAY_TEST_KILLS says how often it is killed (5), GATEWAY_TEST_SEED at which moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 from tests.integration.test_deployments_faults import inside
 
-KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "10"))
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "5"))
 SEED = int(os.environ.get("GATEWAY_TEST_SEED", "0")) or random.randrange(1, 1 << 30)
 
 

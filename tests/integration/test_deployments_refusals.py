@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from gateway.runtime.incus import IncusRuntime, IncusSites, sites
 from gateway.settings import Settings
 from gateway.store import Store
 from tests.integration import environment
-from tests.integration.sites import Hosting, RealCaddy, free_ports, hosting, settings_for
+from tests.integration.sites import Hosting, RealCaddy, filled, free_ports, hosting, settings_for
 
 SERVE = 'Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch: () => new Response("mine")})'
 DOMAIN = "refused.test"
@@ -152,21 +151,6 @@ async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
         said = await desk.refused(folder(f'start = ["bun", "serve.ts"]\n{install}'), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "install")
         assert "larger size" in said["message"]
-
-
-@contextlib.contextmanager
-def filled(folder: Path, room: int = 0) -> Iterator[None]:
-    """Leave so many bytes of a file system; a test that is killed gives all back: its file has no name."""
-    size, at = 1 << 34, 0
-    with tempfile.TemporaryFile(dir=folder) as file:
-        while size >= 4096:
-            try:
-                os.posix_fallocate(file.fileno(), at, size)
-                at += size
-            except OSError:
-                size >>= 1
-        file.truncate(at - room)
-        yield
 
 
 async def test_a_full_pool(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +25,9 @@ from gateway.tools import FileTools, ToolResult, ToolSession
 from tests.contracts.processes import until
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
+from tests.integration.sites import filled
 from tests.integration.test_gateway_incus import live
-from tests.live import LiveGateway
+from tests.live import LiveGateway, RpcFailure
 
 
 class Files:
@@ -360,6 +363,45 @@ async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tm
             found = await used()
             environment.incus("delete", "--force", name)
             await ended(found)
+
+
+async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:
+    """At its quota a tenant keeps its files; what fails says why, and leaves nothing beside them."""
+    tenant = await make_tenant(start=False)
+    # what the image takes counts
+    environment.incus("config", "device", "override", tenant.name, "root", "size=500MiB")
+    site = environment.rootfs(tenant.name) / "srv" / "site"
+    async with live(incus_settings, tmp_path / "gateway.log") as gateway:
+        async with gateway.wire(tenant.name) as wire, gateway.http(tenant.name) as http:
+
+            async def write(content: str) -> dict[str, Any]:
+                given = {"file_path": "kept.txt", "content": content}
+                return dict(await wire.call("tools/call", name="Write", arguments=given))
+
+            async def upload(size: int) -> tuple[int, dict[str, Any]]:
+                path = f"/v1/tenants/{tenant.name}/files/kept.bin"
+                async with http.put(path, data=io.BytesIO(bytes(size))) as response:
+                    return response.status, await response.json()
+
+            assert not (await write("before\n"))["isError"]
+            assert (await upload(100))[0] == 201
+            with filled(site, room=2 << 20):
+                before = sorted(os.listdir(site))
+                result = await write("x" * (6 << 20))
+                assert result["isError"]
+                assert result["structuredContent"]["code"] == "too_large"
+                assert "disk quota exceeded" in result["content"][0]["text"]
+                status, said = await upload(6 << 20)
+                assert (status, said["code"], said["reason"]) == (413, "too_large", "no_space")
+                assert "remove files" in said["detail"]
+                with pytest.raises(RpcFailure, match="disk quota exceeded") as refused:
+                    await wire.call("files/write", path="kept.txt", text="x" * (6 << 20))
+                assert (refused.value.code, refused.value.data["reason"]) == ("too_large", "no_space")
+                assert sorted(os.listdir(site)) == before
+                assert (site / "kept.txt").read_text() == "before\n"
+                assert (site / "kept.bin").read_bytes() == bytes(100)
+            assert not (await write("x" * (6 << 20)))["isError"]
+            assert (await upload(6 << 20))[0] == 200
 
 
 async def test_idle_workers_end(tenant: Container, incus_settings: Settings, tmp_path: Path) -> None:
