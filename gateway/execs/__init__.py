@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from gateway.errors import Cancelled, Conflict, Gone, NotFound, RateLimited
+from gateway.errors import Cancelled, Conflict, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, started_at
 from gateway.execs.input import Spools
@@ -290,7 +290,8 @@ class Execs:
         everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values()]
         kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
         for failure in await asyncio.gather(*kills, return_exceptions=True):
-            if isinstance(failure, BaseException):
+            # with its container a command has ended
+            if isinstance(failure, BaseException) and not isinstance(failure, (NotFound, TenantNotRunning)):
                 log.warning("a command could not be ended: %s", failure)
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
