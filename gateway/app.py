@@ -144,6 +144,7 @@ class Gateway:
         self._started = asyncio.Event()
         self._resynced = asyncio.Event()
         self._deploys: Deployments | None = None
+        self._health: Health | None = None
         self._life_of: Life | None = None
         self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
@@ -180,6 +181,7 @@ class Gateway:
                 for method, path, scope, handler, status in Life.ROUTES
             ),
             Route(tenant + "/metrics", self._tenant_metrics),
+            Route(tenant + "/site", self._site),
             Route(tenant + "/tools/{tool}", self._tool, methods=["POST"]),
             Route(tenant + "/exec", self._exec, methods=["POST"]),
             Route(tenant + "/files/{path:path}", self._file),
@@ -231,8 +233,8 @@ class Gateway:
             self._deploys = await stack.enter_async_context(
                 Deployments(runtime, sites, caddy, self.store, self.bus, settings, idle.use)
             )
-            health = await stack.enter_async_context(Health(sites, self.bus, settings))
-            self._notice = (self._deploys.noticed, health.noticed, idle.noticed)
+            self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
+            self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
             self._hub = Hub(runtime, execs, toolbox, files, self.bus, idle, settings, self._verify)
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
@@ -347,6 +349,12 @@ class Gateway:
         if self._deploys is None:
             raise Unavailable("the gateway is starting")
         return self._deploys
+
+    @property
+    def health(self) -> Health:
+        if self._health is None:
+            raise Unavailable("the gateway is starting")
+        return self._health
 
     @property
     def life(self) -> Life:
@@ -484,6 +492,11 @@ class Gateway:
     async def _tenant_metrics(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
         return _json(await self.hub.runtime.metrics(name))
+
+    async def _site(self, request: Request) -> Response:
+        name, _ = self._tenant_for(request, None)
+        tenant = await self.hub.runtime.get(name)  # raises where there is none
+        return _json(await self.health.now(tenant.name))
 
     # --- tools and commands -------------------------------------------------------------------------
 

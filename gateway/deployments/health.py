@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from gateway.errors import GatewayError
 from gateway.events import Bus
@@ -36,6 +36,7 @@ class Health:
         self._unhealthy: set[str] = set()
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._asking = asyncio.Semaphore(_AT_ONCE)  # of those that clients ask for; others wait
 
     async def __aenter__(self) -> Health:
         self._watching = asyncio.create_task(self._watch(), name="health")
@@ -56,6 +57,21 @@ class Health:
             task = asyncio.create_task(self._started(tenant), name=f"health of {tenant}")
             self._starting[tenant] = task
             task.add_done_callback(lambda _: self._starting.pop(tenant, None))
+
+    async def now(self, tenant: str) -> Mapping[str, Any]:
+        """Ask a tenant's site; say whether it answers, None where nobody can say without waking it.
+
+        `status` is of its answer, None without one; one of the server's own errors counts as none.
+        """
+        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        if site is None or site.exposure is None or site.asleep:
+            return {"answers": None, "status": None}
+        status: int | None = None
+        if site.running:
+            async with self._asking:
+                with contextlib.suppress(OSError, ValueError):
+                    status = await ask(site.exposure.address, site.exposure.port, site.health, 1.0)
+        return {"answers": status is not None and status < 500, "status": status}
 
     async def _started(self, tenant: str) -> None:
         began = time.monotonic()

@@ -103,6 +103,8 @@ class LifeContract:
             finally:
                 await ask(http, "DELETE", f"/v1/tenants/{other}", status=204)
             assert (await ask(http, "PATCH", url, {"domain": None}))["domain"] is None
+            assert await ask(http, "GET", f"{url}/site") == {"answers": None, "status": None}
+            await ask(http, "GET", f"/v1/tenants/{other}/site", status=404)
 
     async def test_the_sites_log(self, gateway: LiveGateway, fresh: str) -> None:
         """The last lines, then what comes; who leaves leaves nothing running."""
@@ -155,5 +157,6 @@ class LifeContract:
             await wire.call("tools/call", **call)
             await ask(http, "POST", f"{url}/snapshots", {"name": "s1"}, 201)
             await ask(http, "DELETE", url, status=204)
-            for method, path in (("GET", ""), ("GET", "/snapshots"), ("GET", "/logs"), ("DELETE", "")):
-                await ask(http, method, url + path, status=404)
+            await ask(http, "DELETE", url, status=404)
+            for path in ("", "/site", "/snapshots", "/logs"):
+                await ask(http, "GET", url + path, status=404)

@@ -96,6 +96,37 @@ async def test_a_saved_file_is_in_the_container_and_shows_in_the_preview_without
     await window.site_shows(HEADING)
 
 
+def root(tenant: str, script: str) -> None:
+    environment.incus("exec", tenant, "-T", "--", "sh", "-c", script)
+
+
+async def test_the_preview_waits_for_a_site_that_does_not_answer_and_shows_it_by_itself(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    """When opened, and when loaded again: never a proxy's error, and nobody has to press reload."""
+    window = await editor()
+    waiting = window.page.get_by_role("region", name="Preview of the site").get_by_text("Starting…")
+    root(site, "systemctl stop site")
+    try:
+        await window.load_connected()
+        await expect(waiting).to_be_visible()
+        _, said, _ = await host.call("GET", f"/v1/tenants/{site}/site")
+        assert said == {"answers": False, "status": None}
+    finally:
+        root(site, "systemctl start site")
+    await window.site_shows(HEADING)
+    _, said, _ = await host.call("GET", f"/v1/tenants/{site}/site")
+    assert said == {"answers": True, "status": 200}
+    root(site, "systemctl stop site")
+    try:
+        await window.page.get_by_role("button", name="Reload the site").click()
+        await expect(waiting).to_be_visible()
+    finally:
+        root(site, "systemctl start site")
+    await window.site_shows(HEADING)
+    await expect(waiting).to_have_count(0)
+
+
 async def test_the_tree_reads_folders_when_opened_and_follows_what_others_do(
     editor: OpenEditor, site: str
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from playwright.async_api import expect
 
 from tests.e2e.conftest import CHECKOUT, OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import DEADLINE, Editor
 from tests.e2e.test_editor import run, tool
 from tests.integration.sites import Hosting
 
@@ -80,7 +80,8 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await tool(host, site, "Grep", pattern="useState")
     command = "until [ -e /tmp/go ]; do sleep 0.1; done; bun test"
     bash = asyncio.create_task(tool(host, site, "Bash", command=command))
-    await expect(side.get_by_label("Running").first).to_be_visible()
+    running = side.get_by_role("button").filter(has_text="until [ -e").get_by_label("Running")
+    await expect(running).to_be_visible()
     await picture(window, pictures, "activity")
     run(site, "touch /tmp/go")
     await asyncio.gather(bash, return_exceptions=True)  # there are no tests to run
@@ -89,7 +90,8 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await side.get_by_label("Domain").fill("blog.localhost")
     await side.get_by_label("Template").fill("static")
     await side.get_by_role("button", name="Deploy", exact=True).click()
-    await expect(side.get_by_text("Live")).to_be_visible()
+    card = side.get_by_role("article", name="Deployment of blog.localhost")
+    await expect(card.get_by_text("Live")).to_be_visible(timeout=4 * DEADLINE)
     await picture(window, pictures, "deploy")
 
     side = await window.view("Metrics and logs")

@@ -373,6 +373,11 @@ class Tenant:
         answer: Mapping[str, Any] = await self._client.http("GET", f"{self._path}/metrics")
         return answer
 
+    async def site(self) -> Mapping[str, Any]:
+        """Return whether the tenant's site answers now: `answers`, None where it has none or sleeps."""
+        answer: Mapping[str, Any] = await self._client.http("GET", f"{self._path}/site")
+        return answer
+
     async def start(self) -> None:
         await self._client.http("POST", f"{self._path}/start")
 

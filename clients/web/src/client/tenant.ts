@@ -12,6 +12,7 @@ import type {
   GatewayEvent,
   Offsets,
   ServerInfo,
+  SiteAnswer,
   TenantInfo,
   ToolResult,
   Usage,
@@ -174,6 +175,11 @@ export class Tenant implements Disposable {
 
   metrics(signal?: AbortSignal): Promise<Usage> {
     return this.#gateway.json("GET", this.#path("/metrics"), undefined, { signal });
+  }
+
+  /** Asks whether the tenant's site answers now; `answers` is null where it has none or is asleep. */
+  site(signal?: AbortSignal): Promise<SiteAnswer> {
+    return this.#gateway.json("GET", this.#path("/site"), undefined, { signal });
   }
 
   start(): Promise<TenantInfo> {

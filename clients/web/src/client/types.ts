@@ -36,6 +36,12 @@ export interface TenantInfo {
   readonly usage?: Usage | null;
 }
 
+export interface SiteAnswer {
+  /** Whether it answers with less than 500; null where there is no site, or one that is asleep. */
+  readonly answers: boolean | null;
+  readonly status: number | null;
+}
+
 export interface Usage {
   readonly cpu_seconds: number;
   readonly memory_bytes: number;

@@ -51,6 +51,7 @@ export async function compare(
       ],
     },
     revertControls: "a-to-b",
+    renderRevertControl: taking,
     gutter: true,
     collapseUnchanged: { margin: 3, minSize: 6 },
   });
@@ -59,4 +60,22 @@ export async function compare(
     focus: () => view.b.focus(),
     destroy: () => view.destroy(),
   };
+}
+
+/** Makes the button between the sides that takes a part of theirs over. */
+function taking(): HTMLElement {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "take";
+  button.title = "Take this part of theirs";
+  button.setAttribute("aria-label", button.title);
+  const drawn = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  drawn.setAttribute("viewBox", "0 0 24 24");
+  for (const d of ["M5 12h14", "m12 5 7 7-7 7"]) {
+    const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    line.setAttribute("d", d);
+    drawn.append(line);
+  }
+  button.append(drawn);
+  return button;
 }

@@ -77,7 +77,6 @@ const look = EditorView.theme({
     color: "var(--text)",
   },
   ".cm-arrived": { animation: "arrived 2.4s ease-out" },
-  ".cm-mergeView": { height: "100%" },
   ".cm-changedLine": { backgroundColor: "var(--diff-line) !important" },
   ".cm-changedText": { background: "var(--diff-text) !important" },
   ".cm-deletedChunk": { backgroundColor: "var(--diff-gone)" },

@@ -21,6 +21,8 @@ export interface Item {
   readonly exec: string | null;
   readonly path: string | null;
   readonly writes: boolean;
+  /** How often in a row it happened; only the last time is shown. */
+  readonly times: number;
 }
 
 const KEPT = 600;
@@ -36,10 +38,21 @@ const ICONS: Readonly<Record<string, IconName>> = {
   KillShell: "octagon-x",
 };
 
+/** What others do to a tenant past the gateway, in words instead of Incus's own. */
+const OUTSIDE: Readonly<Record<string, string>> = {
+  "incus.instance-exec": "outside command",
+  "incus.instance-console": "a console",
+  "incus.instance-file-retrieved": "a file was read",
+  "incus.instance-file-pushed": "a file was written",
+  "incus.instance-updated": "settings were changed",
+};
+
+function alike(one: Item, other: Item): boolean {
+  return one.verb === other.verb && one.what === other.what && one.by === other.by;
+}
+
 export class Activity {
   readonly items = signal<readonly Item[]>([]);
-  /** Some events are gone: what is shown is not all that happened. */
-  readonly gap = signal(false);
   /** Show each file that a tool writes. */
   readonly follow = signal(false);
   readonly running = signal(0);
@@ -52,10 +65,22 @@ export class Activity {
     const { data } = event;
     const at = Date.parse(event.time) || Date.now();
     const by = String(data.by ?? "");
-    const plain = { key: `${event.id}`, at, by, ms: null, code: null, exec: null, path: null, writes: false };
+    const plain = {
+      key: `${event.id}`,
+      at,
+      by,
+      ms: null,
+      code: null,
+      exec: null,
+      path: null,
+      writes: false,
+      times: 1,
+    };
     switch (event.type) {
       case "gap":
-        this.gap.value = true;
+        // before the first one it only says that there is no more to be had of earlier times
+        if (this.items.value.length > 0)
+          this.#put({ ...plain, icon: "info", verb: "Gap", what: "some events were missed", state: "told" });
         return;
       case "tool.started": {
         if (String(data.callId ?? "").startsWith(OWN)) return;
@@ -124,7 +149,8 @@ export class Activity {
       case "deployment.phase.progress":
       case "deployment.phase.log":
       case "deployment.phase.started":
-        return;
+      case "deployment.phase.finished":
+        return; // the deploy panel shows phases
     }
     const [subject = "", ...rest] = event.type.split(".");
     const kinds: Readonly<Record<string, IconName>> = {
@@ -134,21 +160,26 @@ export class Activity {
       incus: "hard-drive",
     };
     const failed = /failed|oom|error/.test(event.type);
+    const did = OUTSIDE[event.type] ?? rest.join(" ");
     this.#put({
       ...plain,
       icon: kinds[subject] ?? "info",
       verb: subject === "" ? event.type : subject[0]!.toUpperCase() + subject.slice(1),
-      what: [rest.join(" "), data.phase, data.domain].filter(Boolean).join(" · "),
+      what: [did, data.phase, data.domain].filter(Boolean).join(" · "),
       state: failed ? "failed" : "told",
     });
   }
 
   clear(): void {
     this.items.value = [];
-    this.gap.value = false;
   }
 
   #put(item: Item): void {
+    const [last, ...older] = this.items.value;
+    if (item.state === "told" && last?.state === "told" && alike(item, last)) {
+      this.items.value = [{ ...last, at: item.at, times: last.times + 1 }, ...older];
+      return;
+    }
     const key = this.items.value.some(({ key }) => key === item.key)
       ? `${item.key}/${++this.#keys}`
       : item.key;

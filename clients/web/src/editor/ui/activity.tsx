@@ -31,7 +31,6 @@ export function ActivityView({ current }: { current: Workspace }) {
         />
         <IconButton icon="trash" label="Clear the list" onClick={() => activity.clear()} />
       </header>
-      {activity.gap.value && <p class="hint gap">Earlier events are no longer kept.</p>}
       {items.length === 0 ? (
         <Empty icon="activity" title="Nothing has happened yet">
           Tool calls of agents, commands and saved files appear here as they happen.
@@ -89,6 +88,7 @@ function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
         <span class="event-facts">
           <time dateTime={new Date(item.at).toISOString()}>{clock(item.at)}</time>
           {item.by !== "" && <span class={mine ? "who me" : "who"}>{mine ? "you" : item.by}</span>}
+          {item.times > 1 && <span class="times">{item.times} times</span>}
           {item.code !== null && <span class="code">{item.code.replaceAll("_", " ")}</span>}
           {watchable && <span class="watch">show output</span>}
         </span>

@@ -9,13 +9,13 @@ import { openTenant, type Workspace } from "../state/workspace.js";
 import { clock, duration, Empty, Icon, Spinner } from "./parts.js";
 
 const MEANING: Readonly<Record<string, string>> = {
-  validate: "Domain, template and quota",
+  validate: "Domain, quota",
   create: "A container",
-  push: "The template's files",
+  push: "The files",
   install: "Dependencies",
   start: "The site's service",
   expose: "An address",
-  route: "The way through Caddy",
+  route: "Through Caddy",
   verify: "The site answers",
 };
 

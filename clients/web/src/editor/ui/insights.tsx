@@ -7,7 +7,7 @@ import { allows } from "../state/session.js";
 import { complain, say } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import type { IconName } from "./icons.js";
-import { bytes, Empty, Icon, IconButton } from "./parts.js";
+import { bytes, clock, Empty, Icon, IconButton } from "./parts.js";
 
 const filter = signal("");
 
@@ -93,6 +93,9 @@ function Life({ current }: { current: Workspace }) {
 
 const WIDTH = 200;
 const HEIGHT = 40;
+/** How many periods fill a chart: few at first, so that it does not look empty for minutes. */
+const LEAST = 8;
+const MOST = 89;
 
 function Chart(props: {
   icon: IconName;
@@ -105,7 +108,9 @@ function Chart(props: {
 }) {
   const all = props.series.flat().filter((value) => value !== null);
   const top = props.most ?? Math.max(props.least, ...all) * 1.15;
-  const x = (index: number, count: number) => WIDTH - (count - 1 - index) * (WIDTH / 89);
+  const span = (count: number) => Math.min(MOST, Math.max(LEAST, count - 1));
+  const x = (index: number, count: number) => WIDTH - (count - 1 - index) * (WIDTH / span(count));
+  const collecting = !props.series.some((values) => values.filter((value) => value !== null).length > 1);
   return (
     <figure class="chart" aria-label={`${props.label}: ${props.value}`}>
       <figcaption>
@@ -115,26 +120,50 @@ function Chart(props: {
         {props.limit !== undefined && <span class="limit">{props.limit}</span>}
         <b>{props.value}</b>
       </figcaption>
-      <svg viewBox={`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" aria-hidden="true">
-        {props.series.map((values, number) => {
-          const points = values
-            .map((value, index) =>
-              value === null
-                ? null
-                : `${x(index, values.length).toFixed(1)},${(HEIGHT - (value / top) * HEIGHT).toFixed(1)}`,
-            )
-            .filter((point) => point !== null);
-          if (points.length < 2) return null;
-          const first = points[0]?.split(",")[0];
-          return (
-            <g key={number} class={`series s${number}`}>
-              <polygon points={`${first},${HEIGHT} ${points.join(" ")} ${WIDTH},${HEIGHT}`} />
-              <polyline points={points.join(" ")} vector-effect="non-scaling-stroke" />
-            </g>
-          );
-        })}
-      </svg>
+      {collecting ? (
+        <p class="collecting">Collecting…</p>
+      ) : (
+        <svg viewBox={`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" aria-hidden="true">
+          {props.series.map((values, number) => {
+            const points = values
+              .map((value, index) =>
+                value === null
+                  ? null
+                  : `${x(index, values.length).toFixed(1)},${(HEIGHT - (value / top) * HEIGHT).toFixed(1)}`,
+              )
+              .filter((point) => point !== null);
+            if (points.length < 2) return null;
+            const first = points[0]?.split(",")[0];
+            return (
+              <g key={number} class={`series s${number}`}>
+                <polygon points={`${first},${HEIGHT} ${points.join(" ")} ${WIDTH},${HEIGHT}`} />
+                <polyline points={points.join(" ")} vector-effect="non-scaling-stroke" />
+              </g>
+            );
+          })}
+        </svg>
+      )}
     </figure>
+  );
+}
+
+/** What journald puts before each line: when, and which process wrote it. */
+const STAMP = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[+-]\d\d:?\d\d|Z) (?:\S+: )?/;
+
+/** What Vite puts before its own lines, which is the same once more. */
+const CLOCK = /^\d{1,2}:\d\d:\d\d [AP]M /;
+
+function LogLine({ line }: { line: string }) {
+  const stamp = STAMP.exec(line)?.[0];
+  const at = stamp === undefined ? Number.NaN : Date.parse(stamp.split(" ", 1)[0] ?? "");
+  if (stamp === undefined || Number.isNaN(at)) return <span>{line}</span>;
+  return (
+    <>
+      <time dateTime={new Date(at).toISOString()} title={stamp.trim()}>
+        {clock(at)}
+      </time>
+      <span>{line.slice(stamp.length).replace(CLOCK, "")}</span>
+    </>
   );
 }
 
@@ -192,7 +221,7 @@ function Journal({ current }: { current: Workspace }) {
                 /\b(error|fail|fatal|exception)/i.test(line) ? "bad" : /\bwarn/i.test(line) ? "warn" : ""
               }
             >
-              {line}
+              <LogLine line={line} />
             </div>
           ))}
         </div>

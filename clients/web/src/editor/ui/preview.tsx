@@ -1,10 +1,12 @@
 /** Knows the frame that shows the tenant's site, which is another origin and stays one. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { previewOpen } from "../state/layout.js";
+import { allows } from "../state/session.js";
+import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { Empty, Icon, IconButton } from "./parts.js";
+import { Empty, Icon, IconButton, Spinner } from "./parts.js";
 
 /** Grows whenever the site is to be loaded again. */
 export const reloads = signal(0);
@@ -23,9 +25,7 @@ export function Preview({ current }: { current: Workspace }) {
   const [path, setPath] = useState("/");
   const base = chosen ?? site;
   const [typed, setTyped] = useState("");
-  const frame = useRef<HTMLIFrameElement>(null);
   const url = base === null ? null : new URL(path, base).href;
-  const count = reloads.value;
   useEffect(() => {
     setTyped(url ?? "");
   }, [url]);
@@ -101,15 +101,119 @@ export function Preview({ current }: { current: Workspace }) {
           This tenant has no address. Deploy a template, or type the address of a server above.
         </Empty>
       ) : (
+        <Frame key={current.name} current={current} url={url} asked={base === site} />
+      )}
+    </section>
+  );
+}
+
+/** Milliseconds between two looks at a site that does not answer. */
+const PERIOD = 1000;
+/** After so many milliseconds a page is shown although it still loads. */
+const PATIENCE = 10_000;
+
+type Shown =
+  | { readonly is: "asking" | "waiting" }
+  | { readonly is: "loading" | "there"; readonly round: number };
+
+/**
+ * Shows the site once it answers. What a frame of another origin has in it nobody here can see, so that the
+ * gateway is asked: before the frame is made, and after each page that it loaded, which may be a proxy's error.
+ */
+function Frame({ current, url, asked }: { current: Workspace; url: string; asked: boolean }) {
+  const [shown, setShown] = useState<Shown>({ is: "asking" });
+  const [again, askAgain] = useState(0);
+  const status = current.info.value?.status;
+  const count = reloads.value;
+  useEffect(() => {
+    const ending = new AbortController();
+    const { signal } = ending;
+    void (async () => {
+      if (asked) {
+        setShown({ is: "asking" });
+        while (!signal.aborted && !(await answers(current, signal))) {
+          if (!signal.aborted) setShown({ is: "waiting" });
+          await pause(signal);
+        }
+      }
+      if (!signal.aborted) setShown({ is: "loading", round: ++rounds });
+    })();
+    return () => ending.abort();
+  }, [current, url, asked, count, again, status]);
+  const round = "round" in shown ? shown.round : 0;
+  useEffect(() => {
+    if (shown.is !== "loading") return;
+    const timer = setTimeout(() => setShown({ is: "there", round }), PATIENCE);
+    return () => clearTimeout(timer);
+  }, [shown.is, round]);
+  const loaded = async () => {
+    setShown({ is: "there", round });
+    if (asked && !(await answers(current))) askAgain((before) => before + 1);
+  };
+  return (
+    <div class="site" aria-busy={shown.is !== "there"}>
+      {"round" in shown && (
         <iframe
-          key={`${url} ${count}`}
-          ref={frame}
+          key={round}
           title={`Site of ${current.name}`}
           src={url}
           sandbox="allow-scripts allow-same-origin allow-forms allow-modals allow-popups allow-downloads"
           referrerpolicy="no-referrer"
+          onLoad={() => void loaded()}
         />
       )}
-    </section>
+      {shown.is !== "there" && (
+        <div class="site-state">
+          {shown.is === "waiting" ? <Waiting current={current} /> : <Spinner label="Loading the site" />}
+        </div>
+      )}
+    </div>
   );
+}
+
+let rounds = 0;
+
+/** Says whether there is something to show: a page, be it the site's own error, or one that has to be woken. */
+async function answers(current: Workspace, signal?: AbortSignal): Promise<boolean> {
+  try {
+    const said = await current.tenant.site(signal);
+    return said.answers !== false || said.status !== null;
+  } catch {
+    return false; // the state of the connection says why
+  }
+}
+
+function Waiting({ current }: { current: Workspace }) {
+  const info = current.info.value;
+  if (info !== null && (info.status === "stopped" || info.status === "frozen")) {
+    return (
+      <Empty icon="power" title={`The tenant is ${info.status}`}>
+        Its site is shown as soon as it runs.
+        {allows("deploy") && (
+          <button type="button" onClick={() => current.tenant.start().catch(complain)}>
+            Start the tenant
+          </button>
+        )}
+      </Empty>
+    );
+  }
+  return (
+    <div class="empty" role="status">
+      <Spinner label="Starting" />
+      <strong>Starting…</strong>
+      <div>
+        The site does not answer yet. It is shown as soon as it does; its log is under Metrics and logs.
+      </div>
+    </div>
+  );
+}
+
+function pause(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, PERIOD);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
 }
