@@ -1,0 +1,116 @@
+"""The examples of docs/clients.md, as they stand there, against one deployed tenant."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway.caddy import shipped
+from gateway.settings import Settings
+from tests.integration.sites import Hosting, hosting
+from tests.integration.test_readme import README, run
+from tests.messages import model, use
+
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+ADDRESS = "http://127.0.0.1:8080"
+SAVE = """
+import asyncio
+import os
+from gateway_client import Client
+
+
+async def main() -> None:
+    async with Client("http://127.0.0.1:8080", token=os.environ["TOKEN"]) as client:
+        shop = client.tenant("shop")
+        await shop.files.write("visits.txt", "")
+        await asyncio.gather(*(add_line(shop, "visits.txt", f"{number}\\n") for number in range(5)))
+        print(sorted((await shop.files.read("visits.txt")).text.split()))
+
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    """A gateway whose tenant `shop` was deployed by the page's own example, of a folder `site`."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(shipped("deploy/templates") / "static", folder / "site")
+    (folder / "site" / "package.json").write_text('{"scripts": {"build": "echo built"}}')
+    async with hosting(incus_settings, folder / "state") as host:
+        printed = await python(host, "client.deploy(", folder)
+        assert "deployment.phase.finished verify" in printed
+        assert re.search(r"^http://shop\.localhost:\d+ \d+$", printed, re.M), printed
+        yield host
+
+
+def example(word: str, page: Path = PAGE, language: str = "python") -> str:
+    """Return the one example with `word` in it."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+    (found,) = (block for block in blocks if word in block)
+    return str(found)
+
+
+async def python(host: Hosting, word: str, folder: Path, more: str = "", **environment: str) -> str:
+    """Run an example, for this gateway instead of the page's, and return what it printed."""
+    program = (example(word) + more).replace(ADDRESS, host.url)
+    token = host.gateway.token("shop")
+    return await run(sys.executable, "-c", program, cwd=folder, TOKEN=token, **environment)
+
+
+async def test_tools_and_commands(host: Hosting, tmp_path: Path) -> None:
+    printed = await python(host, 'shop.exec("bun run build")', tmp_path)
+    assert "src/App.tsx:1:export default" in printed
+    assert "stdout b'built\\n'" in printed and "Exit(code=0" in printed
+
+
+async def test_without_asyncio(host: Hosting, tmp_path: Path) -> None:
+    await python(host, 'shop.exec("bun run build")', tmp_path)
+    printed = await python(host, "gateway_client.sync", tmp_path)
+    assert printed.startswith("1\texport default") and "Exit(code=0" in printed
+
+
+@pytest.mark.parametrize("word", ['session="tester"', "on_change=changed"])
+async def test_what_only_makes_a_client(host: Hosting, tmp_path: Path, word: str) -> None:
+    assert await python(host, word, tmp_path) == ""
+
+
+async def test_a_conflict_is_met_by_trying_again(host: Hosting, tmp_path: Path) -> None:
+    printed = await python(host, "except Conflict", tmp_path, SAVE)
+    assert printed == "['0', '1', '2', '3', '4']\n"
+
+
+async def test_the_agent_sdk(host: Hosting, tmp_path: Path) -> None:
+    write = use("Write", file_path="blue.css", content="h1 { color: blue }\n")
+    look = use("Bash", command="cat blue.css")
+    async with model([write], [look]) as scripted:
+        printed = await python(host, "ClaudeSDKClient", tmp_path, **scripted.environment(tmp_path))
+        assert scripted.result(look).text == "h1 { color: blue }"
+    assert "h1 { color: blue }\n" in printed, "output while it runs"
+
+
+async def test_the_messages_api(host: Hosting, tmp_path: Path) -> None:
+    create = use(
+        "str_replace_based_edit_tool",
+        command="create",
+        path="/srv/site/red.css",
+        file_text="h1 { color: red }",
+    )
+    look = use("bash", command="cat red.css")
+    async with model([create], [look]) as scripted:
+        printed = await python(host, "AsyncAnthropic", tmp_path, **scripted.environment(tmp_path))
+        assert "h1 { color: red }" in scripted.result(look).text
+    assert "done" in printed
+
+
+def test_the_line_for_claude_code_is_the_readmes() -> None:
+    """Which tests/integration/test_readme.py runs."""
+    words = [example("claude mcp add", page, "sh").split() for page in (PAGE, README)]
+    line, readmes = (" ".join(found[found.index("claude") :]) for found in words)
+    assert line.startswith("claude mcp add --transport http")
+    assert line.replace("shop", "demo").split("--header")[0] == readmes.split("--header")[0]
