@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import ssl
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,8 @@ class Caddy:
         self._admin: aiohttp.ClientSession | None = None
         self._sites: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
+        # a target is made before its route: nobody may find it unused in between
+        self._setting = threading.Lock()
         # held by whoever finds out what routes should be and then makes them so
         self.changing = asyncio.Lock()
 
@@ -103,15 +106,15 @@ class Caddy:
         """Lead a domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic."""
         if not TARGET.fullmatch(target):
             raise ValueError(f"{target!r} is no target of a route")
-        place = self._targets / target
-        place.mkdir(mode=0o755, exist_ok=True)
-        (place / target).touch(mode=0o644)
-        before = self.get(domain)
-        if before == target:
-            return before
-        new = self.folder / f".new-{secrets.token_hex(6)}"
-        new.symlink_to(f"../targets/{target}")
-        new.replace(self.routes / domain)
+        with self._setting:
+            place = self._targets / target
+            place.mkdir(mode=0o755, exist_ok=True)
+            (place / target).touch(mode=0o644)
+            before = self.get(domain)
+            if before != target:
+                new = self.folder / f".new-{secrets.token_hex(6)}"
+                new.symlink_to(f"../targets/{target}")
+                new.replace(self.routes / domain)
         return before
 
     def get(self, domain: str) -> str | None:
@@ -135,8 +138,13 @@ class Caddy:
         found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir()}
         return {domain: target for domain, target in found.items() if target is not None}
 
-    def reconcile(self, wanted: Mapping[str, str], leave: Collection[str]) -> list[str]:
-        """Make the routes what they should be, but for the domains in `leave`; return what was changed."""
+    def reconcile(
+        self, wanted: Mapping[str, str], leave: Collection[str], sockets: Collection[str]
+    ) -> list[str]:
+        """Make the routes what they should be, but for the domains in `leave`; return what was changed.
+
+        Of the sockets only those that are named stay: Incus leaves the file of one that it no longer needs.
+        """
         changed = []
         leave = {*leave, self._settings.domain or ""}
         for domain, target in wanted.items():
@@ -148,10 +156,14 @@ class Caddy:
             if entry.name not in wanted and entry.name not in leave:
                 self.unset(entry.name)
                 changed.append(entry.name)
-        used = set(self.listed().values())
-        for place in list(self._targets.iterdir()):
-            if place.name not in used:
-                shutil.rmtree(place, ignore_errors=True)
+        for entry in list(self.sockets.iterdir()):
+            if entry.name not in sockets:
+                entry.unlink(missing_ok=True)
+        with self._setting:
+            used = set(self.listed().values())
+            for place in list(self._targets.iterdir()):
+                if place.name not in used:
+                    shutil.rmtree(place, ignore_errors=True)
         return changed
 
     # --- the configuration --------------------------------------------------------------------------
@@ -197,7 +209,8 @@ class Caddy:
         """
         async with self._loading:
             running = await self._ask("GET", "/config/")
-            if running is not None and running.get("storage", {}).get("root") != str(self.folder / "data"):
+            serves = running is not None and "apps" in running
+            if serves and running.get("storage", {}).get("root") != str(self.folder / "data"):
                 if str(self.routes) in orjson.dumps(running).decode():
                     return False  # an operator's own, which looks our routes up
                 raise CaddyFailed(
@@ -208,7 +221,7 @@ class Caddy:
                 )
             before = {name: _text(self.folder / name) for name in ("Caddyfile", "site.caddy")}
             after = self.rendered()
-            if running is not None and before == after:
+            if serves and before == after:
                 return False
             self.write()
             try:

@@ -453,13 +453,16 @@ class Deployments:
                 await self._recover_one(record)
         async with self._caddy.changing:
             found = await self._sites.listed()
-            busy = {running.record.domain for running in self._running.values()}
+            deploying = [running.record for running in self._running.values()]
+            busy = {record.domain for record in deploying}
+            sockets = {f"{site.tenant}.sock" for site in found}
+            sockets |= {f"{record.tenant}{side}.sock" for record in deploying for side in ("", ".next")}
             wanted = {
                 site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
                 for site in found
                 if site.exposure is not None and site.deployment is None
             }
-            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy)
+            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy, sockets)
         if changed:
             log.info("routes put right: %s", ", ".join(changed))
         for site in found:

@@ -58,21 +58,31 @@ class RealCaddy:
     def folder(self) -> Path:
         return self.settings.state_dir / "caddy"
 
-    async def start(self) -> None:
+    async def start(self, *, empty: bool = False) -> None:
+        """Start it, `empty` with nothing to serve, and return once it answers."""
         async with Caddy(self.settings) as caddy:
             main = caddy.write()
+        if empty:
+            main = self.folder / "empty"
+            main.write_text(f"{{\n\tadmin unix/{self.settings.caddy_admin}\n}}\n")
         with (self.folder / "log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *("caddy", "run", "--config", str(main), "--adapter", "caddyfile"), stdout=log, stderr=log
             )
-        async with asyncio.timeout(20):
-            while True:
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.settings.caddy_ask)
-                    writer.close()
-                    return
+        async with asyncio.timeout(30):
+            while not await self._answers(empty):
                 assert self.process.returncode is None, (self.folder / "log").read_text()
-                await asyncio.sleep(0.02)  # nothing to wait on but the port itself
+                await asyncio.sleep(0.02)  # nothing to wait on but the socket itself
+
+    async def _answers(self, empty: bool) -> bool:
+        with contextlib.suppress(OSError):
+            if empty:
+                _, writer = await asyncio.open_unix_connection(self.settings.caddy_admin)
+            else:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.settings.caddy_ask)
+            writer.close()
+            return True
+        return False
 
     async def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         if self.process is not None and self.process.returncode is None:

@@ -16,6 +16,7 @@ import logging
 import random
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -62,7 +63,8 @@ _INSTALLS: Final = 3  # runs of an install command until it has failed
 # one file system of all: a tenant that reaches its own end there hears of a quota
 _SHARED: Final = ("btrfs", "dir", "zfs")
 _EMPTY: Final = 0.5  # used of a pool that a command cannot have filled, even if it cleaned up after itself
-_TRIES: Final = 20  # addresses that are tried until one is free
+_TRIES: Final = 20  # addresses, or ports, that are tried until one is free
+_FAILURES: Final = 3  # of one port or socket, until it is given up
 
 # It starts as soon as /tmp is there, beside the rest of the container's boot and not after it: so a new
 # tenant's site answers a good deal earlier.
@@ -482,36 +484,39 @@ class IncusSites:
         """Give a site a port or a socket of this host.
 
         Incus adds a device to a running instance only if its listener can be had: so of two gateways that
-        choose the same port one fails, and chooses again.
+        choose the same port one fails, and chooses again. And of several proxies that are started at once it
+        fails one now and then, for no reason that stays.
         """
         connect = f"tcp:127.0.0.1:{port}"
         first, _, last = self._settings.expose_ports.partition("-")
-        tried = set[int]()
+        failed: Counter[int] = Counter()  # of the one socket as 0
+        chosen: int | None = 0
         for attempt in range(_TRIES):
-            instances = await self._instances()
             proxies = {
                 (instance["name"], name): entry
-                for instance in instances
+                for instance in await self._instances()
                 for name, entry in instance["devices"].items()
                 if entry.get("type") == "proxy"
             }
             there = proxies.get((tenant, device))
             if there is not None and there["connect"] == connect:
                 return
-            taken = {entry["listen"].rpartition(":")[2] for entry in proxies.values()}
             if self._settings.expose == "socket":
                 folder = self._settings.state_dir.absolute() / "caddy" / "sockets"
                 name = tenant if device == "site" else f"{tenant}.next"
                 listen = {"listen": f"unix:{folder}/{name}.sock", "mode": "0666"}
             else:
+                taken = {entry["listen"].rpartition(":")[2] for entry in proxies.values()}
                 free = {number for number in range(int(first), int(last) + 1) if str(number) not in taken}
-                chosen = await asyncio.to_thread(_unused, free - tried)
+                chosen = await asyncio.to_thread(_unused, free - {*failed})
+                if chosen is None:  # one that failed may be had by now
+                    free = {number for number in free if failed[number] < _FAILURES}
+                    chosen = await asyncio.to_thread(_unused, free)
                 if chosen is None:
                     raise Unavailable(
                         f"every port of {self._settings.expose_ports} is taken; set GATEWAY_EXPOSE_PORTS",
                         reason="port_taken",
                     )
-                tried.add(chosen)
                 listen = {"listen": f"tcp:127.0.0.1:{chosen}"}
             proxy = {"type": "proxy", "connect": connect, **listen}
             try:
@@ -520,7 +525,9 @@ class IncusSites:
             except IncusError as error:
                 # of a listener that cannot be had it says what its child said, or only that it ended
                 log.info("tenant %s cannot be exposed by %s: %s", tenant, listen["listen"], error.message)
-                if tried and "proxy device" in error.message and attempt < _TRIES - 1:
+                failed[chosen or 0] += 1
+                again = failed[0] < _FAILURES and attempt < _TRIES - 1
+                if "proxy device" in error.message and again:
                     continue
                 with translated(tenant):
                     raise

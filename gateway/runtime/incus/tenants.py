@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -287,8 +287,10 @@ class IncusRuntime:
         while True:
             try:
                 stream = self._incus.events("lifecycle")
-                async with contextlib.aclosing(stream):
-                    async for event in _with_ticks(stream, self._settings.reconcile_interval):
+                ticks = _with_ticks(stream, self._settings.reconcile_interval)
+                # both: while one waits for the other that one cannot be closed, and a cancel would be lost
+                async with contextlib.aclosing(stream), contextlib.aclosing(ticks):
+                    async for event in ticks:
                         if event is None or event["type"] == "connected":
                             changes, known = await self._differences(known)
                             for change in changes:
@@ -464,7 +466,7 @@ def _disk_state(instance: Mapping[str, Any]) -> str:
 
 async def _with_ticks(
     stream: AsyncIterator[dict[str, Any]], interval: float
-) -> AsyncIterator[dict[str, Any] | None]:
+) -> AsyncGenerator[dict[str, Any] | None]:
     """Yield the stream's items, and None whenever `interval` seconds passed without a look."""
     pending: asyncio.Task[dict[str, Any]] | None = None
     due = time.monotonic() + interval

@@ -1,0 +1,259 @@
+"""How visitors reach sites: every way from Caddy to a container, and what is left of one that breaks.
+
+Two gateways share one Incus here, each with a Caddy of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
+
+from gateway import protocol
+from gateway.deployments.record import PHASES
+from gateway.settings import Settings
+from tests.contracts.gateway import no_traceback, sse
+from tests.integration import environment
+from tests.integration.sites import Hosting, hosting
+from tests.live import Wire
+
+GATEWAY = "gateway.localhost"
+PORTS = 4
+DEADLINE = 60
+
+# says which Host it was asked for, also by websocket, as a dev server does that reloads pages
+SITE = """
+Bun.serve({
+  port: process.env.PORT, hostname: process.env.HOST,
+  websocket: {open(ws) { ws.send(ws.data) }, message(ws, text) { ws.send(text) }},
+  fetch(request, server) {
+    const host = request.headers.get("host");
+    const headers = {"Sec-WebSocket-Protocol": request.headers.get("sec-websocket-protocol") ?? ""};
+    if (request.headers.has("upgrade") && server.upgrade(request, {data: host, headers})) return;
+    return new Response(host);
+  },
+});
+"""
+
+
+@pytest.fixture(scope="module")
+async def pair(
+    incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Hosting, Hosting]]:
+    """Two gateways that give their sites ports of the same few."""
+    folder = tmp_path_factory.mktemp("network")
+    template = folder / "templates" / "talk"
+    template.mkdir(parents=True)
+    (template / "site.toml").write_text('start = ["bun", "site.js"]\nport = 3000\n')
+    (template / "site.js").write_text(SITE)
+    first = some_ports()
+    changes: dict[str, Any] = {
+        "templates_dir": template.parent,
+        "expose": "port",
+        "expose_ports": f"{first}-{first + PORTS - 1}",
+        "reconcile_interval": 0.5,
+    }
+    async with (
+        hosting(incus_settings, folder / "one", domain=GATEWAY, **changes) as one,
+        hosting(incus_settings, folder / "two", **changes) as two,
+    ):
+        yield one, two
+        for host in (one, two):
+            await no_traceback(host.gateway)
+
+
+def some_ports() -> int:
+    """Return the first of a few ports in a row that nobody has, nor may be given for a connection."""
+    below = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for first in range(below - PORTS - 50 * environment.HOST, 1024, -PORTS):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + PORTS):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError
+
+
+def ports(host: Hosting) -> set[int]:
+    first, _, last = host.settings.expose_ports.partition("-")
+    return {*range(int(first), int(last) + 1)}
+
+
+def open_ports(host: Hosting) -> set[int]:
+    """Return those of the ports for sites at which somebody listens."""
+    found = set()
+    for port in ports(host):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                found.add(port)
+    return found
+
+
+def proxies() -> dict[str, int]:
+    """Return of each instance with a proxy device on a port which one."""
+    return {
+        entry["name"]: int(device["listen"].rpartition(":")[2])
+        for entry in environment.instances()
+        for device in entry["devices"].values()
+        if device["type"] == "proxy"
+    }
+
+
+async def asked_by_websocket(host: Hosting, domain: str) -> str:
+    """Return which Host a site was asked for by a websocket; it speaks the protocol of a dev server."""
+    url = f"http://127.0.0.1:{host.settings.caddy_http}/"
+    headers = {"Host": f"{domain}:{host.settings.caddy_http}"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(url, headers=headers, protocols=("vite-hmr",)) as websocket,
+    ):
+        said = await websocket.receive_str(timeout=DEADLINE)
+        await websocket.send_str("hot")
+        assert await websocket.receive_str(timeout=DEADLINE) == "hot"
+        assert websocket.protocol == "vite-hmr"
+        return said
+
+
+async def destroy(host: Hosting, domain: str) -> None:
+    assert (await host.call("DELETE", f"/v1/tenants/{domain.replace('.', '-')}"))[0] == 204
+
+
+async def answers(host: Hosting, domain: str) -> None:
+    """Return once a site answers through Caddy."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                if await host.visit(domain) == (200, domain):
+                    return
+            await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.05)  # nothing to wait on but the state itself
+
+
+@pytest.fixture(scope="module")
+async def site(pair: tuple[Hosting, Hosting]) -> str:
+    """The domain of a site of the first gateway, which stays."""
+    record = await pair[0].deploy("stays.localhost", "talk")
+    assert record["state"] == "succeeded", record["error"]
+    return "stays.localhost"
+
+
+async def test_gateways_that_deploy_at_once_give_their_sites_different_ports(
+    pair: tuple[Hosting, Hosting], site: str
+) -> None:
+    """Those that are free are just enough, for one is a stranger's; nothing of a destroyed site holds one."""
+    one, two = pair
+    hosts = {"a.localhost": one, "b.localhost": two}
+    before = open_ports(one)
+    with socket.create_server(("127.0.0.1", min(ports(one) - before))) as stranger:
+        records = await asyncio.gather(*(host.deploy(domain, "talk") for domain, host in hosts.items()))
+        assert [record["state"] for record in records] == ["succeeded"] * 2, [r["error"] for r in records]
+        listening = [proxies()[domain.replace(".", "-")] for domain in (*hosts, site)]
+        assert {*listening, stranger.getsockname()[1]} == ports(one)
+        for domain, host in hosts.items():
+            assert await host.visit(domain) == (200, domain)
+            assert await asked_by_websocket(host, domain) == f"{domain}:{host.settings.caddy_http}"
+    await asyncio.gather(*(destroy(host, domain) for domain, host in hosts.items()))
+    assert [*proxies()] == [site.replace(".", "-")]
+    await until(lambda: open_ports(one) == before)
+
+
+async def test_a_site_by_its_socket_is_there_after_its_restart_and_leaves_none(
+    pair: tuple[Hosting, Hosting],
+) -> None:
+    host, domain = pair[1], "socket.localhost"
+    sockets = host.settings.state_dir / "caddy" / "sockets"
+    await host.gateway.stop()
+    host.gateway.environment["GATEWAY_EXPOSE"] = "socket"
+    await host.gateway.start()
+    record = await host.deploy(domain, "talk")
+    assert record["state"] == "succeeded", record["error"]
+    assert [path.name for path in sockets.iterdir()] == ["socket-localhost.sock"]
+    assert await asked_by_websocket(host, domain) == f"{domain}:{host.settings.caddy_http}"
+    assert (await host.call("POST", "/v1/tenants/socket-localhost/restart"))[0] == 200
+    await answers(host, domain)
+    await destroy(host, domain)
+    await until(lambda: not [*sockets.iterdir()])
+
+
+async def test_a_caddy_that_lost_everything_serves_again(pair: tuple[Hosting, Hosting], site: str) -> None:
+    """It is killed and started without a configuration; then a route's file is lost."""
+    host = pair[0]
+    await host.caddy.stop()
+    await host.caddy.start(empty=True)
+    await answers(host, site)
+    (host.settings.state_dir / "caddy" / "routes" / site).unlink()
+    assert (await host.visit(site))[0] in (200, 404)
+    await answers(host, site)
+
+
+async def test_a_configuration_that_caddy_refuses_changes_nothing(
+    pair: tuple[Hosting, Hosting], site: str
+) -> None:
+    """A deployment says so and is undone, the other sites are served on, and the old files are there."""
+    host = pair[0]
+    folder = host.settings.state_dir / "caddy"
+    before = host.leavings(), (folder / "Caddyfile").read_text()
+    await host.gateway.stop()
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        host.gateway.environment["GATEWAY_CADDY_HTTP"] = str(stranger.getsockname()[1])
+        await host.gateway.start()
+        record = await host.deploy("refused.localhost", "talk")
+        assert (record["state"], record["error"]["reason"]) == ("rolledback", "caddy_refused"), record
+        assert await host.visit(site) == (200, site)
+        await host.gateway.stop()
+    host.gateway.environment["GATEWAY_CADDY_HTTP"] = str(host.settings.caddy_http)
+    await host.gateway.start()
+    assert (host.leavings(), (folder / "Caddyfile").read_text()) == before
+
+
+async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
+    pair: tuple[Hosting, Hosting], site: str
+) -> None:
+    """A command's output by websocket and an event stream, while a site comes and goes."""
+    host, tenant = pair[0], site.replace(".", "-")
+    port = host.settings.caddy_http
+    headers = {"Host": f"{GATEWAY}:{port}", "Authorization": f"Bearer {host.gateway.token('*')}"}
+    count = "i=0; until [ -e enough ]; do echo $((i += 1)); sleep 0.01; done"
+    async with (
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as session,
+        session.get("/v1/events?type=deployment.phase.finished") as events,
+        connect(
+            f"ws://{GATEWAY}:{port}/v1/tenants/{tenant}/ws",
+            subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+            proxy=None,
+            host="127.0.0.1",
+            port=port,
+        ) as websocket,
+    ):
+        wire = Wire(websocket)
+        token = host.gateway.token(tenant)
+        await wire.call("initialize", client={"name": "test", "version": "1"}, token=token)
+        started = await wire.call("exec/start", command=count)
+        out = wire.output[started["channel"], 1]
+        record = await host.deploy("comes.localhost", "talk")
+        assert record["state"] == "succeeded", record["error"]
+        await destroy(host, "comes.localhost")
+        async with asyncio.timeout(DEADLINE):
+            while (await host.visit("comes.localhost"))[0] != 404:
+                await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
+        seen = len(out)
+        await wire.until(lambda: len(out) > seen)
+        await wire.call("exec/start", command="touch enough")
+        assert (await wire.exited(started["exec"]))["exitCode"] == 0
+        lines = bytes(out).split()
+        assert lines == [b"%d" % (number + 1) for number in range(len(lines))]
+        told = [event["data"]["data"]["phase"] for event in await sse(events, len(PHASES))]
+        assert told == [*PHASES]
+        await wire.close()
