@@ -142,7 +142,9 @@ class Execs:
         told: Mapping[str, Any] = {} if receipt.result is None else orjson.loads(receipt.result)
         process = Past(told.get("pid", 0), told.get("startedAt", receipt.at))
         exec_ = self._made(exec_id, tenant, ExecSpec((told.get("command", ""),)), process, None)
-        exit_ = told.get("exit") or {"reason": "lost", "durationMs": 0, "offsets": {}}
+        # what ran when that life was killed has run until it is given up here
+        ran = max(0, int((time.time() - process.started_at) * 1000))
+        exit_ = told.get("exit") or {"reason": "lost", "durationMs": ran, "offsets": {}}
         exec_.ended_before(
             receipt.digest,
             Ended(

@@ -217,7 +217,7 @@ class Cursor:
         end = self.offset + sum(map(len, parts))
         if not self._text or (ended and end == tail.end):
             return parts
-        return whole(parts) or whole(parts + tail.read(end))
+        return whole(parts) or whole([*parts, b"".join(tail.read(end, _SEQUENCE))[:_SEQUENCE]])
 
     @property
     def lag(self) -> int:

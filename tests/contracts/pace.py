@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import pytest
+
 from gateway import protocol
 from tests.live import LiveGateway, Wire
 
@@ -100,6 +102,7 @@ async def standstill(wire: Wire, exec_id: str) -> int:
 
 
 class PaceContract:
+    @pytest.mark.timeout(STALL + 400)
     async def test_a_reader_that_stands_still_stops_its_own_command_only(
         self, gateway: LiveGateway, tenant: str
     ) -> None:

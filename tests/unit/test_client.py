@@ -397,6 +397,28 @@ async def test_the_state_is_told_while_it_changes_and_at_last_it_gives_up() -> N
     assert states[-2:] == ["idle", "closed"] and "reconnecting" in states[4:]
 
 
+async def test_a_command_of_text_stays_so_over_a_break() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/start")
+        assert protocol.validate(protocol.ExecStart, params).encoding == "utf-8"
+        answer = {"exec": params["execId"], "channel": 1, "pid": 1, "startedAt": "", "attachment": "a-1"}
+        await peer.reply(number, answer)
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.initialize()
+        number, params = await peer.expect("exec/attach")
+        assert protocol.validate(protocol.ExecAttach, params).encoding == "utf-8"
+        answer = {"channel": 1, "from": params["from"], "lost": {"stdout": 0, "stderr": 0}}
+        await peer.reply(number, {**answer, "state": "running", "attachment": "a-2", "stdin": 0})
+        await peer.exited("e1")
+
+    async with gateway(first, second, retry=SOON) as shop:
+        async with shop.exec("x", exec_id="e1", encoding="utf-8") as run:
+            assert (await run.wait()).code == 0
+
+
 async def test_a_command_goes_on_where_it_stood_in_output_and_input() -> None:
     async def first(peer: Peer) -> None:
         await peer.initialize()

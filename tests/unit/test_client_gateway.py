@@ -145,6 +145,19 @@ async def test_pressure_detaching_and_the_end(shop: Tenant) -> None:
     assert (told["state"], told["exit"]["reason"]) == ("ended", "cancelled")
 
 
+async def test_text_comes_in_whole_characters(shop: Tenant) -> None:
+    async with shop.exec(["cat"], stdin=True, encoding="utf-8") as echo:
+        text, seen = "aé€😀" * 10, ""
+        for byte in text.encode():
+            await echo.write(bytes([byte]))
+        await echo.close_stdin()
+        async for chunk in echo.stdout:
+            seen += chunk.decode()
+        assert seen == text
+        async with shop.attach(echo.id, encoding="utf-8") as again:
+            assert [chunk.decode() async for chunk in again.stdout] == [text]
+
+
 async def test_refusals_have_their_types(shop: Tenant) -> None:
     client = shop._client
     with pytest.raises(errors.ExecFailed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,15 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
     execs = await make()
     over = await ended(execs, "true")
     running = await execs.start("demo", ExecSpec(("sleep", mark())))
+    running.process.started_at -= 3600  # it runs for an hour
+    began = running.process.started_at
     await until(lambda: len(noted(execs)) == 1)
     again = Execs(execs._runtime, Bus(MemoryJournal(1000)), execs._receipts, execs._settings)
     seen = again._bus.subscribe(Filter(), 0)
     async with again:
         found = again.get("demo", running.id)
         assert (found.over.reason, found.over.code) == ("lost", None)
+        assert found.over.duration_ms == pytest.approx((time.time() - began) * 1000, abs=60_000)
         assert found.describe()["pid"] == running.process.pid
         with pytest.raises(NotFound):
             again.get("demo", over.id)

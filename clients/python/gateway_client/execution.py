@@ -31,6 +31,7 @@ START_TIMEOUT: Final = 60.0
 END_TIMEOUT: Final = 30.0
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
+Encoding = Literal["binary", "utf-8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,10 @@ class Exec:
         method: Literal["exec/start", "exec/attach"],
         params: Mapping[str, Any],
         buffer: int,
+        encoding: Encoding,
     ) -> None:
-        self._tenant, self._method, self._params = tenant, method, {**params, "acks": True}
+        self._reading = {"acks": True, "encoding": encoding} if encoding != "binary" else {"acks": True}
+        self._tenant, self._method, self._params = tenant, method, {**params, **self._reading}
         self._connection: Connection | None = None
         self._channel: int | None = None
         self._attachment: str | None = None
@@ -233,7 +236,7 @@ class Exec:
             if again and self._method == "exec/start":
                 # the id is ours, and the first request may have come through
                 with contextlib.suppress(NotFound):
-                    await connection.request("exec/attach", {"exec": self.id, "acks": True}, self._started)
+                    await connection.request("exec/attach", {"exec": self.id, **self._reading}, self._started)
                     return
             await connection.request(self._method, self._params, self._started)
 
@@ -412,7 +415,7 @@ class Exec:
         params = {
             "exec": self.id,
             "from": {"stdout": self.stdout.offset, "stderr": self.stderr.offset},
-            "acks": True,
+            **self._reading,
         }
         missing: list[bytes] | None = [] if self._sent.end == 0 else None
         resume = {} if self._attachment is None else {"resume": self._attachment}

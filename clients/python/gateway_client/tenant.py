@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway_client.connection import Connection
 from gateway_client.errors import Disconnected, GatewayError, Unavailable, from_wire
-from gateway_client.execution import BUFFER, Exec
+from gateway_client.execution import BUFFER, Encoding, Exec
 from gateway_client.files import Files
 from gateway_client.retry import Change, Patience, State
 
@@ -307,11 +307,14 @@ class Tenant:
         linger: float | None = None,
         exec_id: str | None = None,
         buffer: int = BUFFER,
+        encoding: Encoding = "binary",
     ) -> Exec:
         """Return a command to run in an `async with`: a line for the user's shell, or a list of arguments.
 
         `pty` is (columns, rows) and brings stdin with it; `timeout` and `linger` are in seconds, a linger
-        of -1 is for ever; `buffer` bounds what waits here of each output stream, in bytes.
+        of -1 is for ever; `buffer` bounds what waits here of each output stream, in bytes. With the
+        `encoding` "utf-8" no chunk of the output ends inside a character, so that each can be decoded by
+        itself; else it is cut anywhere.
         """
         params: dict[str, Any] = {
             **_command(command, cwd, env),
@@ -326,13 +329,20 @@ class Tenant:
             params["timeoutMs"] = round(timeout * 1000)
         if linger is not None:
             params["lingerMs"] = -1 if linger < 0 else round(linger * 1000)
-        return Exec(self, "exec/start", params, buffer)
+        return Exec(self, "exec/start", params, buffer, encoding)
 
-    def attach(self, exec_id: str, *, stdout: int = 0, stderr: int = 0, buffer: int = BUFFER) -> Exec:
+    def attach(
+        self,
+        exec_id: str,
+        *,
+        stdout: int = 0,
+        stderr: int = 0,
+        buffer: int = BUFFER,
+        encoding: Encoding = "binary",
+    ) -> Exec:
         """Return a command that runs already, for an `async with`: its output from these byte offsets on."""
-        return Exec(
-            self, "exec/attach", {"exec": exec_id, "from": {"stdout": stdout, "stderr": stderr}}, buffer
-        )
+        params = {"exec": exec_id, "from": {"stdout": stdout, "stderr": stderr}}
+        return Exec(self, "exec/attach", params, buffer, encoding)
 
     async def execs(self) -> list[Mapping[str, Any]]:
         """Return the tenant's commands, those that ended a while ago included."""

@@ -7,6 +7,7 @@ import {
   decodeServerText,
   type Frame,
   type Notification,
+  notification,
   packFrame,
   request,
   STDIN,
@@ -137,6 +138,11 @@ export class Connection {
       signal?.addEventListener("abort", abort);
       this.#socket.send(request(id, method, params));
     });
+  }
+
+  /** Says something that is never answered. */
+  notify(method: string, params: object): void {
+    if (this.alive) this.#socket.send(notification(method, params));
   }
 
   /** Gives bytes to the input of the command on `channel`; resolves once the socket has room again. */

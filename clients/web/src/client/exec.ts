@@ -27,7 +27,14 @@ export interface ExecOptions {
   readonly execId?: string;
   /** How many bytes may wait here for who reads them; see `Exec`. */
   readonly buffer?: number;
+  /** With `"utf-8"` no chunk of the output ends inside a character; else it is cut anywhere. */
+  readonly encoding?: Encoding;
 }
+
+/** What an attachment needs beside the command. */
+export type AttachOptions = Pick<ExecOptions, "buffer" | "encoding">;
+
+export type Encoding = "binary" | "utf-8";
 
 export interface ExecEvents {
   data: { readonly stream: StreamName; readonly data: Uint8Array };
@@ -57,6 +64,7 @@ export class Output implements AsyncIterable<Uint8Array> {
   lost = 0;
   /** @internal */ size = 0;
   /** @internal */ begun = false;
+  /** @internal How much of it the gateway knows to be read. */ acked = 0;
   readonly #chunks: Uint8Array[] = [];
   readonly #taken: () => void;
   #ended = false;
@@ -85,6 +93,11 @@ export class Output implements AsyncIterable<Uint8Array> {
     let text = "";
     for await (const chunk of this) text += decoder.decode(chunk, { stream: true });
     return text + decoder.decode();
+  }
+
+  /** @internal The offset up to which nothing waits for its reader. */
+  get taken(): number {
+    return this.begun ? this.offset - this.size : this.offset;
   }
 
   /** @internal */
@@ -143,9 +156,9 @@ export class Output implements AsyncIterable<Uint8Array> {
  * `data`; its end is `exit`.
  *
  * A broken connection is healed unseen: the output goes on at the byte at which it stopped. What waits here
- * unread is bounded: a browser cannot leave a socket unread, so over `buffer` bytes we detach and come back
- * when half of it was read. The gateway keeps the last 1 MiB meanwhile; what fell out of that is counted in
- * `lost` and told by the event `lost`. Where nobody reads at all, the last `buffer` bytes are kept.
+ * unread is bounded by `buffer`, half of it for each stream; then the gateway sends no more, and in time the
+ * command itself waits, as for a pipe. Nothing else does. Of a stream that nobody reads at all the last bytes
+ * are kept, a quarter of `buffer` at least, and the command does not wait.
  */
 export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposable {
   id: string;
@@ -156,28 +169,41 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   /** How it ended, after its last output. Rejects where it can never be known: this client was closed. */
   readonly exit: Promise<Exit>;
   readonly #link: Link;
-  readonly #buffer: number;
+  /** How many bytes of a stream may wait here. */
+  readonly #most: number;
+  readonly #encoding: Encoding;
+  /** How many bytes the gateway sends of a stream before it is told that some were read. */
+  #window = 0;
   #start: object | null;
   #settle!: { resolve(exit: Exit): void; reject(error: GatewayError): void };
   #connection: Connection | null = null;
   #channel = 0;
-  #returning = false;
   /** Names our attachment, so that the next one can take its place. */
   #attachment: string | null = null;
   #sent: Uint8Array[] = [];
   #sentSize = 0;
   #sentTotal = 0;
-  #state: "starting" | "attached" | "away" | "held" | "over" = "starting";
+  #state: "starting" | "attached" | "away" | "over" = "starting";
 
   /** @internal Use `Tenant.exec` and `Tenant.attach`. */
-  constructor(link: Link, id: string, start: object | null, from: Partial<Offsets>, buffer = 8 * MiB) {
+  constructor(
+    link: Link,
+    id: string,
+    start: object | null,
+    from: Partial<Offsets>,
+    {
+      buffer = 8 * MiB,
+      encoding = "binary",
+    }: { buffer?: number | undefined; encoding?: Encoding | undefined },
+  ) {
     super();
     this.id = id;
     this.#link = link;
     this.#start = start;
-    this.#buffer = buffer;
-    this.stdout = new Output(() => this.#taken());
-    this.stderr = new Output(() => this.#taken());
+    this.#most = Math.max(1, Math.floor(buffer / 2));
+    this.#encoding = encoding;
+    this.stdout = new Output(() => this.#taken(this.stdout));
+    this.stderr = new Output(() => this.#taken(this.stderr));
     this.stdout.offset = from.stdout ?? 0;
     this.stderr.offset = from.stderr ?? 0;
     this.exit = new Promise((resolve, reject) => {
@@ -205,9 +231,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
         if (this.#start === null) await this.#attach(connection);
         else if (!asked) {
           asked = true;
-          await connection.request<Attached>("exec/start", this.#start, (result) =>
-            this.#attached(connection, result),
-          );
+          await this.#started(connection, this.#start);
         } else await this.#startOrAttach(connection, this.#start);
         this.#start = null;
         return this;
@@ -225,14 +249,27 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
       await this.#attach(connection);
     } catch (error) {
       if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
-      await connection.request<Attached>("exec/start", start, (result) => this.#attached(connection, result));
+      await this.#started(connection, start);
     }
+  }
+
+  async #started(connection: Connection, start: object): Promise<void> {
+    const params = { ...start, ...this.#reading() };
+    await connection.request<Attached>("exec/start", params, (result) => this.#attached(connection, result));
+  }
+
+  /** How the output is wanted: what waits here from before is none that the gateway may send anew. */
+  #reading(): object {
+    const waiting = Math.max(this.stdout.size, this.stderr.size);
+    this.#window = Math.max(1, Math.floor(this.#most / 8), this.#most - waiting);
+    return { window: this.#window, encoding: this.#encoding };
   }
 
   async #attach(connection: Connection): Promise<void> {
     const from = { stdout: this.stdout.offset, stderr: this.stderr.offset };
+    const reading = this.#reading();
     const attach = (resume: { resume?: string }) =>
-      connection.request<Attached>("exec/attach", { exec: this.id, from, ...resume }, (result) =>
+      connection.request<Attached>("exec/attach", { exec: this.id, from, ...resume, ...reading }, (result) =>
         this.#attached(connection, result),
       );
     if (this.#attachment !== null) {
@@ -261,6 +298,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
     for (const name of ["stdout", "stderr"] as const) {
       const output = this[name];
       output.offset = Math.max(output.offset, result.from?.[name] ?? 0);
+      output.acked = output.offset;
       const lost = result.lost?.[name] ?? 0;
       if (lost > 0) {
         output.lost += lost;
@@ -300,13 +338,13 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
 
   /** @internal */
   async resume(connection: Connection): Promise<void> {
-    if (this.#state !== "away" && this.#state !== "held") return; // `begin` asks for itself
+    if (this.#state !== "away") return; // `begin` asks for itself
     try {
       await this.#attach(connection);
     } catch (error) {
       if (error instanceof Disconnected) return;
       // it ended with the gateway or the tenant, and so did all that was known of it
-      this.#ended({ code: null, signal: null, reason: "lost", durationMs: 0 });
+      this.#ended({ code: null, signal: null, reason: "lost", durationMs: 0, left: null });
     }
   }
 
@@ -317,7 +355,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
       this.#over(error);
       return;
     }
-    if (this.#state !== "attached" && this.#state !== "held") return;
+    if (this.#state !== "attached") return;
     this.#state = "away";
     this.#connection = null;
     this.emit("attached", false);
@@ -338,6 +376,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
         signal: params.signal as string | null,
         reason: params.reason as Exit["reason"],
         durationMs: Number(params.durationMs),
+        left: (params.left as number | null | undefined) ?? null,
       });
     }
   }
@@ -346,40 +385,22 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
     const stream = frame.stream === STDERR ? "stderr" : "stdout";
     const output = this[stream];
     output.offset += frame.data.length;
-    if (this.listened("data")) this.emit("data", { stream, data: frame.data });
-    else output.push(frame.data);
-    if (this.stdout.size + this.stderr.size <= this.#buffer) return;
-    if (this.stdout.begun || this.stderr.begun) void this.#hold();
-    else output.trim(this.#buffer / 2);
-  }
-
-  async #hold(): Promise<void> {
-    const connection = this.#connection;
-    if (this.#state !== "attached" || connection === null) return;
-    this.#state = "held";
-    try {
-      // what comes before this answer still is of the old channel, and belongs to us
-      await connection.request("exec/detach", { exec: this.id });
-    } catch {
-      return; // a new connection resumes it
+    if (this.listened("data")) {
+      this.emit("data", { stream, data: frame.data });
+    } else {
+      output.push(frame.data);
+      if (!output.begun && output.size > this.#most) output.trim(this.#most / 2);
     }
-    this.#connection?.channels.delete(this.#channel);
-    this.#connection = null;
-    this.#taken();
+    this.#taken(output);
   }
 
-  /** Comes back to a command that was left because its output was not read. */
-  #taken(): void {
-    if (this.#state !== "held" || this.#connection !== null || this.#returning) return;
-    if (this.stdout.size + this.stderr.size > this.#buffer / 2) return;
-    this.#returning = true;
-    void this.#link
-      .opened()
-      .then((connection) => this.resume(connection))
-      .catch(() => {})
-      .finally(() => {
-        this.#returning = false;
-      });
+  /** Lets the gateway send more of a stream once a quarter of its window was read, or nobody reads it. */
+  #taken(output: Output): void {
+    if (this.#state !== "attached" || this.#connection === null) return;
+    if (output.taken - output.acked < this.#window / 4) return;
+    for (const each of [this.stdout, this.stderr]) each.acked = Math.max(each.acked, each.taken);
+    const offsets = { stdout: this.stdout.acked, stderr: this.stderr.acked };
+    this.#connection.notify("exec/ack", { exec: this.id, ...offsets });
   }
 
   #ended(exit: Exit): void {
@@ -432,14 +453,6 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
    * seen other output by then.
    */
   async write(data: Uint8Array | string): Promise<void> {
-    if (this.#state === "held") {
-      await new Promise<void>((resolve) => {
-        const stop = this.on("attached", () => {
-          stop();
-          resolve();
-        });
-      });
-    }
     if (this.#connection === null || !this.attached)
       throw new Disconnected("the command is not attached now");
     // a copy: the caller may use its buffer for something else, and we may have to send it again

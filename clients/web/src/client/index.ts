@@ -2,7 +2,15 @@
 
 export type { SocketConstructor, SocketLike } from "./connection.js";
 export { Disconnected, type ErrorCode, type Facts, GatewayError } from "./errors.js";
-export { Exec, type ExecEvents, type ExecOptions, type Output, type StreamName } from "./exec.js";
+export {
+  type AttachOptions,
+  type Encoding,
+  Exec,
+  type ExecEvents,
+  type ExecOptions,
+  type Output,
+  type StreamName,
+} from "./exec.js";
 export type { Files, WriteOptions } from "./files.js";
 export {
   Deployment,

@@ -2,7 +2,7 @@
 
 import type { Connection } from "./connection.js";
 import { Disconnected, GatewayError } from "./errors.js";
-import { Exec, type ExecOptions } from "./exec.js";
+import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
 import { Files } from "./files.js";
 import type { Gateway } from "./gateway.js";
 import { Link, type LinkOptions, type LinkStatus, type RequestOptions, type Resumable } from "./link.js";
@@ -128,14 +128,14 @@ export class Tenant implements Disposable {
 
   /** Starts a command: a line for bash, or a list of program and arguments. */
   exec(command: string | readonly string[], options: ExecOptions = {}): Promise<Exec> {
-    const { buffer, execId = unique(), ...rest } = options;
+    const { buffer, encoding, execId = unique(), ...rest } = options;
     const what = typeof command === "string" ? { command } : { argv: command };
-    return new Exec(this.#link, execId, { ...what, ...rest, execId }, {}, buffer).begin();
+    return new Exec(this.#link, execId, { ...what, ...rest, execId }, {}, { buffer, encoding }).begin();
   }
 
   /** Attaches to a command by its id: its output from these byte offsets on, then live. */
-  attach(execId: string, from: Partial<Offsets> = {}, options: { buffer?: number } = {}): Promise<Exec> {
-    return new Exec(this.#link, execId, null, from, options.buffer).begin();
+  attach(execId: string, from: Partial<Offsets> = {}, options: AttachOptions = {}): Promise<Exec> {
+    return new Exec(this.#link, execId, null, from, options).begin();
   }
 
   async execs(): Promise<readonly ExecInfo[]> {

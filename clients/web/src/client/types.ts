@@ -127,6 +127,8 @@ export interface Exit {
   readonly signal: string | null;
   readonly reason: ExitReason;
   readonly durationMs: number;
+  /** How many processes of its tree ran on, null where that is not known; `cancel` ends them. */
+  readonly left: number | null;
 }
 
 export interface Killed {
@@ -144,6 +146,8 @@ export interface ExecInfo {
   readonly state: "running" | "ended";
   readonly attached: number;
   readonly offsets: Offsets;
+  /** What of the tree of a command that has ended runs on. */
+  readonly left?: readonly { readonly pid: number; readonly name: string }[];
 }
 
 /** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */

@@ -67,6 +67,11 @@ export function request(id: RequestId, method: string, params: object = {}): str
   return JSON.stringify({ jsonrpc: "2.0", id, method, params });
 }
 
+/** Returns what is never answered. */
+export function notification(method: string, params: object): string {
+  return JSON.stringify({ jsonrpc: "2.0", method, params });
+}
+
 /** Returns the notification that ends a pending call. */
 export function cancelRequest(id: RequestId): string {
   return JSON.stringify({ jsonrpc: "2.0", method: "$/cancelRequest", params: { id } });
