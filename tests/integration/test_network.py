@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gateway import protocol
 from gateway.deployments.record import PHASES
 from gateway.settings import Settings
 from tests.contracts.gateway import no_traceback, sse
+from tests.contracts.idle import told
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 from tests.live import Wire
@@ -60,6 +62,8 @@ async def pair(
         "expose": "port",
         "expose_ports": f"{first}-{first + PORTS - 1}",
         "reconcile_interval": 0.5,
+        "health_interval": 0.5,
+        "health_failures": 2,
     }
     async with (
         hosting(incus_settings, folder / "one", domain=GATEWAY, **changes) as one,
@@ -257,3 +261,34 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
         told = [event["data"]["data"]["phase"] for event in await sse(events, len(PHASES))]
         assert told == [*PHASES]
         await wire.close()
+
+
+async def hears(events: aiohttp.ClientResponse, kind: str, *facts: str) -> dict[str, Any]:
+    """Return what the next event of that kind with these facts says."""
+    while True:
+        (said,) = await sse(events, 1)
+        data: dict[str, Any] = said["data"]["data"]
+        if said["event"] == kind and data.keys() >= {*facts}:
+            return data
+
+
+async def test_who_watches_hears_when_a_site_stops_answering_and_when_it_does_again(
+    pair: tuple[Hosting, Hosting], site: str
+) -> None:
+    """Its server ends and comes back; then its tenant is restarted, and the port is open again soon."""
+    host, tenant = pair[0], site.replace(".", "-")
+    async with host.gateway.http("*") as session, told(host.gateway, tenant, "tenant.*") as events:
+        environment.incus("exec", tenant, "--", "systemctl", "stop", "site.service")
+        said = await hears(events, "tenant.unhealthy", "failures")
+        assert (said["port"], said["path"]) == (3000, "/")
+        environment.incus("exec", tenant, "--", "systemctl", "start", "site.service")
+        assert (await hears(events, "tenant.healthy"))["port"] == 3000
+        begun = time.monotonic()
+        async with session.post(f"/v1/tenants/{tenant}/restart") as answer:
+            assert answer.status == 200
+        took = time.monotonic() - begun
+        said = await hears(events, "tenant.healthy", "ms")
+        assert said["port"] == 3000
+    print(f"restart {took:.2f} s, and the site answered {said['ms']} ms after its start")
+    await answers(host, site)
+    assert took < 20  # 2 s where little else runs
