@@ -71,6 +71,22 @@ async def shop(tmp_path: Path) -> AsyncIterator[Tenant]:
         yield tenant
 
 
+async def test_what_is_too_large_for_the_wire_is_refused_and_harms_nothing_else(shop: Tenant) -> None:
+    """The gateway closes the socket of who sends too large a frame; all that shares it would end with it."""
+    await shop.ping()
+    other = asyncio.create_task(shop.bash("sleep 1; echo still here"))
+    for work in (
+        shop.files.write("big.bin", bytes(13 << 20)),  # base64 makes it larger than 16 MiB
+        shop.write("big.txt", "ä" * (9 << 20)),
+    ):
+        with pytest.raises(errors.TooLarge, match="at once") as refused:
+            await work
+        assert refused.value.facts["limit"] == 16 << 20
+    assert (await other).text == "still here"
+    await shop.files.upload("big.bin", bytes(13 << 20))
+    assert (await shop.files.stat("big.bin")).size == 13 << 20
+
+
 async def test_files_commands_and_events(shop: Tenant) -> None:
     """One session as the README shows it: write, read, run, watch."""
     client = shop._client

@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.typing import Subprotocol
 
 from gateway import protocol
-from gateway_client.errors import Disconnected, GatewayError, Unavailable, from_close, from_wire
+from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable, from_close, from_wire
 
 MiB = 1 << 20
 
@@ -202,6 +202,11 @@ class Connection:
     async def _send(self, message: str | bytes) -> None:
         if self._failure is not None:
             raise self._failure.with_traceback(None)
+        # the gateway closes the socket of who sends more, and with it everything that shares it
+        limit = self.server.get("limits", {}).get("maxFrame")
+        if limit is not None and (size := _size(message)) > limit:
+            words = f"{size} bytes are more than the {limit} that the gateway takes at once"
+            raise TooLarge(f"{words}; upload takes a file of any size", size=size, limit=limit)
         try:
             await self._socket.send(message)
         except ConnectionClosed as error:
@@ -293,3 +298,7 @@ def refusal(status: int, body: bytes) -> GatewayError:
 
 # RFC 9457 §3.1, and our own member
 _PROBLEM = frozenset({"type", "title", "status", "detail", "instance", "code"})
+
+
+def _size(message: str | bytes) -> int:
+    return len(message) if isinstance(message, bytes) or message.isascii() else len(message.encode())

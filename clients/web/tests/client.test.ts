@@ -88,6 +88,20 @@ describe("files", () => {
     await expect(files.stat("b.txt")).rejects.toMatchObject({ code: "not_found" });
   });
 
+  test("too large for the wire are refused, and harm nothing else on it", async () => {
+    const demo = tenant();
+    const other = demo.tool("Bash", { command: "sleep 1; echo still here" });
+    await demo.connect();
+    for (const text of ["x".repeat(17 << 20), "ä".repeat(9 << 20)]) {
+      await expect(demo.files.write("big.txt", text)).rejects.toMatchObject({
+        code: "too_large",
+        facts: { limit: 16 << 20 },
+      });
+    }
+    expect((await other).content[0]).toMatchObject({ text: "still here" });
+    expect(demo.status.state).toBe("open");
+  });
+
   test("are watched, also across a broken connection", async () => {
     const client = tenant();
     await client.files.mkdir("watched");

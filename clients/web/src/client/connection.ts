@@ -118,6 +118,9 @@ export class Connection {
       if (this.#failure !== null) return reject(this.#failure);
       if (signal?.aborted) return reject(cancelled());
       const id = ++this.#lastId;
+      const text = request(id, method, params);
+      const refused = this.#tooLarge(text);
+      if (refused !== null) return reject(refused);
       const abort = () => {
         this.#pending.delete(id);
         if (this.alive) this.#socket.send(cancelRequest(id));
@@ -136,13 +139,24 @@ export class Connection {
         accept: accept as ((result: never) => void) | undefined,
       });
       signal?.addEventListener("abort", abort);
-      this.#socket.send(request(id, method, params));
+      this.#socket.send(text);
     });
   }
 
   /** Says something that is never answered. */
   notify(method: string, params: object): void {
     if (this.alive) this.#socket.send(notification(method, params));
+  }
+
+  /** The gateway closes the socket of who sends more than this, and with it everything that shares it. */
+  #tooLarge(text: string): GatewayError | null {
+    const { maxFrame: limit } = (this.server as ServerInfo | undefined)?.limits ?? {};
+    // a character has at most three bytes for each of its UTF-16 units
+    if (limit === undefined || text.length * 3 <= limit) return null;
+    const size = new TextEncoder().encode(text).length;
+    if (size <= limit) return null;
+    const words = `${size} bytes are more than the ${limit} that the gateway takes at once`;
+    return new GatewayError("too_large", words, { size, limit });
   }
 
   /** Gives bytes to the input of the command on `channel`; resolves once the socket has room again. */
