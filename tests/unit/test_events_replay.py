@@ -1,0 +1,89 @@
+"""What a live gateway replays from its journal: as much as it was told to keep, to each token its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contracts.gateway import sse
+from tests.live import LiveGateway, local_gateway
+
+KEPT = 20
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path, "demo", "other", GATEWAY_EVENTS_KEPT=str(KEPT))
+    await gateway.start()
+    yield gateway
+    assert await gateway.stop() == 0
+
+
+async def run(gateway: LiveGateway, tenant: str, times: int = 1) -> None:
+    """Run commands that make two events each."""
+    async with gateway.http(tenant) as http:
+        for _ in range(times):
+            async with http.post(f"/v1/tenants/{tenant}/exec", json={"argv": ["true"]}) as response:
+                assert response.status == 200
+
+
+async def replayed(gateway: LiveGateway, token: str, after: int, wanted: int, **query: str) -> list[Any]:
+    """Return the next events after an id, as a token of one tenant sees them."""
+    async with gateway.http(token) as http:
+        query["lastEventId"] = str(after)
+        async with http.get("/v1/events", params=query) as response:
+            return await sse(response, wanted)
+
+
+async def begin(gateway: LiveGateway) -> int:
+    """Run a command in each tenant; return the id of the first of their events."""
+    async with gateway.http("demo") as http, http.get("/v1/events", params={"type": "exec.*"}) as response:
+        await run(gateway, "demo")
+        first = int((await sse(response, 1))[0]["id"])
+    await run(gateway, "other")
+    return first
+
+
+async def test_replay_is_of_the_tokens_tenants_alone(gateway: LiveGateway) -> None:
+    """Whatever it asks for; the events of others leave no trace but ids that are not there."""
+    first = await begin(gateway)
+    await run(gateway, "demo")
+    for query in ({}, {"tenant": "demo,other"}, {"type": "*"}):
+        found = await replayed(gateway, "demo", first - 1, 4, **query)
+        assert [(event["event"], event["data"]["subject"]) for event in found] == [
+            ("exec.started", "demo"),
+            ("exec.exited", "demo"),
+        ] * 2
+    found = await replayed(gateway, "other", first - 1, 2, tenant="demo,other")
+    assert [event["data"]["subject"] for event in found] == ["other", "other"]
+    # it holds across a restart, when all comes from disk
+    await gateway.stop()
+    await gateway.start()
+    found = await replayed(gateway, "other", first - 1, 2, type="exec.*")
+    assert [event["data"]["subject"] for event in found] == ["other", "other"]
+
+
+async def test_what_is_kept_is_bounded_by_count_and_by_age(gateway: LiveGateway) -> None:
+    """What is no longer kept is a gap that says where the rest begins."""
+    first = await begin(gateway)
+    await run(gateway, "demo", KEPT)
+    found = await replayed(gateway, "demo", first - 1, 1 + KEPT, type="exec.*")
+    assert [event["event"] for event in found[:1]] == ["gap"]
+    ids = [int(event["id"]) for event in found[1:]]
+    assert found[0]["data"]["data"] == {"oldest": ids[0]}
+    assert ids == list(range(ids[0], ids[0] + KEPT))
+    assert [int(event["id"]) for event in await replayed(gateway, "demo", ids[0], KEPT - 1)] == ids[1:]
+    await gateway.stop()
+    gateway.environment["GATEWAY_EVENTS_AGE"] = "1"
+    await gateway.start()
+    async with asyncio.timeout(60):
+        while True:
+            (now,) = await replayed(gateway, "demo", ids[-1] - 2, 1)
+            if now["event"] == "gap":
+                break
+            await asyncio.sleep(0.1)  # nobody tells what is no longer kept
+    assert now["data"]["data"]["oldest"] >= ids[-1]
