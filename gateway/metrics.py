@@ -42,6 +42,13 @@ class Metrics:
             registry=registry,
         )
 
+        self._unprepared = Gauge(
+            "gateway_template_unprepared",
+            "1 for a template whose golden copy or pool could not be made, until it can.",
+            ["template"],
+            registry=registry,
+        )
+
     async def follow(self, bus: Bus) -> None:
         """Count events until the bus closes."""
         async for event in bus.subscribe(Filter()):
@@ -49,6 +56,9 @@ class Metrics:
             if event.type == "tool.finished":
                 error = str(event.data.get("isError", False)).lower()
                 self._tools.labels(event.data["name"], error).observe(event.data["ms"] / 1000)
+            elif event.type in ("gateway.template.failed", "gateway.template.ready"):
+                failed = event.type.endswith(".failed")
+                self._unprepared.labels(event.data["template"]).set(int(failed))
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -113,6 +113,7 @@ class Deployments:
         self._running: dict[str, _Running] = {}
         # over, but the store could not take it; no more than it took when they began
         self._unwritten: dict[str, Record] = {}
+        self._unprepared: set[str] = set()  # names of templates
         self._slots = asyncio.Semaphore(settings.max_deployments)
         self._moved = asyncio.Event()
         self._recovered = asyncio.Event()
@@ -244,7 +245,8 @@ class Deployments:
             if record.error is None and isinstance(running.request.template, str):
                 with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
                     template = await self._template(running.request)
-                    self._sites.prepare(await asyncio.to_thread(template.recipe))
+                    recipe = await asyncio.to_thread(template.recipe)
+                    self._sites.prepare(recipe, partial(self._prepared, template.name))
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
                 record.state = "rolledback"
@@ -255,6 +257,18 @@ class Deployments:
             log.exception("deployment %s is broken off; it is looked after again soon", record.id)
         finally:
             self._running.pop(record.id, None)
+
+    def _prepared(self, template: str, error: GatewayError | None) -> None:
+        """Say that nothing could be made ready of a template, whose tenants take longer so; or now could."""
+        if error is not None:
+            log.warning("template %s could not be made ready: %s", template, error.message)
+            self._unprepared.add(template)
+            # no message: this is told to everybody, and a template's output is for the operator
+            facts = {"code": error.code, "reason": error.facts.get("reason")}
+            self._bus.publish("gateway.template.failed", None, {"template": template, **facts})
+        elif template in self._unprepared:
+            self._unprepared.discard(template)
+            self._bus.publish("gateway.template.ready", None, {"template": template})
 
     async def _attempt(self, running: _Running, held: contextlib.AsyncExitStack) -> None:
         """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so.

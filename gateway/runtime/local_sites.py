@@ -22,7 +22,18 @@ import orjson
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.local import LocalRuntime
-from gateway.runtime.sites import Exposure, Order, Recipe, Say, Side, Site, Source, disk_was_full, lines
+from gateway.runtime.sites import (
+    Exposure,
+    Order,
+    Prepared,
+    Recipe,
+    Say,
+    Side,
+    Site,
+    Source,
+    disk_was_full,
+    lines,
+)
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -192,7 +203,7 @@ class LocalSites:
             )
         return sites
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
         return  # a folder is made as fast as it could be prepared
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:

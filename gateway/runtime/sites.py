@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
+from gateway.errors import GatewayError
 from gateway.runtime import Process
 
 _TAIL: Final = 4000  # bytes of a command's output that an error tells
@@ -22,6 +23,9 @@ Side = Literal["live", "next"]
 Source = Literal["pool", "golden", "image", "folder"]
 Say = Callable[[str], None]
 """Takes one line that a command printed."""
+
+Prepared = Callable[[GatewayError | None], None]
+"""Takes how preparing ended: the error, or None where all that is to be ready is."""
 
 SIZES: Final[Mapping[str, Mapping[str, str]]] = {
     "small": {},  # what the tenants' profile says
@@ -152,7 +156,7 @@ class Sites(Protocol):
         """Return every tenant with a domain, also those that are just being made."""
         ...
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
         """Get ready for more tenants of a recipe, in the background."""
         ...
 

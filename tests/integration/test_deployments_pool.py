@@ -11,10 +11,22 @@ from typing import Any
 
 from gateway.caddy import shipped
 from gateway.settings import Settings
+from tests.contracts.gateway import sse
 from tests.integration import environment
 from tests.integration.sites import hosting
 
+UNPREPARED = b'gateway_template_unprepared{template="odd"}'
 KEY = "user.gateway.key"
+
+# as Vite with its dependencies: it goes on after its first answer, and then writes down what it made
+MAKES = """
+const over = Date.now() + 1500
+const make = () => {
+  for (const slice = Date.now() + 50; Date.now() < slice; ) {}
+  Date.now() < over ? setTimeout(make, 1) : Bun.write("made", "")
+}
+if (!(await Bun.file("made").exists())) make()
+"""
 
 
 def having(role: str) -> list[dict[str, Any]]:
@@ -45,12 +57,15 @@ async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
     shutil.copytree(shipped("deploy/templates") / "static", templates / "mine")
     # not the same as `static`, whose copies would serve it and be kept
     (templates / "mine" / "bun.lock").write_text("# one version\n")
+    with (templates / "mine" / "server.ts").open("a") as server:
+        server.write(MAKES)
     state = tmp_path / "state"
     async with hosting(incus_settings, state, golden=True, warm_pool=1, templates_dir=templates) as host:
         first = await host.deploy("one.test", "mine")
         assert (first["state"], first["source"]) == ("succeeded", "image"), first["error"]
         await until(ready)
-        pooled = having("pool")[0]["name"]
+        golden, pooled = having("golden")[0]["name"], having("pool")[0]["name"]
+        assert (environment.rootfs(golden) / "srv/site/made").exists(), "it was stopped at its work"
 
         second = await host.deploy("two.test", "mine")
         assert (second["state"], second["source"]) == ("succeeded", "pool"), second["error"]
@@ -85,7 +100,7 @@ async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
 async def test_a_template_that_cannot_be_made_ready_is_still_deployed(
     incus_settings: Settings, tmp_path: Path
 ) -> None:
-    """Where a golden copy fails it is removed and the log says so; tenants are made from the image."""
+    """Where a golden copy fails it is removed, and an event and the metrics say so, until there is one."""
     templates = tmp_path / "templates"
     shutil.copytree(shipped("deploy/templates") / "static", templates / "odd")
     manifest = templates / "odd" / "site.toml"
@@ -94,9 +109,24 @@ async def test_a_template_that_cannot_be_made_ready_is_still_deployed(
     manifest.write_text(install + manifest.read_text())
     state = tmp_path / "state"
     async with hosting(incus_settings, state, golden=True, warm_pool=1, templates_dir=templates) as host:
-        for domain in ("odd.test", "even.test"):
-            record = await host.deploy(domain, "odd")
-            assert (record["state"], record["source"]) == ("succeeded", "image"), record["error"]
-            await until(lambda: "could not be made ready" in host.gateway.log.read_text())
-        await until(lambda: not having("golden"))
-        assert not having("pool")
+        async with host.gateway.http("*") as session:
+            events = await session.get("/v1/events?type=gateway.template.*")
+            for domain in ("odd.test", "even.test"):
+                record = await host.deploy(domain, "odd")
+                assert (record["state"], record["source"]) == ("succeeded", "image"), record["error"]
+                (told,) = await sse(events, 1)
+                assert told["event"] == "gateway.template.failed"
+                facts = {"template": "odd", "code": "exec_failed", "reason": "install_failed"}
+                assert told["data"]["data"] == facts
+                assert not having("golden") and not having("pool")
+            async with asyncio.timeout(30):
+                while UNPREPARED + b" 1.0" not in await (await session.get("/metrics")).read():
+                    await asyncio.sleep(0.1)  # they are counted behind the events
+            manifest.write_text(manifest.read_text().removeprefix(install))
+            assert (await host.deploy("again.test", "odd"))["state"] == "succeeded"
+            (told,) = await sse(events, 1)
+            assert (told["event"], told["data"]["data"]) == ("gateway.template.ready", {"template": "odd"})
+            assert len(having("golden")) == len(having("pool")) == 1
+            async with asyncio.timeout(30):
+                while UNPREPARED + b" 0.0" not in await (await session.get("/metrics")).read():
+                    await asyncio.sleep(0.1)

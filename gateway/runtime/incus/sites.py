@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Unavailable
+from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
@@ -37,6 +37,7 @@ from gateway.runtime.sites import (
     SIZES,
     Exposure,
     Order,
+    Prepared,
     Recipe,
     Say,
     Side,
@@ -59,10 +60,15 @@ MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled
 
 _STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _SNAPSHOT: Final = "ready"
+_GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
 # one file system of all: a tenant that reaches its own end there hears of a quota
 _SHARED: Final = ("btrfs", "dir", "zfs")
 _EMPTY: Final = 0.5  # used of a pool that a command cannot have filled, even if it cleaned up after itself
+_REST_LOOK: Final = 0.5  # seconds between two looks at what a container computes
+_REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk may have held it up
+_REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
+_REST_TIMEOUT: Final = 60.0
 _TRIES: Final = 20  # addresses, or ports, that are tried until one is free
 _FAILURES: Final = 3  # of one port or socket, until it is given up
 
@@ -623,15 +629,16 @@ class IncusSites:
 
     # --- what is ready before it is asked for -------------------------------------------------------
 
-    def prepare(self, recipe: Recipe) -> None:
+    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
         key = recipe.key
         if not key or not self._settings.golden or key in self._preparing:
             return
-        task = asyncio.create_task(self._prepare(recipe), name=f"prepare {key}")
+        task = asyncio.create_task(self._prepare(recipe, prepared), name=f"prepare {key}")
         self._preparing[key] = task
         task.add_done_callback(lambda _: self._preparing.pop(key, None))
 
-    async def _prepare(self, recipe: Recipe) -> None:
+    async def _prepare(self, recipe: Recipe, prepared: Prepared) -> None:
+        """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
         try:
             key = await self._key(recipe)
             golden = f"gateway-golden-{key}"
@@ -640,13 +647,18 @@ class IncusSites:
             for _ in range(self._settings.warm_pool):
                 members = [e for e in await self._ours("pool") if e["config"].get(KEY) == key]
                 if len(members) >= self._settings.warm_pool:
-                    return
+                    break
                 name = f"gateway-pool-{secrets.token_hex(6)}"
                 source = {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}
                 await self._make(name, source, self._marks("pool", key), {}, start=False)
-        except (GatewayError, TimeoutError) as error:
-            # only time is lost: the next tenant is made from the image
-            log.warning("a template could not be made ready: %s", error)
+            prepared(None)
+        except GatewayError as error:
+            prepared(error)
+        except TimeoutError:
+            prepared(Timeout("its site did not answer in time", reason="never_healthy"))
+        except Exception:
+            log.exception("a template could not be made ready")
+            prepared(Unavailable("the gateway's log says why"))
 
     async def _make_golden(self, name: str, key: str, recipe: Recipe) -> None:
         await self._destroy(name)  # one that was not finished
@@ -675,6 +687,28 @@ class IncusSites:
         for path in recipe.warm:
             with contextlib.suppress(OSError, ValueError, TimeoutError):
                 await ask(found.address, found.port, path)
+        with contextlib.suppress(TimeoutError):  # one that never rests is as warm as it gets
+            async with asyncio.timeout(_REST_TIMEOUT):
+                await self._at_rest(name)
+
+    async def _at_rest(self, name: str) -> None:
+        """Return once a container has hardly computed for a while.
+
+        A dev server goes on after its answers: Vite bundles the dependencies and then writes them down, and
+        one that is stopped before has each copy of it do all that again.
+        """
+        looks, before = 0, await self._computed(name)
+        while looks < _REST_LOOKS:
+            await asyncio.sleep(_REST_LOOK)
+            now = await self._computed(name)
+            looks = looks + 1 if now - before < _REST_SHARE * _REST_LOOK else 0
+            before = now
+
+    async def _computed(self, name: str) -> float:
+        """Return the CPU seconds of a container."""
+        with translated(name):
+            state = await self._incus.get(instance_path(name, "state"))
+        return float(state["cpu"]["usage"]) / 1e9
 
     async def reachable(self, name: str) -> None:
         """Return once the container's network is up."""
@@ -697,7 +731,8 @@ class IncusSites:
             return ""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        facts = f"{recipe.key} {alias['target']} {self._owner} {self._unit(recipe, 'live')}"
+        unit = self._unit(recipe, "live")
+        facts = f"{_GENERATION} {recipe.key} {alias['target']} {self._owner} {unit}"
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def _marks(self, role: str, key: str) -> dict[str, str]:
