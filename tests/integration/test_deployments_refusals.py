@@ -170,6 +170,7 @@ async def test_a_full_pool(desk: Desk) -> None:
 async def test_a_port_that_is_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a program of this host: that was there, or that came in between, which incusd finds out."""
     (port,) = free_ports(1)
+    monkeypatch.setattr(sites, "_FAILURES", 1)  # each takes incusd seconds
     with socket.create_server(("127.0.0.1", port)):
         for unused in (sites._unused, lambda ports: next(iter(ports), None)):
             monkeypatch.setattr(sites, "_unused", unused)
