@@ -19,7 +19,7 @@ from playwright.async_api import (
 
 from gateway import auth
 
-DEADLINE = 15_000
+DEADLINE = 30_000
 """For each thing that a person would wait for, in milliseconds; many times what it takes."""
 
 _WATCH = """
@@ -142,7 +142,7 @@ class Editor:
 
     async def site_shows(self, heading: str) -> None:
         """Wait until the preview has a heading; the first time its dev server bundles a while before."""
-        await expect(self.site.get_by_role("heading", name=heading)).to_be_visible(timeout=4 * DEADLINE)
+        await expect(self.site.get_by_role("heading", name=heading)).to_be_visible(timeout=2 * DEADLINE)
 
     @property
     def screen(self) -> Locator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,14 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await side.get_by_label("Template").fill("static")
     await side.get_by_role("button", name="Deploy", exact=True).click()
     card = side.get_by_role("article", name="Deployment of blog.localhost")
-    await expect(card.get_by_text("Live")).to_be_visible(timeout=4 * DEADLINE)
+    await expect(card.get_by_text("Live")).to_be_visible(timeout=2 * DEADLINE)
     await picture(window, pictures, "deploy")
 
     side = await window.view("Metrics and logs")
     await expect(side.get_by_role("log")).to_contain_text("5173")
-    await asyncio.sleep(9)  # the lines are drawn from a sample every two seconds
+    # each line is drawn from a sample every two seconds
+    drawn = side.locator(".chart").first.locator("polyline")
+    await expect(drawn).to_have_attribute("points", re.compile(r"(\S+ ){4}"), timeout=2 * DEADLINE)
     await picture(window, pictures, "metrics")
 
     side = await window.view("Search")
