@@ -77,7 +77,7 @@ class Caddy:
             await asyncio.to_thread(folder.mkdir, mode=0o755, parents=True, exist_ok=True)
         if self._settings.domain is not None and ":" in self._settings.listen:
             self.set(self._settings.domain, self._gateway())
-        path = _socket_of(self._settings.caddy_admin)
+        path = socket_of(self._settings.caddy_admin)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
         # no redirect is followed and no name looked up: it is this machine's Caddy that is asked
@@ -236,7 +236,7 @@ class Caddy:
     async def _ask(self, method: str, path: str, body: str | None = None) -> Any:
         assert self._admin is not None
         address = self._settings.caddy_admin
-        unix = _socket_of(address) is not None
+        unix = socket_of(address) is not None
         url = ("http://caddy" if unix else address.rstrip("/")) + path
         # on a unix socket Caddy wants no origin and takes any host
         headers = {"Content-Type": "text/caddyfile"} if body is not None else {}
@@ -302,7 +302,7 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-def _socket_of(address: str) -> str | None:
+def socket_of(address: str) -> str | None:
     """Return the path of a unix socket in `/PATH`, `unix:/PATH` or Caddy's `unix//PATH`."""
     if address.startswith("/"):
         return address
@@ -311,7 +311,7 @@ def _socket_of(address: str) -> str | None:
 
 
 def _caddy_address(address: str) -> str:
-    path = _socket_of(address)
+    path = socket_of(address)
     return f"unix/{path}" if path is not None else address.split("://")[-1].rstrip("/")
 
 

@@ -3,6 +3,7 @@
 `deploy/quickstart` installs packages and a Python environment, then hands over to this module. Nothing is
 remembered that can be asked of the machine: a run that was killed anywhere is simply run again. In the
 state dir it keeps the token for the demo (mode 0600), the settings it was started with, a pid file, a log.
+Where Caddy listens is chosen once, and is then one of those settings.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,28 +30,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from gateway import settings as settings_module
-from gateway.host import HostError, image, run
+from gateway.caddy import shipped, site_url
+from gateway.host import HostError, front, image, run
 from gateway.host.daemon import Daemon, systemd_runs
+from gateway.host.front import Front
 from gateway.host.setup import pin, setup
 from gateway.settings import Settings
 
 TENANT = "demo"
+DOMAIN = "demo.localhost"  # browsers resolve it to this machine
+TEMPLATE = "static"
 UNIT = "incus-gateway.service"
 SCOPES = "files:read files:write exec deploy events"
 TOKEN_DAYS = 30
+SITE_TIMEOUT = 30.0  # seconds in which a site that was deployed before must answer
 READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran before a reboot
 POLL = 0.1
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-  <meta charset="utf-8">
-  <meta name="viewport" content="width=device-width">
-  <title>demo</title>
-  <h1>It works</h1>
-  <p>This page lives in the workspace of the tenant <code>demo</code>.</p>
-</html>
-"""
 
 
 def say(line: str) -> None:
@@ -139,7 +135,13 @@ class _Local(http.client.HTTPConnection):
 
 
 def ask(
-    listen: str, method: str, path: str, token: str = "", body: Any = None, timeout: float = 30.0
+    listen: str,
+    method: str,
+    path: str,
+    token: str = "",
+    body: Any = None,
+    timeout: float = 30.0,
+    host: str = "",
 ) -> tuple[int, Any]:
     """Send one request to the gateway; return status and the JSON answer (its text where it is none).
 
@@ -148,6 +150,8 @@ def ask(
     connection = _Local(listen, timeout)
     try:
         headers = {"Content-Type": "application/json"}
+        if host:
+            headers["Host"] = host
         if token:
             headers["Authorization"] = f"Bearer {token}"
         connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -188,8 +192,16 @@ class Quickstart:
         self.checkout = checkout
         self.place = Place(settings.state_dir)
         self.environment = environment
-        self.stamp = f"{stamp}\n{format_environment(environment)}"
+        self._code = stamp
         self.command = Path(sys.executable).with_name("incus-gateway")
+
+    @property
+    def stamp(self) -> str:
+        return f"{self._code}\n{format_environment(self.environment)}"
+
+    @property
+    def front(self) -> Front:
+        return Front(self.settings)
 
     # starting
 
@@ -199,11 +211,35 @@ class Quickstart:
             self._step("Incus", self._incus)
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
             self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
+        self._settle_ports()
         write_private(self.place.environment, format_environment(self.environment))
+        served = self._served()
+        if served:
+            self._step("Caddy", self._caddy)
         self._step("gateway", self._gateway)
-        self._step(f"tenant {TENANT}", self._tenant)
-        token = self._token()
-        self._step("demo page", lambda: self._page(token))
+        if served:
+            self._step(f"site {DOMAIN}", self._site)
+        else:
+            self._step(f"tenant {TENANT}", self._tenant)
+        self._token()
+
+    def _settle_ports(self) -> None:
+        """Choose where Caddy listens, once: what an earlier start chose is a setting by now."""
+        choice = front.chosen(self.settings)
+        self.environment |= {f"GATEWAY_{name.upper()}": str(value) for name, value in choice.items()}
+        self.settings = self.settings.model_copy(update=choice)
+
+    def _served(self) -> bool:
+        """Say whether sites can be served here; it takes a Caddy, which only the packages of a host bring."""
+        if self.settings.runtime == "incus" or shutil.which("caddy") or self.front.others():
+            return True
+        say("note: caddy is not installed, so that no site is served; install it and run this again")
+        return False
+
+    def _caddy(self) -> str:
+        if self.front.others():
+            return f"another's at {self.settings.caddy_admin} is used"
+        return self.front.start(self.checkout / "deploy")
 
     @staticmethod
     def _report(changes: list[Any]) -> str:
@@ -360,12 +396,12 @@ class Quickstart:
             and os.fsencode(self.command) not in of_parent
         )
 
-    def _cli(self, *words: str) -> str:
+    def _cli(self, *words: str, timeout: float = 120.0) -> str:
         return run(
             [self.command, *words],
             env=self._child_environment(),
-            fix=f"try it by hand: {self.command.name} {words[0]}",
-            timeout=120.0,
+            fix=f"try it by hand: {self.command.name} {' '.join(words)}",
+            timeout=timeout,
         )
 
     def _tenant(self) -> str:
@@ -375,9 +411,12 @@ class Quickstart:
         if found is not None and found["status"] == "running":
             return "runs already"
         self._cli("create" if found is None else "start", TENANT)
+        self._pin()
+        return "made" if found is None else "started"
+
+    def _pin(self) -> None:
         if self.settings.runtime == "incus":
             pin(self.settings)
-        return "made" if found is None else "started"
 
     def _token(self) -> str:
         """Return the stored token while it is good for another day, else make one and store it."""
@@ -395,30 +434,59 @@ class Quickstart:
         except OSError:
             return False
 
-    def _page(self, token: str) -> str:
-        path = f"{self.settings.workspace}/index.html"
-        if not self._tool(token, "Read", {"file_path": path})["isError"]:
-            return "there already"
-        result = self._tool(token, "Write", {"file_path": path, "content": PAGE})
-        if result["isError"]:
-            raise HostError(f"cannot write {path} in {TENANT}: {result['content'][0]['text']}")
-        return f"written to {path}"
+    def _site(self) -> str:
+        """Have the demo deployed and answer; a site that is there already stays as it is."""
+        listed = json.loads(self._cli("list", "--json") or "[]")
+        found = next((row for row in listed if row["name"] == TENANT), None)
+        if found is not None and found["domain"] not in (None, DOMAIN):
+            return f"{TENANT} has the domain {found['domain']}, which stays"
+        began = "runs already"
+        if found is not None and found["status"] != "running":
+            self._cli("start", TENANT)
+            self._pin()
+            began = "started"
+        if found is not None and found["domain"] == DOMAIN:
+            if self._site_answers():
+                return f"{began} at {self.site_url}"
+            say(f"    {DOMAIN} does not answer, it is deployed again")
+        with self._template() as template:
+            self._cli("deploy", DOMAIN, "--template", template, "--tenant", TENANT, timeout=600.0)
+        self._pin()
+        return f"deployed, see {self.site_url}"
 
-    def _tool(self, token: str, tool: str, arguments: dict[str, str]) -> dict[str, Any]:
-        try:
-            status, answer = ask(
-                self.settings.listen, "POST", f"/v1/tenants/{TENANT}/tools/{tool}", token, arguments
-            )
-        except OSError as error:
-            raise HostError(f"the gateway stopped answering: {error}; {self.last_words()}") from error
-        if status != 200 or not isinstance(answer, dict) or "isError" not in answer:
-            raise HostError(f"{tool} in {TENANT} answered {status}: {answer}; {self.last_words()}")
-        return answer
+    @property
+    def site_url(self) -> str:
+        return site_url(DOMAIN, self.settings)
+
+    def _site_answers(self) -> bool:
+        deadline = time.monotonic() + SITE_TIMEOUT
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if ask(f"127.0.0.1:{self.settings.caddy_ask}", "GET", "/", host=DOMAIN, timeout=5.0)[0] < 400:
+                    return True
+            time.sleep(POLL)
+        return False
+
+    @contextlib.contextmanager
+    def _template(self) -> Iterator[str]:
+        """Give the word for the demo's template: its name, or a folder where tenants have no Bun."""
+        if self.settings.runtime == "incus":
+            yield TEMPLATE
+            return
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / TEMPLATE
+            shutil.copytree(shipped("deploy") / "templates" / TEMPLATE / "public", folder / "public")
+            serve = f'exec "{sys.executable}" -m http.server --bind 127.0.0.1 --directory public "$PORT"'
+            (folder / "site.toml").write_text(f"start = {json.dumps(['sh', '-c', serve])}\n")
+            yield str(folder)
 
     # asking and stopping
 
     def status(self) -> dict[str, Any]:
-        """Return `{running, runtime, url, editor_url, tenant, token}`; token is null where none was made."""
+        """Return `{running, runtime, url, editor_url, site_url, tenant, token}`.
+
+        The token is null where none was made, the site's address where no Caddy serves it.
+        """
         try:
             running = ask(self.settings.listen, "GET", "/readyz", timeout=5.0)[0] == 200
         except OSError:
@@ -434,15 +502,18 @@ class Quickstart:
             "url": url,
             # a fragment stays in the browser; the editor takes the token out of the address at once
             "editor_url": f"{url}/#tenant={TENANT}&token={token}" if token else f"{url}/#{TENANT}",
+            "site_url": self.site_url if self.front.answers() else None,
             "tenant": TENANT,
             "token": token,
         }
 
     def stop(self) -> list[str]:
-        """Stop the gateway, and incusd with its tenants where quickstart started it; say what was stopped."""
+        """Stop the gateway, its Caddy, and incusd with its tenants where quickstart started it; say what."""
         stopped = []
         if self._stop_gateway():
             stopped.append("gateway")
+        if self.front.stop():
+            stopped.append("Caddy")
         if self.settings.runtime == "incus" and self.place.incus_is_ours.exists():
             if Daemon.at(self.settings.incus_socket).stop():
                 stopped.append("Incus with its tenants")
@@ -484,6 +555,7 @@ def farewell(state: dict[str, Any], command: str, script: Path) -> str:
     look = "whoami; uname -a; bun --version" if state["runtime"] == "incus" else "whoami; pwd; ls"
     return f"""
 The gateway runs at {state["url"]} ({state["runtime"]} runtime), with the tenant {state["tenant"]}.
+Site:    {state["site_url"] or "not served, Caddy does not run"}
 Editor:  {state["editor_url"]}
 Token:   {state["token"]}
 

@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gateway.host.quickstart import TENANT, Quickstart, ask
+from gateway.host import front
+from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
 from gateway.settings import Settings
 from tests.integration import environment
+from tests.integration.sites import free_ports
 
 CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def quickstart(
-    incus_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Quickstart]:
+def quickstart(incus_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quickstart]:
     # Here as everywhere: the detached process, not the machine's systemd unit.
     monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = environment.settings(state_dir=tmp_path, listen=f"127.0.0.1:{port}")
-    made = Quickstart(settings, CHECKOUT, "stamp", environment.variables(settings))
-    environment.incus("delete", "--force", TENANT, check=False)
-    yield made
-    made.stop()
-    environment.incus("delete", "--force", TENANT, check=False)
+    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    listen, http, https, ask_port = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="gw-quick-") as place:
+        Path(place).chmod(0o711)  # as a state dir is: Caddy is no root
+        settings = environment.settings(
+            state_dir=Path(place),
+            listen=f"127.0.0.1:{listen}",
+            caddy_http=http,
+            caddy_https=https,
+            caddy_ask=ask_port,
+        )
+        made = Quickstart(settings, CHECKOUT, "stamp", environment.variables(settings))
+        environment.incus("delete", "--force", TENANT, check=False)
+        yield made
+        made.stop()
+        environment.incus("delete", "--force", TENANT, check=False)
+
+
+def seen(quickstart: Quickstart) -> str:
+    """Return what a browser is shown at the printed address; it looks `*.localhost` up as this machine."""
+    url = quickstart.status()["site_url"]
+    port = quickstart.settings.caddy_http
+    assert url == "http://demo.localhost" + ("" if port == 80 else f":{port}")
+    status, text = ask(f"127.0.0.1:{port}", "GET", "/", host=f"demo.localhost:{port}")
+    assert status == 200
+    return str(text)
 
 
 def test_to_a_running_demo_again_after_a_crash_and_down(
@@ -46,24 +64,58 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     pid, token = quickstart._pid(), state["token"]
     listen = quickstart.settings.listen
     assert ask(listen, "GET", f"/v1/tenants/{TENANT}", token)[1]["status"] == "running"
-    read = quickstart._tool(token, "Read", {"file_path": "/srv/site/index.html"})
-    assert "It works" in read["content"][0]["text"]
+    assert "Your site is up." in seen(quickstart)
+    caddy = quickstart.front.pid()
+    assert caddy is not None
+    owner = Path(f"/proc/{caddy}").owner()
+    assert owner == "caddy"
 
     capfd.readouterr()
     begun = time.monotonic()
     quickstart.start()
     assert time.monotonic() - begun < 10
     assert (quickstart._pid(), quickstart.status()["token"]) == (pid, token)
+    assert quickstart.front.pid() == caddy
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
 
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+    os.kill(caddy, signal.SIGKILL)
     quickstart.place.token.write_text("damaged")
     environment.incus("stop", "--force", TENANT)
     quickstart.start()
     assert quickstart.status()["running"] is True
     assert quickstart._pid() not in (None, pid)
+    assert quickstart.front.pid() not in (None, caddy)
+    assert "Your site is up." in seen(quickstart)
 
-    assert quickstart.stop() == ["gateway"]  # this Incus was not started by it
+    assert quickstart.stop() == ["gateway", "Caddy"]  # this Incus was not started by it
     assert quickstart.status()["running"] is False
+    assert quickstart.status()["site_url"] is None
     assert environment.daemon().answers()
+
+
+def test_without_incus_the_same_site_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The local runtime serves it, where Caddy was found a port; it has the same after another start."""
+    monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.front._user", lambda: None)  # pytest's folders are one user's alone
+    listen, *others = free_ports(4)
+    usual = dict(zip(front._PORTS, [(port, port) for port in others], strict=True))
+    monkeypatch.setattr("gateway.host.front._PORTS", usual)  # another run may be looking for the real ones
+    settings = Settings(runtime="local", state_dir=tmp_path, listen=f"127.0.0.1:{listen}")
+    quickstart = Quickstart(settings, CHECKOUT, "stamp", environment.variables(settings))
+    try:
+        quickstart.start()
+        assert "Your site is up." in seen(quickstart)
+        port = quickstart.settings.caddy_http
+        assert quickstart.stop() == ["gateway", "Caddy"]
+        again = parse_environment(quickstart.place.environment.read_text())
+        assert again["GATEWAY_CADDY_HTTP"] == str(port)
+        quickstart.start()
+        assert "site demo.localhost: runs already at http://demo.localhost" in capfd.readouterr().out
+        assert "Your site is up." in seen(quickstart)
+    finally:
+        quickstart.stop()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, quickstart
+from gateway.host import HostError, front, quickstart
 from gateway.host.quickstart import (
     Quickstart,
     ask,
@@ -159,6 +159,7 @@ def test_status_of_nothing(tmp_path: Path) -> None:
         "runtime": "local",
         "url": f"http://127.0.0.1:{port}",
         "editor_url": f"http://127.0.0.1:{port}/#demo",
+        "site_url": None,
         "tenant": "demo",
         "token": None,
     }
@@ -186,6 +187,27 @@ def test_wrong_settings_are_named(
     os.environ["GATEWAY_TENANT_PROCESSES"] = "many"
     assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
     assert "GATEWAY_TENANT_PROCESSES" in capsys.readouterr().out
+
+
+def test_caddy_gets_ports_that_are_free_unless_they_were_said(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        taken = other.getsockname()[1]
+        said = Settings(state_dir=tmp_path, caddy_https=taken, caddy_admin="http://127.0.0.1:1")
+        choice = front.chosen(said)
+        assert choice.keys() == {"caddy_http", "caddy_ask"}
+        assert len({*choice.values()}) == 2
+        assert [front.in_use(port) for port in choice.values()] == [None, None]
+        assert front.in_use(taken) is not None
+        settings = said.model_copy(update=choice)
+        assert front.chosen(settings) == {}, "once chosen they stay"
+        with pytest.raises(HostError, match=rf"port {taken}.*GATEWAY_CADDY_HTTPS=\d+ deploy/quickstart"):
+            front.Front(settings)._check_ports()
+
+
+def test_caddy_is_reached_by_a_socket_of_the_state_dir_if_its_path_is_short(tmp_path: Path) -> None:
+    short, long = Path("/run/gw"), tmp_path / ("x" * 100)
+    assert front.chosen(Settings(state_dir=short))["caddy_admin"] == "/run/gw/caddy/admin/admin.sock"
+    assert "caddy_admin" not in front.chosen(Settings(state_dir=long))
 
 
 def test_script_knows_its_usage(tmp_path: Path) -> None:
