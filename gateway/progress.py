@@ -42,7 +42,10 @@ def template_argument(given: str, settings: Settings) -> str | bytes:
         return given
     if not (folder / MANIFEST).is_file():
         raise InvalidParams(f"{given} is no template: it has no {MANIFEST}")
-    entries = read_folder(folder, settings)
+    try:
+        entries = read_folder(folder, settings)
+    except OSError as error:
+        raise InvalidParams(f"{error.filename or given} cannot be read: {error.strerror}") from error
     checked(given, entries, settings, shared=False)  # what is wrong is said before anything is sent
     return gzip.compress(packed(entries), 6, mtime=0)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.settings import Settings
 from gateway_client import Client, errors
+from tests.archives import folder, link, sparse
 from tests.contracts.gateway import sse
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
@@ -110,3 +114,73 @@ async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(
         with pytest.raises(errors.NotFound, match="none") as caught:
             await (await client.deploy("client.example.com", "none")).wait()
         assert caught.value.facts["reason"] == "template_missing"
+
+
+async def test_a_hostile_upload_costs_nothing_and_a_hostile_workspace_holds_nothing_up(host: Hosting) -> None:
+    """What is refused says why before a container is made; what a tenant put in its folder stays its own."""
+    before = host.leavings()
+    host.gateway.reset_peak()
+    held = host.gateway.memory("VmRSS")
+    uploads = {
+        "at most": sparse(10 << 30) + folder('start = ["x"]'),
+        "leads out": folder('start = ["x"]', link("out", "../../etc")),
+        "is not plain": folder('start = ["x"]', ("esc\x1b[2J", b"")),
+        "TOML": folder("start = " + "[" * 20_000),
+        "no tar": b"\xff" * 10_000,
+    }
+    for number, (told, archive) in enumerate(uploads.items()):
+        template = {"archive": base64.b64encode(gzip.compress(archive)).decode()}
+        record = await host.deploy(f"hostile-{number}.test", template)
+        assert record["state"] == "rolledback"
+        assert record["error"]["reason"] == "template_invalid", record
+        assert told in record["error"]["message"]
+        assert record["error"]["message"].isprintable()
+    assert host.gateway.memory("VmHWM") - held < 64 << 20
+    assert host.leavings() == before
+
+    assert (await host.deploy("hostile.test"))["state"] == "succeeded"
+    hostile = """
+    cd /srv/site
+    mv public /home/site/elsewhere
+    ln -s /home/site/elsewhere public
+    rm site.toml server.ts
+    mkfifo site.toml pipe
+    ln -s /etc/passwd server.ts
+    ln -s / everything
+    truncate -s 100G sparse
+    touch "$(printf 'new\\nline')" -- --checkpoint-action=exec=false
+    """
+    environment.incus("exec", "hostile-test", "--user=1000", "--", "sh", "-ec", hostile)
+    record = await host.deploy("hostile.test")
+    assert record["state"] == "succeeded", record["error"]
+    assert "Your site is up." in (await host.visit("hostile.test"))[1]
+    passwd = environment.incus("exec", "hostile-test", "--", "stat", "-c", "%U %F", "/etc/passwd")
+    assert passwd.stdout == b"root regular file\n"
+
+
+async def test_a_key_gives_the_same_deployment_and_a_tenant_has_one_at_a_time(host: Hosting) -> None:
+    """Also once it has ended; another body under that key, or another deployment meanwhile, is a conflict."""
+    install = 'install = ["sleep", "1000"]'
+    archive = base64.b64encode(folder(f'start = ["bun", "serve.ts"]\n{install}')).decode()
+    body = {"domain": "once.test", "template": {"archive": archive}}
+
+    async def post(key: str, **changes: Any) -> tuple[int, dict[str, Any]]:
+        status, said, _ = await host.call("POST", "/v1/deployments", {**body, **changes}, Idempotency_Key=key)
+        return status, said
+
+    asked = await asyncio.gather(*(post("one") for _ in range(5)))
+    assert {status for status, _ in asked} == {202}
+    (identity,) = {said["id"] for _, said in asked}
+    status, said = await post("one", size="medium")
+    assert (status, said["code"]) == (409, "conflict")
+    status, said = await post("two", template="static")
+    assert (status, said["code"], said["deployment"]) == (409, "conflict", identity)
+    status, said = await post("two", template="static", tenant="other-name")  # of its domain, too
+    assert (status, said["code"], said["deployment"]) == (409, "conflict", identity)
+    await host.reached(identity, "install")
+    _, record, _ = await host.call("DELETE", f"/v1/deployments/{identity}")
+    assert (record["state"], record["error"]["code"]) == ("rolledback", "cancelled")
+    assert await post("one") == (200, {"id": identity, "tenant": "once-test", "state": "rolledback"})
+    status, said = await post("three", template="static")
+    assert status == 202
+    assert (await host.ended(said["id"]))["state"] == "succeeded"

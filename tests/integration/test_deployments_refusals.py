@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import io
 import json
 import os
 import socket
 import subprocess
-import tarfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,23 +24,11 @@ from gateway.events import Bus, MemoryJournal
 from gateway.runtime.incus import IncusRuntime, IncusSites, sites
 from gateway.settings import Settings
 from gateway.store import Store
+from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import Hosting, RealCaddy, filled, free_ports, hosting, settings_for
 
-SERVE = 'Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch: () => new Response("mine")})'
 DOMAIN = "refused.test"
-
-
-def folder(manifest: str, **files: bytes | str) -> bytes:
-    """Return an uploaded template of these files."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in {"site.toml": manifest, "serve.ts": SERVE, **files}.items():
-            data = content.encode() if isinstance(content, str) else content
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 @dataclass
@@ -143,8 +129,8 @@ async def test_a_missing_image_and_a_missing_profile_or_pool(desk: Desk, tmp_pat
 async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
     """In the middle of the files, and of what the install command writes; neither is tried again."""
     with profile(size="400MiB") as name:  # the image counts, and has 370
-        files = {f"f{number}": bytes(20 << 20) for number in range(3)}
-        said = await desk.refused(folder('start = ["bun", "serve.ts"]', **files), profile=name)
+        files = [(f"f{number}", bytes(20 << 20)) for number in range(3)]
+        said = await desk.refused(folder('start = ["bun", "serve.ts"]', *files), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "push")
         assert "tenant's disk is full" in said["message"]
         install = 'install = ["sh", "-c", "fallocate -l 900M large"]'
@@ -229,7 +215,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
     (tmp_path / "mine" / "site.toml").write_text("start = 1")
     said = await desk.refused("mine", templates_dir=tmp_path)
     assert (said["code"], said["reason"], said["phase"]) == ("invalid_params", "template_invalid", "validate")
-    said = await desk.refused(folder('start = ["x"]', **{"../out": ""}))
+    said = await desk.refused(folder('start = ["x"]', ("../out", b"")))
     assert (said["code"], said["reason"], said["phase"]) == ("invalid_params", "template_invalid", "validate")
 
 
