@@ -130,6 +130,7 @@ class Deployments:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await self.end()
+        await self._write_down()
 
     async def end(self) -> None:
         """Cancel what runs and wait until it is undone; what does not fit is left to the next life."""
@@ -405,6 +406,13 @@ class Deployments:
                 recipes.append(named(name, self._settings).recipe())
         return recipes
 
+    async def _write_down(self) -> None:
+        """Keep how deployments ended that the store had no room for then, if it has now."""
+        with contextlib.suppress(StoreFailed):
+            for identity, record in list(self._unwritten.items()):
+                await self._save(record)
+                del self._unwritten[identity]
+
     async def _recover_one(self, record: Record) -> None:
         running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
         try:
@@ -458,12 +466,9 @@ class Deployments:
             self._moved.set()
 
     async def _reconcile(self) -> None:
+        await self._write_down()
         for record in await self._store.read(records.unfinished):
-            if record.id in self._unwritten:
-                with contextlib.suppress(StoreFailed):
-                    await self._save(record := self._unwritten[record.id])
-                    del self._unwritten[record.id]
-            elif record.id not in self._running:
+            if record.id not in self._running and record.id not in self._unwritten:
                 await self._recover_one(record)
         async with self._caddy.changing:
             found = await self._sites.listed()

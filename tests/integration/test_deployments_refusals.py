@@ -79,7 +79,7 @@ async def ended(deployments: Deployments, record: Record) -> None:
 
 @pytest.fixture(scope="module")
 async def desk(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
-    settings = settings_for(incus_settings, tmp_path_factory.mktemp("refusals") / "state", verify_timeout=3.0)
+    settings = settings_for(incus_settings, tmp_path_factory.mktemp("refusals") / "state")
     caddy = RealCaddy(settings)
     await caddy.start()
     async with contextlib.AsyncExitStack() as stack:
@@ -174,7 +174,7 @@ async def test_what_is_wrong_with_the_site(desk: Desk) -> None:
     said = await desk.refused(folder('start = ["sh", "-c", "echo what went wrong; exit 3"]'))
     assert (said["code"], said["reason"], said["phase"]) == ("timeout", "never_healthy", "route")
     assert "what went wrong" in said["message"]
-    said = await desk.refused(folder('start = ["sleep", "1000"]'))
+    said = await desk.refused(folder('start = ["sleep", "1000"]'), verify_timeout=3.0)
     assert (said["code"], said["reason"]) == ("timeout", "never_healthy")
     assert "must listen on 0.0.0.0 and $PORT" in said["message"]
 
