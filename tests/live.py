@@ -220,6 +220,7 @@ class LiveGateway:
             compression=None,
             proxy=None,
             open_timeout=DEADLINE,
+            ping_interval=None,  # a test that reads nothing for a while is not dead
         ) as websocket:
             wire = kind(websocket)
             try:

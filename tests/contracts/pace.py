@@ -80,7 +80,10 @@ async def still(gateway: LiveGateway, tenant: str) -> AsyncIterator[Still]:
     async with gateway.raw(tenant, Still) as wire:
         assert isinstance(wire, Still)
         await wire.call("initialize", client={"name": "t", "version": "1"}, token=gateway.token(tenant))
-        yield wire
+        try:
+            yield wire
+        finally:
+            wire.may.set()
 
 
 async def offset(wire: Wire, exec_id: str) -> int:
