@@ -217,7 +217,10 @@ class Cursor:
         end = self.offset + sum(map(len, parts))
         if not self._text or (ended and end == tail.end):
             return parts
-        return whole(parts) or whole([*parts, b"".join(tail.read(end, _SEQUENCE))[:_SEQUENCE]])
+        if found := whole(parts):
+            return found
+        rest = b"".join(tail.read(end, _SEQUENCE))[:_SEQUENCE]
+        return whole([*parts, rest]) if rest else []
 
     @property
     def lag(self) -> int:

@@ -177,6 +177,22 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
         read += b"".join(parts).decode()
         cursor.taken(parts)
     assert read == text
+    waiting = asyncio.create_task(cursor.next())
+    await asyncio.sleep(0)
+    assert not waiting.done()  # for more: an empty part is none
+    waiting.cancel()
+
+
+async def test_a_window_is_kept_to_by_text_too() -> None:
+    """A byte of room takes no more than the character that begins in it."""
+    stream = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 1 << 20))
+    stream.tail.append("€".encode() * 100_000)
+    cursor, _ = stream.attach(0, Reading(text=True, acks=True, window=7))
+    async with asyncio.timeout(5):
+        for size in (6, 3):
+            parts = await cursor.next()
+            assert b"".join(parts) == "€".encode() * (size // 3)
+            cursor.taken(parts)
 
 
 # --- readers at different paces -----------------------------------------------------------------------
