@@ -9,55 +9,51 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
-from urllib.parse import unquote_to_bytes
 
 import orjson
 from pydantic import Field
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import __version__, auth, editor, protocol
 from gateway.audit import Audit
 from gateway.caddy import Caddy
-from gateway.connection import CLOSE_CODES, Connection, Hub, spec_of
+from gateway.connection import CLOSE_CODES, Connection, Hub
 from gateway.deployments import Deployments, Health, Record
 from gateway.deployments.http import DeployBody, templates
 from gateway.errors import (
-    Cancelled,
     Conflict,
     Forbidden,
     GatewayError,
     InvalidParams,
     NotFound,
     RateLimited,
-    TooLarge,
-    Unauthorized,
     Unavailable,
 )
 from gateway.events import Bus, Filter, StoredJournal, sse
-from gateway.execs import Attachment, Ended, Execs
+from gateway.execs import Execs
 from gateway.files import http
 from gateway.files.files import Files
 from gateway.host.setup import pin
 from gateway.idle import Idle
 from gateway.life import Ask, Life, described
 from gateway.metrics import Metrics
+from gateway.oneshot import ExecBody, run
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.revocations import Revocations
 from gateway.rootfs.workers import BrokerClient, Workers
-from gateway.runtime import TENANT_NAME, StreamName, TenantEvent, TenantRuntime
+from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
@@ -66,6 +62,19 @@ from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.store import Store, StoreFailed
 from gateway.tools.toolbox import Toolbox
+from gateway.web import (
+    RETRY_AFTER_MS,
+    USES,
+    as_json,
+    end,
+    file_path,
+    problem,
+    problem_handler,
+    read_body,
+    read_json,
+    unless_gone,
+    with_request_id,
+)
 
 if TYPE_CHECKING:
     from gateway.mcp import Mcp
@@ -74,8 +83,6 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-_RETRY_AFTER_MS: Final = 2000
-_REQUEST_ID: Final = "x-request-id"
 # after these a tenant's files may be others, or must no longer be held
 _MOVED: Final = frozenset(
     {
@@ -88,23 +95,7 @@ _MOVED: Final = frozenset(
     }
 )
 
-# in an ASGI scope: the uses of tenants that end with its answer
-_USES: Final = "gateway.uses"
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
-
-
-class ExecBody(protocol.Params):
-    """What `POST …/exec` takes: names as HTTP has them, in snake_case."""
-
-    model_config = protocol.Params.model_config | {"alias_generator": None}
-
-    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
-    command: Annotated[str, Field(min_length=1)] | None = None
-    cwd: str | None = None
-    env: dict[str, str] = Field(default_factory=dict)
-    user: str | int | None = None
-    stdin: str | None = None
-    timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 
 class SessionBody(protocol.Params):
@@ -149,15 +140,15 @@ class Gateway:
         self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
-        self.app = _with_request_id(
+        self.app = with_request_id(
             Starlette(
                 routes=self._routes(),
                 lifespan=self._lifespan,
                 exception_handlers={
-                    GatewayError: _problem_handler,
-                    HTTPException: _problem_handler,
-                    ClientDisconnect: _problem_handler,
-                    Exception: _problem_handler,
+                    GatewayError: problem_handler,
+                    HTTPException: problem_handler,
+                    ClientDisconnect: problem_handler,
+                    Exception: problem_handler,
                 },
             )
         )
@@ -250,7 +241,7 @@ class Gateway:
                 jobs.append(self._pin_ports())
             for work in jobs:
                 task = asyncio.create_task(work)
-                stack.push_async_callback(_ended, task)
+                stack.push_async_callback(end, task)
             self.bus.publish("gateway.ready", None, {"version": __version__, "runtime": settings.runtime})
             yield
             await self.drain()
@@ -317,9 +308,9 @@ class Gateway:
     async def _drain(self) -> None:
         self.draining = True
         hub = self.hub
-        self.bus.publish("gateway.draining", None, {"retryAfterMs": _RETRY_AFTER_MS})
+        self.bus.publish("gateway.draining", None, {"retryAfterMs": RETRY_AFTER_MS})
         for connection in list(hub.connections):
-            connection.announce_draining(_RETRY_AFTER_MS)
+            connection.announce_draining(RETRY_AFTER_MS)
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout / 2):
                 await hub.execs.end_all()
@@ -400,14 +391,14 @@ class Gateway:
     async def _used(self, request: Request, scope: str | None) -> tuple[str, auth.Token]:
         """Do as `_tenant_for`, and have the tenant awake until the answer to this request has been sent."""
         name, token = self._tenant_for(request, scope)
-        request.scope[_USES].enter_context(self.hub.idle.using(name))
+        request.scope[USES].enter_context(self.hub.idle.using(name))
         await self.hub.idle.awake(name)
         return name, token
 
     # --- the gateway itself -------------------------------------------------------------------------
 
     async def _healthz(self, request: Request) -> Response:
-        return _json({"status": "alive"})
+        return as_json({"status": "alive"})
 
     async def _readyz(self, request: Request) -> Response:
         if self.draining:
@@ -417,19 +408,19 @@ class Gateway:
             raise Unavailable(
                 f"events cannot be recorded: {self.journal.failed.message}", **self.journal.failed.facts
             )
-        return _json({"status": "ready"})
+        return as_json({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=self.metrics.CONTENT_TYPE)
 
     async def _session(self, request: Request) -> Response:
-        return _json(_granted(self._token(request, None)))
+        return as_json(_granted(self._token(request, None)))
 
     async def _session_open(self, request: Request) -> Response:
         self._check_origin(request.scope)
-        body = protocol.validate(SessionBody, await _read_json(request, self.settings.max_body))
+        body = protocol.validate(SessionBody, await read_json(request, self.settings.max_body))
         token = self._verify(body.token)
-        response = _json(_granted(token))
+        response = as_json(_granted(token))
         forwarded = request.headers.get("x-forwarded-proto", request.url.scheme)
         response.set_cookie(
             auth.COOKIE,
@@ -453,7 +444,7 @@ class Gateway:
     async def _tenants(self, request: Request) -> Response:
         token = self._token(request, None)
         tenants = await self.hub.runtime.list()
-        return _json(
+        return as_json(
             {"tenants": [described(tenant, self.settings) for tenant in tenants if token.covers(tenant.name)]}
         )
 
@@ -461,7 +452,7 @@ class Gateway:
         name, _ = self._tenant_for(request, None)
         tenant = await self.hub.runtime.get(name)
         usage = await self.hub.runtime.metrics(name) if tenant.status == "running" else None
-        return _json(described(tenant, self.settings) | {"usage": usage})
+        return as_json(described(tenant, self.settings) | {"usage": usage})
 
     def _life(self, method: str, scope: str | None, handler: str, status: int) -> Handler:
         """Return the route's handler that asks `Life` and tells its answer."""
@@ -471,7 +462,7 @@ class Gateway:
                 name, token = await self._used(request, scope)
             else:
                 name, token = self._tenant_for(request, scope)
-            text = await _read_body(request, self.settings.max_body)
+            text = await read_body(request, self.settings.max_body)
             try:
                 body = orjson.loads(text) if text else {}
             except ValueError:
@@ -483,7 +474,7 @@ class Gateway:
                 await self.audit.note(token.subject, f"tenant.{handler}", name, **facts)
             if isinstance(answer, Response):
                 return answer
-            response = Response(status_code=status) if answer is None else _json(answer)
+            response = Response(status_code=status) if answer is None else as_json(answer)
             response.status_code = status
             return response
 
@@ -491,19 +482,19 @@ class Gateway:
 
     async def _tenant_metrics(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
-        return _json(await self.hub.runtime.metrics(name))
+        return as_json(await self.hub.runtime.metrics(name))
 
     async def _site(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)
         tenant = await self.hub.runtime.get(name)  # raises where there is none
-        return _json(await self.health.now(tenant.name))
+        return as_json(await self.health.now(tenant.name))
 
     # --- tools and commands -------------------------------------------------------------------------
 
     async def _tool(self, request: Request) -> Response:
         toolbox, tool = self.hub.toolbox, request.path_params["tool"]
         name, token = await self._used(request, toolbox.scope(tool))
-        arguments = await _read_json(request, self.settings.max_body)
+        arguments = await read_json(request, self.settings.max_body)
         if not isinstance(arguments, dict):
             raise InvalidParams("the body is a JSON object: the tool's input")
         session = toolbox.session(
@@ -515,57 +506,27 @@ class Gateway:
         if call_id is not None and not 0 < len(call_id) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
         work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id)
-        result = await _unless_gone(request, work)
+        result = await unless_gone(request, work)
         return Response(result.encoded, media_type="application/json")
 
     async def _mcp_endpoint(self, request: Request) -> Response:
         name, token = self._tenant_for(request, None)
         if self._mcp is None:
-            problem = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
-            return _problem(problem, 501)
+            missing = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
+            return problem(missing, 501)
         await self.hub.runtime.get(name)
         await self._used(request, None)
-        return _McpAnswer(self._mcp, name, token, await _read_body(request, self.settings.max_body))
+        return _McpAnswer(self._mcp, name, token, await read_body(request, self.settings.max_body))
 
     async def _exec(self, request: Request) -> Response:
         name, token = await self._used(request, "exec")
         if self.draining:
-            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
-        body = protocol.validate(ExecBody, await _read_json(request, self.settings.max_body))
+            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
+        body = protocol.validate(ExecBody, await read_json(request, self.settings.max_body))
         with self.hub.runtime.expect(name):  # who asks once, asks again
-            return _json(await _unless_gone(request, self._run(name, body, token.subject)))
-
-    async def _run(self, tenant: str, body: ExecBody, by: str) -> dict[str, Any]:
-        """Run a command and return its output; a caller that goes away takes the whole tree with it."""
-        execs, settings = self.hub.execs, self.settings
-        if (body.argv is None) == (body.command is None):
-            raise InvalidParams("give either argv or command")
-        exec_ = await execs.start(
-            tenant,
-            spec_of(body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None),
-            timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
-            by=by,
-        )
-        attachment = exec_.attach()
-        try:
-            if body.stdin is not None:
-                # the text is within max_body, but more than the buffer may hold: it must not wait for
-                # output that nobody reads yet
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(_feed(attachment, body.stdin.encode()))
-                    collecting = group.create_task(_collect(attachment, settings.exec_output))
-                outputs = collecting.result()
-            else:
-                outputs = await _collect(attachment, settings.exec_output)
-            ended = await asyncio.shield(exec_.ended)
-        except BaseException:
-            await asyncio.shield(execs.cancel(exec_))
-            raise
-        finally:
-            attachment.close()
-        if ended.reason == "lost":
-            raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
-        return _ran(exec_.id, ended, outputs)
+            return as_json(
+                await unless_gone(request, run(self.hub.execs, name, body, self.settings, token.subject))
+            )
 
     async def _wake(self, request: Request) -> Response:
         """Have the site at a domain awake. Caddy asks for its visitors, who need no token to see a site."""
@@ -573,7 +534,7 @@ class Gateway:
             await self.hub.idle.visit(request.query_params.get("domain", ""))
         except GatewayError as error:
             text = f"This site was asleep and could not be woken: {error.message}.\n"
-            retry = {"Retry-After": str(_RETRY_AFTER_MS // 1000)}
+            retry = {"Retry-After": str(RETRY_AFTER_MS // 1000)}
             return Response(text, error.http_status, headers=retry, media_type="text/plain")
         return Response(status_code=204)
 
@@ -582,19 +543,19 @@ class Gateway:
     async def _file(self, request: Request) -> Response:
         name, _ = await self._used(request, "files:read")
         async with contextlib.AsyncExitStack() as stack:
-            source = await stack.enter_async_context(self.hub.files.read(name, _file_path(request)))
+            source = await stack.enter_async_context(self.hub.files.read(name, file_path(request)))
             return http.Sending(request, source, stack, self.settings.transfer_stall)
 
     async def _file_put(self, request: Request) -> Response:
         name, token = await self._used(request, "files:write")
-        settings, path = self.settings, _file_path(request)
+        settings, path = self.settings, file_path(request)
         conditions = http.conditions(request.headers)
         body = http.received(request, settings.upload_max, settings.transfer_stall)
         try:
             result = await self.hub.files.write(name, path, body, conditions, by=token.subject)
         except Conflict as error:
             raise http.failed_condition(error) from None
-        response = _json(result)
+        response = as_json(result)
         response.status_code = 201 if result["created"] else 200
         response.headers["ETag"] = f'"{result["etag"]}"'
         return response
@@ -602,7 +563,7 @@ class Gateway:
     async def _file_delete(self, request: Request) -> Response:
         name, token = await self._used(request, "files:write")
         recursive = request.query_params.get("recursive") == "1"
-        given = {"path": _file_path(request), "recursive": recursive, **http.conditions(request.headers)}
+        given = {"path": file_path(request), "recursive": recursive, **http.conditions(request.headers)}
         try:
             await self.hub.files.call(name, "files/remove", given, by=token.subject)
         except Conflict as error:
@@ -613,18 +574,18 @@ class Gateway:
 
     async def _templates(self, request: Request) -> Response:
         self._token(request, "deploy")
-        return _json({"templates": await asyncio.to_thread(templates, self.settings)})
+        return as_json({"templates": await asyncio.to_thread(templates, self.settings)})
 
     async def _deploy(self, request: Request) -> Response:
         token = self._token(request, "deploy")
         if self.draining:
-            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=_RETRY_AFTER_MS)
-        body = protocol.validate(DeployBody, await _read_json(request, self.settings.max_body))
+            raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
+        body = protocol.validate(DeployBody, await read_json(request, self.settings.max_body))
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
         record, new = await self.deploys.begin(body.request(), token.covers, by=token.subject, key=key)
-        response = _json({"id": record.id, "tenant": record.tenant, "state": record.state})
+        response = as_json({"id": record.id, "tenant": record.tenant, "state": record.state})
         response.status_code = 202 if new or not record.over else 200
         response.headers["Location"] = f"/v1/deployments/{record.id}"
         return response
@@ -632,14 +593,14 @@ class Gateway:
     async def _deployments(self, request: Request) -> Response:
         token = self._token(request, "deploy")
         found = await self.deploys.recent(token.coverage)
-        return _json({"deployments": [record.told() for record in found]})
+        return as_json({"deployments": [record.told() for record in found]})
 
     async def _deployment(self, request: Request) -> Response:
-        return _json((await self._deployment_for(request)).told())
+        return as_json((await self._deployment_for(request)).told())
 
     async def _deployment_cancel(self, request: Request) -> Response:
         record = await self._deployment_for(request)
-        return _json((await self.deploys.cancel(record.id)).told())
+        return as_json((await self.deploys.cancel(record.id)).told())
 
     async def _deployment_for(self, request: Request) -> Record:
         token = self._token(request, "deploy")
@@ -666,7 +627,7 @@ class Gateway:
 
     async def _revoke(self, request: Request) -> Response:
         token = self._operator(request)
-        body = protocol.validate(RevokeBody, await _read_json(request, self.settings.max_body))
+        body = protocol.validate(RevokeBody, await read_json(request, self.settings.max_body))
         await self.revocations.add(body.id, token.subject)
         ended = [one for one in self.hub.connections if one.token is not None and one.token.id == body.id]
         for connection in ended:
@@ -674,7 +635,7 @@ class Gateway:
         self.bus.end(body.id)
         self.life.end(body.id)
         await self.audit.note(token.subject, "token.revoked", None, token=body.id)
-        return _json({"id": body.id, "closed": len(ended)})
+        return as_json({"id": body.id, "closed": len(ended)})
 
     async def _audit(self, request: Request) -> Response:
         self._operator(request)
@@ -684,7 +645,7 @@ class Gateway:
             raise InvalidParams("limit is a number up to 1000, and before the id of an entry")
         last = None if before is None else min(int(before), 1 << 62)
         found = await self.audit.entries(int(limit), query.get("tenant"), last)
-        return _json({"entries": found})
+        return as_json({"entries": found})
 
     async def _websocket(self, websocket: WebSocket) -> None:
         try:
@@ -736,157 +697,3 @@ def _granted(token: auth.Token) -> dict[str, Any]:
         "expires": token.expires,
         "id": token.id,
     }
-
-
-# --- commands that are waited for ---------------------------------------------------------------------
-
-
-async def _feed(attachment: Attachment, data: bytes) -> None:
-    await attachment.write(data)
-    attachment.exec.close_stdin()
-
-
-async def _collect(attachment: Attachment, limit: int) -> dict[str, tuple[bytes, bool]]:
-    """Return each stream's first `limit` bytes and whether there were more; the rest is read and dropped."""
-
-    async def one(name: StreamName) -> tuple[str, bytes, bool]:
-        kept, cut, cursor = bytearray(), False, attachment.cursors[name]
-        while parts := await cursor.next():
-            for part in parts:
-                room = limit - len(kept)
-                kept += part[:room]
-                cut = cut or len(part) > room
-            cursor.taken(parts)
-        return name, bytes(kept), cut
-
-    found = await asyncio.gather(*(one(name) for name in attachment.cursors))
-    return {name: (data, cut) for name, data, cut in found}
-
-
-def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) -> dict[str, Any]:
-    return {
-        "exec": exec_id,
-        "exit_code": ended.code,
-        "signal": ended.signal,
-        "reason": ended.reason,
-        "stdout": outputs["stdout"][0].decode("utf-8", "replace"),
-        "stderr": outputs["stderr"][0].decode("utf-8", "replace"),
-        "truncated": any(cut for _, cut in outputs.values()),
-        "duration_ms": ended.duration_ms,
-        "left": ended.left,
-    }
-
-
-async def _unless_gone(request: Request, work: Any) -> Any:
-    """Return what `work` returns; cancel it where the client hangs up first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Cancelled("the client went away")
-        return working.result()
-    finally:
-        await _ended(working)
-        await _ended(leaving)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it is over, whatever it ends with."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-# --- bodies and problems ------------------------------------------------------------------------------
-
-
-async def _read_json(request: Request, limit: int) -> Any:
-    """Return the JSON body. Raises `TooLarge` before more than `limit` bytes are read, `InvalidParams`."""
-    try:
-        return orjson.loads(await _read_body(request, limit))
-    except ValueError:
-        raise InvalidParams("the body is not JSON") from None
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises `TooLarge` before more than `limit` bytes are read."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise TooLarge(f"the body has over {limit} bytes", limit=limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise TooLarge(f"the body has over {limit} bytes", limit=limit)
-    return bytes(body)
-
-
-def _file_path(request: Request) -> str:
-    """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
-    before = f"/v1/tenants/{request.path_params['tenant']}/files/"
-    raw: bytes = request.scope["raw_path"]
-    try:
-        return unquote_to_bytes(raw[len(before) :]).decode() or "."
-    except UnicodeDecodeError:
-        raise InvalidParams("the path is not UTF-8") from None
-
-
-def _json(value: Mapping[str, Any]) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")
-
-
-def _problem(error: GatewayError, status: int | None = None) -> Response:
-    """Return `error` as `application/problem+json` (RFC 9457) with our `code` and its facts."""
-    status = error.http_status if status is None else status
-    body = {**error.facts, "type": "about:blank", "title": error.code, "status": status}
-    body |= {"detail": error.message, "code": error.code}
-    headers = {}
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, http.UnsatisfiableRange):
-        headers["Content-Range"] = f"bytes */{error.facts['size']}"
-    if isinstance(error, Unavailable | RateLimited):
-        headers["Retry-After"] = str(_RETRY_AFTER_MS // 1000)
-    return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")
-
-
-async def _problem_handler(request: Request, error: Exception) -> Response:
-    match error:
-        case GatewayError():
-            return _problem(error)
-        case HTTPException():
-            problem = NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
-            response = _problem(problem, error.status_code)
-            response.headers.update(error.headers or {})
-            return response
-        case ClientDisconnect():
-            return _problem(Cancelled("the client went away"))
-        case _:
-            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-            return _problem(Unavailable("the gateway failed; its log says why"), 500)
-
-
-def _with_request_id(app: ASGIApp) -> ASGIApp:
-    """Echo `X-Request-Id`, or make one, on every HTTP answer."""
-
-    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        asked = Headers(scope=scope).get(_REQUEST_ID, "")
-        request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
-            await send(message)
-
-        with contextlib.ExitStack() as scope[_USES]:
-            await app(scope, receive, send_with_id)
-
-    return wrapped

@@ -1,0 +1,149 @@
+"""Knows the forms of HTTP: bodies in, JSON and problems out, the request's id."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import (
+    Cancelled,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.files.http import UnsatisfiableRange
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_MS: Final = 2000
+# in an ASGI scope: the uses of tenants that end with its answer
+USES: Final = "gateway.uses"
+_REQUEST_ID: Final = "x-request-id"
+
+
+async def unless_gone(request: Request, work: Any) -> Any:
+    """Return what `work` returns; cancel it where the client hangs up first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        await end(working)
+        await end(leaving)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it is over, whatever it ends with."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """Return the JSON body. Raises `TooLarge` before more than `limit` bytes are read, `InvalidParams`."""
+    try:
+        return orjson.loads(await read_body(request, limit))
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body. Raises `TooLarge` before more than `limit` bytes are read."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+    return bytes(body)
+
+
+def file_path(request: Request) -> str:
+    """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
+    before = f"/v1/tenants/{request.path_params['tenant']}/files/"
+    raw: bytes = request.scope["raw_path"]
+    try:
+        return unquote_to_bytes(raw[len(before) :]).decode() or "."
+    except UnicodeDecodeError:
+        raise InvalidParams("the path is not UTF-8") from None
+
+
+def as_json(value: Mapping[str, Any]) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def problem(error: GatewayError, status: int | None = None) -> Response:
+    """Return `error` as `application/problem+json` (RFC 9457) with our `code` and its facts."""
+    status = error.http_status if status is None else status
+    body = {**error.facts, "type": "about:blank", "title": error.code, "status": status}
+    body |= {"detail": error.message, "code": error.code}
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsatisfiableRange):
+        headers["Content-Range"] = f"bytes */{error.facts['size']}"
+    if isinstance(error, Unavailable | RateLimited):
+        headers["Retry-After"] = str(RETRY_AFTER_MS // 1000)
+    return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")
+
+
+async def problem_handler(request: Request, error: Exception) -> Response:
+    match error:
+        case GatewayError():
+            return problem(error)
+        case HTTPException():
+            told = NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
+            response = problem(told, error.status_code)
+            response.headers.update(error.headers or {})
+            return response
+        case ClientDisconnect():
+            return problem(Cancelled("the client went away"))
+        case _:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            return problem(Unavailable("the gateway failed; its log says why"), 500)
+
+
+def with_request_id(app: ASGIApp) -> ASGIApp:
+    """Echo `X-Request-Id`, or make one, on every HTTP answer."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(_REQUEST_ID, "")
+        request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            await send(message)
+
+        with contextlib.ExitStack() as scope[USES]:
+            await app(scope, receive, send_with_id)
+
+    return wrapped
