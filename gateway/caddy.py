@@ -201,6 +201,13 @@ class Caddy:
             new.replace(self.folder / name)
         return self.folder / "Caddyfile"
 
+    def serves(self, running: Mapping[str, Any]) -> bool:
+        """Say whether a Caddy's configuration is ours, or an operator's own that looks our routes up."""
+        return self._ours(running) or str(self.routes) in orjson.dumps(running).decode()
+
+    def _ours(self, running: Mapping[str, Any]) -> bool:
+        return "apps" in running and running.get("storage", {}).get("root") == str(self.folder / "data")
+
     async def ensure(self) -> bool:
         """Have Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
 
@@ -208,11 +215,10 @@ class Caddy:
         old one goes on, its files too.
         """
         async with self._loading:
-            running = await self._ask("GET", "/config/")
-            serves = running is not None and "apps" in running
-            if serves and running.get("storage", {}).get("root") != str(self.folder / "data"):
-                if str(self.routes) in orjson.dumps(running).decode():
-                    return False  # an operator's own, which looks our routes up
+            running = await self._ask("GET", "/config/") or {}
+            if "apps" in running and not self._ours(running):
+                if self.serves(running):
+                    return False  # an operator's own
                 raise CaddyFailed(
                     f"the Caddy at {self._settings.caddy_admin} serves something else, which stays as it is; "
                     "let it import our sites as docs/operations.md says, or start one of our own "
@@ -221,7 +227,7 @@ class Caddy:
                 )
             before = {name: _text(self.folder / name) for name in ("Caddyfile", "site.caddy")}
             after = self.rendered()
-            if serves and before == after:
+            if self._ours(running) and before == after:
                 return False
             self.write()
             try:

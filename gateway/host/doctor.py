@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sqlite3
 import stat
 from collections.abc import Callable
@@ -16,8 +17,13 @@ from typing import Any, Final, NoReturn
 from gateway.host import HostError
 from gateway.host import setup as steps
 from gateway.host.daemon import Daemon
+from gateway.host.front import Front, in_use
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
+from gateway.host.quickstart import ask
+from gateway.rootfs.tenants import MANAGED
+from gateway.runtime.incus.sites import DEPLOYMENT
+from gateway.runtime.incus.tenants import DOMAIN
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30
@@ -64,7 +70,13 @@ def doctor(settings: Settings) -> list[Finding]:
             (f"image {settings.image}", lambda: _image(settings)),
             ("limits of inotify", _limits),
             ("ripgrep", lambda: _ripgrep(settings)),
+            ("broker", lambda: _broker(settings)),
         ]
+    checks += [
+        ("gateway", lambda: _gateway(settings)),
+        ("Caddy", lambda: _caddy(settings)),
+        ("routes", lambda: _routes(settings)),
+    ]
     found = []
     for what, check in checks:
         try:
@@ -136,3 +148,91 @@ def _limits() -> None:
 def _ripgrep(settings: Settings) -> None:
     if not os.access(settings.ripgrep, os.X_OK):
         raise HostError(f"{settings.ripgrep} is missing, searches in large trees are slow; {_SETUP}")
+
+
+def _broker(settings: Settings) -> str:
+    path = settings.broker_socket
+    if path is None:
+        if os.geteuid() != 0:
+            raise HostError(
+                "the gateway starts a broker of its own only as root; see docs/operations.md, "
+                "the gateway as a user of its own, and set GATEWAY_BROKER_SOCKET"
+            )
+        return "the gateway's own child"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(5.0)
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            raise HostError(
+                f"nobody serves {path} ({error.strerror or error}); start it: "
+                "systemctl start incus-gateway-broker, or unset GATEWAY_BROKER_SOCKET"
+            ) from error
+    return f"serves {path}"
+
+
+def _gateway(settings: Settings) -> str:
+    listen = settings.listen
+    try:
+        status, said = ask(listen, "GET", "/readyz", timeout=5.0)
+    except OSError as error:
+        host, _, port = listen.rpartition(":")
+        reason = in_use(int(port), host.strip("[]")) if "/" not in listen and port.isdigit() else None
+        if reason is not None:
+            raise HostError(
+                f"what answers at {listen} is no gateway ({reason}); stop it, or set GATEWAY_LISTEN"
+            ) from error
+        raise HostError(
+            f"it does not run: nobody answers at {listen}; start it: systemctl start incus-gateway, "
+            "or deploy/quickstart"
+        ) from error
+    if not isinstance(said, dict) or status not in (200, 503):
+        raise HostError(f"what answers at {listen} is no gateway; stop it, or set GATEWAY_LISTEN")
+    if status != 200:
+        raise HostError(
+            f"it is not ready: {said.get('detail', said)}; it recovers by itself once that is mended"
+        )
+    return f"ready at {listen}"
+
+
+def _caddy(settings: Settings) -> str:
+    front = Front(settings)
+    running = front.running()
+    if running is None:
+        taken = [f"{port} ({reason})" for port, reason in front.taken().items()]
+        also = f"; its ports {', '.join(taken)} are another's: see GATEWAY_CADDY_…" if taken else ""
+        raise HostError(
+            f"its admin API at {settings.caddy_admin} does not answer; start it: "
+            f"systemctl start incus-gateway-caddy, or deploy/quickstart{also}"
+        )
+    if not front.caddy.serves(running):
+        raise HostError(
+            f"the Caddy at {settings.caddy_admin} does not look up our sites; "
+            "start one of our own by deploy/quickstart with another GATEWAY_CADDY_ADMIN, "
+            "or, where it serves nothing else, restart the gateway"
+        )
+    return f"answers at {settings.caddy_admin}, and serves our sites"
+
+
+def _routes(settings: Settings) -> str:
+    routes = Front(settings).caddy
+    there = routes.listed() if routes.routes.is_dir() else {}
+    there.pop(settings.domain or "", None)
+    if settings.runtime != "incus":
+        return f"{len(there)} of them"
+    wanted = {
+        config[DOMAIN]
+        for instance in Looking(settings.incus_socket, settings.incus_project).list("instances")
+        if (config := instance["expanded_config"]).get(DOMAIN) and config.get(MANAGED) == "true"
+        if not config.get(DEPLOYMENT)
+    }
+    # one that was never started has no address yet, and so none
+    missing, more = sorted(wanted - there.keys()), sorted(there.keys() - wanted)
+    if missing or more:
+        few = {"missing": missing[:5], "too many": more[:5]}
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in few.items() if names)
+        raise HostError(
+            f"not those of the tenants ({said}); a gateway that runs puts them right within "
+            f"{settings.reconcile_interval:.0f} s: see its log"
+        )
+    return f"{len(there)} of them, those of the tenants"

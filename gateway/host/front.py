@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import pwd
 import re
@@ -108,6 +109,10 @@ class Front:
 
     def answers(self) -> bool:
         """Say whether the admin API answers."""
+        return self.running() is not None
+
+    def running(self) -> dict[str, Any] | None:
+        """Return what the Caddy at the admin API runs, or None where nobody answers."""
         path = socket_of(self.admin)
         host, _, port = self.admin.split("://")[-1].rstrip("/").rpartition(":")
         try:
@@ -119,9 +124,17 @@ class Front:
                     connection.sock.connect(path)
                 # on a unix socket Caddy takes any host, and wants no origin
                 connection.request("GET", "/config/", headers={} if path is None else {"Host": ""})
-                return connection.getresponse().status == 200
+                answer = connection.getresponse()
+                found = json.loads(answer.read()) if answer.status == 200 else None
         except (OSError, ValueError, http.client.HTTPException):
-            return False
+            return None
+        # one that was started without a configuration says null
+        return found if isinstance(found, dict) else {} if answer.status == 200 else None
+
+    def taken(self) -> dict[int, str]:
+        """Return of those of its ports at which it could not listen now why not."""
+        found = {port: in_use(port) for port in (getattr(self.settings, name) for name in _PORTS)}
+        return {port: reason for port, reason in found.items() if reason is not None}
 
     def start(self, units: Path) -> str:
         """Have it run with the configuration of now; say what was done. Raises `HostError`.

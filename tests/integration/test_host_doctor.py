@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 from gateway.host.doctor import doctor
 from gateway.settings import Settings
 from tests.integration import environment
+from tests.integration.sites import free_ports
 
 
 def test_a_prepared_host_is_well(incus_settings: Settings) -> None:
-    wrong = [str(f) for f in doctor(incus_settings) if not f.ok and f.what not in ("ripgrep",)]
+    leave = ("ripgrep", "gateway", "Caddy", "routes")  # nothing runs; see the tests of quickstart
+    wrong = [str(f) for f in doctor(incus_settings) if not f.ok and f.what not in leave]
     assert [line for line in wrong if "inotify" not in line] == []
 
 
@@ -18,3 +25,30 @@ def test_what_is_missing_is_told_with_what_to_do_and_stays_missing(incus_setting
     for what, fix in (("storage", "setup"), ("profile", "setup"), ("image", "image build")):
         assert not found[what].ok and fix in found[what].detail
     assert b"t-no-profile" not in environment.incus("profile", "list").stdout
+
+
+def test_what_does_not_run_and_who_is_in_its_place(incus_settings: Settings, tmp_path: Path) -> None:
+    """Gateway, Caddy and broker: not there, or a stranger at their ports."""
+    free, admin = free_ports(2)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        settings = incus_settings.model_copy(
+            update={"state_dir": tmp_path, "listen": f"127.0.0.1:{free}", "caddy_http": port}
+            | {"caddy_admin": f"http://127.0.0.1:{admin}", "broker_socket": tmp_path / "none.sock"}
+        )
+        found = {f.what: f for f in doctor(settings)}
+        assert not any(found[what].ok for what in ("gateway", "Caddy", "broker"))
+        for what, fix in (
+            *(("gateway", "deploy/quickstart"), ("broker", "systemctl start incus-gateway-broker")),
+            *(("Caddy", "deploy/quickstart"), ("Caddy", f"{port} (")),
+        ):
+            assert fix in found[what].detail, found[what]
+        listening = settings.model_copy(update={"listen": f"127.0.0.1:{port}"})
+        stranger.close()
+        with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
+            serving = threading.Thread(target=server.serve_forever)
+            serving.start()
+            found = {f.what: f for f in doctor(listening)}
+            server.shutdown()
+            serving.join()
+        assert "is no gateway" in found["gateway"].detail

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.host import front
+from gateway.host.doctor import doctor
 from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
 from gateway.settings import Settings
 from tests.integration import environment
@@ -67,6 +68,9 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert "Your site is up." in seen(quickstart)
     caddy = quickstart.front.pid()
     assert caddy is not None
+    looked = {finding.what: finding for finding in doctor(quickstart.settings)}
+    for what in ("gateway", "Caddy", "routes", "broker"):
+        assert looked[what].ok, looked[what]
     owner = Path(f"/proc/{caddy}").owner()
     assert owner == "caddy"
 
@@ -81,6 +85,12 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     os.kill(caddy, signal.SIGKILL)
+    (quickstart.settings.state_dir / "caddy" / "routes" / "demo.localhost").rename(
+        quickstart.settings.state_dir / "caddy" / "routes" / "lost.localhost"
+    )
+    looked = {finding.what: finding for finding in doctor(quickstart.settings)}
+    assert not looked["routes"].ok
+    assert "missing: demo.localhost; too many: lost.localhost" in looked["routes"].detail
     quickstart.place.token.write_text("damaged")
     environment.incus("stop", "--force", TENANT)
     quickstart.start()
