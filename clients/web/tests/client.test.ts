@@ -291,6 +291,15 @@ describe("commands", () => {
     expect((await exec.exit).code).toBe(0);
   });
 
+  test("wait no longer for who has stopped reading", async () => {
+    const exec = await tenant().exec("seq 400000", { buffer: 1 << 18 });
+    for await (const _ of exec.stdout) break;
+    expect((await exec.exit).code).toBe(0);
+    const other = await tenant().exec("seq 400000 >&2; seq 400000", { buffer: 1 << 18 });
+    for await (const { stream } of other.output()) if (stream === "stdout") break;
+    expect((await other.exit).code).toBe(0);
+  });
+
   test("lose nothing of what waits when the connection breaks", async () => {
     const client = tenant();
     const exec = await client.exec("seq 1000000", { buffer: 1 << 20 });

@@ -78,12 +78,16 @@ export class Output implements AsyncIterable<Uint8Array> {
 
   async *[Symbol.asyncIterator](): AsyncIterator<Uint8Array> {
     this.begun = true;
-    for (;;) {
-      const chunk = this.take();
-      if (chunk !== undefined) yield chunk;
-      else if (this.#error !== null) throw this.#error;
-      else if (this.#ended) return;
-      else await this.changed();
+    try {
+      for (;;) {
+        const chunk = this.take();
+        if (chunk !== undefined) yield chunk;
+        else if (this.#error !== null) throw this.#error;
+        else if (this.#ended) return;
+        else await this.changed();
+      }
+    } finally {
+      this.left();
     }
   }
 
@@ -108,6 +112,12 @@ export class Output implements AsyncIterable<Uint8Array> {
       this.#taken();
     }
     return chunk;
+  }
+
+  /** @internal Nobody reads it any more: it holds nothing up. */
+  left(): void {
+    this.begun = false;
+    this.#taken();
   }
 
   /** @internal */
@@ -157,7 +167,7 @@ export class Output implements AsyncIterable<Uint8Array> {
  *
  * A broken connection is healed unseen: the output goes on at the byte at which it stopped. What waits here
  * unread is bounded by `buffer`, half of it for each stream; then the gateway sends no more, and in time the
- * command itself waits, as for a pipe. Nothing else does. Of a stream that nobody reads at all the last bytes
+ * command itself waits, as for a pipe. Nothing else does. Of a stream that nobody reads (any more) the last bytes
  * are kept, a quarter of `buffer` at least, and the command does not wait.
  */
 export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposable {
@@ -427,18 +437,23 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   /** Yields the chunks of both streams as they come. Nobody else may read then. */
   async *output(): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
     this.stdout.begun = this.stderr.begun = true;
-    for (;;) {
-      let found = false;
-      for (const stream of ["stdout", "stderr"] as const) {
-        const data = this[stream].take();
-        if (data !== undefined) {
-          found = true;
-          yield { stream, data };
+    try {
+      for (;;) {
+        let found = false;
+        for (const stream of ["stdout", "stderr"] as const) {
+          const data = this[stream].take();
+          if (data !== undefined) {
+            found = true;
+            yield { stream, data };
+          }
         }
+        if (found) continue;
+        if (this.stdout.ended && this.stderr.ended) return;
+        await Promise.race([this.stdout.changed(), this.stderr.changed()]);
       }
-      if (found) continue;
-      if (this.stdout.ended && this.stderr.ended) return;
-      await Promise.race([this.stdout.changed(), this.stderr.changed()]);
+    } finally {
+      this.stdout.left();
+      this.stderr.left();
     }
   }
 
