@@ -250,7 +250,6 @@ class Deployments:
                     self._sites.prepare(recipe, partial(self._prepared, template.name))
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
-                record.state = "rolledback"
                 record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
                 self._tell(running, "cancelled", {"error": record.error})
                 await _whatever_comes(self._end(running, began))
@@ -333,12 +332,10 @@ class Deployments:
         for done in record.phases:
             if done.state == "done":
                 done.state = "undone"
-        record.state = "rolledback"
 
     async def _end(self, running: _Running, began: float) -> None:
         record = running.record
-        if record.state == "running":
-            record.state = "succeeded"
+        record.state = "succeeded" if record.error is None else "rolledback"
         record.ended, record.ms = time.time(), _ms(began)
         try:
             await self._save(record)
@@ -421,7 +418,7 @@ class Deployments:
                 await self._sites.finish(record.tenant, order)
                 if record.kind == "update":
                     await self._sites.clear(record.tenant)
-                record.phases[-1].state, record.state = "done", "running"
+                record.phases[-1].state = "done"
             else:
                 if record.error is None:
                     record.error = {
@@ -441,7 +438,6 @@ class Deployments:
                 for phase in record.phases:
                     if phase.state in ("done", "running"):
                         phase.state = "undone" if phase.state == "done" else "failed"
-                record.state = "rolledback"
             await self._end(running, began - (time.time() - record.created))
         except GatewayError as error:
             log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
