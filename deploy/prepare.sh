@@ -29,8 +29,34 @@ quietly() { # COMMAND…
   return 1
 }
 
-apt() { # ARGUMENTS…: apt-get that asks nothing and waits for another apt to end
-  DEBIAN_FRONTEND=noninteractive quietly apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"
+# Runs a package manager; while another one has the lock it says so and waits, five minutes at most. With the
+# option alone apt would wait without a word, and dpkg not at all.
+lock_timeout=300
+lock_held='locked by .*process\|Could not get lock\|is another process using it'
+unlocked() { # COMMAND…
+  local log status began=$SECONDS told=
+  log=$(mktemp) || return 1
+  while :; do
+    LC_ALL=C "$@" >"$log" 2>&1 </dev/null
+    status=$?
+    [ "$status" != 0 ] && grep -q "$lock_held" "$log" || break
+    if [ "$((SECONDS - began))" -ge "$lock_timeout" ]; then
+      tail -n 2 "$log" | sed 's/^/    /' >&2
+      rm -f "$log"
+      die "another program has been installing packages for $((lock_timeout / 60)) minutes; let it end, then run this again"
+    fi
+    [ -n "$told" ] || printf 'waiting for another program that installs packages: %s\n' \
+      "$(grep "$lock_held" "$log" | head -n 1)"
+    told=1
+    sleep 2
+  done
+  [ "$status" = 0 ] || tail -n 15 "$log" | sed 's/^/    /' >&2
+  rm -f "$log"
+  return "$status"
+}
+
+apt() { # ARGUMENTS…: apt-get that asks nothing
+  DEBIAN_FRONTEND=noninteractive unlocked apt-get -q -y -o DPkg::Lock::Timeout=2 "$@"
 }
 
 missing_packages() { # PACKAGE…: prints those that are not installed
@@ -42,7 +68,7 @@ missing_packages() { # PACKAGE…: prints those that are not installed
 
 install_packages() { # PACKAGE…
   # An interrupted dpkg refuses everything until this is done; it is quick where there is nothing to do.
-  quietly dpkg --configure -a || die "dpkg is in a broken state; repair it with: apt-get -f install"
+  unlocked dpkg --configure -a || die "dpkg is in a broken state; repair it with: apt-get -f install"
   # A fresh machine has no lists yet.
   if compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then
     apt install --no-install-recommends "$@" && return 0

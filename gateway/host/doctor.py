@@ -220,14 +220,13 @@ def _routes(settings: Settings) -> str:
     there.pop(settings.domain or "", None)
     if settings.runtime != "incus":
         return f"{len(there)} of them"
-    wanted = {
-        config[DOMAIN]
-        for instance in Looking(settings.incus_socket, settings.incus_project).list("instances")
-        if (config := instance["expanded_config"]).get(DOMAIN) and config.get(MANAGED) == "true"
-        if not config.get(DEPLOYMENT)
-    }
-    # one that was never started has no address yet, and so none
-    missing, more = sorted(wanted - there.keys()), sorted(there.keys() - wanted)
+    domains: dict[str, bool] = {}
+    for instance in Looking(settings.incus_socket, settings.incus_project).list("instances"):
+        config = instance["expanded_config"]
+        if config.get(DOMAIN) and config.get(MANAGED) == "true" and not config.get(DEPLOYMENT):
+            domains[config[DOMAIN]] = instance["status"] == "Running"  # others may have no address
+    missing = sorted(domain for domain, runs in domains.items() if runs and domain not in there)
+    more = sorted(there.keys() - domains.keys())
     if missing or more:
         few = {"missing": missing[:5], "too many": more[:5]}
         said = "; ".join(f"{what}: {', '.join(names)}" for what, names in few.items() if names)

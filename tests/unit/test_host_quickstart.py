@@ -210,6 +210,56 @@ def test_caddy_is_reached_by_a_socket_of_the_state_dir_if_its_path_is_short(tmp_
     assert "caddy_admin" not in front.chosen(Settings(state_dir=long))
 
 
+_PACKAGES = """\
+#!/bin/sh
+case "$(basename "$0") $1" in
+  "dpkg --configure")
+    if [ ! -e once ] || [ -e for-ever ]; then
+      touch once
+      echo "dpkg: error: dpkg frontend lock was locked by /usr/bin/apt process with pid 7" >&2
+      exit 2
+    fi
+    [ ! -e broken ] || { echo "dpkg: error: something else" >&2; exit 1; } ;;
+esac
+echo "$(basename "$0") $*" >>calls
+"""
+
+
+def test_packages_wait_for_another_that_installs_some(tmp_path: Path) -> None:
+    """A lock that is held is waited for, with a word, and is never called a broken dpkg."""
+    for name in ("dpkg", "apt-get", "sleep"):
+        program = tmp_path / name
+        program.write_text(_PACKAGES if name != "sleep" else "#!/bin/sh\n")
+        program.chmod(0o755)
+
+    def install(before: str = ":") -> tuple[int, str]:
+        script = f". {CHECKOUT}/deploy/prepare.sh; {before}; install_packages jq"
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = install()
+    assert code == 0
+    assert said.count("waiting for another program that installs packages") == 1
+    assert "pid 7" in said
+    assert "install --no-install-recommends jq" in (tmp_path / "calls").read_text()
+    (tmp_path / "for-ever").touch()
+    code, said = install("lock_timeout=0")
+    assert code == 1
+    assert "another program has been installing packages" in said and "broken" not in said
+    (tmp_path / "for-ever").unlink()
+    (tmp_path / "broken").touch()
+    code, said = install()
+    assert code == 1
+    assert "something else" in said and "dpkg is in a broken state" in said
+
+
 def test_script_knows_its_usage(tmp_path: Path) -> None:
     """--help answers 0, an unknown word 2, and status before any start says not running, as JSON too."""
     script = str(CHECKOUT / "deploy" / "quickstart")
