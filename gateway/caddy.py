@@ -217,6 +217,7 @@ class Caddy:
         async with self._loading:
             running = await self._ask("GET", "/config/") or {}
             if "apps" in running and not self._ours(running):
+                self.write()  # for it to import
                 if self.serves(running):
                     return False  # an operator's own
                 raise CaddyFailed(

@@ -58,28 +58,28 @@ class RealCaddy:
     def folder(self) -> Path:
         return self.settings.state_dir / "caddy"
 
-    async def start(self, *, empty: bool = False) -> None:
-        """Start it, `empty` with nothing to serve, and return once it answers."""
+    async def start(self, instead: str | None = None) -> None:
+        """Start it, with another configuration where there is one, and return once it answers."""
         async with Caddy(self.settings) as caddy:
             main = caddy.write()
-        if empty:
-            main = self.folder / "empty"
-            main.write_text(f"{{\n\tadmin unix/{self.settings.caddy_admin}\n}}\n")
+        if instead is not None:
+            main = self.folder / "Caddyfile.other"
+            main.write_text(f"{{\n\tadmin unix/{self.settings.caddy_admin}\n}}\n{instead}")
         with (self.folder / "log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *("caddy", "run", "--config", str(main), "--adapter", "caddyfile"), stdout=log, stderr=log
             )
         async with asyncio.timeout(30):
-            while not await self._answers(empty):
+            while not await self._answers(serves=instead is None):
                 assert self.process.returncode is None, (self.folder / "log").read_text()
                 await asyncio.sleep(0.02)  # nothing to wait on but the socket itself
 
-    async def _answers(self, empty: bool) -> bool:
+    async def _answers(self, *, serves: bool) -> bool:
         with contextlib.suppress(OSError):
-            if empty:
-                _, writer = await asyncio.open_unix_connection(self.settings.caddy_admin)
-            else:
+            if serves:
                 _, writer = await asyncio.open_connection("127.0.0.1", self.settings.caddy_ask)
+            else:
+                _, writer = await asyncio.open_unix_connection(self.settings.caddy_admin)
             writer.close()
             return True
         return False

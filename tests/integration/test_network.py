@@ -195,10 +195,58 @@ async def test_a_caddy_that_lost_everything_serves_again(pair: tuple[Hosting, Ho
     """It is killed and started without a configuration; then a route's file is lost."""
     host = pair[0]
     await host.caddy.stop()
-    await host.caddy.start(empty=True)
+    await host.caddy.start(instead="")
     await answers(host, site)
     (host.settings.state_dir / "caddy" / "routes" / site).unlink()
     assert (await host.visit(site))[0] in (200, 404)
+    await answers(host, site)
+
+
+BLOG = """
+http://blog.localhost:{http} {{
+	respond "a blog"
+}}
+"""
+SITES = """
+import {folder}/site.caddy
+http://127.0.0.1:{ask} {{
+	bind 127.0.0.1
+	import site_ask
+}}
+http://:{ask} {{
+	bind 127.0.0.1
+	import site
+}}
+"""
+
+
+async def test_an_operators_own_caddy_serves_the_sites_beside_its_own(
+    pair: tuple[Hosting, Hosting], site: str
+) -> None:
+    """As docs/operations.md has it; a deployment goes there as well, and what is not ours stays."""
+    host = pair[0]
+    folder = host.settings.state_dir / "caddy"
+    where = {"folder": folder, "ask": host.settings.caddy_ask, "http": host.settings.caddy_http}
+    blog = {"Host": f"blog.localhost:{where['http']}"}
+    await host.caddy.stop()
+    try:
+        await host.caddy.start(instead=BLOG.format(**where))
+        refused = await host.deploy("own.localhost", "talk")
+        assert refused["error"]["reason"] == "caddy_foreign", refused
+        await host.caddy.stop()
+        await host.caddy.start(instead=(BLOG + SITES).format(**where))
+        await answers(host, site)
+        record = await host.deploy("own.localhost", "talk")
+        assert record["state"] == "succeeded", record["error"]
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{where['http']}", headers=blog) as session,
+            session.get("/") as answer,
+        ):
+            assert await answer.text() == "a blog"
+        await destroy(host, "own.localhost")
+    finally:
+        await host.caddy.stop()
+        await host.caddy.start()
     await answers(host, site)
 
 
