@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -29,6 +29,8 @@ from gateway.store import StoreFailed
 __all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started_at"]
 
 log = logging.getLogger(__name__)
+
+_UNNOTED: Final = 0.01  # seconds; the journal of events waits for so long too
 
 
 class Execs:
@@ -158,8 +160,16 @@ class Execs:
         )
         return exec_
 
-    async def _note_start(self, exec_: Exec) -> None:
-        """Keep that a command runs, so that the next life can tell that it is lost."""
+    async def _note_start(self, exec_: Exec, once: bool) -> None:
+        """Keep that a command runs, so that the next life can tell that it is lost.
+
+        One without an id of its caller's has a moment for its first byte before that; what ends within it
+        needs no note.
+        """
+        if not once:
+            await asyncio.sleep(_UNNOTED)
+            if exec_.ended.done():
+                return
         try:
             await self._receipts.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
         except StoreFailed as failed:
@@ -234,7 +244,7 @@ class Execs:
 
     async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
         timer = None
-        noting = asyncio.create_task(self._note_start(exec_), name=f"note {exec_.id}")
+        noting = asyncio.create_task(self._note_start(exec_, once), name=f"note {exec_.id}")
         if timeout is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(timeout, exec_.end, "timeout", self._settings.cancel_grace)

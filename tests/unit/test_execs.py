@@ -107,8 +107,17 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
     assert told == [running.id]
 
 
+async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:
+    execs = await make()
+    exec_ = await ended(execs, "true")
+    await until(lambda: not execs._tasks)
+    await execs._note_start(exec_, once=False)
+    assert noted(execs) == []
+
+
 def noted(execs: Execs) -> list[Any]:
-    return [receipt for receipt in execs._receipts._stored["demo"].receipts.values() if receipt.size]
+    shelf = execs._receipts._shelf(("demo", "exec", ""))
+    return [receipt for receipt in shelf.receipts.values() if receipt.size]
 
 
 async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
