@@ -26,11 +26,11 @@ from tests.live import SECRET, LiveGateway, RpcFailure, Wire
 EIGHT_MIB = 8 << 20
 
 
-async def sse(response: aiohttp.ClientResponse, wanted: int) -> list[dict[str, Any]]:
+async def sse(response: aiohttp.ClientResponse, wanted: int, deadline: float = 20.0) -> list[dict[str, Any]]:
     """Return the next events of an SSE response, each as `{id, event, data}`."""
     found: list[dict[str, Any]] = []
     fields: dict[str, str] = {}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(deadline):
         while len(found) < wanted:
             line = (await response.content.readline()).decode().rstrip("\r\n")
             if line.startswith(":"):

@@ -28,6 +28,7 @@ from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import Hosting, RealCaddy, filled, free_ports, hosting, settings_for
 
+pytestmark = pytest.mark.timeout(300)
 DOMAIN = "refused.test"
 
 
