@@ -147,7 +147,7 @@ class Reader(Params):
 
 
 class ExecStart(Reader):
-    """`argv` runs a program, `command` a line by the user's shell: one of the two."""
+    """`argv` runs a program, `command` a line by bash: one of the two."""
 
     argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
     command: Annotated[str, Field(min_length=1)] | None = None
