@@ -160,7 +160,7 @@ def setup(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Look whether this host has what the gateway needs; change nothing. Exit code 1 where it has not."""
+    """Look whether the gateway has what it needs here, and runs; change nothing. Exit code 1 where not."""
     from gateway.host.doctor import doctor as run
 
     found = run(settings_module.load())
@@ -651,8 +651,13 @@ async def _client(url: str | None, token: str | None) -> AsyncIterator[Client]:
     if token is None:
         secret = auth.load_secret(settings)
         token = auth.issue(secret, os.environ.get("USER", "operator"), ["*"], sorted(auth.SCOPES), 3600)
-    async with Client(url or f"http://{settings.listen}", token=token) as client:
+    async with Client(url or own_url(settings.listen), token=token) as client:
         yield client
+
+
+def own_url(listen: str) -> str:
+    """Return the URL of a gateway of this machine that listens there."""
+    return f"unix:{listen}" if "/" in listen else f"http://{listen}"
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:

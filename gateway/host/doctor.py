@@ -1,4 +1,4 @@
-"""Looks whether this host has what a gateway needs, and changes nothing.
+"""Looks whether this host has what a gateway needs and whether all of it runs, and changes nothing.
 
 What `setup` compares is compared by `setup`'s own steps, on an Incus that refuses to be changed.
 """

@@ -1,7 +1,7 @@
 """Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
 
-A tenant has up to two workers, started when they are needed: one for calls that are over at once and one for
-those that may take long, so that a heavy Grep holds up no Read. Each does one call after the other. That
+A tenant has up to two workers for calls, started when they are needed: one for those that are over at once and
+one for those that may take long, so that a heavy Grep holds up no Read. Others are in `links`. Each does one call after the other. That
 serialises all writes of a tenant (two concurrent edits of one file lose none), and whatever ends a worker
 costs one call.
 """

@@ -6,7 +6,7 @@ each kind (pipes, terminal) are kept; a shell is used once, replaced in the back
 it is too old, when too many are kept, and when anything happens to its tenant.
 
 Starting one costs CPU that the command which took the last one wants for itself, so the replacement comes a
-moment later, one after the other. Who needs more than wait in that time gets none.
+moment later, a few at a time. Who needs more than wait in that time gets none.
 """
 
 from __future__ import annotations
