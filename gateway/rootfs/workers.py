@@ -1,9 +1,9 @@
 """Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
 
-A tenant has up to two workers for calls, started when they are needed: one for those that are over at once and
-one for those that may take long, so that a heavy Grep holds up no Read. Others are in `links`. Each does one call after the other. That
-serialises all writes of a tenant (two concurrent edits of one file lose none), and whatever ends a worker
-costs one call.
+A tenant has up to two workers for calls, started when they are needed: one for those that are over at once
+and one for those that may take long, so that a heavy Grep holds up no Read. Each does one call after the
+other. That serialises all writes of a tenant (two concurrent edits of one file lose none), and whatever ends
+a worker costs one call. Those that pass descriptors or tell things unasked are in `links`.
 """
 
 from __future__ import annotations

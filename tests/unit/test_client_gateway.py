@@ -21,12 +21,9 @@ RETRY = Retry()
 SCOPES = ("files:read", "files:write", "exec", "events", "deploy")
 
 
-@contextlib.asynccontextmanager
-async def serving(
-    folder: Path, retry: Retry | None = RETRY
-) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
-    """Run `incus-gateway serve` with one tenant; end it by SIGTERM, which must be orderly."""
-    environment = {
+def environment(folder: Path) -> dict[str, str]:
+    """Return what a gateway of this folder is started with."""
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
         "GATEWAY_CONFIG": "/nonexistent",
         "GATEWAY_RUNTIME": "local",
@@ -36,10 +33,20 @@ async def serving(
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "clients/python"))),
     }
 
+
+@contextlib.asynccontextmanager
+async def serving(
+    folder: Path, retry: Retry | None = RETRY
+) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
+    """Run `incus-gateway serve` with one tenant; end it by SIGTERM, which must be orderly."""
+
     async def run(*arguments: str) -> asyncio.subprocess.Process:
         with (folder / "log").open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "gateway", *arguments), stdout=log, stderr=log, env=environment
+                *(sys.executable, "-m", "gateway", *arguments),
+                stdout=log,
+                stderr=log,
+                env=environment(folder),
             )
 
     async with asyncio.timeout(90):
@@ -206,3 +213,16 @@ async def test_a_gateway_that_ends_says_so_to_everybody(tmp_path: Path) -> None:
                     ended = await run.wait()
                 assert ended is None or ended.reason == "cancelled"
             assert [event.type async for event in stream] == ["gateway.draining"]
+
+
+async def test_the_command_line_finds_a_gateway_on_a_unix_socket(tmp_path: Path) -> None:
+    async with serving(tmp_path):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gateway", "list", "--json"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment(tmp_path),
+        )
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, said.decode()
+    assert b'"shop"' in said
