@@ -41,6 +41,7 @@ TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
 TEMPLATE = "static"
 UNIT = "incus-gateway.service"
+UNITS = Path("/etc/systemd/system")
 SCOPES = "files:read files:write exec deploy events"
 TOKEN_DAYS = 30
 SITE_TIMEOUT = 30.0  # seconds in which a site that was deployed before must answer
@@ -278,7 +279,7 @@ class Quickstart:
         return f"{'restarted' if running is not None else 'started'}, pid {self._pid()}"
 
     def _start_unit(self) -> None:
-        target = Path("/etc/systemd/system") / UNIT
+        target = UNITS / UNIT
         text = (self.checkout / "deploy" / UNIT).read_text()
         text = text.replace("/var/lib/incus-gateway", str(self.place.root))
         if not target.exists() or target.read_text() != text:
@@ -369,7 +370,19 @@ class Quickstart:
             for entry in Path("/proc").iterdir():
                 if entry.name.isdigit() and self._is_ours(int(entry.name)):
                     return int(entry.name)
-        return None
+        return self._unit_pid()
+
+    def _unit_pid(self) -> int | None:
+        """Return the pid of the unit's gateway; a drop-in may have given it another user and state dir."""
+        try:
+            ours = f"{self.place.root}/" in (UNITS / UNIT).read_text()
+        except OSError:
+            return None
+        if not ours or not systemd_runs() or os.geteuid() != 0:
+            return None
+        show = ["systemctl", "show", "--property=MainPID", "--value", UNIT]
+        said = subprocess.run(show, check=False, capture_output=True, text=True).stdout.strip()
+        return int(said) if said.isdigit() and said != "0" else None
 
     def _is_ours(self, pid: int) -> bool:
         if not Path("/proc/self/stat").exists():  # not Linux: ps knows the command
@@ -522,18 +535,18 @@ class Quickstart:
 
     def _stop_gateway(self) -> bool:
         pid = self._pid()
-        if systemd_runs() and os.geteuid() == 0 and (Path("/etc/systemd/system") / UNIT).exists():
+        if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
         if pid is not None:
             limit = self.settings.shutdown_timeout + 5.0
             for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, 10.0)):
+                if not self._is_ours(pid):
+                    break
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
                 deadline = time.monotonic() + seconds
                 while self._is_ours(pid) and time.monotonic() < deadline:
                     time.sleep(POLL)
-                if not self._is_ours(pid):
-                    break
         self._reap()
         self.place.pidfile.unlink(missing_ok=True)
         return pid is not None

@@ -130,6 +130,27 @@ def test_stale_pid_file_is_not_believed(tmp_path: Path) -> None:
     assert not start.place.pidfile.exists()
 
 
+def test_gateway_of_the_unit_is_found_whatever_its_state_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drop-in may have given it another user and state dir; the unit of another place is none of ours."""
+    units, bin_ = tmp_path / "units", tmp_path / "bin"
+    for folder in (units, bin_):
+        folder.mkdir()
+    (bin_ / "systemctl").write_text(f'#!/bin/sh\n[ "$1" != show ] || echo {os.getpid()}\n')
+    (bin_ / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    monkeypatch.setattr(quickstart, "systemd_runs", lambda: True)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(quickstart, "UNITS", units)
+    start = made(tmp_path / "here")
+    assert start._pid() is None
+    (units / quickstart.UNIT).write_text(f"ExecStart={start.place.root}/venv/bin/incus-gateway serve\n")
+    assert start._pid() == os.getpid()
+    assert made(tmp_path / "there")._pid() is None
+    assert start._stop_gateway()  # by the unit alone: a pid that is another's by then is left alone
+
+
 def test_gateway_without_a_pid_file_is_found_and_stopped(tmp_path: Path) -> None:
     """A run that was killed right after it started the gateway does not leave it behind for ever."""
     start = made(tmp_path)
