@@ -251,7 +251,7 @@ class Deployments:
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
                 record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
-                self._tell(running, "cancelled", {"error": record.error})
+                self._tell(running, "cancelled", {**_place(PHASES[0]), "error": record.error})
                 await _whatever_comes(self._end(running, began))
         except Exception:
             log.exception("deployment %s is broken off; it is looked after again soon", record.id)
@@ -295,7 +295,7 @@ class Deployments:
         record = running.record
         phase = record.phases[index]
         phase.state = "running"
-        place = {"phase": name, "index": index, "of": len(PHASES)}
+        place = _place(name)
         self._tell(running, "phase.started", place)
         began = time.monotonic()
         try:
@@ -321,10 +321,8 @@ class Deployments:
             record.failed(known, phase)
             kind = "failed"
         record.state = "undoing"
-        index = PHASES.index(phase)
-        place = {"phase": phase, "index": index, "of": len(PHASES)}
         self._flush(running)
-        self._tell(running, kind, {**place, "error": record.error})
+        self._tell(running, kind, {**_place(phase), "error": record.error})
         with contextlib.suppress(StoreFailed):  # of a full disk: all the more is undone
             await self._save(record)
         async with asyncio.timeout(_UNDO_TIMEOUT):
@@ -383,8 +381,7 @@ class Deployments:
     def _flush(self, running: _Running, phase: str = "install") -> None:
         if running.batch:
             lines, running.batch = running.batch, []
-            place = {"phase": phase, "index": PHASES.index(phase), "of": len(PHASES)}
-            self._tell(running, "phase.log", {**place, "lines": lines})
+            self._tell(running, "phase.log", {**_place(phase), "lines": lines})
 
     # --- after a restart, and always ----------------------------------------------------------------
 
@@ -426,7 +423,7 @@ class Deployments:
                         "message": "the gateway ended",
                         "phase": _at(record),
                     }
-                    self._tell(running, "failed", {"phase": _at(record), "error": record.error})
+                    self._tell(running, "failed", {**_place(_at(record)), "error": record.error})
                 if record.kind == "create":
                     self._caddy.unset(record.domain)
                     await self._sites.remove(record.id)
@@ -642,8 +639,7 @@ class _Work:
         self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
 
     def _place(self) -> dict[str, Any]:
-        index = next(i for i, phase in enumerate(self._record.phases) if phase.state == "running")
-        return {"phase": PHASES[index], "index": index, "of": len(PHASES)}
+        return _place(next(phase.name for phase in self._record.phases if phase.state == "running"))
 
     async def _seen(self) -> None:
         """Wait until the site answers through Caddy under its domain."""
@@ -685,6 +681,11 @@ def _known(error: BaseException) -> GatewayError:
         return Unavailable("the disk of the state dir is full; free some space there", reason="disk_full")
     log.error("a deployment failed", exc_info=error)
     return Unavailable("the deployment failed; the gateway's log says why")
+
+
+def _place(phase: str) -> dict[str, Any]:
+    """Return what each event of a phase tells of where it stands."""
+    return {"phase": phase, "index": PHASES.index(phase), "of": len(PHASES)}
 
 
 def _at(record: Record) -> str:
