@@ -54,7 +54,9 @@ class Settings(BaseSettings):
         "acme", description="who signs sites' certificates: a public authority, or Caddy itself"
     )
     caddy_email: str = Field("", description="address that a public authority writes to")
-    domain: str | None = Field(None, description="the gateway's own domain behind Caddy")
+    domain: str | None = Field(
+        None, description="the gateway's own domain behind Caddy; not with a unix socket to listen on"
+    )
     expose: Literal["address", "port", "socket"] = Field(
         "address",
         description="how Caddy reaches a site: at its address, by a proxy device's port or by its socket",
