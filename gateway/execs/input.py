@@ -222,7 +222,10 @@ class _Spool:
         try:
             return await asyncio.shield(task)
         finally:
-            await asyncio.wait([task])
+            # not where it is done: a cancel that comes during the wait would leave the file busy for ever
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
             self._busy -= 1
 
     def _tidy(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -22,6 +23,7 @@ from tests.integration import environment
 from tests.live import LiveGateway
 
 ENDED = ("succeeded", "rolledback")
+_ADMIN = "gw-caddy-"
 
 
 def free_ports(count: int) -> list[int]:
@@ -184,7 +186,7 @@ def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
     """Return settings of a gateway with a Caddy on free ports."""
     http, https, ask = free_ports(3)
     # a unix socket's path has 107 bytes at most
-    admin = Path(tempfile.mkdtemp(prefix="gw-caddy-")) / "admin.sock"
+    admin = Path(tempfile.mkdtemp(prefix=_ADMIN)) / "admin.sock"
     fields: dict[str, Any] = {
         "state_dir": state,
         "caddy_admin": str(admin),
@@ -217,6 +219,9 @@ async def hosting(
         if host.gateway.process is not None:
             await host.gateway.stop()
         await host.caddy.stop()
+        admin = Path(host.settings.caddy_admin).parent
+        if admin.name.startswith(_ADMIN):
+            shutil.rmtree(admin, ignore_errors=True)
         for entry in environment.instances():
             if entry["name"] not in before and entry["config"].get(environment.OWNER) is None:
                 environment.incus("delete", "--force", entry["name"], check=False)

@@ -126,6 +126,34 @@ async def test_a_disk_that_fails_makes_the_sender_wait(tmp_path: Path) -> None:
     assert process.got == b"12" and spools._free == 20 * KiB
 
 
+async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
+    """At whichever turn of the loop it comes, while the disk is written and right after."""
+    loop = asyncio.get_running_loop()
+    for turns in range(8):
+        process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
+        by = Sender()
+        await input_.put(b"a", by)
+        done = asyncio.Event()
+        write = input_._spool._write
+
+        def written(data: bytes, at: int, done: asyncio.Event = done, write: Any = write) -> None:
+            write(data, at)
+            loop.call_soon_threadsafe(done.set)
+
+        input_._spool._write = written  # type: ignore[method-assign]
+        putting = asyncio.create_task(input_.put(b"b", by))
+        await done.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        putting.cancel()
+        await asyncio.gather(putting, return_exceptions=True)
+        process.open.set()
+        input_.end()
+        await running
+        assert input_._spool._file is None
+        assert spools._free == 1 << 20
+
+
 async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(tmp_path: Path) -> None:
     process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
     by = Sender()
