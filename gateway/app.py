@@ -237,8 +237,8 @@ class Gateway:
                 self.metrics.follow(self.bus),
                 self._recover(),
             ]
-            if settings.runtime == "incus":
-                jobs.append(self._pin_ports())
+            if isinstance(runtime, IncusRuntime):
+                jobs += [self._pin_ports(), self._tell_starved(runtime)]
             for work in jobs:
                 task = asyncio.create_task(work)
                 stack.push_async_callback(end, task)
@@ -283,6 +283,11 @@ class Gateway:
         """Finish or undo what deployments of an earlier life left, once Incus answers."""
         await self._resynced.wait()
         await self.deploys.recover()
+
+    async def _tell_starved(self, runtime: IncusRuntime) -> None:
+        async with contextlib.aclosing(runtime.starved()) as told:
+            async for event in told:
+                self.bus.publish(event.type, event.tenant, event.data)
 
     async def _pin_ports(self) -> None:
         """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""

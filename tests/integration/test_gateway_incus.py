@@ -164,6 +164,22 @@ class TestIncusLife(LifeContract):
             await ask(http, "GET", url, status=404)
             await wire.until(lambda: wire.notified("event", type="tenant.destroyed", subject=fresh), 1.0)
 
+    async def test_a_process_that_takes_too_much_memory_is_told(
+        self, gateway: LiveGateway, fresh: str, tenant: str
+    ) -> None:
+        """To who may see its tenant, and to nobody else."""
+        await asyncio.to_thread(environment.incus, "config", "set", fresh, "limits.memory=96MiB")
+        async with gateway.wire(fresh) as wire, gateway.wire(tenant) as other:
+            for one in (wire, other):
+                await one.call("events/subscribe", types=["tenant.oom"])
+            take = 'my @taken; push @taken, "x" x (1 << 20) for 1..2000'
+            await wire.run(argv=["perl", "-e", take])
+            event = await wire.until(lambda: wire.notified("event", type="tenant.oom", subject=fresh))
+            told = event["data"]
+            assert told["process"] == "perl"
+            assert told["killed"] >= 1
+            assert not other.notified("event", type="tenant.oom")
+
     async def test_nothing_of_a_destroyed_tenant_is_left_in_incus(
         self, gateway: LiveGateway, fresh: str
     ) -> None:

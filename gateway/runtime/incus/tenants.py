@@ -25,9 +25,11 @@ from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.tenants import MANAGED, Instances, is_tenant
-from gateway.runtime import ExecSpec, Process, Snapshot, Status, Tenant, TenantEvent
+from gateway.rootfs.tree import show
+from gateway.runtime import TENANT_NAME, ExecSpec, Process, Snapshot, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import Commands, is_ours
 from gateway.runtime.incus.disks import Disks
+from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
@@ -312,6 +314,22 @@ class IncusRuntime:
             self._changed(None)
             await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
             pause = min(pause * 2, 5.0)
+
+    async def starved(self) -> AsyncGenerator[TenantEvent]:
+        """Yield `tenant.oom` where the kernel killed processes of a tenant for want of memory, for ever.
+
+        It ends at once where the kernel's log, which is root's, cannot be read.
+        """
+        project = self._settings.incus_project
+        prefix = "" if project == "default" else f"{project}_"
+        async with contextlib.aclosing(ooms()) as told:
+            async for container, process, count in told:
+                name = container.removeprefix(prefix)
+                # only names of other projects have an underscore
+                if container.startswith(prefix) and TENANT_NAME.fullmatch(name):
+                    with contextlib.suppress(GatewayError):  # none of ours, or Incus is away
+                        await self.get(name)
+                        yield TenantEvent("tenant.oom", name, {"process": show(process), "killed": count})
 
     async def _differences(
         self, known: dict[str, Status] | None
