@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -150,13 +151,22 @@ class Wire:
         await asyncio.gather(self._reader, return_exceptions=True)
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody uses, below those from which the kernel takes one for any connection."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(10_240, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.add(port)
+    return list(found)
+
+
 class LiveGateway:
     """`incus-gateway serve` as a process."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
             "PATH": os.environ["PATH"],

@@ -305,9 +305,10 @@ class Quickstart:
 
     _process: subprocess.Popen[bytes] | None = None
 
-    def _reap(self) -> None:
+    def _reap(self, seconds: float = 0.0) -> None:
         if self._process is not None:
-            self._process.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
 
     def _child_environment(self) -> dict[str, str]:
         return {**os.environ, **self.environment}
@@ -547,7 +548,8 @@ class Quickstart:
                 deadline = time.monotonic() + seconds
                 while self._is_ours(pid) and time.monotonic() < deadline:
                     time.sleep(POLL)
-        self._reap()
+        # it may have let go of its environment, by which it is known, a moment before it is gone
+        self._reap(POLL * 100)
         self.place.pidfile.unlink(missing_ok=True)
         return pid is not None
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,18 +19,10 @@ import aiohttp
 from gateway.caddy import Caddy
 from gateway.settings import Settings
 from tests.integration import environment
-from tests.live import LiveGateway
+from tests.live import LiveGateway, free_ports
 
 ENDED = ("succeeded", "rolledback")
 _ADMIN = "gw-caddy-"
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from gateway.settings import Settings
 from gateway.store import Store
 from tests.archives import folder
 from tests.integration import environment
-from tests.integration.sites import Hosting, RealCaddy, filled, free_ports, hosting, settings_for
+from tests.integration.sites import Hosting, RealCaddy, filled, hosting, settings_for
+from tests.live import free_ports
 
 pytestmark = pytest.mark.timeout(300)
 DOMAIN = "refused.test"

@@ -165,11 +165,11 @@ class TestIncusLife(LifeContract):
             await wire.until(lambda: wire.notified("event", type="tenant.destroyed", subject=fresh), 1.0)
 
     async def test_a_process_that_takes_too_much_memory_is_told(
-        self, gateway: LiveGateway, fresh: str, tenant: str
+        self, gateway: LiveGateway, fresh: str, tenant: Container
     ) -> None:
         """To who may see its tenant, and to nobody else."""
         await asyncio.to_thread(environment.incus, "config", "set", fresh, "limits.memory=96MiB")
-        async with gateway.wire(fresh) as wire, gateway.wire(tenant) as other:
+        async with gateway.wire(fresh) as wire, gateway.wire(tenant.name) as other:
             for one in (wire, other):
                 await one.call("events/subscribe", types=["tenant.oom"])
             take = 'my @taken; push @taken, "x" x (1 << 20) for 1..2000'

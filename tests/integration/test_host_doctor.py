@@ -10,7 +10,7 @@ from pathlib import Path
 from gateway.host.doctor import doctor
 from gateway.settings import Settings
 from tests.integration import environment
-from tests.integration.sites import free_ports
+from tests.live import free_ports
 
 
 def test_a_prepared_host_is_well(incus_settings: Settings) -> None:

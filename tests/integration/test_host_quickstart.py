@@ -16,7 +16,7 @@ from gateway.host.doctor import doctor
 from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
 from gateway.settings import Settings
 from tests.integration import environment
-from tests.integration.sites import free_ports
+from tests.live import free_ports
 
 CHECKOUT = Path(__file__).parents[2]
 
