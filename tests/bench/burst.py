@@ -106,10 +106,11 @@ class Subscriber:
                 if line.startswith(b"id: "):
                     number = int(line[4:])
                     self.right = self.right and self._last in (0, number - 1)
-                    self._last = number
-                    self.seen += 1
+                    self._last = number  # the first is where the stream begins, without an event
                 elif line.startswith(b"event: gap"):
                     self.right = False
+                elif line.startswith(b"event: "):
+                    self.seen += 1
 
     def close(self) -> None:
         self._writer.close()
