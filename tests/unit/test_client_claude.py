@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
 
 from gateway_client import Client, ToolResult, claude
+from gateway_client.errors import Unavailable
+from gateway_client.events import Event
 
 
 @pytest.mark.parametrize(
@@ -85,3 +89,45 @@ def test_a_whole_pdf_is_not_put_on_the_agents_host_and_the_model_is_told() -> No
     (shown,) = (part.get("text") for part in answer.model_dump()["content"])
     assert answer.is_error and "cannot be shown" in shown and "`pdf`" in shown
     assert "JVBERi0=" not in answer.model_dump_json()
+
+
+async def test_a_start_that_is_told_late_hands_nothing_over_twice() -> None:
+    """The result of a short command may come before its `exec.started`; then it has been followed already."""
+    late, followed = asyncio.Event(), list[str]()
+
+    class Stream:
+        async def __aenter__(self) -> Stream:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def __aiter__(self) -> AsyncIterator[Event]:
+            data = {"exec": "x-1", "callId": "toolu_1"}
+            yield event("tool.started", data)
+            told.set()
+            await late.wait()
+            yield event("exec.started", data)
+            over.set()
+
+    class Shop:
+        def events(self, types: object) -> Stream:
+            return Stream()
+
+        def attach(self, exec_id: str) -> Any:
+            followed.append(exec_id)
+            raise Unavailable("as good as over")
+
+    told, over = asyncio.Event(), asyncio.Event()
+    live = claude._Live(cast("Any", Shop()), lambda printed: None)
+    async with live:
+        with live.awaiting("toolu_1"):
+            await told.wait()
+        await live.finish("toolu_1", ToolResult([], structured={"exec": "x-1", "status": "completed"}))
+        await asyncio.sleep(0)  # what was followed is forgotten
+        late.set()
+        await over.wait()
+    assert followed == ["x-1"]
+
+
+def event(kind: str, data: dict[str, Any]) -> Event:
+    return Event(1, kind, "shop", "", "/gateway/test", data)
