@@ -81,7 +81,8 @@ async def test_no_tenant_pushes_out_anothers(store: Store) -> None:
     await put(receipts, 1, "blog")
     for n in range(10):
         await put(receipts, n)
-    for life in (receipts, await opened(store, receipts_kept=3)):
+    # the next life would take more: what was pushed out is gone from the disk, too
+    for life in (receipts, await opened(store)):
         assert await kept(life, range(10)) == [7, 8, 9]
         assert await kept(life, range(10), "blog") == [1]
 
