@@ -22,6 +22,8 @@ from gateway.host import HostError, Report, run
 DEFAULT_DIR = Path("/var/lib/incus")
 INCUSD = Path("/usr/libexec/incus/incusd")
 GROUP = "incus-admin"
+LXC = Path("/usr/share/lxc/config")  # its common.conf.d is what packages want of every container
+SLOW_HOOK = "/usr/share/lxcfs/lxc.reboot.hook"
 POLL = 0.05  # seconds; there is no descriptor to wait on before the daemon has made its socket
 
 How = Literal["systemd", "process"]
@@ -173,6 +175,7 @@ class Daemon:
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "INCUS_DIR": str(self.root),
+            "INCUS_LXC_TEMPLATE_CONFIG": str(self._lxc_config()),
             "LANG": "C.UTF-8",
             "HOME": "/root",
         }
@@ -191,6 +194,20 @@ class Daemon:
         temporary = self.pidfile.with_suffix(".new")
         temporary.write_text(f"{process.pid}\n")
         temporary.replace(self.pidfile)
+
+    def _lxc_config(self) -> Path:
+        """Write what packages want of every container, without lxcfs's reboot hook; return the folder.
+
+        That hook sleeps half a second at each stop, for the control groups that lxcfs showed to containers
+        before kernels had namespaces for them (lxc/lxcfs#53).
+        """
+        folder = self.root / "gateway-lxc"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "common.conf.d").mkdir(parents=True)
+        for file in LXC.glob("common.conf.d/*.conf"):
+            lines = [line for line in file.read_text().splitlines() if SLOW_HOOK not in line]
+            (folder / "common.conf.d" / file.name).write_text("\n".join([*lines, ""]))
+        return folder
 
     def _wait_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

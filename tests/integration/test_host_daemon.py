@@ -12,6 +12,7 @@ from gateway.host import HostError
 from gateway.host.daemon import Daemon
 from gateway.settings import Settings
 from tests.integration import environment
+from tests.integration.conftest import Container
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,15 @@ def test_two_daemons_do_not_know_each_other(daemon: Daemon) -> None:
     daemon.stop()
     assert other.pid() == before
     assert other.answers()
+
+
+def test_a_container_that_stops_waits_for_no_hook_of_lxcfs(shared_tenant: Container) -> None:
+    """The package's hook, half a second of sleep at each stop, is left out of what containers include."""
+    shipped = Path("/usr/share/lxc/config/common.conf.d/00-lxcfs.conf").read_text()
+    assert "lxc.reboot.hook" in shipped, "the reason for this is gone: remove it"
+    config = environment.INCUS_DIR / "run" / shared_tenant.name / "lxc.conf"
+    (included,) = [line for line in config.read_text().splitlines() if line.startswith("lxc.include")]
+    files = [*Path(included.split(" = ")[1]).iterdir()]
+    assert [file.read_text() for file in files] == [
+        shipped.replace("lxc.hook.post-stop = /usr/share/lxcfs/lxc.reboot.hook\n", "")
+    ]
