@@ -182,6 +182,7 @@ class Caddy:
             "ROUTES": str(self.routes),
             "SOCKETS": str(self.sockets),
             "GATEWAY": self._gateway(),
+            "KEEPALIVE": f"{settings.caddy_keepalive:g}s",
             "WAKE_TIMEOUT": f"{settings.wake_timeout:g}s",
             "SITE": str(self.folder / "site.caddy"),
         }

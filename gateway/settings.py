@@ -54,6 +54,11 @@ class Settings(BaseSettings):
         "acme", description="who signs sites' certificates: a public authority, or Caddy itself"
     )
     caddy_email: str = Field("", description="address that a public authority writes to")
+    caddy_keepalive: float = Field(
+        4.0,
+        gt=0,
+        description="seconds that Caddy keeps an unused connection to a site; fewer than the site does",
+    )
     domain: str | None = Field(
         None, description="the gateway's own domain behind Caddy; not with a unix socket to listen on"
     )

@@ -129,14 +129,20 @@ async def _make(
     )
     await asyncio.to_thread(environment.incus, *words)
     if start and ready:
-        await asyncio.to_thread(container.sh, BOOTED)
-        await asyncio.to_thread(container.address)
+        await settle(container)
     return container
 
 
+async def settle(container: Container) -> None:
+    """Wait for the container's systemd and for its address."""
+    await asyncio.to_thread(container.sh, BOOTED)
+    await asyncio.to_thread(container.address)
+
+
 async def _destroy(made: list[Container]) -> None:
-    for container in made:
-        done = await asyncio.to_thread(environment.incus, "delete", "--force", container.name, check=False)
+    words = ("delete", "--force")
+    ended = (asyncio.to_thread(environment.incus, *words, one.name, check=False) for one in made)
+    for done in await asyncio.gather(*ended):
         # A test may have destroyed it itself.
         assert done.returncode == 0 or b"not found" in done.stderr.lower(), done.stderr
 

@@ -213,6 +213,12 @@ async def hosting(
         admin = Path(host.settings.caddy_admin).parent
         if admin.name.startswith(_ADMIN):
             shutil.rmtree(admin, ignore_errors=True)
-        for entry in environment.instances():
-            if entry["name"] not in before and entry["config"].get(environment.OWNER) is None:
-                environment.incus("delete", "--force", entry["name"], check=False)
+        left = [
+            entry["name"]
+            for entry in environment.instances()
+            if entry["name"] not in before and entry["config"].get(environment.OWNER) is None
+        ]
+        words = ("delete", "--force")
+        await asyncio.gather(
+            *(asyncio.to_thread(environment.incus, *words, name, check=False) for name in left)
+        )

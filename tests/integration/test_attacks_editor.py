@@ -95,9 +95,8 @@ async def test_races(arena: Arena, gateway: LiveGateway) -> None:
                 await editor.call("files/watch", paths=["."])
                 with arena.attacked(what, user):
                     until = time.monotonic() + SECONDS
-                    while time.monotonic() < until:
+                    while time.monotonic() < until or editor.answers.total() < 60:
                         await editor.round()
-                assert sum(editor.answers.values()) >= 60
                 calls += editor.answers
                 told = [said.params for said in wire.notifications if said.method == "files/changed"]
                 assert SECRET not in json.dumps(told)

@@ -172,7 +172,8 @@ class TestIncusLife(LifeContract):
         async with gateway.wire(fresh) as wire, gateway.wire(tenant.name) as other:
             for one in (wire, other):
                 await one.call("events/subscribe", types=["tenant.oom"])
-            take = 'my @taken; push @taken, "x" x (1 << 20) for 1..2000'
+            # at once: in small parts the kernel may look for seconds for what it could reclaim
+            take = 'my $taken = "x" x (1 << 31)'
             await wire.run(argv=["perl", "-e", take])
             event = await wire.until(lambda: wire.notified("event", type="tenant.oom", subject=fresh))
             told = event["data"]

@@ -28,6 +28,7 @@ from tests.integration.sites import Hosting, RealCaddy, hosting, settings_for
 WAKES = int(os.environ.get("GATEWAY_TEST_WAKES", "2"))
 DOMAIN, TENANT = "sleepy.example.com", "sleepy-example-com"
 LIMIT = 1.0
+KEPT = 1.0  # Caddy's connection to the site lives for so long, and only then the limit runs
 
 # a server that answers /slow only when it is told to by a second request, and POST with the length it got
 SITE = """
@@ -53,7 +54,12 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
     template.mkdir(parents=True)
     (template / "site.toml").write_text('start = ["bun", "site.js"]\nport = 3000\n')
     (template / "site.js").write_text(SITE)
-    changes: dict[str, Any] = {"templates_dir": template.parent, "idle_look": 0.2, "health_interval": 1.0}
+    changes: dict[str, Any] = {
+        "templates_dir": template.parent,
+        "idle_look": 0.2,
+        "health_interval": 1.0,
+        "caddy_keepalive": KEPT,
+    }
     async with hosting(incus_settings, folder / "state", **changes) as host:
         record = await host.deploy(DOMAIN, "sleepy")
         assert record["state"] == "succeeded", record["error"]
@@ -75,7 +81,7 @@ async def asleep(host: Hosting, events: aiohttp.ClientResponse) -> None:
 
 async def stays_awake(host: Hosting) -> None:
     """Look for longer than Caddy keeps a connection that nobody uses, and the limit after it."""
-    deadline = time.monotonic() + 4 + LIMIT + 1
+    deadline = time.monotonic() + KEPT + LIMIT + 1
     async with host.gateway.http(TENANT) as http:
         while time.monotonic() < deadline:
             assert (await get(http, TENANT))["status"] == "running"
@@ -142,8 +148,8 @@ async def test_who_was_stopped_by_somebody_is_not_woken(host: Hosting) -> None:
 async def test_no_visitor_is_lost_while_a_site_falls_asleep(host: Hosting) -> None:
     chance, statuses = random.Random(7), []
     for _ in range(WAKES):
-        # Caddy's connection lives for 4 s, the limit runs after it, and the stop takes about a second
-        await asyncio.sleep(chance.uniform(4 + LIMIT, 7 + LIMIT))
+        # the stop takes about a second
+        await asyncio.sleep(chance.uniform(KEPT + LIMIT, KEPT + LIMIT + 3))
         visits = (host.visit(DOMAIN) for _ in range(5))
         statuses += [status for status, _ in await asyncio.gather(*visits)]
     assert statuses == [200] * 5 * WAKES
