@@ -2,8 +2,8 @@
 
 A route is a link, `routes/DOMAIN` to a folder with one file that is named by where the site answers. Caddy
 looks for it at each request, so that changing one is a rename: nothing is reloaded, which would cut every
-websocket (Caddy before 2.7 has no `stream_close_delay`). Of a site that is asleep the route says so, and
-Caddy asks the gateway before it hands a request on. The configuration itself is loaded through the admin
+websocket at once (Caddy before 2.7 has no `stream_close_delay`). Of a site that is asleep the route says so,
+and Caddy asks the gateway before it hands a request on. The configuration itself is loaded through the admin
 API, only where it differs, and never over one that is not ours.
 """
 
@@ -30,6 +30,8 @@ from gateway.settings import Settings
 TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
 _ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
 _ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+_STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
+_STREAMS_STAY: Final = f"{_STREAMS} 24h"
 
 
 class CaddyFailed(Unavailable):
@@ -67,6 +69,7 @@ class Caddy:
         self._admin: aiohttp.ClientSession | None = None
         self._sites: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
+        self._streams_can_stay: bool | None = None  # not known yet
         # a target is made before its route: nobody may find it unused in between
         self._setting = threading.Lock()
         # held by whoever finds out what routes should be and then makes them so
@@ -168,7 +171,7 @@ class Caddy:
 
     # --- the configuration --------------------------------------------------------------------------
 
-    def rendered(self) -> dict[str, str]:
+    def rendered(self, streams: str = "") -> dict[str, str]:
         """Return the files of the configuration with this gateway's values in them."""
         settings = self._settings
         values = {
@@ -185,6 +188,7 @@ class Caddy:
             "KEEPALIVE": f"{settings.caddy_keepalive:g}s",
             "WAKE_TIMEOUT": f"{settings.wake_timeout:g}s",
             "SITE": str(self.folder / "site.caddy"),
+            "STREAMS": streams,
         }
         files = {}
         for name in ("Caddyfile", "site.caddy"):
@@ -228,12 +232,16 @@ class Caddy:
                     reason="caddy_foreign",
                 )
             before = {name: _text(self.folder / name) for name in ("Caddyfile", "site.caddy")}
-            after = self.rendered()
-            if self._ours(running) and before == after:
+            same = self._ours(running) and before == self.rendered()
+            stay = _STREAMS in orjson.dumps(running).decode()
+            if same and stay == self._streams_can_stay:
+                return False
+            adapted = await self._adapted()
+            if same and stay == self._streams_can_stay:
                 return False
             self.write()
             try:
-                await self._ask("POST", "/load", after["Caddyfile"])
+                await self._ask("POST", "/load", adapted)
             except CaddyFailed:
                 for name, text in before.items():
                     if text is not None:
@@ -241,17 +249,40 @@ class Caddy:
                 raise
             return True
 
-    async def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+    async def _adapted(self) -> Any:
+        """Return the configuration as Caddy's own JSON.
+
+        What not every Caddy understands is in there only and never in the files: the next Caddy that starts
+        from those may be an older one. JSON, since /load answers a Caddyfile for which it has a mere warning
+        with 200 even where it then refuses it (Caddy 2.6).
+        """
+        main, site = "Caddyfile", "site.caddy"
+        for streams in ("",) if self._streams_can_stay is False else (_STREAMS_STAY, ""):
+            files = self.rendered(streams)
+            text = files[main].replace(f"import {self.folder / site}\n", files[site])
+            try:
+                adapted = (await self._ask("POST", "/adapt", text))["result"]
+            except CaddyFailed as error:
+                if error.facts["reason"] != "caddy_refused" or not streams:
+                    raise
+            else:
+                self._streams_can_stay = bool(streams)
+                return adapted
+        raise AssertionError("one of the two was returned or raised")
+
+    async def _ask(self, method: str, path: str, body: str | dict[str, Any] | None = None) -> Any:
+        """Ask the admin API; a text is a Caddyfile, anything else JSON."""
         assert self._admin is not None
         address = self._settings.caddy_admin
         unix = socket_of(address) is not None
         url = ("http://caddy" if unix else address.rstrip("/")) + path
         # on a unix socket Caddy wants no origin and takes any host
-        headers = {"Content-Type": "text/caddyfile"} if body is not None else {}
+        headers = {"Content-Type": "text/caddyfile" if isinstance(body, str) else "application/json"}
+        data = body if body is None or isinstance(body, str) else orjson.dumps(body)
         if unix:
             headers["Host"] = ""
         try:
-            async with self._admin.request(method, url, data=body, headers=headers) as answer:
+            async with self._admin.request(method, url, data=data, headers=headers) as answer:
                 said = await answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise CaddyFailed(

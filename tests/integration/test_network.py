@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
 from gateway import protocol
+from gateway.caddy import Caddy
 from gateway.deployments.record import PHASES
 from gateway.settings import Settings
+from gateway_client import Client
 from tests.contracts.gateway import no_traceback, sse
 from tests.contracts.idle import told
 from tests.integration import environment
@@ -30,6 +33,7 @@ from tests.live import Wire
 GATEWAY = "gateway.localhost"
 PORTS = 4
 DEADLINE = 60
+COUNT = "i=0; until [ -e enough ]; do echo $((i += 1)); sleep 0.01; done"
 
 # says which Host it was asked for, also by websocket, as a dev server does that reloads pages
 SITE = """
@@ -110,18 +114,32 @@ def proxies() -> dict[str, int]:
     }
 
 
-async def asked_by_websocket(host: Hosting, domain: str) -> str:
-    """Return which Host a site was asked for by a websocket; it speaks the protocol of a dev server."""
+@contextlib.asynccontextmanager
+async def hot(host: Hosting, domain: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    """Give a websocket to a site through Caddy; it speaks the protocol of a dev server."""
     url = f"http://127.0.0.1:{host.settings.caddy_http}/"
     headers = {"Host": f"{domain}:{host.settings.caddy_http}"}
     async with (
         aiohttp.ClientSession() as session,
         session.ws_connect(url, headers=headers, protocols=("vite-hmr",)) as websocket,
     ):
-        said = await websocket.receive_str(timeout=DEADLINE)
-        await websocket.send_str("hot")
-        assert await websocket.receive_str(timeout=DEADLINE) == "hot"
         assert websocket.protocol == "vite-hmr"
+        yield websocket
+
+
+async def echoes(websocket: aiohttp.ClientWebSocketResponse) -> bool:
+    """Say whether a site still answers by a websocket."""
+    with contextlib.suppress(ConnectionError):
+        await websocket.send_str("hot")
+    said = await websocket.receive(timeout=DEADLINE)
+    return said.data == "hot" if said.type is aiohttp.WSMsgType.TEXT else False
+
+
+async def asked_by_websocket(host: Hosting, domain: str) -> str:
+    """Return which Host a site was asked for by a websocket."""
+    async with hot(host, domain) as websocket:
+        said = await websocket.receive_str(timeout=DEADLINE)
+        assert await echoes(websocket)
         return said
 
 
@@ -273,14 +291,18 @@ async def test_a_configuration_that_caddy_refuses_changes_nothing(
 async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """A command's output by websocket and an event stream, while a site comes and goes."""
+    """A command's output by websocket, an event stream and a site's own websocket, while another site comes,
+    is updated, and goes.
+    """
     host, tenant = pair[0], site.replace(".", "-")
     port = host.settings.caddy_http
+    async with Caddy(host.settings) as caddy:
+        await caddy.ensure()  # the gateway, which has just been started, may not have come to that
     headers = {"Host": f"{GATEWAY}:{port}", "Authorization": f"Bearer {host.gateway.token('*')}"}
-    count = "i=0; until [ -e enough ]; do echo $((i += 1)); sleep 0.01; done"
     async with (
         aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as session,
         session.get("/v1/events?type=deployment.phase.finished") as events,
+        hot(host, site) as reloads,
         connect(
             f"ws://{GATEWAY}:{port}/v1/tenants/{tenant}/ws",
             subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
@@ -292,10 +314,12 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
         wire = Wire(websocket)
         token = host.gateway.token(tenant)
         await wire.call("initialize", client={"name": "test", "version": "1"}, token=token)
-        started = await wire.call("exec/start", command=count)
+        started = await wire.call("exec/start", command=COUNT)
         out = wire.output[started["channel"], 1]
-        record = await host.deploy("comes.localhost", "talk")
-        assert record["state"] == "succeeded", record["error"]
+        assert await reloads.receive_str(timeout=DEADLINE)
+        for kind in ("create", "update"):
+            record = await host.deploy("comes.localhost", "talk")
+            assert (record["state"], record["kind"]) == ("succeeded", kind), record["error"]
         await destroy(host, "comes.localhost")
         async with asyncio.timeout(DEADLINE):
             while (await host.visit("comes.localhost"))[0] != 404:
@@ -304,11 +328,58 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
         await wire.until(lambda: len(out) > seen)
         await wire.call("exec/start", command="touch enough")
         assert (await wire.exited(started["exec"]))["exitCode"] == 0
+        await wire.call("exec/start", command="rm enough")
         lines = bytes(out).split()
         assert lines == [b"%d" % (number + 1) for number in range(len(lines))]
-        told = [event["data"]["data"]["phase"] for event in await sse(events, len(PHASES))]
-        assert told == [*PHASES]
+        told = [event["data"]["data"]["phase"] for event in await sse(events, 2 * len(PHASES))]
+        assert told == [*PHASES] * 2
+        assert await echoes(reloads)
         await wire.close()
+
+
+async def test_what_a_new_configuration_cuts_goes_on_without_loss(
+    pair: tuple[Hosting, Hosting], site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caddy is given another configuration, and by the gateway the right one again, under a client's command.
+
+    Before 2.7 Caddy cuts websockets at once, from then on it does not; event streams it never cuts.
+    """
+    host, tenant, port = pair[0], site.replace(".", "-"), pair[0].settings.caddy_http
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(  # as browsers do with *.localhost
+        socket, "getaddrinfo", lambda name, *rest, **more: look_up("127.0.0.1", *rest, **more)
+    )
+    url, token = f"http://{GATEWAY}:{port}", host.gateway.token("*")
+    right = Caddy(host.settings)
+    other = Caddy(host.settings.model_copy(update={"wake_timeout": host.settings.wake_timeout + 1}))
+    is_right = lambda: right.folder.joinpath("site.caddy").read_text() == right.rendered()["site.caddy"]  # noqa: E731
+    told: list[str] = []
+    async with (
+        asyncio.timeout(DEADLINE),
+        other,
+        aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {token}"}) as session,
+        session.get("/v1/events?type=exec.exited") as events,
+        hot(host, site) as reloads,
+        Client(url, token=token, on_change=lambda change: told.append(change.state)) as client,
+        client.tenant(tenant).exec(COUNT) as run,
+    ):
+        assert await reloads.receive_str()
+        out = b"" + await anext(run.stdout)
+        for _ in range(2):
+            assert await other.ensure()
+            await until(is_right)
+            out += await anext(run.stdout)
+        environment.incus("exec", tenant, "--", "touch", "/srv/site/enough")
+        out += b"".join([chunk async for chunk in run.stdout])
+        assert ((await run.wait()).code, run.stdout.lost) == (0, 0)
+        cut = not await echoes(reloads)
+        assert (await sse(events, 1))[0]["event"] == "exec.exited"
+    environment.incus("exec", tenant, "--", "rm", "/srv/site/enough")
+    numbers = out.split()
+    assert numbers == [b"%d" % (number + 1) for number in range(len(numbers))]
+    version = subprocess.run(["caddy", "version"], check=True, capture_output=True, text=True).stdout
+    assert cut == ([int(part) for part in version.split()[0].removeprefix("v").split(".")] < [2, 7])
+    assert ("reconnecting" in told) == cut
 
 
 async def hears(events: aiohttp.ClientResponse, kind: str, *facts: str) -> dict[str, Any]:
