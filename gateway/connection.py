@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -500,7 +499,7 @@ class Connection:
         return _Answer({})
 
     async def _exec_signal(self, params: protocol.ExecSignal) -> _Answer:
-        await self._exec(params.exec).process.signal(signal_number(params.signal))
+        await self._exec(params.exec).process.signal(params.signal)
         return _Answer({})
 
     async def _exec_cancel(self, params: protocol.ExecCancel) -> _Answer:
@@ -508,9 +507,12 @@ class Connection:
         try:
             exec_ = self._exec(params.exec)
         except NotFound:
-            if len(params.exec) <= protocol.MAX_EXEC_ID:
-                await self._hub.execs.fence(self._tenant, params.exec)  # its start may still be on the way
-            raise
+            if len(params.exec) > protocol.MAX_EXEC_ID:
+                raise
+            starting = await self._hub.execs.fence(self._tenant, params.exec)  # it may still be on the way
+            if starting is None:
+                raise
+            exec_ = starting
         killed = await self._hub.execs.cancel(exec_, grace)
         answer = {"killed": killed.killed, "escalated": killed.escalated, "survivors": killed.survivors}
         return _Answer({**answer, "method": killed.method})
@@ -691,13 +693,3 @@ def spec_of(
     words = tuple(argv) if argv is not None else ("/bin/bash", "-c", command or "")
     size = None if pty is None else Pty(pty.cols, pty.rows)
     return ExecSpec(words, cwd=cwd, env=dict(env), user=user, pty=size, stdin=stdin or pty is not None)
-
-
-def signal_number(name: str | int) -> int:
-    """Return the number of `INT`, `SIGINT` or 2. Raises `InvalidParams`."""
-    if isinstance(name, int):
-        return name
-    try:
-        return signal.Signals["SIG" + name.upper().removeprefix("SIG")].value
-    except KeyError:
-        raise InvalidParams(f"no signal {name}", field="signal") from None

@@ -12,10 +12,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from signal import Signals
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from gateway.errors import GatewayError, InvalidParams
@@ -191,8 +192,17 @@ class ExecResize(ExecRef):
     rows: Annotated[int, Field(ge=1, le=65535)]
 
 
+def _signal_number(named: object) -> int:
+    """Return the number of `INT`, `SIGINT` or 2."""
+    if isinstance(named, str) and (name := "SIG" + named.upper().removeprefix("SIG")) in Signals.__members__:
+        return Signals[name].value
+    if isinstance(named, int) and not isinstance(named, bool) and 1 <= named <= 64:
+        return named
+    raise ValueError("there is no such signal; name one, such as INT, or give its number")
+
+
 class ExecSignal(ExecRef):
-    signal: Annotated[str, Field(min_length=1, max_length=16)] | Annotated[int, Field(ge=1, le=64)]
+    signal: Annotated[int, PlainValidator(_signal_number)]
 
 
 class ExecCancel(ExecRef):
@@ -310,7 +320,8 @@ def validate(model: type[P], params: object) -> P:
         return model.model_validate(params)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # in a union pydantic names the type that it tried last
+        where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None
 

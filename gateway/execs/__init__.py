@@ -7,6 +7,7 @@ event bus, and nothing of websockets.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.errors import Cancelled, Conflict, Gone, NotFound, RateLimited, TenantNotRunning
+from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, started_at
 from gateway.execs.input import Spools
@@ -190,10 +191,13 @@ class Execs:
         except StoreFailed as failed:
             log.warning("exec %s will be lost to the next process: %s", exec_.id, failed.message)
 
-    async def fence(self, tenant: str, exec_id: str) -> None:
-        """See to it that nothing starts under an id that is not known yet."""
-        if await self._known(tenant, exec_id) is None:
-            await self._receipts.fence((tenant, "exec", exec_id))
+    async def fence(self, tenant: str, exec_id: str) -> Exec | None:
+        """See to it that nothing starts under an id that is not known; return what was just being started."""
+        with contextlib.suppress(GatewayError):  # whose start failed is not there either
+            if (found := await self._known(tenant, exec_id)) is not None:
+                return found
+        await self._receipts.fence((tenant, "exec", exec_id))
+        return None
 
     def _made(
         self, exec_id: str, tenant: str, spec: ExecSpec, process: Process, linger: float | None

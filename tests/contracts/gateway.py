@@ -401,9 +401,11 @@ class ExecContract:
             await wire.call("exec/signal", exec=started["exec"], signal="INT")
             exit_ = await wire.exited(started["exec"])
             assert (exit_["exitCode"], exit_["signal"], exit_["reason"]) == (130, "INT", "exited")
-            with pytest.raises(RpcFailure) as caught:
-                await wire.call("exec/signal", exec=started["exec"], signal="NOPE")
-            assert caught.value.code == "invalid_params"
+            for wrong in ("NOPE", "", 0, 999, None, True, 1.5):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call("exec/signal", exec=started["exec"], signal=wrong)
+                assert (caught.value.code, caught.value.data["field"]) == ("invalid_params", "signal")
+                assert "no such signal" in caught.value.message
 
     async def test_cancel_leaves_nothing_running(self, gateway: LiveGateway, tenant: str) -> None:
         """A child, a group of its own, setsid, nohup, two daemons: 0 of 6 alive when it answers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.contracts.processes import mark
+from tests.contracts.processes import alive, mark
 from tests.live import LiveGateway, RpcFailure, Wire
 
 
@@ -103,6 +103,23 @@ class ReceiptsContract:
             start = await refused(wire, "exec/start", argv=["touch", name], execId=name)
             assert start.code == "cancelled"
             assert (await wire.run(argv=["ls", name]))[0]["exitCode"] != 0
+
+    async def test_a_cancel_right_behind_a_start_ends_it(self, disposable: LiveGateway, tenant: str) -> None:
+        """However far the start has come by then."""
+        async with disposable.wire(tenant) as wire, disposable.wire(tenant) as other:
+            for canceller in (wire, other):
+                seconds = mark()
+                _, start = await wire.start_call("exec/start", argv=["sleep", seconds], execId=f"s-{seconds}")
+                _, cancel = await canceller.start_call("exec/cancel", exec=f"s-{seconds}")
+                async with asyncio.timeout(60):
+                    answers: list[Any] = await asyncio.gather(start, cancel, return_exceptions=True)
+                started, cancelled = answers
+                if isinstance(started, RpcFailure):  # the cancel came first
+                    assert (started.code, cancelled.code) == ("cancelled", "not_found")
+                else:
+                    assert cancelled["survivors"] == 0
+                    assert (await wire.exited(f"s-{seconds}"))["reason"] == "cancelled"
+                assert alive(seconds) == 0
 
     async def test_a_key_makes_an_http_call_once(self, disposable: LiveGateway, tenant: str) -> None:
         name = mark()
