@@ -593,7 +593,14 @@ class Exec:
 
     @property
     def state(self) -> Literal["running", "ended"]:
-        return "ended" if self.ended.done() else "running"
+        """Whether the command runs; one that was killed does not, though its exit may not be known yet."""
+        return "ended" if self.ended.done() or self._killed() else "running"
+
+    def _killed(self) -> bool:
+        killing = self._killing
+        if killing is None or not killing.done() or killing.cancelled() or killing.exception() is not None:
+            return False
+        return killing.result().survivors == 0
 
 
 def started_at(process: Process) -> str:

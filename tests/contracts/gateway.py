@@ -407,6 +407,17 @@ class ExecContract:
                 assert (caught.value.code, caught.value.data["field"]) == ("invalid_params", "signal")
                 assert "no such signal" in caught.value.message
 
+    async def test_what_was_cancelled_counts_no_longer(self, gateway: LiveGateway, tenant: str) -> None:
+        """From the answer on, so that who cancels one of too many can start another."""
+        async with gateway.wire(tenant) as wire:
+            for _ in range(10):
+                started = await wire.call("exec/start", argv=["sleep", "60"])
+                await wire.call("exec/cancel", exec=started["exec"])
+                listed = (await wire.call("exec/list"))["execs"]
+                states = [entry["state"] for entry in listed if entry["exec"] == started["exec"]]
+                assert states == ["ended"]
+                await wire.exited(started["exec"])
+
     async def test_cancel_leaves_nothing_running(self, gateway: LiveGateway, tenant: str) -> None:
         """A child, a group of its own, setsid, nohup, two daemons: 0 of 6 alive when it answers."""
         tree = Tree()

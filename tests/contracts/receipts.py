@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ class ReceiptsContract:
                 _, start = await wire.start_call("exec/start", argv=["sleep", seconds], execId=f"s-{seconds}")
                 _, cancel = await canceller.start_call("exec/cancel", exec=f"s-{seconds}")
                 async with asyncio.timeout(60):
-                    answers: list[Any] = await asyncio.gather(start, cancel, return_exceptions=True)
+                    answers: Sequence[Any] = await asyncio.gather(start, cancel, return_exceptions=True)
                 started, cancelled = answers
                 if isinstance(started, RpcFailure):  # the cancel came first
                     assert (started.code, cancelled.code) == ("cancelled", "not_found")
