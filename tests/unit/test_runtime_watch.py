@@ -1,4 +1,4 @@
-"""The watch of Incus's events ends when it is told to, whatever it is at."""
+"""The watch of Incus's events: it misses nothing, and ends when it is told to, whatever it is at."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from gateway.incus import IncusError
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
+from tests.unit.incusd import instance
 
 
 class Slow:
@@ -48,3 +50,37 @@ async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -
     assert watching.done()
     with pytest.raises(asyncio.CancelledError):
         await watching
+
+
+class Passing:
+    """An Incus without instances, where one comes and goes."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    async def events(self, *types: str) -> AsyncGenerator[dict[str, Any]]:
+        yield {"type": "connected"}
+        for action in ("created", "started", "deleted"):
+            self.gone = action == "deleted"
+            yield {"type": "lifecycle", "metadata": {"action": f"instance-{action}", "name": "shop"}}
+        await asyncio.Event().wait()
+
+    async def get(self, path: str, **query: str) -> Any:
+        if path == "/1.0/instances":
+            return []
+        if self.gone:
+            raise IncusError("Instance not found", 404)
+        return instance("shop", status="Running")
+
+
+async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
+    """There was none when the watch began; that it is gone when its end is told is no reason to be silent."""
+    runtime = IncusRuntime(Settings(state_dir=tmp_path))
+    runtime._incus = Passing()  # type: ignore[assignment]  # stands in
+    told = []
+    async with asyncio.timeout(30):
+        async for event in runtime.watch():
+            told.append(event.type)
+            if event.type == "tenant.destroyed":
+                break
+    assert told == ["gateway.resynced", "tenant.created", "tenant.started", "tenant.destroyed"]

@@ -301,7 +301,9 @@ class IncusRuntime:
                                 pause, self._watching = 0.1, True
                                 yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
                             continue
-                        async for change in self._lifecycle(event, known or {}):
+                        if known is None:  # it is connected first, or there would be no events
+                            continue
+                        async for change in self._lifecycle(event, known):
                             yield change
                 raise IncusError("the event stream ended", 0)
             except (GatewayError, IncusError) as error:
