@@ -4,13 +4,17 @@ A route is a link, `routes/DOMAIN` to a folder with one file that is named by wh
 looks for it at each request, so that changing one is a rename: nothing is reloaded, which would cut every
 websocket at once (Caddy before 2.7 has no `stream_close_delay`). Of a site that is asleep the route says so,
 and Caddy asks the gateway before it hands a request on. The configuration itself is loaded through the admin
-API, only where it differs, and never over one that is not ours.
+API, only where it differs, and never over one that is not ours. A gateway that may not use that API, as one
+without root, asks Caddy for a route of its own instead, and leaves the configuration to whoever started it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
+import os
 import re
 import secrets
 import shutil
@@ -27,15 +31,20 @@ import orjson
 from gateway.errors import Unavailable
 from gateway.settings import Settings
 
+log = logging.getLogger(__name__)
+
 TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
 _ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
 _ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+_PROBE: Final = "probe.invalid"  # a domain of nobody (RFC 2606), by which Caddy is seen to look routes up
 _STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
 _STREAMS_STAY: Final = f"{_STREAMS} 24h"
 
 
 class CaddyFailed(Unavailable):
-    """Caddy does not do its part; `facts["reason"]` is `caddy_down`, `caddy_foreign` or `caddy_refused`."""
+    """Caddy does not do its part; `facts["reason"]` is `caddy_down`, `caddy_denied`, `caddy_foreign` or
+    `caddy_refused`.
+    """
 
 
 def asleep(target: str) -> str:
@@ -62,7 +71,7 @@ class Caddy:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.folder = settings.state_dir / "caddy"
+        self.folder = settings.caddy_dir or settings.state_dir / "caddy"
         self.routes = self.folder / "routes"
         self.sockets = self.folder / "sockets"
         self._targets = self.folder / "targets"
@@ -76,8 +85,7 @@ class Caddy:
         self.changing = asyncio.Lock()
 
     async def __aenter__(self) -> Caddy:
-        for folder in (self.routes, self._targets, self.sockets):
-            await asyncio.to_thread(folder.mkdir, mode=0o755, parents=True, exist_ok=True)
+        await asyncio.to_thread(self.lay)
         if self._settings.domain is not None and ":" in self._settings.listen:
             self.set(self._settings.domain, self._gateway())
         path = socket_of(self._settings.caddy_admin)
@@ -93,6 +101,21 @@ class Caddy:
         for session in (self._admin, self._sites):
             if session is not None:
                 await session.close()
+
+    def lay(self) -> None:
+        """Make the folders of the routes. Raises `CaddyFailed` where this user may not write them."""
+        for folder in (self.routes, self._targets, self.sockets):
+            try:
+                folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError
+            except PermissionError:
+                raise CaddyFailed(
+                    f"the gateway's user cannot write {folder}; `incus-gateway setup`, run as root with "
+                    "GATEWAY_BROKER_SOCKET and GATEWAY_BROKER_USER set, gives it to that user; or set "
+                    "GATEWAY_CADDY_DIR",
+                    reason="caddy_denied",
+                ) from None
 
     def _gateway(self) -> str:
         """Return where Caddy reaches the gateway itself."""
@@ -115,7 +138,7 @@ class Caddy:
             (place / target).touch(mode=0o644)
             before = self.get(domain)
             if before != target:
-                new = self.folder / f".new-{secrets.token_hex(6)}"
+                new = self._targets / f".new-{secrets.token_hex(6)}"
                 new.symlink_to(f"../targets/{target}")
                 new.replace(self.routes / domain)
         return before
@@ -138,7 +161,7 @@ class Caddy:
 
     def listed(self) -> dict[str, str]:
         """Return every domain with where it leads."""
-        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir()}
+        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != _PROBE}
         return {domain: target for domain, target in found.items() if target is not None}
 
     def reconcile(
@@ -149,7 +172,7 @@ class Caddy:
         Of the sockets only those that are named stay: Incus leaves the file of one that it no longer needs.
         """
         changed = []
-        leave = {*leave, self._settings.domain or ""}
+        leave = {*leave, self._settings.domain or "", _PROBE}
         for domain, target in wanted.items():
             healthy = self.get(domain) == target and (self._targets / target / target).exists()
             if domain not in leave and not healthy:
@@ -163,9 +186,11 @@ class Caddy:
             if entry.name not in sockets:
                 entry.unlink(missing_ok=True)
         with self._setting:
-            used = set(self.listed().values())
+            used = {*self.listed().values(), self.get(_PROBE)}
             for place in list(self._targets.iterdir()):
-                if place.name not in used:
+                if place.is_symlink():  # of a gateway that was killed before it became a route
+                    place.unlink()
+                elif place.name not in used:
                     shutil.rmtree(place, ignore_errors=True)
         return changed
 
@@ -220,7 +245,13 @@ class Caddy:
         old one goes on, its files too.
         """
         async with self._loading:
-            running = await self._ask("GET", "/config/") or {}
+            try:
+                running = await self._ask("GET", "/config/") or {}
+            except CaddyFailed as error:
+                if error.facts["reason"] != "caddy_denied":
+                    raise
+                await self._look()
+                return False
             if "apps" in running and not self._ours(running):
                 self.write()  # for it to import
                 if self.serves(running):
@@ -248,6 +279,21 @@ class Caddy:
                         (self.folder / name).write_text(text)
                 raise
             return True
+
+    async def _look(self) -> None:
+        """See whether Caddy finds our routes, by one of our own. Raises `CaddyFailed`."""
+        self.set(_PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
+        url = f"http://127.0.0.1:{self._settings.caddy_ask}/?domain={_PROBE}"
+        status, _ = await self._fetch(url, "127.0.0.1", 10.0)
+        if status != 200:
+            raise CaddyFailed(
+                f"the Caddy at port {self._settings.caddy_ask} does not find the routes in {self.routes}: it "
+                "looks into another folder, or may not enter this one; set GATEWAY_CADDY_DIR, and see "
+                "docs/operations.md",
+                reason="caddy_foreign",
+            )
+        if any(_text(self.folder / name) != text for name, text in self.rendered().items()):
+            log.warning("Caddy's configuration is not that of these settings; run deploy/quickstart as root")
 
     async def _adapted(self) -> Any:
         """Return the configuration as Caddy's own JSON.
@@ -285,6 +331,10 @@ class Caddy:
             async with self._admin.request(method, url, data=data, headers=headers) as answer:
                 said = await answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if getattr(error, "errno", None) == errno.EACCES:
+                raise CaddyFailed(
+                    f"the gateway's user may not use Caddy's admin API at {address}", reason="caddy_denied"
+                ) from error
             raise CaddyFailed(
                 f"Caddy's admin API at {address} does not answer; start Caddy "
                 "(systemctl start incus-gateway-caddy, or deploy/quickstart), or set GATEWAY_CADDY_ADMIN",

@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 
 from gateway.app import Gateway
+from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.settings import Settings
 from gateway.websocket import WebSocketProtocol
@@ -41,7 +42,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT. Raises `Unavailable` where the address or the records cannot be had."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises `Unavailable` where the address, the records or the folders of the routes cannot be had.
+    """
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
@@ -49,6 +53,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    Caddy(settings).lay()
     listening = listen(settings.listen)
     gateway = Gateway(settings)
     config = uvicorn.Config(

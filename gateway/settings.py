@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="allowed browser origins beside same-origin, comma-separated"
     )
+    caddy_dir: Path | None = Field(
+        None, description="Caddy's configuration and routes; unset: `caddy` in the state dir"
+    )
     caddy_admin: str = Field("http://127.0.0.1:2019", description="URL or unix socket of Caddy's admin API")
     caddy_http: int = Field(80, gt=0, lt=65536, description="port of Caddy for HTTP")
     caddy_https: int = Field(443, gt=0, lt=65536, description="port of Caddy for HTTPS")

@@ -55,6 +55,35 @@ def chosen(settings: Settings) -> dict[str, Any]:
     return found
 
 
+def hand_over(settings: Settings) -> str | None:
+    """Give the folders of the routes to the user of a gateway without root; say what was changed.
+
+    What another user had in them goes: its gateway makes the routes anew. Raises `HostError`.
+    """
+    try:
+        user = pwd.getpwnam(settings.broker_user)
+    except KeyError:
+        raise HostError(
+            f"there is no user {settings.broker_user}; make it: useradd --system --user-group "
+            f"--no-create-home {settings.broker_user}, or set GATEWAY_BROKER_USER"
+        ) from None
+    folder = Caddy(settings).folder.absolute()
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if folder.stat().st_uid == user.pw_uid:
+        return None
+    changed = False
+    for name in ("routes", "targets", "sockets"):
+        place = folder / name
+        if place.exists() and place.stat().st_uid == user.pw_uid:
+            continue
+        if name != "sockets":  # of which the running ones cannot be made anew
+            shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(mode=0o755, exist_ok=True)
+        os.chown(place, user.pw_uid, user.pw_gid)
+        changed = True
+    return f"given to {user.pw_name}" if changed else None
+
+
 def in_use(port: int, host: str = "") -> str | None:
     """Say why nobody can listen on a port now, or None."""
     with socket.socket() as probe:
@@ -173,6 +202,7 @@ class Front:
     def _start_unit(self, program: str, units: Path) -> None:
         target = Path("/etc/systemd/system") / UNIT
         text = (units / UNIT).read_text()
+        text = text.replace("/var/lib/incus-gateway/caddy", str(self.folder))
         text = text.replace("/var/lib/incus-gateway", str(self.settings.state_dir.absolute()))
         text = text.replace("/usr/bin/caddy", program)
         if _user() is None:

@@ -413,10 +413,21 @@ class Quickstart:
     def _cli(self, *words: str, timeout: float = 120.0) -> str:
         return run(
             [self.command, *words],
-            env=self._child_environment(),
+            env=self._child_environment() | self._moved(),
             fix=f"try it by hand: {self.command.name} {' '.join(words)}",
             timeout=timeout,
         )
+
+    def _moved(self) -> dict[str, str]:
+        """Return which folders the gateway was given: as a user of its own it has a state dir of its own."""
+        try:
+            variables = (Path("/proc") / str(self._pid()) / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return {}
+        places = [
+            os.fsdecode(v) for v in variables if v.startswith((b"GATEWAY_STATE_DIR=", b"GATEWAY_CADDY_DIR="))
+        ]
+        return dict(place.split("=", 1) for place in places)
 
     def _tenant(self) -> str:
         listed = json.loads(self._cli("list", "--json") or "[]")

@@ -7,6 +7,7 @@ changes nothing, and what someone altered by hand is put right again. Keys that 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, ripgrep, run
+from gateway.host.front import hand_over
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs.tenants import MANAGED
@@ -69,6 +71,8 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
     steps.run("ripgrep for large searches", lambda: ripgrep.ensure(settings))
+    if settings.broker_socket is not None and os.geteuid() == 0:
+        steps.run("folders of Caddy's routes", lambda: hand_over(settings))
     return steps.changes
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import NotFound, Unavailable
+from gateway.host.front import Front
+from gateway.host.setup import setup
 from gateway.rootfs import FilesystemRoot, Workers, trees
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import ExecSpec
@@ -28,9 +30,20 @@ from gateway.settings import Settings
 from tests.contracts.processes import Tree, until
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
-from tests.live import LiveGateway
+from tests.integration.sites import Hosting
+from tests.live import LiveGateway, free_ports
 
 NOBODY = 65534
+CHECKOUT = Path(__file__).parents[2]
+# One capability, or it could not read a Python that lies in root's home; it lets nobody write or signal.
+HELD = "-all,+dac_read_search"
+
+
+def as_nobody() -> tuple[str, ...]:
+    """Return what starts a program as nobody, whose one privilege is that it may speak to incusd."""
+    group = environment.settings().incus_socket.stat().st_gid
+    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", f"--groups={group}")
+    return ("setpriv", *user, f"--inh-caps={HELD}", f"--ambient-caps={HELD}", "--no-new-privs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +75,15 @@ async def place(incus_settings: Settings) -> AsyncIterator[Place]:
 
 @pytest.fixture
 async def gateway(place: Place) -> AsyncIterator[LiveGateway]:
-    """`serve` as nobody, whose one privilege is that it may speak to incusd."""
+    """`serve` as nobody."""
     state = place.folder / "state"
     state.mkdir()
     os.chown(state, NOBODY, NOBODY)
-    group = place.settings.incus_socket.stat().st_gid
     variables = environment.variables(place.settings)
     variables |= {"GATEWAY_STATE_DIR": str(state)}
     del variables["GATEWAY_LISTEN"]
     gateway = LiveGateway(variables, place.folder / "log")
-    # One capability, or it could not read a Python that lies in root's home; it lets nobody write or signal.
-    held = "-all,+dac_read_search"
-    user = (f"--reuid={NOBODY}", f"--regid={NOBODY}", f"--groups={group}")
-    await gateway.start("setpriv", *user, f"--inh-caps={held}", f"--ambient-caps={held}", "--no-new-privs")
+    await gateway.start(*as_nobody())
     try:
         yield gateway
     finally:
@@ -120,6 +129,63 @@ async def test_ports(gateway: LiveGateway, make_tenant: MakeTenant) -> None:
 
     await until(bound)
     assert "could not be bound" not in gateway.log.read_text()
+
+
+async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`setup` gives it the folders of the routes; Caddy's admin API stays closed to it."""
+    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    http, https, ask = free_ports(3)
+    folder = place.folder / "caddy"
+    changes = {
+        "caddy_dir": folder,
+        "caddy_admin": str(folder / "admin" / "admin.sock"),
+        "caddy_http": http,
+        "caddy_https": https,
+        "caddy_ask": ask,
+        "caddy_issuer": "internal",
+        "golden": False,
+        "warm_pool": 0,
+    }
+    state = place.folder / "state"
+    state.mkdir()
+    os.chown(state, NOBODY, NOBODY)
+    host = Hosting(place.settings.model_copy(update=changes | {"state_dir": state}), place.folder / "log")
+    for path in (
+        folder / "routes" / "earlier.localhost",
+        folder / "targets" / "x",
+    ):  # root's gateway had them
+        path.mkdir(parents=True)
+    serve = [*as_nobody(), sys.executable, "-m", "gateway", "serve"]
+    refused = await asyncio.create_subprocess_exec(
+        *serve, env={"PATH": os.environ["PATH"], **host.gateway.environment}, stderr=asyncio.subprocess.PIPE
+    )
+    said = (await asyncio.wait_for(refused.communicate(), 60))[1].decode()
+    assert refused.returncode == 1
+    assert f"cannot write {folder / 'routes'}" in said and "incus-gateway setup" in said
+    assert "Traceback" not in said
+
+    changed = [change.step for change in setup(host.settings, lambda line: None) if change.changed]
+    assert changed == ["folders of Caddy's routes"]
+    front = Front(host.settings)
+    front.start(CHECKOUT / "deploy")
+    try:
+        assert (folder / "admin").owner() == "caddy"
+        await host.gateway.start(*as_nobody())
+        for kind in ("create", "update"):
+            record = await host.deploy("split.localhost")
+            assert (record["state"], record["kind"]) == ("succeeded", kind), record["error"]
+        assert (folder / "routes" / "split.localhost").owner() == "nobody"
+        status, text = await host.visit("split.localhost")
+        assert (status, "Your site is up." in text) == (200, True)
+        assert (await host.call("DELETE", "/v1/tenants/split-localhost"))[0] == 204
+        await until(lambda: not (folder / "routes" / "split.localhost").is_symlink())
+        assert await host.gateway.stop() == 0
+        assert "Traceback" not in host.gateway.log.read_text()
+    finally:
+        if host.gateway.process is not None:
+            await host.gateway.stop()
+        front.stop()
+        environment.incus("delete", "--force", "split-localhost", check=False)
 
 
 async def test_ends_trees_by_the_broker(
