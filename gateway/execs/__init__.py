@@ -31,6 +31,7 @@ __all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started
 
 log = logging.getLogger(__name__)
 
+_SHORT: Final = 200  # characters of a command where it is named
 _UNNOTED: Final = 0.01  # seconds; the journal of events waits for so long too
 
 
@@ -144,10 +145,15 @@ class Execs:
         tenant, _, exec_id = key
         told: Mapping[str, Any] = {} if receipt.result is None else orjson.loads(receipt.result)
         process = Past(told.get("pid", 0), told.get("startedAt", receipt.at))
-        exec_ = self._made(exec_id, tenant, ExecSpec((told.get("command", ""),)), process, None)
+        words = tuple(told.get("argv") or [told.get("command", "")])  # by its line alone in older records
+        exec_ = self._made(exec_id, tenant, ExecSpec(words), process, None)
         # what ran when that life was killed has run until it is given up here
         ran = max(0, int((time.time() - process.started_at) * 1000))
-        exit_ = told.get("exit") or {"reason": "lost", "durationMs": ran, "offsets": {}}
+        exit_ = told.get("exit") or {
+            "reason": "lost",
+            "durationMs": ran,
+            "offsets": {"stdout": 0, "stderr": 0},
+        }
         exec_.ended_before(
             receipt.digest,
             Ended(
@@ -359,9 +365,15 @@ def _key(exec_: Exec) -> Key:
 def _facts(exec_: Exec) -> dict[str, Any]:
     """Return what the next life is to know of a command, beside its end."""
     process = exec_.process
-    return {"pid": process.pid, "startedAt": process.started_at, "command": _short(exec_.spec)}
+    words, room = list[str](), _SHORT
+    for word in exec_.spec.shown or exec_.spec.argv:
+        words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
+        room -= len(word) + 1
+        if room < 0:
+            break
+    return {"pid": process.pid, "startedAt": process.started_at, "argv": words}
 
 
 def _short(spec: ExecSpec) -> str:
     line = " ".join(spec.shown or spec.argv)
-    return line if len(line) <= 200 else line[:199] + "…"
+    return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"

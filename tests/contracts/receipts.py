@@ -86,6 +86,10 @@ class ReceiptsContract:
             assert await wire.call("exec/wait", exec=f"done-{name}") == before
             lost, _, _ = await wire.run(**cut)
             assert (lost["reason"], lost["exitCode"]) == ("lost", None)
+            assert lost["offsets"] == {"stdout": 0, "stderr": 0}
+            listed = {one["exec"]: one["argv"] for one in (await wire.call("exec/list"))["execs"]}
+            for known in (done, cut):
+                assert listed[known["execId"]] == ["/bin/bash", "-c", known["command"]]
             other = {"command": "true", "execId": f"done-{name}"}
             assert (await refused(wire, "exec/start", **other)).code == "conflict"
             assert (await wire.run(command=f"cat {name}; rm {name}"))[1] == b"done\ncut\n"
