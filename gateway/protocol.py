@@ -323,6 +323,8 @@ def validate(model: type[P], params: object) -> P:
         # in a union pydantic names the type that it tried last
         where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":
+            message = "this is an object, with names and values" if where else "params is an object"
         raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None
 
 
@@ -430,7 +432,8 @@ class ServerWire:
         method = message.get("method")
         if not isinstance(method, str):
             return self._refuse(request_id, -32600, "method is a string")
-        return self._receive(request_id, method, message.get("params", {}))
+        params = message.get("params")
+        return self._receive(request_id, method, {} if params is None else params)
 
     def _receive(self, request_id: RequestId | None, method: str, params: object) -> ServerEvent:
         if not self.initialized and method != "initialize":

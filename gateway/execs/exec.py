@@ -34,6 +34,7 @@ _CTRL_C: Final = b"\x03"
 _TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
 _SEES: Final = 0.15  # seconds within which a program sees that its terminal has another size
 _SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
+_TOLD: Final = 100  # processes of a tree that a runtime tells of, at most
 _READERS: Final = 64  # of one command, whose place is kept for their return
 
 
@@ -396,6 +397,7 @@ class Exec:
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
+        self._late = False  # it was ended when only what it left behind was seen to run
         self._attachments: set[Attachment] = set()
         self._places: OrderedDict[str, Attachment] = OrderedDict()
         self._began = time.monotonic()
@@ -448,6 +450,8 @@ class Exec:
             offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
             offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
+            if self._late and code is not None and signal not in ("TERM", "KILL"):
+                self._reason = "exited"
             self.over = Ended(self._reason, code, signal, duration, offsets, left)
 
     async def _left(self) -> int | None:
@@ -558,9 +562,15 @@ class Exec:
             return False
         if not self.ended.done():
             self._reason = reason
+            self._late = self._outlived()
         self._killing = asyncio.create_task(self.process.kill(grace), name=f"kill {self.id}")
         self._killing.add_done_callback(_retrieved)
         return True
+
+    def _outlived(self) -> bool:
+        """Whether the command was seen to have ended before its outputs, which what it left holds open."""
+        members = self.process.left() or ()
+        return 0 < len(members) < _TOLD and all(member.pid != self.process.pid for member in members)
 
     def describe(self) -> dict[str, Any]:
         """Return what `exec/list` tells."""

@@ -407,6 +407,17 @@ class ExecContract:
                 assert (caught.value.code, caught.value.data["field"]) == ("invalid_params", "signal")
                 assert "no such signal" in caught.value.message
 
+    async def test_a_cancel_behind_the_commands_own_end_does_not_claim_it(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """What it left behind, and holds its output open, is ended; the exit is the command's own."""
+        async with gateway.wire(tenant) as wire:
+            started = await wire.call("exec/start", command="sleep 60 & exit 5")
+            await wire.run(command=f"while kill -0 {started['pid']} 2>/dev/null; do sleep 0.01; done")
+            assert (await wire.call("exec/cancel", exec=started["exec"]))["survivors"] == 0
+            exit_ = await wire.exited(started["exec"])
+            assert (exit_["reason"], exit_["exitCode"], exit_["left"]) == ("exited", 5, 0)
+
     async def test_what_was_cancelled_counts_no_longer(self, gateway: LiveGateway, tenant: str) -> None:
         """From the answer on, so that who cancels one of too many can start another."""
         async with gateway.wire(tenant) as wire:

@@ -15,7 +15,9 @@ from gateway.protocol import CloseCode, ServerWire
 
 
 def message(method: str, params: Any = None, id: Any = 1) -> str:
-    return orjson.dumps({"jsonrpc": "2.0", "id": id, "method": method, "params": params or {}}).decode()
+    return orjson.dumps(
+        {"jsonrpc": "2.0", "id": id, "method": method, "params": {} if params is None else params}
+    ).decode()
 
 
 @pytest.fixture
@@ -69,6 +71,7 @@ def test_a_second_initialize_is_refused(wire: ServerWire) -> None:
         ('{"jsonrpc":"2.0","id":1,"method":7}', -32600),
         ('{"jsonrpc":"2.0","id":1,"method":"nope"}', -32601),
         ('{"jsonrpc":"2.0","id":1,"method":"ping","params":[1]}', -32602),
+        ('{"jsonrpc":"2.0","id":1,"method":"ping","params":0}', -32602),
         ('{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1}}', -32602),
         ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{}}', -32602),
         ('{"jsonrpc":"2.0","id":1,"method":"exec/start","params":{"argv":["a"],"command":"b"}}', -32602),
@@ -88,6 +91,14 @@ def test_malformed_messages_are_answered_with_json_rpcs_own_codes(
 def test_a_refusal_names_the_wrong_field(wire: ServerWire) -> None:
     error = refusal(wire.receive_text(message("exec/start", {"argv": ["a"], "pty": {"cols": "x"}})))
     assert error["data"]["field"] == "pty.cols"
+    for params, said in (([], "params is an object"), ({"argv": ["a"], "pty": 1}, "pty: this is an object")):
+        error = refusal(wire.receive_text(message("exec/start", params)))
+        assert error["message"].startswith(said)
+
+
+def test_params_that_are_null_are_none(wire: ServerWire) -> None:
+    event = wire.receive_text('{"jsonrpc":"2.0","id":1,"method":"exec/list","params":null}')
+    assert event == protocol.Request(1, "exec/list", protocol.NoParams())
 
 
 def test_notifications_are_never_answered(wire: ServerWire) -> None:
