@@ -95,6 +95,9 @@ _MOVED: Final = frozenset(
     }
 )
 
+# a tenant of this name is new; one that waited for it was renamed
+_MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
+
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
 
 
@@ -270,6 +273,9 @@ class Gateway:
                     await receipts.forget_tenant(event.tenant)
                 except StoreFailed as failed:
                     log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
+            # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
+            if event.tenant is not None and event.type in _MADE:
+                self.hub.execs.forget_tenant(event.tenant)
             if event.type in _STARTED:
                 self._started.set()
             facts = self.hub.idle.explained(event)

@@ -342,6 +342,12 @@ class Execs:
             size -= other.kept_bytes
             self._forget(other)
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Forget the ended commands of an earlier tenant of this name: they are none of the new one's."""
+        for exec_ in self.list(tenant):
+            if exec_.ended.done():
+                self._forget(exec_)
+
     def _forget_in_time(self, exec_: Exec) -> None:
         if exec_.left and self._ended.get((exec_.tenant, exec_.id)) is exec_:
             asyncio.get_running_loop().call_later(self._settings.exec_keep, self._forget_in_time, exec_)

@@ -91,15 +91,16 @@ async def test_a_stop_of_the_tenant_ends_what_runs_in_the_background(
         assert not (await call(wire, "Glob", {"pattern": ".gateway/output/*"}))[0]
 
 
-async def test_a_tenant_made_anew_knows_nothing_of_the_sessions_before(
+async def test_a_tenant_made_anew_knows_nothing_of_what_was_before(
     gateway: LiveGateway, tenant: Container
 ) -> None:
     async with gateway.http(tenant.name) as http, gateway.wire(tenant.name) as watcher:
-        await watcher.call("events/subscribe", types=["tenant.destroyed"])
+        await watcher.call("events/subscribe", types=["tenant.destroyed", "tenant.created"])
         url, headers = f"/v1/tenants/{tenant.name}/tools/", {"X-Tool-Session": "mine"}
         body = {"command": "mkdir deep && cd deep"}
         async with http.post(url + "Bash", json=body, headers=headers) as response:
             assert (await response.json())["structuredContent"]["cwd"] == "/srv/site/deep"
+        await watcher.run(argv=["echo", "secret"], execId="mine")
         await asyncio.to_thread(environment.incus, "delete", "--force", tenant.name)
         await watcher.until(lambda: watcher.notified("event", type="tenant.destroyed"))
         words = (
@@ -110,5 +111,11 @@ async def test_a_tenant_made_anew_knows_nothing_of_the_sessions_before(
             environment.settings().profile,
         )
         await asyncio.to_thread(environment.incus, *words)
+        await watcher.until(lambda: watcher.notified("event", type="tenant.created"))
         async with http.post(url + "Bash", json={"command": "pwd"}, headers=headers) as response:
             assert (await response.json())["content"][0]["text"] == "/srv/site"
+        async with gateway.wire(tenant.name) as wire:
+            _, said, _ = await wire.run(argv=["echo", "anew"], execId="mine")
+            assert said == b"anew\n"
+            listed = (await wire.call("exec/list"))["execs"]
+            assert "secret" not in str(listed)
