@@ -165,7 +165,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = run(settings_module.load())
     if as_json:
-        _print_json([{"what": f.what, "ok": f.ok, "detail": f.detail} for f in found])
+        _print_json([{"what": f.what, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in found])
     else:
         for finding in found:
             out.print(str(finding), markup=False)

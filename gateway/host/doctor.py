@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from gateway.deployments.template import named, names
+from gateway.errors import GatewayError
 from gateway.host import HostError
 from gateway.host import setup as steps
 from gateway.host.daemon import Daemon
@@ -22,7 +24,7 @@ from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
 from gateway.host.quickstart import ask
 from gateway.rootfs.tenants import MANAGED
-from gateway.runtime.incus.sites import DEPLOYMENT
+from gateway.runtime.incus.sites import DEPLOYMENT, GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.tenants import DOMAIN
 from gateway.settings import Settings
 
@@ -32,14 +34,23 @@ _SETUP: Final = "run `incus-gateway setup`"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; `detail` says what it is, or what is wrong and what to do."""
+    """One thing that was looked at; `detail` says what it is, or what is wrong and what to do.
+
+    A hint is well as it is, and could be better.
+    """
 
     what: str
     ok: bool
     detail: str
+    hint: bool = False
 
     def __str__(self) -> str:
-        return f"{'ok' if self.ok else 'problem':<8} {self.what}: {self.detail}"
+        word = "problem" if not self.ok else "hint" if self.hint else "ok"
+        return f"{word:<8} {self.what}: {self.detail}"
+
+
+class Hint(Exception):
+    """What a check has to say where nothing is wrong."""
 
 
 class Looking(Incus):
@@ -68,6 +79,7 @@ def doctor(settings: Settings) -> list[Finding]:
             (f"storage pool {settings.pool}", lambda: _pool(settings)),
             (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
             (f"image {settings.image}", lambda: _image(settings)),
+            ("templates", lambda: _templates(settings)),
             ("limits of inotify", _limits),
             ("ripgrep", lambda: _ripgrep(settings)),
             ("broker", lambda: _broker(settings)),
@@ -81,7 +93,9 @@ def doctor(settings: Settings) -> list[Finding]:
     for what, check in checks:
         try:
             found.append(Finding(what, True, check() or "as it should be"))
-        except HostError as error:
+        except Hint as hint:
+            found.append(Finding(what, True, str(hint), hint=True))
+        except (HostError, GatewayError) as error:
             found.append(Finding(what, False, error.message))
         except OSError as error:
             found.append(Finding(what, False, f"{error.strerror}: {error.filename}; run this as root"))
@@ -137,6 +151,27 @@ def _image(settings: Settings) -> None:
     incus = Looking(settings.incus_socket, settings.incus_project)
     if incus.find("images", "aliases", settings.image) is None:
         raise HostError("there is none; run `incus-gateway image build`")
+
+
+def _templates(settings: Settings) -> str:
+    if not settings.golden:
+        return "none is made ready ahead, as GATEWAY_GOLDEN says"
+    incus = Looking(settings.incus_socket, settings.incus_project)
+    image = incus.find("images", "aliases", settings.image)
+    ready: list[str] = []
+    missing: list[str] = []
+    for name in names(settings):
+        recipe = named(name, settings).recipe()
+        copy = golden_name(prepared_key(settings, recipe, image["target"] if image else ""))
+        there = incus.find("instances", copy, "snapshots", GOLDEN_SNAPSHOT) is not None
+        (ready if there else missing).append(name)
+    if missing:
+        raise Hint(
+            f"no copy of {', '.join(missing)} is ready: its next deployment installs everything, and takes "
+            "longer; after that one is made by itself. If it stays missing, see gateway.template.failed in "
+            "`incus-gateway events`, and the gateway's log"
+        )
+    return f"copies of {', '.join(ready)} are ready"
 
 
 def _limits() -> None:

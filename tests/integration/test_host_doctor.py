@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from gateway.deployments.template import named
 from gateway.host.doctor import doctor
+from gateway.runtime.incus.sites import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import free_ports
@@ -25,6 +28,27 @@ def test_what_is_missing_is_told_with_what_to_do_and_stays_missing(incus_setting
     for what, fix in (("storage", "setup"), ("profile", "setup"), ("image", "image build")):
         assert not found[what].ok and fix in found[what].detail
     assert b"t-no-profile" not in environment.incus("profile", "list").stdout
+
+
+def test_a_template_of_which_no_copy_is_ready_is_a_hint_and_no_problem(
+    incus_settings: Settings, tmp_path: Path
+) -> None:
+    """Those of another gateway do not count; one that is not finished does not, either."""
+    settings = incus_settings.model_copy(update={"state_dir": tmp_path})
+    target = json.loads(environment.incus("query", f"/1.0/images/aliases/{settings.image}").stdout)["target"]
+    copy = golden_name(prepared_key(settings, named("static", settings).recipe(), target))
+    environment.incus("init", "--empty", copy, "--storage", settings.pool)
+    try:
+        for ready in (False, True):
+            if ready:
+                environment.incus("snapshot", "create", copy, GOLDEN_SNAPSHOT)
+            (found,) = [f for f in doctor(settings) if f.what == "templates"]
+            assert (found.ok, found.hint) == (True, True)
+            assert str(found).startswith("hint ")
+            assert ("static" in found.detail) is not ready
+            assert "vite-react" in found.detail
+    finally:
+        environment.incus("delete", "--force", copy)
 
 
 def test_what_does_not_run_and_who_is_in_its_place(incus_settings: Settings, tmp_path: Path) -> None:

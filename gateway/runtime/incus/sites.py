@@ -59,7 +59,7 @@ KEY: Final = "user.gateway.key"
 MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
 
 _STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
-_SNAPSHOT: Final = "ready"
+GOLDEN_SNAPSHOT: Final = "ready"
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
 # one file system of all: a tenant that reaches its own end there hears of a quota
@@ -189,13 +189,12 @@ class IncusSites:
         self._incus = incus
         # commands of ours in instances that are no tenants, too
         self._commands = Commands(settings, incus, self._init_pid)
-        self._owner = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+        self._owner = _owner(settings)
         self._claiming = asyncio.Lock()
         self._preparing: dict[str, asyncio.Task[None]] = {}
-        folder, _, name = settings.workspace.rpartition("/")
         # root's folder is above them, so that the tenant cannot put a link in their place
-        self._next = f"{folder}/.{name}-next"
-        self._note = f"{folder}/.{name}-before"
+        self._next = _beside(settings, "next")
+        self._note = _beside(settings, "before")
 
     async def __aenter__(self) -> IncusSites:
         return self
@@ -228,9 +227,9 @@ class IncusSites:
         key = await self._key(order.recipe)
         if key and await self._claim(tenant, key, config, size):
             return "pool"
-        golden = f"gateway-golden-{key}" if key else ""
+        golden = golden_name(key) if key else ""
         if golden and await self._golden_is_ready(golden):
-            source = {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}
+            source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
             await self._make(tenant, source, config, size, start=True)
             return "golden"
         await self._make(tenant, {"type": "image", "alias": self._settings.image}, config, size, start=True)
@@ -429,14 +428,16 @@ class IncusSites:
         folder = "/etc/systemd/system" if side == "live" else "/run/systemd/system"
         if side == "next":
             await self._make_room(tenant)
-        unit = self._unit(recipe, side).encode()
+        unit = _unit(self._settings, recipe, side).encode()
         await self._root(tenant, _START, f"{folder}/{name}", side, name, given=unit)
 
     async def restart(self, tenant: str) -> None:
         await self._root(tenant, "exec systemctl restart site.service")
 
     async def settle(self, tenant: str, recipe: Recipe) -> None:
-        await self._root(tenant, _SETTLE, *self._places(), given=self._unit(recipe, "live").encode())
+        await self._root(
+            tenant, _SETTLE, *self._places(), given=_unit(self._settings, recipe, "live").encode()
+        )
 
     async def unsettle(self, tenant: str) -> None:
         await self._root(tenant, _UNSETTLE, *self._places())
@@ -569,21 +570,6 @@ class IncusSites:
     def _folder(self, side: Side) -> str:
         return self._settings.workspace if side == "live" else self._next
 
-    def _unit(self, recipe: Recipe, side: Side) -> str:
-        workspace = self._settings.workspace
-        # the next site sees its folder where the live one's is: absolute paths stay true when it becomes that
-        more = f"BindPaths={self._next}:{workspace}\n" if side == "next" else ""
-        return _UNIT.format(
-            user=self._settings.workspace_user,
-            workspace=workspace,
-            port=recipe.listens(side),
-            environment=_environment(side)
-            if side == "live"
-            else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
-            command=unit_words(("/usr/bin/env", *recipe.start)),
-            more=more,
-        )
-
     async def _root(self, name: str, script: str, *words: str, given: bytes = b"") -> str:
         """Run a script as the container's root and return what it printed. Raises `ExecFailed`."""
         spec = ExecSpec(
@@ -641,7 +627,7 @@ class IncusSites:
         """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
         try:
             key = await self._key(recipe)
-            golden = f"gateway-golden-{key}"
+            golden = golden_name(key)
             if not await self._golden_is_ready(golden):
                 await self._make_golden(golden, key, recipe)
             for _ in range(self._settings.warm_pool):
@@ -649,7 +635,7 @@ class IncusSites:
                 if len(members) >= self._settings.warm_pool:
                     break
                 name = f"gateway-pool-{secrets.token_hex(6)}"
-                source = {"type": "copy", "source": f"{golden}/{_SNAPSHOT}"}
+                source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
                 await self._make(name, source, self._marks("pool", key), {}, start=False)
             prepared(None)
         except GatewayError as error:
@@ -674,7 +660,7 @@ class IncusSites:
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._operate("PUT", instance_path(name, "state"), body)
-                await self._operate("POST", instance_path(name, "snapshots"), {"name": _SNAPSHOT})
+                await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
         except BaseException:
             await asyncio.shield(self._destroy(name))
             raise
@@ -720,7 +706,7 @@ class IncusSites:
     async def _golden_is_ready(self, name: str) -> bool:
         try:
             with translated(name):
-                await self._incus.get(instance_path(name, "snapshots", _SNAPSHOT))
+                await self._incus.get(instance_path(name, "snapshots", GOLDEN_SNAPSHOT))
         except NotFound:
             return False
         return True
@@ -731,9 +717,7 @@ class IncusSites:
             return ""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        unit = self._unit(recipe, "live")
-        facts = f"{_GENERATION} {recipe.key} {alias['target']} {self._owner} {unit}"
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return prepared_key(self._settings, recipe, alias["target"])
 
     def _marks(self, role: str, key: str) -> dict[str, str]:
         return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
@@ -781,6 +765,43 @@ class IncusSites:
 
     async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
+
+
+def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
+    """Name what a recipe becomes on the image of that fingerprint, for one gateway."""
+    unit = _unit(settings, recipe, "live")
+    facts = f"{_GENERATION} {recipe.key} {image} {_owner(settings)} {unit}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def golden_name(key: str) -> str:
+    """Return the instance that is a key's golden copy once it has the snapshot `GOLDEN_SNAPSHOT`."""
+    return f"gateway-golden-{key}"
+
+
+def _owner(settings: Settings) -> str:
+    return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+
+
+def _beside(settings: Settings, what: str) -> str:
+    folder, _, name = settings.workspace.rpartition("/")
+    return f"{folder}/.{name}-{what}"
+
+
+def _unit(settings: Settings, recipe: Recipe, side: Side) -> str:
+    workspace = settings.workspace
+    # the next site sees its folder where the live one's is: absolute paths stay true when it becomes that
+    more = f"BindPaths={_beside(settings, 'next')}:{workspace}\n" if side == "next" else ""
+    return _UNIT.format(
+        user=settings.workspace_user,
+        workspace=workspace,
+        port=recipe.listens(side),
+        environment=_environment(side)
+        if side == "live"
+        else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
+        command=unit_words(("/usr/bin/env", *recipe.start)),
+        more=more,
+    )
 
 
 def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> Exposure | None:
