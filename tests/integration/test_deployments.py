@@ -60,7 +60,10 @@ async def test_a_domain_becomes_a_site_that_answers_and_events_tell_how(host: Ho
 
 
 async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Hosting) -> None:
-    """A redeploy never lets a request fail, keeps what the site wrote, and ends with the new files."""
+    """A redeploy never lets a request fail, keeps what the site wrote, and ends with the new files.
+
+    What it could not keep, since the site's user cannot read it, stops it and is named.
+    """
     first = await host.deploy("live.example.com")
     assert first["state"] == "succeeded", first["error"]
     environment.incus("exec", "live-example-com", "--", "sh", "-c", "echo kept >/srv/site/mine")
@@ -88,6 +91,14 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     assert 'GREETING=a "b" $c\n' in seen
     assert "PORT=3000\n" in seen
     assert seen.endswith("\nsite\n"), "no folder of the update is left"
+
+    hidden = """mkdir public/in && touch "public/in/it's\nmine" && chmod 0600 public/in/*"""
+    environment.incus("exec", "live-example-com", "--cwd=/srv/site", "--", "sh", "-c", hidden)
+    record = await host.deploy("live.example.com")
+    assert (record["state"], record["error"]["reason"]) == ("rolledback", "unreadable"), record["error"]
+    assert "/srv/site/public/in/it's\\nmine cannot be read by the site's user" in record["error"]["message"]
+    assert (await host.visit("live.example.com"))[0] == 200
+    assert environment.incus("exec", "live-example-com", "--", "ls", "-A", "/srv").stdout == b"site\n"
 
 
 async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(

@@ -27,6 +27,7 @@ from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Timeout
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
+from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.disks import STATIC
@@ -69,6 +70,7 @@ _REST_LOOK: Final = 0.5  # seconds between two looks at what a container compute
 _REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk may have held it up
 _REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
 _REST_TIMEOUT: Final = 60.0
+_PATH_SHOWN: Final = 500
 _TRIES: Final = 20  # addresses, or ports, that are tried until one is free
 _FAILURES: Final = 3  # of one port or socket, until it is given up
 
@@ -147,13 +149,20 @@ rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old
 systemctl daemon-reload
 rm -rf "$next" "$note" "$note.new"
 """
+_UNREADABLE: Final = "cannot be read: "
+# As the site's user: root would follow what the site puts in its way. What that user cannot read is named.
 _STAGE: Final = """\
 set -eu
 live="$1" next="$2" uid="$4"
 rm -rf "$next"
 install -d -m 0755 -o "$uid" -g "$uid" "$next"
-setpriv --reuid="$uid" --regid="$uid" --clear-groups cp -a --reflink=auto "$live/." "$next/"
-"""
+as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
+as_site cp -a --reflink=auto "$live/." "$next/" && exit
+file=$(cd "$live" && as_site find . ! -type l '(' ! -readable -o -type d ! -executable ')' -printf %P -quit)
+[ -n "$file" ] || exit 1
+printf '\n{unreadable}%s' "$file"
+exit 1
+""".replace("{unreadable}", _UNREADABLE)
 _UNPACK: Final = """\
 exec setpriv --reuid="$2" --regid="$2" --clear-groups \
   tar --extract --file=- --no-same-owner --directory="$1"
@@ -592,6 +601,14 @@ class IncusSites:
             await process.aclose()
         if exit_.code != 0:
             await self._if_full(said)
+            _, unreadable, path = said.rpartition(f"\n{_UNREADABLE}")
+            if unreadable:
+                where = f"{self._settings.workspace}/{show(path[:_PATH_SHOWN])}"
+                raise ExecFailed(
+                    f"{where} cannot be read by the site's user, so that an update would lose it; "
+                    "give it to that user (chown, chmod) or remove it",
+                    reason="unreadable",
+                )
             raise ExecFailed(f"preparing tenant {name} failed: {said.strip()[-500:]}", reason="script_failed")
         return said
 
