@@ -105,6 +105,7 @@ class Stream:
         self.window = max(pace.window, _SEQUENCE)
         self._cursors: set[Cursor] = set()
         self._progress = asyncio.Event()
+        self._draining = False
 
     async def pump(self, process: Process) -> None:
         """Read the process until its stream ends; stop while a cursor that counts lags too far."""
@@ -113,7 +114,7 @@ class Stream:
                 self.tail.append(data, self._floor())
                 for cursor in self._cursors:
                     cursor.wake()
-                while self._slow():
+                while self._slow() and not self._draining:
                     await self._pause()
         finally:
             self.ended = True
@@ -135,11 +136,22 @@ class Stream:
         """Let the reader task look again who has caught up."""
         self._progress.set()
 
+    def drain(self) -> None:
+        """Wait for no reader from now on: nothing writes any more, and the end can be told once all is read.
+
+        What is still on its way is small; of more than `lag` bytes a viewer that stands still loses some.
+        """
+        self._draining = True
+        self.progress()
+
     def _floor(self) -> int | None:
         """Return from where on something is still wanted, by those that are not left behind at least."""
+        most = self.tail.end - self.pace.lag
+        if self._draining:
+            floors = (max(one.floor, most) if one.viewer else one.floor for one in self._cursors)
+            return min(floors, default=None)
         if all(cursor.behind for cursor in self._cursors):
             return min((cursor.floor for cursor in self._cursors), default=None)
-        most = self.tail.end - self.pace.lag
         return min(max(cursor.floor, most) if cursor.behind else cursor.floor for cursor in self._cursors)
 
     def _slow(self) -> list[Cursor]:
@@ -564,7 +576,7 @@ class Exec:
             self._reason = reason
             self._late = self._outlived()
         self._killing = asyncio.create_task(self.process.kill(grace), name=f"kill {self.id}")
-        self._killing.add_done_callback(_retrieved)
+        self._killing.add_done_callback(self._was_killed)
         return True
 
     def _outlived(self) -> bool:
@@ -606,6 +618,13 @@ class Exec:
         """Whether the command runs; one that was killed does not, though its exit may not be known yet."""
         return "ended" if self.ended.done() or self._killed() else "running"
 
+    def _was_killed(self, killing: asyncio.Task[Killed]) -> None:
+        # one that nobody waits for (linger, timeout) may fail where Incus is away; the exec then ends `lost`
+        with contextlib.suppress(asyncio.CancelledError, GatewayError, TimeoutError):
+            if killing.result().survivors == 0:
+                for stream in self.streams.values():
+                    stream.drain()
+
     def _killed(self) -> bool:
         killing = self._killing
         if killing is None or not killing.done() or killing.cancelled() or killing.exception() is not None:
@@ -617,9 +636,3 @@ def started_at(process: Process) -> str:
     """Return the start as an RFC 3339 time with milliseconds."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.started_at))
     return f"{whole}.{int(process.started_at * 1000) % 1000:03d}Z"
-
-
-def _retrieved(task: asyncio.Task[Killed]) -> None:
-    # a kill that nobody waits for (linger, timeout) may fail where Incus is away; the exec then ends `lost`
-    with contextlib.suppress(asyncio.CancelledError, GatewayError, TimeoutError):
-        task.result()

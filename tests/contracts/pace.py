@@ -167,6 +167,22 @@ class PaceContract:
             await taking(wire, started, 0, window)
             assert out.size == size and wire.whole(started)
 
+    async def test_the_end_of_a_cancelled_command_waits_for_no_reader(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """Who stands still gets what there is and the exit when it goes on; who asks is told at once."""
+        window = 300_000
+        async with still(gateway, tenant) as wire, gateway.wire(tenant) as other:
+            started = await wire.call("exec/start", command="yes", window=window)
+            exec_id, out = started["exec"], wire.out(started)
+            await wire.until(lambda: out.size == window)
+            assert (await other.call("exec/cancel", exec=exec_id))["survivors"] == 0
+            exit_ = await other.call("exec/wait", exec=exec_id)
+            assert exit_["reason"] == "cancelled" and out.size == window
+            await taking(wire, started, 0, window)
+            assert wire.notified("exec/exited", exec=exec_id) == exit_
+            assert out.size == exit_["offsets"]["stdout"]
+
     async def test_a_held_command_goes_on_for_who_takes_the_place(
         self, gateway: LiveGateway, tenant: str
     ) -> None:
