@@ -31,7 +31,7 @@ from gateway.errors import (
 from gateway.files import removing
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import TEMPORARY, Tree, etag, refusal, show
+from gateway.rootfs.tree import TEMPORARY, Made, Tree, etag, refusal, show
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools
@@ -230,8 +230,13 @@ def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         raise TooLarge(
             "too large for files/write; PUT streams it", reason="too_large", size=len(data), limit=limit
         )
+    with tree.taking_back() as made:
+        return _put(tree, path, data, given, made)
+
+
+def _put(tree: Tree, path: str, data: bytes, given: dict[str, Any], made: list[Made]) -> dict[str, Any]:
     if_match = given.get("ifMatch")
-    directory, name = parent(tree, path, given)
+    directory, name = parent(tree, path, given, made)
     try:
         for attempt in range(_ATTEMPTS):
             old = present(directory, name)
@@ -252,11 +257,11 @@ def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         os.close(directory)
 
 
-def parent(tree: Tree, path: str, given: dict[str, Any]) -> tuple[int, str]:
+def parent(tree: Tree, path: str, given: dict[str, Any], made: list[Made] | None = None) -> tuple[int, str]:
     """Open the folder of a file to be written; a condition that no file can meet makes no folder."""
     create = bool(given.get("createDirs")) and given.get("ifMatch") is None
     try:
-        return tree.parent(path, create=create)
+        return tree.parent(path, create=create, made=made)
     except NotFound:
         if given.get("ifMatch") is not None:
             raise stale(None) from None
@@ -270,15 +275,17 @@ def _move(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
         raise InvalidParams("the workspace itself cannot be moved or replaced", reason="invalid")
     source_folder, source_name = tree.parent(source)
     try:
-        target_folder, target_name = tree.parent(target, create=bool(given.get("createDirs")))
-        try:
-            if given.get("overwrite"):
-                os.rename(source_name, target_name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
-            else:
-                _move_new(source_folder, source_name, target_folder, target_name)
-            return entry(tree, target, os.stat(target_name, dir_fd=target_folder, follow_symlinks=False))
-        finally:
-            os.close(target_folder)
+        with tree.taking_back() as made:
+            create = bool(given.get("createDirs"))
+            target_folder, target_name = tree.parent(target, create=create, made=made)
+            try:
+                if given.get("overwrite"):
+                    os.rename(source_name, target_name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
+                else:
+                    _move_new(source_folder, source_name, target_folder, target_name)
+                return entry(tree, target, os.stat(target_name, dir_fd=target_folder, follow_symlinks=False))
+            finally:
+                os.close(target_folder)
     finally:
         os.close(source_folder)
 
@@ -326,12 +333,13 @@ def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     path = locate(workspace, given["path"])
     if not path:
         raise Conflict("the workspace exists", reason="exists")
-    directory, name = tree.parent(path, create=given.get("createDirs", True))
-    try:
-        os.mkdir(name, 0o755, dir_fd=directory)
-        return entry(tree, path, os.stat(name, dir_fd=directory, follow_symlinks=False))
-    finally:
-        os.close(directory)
+    with tree.taking_back() as made:
+        directory, name = tree.parent(path, create=given.get("createDirs", True), made=made)
+        try:
+            os.mkdir(name, 0o755, dir_fd=directory)
+            return entry(tree, path, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        finally:
+            os.close(directory)
 
 
 def _moved_away() -> Conflict:
@@ -358,13 +366,14 @@ def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             raise _moved_away() from None
         if not stat.S_ISREG(new.st_mode) or new.st_ino != given["inode"]:
             raise Conflict("the upload was replaced meanwhile", reason="changed")
-        directory, name = parent(tree, path, given)
-        try:
-            old = present(directory, name)
-            check(old, given)
-            os.rename(given["temporary"], name, src_dir_fd=source, dst_dir_fd=directory)
-        finally:
-            os.close(directory)
+        with tree.taking_back() as made:
+            directory, name = parent(tree, path, given, made)
+            try:
+                old = present(directory, name)
+                check(old, given)
+                os.rename(given["temporary"], name, src_dir_fd=source, dst_dir_fd=directory)
+            finally:
+                os.close(directory)
     finally:
         os.close(source)
     return {"etag": etag(new), "size": new.st_size, "created": old is None}

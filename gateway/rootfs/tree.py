@@ -14,8 +14,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import NamedTuple
 
 from gateway.errors import (
     Conflict,
@@ -119,6 +121,13 @@ def locate(path: str, cwd: str, workspace: str) -> str:
         if len(encoded) > PATH_MAX or any(len(part) > NAME_MAX for part in encoded.split(b"/")):
             raise InvalidParams("file name too long", reason="too_long")
     return found
+
+
+class Made(NamedTuple):
+    """A folder that was made for a file: its relative path and its inode."""
+
+    path: str
+    inode: int
 
 
 class Tree:
@@ -288,11 +297,11 @@ class Tree:
 
     # folders
 
-    def parent(self, path: str, *, create: bool = False) -> tuple[int, str]:
+    def parent(self, path: str, *, create: bool = False, made: list[Made] | None = None) -> tuple[int, str]:
         """Open the folder of `path`; return its descriptor and the last name.
 
-        With `create`, missing folders are made. Links on the way are followed where they stay inside; a
-        folder is never made through a link.
+        With `create`, missing folders are made, and put into `made`. Links on the way are followed where they
+        stay inside; a folder is never made through a link.
         """
         folder, _, name = path.rpartition("/")
         if not name:
@@ -306,11 +315,11 @@ class Tree:
         except OSError as error:
             raise refusal(error) from None
         try:
-            return self._make_folders(folder), name
+            return self._make_folders(folder, [] if made is None else made), name
         except OSError as error:
             raise refusal(error) from None
 
-    def _make_folders(self, folder: str) -> int:
+    def _make_folders(self, folder: str, made: list[Made]) -> int:
         """Open `folder`, making what of it is missing, never through a link that leads nowhere."""
         flags = kernel.O_PATH | os.O_DIRECTORY
         parts = folder.split("/")
@@ -320,16 +329,41 @@ class Tree:
                 try:
                     following = self._open("/".join(parts[: i + 1]), flags)
                 except FileNotFoundError:
+                    ours = False
                     # Made meanwhile, by whomever: the open below decides what it is.
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o755, dir_fd=directory)
+                        ours = True
                     following = Tree(directory, self.workspace).open_real(part, flags)
+                    if ours:
+                        made.append(Made("/".join(parts[: i + 1]), os.fstat(following).st_ino))
                 os.close(directory)
                 directory = following
         except BaseException:
             os.close(directory)
             raise
         return directory
+
+    @contextmanager
+    def taking_back(self) -> Iterator[list[Made]]:
+        """Give a list for `parent` of the folders that it makes; an error takes them back.
+
+        Only where they are empty, the same, and still where they were made: what the tenant moved, filled or
+        put in their place stays.
+        """
+        made: list[Made] = []
+        try:
+            yield made
+        except BaseException:
+            for path, inode in reversed(made):
+                with suppress(OSError, GatewayError):
+                    directory, name = self.parent(path)
+                    try:
+                        if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino == inode:
+                            os.rmdir(name, dir_fd=directory)
+                    finally:
+                        os.close(directory)
+            raise
 
     def status(self, path: str) -> os.stat_result:
         """Return the status of `path`, of the link itself where the last part is one."""

@@ -7,7 +7,7 @@ import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, TooLarge
-from gateway.rootfs.tree import etag, refusal, show
+from gateway.rootfs.tree import Made, etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
 from gateway.tools.reading import missing
@@ -30,10 +30,10 @@ _PLAIN = Text("", b"", "utf-8", False, True, False)
 class _Target:
     """The place of a file: its open folder, its name, and the regular file that is there, if one is."""
 
-    def __init__(self, call: Call, path: str, *, create: bool) -> None:
+    def __init__(self, call: Call, path: str, *, create: bool, made: list[Made]) -> None:
         self.call = call
         self.path = path
-        self.directory, self.name = call.tree.parent(path, create=create)
+        self.directory, self.name = call.tree.parent(path, create=create, made=made)
         self.old: os.stat_result | None = None
         try:
             self.old = self._look()
@@ -133,7 +133,8 @@ def write(call: Call) -> Answer:
         raise ToolFailure("too_large", words, size=len(content), limit=call.limits.write_max)
     for attempt in range(_ATTEMPTS):
         try:
-            return _write(call, given, path, content)
+            with call.tree.taking_back() as made:
+                return _write(call, given, path, content, made)
         except _Directory:
             raise _is_directory(given) from None
         except Conflict as error:
@@ -152,8 +153,8 @@ def _is_directory(given: str) -> ToolFailure:
     )
 
 
-def _write(call: Call, given: str, path: str, content: str) -> Answer:
-    target = _Target(call, path, create=True)
+def _write(call: Call, given: str, path: str, content: str, made: list[Made]) -> Answer:
+    target = _Target(call, path, create=True, made=made)
     try:
         form = _PLAIN
         old = target.old
@@ -203,7 +204,8 @@ def edit(call: Call) -> Answer:
         raise ToolFailure("too_large", words, limit=call.limits.write_max)
     for attempt in range(_ATTEMPTS):
         try:
-            return _edit(call, given, path, old, new)
+            with call.tree.taking_back() as made:
+                return _edit(call, given, path, old, new, made)
         except _Directory:
             raise _edit_directory() from None
         except Conflict as error:
@@ -219,8 +221,8 @@ def _edit_directory() -> ToolFailure:
     return ToolFailure("is_a_directory", words)
 
 
-def _edit(call: Call, given: str, path: str, old: str, new: str) -> Answer:
-    target = _Target(call, path, create=not old)
+def _edit(call: Call, given: str, path: str, old: str, new: str, made: list[Made]) -> Answer:
+    target = _Target(call, path, create=not old, made=made)
     try:
         before = target.old
         if before is None:

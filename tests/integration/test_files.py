@@ -397,6 +397,11 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
                 with pytest.raises(RpcFailure, match="disk quota exceeded") as refused:
                     await wire.call("files/write", path="kept.txt", text="x" * (6 << 20))
                 assert (refused.value.code, refused.value.data["reason"]) == ("too_large", "no_space")
+                with pytest.raises(RpcFailure, match="disk quota exceeded"):
+                    big = "x" * (6 << 20)
+                    await wire.call("files/write", path="new/deep/a.txt", text=big, createDirs=True)
+                given = {"file_path": "new/deeper/a.txt", "content": big}
+                assert (await wire.call("tools/call", name="Write", arguments=given))["isError"]
                 assert sorted(os.listdir(site)) == before
                 assert (site / "kept.txt").read_text() == "before\n"
                 assert (site / "kept.bin").read_bytes() == bytes(100)
