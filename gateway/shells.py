@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
-from gateway.errors import ExecFailed, GatewayError, InvalidParams, TooLarge, Unavailable
+from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
@@ -379,6 +379,8 @@ class Shells:
         try:
             await self._to_background(session, started, self._settings.bash_background_timeout)
         except ToolFailure:
+            with contextlib.suppress(NotFound):  # it ended, and many after it
+                self._execs.get(started.tenant, started.exec_id).end("timeout", self._settings.cancel_grace)
             await self._end(started)
             return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
         # BashOutput gives this again, so that it has all of it

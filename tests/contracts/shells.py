@@ -353,7 +353,8 @@ class ShellContract:
                 assert said["isError"] and "X-Tool-Session" in said["content"][0]["text"]
             async with http.post(url, json={"command": tree.script, "timeout": 400}) as response:
                 said = await response.json()
-                assert said["isError"] and said["structuredContent"]["code"] == "timeout"
+                facts = said["structuredContent"]
+                assert said["isError"] and (facts["code"], facts["reason"]) == ("timeout", "timeout")
                 assert tree.alive() == 0
 
     async def test_they_need_the_scope_exec(self, gateway: LiveGateway, tenant: str) -> None:
