@@ -106,7 +106,10 @@ class Settings(BaseSettings):
         2, ge=0, description="instances kept ready for each template that was deployed; 0 for none"
     )
     golden: bool = Field(True, description="keep each template installed once, to copy the next tenant from")
-    health_interval: float = Field(10.0, gt=0, description="seconds between two looks at a site's port")
+    health_interval: float = Field(5.0, gt=0, description="seconds between two looks at a site's port")
+    health_timeout: float = Field(
+        10.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"
+    )
     health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
 
     # idle tenants

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
-from gateway.runtime.probe import answer, ask
+from gateway.runtime.probe import Silent, answer, ask
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
@@ -27,7 +28,8 @@ class Health:
     """The health of every site. Use as an async context manager.
 
     A site that has just been started is looked at until it answers, which is told as `tenant.healthy` with
-    the milliseconds it took; after that every site in turn. What is well when the gateway starts is not news.
+    the milliseconds it took; after that each by itself, so that one that hangs holds up no look at another.
+    What is well when the gateway starts is not news.
     """
 
     def __init__(self, sites: Sites, bus: Bus, settings: Settings) -> None:
@@ -35,6 +37,7 @@ class Health:
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
         self._starting: dict[str, asyncio.Task[None]] = {}
+        self._looks: dict[str, asyncio.Task[None]] = {}  # at most one at each site
         self._watching: asyncio.Task[None] | None = None
         self._asking = asyncio.Semaphore(_AT_ONCE)  # of those that clients ask for; others wait
 
@@ -45,7 +48,11 @@ class Health:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [task for task in (self._watching, *self._starting.values()) if task is not None]
+        tasks = [
+            task
+            for task in (self._watching, *self._starting.values(), *self._looks.values())
+            if task is not None
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -54,6 +61,7 @@ class Health:
         """Take notice of what happened to a tenant."""
         tenant = event.tenant
         if tenant is not None and event.type in _STARTS and tenant not in self._starting:
+            self._look_no_more(tenant)  # at what it was before
             task = asyncio.create_task(self._started(tenant), name=f"health of {tenant}")
             self._starting[tenant] = task
             task.add_done_callback(lambda _: self._starting.pop(tenant, None))
@@ -70,7 +78,8 @@ class Health:
         if site.running:
             async with self._asking:
                 with contextlib.suppress(OSError, ValueError):
-                    status = await ask(site.exposure.address, site.exposure.port, site.health, 1.0)
+                    limit = self._settings.health_timeout
+                    status = await ask(site.exposure.address, site.exposure.port, site.health, 1.0, limit)
         return {"answers": status is not None and status < 500, "status": status}
 
     async def _started(self, tenant: str) -> None:
@@ -84,7 +93,8 @@ class Health:
             try:
                 await answer(where.address, where.port, site.health, self._settings.verify_timeout)
             except TimeoutError:
-                self._failed(site, self._settings.health_failures)
+                why = f"no answer within {self._settings.verify_timeout:g} s of its start"
+                self._failed(site, self._settings.health_failures, why, at_once=True)
                 return
             self._failures[tenant] = 0
             self._unhealthy.discard(tenant)
@@ -96,13 +106,14 @@ class Health:
         while True:
             await asyncio.sleep(self._settings.health_interval)
             try:
-                await self._look(await self._sites.listed())
+                self._look(await self._sites.listed())
             except GatewayError as error:
                 log.info("sites could not be looked at: %s", error.message)
             except Exception:
                 log.exception("sites could not be looked at")
 
-    async def _look(self, sites: Sequence[Site]) -> None:
+    def _look(self, sites: Sequence[Site]) -> None:
+        """Begin to look at every site at which nobody looks yet."""
         watched = {
             site.tenant: site
             for site in sites
@@ -111,34 +122,49 @@ class Health:
         for gone in [tenant for tenant in self._failures if tenant not in watched]:
             del self._failures[gone]
             self._unhealthy.discard(gone)
-        slots = asyncio.Semaphore(_AT_ONCE)
+        for gone in [tenant for tenant in self._looks if tenant not in watched]:
+            self._look_no_more(gone)
+        for tenant, site in watched.items():
+            if tenant not in self._starting and tenant not in self._looks:
+                task = asyncio.create_task(self._one(site), name=f"look at {tenant}")
+                self._looks[tenant] = task
+                task.add_done_callback(partial(self._looked, tenant))
 
-        async def one(site: Site) -> None:
-            async with slots:
-                await self._one(site)
+    def _looked(self, tenant: str, task: asyncio.Task[None]) -> None:
+        if self._looks.get(tenant) is task:
+            del self._looks[tenant]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a site could not be looked at", exc_info=error)
 
-        await asyncio.gather(*(one(site) for site in watched.values() if site.tenant not in self._starting))
+    def _look_no_more(self, tenant: str) -> None:
+        if (task := self._looks.pop(tenant, None)) is not None:
+            task.cancel()
 
     async def _one(self, site: Site) -> None:
         assert site.exposure is not None
-        tenant, where = site.tenant, site.exposure
+        tenant, where, why, silent = site.tenant, site.exposure, "", False
         try:
-            well = await ask(where.address, where.port, site.health, 1.0) < 500
-        except (OSError, ValueError):
-            well = False
-        if not well:
-            self._failed(site, self._failures.get(tenant, 0) + 1)
+            status = await ask(where.address, where.port, site.health, 1.0, self._settings.health_timeout)
+            why = f"status {status}" if status >= 500 else ""
+        except Silent:
+            why, silent = f"no answer in {self._settings.health_timeout:g} s", True
+        except ValueError:
+            why = "no HTTP"
+        except OSError:
+            why = "no connection"
+        if why:
+            self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)
             return
         self._failures[tenant] = 0
         if tenant in self._unhealthy:
             self._unhealthy.discard(tenant)
             self._bus.publish("tenant.healthy", tenant, {"port": where.port})
 
-    def _failed(self, site: Site, failures: int) -> None:
+    def _failed(self, site: Site, failures: int, why: str, *, at_once: bool) -> None:
         tenant = site.tenant
         self._failures[tenant] = failures
-        if failures >= self._settings.health_failures and tenant not in self._unhealthy:
+        if (at_once or failures >= self._settings.health_failures) and tenant not in self._unhealthy:
             self._unhealthy.add(tenant)
             assert site.exposure is not None
-            facts = {"port": site.exposure.port, "path": site.health, "failures": failures}
+            facts = {"port": site.exposure.port, "path": site.health, "failures": failures, "why": why}
             self._bus.publish("tenant.unhealthy", tenant, facts)

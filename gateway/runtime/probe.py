@@ -12,8 +12,14 @@ from typing import Final
 
 _PAUSE: Final = 0.015  # seconds between two looks; there is nothing to wait on but the network itself
 _CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel would wait a whole one
+_ANSWER: Final = 10.0  # seconds of one answer
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
 _TRACE: Final = 61.0  # seconds that a connection that has ended can be seen
+
+
+class Silent(TimeoutError):
+    """It took the connection, and then said nothing."""
+
 
 _ports: dict[int, float] = {}  # from which this process asked, until when that can be seen; oldest first
 
@@ -48,8 +54,11 @@ async def answer(address: str, port: int, path: str, timeout: float) -> int:
             await asyncio.sleep(_PAUSE)
 
 
-async def ask(address: str, port: int, path: str, connect: float = _CONNECT) -> int:
-    """Ask once; return the status. Raises `OSError`, `TimeoutError` among them, and `ValueError`."""
+async def ask(address: str, port: int, path: str, connect: float = _CONNECT, answer: float = _ANSWER) -> int:
+    """Ask once; return the status. Raises `OSError`, so `TimeoutError` and `Silent`, and `ValueError`.
+
+    `connect` and `answer` are the seconds that each of the two may take.
+    """
     with socket.socket() as own:
         own.setblocking(False)
         own.bind(("", 0))  # so that its port is known before anybody sees the connection
@@ -60,7 +69,9 @@ async def ask(address: str, port: int, path: str, connect: float = _CONNECT) -> 
             reader, writer = await asyncio.open_connection(sock=own)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-                line = await asyncio.wait_for(reader.readline(), 10.0)
+                line = await asyncio.wait_for(reader.readline(), answer)
+            except TimeoutError:
+                raise Silent from None
             finally:
                 writer.close()
         finally:

@@ -68,6 +68,7 @@ async def pair(
         "reconcile_interval": 0.5,
         "health_interval": 0.5,
         "health_failures": 2,
+        "health_timeout": 3.0,
     }
     async with (
         hosting(incus_settings, folder / "one", domain=GATEWAY, **changes) as one,
@@ -394,7 +395,9 @@ async def hears(events: aiohttp.ClientResponse, kind: str, *facts: str) -> dict[
 async def test_who_watches_hears_when_a_site_stops_answering_and_when_it_does_again(
     pair: tuple[Hosting, Hosting], site: str
 ) -> None:
-    """Its server ends and comes back; then its tenant is restarted, and the port is open again soon."""
+    """Its server ends and comes back, and hangs and goes on; then its tenant is restarted, and the port is
+    open again soon.
+    """
     host, tenant = pair[0], site.replace(".", "-")
     async with host.gateway.http("*") as session, told(host.gateway, tenant, "tenant.*") as events:
         environment.incus("exec", tenant, "--", "systemctl", "stop", "site.service")
@@ -402,6 +405,10 @@ async def test_who_watches_hears_when_a_site_stops_answering_and_when_it_does_ag
         assert (said["port"], said["path"]) == (3000, "/")
         environment.incus("exec", tenant, "--", "systemctl", "start", "site.service")
         assert (await hears(events, "tenant.healthy"))["port"] == 3000
+        for number, kind in (("STOP", "tenant.unhealthy"), ("CONT", "tenant.healthy")):
+            environment.incus("exec", tenant, "--", "systemctl", "kill", f"--signal={number}", "site.service")
+            said = await hears(events, kind)
+            assert number == "CONT" or said["why"] == "no answer in 3 s"
         begun = time.monotonic()
         async with session.post(f"/v1/tenants/{tenant}/restart") as answer:
             assert answer.status == 200
