@@ -109,7 +109,7 @@ class Standbys:
         return None if taken is None else taken.shell
 
     def drop(self, tenant: str | None = None) -> None:
-        """Give up the shells of a tenant to which something happened, or all."""
+        """Give up the shells of a tenant to which something happened, or all; try to start others."""
         for waiting in list(self._waiting):
             if tenant in (None, waiting.key[0]):
                 self._give_up(waiting)
@@ -119,6 +119,9 @@ class Standbys:
         for name, task in self._filling.items():
             if tenant in (None, name):
                 task.cancel()
+        for name in {*self._expected, *self._leaving}:
+            if tenant in (None, name) and self._missing(name) is not None:
+                self._fill_soon(name)
 
     async def aclose(self) -> None:
         """Give up all shells and wait until none is left."""

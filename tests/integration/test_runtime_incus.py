@@ -301,6 +301,7 @@ class TestStandby:
                 with pytest.raises(TenantNotRunning):
                     await runtime.exec(tenant.name, ExecSpec(("true",)))
                 await runtime.start(tenant.name)
+                await standing_by(runtime, tenant.name)  # again, before anything asks for them
                 assert (await run(runtime, tenant.name, "true"))[0].code == 0
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)

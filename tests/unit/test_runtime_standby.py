@@ -172,13 +172,17 @@ async def test_two_that_expect_share_their_shells(standbys: Standbys, maker: Mak
     assert len(maker.made) == 2
 
 
-async def test_the_shells_of_a_tenant_that_changed_are_given_up(standbys: Standbys, maker: Maker) -> None:
+async def test_the_shells_of_a_tenant_that_changed_are_replaced(standbys: Standbys, maker: Maker) -> None:
+    """As by its restart: who is connected finds shells waiting again."""
     with standbys.expect("a"), standbys.expect("b"):
-        await maker.until(4)
+        before = list(await maker.until(4))
         standbys.drop("a")
         await asyncio.sleep(0)
         assert {shell.key[0] for shell in maker.left} == {"b"}
-        assert standbys.take("a", True) is None
+        assert not standbys.waiting("a", True)
+        made = await maker.until(6)
+        assert sorted(shell.key for shell in made[4:]) == [("a", False), ("a", True)]
+        assert not set(before) & {standbys.take("a", False), standbys.take("a", True)}
 
 
 async def test_after_the_last_that_expected_them_they_stay_a_while(maker: Maker) -> None:
