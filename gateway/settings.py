@@ -183,7 +183,8 @@ class Settings(BaseSettings):
         60.0, ge=-1, description="seconds a command outlives its last reader; -1 for ever"
     )
     exec_keep: float = Field(600.0, ge=0, description="seconds that an ended command can still be asked for")
-    exec_keep_count: int = Field(64, ge=0, description="ended commands kept of one tenant")
+    exec_keep_exits: int = Field(1000, ge=0, description="ended commands kept of one tenant")
+    exec_keep_count: int = Field(64, ge=0, description="those of them whose output is kept too")
     exec_keep_bytes: int = Field(
         128 * MiB, ge=0, description="bytes of output kept of ended commands, all tenants"
     )

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final
@@ -46,7 +45,9 @@ class Execs:
         self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
-        self._ended: OrderedDict[tuple[str, str], Exec] = OrderedDict()  # first ended first
+        self._ended: dict[str, dict[str, Exec]] = {}  # of each tenant, first ended first
+        self._whole: dict[Exec, int] = {}  # those of which more than the end is kept: its bytes
+        self._held = 0  # their sum
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
@@ -322,25 +323,31 @@ class Execs:
             await asyncio.gather(*late, return_exceptions=True)
 
     def _keep(self, exec_: Exec) -> None:
-        """Keep an ended command for a while; forget the first ended where there are too many or too large.
+        """Keep an ended command for a while; where there are many, of the first ended their end alone.
 
         One of whose tree something runs on is kept until that has ended, so that it can be listed and
         ended, unless there are too many of these too.
         """
         settings = self._settings
-        asyncio.get_running_loop().call_later(settings.exec_keep, self._forget_in_time, exec_)
-        self._ended[exec_.tenant, exec_.id] = exec_
-        of_tenant = [other for other in self._ended.values() if other.tenant == exec_.tenant]
-        if len(of_tenant) > settings.exec_keep_count:
-            of_tenant.sort(key=lambda other: other.left)
-            for other in of_tenant[: len(of_tenant) - settings.exec_keep_count]:
+        loop = asyncio.get_running_loop()
+        exec_.keeping = loop.call_later(settings.exec_keep, self._forget_in_time, exec_)
+        of_tenant = self._ended.setdefault(exec_.tenant, {})
+        of_tenant[exec_.id] = exec_
+        self._whole[exec_] = exec_.kept_bytes
+        self._held += exec_.kept_bytes
+        whole = [other for other in of_tenant.values() if other in self._whole]
+        for other in whole[: max(0, len(whole) - settings.exec_keep_count)]:
+            self._shed(other)
+        while self._held > settings.exec_keep_bytes:
+            self._shed(next(iter(self._whole)))
+        if len(of_tenant) > settings.exec_keep_exits:
+            first = sorted(of_tenant.values(), key=lambda other: other.left)
+            for other in first[: len(first) - settings.exec_keep_exits]:
                 self._forget(other)
-        size = sum(other.kept_bytes for other in self._ended.values())
-        for other in list(self._ended.values()):
-            if size <= settings.exec_keep_bytes:
-                break
-            size -= other.kept_bytes
-            self._forget(other)
+
+    def _shed(self, exec_: Exec) -> None:
+        self._held -= self._whole.pop(exec_)
+        exec_.shed(_shortened(exec_.spec))
 
     def forget_tenant(self, tenant: str) -> None:
         """Forget the ended commands of an earlier tenant of this name: they are none of the new one's."""
@@ -349,19 +356,22 @@ class Execs:
                 self._forget(exec_)
 
     def _forget_in_time(self, exec_: Exec) -> None:
-        if exec_.left and self._ended.get((exec_.tenant, exec_.id)) is exec_:
-            asyncio.get_running_loop().call_later(self._settings.exec_keep, self._forget_in_time, exec_)
+        if exec_.left:
+            loop = asyncio.get_running_loop()
+            exec_.keeping = loop.call_later(self._settings.exec_keep, self._forget_in_time, exec_)
         else:
             self._forget(exec_)
 
     def _forget(self, exec_: Exec) -> None:
-        execs = self._execs.get(exec_.tenant, {})
-        if execs.get(exec_.id) is exec_:
-            del execs[exec_.id]
-            if not execs:
-                del self._execs[exec_.tenant]
-        if self._ended.get((exec_.tenant, exec_.id)) is exec_:
-            del self._ended[exec_.tenant, exec_.id]
+        if exec_.keeping is not None:
+            exec_.keeping.cancel()  # until it is due it would hold the command, with all its output
+        self._held -= self._whole.pop(exec_, 0)
+        for known in (self._execs, self._ended):
+            of_tenant = known.get(exec_.tenant, {})
+            if of_tenant.get(exec_.id) is exec_:
+                del of_tenant[exec_.id]
+                if not of_tenant:
+                    del known[exec_.tenant]
 
 
 def _key(exec_: Exec) -> Key:
@@ -371,13 +381,18 @@ def _key(exec_: Exec) -> Key:
 def _facts(exec_: Exec) -> dict[str, Any]:
     """Return what the next life is to know of a command, beside its end."""
     process = exec_.process
+    words = _shortened(exec_.spec)
+    return {"pid": process.pid, "startedAt": process.started_at, "argv": words}
+
+
+def _shortened(spec: ExecSpec) -> list[str]:
     words, room = list[str](), _SHORT
-    for word in exec_.spec.shown or exec_.spec.argv:
+    for word in spec.shown or spec.argv:
         words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
         room -= len(word) + 1
         if room < 0:
             break
-    return {"pid": process.pid, "startedAt": process.started_at, "argv": words}
+    return words
 
 
 def _short(spec: ExecSpec) -> str:

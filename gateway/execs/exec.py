@@ -17,7 +17,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from gateway.errors import GatewayError, NotFound, Unavailable
@@ -331,6 +331,7 @@ class Attachment:
             self._holding.cancel()
         for cursor in self.cursors.values():
             cursor.detach()
+        self.cursors = {}  # its place, which is kept for its return, holds no output
         self.exec.detached(self)
 
 
@@ -409,6 +410,7 @@ class Exec:
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
+        self.keeping: asyncio.TimerHandle | None = None  # of the registry, once it has ended
         self._late = False  # it was ended when only what it left behind was seen to run
         self._attachments: set[Attachment] = set()
         self._places: OrderedDict[str, Attachment] = OrderedDict()
@@ -603,10 +605,25 @@ class Exec:
         left = self.process.left() if self.over.left else None
         return [{"pid": member.pid, "name": member.name} for member in left or ()]
 
+    def shed(self, words: Sequence[str]) -> None:
+        """Keep of an ended command its end and `words` alone.
+
+        Who reads its output reads on; who comes later is told that it is lost.
+        """
+        for name, stream in self.streams.items():
+            bare = Stream(name, 0, stream.pace)
+            bare.tail.start = bare.tail.end = stream.tail.end
+            bare.ended = True
+            self.streams[name] = bare
+        self.spec = replace(self.spec, argv=tuple(words), env={}, shown=None)
+
     @property
     def kept_bytes(self) -> int:
-        """How much of the outputs is held."""
-        return sum(stream.tail.end - stream.tail.start for stream in self.streams.values())
+        """How much is held of the outputs, and of what was asked for."""
+        asked = (*self.spec.argv, *self.spec.env, *self.spec.env.values())
+        return sum(stream.tail.end - stream.tail.start for stream in self.streams.values()) + sum(
+            map(len, asked)
+        )
 
     @property
     def left(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ async def ended(execs: Execs, *argv: str) -> Exec:
 
 
 async def test_only_so_many_ended_commands_are_kept(make: Make) -> None:
-    execs = await make(exec_keep_count=2)
+    execs = await make(exec_keep_exits=2)
     three = [await ended(execs, "echo", str(n)) for n in range(3)]
     await until(lambda: len(execs.list("demo")) == 2)
     assert execs.list("demo") == three[1:]
@@ -60,10 +62,33 @@ async def test_only_so_many_ended_commands_are_kept(make: Make) -> None:
         execs.get("demo", three[0].id)
 
 
-async def test_only_so_many_bytes_of_ended_commands_are_kept(make: Make) -> None:
-    execs = await make(exec_keep_bytes=100_000)
-    large = [await ended(execs, "head", "-c", "60000", "/dev/zero") for _ in range(2)]
-    await until(lambda: execs.list("demo") == large[1:])
+@pytest.mark.parametrize("limit", [{"exec_keep_bytes": 100_000}, {"exec_keep_count": 1}])
+async def test_of_many_ended_commands_only_the_end_is_kept(make: Make, limit: dict[str, int]) -> None:
+    """What they printed is counted as lost, but for who reads it already; nothing else holds it."""
+    execs = await make(**limit)
+    script = "head -c 60000 /dev/zero; exit 3"
+    first = await ended(execs, "sh", "-c", script, "x" * 5000)
+    reader = first.attach()
+    tail = weakref.ref(first.streams["stdout"].tail)
+    await ended(execs, "sh", "-c", script)
+    await until(lambda: first.kept_bytes < 1000)
+    assert first.over.code == 3 and len(str(first.describe()["argv"])) < 300
+    late = first.attach({"stdout": 10})
+    assert late.lost == {"stdout": 59_990, "stderr": 0}
+    assert late.cursors["stdout"].offset == 60_000
+    assert b"".join(await reader.cursors["stdout"].next()) == bytes(60_000)
+    reader.close()
+    del reader
+    gc.collect()
+    assert tail() is None
+
+
+async def test_what_is_forgotten_is_held_by_nothing(make: Make) -> None:
+    execs = await make(exec_keep_exits=1)
+    first = weakref.ref(await ended(execs, "true"))
+    await ended(execs, "true")
+    await until(lambda: len(execs.list("demo")) == 1)
+    await until(lambda: gc.collect() >= 0 and first() is None)
 
 
 async def test_an_ended_command_is_forgotten_in_time(make: Make) -> None:
@@ -74,7 +99,7 @@ async def test_an_ended_command_is_forgotten_in_time(make: Make) -> None:
 
 async def test_an_ended_command_is_kept_while_something_of_it_runs(make: Make) -> None:
     """Neither its time nor the number of those kept takes away by what the rest can be ended."""
-    execs = await make(exec_keep=0.1, exec_keep_count=2)
+    execs = await make(exec_keep=0.1, exec_keep_exits=2)
     seconds = mark()
     left = await ended(execs, "sh", "-c", f"setsid sleep {seconds} >/dev/null 2>&1 </dev/null &")
     assert left.over.left == 1
