@@ -220,6 +220,7 @@ class Gateway:
                 else LocalSites(settings, runtime)
             )
             caddy = await stack.enter_async_context(Caddy(settings))
+            caddy.lead_home()
             self._life_of = Life(runtime, workers, self.bus, settings)
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, self._life_of, execs.running_in, settings)

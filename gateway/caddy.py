@@ -86,8 +86,6 @@ class Caddy:
 
     async def __aenter__(self) -> Caddy:
         await asyncio.to_thread(self.lay)
-        if self._settings.domain is not None and ":" in self._settings.listen:
-            self.set(self._settings.domain, self._gateway())
         path = socket_of(self._settings.caddy_admin)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
@@ -101,6 +99,11 @@ class Caddy:
         for session in (self._admin, self._sites):
             if session is not None:
                 await session.close()
+
+    def lead_home(self) -> None:
+        """Lead the gateway's own domain to the gateway."""
+        if self._settings.domain is not None and ":" in self._settings.listen:
+            self.set(self._settings.domain, self._gateway())
 
     def lay(self) -> None:
         """Make the folders of the routes. Raises `CaddyFailed` where this user may not write them."""

@@ -6,6 +6,7 @@ package, with the one right to take ports below 1024: it reads what hostile site
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,12 +21,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.caddy import Caddy, socket_of
+from gateway.caddy import Caddy, CaddyFailed, socket_of
 from gateway.host import HostError, run
 from gateway.host.daemon import systemd_runs
 from gateway.settings import Settings
 
 UNIT: Final = "incus-gateway-caddy.service"
+_UNITS: Final = Path("/etc/systemd/system")
 USER: Final = "caddy"
 START_TIMEOUT: Final = 60.0  # seconds
 POLL: Final = 0.05
@@ -171,18 +173,21 @@ class Front:
         `units` is the folder of the systemd unit.
         """
         running = self.pid()
-        current = all(_text(self.folder / name) == text for name, text in self.caddy.rendered().items())
-        if running is not None and current and self.answers():
-            return f"runs already, pid {running}"
         program = shutil.which("caddy")
         if program is None:
             raise HostError("caddy is not installed; install it: apt-get install caddy")
+        by_unit = systemd_runs() and os.geteuid() == 0
+        unit_is_new = by_unit and _text(_UNITS / UNIT) != self._unit(program, units)
+        if running is not None and self.answers() and not unit_is_new:
+            # loaded, not restarted: no request fails
+            loaded = asyncio.run(self._load())
+            return f"{'was given its new configuration' if loaded else 'runs already'}, pid {running}"
         if running is not None:
             self.stop()
         self._check_ports()
         self._lay()
-        if systemd_runs() and os.geteuid() == 0:
-            self._start_unit(program, units)
+        if by_unit:
+            self._start_unit(self._unit(program, units))
             process = None
         else:
             process = self._start_process(program)
@@ -199,14 +204,22 @@ class Front:
             if (user := _user()) is not None:
                 shutil.chown(place, user, user)
 
-    def _start_unit(self, program: str, units: Path) -> None:
-        target = Path("/etc/systemd/system") / UNIT
+    async def _load(self) -> bool:
+        try:
+            async with Caddy(self.settings) as caddy:
+                return await caddy.ensure()
+        except CaddyFailed as error:
+            raise HostError(f"{error.message}; the old configuration goes on") from error
+
+    def _unit(self, program: str, units: Path) -> str:
         text = (units / UNIT).read_text()
         text = text.replace("/var/lib/incus-gateway/caddy", str(self.folder))
         text = text.replace("/var/lib/incus-gateway", str(self.settings.state_dir.absolute()))
         text = text.replace("/usr/bin/caddy", program)
-        if _user() is None:
-            text = re.sub("^(User|Group)=.*\n", "", text, flags=re.MULTILINE)
+        return text if _user() is not None else re.sub("^(User|Group)=.*\n", "", text, flags=re.MULTILINE)
+
+    def _start_unit(self, text: str) -> None:
+        target = _UNITS / UNIT
         if _text(target) != text:
             target.write_text(text)
             run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
@@ -261,7 +274,7 @@ class Front:
     def stop(self) -> bool:
         """Stop it; return whether it ran."""
         pid = self.pid()
-        if systemd_runs() and os.geteuid() == 0 and (Path("/etc/systemd/system") / UNIT).exists():
+        if systemd_runs() and os.geteuid() == 0 and (_UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
         if pid is None:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -57,7 +58,9 @@ def seen(quickstart: Quickstart) -> str:
 def test_to_a_running_demo_again_after_a_crash_and_down(
     quickstart: Quickstart, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One run brings the demo up; a second changes nothing; a killed gateway comes back; stop ends it."""
+    """One run brings the demo up; a second changes nothing, and Caddy is not restarted for another setting; a
+    killed gateway comes back; stop ends it.
+    """
     quickstart.start()
     state = quickstart.status()
     assert state["running"] is True
@@ -82,6 +85,10 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert (quickstart._pid(), quickstart.status()["token"]) == (pid, token)
     assert quickstart.front.pid() == caddy
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
+
+    other = front.Front(quickstart.settings.model_copy(update={"wake_timeout": 31.0}))
+    assert other.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {caddy}"
+    assert '"try_duration": 31000000000' in json.dumps(other.running())  # nanoseconds
 
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
