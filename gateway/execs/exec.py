@@ -16,7 +16,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -34,6 +34,7 @@ _CTRL_C: Final = b"\x03"
 _TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
 _SEES: Final = 0.15  # seconds within which a program sees that its terminal has another size
 _SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
+_SOONER: Final = 0.1  # seconds by which a second cancel must be less patient to make a difference
 _TOLD: Final = 100  # processes of a tree that a runtime tells of, at most
 _READERS: Final = 64  # of one command, whose place is kept for their return
 
@@ -421,6 +422,7 @@ class Exec:
         self._size = spec.pty
         self._redrawing: asyncio.Task[None] | None = None
         self._killing: asyncio.Task[Killed] | None = None
+        self._due = 0.0  # when it stops to be patient
         self._lingering: asyncio.TimerHandle | None = None
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
@@ -564,22 +566,49 @@ class Exec:
     async def cancel(self, grace: float, reason: Reason = "cancelled") -> Killed:
         """End the whole tree; return when nothing of it is left. A second call joins the first.
 
-        After the command's own end it ends what the command left behind.
+        The second may have less patience. After the command's own end it ends what the command left behind.
         """
         self.end(reason, grace)
-        assert self._killing is not None
-        return await asyncio.shield(self._killing)
+        killing = None
+        while killing is not self._killing:  # another's patience may have been shorter meanwhile
+            killing = self._killing
+            assert killing is not None
+            killed = await asyncio.shield(killing)
+        return killed
 
     def end(self, reason: Reason, grace: float) -> bool:
         """Start to end the tree and return at once: whether it was not being ended already."""
-        if self._killing is not None and not (self._killing.done() and self.ended.done()):
+        due, killing = asyncio.get_running_loop().time() + grace, self._killing
+        if killing is not None and not killing.done():
+            if due < self._due - _SOONER:
+                self._due = due
+                self._kill(self._hastened(killing, grace))
             return False
+        if self._killed() and not self.ended.done():
+            return False  # its end is just being told
         if not self.ended.done():
             self._reason = reason
             self._late = self._outlived()
-        self._killing = asyncio.create_task(self.process.kill(grace), name=f"kill {self.id}")
-        self._killing.add_done_callback(self._was_killed)
+        self._due = due
+        self._kill(self.process.kill(grace))
         return True
+
+    def _kill(self, kill: Coroutine[Any, Any, Killed]) -> None:
+        self._killing = asyncio.create_task(kill, name=f"kill {self.id}")
+        self._killing.add_done_callback(self._was_killed)
+
+    async def _hastened(self, first: asyncio.Task[Killed], grace: float) -> Killed:
+        """Wait `grace` seconds for a kill that is under way, then KILL what is left."""
+        await asyncio.wait([first], timeout=grace)
+        if first.done():
+            return first.result()
+        harder = await self.process.kill(0)
+        killed = await first
+        return replace(
+            killed,
+            killed=max(killed.killed, harder.killed),
+            escalated=killed.escalated or harder.escalated,
+        )
 
     def _outlived(self) -> bool:
         """Whether the command was seen to have ended before its outputs, which what it left holds open."""

@@ -418,6 +418,19 @@ class ExecContract:
             exit_ = await wire.exited(started["exec"])
             assert (exit_["reason"], exit_["exitCode"], exit_["left"]) == ("exited", 5, 0)
 
+    async def test_a_second_cancel_may_have_less_patience(self, gateway: LiveGateway, tenant: str) -> None:
+        """Both are told what was done in the end, long before the first one's grace is over."""
+        async with gateway.wire(tenant) as wire:
+            command = "trap '' TERM; echo on; while :; do sleep 0.1; done"
+            started = await wire.call("exec/start", command=command)
+            await wire.until(lambda: wire.output[started["channel"], 1])
+            cancel = {"exec": started["exec"], "graceMs": 60_000}
+            _, first = await wire.start_call("exec/cancel", **cancel)
+            second = await wire.call("exec/cancel", **cancel | {"graceMs": 0})
+            assert second["escalated"] and second["survivors"] == 0
+            assert await asyncio.wait_for(first, 30) == second
+            assert (await wire.exited(started["exec"]))["reason"] == "cancelled"
+
     async def test_what_was_cancelled_counts_no_longer(self, gateway: LiveGateway, tenant: str) -> None:
         """From the answer on, so that who cancels one of too many can start another."""
         async with gateway.wire(tenant) as wire:
