@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 import re2
 
@@ -125,13 +125,25 @@ def _class(glob: str, inside: bytes) -> bytes:
     return b"(?:[^/\\x80-\\xff" + b"".join(plain) + b"]|[\\xc2-\\xf4][\\x80-\\xbf]+|[\\x80-\\xff])"
 
 
+_WILD: Final = frozenset("*?[]{}\\/")
+
+
+def _endings(text: str) -> tuple[str, ...] | None:
+    """Return what `text` can be where nothing in it is wild but one group of alternatives, else None."""
+    before, brace, rest = text.partition("{")
+    inside, closed, after = rest.partition("}")
+    if not _WILD.isdisjoint(before + inside + after) or bool(brace) != bool(closed):
+        return None
+    return tuple(before + one + after for one in inside.split(","))
+
+
 class Glob:
     """One glob of an override or an ignore file: `negated`, `folders_only`, and whether it `matches`.
 
     `name` is the one file name that it matches anywhere, None where it is not as simple.
     """
 
-    __slots__ = ("_regex", "_suffix", "_tail", "folders_only", "name", "negated")
+    __slots__ = ("_endings", "_head", "_regex", "_tail", "folders_only", "name", "negated")
 
     def __init__(self, pattern: str) -> None:
         if len(pattern) > GLOB_MAX:
@@ -149,19 +161,16 @@ class Glob:
             body = body[3:]
         anchored = "/" in body
         body = body[1:] if body.startswith("/") else body
-        plain = not any(char in body for char in "*?[]{}\\/")
-        # Two short cuts for what most globs are, a name or a suffix; both without a regular expression.
-        self.name = body if plain and not anchored else None
-        tail = body[1:]
-        self._suffix = (
-            tail
-            if not anchored and body.startswith("*") and not any(c in tail for c in "*?[]{}\\/")
-            else None
-        )
-        # What stands after the last wildcard: the cheap question that most paths answer with no.
-        self._tail = re.split(r"[*?\[\]{}\\]", body)[-1]
+        # Two short cuts for what most globs are, a name or its ending; both without a regular expression.
+        self.name = body if not anchored and _WILD.isdisjoint(body) else None
+        self._endings = _endings(body[1:]) if not anchored and body.startswith("*") else None
+        # What stands before the first and after the last wildcard: cheap questions that most names answer
+        # with no. A name's beginning is known only where a glob does not speak of its folders.
+        literals = re.split(r"[*?\[\]{}\\]", body)
+        self._head = "" if anchored else literals[0]
+        self._tail = literals[-1]
         self._regex = None
-        if self.name is None and self._suffix is None:
+        if self.name is None and self._endings is None:
             expression = _translate(body)
             if not anchored:
                 expression = b"(?:.*/)?" + expression
@@ -174,20 +183,28 @@ class Glob:
         """Return what globs must have in common to be asked as one: whether a plain name, and the marks."""
         return self.name is not None, self.negated, self.folders_only
 
-    @property
-    def suffix(self) -> str | None:
-        """What a file's name must end with, where that says it all."""
-        return None if self.folders_only else self._suffix
-
     def matches(self, path: str) -> bool:
-        if self._suffix is not None:
-            return path.endswith(self._suffix)
+        if self._endings is not None:
+            return path.endswith(self._endings)
         if self.name is not None:
             return path == self.name or path.endswith("/" + self.name)
         assert self._regex is not None
         if not path.endswith(self._tail):
             return False
         return self._regex.fullmatch(os.fsencode(path)) is not None
+
+    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+        """Return those of the names of files in the folder `prefix`, with its slash, that it matches."""
+        if self.folders_only:
+            return ()
+        if self._endings is not None:
+            endings = self._endings
+            return [name for name in names if name.endswith(endings)]
+        if self.name is not None:
+            return (self.name,) if self.name in names else ()
+        head, tail, matches = self._head, self._tail.rpartition("/")[2], self.matches
+        likely = [name for name in names if name.startswith(head) and name.endswith(tail)]
+        return [name for name in likely if matches(prefix + name)]
 
 
 class _Names:
@@ -228,8 +245,7 @@ class Globs:
         self._rules = _joined(globs[::-1])
         self._selective = any(not glob.negated for glob in globs)
         self.excludes = any(glob.negated for glob in globs)
-        # With one glob that asks for an ending, that ending: the whole question, for a walk of all files.
-        self.suffix = globs[0].suffix if len(globs) == 1 and not self.excludes else None
+        self._single = globs[0] if len(globs) == 1 and not self.excludes else None
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
         """Say whether the path is taken (True), left out (False) or not spoken of (None)."""
@@ -238,19 +254,27 @@ class Globs:
                 return not rule.negated
         return False if self._selective and not folder else None
 
+    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+        """Return those of the files' names in the folder `prefix`, with its slash, that are not left out."""
+        if self._single is not None:
+            return self._single.among(prefix, names)
+        decide = self.decide
+        return [name for name in names if decide(prefix + name, folder=False) is not False]
+
 
 class Named:
     """Chooses files by globs alone: what Glob walks.
 
-    Folders are entered unless a glob excludes them, or nothing in them can match: those beside `prefix`, the
-    literal beginning of the pattern, and with `depth` those that have as many folders above them.
+    Folders are entered unless a glob excludes them, or nothing in them can match: `hidden` itself, those
+    beside `prefix`, the literal beginning of the pattern, and with `depth` those that have as many folders
+    above them.
     """
 
-    def __init__(self, globs: Globs, prefix: str, depth: int | None) -> None:
+    def __init__(self, globs: Globs, prefix: str, depth: int | None, hidden: str | None) -> None:
         self._globs = globs
         self._prefix = prefix
         self._depth = depth
-        self._suffix = globs.suffix
+        self._hidden = hidden
 
     def enter(self, path: str, names: Names, state: Any) -> Any:
         return None
@@ -259,17 +283,14 @@ class Named:
         prefix = self._prefix
         if prefix and not (path + "/").startswith(prefix) and not prefix.startswith(path + "/"):
             return False
-        if self._depth is not None and path.count("/") >= self._depth:
+        if path == self._hidden or (self._depth is not None and path.count("/") >= self._depth):
             return False
         return not self._globs.excludes or self._globs.decide(path, folder=True) is not False
 
     def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
         if self._prefix and not prefix.startswith(self._prefix):
             return ()
-        if self._suffix is not None:
-            return [name for name in names if name.endswith(self._suffix)]
-        decide = self._globs.decide
-        return [name for name in names if decide(prefix + name, folder=False) is not False]
+        return self._globs.among(prefix, names)
 
 
 @lru_cache(256)

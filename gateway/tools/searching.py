@@ -72,7 +72,7 @@ def glob(call: Call) -> Answer:
     start = _start(call, path)
     try:
         literal = _literal_folder(pattern)
-        named = Named(Globs([pattern, *_hidden(start, pattern)]), literal, _depth(pattern))
+        named = Named(Globs([_below(pattern, literal)]), literal, _depth(pattern), _hidden(start, pattern))
     except GlobError as error:
         raise _rejected(str(error)) from None
     walk = Walk(
@@ -139,6 +139,12 @@ def _literal_folder(pattern: str) -> str:
     head = re.split(r"[*?\[\]{}\\]", pattern, maxsplit=1)[0].lstrip("/")
     folders = head.rpartition("/")[0]
     return "" if {"", ".", ".."} & set(folders.split("/")) else folders + "/"
+
+
+def _below(pattern: str, literal: str) -> str:
+    """Return a glob that says of paths below the folder `literal` what `pattern` does, the quicker one."""
+    below = pattern.lstrip("/")[len(literal) :]
+    return below if literal and below.startswith("**/") else pattern
 
 
 def _depth(pattern: str) -> int | None:
@@ -228,9 +234,9 @@ def _kind(tree: Tree, path: str) -> tuple[os.stat_result, bool]:
     return status, status.st_mode & 0o170000 == 0o100000
 
 
-def _hidden(start: str, pattern: str = "") -> list[str]:
-    """Return the glob that leaves out the gateway's own folder, unless a search names it."""
-    return [] if start or pattern.startswith(outputs.HOME) else [f"!/{outputs.HOME}"]
+def _hidden(start: str, pattern: str = "") -> str | None:
+    """Return the gateway's own folder where a search would come by it without having named it."""
+    return None if start or pattern.startswith(outputs.HOME) else outputs.HOME
 
 
 def overrides(given: dict[str, Any], start: str) -> list[str]:
@@ -239,7 +245,8 @@ def overrides(given: dict[str, Any], start: str) -> list[str]:
     for word in str(given.get("glob", "")).split():
         # A comma separates two globs, unless it stands in braces.
         patterns += [word] if "{" in word else [part for part in word.split(",") if part]
-    return patterns + _hidden(start)
+    hidden = _hidden(start)
+    return [*patterns, f"!/{hidden}"] if hidden else patterns
 
 
 def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:

@@ -9,7 +9,7 @@ import pytest
 from gateway.rootfs import FilesystemRoot
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
-from gateway.tools.patterns import Glob, GlobError
+from gateway.tools.patterns import Glob, GlobError, Globs
 from tests.unit.test_tools_conformance import HereWorkers
 
 
@@ -51,16 +51,28 @@ def lay(site: Path, **files: str) -> None:
         ("\\[id\\].ts", ["[id].ts", "r/[id].ts"], ["i.ts"]),
         ("/a.py", ["a.py"], ["x/a.py"]),
         ("a.b", ["a.b", "x/a.b"], ["axb"]),
+        ("*.{ts,tsx}", ["a.ts", "x/b.tsx", ".ts"], ["a.t", "a.ts/b", "a.tsxx", "ts"]),
+        ("*_{a,}.x", ["q_a.x", "q_.x", "y/q_.x"], ["q_b.x", "q.x"]),
+        ("*{.a,.{b,c}}", ["q.a", "q.b", "y/q.c"], ["q.d", "qa"]),
+        ("**/part7.*", ["part7.js", "x/part7.d.ts"], ["part70.js", "xpart7.js", "part7.x/a"]),
+        ("a*b", ["ab", "x/a-b"], ["ba", "a/b", "xab"]),
+        ("a,b*", ["a,b", "x/a,bc"], ["a", "b"]),
+        ("a/**/b/*.c", ["a/b/q.c", "a/x/y/b/.c"], ["a/q.c", "b/q.c", "a/b/x/q.c"]),
+        ("folder/", [], ["folder", "x/folder"]),
     ],
 )
 def test_glob(glob: str, yes: list[str], no: list[str]) -> None:
-    """A glob matches what ripgrep's does."""
-    compiled = Glob(glob)
+    """A glob matches what ripgrep's does, asked for one path or for all names of a folder."""
+    compiled, globs = Glob(glob), Globs([glob])
     assert [path for path in yes if not compiled.matches(path)] == []
-    assert [path for path in no if compiled.matches(path)] == []
+    assert [path for path in no if compiled.matches(path) and not compiled.folders_only] == []
+    for paths, wanted in ((yes, True), (no, False)):
+        for path in paths:
+            folder, slash, name = path.rpartition("/")
+            assert (name in globs.among(folder + slash, [".", name])) is wanted, path
 
 
-@pytest.mark.parametrize("glob", ["[a", "{a", "a}", "a\\", "[z-a]", "x" * 5000])
+@pytest.mark.parametrize("glob", ["[a", "{a", "a}", "*{a", "*a}", "*.{a}}", "a\\", "[z-a]", "x" * 5000])
 def test_bad_glob(glob: str) -> None:
     """A glob that does not parse is an error, not a glob that matches nothing."""
     with pytest.raises(GlobError):
@@ -147,6 +159,9 @@ async def test_session_is_bounded() -> None:
         ("src/*.ts", ["src/a.ts"]),
         ("src/*/*.ts", ["src/x/b.ts"]),
         ("src/**/*.ts", ["src/a.ts", "src/x/b.ts", "src/x/y/c.ts"]),
+        ("src/x/**/*.ts", ["src/x/b.ts", "src/x/y/c.ts"]),
+        ("src/**/y/*.ts", ["src/x/y/c.ts"]),
+        ("src/**/x/*.ts", ["src/x/b.ts"]),
         ("src/{x,x/y}/*.ts", ["src/x/b.ts", "src/x/y/c.ts"]),
         ("src/x/b.ts", ["src/x/b.ts"]),
         ("link/*.ts", []),
