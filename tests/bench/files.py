@@ -98,15 +98,8 @@ def searches(shop: Tenant, folder: str) -> Iterator[Case]:
 
     def spawned(wanted: bytes, *command: str, codes: tuple[int, ...] = (0,)) -> Way:
         async def call() -> None:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            out, _ = await process.communicate()
-            check(process.returncode in codes and wanted in out, f"{command[0]} found something else")
+            done = await bench.spawned(*command, cwd=folder, stdin=subprocess.DEVNULL)
+            check(done.returncode in codes and wanted in done.stdout, f"{command[0]} found something else")
 
         return call
 
