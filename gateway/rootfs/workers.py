@@ -38,6 +38,7 @@ _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes mill
 _BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
 _SIFTED_MAX = 8 << 20  # bytes of names
+_ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 # -c, not -m: the broker's import path must be this process' own, whatever the environment says.
@@ -355,6 +356,15 @@ class Workers:
         """Return whether no call to the tenant's worker for single files runs or waits."""
         slot = self._slots.get((tenant, False))
         return slot is None or not slot.waiting
+
+    def alone(self, tenant: str) -> bool:
+        """Return whether no other tenant's worker is asked for anything, or was a moment ago."""
+        since = time.monotonic() - _ALONE
+        return not any(
+            slot.waiting or (slot.worker is not None and slot.worker.used > since)
+            for (other, _), slot in self._slots.items()
+            if other != tenant
+        )
 
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         """Have the program name the files worth a search, each with a NUL after it; None where it cannot.

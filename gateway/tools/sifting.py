@@ -18,17 +18,15 @@ from gateway.tools.call import Call
 from gateway.tools.schemas import checked
 from gateway.tools.searching import FILE_MAX, overrides
 
-# on two cores a second thread left none to the neighbours: the p99 of their reads tripled
-_THREADS: Final = 1 if (os.cpu_count() or 1) <= 2 else 2
 _FLAGS: Final = (
     *("--no-config", "--no-messages", "--color=never", "--files-with-matches", "--null"),
-    *("--hidden", "--no-ignore-global", "--no-mmap", f"--threads={_THREADS}"),
+    *("--hidden", "--no-ignore-global", "--no-mmap"),
 )
 
 
-def command(given: dict[str, Any], start: str) -> list[str]:
+def command(given: dict[str, Any], start: str, threads: int = 1) -> list[str]:
     """Return the command line for a Grep's checked input whose search begins at the workspace's `start`."""
-    words = ["rg", *_FLAGS]
+    words = ["rg", *_FLAGS, f"--threads={threads}"]
     if given.get("-i"):
         words.append("--ignore-case")
     if given.get("multiline"):
@@ -49,7 +47,7 @@ def sift(connection: socket.socket, workspace: Workspace) -> NoReturn:
     call = Call("Grep", workspace, given, asked["cwd"], None, False)
     start = call.locate(given.get("path") or ".")
     folder = call.tree.open(start, os.O_RDONLY | os.O_DIRECTORY)
-    words = command(given, start)
+    words = command(given, start, asked.get("threads", 1))
     os.fchdir(folder)
     # Something must be there for input and errors; a folder takes and gives nothing.
     for number, descriptor in enumerate((folder, connection.fileno(), folder)):

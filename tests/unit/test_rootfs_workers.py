@@ -119,6 +119,23 @@ async def test_crash_spares_those_who_wait(workers: Workers, root: FilesystemRoo
     assert isinstance(results[1], Unavailable)
 
 
+async def test_alone(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant is alone while no other's worker is asked for anything, and soon after it again."""
+    one, two = make_root(tmp_path, "alone"), make_root(tmp_path, "beside")
+    await echo(workers, one)
+    assert workers.alone("alone")
+    asking = asyncio.ensure_future(workers.call(two, "hang", {}))
+    while workers.alone("alone"):
+        assert not asking.done()
+        await asyncio.sleep(0)
+    with pytest.raises(Timeout):
+        await asking
+    await echo(workers, two)
+    assert not workers.alone("alone")
+    monkeypatch.setattr("gateway.rootfs.workers._ALONE", -1.0)
+    assert workers.alone("alone")
+
+
 async def test_hang_is_killed(workers: Workers, root: FilesystemRoot) -> None:
     """A worker that passes its deadline is killed: `timeout`, and the next call is answered."""
     pid = await pid_of(workers, root)

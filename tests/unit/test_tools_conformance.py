@@ -56,6 +56,9 @@ class HereWorkers:
     def close(self) -> None:
         self._tree.close()
 
+    def alone(self, tenant: str) -> bool:
+        return True
+
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         return None
 
