@@ -90,7 +90,7 @@ async def standbys(maker: Maker) -> AsyncIterator[Standbys]:
 
 
 async def test_nothing_is_kept_for_whom_nothing_is_expected(standbys: Standbys, maker: Maker) -> None:
-    assert standbys.take("a", False) is None
+    assert await standbys.take("a", False) is None
     await asyncio.sleep(0)
     assert maker.made == []
 
@@ -99,10 +99,9 @@ async def test_one_of_each_kind_is_kept_and_replaced_when_taken(standbys: Standb
     with standbys.expect("a"):
         made = await maker.until(2)
         assert [shell.key for shell in made] == [("a", False), ("a", True)]
-        assert standbys.take("a", False) is made[0]
-        assert standbys.take("a", False) is None  # never the same one twice
+        assert await standbys.take("a", False) is made[0]
         await maker.until(3)
-        assert standbys.take("a", False) is made[2]
+        assert await standbys.take("a", False) is made[2]  # never the same one twice
 
 
 async def test_as_many_of_each_kind_are_kept_as_are_wanted(maker: Maker) -> None:
@@ -110,10 +109,9 @@ async def test_as_many_of_each_kind_are_kept_as_are_wanted(maker: Maker) -> None
     with standbys.expect("a"):
         await maker.until(3)
         assert [shell.key for shell in maker.made] == [("a", False)] * 3
-        burst = [standbys.take("a", False) for _ in range(4)]
-        assert burst == [*maker.made[:3], None]  # who comes too soon starts one for itself
+        assert [await standbys.take("a", False) for _ in range(3)] == maker.made
         await maker.until(6)
-        assert standbys.take("a", True) is None
+        assert await standbys.take("a", True) is None
         for _ in range(20):
             await asyncio.sleep(0.001)
         assert len(maker.made) == 6  # and no more than that
@@ -126,10 +124,103 @@ async def test_what_took_a_shell_has_a_moment_for_itself(maker: Maker) -> None:
     with standbys.expect("a"):
         await maker.until(1)
         taken = loop.time()
-        assert standbys.take("a", False) is maker.made[0]
+        assert await standbys.take("a", False) is maker.made[0]
         await maker.until(2)
         assert loop.time() - taken > 0.29
     await standbys.aclose()
+
+
+async def test_who_comes_soon_after_the_last_waits_for_the_next(maker: Maker) -> None:
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        maker.may.clear()
+        second, third = (asyncio.ensure_future(standbys.take("a", False)) for _ in range(2))
+        assert await third is None  # one is started at a time, and the second has it
+        assert not second.done()
+        maker.may.set()
+        assert await second is maker.made[1]
+        # and while they go on to come, each has the next
+        assert [await standbys.take("a", False) for _ in range(3)] == maker.made[2:5]
+    await standbys.aclose()
+
+
+async def test_who_waits_for_one_that_does_not_start_gets_none(maker: Maker) -> None:
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        maker.fails = True
+        assert await standbys.take("a", False) is None
+        maker.fails = False
+        assert await standbys.take("a", False) is None  # nobody tries again at once
+    await standbys.aclose()
+
+
+async def test_who_waits_for_one_of_a_tenant_that_changed_gets_none(maker: Maker) -> None:
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        maker.may.clear()
+        waits = asyncio.ensure_future(standbys.take("a", False))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        standbys.drop("a")
+        assert await waits is None
+    await standbys.aclose()
+
+
+async def test_in_a_burst_all_that_lack_are_started_beside_each_other(maker: Maker) -> None:
+    standbys = keeping(maker, pipes=2, terminals=1, delay=60)
+    with contextlib.ExitStack() as stack:
+        for number in (1, 2, 3):  # each that expects has one started
+            stack.enter_context(standbys.expect("a"))
+            await maker.until(number)
+        for _ in range(2):
+            await standbys.take("a", False)
+        maker.may.clear()
+        waits = [asyncio.ensure_future(standbys.take("a", False)) for _ in range(3)]
+        assert await waits[2] is None
+        assert maker.most == 2
+        maker.may.set()
+        assert await asyncio.gather(*waits[:2]) == maker.made[3:5]
+    await standbys.aclose()
+
+
+async def test_one_that_is_given_up_before_it_begins_is_replaced_later(maker: Maker) -> None:
+    standbys = keeping(maker, terminals=0)
+    with standbys.expect("a"):
+        standbys.drop("a")
+        await maker.until(1)
+    await standbys.aclose()
+
+
+@pytest.mark.parametrize("came", [False, True])
+async def test_one_that_nobody_waits_for_any_more_is_kept(maker: Maker, came: bool) -> None:
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        maker.may.clear()
+        waits = asyncio.ensure_future(standbys.take("a", False))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        kept = []
+        if came:  # in the same breath
+            claim = standbys._filling[0].claim
+            assert claim is not None
+            kept = [Shell("a", False)]
+            claim.set_result(kept[0])
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        maker.may.set()
+        made = await maker.until(2)
+        assert standbys.waiting("a", False) == [*kept, made[1]]
+    await standbys.aclose()
+    assert all(shell.abandoned.is_set() for shell in [*kept, made[1]])
 
 
 async def test_of_one_tenant_one_is_started_at_a_time_and_of_all_a_few(maker: Maker) -> None:
@@ -182,7 +273,7 @@ async def test_the_shells_of_a_tenant_that_changed_are_replaced(standbys: Standb
         assert not standbys.waiting("a", True)
         made = await maker.until(6)
         assert sorted(shell.key for shell in made[4:]) == [("a", False), ("a", True)]
-        assert not set(before) & {standbys.take("a", False), standbys.take("a", True)}
+        assert not set(before) & {await standbys.take("a", False), await standbys.take("a", True)}
 
 
 async def test_after_the_last_that_expected_them_they_stay_a_while(maker: Maker) -> None:
@@ -217,9 +308,9 @@ async def test_a_failed_start_is_tried_again_with_the_next_command(standbys: Sta
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         maker.fails = False
-        assert standbys.take("a", False) is None
+        assert await standbys.take("a", False) is None
         await maker.until(1)
-        assert standbys.take("a", False) is maker.made[0]
+        assert await standbys.take("a", False) is maker.made[0]
 
 
 async def test_closing_gives_up_all_and_starts_no_more(standbys: Standbys, maker: Maker) -> None:
@@ -227,6 +318,6 @@ async def test_closing_gives_up_all_and_starts_no_more(standbys: Standbys, maker
         await maker.until(2)
         await standbys.aclose()
         assert maker.left == []
-        assert standbys.take("a", False) is None
+        assert await standbys.take("a", False) is None
         await asyncio.sleep(0)
         assert len(maker.made) == 2

@@ -111,7 +111,7 @@ class Commands:
         order.line()  # refuse what no line can carry before anything is started
         # the shells that wait are the workspace user's already
         ours = account == self._account(None)
-        waiting = self._standbys.take(name, spec.pty is not None) if ours else None
+        waiting = await self._standbys.take(name, spec.pty is not None) if ours else None
         if isinstance(waiting, IncusProcess):
             try:
                 await self._hand_over(waiting, order)
