@@ -178,9 +178,9 @@ class RuntimeContract:
     async def test_a_terminal_has_its_size_and_echoes_nothing_of_ours(
         self, runtime: TenantRuntime, name: str
     ) -> None:
-        process = await runtime.exec(
-            name, ExecSpec(("sh", "-c", "stty size; read x; stty size"), pty=Pty(100, 30))
-        )
+        # the new size and the line go by two connections, whose order nobody promises
+        script = 'stty size; read x; while [ "$(stty size)" = "30 100" ]; do sleep 0.05; done; stty size'
+        process = await runtime.exec(name, ExecSpec(("sh", "-c", script), pty=Pty(100, 30)))
         assert process.streams == ("stdout",)
         first = b""
         while not first.endswith(b"\n"):
