@@ -463,12 +463,10 @@ class Exec:
             await self.process.aclose()
             if self._lingering is not None:
                 self._lingering.cancel()
-            offsets: dict[str, int] = {"stdout": 0, "stderr": 0}
-            offsets |= {name: stream.tail.end for name, stream in self.streams.items()}
             duration = int((time.monotonic() - self._began) * 1000)
             if self._late and code is not None and signal not in ("TERM", "KILL"):
                 self._reason = "exited"
-            self.over = Ended(self._reason, code, signal, duration, offsets, left)
+            self.over = Ended(self._reason, code, signal, duration, self._offsets(), left)
 
     async def _left(self) -> int | None:
         """Return how many processes of the tree run on, once whoever ends it has done so, as we may."""
@@ -626,9 +624,12 @@ class Exec:
             "pty": self.spec.pty is not None,
             "state": self.state,
             "attached": len(self._attachments),
-            "offsets": {name: stream.tail.end for name, stream in self.streams.items()},
+            "offsets": self._offsets(),
             **({} if ended is None else {"exit": ended.on_wire(self.id), "left": self._told_left()}),
         }
+
+    def _offsets(self) -> dict[str, int]:
+        return {"stdout": 0, "stderr": 0} | {name: stream.tail.end for name, stream in self.streams.items()}
 
     def _told_left(self) -> list[dict[str, Any]]:
         left = self.process.left() if self.over.left else None

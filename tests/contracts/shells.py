@@ -183,6 +183,8 @@ class ShellContract:
             assert started["data"]["command"].startswith("bash -c echo first")
             channel = (await viewer.call("exec/attach", exec=exec_id))["channel"]
             await viewer.until(lambda: viewer.output[channel, 1] == b"first\nsecond\n")
+            listed = {one["exec"]: one["offsets"] for one in (await viewer.call("exec/list"))["execs"]}
+            assert listed[exec_id] == {"stdout": 13, "stderr": 0}
             await shell(viewer, f": > {name}")
             assert (await viewer.exited(exec_id))["exitCode"] == 0
             assert viewer.output[channel, 1] == b"first\nsecond\nlast\n" and not viewer.output[channel, 2]
