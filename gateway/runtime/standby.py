@@ -19,11 +19,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
+
+_PATIENCE: Final = 1.0  # seconds that a command waits for a shell that is being started; it takes 15 ms
 
 Key = tuple[str, bool]
 """A tenant, and whether the shell has a terminal."""
@@ -141,10 +143,13 @@ class Standbys:
         claim: asyncio.Future[Shell | None] = asyncio.get_running_loop().create_future()
         filling.claim = claim
         try:
-            return await claim
+            async with asyncio.timeout(_PATIENCE):
+                return await claim
+        except TimeoutError:
+            return None if claim.cancelled() else claim.result()  # it came in the same breath
         except asyncio.CancelledError:
-            shell = claim.result() if claim.done() and not claim.cancelled() else None
-            if shell is not None:  # it came in the same breath
+            shell = None if claim.cancelled() else claim.result()
+            if shell is not None:
                 self._keep(key, shell)
             raise
 

@@ -158,6 +158,22 @@ async def test_who_waits_for_one_that_does_not_start_gets_none(maker: Maker) -> 
     await standbys.aclose()
 
 
+async def test_who_waits_for_one_that_hangs_goes_on_alone(
+    maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.runtime.standby._PATIENCE", 0.01)
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        maker.may.clear()
+        assert await standbys.take("a", False) is None
+        maker.may.set()
+        made = await maker.until(2)
+        assert standbys.waiting("a", False) == [made[1]]
+    await standbys.aclose()
+
+
 async def test_who_waits_for_one_of_a_tenant_that_changed_gets_none(maker: Maker) -> None:
     standbys = keeping(maker, terminals=0, delay=60)
     with standbys.expect("a"):
