@@ -329,7 +329,8 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
         await wire.until(lambda: len(out) > seen)
         await wire.call("exec/start", command="touch enough")
         assert (await wire.exited(started["exec"]))["exitCode"] == 0
-        await wire.call("exec/start", command="rm enough")
+        removing = await wire.call("exec/start", command="rm enough")
+        await wire.exited(removing["exec"])
         lines = bytes(out).split()
         assert lines == [b"%d" % (number + 1) for number in range(len(lines))]
         told = [event["data"]["data"]["phase"] for event in await sse(events, 2 * len(PHASES))]
