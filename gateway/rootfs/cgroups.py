@@ -17,9 +17,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Final
 
 from gateway.rootfs import trees
 from gateway.rootfs.trees import of_init
+
+_FREEZING: Final = (
+    1.0  # seconds at most until a tree stands still; one in the middle of a slow call takes longer
+)
 
 # Does one of `trees.STEPS` on a path: here, or by the broker where this process may not.
 Hands = Callable[[str, Path], Awaitable[None]]
@@ -66,7 +71,7 @@ class Cgroup:
         first = self.pids()
         seen = set(first)
         if grace > 0 and first:
-            await self._hands("terminate", self.path)
+            await self._terminate(seen)
             await self._until_empty(grace, seen)
         left = self.pids()
         escalated = bool(left)
@@ -77,6 +82,23 @@ class Cgroup:
             left = self.pids()
         await self.remove()
         return Ended(killed=len(seen) - len(left), escalated=escalated, survivors=len(left))
+
+    async def _terminate(self, seen: set[int]) -> None:
+        """Send TERM to all; of several none can start another meanwhile, which would not get it."""
+        if len(seen) == 1:  # mostly, and then it is not worth the milliseconds
+            await self._hands("terminate", self.path)
+            return
+        await self._hands("freeze", self.path)
+        try:
+            deadline = monotonic() + _FREEZING
+            while monotonic() < deadline:
+                if trees.frozen(self.path):
+                    break
+                await asyncio.sleep(0.001)  # no event loop can wait on cgroup.events
+            seen.update(self.pids())
+            await self._hands("terminate", self.path)
+        finally:
+            await self._hands("thaw", self.path)
 
     async def remove(self) -> bool:
         """Remove the cgroup once it is empty; tell whether it is gone."""

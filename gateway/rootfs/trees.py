@@ -18,6 +18,7 @@ from pathlib import Path
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
 _FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
+_HELD = 64  # processes held open at a time
 _LISTED = 100  # processes that are told by name
 _ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -105,10 +106,37 @@ def catch(path: Path) -> None:
         _bring_back(path, pid)
 
 
+def freeze(path: Path) -> None:
+    """Have all processes stand still, in a moment: `frozen` says when they do."""
+    _write(path / "cgroup.freeze", "1")
+
+
+def frozen(path: Path) -> bool:
+    """Return whether all stand still, or never will here. Takes no root."""
+    try:
+        return "frozen 0" not in (path / "cgroup.events").read_text()
+    except OSError:
+        return True
+
+
+def thaw(path: Path) -> None:
+    _write(path / "cgroup.freeze", "0")
+
+
 def terminate(path: Path) -> None:
     """Send TERM to every process."""
-    for pid in pids(path):
-        _send(pid, signal.SIGTERM, lambda pid: pid in pids(path))
+    found = pids(path)
+    for first in range(0, len(found), _HELD):
+        with contextlib.ExitStack() as stack:
+            held: dict[int, int] = {}
+            for pid in found[first : first + _HELD]:
+                with contextlib.suppress(OSError):  # it has ended
+                    held[pid] = os.pidfd_open(pid)
+                    stack.callback(os.close, held[pid])
+            # a pid may have been reused since it was read: look again, now that they are held
+            for pid in held.keys() & set(pids(path)):
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(held[pid], signal.SIGTERM)
 
 
 def end(path: Path) -> None:
@@ -134,7 +162,14 @@ def remove(path: Path) -> None:
             folder.rmdir()
 
 
-STEPS = {"catch": catch, "terminate": terminate, "end": end, "remove": remove}
+STEPS = {
+    "catch": catch,
+    "freeze": freeze,
+    "terminate": terminate,
+    "thaw": thaw,
+    "end": end,
+    "remove": remove,
+}
 
 
 def _strays(path: Path) -> set[int]:

@@ -418,6 +418,19 @@ class ExecContract:
             exit_ = await wire.exited(started["exec"])
             assert (exit_["reason"], exit_["exitCode"], exit_["left"]) == ("exited", 5, 0)
 
+    async def test_a_tree_that_just_grows_is_asked_to_end_as_a_whole(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """None that is born meanwhile makes the cancel wait for the end of its patience."""
+        async with gateway.wire(tenant) as wire:
+            for _ in range(5):
+                command = "for i in $(seq 150); do sleep 60 & echo $i; done; wait"
+                started = await wire.call("exec/start", command=command)
+                await wire.until(lambda at=started["channel"]: b"\n20\n" in wire.output[at, 1])
+                done = await wire.call("exec/cancel", exec=started["exec"], graceMs=25_000)
+                assert done["survivors"] == 0 and not done["escalated"]
+                await wire.exited(started["exec"])
+
     async def test_a_second_cancel_may_have_less_patience(self, gateway: LiveGateway, tenant: str) -> None:
         """Both are told what was done in the end, long before the first one's grace is over."""
         async with gateway.wire(tenant) as wire:
