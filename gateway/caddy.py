@@ -138,7 +138,8 @@ class Caddy:
         with self._setting:
             place = self._targets / target
             place.mkdir(mode=0o755, exist_ok=True)
-            (place / target).touch(mode=0o644)
+            if not (place / target).exists():  # it may be root's, of before the gateway had its own user
+                (place / target).touch(mode=0o644)
             before = self.get(domain)
             if before != target:
                 new = self._targets / f".new-{secrets.token_hex(6)}"

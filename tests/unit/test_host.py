@@ -13,6 +13,7 @@ import pytest
 
 from gateway.host import Change, HostError, Steps, bun, run
 from gateway.host.daemon import Daemon, _only_options
+from gateway.host.front import hand_over
 from gateway.host.image import (
     PROPERTY,
     Artefact,
@@ -310,3 +311,10 @@ def test_local_runtime_needs_nothing_of_the_host() -> None:
     """Setup neither asks for Incus nor for root where tenants are plain folders."""
     (change,) = setup(Settings(runtime="local", incus_socket=Path("/nonexistent")), lambda line: None)
     assert not change.changed
+
+
+def test_routes_stay_where_the_broker_serves_root_alone(tmp_path: Path) -> None:
+    """A broker beside root's gateway needs no user; nothing is given away."""
+    settings = Settings(state_dir=tmp_path, broker_user="no-such-user")
+    assert hand_over(settings) is None
+    assert not list(tmp_path.iterdir())
