@@ -104,6 +104,8 @@ class Walk:
                 if status is not None:
                     yield path, status
                     continue
+                if self.truncated:
+                    continue  # to look into it would count nothing
                 try:
                     files, folders, state = self._look(below, path, state)
                 except OSError:

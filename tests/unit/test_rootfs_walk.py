@@ -117,6 +117,23 @@ def test_bound_holds_for_what_is_remembered(site: Path) -> None:
     assert len(seen(site, maximum=2)) == len(cut) < len(EVERYTHING)
 
 
+def test_nothing_is_looked_into_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(50):
+        (tmp_path / str(number)).mkdir()
+    opened: list[str] = []
+    monkeypatch.setattr(Tree, "open_real", _noting(Tree.open_real, opened))
+    assert seen(tmp_path, maximum=30) == []
+    assert opened == [""]
+
+
+def _noting(real: Callable[..., int], opened: list[str]) -> Callable[..., int]:
+    def open_real(tree: Tree, path: str, flags: int) -> int:
+        opened.append(path)
+        return real(tree, path, flags)
+
+    return open_real
+
+
 def test_memory_is_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more names than are kept, the oldest folders are forgotten and the walk is still whole."""
     monkeypatch.setattr(walk, "KEPT_NAMES_MAX", 4)
