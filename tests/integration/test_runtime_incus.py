@@ -202,6 +202,18 @@ class TestIncus(RuntimeContract):
             await runtime.exec(tenant.name, ExecSpec(("true",)))
         assert tenant.name not in [found.name for found in await runtime.list()]
 
+    async def test_one_that_stops_is_there_all_the_while(
+        self, runtime: IncusRuntime, tenant: Container
+    ) -> None:
+        """Incus itself lists it for a moment by its name alone, and cannot tell its state."""
+        for change in (runtime.stop, runtime.start, runtime.restart):
+            changing = asyncio.ensure_future(change(tenant.name))
+            while not changing.done():
+                listed = [found.name for found in await runtime.list()]
+                assert tenant.name in listed
+                assert (await runtime.get(tenant.name)).status in ("running", "stopped")
+            await changing
+
     async def test_no_cgroup_is_left_by_ended_commands(
         self, runtime: IncusRuntime, tenant: Container
     ) -> None:

@@ -359,7 +359,7 @@ class IncusSites:
     async def listed(self) -> Sequence[Site]:
         sites = []
         with translated(""):
-            instances = await self._incus.get("/1.0/instances", recursion="2")
+            instances = await self._incus.instances(state=True)
         for instance in instances:
             config = instance.get("expanded_config") or {}
             domain = config.get(DOMAIN)
@@ -763,14 +763,11 @@ class IncusSites:
 
     async def _instances(self) -> list[dict[str, Any]]:
         with translated(""):
-            found: list[dict[str, Any]] = await self._incus.get("/1.0/instances", recursion="1")
-        # one that is just being made or removed may be shown without anything
-        return [entry for entry in found if entry.get("config") is not None]
+            return await self._incus.instances()
 
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
-            found: dict[str, Any] = await self._incus.get(instance_path(name), recursion="1")
-        return found
+            return await self._incus.instance(name)
 
     async def _profile(self) -> dict[str, Any]:
         with translated(""):

@@ -108,7 +108,7 @@ class IncusRuntime:
 
     async def list(self) -> list[Tenant]:
         with translated(""):
-            instances = await self._incus.get("/1.0/instances", recursion="2")
+            instances = await self._incus.instances(state=True)
         return [_tenant(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
@@ -380,7 +380,7 @@ class IncusRuntime:
 
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
-            instance: dict[str, Any] = await self._incus.get(instance_path(name), recursion="1")
+            instance = await self._incus.instance(name)
         if not is_tenant(instance):
             raise NotFound(f"no tenant {name}")
         return instance
