@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from gateway.incus import IncusError
+from gateway.incus import Incus, IncusError
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.unit.incusd import instance
 
 
-class Slow:
+class Slow(Incus):
     """An Incus whose stream stands and says nothing, and whose second answer never comes."""
 
     def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), "default", 1.0)
         self.asked = 0
         self.stuck = asyncio.Event()
 
@@ -37,7 +38,7 @@ class Slow:
 async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -> None:
     """Else the gateway would never have ended."""
     runtime = IncusRuntime(Settings(state_dir=tmp_path, reconcile_interval=0.01))
-    runtime._incus = slow = Slow()  # type: ignore[assignment]  # stands in
+    runtime._incus = slow = Slow()
 
     async def watch() -> None:
         async for _ in runtime.watch():
@@ -52,10 +53,11 @@ async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -
         await watching
 
 
-class Passing:
+class Passing(Incus):
     """An Incus without instances, where one comes and goes."""
 
     def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), "default", 1.0)
         self.gone = False
 
     async def events(self, *types: str) -> AsyncGenerator[dict[str, Any]]:
@@ -76,7 +78,7 @@ class Passing:
 async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
     """There was none when the watch began; that it is gone when its end is told is no reason to be silent."""
     runtime = IncusRuntime(Settings(state_dir=tmp_path))
-    runtime._incus = Passing()  # type: ignore[assignment]  # stands in
+    runtime._incus = Passing()
     told = []
     async with asyncio.timeout(30):
         async for event in runtime.watch():
