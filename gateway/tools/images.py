@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from gateway.errors import TooLarge
 
 # A hostile image may claim any size; Pillow raises above twice this many pixels.
-Image.MAX_IMAGE_PIXELS = 50_000_000
+_PIXELS_MAX = 100_000_000
+Image.MAX_IMAGE_PIXELS = _PIXELS_MAX // 2
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/gif": "GIF", "image/webp": "WEBP"}
 
 Image.preinit()
-assert ImageFile  # the plugins need it, and a confined worker cannot import it later
+# A confined worker cannot import later. `preinit` leaves WebP out; the other two are what a JPEG needs that
+# has Exif, or more than one picture, as those of phones have.
+assert ImageFile and MpoImagePlugin and TiffImagePlugin and WebPImagePlugin
 
 
 def scale(data: bytes, kind: str, side: int, maximum: int) -> tuple[bytes, str, bool]:
     """Return the image with no side over `side` pixels and at most `maximum` bytes where it can be done.
 
-    The result is bytes, MIME type and whether it was changed. What does not decode is returned as it is.
+    The result is bytes, MIME type and whether it was changed. Raises `ValueError` for what does not decode:
+    a model's API refuses that, and with it the whole conversation. Raises `TooLarge` over `_PIXELS_MAX`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=[_FORMATS[kind]]) as image:
             if max(image.size) <= side and len(data) <= maximum:
+                image.load()
                 return data, kind, False
             image.thumbnail((side, side))
             out = io.BytesIO()
@@ -33,5 +40,7 @@ def scale(data: bytes, kind: str, side: int, maximum: int) -> tuple[bytes, str, 
                 target = "image/png"
                 image.save(out, "PNG")
             return out.getvalue(), target, True
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError, SyntaxError):
-        return data, kind, False
+    except Image.DecompressionBombError:
+        raise TooLarge("the image has too many pixels", limit=_PIXELS_MAX) from None
+    except Exception as error:  # Pillow raises nearly anything for bytes that are no image
+        raise ValueError("the image does not decode") from error

@@ -214,6 +214,7 @@ def _far(call: Call, path: str, descriptor: int, status: os.stat_result, offset:
                 f"The file has {line} lines."
             )
             facts = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status), "lines": 0}
+            facts["totalLines"] = line
             return text(f"<system-reminder>{words}</system-reminder>", facts)
         count = chunk.count(b"\n")
         if line + count < offset:
@@ -275,14 +276,13 @@ def _image(call: Call, path: str, descriptor: int, status: os.stat_result) -> An
     data = read_all(descriptor, status.st_size, call.limits.write_max)
     kind = image_type(data)
     if kind is None:
-        raise ToolFailure(
-            "binary_file",
-            "File has an image extension but its content is not a valid PNG/JPEG/GIF/WebP. Detected: "
-            f"{_looks_like(data)} (hex: {data[:8].hex(' ')}). Check what the file really is, or read it "
-            "under a name without an image extension.",
-            tagged=False,
-        )
-    data, kind, scaled = _fitting(data, kind)
+        raise _no_image(data, _looks_like(data))
+    try:
+        data, kind, scaled = _fitting(data, kind)
+    except TooLarge as error:
+        raise failure("Read", error) from None
+    except ValueError:
+        raise _no_image(data, f"{kind}, broken or cut off") from None
     if len(data) > IMAGE_MAX:
         raise failure("Read", TooLarge("the image is too large", size=len(data), limit=IMAGE_MAX))
     facts = {
@@ -294,6 +294,16 @@ def _image(call: Call, path: str, descriptor: int, status: os.stat_result) -> An
     }
     block = {"type": "image", "data": _base64(data), "mimeType": kind}
     return Answer([block], facts)
+
+
+def _no_image(data: bytes, detected: str) -> ToolFailure:
+    return ToolFailure(
+        "binary_file",
+        "File has an image extension but its content is not a valid PNG/JPEG/GIF/WebP. Detected: "
+        f"{detected} (hex: {data[:8].hex(' ')}). Check what the file really is, or read it "
+        "under a name without an image extension.",
+        tagged=False,
+    )
 
 
 def image_type(data: bytes) -> str | None:
@@ -310,7 +320,10 @@ def image_type(data: bytes) -> str | None:
 
 
 def _fitting(data: bytes, kind: str) -> tuple[bytes, str, bool]:
-    """Scale an image down to what models take, where Pillow is installed; else return it as it is."""
+    """Scale an image down to what models take, where Pillow is installed; else return it as it is.
+
+    Raises what `images.scale` does.
+    """
     if SCALE is None:
         return data, kind, False
     return SCALE(data, kind, IMAGE_SIDE_MAX, IMAGE_MAX)
