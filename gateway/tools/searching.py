@@ -269,7 +269,10 @@ _SYNTAX = (
     ("missing ]", "unclosed character class"),
     ("no argument for repetition", "repetition operator missing expression"),
     ("bad repetition operator", "repetition operator missing expression"),
-    ("invalid repetition size", "invalid repetition count range"),
+    (
+        "invalid repetition size",
+        "invalid repetition count range, which goes up to 1000, the start not over the end",
+    ),
     ("trailing \\", "incomplete escape sequence, reached end of pattern prematurely"),
     ("invalid escape sequence", "unrecognized escape sequence"),
     ("invalid character class range", "invalid character class range, the start must be <= the end"),
@@ -398,8 +401,9 @@ class _Search:
         limit = given.get("head_limit", 250)
         self._limit = max(0, limit)
         self._offset = max(0, given.get("offset", 0))
+        self._passed = 0  # lines in front of the page: they are counted, and take no room
         # With one more line than is shown it is known that there are more.
-        self._enough = self._offset + self._limit + 1 if self._limit else 1 << 60
+        self._enough = self._limit + 1 if self._limit else 1 << 60
         self._room = call.limits.result_max
         self._rows: list[str] = []
         self._files: list[tuple[int, str]] = []
@@ -493,7 +497,8 @@ class _Search:
         pending_after = 0
         position = 0  # where the line after `last` begins
         context = bool(self._before or self._after) and not self._only
-        separator_due = context and bool(self._rows)  # between two files as between two groups
+        # between two files as between two groups
+        separator_due = context and bool(self._rows or self._passed)
         for start, stop in self._spans(data, every=self._only):
             line_start = data.rfind(b"\n", 0, start) + 1
             number += data.count(b"\n", counted, line_start)
@@ -523,7 +528,7 @@ class _Search:
                     begin = begin_of
                     first -= 1
                 if separator_due or (last >= 0 and first > last + 1):
-                    self._rows.append("--")
+                    self._put("--")
                     separator_due = False
                 for i, line in enumerate(reversed(lines_before)):
                     self._add(name, first + i, b"-", line, "[Omitted long context line]")
@@ -540,7 +545,7 @@ class _Search:
                     break
             pending_after = self._after
             if nul >= 0 and (not name or stop > nul):
-                self._rows.append(f'binary file matches (found "\\0" byte around offset {nul})')
+                self._put(f'binary file matches (found "\\0" byte around offset {nul})')
                 return
             if self.full:
                 return
@@ -551,6 +556,9 @@ class _Search:
             self._add(name, last, b"-", line, "[Omitted long context line]")
 
     def _add(self, name: str, number: int, mark: bytes, line: bytes, omitted: str) -> None:
+        if self._passed < self._offset:
+            self._passed += 1
+            return
         if self._cut:
             return
         sign = mark.decode()
@@ -564,6 +572,12 @@ class _Search:
             return
         self._rows.append(row)
 
+    def _put(self, row: str) -> None:
+        if self._passed < self._offset:
+            self._passed += 1
+        else:
+            self._rows.append(row)
+
     def answer(self, *, single: bool) -> Answer:
         """Return what was found, cut to the page that was asked for."""
         facts: dict[str, Any] = {"mode": self._mode}
@@ -572,7 +586,7 @@ class _Search:
         if self._mode == "files_with_matches":
             # The newest first; of one age by name.
             self._files.sort(key=lambda item: (-item[0], item[1]))
-            page, words = self._page([self._call.shown(path) for _, path in self._files])
+            page, words = self._page([self._call.shown(path) for _, path in self._files[self._offset :]])
             facts |= {"files": page, "total": len(self._files)}
             if not page:
                 return text("No files found" + self.note, facts)
@@ -580,7 +594,8 @@ class _Search:
             head = f"Found {len(page)} {noun}" + (f" {words}" if words else "")
             return text("\n".join((head, *page)) + self.note, facts)
         if self._mode == "count":
-            page, words = self._page([f"{self._call.shown(path)}:{count}" for count, path in self._files])
+            files_here = self._files[self._offset :]
+            page, words = self._page([f"{self._call.shown(path)}:{count}" for count, path in files_here])
             total, files = self._matches, len(self._files)
             facts |= {"total": total, "files": files}
             summary = (
@@ -591,19 +606,18 @@ class _Search:
                 summary += f" with pagination = {words}"
             return text(("\n".join(page) or "No matches found") + f"\n\n{summary}{self.note}", facts)
         page, words = self._page(self._rows)
-        facts |= {"lines": len(page), "truncated": self._cut or len(self._rows) > len(page) + self._offset}
+        facts |= {"lines": len(page), "truncated": self._cut or len(self._rows) > len(page)}
         shown = "\n".join(page)
         if not shown:
-            shown = "No entries at this offset" if self._rows else "No matches found"
+            shown = "No entries at this offset" if self._passed else "No matches found"
         if words:
             shown += f"\n\n[Showing results with pagination = {words}]"
         if self._cut:
             shown += f"\n\n[The output stopped at {self._call.limits.result_max} bytes.]"
         return text(shown + self.note, facts)
 
-    def _page(self, rows: list[str]) -> tuple[list[str], str]:
-        """Return the rows asked for, and the words for what of limit and offset took something away."""
-        page = rows[self._offset :] if self._offset else rows
+    def _page(self, page: list[str]) -> tuple[list[str], str]:
+        """Return what of the rows from the offset on is asked for, and the words for limit and offset."""
         words = []
         if self._limit and len(page) > self._limit:
             page = page[: self._limit]

@@ -69,9 +69,8 @@ class _Target:
         assert self.old is not None
         limit = self.call.limits.write_max
         if self.old.st_size > limit:
-            raise failure(
-                self.call.tool, TooLarge("the file is too large", size=self.old.st_size, limit=limit)
-            )
+            words = f"the file has {self.old.st_size} bytes, more than the {limit} that can be edited"
+            raise failure(self.call.tool, TooLarge(words, size=self.old.st_size, limit=limit))
         data, status = self.call.tree.read_file(self.path, limit)
         if etag(status) != etag(self.old):
             raise Conflict("the file changed meanwhile", reason="changed")

@@ -87,6 +87,26 @@ async def test_context_of_overlapping_matches(site: Path) -> None:
     assert text.splitlines() == [row if row == "--" else "a.txt" + row for row in rows]
 
 
+async def test_a_page_far_behind_the_start_is_there(site: Path) -> None:
+    """Lines in front of the offset take nothing of the result's room."""
+    lay(site, a__txt="".join(f"hit {n} {'x' * 400}\n" for n in range(4000)), b__txt="hit last\n")
+    given = {"pattern": "hit", "output_mode": "content", "-n": False}
+    answer = await ask(site, "Grep", **given, offset=4000)
+    assert answer == "b.txt:hit last\n\n[Showing results with pagination = offset: 4000]"
+    answer = await ask(site, "Grep", **given, offset=4001)
+    assert answer.startswith("No entries at this offset")
+    answer = await ask(site, "Grep", **given, offset=0)
+    assert answer.endswith("[Showing results with pagination = limit: 250]")
+    # separators count as lines do
+    lay(site, c__txt="one\ntwo\nthree\nfour\nfive\n")
+    given = {"pattern": "two|five", "output_mode": "content", "path": "c.txt", "-A": 0, "-B": 1}
+    whole = (await ask(site, "Grep", **given)).split("\n")
+    assert whole == ["1-one", "2:two", "--", "4-four", "5:five"]
+    for offset in range(1, 5):
+        page = (await ask(site, "Grep", **given, offset=offset)).split("\n\n")[0]
+        assert page.split("\n") == whole[offset:]
+
+
 async def test_empty_matches(site: Path) -> None:
     """A pattern that matches nothing matches each line once, and no line after the last line end."""
     lay(site, a__txt="a\n\nb\n", b__txt="a\nb\n")
