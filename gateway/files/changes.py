@@ -28,10 +28,12 @@ class Changes:
     def __bool__(self) -> bool:
         return self.overflow or bool(self._found)
 
-    def add(self, path: str, change: Change) -> None:
+    def add(self, path: str, change: Change, *, folder: bool = False) -> None:
+        """Add a change. A `folder` in the place of another is an overflow: what was in that is not told."""
         before = self._found.get(path)
         if before is not None:
             self._found[path] = _TOGETHER.get((before, change), change)
+            self.overflow |= folder and (before, change) == ("removed", "created")
         elif len(self._found) < self._maximum:
             self._found[path] = change
         else:

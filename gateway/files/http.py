@@ -66,6 +66,8 @@ def tags(header: str | None, *, weak: bool) -> list[str] | None:
         if weak or not match[1]:
             found.append(match[2] if match[2] is not None else match[3])
         position = match.end()
+    if position == 0:
+        raise InvalidParams("the condition is empty; leave it out, or give an etag")
     return found
 
 
@@ -76,7 +78,8 @@ def conditions(headers: Headers) -> dict[str, Any]:
 
 
 def _joined(headers: Headers, name: str) -> str | None:
-    return ", ".join(headers.getlist(name)) or None
+    values = headers.getlist(name)
+    return ", ".join(values) if values else None
 
 
 def span(headers: Headers, etag: str, size: int) -> tuple[int, int] | None:
@@ -119,7 +122,8 @@ class Sending(Response):
         headers = {**SAFE, "ETag": f'"{source.etag}"'}
         if_match = tags(_joined(found, "if-match"), weak=False)
         if if_match is not None and source.etag not in if_match and "*" not in if_match:
-            raise StalePrecondition("the file is another than the client knows", etag=source.etag)
+            words = "the file is another than the client knows"
+            raise StalePrecondition(words, reason="stale", etag=source.etag)
         if_none_match = tags(_joined(found, "if-none-match"), weak=True)
         if if_none_match is not None and (source.etag in if_none_match or "*" in if_none_match):
             self.status_code, self._span, self._send_body = 304, (0, -1), False

@@ -316,7 +316,10 @@ class Watcher:
                 self._drop(child)
         elif mask & (kernel.IN_CREATE | kernel.IN_MOVED_TO):
             replaced = self._name(folder, name, there=True) and bool(mask & kernel.IN_MOVED_TO)
-            self._note(below, "changed" if replaced else "created")
+            if replaced and is_folder:
+                self._note(below, "removed", folder=True)
+                replaced = False
+            self._note(below, "changed" if replaced else "created", folder=is_folder)
             if is_folder:
                 self._arrived(folder, name, below, self._moving.pop(cookie, None) if cookie else None)
         elif folder.names is None or name in folder.names:
@@ -368,10 +371,10 @@ class Watcher:
                     self._pending[number].add(show_path(root), "removed")
                     self._first = self._first or time.monotonic()
 
-    def _note(self, path: str, change: Change) -> None:
+    def _note(self, path: str, change: Change, *, folder: bool = False) -> None:
         for number, wish in self._wishes.items():
             if wish.sees(path):
-                self._pending[number].add(show_path(path), change)
+                self._pending[number].add(show_path(path), change, folder=folder)
                 self._first = self._first or time.monotonic()
 
     # telling

@@ -34,6 +34,17 @@ def test_two_changes_of_one_path_are_told_as_one(first: Change, second: Change, 
     ]
 
 
+def test_a_folder_in_the_place_of_another_is_an_overflow() -> None:
+    """What was in the first is told of nowhere, so whoever shows it must look anew; a file's is all there."""
+    changes = Changes(10)
+    changes.add("file", "removed")
+    changes.add("file", "created")
+    assert not changes.take()["overflow"]
+    changes.add("folder", "removed", folder=True)
+    changes.add("folder", "created", folder=True)
+    assert changes.take() == {"changes": [{"path": "folder", "change": "changed"}], "overflow": True}
+
+
 def test_more_changes_than_fit_are_an_overflow() -> None:
     """Known paths go on being merged; taking begins anew."""
     changes = Changes(2)
@@ -99,7 +110,7 @@ def test_a_condition_is_a_list_of_etags(header: str | None, weak: bool, found: l
     assert tags(header, weak=weak) == found
 
 
-@pytest.mark.parametrize("header", ['"', '"a', '"a" "b"', ",", '"a",,'])
+@pytest.mark.parametrize("header", ["", " ", '"', '"a', '"a" "b"', ",", '"a",,'])
 def test_a_malformed_condition_is_refused(header: str) -> None:
     """And never taken for none: a write that was meant to be careful must not go through."""
     with pytest.raises(InvalidParams):

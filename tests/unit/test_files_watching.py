@@ -78,6 +78,28 @@ def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspac
     assert told(watcher) == []
 
 
+@pytest.mark.parametrize("again", ["mkdir", "rename"])
+def test_a_folder_that_replaces_another_is_an_overflow(
+    watcher: Watcher, workspace: Workspace, tmp_path: Path, again: str
+) -> None:
+    """Moved away and made anew, or renamed over an empty one: nothing else tells what it had, or has."""
+    site = tmp_path / "site"
+    (site / "a" / "b" / "old").touch()
+    if again == "rename":
+        (site / "c").mkdir()
+    watcher.watch(workspace, wish())
+    if again == "mkdir":
+        (site / "a" / "b").rename(tmp_path / "away")
+        (site / "a" / "b").mkdir()
+    else:
+        (site / "a" / "b").rename(site / "c")
+    (notice,) = told(watcher)
+    assert notice["overflow"]
+    (site / "a").chmod(0o700)
+    (notice,) = told(watcher)
+    assert notice["changes"] == [{"path": "a", "change": "changed"}] and not notice["overflow"]
+
+
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files always have names here")
 def test_a_file_without_a_name_is_no_change(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
     """What is written into a file without a name is not told of; a name of the same form is a name."""
