@@ -8,6 +8,8 @@ client sends end in an event, never in an exception.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -418,7 +420,7 @@ class ServerWire:
         try:
             message = orjson.loads(text)
         except ValueError:
-            return self._refuse(None, -32700, "the message is not JSON")
+            return self._refuse(*_unreadable(text))
         if not isinstance(message, dict):
             what = "batches are not served" if isinstance(message, list) else "a message is a JSON object"
             return self._refuse(None, -32600, what)
@@ -459,6 +461,22 @@ class ServerWire:
         if not self.initialized:  # nobody speaks our language at the other end: do not stay open for it
             return Close(CloseCode.PROTOCOL_ERROR, message, reply)
         return Refused(reply)
+
+
+def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
+    """Return the id, code and words for a message that orjson does not take.
+
+    Half a surrogate pair, which JSON can write and no UTF-8 can hold, is what JavaScript makes of half an
+    emoji, and Python of a file's name that is not UTF-8. Without its id the caller would wait for ever.
+    """
+    if "\\u" in text and len(text) <= 1 << 20:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            message = json.loads(text)
+            request_id = message.get("id") if isinstance(message, dict) else None
+            whole = orjson.loads(orjson.dumps(request_id))  # not an id that no answer could have
+            if isinstance(whole, str | int) and not isinstance(whole, bool) and len(str(whole)) <= 256:
+                return whole, -32700, "the message is not JSON that is text: half of a surrogate pair, or NaN"
+    return None, -32700, "the message is not JSON"
 
 
 # --- what a server sends ------------------------------------------------------------------------------

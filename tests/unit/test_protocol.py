@@ -88,6 +88,17 @@ def test_malformed_messages_are_answered_with_json_rpcs_own_codes(
     assert error["data"]["code"] in WIRE_CODES
 
 
+def test_half_of_a_surrogate_pair_is_answered_with_the_calls_id(wire: ServerWire) -> None:
+    """Else its caller would wait for ever: JavaScript and Python both write it where a text has it."""
+    text = '{"jsonrpc":"2.0","id":%s,"method":"files/stat","params":{"path":"\\udcff"}}'
+    for request_id in ("7", '"seven"', '"\\udcff"', "true", "1" * 5000, "[" * 9000):
+        event = wire.receive_text(text % request_id)
+        assert isinstance(event, protocol.Refused)
+        reply = orjson.loads(event.reply)
+        assert reply["id"] == {"7": 7, '"seven"': "seven"}.get(request_id)
+        assert reply["error"]["code"] == -32700
+
+
 def test_a_refusal_names_the_wrong_field(wire: ServerWire) -> None:
     error = refusal(wire.receive_text(message("exec/start", {"argv": ["a"], "pty": {"cols": "x"}})))
     assert error["data"]["field"] == "pty.cols"
