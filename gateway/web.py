@@ -11,10 +11,12 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import orjson
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import (
@@ -83,12 +85,23 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
+class _AnyPath(PathConvertor):
+    """A path of any bytes: a name may have a line break, which `.` of the router's own does not match."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any", _AnyPath())
+
+
 def file_path(request: Request) -> str:
     """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
-    before = f"/v1/tenants/{request.path_params['tenant']}/files/"
     raw: bytes = request.scope["raw_path"]
+    parts = raw.split(b"/", 5)  # "", v1, tenants, the tenant, files: escaped or not
+    if len(parts) < 6:
+        raise NotFound("no such route")
     try:
-        return unquote_to_bytes(raw[len(before) :]).decode() or "."
+        return unquote_to_bytes(parts[5]).decode() or "."
     except UnicodeDecodeError:
         raise InvalidParams("the path is not UTF-8") from None
 
@@ -117,15 +130,30 @@ async def problem_handler(request: Request, error: Exception) -> Response:
         case GatewayError():
             return problem(error)
         case HTTPException():
-            told = NotFound("no such route") if error.status_code == 404 else InvalidParams(error.detail)
+            told: GatewayError = InvalidParams(error.detail)
+            headers = dict(error.headers or {})
+            if error.status_code == 404:
+                told = NotFound("no such route")
+            elif error.status_code == 405:
+                headers["Allow"] = _allowed(request)
+                told = InvalidParams(f"{request.method} is not served here; there are {headers['Allow']}")
             response = problem(told, error.status_code)
-            response.headers.update(error.headers or {})
+            response.headers.update(headers)
             return response
         case ClientDisconnect():
             return problem(Cancelled("the client went away"))
         case _:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
             return problem(Unavailable("the gateway failed; its log says why"), 500)
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods of a request's path: the router tells those of the first of its routes alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:

@@ -273,6 +273,8 @@ def _move(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     source, target = locate(workspace, given["from"]), locate(workspace, given["to"])
     if not source or not target:
         raise InvalidParams("the workspace itself cannot be moved or replaced", reason="invalid")
+    if target.startswith(source + "/") and stat.S_ISDIR(tree.status(source).st_mode):
+        raise InvalidParams("a folder cannot be moved into itself", reason="invalid")
     source_folder, source_name = tree.parent(source)
     try:
         with tree.taking_back() as made:

@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -139,6 +140,7 @@ class EditorContract:
                 ("files/stat", {"path": "x" * 300}, "invalid_params"),
                 ("files/remove", {"path": "."}, "invalid_params"),
                 ("files/list", {"path": ".", "depth": 0}, "invalid_params"),
+                ("files/move", {"from": top, "to": f"{top}/in/x"}, "invalid_params"),
             )
             for method, params, code in cases:
                 assert (method, params, (await refused(wire, method, **params)).code) == (
@@ -253,6 +255,30 @@ class TransferContract:
             _, out, _ = await wire.run(command=f"stat -c %a {name}; cat {name}")
             assert out == b"750\ntwo"
 
+    async def test_any_name_is_named(self, gateway: LiveGateway, tenant: str) -> None:
+        """Line breaks and what a URL means something by, and a tenant whose name is escaped."""
+        top = f"n-{mark()}"
+        base = f"{gateway.url}/v1/tenants/{tenant}/files/{top}"
+        names = ("li\nne/end\n", "end", "a b+c", "50%", "q?x#y;z", "\x1b[1m", "e\u0301", "\u00e9", "\\")
+        async with gateway.http(tenant) as http, gateway.wire(tenant) as wire:
+            for name in names:
+                url = URL(f"{base}/{quote(name)}", encoded=True)
+                async with http.put(url, data=name.encode()) as response:
+                    assert (name, response.status) == (name, 201)
+                async with http.get(url) as response:
+                    assert (response.status, await response.read()) == (200, name.encode())
+                read = await wire.call("files/read", path=f"{top}/{name}")
+                assert read["text"] == name
+            url = URL(
+                f"{gateway.url}/v1/tenants/%{ord(tenant[0]):x}{tenant[1:]}/files/{top}/end", encoded=True
+            )
+            async with http.get(url) as response:
+                assert (response.status, await response.read()) == (200, b"end")
+            url = URL(f"{base}/{quote(names[0])}", encoded=True)
+            async with http.delete(url) as response:
+                assert response.status == 204
+            assert await paths(wire, f"{top}/li\nne") == []
+
     async def test_ranges(self, gateway: LiveGateway, tenant: str) -> None:
         url = f"/v1/tenants/{tenant}/files/g-{mark()}"
         data = bytes(range(200)) * 20
@@ -335,6 +361,7 @@ class TransferContract:
                 ("GET", "%2e%2e/%2e%2e/etc/passwd", 403, "outside_workspace"),
                 ("GET", "a%00b", 400, "invalid_params"),
                 ("GET", "a%ffb", 400, "invalid_params"),
+                ("POST", f"{top}/f", 405, "invalid_params"),
                 ("PUT", f"{top}", 409, "is_a_directory"),
                 ("PUT", f"{top}/pipe", 409, "not_a_file"),
                 ("PUT", f"{top}/out", 409, "not_a_file"),
@@ -350,6 +377,8 @@ class TransferContract:
                     assert (method, path, response.status) == (method, path, status)
                     problem = await response.json()
                     assert (response.content_type, problem["code"]) == ("application/problem+json", code)
+                    if status == 405:
+                        assert response.headers["Allow"] == "DELETE, GET, HEAD, PUT"
                     assert "/var/lib" not in str(problem) and "/tmp" not in str(problem)
             async with http.put(
                 f"{base}/{top}/f", data=b"", headers={"Content-Range": "bytes 0-1/2"}
