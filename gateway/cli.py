@@ -499,9 +499,7 @@ def events(
 # --- commands in tenants ------------------------------------------------------------------------------
 
 
-@app.command(
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
-)
+@app.command(context_settings={"allow_interspersed_args": False})
 def exec(
     tenant: TenantName,
     command: Annotated[list[str], typer.Argument(metavar="[--] CMD…", help="The program and its arguments")],

@@ -67,7 +67,14 @@ async def test_what_cannot_be_done_is_one_line_and_1(gateway: LiveGateway, words
 
 
 @pytest.mark.parametrize(
-    "words", [("nope",), ("exec", "demo"), ("token",), ("exec", "--env", "x", "demo", "true")]
+    "words",
+    [
+        ("nope",),
+        ("exec", "demo"),
+        ("token",),
+        ("exec", "--env", "x", "demo", "true"),
+        ("exec", "--json", "demo", "--", "true"),
+    ],
 )
 async def test_wrong_usage_is_2(gateway: LiveGateway, words: tuple[str, ...]) -> None:
     assert (await run(gateway, *words))[0] == 2
@@ -86,6 +93,7 @@ async def test_exec_is_the_command_itself(gateway: LiveGateway) -> None:
     data = os.urandom(3 << 20)
     assert await run(gateway, "exec", "demo", "--", "sh", "-c", script, stdin=data) == (7, data, "err\n")
     assert (await run(gateway, "exec", "--env", "A=b c", "demo", "--", "sh", "-c", "echo $A"))[1] == b"b c\n"
+    assert (await run(gateway, "exec", "demo", "printf", "%s", "-t", "--json"))[1] == b"-t--json"
 
 
 async def test_what_cannot_start_ends_as_in_a_shell(gateway: LiveGateway) -> None:
