@@ -512,7 +512,7 @@ class Gateway:
         session = toolbox.session(
             name,
             request.headers.get("x-tool-session"),
-            request.headers.get("x-read-before-write") == "1",
+            protocol.switch(request.headers, "x-read-before-write"),
         )
         call_id = request.headers.get("idempotency-key")
         if call_id is not None and not 0 < len(call_id) <= 200:
@@ -574,7 +574,7 @@ class Gateway:
 
     async def _file_delete(self, request: Request) -> Response:
         name, token = await self._used(request, "files:write")
-        recursive = request.query_params.get("recursive") == "1"
+        recursive = protocol.switch(request.query_params, "recursive")
         given = {"path": file_path(request), "recursive": recursive, **http.conditions(request.headers)}
         try:
             await self.hub.files.call(name, "files/remove", given, by=token.subject)

@@ -33,6 +33,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import __version__
 from gateway.auth import Token
 from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.protocol import switch
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolResult
 
@@ -77,7 +78,7 @@ class _Caller:
         if named is None and handshake is not None:
             named = _tool_session(handshake)
         careful, structured = (
-            headers.get(name) == "1" for name in ("x-read-before-write", "x-structured-content")
+            switch(headers, name) for name in ("x-read-before-write", "x-structured-content")
         )
         return cls(tenant, token, named, careful, structured, handshake)
 

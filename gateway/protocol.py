@@ -479,6 +479,20 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
     return None, -32700, "the message is not JSON"
 
 
+def switch(given: Mapping[str, str], name: str) -> bool:
+    """Tell whether a header, or a member of the query, turns something on; off where it is not there.
+
+    Raises `InvalidParams` for a word that is neither: who asks for a rule must not go without it unawares.
+    """
+    match given.get(name, "").strip().lower():
+        case "1" | "true":
+            return True
+        case "" | "0" | "false":
+            return False
+        case _:
+            raise InvalidParams(f"{name} is 1 or 0", field=name)
+
+
 # --- what a server sends ------------------------------------------------------------------------------
 
 

@@ -384,8 +384,9 @@ class TransferContract:
                 f"{base}/{top}/f", data=b"", headers={"Content-Range": "bytes 0-1/2"}
             ) as response:
                 assert response.status == 400
-            async with http.delete(f"{base}/{top}", params={"recursive": "1"}) as response:
-                assert response.status == 204
+            for recursive, status in (("false", 409), ("maybe", 400), ("true", 204)):
+                async with http.delete(f"{base}/{top}", params={"recursive": recursive}) as response:
+                    assert response.status == status
             for method in ("PUT", "DELETE"):
                 async with gateway.http(tenant, scopes=("files:read",)) as reader:
                     async with reader.request(method, f"{base}/x") as response:

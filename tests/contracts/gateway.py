@@ -322,6 +322,12 @@ class ToolsContract:
             assert await write()
             await http.post(f"{base}/Read", json={"file_path": "r.txt"}, headers=headers)
             assert not await write()
+            headers = {"X-Tool-Session": "rbw-true", "X-Read-Before-Write": "true"}
+            assert await write()
+            # what is neither on nor off is refused, not taken for off
+            headers["X-Read-Before-Write"] = "on, please"
+            async with http.post(f"{base}/Read", json={"file_path": "r.txt"}, headers=headers) as response:
+                assert (response.status, (await response.json())["code"]) == (400, "invalid_params")
 
 
 class ExecContract:
