@@ -31,7 +31,7 @@ from gateway.errors import (
 from gateway.files import removing
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import TEMPORARY, Made, Tree, etag, refusal, show
+from gateway.rootfs.tree import Made, Tree, etag, refusal, show, unfinished
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools
@@ -180,7 +180,7 @@ def _scan(tree: Tree, folder: str, maximum: int) -> tuple[list[tuple[str, os.sta
     found = []
     try:
         with os.scandir(descriptor) as entries:
-            listed = [item for item in islice(entries, maximum + 1) if not item.name.startswith(TEMPORARY)]
+            listed = [item for item in islice(entries, maximum + 1) if not unfinished(item.name)]
             for item in sorted(listed[:maximum], key=lambda item: item.name):
                 try:
                     found.append((item.name, item.stat(follow_symlinks=False)))

@@ -7,7 +7,6 @@ a file be without a name until then. What a SIGKILL catches in between stays und
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -17,10 +16,9 @@ import orjson
 
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import TEMPORARY
+from gateway.rootfs.tree import unfinished
 from gateway.rootfs.walk import Names, Walk
 
-_OURS = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 
 
@@ -34,7 +32,7 @@ class _Unfinished:
         return True
 
     def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]:
-        return [name for name in names if name.startswith(TEMPORARY) and _OURS.fullmatch(name)]
+        return [name for name in names if unfinished(name)]
 
 
 def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.files.changes import Change, Changes, Wish
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import TEMPORARY, refusal, show
+from gateway.rootfs.tree import refusal, show, unfinished
 from gateway.rootfs.worker import TOLD, answer, frame, receive_request
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -177,7 +177,7 @@ class Watcher:
                     continue
                 for entry, is_folder in self._list(folder, descriptor):
                     below = f"{path}/{entry}" if path else entry
-                    if told and not entry.startswith(TEMPORARY):
+                    if told and not unfinished(entry):
                         self._note(below, "created")
                     if is_folder and self._wanted(below):
                         stack.append((folder, entry, below))
@@ -299,7 +299,7 @@ class Watcher:
         path = folder.path()
         if path is None:
             folder.top().missed = True
-        if not name or name.startswith(TEMPORARY) or path is None:
+        if not name or unfinished(name) or path is None:
             return
         below = f"{path}/{name}" if path else name
         is_folder = bool(mask & kernel.IN_ISDIR)

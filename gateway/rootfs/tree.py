@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its fi
 DEPTH_MAX = 256  # folders of one path, where nobody says else
 LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
 TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
+_UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
 _REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
@@ -94,6 +96,11 @@ def show(name: str) -> str:
 def etag(status: os.stat_result) -> str:
     """Return a short mark that changes whenever a file is replaced or written: inode, mtime, size in hex."""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def unfinished(name: str) -> bool:
+    """Tell whether a name is one that only we give; others that begin so are the tenant's own."""
+    return name.startswith(TEMPORARY) and _UNFINISHED.fullmatch(name) is not None
 
 
 def locate(path: str, cwd: str, workspace: str) -> str:

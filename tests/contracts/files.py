@@ -259,7 +259,18 @@ class TransferContract:
         """Line breaks and what a URL means something by, and a tenant whose name is escaped."""
         top = f"n-{mark()}"
         base = f"{gateway.url}/v1/tenants/{tenant}/files/{top}"
-        names = ("li\nne/end\n", "end", "a b+c", "50%", "q?x#y;z", "\x1b[1m", "e\u0301", "\u00e9", "\\")
+        names = (
+            "li\nne/end\n",
+            "end",
+            "a b+c",
+            "50%",
+            "q?x#y;z",
+            "\x1b[1m",
+            "e\u0301",
+            ".gateway-mine",
+            "\u00e9",
+            "\\",
+        )
         async with gateway.http(tenant) as http, gateway.wire(tenant) as wire:
             for name in names:
                 url = URL(f"{base}/{quote(name)}", encoded=True)
@@ -278,6 +289,8 @@ class TransferContract:
             async with http.delete(url) as response:
                 assert response.status == 204
             assert await paths(wire, f"{top}/li\nne") == []
+            shown = {path.removeprefix(f"{top}/") for path in await paths(wire, top)}
+            assert shown == {"li\nne", *names[1:]}
 
     async def test_ranges(self, gateway: LiveGateway, tenant: str) -> None:
         url = f"/v1/tenants/{tenant}/files/g-{mark()}"

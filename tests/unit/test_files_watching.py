@@ -114,6 +114,9 @@ def test_a_file_without_a_name_is_no_change(watcher: Watcher, workspace: Workspa
     assert [change["path"] for change in told(watcher)[0]["changes"]] == ["#1"]
     (site / "#1").write_text("y")
     assert told(watcher)[0]["changes"] == [{"path": "#1", "change": "changed"}]
+    for name in (".gateway-1f-0123456789ab", ".gateway-mine"):
+        (site / name).write_text("x")
+    assert [change["path"] for change in told(watcher)[0]["changes"]] == [".gateway-mine"]
 
 
 def test_a_root_goes_with_a_folder_above_it(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
