@@ -89,6 +89,18 @@ async def standbys(maker: Maker) -> AsyncIterator[Standbys]:
     await standbys.aclose()
 
 
+@pytest.fixture
+async def busy(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Standbys]:
+    """Standbys whose one shell was taken a moment ago."""
+    monkeypatch.setattr("gateway.runtime.standby._PATIENCE", 60)
+    standbys = keeping(maker, terminals=0, delay=60)
+    with standbys.expect("a"):
+        await maker.until(1)
+        assert await standbys.take("a", False) is maker.made[0]
+        yield standbys
+    await standbys.aclose()
+
+
 async def test_nothing_is_kept_for_whom_nothing_is_expected(standbys: Standbys, maker: Maker) -> None:
     assert await standbys.take("a", False) is None
     await asyncio.sleep(0)
@@ -130,62 +142,42 @@ async def test_what_took_a_shell_has_a_moment_for_itself(maker: Maker) -> None:
     await standbys.aclose()
 
 
-async def test_who_comes_soon_after_the_last_waits_for_the_next(maker: Maker) -> None:
-    standbys = keeping(maker, terminals=0, delay=60)
-    with standbys.expect("a"):
-        await maker.until(1)
-        assert await standbys.take("a", False) is maker.made[0]
-        maker.may.clear()
-        second, third = (asyncio.ensure_future(standbys.take("a", False)) for _ in range(2))
-        assert await third is None  # one is started at a time, and the second has it
-        assert not second.done()
-        maker.may.set()
-        assert await second is maker.made[1]
-        # and while they go on to come, each has the next
-        assert [await standbys.take("a", False) for _ in range(3)] == maker.made[2:5]
-    await standbys.aclose()
+async def test_who_comes_soon_after_the_last_waits_for_the_next(busy: Standbys, maker: Maker) -> None:
+    maker.may.clear()
+    second, third = (asyncio.ensure_future(busy.take("a", False)) for _ in range(2))
+    assert await third is None  # one is started at a time, and the second has it
+    assert not second.done()
+    maker.may.set()
+    assert await second is maker.made[1]
+    # and while they go on to come, each has the next
+    assert [await busy.take("a", False) for _ in range(3)] == maker.made[2:5]
 
 
-async def test_who_waits_for_one_that_does_not_start_gets_none(maker: Maker) -> None:
-    standbys = keeping(maker, terminals=0, delay=60)
-    with standbys.expect("a"):
-        await maker.until(1)
-        assert await standbys.take("a", False) is maker.made[0]
-        maker.fails = True
-        assert await standbys.take("a", False) is None
-        maker.fails = False
-        assert await standbys.take("a", False) is None  # nobody tries again at once
-    await standbys.aclose()
+async def test_who_waits_for_one_that_does_not_start_gets_none(busy: Standbys, maker: Maker) -> None:
+    maker.fails = True
+    assert await busy.take("a", False) is None
+    maker.fails = False
+    assert await busy.take("a", False) is None  # nobody tries again at once
 
 
 async def test_who_waits_for_one_that_hangs_goes_on_alone(
-    maker: Maker, monkeypatch: pytest.MonkeyPatch
+    busy: Standbys, maker: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.runtime.standby._PATIENCE", 0.01)
-    standbys = keeping(maker, terminals=0, delay=60)
-    with standbys.expect("a"):
-        await maker.until(1)
-        assert await standbys.take("a", False) is maker.made[0]
-        maker.may.clear()
-        assert await standbys.take("a", False) is None
-        maker.may.set()
-        made = await maker.until(2)
-        assert standbys.waiting("a", False) == [made[1]]
-    await standbys.aclose()
+    maker.may.clear()
+    assert await busy.take("a", False) is None
+    maker.may.set()
+    made = await maker.until(2)
+    assert busy.waiting("a", False) == [made[1]]
 
 
-async def test_who_waits_for_one_of_a_tenant_that_changed_gets_none(maker: Maker) -> None:
-    standbys = keeping(maker, terminals=0, delay=60)
-    with standbys.expect("a"):
-        await maker.until(1)
-        assert await standbys.take("a", False) is maker.made[0]
-        maker.may.clear()
-        waits = asyncio.ensure_future(standbys.take("a", False))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        standbys.drop("a")
-        assert await waits is None
-    await standbys.aclose()
+async def test_who_waits_for_one_of_a_tenant_that_changed_gets_none(busy: Standbys, maker: Maker) -> None:
+    maker.may.clear()
+    waits = asyncio.ensure_future(busy.take("a", False))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    busy.drop("a")
+    assert await waits is None
 
 
 async def test_in_a_burst_all_that_lack_are_started_beside_each_other(maker: Maker) -> None:
@@ -214,28 +206,24 @@ async def test_one_that_is_given_up_before_it_begins_is_replaced_later(maker: Ma
 
 
 @pytest.mark.parametrize("came", [False, True])
-async def test_one_that_nobody_waits_for_any_more_is_kept(maker: Maker, came: bool) -> None:
-    standbys = keeping(maker, terminals=0, delay=60)
-    with standbys.expect("a"):
-        await maker.until(1)
-        assert await standbys.take("a", False) is maker.made[0]
-        maker.may.clear()
-        waits = asyncio.ensure_future(standbys.take("a", False))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        kept = []
-        if came:  # in the same breath
-            claim = standbys._filling[0].claim
-            assert claim is not None
-            kept = [Shell("a", False)]
-            claim.set_result(kept[0])
-        waits.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waits
-        maker.may.set()
-        made = await maker.until(2)
-        assert standbys.waiting("a", False) == [*kept, made[1]]
-    await standbys.aclose()
+async def test_one_that_nobody_waits_for_any_more_is_kept(busy: Standbys, maker: Maker, came: bool) -> None:
+    maker.may.clear()
+    waits = asyncio.ensure_future(busy.take("a", False))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    kept = []
+    if came:  # in the same breath
+        claim = busy._filling[0].claim
+        assert claim is not None
+        kept = [Shell("a", False)]
+        claim.set_result(kept[0])
+    waits.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waits
+    maker.may.set()
+    made = await maker.until(2)
+    assert busy.waiting("a", False) == [*kept, made[1]]
+    await busy.aclose()
     assert all(shell.abandoned.is_set() for shell in [*kept, made[1]])
 
 
