@@ -22,9 +22,8 @@ from typing import Final
 from gateway.rootfs import trees
 from gateway.rootfs.trees import of_init
 
-_FREEZING: Final = (
-    1.0  # seconds at most until a tree stands still; one in the middle of a slow call takes longer
-)
+# seconds at most until a tree stands still; one in the middle of a slow call takes longer
+_FREEZING: Final = 1.0
 
 # Does one of `trees.STEPS` on a path: here, or by the broker where this process may not.
 Hands = Callable[[str, Path], Awaitable[None]]

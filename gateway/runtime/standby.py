@@ -177,7 +177,9 @@ class Standbys:
         for leaving in self._leaving.values():
             leaving.cancel()
         self.drop()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        while self._ending:
+            await asyncio.gather(*self._ending, return_exceptions=True)
+            await asyncio.sleep(0)  # a start that has just succeeded is given up only now
 
     def _missing(self, tenant: str) -> Key | None:
         """Return what is to be started next: of a kind of which there are fewest."""
@@ -224,7 +226,7 @@ class Standbys:
         except GatewayError as error:
             # not running, at its limits, Incus away: the next command tries again
             log.debug("no standby for %s: %s", tenant, error.message)
-        except Exception:
+        except Exception:  # who waits for it goes on alone
             log.exception("a standby of %s did not start", tenant)
         return None
 

@@ -325,3 +325,15 @@ async def test_closing_gives_up_all_and_starts_no_more(standbys: Standbys, maker
         assert await standbys.take("a", False) is None
         await asyncio.sleep(0)
         assert len(maker.made) == 2
+
+
+async def test_closing_waits_for_one_that_has_just_started(maker: Maker) -> None:
+    """Its start has succeeded, and nobody has taken notice of it yet."""
+    standbys = keeping(maker, terminals=0)
+    with standbys.expect("a"):
+        task = standbys._filling[0].task
+        assert task is not None
+        while not task.done():
+            await asyncio.sleep(0)
+        await standbys.aclose()
+    assert len(maker.made) == 1 and maker.left == []
