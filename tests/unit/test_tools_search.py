@@ -199,3 +199,12 @@ async def test_folders_that_a_glob_names(site: Path, pattern: str, found: list[s
     (site / "link").symlink_to("src")
     answer = await ask(site, "Glob", pattern=pattern)
     assert sorted(answer.split("\n")) == (found or ["No files found"])
+
+
+async def test_the_gateways_own_folder_is_found_by_its_name_alone(site: Path) -> None:
+    (site / ".gateway" / "output").mkdir(parents=True)
+    for name in (".gateway/output/a.txt", "a.txt"):
+        (site / name).write_text("kept")
+    assert await ask(site, "Glob", pattern="**/*.txt") == "a.txt"
+    assert await ask(site, "Glob", pattern=".gateway/**/*.txt") == ".gateway/output/a.txt"
+    assert await ask(site, "Grep", pattern="kept") == "Found 1 file\na.txt"
