@@ -28,6 +28,8 @@ _SCAN: Final = 512
 _RECENT, _RECENT_BYTES = 4096, 8 * MiB
 # events of one commit
 _GROUP: Final = 1024
+# events of one statement; SQLite keeps the parsed statements of each length
+_ROWS: Final = 64
 # seconds that events wait for others to share their commit, and that lie between two commits: each more often
 # would slow down the very tool calls that they tell of, by a fifth every 5 ms (measured)
 _GATHER, _SPACING = 0.01, 0.05
@@ -210,7 +212,8 @@ class StoredJournal:
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
         try:
-            await self._flush()
+            while self._waiting:
+                await self._flush()
             await self._store.write(_ended, durable=True)
         except StoreFailed as failed:
             log.error("%d events are lost: %s", len(self._waiting), failed.message)
@@ -276,10 +279,15 @@ class StoredJournal:
                 self.failed = None
 
     async def _flush(self) -> None:
-        """Write what waits, and remove what need not be kept any more. Raises `StoreFailed`."""
+        """Write what waits now, and remove what need not be kept any more. Raises `StoreFailed`.
+
+        What comes meanwhile is for the next time: while calls come one after the other, some always would.
+        """
         self._appended.clear()
-        while True:
+        full = True
+        while full:
             events = list(islice(self._waiting, _GROUP))
+            full = len(events) == _GROUP
             coming = [(event.id, len(event.encoded), event.time) for event in events]
             outdated = self._outdated(coming)
             if not events and not outdated:
@@ -344,14 +352,21 @@ def _kept(connection: sqlite3.Connection) -> tuple[list[tuple[int, int, float]],
 
 
 def _write(connection: sqlite3.Connection, events: Sequence[Event], outdated: int) -> None:
-    # those of a write whose end was not seen may be there already
-    connection.executemany(
-        "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (event.id, event.time, event.type, event.source, event.tenant, event.deployment, event.encoded)
-            for event in events
-        ],
-    )
+    # Many rows in one statement: for each statement the thread lets go of the interpreter and takes it again,
+    # in the middle of the very calls that the events tell of.
+    for rows in (events[at : at + _ROWS] for at in range(0, len(events), _ROWS)):
+        connection.execute(
+            # those of a write whose end was not seen may be there already
+            "INSERT OR IGNORE INTO events VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows)),
+            [
+                field
+                for event in rows
+                for field in (
+                    *(event.id, event.time, event.type, event.source),
+                    *(event.tenant, event.deployment, event.encoded),
+                )
+            ],
+        )
     if outdated:
         connection.execute("DELETE FROM events WHERE id <= ?", (outdated,))
 
