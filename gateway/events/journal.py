@@ -351,13 +351,16 @@ def _kept(connection: sqlite3.Connection) -> tuple[list[tuple[int, int, float]],
     return rows, list(_events(connection, after, rows[-1][0], _RECENT))
 
 
+# those of a write whose end was not seen may be there already
+_INSERT: Final = "INSERT OR IGNORE INTO events VALUES"
+
+
 def _write(connection: sqlite3.Connection, events: Sequence[Event], outdated: int) -> None:
     # Many rows in one statement: for each statement the thread lets go of the interpreter and takes it again,
     # in the middle of the very calls that the events tell of.
     for rows in (events[at : at + _ROWS] for at in range(0, len(events), _ROWS)):
         connection.execute(
-            # those of a write whose end was not seen may be there already
-            "INSERT OR IGNORE INTO events VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(rows)),
+            f"{_INSERT} {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * len(rows))}",
             [
                 field
                 for event in rows

@@ -57,6 +57,12 @@ class Call:
         cwd = self.cwd.rstrip("/") + "/"
         return show(absolute[len(cwd) :] if absolute.startswith(cwd) else absolute)
 
+    def all_shown(self, paths: list[str]) -> list[str]:
+        """Return each as `shown` does."""
+        if self.cwd == self.tree.workspace and "".join(paths).isprintable():  # the usual case, one look
+            return paths
+        return [self.shown(path) for path in paths]
+
     @property
     def where(self) -> str:
         return f"Note: your current working directory is {show(self.cwd)}."

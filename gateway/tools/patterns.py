@@ -220,6 +220,9 @@ class _Names:
     def matches(self, path: str) -> bool:
         return path.rpartition("/")[2] in self._names
 
+    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+        return () if self.folders_only else self._names.intersection(names)
+
 
 _Rule = Glob | _Names
 
@@ -258,6 +261,9 @@ class Globs:
         """Return those of the files' names in the folder `prefix`, with its slash, that are not left out."""
         if self._single is not None:
             return self._single.among(prefix, names)
+        if not self._selective:  # whatever one of them matches is left out
+            left_out = set().union(*(rule.among(prefix, names) for rule in self._rules))
+            return [name for name in names if name not in left_out] if left_out else names
         decide = self.decide
         return [name for name in names if decide(prefix + name, folder=False) is not False]
 
@@ -381,6 +387,8 @@ class Sought:
 
     def files(self, prefix: str, names: Sequence[str], state: _State) -> Collection[str]:
         decide, types, ignores = self._globs.decide, self._types, state[1] or state[2]
+        if types is None and not ignores:
+            return self._globs.among(prefix, names)
         chosen = []
         for name in names:
             path = prefix + name

@@ -11,7 +11,7 @@ import re
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -94,7 +94,7 @@ def glob(call: Call) -> Answer:
         raise _bad_folder(call, path, start, error) from None
     found.sort()
     total = len(found)
-    names = [call.shown(name) for _, name in found[:GLOB_LIMIT]]
+    names = call.all_shown([name for _, name in found[:GLOB_LIMIT]])
     facts = {"files": names, "total": total, "truncated": total > len(names) or walk.truncated}
     if not names:
         return text("No files found" + note, facts)
@@ -142,9 +142,13 @@ def _literal_folder(pattern: str) -> str:
 
 
 def _below(pattern: str, literal: str) -> str:
-    """Return a glob that says of paths below the folder `literal` what `pattern` does, the quicker one."""
+    """Return a glob that says of paths below the folder `literal` what `pattern` does, the quicker one.
+
+    Of a plain name in that folder it does where no folder further down is entered, see `_depth`.
+    """
     below = pattern.lstrip("/")[len(literal) :]
-    return below if literal and below.startswith("**/") else pattern
+    flat = below[:1] not in ("", "!") and "/" not in below and _depth(pattern) is not None
+    return below if literal and (flat or below.startswith("**/")) else pattern
 
 
 def _depth(pattern: str) -> int | None:
@@ -346,6 +350,21 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
         raise _rejected(f"regex parse error:\n    (?:{pattern})\n    ^\nerror: {words}") from None
 
 
+def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
+    """Return what finds the next match from a position on: its start and end, -1 where there is none.
+
+    The wrapper's `search` makes a generator and an object for each match, which takes longer than the search
+    of a usual file; what it calls itself has no other name.
+    """
+    match, unanchored = regex._regexp.Match, re2._Anchor.UNANCHORED
+
+    def find(data: bytes, at: int) -> tuple[int, int]:
+        span: tuple[int, int] = match(unanchored, data, at, len(data))[0]
+        return span
+
+    return find
+
+
 # what was read, as UTF-8, and where its first NUL is, by inode, mtime, ctime and size
 _cache: OrderedDict[tuple[int, int, int, int], tuple[bytes, int]] = OrderedDict()
 _cached = 0
@@ -389,7 +408,7 @@ class _Search:
     def __init__(self, call: Call, start: str, regex: Any) -> None:
         given = call.given
         self._call = call
-        self._find = regex.search
+        self._find = _finder(regex)
         self._start = start
         self._mode: str = given.get("output_mode", "files_with_matches")
         self._numbers: bool = given.get("-n", True)
@@ -406,7 +425,7 @@ class _Search:
         self._enough = self._limit + 1 if self._limit else 1 << 60
         self._room = call.limits.result_max
         self._rows: list[str] = []
-        self._files: list[tuple[int, str]] = []
+        self._files: list[tuple[int, str]] = []  # with the negative of their mtime, or with a count
         self._matches = 0
         self._skipped = 0
         self._brief = BRIEF_BYTES
@@ -437,10 +456,10 @@ class _Search:
         if time.monotonic() > self._call.deadline:
             raise Timeout("the search took too long", reason="timeout")
         if self._mode == "files_with_matches":
-            match = self._find(data)
+            start, _ = self._find(data, 0)
             # an empty match after the last line end is on no line
-            if match is not None and (match.start() < len(data) or not data.endswith(b"\n")):
-                self._files.append((status.st_mtime_ns, path))
+            if start >= 0 and (start < len(data) or not data.endswith(b"\n")):
+                self._files.append((-status.st_mtime_ns, path))
             return
         if self._mode == "count":
             count = sum(1 for _ in self._spans(data))
@@ -473,10 +492,9 @@ class _Search:
         before = -1  # where the match before ended; an empty one there is no match of its own
         find = self._find
         while at < end:
-            match = find(data, at)
-            if match is None:
+            start, stop = find(data, at)
+            if start < 0:
                 return
-            start, stop = match.span()
             if start >= end and stop >= end and (data.endswith(b"\n") or start > end):
                 return  # an empty match after the last line end is on no line
             if not every or stop > start or start != before:
@@ -584,9 +602,9 @@ class _Search:
         if self._skipped:
             facts["skippedLargeFiles"] = self._skipped
         if self._mode == "files_with_matches":
-            # The newest first; of one age by name.
-            self._files.sort(key=lambda item: (-item[0], item[1]))
-            page, words = self._page([self._call.shown(path) for _, path in self._files[self._offset :]])
+            self._files.sort()  # the newest first; of one age by name
+            page, words = self._page([path for _, path in self._files[self._offset :]])
+            page = self._call.all_shown(page)
             facts |= {"files": page, "total": len(self._files)}
             if not page:
                 return text("No files found" + self.note, facts)

@@ -189,6 +189,7 @@ async def test_session_is_bounded() -> None:
         ("./src/*.ts", []),
         ("src/../src/*.ts", []),
         ("!src/*.ts", ["src/x/b.ts", "src/x/y/c.ts"]),
+        ("src/!*.md", []),  # the mark is one at the very beginning alone
     ],
 )
 async def test_folders_that_a_glob_names(site: Path, pattern: str, found: list[str]) -> None:
