@@ -10,13 +10,14 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal
 
 from gateway.errors import Cancelled, Conflict, Gone
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.store import Statement, Store
 
 Kind = Literal["call", "exec"]
 Key = tuple[str, Kind, str]  # tenant, kind, the caller's id
@@ -88,10 +89,11 @@ class Receipts:
     async def opened(cls, store: Store, settings: Settings) -> Receipts:
         """Take over what earlier lives left; what they had begun and not finished is `begun` still."""
         self = cls(store, settings)
+        await store.settled()
         for key, receipt in await store.read(_all):
             self._shelf(key).put(key, receipt)
         gone = [key for shelf in self._stored.values() for key in shelf.trim()]
-        await store.write(lambda connection: _delete(connection, gone))
+        await store.note(*map(_delete, gone))
         return self
 
     async def result(self, key: Key, digest: bytes) -> bytes | None:
@@ -123,7 +125,7 @@ class Receipts:
         receipt = Receipt(digest, time.time(), "begun")
         self._shelf(key).put(key, receipt)
         try:
-            await self._store.write(lambda connection: _insert(connection, key, receipt))
+            await self._store.note(_insert(key, receipt))
         except BaseException:
             self._shelf(key).take(key)
             raise
@@ -131,9 +133,10 @@ class Receipts:
     async def note(self, key: Key, digest: bytes, facts: bytes) -> None:
         """Keep facts of a call that has begun: the next life's `earlier` has them. Raises `StoreFailed`."""
         receipt = Receipt(digest, time.time(), "begun", len(facts), facts)
-        self._shelf(key).put(key, receipt)
-        await self._store.write(lambda connection: _insert(connection, key, receipt))
+        noted = _insert(key, receipt)
         receipt.result = None  # of no use to this life
+        self._shelf(key).put(key, receipt)
+        await self._store.note(noted)
 
     async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that began.
@@ -141,8 +144,11 @@ class Receipts:
         Raises `StoreFailed` where it can only be kept in memory; for this life it is.
         """
         receipt = Receipt(digest, time.time(), "done", len(result), result)
-        await self._put(key, receipt)
-        receipt.result = None  # asked for so seldom that the store may hold it alone
+
+        def written() -> None:
+            receipt.result = None  # asked for so seldom that the store may hold it alone
+
+        await self._put(key, receipt, written)
 
     def keep(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that only read, for a while, in memory."""
@@ -152,7 +158,7 @@ class Receipts:
     async def forget(self, key: Key) -> None:
         """Take back what `begin` noted: the call did not happen, and may be made again."""
         if self._shelf(key).take(key) is not None:
-            await self._store.write(lambda connection: _delete(connection, [key]))
+            await self._store.note(_delete(key))
 
     async def fence(self, key: Key) -> None:
         """See to it that nothing is made under this id any more, be it unheard of or begun."""
@@ -166,12 +172,11 @@ class Receipts:
         self._stored.pop(tenant, None)
         for key in [key for key in self._reads.receipts if key[0] == tenant]:
             self._reads.take(key)
-        await self._store.write(
-            lambda connection: connection.execute("DELETE FROM receipts WHERE tenant = ?", (tenant,)).rowcount
-        )
+        await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, Receipt]]:
         """Return what earlier lives left of one kind, with the results; for the start."""
+        await self._store.settled()
         found = [
             (key, receipt)
             for shelf in self._stored.values()
@@ -195,20 +200,14 @@ class Receipts:
             self._stored[key[0]] = shelf
         return shelf
 
-    async def _put(self, key: Key, receipt: Receipt) -> None:
+    async def _put(self, key: Key, receipt: Receipt, written: Callable[[], None] | None = None) -> None:
         """Keep a receipt, and drop in the same breath what is too much."""
         shelf = self._shelf(key)
         shelf.put(key, receipt)
-        gone = shelf.trim()
-
-        def written(connection: sqlite3.Connection) -> None:
-            _insert(connection, key, receipt)
-            _delete(connection, gone)
-
-        await self._store.write(written)
+        await self._store.note(_insert(key, receipt), *map(_delete, shelf.trim()), written=written)
 
 
-# --- statements: each is a work of the store -----------------------------------------------------------
+# --- statements -----------------------------------------------------------------------------------------
 
 
 def _all(connection: sqlite3.Connection) -> list[tuple[Key, Receipt]]:
@@ -229,14 +228,16 @@ def _result(connection: sqlite3.Connection, key: Key) -> bytes | None:
     return found
 
 
-def _insert(connection: sqlite3.Connection, key: Key, receipt: Receipt) -> None:
-    connection.execute(
-        # not REPLACE, which deletes the row and makes it anew in every index
-        "INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
-        " digest = excluded.digest, at = excluded.at, state = excluded.state, result = excluded.result",
-        (*key, receipt.digest, receipt.at, receipt.state, receipt.result),
-    )
+def _insert(key: Key, receipt: Receipt) -> Statement:
+    return _INSERT, (*key, receipt.digest, receipt.at, receipt.state, receipt.result)
 
 
-def _delete(connection: sqlite3.Connection, keys: list[Key]) -> None:
-    connection.executemany("DELETE FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", keys)
+def _delete(key: Key) -> Statement:
+    return "DELETE FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", key
+
+
+# not REPLACE, which deletes the row and makes it anew in every index
+_INSERT: Final = (
+    "INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+    " digest = excluded.digest, at = excluded.at, state = excluded.state, result = excluded.result"
+)

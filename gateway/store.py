@@ -6,6 +6,9 @@ revoked tokens, the audit log. Each room brings its own statements; this one kno
 The file is in WAL mode with `synchronous=NORMAL`: whatever ends the gateway, a SIGKILL included, leaves
 every write that was acknowledged, and a power cut leaves a whole file that may lack the last moments. A
 write that must not be lost to that either asks for `durable`, which costs a flush of the disk.
+
+A `note` is a write that is not waited for: it stands in memory that outlives the process until it is written
+with others.
 """
 
 from __future__ import annotations
@@ -13,25 +16,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
+import marshal
 import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from gateway.errors import Unavailable
+from gateway.ledger import NOTE_MAX, Ledger
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
+# SQL and its parameters
+Statement = tuple[str, tuple[Any, ...]]
 
 FILE: Final = "gateway.db"
 
 # works that share one transaction: bounds how long the first of them waits for its commit
 _GROUP: Final = 512
+# seconds that notes wait for others to share their commit
+_NOTED: Final = 0.05
 
 # Each is run once, in this order, and never changed after a release: a later change is a new one.
 MIGRATIONS: Final = (
@@ -103,9 +116,18 @@ class StoreFailed(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
+    """A work for a thread; `room` is given back when it is done."""
+
     work: Work[Any]
     answer: asyncio.Future[Any]
-    durable: bool
+    durable: bool = False
+    room: asyncio.Semaphore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    statements: Sequence[Statement]
+    written: Callable[[], None] | None
 
 
 class Store:
@@ -121,6 +143,11 @@ class Store:
         self._writer = _Thread("store writer", self._room, _write_group)
         self._reader = _Thread("store reader", self._room, _read_one)
         self._lock: int | None = None
+        self._ledger: Ledger | None = None
+        self._notes: deque[_Note] = deque()  # bounded by the ledger's room
+        self._settling: asyncio.Future[None] | None = None
+        self._failed = False  # whether notes could not be written the last time
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Store:
         """Open the file, making or upgrading it. Raises `StoreFailed` that says what to do."""
@@ -138,7 +165,13 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Do what was asked for by now, then close."""
+        try:
+            await self.settled()
+        except StoreFailed as failed:
+            log.error("%d notes are left to the next process: %s", len(self._notes), failed.message)
         await asyncio.gather(self._writer.end(), self._reader.end())
+        if self._ledger is not None:
+            self._ledger.close()
         self._unlock()
 
     async def write(self, work: Work[T], *, durable: bool = False) -> T:
@@ -150,6 +183,72 @@ class Store:
         work was done. Raises `StoreFailed`.
         """
         return await self._writer.ask(work, durable)
+
+    async def note(self, *statements: Statement, written: Callable[[], None] | None = None) -> None:
+        """Have statements executed soon, in the order of all notes, whatever ends this process.
+
+        Waits only where they are too large, there is no room, or those before could not be written: then all
+        are written, and this raises `StoreFailed` where that fails. `written` is called once they are.
+        """
+        assert self._ledger is not None
+        note = marshal.dumps(statements, 4)
+        if not self._failed and len(note) <= NOTE_MAX:
+            noted = self._ledger.add(note)
+            if not noted and self._notes and self._settling is None:
+                self._settle()
+                noted = self._ledger.add(note)
+            if noted:
+                self._notes.append(_Note(statements, written))
+                if self._timer is None and self._settling is None:
+                    self._timer = asyncio.get_running_loop().call_later(_NOTED, self._settle)
+                return
+        await self.settled()
+        await self.write(lambda connection: _execute(connection, statements))
+        if written is not None:
+            written()
+
+    async def settled(self) -> None:
+        """Return once all that was noted is written. Raises `StoreFailed`; it is kept for another try."""
+        while self._notes or self._settling is not None:
+            await asyncio.shield(self._settling or self._settle())
+
+    def _settle(self) -> asyncio.Future[None]:
+        """Begin to write what is noted by now; return what is done when it is. None may be under way."""
+        assert self._ledger is not None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop, ledger = asyncio.get_running_loop(), self._ledger
+        notes, self._notes = self._notes, deque()
+        turned = not self._failed  # else the other half holds what could not be written before
+        if turned:
+            ledger.turn()
+        answer: asyncio.Future[None] = loop.create_future()
+        self._settling = settling = loop.create_future()
+
+        def done(answer: asyncio.Future[None]) -> None:
+            self._settling = None
+            error = answer.exception()
+            self._failed = error is not None
+            if error is not None:
+                self._notes.extendleft(reversed(notes))
+                settling.set_exception(error)
+                settling.exception()  # seen, also where nobody waits
+                return
+            ledger.clear()
+            if self._notes:
+                self._timer = loop.call_later(_NOTED, self._settle)
+            elif not turned:
+                ledger.turn()
+                ledger.clear()
+            for note in notes:
+                if note.written is not None:
+                    note.written()
+            settling.set_result(None)
+
+        answer.add_done_callback(done)
+        self._writer.put(_Asked(lambda connection: _write_notes(connection, notes), answer))
+        return settling
 
     async def read(self, work: Work[T]) -> T:
         """Run `work` on what is committed by now and return what it returned. Raises `StoreFailed`."""
@@ -174,7 +273,8 @@ class Store:
                 writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
                 if writing.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                     raise StoreFailed(_ADVICE["corrupt"], reason="corrupt")
-                _migrate(writing)
+                self._ledger = undo.enter_context(contextlib.closing(Ledger.opened(self._folder)))
+                _migrate(writing, self._ledger)
                 reading = undo.enter_context(contextlib.closing(_connect(path)))
                 reading.execute("PRAGMA query_only=1")
                 undo.pop_all()
@@ -207,12 +307,15 @@ class _Thread:
 
     async def ask(self, work: Work[T], durable: bool) -> T:
         await self._room.acquire()  # given back when the work is done, whoever still waits for it
-        if self._thread is None:
-            self._room.release()
-            raise Unavailable("the gateway's records are closed")
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._asked.put(_Asked(work, answer, durable))
+        self.put(_Asked(work, answer, durable, self._room))
         return await answer
+
+    def put(self, asked: _Asked) -> None:
+        if self._thread is not None:
+            self._asked.put(asked)
+        else:
+            self._deliver([asked], [Unavailable("the gateway's records are closed")])
 
     async def end(self) -> None:
         thread, self._thread = self._thread, None
@@ -243,7 +346,8 @@ class _Thread:
 
     def _deliver(self, group: list[_Asked], results: list[Any]) -> None:
         for asked, result in zip(group, results, strict=True):
-            self._room.release()
+            if asked.room is not None:
+                asked.room.release()
             if asked.answer.done():  # who asked was cancelled
                 continue
             if isinstance(result, BaseException):
@@ -289,6 +393,22 @@ def _read_one(connection: sqlite3.Connection, group: list[_Asked]) -> list[Any]:
         except Exception as error:
             results.append(_failure(error))
     return results
+
+
+def _execute(connection: sqlite3.Connection, statements: Iterable[Statement]) -> None:
+    for sql, parameters in statements:
+        connection.execute(sql, parameters)
+
+
+def _write_notes(connection: sqlite3.Connection, notes: Iterable[_Note]) -> None:
+    for note in notes:
+        try:
+            _execute(connection, note.statements)
+        except Exception as error:
+            # one that no disk would take must not keep back all that come after it
+            if isinstance(_failure(error), StoreFailed):
+                raise
+            log.exception("a note cannot be written")
 
 
 # --- the file -----------------------------------------------------------------------------------------
@@ -339,7 +459,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _migrate(connection: sqlite3.Connection, ledger: Ledger) -> None:
     """Bring the schema up to date, each step whole or not at all. Raises `StoreFailed`."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
@@ -347,6 +467,11 @@ def _migrate(connection: sqlite3.Connection) -> None:
             "the records in the state dir are of a newer gateway: upgrade this one, or restore a backup",
             reason="newer",
         )
+    if version:
+        _replay(connection, ledger)  # of the life before, so by its schema
+    for _ in (0, 1):  # both halves; what stands there belongs to no new file
+        ledger.turn()
+        ledger.clear()
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         try:
             connection.executescript(f"BEGIN; {script}; PRAGMA user_version={number}; COMMIT;")
@@ -354,6 +479,16 @@ def _migrate(connection: sqlite3.Connection) -> None:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+
+def _replay(connection: sqlite3.Connection, ledger: Ledger) -> None:
+    """Write what an earlier process had noted when it was killed."""
+    noted = [_Note(marshal.loads(note), None) for note in ledger.notes()]  # noqa: S302  checked to be ours
+    if noted:
+        connection.execute("BEGIN IMMEDIATE")
+        _write_notes(connection, noted)
+        connection.execute("COMMIT")
+        log.info("%d notes of an earlier process were written", len(noted))
 
 
 _REASONS: Final = {

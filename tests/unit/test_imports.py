@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "websocket"},
+    {"errors", "settings", "protocol", "websocket", "ledger"},
     {"store"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"runtime", "audit"},
@@ -38,7 +38,8 @@ ONLY: dict[str, set[str]] = {
     "settings": set(),
     "websocket": set(),
     "protocol": {"errors"},
-    "store": {"errors"},
+    "ledger": set(),
+    "store": {"errors", "ledger"},
     "editor": {"errors"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings"},

@@ -50,6 +50,16 @@ async def test_a_result_outlives_the_life_that_made_it(store: Store) -> None:
             await life.result(KEY, b"other")
 
 
+async def test_a_result_is_in_memory_only_until_it_is_in_the_store(store: Store) -> None:
+    receipts = await opened(store)
+    await put(receipts, 1)
+    kept = receipts._stored["shop"].receipts[KEY]
+    assert kept.result == b"r"
+    await store.settled()
+    assert kept.result is None
+    assert await receipts.result(KEY, b"d") == b"r"
+
+
 async def test_what_was_begun_and_not_finished_is_not_known(store: Store) -> None:
     await (await opened(store)).begin(KEY, b"d")
     with pytest.raises(Gone) as unknown:
@@ -128,6 +138,7 @@ async def test_without_a_disk_nothing_begins_and_a_result_is_kept_for_this_life(
         for n in range(1000):
             await receipts.begin(key(n + 10), b"d" * 1000)
     assert await receipts.result(key(n + 10), b"d" * 1000) is None
+    await store.write(lambda db: db.execute("PRAGMA max_page_count=100000").fetchall())
     with pytest.raises(Gone):
         await (await opened(store)).result(KEY, b"d")
 

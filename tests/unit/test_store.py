@@ -10,12 +10,15 @@ import stat
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from gateway import ledger
 from gateway import store as store_module
 from gateway.errors import Unavailable
+from gateway.ledger import NOTE_MAX
 from gateway.store import FILE, MIGRATIONS, Store, StoreFailed
 
 
@@ -244,11 +247,156 @@ async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
         await store.write(add(2))
 
 
+def insert(number: int, body: bytes = b"") -> store_module.Statement:
+    return "INSERT INTO t VALUES (?, ?)", (number, body)
+
+
+async def test_a_note_waits_for_nothing_and_is_written_with_others_in_their_order(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        statements: list[str] = []
+        await store.write(lambda connection: connection.set_trace_callback(statements.append))
+        written: list[int] = []
+        async with Held(store), asyncio.timeout(5):
+            for n in range(50):
+                done = partial(written.append, n)
+                await store.note(insert(n), ("DELETE FROM t WHERE n < ?", (n,)), written=done)
+            statements.clear()
+            assert written == []
+        await store.settled()
+        assert written == list(range(50))
+        assert statements.count("COMMIT") == 2  # that of the one that held them up is the other
+        assert await store.read(numbers) == [49]
+
+
+async def test_what_is_too_large_for_a_note_comes_after_those_before_it(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        await store.note(insert(1))
+        await store.note(("UPDATE t SET body = ?", (b"x" * NOTE_MAX,)))
+        assert await store.read(numbers) == [1]
+        rows = await store.read(
+            lambda connection: connection.execute("SELECT length(body) FROM t").fetchall()
+        )
+        assert rows == [(NOTE_MAX,)]
+
+
+async def test_more_notes_than_there_is_room_for(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        async with asyncio.timeout(30):
+            for n in range(40):
+                await store.note(insert(n, b"x" * (NOTE_MAX // 2)))
+        await store.settled()
+        assert await store.read(numbers) == list(range(40))
+
+
+async def test_a_note_that_no_disk_would_take_keeps_back_no_other(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        for n in (1, 1, 2):
+            await store.note(insert(n))
+        await store.settled()
+        assert await store.read(numbers) == [1, 2]
+
+
+async def test_notes_for_which_there_is_no_disk_are_kept_and_others_refused(tmp_path: Path) -> None:
+    async def pages(count: int) -> None:
+        await store.write(lambda connection: connection.execute(f"PRAGMA max_page_count={count}").fetchall())
+
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        await pages(1)
+        await store.note(insert(1, b"x" * 10_000))
+        for _ in range(2):
+            with pytest.raises(StoreFailed, match="full; free some space"):
+                await store.settled()
+        with pytest.raises(StoreFailed):
+            await store.note(insert(2))
+        await pages(1 << 20)
+        await store.note(insert(3))
+        assert await store.read(numbers) == [1, 3]
+
+
+async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_path: Path) -> None:
+    def left() -> list[bytes]:
+        return list(ledger.Ledger.opened(tmp_path).notes())
+
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        await store.write(lambda connection: connection.execute("PRAGMA max_page_count=1").fetchall())
+        async with Held(store):
+            await store.note(insert(1, b"x" * 10_000))
+            first = asyncio.ensure_future(store.settled())
+            await asyncio.sleep(0)
+            await store.note(insert(2))
+            assert len(left()) == 2
+        with pytest.raises(StoreFailed):
+            await first
+        assert len(left()) == 2
+        await store.write(lambda connection: connection.execute("PRAGMA max_page_count=1000").fetchall())
+        async with Held(store):
+            second = asyncio.ensure_future(store.settled())
+            await asyncio.sleep(0)
+            assert len(left()) == 2
+        await second
+        assert left() == []
+        assert await store.read(numbers) == [1, 2]
+
+
+def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
+    for cleared in (False, True):
+        for turns in range(4):
+            book = ledger.Ledger.opened(tmp_path)
+            for n in range(turns):
+                assert book.add(b"%d" % n)
+                book.turn()
+                if cleared:
+                    book.clear()
+            assert book.add(b"last")
+            before = [] if cleared else [b"%d" % n for n in range(turns)][-1:]
+            assert list(ledger.Ledger.opened(tmp_path).notes()) == [*before, b"last"]
+            for _ in (0, 1):
+                book.turn()
+                book.clear()
+            book.close()
+
+
+async def test_without_memory_of_ours_a_note_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").touch(0o666)
+    memory = tmp_path / "memory"
+    monkeypatch.setattr(ledger, "MEMORY", memory)
+    for case in ("missing", "linked", "open to others"):
+        async with Store(tmp_path / case) as store:
+            if case == "missing":
+                await store.write(make)
+                await store.note(insert(1))
+                assert await store.read(numbers) == [1]
+                memory.mkdir()
+        async with Store(tmp_path / case):
+            (place,) = memory.iterdir()
+        assert list(memory.iterdir()) == []  # nothing was left to be noted
+        if case == "linked":
+            place.symlink_to(tmp_path / "theirs")
+        else:
+            place.touch(0o666)
+            place.chmod(0o666)
+        async with Store(tmp_path / case) as store:
+            if case != "missing":
+                await store.write(make)
+            await store.note(insert(2))
+            assert 2 in await store.read(numbers)
+        assert (tmp_path / "theirs").read_bytes() == place.read_bytes() == b""
+        place.unlink()
+
+
 _WRITER = """
 import asyncio, sys
 from pathlib import Path
 from gateway.store import Store
-from tests.unit.test_store import add, make, numbers
+from tests.unit.test_store import add, insert, make, numbers
 
 async def main():
     async with Store(Path(sys.argv[1])) as store:
@@ -259,11 +407,47 @@ async def main():
         n = max(await store.read(numbers), default=0)
         while True:
             n += 1
-            await store.write(add(n))
+            await (store.note(insert(n)) if sys.argv[2:] else store.write(add(n)))
             print(n, flush=True)
 
 asyncio.run(main())
 """
+
+
+async def test_what_was_noted_survives_a_kill(tmp_path: Path) -> None:
+    noted = 0
+    for lines in (1, 7, 300):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _WRITER, str(tmp_path), "note"),
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        for _ in range(lines):
+            noted = int(await process.stdout.readline())
+        process.kill()
+        noted = max([noted, *map(int, (await process.stdout.read()).split())])
+        await process.wait()
+        async with Store(tmp_path) as store:
+            kept = await store.read(numbers)
+        assert kept[:noted] == list(range(1, noted + 1))
+        assert len(kept) - noted in (0, 1)
+
+
+async def test_notes_belong_to_the_file_that_they_were_made_for(tmp_path: Path) -> None:
+    """Whoever moves the records away begins anew."""
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        await store.note(("INSERT INTO revoked VALUES ('old', 0, '')", ()))
+        left = ledger.Ledger.opened(tmp_path)
+        assert len(list(left.notes())) == 1
+        for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}.lock"):
+            (tmp_path / name).unlink()
+        async with Store(tmp_path) as anew:
+            assert (
+                await anew.read(lambda connection: connection.execute("SELECT * FROM revoked").fetchall())
+                == []
+            )
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
@@ -287,3 +471,4 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         found.close()
         assert kept[:acknowledged] == list(range(1, acknowledged + 1))
         assert len(kept) - acknowledged in (0, 1)  # written, and killed before it could say so
+    ledger.Ledger.opened(tmp_path).close()

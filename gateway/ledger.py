@@ -1,0 +1,121 @@
+"""Knows how something is noted at once so that it outlives this process, until it is on the disk.
+
+A file in a file system in memory is mapped: what is copied into it stays, whatever ends the process, and no
+disk is waited for. It does not outlive the machine. It has two halves that are used in turn: while what
+stands in one is brought to the disk, new notes go into the other. A half begins with its turn and with the
+number of bytes in use, which is set last: half a note is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+MEMORY: Final = Path("/dev/shm")  # noqa: S108  what lies there is checked to be ours
+HALF: Final = 64 << 10  # bytes
+NOTE_MAX: Final = HALF // 4
+
+_HEAD: Final = struct.Struct("<QQ")  # the turn, bytes in use behind this
+_USED: Final = struct.Struct("<Q")
+_LENGTH: Final = struct.Struct("<I")
+
+
+class Ledger:
+    """The notes that belong to one folder. Made by `opened`; used by one process and one thread at a time."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap | None) -> None:
+        self._path = path
+        self._mapped = mapped
+        self._now, self._turn, self._used = 0, 0, HALF  # without memory there is no room
+        if mapped is not None:
+            heads = [_HEAD.unpack_from(mapped, half * HALF) for half in (0, 1)]
+            self._now = 0 if heads[0][0] >= heads[1][0] else 1
+            self._turn, self._used = heads[self._now]
+
+    @classmethod
+    def opened(cls, folder: Path) -> Ledger:
+        """Open the notes of a folder with what an earlier process left; without room where that cannot be."""
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
+        path = MEMORY / f"incus-gateway-{name}"
+        try:
+            return cls(path, _mapped(path, folder.stat()))
+        except OSError as error:
+            log.warning("no notes in memory, each is waited for until it is on disk: %s", error.strerror)
+            return cls(path, None)
+
+    def notes(self) -> Iterator[bytes]:
+        """Yield what stands here, the oldest first."""
+        if self._mapped is None:
+            return
+        for half in (1 - self._now, self._now):
+            start = half * HALF + _HEAD.size
+            at, end = start, start + min(_HEAD.unpack_from(self._mapped, half * HALF)[1], HALF - _HEAD.size)
+            while at + _LENGTH.size <= end:
+                (length,) = _LENGTH.unpack_from(self._mapped, at)
+                at += _LENGTH.size + length
+                if at > end:
+                    return
+                yield self._mapped[at - length : at]
+
+    def add(self, note: bytes) -> bool:
+        """Note something; returns whether there was room for it."""
+        size = _LENGTH.size + len(note)
+        if self._used + size > HALF - _HEAD.size:
+            return False
+        assert self._mapped is not None
+        half = self._now * HALF
+        at = half + _HEAD.size + self._used
+        _LENGTH.pack_into(self._mapped, at, len(note))
+        self._mapped[at + _LENGTH.size : at + size] = note
+        self._used += size
+        _USED.pack_into(self._mapped, half + 8, self._used)
+        return True
+
+    def turn(self) -> None:
+        """Go on in the other half, which must be clear."""
+        if self._mapped is not None:
+            self._now, self._turn, self._used = 1 - self._now, self._turn + 1, 0
+            _HEAD.pack_into(self._mapped, self._now * HALF, self._turn, 0)
+
+    def clear(self) -> None:
+        """Forget what stood here before the last turn."""
+        if self._mapped is not None:
+            _USED.pack_into(self._mapped, (1 - self._now) * HALF + 8, 0)
+
+    def close(self) -> None:
+        """Let go of the file; where nothing stands in it, it goes."""
+        if self._mapped is None:
+            return
+        empty = next(self.notes(), None) is None
+        self._mapped.close()
+        self._mapped, self._used = None, HALF
+        if empty:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
+    """Map the file, made if it is not there. Raises `OSError`, also where it is not the folder's owner's."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        status = os.fstat(descriptor)
+        ours = status.st_uid in (os.geteuid(), folder.st_uid) and status.st_mode & 0o7177 == 0
+        if not (ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+            raise PermissionError(1, f"{path} is somebody else's")
+        if os.geteuid() == 0:  # root may be making what the folder's owner must be able to use
+            os.fchown(descriptor, folder.st_uid, folder.st_gid)
+        # now, not when a page is touched first: where the memory is full that would be the end of us
+        os.posix_fallocate(descriptor, 0, 2 * HALF)
+        return mmap.mmap(descriptor, 2 * HALF)
+    finally:
+        os.close(descriptor)
