@@ -48,6 +48,7 @@ from gateway.host.setup import pin
 from gateway.idle import Idle
 from gateway.life import Ask, Life, described
 from gateway.metrics import Metrics
+from gateway.names import Names
 from gateway.oneshot import ExecBody, run
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
@@ -132,6 +133,7 @@ class Gateway:
         self.bus = Bus(self.journal)
         self._secret = auth.load_secret(settings)
         self.revocations = Revocations(self.store)
+        self.names = Names(self.store, self.bus, settings)
         self.audit = Audit(self.store, self.bus, settings)
         self._hub: Hub | None = None
         self._drained: asyncio.Task[None] | None = None
@@ -205,6 +207,7 @@ class Gateway:
             await stack.enter_async_context(self.journal)
             receipts = await Receipts.opened(self.store, settings)
             self.revocations = await Revocations.opened(self.store)
+            self.names = await Names.opened(self.store, self.bus, settings)
             self.audit = await stack.enter_async_context(Audit(self.store, self.bus, settings))
             runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
@@ -221,7 +224,7 @@ class Gateway:
             )
             caddy = await stack.enter_async_context(Caddy(settings))
             caddy.lead_home()
-            self._life_of = Life(runtime, workers, self.bus, settings)
+            self._life_of = Life(runtime, workers, self.bus, self.names, settings)
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, self._life_of, execs.running_in, settings)
             )
@@ -255,7 +258,7 @@ class Gateway:
     ) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         swept = False
-        async for event in runtime.watch():
+        async for event in self.names.watch(runtime):
             if event.type == "gateway.resynced" and not swept:
                 swept = True
                 try:
@@ -268,12 +271,12 @@ class Gateway:
                     await files.recheck(event.tenant)  # mostly a mere setting
                 else:
                     await files.forget(event.tenant, event.type.rpartition(".")[2])
-            if event.tenant is not None and event.type == "tenant.destroyed":
-                self.hub.toolbox.forget(event.tenant)
+            if event.ended is not None:
+                self.hub.toolbox.forget(event.ended)
                 try:
-                    await receipts.forget_tenant(event.tenant)
+                    await receipts.forget_tenant(event.ended)
                 except StoreFailed as failed:
-                    log.warning("receipts of %s are kept: %s", event.tenant, failed.message)
+                    log.warning("receipts of %s are kept: %s", event.ended, failed.message)
             # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
             if event.tenant is not None and event.type in _MADE:
                 self.hub.execs.forget_tenant(event.tenant)
@@ -284,7 +287,8 @@ class Gateway:
                 notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
-            self.bus.publish(event.type, event.tenant, facts)
+            told = self.bus.publish(event.type, event.tenant, facts)
+            await self.names.took(runtime, event, told)
 
     async def _recover(self) -> None:
         """Finish or undo what deployments of an earlier life left, once Incus answers."""
@@ -605,6 +609,8 @@ class Gateway:
     async def _deployments(self, request: Request) -> Response:
         token = self._token(request, "deploy")
         found = await self.deploys.recent(token.coverage)
+        if token.coverage is not None:
+            found = [one for one in found if self.names.is_present(one.tenant, one.created)]
         return as_json({"deployments": [record.told() for record in found]})
 
     async def _deployment(self, request: Request) -> Response:

@@ -25,6 +25,7 @@ from gateway.caddy import site_url
 from gateway.deployments.domain import normalized
 from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
+from gateway.names import Names
 from gateway.rootfs.workers import Workers
 from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantRuntime
 from gateway.settings import Settings
@@ -74,9 +75,12 @@ class Life:
         ("GET", "/logs", "files:read", "logs", 200),
     )
 
-    def __init__(self, runtime: TenantRuntime, workers: Workers, bus: Bus, settings: Settings) -> None:
+    def __init__(
+        self, runtime: TenantRuntime, workers: Workers, bus: Bus, names: Names, settings: Settings
+    ) -> None:
         self._runtime = runtime
         self._bus = bus
+        self._names = names
         self._domains = asyncio.Lock()
         self._workers = workers
         self._settings = settings
@@ -95,9 +99,12 @@ class Life:
         return await self._change(ask.tenant, self._runtime.restart)
 
     async def destroy(self, ask: Ask) -> None:
+        """Remove a tenant; what comes under its name after this was answered is another's."""
         async with self.alone(ask.tenant):
             await self.let_go(ask.tenant)
+            instance = self._names.holder(ask.tenant)
             await self._runtime.destroy(ask.tenant)
+            await self._names.over(ask.tenant, instance)
 
     async def clone(self, ask: Ask) -> Mapping[str, Any]:
         """Copy a tenant under a new name; it has no domain until it is given one."""

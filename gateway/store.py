@@ -1,6 +1,6 @@
 """Knows how the gateway's own records are kept: one SQLite file in the state dir, its schema, its threads.
 
-What concerns instances is Incus's to keep. Here is what Incus does not: events, deployments, receipts,
+What concerns instances is Incus's to keep. Here is what Incus does not: events, deployments, receipts, names,
 revoked tokens, the audit log. Each room brings its own statements; this one knows no table's meaning.
 
 The file is in WAL mode with `synchronous=NORMAL`: whatever ends the gateway, a SIGKILL included, leaves
@@ -104,6 +104,15 @@ MIGRATIONS: Final = (
     CREATE INDEX audit_event ON audit (event);
     """,
     "DROP INDEX receipts_at;",  # was for the start alone, and cost each call that writes
+    """
+    CREATE TABLE names (
+        tenant TEXT PRIMARY KEY,
+        instance TEXT NOT NULL,
+        ended INTEGER NOT NULL,
+        begun INTEGER NOT NULL,
+        at REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 

@@ -4,8 +4,8 @@ From outside use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. A
 `Bus.publish` and forgets; a subscriber holds a cursor on the journal and nothing else.
 """
 
-from gateway.events.bus import Bus, Subscription
-from gateway.events.event import GAP, Draft, Event, Filter
+from gateway.events.bus import Bus, Spans, Subscription
+from gateway.events.event import GAP, Draft, Event, Filter, Span
 from gateway.events.journal import Journal, MemoryJournal, StoredJournal, Stretch
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Filter",
     "Journal",
     "MemoryJournal",
+    "Span",
+    "Spans",
     "StoredJournal",
     "Stretch",
     "Subscription",

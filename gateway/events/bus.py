@@ -6,14 +6,17 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from gateway.events.event import Draft, Event, Filter, gap
+from gateway.events.event import Draft, Event, Filter, Span, gap
 from gateway.events.journal import Journal
 
 # events that a subscription reads at once: bounds what one slow subscriber holds
 BATCH: Final = 64
+
+Spans = Callable[[Iterable[str]], Mapping[str, Span]]
 
 
 class Bus:
@@ -28,6 +31,7 @@ class Bus:
         self._source = f"/gateway/{name}"
         self._grown = asyncio.Event()
         self._closed = False
+        self._spans: Spans | None = lambda names: {}
         self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
         journal.watch(self._wake)
 
@@ -39,6 +43,11 @@ class Bus:
     def newest(self) -> int:
         """Id of the newest event that subscribers can have seen."""
         return self._journal.newest
+
+    @property
+    def last(self) -> int:
+        """Id of the newest event, readable or not."""
+        return self._journal.last
 
     @property
     def subscribers(self) -> int:
@@ -70,10 +79,20 @@ class Bus:
         state after, and no change falls between. Where `after` is older than what is kept, or lies in
         the future because it was given out by another life, a `gap` comes first and then all that is
         kept. `token` is the id of the token by which it was asked for: `end` takes it.
+
+        Who covers names, not all, gets nothing of those that had them before; see `part`.
         """
         subscription = Subscription(self, self._journal, filter, after, token)
         self._subscriptions.add(subscription)
         return subscription
+
+    def part(self, spans: Spans | None) -> None:
+        """Take what tells where the events begin of the tenants that have these names now.
+
+        While that is None, not known, who covers names and asks for what was before waits.
+        """
+        self._spans = spans
+        self._wake()
 
     def end(self, token: str) -> None:
         """End at once what was asked for by a token that is revoked."""
@@ -111,6 +130,8 @@ class Subscription:
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
         self._cursor = journal.last if after is None else after
+        # what comes from now on is for whoever may see that name now
+        self._parted = after is None or filter.coverage is None
 
     @property
     def last_id(self) -> int:
@@ -140,6 +161,15 @@ class Subscription:
         journal, source = self._journal, self._bus._source
         while not self._closed:
             grown, closing, before = self._bus._grown, self._bus.closed, self._cursor
+            if not self._parted:
+                if (spans := self._bus._spans) is not None:
+                    self._filter = replace(self._filter, names=spans(self._filter.coverage or ()))
+                    self._parted = True
+                elif closing:
+                    break
+                else:
+                    await self._wait(grown)
+                    continue
             if before > journal.last:
                 self._cursor = journal.oldest - 1
                 self._ready.append(gap(journal.oldest, source, time.time()))
@@ -159,13 +189,16 @@ class Subscription:
             elif closing and journal.settled and journal.newest <= before:
                 break
             else:
-                self._waiting = True
-                try:
-                    await grown.wait()
-                finally:
-                    self._waiting = False
+                await self._wait(grown)
         self.close()
         return False
+
+    async def _wait(self, grown: asyncio.Event) -> None:
+        self._waiting = True
+        try:
+            await grown.wait()
+        finally:
+            self._waiting = False
 
     def close(self) -> None:
         """End the iteration, also for a task that waits in it. Idempotent."""

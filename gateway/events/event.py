@@ -96,6 +96,24 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
+# these are told of a tenant that is not there yet
+_BEFORE: Final = ("tenant.", "deployment.")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where the events of a name's present tenant begin: with the one that tells of the last one's end.
+
+    What came between that and `begun` may be of the last one still, but for what leads to the present one.
+    """
+
+    ended: int
+    begun: int
+
+    def has(self, event: Event) -> bool:
+        return event.id >= self.begun or (event.id >= self.ended and event.type.startswith(_BEFORE))
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which events one subscriber gets: what its token covers, cut down to what it asked for.
@@ -103,12 +121,15 @@ class Filter:
     `coverage` holds the names that the token covers, None for all. Events of no tenant (`gateway.*`)
     are for everybody. `tenants`, `deployments` and `types` are what was asked for, None for no wish;
     who names tenants or deployments gets no events of none. A type that ends in `*` is a prefix.
+    `names` holds where the events begin of covered names that others had before. Who knows a deployment's
+    id gets all of it: that it is undone ends the life of the tenant that it made.
     """
 
     coverage: frozenset[str] | None = None
     tenants: frozenset[str] | None = None
     deployments: frozenset[str] | None = None
     types: tuple[str, ...] | None = None
+    names: Mapping[str, Span] = field(default_factory=dict)
 
     def matches(self, event: Event) -> bool:
         """Say whether the subscriber may see `event` and asked for it."""
@@ -116,7 +137,10 @@ class Filter:
             return False
         if self.tenants is not None and event.tenant not in self.tenants:
             return False
-        if self.deployments is not None and event.deployment not in self.deployments:
+        if self.deployments is not None:
+            if event.deployment not in self.deployments:
+                return False
+        elif event.tenant is not None and (span := self.names.get(event.tenant)) and not span.has(event):
             return False
         return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
 

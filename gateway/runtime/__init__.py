@@ -38,6 +38,7 @@ class Tenant:
     created: str | None = None
     location: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
+    instance: str | None = None  # tells it from any other, one of its name too, as long as it lives
     asleep: bool = False  # it is stopped, or about to be, until it is asked for
     idle_stop: float | None = None  # seconds in the place of the setting's
 
@@ -173,6 +174,16 @@ class TenantEvent:
     type: str
     tenant: str | None
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> str | None:
+        """The name that is nobody's now: its tenant was destroyed, or is called otherwise."""
+        match self.type:
+            case "tenant.destroyed":
+                return self.tenant
+            case "tenant.renamed":
+                return self.data.get("from")
+        return None
 
 
 class TenantRuntime(Protocol):

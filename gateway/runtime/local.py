@@ -101,7 +101,13 @@ class LocalRuntime:
             raise Conflict(f"tenant {name} already exists") from None
         (folder / "root" / self._settings.workspace.lstrip("/")).mkdir(parents=True)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._save(name, {"status": "stopped", "domain": domain, "created": created})
+        record = {
+            "status": "stopped",
+            "domain": domain,
+            "created": created,
+            "instance": secrets.token_hex(16),
+        }
+        self._save(name, record)
         self._tell("tenant.created", name)
         if start:
             await self.start(name)
@@ -286,6 +292,7 @@ class LocalRuntime:
             domain=record.get("domain"),
             port=record.get("port"),
             created=record.get("created"),
+            instance=record.get("instance"),
             location="local",
             asleep=record.get("asleep", False),
         )

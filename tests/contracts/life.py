@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.contracts.gateway import sse
 from tests.live import LiveGateway
 
 
@@ -86,6 +87,30 @@ class LifeContract:
             finally:
                 await ask(http, "DELETE", f"/v1/tenants/{copy}", status=204)
             await ask(http, "GET", f"/v1/tenants/{copy}", status=404)
+
+    async def test_who_has_a_name_hears_nothing_of_who_had_it(self, gateway: LiveGateway, fresh: str) -> None:
+        """Not from the moment in which the end of that one was answered."""
+        name = f"{fresh}-again"
+        url, query = f"/v1/tenants/{name}", {"lastEventId": "0", "tenant": name, "type": "file.*,tenant.*"}
+        async with gateway.http(fresh, name) as http, gateway.http(name) as narrow, gateway.http("*") as all_:
+            for path in ("theirs", "mine"):
+                await ask(http, "POST", f"/v1/tenants/{fresh}/clone", {"tenant": name}, 201)
+                try:
+                    await http.put(f"{url}/files/{path}", data=b"x")
+                finally:
+                    await ask(http, "DELETE", url, status=204)
+                if path == "theirs":
+                    async with narrow.get("/v1/events", params=query) as response:
+                        assert [event["event"] for event in await sse(response, 2)] == [
+                            "gap",
+                            "tenant.destroyed",
+                        ]
+            async with narrow.get("/v1/events", params=query) as response:
+                assert [event["event"] for event in await sse(response, 2)] == ["gap", "tenant.destroyed"]
+            query["type"] = "file.*"
+            async with all_.get("/v1/events", params=query) as response:
+                told = [event["data"]["data"] for event in (await sse(response, 3))[1:]]
+                assert [data["path"].rpartition("/")[2] for data in told] == ["theirs", "mine"]
 
     async def test_another_domain(self, gateway: LiveGateway, fresh: str) -> None:
         url, domain = f"/v1/tenants/{fresh}", f"{fresh}.example.com"

@@ -253,6 +253,7 @@ class RuntimeContract:
         """`fresh` is a name that is free; the test creates and destroys it."""
         made = await runtime.create(fresh, domain="fresh.example.com")
         assert (made.name, made.status, made.domain) == (fresh, "running", "fresh.example.com")
+        assert made.instance
         try:
             with pytest.raises(GatewayError) as caught:
                 await runtime.create(fresh)
@@ -268,7 +269,8 @@ class RuntimeContract:
             await runtime.start(fresh)
             assert (await run(runtime, fresh, "true"))[0].code == 0
             await runtime.restart(fresh)
-            assert fresh in [tenant.name for tenant in await runtime.list()]
+            now = {tenant.name: tenant.instance for tenant in await runtime.list()}
+            assert now[fresh] == made.instance
         finally:
             await runtime.destroy(fresh)
         with pytest.raises(NotFound):
@@ -280,7 +282,7 @@ class RuntimeContract:
         async def sh(line: str) -> bytes:
             return (await run(runtime, fresh, "sh", "-c", line))[1][0]
 
-        await runtime.create(fresh, domain="old.example.com")
+        made = await runtime.create(fresh, domain="old.example.com")
         try:
             assert await runtime.snapshots(fresh) == []
             await sh("echo one >a")
@@ -310,6 +312,7 @@ class RuntimeContract:
             assert (await runtime.get(fresh)).status == "running"  # not stopped for nothing
             await runtime.rename(fresh, None)
             assert (await runtime.get(fresh)).domain is None
+            assert (await runtime.get(fresh)).instance == made.instance
         finally:
             await runtime.destroy(fresh)
 
@@ -329,6 +332,8 @@ class RuntimeContract:
             assert two.domain == "two.example.com"
             assert [await sh(name, "cat a") for name in copies] == [b"two\n", b"one\n"]
             assert await runtime.snapshots(copies[0]) == []
+            tenants = [await runtime.get(name) for name in (fresh, *copies)]
+            assert len({tenant.instance for tenant in tenants}) == 3
             await sh(copies[0], "echo else >a")
             assert await sh(fresh, "cat a") == b"two\n"
             with pytest.raises(Conflict):

@@ -125,6 +125,12 @@ async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(
         with pytest.raises(errors.NotFound, match="none") as caught:
             await (await client.deploy("client.example.com", "none")).wait()
         assert caught.value.facts["reason"] == "template_missing"
+    # another one of that name does not find it, but who began it does
+    async with Client(host.url, token=host.gateway.token("client-example-com")) as client:
+        assert begun.id in [record.id for record in await client.deployments()]
+        assert (await host.call("DELETE", "/v1/tenants/client-example-com"))[0] == 204
+        assert await client.deployments() == []
+        assert [event.type async for event in client.deployment(begun.id).events()] == told
 
 
 async def test_a_hostile_upload_costs_nothing_and_a_hostile_workspace_holds_nothing_up(host: Hosting) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import Settings
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway, local_gateway
 
@@ -87,3 +89,54 @@ async def test_what_is_kept_is_bounded_by_count_and_by_age(gateway: LiveGateway)
                 break
             await asyncio.sleep(0.1)  # nobody tells what is no longer kept
     assert now["data"]["data"]["oldest"] >= ids[-1]
+
+
+async def test_a_successor_gets_nothing_of_who_had_its_name(gateway: LiveGateway) -> None:
+    """Over HTTP, by websocket and after a restart; who covers all tenants gets all."""
+    first = await begin(gateway)
+
+    async def seen() -> list[Any]:
+        found = await replayed(gateway, "demo", first - 1, 5, type="exec.*,tenant.*")
+        async with gateway.wire("demo") as wire:
+            await wire.call("events/subscribe", types=["exec.*", "tenant.*"], lastEventId=first - 1)
+            told = [found[-1]["id"]]
+            await wire.until(lambda: wire.notified("event", id=told[0]))
+            same = [said.params["id"] for said in wire.notifications if said.method == "event"]
+        assert same == [event["id"] for event in found]
+        return [event["event"] for event in found]
+
+    async with gateway.http("demo", "other") as http:
+        async with http.delete("/v1/tenants/demo") as response:
+            assert response.status == 204
+        async with http.post("/v1/tenants/other/clone", json={"tenant": "demo"}) as response:
+            assert response.status == 201
+    await run(gateway, "demo")
+    mine = [*("tenant.destroyed", "tenant.created", "tenant.started"), *("exec.started", "exec.exited")]
+    assert await seen() == mine
+    await gateway.stop()
+    await gateway.start()
+    assert await seen() == mine
+    all_ = await replayed(gateway, "*", first - 1, 2, tenant="demo", type="exec.*")
+    assert [int(event["id"]) for event in all_] == [first, first + 1]
+
+
+async def test_a_successor_that_came_while_the_gateway_was_away_is_told_apart(gateway: LiveGateway) -> None:
+    """By what the runtime says of it: nobody told of its predecessor's end. Nor gets it its receipts."""
+    first = await begin(gateway)
+    write = {"name": "Write", "arguments": {"file_path": "a", "content": "mine"}, "callId": "c1"}
+    async with gateway.wire("demo") as wire:
+        assert not (await wire.call("tools/call", **write))["isError"]
+    await gateway.stop()
+    folder = Path(gateway.environment["GATEWAY_STATE_DIR"])
+    async with LocalRuntime(Settings(runtime="local", state_dir=folder)) as runtime:
+        await runtime.destroy("demo")
+        await runtime.create("demo")
+    await gateway.start()
+    found = await replayed(gateway, "demo", first - 1, 3, type="exec.*,file.*,tenant.*")
+    assert [(event["event"], event["data"]["data"]) for event in found] == [
+        (f"tenant.{kind}", {"resync": True}) for kind in ("destroyed", "created", "started")
+    ]
+    async with gateway.wire("demo") as wire, gateway.http("demo") as http:
+        assert not (await wire.call("tools/call", **write))["isError"]
+        async with http.get("/v1/tenants/demo/files/a") as response:
+            assert await response.read() == b"mine"

@@ -442,6 +442,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
         address=_address(instance),
         port=int(port) if port.isdigit() else None,
         created=instance.get("created_at"),
+        instance=instance["config"].get("volatile.uuid"),
         location=None if instance.get("location") in (None, "", "none") else instance["location"],
         limits={
             "cpu": config.get("limits.cpu"),
