@@ -43,7 +43,7 @@ class Call:
 
     def locate(self, path: str) -> str:
         """Return the relative path of a `path` of the input."""
-        return self.tree.locate(path, self.cwd)
+        return self.tree.locate(meant(path), self.cwd)
 
     def absolute(self, path: str) -> str:
         """Return a relative path as text, absolute."""
@@ -66,6 +66,11 @@ class Call:
     @property
     def where(self) -> str:
         return f"Note: your current working directory is {show(self.cwd)}."
+
+
+def meant(path: str) -> str:
+    """Return the path that a call means: without white space around it, the working directory for none."""
+    return path.strip() or "."
 
 
 def failure(tool: str, error: GatewayError) -> ToolFailure:

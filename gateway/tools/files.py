@@ -15,6 +15,7 @@ from gateway.rootfs.tree import locate
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.answer import Answer, Seen, decode
+from gateway.tools.call import meant
 from gateway.tools.schemas import FILE_TOOLS
 from gateway.tools.session import ToolSession
 
@@ -118,6 +119,6 @@ def _named(arguments: object, cwd: str, workspace: str) -> str | None:
     if not isinstance(given, str):
         return None
     try:
-        return locate(given, cwd, workspace)
+        return locate(meant(given), cwd, workspace)
     except GatewayError:
         return None

@@ -18,14 +18,17 @@ from gateway.errors import GatewayError, TooLarge
 from gateway.rootfs.tree import etag, read_all, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
-from gateway.tools.texts import decode
+from gateway.tools.texts import Text, decode
 
 TOKENS_MAX = 25_000  # of one answer, as in Claude Code
+PAGE_SHARE = 0.85  # of the tokens that fit; the first page of a larger file keeps clear of the bound
 BYTES_PER_TOKEN = 4  # our estimate; the real count needs the model's tokeniser
 IMAGE_MAX = 3_750_000  # bytes of an image; the Messages API takes 5 MB of base64
 IMAGE_SIDE_MAX = 2000  # pixels; larger ones are scaled down where Pillow is there
 PDF_WHOLE_MAX = 10  # pages of a PDF that is shown whole, as in Claude Code
 PDF_RESULT_MAX = 10 << 20  # bytes of all pages of one answer; base64 and a frame's limit are above it
+OUTPUTS_MAX = 10_000  # characters of the outputs of one notebook cell, as in Claude Code
+NOTHING = "(Read completed with no output)"
 _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
 _CHUNK = 1 << 18
 
@@ -46,6 +49,13 @@ try:
 except ImportError:  # an extra
     pdf = None
 
+_NARROWER = (
+    "Use offset and limit parameters to read specific portions of the file, or search for specific content "
+    "instead of reading the whole file. To read it anyway, up to what still fits in your context, call Read "
+    "again with allow_large: true — only if you genuinely need all of it or the user asked for the whole "
+    "file."
+)
+
 _PAGES = re.compile(r"(\d{1,6})(-(\d{1,6})?)?", re.ASCII)
 _PAGE_MAX = 10**6
 
@@ -54,13 +64,15 @@ _IMAGES = {"png", "jpg", "jpeg", "gif", "webp"}
 # fmt: off
 _BINARY = frozenset(
     {
-        "7z", "a", "aac", "aiff", "apk", "app", "avi", "avif", "bin", "bmp", "bz2", "cab", "class", "com",
-        "dat", "data", "db", "deb", "dll", "dmg", "doc", "docx", "dylib", "ear", "eot", "exe", "fla",
-        "flac", "flv", "gz", "heic", "ico", "idx", "ipa", "iso", "jar", "lib", "lz", "lz4", "lzma", "m4a",
-        "m4v", "mkv", "mov", "mp3", "mp4", "mpeg", "mpg", "msi", "node", "o", "obj", "odp", "ods", "odt",
-        "ogg", "ogv", "otf", "pack", "pdb", "pkg", "ppt", "pptx", "psd", "pyc", "pyd", "pyo", "rar", "rlib",
-        "rpm", "rtf", "sketch", "so", "sqlite", "sqlite3", "swf", "tar", "tgz", "tif", "tiff", "ttf", "war",
-        "wasm", "wav", "webm", "wma", "wmv", "woff", "woff2", "xls", "xlsx", "xz", "z", "zip", "zst",
+        "3ds", "7z", "a", "aac", "ai", "aiff", "apk", "app", "avi", "avif", "bin", "blend", "bmp", "bz2",
+        "class", "dat", "data", "db", "deb", "dll", "dmg", "doc", "docm", "docx", "dotm", "dotx", "dylib",
+        "ear", "eot", "eps", "epub", "exe", "feather", "fig", "fla", "flac", "flv", "gz", "heic", "heif",
+        "ico", "idx", "iso", "jar", "lib", "lockb", "lz4", "m4a", "m4v", "max", "mdb", "mkv", "mov", "mp3",
+        "mp4", "mpeg", "mpg", "msi", "node", "npy", "npz", "numbers", "o", "obj", "odp", "ods", "odt", "ogg",
+        "opus", "otf", "parquet", "pickle", "potm", "potx", "ppsm", "ppsx", "ppt", "pptm", "pptx", "psd",
+        "pyc", "pyo", "rar", "rlib", "rpm", "sketch", "so", "sqlite", "sqlite3", "swf", "tar", "tgz", "tif",
+        "tiff", "ttf", "war", "wasm", "wav", "webm", "whl", "wma", "wmv", "woff", "woff2", "xd", "xls",
+        "xlsb", "xlsm", "xlsx", "xltm", "xltx", "xz", "z", "zip", "zst",
     }
 )
 # fmt: on
@@ -74,122 +86,153 @@ def read(call: Call) -> Answer:
             f"Cannot read '{show(given[:1000])}': this path names a device or process file that this tool "
             "does not read.",
         )
+    wanted = call.given.get("pages")
+    pages = _pages(wanted, call.limits.pdf_pages) if wanted else None
     try:
         path = call.locate(given)
     except GatewayError as error:
         raise outside("Read", "read", given, error, call.tree.workspace) from None
+    name = path.rpartition("/")[2]
+    stem, dot, extension = name.rpartition(".")
+    extension = extension.lower() if dot else ""
+    if extension in _BINARY:
+        shown = f".{extension}" if stem else ""  # ".dat" is all name, as its words know
+        raise ToolFailure(
+            "binary_file",
+            f"This tool cannot read binary files. The file appears to be a binary {shown} file. "
+            "Use a skill for this file type if one is available, or a shell command or script that can read "
+            "the format.",
+        )
     try:
         descriptor, status = call.tree.open_file(path)
     except GatewayError as error:
         raise _refused(call, given, path, error) from None
     try:
-        return _answer(call, path, descriptor, status)
+        return _answer(call, path, extension, pages, descriptor, status)
     finally:
         os.close(descriptor)
 
 
-def _answer(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answer:
-    extension = path.rpartition("/")[2].rpartition(".")[2].lower() if "." in path else ""
+def _answer(
+    call: Call,
+    path: str,
+    extension: str,
+    pages: tuple[int, int] | None,
+    descriptor: int,
+    status: os.stat_result,
+) -> Answer:
     if extension in _IMAGES:
         return _image(call, path, descriptor, status)
     if extension == "pdf":
-        return _pdf(call, path, descriptor, status)
-    if extension in _BINARY:
-        raise ToolFailure(
-            "binary_file",
-            f"This tool cannot read binary files. The file appears to be a binary .{show(extension)} file. "
-            "Please use appropriate tools for binary file analysis.",
-        )
+        return _pdf(call, path, pages, descriptor, status)
     if extension == "ipynb":
         return _notebook(call, path, descriptor, status)
     offset = call.given.get("offset", 1)
     limit = call.given.get("limit", 0)
-    ranged = offset > 1 or limit > 0
-    if status.st_size > call.limits.read_max:
-        if not ranged:
-            raise ToolFailure(
-                "too_large",
-                f"File content ({_size(status.st_size)}) exceeds maximum allowed size "
-                f"({_size(call.limits.read_max)}). Use offset and limit parameters to read specific portions "
-                "of the file, or search for specific content instead of reading the whole file.",
-                tagged=False,
-                size=status.st_size,
-                limit=call.limits.read_max,
-            )
-        return _far(call, path, descriptor, status, max(offset, 1), limit)
-    return _near(call, path, descriptor, status, offset, limit)
+    most = call.limits.result_max if call.given.get("allow_large") else call.limits.read_max
+    if status.st_size <= most:
+        return _near(call, path, descriptor, status, offset, limit, most)
+    if limit > 0:
+        return _far(call, path, descriptor, status, offset, limit)
+    raise ToolFailure(
+        "too_large",
+        f"File content ({_size(status.st_size)}) exceeds maximum allowed size ({_size(most)}). {_NARROWER}",
+        tagged=False,
+        size=status.st_size,
+        limit=most,
+    )
 
 
-def _near(call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int) -> Answer:
+def _near(
+    call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int, most: int
+) -> Answer:
     """Answer from a file that is read whole."""
-    data = read_all(descriptor, status.st_size, call.limits.read_max)
+    data = read_all(descriptor, status.st_size, most)
     facts: dict[str, Any] = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status)}
-    if not data:
-        seen = Seen(etag(status), 0, True)
-        facts |= {"lines": 0, "totalLines": 0}
-        words = "Warning: the file exists but the contents are empty."
-        return text(f"<system-reminder>{words}</system-reminder>", facts, seen=seen)
     form = decode(data)
     lines = form.text.split("\n")
     total = len(lines)
-    facts["totalLines"] = total
     first = max(offset - 1, 0)
     if first >= total:
-        facts["lines"] = 0
-        words = (
-            f"Warning: the file exists but is shorter than the provided offset ({offset}). "
-            f"The file has {total} lines."
-        )
-        return text(f"<system-reminder>{words}</system-reminder>", facts)
+        facts |= {"lines": 0, "totalLines": total}
+        seen = Seen(etag(status), crc32(data), False)
+        return text(_shorter(offset, total) + _refused_forms(form), facts, seen=seen)
+    if not form.text:
+        facts |= {"lines": 0, "totalLines": 0}
+        words = "Warning: the file exists but the contents are empty."
+        seen = Seen(etag(status), crc32(data), True)
+        return text(f"<system-reminder>{words}</system-reminder>", facts, seen=seen)
+    facts["totalLines"] = total
     taken = lines[first : first + limit] if limit > 0 else lines[first:] if first else lines
     number = offset if offset >= 0 else 1  # an offset of 0 counts from 0: Claude Code's own quirk
-    whole = len(taken) == total
+    seen = Seen(etag(status), crc32(data), len(taken) == total)
     shown = "\n".join([f"{i}\t{line}" for i, line in enumerate(taken, number)])
-    tokens = len(shown) // BYTES_PER_TOKEN
-    if tokens > TOKENS_MAX and not call.given.get("allow_large"):
+    if "\r" in shown:
+        shown = _bare(shown)
+    tokens = 0 if call.given.get("allow_large") else _tokens(taken)
+    if tokens > TOKENS_MAX:
         if limit > 0 or first:
             raise _too_many_tokens(tokens)
         shown, count = _first_page(call, path, taken, tokens)
-        whole = False
         taken = taken[:count]
-    if form.has_nul:
-        shown += "\n\n[This file has NUL bytes in its first 8 KB; Edit and Write refuse it.]"
-    elif not form.valid:
-        shown += (
-            "\n\n[This file is not valid UTF-8; the bytes that are not are shown as U+FFFD. "
-            "Edit and Write refuse it.]"
-        )
+        # what was cut short counts as not read
+        return text(shown + _refused_forms(form), {**facts, "startLine": 1, "lines": count})
     facts |= {"startLine": number, "lines": len(taken)}
-    return text(shown, facts, seen=Seen(etag(status), crc32(data), whole))
+    return text(shown + _refused_forms(form), facts, seen=seen)
+
+
+def _tokens(lines: list[str]) -> int:
+    return (sum(map(len, lines)) + len(lines) - 1) // BYTES_PER_TOKEN
+
+
+def _bare(shown: str) -> str:
+    """Take the carriage return off the end of each line."""
+    return shown.replace("\r\n", "\n").removesuffix("\r")
+
+
+def _shorter(offset: int, total: int) -> str:
+    words = (
+        f"Warning: the file exists but is shorter than the provided offset ({offset}). "
+        f"The file has {total} lines."
+    )
+    return f"<system-reminder>{words}</system-reminder>"
+
+
+def _refused_forms(form: Text) -> str:
+    """Return the note that goes with a file which Edit and Write refuse; nothing for others."""
+    flaw = form.flaw
+    if not flaw:
+        return ""
+    seen_as = "" if form.has_nul or form.mark else " Its undecodable bytes show above as U+FFFD."
+    return (
+        f"\n\n[This {flaw[0].lower()}{flaw[1:]}.{seen_as} Edit and Write will refuse it: change it with a "
+        "shell command that keeps its encoding, or ask the user whether to convert it to UTF-8.]"
+    )
 
 
 def _first_page(call: Call, path: str, lines: list[str], tokens: int) -> tuple[str, int]:
-    """Return as many whole lines as fit, with the note that says so, and how many they are."""
-    room = TOKENS_MAX * BYTES_PER_TOKEN
-    page: list[str] = []
-    for number, line in enumerate(lines, 1):
-        row = f"{number}\t{line}"
-        room -= len(row) + 1
-        if room < 0:
-            break
-        page.append(row)
-    count = len(page)
-    if not count:
-        raise _too_many_tokens(tokens)
+    """Return the page of whole lines that surely fits, with the note that says so, and how many they are.
+
+    Of a first line that alone is more its beginning is shown.
+    """
+    share = TOKENS_MAX / tokens * PAGE_SHARE
+    count = int(len(lines) * share)
+    page = lines[:count]
+    if not count or _tokens(page) > TOKENS_MAX:
+        count, page = 1, [lines[0][: int(TOKENS_MAX * BYTES_PER_TOKEN * PAGE_SHARE)]]
     note = (
         f"[Truncated: PARTIAL view — {call.absolute(path)}: showing lines 1-{count} of {len(lines)} total "
         f"({tokens} tokens, cap {TOKENS_MAX}). Call Read with offset={count + 1} limit={count} for the next "
         "page, or Grep to find a specific section.]"
     )
-    return "\n".join(page) + f"\n\n<system-reminder>{note}</system-reminder>", count
+    shown = _bare("\n".join([f"{number}\t{line}" for number, line in enumerate(page, 1)]))
+    return f"{shown}\n\n<system-reminder>{note}</system-reminder>", count
 
 
 def _too_many_tokens(tokens: int) -> ToolFailure:
     return ToolFailure(
         "too_large",
-        f"File content ({tokens} tokens) exceeds maximum allowed tokens ({TOKENS_MAX}). Use offset and limit "
-        "parameters to read specific portions of the file, or search for specific content instead of reading "
-        "the whole file.",
+        f"File content ({tokens} tokens) exceeds maximum allowed tokens ({TOKENS_MAX}). {_NARROWER}",
         tagged=False,
         tokens=tokens,
         limit=TOKENS_MAX,
@@ -209,13 +252,9 @@ def _far(call: Call, path: str, descriptor: int, status: os.stat_result, offset:
         position = _data_from(descriptor, position)
         chunk = os.pread(descriptor, _CHUNK, position)
         if not chunk:
-            words = (
-                f"Warning: the file exists but is shorter than the provided offset ({offset}). "
-                f"The file has {line} lines."
-            )
             facts = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status), "lines": 0}
             facts["totalLines"] = line
-            return text(f"<system-reminder>{words}</system-reminder>", facts)
+            return text(_shorter(offset, line), facts, seen=Seen(etag(status), 0, False))
         count = chunk.count(b"\n")
         if line + count < offset:
             line += count
@@ -243,15 +282,17 @@ def _far(call: Call, path: str, descriptor: int, status: os.stat_result, offset:
     if limit > 0:
         rows = rows[:limit]
     form = decode(b"\n".join(rows))
-    shown = "\n".join(f"{i}\t{row}" for i, row in enumerate(form.text.split("\n"), offset))
-    tokens = len(shown) // BYTES_PER_TOKEN
+    lines = form.text.split("\n")
+    number = offset if offset >= 0 else 1
+    shown = _bare("\n".join(f"{i}\t{line}" for i, line in enumerate(lines, number)))
+    tokens = _tokens(lines)
     if tokens > TOKENS_MAX and not call.given.get("allow_large"):
         raise _too_many_tokens(tokens)
     facts = {
         "path": call.absolute(path),
         "size": status.st_size,
         "etag": etag(status),
-        "startLine": offset,
+        "startLine": number,
         "lines": len(rows),
         "totalLines": None,
     }
@@ -274,19 +315,22 @@ def _image(call: Call, path: str, descriptor: int, status: os.stat_result) -> An
             "Read", TooLarge("the image is too large", size=status.st_size, limit=call.limits.write_max)
         )
     data = read_all(descriptor, status.st_size, call.limits.write_max)
+    absolute = call.absolute(path)
+    if not data:
+        raise ToolFailure("binary_file", f"Image file is empty: {absolute}", tagged=False)
     kind = image_type(data)
     if kind is None:
-        raise _no_image(data, _looks_like(data))
+        raise _no_image(absolute, _looks_like(data))
     try:
         data, kind, scaled = _fitting(data, kind)
     except TooLarge as error:
         raise failure("Read", error) from None
     except ValueError:
-        raise _no_image(data, f"{kind}, broken or cut off") from None
+        raise _no_image(absolute, f"{kind}, broken or cut off") from None
     if len(data) > IMAGE_MAX:
         raise failure("Read", TooLarge("the image is too large", size=len(data), limit=IMAGE_MAX))
     facts = {
-        "path": call.absolute(path),
+        "path": absolute,
         "size": status.st_size,
         "etag": etag(status),
         "mimeType": kind,
@@ -296,12 +340,12 @@ def _image(call: Call, path: str, descriptor: int, status: os.stat_result) -> An
     return Answer([block], facts)
 
 
-def _no_image(data: bytes, detected: str) -> ToolFailure:
+def _no_image(absolute: str, detected: str) -> ToolFailure:
     return ToolFailure(
         "binary_file",
         "File has an image extension but its content is not a valid PNG/JPEG/GIF/WebP. Detected: "
-        f"{detected} (hex: {data[:8].hex(' ')}). Check what the file really is, or read it "
-        "under a name without an image extension.",
+        f"{detected}. This usually means a download saved an error/login page instead of the image. Use "
+        f'`file "{absolute}"` to confirm, or read it as text with Bash (e.g. `head -c 500`).',
         tagged=False,
     )
 
@@ -330,26 +374,36 @@ def _fitting(data: bytes, kind: str) -> tuple[bytes, str, bool]:
 
 
 def _looks_like(data: bytes) -> str:
-    if not data:
-        return "an empty file"
-    try:
-        data[:512].decode("utf-8")
-    except UnicodeDecodeError:
-        return "unknown binary data"
-    return "text"
+    """Say what lies in a file that is no image, from its first bytes."""
+    head = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in data[:32])
+    begins, lower = f'(starts with "{head[:24]}")', head.lower()
+    if "<!doctype" in lower or "<html" in lower:
+        return f"HTML document {begins}"
+    if lower.startswith(("<?xml", "<svg")):
+        return f"XML/SVG document {begins}"
+    if lower.startswith(("{", "[")):
+        return f"JSON/text {begins}"
+    if lower.startswith("%pdf"):
+        return "PDF document"
+    if data.startswith(b"PK\x03\x04"):
+        return "ZIP archive (Office documents such as .pptx/.docx/.xlsx are ZIPs)"
+    return f"unrecognized bytes (hex: {data[:8].hex(' ')})"
 
 
-def _pdf(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answer:
+def _pdf(
+    call: Call, path: str, pages: tuple[int, int] | None, descriptor: int, status: os.stat_result
+) -> Answer:
     """Answer with pages of the document as images; as a whole where there is nothing to show them with."""
-    wanted = call.given.get("pages")
-    pages = _pages(wanted, call.limits.pdf_pages) if wanted else None
     limit = call.limits.pdf_max
     if status.st_size > limit:
         raise failure("Read", TooLarge("the PDF is too large", size=status.st_size, limit=limit))
     data = read_all(descriptor, status.st_size, limit)
-    if not data.startswith(b"%PDF-"):
-        raise ToolFailure("binary_file", "The file is named as a PDF, but its content is not one.")
     absolute = call.absolute(path)
+    if not data:
+        raise ToolFailure("binary_file", f"PDF file is empty: {absolute}", tagged=False)
+    if not data.startswith(b"%PDF-"):
+        words = f"File is not a valid PDF (missing %PDF- header): {absolute}"
+        raise ToolFailure("binary_file", words, tagged=False)
     facts: dict[str, Any] = {
         "path": absolute,
         "size": status.st_size,
@@ -370,7 +424,7 @@ def _pdf(call: Call, path: str, descriptor: int, status: os.stat_result) -> Answ
     try:
         with pdf.Document(data) as document:
             facts["totalPages"] = document.pages
-            shown = _shown_pages(pages, wanted, document.pages, call.limits.pdf_pages)
+            shown = _shown_pages(pages, call.given.get("pages"), document.pages, call.limits.pdf_pages)
             if pages is not None:
                 said = f"PDF pages extracted: {len(shown)} page(s) from {absolute} ({_size(len(data))})"
             blocks: list[dict[str, Any]] = [{"type": "text", "text": said}]
@@ -400,8 +454,8 @@ def _pages(text: str, limit: int) -> tuple[int, int]:
     if not first or last < first:
         raise ToolFailure(
             "invalid_params",
-            f'Invalid pages parameter: "{show(text[:100])}". Use formats like "1-5", "3", or "10-20". '
-            "Pages are 1-indexed.",
+            f'Invalid pages parameter: "{show(text[:100])}". Give one page ("3") or one range ("1-5"), not a '
+            "list. To read several pages or ranges, read each one separately. Pages are 1-indexed.",
         )
     if last - first >= limit:
         raise ToolFailure(
@@ -438,19 +492,40 @@ def _notebook(call: Call, path: str, descriptor: int, status: os.stat_result) ->
         raise failure("Read", TooLarge("the notebook is too large", size=status.st_size))
     data = read_all(descriptor, status.st_size, call.limits.write_max)
     try:
-        notebook = orjson.loads(data)
-        cells = [cell for cell in notebook["cells"] if isinstance(cell, dict)]
-        language = notebook.get("metadata", {}).get("language_info", {}).get("name", "python")
-        blocks = _blocks(cells, language)
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ToolFailure(
-            "binary_file", "The file is named as a notebook, but its content is not one."
-        ) from None
+        notebook = orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
+    except orjson.JSONDecodeError as error:
+        words = (
+            "Notebook file is not valid JSON (it may be truncated, corrupted, or still being written): "
+            f"JSON Parse error: {error.msg}"
+        )
+        raise ToolFailure("binary_file", words, tagged=False) from None
+    cells = notebook.get("cells") if isinstance(notebook, dict) else None
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)):
+        words = (
+            'Notebook file is not a valid Jupyter notebook (top-level "cells" must be an array of cell '
+            'objects, each with a string or string-array "source").'
+        )
+        raise ToolFailure("binary_file", words, tagged=False)
+    blocks = _blocks(cells, _language(notebook))
     size = sum(len(block.get("text", block.get("data", ""))) for block in blocks)
     if size > call.limits.result_max:
         raise failure("Read", TooLarge("the notebook's cells are too large", size=size))
     facts = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status), "cells": len(cells)}
     return Answer(blocks, facts, seen=Seen(etag(status), crc32(data), True))
+
+
+def _is_cell(cell: object) -> bool:
+    source = cell.get("source") if isinstance(cell, dict) else None
+    return isinstance(source, str) or (
+        isinstance(source, list) and all(isinstance(one, str) for one in source)
+    )
+
+
+def _language(notebook: dict[str, Any]) -> str:
+    found: Any = notebook
+    for key in ("metadata", "language_info", "name"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else "python"
 
 
 def _blocks(cells: list[dict[str, Any]], language: str) -> list[dict[str, Any]]:
@@ -472,24 +547,46 @@ def _blocks(cells: list[dict[str, Any]], language: str) -> list[dict[str, Any]]:
         elif language != "python":
             tags += f"<language>{show(str(language))}</language>"
         add(f'<cell id="{name}">{tags}{_joined(cell.get("source", ""))}</cell id="{name}">')
-        for output in cell.get("outputs", ()) if kind == "code" else ():
-            match output.get("output_type"):
-                case "stream":
-                    add("\n" + _joined(output.get("text", "")))
-                case "error":
-                    trace = "\n".join(map(str, output.get("traceback", ())))
-                    add(f"\n{output.get('ename', '')}: {output.get('evalue', '')}\n{trace}")
-                case "execute_result" | "display_data":
-                    shown = output.get("data", {})
-                    if "text/plain" in shown:
-                        add("\n" + _joined(shown["text/plain"]))
-                    for mime in ("image/png", "image/jpeg"):
-                        if mime in shown:
-                            image = "".join(_joined(shown[mime]).split())
-                            blocks.append({"type": "image", "data": image, "mimeType": mime})
-                case _:
-                    pass
-    return blocks or [{"type": "text", "text": ""}]
+        outputs = cell.get("outputs") if kind == "code" else None
+        shown = [one for output in outputs for one in _output(output)] if isinstance(outputs, list) else []
+        if sum(len(one) for one in shown if isinstance(one, str)) > OUTPUTS_MAX:
+            shown = [
+                "Outputs are too large to include. Use Bash with: cat <notebook_path> | "
+                f"jq '.cells[{index}].outputs'"
+            ]
+        for one in shown:
+            if isinstance(one, str):
+                add("\n" + one)
+            else:
+                blocks.append(one)
+    return blocks or [{"type": "text", "text": NOTHING}]
+
+
+def _output(output: object) -> list[str | dict[str, Any]]:
+    """Return what one output of a cell shows: texts, and images as blocks."""
+    if not isinstance(output, dict):
+        return []
+    match output.get("output_type"):
+        case "stream":
+            words = _joined(output.get("text", ""))
+            return [words] if words else []
+        case "error":
+            trace = output.get("traceback")
+            lines = "\n".join(map(str, trace)) if isinstance(trace, list) else ""
+            return [f"{output.get('ename', '')}: {output.get('evalue', '')}\n{lines}"]
+        case "execute_result" | "display_data":
+            data = output.get("data")
+            shown: dict[str, Any] = data if isinstance(data, dict) else {}
+            found: list[str | dict[str, Any]] = (
+                [_joined(shown["text/plain"])] if "text/plain" in shown else []
+            )
+            for mime in ("image/png", "image/jpeg"):
+                if mime in shown:
+                    image = "".join(_joined(shown[mime]).split())
+                    found.append({"type": "image", "data": image, "mimeType": mime})
+            return found
+        case _:
+            return []
 
 
 def _joined(value: object) -> str:

@@ -7,10 +7,14 @@ Names, inputs and the words of the refusals are those of Claude Code 2.1; its le
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+import orjson
 
 from gateway.tools.answer import ToolFailure
 
+_DIGITS_MAX = 400  # characters of a number that is given as text
 _SAFE_INTEGER = (1 << 53) - 1  # the largest integer that JSON carries everywhere
 
 _STRING = {"type": "string"}
@@ -167,36 +171,81 @@ def checked(tool: str, arguments: object) -> dict[str, Any]:
     """
     schema = TOOLS[tool]
     properties: dict[str, Any] = schema["properties"]
-    found: dict[str, Any] = {}
     if not isinstance(arguments, dict):
         arguments = {}  # then what is required is missing
     wrong = [
-        f"The required parameter `{name}` is missing"
-        for name in schema["required"]
-        if arguments.get(name) is None
+        f"The required parameter `{name}` is missing" for name in schema["required"] if name not in arguments
     ]
+    wrong += [
+        f"An unexpected parameter `{str(name)[:100]}` was provided"
+        for name in arguments
+        if name not in properties
+    ]
+    found: dict[str, Any] = {}
+    refused: list[dict[str, Any]] = []  # values of the right type
     for name, value in arguments.items():
-        if name not in properties:
-            wrong.append(f"An unexpected parameter `{str(name)[:100]}` was provided")
-        elif value is not None:
-            kind = properties[name]["type"]
-            choices = properties[name].get("enum")
-            taken = _taken(kind, value)
-            if taken is None:
-                wrong.append(
-                    f"The parameter `{name}` type is expected as `{kind}` but provided as `{_kind(value)}`"
-                )
-            elif choices and taken not in choices:
-                wrong.append(f"The parameter `{name}` must be one of {', '.join(choices)}")
-            else:
-                found[name] = taken
+        if name not in properties or (value is None and name not in schema["required"]):
+            continue
+        kind: str = properties[name]["type"]
+        choices: list[str] = properties[name].get("enum", [])
+        taken = _taken(kind, value)
+        if choices and taken not in choices:
+            refused.append(_no_choice(name, choices))
+        elif taken is None:
+            wrong.append(
+                f"The parameter `{name}` type is expected as `{_wanted(kind, value)}` but provided as "
+                f"`{_kind(value)}`"
+            )
+        elif kind == "integer" and abs(taken) > _SAFE_INTEGER:
+            refused.append(_no_integer(name, taken))
+        else:
+            found[name] = taken
+    if refused and not wrong:
+        shown = orjson.dumps(refused, option=orjson.OPT_INDENT_2).decode()
+        raise ToolFailure("invalid_params", f"InputValidationError: {shown}")
+    wrong += [f"The parameter `{one['path'][0]}` is invalid: {one['message']}" for one in refused]
     if wrong:
         issue = "issue" if len(wrong) == 1 else "issues"
         raise ToolFailure(
             "invalid_params",
             f"InputValidationError: {tool} failed due to the following {issue}:\n" + "\n".join(wrong),
         )
+    for name in _NAMING:
+        if "\0" in found.get(name, ""):
+            words = f"{tool} {name} cannot contain null bytes (\\0). Remove the null byte and try again."
+            raise ToolFailure("invalid_params", words)
     return found
+
+
+# parameters that name files, by one way or another
+_NAMING = ("file_path", "pattern", "path", "glob", "type")
+
+
+def _no_choice(name: str, choices: list[str]) -> dict[str, Any]:
+    expected = "|".join(f'"{choice}"' for choice in choices)
+    return {
+        "code": "invalid_value",
+        "values": choices,
+        "path": [name],
+        "message": f"Invalid option: expected one of {expected}",
+    }
+
+
+def _no_integer(name: str, value: int) -> dict[str, Any]:
+    code, bound, sign = ("too_big", "maximum", "<=") if value > 0 else ("too_small", "minimum", ">=")
+    limit = _SAFE_INTEGER if value > 0 else -_SAFE_INTEGER
+    return {
+        "code": code,
+        bound: limit,
+        "note": "Integers must be within the safe integer range.",
+        "origin": "int",
+        "inclusive": True,
+        "path": [name],
+        "message": f"Too {code[4:]}: expected int to be {sign}{limit}",
+    }
+
+
+_DIGITS = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def _taken(kind: str, value: object) -> Any:
@@ -208,21 +257,31 @@ def _taken(kind: str, value: object) -> Any:
             return {"true": True, "false": False}.get(value)
         return value if isinstance(value, bool) else None
     if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
+        if len(value) > _DIGITS_MAX or not _DIGITS.fullmatch(value):
             return None
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float):
-        if not math.isfinite(value) or (kind == "integer" and not value.is_integer()):
+        if not math.isfinite(value):
             return None
+        if not value.is_integer():
+            return None if kind == "integer" else value
         value = int(value)
-    return max(-_SAFE_INTEGER, min(_SAFE_INTEGER, value))
+    return value if kind == "integer" else max(-_SAFE_INTEGER, min(_SAFE_INTEGER, value))
+
+
+def _wanted(kind: str, value: object) -> str:
+    """Return the name of the type `kind` as it is told to who gave `value` for it."""
+    if kind != "integer":
+        return kind
+    return "int" if isinstance(value, float) else "number"
 
 
 def _kind(value: object) -> str:
     match value:
+        case None:
+            return "null"
         case bool():
             return "boolean"
         case int() | float():

@@ -43,10 +43,7 @@ class ToolSession:
         return found
 
     def remember(self, path: str, seen: Seen) -> None:
-        """Note the state of a file. What was seen whole stays so while the file is the same."""
-        before = self._seen.get(path)
-        if before is not None and before.whole and before.etag == seen.etag and not seen.whole:
-            return
+        """Note the state of a file as it was seen last."""
         self._seen[path] = seen
         self._seen.move_to_end(path)
         while len(self._seen) > self._maximum:

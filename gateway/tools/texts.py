@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARK = b"\xff\xfe"
+_UTF16_BIG_MARK = b"\xfe\xff"
 _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as in Claude Code and git
 
 
@@ -19,6 +20,23 @@ class Text:
     crlf: bool
     valid: bool
     has_nul: bool
+
+    @property
+    def flaw(self) -> str:
+        """Return why nothing may be written to the file, as Claude Code says it; nothing where it may."""
+        if self.mark == _UTF16_BIG_MARK:
+            return "File is UTF-16 big-endian (it starts FE FF), which these tools cannot write"
+        if self.has_nul:
+            return (
+                "File has NUL bytes in its first 8 KB: binary data, UTF-16/UTF-32 without a byte-order mark, "
+                "or text with embedded NULs"
+            )
+        if not self.valid:
+            return (
+                "File is not valid UTF-8: it uses a legacy encoding such as Windows-1252, Shift-JIS or GBK, "
+                "or it is binary"
+            )
+        return ""
 
     def encode(self, text: str) -> bytes:
         """Return `text`, which has LF line ends, in this file's form."""
@@ -38,6 +56,10 @@ def decode(data: bytes) -> Text:
     elif data.startswith(_UTF16_MARK):
         mark, encoding = _UTF16_MARK, "utf-16-le"
     body = data[len(mark) :] if mark else data
+    if encoding == "utf-16-le":
+        body = body[: len(body) & ~1]  # half a character at the end is none
+    elif data.startswith(_UTF16_BIG_MARK):
+        mark = _UTF16_BIG_MARK
     valid = True
     try:
         text = body.decode(encoding)

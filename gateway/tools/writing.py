@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from zlib import crc32
 
-from gateway.errors import Conflict, GatewayError, TooLarge
-from gateway.rootfs.tree import Made, etag, refusal, show
+from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
+from gateway.rootfs.tree import FOLDER, Made, etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
-from gateway.tools.call import Call, failure, outside
+from gateway.tools.call import Call, failure, meant, outside
 from gateway.tools.reading import missing
 from gateway.tools.texts import Text, decode
 
 _CURRENT = " (file state is current in your context — no need to Read it back)"
 _CHANGED = (
-    " (note: the file had been modified on disk since you last read it — the edit applied cleanly, "
-    "but re-read it if you need its current contents)"
+    " (note: the file had been modified on disk since you last read it — the edit applied cleanly, but the "
+    "file contains other changes not in your context. Read it before edits that depend on surrounding "
+    "content.)"
+)
+_KEPT_FORM = (
+    ". These tools write UTF-8 (or UTF-16LE behind its byte-order mark) and never convert a file's "
+    "encoding on their own, so nothing was written. If the file is text, make the change with a shell "
+    "command that reads and writes it in its own encoding (iconv, or PowerShell Get-Content/Set-Content "
+    "-Encoding), or ask the user whether to convert it to UTF-8 first. To replace the whole file with new"
+    " UTF-8 text anyway, delete it first, then Write it."
+)
+_SWAPPED = (
+    "\n(note: Edit also tried swapping \\uXXXX escapes and their characters; neither form matched, so the "
+    "mismatch is likely elsewhere in old_string. Re-read the file and copy the exact surrounding text.)"
 )
 _UNREAD = "File has not been read yet. Read it first before writing to it."
 _STALE = (
@@ -52,7 +65,7 @@ class _Target:
         except OSError as error:
             raise refusal(error) from None
         if stat.S_ISLNK(status.st_mode):
-            raise _link(self.call, self.path)
+            raise self._link()
         if stat.S_ISDIR(status.st_mode):
             raise _Directory
         if not stat.S_ISREG(status.st_mode):
@@ -63,6 +76,29 @@ class _Target:
                 tagged=False,
             )
         return status
+
+    def _link(self) -> Exception:
+        """Return the refusal for a link, which depends on what it leads to."""
+        call, shown = self.call, self.call.absolute(self.path)
+        try:
+            os.close(call.tree.open(self.path, FOLDER))
+            return _Directory()
+        except GatewayError as error:
+            match error.facts.get("reason"):
+                case "loop":
+                    words = f"ELOOP: too many symbolic links encountered, stat '{shown}'"
+                    return ToolFailure("not_a_file", f"Error calling tool ({call.tool}): {words}")
+                case "missing" if call.given.get("old_string"):
+                    return ToolFailure("not_found", missing(call, self.path))
+                case _:
+                    pass
+        target = call.tree.link_target(self.path)
+        if target is None:
+            hint = "Its target is outside the workspace."
+        else:
+            hint = f"Write to the link's target path instead: {call.absolute(target)}."
+        words = f"Refusing to write {shown}: it is a symbolic link. {hint}"
+        return ToolFailure("not_a_file", words, tagged=False)
 
     def read(self) -> bytes:
         """Return the bytes of the file that is there."""
@@ -89,18 +125,6 @@ class _Directory(Exception):
     """The name is a folder's."""
 
 
-def _link(call: Call, path: str) -> ToolFailure:
-    target = call.tree.link_target(path)
-    if target is None:
-        hint = "Its target is outside the workspace."
-    else:
-        hint = f"Write to the link's target path instead: {call.absolute(target)}."
-    shown = call.absolute(path)
-    return ToolFailure(
-        "not_a_file", f"Refusing to write {shown}: it is a symbolic link. {hint}", tagged=False
-    )
-
-
 def _modified(call: Call, now: os.stat_result, data: bytes | None) -> bool:
     """Say whether the file is another than the session saw; a mere touch of the same bytes is not."""
     seen = call.seen
@@ -110,21 +134,23 @@ def _modified(call: Call, now: os.stat_result, data: bytes | None) -> bool:
 
 
 def _refuse_binary(form: Text, *, tagged: bool) -> None:
-    if form.has_nul:
-        words = "File has NUL bytes in its first 8 KB, so it is taken for binary and not changed."
-        raise ToolFailure("binary_file", words, tagged=tagged)
-    if not form.valid:
-        words = "File is not valid UTF-8, and writing it would change the bytes that are not."
-        raise ToolFailure("binary_file", words, tagged=tagged)
+    if form.flaw:
+        raise ToolFailure("binary_file", form.flaw + _KEPT_FORM, tagged=tagged)
+
+
+def _place(call: Call, given: str) -> str:
+    try:
+        if meant(given).startswith("~/"):  # somebody's home; no folder of that name is to come of it
+            raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
+        return call.locate(given)
+    except GatewayError as error:
+        raise outside(call.tool, "write", given, error, call.tree.workspace) from None
 
 
 def write(call: Call) -> Answer:
     given: str = call.given["file_path"]
     content: str = call.given["content"]
-    try:
-        path = call.locate(given)
-    except GatewayError as error:
-        raise outside("Write", "write", given, error, call.tree.workspace) from None
+    path = _place(call, given)
     if not path:
         raise _is_directory(given)
     if len(content) > call.limits.write_max:
@@ -158,7 +184,8 @@ def _write(call: Call, given: str, path: str, content: str, made: list[Made]) ->
         form = _PLAIN
         old = target.old
         if old is not None:
-            if call.read_first and call.seen is None:
+            # A notebook is always to be read first: it is shown as something else than what it is written as.
+            if call.seen is None and (call.read_first or path.endswith(".ipynb")):
                 raise ToolFailure("stale_read", _UNREAD)
             # What is there decides the form of what is written, unless it is too large to be looked at.
             data = target.read() if old.st_size <= call.limits.write_max else None
@@ -179,7 +206,7 @@ def _write(call: Call, given: str, path: str, content: str, made: list[Made]) ->
         "bytes": len(encoded),
         "etag": etag(status),
     }
-    if old is None:
+    if old is None or not old.st_size:
         return text(f"File created successfully at: {show(given)}{_CURRENT}", facts, seen=seen)
     return text(f"The file {show(given)} has been updated successfully.{_CURRENT}", facts, seen=seen)
 
@@ -188,14 +215,15 @@ def edit(call: Call) -> Answer:
     given: str = call.given["file_path"]
     old: str = call.given["old_string"]
     new: str = call.given["new_string"]
-    if old == new:
+    # White space at the ends of new lines is taken off, but not where it means something.
+    trimmed = new
+    if not given.endswith((".md", ".mdx")):
+        trimmed = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
+    if old == new or (old and old == trimmed):
         raise ToolFailure(
             "invalid_params", "No changes to make: old_string and new_string are exactly the same."
         )
-    try:
-        path = call.locate(given)
-    except GatewayError as error:
-        raise outside("Edit", "write", given, error, call.tree.workspace) from None
+    path = _place(call, given)
     if not path:
         raise _edit_directory()
     if len(old) > call.limits.write_max or len(new) > call.limits.write_max:
@@ -204,7 +232,7 @@ def edit(call: Call) -> Answer:
     for attempt in range(_ATTEMPTS):
         try:
             with call.tree.taking_back() as made:
-                return _edit(call, given, path, old, new, made)
+                return _edit(call, given, path, old, new, trimmed, made)
         except _Directory:
             raise _edit_directory() from None
         except Conflict as error:
@@ -220,7 +248,7 @@ def _edit_directory() -> ToolFailure:
     return ToolFailure("is_a_directory", words)
 
 
-def _edit(call: Call, given: str, path: str, old: str, new: str, made: list[Made]) -> Answer:
+def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, made: list[Made]) -> Answer:
     target = _Target(call, path, create=not old, made=made)
     try:
         before = target.old
@@ -229,19 +257,22 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, made: list[Made
                 raise ToolFailure("not_found", missing(call, path))
             data, form = b"", _PLAIN
         else:
-            if path.endswith(".ipynb"):
+            if path.endswith(".ipynb") and old:
                 words = "File is a Jupyter Notebook. Use the NotebookEdit to edit this file."
                 raise ToolFailure("not_a_file", words)
             if call.read_first and call.seen is None:
-                raise ToolFailure("stale_read", _UNREAD)
+                raise ToolFailure("stale_read", _UNREAD, tagged=bool(old))
             data = target.read()
             form = decode(data)
-            if not old and form.text:
+            if not old and form.text.strip():
                 words = "Cannot create new file - file already exists."
                 raise ToolFailure("conflict", words)
             _refuse_binary(form, tagged=True)
         modified = before is not None and _modified(call, before, data)
-        result, count = _replaced(call, path, form.text, old, new, modified=modified)
+        if before is None:
+            result, count = new.replace("\r\n", "\n"), 1
+        else:
+            result, count = _replaced(call, form.text, old, trimmed, modified=modified)
         encoded = form.encode(result)
         status = target.put(encoded, expected=before)
     finally:
@@ -257,19 +288,19 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, made: list[Made
     return text(words, facts, seen=seen)
 
 
-def _replaced(call: Call, path: str, text: str, old: str, new: str, *, modified: bool) -> tuple[str, int]:
+def _replaced(call: Call, text: str, old: str, new: str, *, modified: bool) -> tuple[str, int]:
     """Return the new text and how many places changed."""
-    if not path.endswith((".md", ".mdx")):
-        new = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
     if not old:
         return new, 1
-    found = _find(text, old)
+    old, found, new = _named(text, old, new)
     count = text.count(found) if found is not None else 0
+    every = call.given.get("replace_all")
+    if modified and count != 1 and not (count and every):
+        raise ToolFailure("stale_read", _STALE)
     if found is None or not count:
-        if modified:
-            raise ToolFailure("stale_read", _STALE)
-        raise ToolFailure("no_match", f"String to replace not found in file.\nString: {old}")
-    if count > 1 and not call.given.get("replace_all"):
+        note = "" if old.isascii() else _SWAPPED
+        raise ToolFailure("no_match", f"String to replace not found in file.\nString: {old}{note}")
+    if count > 1 and not every:
         raise ToolFailure(
             "ambiguous_match",
             f"Found {count} matches of the string to replace, but replace_all is false. To replace all "
@@ -277,15 +308,51 @@ def _replaced(call: Call, path: str, text: str, old: str, new: str, *, modified:
             f"context to uniquely identify the instance.\nString: {old}",
             matches=count,
         )
+    if new == found:  # it differed from what was asked for in its quotes or escapes alone
+        words = "String not found in file. Failed to apply edit."
+        raise ToolFailure("no_match", words, tagged=False)
     new = new.replace("\r\n", "\n")
-    if found != old:
-        new = _curled(new, found)
     if not new and not found.endswith("\n") and found + "\n" in text:
         found += "\n"  # a line that is emptied is taken out with its end
     return text.replace(found, new), count
 
 
+def _named(text: str, old: str, new: str) -> tuple[str, str | None, str]:
+    """Return what `old` means, the part of `text` that it names, and `new` in the form of that part.
+
+    A character and its escape `\\uXXXX` are taken for each other where only the other one is there.
+    """
+    found = _find(text, old)
+    if found is None and (plain := _unescaped(old)) != old:
+        old, new = plain, _unescaped(new)
+        found = _find(text, old)
+    if found is not None:
+        return old, found, new if found == old else _curled(new, found)
+    for digits in () if old.isascii() else ("04x", "04X"):
+        if (escaped := _escaped(old, digits)) in text:
+            return old, escaped, _escaped(new, digits)
+    return old, None, new
+
+
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+_ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
+
+
+def _unescaped(text: str) -> str:
+    def characters(escapes: re.Match[str]) -> str:
+        return bytes.fromhex(escapes[0].replace("\\u", "")).decode("utf-16-be", "replace")
+
+    return _ESCAPES.sub(characters, text)
+
+
+def _escaped(text: str, digits: str) -> str:
+    """Return the text in ASCII, each unit of UTF-16 beyond as an escape with its number in `digits`."""
+    found = []
+    for char in text:
+        units = char.encode("utf-16-be", "surrogatepass")
+        numbers = [int.from_bytes(units[i : i + 2]) for i in range(0, len(units), 2)]
+        found.append(char if char.isascii() else "".join(f"\\u{number:{digits}}" for number in numbers))
+    return "".join(found)
 
 
 def _find(text: str, old: str) -> str | None:

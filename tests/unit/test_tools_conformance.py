@@ -1,7 +1,8 @@
 """The five file tools answer like Claude Code's own, case by case.
 
-`tests/data/claude_cases.jsonl` was recorded from Claude Code 2.1.331. Every case of a file tool runs twice on
-a temporary folder: in this process, and in workers, which as root are confined as in production.
+`tests/data/claude_cases.jsonl` was recorded from Claude Code 2.1.331, and so was `claude_further_cases.jsonl`
+where the two once differed. Every case of a file tool runs twice on a temporary folder: in this process, and
+in workers, which as root are confined as in production.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from tests.unit.test_rootfs_workers import MAPPED, USER, folders
 WORKSPACE = "/srv/site"
 CASES = [
     json.loads(line)
-    for line in (Path(__file__).parents[1] / "data" / "claude_cases.jsonl").read_text().splitlines()
+    for name in ("claude_cases", "claude_further_cases")
+    for line in (Path(__file__).parents[1] / "data" / f"{name}.jsonl").read_text().split("\n")
+    if line
 ]
 FILE_CASES = [case for case in CASES if case["tool"] in FILE_TOOLS]
 

@@ -116,7 +116,11 @@ async def test_pages(site: Site, pages: str, shown: list[int]) -> None:
 @pytest.mark.parametrize(
     ("pages", "code", "words"),
     [
-        ("x", "invalid_params", 'Invalid pages parameter: "x". Use formats like "1-5", "3", or "10-20".'),
+        (
+            "x",
+            "invalid_params",
+            'Invalid pages parameter: "x". Give one page ("3") or one range ("1-5"), not a list.',
+        ),
         ("0", "invalid_params", "1-indexed"),
         ("3-1", "invalid_params", "Invalid pages parameter"),
         ("1,2", "invalid_params", "Invalid pages parameter"),
@@ -145,8 +149,8 @@ ENCRYPTED = pdf().replace(
     ("data", "code", "words"),
     [
         (b"%PDF-1.7\nnothing of it", "binary_file", "PDF file is corrupted or invalid."),
-        (b"no document", "binary_file", "its content is not one"),
-        (b"", "binary_file", "its content is not one"),
+        (b"no document", "binary_file", "File is not a valid PDF (missing %PDF- header)"),
+        (b"", "binary_file", "PDF file is empty"),
         (ENCRYPTED, "binary_file", "PDF is password-protected."),
         (pdf() + bytes(4 << 20), "too_large", "the PDF is too large"),
     ],
