@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -41,6 +41,7 @@ from gateway.idle import Idle
 from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
+from gateway.tasks import begin
 from gateway.tools.toolbox import Toolbox, ToolSession
 from gateway.websocket import PARTS
 
@@ -277,8 +278,8 @@ class Connection:
                 self._hub.files.unwatch(watch)
         self._expecting.close()
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = begin(work)
         self._tasks.add(task)
         task.add_done_callback(self._over)
         return task

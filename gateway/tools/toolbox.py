@@ -37,6 +37,7 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
 from gateway.store import StoreFailed
+from gateway.tasks import begin
 from gateway.tools.files import FileTools, ToolResult
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
 from gateway.tools.session import ToolSession
@@ -245,7 +246,7 @@ class Toolbox:
                 return ToolResult.unpacked(known)
             running = self._running.get(key)  # another may have come first meanwhile
         if running is None:
-            work = asyncio.create_task(self._once(key, digest, session, name, arguments, by))
+            work = begin(self._once(key, digest, session, name, arguments, by))
             running = self._running[key] = _Running(digest, work)
             work.add_done_callback(lambda _: self._settle(key, running))
         elif running.digest != digest:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "websocket", "ledger"},
+    {"errors", "settings", "protocol", "websocket", "ledger", "tasks"},
     {"store"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"runtime", "audit"},
@@ -39,6 +39,7 @@ ONLY: dict[str, set[str]] = {
     "websocket": set(),
     "protocol": {"errors"},
     "ledger": set(),
+    "tasks": set(),
     "store": {"errors", "ledger"},
     "editor": {"errors"},
     # browsers and tenants are nothing to these
@@ -51,7 +52,7 @@ ONLY: dict[str, set[str]] = {
     "names": {"errors", "settings", "store", "events", "runtime"},
     "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
-    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store"},
+    "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store", "tasks"},
 }
 CLIENT_MAY = {"gateway.errors", "gateway.protocol"}
 
