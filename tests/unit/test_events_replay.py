@@ -15,6 +15,7 @@ from tests.contracts.gateway import sse
 from tests.live import LiveGateway, local_gateway
 
 KEPT = 20
+DEADLINE = 60.0
 
 
 @pytest.fixture
@@ -26,11 +27,20 @@ async def gateway(tmp_path: Path) -> AsyncIterator[LiveGateway]:
 
 
 async def run(gateway: LiveGateway, tenant: str, times: int = 1) -> None:
-    """Run commands that make two events each."""
+    """Run commands that make two events each, and return once all of these can be read.
+
+    An answer may come before its events are written.
+    """
     async with gateway.http(tenant) as http:
         for _ in range(times):
             async with http.post(f"/v1/tenants/{tenant}/exec", json={"argv": ["true"]}) as response:
                 assert response.status == 200
+                last = (await response.json())["exec"]
+        async with http.get("/v1/events", params={"lastEventId": "0", "type": "exec.exited"}) as response:
+            exec_ = None
+            while exec_ != last:
+                (event,) = await sse(response, 1, DEADLINE)
+                exec_ = event["data"]["data"].get("exec")
 
 
 async def replayed(gateway: LiveGateway, token: str, after: int, wanted: int, **query: str) -> list[Any]:
@@ -38,14 +48,14 @@ async def replayed(gateway: LiveGateway, token: str, after: int, wanted: int, **
     async with gateway.http(token) as http:
         query["lastEventId"] = str(after)
         async with http.get("/v1/events", params=query) as response:
-            return await sse(response, wanted)
+            return await sse(response, wanted, DEADLINE)
 
 
 async def begin(gateway: LiveGateway) -> int:
     """Run a command in each tenant; return the id of the first of their events."""
     async with gateway.http("demo") as http, http.get("/v1/events", params={"type": "exec.*"}) as response:
         await run(gateway, "demo")
-        first = int((await sse(response, 1))[0]["id"])
+        first = int((await sse(response, 1, DEADLINE))[0]["id"])
     await run(gateway, "other")
     return first
 
