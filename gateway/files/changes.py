@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Change = Literal["created", "changed", "removed"]
 
-# what two changes of one path are together; any other pair is the later one
-_TOGETHER: dict[tuple[Change, Change], Change] = {
-    ("created", "changed"): "created",
-    ("removed", "created"): "changed",
-}
+
+@dataclass(slots=True)
+class _Found:
+    """What is known of one path: its changes together, and whether it was `there` before the first of them.
+
+    `folder` says that it is a folder, or was one.
+    """
+
+    change: Change
+    there: bool
+    folder: bool
 
 
 class Changes:
@@ -23,28 +30,46 @@ class Changes:
     def __init__(self, maximum: int) -> None:
         self.overflow = False
         self._maximum = maximum
-        self._found: dict[str, Change] = {}
+        self._found: dict[str, _Found] = {}
 
     def __bool__(self) -> bool:
         return self.overflow or bool(self._found)
 
-    def add(self, path: str, change: Change, *, folder: bool = False) -> None:
-        """Add a change. A `folder` in the place of another is an overflow: what was in that is not told."""
-        before = self._found.get(path)
-        if before is not None:
-            self._found[path] = _TOGETHER.get((before, change), change)
-            self.overflow |= folder and (before, change) == ("removed", "created")
-        elif len(self._found) < self._maximum:
-            self._found[path] = change
-        else:
+    def add(self, path: str, change: Change, *, folder: bool = False, there: bool | None = None) -> None:
+        """Add a change, which may be several of an earlier telling: then `there` as that had it.
+
+        What was there before and is there after all changes is changed, what only is there after them
+        created, and what is not, removed: also where it was created first, since a file that takes the place
+        of one that is not remembered is "created" too. A folder in the place of something else, or the other
+        way round, is an overflow: what was in it is not told.
+        """
+        found = self._found.get(path)
+        if found is None:
+            if len(self._found) < self._maximum:
+                there = change != "created" if there is None else there
+                self._found[path] = _Found(change, there, folder)
+            else:
+                self.overflow = True
+            return
+        found.folder |= folder
+        if change == "removed":
+            found.change = change
+            return
+        if found.change == "removed" and found.there and found.folder:
             self.overflow = True
+        found.change = "changed" if found.there else "created"
 
     def take(self) -> dict[str, Any]:
         """Return `{changes: [{path, change}], overflow}` and begin anew."""
-        told = {
-            "changes": [{"path": path, "change": change} for path, change in self._found.items()],
-            "overflow": self.overflow,
-        }
+        changes = [{"path": path, "change": found.change} for path, found in self._found.items()]
+        return self._taken(changes)
+
+    def pass_on(self) -> dict[str, Any]:
+        """Do as `take`, each change with all that `add` takes of it: others may yet come to it."""
+        return self._taken([{"path": path, **asdict(found)} for path, found in self._found.items()])
+
+    def _taken(self, changes: list[dict[str, Any]]) -> dict[str, Any]:
+        told = {"changes": changes, "overflow": self.overflow}
         self._found, self.overflow = {}, False
         return told
 

@@ -35,7 +35,7 @@ class Watch:
 
     def feed(self, changes: Iterable[dict[str, Any]], overflow: bool) -> None:
         for change in changes:
-            self._changes.add(change["path"], change["change"], folder=True)  # as it may be one
+            self._changes.add(**change)
         self._changes.overflow |= overflow
         self._grown.set()
 

@@ -178,7 +178,7 @@ class Watcher:
                 for entry, is_folder in self._list(folder, descriptor):
                     below = f"{path}/{entry}" if path else entry
                     if told and not unfinished(entry):
-                        self._note(below, "created")
+                        self._note(below, "created", folder=is_folder)
                     if is_folder and self._wanted(below):
                         stack.append((folder, entry, below))
             except OSError:
@@ -305,10 +305,10 @@ class Watcher:
         is_folder = bool(mask & kernel.IN_ISDIR)
         if mask & (kernel.IN_DELETE | kernel.IN_MOVED_FROM):
             self._name(folder, name, there=False)
-            self._note(below, "removed")
-            if is_folder:
-                self._note_roots(below)
+            self._note(below, "removed", folder=is_folder)
             child = folder.folders.pop(name, None)
+            if is_folder:
+                self._note_roots(below, child)
             if child is not None and mask & kernel.IN_MOVED_FROM:
                 child.parent = None  # on its way: see _Folder.path
                 self._moving[cookie] = child
@@ -324,7 +324,7 @@ class Watcher:
                 self._arrived(folder, name, below, self._moving.pop(cookie, None) if cookie else None)
         elif folder.names is None or name in folder.names:
             # a file that is being written and has no name yet shows under its number, "#1234"
-            self._note(below, "changed")
+            self._note(below, "changed", folder=is_folder)
 
     def _arrived(self, folder: _Folder, name: str, path: str, moved: _Folder | None) -> None:
         old = folder.folders.pop(name, None)
@@ -363,12 +363,15 @@ class Watcher:
             self._names -= 1
         return before
 
-    def _note_roots(self, path: str) -> None:
-        """Tell of the roots of watches that went away with a folder above them."""
+    def _note_roots(self, path: str, gone: _Folder | None) -> None:
+        """Tell of the roots of watches that went away with a folder above them, which was `gone`."""
         for number, wish in self._wishes.items():
             for root in wish.roots:
                 if root.startswith(path + "/"):
-                    self._pending[number].add(show_path(root), "removed")
+                    folder = gone
+                    for name in root[len(path) + 1 :].split("/"):
+                        folder = folder and folder.folders.get(name)
+                    self._pending[number].add(show_path(root), "removed", folder=folder is not None)
                     self._first = self._first or time.monotonic()
 
     def _note(self, path: str, change: Change, *, folder: bool = False) -> None:
@@ -398,7 +401,7 @@ class Watcher:
             self._first, self._told = 0.0, now
             for number, changes in self._pending.items():
                 if changes:
-                    told = {"watch": number, **changes.take()}
+                    told = {"watch": number, **changes.pass_on()}
                     connection.sendall(frame(TOLD, orjson.dumps(told)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
@@ -14,35 +15,74 @@ from gateway.rootfs import kernel
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "together"),
+    ("together", "told"),
     [
-        ("created", "changed", "created"),
-        ("created", "removed", "removed"),
-        ("changed", "removed", "removed"),
-        ("changed", "changed", "changed"),
-        ("removed", "created", "changed"),
+        ("created created", "created"),
+        ("created changed", "created"),
+        # also what was not there before: who made it is not always known
+        ("created removed", "removed"),
+        ("changed created", "changed"),
+        ("changed changed", "changed"),
+        ("changed removed", "removed"),
+        ("removed created", "changed"),
+        ("removed changed", "changed"),
+        ("removed removed", "removed"),
+        # whoever shows what there is has never heard of it
+        ("created removed created", "created"),
+        ("created removed created changed", "created"),
+        ("removed created removed", "removed"),
+        ("changed removed created", "changed"),
+        ("removed created removed created", "changed"),
     ],
 )
-def test_two_changes_of_one_path_are_told_as_one(first: Change, second: Change, together: Change) -> None:
-    changes = Changes(10)
-    changes.add("a", first)
-    changes.add("b", "changed")
-    changes.add("a", second)
-    assert changes.take()["changes"] == [
-        {"path": "a", "change": together},
-        {"path": "b", "change": "changed"},
-    ]
+@pytest.mark.parametrize("passed", range(5))
+def test_changes_of_one_path_are_told_as_one(together: str, told: Change, passed: int) -> None:
+    """Also where the first of them were passed on before the others came."""
+    kinds: list[Any] = together.split()
+    first, second = Changes(10), Changes(10)
+    for number, kind in enumerate(kinds):
+        if number == passed:
+            for change in first.pass_on()["changes"]:
+                second.add(**change)
+        first.add("a", kind)
+        first.add("b", "changed")
+    for change in first.pass_on()["changes"]:
+        second.add(**change)
+    assert second.take() == {
+        "changes": [{"path": "a", "change": told}, {"path": "b", "change": "changed"}],
+        "overflow": False,
+    }
 
 
-def test_a_folder_in_the_place_of_another_is_an_overflow() -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "overflow"),
+    [("file", "file", False), ("file", "folder", True), ("folder", "file", True), ("folder", "folder", True)],
+)
+def test_a_folder_in_the_place_of_another_is_an_overflow(before: str, after: str, overflow: bool) -> None:
     """What was in the first is told of nowhere, so whoever shows it must look anew; a file's is all there."""
+    first, second = Changes(10), Changes(10)
+    for passed in (False, True):
+        first.add("a", "removed", folder=before == "folder")
+        if passed:
+            told = first.pass_on()
+            assert not told["overflow"]
+            for change in told["changes"]:
+                second.add(**change)
+        first.add("a", "created", folder=after == "folder")
+        told = first.pass_on()
+        for change in told["changes"]:
+            second.add(**change)
+        second.overflow |= told["overflow"]
+        assert second.take() == {"changes": [{"path": "a", "change": "changed"}], "overflow": overflow}
+
+
+def test_a_new_folder_in_the_place_of_a_new_one_is_a_new_one() -> None:
+    """Nobody has heard of the first, and what is created stands for all that is in it."""
     changes = Changes(10)
-    changes.add("file", "removed")
-    changes.add("file", "created")
-    assert not changes.take()["overflow"]
-    changes.add("folder", "removed", folder=True)
-    changes.add("folder", "created", folder=True)
-    assert changes.take() == {"changes": [{"path": "folder", "change": "changed"}], "overflow": True}
+    kinds: tuple[Change, ...] = ("created", "removed", "created")
+    for change in kinds:
+        changes.add("a", change, folder=True)
+    assert changes.take() == {"changes": [{"path": "a", "change": "created"}], "overflow": False}
 
 
 def test_more_changes_than_fit_are_an_overflow() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import select
@@ -15,6 +16,7 @@ import orjson
 import pytest
 
 from gateway.errors import NotFound, RateLimited, Unavailable
+from gateway.files.watches import Watch
 from gateway.files.watching import Watcher
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Limits, Workspace
@@ -61,6 +63,10 @@ def told(watcher: Watcher) -> list[dict[str, Any]]:
     return found
 
 
+def changes(notice: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(change["path"], change["change"]) for change in notice["changes"]]
+
+
 def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
     watcher.watch(workspace, wish(1))
     watcher.watch(workspace, wish(2, "a/b"))
@@ -69,13 +75,60 @@ def test_changes_are_told_to_who_sees_them(watcher: Watcher, workspace: Workspac
     (site / "a" / "g").write_text("x")
     (site / "skip").mkdir()
     found = {notice["watch"]: notice for notice in told(watcher)}
-    changes = {(change["path"], change["change"]) for change in found[1]["changes"]}
-    assert changes == {("a/b/f", "created"), ("a/g", "created")}
+    assert set(changes(found[1])) == {("a/b/f", "created"), ("a/g", "created")}
     assert [change["path"] for change in found[2]["changes"]] == ["a/b/f"]
     assert not found[1]["overflow"] and not found[2]["overflow"]
     watcher.unwatch(workspace, wish(1))
     (site / "a" / "g").write_text("y")
     assert told(watcher) == []
+
+
+async def test_a_file_that_is_made_anew_is_changed(
+    watcher: Watcher, workspace: Workspace, tmp_path: Path
+) -> None:
+    """As `git checkout` and many editors write it: in one telling, or in two that nobody took in between."""
+    watch = Watch(1, "demo", 10)
+    old, new = tmp_path / "site" / "a" / "old", tmp_path / "site" / "a" / "new"
+    old.touch()
+    watcher.watch(workspace, wish())
+
+    def tell() -> None:
+        for notice in told(watcher):
+            watch.feed(notice["changes"], notice["overflow"])
+
+    async def seen() -> Any:
+        tell()
+        return await asyncio.wait_for(watch.next(), 30)
+
+    for apart in (False, True):
+        old.unlink()
+        if apart:
+            tell()
+        old.write_text("anew")
+        assert await seen() == {"changes": [{"path": "a/old", "change": "changed"}], "overflow": False}
+        new.touch()
+        if apart:
+            tell()
+        new.unlink()
+        if apart:
+            tell()
+        new.write_text("x")
+        assert await seen() == {"changes": [{"path": "a/new", "change": "created"}], "overflow": False}
+        new.unlink()
+        assert (await seen())["changes"] == [{"path": "a/new", "change": "removed"}]
+
+
+def test_a_root_that_is_a_file_comes_back_with_its_folder(
+    watcher: Watcher, workspace: Workspace, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    (site / "a" / "f").touch()
+    watcher.watch(workspace, wish(1, "a/f"))
+    (site / "a").rename(tmp_path / "away")
+    (site / "a").mkdir()
+    (site / "a" / "f").touch()
+    (notice,) = told(watcher)
+    assert changes(notice) == [("a/f", "changed")] and not notice["overflow"]
 
 
 @pytest.mark.parametrize("again", ["mkdir", "rename"])
@@ -97,7 +150,7 @@ def test_a_folder_that_replaces_another_is_an_overflow(
     assert notice["overflow"]
     (site / "a").chmod(0o700)
     (notice,) = told(watcher)
-    assert notice["changes"] == [{"path": "a", "change": "changed"}] and not notice["overflow"]
+    assert changes(notice) == [("a", "changed")] and not notice["overflow"]
 
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files always have names here")
@@ -113,7 +166,7 @@ def test_a_file_without_a_name_is_no_change(watcher: Watcher, workspace: Workspa
     (site / "#1").write_text("x")
     assert [change["path"] for change in told(watcher)[0]["changes"]] == ["#1"]
     (site / "#1").write_text("y")
-    assert told(watcher)[0]["changes"] == [{"path": "#1", "change": "changed"}]
+    assert changes(told(watcher)[0]) == [("#1", "changed")]
     for name in (".gateway-1f-0123456789ab", ".gateway-mine"):
         (site / name).write_text("x")
     assert [change["path"] for change in told(watcher)[0]["changes"]] == [".gateway-mine"]
@@ -123,7 +176,7 @@ def test_a_root_goes_with_a_folder_above_it(watcher: Watcher, workspace: Workspa
     watcher.watch(workspace, wish(1, "a/b"))
     (tmp_path / "site" / "a").rename(tmp_path / "gone")
     (notice,) = told(watcher)
-    assert notice["changes"] == [{"path": "a/b", "change": "removed"}]
+    assert changes(notice) == [("a/b", "removed")]
     with pytest.raises(NotFound):
         watcher.watch(workspace, wish(2, "a"))
 
@@ -142,7 +195,7 @@ def test_a_folder_over_the_limit_is_an_overflow(
     told(watcher)
     (tmp_path / "site" / "a" / "b" / "f").write_text("x")
     (notice,) = told(watcher)
-    assert notice["changes"] == [{"path": "a/b/f", "change": "created"}] and not notice["overflow"]
+    assert changes(notice) == [("a/b/f", "created")] and not notice["overflow"]
 
 
 def test_what_the_kernel_lost_is_told_and_the_tree_read_anew(
@@ -156,7 +209,7 @@ def test_what_the_kernel_lost_is_told_and_the_tree_read_anew(
     assert notice["overflow"] and notice["changes"] == []
     (tmp_path / "site" / "new" / "f").write_text("x")
     (notice,) = told(watcher)
-    assert notice["changes"] == [{"path": "new/f", "change": "created"}]
+    assert changes(notice) == [("new/f", "created")]
 
 
 def test_a_workspace_that_is_moved_is_gone(watcher: Watcher, workspace: Workspace, tmp_path: Path) -> None:
