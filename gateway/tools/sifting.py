@@ -16,7 +16,7 @@ from gateway.rootfs.operations import Workspace
 from gateway.rootfs.worker import receive_request
 from gateway.tools.call import Call
 from gateway.tools.schemas import checked
-from gateway.tools.searching import FILE_MAX, overrides
+from gateway.tools.searching import overrides
 
 _FLAGS: Final = (
     *("--no-config", "--no-messages", "--color=never", "--files-with-matches", "--null"),
@@ -34,7 +34,8 @@ def command(given: dict[str, Any], start: str, threads: int = 1) -> list[str]:
     words += [f"--glob={glob}" for glob in overrides(given, start)]
     if given.get("type"):
         words.append(f"--type={given['type']}")
-    return [*words, f"--max-filesize={FILE_MAX}", f"--regexp={given['pattern']}", "--", "./"]
+    # no --max-filesize: it looks at each file once more, and would leave out large ones without a word
+    return [*words, f"--regexp={given['pattern']}", "--", "./"]
 
 
 def sift(connection: socket.socket, workspace: Workspace) -> NoReturn:
