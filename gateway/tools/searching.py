@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -365,8 +365,9 @@ def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
     return find
 
 
-# what was read, as UTF-8, and where its first NUL is, by inode, mtime, ctime and size
-_cache: OrderedDict[tuple[int, int, int, int], tuple[bytes, int]] = OrderedDict()
+# What was read, as UTF-8, and where its first NUL is, by inode, mtime, ctime and size. What came first goes
+# first: each search comes by all of it.
+_cache: dict[tuple[int, int, int, int], tuple[bytes, int]] = {}
 _cached = 0
 
 
@@ -385,7 +386,6 @@ def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]
     key = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
     kept = _cache.get(key)
     if kept is not None:
-        _cache.move_to_end(key)
         return kept
     try:
         read, _ = call.tree.read_file(path, FILE_MAX)
@@ -397,7 +397,7 @@ def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]
         _cache[key] = kept
         _cached += len(data)
         while _cached > CACHE_MAX:
-            _, (dropped, _) = _cache.popitem(last=False)
+            dropped, _ = _cache.pop(next(iter(_cache)))
             _cached -= len(dropped)
     return kept
 
@@ -428,7 +428,7 @@ class _Search:
         self._files: list[tuple[int, str]] = []  # with the negative of their mtime, or with a count
         self._matches = 0
         self._skipped = 0
-        self._brief = BRIEF_BYTES
+        self._left = BRIEF_BYTES if call.brief else sys.maxsize
         self._cut = False
         self.note = ""
 
@@ -443,10 +443,9 @@ class _Search:
 
     def file(self, path: str, name: str, status: os.stat_result, *, explicit: bool) -> None:
         """Search one file. `path` is its place in the workspace."""
-        if self._call.brief:
-            self._brief -= status.st_size
-            if self._brief < 0:
-                raise Timeout("too much for a brief search", reason="timeout")
+        self._left -= status.st_size
+        if self._left < 0:
+            raise Timeout("too much for a brief search", reason="timeout")
         if status.st_size > FILE_MAX:
             self._skipped += 1
             return
