@@ -61,11 +61,11 @@ def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
 class Walk:
     """A look at all regular files below one folder. Links are neither followed nor yielded.
 
-    Iterating yields the path and status of each chosen file; `ordered` by path (part by part), else folder
-    by folder. Where all that is chosen lies below one folder, `first` names it. At most `maximum` entries are
-    looked at: more sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that
-    vanish, may not be read or lie deeper than a path can name are counted in `skipped`; one further down than
-    the tree's `depth` sets `deep`.
+    Iterating yields the path and status of each chosen file; `ordered` by path, else folder by folder. Where
+    all that is chosen lies below one folder, `first` names it. At most `maximum` entries are looked at: more
+    sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that vanish, may not
+    be read or lie deeper than a path can name are counted in `skipped`; one further down than the tree's
+    `depth` sets `deep`.
     """
 
     def __init__(
@@ -189,4 +189,5 @@ class Walk:
 
 
 def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
-    return found[0]
+    path, status, _ = found
+    return path + "/" if status is None else path  # as it stands in the paths of its files

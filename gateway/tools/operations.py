@@ -39,7 +39,8 @@ def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
             raise ToolFailure("too_large", words, limit=limits.pattern_max)
     if tool == "Grep":
         asked = given.get("head_limit", 250)
-        given["head_limit"] = min(asked, limits.matches_max) if asked > 0 else limits.matches_max
+        if asked == 0 or asked > limits.matches_max:
+            given["head_limit"] = limits.matches_max
 
 
 def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:

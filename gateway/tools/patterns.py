@@ -23,7 +23,7 @@ GLOB_MAX = 2000  # characters of one glob
 _RULES_MAX = 2000  # rules of one ignore file
 _IGNORE_FILE_MAX = 256 << 10  # bytes of one ignore file
 _MEMORY = 1 << 20  # bytes of one compiled glob; re2 refuses what needs more
-_ONE = rb"(?:[\x00-\x2e\x30-\x7f]|[\xc2-\xf4][\x80-\xbf]+|[\x80-\xff])"  # one UTF-8 character, no slash
+_FOLDERS = b"(?:[^/]+/)*"
 
 _OPTIONS = re2.Options()
 _OPTIONS.encoding = re2.Options.Encoding.LATIN1  # names are bytes
@@ -58,16 +58,16 @@ def _translate(glob: str) -> bytes:
                 continue
             while data[i : i + 1] == b"*":
                 i += 1
-            starts = not out or out[-1] == b"/" or out[-1] in (b"(?:", b"|")
+            starts = not out or out[-1] in (b"/", b"(?:", b"|", _FOLDERS)
             if starts and data[i : i + 1] == b"/":
                 i += 1
-                out.append(b"(?:[^/]+/)*")
+                out.append(_FOLDERS)
             elif starts and i == n:
                 out.append(b".+" if out else b".*")
             else:
                 out.append(b"[^/]*")
         elif char == b"?":
-            out.append(_ONE)
+            out.append(b"[^/]")  # one byte, as the names are bytes
         elif char == b"[":
             end = data.find(b"]", i + 2 if data[i : i + 1] in (b"!", b"^") else i + 1)
             if end < 0:
@@ -75,17 +75,20 @@ def _translate(glob: str) -> bytes:
             out.append(_class(glob, data[i:end]))
             i = end + 1
         elif char == b"{":
-            depth += 1
-            if depth > 10:
-                raise GlobError(glob, "alternate groups are nested too deep")
+            if depth:
+                raise GlobError(glob, "nested alternate groups are not allowed")
+            depth = 1
             out.append(b"(?:")
         elif char == b"}":
             if not depth:
-                raise GlobError(glob, "unopened alternate group; missing '{' (maybe escape '}' with '[}]'?)")
-            depth -= 1
+                continue  # closes nothing, and stands for nothing
+            depth = 0
+            if out[-1] == b"|":  # an empty alternative is none
+                out.pop()
             out.append(b")")
         elif char == b"," and depth:
-            out.append(b"|")
+            if out[-1] not in (b"(?:", b"|"):
+                out.append(b"|")
         elif char == b"\\":
             if i == n:
                 raise GlobError(glob, "dangling '\\'")
@@ -101,28 +104,21 @@ def _translate(glob: str) -> bytes:
 
 
 def _class(glob: str, inside: bytes) -> bytes:
-    """Translate what stands in brackets. Of ranges beyond ASCII only the two ends are known."""
+    """Translate what stands in brackets: bytes, so that no character beyond ASCII is matched by one."""
     negated = inside[:1] in (b"!", b"^")
-    text = os.fsdecode(inside[1:] if negated else inside)
-    plain: list[bytes] = []
-    wide: list[bytes] = []
+    data = inside[1:] if negated else inside
+    ranges: list[bytes] = []
     i = 0
-    while i < len(text):
-        low = high = text[i]
-        if text[i + 1 : i + 2] == "-" and i + 2 < len(text):
-            high = text[i + 2]
+    while i < len(data):
+        low = high = data[i]
+        if data[i + 1 : i + 2] == b"-" and i + 2 < len(data):
+            high = data[i + 2]
             i += 2
         i += 1
         if high < low:
-            raise GlobError(glob, f"invalid range; '{low}' > '{high}'")
-        if high < "\x80":
-            plain.append(_literal(ord(low)) + b"-" + _literal(ord(high)))
-        else:
-            wide += [b"".join(map(_literal, os.fsencode(char))) for char in (low, high)]
-    if not negated:
-        return b"(?:" + b"|".join([b"[" + b"".join(plain) + b"]"] * bool(plain) + wide) + b")"
-    # Any other character; those of more than one byte are not told apart.
-    return b"(?:[^/\\x80-\\xff" + b"".join(plain) + b"]|[\\xc2-\\xf4][\\x80-\\xbf]+|[\\x80-\\xff])"
+            raise GlobError(glob, f"invalid range; '{chr(low)}' > '{chr(high)}'")
+        ranges.append(_literal(low) + b"-" + _literal(high))
+    return b"[" + (b"^/" if negated else b"") + b"".join(ranges) + b"]"
 
 
 _WILD: Final = frozenset("*?[]{}\\/")
@@ -134,7 +130,8 @@ def _endings(text: str) -> tuple[str, ...] | None:
     inside, closed, after = rest.partition("}")
     if not _WILD.isdisjoint(before + inside + after) or bool(brace) != bool(closed):
         return None
-    return tuple(before + one + after for one in inside.split(","))
+    # an empty alternative is none
+    return tuple(before + one + after for one in inside.split(",") if one or not brace)
 
 
 class Glob:
@@ -155,7 +152,7 @@ class Glob:
         if body.startswith(("\\!", "\\#")):
             body = body[1:]
         self.folders_only = body.endswith("/")
-        body = body.rstrip("/") if self.folders_only else body
+        body = body.rstrip("/") if self.folders_only else body or "**"
         # "**/x" says no more than "x" does.
         while body.startswith("**/") and "/" not in body[3:] and body[3:]:
             body = body[3:]
@@ -168,7 +165,7 @@ class Glob:
         # with no. A name's beginning is known only where a glob does not speak of its folders.
         literals = re.split(r"[*?\[\]{}\\]", body)
         self._head = "" if anchored else literals[0]
-        self._tail = literals[-1]
+        self._tail = literals[-1].lstrip("/")  # the slash after `**` need not be there
         self._regex = None
         if self.name is None and self._endings is None:
             expression = _translate(body)
@@ -337,7 +334,9 @@ class Sought:
         parts = self._base.split("/")[:-1]
         for i in range(len(parts)):
             folder = "/".join(parts[:i])
-            names = [name for name in (".git", ".gitignore", ".ignore") if self._exists(folder, name)]
+            names = [
+                name for name in (".git", ".gitignore", ".ignore", ".rgignore") if self._exists(folder, name)
+            ]
             state = self._entered(folder, names, state)
         return state
 
@@ -358,8 +357,9 @@ class Sought:
             tracked = self._read(folder, ".git/info/exclude", tracked)
         if ".gitignore" in names and repository:
             tracked = self._read(folder, ".gitignore", tracked)
-        if ".ignore" in names:
-            ignored = self._read(folder, ".ignore", ignored)
+        for name in (".ignore", ".rgignore"):  # of one folder the last goes first
+            if name in names:
+                ignored = self._read(folder, name, ignored)
         return repository, tracked, ignored
 
     def _read(self, folder: str, name: str, stack: _Stack) -> _Stack:
@@ -400,84 +400,3 @@ class Sought:
             if decided:
                 chosen.append(name)
         return chosen
-
-
-# The types of ripgrep 14 that a web or systems project meets (crates/ignore/src/default_types.rs).
-TYPES: dict[str, str] = {
-    "asm": "*.asm *.s *.S",
-    "astro": "*.astro",
-    "awk": "*.awk",
-    "bat": "*.bat",
-    "c": "*.[chH] *.[chH].in *.cats",
-    "clojure": "*.clj *.cljc *.cljs *.cljx",
-    "cmake": "*.cmake CMakeLists.txt",
-    "config": "*.cfg *.conf *.config *.ini",
-    "cpp": "*.[ChH] *.cc *.[ch]pp *.[ch]xx *.hh *.inl *.[ChH].in *.cc.in *.[ch]pp.in *.[ch]xx.in *.hh.in",
-    "cs": "*.cs",
-    "csharp": "*.cs",
-    "css": "*.css *.scss",
-    "csv": "*.csv",
-    "dart": "*.dart",
-    "diff": "*.patch *.diff",
-    "docker": "*Dockerfile*",
-    "elixir": "*.ex *.eex *.exs *.heex *.leex *.livemd",
-    "elm": "*.elm",
-    "erlang": "*.erl *.hrl",
-    "fish": "*.fish",
-    "go": "*.go",
-    "gradle": "*.gradle *.gradle.kts gradle.properties gradle-wrapper.* gradlew gradlew.bat",
-    "graphql": "*.graphql *.graphqls",
-    "h": "*.h *.hh *.hpp",
-    "haskell": "*.hs *.lhs *.cpphs *.c2hs *.hsc",
-    "html": "*.htm *.html *.ejs",
-    "java": "*.java *.jsp *.jspx *.properties",
-    "js": "*.js *.jsx *.vue *.cjs *.mjs",
-    "json": "*.json composer.lock *.sarif",
-    "jsonl": "*.jsonl",
-    "julia": "*.jl",
-    "kotlin": "*.kt *.kts",
-    "less": "*.less",
-    "lock": "*.lock package-lock.json",
-    "log": "*.log",
-    "lua": "*.lua",
-    "make": "[Gg][Nn][Uu]makefile [Mm]akefile [Gg][Nn][Uu]makefile.am [Mm]akefile.am [Gg][Nn][Uu]makefile.in "
-    "[Mm]akefile.in *.mk *.mak",
-    "markdown": "*.markdown *.md *.mdown *.mdwn *.mkd *.mkdn *.mdx",
-    "md": "*.markdown *.md *.mdown *.mdwn *.mkd *.mkdn *.mdx",
-    "nix": "*.nix",
-    "objc": "*.h *.m",
-    "ocaml": "*.ml *.mli *.mll *.mly",
-    "perl": "*.perl *.pl *.PL *.plh *.plx *.pm *.t",
-    "php": "*.php *.php3 *.php4 *.php5 *.php7 *.php8 *.pht *.phtml",
-    "prisma": "*.prisma",
-    "protobuf": "*.proto",
-    "ps": "*.cdxml *.ps1 *.ps1xml *.psd1 *.psm1",
-    "py": "*.py *.pyi",
-    "python": "*.py *.pyi",
-    "r": "*.R *.r *.Rmd *.rmd *.Rnw *.rnw",
-    "rst": "*.rst",
-    "ruby": "config.ru Gemfile .irbrc Rakefile *.gemspec *.rb *.rbw",
-    "rust": "*.rs",
-    "sass": "*.sass *.scss",
-    "scala": "*.scala *.sbt",
-    "sh": "*.bash *.sh *.bashrc *.csh *.cshrc *.ksh *.kshrc *.tcsh *.zsh .bashrc .bash_profile .profile "
-    ".zshrc",
-    "sql": "*.sql *.psql",
-    "svelte": "*.svelte *.svelte.ts",
-    "svg": "*.svg",
-    "swift": "*.swift",
-    "systemd": "*.automount *.conf *.device *.link *.mount *.path *.scope *.service *.slice *.socket *.swap "
-    "*.target *.timer",
-    "tex": "*.tex *.ltx *.cls *.sty *.bib *.dtx *.ins",
-    "tf": "*.tf *.tf.json *.tfvars *.tfvars.json *.terraformrc terraform.rc *.tfrc *.terraform.lock.hcl",
-    "toml": "*.toml Cargo.lock",
-    "ts": "*.ts *.tsx *.cts *.mts",
-    "txt": "*.txt",
-    "typescript": "*.ts *.tsx *.cts *.mts",
-    "vim": "*.vim .vimrc .gvimrc vimrc gvimrc _vimrc _gvimrc",
-    "vue": "*.vue",
-    "xml": "*.xml *.xml.dist *.dtd *.xsl *.xslt *.xsd *.xjb *.rng *.sch *.xhtml",
-    "yaml": "*.yaml *.yml",
-    "zig": "*.zig",
-    "zsh": ".zshenv .zlogin .zlogout .zprofile .zshrc *.zsh",
-}

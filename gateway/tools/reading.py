@@ -169,8 +169,8 @@ def _near(
     shown = "\n".join([f"{i}\t{line}" for i, line in enumerate(taken, number)])
     if "\r" in shown:
         shown = _bare(shown)
-    tokens = 0 if call.given.get("allow_large") else _tokens(taken)
-    if tokens > TOKENS_MAX:
+    tokens = _tokens(taken) if len(shown) > TOKENS_MAX * BYTES_PER_TOKEN else 0
+    if tokens > TOKENS_MAX and not call.given.get("allow_large"):
         if limit > 0 or first:
             raise _too_many_tokens(tokens)
         shown, count = _first_page(call, path, taken, tokens)
@@ -608,7 +608,7 @@ def _size(size: int) -> str:
 def missing(call: Call, path: str) -> str:
     """Return the words for a missing file, with a guess at what was meant."""
     words = f"File does not exist. {call.where}"
-    guess = _below_cwd(call, path) or _similar(call, path)
+    guess = below_cwd(call, path) or _similar(call, path)
     return f"{words} Did you mean {guess}?" if guess else words
 
 
@@ -624,7 +624,7 @@ def _similar(call: Call, path: str) -> str | None:
     return show(min(found)) if found else None
 
 
-def _below_cwd(call: Call, path: str) -> str | None:
+def below_cwd(call: Call, path: str) -> str | None:
     """Return the file of that path below the working directory, where its name was left out."""
     absolute = call.tree.absolute(path)
     above = call.cwd.rpartition("/")[0] + "/"

@@ -14,22 +14,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
+from string import ascii_lowercase
 from typing import Any
+from unicodedata import normalize
 
 import re2
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Limits
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.tree import Tree, show
 from gateway.rootfs.walk import Walk, forget
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
-from gateway.tools.patterns import TYPES, GlobError, Globs, Named, Sought
+from gateway.tools.patterns import GlobError, Globs, Named, Sought
+from gateway.tools.reading import below_cwd
+from gateway.tools.regexes import PatternError, translate
+from gateway.tools.types import TYPES
 
 GLOB_LIMIT = 100  # paths of one Glob
-COLUMNS_MAX = 500  # bytes of one line of Grep's output; longer ones are left out
+COLUMNS_MAX = 500  # UTF-16 units of one line of Grep's output; longer ones are left out
 PATTERN_MAX = 4000  # characters
 FILE_MAX = 16 << 20  # bytes of a file that Grep looks into; larger ones are skipped and counted
 CACHE_MAX = 16 << 20  # bytes of file contents that a worker keeps between two calls
@@ -39,6 +45,7 @@ BRIEF_VISITS = 1000
 BRIEF_SECONDS = 0.02
 _REGEX_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
 _REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
+_BLOCK = 1 << 16  # bytes that ripgrep reads at once
 _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 
@@ -65,11 +72,16 @@ def brief(limits: Limits) -> Limits:
 
 
 def glob(call: Call) -> Answer:
-    pattern: str = call.given["pattern"]
+    pattern: str = call.given["pattern"].rstrip()
+    if not pattern or pattern.startswith("#"):
+        pattern = "**"  # an empty line or a comment, to ripgrep
     path: str = call.given.get("path") or "."
-    if pattern.startswith("/"):
+    absolute = pattern.startswith("/")
+    if absolute:
         path, pattern = _split_absolute(pattern)
     start = _start(call, path)
+    if not absolute and "path" in call.given:
+        pattern = _named_once(call, start, pattern)
     try:
         literal = _literal_folder(pattern)
         named = Named(Globs([_below(pattern, literal)]), literal, _depth(pattern), _hidden(start, pattern))
@@ -91,6 +103,8 @@ def glob(call: Call) -> Answer:
     except Timeout:
         raise _timed_out(call) from None
     except GatewayError as error:
+        if absolute and error.facts.get("reason") == "missing":
+            return text("No files found", {"files": [], "total": 0, "truncated": False})
         raise _bad_folder(call, path, start, error) from None
     found.sort()
     total = len(found)
@@ -126,7 +140,18 @@ def _split_absolute(pattern: str) -> tuple[str, str]:
     for i, part in enumerate(parts):
         if any(char in part for char in "*?[{"):
             return "/".join(parts[:i]) or "/", "/".join(parts[i:])
-    return "/".join(parts[:-1]) or "/", parts[-1]
+    folder, _, name = pattern.rstrip("/").rpartition("/")
+    return folder or "/", name
+
+
+def _named_once(call: Call, start: str, pattern: str) -> str:
+    """Return the glob without the folder that is searched, where it was named there once more."""
+    parts = _literal_folder(pattern).split("/")[:-1]
+    above = call.tree.absolute(start).split("/")
+    for count in range(len(parts), 0, -1):
+        if above[-count:] == parts[:count] and not _exists(call.tree, f"{start}/{parts[0]}".lstrip("/")):
+            return "/".join(pattern.split("/")[count:])
+    return pattern
 
 
 def _literal_folder(pattern: str) -> str:
@@ -167,21 +192,39 @@ def _start(call: Call, path: str) -> str:
     try:
         return call.locate(path)
     except GatewayError as error:
-        raise outside(call.tool, "search", path, error, call.tree.workspace) from None
+        raise outside(call.tool, _VERBS[call.tool], path, error, call.tree.workspace) from None
 
 
 def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolFailure:
-    absolute = call.absolute(start)
+    shown = show(path)
     match error.facts.get("reason"):
         case "missing":
-            words = f"Directory does not exist: {absolute}. {call.where}"
+            guess = below_cwd(call, start)
+            kind = "Directory" if call.tool == "Glob" else "Path"
+            words = f"{kind} does not exist: {shown}. {call.where}" + (
+                f" Did you mean {guess}?" if guess else ""
+            )
             return ToolFailure("not_found", words, tagged=False)
         case "through_file" | "special":
-            return ToolFailure("not_a_file", f"Path is not a directory: {absolute}", tagged=False)
+            words = f"Path is not a directory: {shown}"
+            if not _exists(call.tree, start):
+                words = f"ENOTDIR: not a directory, stat '{call.absolute(start)}'"
+            return ToolFailure("not_a_file", words, tagged=False)
         case "outside" | "loop":
-            return outside(call.tool, "search", path, error, call.tree.workspace)
+            return outside(call.tool, _VERBS[call.tool], call.absolute(start), error, call.tree.workspace)
         case _:
             return failure(call.tool, error)
+
+
+_VERBS = {"Glob": "search", "Grep": "read"}
+
+
+def _exists(tree: Tree, path: str) -> bool:
+    try:
+        tree.status(path)
+    except GatewayError:
+        return False
+    return True
 
 
 # Grep
@@ -189,6 +232,7 @@ def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolF
 
 def grep(call: Call) -> Answer:
     given = call.given
+    _check_numbers(given)
     path: str = given.get("path") or "."
     start = _start(call, path)
     regex = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
@@ -221,11 +265,32 @@ def grep(call: Call) -> Answer:
     except Timeout:
         raise _timed_out(call) from None
     except GatewayError as error:
-        if error.facts.get("reason") == "missing":
-            words = f"Path does not exist: {call.absolute(start)}. {call.where}"
-            raise ToolFailure("not_found", words, tagged=False) from None
         raise _bad_folder(call, path, start, error) from None
     return search.answer(single=file)
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    """Refuse numbers that count nothing, each in the words of who finds them in Claude Code."""
+    for name, hint in (("head_limit", " Pass 0 for unlimited."), ("offset", "")):
+        number = given.get(name, 0)
+        if number < 0 or number != int(number):
+            words = f"{name} must be a whole number of 0 or more, got {number}.{hint}"
+            raise ToolFailure("invalid_params", words)
+    for flag, number in _around(given):
+        if number < 0 or number != int(number):
+            raise _rejected(
+                f"error parsing flag {flag}: value is not a valid number: invalid digit found in string"
+            )
+
+
+def _around(given: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return how much context is asked for, as flags of ripgrep. Only matching lines have any."""
+    if given.get("output_mode") != "content":
+        return []
+    for name in ("context", "-C"):
+        if name in given:
+            return [("-C", given[name])]
+    return [(name, given[name]) for name in ("-B", "-A") if name in given]
 
 
 def _kind(tree: Tree, path: str) -> tuple[os.stat_result, bool]:
@@ -247,8 +312,9 @@ def overrides(given: dict[str, Any], start: str) -> list[str]:
     """Return the globs that go before ignore files, the last that matches deciding."""
     patterns = [f"!{name}" for name in _CONTROL]
     for word in str(given.get("glob", "")).split():
-        # A comma separates two globs, unless it stands in braces.
-        patterns += [word] if "{" in word else [part for part in word.split(",") if part]
+        # A comma separates two globs, unless there are braces; `#` begins a comment.
+        parts = [word] if "{" in word and "}" in word else word.split(",")
+        patterns += [part for part in parts if part and not part.startswith("#")]
     hidden = _hidden(start)
     return [*patterns, f"!/{hidden}"] if hidden else patterns
 
@@ -257,71 +323,13 @@ def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
     types = None
     if given.get("type"):
         kind = given["type"]
-        if kind not in TYPES:
-            raise _rejected(f"unrecognized file type: {kind[:100]}")
-        types = Globs(TYPES[kind].split())
+        if kind not in TYPES and kind != "all":
+            raise _rejected(f"unrecognized file type: {kind[:100]}".rstrip())
+        types = Globs(" ".join(TYPES.values()).split() if kind == "all" else TYPES[kind].split())
     try:
         return Globs(overrides(given, start)), types
     except GlobError as error:
         raise _rejected(str(error)) from None
-
-
-# re2's words for what is wrong with a pattern, and those of ripgrep's parser
-_SYNTAX = (
-    ("missing )", "unclosed group"),
-    ("unexpected )", "unopened group"),
-    ("missing ]", "unclosed character class"),
-    ("no argument for repetition", "repetition operator missing expression"),
-    ("bad repetition operator", "repetition operator missing expression"),
-    (
-        "invalid repetition size",
-        "invalid repetition count range, which goes up to 1000, the start not over the end",
-    ),
-    ("trailing \\", "incomplete escape sequence, reached end of pattern prematurely"),
-    ("invalid escape sequence", "unrecognized escape sequence"),
-    ("invalid character class range", "invalid character class range, the start must be <= the end"),
-    ("invalid perl operator", "look-around, including look-ahead and look-behind, is not supported"),
-    ("pattern too large", "compiled regex exceeds size limit"),
-)
-
-
-_WORD = r"\p{L}\p{M}\p{Nd}\p{Pc}"
-_OUTSIDE = {"w": f"[{_WORD}]", "W": f"[^{_WORD}]", "d": r"\p{Nd}", "D": r"\P{Nd}"}
-_INSIDE = {"w": _WORD, "d": r"\p{Nd}", "D": r"\P{Nd}"}
-
-
-def _unicode(pattern: str) -> tuple[str, bool]:
-    """Return the pattern with `\\w` and `\\d` spelled out for Unicode, and whether it names a line end.
-
-    To RE2 they are ASCII, to ripgrep they are not; `\\b` stays ASCII.
-    """
-    if "\\" not in pattern:
-        return pattern, "\n" in pattern
-    out: list[str] = []
-    inside = False
-    line_end = "\n" in pattern
-    i = 0
-    while i < len(pattern):
-        char = pattern[i]
-        if char == "\\":
-            escaped = pattern[i + 1 : i + 2]
-            line_end = line_end or escaped == "n"
-            out.append((_INSIDE if inside else _OUTSIDE).get(escaped, char + escaped))
-            i += 2
-            continue
-        if char == "[":
-            inside = True
-            if pattern[i + 1 : i + 2] == "]":  # a bracket that comes first is meant itself
-                out.append("[")
-                char, i = "]", i + 1
-            elif pattern[i + 1 : i + 3] == "^]":
-                out.append("[^")
-                char, i = "]", i + 2
-        elif char == "]":
-            inside = False
-        out.append(char)
-        i += 1
-    return "".join(out), line_end
 
 
 @lru_cache(8)
@@ -329,7 +337,10 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
     """Compile a pattern of Grep. Without `multiline` nothing in it matches a line end, not even `\\s`."""
     if len(pattern) > PATTERN_MAX:
         raise _rejected("regex parse error:\nerror: the pattern is too long")
-    unicode, line_end = _unicode(pattern)
+    try:
+        translated, line_end = translate(pattern, multiline=multiline)
+    except PatternError as error:
+        raise _rejected(error.words) from None
     if line_end and not multiline:
         raise _rejected(
             'the literal "\\n" is not allowed in a regex\n\nConsider enabling multiline mode with the '
@@ -343,11 +354,9 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
     options.dot_nl = multiline
     options.never_nl = not multiline
     try:
-        return re2.compile(b"(?m)(?:" + unicode.encode() + b")", options)
+        return re2.compile(b"(?m)" + translated.encode(), options)
     except re2.error as error:
-        said = str(error)
-        words = next((words for key, words in _SYNTAX if key in said), "syntax not supported")
-        raise _rejected(f"regex parse error:\n    (?:{pattern})\n    ^\nerror: {words}") from None
+        raise _rejected(PatternError.of(pattern, str(error)).words) from None
 
 
 def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
@@ -413,13 +422,11 @@ class _Search:
         self._mode: str = given.get("output_mode", "files_with_matches")
         self._numbers: bool = given.get("-n", True)
         self._only: bool = bool(given.get("-o"))
-        self._multiline: bool = bool(given.get("multiline"))
-        around = given.get("context", given.get("-C"))
-        self._before = max(0, around if around is not None else given.get("-B", 0))
-        self._after = max(0, around if around is not None else given.get("-A", 0))
-        limit = given.get("head_limit", 250)
-        self._limit = max(0, limit)
-        self._offset = max(0, given.get("offset", 0))
+        around = dict(_around(given))
+        self._before = around.get("-C", around.get("-B", 0))
+        self._after = around.get("-C", around.get("-A", 0))
+        self._limit: int = given.get("head_limit", 250)
+        self._offset: int = given.get("offset", 0)
         self._passed = 0  # lines in front of the page: they are counted, and take no room
         # With one more line than is shown it is known that there are more.
         self._enough = self._limit + 1 if self._limit else 1 << 60
@@ -450,7 +457,10 @@ class _Search:
             self._skipped += 1
             return
         data, nul = _content(self._call, path, status)
-        if not data or (nul >= 0 and not explicit):
+        cut = nul >= 0 and not explicit
+        if cut:
+            data = _before_nul(data, nul)
+        if not data:
             return
         if time.monotonic() > self._call.deadline:
             raise Timeout("the search took too long", reason="timeout")
@@ -462,16 +472,19 @@ class _Search:
             return
         if self._mode == "count":
             count = sum(1 for _ in self._spans(data))
-            if count:
+            if count and not cut:
                 self._files.append((count, path))
                 self._matches += count
             return
-        self._lines(data, "" if explicit else self._call.shown(path), nul)
+        found, binary = self._lines(data, "" if explicit else self._call.shown(path), nul >= 0)
+        if found and (cut or binary or 0 <= nul < _BLOCK):
+            where = "" if explicit else f"{self._call.shown(path)}:"
+            self._put(f'{where}binary file matches (found "\\0" byte around offset {nul})')
 
     def named(self, prefix: str, sifted: str) -> None:
         """Search the files that were named, in the order of a walk."""
         names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
-        names.sort(key=lambda name: name.split("/"))
+        names.sort()
         for name in names:
             if (prefix + name).count("/") > self._call.tree.depth:
                 self.note = _too_deep(self._call)
@@ -507,28 +520,34 @@ class _Search:
                     return
                 at = line_end + 1
 
-    def _lines(self, data: bytes, name: str, nul: int) -> None:
-        """Put out the matching lines of one file with their context; `name` stands before each."""
+    def _lines(self, data: bytes, name: str, binary: bool) -> tuple[bool, bool]:
+        """Put out what matched in one file with its context; `name` stands before each line.
+
+        Of a `binary` one no line with a NUL is shown. Returns whether anything matched, and whether a line
+        was left out.
+        """
         number, counted = 1, 0  # the line number at position `counted`
         last = -1  # the last line that was put out
         pending_after = 0
         position = 0  # where the line after `last` begins
-        context = bool(self._before or self._after) and not self._only
+        context = bool(self._before or self._after)
         # between two files as between two groups
         separator_due = context and bool(self._rows or self._passed)
+        matched = left_out = False
+
+        def add(number: int, mark: str, line: bytes) -> None:
+            nonlocal left_out
+            if binary and b"\0" in line:
+                left_out = True
+            else:
+                self._add(name, number, mark, line)
+
         for start, stop in self._spans(data, every=self._only):
+            matched = True
             line_start = data.rfind(b"\n", 0, start) + 1
             number += data.count(b"\n", counted, line_start)
             counted = line_start
             self._matches += 1
-            if self._only:
-                found = data[start:stop].split(b"\n")
-                for i, row in enumerate(found):
-                    if row or len(found) == 1:  # as ripgrep does it
-                        self._add(name, number + i, b":", row, "[Omitted long line with matches]")
-                if self.full:
-                    return
-                continue
             if context:
                 first = number
                 lines_before: list[bytes] = []
@@ -538,7 +557,7 @@ class _Search:
                     line, position = _line(data, position)
                     last += 1
                     pending_after -= 1
-                    self._add(name, last, b"-", line, "[Omitted long context line]")
+                    add(last, "-", line)
                 while len(lines_before) < self._before and first - 1 > max(last, 0):
                     begin_of = data.rfind(b"\n", 0, begin - 1) + 1
                     lines_before.append(data[begin_of : begin - 1])
@@ -548,41 +567,42 @@ class _Search:
                     self._put("--")
                     separator_due = False
                 for i, line in enumerate(reversed(lines_before)):
-                    self._add(name, first + i, b"-", line, "[Omitted long context line]")
+                    add(first + i, "-", line)
+            if self._only:
+                for i, line in enumerate(data[start:stop].split(b"\n")):
+                    add(number + i, ":", line)
             position = line_start
             current = number
             until = max(stop, start + 1)
             while True:
                 line, position = _line(data, position)
                 if current > last:
-                    self._add(name, current, b":", line, "[Omitted long matching line]")
+                    if not self._only:
+                        add(current, ":", line)
                     last = current
                 current += 1
                 if position >= until or position >= len(data):
                     break
             pending_after = self._after
-            if nul >= 0 and (not name or stop > nul):
-                self._put(f'binary file matches (found "\\0" byte around offset {nul})')
-                return
             if self.full:
-                return
-        while context and pending_after and position < len(data):
+                return True, left_out
+        while matched and pending_after and position < len(data):
             line, position = _line(data, position)
             last += 1
             pending_after -= 1
-            self._add(name, last, b"-", line, "[Omitted long context line]")
+            add(last, "-", line)
+        return matched, left_out
 
-    def _add(self, name: str, number: int, mark: bytes, line: bytes, omitted: str) -> None:
+    def _add(self, name: str, number: int, mark: str, line: bytes) -> None:
         if self._passed < self._offset:
             self._passed += 1
             return
         if self._cut:
             return
-        sign = mark.decode()
-        head = f"{name}{sign}" if name else ""
+        head = f"{name}{mark}" if name else ""
         if self._numbers:
-            head += f"{number}{sign}"
-        row = head + (omitted if len(line) > COLUMNS_MAX else line.decode("utf-8", "replace"))
+            head += f"{number}{mark}"
+        row = head + _shown_line(line, mark)
         self._room -= len(row) + 1
         if self._room < 0:
             self._cut = True
@@ -601,12 +621,17 @@ class _Search:
         if self._skipped:
             facts["skippedLargeFiles"] = self._skipped
         if self._mode == "files_with_matches":
-            self._files.sort()  # the newest first; of one age by name
+            self._files.sort()  # the newest first
+            if any(one[0] == other[0] for one, other in pairwise(self._files)):
+                self._files.sort(key=_by_age_and_name)
             page, words = self._page([path for _, path in self._files[self._offset :]])
             page = self._call.all_shown(page)
             facts |= {"files": page, "total": len(self._files)}
             if not page:
-                return text("No files found" + self.note, facts)
+                none = "No files found"
+                if self._offset and self._files:
+                    none = f"No entries at this offset. [Showing results with pagination = {words}]"
+                return text(none + self.note, facts)
             noun = "file" if len(page) == 1 else "files"
             head = f"Found {len(page)} {noun}" + (f" {words}" if words else "")
             return text("\n".join((head, *page)) + self.note, facts)
@@ -621,7 +646,8 @@ class _Search:
             )
             if words:
                 summary += f" with pagination = {words}"
-            return text(("\n".join(page) or "No matches found") + f"\n\n{summary}{self.note}", facts)
+            none = "No entries at this offset" if total else "No matches found"
+            return text(("\n".join(page) or none) + f"\n\n{summary}{self.note}", facts)
         page, words = self._page(self._rows)
         facts |= {"lines": len(page), "truncated": self._cut or len(self._rows) > len(page)}
         shown = "\n".join(page)
@@ -642,6 +668,42 @@ class _Search:
         if self._offset:
             words.append(f"offset: {self._offset}")
         return page, ", ".join(words)
+
+
+# ASCII in the order of Unicode's collation, whatever the case of a letter; what is beyond comes after it.
+_COLLATED = "\t\n\v\f\r _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$0123456789"
+_PLACES = {ord(char): place + 1 for place, char in enumerate(_COLLATED)}
+_PLACES |= {ord(case(char)): ord(char) for char in ascii_lowercase for case in (str.lower, str.upper)}
+
+
+def _by_age_and_name(found: tuple[int, str]) -> tuple[int, str, str]:
+    """Return the key of a file in the order of `files_with_matches`: of one age by name, as people sort."""
+    age, name = found
+    letters = name if name.isascii() else normalize("NFD", name)
+    return age, letters.translate(_PLACES), name.swapcase()
+
+
+def _shown_line(line: bytes, mark: str) -> str:
+    """Return a line as it is listed, without a carriage return at its end."""
+    if len(line) <= 3 * COLUMNS_MAX:  # no UTF-16 unit takes more bytes
+        shown = line.decode("utf-8", "replace").removesuffix("\r")
+        if len(line) <= COLUMNS_MAX or len(shown.encode("utf-16-le", "surrogatepass")) <= 2 * COLUMNS_MAX:
+            return shown
+    return "[Omitted long matching line]" if mark == ":" else "[Omitted long context line]"
+
+
+def _before_nul(data: bytes, nul: int) -> bytes:
+    """Return what ripgrep searches of a binary file that was not named.
+
+    It reads block by block, each to its last line end, and stops at the one that has the NUL.
+    """
+    searched = 0
+    while searched + _BLOCK <= nul:
+        end = data.rfind(b"\n", searched, searched + _BLOCK) + 1
+        if not end:
+            break
+        searched = end
+    return data[:searched]
 
 
 def _line(data: bytes, position: int) -> tuple[bytes, int]:

@@ -1,0 +1,217 @@
+"""Knows the syntax of ripgrep's patterns: what is wrong with one, in its words, and what RE2 takes for it.
+
+Rust's regular expressions are nearly those of RE2. What only they have (operations on classes, the flag `x`,
+the boundaries of words `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here and Unicode there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_BEYOND: Final = (
+    "\n\nConsider enabling PCRE2 with the --pcre2 flag, which can handle backreferences\nand look-around."
+)
+_UNKNOWN: Final = "syntax not supported"
+# re2's words for what only it finds
+_RE2: Final = (
+    ("bad repetition operator", "repetition operator missing expression"),
+    ("invalid repetition size", "invalid repetition count, which goes up to 1000 here"),
+    (r"range: \p", "Unicode property not found"),
+    (r"range: \P", "Unicode property not found"),
+    ("invalid character class range", "invalid character class range, the start must be <= the end"),
+    ("pattern too large", "compiled regex exceeds size limit"),
+)
+_WORD: Final = r"\p{L}\p{M}\p{Nd}\p{Pc}"
+_SPACE: Final = r"\s\x0b\x{85}\p{Z}"
+# Classes that RE2 knows for ASCII alone, and the ends of a line as one that searches line by line sees them.
+_OUTSIDE: Final = {
+    "w": f"[{_WORD}]",
+    "W": f"[^{_WORD}]",
+    "d": r"\p{Nd}",
+    "D": r"\P{Nd}",
+    "s": f"[{_SPACE}]",
+    "S": f"[^{_SPACE}]",
+}
+_INSIDE: Final = {"w": _WORD, "d": r"\p{Nd}", "D": r"\P{Nd}", "s": _SPACE}
+_LINE: Final = {"A": "^", "z": "$"}
+_LETTERS: Final = frozenset("aftnrvAbBzdDsSwWpP")
+_CODE: Final = re.compile(
+    r"\\(?:[xuU]\{([0-9a-fA-F]{1,8})\}|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))"
+)
+_PROPERTY: Final = re.compile(r"\\[pP](?:\{[^}]*\}|[A-Za-z])")
+_COUNT: Final = re.compile(r"\{ *(\d+) *(?:(,) *(\d*) *)?\}")
+_NAMED: Final = re.compile(r"\?P?<[A-Za-z_][^>]*>")
+
+
+class PatternError(Exception):
+    """A pattern that does not parse; `words` are ripgrep's."""
+
+    def __init__(self, wrapped: str, start: int, end: int, words: str) -> None:
+        self.words = (
+            f"regex parse error:\n    {wrapped}\n    {' ' * start}{'^' * max(1, end - start)}\nerror: {words}"
+        )
+        super().__init__(self.words)
+
+    @classmethod
+    def of(cls, pattern: str, said: str) -> PatternError:
+        """Return the error for a pattern of which RE2 alone says that it is wrong."""
+        words = next((words for key, words in _RE2 if key in said), _UNKNOWN)
+        return cls(f"(?:{pattern})", 0, 1, words)
+
+
+def translate(pattern: str, *, multiline: bool) -> tuple[str, bool]:
+    """Return what RE2 takes for a pattern, and whether it names a line end. Raises `PatternError`.
+
+    ripgrep puts it into a group of its own before it looks at it, and so its errors count from there.
+    """
+    scan = _Scan(f"(?:{pattern})", multiline)
+    scan.run()
+    return "".join(scan.out), scan.line_end
+
+
+class _Scan:
+    """One pass over a pattern."""
+
+    def __init__(self, text: str, multiline: bool) -> None:
+        self._text = text
+        self._multiline = multiline
+        self._groups: list[tuple[int, int]] = []  # where each open one begins, in the text and in `out`
+        self._at = 0
+        self._atom: int | None = None  # where in `out` what can be repeated begins
+        self._repeats = False  # whether it is a repetition itself
+        self.out: list[str] = []
+        self.line_end = "\n" in text
+
+    def _wrong(self, start: int, end: int, words: str) -> PatternError:
+        return PatternError(self._text, start, end, words)
+
+    def _take(self, end: int, said: str | None = None) -> None:
+        self.out.append(self._text[self._at : end] if said is None else said)
+        self._at = end
+
+    def run(self) -> None:
+        text = self._text
+        while self._at < len(text):
+            at, char, begins = self._at, text[self._at], len(self.out)
+            if char in "*+?{":
+                if self._atom is None:
+                    raise self._wrong(at, at + 1, "repetition operator missing expression")
+                self._repeated(self._atom)
+                continue
+            match char:
+                case "\\":
+                    self._escape()
+                case "[":
+                    self._class()
+                case "(":
+                    self._open()
+                case ")":
+                    if not self._groups:
+                        raise self._wrong(at, at + 1, "unopened group")
+                    _, begins = self._groups.pop()
+                    self._take(at + 1)
+                case _:
+                    self._take(at + 1)
+            self._atom = None if char in "(|" else begins
+            self._repeats = False
+        if self._groups:
+            at, _ = self._groups[-1]
+            raise self._wrong(at, at + 1, "unclosed group")
+
+    def _escape(self, brackets: str = "") -> None:
+        """Take an escape; `brackets` are what opened the class that it stands in."""
+        text, at = self._text, self._at
+        escaped = text[at + 1 : at + 2]
+        code = _CODE.match(text, at)
+        if code:
+            number = next(filter(None, code.groups()))
+            self.line_end |= int(number, 16) == 0x0A and brackets != "[^"
+            self._take(code.end(), f"\\x{{{number}}}")
+        elif found := _PROPERTY.match(text, at):
+            self._take(found.end())
+        elif not escaped:
+            words = "incomplete escape sequence, reached end of pattern prematurely"
+            raise self._wrong(at, at + 1, words)
+        elif escaped.isdigit() and escaped.isascii():
+            raise self._wrong(at, at + 2, f"backreferences are not supported{_BEYOND}")
+        elif escaped.isalnum() and escaped not in _LETTERS:
+            raise self._wrong(at, at + 2, "unrecognized escape sequence")
+        elif escaped in "<>" or (escaped == "b" and not brackets and text.startswith("{", at + 2)):
+            raise self._wrong(at, at + 2, f"{_UNKNOWN}; use \\b for the boundary of a word")
+        else:
+            self.line_end |= escaped == "n" and brackets != "[^"
+            said = (_INSIDE if brackets else _OUTSIDE).get(escaped)
+            self._take(at + 2, said if brackets or self._multiline else _LINE.get(escaped, said))
+
+    def _class(self) -> None:
+        text, start = self._text, self._at
+        brackets = "[^" if text.startswith("^", start + 1) else "["
+        self._take(start + len(brackets))
+        if text.startswith("]", self._at):  # a bracket that comes first is meant itself
+            self._take(self._at + 1)
+        while self._at < len(text):
+            char = text[self._at]
+            if char == "]":
+                self._take(self._at + 1)
+                return
+            if char == "\\":
+                self._escape(brackets)
+                continue
+            end = text.find(":]", self._at) if text.startswith("[:", self._at) else -1
+            self._take(end + 2 if end >= 0 else self._at + 1)
+        raise self._wrong(start, start + 1, "unclosed character class")
+
+    def _open(self) -> None:
+        text, at = self._text, self._at
+        self._groups.append((at, len(self.out)))
+        if not text.startswith("?", at + 1):
+            self._take(at + 1)
+            return
+        for mark in ("?=", "?!", "?<=", "?<!"):
+            if text.startswith(mark, at + 1):
+                words = "look-around, including look-ahead and look-behind, is not supported"
+                raise self._wrong(at, at + 1 + len(mark), words + _BEYOND)
+        named = _NAMED.match(text, at + 1)
+        if named:
+            self._take(named.end())
+            return
+        end = at + 2
+        while end < len(text) and text[end] not in ":)":
+            if text[end] not in "imsUuxR-":
+                raise self._wrong(end, end + 1, "unrecognized flag")
+            end += 1
+        on, minus, off = text[at + 2 : end].partition("-")
+        on = on.replace("u", "")  # what is Unicode here stays so
+        if "u" in off or {"x", "R"} & set(on + off):
+            raise self._wrong(at, end, _UNKNOWN)
+        flags = on + (minus + off if off else "")
+        if text.startswith(")", end):  # flags for what follows, and no group
+            self._groups.pop()
+            self._take(end + 1, f"(?{flags})" if flags else "")
+        else:
+            self._take(end + 1, f"(?{flags}:")
+
+    def _repeated(self, begins: int) -> None:
+        text, at = self._text, self._at
+        end = at + 1
+        if text[at] == "{":
+            count = _COUNT.match(text, at)
+            if not count:
+                digits = re.compile(r" *\d").match(text, at + 1)
+                if not digits:
+                    words = "repetition quantifier expects a valid decimal"
+                    raise self._wrong(at + 1, at + 2, words)
+                end = re.compile(r"[\d, ]*").match(text, at + 1).end()  # type: ignore[union-attr]  # may be empty
+                raise self._wrong(at, end, "unclosed counted repetition")
+            end = count.end()
+            if count[3] and int(count[3]) < int(count[1]):
+                words = "invalid repetition count range, the start must be <= the end"
+                raise self._wrong(at, end, words)
+        if text.startswith("?", end):
+            end += 1
+        if self._repeats:  # a repetition of one, for which RE2 wants a group
+            self.out.insert(begins, "(?:")
+            self.out.append(")")
+        self._repeats = True
+        self._take(end)
