@@ -17,7 +17,7 @@ import random
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from types import TracebackType
@@ -200,6 +200,8 @@ class IncusSites:
         self._commands = Commands(settings, incus, self._init_pid)
         self._owner = _owner(settings)
         self._claiming = asyncio.Lock()
+        self._choosing = asyncio.Lock()
+        self._promised: set[str] = set()  # addresses of instances that are being made
         self._preparing: dict[str, asyncio.Task[None]] = {}
         # root's folder is above them, so that the tenant cannot put a link in their place
         self._next = _beside(settings, "next")
@@ -277,61 +279,68 @@ class IncusSites:
         devices = (await self._profile())["devices"]
         own = {"root": {**devices["root"], "size": size["disk"]}} if "disk" in size else {}
         for attempt in range(_TRIES):
-            address = await self._free_address()
-            nic = {**devices["eth0"], "ipv4.address": str(address.ip)}
-            # it has its address from the first moment, and not only when it has asked for it
-            gateway = IPv4Interface(self._settings.network_ipv4).ip
-            early = {STATIC: _STATIC.format(address=address, gateway=gateway)}
-            body = {
-                "name": name,
-                "type": "container",
-                "source": source,
-                "profiles": [self._settings.profile],
-                "config": {**config, **early},
-                "devices": {**own, "eth0": nic},
-                "start": start,
-            }
-            try:
+            async with self._free_address() as address:
+                nic = {**devices["eth0"], "ipv4.address": str(address.ip)}
+                # it has its address from the first moment, and not only when it has asked for it
+                gateway = IPv4Interface(self._settings.network_ipv4).ip
+                early = {STATIC: _STATIC.format(address=address, gateway=gateway)}
+                body = {
+                    "name": name,
+                    "type": "container",
+                    "source": source,
+                    "profiles": [self._settings.profile],
+                    "config": {**config, **early},
+                    "devices": {**own, "eth0": nic},
+                    "start": start,
+                }
                 with translated(name):
                     try:
                         await self._operate("POST", "/1.0/instances", body)
+                        return
                     except IncusError as error:
                         # another gateway took that address in between
-                        if "IP address" in error.message and attempt < _TRIES - 1:
-                            continue
-                        raise
-                return
-            except GatewayError:
-                raise
+                        if "IP address" not in error.message or attempt == _TRIES - 1:
+                            raise
         raise Unavailable(f"no address is free on {self._settings.network}")
 
-    async def _free_address(self) -> IPv4Interface:
+    @contextlib.asynccontextmanager
+    async def _free_address(self) -> AsyncIterator[IPv4Interface]:
+        """Choose an address that nobody has, and keep it from others here until its instance is made."""
         settings = self._settings
         bridge = IPv4Interface(settings.network_ipv4)
-        instances = await self._instances()
-        with translated(""):
-            leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
-        taken = {str(bridge.ip)} | {str(lease["address"]) for lease in leases}
-        for instance in instances:
-            taken |= {
-                device["ipv4.address"] for device in instance["devices"].values() if "ipv4.address" in device
-            }
-        first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
-        # for seconds this host still takes an address that was another's for that one's: not at once again
-        known = await asyncio.to_thread(_neighbours)
-        if len(taken | known) < count:
-            taken |= known
-        if len(taken) >= count:
-            raise Unavailable(
-                f"every address of {settings.network_ipv4} is taken; destroy tenants, or choose a larger "
-                "GATEWAY_NETWORK_IPV4",
-                reason="quota",
-            )
-        while True:
-            # at random: of two gateways that ask at the same time each gets another
-            address = IPv4Address(first + random.randrange(count))  # noqa: S311 - no secret
-            if str(address) not in taken:
-                return IPv4Interface(f"{address}/{bridge.network.prefixlen}")
+        async with self._choosing:
+            # of these the instances may be made after all are listed, and before the choice
+            taken = {str(bridge.ip), *self._promised}
+            instances = await self._instances()
+            with translated(""):
+                leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
+            taken |= {str(lease["address"]) for lease in leases}
+            for instance in instances:
+                taken |= {
+                    device["ipv4.address"]
+                    for device in instance["devices"].values()
+                    if "ipv4.address" in device
+                }
+            first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
+            # for seconds this host takes an address that was another's for that one's: not at once again
+            known = await asyncio.to_thread(_neighbours)
+            if len(taken | known) < count:
+                taken |= known
+            if len(taken) >= count:
+                raise Unavailable(
+                    f"every address of {settings.network_ipv4} is taken; destroy tenants, or choose a larger "
+                    "GATEWAY_NETWORK_IPV4",
+                    reason="quota",
+                )
+            address = str(bridge.ip)
+            while address in taken:
+                # at random: of two gateways that ask at the same time each gets another
+                address = str(IPv4Address(first + random.randrange(count)))  # noqa: S311 - no secret
+            self._promised.add(address)
+        try:
+            yield IPv4Interface(f"{address}/{bridge.network.prefixlen}")
+        finally:
+            self._promised.discard(address)
 
     async def remove(self, deployment: str) -> None:
         for instance in await self._instances():
