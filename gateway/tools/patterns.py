@@ -375,7 +375,8 @@ class Sought:
         full = self._base + path
         for stack in (state[2], state[1]):  # .ignore goes before .gitignore
             for start, rules in stack:
-                inner = full[start:]
+                # Rules from above the start know of a path what ripgrep tells them: the start and the name.
+                inner = (full if start >= len(self._base) else self._base + path.rpartition("/")[2])[start:]
                 for rule in rules:
                     if (folder or not rule.folders_only) and rule.matches(inner):
                         return not rule.negated

@@ -150,14 +150,15 @@ def _near(
     data = read_all(descriptor, status.st_size, most)
     facts: dict[str, Any] = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status)}
     form = decode(data)
-    lines = form.text.split("\n")
+    body = form.text.removesuffix("\r")  # as if it were the half of a last line end
+    lines = body.split("\n")
     total = len(lines)
     first = max(offset - 1, 0)
     if first >= total:
         facts |= {"lines": 0, "totalLines": total}
         seen = Seen(etag(status), crc32(data), False)
         return text(_shorter(offset, total) + _refused_forms(form), facts, seen=seen)
-    if not form.text:
+    if not body:
         facts |= {"lines": 0, "totalLines": 0}
         words = "Warning: the file exists but the contents are empty."
         seen = Seen(etag(status), crc32(data), True)

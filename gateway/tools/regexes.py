@@ -7,7 +7,7 @@ the boundaries of words `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here 
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 _BEYOND: Final = (
     "\n\nConsider enabling PCRE2 with the --pcre2 flag, which can handle backreferences\nand look-around."
@@ -60,14 +60,22 @@ class PatternError(Exception):
         return cls(f"(?:{pattern})", 0, 1, words)
 
 
-def translate(pattern: str, *, multiline: bool) -> tuple[str, bool]:
-    """Return what RE2 takes for a pattern, and whether it names a line end. Raises `PatternError`.
+class Translated(NamedTuple):
+    """What RE2 takes for a pattern, whether that names a line end, and whether it may meet one otherwise."""
+
+    text: str
+    names_line_end: bool
+    meets_line_end: bool
+
+
+def translate(pattern: str, *, multiline: bool) -> Translated:
+    """Translate a pattern. Raises `PatternError`.
 
     ripgrep puts it into a group of its own before it looks at it, and so its errors count from there.
     """
     scan = _Scan(f"(?:{pattern})", multiline)
     scan.run()
-    return "".join(scan.out), scan.line_end
+    return Translated("".join(scan.out), scan.line_end, scan.line_end or scan.meets)
 
 
 class _Scan:
@@ -82,6 +90,8 @@ class _Scan:
         self._repeats = False  # whether it is a repetition itself
         self.out: list[str] = []
         self.line_end = "\n" in text
+        self.meets = False
+        self._shut = False  # whether the class that is open leaves line ends out
 
     def _wrong(self, start: int, end: int, words: str) -> PatternError:
         return PatternError(self._text, start, end, words)
@@ -112,6 +122,7 @@ class _Scan:
                     _, begins = self._groups.pop()
                     self._take(at + 1)
                 case _:
+                    self.meets |= char in ".^$"
                     self._take(at + 1)
             self._atom = None if char in "(|" else begins
             self._repeats = False
@@ -137,22 +148,28 @@ class _Scan:
             raise self._wrong(at, at + 2, f"backreferences are not supported{_BEYOND}")
         elif escaped.isalnum() and escaped not in _LETTERS:
             raise self._wrong(at, at + 2, "unrecognized escape sequence")
-        elif escaped in "<>" or (escaped == "b" and not brackets and text.startswith("{", at + 2)):
+        elif escaped in "<>" or (escaped == "b" and not brackets and text.startswith(("{s", "{e"), at + 2)):
             raise self._wrong(at, at + 2, f"{_UNKNOWN}; use \\b for the boundary of a word")
         else:
             self.line_end |= escaped == "n" and brackets != "[^"
+            if brackets == "[^":
+                self._shut |= escaped in "snDW"
+            else:
+                self.meets |= escaped in "sDW"
             said = (_INSIDE if brackets else _OUTSIDE).get(escaped)
             self._take(at + 2, said if brackets or self._multiline else _LINE.get(escaped, said))
 
     def _class(self) -> None:
         text, start = self._text, self._at
         brackets = "[^" if text.startswith("^", start + 1) else "["
+        self._shut = brackets == "["
         self._take(start + len(brackets))
         if text.startswith("]", self._at):  # a bracket that comes first is meant itself
             self._take(self._at + 1)
         while self._at < len(text):
             char = text[self._at]
             if char == "]":
+                self.meets |= not self._shut
                 self._take(self._at + 1)
                 return
             if char == "\\":

@@ -235,9 +235,9 @@ def grep(call: Call) -> Answer:
     _check_numbers(given)
     path: str = given.get("path") or "."
     start = _start(call, path)
-    regex = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
+    regex, spanning = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
     globs, types = _filters(given, start)
-    search = _Search(call, start, regex)
+    search = _Search(call, start, regex, spanning)
     try:
         status, file = _kind(call.tree, start)
         if file:
@@ -333,15 +333,18 @@ def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
 
 
 @lru_cache(8)
-def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
-    """Compile a pattern of Grep. Without `multiline` nothing in it matches a line end, not even `\\s`."""
+def _regex(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]:
+    """Compile a pattern of Grep, and say whether a match of it may span lines.
+
+    Without `multiline` nothing in it matches a line end, not even `\\s`.
+    """
     if len(pattern) > PATTERN_MAX:
         raise _rejected("regex parse error:\nerror: the pattern is too long")
     try:
-        translated, line_end = translate(pattern, multiline=multiline)
+        translated = translate(pattern, multiline=multiline)
     except PatternError as error:
         raise _rejected(error.words) from None
-    if line_end and not multiline:
+    if translated.names_line_end and not multiline:
         raise _rejected(
             'the literal "\\n" is not allowed in a regex\n\nConsider enabling multiline mode with the '
             "--multiline flag (or -U for short).\nWhen multiline mode is enabled, new line characters can be "
@@ -354,9 +357,10 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> Any:
     options.dot_nl = multiline
     options.never_nl = not multiline
     try:
-        return re2.compile(b"(?m)" + translated.encode(), options)
+        regex = re2.compile(b"(?m)" + translated.text.encode(), options)
     except re2.error as error:
         raise _rejected(PatternError.of(pattern, str(error)).words) from None
+    return regex, multiline and translated.meets_line_end
 
 
 def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
@@ -414,8 +418,9 @@ def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]
 class _Search:
     """The state of one Grep: what was found, in the mode's own form, and when it is enough."""
 
-    def __init__(self, call: Call, start: str, regex: Any) -> None:
+    def __init__(self, call: Call, start: str, regex: Any, spanning: bool) -> None:
         given = call.given
+        self._spanning = spanning
         self._call = call
         self._find = _finder(regex)
         self._start = start
@@ -425,6 +430,8 @@ class _Search:
         around = dict(_around(given))
         self._before = around.get("-C", around.get("-B", 0))
         self._after = around.get("-C", around.get("-A", 0))
+        # What is between two groups also where the context that counts is none.
+        self._parted = any(given.get(name, 0) > 0 for name in ("context", "-C", "-B", "-A"))
         self._limit: int = given.get("head_limit", 250)
         self._offset: int = given.get("offset", 0)
         self._passed = 0  # lines in front of the page: they are counted, and take no room
@@ -471,7 +478,8 @@ class _Search:
                 self._files.append((-status.st_mtime_ns, path))
             return
         if self._mode == "count":
-            count = sum(1 for _ in self._spans(data))
+            # ripgrep counts lines, but matches where these may span lines
+            count = sum(1 for _ in self._spans(data, every=self._spanning))
             if count and not cut:
                 self._files.append((count, path))
                 self._matches += count
@@ -530,9 +538,8 @@ class _Search:
         last = -1  # the last line that was put out
         pending_after = 0
         position = 0  # where the line after `last` begins
-        context = bool(self._before or self._after)
         # between two files as between two groups
-        separator_due = context and bool(self._rows or self._passed)
+        separator_due = self._parted and bool(self._rows or self._passed)
         matched = left_out = False
 
         def add(number: int, mark: str, line: bytes) -> None:
@@ -548,7 +555,7 @@ class _Search:
             number += data.count(b"\n", counted, line_start)
             counted = line_start
             self._matches += 1
-            if context:
+            if self._parted:
                 first = number
                 lines_before: list[bytes] = []
                 begin = line_start

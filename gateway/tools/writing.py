@@ -219,7 +219,7 @@ def edit(call: Call) -> Answer:
     trimmed = new
     if not given.endswith((".md", ".mdx")):
         trimmed = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
-    if old == new or (old and old == trimmed):
+    if old == (trimmed if old else new):
         raise ToolFailure(
             "invalid_params", "No changes to make: old_string and new_string are exactly the same."
         )
@@ -270,9 +270,9 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, m
             _refuse_binary(form, tagged=True)
         modified = before is not None and _modified(call, before, data)
         if before is None:
-            result, count = new.replace("\r\n", "\n"), 1
+            result, count = new, 1
         else:
-            result, count = _replaced(call, form.text, old, trimmed, modified=modified)
+            result, count = _replaced(call, form, old, trimmed, modified=modified)
         encoded = form.encode(result)
         status = target.put(encoded, expected=before)
     finally:
@@ -288,8 +288,9 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, m
     return text(words, facts, seen=seen)
 
 
-def _replaced(call: Call, text: str, old: str, new: str, *, modified: bool) -> tuple[str, int]:
+def _replaced(call: Call, form: Text, old: str, new: str, *, modified: bool) -> tuple[str, int]:
     """Return the new text and how many places changed."""
+    text = form.text
     if not old:
         return new, 1
     old, found, new = _named(text, old, new)
@@ -311,7 +312,8 @@ def _replaced(call: Call, text: str, old: str, new: str, *, modified: bool) -> t
     if new == found:  # it differed from what was asked for in its quotes or escapes alone
         words = "String not found in file. Failed to apply edit."
         raise ToolFailure("no_match", words, tagged=False)
-    new = new.replace("\r\n", "\n")
+    if form.crlf:
+        new = new.replace("\r\n", "\n")  # as the text has it; the file gets its own line ends back
     if not new and not found.endswith("\n") and found + "\n" in text:
         found += "\n"  # a line that is emptied is taken out with its end
     return text.replace(found, new), count
