@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from string import ascii_lowercase
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 from unicodedata import normalize
 
@@ -679,15 +679,16 @@ class _Search:
 
 # ASCII in the order of Unicode's collation, whatever the case of a letter; what is beyond comes after it.
 _COLLATED = "\t\n\v\f\r _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$0123456789"
-_PLACES = {ord(char): place + 1 for place, char in enumerate(_COLLATED)}
-_PLACES |= {ord(case(char)): ord(char) for char in ascii_lowercase for case in (str.lower, str.upper)}
+_PLACES = bytes.maketrans(
+    (_COLLATED + ascii_uppercase).encode(), bytes(range(1, len(_COLLATED) + 1)) + ascii_lowercase.encode()
+)
 
 
-def _by_age_and_name(found: tuple[int, str]) -> tuple[int, str, str]:
+def _by_age_and_name(found: tuple[int, str]) -> tuple[int, bytes, bytes]:
     """Return the key of a file in the order of `files_with_matches`: of one age by name, as people sort."""
     age, name = found
-    letters = name if name.isascii() else normalize("NFD", name)
-    return age, letters.translate(_PLACES), name.swapcase()
+    letters = os.fsencode(name if name.isascii() else normalize("NFD", name))
+    return age, letters.translate(_PLACES), letters.swapcase()
 
 
 def _shown_line(line: bytes, mark: str) -> str:
