@@ -375,12 +375,20 @@ class Sought:
         full = self._base + path
         for stack in (state[2], state[1]):  # .ignore goes before .gitignore
             for start, rules in stack:
-                # Rules from above the start know of a path what ripgrep tells them: the start and the name.
-                inner = (full if start >= len(self._base) else self._base + path.rpartition("/")[2])[start:]
+                inner = (full if start >= len(self._base) else self._told(path))[start:]
                 for rule in rules:
                     if (folder or not rule.folders_only) and rule.matches(inner):
                         return not rule.negated
         return False
+
+    def _told(self, path: str) -> str:
+        """Return what ripgrep 14 tells rules from above the start of a path: the start and the name.
+
+        That loses folders between the two, and a dot in front of a name at the start, by an oversight of its
+        own; in large trees it is ripgrep itself that chooses, and both must say the same.
+        """
+        _, below, name = path.rpartition("/")
+        return self._base + (name if below else name.removeprefix("."))
 
     def folder(self, path: str, state: _State) -> bool:
         decided = self._globs.decide(path, folder=True)

@@ -549,7 +549,7 @@ class _Search:
             else:
                 self._add(name, number, mark, line)
 
-        for start, stop in self._spans(data, every=self._only):
+        for start, stop in self._spans(data, every=self._only or self._spanning):
             matched = True
             line_start = data.rfind(b"\n", 0, start) + 1
             number += data.count(b"\n", counted, line_start)
@@ -660,6 +660,8 @@ class _Search:
         shown = "\n".join(page)
         if not shown:
             shown = "No entries at this offset" if self._passed else "No matches found"
+        elif not shown.strip():
+            shown = "(Grep completed with no output)"
         if words:
             shown += f"\n\n[Showing results with pagination = {words}]"
         if self._cut:

@@ -260,13 +260,13 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, m
             if path.endswith(".ipynb") and old:
                 words = "File is a Jupyter Notebook. Use the NotebookEdit to edit this file."
                 raise ToolFailure("not_a_file", words)
-            if call.read_first and call.seen is None:
-                raise ToolFailure("stale_read", _UNREAD, tagged=bool(old))
             data = target.read()
             form = decode(data)
             if not old and form.text.strip():
                 words = "Cannot create new file - file already exists."
                 raise ToolFailure("conflict", words)
+            if call.read_first and call.seen is None:
+                raise ToolFailure("stale_read", _UNREAD, tagged=bool(old))
             _refuse_binary(form, tagged=True)
         modified = before is not None and _modified(call, before, data)
         if before is None:
