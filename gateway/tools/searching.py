@@ -490,19 +490,32 @@ class _Search:
             self._put(f'{where}binary file matches (found "\\0" byte around offset {nul})')
 
     def named(self, prefix: str, sifted: str) -> None:
-        """Search the files that were named, in the order of a walk."""
+        """Search the files that were named, in the order of a walk.
+
+        Where only names are asked for nothing is searched again: that they match is ripgrep's word, and what
+        Claude Code goes by.
+        """
+        tree, deadline = self._call.tree, self._call.deadline
         names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
         names.sort()
         for name in names:
-            if (prefix + name).count("/") > self._call.tree.depth:
+            path = prefix + name
+            if path.count("/") > tree.depth:
                 self.note = _too_deep(self._call)
                 continue
             try:
-                status = self._call.tree.status(prefix + name)
-            except GatewayError:
+                # as in `Walk`: a link on the way may lead elsewhere, but nothing is opened here
+                status = os.stat(path, dir_fd=tree.descriptor, follow_symlinks=False)
+            except OSError:
                 continue  # gone
-            if stat.S_ISREG(status.st_mode):
-                self.file(prefix + name, name, status, explicit=False)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if self.ordered or status.st_size > FILE_MAX:
+                self.file(path, name, status, explicit=False)
+            else:
+                self._files.append((-status.st_mtime_ns, path))
+            if time.monotonic() > deadline:
+                raise Timeout("the search took too long", reason="timeout")
             if self.full:
                 break
 
