@@ -80,15 +80,21 @@ def failure(tool: str, error: GatewayError) -> ToolFailure:
     return ToolFailure(error.code, words, **facts)
 
 
-def outside(tool: str, verb: str, path: str, error: GatewayError, workspace: str) -> ToolFailure:
-    """Say that a path is refused: it leads outside, or its links do not resolve."""
+def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailure:
+    """Say that a path is refused: it leads outside, its links do not resolve, or it names nothing."""
+    if error.facts.get("reason") == "too_long":
+        absolute = path if path.startswith("/") else f"{call.cwd}/{path}"
+        words = f"ENAMETOOLONG: name too long, {'open' if call.tool == 'Read' else 'stat'} '{show(absolute)}'"
+        if call.tool in ("Write", "Edit"):
+            return ToolFailure(error.code, f"Error calling tool ({call.tool}): {words}")
+        return ToolFailure(error.code, words, tagged=False)
     if isinstance(error, InvalidParams):
-        return ToolFailure(error.code, f"Error calling tool ({tool}): {error.message}")
+        return ToolFailure(error.code, f"Error calling tool ({call.tool}): {error.message}")
     if error.facts.get("reason") == "loop":
         why = (
             "where it leads on disk could not be determined (a link on the way could not be examined, "
             "or the links do not resolve)."
         )
     else:
-        why = f"it is outside the workspace {workspace}, which is all that the file tools serve."
+        why = f"it is outside the workspace {call.tree.workspace}, which is all that the file tools serve."
     return ToolFailure(error.code, f"Refusing to {verb} {show(path[:1000])}: {why}", tagged=False)

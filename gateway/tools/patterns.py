@@ -382,10 +382,10 @@ class Sought:
         return False
 
     def _told(self, path: str) -> str:
-        """Return what ripgrep 14 tells rules from above the start of a path: the start and the name.
+        """Return what Claude Code's ripgrep 14 tells rules from above the start: that and the name.
 
-        That loses folders between the two, and a dot in front of a name at the start, by an oversight of its
-        own; in large trees it is ripgrep itself that chooses, and both must say the same.
+        The folders between the two are lost, and a dot in front of a name at the start, by an oversight that
+        the newer one of `sifting` does not have: in large trees such rules are taken as git takes them.
         """
         _, below, name = path.rpartition("/")
         return self._base + (name if below else name.removeprefix("."))

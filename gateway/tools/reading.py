@@ -91,7 +91,7 @@ def read(call: Call) -> Answer:
     try:
         path = call.locate(given)
     except GatewayError as error:
-        raise outside("Read", "read", given, error, call.tree.workspace) from None
+        raise outside(call, "read", given, error) from None
     name = path.rpartition("/")[2]
     stem, dot, extension = name.rpartition(".")
     extension = extension.lower() if dot else ""
@@ -654,7 +654,7 @@ def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFail
             words = f"Cannot read '{show(given)}': this is a FIFO, socket or device, not a regular file."
             return ToolFailure("not_a_file", words)
         case "outside" | "loop":
-            return outside("Read", "read", given, error, call.tree.workspace)
+            return outside(call, "read", given, error)
         case "denied":
             words = f"EACCES: permission denied, open '{absolute}'"
             return ToolFailure("forbidden", words, tagged=False)

@@ -192,7 +192,7 @@ def _start(call: Call, path: str) -> str:
     try:
         return call.locate(path)
     except GatewayError as error:
-        raise outside(call.tool, _VERBS[call.tool], path, error, call.tree.workspace) from None
+        raise outside(call, _VERBS[call.tool], path, error) from None
 
 
 def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolFailure:
@@ -211,7 +211,7 @@ def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolF
                 words = f"ENOTDIR: not a directory, stat '{call.absolute(start)}'"
             return ToolFailure("not_a_file", words, tagged=False)
         case "outside" | "loop":
-            return outside(call.tool, _VERBS[call.tool], call.absolute(start), error, call.tree.workspace)
+            return outside(call, _VERBS[call.tool], call.absolute(start), error)
         case _:
             return failure(call.tool, error)
 

@@ -144,7 +144,7 @@ def _place(call: Call, given: str) -> str:
             raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
         return call.locate(given)
     except GatewayError as error:
-        raise outside(call.tool, "write", given, error, call.tree.workspace) from None
+        raise outside(call, "write", given, error) from None
 
 
 def write(call: Call) -> Answer:
@@ -394,7 +394,7 @@ def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFail
             words = f"Error calling tool ({tool}): ENOTDIR: not a directory, stat '{call.absolute(path)}'"
             return ToolFailure("not_a_file", words)
         case "outside" | "loop":
-            return outside(tool, "write", given, error, call.tree.workspace)
+            return outside(call, "write", given, error)
         case "denied":
             words = f"Error calling tool ({tool}): EACCES: permission denied, open '{call.absolute(path)}'"
             return ToolFailure("forbidden", words)
