@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -72,3 +73,25 @@ def decode(data: bytes) -> Text:
         crlf = pairs > text.count("\n") - pairs
         text = text.replace("\r\n", "\n")
     return Text(text, mark, encoding, crlf, valid, has_nul)
+
+
+# JavaScript's white space but the ends of lines
+_PLAIN = "\t\v\f "
+_WHITE = (
+    _PLAIN
+    + "\u00a0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+    + "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
+_TRAILING = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]++(?=[\r\n]|\Z)")  # from its own beginning alone: linear
+
+
+def trimmed(path: str, text: str) -> str:
+    """Return what a model wrote without white space at the ends of lines, but where it means something."""
+    if path.lower().endswith((".md", ".mdx")):
+        return text
+    white = _PLAIN if text.isascii() else _WHITE
+    # Nearly all that is written has none, which a few searches for two characters tell.
+    if not text.endswith(tuple(white)) and not any(char + end in text for char in white for end in "\r\n"):
+        return text
+    return _TRAILING.sub("", text)

@@ -12,7 +12,7 @@ from gateway.rootfs.tree import FOLDER, Made, etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, meant, outside
 from gateway.tools.reading import missing
-from gateway.tools.texts import Text, decode
+from gateway.tools.texts import Text, decode, trimmed
 
 _CURRENT = " (file state is current in your context — no need to Read it back)"
 _CHANGED = (
@@ -156,6 +156,7 @@ def write(call: Call) -> Answer:
     if len(content) > call.limits.write_max:
         words = f"Content exceeds maximum allowed size ({call.limits.write_max} bytes)."
         raise ToolFailure("too_large", words, size=len(content), limit=call.limits.write_max)
+    content = trimmed(given, content)
     for attempt in range(_ATTEMPTS):
         try:
             with call.tree.taking_back() as made:
@@ -215,11 +216,8 @@ def edit(call: Call) -> Answer:
     given: str = call.given["file_path"]
     old: str = call.given["old_string"]
     new: str = call.given["new_string"]
-    # White space at the ends of new lines is taken off, but not where it means something.
-    trimmed = new
-    if not given.endswith((".md", ".mdx")):
-        trimmed = "\n".join(line.rstrip(" \t") for line in new.split("\n"))
-    if old == (trimmed if old else new):
+    shorter = trimmed(given, new)
+    if old == (shorter if old else new):
         raise ToolFailure(
             "invalid_params", "No changes to make: old_string and new_string are exactly the same."
         )
@@ -232,7 +230,7 @@ def edit(call: Call) -> Answer:
     for attempt in range(_ATTEMPTS):
         try:
             with call.tree.taking_back() as made:
-                return _edit(call, given, path, old, new, trimmed, made)
+                return _edit(call, given, path, old, new, shorter, made)
         except _Directory:
             raise _edit_directory() from None
         except Conflict as error:
@@ -248,7 +246,7 @@ def _edit_directory() -> ToolFailure:
     return ToolFailure("is_a_directory", words)
 
 
-def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, made: list[Made]) -> Answer:
+def _edit(call: Call, given: str, path: str, old: str, new: str, shorter: str, made: list[Made]) -> Answer:
     target = _Target(call, path, create=not old, made=made)
     try:
         before = target.old
@@ -272,7 +270,7 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, trimmed: str, m
         if before is None:
             result, count = new, 1
         else:
-            result, count = _replaced(call, form, old, trimmed, modified=modified)
+            result, count = _replaced(call, form, old, shorter, modified=modified)
         encoded = form.encode(result)
         status = target.put(encoded, expected=before)
     finally:
