@@ -25,8 +25,8 @@ MEMORY: Final = Path("/dev/shm")  # noqa: S108  what lies there is checked to be
 HALF: Final = 64 << 10  # bytes
 NOTE_MAX: Final = HALF // 4
 
-_HEAD: Final = struct.Struct("<QQ")  # the turn, bytes in use behind this
-_USED: Final = struct.Struct("<Q")
+_TURN, _USED = 0, 1  # the words that a half begins with: its turn, and bytes in use behind them
+_HEAD: Final = 16  # bytes of both
 _LENGTH: Final = struct.Struct("<I")
 
 
@@ -37,10 +37,12 @@ class Ledger:
         self._path = path
         self._mapped = mapped
         self._now, self._turn, self._used = 0, 0, HALF  # without memory there is no room
+        self._heads: list[memoryview] = []
         if mapped is not None:
-            heads = [_HEAD.unpack_from(mapped, half * HALF) for half in (0, 1)]
-            self._now = 0 if heads[0][0] >= heads[1][0] else 1
-            self._turn, self._used = heads[self._now]
+            # words are stored whole; `struct` would clear them first, and a kill could come in between
+            self._heads = [memoryview(mapped)[at : at + _HEAD].cast("Q") for at in (0, HALF)]
+            self._now = 0 if self._heads[0][_TURN] >= self._heads[1][_TURN] else 1
+            self._turn, self._used = self._heads[self._now]
 
     @classmethod
     def opened(cls, folder: Path) -> Ledger:
@@ -58,8 +60,8 @@ class Ledger:
         if self._mapped is None:
             return
         for half in (1 - self._now, self._now):
-            start = half * HALF + _HEAD.size
-            at, end = start, start + min(_HEAD.unpack_from(self._mapped, half * HALF)[1], HALF - _HEAD.size)
+            at = half * HALF + _HEAD
+            end = at + min(self._heads[half][_USED], HALF - _HEAD)
             while at + _LENGTH.size <= end:
                 (length,) = _LENGTH.unpack_from(self._mapped, at)
                 at += _LENGTH.size + length
@@ -70,33 +72,35 @@ class Ledger:
     def add(self, note: bytes) -> bool:
         """Note something; returns whether there was room for it."""
         size = _LENGTH.size + len(note)
-        if self._used + size > HALF - _HEAD.size:
+        if self._used + size > HALF - _HEAD:
             return False
         assert self._mapped is not None
-        half = self._now * HALF
-        at = half + _HEAD.size + self._used
+        at = self._now * HALF + _HEAD + self._used
         _LENGTH.pack_into(self._mapped, at, len(note))
         self._mapped[at + _LENGTH.size : at + size] = note
         self._used += size
-        _USED.pack_into(self._mapped, half + 8, self._used)
+        self._heads[self._now][_USED] = self._used
         return True
 
     def turn(self) -> None:
         """Go on in the other half, which must be clear."""
         if self._mapped is not None:
             self._now, self._turn, self._used = 1 - self._now, self._turn + 1, 0
-            _HEAD.pack_into(self._mapped, self._now * HALF, self._turn, 0)
+            self._heads[self._now][_USED] = 0
+            self._heads[self._now][_TURN] = self._turn
 
     def clear(self) -> None:
         """Forget what stood here before the last turn."""
         if self._mapped is not None:
-            _USED.pack_into(self._mapped, (1 - self._now) * HALF + 8, 0)
+            self._heads[1 - self._now][_USED] = 0
 
     def close(self) -> None:
         """Let go of the file; where nothing stands in it, it goes."""
         if self._mapped is None:
             return
         empty = next(self.notes(), None) is None
+        for head in self._heads:
+            head.release()
         self._mapped.close()
         self._mapped, self._used = None, HALF
         if empty:
@@ -106,7 +110,12 @@ class Ledger:
 
 def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
     """Map the file, made if it is not there. Raises `OSError`, also where it is not the folder's owner's."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        # with O_CREAT not even root may open another's file in a folder of everybody: fs.protected_regular
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         status = os.fstat(descriptor)
         ours = status.st_uid in (os.geteuid(), folder.st_uid) and status.st_mode & 0o7177 == 0

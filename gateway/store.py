@@ -135,8 +135,11 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Note:
+    """Statements, in memory that outlives the process, or else with one who waits until they are written."""
+
     statements: Sequence[Statement]
-    written: Callable[[], None] | None
+    written: Callable[[], None] | None = None
+    waiting: asyncio.Future[None] | None = None
 
 
 class Store:
@@ -153,7 +156,7 @@ class Store:
         self._reader = _Thread("store reader", self._room, _read_one)
         self._lock: int | None = None
         self._ledger: Ledger | None = None
-        self._notes: deque[_Note] = deque()  # bounded by the ledger's room
+        self._notes: deque[_Note] = deque()  # bounded by the ledger's room, of those that wait by `_room`
         self._settling: asyncio.Future[None] | None = None
         self._failed = False  # whether notes could not be written the last time
         self._timer: asyncio.TimerHandle | None = None
@@ -196,25 +199,34 @@ class Store:
     async def note(self, *statements: Statement, written: Callable[[], None] | None = None) -> None:
         """Have statements executed soon, in the order of all notes, whatever ends this process.
 
-        Waits only where they are too large, there is no room, or those before could not be written: then all
-        are written, and this raises `StoreFailed` where that fails. `written` is called once they are.
+        Waits only where they are too large, there is no room, or those before could not be written: then
+        until they are written with those before them, and raises `StoreFailed` where that fails. `written` is
+        called once they are. A caller that is cancelled does not learn whether they will be.
         """
+        if self._noted(statements):
+            self._notes.append(_Note(statements, written))
+            if self._timer is None and self._settling is None:
+                self._timer = asyncio.get_running_loop().call_later(_NOTED, self._settle)
+            return
+        await self._room.acquire()  # given back when they are written, whoever still waits for it
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._notes.append(_Note(statements, written, waiting))
+        if self._settling is None:
+            self._settle()
+        await waiting
+
+    def _noted(self, statements: tuple[Statement, ...]) -> bool:
+        """Put statements into the memory that outlives this process; return whether they are there."""
         assert self._ledger is not None
         note = marshal.dumps(statements, 4)
-        if not self._failed and len(note) <= NOTE_MAX:
-            noted = self._ledger.add(note)
-            if not noted and self._notes and self._settling is None:
-                self._settle()
-                noted = self._ledger.add(note)
-            if noted:
-                self._notes.append(_Note(statements, written))
-                if self._timer is None and self._settling is None:
-                    self._timer = asyncio.get_running_loop().call_later(_NOTED, self._settle)
-                return
-        await self.settled()
-        await self.write(lambda connection: _execute(connection, statements))
-        if written is not None:
-            written()
+        if self._failed or len(note) > NOTE_MAX:
+            return False
+        if self._ledger.add(note):
+            return True
+        if not self._notes or self._settling is not None:
+            return False
+        self._settle()  # turns to where there is room
+        return self._ledger.add(note)
 
     async def settled(self) -> None:
         """Return once all that was noted is written. Raises `StoreFailed`; it is kept for another try."""
@@ -239,21 +251,32 @@ class Store:
             self._settling = None
             error = answer.exception()
             self._failed = error is not None
-            if error is not None:
-                self._notes.extendleft(reversed(notes))
+            if error is None:
+                ledger.clear()
+                if not turned:  # nothing was added to this one since
+                    ledger.turn()
+                    ledger.clear()
+                settling.set_result(None)
+            else:
+                self._notes.extendleft(note for note in reversed(notes) if note.waiting is None)
                 settling.set_exception(error)
                 settling.exception()  # seen, also where nobody waits
-                return
-            ledger.clear()
-            if self._notes:
-                self._timer = loop.call_later(_NOTED, self._settle)
-            elif not turned:
-                ledger.turn()
-                ledger.clear()
             for note in notes:
-                if note.written is not None:
+                if error is None and note.written is not None:
                     note.written()
-            settling.set_result(None)
+                if note.waiting is None:
+                    continue
+                self._room.release()
+                if note.waiting.done():  # who waited was cancelled
+                    continue
+                if error is None:
+                    note.waiting.set_result(None)
+                else:
+                    note.waiting.set_exception(error)
+            if any(note.waiting is not None for note in self._notes):
+                self._settle()
+            elif self._notes and error is None:
+                self._timer = loop.call_later(_NOTED, self._settle)
 
         answer.add_done_callback(done)
         self._writer.put(_Asked(lambda connection: _write_notes(connection, notes), answer))
@@ -492,7 +515,7 @@ def _migrate(connection: sqlite3.Connection, ledger: Ledger) -> None:
 
 def _replay(connection: sqlite3.Connection, ledger: Ledger) -> None:
     """Write what an earlier process had noted when it was killed."""
-    noted = [_Note(marshal.loads(note), None) for note in ledger.notes()]  # noqa: S302  checked to be ours
+    noted = [_Note(marshal.loads(note)) for note in ledger.notes()]  # noqa: S302  checked to be ours
     if noted:
         connection.execute("BEGIN IMMEDIATE")
         _write_notes(connection, noted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import sqlite3
@@ -281,6 +282,44 @@ async def test_what_is_too_large_for_a_note_comes_after_those_before_it(tmp_path
         assert rows == [(NOTE_MAX,)]
 
 
+async def test_what_is_too_large_for_a_note_comes_before_those_after_it(tmp_path: Path) -> None:
+    """Or what is forgotten with its tenant would be there again."""
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        async with Held(store):
+            await store.note(insert(1))
+            large = [asyncio.ensure_future(store.note(insert(n, b"x" * NOTE_MAX))) for n in (2, 3)]
+            await asyncio.sleep(0)
+            large.pop().cancel()  # it counts all the same, as does the room that it takes
+            await store.note(("DELETE FROM t", ()))
+            await store.note(insert(4))
+        await asyncio.gather(*large)
+        await store.settled()
+        assert await store.read(numbers) == [4]
+
+
+async def test_what_is_too_large_for_a_note_waits_for_none_that_comes_after_it(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        await store.write(make)
+        n = 10
+
+        def more() -> None:  # each time that notes are written there are new ones
+            nonlocal n
+            n += 1
+            another.append(asyncio.ensure_future(store.note(insert(n), written=more)))
+
+        another = list[asyncio.Future[None]]()
+        more()
+        try:
+            async with asyncio.timeout(30):
+                for large in range(3):
+                    await store.note(insert(large, b"x" * NOTE_MAX))
+        finally:
+            more = lambda: None  # noqa: E731
+        await asyncio.gather(*another)
+        assert set(await store.read(numbers)) >= {0, 1, 2}
+
+
 async def test_more_notes_than_there_is_room_for(tmp_path: Path) -> None:
     async with Store(tmp_path) as store:
         await store.write(make)
@@ -313,6 +352,11 @@ async def test_notes_for_which_there_is_no_disk_are_kept_and_others_refused(tmp_
                 await store.settled()
         with pytest.raises(StoreFailed):
             await store.note(insert(2))
+        async with Held(store):
+            waiting = [asyncio.ensure_future(store.note(insert(n))) for n in (2, 2, 2)]
+            await asyncio.sleep(0)
+        refused = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(error) for error in refused] == [StoreFailed] * 3  # those that came meanwhile too
         await pages(1 << 20)
         await store.note(insert(3))
         assert await store.read(numbers) == [1, 3]
@@ -360,6 +404,64 @@ def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
                 book.turn()
                 book.clear()
             book.close()
+
+
+_FILLER = """
+import sys, time
+from pathlib import Path
+from gateway.ledger import Ledger
+book, end = Ledger.opened(Path(sys.argv[1])), time.monotonic() + 1.5
+print(book._path, flush=True)
+while time.monotonic() < end:
+    while book.add(b"note"):
+        pass
+    book.turn()
+    book.clear()
+"""
+
+
+def test_at_no_moment_does_the_ledger_forget_what_it_has(tmp_path: Path) -> None:
+    """Another process sees what a kill would leave."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _FILLER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        try:
+            with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                words = memoryview(mapped).cast("Q")
+                other = ledger.HALF // 8
+                while process.poll() is None:
+                    for _ in range(1000):
+                        turns = words[0], words[other]
+                        used, later = words[1], words[1]
+                        if turns == (words[0], words[other]) and turns[0] > turns[1]:
+                            assert later >= used
+                words.release()
+        finally:
+            path.unlink()
+
+
+def test_root_opens_what_the_gateways_user_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fs.protected_regular` refuses to open another's file with O_CREAT in a folder of everybody."""
+    opened = os.open
+
+    def open_(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT and path.exists():
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_)
+    books = [ledger.Ledger.opened(tmp_path) for _ in range(2)]
+    assert [book.add(b"noted") for book in books] == [True, True]
+    for book in books:
+        for _ in (0, 1):
+            book.turn()
+            book.clear()
+        book.close()
 
 
 async def test_without_memory_of_ours_a_note_is_waited_for(
