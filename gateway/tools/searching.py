@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 from unicodedata import normalize
@@ -641,10 +640,7 @@ class _Search:
         if self._skipped:
             facts["skippedLargeFiles"] = self._skipped
         if self._mode == "files_with_matches":
-            self._files.sort()  # the newest first
-            if any(one[0] == other[0] for one, other in pairwise(self._files)):
-                self._files.sort(key=_by_age_and_name)
-            page, words = self._page([path for _, path in self._files[self._offset :]])
+            page, words = self._page(_in_order(self._files)[self._offset :])
             page = self._call.all_shown(page)
             facts |= {"files": page, "total": len(self._files)}
             if not page:
@@ -699,11 +695,16 @@ _PLACES = bytes.maketrans(
 )
 
 
-def _by_age_and_name(found: tuple[int, str]) -> tuple[int, bytes, bytes]:
-    """Return the key of a file in the order of `files_with_matches`: of one age by name, as people sort."""
-    age, name = found
-    letters = os.fsencode(name if name.isascii() else normalize("NFD", name))
-    return age, letters.translate(_PLACES), letters.swapcase()
+def _in_order(files: list[tuple[int, str]]) -> list[str]:
+    """Return the names of files, the newest first; of one age by name, as people sort."""
+    if not files:
+        return []
+    ages, names = zip(*files, strict=True)
+    # all at once: there may be tens of thousands
+    joined = "\0".join(names)
+    letters = os.fsencode(joined if joined.isascii() else normalize("NFD", joined))
+    places, cases = letters.translate(_PLACES).split(b"\0"), letters.swapcase().split(b"\0")
+    return [name for *_, name in sorted(zip(ages, places, cases, names, strict=True))]
 
 
 def _shown_line(line: bytes, mark: str) -> str:
