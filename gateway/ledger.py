@@ -47,8 +47,7 @@ class Ledger:
     @classmethod
     def opened(cls, folder: Path) -> Ledger:
         """Open the notes of a folder with what an earlier process left; without room where that cannot be."""
-        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
-        path = MEMORY / f"incus-gateway-{name}"
+        path = place(folder)
         try:
             return cls(path, _mapped(path, folder.stat()))
         except OSError as error:
@@ -106,6 +105,12 @@ class Ledger:
         if empty:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+def place(folder: Path) -> Path:
+    """Return where the notes of a folder stand while there are some."""
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
+    return MEMORY / f"incus-gateway-{name}"
 
 
 def _mapped(path: Path, folder: os.stat_result) -> mmap.mmap:
