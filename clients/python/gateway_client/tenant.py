@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -114,7 +114,7 @@ class Tenant:
             "client": client.identity,
             "readBeforeWrite": read_before_write,
             # one without a name would end with its connection, and not outlast a break
-            "session": session or f"client-{uuid.uuid4().hex}",
+            "session": session or f"client-{secrets.token_hex(16)}",
         }
         self._met = False  # whether the gateway was ever reached
         self._troubled: set[Patience] = set()
@@ -144,7 +144,18 @@ class Tenant:
         Where the connection breaks, what may be asked twice is asked again.
         """
         repeatable = method in _REPEATABLE or (method == "tools/call" and "callId" in (params or {}))
+        broken: GatewayError | None = None
+        connection = self._main
+        if connection is not None and connection.alive:  # as nearly always: no patience is needed
+            try:
+                return await connection.request(method, params)
+            except Unavailable as error:
+                if not repeatable or error is not connection.failure:
+                    raise
+                broken = error
         async with self._patience() as patience:
+            if broken is not None:
+                await self._pause(patience, broken)
             while True:
                 connection = await self._talk(patience)
                 began = time.monotonic()
@@ -185,7 +196,7 @@ class Tenant:
         one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
         cancels the call and what it runs.
         """
-        params = {"name": name, "arguments": arguments, "callId": call_id or uuid.uuid4().hex}
+        params = {"name": name, "arguments": arguments, "callId": call_id or secrets.token_hex(16)}
         return ToolResult.parse(await self.request("tools/call", params))
 
     async def read(
@@ -319,7 +330,7 @@ class Tenant:
         params: dict[str, Any] = {
             **_command(command, cwd, env),
             "stdin": stdin or pty is not None,
-            "execId": exec_id or uuid.uuid4().hex,
+            "execId": exec_id or secrets.token_hex(16),
         }
         if user is not None:
             params["user"] = user
