@@ -82,7 +82,7 @@ class Ledger:
         return True
 
     def turn(self) -> None:
-        """Go on in the other half, which must be clear."""
+        """Go on in the other half; what stands there is forgotten."""
         if self._mapped is not None:
             self._now, self._turn, self._used = 1 - self._now, self._turn + 1, 0
             self._heads[self._now][_USED] = 0
