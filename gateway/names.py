@@ -130,6 +130,9 @@ class Names:
                 continue
             except GatewayError:
                 continue
+            except Exception:  # see `_found`
+                log.exception("what is said of %s cannot be understood", name)
+                continue
             if self._is_another(there):
                 kinds = ["tenant.destroyed", "tenant.created"]
                 kinds += ["tenant.started"] if there.status == "running" else []
@@ -177,6 +180,10 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
         return await runtime.get(name)
     except GatewayError:
         return None
+    except Exception:
+        # one odd answer must not end the watch for ever
+        log.exception("what is said of %s cannot be understood", name)
+        return None
 
 
 async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
@@ -185,7 +192,9 @@ async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
             return await runtime.list()
         except GatewayError as error:
             log.warning("whether tenants are others by now is not known yet: %s", error.message)
-            await asyncio.sleep(_RETRY)  # nothing else tells when Incus answers again
+        except Exception:  # see `_found`
+            log.exception("the list of tenants cannot be understood")
+        await asyncio.sleep(_RETRY)  # nothing else tells when Incus answers again
 
 
 # --- statements: each is a work of the store -----------------------------------------------------------

@@ -27,9 +27,13 @@ class Tenants:
     def __init__(self, **instances: str) -> None:
         self.instances = instances
         self.told: asyncio.Queue[TenantEvent] = asyncio.Queue()
-        self.away = False
+        self.away = self.odd = False
+        self.asked = 0
 
     async def get(self, name: str) -> Tenant:
+        self.asked += 1
+        if self.odd:
+            raise KeyError("config")
         if self.away:
             raise Unavailable("Incus is away")
         if name not in self.instances:
@@ -334,3 +338,19 @@ async def test_an_end_that_was_not_written_hides_nothing_of_the_next_life(tmp_pa
         await life.until("2")
         life.bus.publish("file.written", "shop")
         assert "file.written" in await life.seen()
+
+
+async def test_an_answer_that_nobody_understands_ends_no_watch(tmp_path: Path) -> None:
+    tenants = Tenants(shop="1")
+    tenants.odd = True
+    async with gateway(tmp_path, tenants) as life, asyncio.timeout(30):
+        while not tenants.asked:
+            await asyncio.sleep(0.01)
+        tenants.odd = False
+        await life.until("1")
+        tenants.odd, tenants.asked = True, 0
+        tenants.tell("tenant.created", "new")
+        tenants.tell("tenant.destroyed")
+        while "shop" not in life.ended:
+            await asyncio.sleep(0.01)
+        assert tenants.asked
