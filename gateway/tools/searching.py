@@ -45,6 +45,7 @@ BRIEF_SECONDS = 0.02
 _REGEX_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
 _REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
 _BLOCK = 1 << 16  # bytes that ripgrep reads at once
+_LOOKS = 64  # matches in one file between two looks at the clock
 _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 
@@ -519,11 +520,18 @@ class _Search:
                 break
 
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
-        """Yield start and end of each match, one for each line that matches or `every` one."""
+        """Yield start and end of each match, one for each line that matches or `every` one.
+
+        Raises `Timeout`: one file may have millions of them, and each cost a look at a line of megabytes.
+        """
         at, end = 0, len(data)
         before = -1  # where the match before ended; an empty one there is no match of its own
-        find = self._find
+        find, deadline = self._find, self._call.deadline
+        tried = 0
         while at < end:
+            tried += 1
+            if tried % _LOOKS == 0 and time.monotonic() > deadline:
+                raise Timeout("the search took too long", reason="timeout")
             start, stop = find(data, at)
             if start < 0:
                 return

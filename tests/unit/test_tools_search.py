@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
+from gateway.tools.operations import OPERATIONS
 from gateway.tools.patterns import Glob, GlobError, Globs
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -214,3 +219,25 @@ async def test_the_gateways_own_folder_is_found_by_its_name_alone(site: Path) ->
     assert await ask(site, "Glob", pattern="**/*.txt") == "a.txt"
     assert await ask(site, "Glob", pattern=".gateway/**/*.txt") == ".gateway/output/a.txt"
     assert await ask(site, "Grep", pattern="kept") == "Found 1 file\na.txt"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pattern": "[^b]", "multiline": True, "output_mode": "count"},
+        {"pattern": "a", "-o": True, "output_mode": "content", "offset": 10_000_000},
+    ],
+)
+def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, object]) -> None:
+    """Not by the end of the worker, which knows no words for it."""
+    (site / "a.txt").write_text("a" * (8 << 20))
+    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    asked = {"input": given, "cwd": "/srv/site", "seen": None, "read_first": False}
+    try:
+        began = time.monotonic()
+        workspace = Workspace(tree, Limits(tool_timeout=0.5))
+        reply = OPERATIONS["Grep"](workspace, {**asked, "brief": False, "sifted": None})
+        assert time.monotonic() - began < 30
+    finally:
+        tree.close()
+    assert isinstance(reply, bytes) and b"Search timed out after 0.5 seconds" in reply
