@@ -27,6 +27,7 @@ from gateway.settings import Settings
 
 CHUNK: Final = 1 << 20  # bytes of one read or write of the disk
 _THREADS: Final = 8  # more would only queue at the same disks
+_ENDED: Final = "the transfer was ended: the tenant or the gateway goes away"
 
 T = TypeVar("T")
 
@@ -140,6 +141,7 @@ class Transfers:
         self._held: dict[str, dict[_Held, asyncio.Timeout]] = defaultdict(dict)
         self._count: Counter[str] = Counter()
         self._undoing: set[asyncio.Task[None]] = set()
+        self._over = False
 
     async def __aenter__(self) -> Transfers:
         await self._links.__aenter__()
@@ -223,6 +225,9 @@ class Transfers:
             except asyncio.CancelledError:
                 opening.add_done_callback(lambda done: self._undo(link, done))
                 raise
+            if self._over:  # since this one was asked for
+                self._undo(link, opening)
+                raise Unavailable(_ENDED)
             try:
                 # a scope that `end` can make run out, wherever its task waits
                 async with asyncio.timeout(None) as scope:
@@ -234,7 +239,7 @@ class Transfers:
                         self._let_go(tenant, held)
             except TimeoutError:
                 if scope.expired():
-                    raise Unavailable("the transfer was ended: the tenant or the gateway goes away") from None
+                    raise Unavailable(_ENDED) from None
                 raise
         finally:
             link.holds -= 1
@@ -248,7 +253,8 @@ class Transfers:
         return scope
 
     def end(self, tenant: str | None = None) -> None:
-        """Break off a tenant's transfers, or everybody's; nothing is left of an upload."""
+        """Break off a tenant's transfers, or everybody's for good; nothing is left of an upload."""
+        self._over |= tenant is None
         for name in [tenant] if tenant is not None else list(self._held):
             for held in list(self._held.get(name, ())):
                 scope = self._let_go(name, held)

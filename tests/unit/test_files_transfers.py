@@ -1,0 +1,35 @@
+"""Uploads and downloads at their end: whatever ends them, nothing goes on unseen and nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import Unavailable
+from gateway.files.transfers import Transfers
+from gateway.rootfs import Workers
+from tests.unit.test_rootfs_workers import NO_RIPGREP, folders, make_root
+
+
+@pytest.mark.parametrize("upload", [True, False])
+async def test_one_that_is_being_opened_when_all_are_ended_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: bool
+) -> None:
+    """Nobody would end it any more: it would go on until the gateway is killed."""
+    root = make_root(tmp_path)
+    async with Workers(NO_RIPGREP, folders(tmp_path)) as workers:
+        async with Transfers(workers, NO_RIPGREP) as transfers:
+            open_ = transfers._open
+
+            async def opened(*given: object) -> object:
+                try:
+                    return await open_(*given)  # type: ignore[arg-type]
+                finally:
+                    transfers.end()
+
+            monkeypatch.setattr(transfers, "_open", opened)
+            with pytest.raises(Unavailable, match="was ended"):
+                async with transfers.write(root, "b.txt", {}) if upload else transfers.read(root, "a.txt"):
+                    raise AssertionError("it was begun")
+        assert [path.name for path in (root.path / "srv" / "site").iterdir()] == ["a.txt"]
