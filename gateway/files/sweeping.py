@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ import orjson
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Operation, Workspace
 from gateway.rootfs.tree import unfinished
-from gateway.rootfs.walk import Names, Walk
+from gateway.rootfs.walk import Walk
 
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 
@@ -25,7 +25,10 @@ _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 class _Unfinished:
     """Chooses what has a name of ours, in every folder."""
 
-    def enter(self, path: str, names: Names, state: Any) -> None:
+    def question(self, path: str, state: Any) -> Hashable:
+        return "unfinished"
+
+    def enter(self, path: str, hidden: Collection[str], state: Any) -> None:
         return None
 
     def folder(self, path: str, state: Any) -> bool:

@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -14,28 +14,61 @@ from gateway.errors import Timeout
 from gateway.rootfs.tree import FOLDER, Tree
 
 KEPT_NAMES_MAX: Final = 100_000
+_KEPT_CHOICES: Final = 4  # of each folder: what the latest questions were answered by
 _SETTLED: Final = 100_000_000  # nanoseconds; a folder that changed later may change again in the same tick
-
-Names = Callable[[], Collection[str]]
 
 
 class Chooser(Protocol):
     """Says which folders a walk enters and which files it yields. Paths are relative to the walk's start.
 
-    `enter` is called for each folder, `names` gives the names in it; what it returns is the `state` of the
-    questions about these names and of `enter` for the folders below. `files` returns which of the names,
-    in the folder whose path with a slash is `prefix`, are wanted, should they be regular files.
+    `enter` is called for each folder with the `hidden` names in it, those that begin with a dot; what it
+    returns is the `state` of the questions about all its names and of `enter` for the folders below. `files`
+    returns which of the names, in the folder whose path with a slash is `prefix`, are wanted, should they be
+    regular files. Where `question` is equal for a folder, both answer alike of the same names.
     """
 
-    def enter(self, path: str, names: Names, state: Any) -> Any: ...
+    def question(self, path: str, state: Any) -> Hashable: ...
+
+    def enter(self, path: str, hidden: Collection[str], state: Any) -> Any: ...
 
     def folder(self, path: str, state: Any) -> bool: ...
 
     def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
 
 
-# the names of files and other things, and those of folders
-_Listing = tuple[list[str], list[str]]
+# of a folder the chosen files by name and the chosen folders by path
+_Choice = tuple[Collection[str], list[str]]
+
+
+class _Listing:
+    """The names of files and other things in a folder, those of folders, and what was chosen of them."""
+
+    __slots__ = ("_choices", "folders", "hidden", "others")
+
+    def __init__(self, others: list[str], folders: list[str]) -> None:
+        self.others = others
+        self.folders = folders
+        self.hidden = frozenset(name for name in (*others, *folders) if name.startswith("."))
+        self._choices: dict[Hashable, _Choice] = {}
+
+    def __len__(self) -> int:
+        return len(self.others) + len(self.folders)
+
+    def cut(self, room: int) -> _Listing:
+        """Return a listing of at most `room` of the names."""
+        return _Listing(self.others[:room], self.folders[: max(0, room - len(self.others))])
+
+    def chosen(self, chooser: Chooser, path: str, state: Any) -> _Choice:
+        question = chooser.question(path, state)
+        choice = self._choices.get(question)
+        if choice is None:
+            prefix = path + "/" if path else ""
+            folders = [below for name in self.folders if chooser.folder(below := prefix + name, state)]
+            if len(self._choices) >= _KEPT_CHOICES:
+                del self._choices[next(iter(self._choices))]
+            choice = self._choices[question] = chooser.files(prefix, self.others, state), folders
+        return choice
+
 
 # By device, inode and ctime, which nobody can set back: entries of a folder do not change without it.
 _kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
@@ -52,10 +85,10 @@ def forget() -> None:
 def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
     global _kept_names
     _kept[key] = listing
-    _kept_names += len(listing[0]) + len(listing[1]) + 1
+    _kept_names += len(listing) + 1
     while _kept_names > KEPT_NAMES_MAX:
-        _, (others, folders) = _kept.popitem(last=False)
-        _kept_names -= len(others) + len(folders) + 1
+        _, dropped = _kept.popitem(last=False)
+        _kept_names -= len(dropped) + 1
 
 
 class Walk:
@@ -142,14 +175,12 @@ class Walk:
             if listing is None:
                 descriptor = below.open_real(path, FOLDER)
                 listing = self._list(descriptor)
-            others, folders = self._counted(listing)
-            chooser, prefix = self._chooser, path + "/" if path else ""
-            state = chooser.enter(path, lambda: {*others, *folders}, state)
-            entered = [below_ for name in folders if chooser.folder(below_ := prefix + name, state)]
-            files = []
-            chosen = chooser.files(prefix, others, state)
+            listing = self._counted(listing)
+            state = self._chooser.enter(path, listing.hidden, state)
+            chosen, entered = listing.chosen(self._chooser, path, state)
             if chosen and descriptor < 0:
                 descriptor = below.open_real(path, FOLDER)
+            prefix, files = path + "/" if path else "", []
             for name in chosen:
                 try:
                     status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
@@ -172,20 +203,20 @@ class Walk:
         with os.scandir(descriptor) as entries:
             for entry in islice(entries, room):
                 (folders if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
-        if now - before.st_ctime_ns > _SETTLED and len(others) + len(folders) < room:
-            _keep((before.st_dev, before.st_ino, before.st_ctime_ns), (others, folders))
-        return others, folders
+        listing = _Listing(others, folders)
+        if now - before.st_ctime_ns > _SETTLED and len(listing) < room:
+            _keep((before.st_dev, before.st_ino, before.st_ctime_ns), listing)
+        return listing
 
     def _counted(self, listing: _Listing) -> _Listing:
         """Return of a listing what may still be looked at."""
-        others, folders = listing
         room = self._maximum - self.visited
-        self.visited += len(others) + len(folders)
+        self.visited += len(listing)
         if self.visited > self._maximum:
             self.visited = self._maximum
             self.truncated = True
-            others, folders = others[:room], folders[: max(0, room - len(others))]
-        return others, folders
+            return listing.cut(room)
+        return listing
 
 
 def _path(found: tuple[str, os.stat_result | None, Any]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import groupby
 from typing import Any, Final
 
@@ -17,7 +19,6 @@ import re2
 
 from gateway.errors import GatewayError
 from gateway.rootfs.tree import Tree
-from gateway.rootfs.walk import Names
 
 GLOB_MAX = 2000  # characters of one glob
 _RULES_MAX = 2000  # rules of one ignore file
@@ -242,6 +243,7 @@ class Globs:
 
     def __init__(self, patterns: Collection[str]) -> None:
         globs = [Glob(pattern) for pattern in patterns]
+        self.patterns = tuple(patterns)
         self._rules = _joined(globs[::-1])
         self._selective = any(not glob.negated for glob in globs)
         self.excludes = any(glob.negated for glob in globs)
@@ -278,8 +280,12 @@ class Named:
         self._prefix = prefix
         self._depth = depth
         self._hidden = hidden
+        self._kind = ("named", globs.patterns, prefix, depth, hidden)
 
-    def enter(self, path: str, names: Names, state: Any) -> Any:
+    def question(self, path: str, state: Any) -> Hashable:
+        return self._kind, path
+
+    def enter(self, path: str, hidden: Collection[str], state: Any) -> Any:
         return None
 
     def folder(self, path: str, state: Any) -> bool:
@@ -296,9 +302,17 @@ class Named:
         return self._globs.among(prefix, names)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """The rules of an ignore file, last first; `digest` is its text's."""
+
+    rules: tuple[_Rule, ...]
+    digest: bytes
+
+
 @lru_cache(256)
-def _rules(text: str) -> tuple[_Rule, ...]:
-    """Return the rules of an ignore file (gitignore(5)), last first; lines that do not parse are left out."""
+def _rules(text: str) -> _Rules:
+    """Return the rules of an ignore file (gitignore(5)); lines that do not parse are left out."""
     rules = []
     for line in text.split("\n", _RULES_MAX)[:_RULES_MAX]:
         line = line.removesuffix("\r")
@@ -310,13 +324,29 @@ def _rules(text: str) -> tuple[_Rule, ...]:
             rules.append(Glob(line))
         except GlobError:
             continue
-    return _joined(rules[::-1])
+    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    return _Rules(_joined(rules[::-1]), digest)
 
 
-# Which ignore files hold in a folder: whether a repository was entered, and from the innermost outwards
-# the length of each file's folder (with its slash) and its rules.
-_Stack = tuple[tuple[int, tuple[_Rule, ...]], ...]
-_State = tuple[bool, _Stack, _Stack]
+# The ignore files that hold in a folder, from the innermost outwards: the length of each file's folder (with
+# its slash) and its rules.
+_Stack = tuple[tuple[int, _Rules], ...]
+
+
+class _State:
+    """What holds in a folder: whether a repository was entered, its ignore files and those of no repository.
+
+    `told` says the same and keeps no rules.
+    """
+
+    __slots__ = ("ignored", "repository", "told", "tracked")
+
+    def __init__(self, repository: bool = False, tracked: _Stack = (), ignored: _Stack = ()) -> None:
+        self.repository = repository
+        self.tracked = tracked
+        self.ignored = ignored
+        stacks = tracked, ignored
+        self.told = tuple(tuple((start, rules.digest) for start, rules in stack) for stack in stacks)
 
 
 class Sought:
@@ -327,10 +357,11 @@ class Sought:
         self._base = start + "/" if start else ""
         self._globs = globs
         self._types = types
+        self._kind = ("sought", start, globs.patterns, types and types.patterns)
 
     def above(self) -> _State:
         """Return the state from the folders above the start, the workspace first."""
-        state: _State = (False, (), ())
+        state = _State()
         parts = self._base.split("/")[:-1]
         for i in range(len(parts)):
             folder = "/".join(parts[:i])
@@ -347,11 +378,14 @@ class Sought:
             return False
         return True
 
-    def enter(self, path: str, names: Names, state: _State) -> _State:
-        return self._entered((self._base + path).rstrip("/"), names(), state)
+    def question(self, path: str, state: _State) -> Hashable:
+        return self._kind, path, state.told
+
+    def enter(self, path: str, hidden: Collection[str], state: _State) -> _State:
+        return self._entered((self._base + path).rstrip("/"), hidden, state) if hidden else state
 
     def _entered(self, folder: str, names: Collection[str], state: _State) -> _State:
-        repository, tracked, ignored = state
+        repository, tracked, ignored = state.repository, state.tracked, state.ignored
         if ".git" in names:
             repository, tracked = True, ()  # rules from above a repository's root do not reach into it
             tracked = self._read(folder, ".git/info/exclude", tracked)
@@ -360,7 +394,7 @@ class Sought:
         for name in (".ignore", ".rgignore"):  # of one folder the last goes first
             if name in names:
                 ignored = self._read(folder, name, ignored)
-        return repository, tracked, ignored
+        return _State(repository, tracked, ignored)
 
     def _read(self, folder: str, name: str, stack: _Stack) -> _Stack:
         prefix = folder + "/" if folder else ""
@@ -368,15 +402,15 @@ class Sought:
             data, _ = self._tree.read_file(prefix + name, _IGNORE_FILE_MAX)
         except GatewayError:
             return stack
-        rules = _rules(data.decode("utf-8", "surrogateescape"))
-        return ((len(prefix), rules), *stack) if rules else stack
+        found = _rules(data.decode("utf-8", "surrogateescape"))
+        return ((len(prefix), found), *stack) if found.rules else stack
 
     def _ignored(self, path: str, state: _State, *, folder: bool) -> bool:
         full = self._base + path
-        for stack in (state[2], state[1]):  # .ignore goes before .gitignore
-            for start, rules in stack:
+        for stack in (state.ignored, state.tracked):  # .ignore goes before .gitignore
+            for start, found in stack:
                 inner = (full if start >= len(self._base) else self._told(path))[start:]
-                for rule in rules:
+                for rule in found.rules:
                     if (folder or not rule.folders_only) and rule.matches(inner):
                         return not rule.negated
         return False
@@ -395,7 +429,7 @@ class Sought:
         return decided if decided is not None else not self._ignored(path, state, folder=True)
 
     def files(self, prefix: str, names: Sequence[str], state: _State) -> Collection[str]:
-        decide, types, ignores = self._globs.decide, self._types, state[1] or state[2]
+        decide, types, ignores = self._globs.decide, self._types, state.tracked or state.ignored
         if types is None and not ignores:
             return self._globs.among(prefix, names)
         chosen = []

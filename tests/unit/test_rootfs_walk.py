@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import pytest
 
 from gateway.rootfs import walk
 from gateway.rootfs.tree import Tree
-from gateway.rootfs.walk import Names, Walk
+from gateway.rootfs.walk import Walk
 
 
 class All:
     """Chooses everything."""
 
-    def enter(self, path: str, names: Names, state: Any) -> Any:
+    def question(self, path: str, state: Any) -> Hashable:
+        return path
+
+    def enter(self, path: str, hidden: Collection[str], state: Any) -> Any:
         return None
 
     def folder(self, path: str, state: Any) -> bool:
