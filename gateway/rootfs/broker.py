@@ -20,7 +20,9 @@ By `listening` it is a process of its own: each connection gets a fork of it, wh
 connection.
 
 It is also the zygote: everything that a worker needs is imported before the first fork, so that a worker
-starts in milliseconds and shares this process' memory.
+starts in milliseconds and shares this process' memory. Of each kind that was asked for one is forked ahead,
+and has entered its control group when it learns whose it is to be: the kernel takes some ten milliseconds to
+move a process.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ _CHORE_WAIT = 8.0  # seconds, less than a gateway waits for an answer
 _PROGRAM_TASKS = 8  # threads that a program may have
 _STATUSES_MAX = 256
 _BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h: no program's word for anything else
+_AHEAD = 0.05  # seconds without a request after which a worker is forked ahead
+_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nobody would end one that waits
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
 
@@ -114,6 +118,16 @@ class _Child:
     program: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """A forked process that waits at `control` to be told what worker it is."""
+
+    number: int
+    pid: int
+    control: socket.socket
+    group: Group
+
+
 class Chores:
     """Command lines of the host's that a gateway without root may ask for by name, with nothing to add."""
 
@@ -154,6 +168,7 @@ class Broker:
         self._namespaces = Namespaces()
         self._groups = Groups(hierarchies() if self._privileged else [])
         self._children: dict[int, _Child] = {}
+        self._spares: dict[bool, _Spare | None] = {}  # by `search`, of the kinds that were asked for
         self._number = 0
         module = importlib.import_module(operations)
         self._operations = module.OPERATIONS
@@ -171,8 +186,11 @@ class Broker:
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
         while True:
-            if not poll.poll(1000):
+            lacking = [search for search, spare in self._spares.items() if spare is None and _ENDS_WITH_PARENT]
+            if not poll.poll(_AHEAD * 1000 if lacking else 1000):
                 self._reap()
+                for search in lacking:
+                    self._spares[search] = self._fork(search=search)
                 continue
             message = self._connection.recv(MESSAGE_MAX)
             if not message:
@@ -181,6 +199,11 @@ class Broker:
             self._serve(message)
         for number in list(self._children):
             self._kill(number)
+        for spare in self._spares.values():
+            if spare is not None:
+                os.kill(spare.pid, signal.SIGKILL)
+                os.waitpid(spare.pid, 0)
+                spare.group.remove()
         self._groups.close()
 
     def _serve(self, message: bytes) -> None:
@@ -266,42 +289,88 @@ class Broker:
                     covered=disk.covered,
                     program=program,
                 )
-            self._number += 1
-            tasks = 1 if program is None else _PROGRAM_TASKS
-            group = self._groups.new(self._number, spawn.memory, search=spawn.search, tasks=tasks)
             ours, theirs = open_pair()
             with theirs:
-                pid = os.fork()
-                if pid == 0:
-                    ours.close()
-                    self._become(theirs, folder, plan, spawn, group)
+                spare = self._tell(spawn, plan, theirs, folder)
         finally:
             os.close(folder)
         inode = (status.st_dev, status.st_ino)
-        self._children[self._number] = _Child(pid, disk, inode, group, program is not None)
-        return self._number, ours.detach()
+        self._children[spare.number] = _Child(spare.pid, disk, inode, spare.group, program is not None)
+        return spare.number, ours.detach()
 
-    def _become(
-        self, connection: socket.socket, folder: int, plan: Plan | None, spawn: Spawn, group: Group
-    ) -> NoReturn:
-        """Be a worker, in the forked child; never return."""
-        code = _BROKEN_WORKER
+    def _tell(self, spawn: Spawn, plan: Plan | None, connection: socket.socket, folder: int) -> _Spare:
+        """Have a forked process be the worker at the other end of `connection`, and return it."""
+        tasks = 1 if plan is None or plan.program is None else _PROGRAM_TASKS
+        passed = [connection.fileno(), folder]
+        told = None
+        if plan is not None:
+            told = {name: getattr(plan, name) for name in Plan.__slots__}
+            if plan.namespace is not None:
+                passed.append(plan.namespace)
+        while True:
+            ahead = self._spares.get(spawn.search)
+            spare = ahead or self._fork(search=spawn.search)
+            self._spares[spawn.search] = None
+            message = {"spawn": spawn.wire(), "plan": told, "bounded": spare.group.bound(spawn.memory, tasks)}
+            try:
+                with spare.control:
+                    socket.send_fds(spare.control, [orjson.dumps(message)], passed)
+            except OSError:  # killed, by a full machine or a person
+                os.kill(spare.pid, signal.SIGKILL)
+                os.waitpid(spare.pid, 0)
+                spare.group.remove()
+                if ahead is None:
+                    raise
+            else:
+                return spare
+
+    def _fork(self, *, search: bool) -> _Spare:
+        self._number += 1
+        group = self._groups.new(self._number, search=search)
+        ours, theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+        )
+        with theirs:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                for spare in self._spares.values():
+                    if spare is not None:
+                        spare.control.close()
+                self._become(theirs, group, search=search)
+        return _Spare(self._number, pid, ours, group)
+
+    def _become(self, control: socket.socket, group: Group, *, search: bool) -> NoReturn:
+        """Be a worker, in the forked child, of whom `control` tells; never return."""
+        connection, code = None, _BROKEN_WORKER
         try:
+            if _ENDS_WITH_PARENT:
+                end_with_parent()
             signal.set_wakeup_fd(-1)
-            kernel.take_turns(nice=_SEARCH_NICE if spawn.search else 0, short=not spawn.search)
-            held = group.enter()
-            if plan is not None:
+            kernel.take_turns(nice=_SEARCH_NICE if search else 0, short=not search)
+            entered = group.enter()
+            message, passed, _, _ = socket.recv_fds(control, MESSAGE_MAX, 3)
+            if not message:
+                raise EOFError
+            for descriptor in passed:  # recv_fds leaves them to programs
+                os.set_inheritable(descriptor, False)
+            connection, folder = socket.socket(fileno=passed[0]), passed[1]
+            told = orjson.loads(message)
+            spawn = Spawn.of(told["spawn"])
+            held = [name for name in entered if name in told["bounded"]]
+            layers: tuple[str, ...] = ()
+            if told["plan"] is not None:
+                namespace = passed[2] if len(passed) > 2 else None
+                plan = Plan(**{**told["plan"], "folder": folder, "namespace": namespace})
                 if "memory" in held:
                     plan = replace(plan, memory=plan.memory + _UNTOUCHED)
                 layers = (*(f"{name} group" for name in held), *confine(plan, keep=connection.fileno()))
                 folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             else:
-                layers = ()
+                control.close()
                 self._connection.close()
-                if not kernel.O_PATH:
-                    folder = os.dup(folder)
             depth = spawn.limits.depth_max
-            tree = Tree(folder, spawn.workspace, nodev=plan is not None, depth=depth)
+            tree = Tree(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
             connection.sendall(frame(READY, orjson.dumps(layers)))
             program = self._program if spawn.loop in self._becoming else None
             workspace = Workspace(tree, spawn.limits, program)
@@ -315,7 +384,8 @@ class Broker:
         except BaseException as error:
             words = f"{type(error).__name__}: {error}"
             try:
-                connection.sendall(frame(BROKEN, words.encode("utf-8", "replace")))
+                if connection is not None:
+                    connection.sendall(frame(BROKEN, words.encode("utf-8", "replace")))
             except OSError:
                 code = 2
         finally:

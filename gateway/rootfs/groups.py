@@ -61,17 +61,40 @@ def hierarchies(mountinfo: str = "/proc/self/mountinfo") -> list[Hierarchy]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One worker's folders, each with the controllers that it stands for. Empty where none could be made."""
+    """One worker's folders, each with the controllers that may bound it there. Empty where none was made."""
 
-    folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    folders: tuple[tuple[str, Hierarchy], ...] = ()
 
     def enter(self) -> list[str]:
-        """Move this process in; return the controllers that bound it now."""
-        held: list[str] = []
-        for folder, controllers in self.folders:
+        """Move this process in; return the controllers that can bound it now.
+
+        The kernel takes some ten milliseconds for the first folder: it waits until no processor forks.
+        """
+        entered: list[str] = []
+        for folder, hierarchy in self.folders:
             if _write(f"{folder}/cgroup.procs", "0"):
-                held += controllers
-        return held
+                entered += hierarchy.controllers
+        return entered
+
+    def bound(self, memory: int, tasks: int) -> list[str]:
+        """Allow at most `memory` bytes and `tasks` processes and threads; return what is bounded.
+
+        What cannot be is left out: the worker's other limits hold without it.
+        """
+        bounded: list[str] = []
+        for folder, hierarchy in self.folders:
+            if "memory" in hierarchy.controllers:
+                limit, swap = (
+                    (("memory.max", memory), ("memory.swap.max", 0))
+                    if hierarchy.unified
+                    else (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory))
+                )
+                if _write(f"{folder}/{limit[0]}", str(limit[1])):
+                    bounded.append("memory")
+                    _write(f"{folder}/{swap[0]}", str(swap[1]))  # absent in a kernel that does not count swap
+            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", str(tasks)):
+                bounded.append("pids")
+        return bounded
 
     def remove(self) -> None:
         """Remove the folders of a worker that has ended. Idempotent."""
@@ -104,32 +127,13 @@ class Groups:
             else:
                 self._parents.append((hierarchy, parents))
 
-    def new(self, number: int, memory: int, *, search: bool, tasks: int = 1) -> Group:
-        """Make worker `number`'s group with at most `memory` bytes and `tasks` processes and threads.
-
-        What cannot be made or bounded is left out: the worker's other limits hold without it.
-        """
-        folders: list[tuple[str, tuple[str, ...]]] = []
-        for hierarchy, parents in self._parents:
-            folder = f"{parents[search]}/{number}"
-            if not _make(folder):
-                continue
-            bounded: list[str] = []
-            if "memory" in hierarchy.controllers:
-                limit, swap = (
-                    (("memory.max", memory), ("memory.swap.max", 0))
-                    if hierarchy.unified
-                    else (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory))
-                )
-                if _write(f"{folder}/{limit[0]}", str(limit[1])):
-                    bounded.append("memory")
-                    _write(f"{folder}/{swap[0]}", str(swap[1]))  # absent in a kernel that does not count swap
-            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", str(tasks)):
-                bounded.append("pids")
-            if bounded:
-                folders.append((folder, tuple(bounded)))
-            else:
-                _remove(folder)
+    def new(self, number: int, *, search: bool) -> Group:
+        """Make the group of worker `number`, which bounds nothing yet. What cannot be made is left out."""
+        folders = [
+            (f"{parents[search]}/{number}", hierarchy)
+            for hierarchy, parents in self._parents
+            if _make(f"{parents[search]}/{number}")
+        ]
         return Group(tuple(folders))
 
     def close(self) -> None:
