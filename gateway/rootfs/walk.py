@@ -7,6 +7,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -36,27 +37,26 @@ class Chooser(Protocol):
     def files(self, prefix: str, names: Sequence[str], state: Any) -> Collection[str]: ...
 
 
-# of a folder the chosen files by name and the chosen folders by path
+# of a folder the chosen files by name, the chosen folders by path
 _Choice = tuple[Collection[str], list[str]]
 
 
 class _Listing:
-    """The names of files and other things in a folder, those of folders, and what was chosen of them."""
+    """The names of files and of folders in a folder of `count` entries, and what was chosen of them."""
 
-    __slots__ = ("_choices", "folders", "hidden", "others")
+    __slots__ = ("_choices", "count", "files", "folders", "hidden")
 
-    def __init__(self, others: list[str], folders: list[str]) -> None:
-        self.others = others
+    def __init__(self, files: list[str], folders: list[str], hidden: Collection[str], count: int) -> None:
+        self.files = files
         self.folders = folders
-        self.hidden = frozenset(name for name in (*others, *folders) if name.startswith("."))
+        self.hidden = hidden
+        self.count = count
         self._choices: dict[Hashable, _Choice] = {}
-
-    def __len__(self) -> int:
-        return len(self.others) + len(self.folders)
 
     def cut(self, room: int) -> _Listing:
         """Return a listing of at most `room` of the names."""
-        return _Listing(self.others[:room], self.folders[: max(0, room - len(self.others))])
+        folders = self.folders[: max(0, room - len(self.files))]
+        return _Listing(self.files[:room], folders, self.hidden, room)
 
     def chosen(self, chooser: Chooser, path: str, state: Any) -> _Choice:
         question = chooser.question(path, state)
@@ -66,7 +66,7 @@ class _Listing:
             folders = [below for name in self.folders if chooser.folder(below := prefix + name, state)]
             if len(self._choices) >= _KEPT_CHOICES:
                 del self._choices[next(iter(self._choices))]
-            choice = self._choices[question] = chooser.files(prefix, self.others, state), folders
+            choice = self._choices[question] = chooser.files(prefix, self.files, state), folders
         return choice
 
 
@@ -85,18 +85,19 @@ def forget() -> None:
 def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
     global _kept_names
     _kept[key] = listing
-    _kept_names += len(listing) + 1
+    _kept_names += listing.count + 1
     while _kept_names > KEPT_NAMES_MAX:
         _, dropped = _kept.popitem(last=False)
-        _kept_names -= len(dropped) + 1
+        _kept_names -= dropped.count + 1
 
 
 class Walk:
     """A look at all regular files below one folder. Links are neither followed nor yielded.
 
-    Iterating yields the path and status of each chosen file; `ordered` by path, else folder by folder. Where
-    all that is chosen lies below one folder, `first` names it. At most `maximum` entries are looked at: more
-    sets `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that vanish, may not
+    Iterating yields the path and status of each chosen file; `ordered` by path, else folder by folder. Or
+    `folders` yields the folders with the names of those files, of which nothing else is asked then. Where all
+    that is chosen lies below one folder, `first` names it. At most `maximum` entries are looked at: more sets
+    `truncated`. After `deadline` (of `time.monotonic`) `Timeout` is raised. Folders that vanish, may not
     be read or lie deeper than a path can name are counted in `skipped`; one further down than the tree's
     `depth` sets `deep`.
     """
@@ -121,15 +122,14 @@ class Walk:
         self._maximum = maximum
         self._deadline = deadline
         self._ordered = ordered
+        self._deepest = tree.depth - (start.count("/") + 1 if start else 0)
         self.visited = 0
         self.truncated = False
         self.deep = False
         self.skipped = 0
 
     def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
-        below = Tree(self._tree.open(self._start, FOLDER), self._tree.workspace)
-        deepest = self._tree.depth - (self._start.count("/") + 1 if self._start else 0)
-        try:
+        with self._below() as below:
             # A file is on the stack with its status, a folder with None.
             stack: list[tuple[str, os.stat_result | None, Any]] = [(self._first, None, self._state)]
             while stack:
@@ -140,12 +140,11 @@ class Walk:
                 if self.truncated:
                     continue  # to look into it would count nothing
                 try:
-                    files, folders, state = self._look(below, path, state)
+                    descriptor, names, folders, state = self._look(below, path, state)
                 except OSError:
                     self.skipped += 1
                     continue
-                if folders and path.count("/") + (1 if path else 0) >= deepest:
-                    self.deep, folders = True, []
+                files = _with_status(path, descriptor, names)
                 if self._ordered:
                     stack += sorted(
                         [
@@ -158,15 +157,44 @@ class Walk:
                 else:
                     yield from files
                     stack += [(name, None, state) for name in folders]
-                if time.monotonic() > self._deadline:
-                    raise Timeout("the search took too long", reason="timeout")
+                self._hurry()
+
+    def folders(self) -> Iterator[tuple[str, int, Collection[str]]]:
+        """Yield the path of each folder, its descriptor, good until the next, and the chosen names in it."""
+        with self._below() as below:
+            stack = [(self._first, self._state)]
+            while stack and not self.truncated:
+                path, state = stack.pop()
+                try:
+                    descriptor, names, folders, state = self._look(below, path, state)
+                except OSError:
+                    self.skipped += 1
+                    continue
+                if names:
+                    try:
+                        yield path, descriptor, names
+                    finally:
+                        os.close(descriptor)
+                stack += [(name, state) for name in folders]
+                self._hurry()
+
+    @contextmanager
+    def _below(self) -> Iterator[Tree]:
+        below = Tree(self._tree.open(self._start, FOLDER), self._tree.workspace)
+        try:
+            yield below
         finally:
             below.close()
 
-    def _look(
-        self, below: Tree, path: str, state: Any
-    ) -> tuple[list[tuple[str, os.stat_result]], list[str], Any]:
-        """Look into one folder: the chosen files with their status, the chosen folders, and their state."""
+    def _hurry(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise Timeout("the search took too long", reason="timeout")
+
+    def _look(self, below: Tree, path: str, state: Any) -> tuple[int, Collection[str], list[str], Any]:
+        """Look into one folder; return what was chosen of it: names of files, folders and their state.
+
+        Where there are names, the folder's descriptor comes first, to be closed.
+        """
         descriptor = -1
         # A link on the way may lead elsewhere, but only to what was seen as it would be seen again.
         status = os.stat(path or ".", dir_fd=below.descriptor, follow_symlinks=False)
@@ -177,18 +205,15 @@ class Walk:
                 listing = self._list(descriptor)
             listing = self._counted(listing)
             state = self._chooser.enter(path, listing.hidden, state)
-            chosen, entered = listing.chosen(self._chooser, path, state)
-            if chosen and descriptor < 0:
-                descriptor = below.open_real(path, FOLDER)
-            prefix, files = path + "/" if path else "", []
-            for name in chosen:
-                try:
-                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-                except OSError:
-                    continue  # gone
-                if stat.S_ISREG(status.st_mode):
-                    files.append((prefix + name, status))
-            return files, entered, state
+            names, folders = listing.chosen(self._chooser, path, state)
+            if folders and path.count("/") + (1 if path else 0) >= self._deepest:
+                self.deep, folders = True, []
+            if names:
+                if descriptor < 0:
+                    descriptor = below.open_real(path, FOLDER)
+                kept, descriptor = descriptor, -1
+                return kept, names, folders, state
+            return -1, names, folders, state
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -196,27 +221,53 @@ class Walk:
     def _list(self, descriptor: int) -> _Listing:
         """Return the names in a folder, kept for the next walk where that is safe."""
         before, now = os.fstat(descriptor), time.time_ns()
-        others: list[str] = []
+        files: list[str] = []
         folders: list[str] = []
+        hidden: set[str] = set()
+        count = 0
         # The bound comes before the list: a folder may have millions of names.
         room = self._maximum - self.visited + 1
         with os.scandir(descriptor) as entries:
-            for entry in islice(entries, room):
-                (folders if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
-        listing = _Listing(others, folders)
-        if now - before.st_ctime_ns > _SETTLED and len(listing) < room:
+            for count, entry in enumerate(islice(entries, room), 1):
+                name = entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(name)
+                if name[0] == ".":
+                    hidden.add(name)
+        listing = _Listing(files, folders, hidden, count)
+        if now - before.st_ctime_ns > _SETTLED and count < room:
             _keep((before.st_dev, before.st_ino, before.st_ctime_ns), listing)
         return listing
 
     def _counted(self, listing: _Listing) -> _Listing:
         """Return of a listing what may still be looked at."""
         room = self._maximum - self.visited
-        self.visited += len(listing)
+        self.visited += listing.count
         if self.visited > self._maximum:
             self.visited = self._maximum
             self.truncated = True
             return listing.cut(room)
         return listing
+
+
+def _with_status(path: str, folder: int, names: Collection[str]) -> list[tuple[str, os.stat_result]]:
+    """Return paths and status of the regular files of these names; closes `folder` where there are any."""
+    if not names:
+        return []
+    prefix, files = path + "/" if path else "", []
+    try:
+        for name in names:
+            try:
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            except OSError:
+                continue  # gone
+            if stat.S_ISREG(status.st_mode):
+                files.append((prefix + name, status))
+    finally:
+        os.close(folder)
+    return files
 
 
 def _path(found: tuple[str, os.stat_result | None, Any]) -> str:
