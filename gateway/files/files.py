@@ -82,7 +82,8 @@ class Files:
         # What goes through whole trees takes long, and must hold up no read. Writes of files all go one way,
         # in their order; to remove a folder beside them is what a tenant's own `rm -r` does too.
         search = given.get("depth", 1) > 1 or (bool(given.get("recursive")) and not given.get("ifMatch"))
-        result = await self._workers.call(root, method, given, search=search)
+        changes = self.SCOPES[method] == "files:write"
+        result = await self._workers.call(root, method, given, search=search, changes=changes)
         if method == "files/write":
             file_written(self._bus, tenant, given["path"], by)
         return result

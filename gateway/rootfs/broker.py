@@ -72,7 +72,7 @@ class Spawn:
     """What a worker is started with: `memory` is in bytes, `loop` what it does.
 
     The empty `loop` answers calls; the others are named by the operations' module in `LOOPS`. `search` is for
-    those that may take long: others' work goes before theirs.
+    those that may take long: others' work goes before theirs. One that `looks` can change nothing.
     """
 
     tenant: str
@@ -81,6 +81,7 @@ class Spawn:
     memory: int
     loop: str = ""
     search: bool = False
+    looks: bool = False
 
     def wire(self) -> dict[str, Any]:
         return {
@@ -91,6 +92,7 @@ class Spawn:
             "memory": self.memory,
             "loop": self.loop,
             "search": self.search,
+            "looks": self.looks,
         }
 
     @classmethod
@@ -106,6 +108,7 @@ class Spawn:
             int(message["memory"]),
             str(message["loop"]),
             bool(message["search"]),
+            bool(message["looks"]),
         )
 
 
@@ -186,10 +189,12 @@ class Broker:
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
         while True:
-            lacking = [search for search, spare in self._spares.items() if spare is None and _ENDS_WITH_PARENT]
+            lacking = [
+                search for search, spare in self._spares.items() if spare is None and _ENDS_WITH_PARENT
+            ]
             if not poll.poll(_AHEAD * 1000 if lacking else 1000):
                 self._reap()
-                for search in lacking:
+                for search in lacking if _ENDS_WITH_PARENT else ():
                     self._spares[search] = self._fork(search=search)
                 continue
             message = self._connection.recv(MESSAGE_MAX)
@@ -201,9 +206,7 @@ class Broker:
             self._kill(number)
         for spare in self._spares.values():
             if spare is not None:
-                os.kill(spare.pid, signal.SIGKILL)
-                os.waitpid(spare.pid, 0)
-                spare.group.remove()
+                self._drop(spare)
         self._groups.close()
 
     def _serve(self, message: bytes) -> None:
@@ -285,7 +288,7 @@ class Broker:
                 file = spawn.limits.write_max
                 plan = Plan(
                     *(folder, namespace, uid, gid, spawn.memory, file),
-                    read_only=disk.read_only,
+                    read_only=disk.read_only or spawn.looks,
                     covered=disk.covered,
                     program=program,
                 )
@@ -316,9 +319,7 @@ class Broker:
                 with spare.control:
                     socket.send_fds(spare.control, [orjson.dumps(message)], passed)
             except OSError:  # killed, by a full machine or a person
-                os.kill(spare.pid, signal.SIGKILL)
-                os.waitpid(spare.pid, 0)
-                spare.group.remove()
+                self._drop(spare)
                 if ahead is None:
                     raise
             else:
@@ -339,6 +340,12 @@ class Broker:
                         spare.control.close()
                 self._become(theirs, group, search=search)
         return _Spare(self._number, pid, ours, group)
+
+    def _drop(self, spare: _Spare) -> None:
+        spare.control.close()
+        os.kill(spare.pid, signal.SIGKILL)
+        os.waitpid(spare.pid, 0)
+        spare.group.remove()
 
     def _become(self, control: socket.socket, group: Group, *, search: bool) -> NoReturn:
         """Be a worker, in the forked child, of whom `control` tells; never return."""

@@ -123,7 +123,7 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     _limit(plan)
     _drop(plan.uid, plan.gid)
     layers = ["mount", "namespaces", "limits", "uid"]
-    if _landlock(plan.program):
+    if _landlock(plan):
         layers.append("landlock")
     if _seccomp(_ALLOWED if plan.program is None else {**_ALLOWED, **_OF_PROGRAMS}):
         layers.append("seccomp")
@@ -234,29 +234,32 @@ _FS_EXECUTE, _FS_READ_FILE, _FS_READ_DIR, _FS_MAKE_CHAR, _FS_MAKE_BLOCK, _FS_TRU
 )
 _FS_ALL = (1 << 15) - 1
 _FS_ALLOWED = _FS_ALL & ~(_FS_EXECUTE | _FS_MAKE_CHAR | _FS_MAKE_BLOCK)
-# Of a program, which changes nothing. Reading is left to the mounts: asked at each open, it would cost a
-# search of all files a third of its time. Truncating needs an open for writing.
-_FS_OF_PROGRAMS = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
+# Of what changes nothing. Reading is left to the mounts: asked at each open, it would cost a search of all
+# files a third of its time. Truncating needs an open for writing.
+_FS_CHANGES = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 
 
-def _landlock(program: int | None) -> bool:
+def _landlock(plan: Plan) -> bool:
     """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock.
 
-    Executing is forbidden but for `program`, and to it every change of a file.
+    Executing is forbidden but for the plan's program, and where that is read-only every change of a file.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
     # struct landlock_ruleset_attr grew: fs (ABI 1), net (4), scope (6)
-    handled = _FS_ALL if program is None else _FS_OF_PROGRAMS
+    handled = _FS_CHANGES if plan.read_only else _FS_ALL
     attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = checked(syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     root = os.open("/", (kernel.O_PATH or 0) | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
-        may = (_FS_ALLOWED, root) if program is None else (_FS_EXECUTE, program)
-        checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", *may), 0), "landlock")
+        allowed = [] if plan.read_only else [(_FS_ALLOWED, root)]
+        if plan.program is not None:
+            allowed.append((_FS_EXECUTE, plan.program))
+        for may in allowed:
+            # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
+            checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", *may), 0), "landlock")
         checked(syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock")
     finally:
         os.close(root)

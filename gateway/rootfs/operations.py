@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from gateway.rootfs.tree import DEPTH_MAX, Tree
 
+SCAN: Final = "scan"  # the operation that names what holds a pattern, for a share of the folders
+SCANNED: Final = b"+"  # what its reply begins with, unless that is to be found out in another way
 SIFT: Final = "sift"  # the loop of a worker that becomes the program
 
 

@@ -228,7 +228,8 @@ class Walk:
         # The bound comes before the list: a folder may have millions of names.
         room = self._maximum - self.visited + 1
         with os.scandir(descriptor) as entries:
-            for count, entry in enumerate(islice(entries, room), 1):
+            for entry in islice(entries, room):
+                count += 1
                 name = entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(name)

@@ -1,9 +1,11 @@
 """Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
 
-A tenant has up to two workers for calls, started when they are needed: one for those that are over at once
-and one for those that may take long, so that a heavy Grep holds up no Read. Each does one call after the
-other. That serialises all writes of a tenant (two concurrent edits of one file lose none), and whatever ends
-a worker costs one call. Those that pass descriptors or tell things unasked are in `links`.
+A tenant has few workers for calls, started when they are needed: one for those that are over at once, one for
+those that may take long, so that a heavy Grep holds up no Read, and more where a search is shared among
+processors. Each does one call after the other, which serialises all writes of a tenant: two concurrent edits
+of one file lose none. What may take long can change nothing, but for the removal of whole trees, which has a
+worker of its own. Whatever ends a worker costs one call. Those that pass descriptors or tell things unasked
+are in `links`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from gateway import errors
 from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
-from gateway.rootfs.operations import SIFT, Limits
+from gateway.rootfs.operations import SCAN, SCANNED, SIFT, Limits
 from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ _BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
 _SIFTED_MAX = 8 << 20  # bytes of names
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
+_CHANGES = -1  # the lane of what takes long and changes something
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 # -c, not -m: the broker's import path must be this process' own, whatever the environment says.
@@ -302,7 +305,8 @@ class Workers:
         self._sifts = settings.ripgrep.exists()
         self._sifting = asyncio.Semaphore(os.cpu_count() or 1)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
-        self._slots: dict[tuple[str, bool], _Slot] = {}
+        # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
+        self._slots: dict[tuple[str, int], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -324,9 +328,18 @@ class Workers:
         await self.broker.aclose()
 
     async def call(
-        self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
+        self,
+        root: FilesystemRoot,
+        operation: str,
+        arguments: dict[str, Any],
+        *,
+        search: bool = False,
+        share: int = 0,
+        changes: bool = False,
     ) -> bytes:
         """Run one operation and return its reply. `search` marks those that may take long.
+
+        Such a one can change nothing, unless it `changes` what there is, and may be one `share` of several.
 
         Raises what the operation refuses with; `Unavailable` where the worker ended meanwhile, `Timeout`
         where it did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
@@ -336,14 +349,14 @@ class Workers:
             request = orjson.dumps((operation, arguments))
         except TypeError as error:
             raise InvalidParams("the input is not valid JSON") from error
-        key = (root.tenant, search)
+        key = (root.tenant, 0 if not search else _CHANGES if changes else 1 + share)
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = _Slot()
         slot.waiting += 1
         try:
             async with slot.lock:
-                worker = await self._ready(slot, root, search=search)
+                worker = await self._ready(slot, root, search=search, looks=search and not changes)
                 worker.send(request)
                 try:
                     return result_of(operation, await self._answer(slot, worker, search=search))
@@ -354,7 +367,7 @@ class Workers:
 
     def rests(self, tenant: str) -> bool:
         """Return whether no call to the tenant's worker for single files runs or waits."""
-        slot = self._slots.get((tenant, False))
+        slot = self._slots.get((tenant, 0))
         return slot is None or not slot.waiting
 
     def alone(self, tenant: str) -> bool:
@@ -366,6 +379,27 @@ class Workers:
             if other != tenant
         )
 
+    async def scan(self, root: FilesystemRoot, arguments: dict[str, Any], shares: int) -> bytes | None:
+        """Have workers name the files that match, each with a NUL after it; None where that is not for them.
+
+        Raises `Timeout`.
+        """
+        scans = [
+            asyncio.ensure_future(
+                self.call(root, SCAN, {**arguments, "share": [share, shares]}, search=True, share=share)
+            )
+            for share in range(shares)
+        ]
+        try:
+            found = await asyncio.gather(*scans)
+        except (RateLimited, Unavailable):
+            return None
+        finally:
+            for scan in scans:
+                scan.cancel()
+        here = all(one.startswith(SCANNED) for one in found)
+        return b"".join(one.removeprefix(SCANNED) for one in found) if here else None
+
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         """Have the program name the files worth a search, each with a NUL after it; None where it cannot.
 
@@ -375,7 +409,9 @@ class Workers:
             return None
         try:
             async with asyncio.timeout(self._limits.tool_timeout), self._sifting:
-                return await self._sift(self.spawn(root, SIFT, search=True), orjson.dumps(arguments))
+                return await self._sift(
+                    self.spawn(root, SIFT, search=True, looks=True), orjson.dumps(arguments)
+                )
         except TimeoutError:
             raise Timeout("the search took too long and was ended; try a more specific path") from None
 
@@ -413,7 +449,7 @@ class Workers:
         worker.used = time.monotonic()
         return reply
 
-    async def _ready(self, slot: _Slot, root: FilesystemRoot, *, search: bool) -> _Worker:
+    async def _ready(self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool) -> _Worker:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
         if worker is not None and worker.answers and not worker.closed:
@@ -433,12 +469,13 @@ class Workers:
             if answer["same"] and not worker.closed:
                 return worker
             self._end(slot, worker)
-        return await self._spawn(slot, root, search=search)
+        return await self._spawn(slot, root, search=search, looks=looks)
 
-    async def _spawn(self, slot: _Slot, root: FilesystemRoot, *, search: bool) -> _Worker:
+    async def _spawn(self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool) -> _Worker:
         slot.worker = None
         self._make_room()
-        answer, descriptors = await self.broker.request(self.spawn(root, search=search).wire())
+        spawn = self.spawn(root, search=search, looks=looks)
+        answer, descriptors = await self.broker.request(spawn.wire())
         connection = socket.socket(fileno=descriptors[0])
         connection.setblocking(False)
         worker = _Worker(answer["worker"], root)
@@ -462,13 +499,15 @@ class Workers:
             self.opened(root, broke)
         return worker
 
-    def spawn(self, root: FilesystemRoot, loop: str = "", *, search: bool = False) -> Spawn:
+    def spawn(
+        self, root: FilesystemRoot, loop: str = "", *, search: bool = False, looks: bool = False
+    ) -> Spawn:
         """Return the broker's request for a worker with this gateway's limits."""
-        return Spawn(root.tenant, root.workspace, self._limits, self._memory, loop, search)
+        return Spawn(root.tenant, root.workspace, self._limits, self._memory, loop, search, looks)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
         """Return what confines a tenant's worker, or None where none runs."""
-        slot = self._slots.get((tenant, search))
+        slot = self._slots.get((tenant, int(search)))
         return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
 
     def _make_room(self) -> None:
@@ -502,10 +541,9 @@ class Workers:
 
         Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
         """
-        for search in (False, True):
+        for (whose, _), slot in self._slots.items():
             # The slot stays: who waits for it and who comes next must be one queue. `_sweep` drops it.
-            slot = self._slots.get((tenant, search))
-            if slot is not None and slot.worker is not None:
+            if whose == tenant and slot.worker is not None:
                 self._end(slot, slot.worker)
         if self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)

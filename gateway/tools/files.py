@@ -21,7 +21,7 @@ from gateway.tools.session import ToolSession
 
 _SEARCHES = frozenset({"Glob", "Grep"})
 _CORES = os.cpu_count() or 1
-_THREADS_MAX = 4  # of one search
+_THREADS_MAX = 4  # of one search, or as many processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +103,18 @@ class FileTools:
         if head["code"] == "timeout":
             given["brief"] = False
             if name == "Grep":
-                # a core for each thread where nobody else needs one: a second thread on two cores left none
-                # to the neighbours, the p99 of their reads tripled
-                threads = _CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2)
-                asked = {"input": given["input"], "cwd": given["cwd"], "threads": min(threads, _THREADS_MAX)}
-                sifted = await self._workers.sift(root, asked)
+                sifted = await self._sifted(root, {"input": given["input"], "cwd": given["cwd"]})
                 given["sifted"] = None if sifted is None else sifted.decode("latin-1")
             head, body = decode(await self._workers.call(root, name, given, search=True))
         return ToolResult(body, head["is_error"], head["code"])
+
+    async def _sifted(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
+        """Return the names of the files in a large tree that a Grep is to look into; None for all."""
+        # a core for each thread or process where nobody else needs one: a second on two cores left none to
+        # the neighbours, the p99 of their reads tripled
+        cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _THREADS_MAX)
+        found = await self._workers.scan(root, asked, cores)
+        return await self._workers.sift(root, {**asked, "threads": cores}) if found is None else found
 
 
 def _named(arguments: object, cwd: str, workspace: str) -> str | None:

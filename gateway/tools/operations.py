@@ -8,12 +8,13 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.files import opening, sweeping, watching
 from gateway.files import operations as editor
-from gateway.rootfs.operations import SIFT, Limits, Loop, Operation, Workspace
+from gateway.rootfs.operations import SCAN, SIFT, Limits, Loop, Operation, Workspace
 from gateway.rootfs.tree import refusal
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
+from gateway.tools.scanning import scan
 from gateway.tools.schemas import checked
 from gateway.tools.searching import brief, glob, grep, idle
 from gateway.tools.sifting import sift
@@ -92,6 +93,7 @@ OPERATIONS: dict[str, Operation] = {
     **opening.OPERATIONS,
     **sweeping.OPERATIONS,
     **outputs.OPERATIONS,
+    SCAN: scan,
 }
 
 LOOPS: dict[str, Loop] = {**watching.LOOPS, SIFT: sift}

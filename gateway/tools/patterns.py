@@ -191,7 +191,7 @@ class Glob:
             return False
         return self._regex.fullmatch(os.fsencode(path)) is not None
 
-    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+    def among(self, prefix: str, names: Collection[str]) -> Collection[str]:
         """Return those of the names of files in the folder `prefix`, with its slash, that it matches."""
         if self.folders_only:
             return ()
@@ -218,7 +218,7 @@ class _Names:
     def matches(self, path: str) -> bool:
         return path.rpartition("/")[2] in self._names
 
-    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+    def among(self, prefix: str, names: Collection[str]) -> Collection[str]:
         return () if self.folders_only else self._names.intersection(names)
 
 
@@ -245,7 +245,7 @@ class Globs:
         globs = [Glob(pattern) for pattern in patterns]
         self.patterns = tuple(patterns)
         self._rules = _joined(globs[::-1])
-        self._selective = any(not glob.negated for glob in globs)
+        self.selective = any(not glob.negated for glob in globs)
         self.excludes = any(glob.negated for glob in globs)
         self._single = globs[0] if len(globs) == 1 and not self.excludes else None
 
@@ -254,13 +254,13 @@ class Globs:
         for rule in self._rules:
             if (folder or not rule.folders_only) and rule.matches(path):
                 return not rule.negated
-        return False if self._selective and not folder else None
+        return False if self.selective and not folder else None
 
-    def among(self, prefix: str, names: Sequence[str]) -> Collection[str]:
+    def among(self, prefix: str, names: Collection[str]) -> Collection[str]:
         """Return those of the files' names in the folder `prefix`, with its slash, that are not left out."""
         if self._single is not None:
             return self._single.among(prefix, names)
-        if not self._selective:  # whatever one of them matches is left out
+        if not self.selective:  # whatever one of them matches is left out
             left_out = set().union(*(rule.among(prefix, names) for rule in self._rules))
             return [name for name in names if name not in left_out] if left_out else names
         decide = self.decide
@@ -304,9 +304,10 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """The rules of an ignore file, last first; `digest` is its text's."""
+    """The rules of an ignore file, last first. `negates`: one takes another back; `digest` is its text's."""
 
     rules: tuple[_Rule, ...]
+    negates: bool
     digest: bytes
 
 
@@ -325,7 +326,7 @@ def _rules(text: str) -> _Rules:
         except GlobError:
             continue
     digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-    return _Rules(_joined(rules[::-1]), digest)
+    return _Rules(_joined(rules[::-1]), any(rule.negated for rule in rules), digest)
 
 
 # The ignore files that hold in a folder, from the innermost outwards: the length of each file's folder (with
@@ -429,17 +430,24 @@ class Sought:
         return decided if decided is not None else not self._ignored(path, state, folder=True)
 
     def files(self, prefix: str, names: Sequence[str], state: _State) -> Collection[str]:
-        decide, types, ignores = self._globs.decide, self._types, state.tracked or state.ignored
-        if types is None and not ignores:
-            return self._globs.among(prefix, names)
-        chosen = []
-        for name in names:
-            path = prefix + name
-            decided = decide(path, folder=False)
-            if decided is None:
-                decided = not (ignores and self._ignored(path, state, folder=False)) and (
-                    types is None or types.decide(path, folder=False) is True
-                )
-            if decided:
-                chosen.append(name)
-        return chosen
+        chosen = self._globs.among(prefix, names)
+        if self._globs.selective:  # what a glob names is taken whatever else is said of it
+            return chosen
+        if state.tracked or state.ignored:
+            left_out = self._left_out(prefix, chosen, state)
+            chosen = [name for name in chosen if name not in left_out]
+        return chosen if self._types is None else self._types.among(prefix, chosen)
+
+    def _left_out(self, prefix: str, names: Collection[str], state: _State) -> Collection[str]:
+        """Return those of the files' names in a folder that ignore files leave out."""
+        stacks = (*state.ignored, *state.tracked)
+        told = not prefix and any(start < len(self._base) for start, _ in stacks)
+        if told or any(found.negates for _, found in stacks):
+            return {name for name in names if self._ignored(prefix + name, state, folder=False)}
+        # whichever rule matches, it leaves out: all names are asked of at once
+        left_out: set[str] = set()
+        for start, found in stacks:
+            where = (self._base + prefix)[start:] if start >= len(self._base) else self._base[start:]
+            for rule in found.rules:
+                left_out.update(rule.among(where, names))
+        return left_out

@@ -79,7 +79,7 @@ def glob(call: Call) -> Answer:
     absolute = pattern.startswith("/")
     if absolute:
         path, pattern = _split_absolute(pattern)
-    start = _start(call, path)
+    start = start_of(call, path)
     if not absolute and "path" in call.given:
         pattern = _named_once(call, start, pattern)
     try:
@@ -188,7 +188,7 @@ def _depth(pattern: str) -> int | None:
     return pattern.strip("/").count("/")
 
 
-def _start(call: Call, path: str) -> str:
+def start_of(call: Call, path: str) -> str:
     try:
         return call.locate(path)
     except GatewayError as error:
@@ -234,10 +234,10 @@ def grep(call: Call) -> Answer:
     given = call.given
     _check_numbers(given)
     path: str = given.get("path") or "."
-    start = _start(call, path)
-    regex, spanning = _regex(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
-    globs, types = _filters(given, start)
-    search = _Search(call, start, regex, spanning)
+    start = start_of(call, path)
+    regex, spanning = compiled(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
+    globs, types = filters(given, start)
+    search = Search(call, start, regex, spanning)
     try:
         status, file = _kind(call.tree, start)
         if file:
@@ -319,7 +319,7 @@ def overrides(given: dict[str, Any], start: str) -> list[str]:
     return [*patterns, f"!/{hidden}"] if hidden else patterns
 
 
-def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
+def filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
     types = None
     if given.get("type"):
         kind = given["type"]
@@ -333,7 +333,7 @@ def _filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
 
 
 @lru_cache(8)
-def _regex(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]:
+def compiled(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]:
     """Compile a pattern of Grep, and say whether a match of it may span lines.
 
     Without `multiline` nothing in it matches a line end, not even `\\s`.
@@ -363,7 +363,7 @@ def _regex(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]
     return regex, multiline and translated.meets_line_end
 
 
-def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
+def _finder(regex: Any) -> Callable[[bytes | memoryview, int], tuple[int, int]]:
     """Return what finds the next match from a position on: its start and end, -1 where there is none.
 
     The wrapper's `search` makes a generator and an object for each match, which takes longer than the search
@@ -371,7 +371,7 @@ def _finder(regex: Any) -> Callable[[bytes, int], tuple[int, int]]:
     """
     match, unanchored = regex._regexp.Match, re2._Anchor.UNANCHORED
 
-    def find(data: bytes, at: int) -> tuple[int, int]:
+    def find(data: bytes | memoryview, at: int) -> tuple[int, int]:
         span: tuple[int, int] = match(unanchored, data, at, len(data))[0]
         return span
 
@@ -390,7 +390,7 @@ def idle() -> None:
     _cache.clear()
     _cached = 0
     forget()
-    _regex.cache_clear()
+    compiled.cache_clear()
 
 
 def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
@@ -415,14 +415,14 @@ def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]
     return kept
 
 
-class _Search:
+class Search:
     """The state of one Grep: what was found, in the mode's own form, and when it is enough."""
 
     def __init__(self, call: Call, start: str, regex: Any, spanning: bool) -> None:
         given = call.given
         self._spanning = spanning
         self._call = call
-        self._find = _finder(regex)
+        self.find = _finder(regex)
         self._start = start
         self._mode: str = given.get("output_mode", "files_with_matches")
         self._numbers: bool = given.get("-n", True)
@@ -455,6 +455,11 @@ class _Search:
     def full(self) -> bool:
         return self._mode == "content" and (len(self._rows) >= self._enough or self._cut)
 
+    @property
+    def found(self) -> int:
+        """How many files are to be listed."""
+        return len(self._files)
+
     def file(self, path: str, name: str, status: os.stat_result, *, explicit: bool) -> None:
         """Search one file. `path` is its place in the workspace."""
         self._left -= status.st_size
@@ -472,7 +477,7 @@ class _Search:
         if time.monotonic() > self._call.deadline:
             raise Timeout("the search took too long", reason="timeout")
         if self._mode == "files_with_matches":
-            start, _ = self._find(data, 0)
+            start, _ = self.find(data, 0)
             # an empty match after the last line end is on no line
             if start >= 0 and (start < len(data) or not data.endswith(b"\n")):
                 self._files.append((-status.st_mtime_ns, path))
@@ -492,8 +497,8 @@ class _Search:
     def named(self, prefix: str, sifted: str) -> None:
         """Search the files that were named, in the order of a walk.
 
-        Where only names are asked for nothing is searched again: that they match is ripgrep's word, and what
-        Claude Code goes by.
+        Where only names are asked for nothing is searched again: that they match is known already, or
+        ripgrep's word, which Claude Code goes by.
         """
         tree, deadline = self._call.tree, self._call.deadline
         names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
@@ -526,7 +531,7 @@ class _Search:
         """
         at, end = 0, len(data)
         before = -1  # where the match before ended; an empty one there is no match of its own
-        find, deadline = self._find, self._call.deadline
+        find, deadline = self.find, self._call.deadline
         tried = 0
         while at < end:
             tried += 1

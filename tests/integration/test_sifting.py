@@ -1,4 +1,7 @@
-"""Searches in large trees: ripgrep as a confined sieve, put there by `setup`, finds what our walk finds."""
+"""Searches in large trees: workers in shares, and ripgrep as a confined sieve, put there by `setup`.
+
+Both find what our walk finds.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from gateway.errors import Timeout
 from gateway.rootfs import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
+from gateway.tools.scanning import quick
 from tests.integration.environment import settings as incus_settings
 from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root
 
@@ -81,16 +85,28 @@ GREPS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("way", ["scan", "sift"])
 @pytest.mark.parametrize("given", GREPS, ids=lambda given: " ".join(map(str, given.values())))
-async def test_answers_as_without(workers: Workers, root: LaidRoot, given: dict[str, Any]) -> None:
-    """With the sieve or without it, in every mode, the answer is the same to the letter."""
-    sifted = await workers.sift(root, {"input": given, "cwd": "/srv/site"})
-    assert sifted is not None
+async def test_answers_as_without(
+    workers: Workers, root: LaidRoot, given: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sieve or without it, in every mode, the answer is the same to the letter."""
+
+    async def nothing(*_: object) -> None:
+        return None
+
+    asked = {"input": given, "cwd": "/srv/site"}
+    if way == "scan":
+        assert (await workers.scan(root, asked, 2) is not None) == quick(given)
+        monkeypatch.setattr(workers, "sift", nothing)
+    else:
+        assert await workers.sift(root, asked) is not None
+        monkeypatch.setattr(workers, "scan", nothing)
     with_sieve = await FileTools(workers, SETTINGS).call(root, ToolSession(), "Grep", given)
     async with Workers(NO_RIPGREP, folders(root.path.parent)) as without:
         expected = await FileTools(without, NO_RIPGREP).call(root, ToolSession(), "Grep", given)
     ours, theirs = with_sieve.data(), expected.data()
-    if given["pattern"] not in ("form", "FORM", "^form$"):
+    if way == "sift" and given["pattern"] not in ("form", "FORM", "^form$"):
         # large files are counted where they are met, and the sieve knows that nothing in this one matches
         assert "skippedLargeFiles" not in ours["structuredContent"]
         theirs["structuredContent"].pop("skippedLargeFiles", None)

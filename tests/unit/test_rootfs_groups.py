@@ -11,7 +11,7 @@ import pytest
 
 from gateway.errors import Unavailable
 from gateway.rootfs import Workers
-from gateway.rootfs.groups import Group, Groups, Hierarchy, hierarchies
+from gateway.rootfs.groups import Groups, Hierarchy, hierarchies
 from gateway.settings import MiB, Settings
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, echo, gone, make_root, pid_of
 from tests.unit.test_rootfs_workers import folders as at

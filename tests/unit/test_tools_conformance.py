@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import FilesystemRoot, Workers
-from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.operations import SCAN, SCANNED, Limits, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
 from gateway.tools import FILE_TOOLS, FileTools, ToolSession
+from gateway.tools.answer import ToolFailure
 from gateway.tools.operations import OPERATIONS
 from gateway.tools.reading import SCALE
 from tests.unit.test_rootfs_workers import MAPPED, USER, folders
@@ -50,9 +51,14 @@ LEFT = {
 
 
 class HereWorkers:
-    """Stands in for `Workers`: runs the operations in this process on one folder."""
+    """Stands in for `Workers`: runs the operations in this process on one folder.
 
-    def __init__(self, folder: Path) -> None:
+    With `large` every Grep is taken for one of a large tree, which is looked through in shares.
+    """
+
+    def __init__(self, folder: Path, *, large: bool = False) -> None:
+        self._large = large
+        self.scanned: bytes | None = None  # what the last look through a large tree named
         self._tree = Tree(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
         self._workspace = Workspace(self._tree, Limits())
 
@@ -61,6 +67,13 @@ class HereWorkers:
 
     def alone(self, tenant: str) -> bool:
         return True
+
+    async def scan(self, root: FilesystemRoot, arguments: dict[str, Any], shares: int) -> bytes | None:
+        given = [{**arguments, "share": [share, 3]} for share in range(3)]
+        found = [await self.call(root, SCAN, one) for one in given]
+        named = b"".join(one[1:] for one in found)
+        self.scanned = named if all(one.startswith(SCANNED) for one in found) else None
+        return self.scanned
 
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         return None
@@ -71,6 +84,8 @@ class HereWorkers:
     async def call(
         self, root: FilesystemRoot, operation: str, arguments: dict[str, Any], *, search: bool = False
     ) -> bytes:
+        if self._large and operation == "Grep" and arguments["brief"]:
+            return ToolFailure("timeout", "too much for a brief search").answer().encode()
         reply = OPERATIONS[operation](self._workspace, json.loads(json.dumps(arguments)))
         assert isinstance(reply, bytes)
         return reply
@@ -199,6 +214,25 @@ async def test_case(case: dict[str, Any], site: Site) -> None:
     """The answer, and the files after it, are those that Claude Code's own tool gave."""
     if case["id"] in LEFT:
         pytest.skip(LEFT[case["id"]])
+    await check(case, site)
+
+
+GREPS = [case for case in FILE_CASES if case["tool"] == "Grep"]
+
+
+@pytest.mark.parametrize("case", GREPS, ids=[case["id"] for case in GREPS])
+async def test_grep_of_a_large_tree(case: dict[str, Any], tmp_path: Path) -> None:
+    """In shares of a tree the same is found as in one walk through it, where that way is taken."""
+    here = HereWorkers(tmp_path, large=True)
+    root = FilesystemRoot(tmp_path.name, WORKSPACE)
+    try:
+        await check(case, Site(tmp_path, FileTools(here, Settings()), root))  # type: ignore[arg-type]
+    finally:
+        here.close()
+
+
+async def check(case: dict[str, Any], site: Site) -> None:
+    """Lay what a case lays, do what it does, and compare."""
     for item in case["setup"]:
         site.lay(item)
     site.own()
