@@ -189,13 +189,11 @@ class Broker:
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
         while True:
-            lacking = [
-                search for search, spare in self._spares.items() if spare is None and _ENDS_WITH_PARENT
-            ]
+            lacking = _ENDS_WITH_PARENT and None in self._spares.values()
             if not poll.poll(_AHEAD * 1000 if lacking else 1000):
                 self._reap()
-                for search in lacking if _ENDS_WITH_PARENT else ():
-                    self._spares[search] = self._fork(search=search)
+                if lacking:
+                    self._fork_ahead()
                 continue
             message = self._connection.recv(MESSAGE_MAX)
             if not message:
@@ -318,12 +316,18 @@ class Broker:
             try:
                 with spare.control:
                     socket.send_fds(spare.control, [orjson.dumps(message)], passed)
-            except OSError:  # killed, by a full machine or a person
+            except OSError:  # it was just killed, by a full machine or a person
                 self._drop(spare)
                 if ahead is None:
                     raise
             else:
                 return spare
+
+    def _fork_ahead(self) -> None:
+        for search, spare in self._spares.items():
+            if spare is None:
+                with contextlib.suppress(OSError):  # of a machine that is full; whose turn it is will be told
+                    self._spares[search] = self._fork(search=search)
 
     def _fork(self, *, search: bool) -> _Spare:
         self._number += 1
@@ -332,7 +336,12 @@ class Broker:
             socket.AF_UNIX, socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
         )
         with theirs:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                group.remove()
+                raise
             if pid == 0:
                 ours.close()
                 for spare in self._spares.values():
@@ -419,6 +428,11 @@ class Broker:
                     while len(self._statuses) >= _STATUSES_MAX:
                         del self._statuses[next(iter(self._statuses))]
                     self._statuses[number] = os.waitstatus_to_exitcode(status)
+        for search, spare in self._spares.items():
+            if spare is not None and os.waitpid(spare.pid, os.WNOHANG)[0]:
+                spare.control.close()
+                spare.group.remove()
+                self._spares[search] = None
 
 
 def _program(path: str, privileged: bool) -> int | None:

@@ -236,12 +236,14 @@ async def memory(settings: Settings, home: Path) -> dict[str, Any]:
         process = workers.broker._process
         assert process is not None
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        *children, spare = children  # the last waits for its turn
         check(len(children) == WORKERS, "some workers are not there")
         private = [_private(pid) for pid in children]
         return {
             "workers": len(private),
             "private_kb": round(statistics.mean(private)),
             "private_kb_max": max(private),
+            "spare_kb": _private(spare),
             "broker_kb": _private(str(process.pid)),
         }
 

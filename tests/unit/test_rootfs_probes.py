@@ -112,6 +112,32 @@ def _attempt(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     return orjson.dumps(succeeded)
 
 
+# What changes something in a workspace that has `a.txt`; the last undoes what the others did.
+_CHANGES: dict[str, Callable[[int], object]] = {
+    "write": lambda folder: os.close(os.open("a.txt", os.O_WRONLY, dir_fd=folder)),
+    "truncate": lambda folder: os.close(os.open("a.txt", os.O_WRONLY | os.O_TRUNC, dir_fd=folder)),
+    "create": lambda folder: os.close(os.open("new", os.O_WRONLY | os.O_CREAT, dir_fd=folder)),
+    "make a folder": lambda folder: os.mkdir("folder", dir_fd=folder),
+    "rename": lambda folder: os.rename("new", "newer", src_dir_fd=folder, dst_dir_fd=folder),
+    "change a mode": lambda folder: os.chmod("a.txt", 0o600, dir_fd=folder),
+    "touch": lambda folder: os.utime("a.txt", (1, 1), dir_fd=folder),
+    "remove": lambda folder: os.unlink("newer", dir_fd=folder),
+    "remove a folder": lambda folder: os.rmdir("folder", dir_fd=folder),
+}
+
+
+def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Try every change; return which succeeded."""
+    succeeded = []
+    for name, change in _CHANGES.items():
+        try:
+            change(workspace.tree.descriptor)
+        except OSError:
+            continue
+        succeeded.append(name)
+    return orjson.dumps(succeeded)
+
+
 def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     """Return the open descriptors, found by asking for each, the tree's, and what 0 to 2 take of a byte."""
     found = []
@@ -132,6 +158,7 @@ def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 OPERATIONS = {
     "attempt": _attempt,
+    "change": _change,
     "bug": _bug,
     "crash": _crash,
     "descriptors": _descriptors,

@@ -13,6 +13,7 @@ import pytest
 from gateway.rootfs import walk
 from gateway.rootfs.tree import Tree
 from gateway.rootfs.walk import Walk
+from gateway.tools.patterns import Globs, Named, Sought
 
 
 class All:
@@ -104,6 +105,50 @@ def test_change_is_seen(site: Path, change: Callable[[Path], None], expected: li
     assert seen(site) == EVERYTHING
     change(site)
     assert seen(site) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", [".gitignore", "src/.ignore", ".git/info/exclude"])
+def test_change_of_an_ignore_file_is_seen(site: Path, name: str) -> None:
+    """What was chosen of a remembered folder is chosen anew where another rule holds in it."""
+    (site / ".git/info").mkdir(parents=True)
+    (site / name).write_text("c.ts\n")
+    time.sleep(walk._SETTLED * 1.1e-9)
+
+    def sought() -> list[str]:
+        tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+        try:
+            chooser = Sought(tree, "", Globs(["!.git"]), None)
+            deadline = time.monotonic() + 5
+            looked = Walk(
+                tree, "", chooser, state=chooser.above(), maximum=100, deadline=deadline, ordered=True
+            )
+            return [path for path, _ in looked if path.endswith(".ts")]
+        finally:
+            tree.close()
+
+    assert sought() == sought() == ["a.ts", "src/b.ts"]
+    with (site / name).open("r+") as rules:  # in place, so that no folder changes
+        rules.write("b.ts\n")
+    assert sought() == sought() == ["a.ts", "src/deep/c.ts"]
+    (site / name).write_text("")
+    assert sought() == EVERYTHING
+
+
+def test_other_questions_get_other_answers(site: Path) -> None:
+    """Of one remembered folder many choosers are answered, each by what it goes by."""
+    for _ in range(2):
+        for pattern, found in (("*.ts", EVERYTHING), ("c.ts", EVERYTHING[2:]), ("src/*", EVERYTHING[1:2])):
+            tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+            named = Named(Globs([pattern]), "", None, None)
+            walked = Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True)
+            assert [path for path, _ in walked] == found
+            tree.close()
+    for number in range(20):
+        tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+        named = Named(Globs([f"*{number}"]), "", None, None)
+        assert not list(Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True))
+        tree.close()
+    assert all(len(listing._choices) <= walk._KEPT_CHOICES for listing in walk._kept.values())
 
 
 def test_young_folder_is_not_remembered(site: Path) -> None:

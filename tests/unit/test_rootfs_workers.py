@@ -19,9 +19,17 @@ from gateway.rootfs import FilesystemRoot, IdMap, Workers
 from gateway.rootfs.tenants import Folders
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
+from tests.unit import test_rootfs_probes as probes
 
 NO_RIPGREP = Settings(ripgrep=Path("/nonexistent"))
 PROBES = "tests.unit.test_rootfs_probes"
+# what picks a worker of its own
+LANES: list[dict[str, Any]] = [
+    {},
+    {"search": True},
+    {"search": True, "share": 1},
+    {"search": True, "changes": True},
+]
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="confinement needs root; the local runtime has none")
 
 
@@ -382,12 +390,74 @@ async def test_large_search_is_whole_and_apart(root: LaidRoot, much: str) -> Non
 
 
 @needs_root
-async def test_confined(workers: Workers, root: FilesystemRoot) -> None:
+@pytest.mark.parametrize("search", [False, True])
+async def test_confined(workers: Workers, root: FilesystemRoot, search: bool) -> None:
     """From inside a worker nothing of the host can be reached, and nothing but files be done."""
-    assert orjson.loads(await workers.call(root, "attempt", {})) == []
-    layers = workers.layers("one")
+    assert orjson.loads(await workers.call(root, "attempt", {}, search=search)) == []
+    layers = workers.layers("one", search=search)
     assert layers is not None
     assert {"mount", "namespaces", "limits", "uid", "seccomp"} <= set(layers)
+
+
+@needs_root
+async def test_a_search_changes_nothing(workers: Workers, root: LaidRoot) -> None:
+    """A worker for searches can change no file; the one for single files can, and that for long changes."""
+    before = (root.path / "srv/site/a.txt").stat()
+    for share in (0, 1):
+        assert orjson.loads(await workers.call(root, "change", {}, search=True, share=share)) == []
+    assert (root.path / "srv/site/a.txt").stat() == before
+    everything = list(probes._CHANGES)
+    assert orjson.loads(await workers.call(root, "change", {})) == everything
+    assert orjson.loads(await workers.call(root, "change", {}, search=True, changes=True)) == everything
+    pids = [await pid_of(workers, root, **lane) for lane in LANES]
+    assert len(set(pids)) == len(LANES)
+
+
+async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRoot) -> None:
+    """Whatever its workers are for, none outlives what was told to forget its tenant."""
+    pids = [await pid_of(workers, root, **lane) for lane in LANES]
+    await workers.forget(root.tenant)
+    assert not any(alive(pid) for pid in pids)
+
+
+async def forked_ahead(workers: Workers, busy: list[int]) -> int:
+    """Return the process that waits to become a worker; the broker forks it once nobody asks for anything."""
+    process = workers.broker._process
+    assert process is not None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    async with asyncio.timeout(5):
+        while not (waiting := {int(child) for child in children.read_text().split()} - set(busy)):
+            await asyncio.sleep(0.01)
+    (pid,) = waiting
+    return pid
+
+
+async def test_is_forked_ahead(workers: Workers, root: LaidRoot) -> None:
+    """The next worker of a kind waits, as the broker until it is told whose it is, and ends with it."""
+    first = await pid_of(workers, root)
+    waiting = await forked_ahead(workers, [first])
+    other = make_root(root.path.parent, "other")
+    second = await pid_of(workers, other)
+    assert second == waiting
+    third = await forked_ahead(workers, [first, second])
+    await workers.broker.aclose()
+    assert not any(alive(pid) for pid in (first, second, third))
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
+async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: signal.Signals) -> None:
+    """One that was killed while it waited is replaced; one that hangs costs a call and no more."""
+    first = await pid_of(workers, root)
+    waiting = await forked_ahead(workers, [first])
+    os.kill(waiting, ending)
+    other = make_root(root.path.parent, "other")
+    if ending is signal.SIGSTOP:
+        workers_timeout = "gateway.rootfs.workers._SPAWN_TIMEOUT"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Unavailable):
+            patch.setattr(workers_timeout, 0.3)
+            await pid_of(workers, other)
+    await gone(waiting)
+    assert await pid_of(workers, other) != waiting
 
 
 @needs_root

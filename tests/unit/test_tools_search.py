@@ -14,7 +14,7 @@ from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from gateway.tools.operations import OPERATIONS
-from gateway.tools.patterns import Glob, GlobError, Globs
+from gateway.tools.patterns import Glob, GlobError, Globs, Sought
 from tests.unit.test_tools_conformance import HereWorkers
 
 
@@ -219,6 +219,43 @@ async def test_the_gateways_own_folder_is_found_by_its_name_alone(site: Path) ->
     assert await ask(site, "Glob", pattern="**/*.txt") == "a.txt"
     assert await ask(site, "Glob", pattern=".gateway/**/*.txt") == ".gateway/output/a.txt"
     assert await ask(site, "Grep", pattern="kept") == "Found 1 file\na.txt"
+
+
+@pytest.mark.parametrize("start", ["", "src", "src/ui"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "*.log",
+        "/a.ts",
+        "src/*.ts",
+        "ui/",
+        "a.ts\nb.*\n.c",
+        "**/ui/a.*",
+        "*\n!a.ts",
+        "!a.ts\n*.ts\n!b.ts",
+        "ui/**",
+    ],
+)
+async def test_ignore_files_leave_out_of_many_what_they_do_of_one(site: Path, rules: str, start: str) -> None:
+    """A folder's names are asked of at once where they can be; each alone gets the same answer."""
+    (site / "src/ui").mkdir(parents=True)
+    (site / ".git").mkdir()
+    (site / ".gitignore").write_text(rules)
+    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    names = ["a.ts", "b.ts", "b.log", ".c", "c", "ui", "a.ts.log"]
+    sought = Sought(tree, start, Globs(["!d.ts"]), Globs(["*.ts", "*.log", "c"]))
+    untyped = Sought(tree, start, Globs(["!d.ts"]), None)
+    taken = Sought(tree, start, Globs(["a.*"]), None)
+    above = sought.above() if start else sought.enter("", {".git", ".gitignore"}, sought.above())
+    assert above.tracked
+    for prefix in ("", "ui/", "x/ui/"):
+        one = [name for name in names if not untyped._ignored(prefix + name, above, folder=False)]
+        assert list(untyped.files(prefix, names, above)) == one
+        assert list(sought.files(prefix, names, above)) == [
+            name for name in one if name.endswith((".ts", ".log")) or name == "c"
+        ]
+        assert list(taken.files(prefix, names, above)) == ["a.ts", "a.ts.log"]
+    tree.close()
 
 
 @pytest.mark.parametrize(
