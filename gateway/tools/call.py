@@ -80,6 +80,12 @@ def failure(tool: str, error: GatewayError) -> ToolFailure:
     return ToolFailure(error.code, words, **facts)
 
 
+def timed_out(seconds: float) -> ToolFailure:
+    """Say that a search did not come to its end."""
+    words = f"Search timed out after {seconds:g} seconds. Try a more specific path or pattern."
+    return ToolFailure("timeout", words, tagged=False)
+
+
 def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailure:
     """Say that a path is refused: it leads outside, its links do not resolve, or it names nothing."""
     if error.facts.get("reason") == "too_long":

@@ -9,13 +9,13 @@ from typing import Any
 
 import orjson
 
-from gateway.errors import GatewayError, NotFound
+from gateway.errors import GatewayError, NotFound, Timeout
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.tree import locate
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.answer import Answer, Seen, decode
-from gateway.tools.call import meant
+from gateway.tools.call import meant, timed_out
 from gateway.tools.schemas import FILE_TOOLS
 from gateway.tools.session import ToolSession
 
@@ -103,7 +103,10 @@ class FileTools:
         if head["code"] == "timeout":
             given["brief"] = False
             if name == "Grep":
-                sifted = await self._sifted(root, {"input": given["input"], "cwd": given["cwd"]})
+                try:
+                    sifted = await self._sifted(root, {"input": given["input"], "cwd": given["cwd"]})
+                except Timeout:
+                    return ToolResult.of(timed_out(self._settings.tool_timeout).answer())
                 given["sifted"] = None if sifted is None else sifted.decode("latin-1")
             head, body = decode(await self._workers.call(root, name, given, search=True))
         return ToolResult(body, head["is_error"], head["code"])

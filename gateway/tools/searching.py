@@ -27,7 +27,7 @@ from gateway.rootfs.tree import Tree, show
 from gateway.rootfs.walk import Walk, forget
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
-from gateway.tools.call import Call, failure, outside
+from gateway.tools.call import Call, failure, outside, timed_out
 from gateway.tools.patterns import GlobError, Globs, Named, Sought
 from gateway.tools.reading import below_cwd
 from gateway.tools.regexes import PatternError, translate
@@ -51,15 +51,6 @@ _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 def _rejected(words: str) -> ToolFailure:
     return ToolFailure("invalid_params", _REJECTED + words, tagged=False)
-
-
-def _timed_out(call: Call) -> ToolFailure:
-    seconds = f"{call.limits.tool_timeout:g}"
-    return ToolFailure(
-        "timeout",
-        f"Search timed out after {seconds} seconds. Try a more specific path or pattern.",
-        tagged=False,
-    )
 
 
 def brief(limits: Limits) -> Limits:
@@ -101,7 +92,7 @@ def glob(call: Call) -> Answer:
         found = [(status.st_mtime_ns, prefix + name) for name, status in walk]
         note = _bounded(walk, call)
     except Timeout:
-        raise _timed_out(call) from None
+        raise timed_out(call.limits.tool_timeout) from None
     except GatewayError as error:
         if absolute and error.facts.get("reason") == "missing":
             return text("No files found", {"files": [], "total": 0, "truncated": False})
@@ -263,7 +254,7 @@ def grep(call: Call) -> Answer:
                     break
             search.note = _bounded(walk, call)
     except Timeout:
-        raise _timed_out(call) from None
+        raise timed_out(call.limits.tool_timeout) from None
     except GatewayError as error:
         raise _bad_folder(call, path, start, error) from None
     return search.answer(single=file)
