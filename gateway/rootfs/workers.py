@@ -397,6 +397,7 @@ class Workers:
         finally:
             for scan in scans:
                 scan.cancel()
+            await asyncio.gather(*scans, return_exceptions=True)  # none asks the broker for anything later
         here = all(one.startswith(SCANNED) for one in found)
         return b"".join(one.removeprefix(SCANNED) for one in found) if here else None
 
