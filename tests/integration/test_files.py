@@ -28,6 +28,7 @@ from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.sites import filled
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure
+from tests.unit.test_rootfs_workers import children_of, workers_below
 
 
 class Files:
@@ -299,14 +300,8 @@ async def test_a_killed_gateway_leaves_no_unfinished_file(
 
 def workers_of(gateway: LiveGateway) -> set[int]:
     """Return the processes of a gateway's broker: it is the one child of the gateway that has children."""
-
-    def children(pid: int) -> set[int]:
-        with contextlib.suppress(FileNotFoundError):
-            return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-        return set()
-
     assert gateway.process is not None
-    return {worker for broker in children(gateway.process.pid) for worker in children(broker)}
+    return {worker for broker in children_of(gateway.process.pid) for worker in workers_below(broker)}
 
 
 async def test_workers_end(make_tenant: MakeTenant, incus_settings: Settings, tmp_path: Path) -> None:

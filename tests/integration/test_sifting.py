@@ -19,7 +19,7 @@ from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from gateway.tools.scanning import quick
 from tests.integration.environment import settings as incus_settings
-from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root
+from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root, workers_below
 
 pytestmark = pytest.mark.usefixtures("incus_settings")
 
@@ -144,5 +144,5 @@ async def test_ends_in_time(root: LaidRoot) -> None:
         broker = workers.broker._process
         assert broker is not None
         async with asyncio.timeout(5):
-            while Path(f"/proc/{broker.pid}/task/{broker.pid}/children").read_text():
+            while workers_below(broker.pid):
                 await asyncio.sleep(0.01)

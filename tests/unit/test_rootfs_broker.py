@@ -20,7 +20,7 @@ from gateway.rootfs.workers import BrokerClient
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.incusd import answering, instance
-from tests.unit.test_rootfs_workers import gone, make_root
+from tests.unit.test_rootfs_workers import children_of, gone, make_root, workers_below
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a broker of its own runs as root")
 
@@ -106,10 +106,6 @@ async def read(workers: Workers, root: FilesystemRoot) -> str:
 workers_settings = Settings()
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @needs_root
 async def test_serves(broker: Running, root: FilesystemRoot) -> None:
     """A gateway that connects gets confined workers, without the gateway's secret, and starts no broker."""
@@ -120,7 +116,7 @@ async def test_serves(broker: Running, root: FilesystemRoot) -> None:
         assert layers is not None and {"mount", "uid", "seccomp"} <= set(layers)
         # the first connection was the fixture's
         (serving,) = [pid for pid in children_of(broker.process.pid) if children_of(pid)]
-        (worker,) = children_of(serving)
+        (worker,) = workers_below(serving)
         assert b"GATEWAY_SECRET" not in Path(f"/proc/{broker.process.pid}/environ").read_bytes()
     await gone(worker)
 
@@ -230,7 +226,7 @@ async def test_foreign_instances(broker: Running, root: FilesystemRoot, name: st
         answer, (descriptor,) = await workers.broker.request(spawn | given)
         with socket.socket(fileno=descriptor) as ready:
             assert b"seccomp" in ready.recv(1000)
-            (worker,) = [pid for one in children_of(broker.process.pid) for pid in children_of(one)]
+            (worker,) = [pid for one in children_of(broker.process.pid) for pid in workers_below(one)]
             status, ids = Path(f"/proc/{worker}/status").read_text(), "\t1001000" * 4
             assert f"Uid:{ids}\nGid:{ids}\n" in status
             assert Path(f"/proc/{worker}/mountinfo").read_text().split()[3].endswith("/one/rootfs/srv/site")

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,23 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def children_of(pid: int) -> list[int]:
+    """Return a process' children; of one that has ended, none."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def workers_below(broker: int) -> list[int]:
+    """Return a broker's workers: not what was forked ahead, which is root's until it is told whose it is."""
+    found = []
+    for child in children_of(broker):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if "\nUid:\t0\t" not in Path(f"/proc/{child}/status").read_text():
+                found.append(child)
+    return found
 
 
 async def gone(pid: int) -> None:
@@ -424,9 +442,8 @@ async def forked_ahead(workers: Workers, busy: list[int]) -> int:
     """Return the process that waits to become a worker; the broker forks it once nobody asks for anything."""
     process = workers.broker._process
     assert process is not None
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     async with asyncio.timeout(5):
-        while not (waiting := {int(child) for child in children.read_text().split()} - set(busy)):
+        while not (waiting := set(children_of(process.pid)) - set(busy)):
             await asyncio.sleep(0.01)
     (pid,) = waiting
     return pid
