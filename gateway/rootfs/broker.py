@@ -52,7 +52,7 @@ from gateway.rootfs.groups import Group, Groups, hierarchies
 from gateway.rootfs.operations import Limits, Loop, Workspace
 from gateway.rootfs.tenants import Disk, Tenants, found_by
 from gateway.rootfs.tree import Tree
-from gateway.rootfs.worker import BROKEN, READY, frame, open_pair, serve
+from gateway.rootfs.worker import BROKEN, READY, frame, serve
 
 GATEWAYS_MAX = 16  # connections of a listening broker: a gateway has three, its successor as many
 MESSAGE_MAX = 64 << 10  # bytes of one request or answer
@@ -290,7 +290,7 @@ class Broker:
                     covered=disk.covered,
                     program=program,
                 )
-            ours, theirs = open_pair()
+            ours, theirs = socket.socketpair()
             with theirs:
                 spare = self._tell(spawn, plan, theirs, folder)
         finally:

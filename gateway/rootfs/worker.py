@@ -9,8 +9,8 @@ those who read the socket by `gateway.rootfs.links` get either.
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import socket
 import struct
 import traceback
@@ -25,6 +25,7 @@ from gateway.rootfs.operations import Operation, Passing, Workspace
 DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
 HEAD = struct.Struct(">IB")  # length of status byte and payload, status
 LENGTH = struct.Struct(">I")
+_USUAL = 16 << 10  # bytes; longer requests are put together
 REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are below it
 IDLE = 5  # seconds without a request after which kept memory is let go
 
@@ -33,37 +34,32 @@ def frame(status: int, payload: bytes) -> bytes:
     return HEAD.pack(len(payload) + 1, status) + payload
 
 
-def open_pair() -> tuple[socket.socket, socket.socket]:
-    """Return the gateway's and the worker's end of a new connection."""
-    ours, theirs = socket.socketpair()
-    # A receive timeout in the kernel costs no extra system call per request, unlike poll or settimeout.
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE, 0))
-    return ours, theirs
-
-
 def serve(
     connection: socket.socket,
     workspace: Workspace,
     operations: Mapping[str, Operation],
     idle: Callable[[], None],
 ) -> None:
-    """Answer requests until the gateway closes the socket, which was made by `open_pair`."""
-    rested = False
+    """Answer requests until the gateway closes the socket."""
+    # Who waits in recv is woken also when the gateway takes a reply, for there is room then; poll(2) is asked
+    # for requests alone.
+    ready = select.poll()
+    ready.register(connection, select.POLLIN)
+    usual = bytearray(_USUAL)
+    view = memoryview(usual)
     while True:
-        try:
-            head = connection.recv(4)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EINTR):
-                raise
-            if not rested:
-                idle()
-                kernel.trim_memory()
-                rested = True
-            continue
-        if not head:
+        if not ready.poll(IDLE * 1000):
+            idle()
+            kernel.trim_memory()
+            ready.poll()
+        count = connection.recv_into(usual)
+        if not count:
             return
-        rested = False
-        request = _receive(connection, LENGTH.unpack(head + _rest(connection, 4 - len(head)))[0])
+        request: bytearray | memoryview
+        if count >= 4 and count == 4 + LENGTH.unpack_from(usual)[0]:
+            request = view[4:count]  # the usual case: one request, whole
+        else:
+            request = _whole(connection, usual[:count])
         reply = answer(request, workspace, operations)
         if isinstance(reply, bytes):
             connection.sendall(reply)
@@ -77,34 +73,31 @@ def serve(
 def receive_request(connection: socket.socket) -> bytearray | None:
     """Return the next request, which has begun to come, or None where the gateway closed the socket."""
     head = connection.recv(4)
-    if not head:
-        return None
-    return _receive(connection, LENGTH.unpack(head + _rest(connection, 4 - len(head)))[0])
+    return _whole(connection, bytearray(head)) if head else None
 
 
-def _rest(connection: socket.socket, count: int) -> bytes:
-    return bytes(_receive(connection, count)) if count else b""
+def _whole(connection: socket.socket, begun: bytearray) -> bytearray:
+    """Return the request of which so much has come with its length in front."""
+    begun += _receive(connection, max(0, 4 - len(begun)))
+    return begun[4:] + _receive(connection, LENGTH.unpack_from(begun)[0] - (len(begun) - 4))
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray:
-    if count > REQUEST_MAX:
-        raise EOFError("request too large")
+    if not 0 <= count <= REQUEST_MAX:
+        raise EOFError("no request is that long")
     data = bytearray(count)
     view = memoryview(data)
     while view:
-        try:
-            received = connection.recv_into(view)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EINTR):
-                continue
-            raise
+        received = connection.recv_into(view)
         if not received:
             raise EOFError("the gateway is gone")
         view = view[received:]
     return data
 
 
-def answer(request: bytearray, workspace: Workspace, operations: Mapping[str, Operation]) -> bytes | Passing:
+def answer(
+    request: bytearray | memoryview, workspace: Workspace, operations: Mapping[str, Operation]
+) -> bytes | Passing:
     """Run the operation of a request; return the whole frame of its reply, or what is to be passed."""
     try:
         name, arguments = orjson.loads(request)
