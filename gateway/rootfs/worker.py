@@ -47,19 +47,23 @@ def serve(
     ready.register(connection, select.POLLIN)
     usual = bytearray(_USUAL)
     view = memoryview(usual)
+    begun = bytearray()  # what has come of the requests after the last
     while True:
-        if not ready.poll(IDLE * 1000):
-            idle()
-            kernel.trim_memory()
-            ready.poll()
-        count = connection.recv_into(usual)
-        if not count:
-            return
         request: bytearray | memoryview
-        if count >= 4 and count == 4 + LENGTH.unpack_from(usual)[0]:
-            request = view[4:count]  # the usual case: one request, whole
+        if not begun:
+            if not ready.poll(IDLE * 1000):
+                idle()
+                kernel.trim_memory()
+                ready.poll()
+            count = connection.recv_into(usual)
+            if not count:
+                return
+            if count >= 4 and count == 4 + LENGTH.unpack_from(usual)[0]:
+                request = view[4:count]  # the usual case: one request, whole
+            else:
+                request, begun = _first(connection, usual[:count])
         else:
-            request = _whole(connection, usual[:count])
+            request, begun = _first(connection, begun)
         reply = answer(request, workspace, operations)
         if isinstance(reply, bytes):
             connection.sendall(reply)
@@ -73,18 +77,20 @@ def serve(
 def receive_request(connection: socket.socket) -> bytearray | None:
     """Return the next request, which has begun to come, or None where the gateway closed the socket."""
     head = connection.recv(4)
-    return _whole(connection, bytearray(head)) if head else None
+    return _first(connection, bytearray(head))[0] if head else None
 
 
-def _whole(connection: socket.socket, begun: bytearray) -> bytearray:
-    """Return the request of which so much has come with its length in front."""
+def _first(connection: socket.socket, begun: bytearray) -> tuple[bytearray, bytearray]:
+    """Return the first of the requests of which so much has come, and what has come of those after it."""
     begun += _receive(connection, max(0, 4 - len(begun)))
-    return begun[4:] + _receive(connection, LENGTH.unpack_from(begun)[0] - (len(begun) - 4))
+    end = 4 + LENGTH.unpack_from(begun)[0]
+    begun += _receive(connection, max(0, end - len(begun)))
+    return begun[4:end], begun[end:]
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray:
-    if not 0 <= count <= REQUEST_MAX:
-        raise EOFError("no request is that long")
+    if count > REQUEST_MAX:
+        raise EOFError("request too large")
     data = bytearray(count)
     view = memoryview(data)
     while view:

@@ -12,8 +12,8 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol
 
@@ -66,14 +66,62 @@ _WRITES: Final = frozenset({"Write", "Edit"})
 _LASTING: Final = _WRITES | {"Bash"}
 
 
-@dataclass(slots=True)
 class _Running:
-    """A call under a `callId` that runs: what was asked, and how many wait for it."""
+    """A call under a `callId` that runs: what was asked, and who waits for it."""
 
-    digest: bytes
-    work: asyncio.Task[ToolResult]
-    waiting: int = 0
-    lingering: asyncio.TimerHandle | None = None
+    __slots__ = ("_lingering", "_waiting", "digest", "work")
+
+    def __init__(self, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
+        self.digest = digest
+        self._lingering: asyncio.TimerHandle | None = None
+        self._waiting: set[asyncio.Future[ToolResult]] = set()
+        self.work = begin(self._do(work))
+        self.work.add_done_callback(self._over)
+
+    async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
+        result = await work()
+        # not by the end of this task, of which is told a turn of the loop later
+        self._tell(lambda one: one.set_result(result))
+        return result
+
+    def _over(self, work: asyncio.Task[ToolResult]) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+        if work.cancelled():
+            self._tell(lambda one: one.set_exception(_given_up()))
+        elif (error := work.exception()) is not None:
+            self._tell(lambda one: one.set_exception(error))
+
+    def _tell(self, how: Callable[[asyncio.Future[ToolResult]], None]) -> None:
+        for one in self._waiting:
+            if not one.done():
+                how(one)
+
+    async def result(self, linger: float) -> ToolResult:
+        """Wait for the result. Work that nobody waits for any more ends `linger` seconds later.
+
+        Raises what the work raises, and `Cancelled` where it was given up.
+        """
+        if self.work.done():
+            if self.work.cancelled():
+                raise _given_up()
+            return self.work.result()
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        loop = asyncio.get_running_loop()
+        one: asyncio.Future[ToolResult] = loop.create_future()
+        self._waiting.add(one)
+        try:
+            return await one
+        finally:
+            self._waiting.discard(one)
+            if not self._waiting and not self.work.done():
+                self._lingering = loop.call_later(linger, self.work.cancel)
+
+
+def _given_up() -> Cancelled:
+    return Cancelled("the call was given up by who asked for it")
 
 
 class ShellTools(Protocol):
@@ -246,12 +294,12 @@ class Toolbox:
                 return ToolResult.unpacked(known)
             running = self._running.get(key)  # another may have come first meanwhile
         if running is None:
-            work = begin(self._once(key, digest, session, name, arguments, by))
-            running = self._running[key] = _Running(digest, work)
-            work.add_done_callback(lambda _: self._settle(key, running))
+            running = _Running(digest, partial(self._once, key, digest, session, name, arguments, by))
+            self._running[key] = running
+            running.work.add_done_callback(lambda _: self._running.pop(key))
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
-        return await self._await(running)
+        return await running.result(self._settings.call_linger)
 
     async def _once(
         self,
@@ -285,24 +333,6 @@ class Toolbox:
             log.error("the result of a call of %s will not outlive this process: %s", tenant, failed.message)
         return result
 
-    async def _await(self, running: _Running) -> ToolResult:
-        if running.lingering is not None:
-            running.lingering.cancel()
-            running.lingering = None
-        running.waiting += 1
-        try:
-            return await asyncio.shield(running.work)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if running.work.cancelled() and task is not None and not task.cancelling():
-                raise Cancelled("the call was given up by who asked for it") from None
-            raise
-        finally:
-            running.waiting -= 1
-            if not running.waiting and not running.work.done():
-                loop, seconds = asyncio.get_running_loop(), self._settings.call_linger
-                running.lingering = loop.call_later(seconds, running.work.cancel)
-
     async def give_up(self, tenant: str, call_id: str) -> None:
         """End a call that runs under this id, for everybody; return when nothing of it is left."""
         running = self._running.get((tenant, "call", call_id))
@@ -314,13 +344,6 @@ class Toolbox:
         """Cancel whatever is asked for under this id, also where it comes only later."""
         await self.give_up(tenant, call_id)
         await self._receipts.fence((tenant, "call", call_id))
-
-    def _settle(self, key: Key, running: _Running) -> None:
-        if running.lingering is not None:
-            running.lingering.cancel()
-        if not running.work.cancelled():
-            running.work.exception()  # seen, also where nobody waits for it any more
-        del self._running[key]
 
     async def _call(
         self,
