@@ -61,11 +61,16 @@ class PatternError(Exception):
 
 
 class Translated(NamedTuple):
-    """What RE2 takes for a pattern, whether that names a line end, and whether it may meet one otherwise."""
+    """What RE2 takes for a pattern, whether that names a line end, and whether it may meet one otherwise.
+
+    `literals` are such that one of them is in all that matches, should case count; one is empty where nothing
+    is known.
+    """
 
     text: str
     names_line_end: bool
     meets_line_end: bool
+    literals: tuple[str, ...]
 
 
 def translate(pattern: str, *, multiline: bool) -> Translated:
@@ -75,7 +80,8 @@ def translate(pattern: str, *, multiline: bool) -> Translated:
     """
     scan = _Scan(f"(?:{pattern})", multiline)
     scan.run()
-    return Translated("".join(scan.out), scan.line_end, scan.line_end or scan.meets)
+    literals = tuple(scan.literals)
+    return Translated("".join(scan.out), scan.line_end, scan.line_end or scan.meets, literals)
 
 
 class _Scan:
@@ -92,6 +98,9 @@ class _Scan:
         self.line_end = "\n" in text
         self.meets = False
         self._shut = False  # whether the class that is open leaves line ends out
+        self._run = ""  # what stands last, outside of groups, and means itself
+        self._cased = False  # whether a flag speaks of case
+        self.literals = [""]  # the longest of these in each alternative
 
     def _wrong(self, start: int, end: int, words: str) -> PatternError:
         return PatternError(self._text, start, end, words)
@@ -107,6 +116,7 @@ class _Scan:
             if char in "*+?{":
                 if self._atom is None:
                     raise self._wrong(at, at + 1, "repetition operator missing expression")
+                self._end_run(self._run if char == "+" else self._run[:-1])
                 self._repeated(self._atom)
                 continue
             match char:
@@ -124,11 +134,29 @@ class _Scan:
                 case _:
                     self.meets |= char in ".^$"
                     self._take(at + 1)
+            self._note(char, text[at : self._at])
             self._atom = None if char in "(|" else begins
             self._repeats = False
         if self._groups:
             at, _ = self._groups[-1]
             raise self._wrong(at, at + 1, "unclosed group")
+        if self._cased:
+            self.literals = [""]
+
+    def _note(self, char: str, taken: str) -> None:
+        """Note of what was just taken, which begins with `char`, whether it means itself."""
+        if len(self._groups) == 1 and char not in "([.^$|)\\":
+            self._run += char
+        elif len(self._groups) == 1 and char == "\\" and len(taken) == 2 and not taken[1].isalnum():
+            self._run += taken[1]
+        else:
+            self._end_run(self._run)
+            if char == "|" and len(self._groups) == 1:
+                self.literals.append("")
+
+    def _end_run(self, run: str) -> None:
+        self.literals[-1] = max(self.literals[-1], run, key=len)
+        self._run = ""
 
     def _escape(self, brackets: str = "") -> None:
         """Take an escape; `brackets` are what opened the class that it stands in."""
@@ -205,6 +233,7 @@ class _Scan:
         flags = on + (minus + off if off else "")
         if text.startswith(")", end):  # flags for what follows, and no group
             self._groups.pop()
+            self._cased |= "i" in flags
             self._take(end + 1, f"(?{flags})" if flags else "")
         else:
             self._take(end + 1, f"(?{flags}:")

@@ -1,14 +1,13 @@
 """Knows how workers look through a large tree themselves: which files hold a pattern, each for its share.
 
-RE2 finds what begins with a literal as fast as memory is read, and a file then costs three system calls: less
-than in ripgrep, which `sifting` starts for all other patterns. As there, only names come back; what an answer
-says of the files stays Grep's.
+Most patterns have a literal in all that they match. A file without it costs three system calls and a look:
+less than in ripgrep, which `sifting` starts for all other patterns. As there, only names come back; what an
+answer says of the files stays Grep's.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
 from collections.abc import Collection, Hashable, Sequence
@@ -21,6 +20,7 @@ from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call
 from gateway.tools.patterns import Sought
+from gateway.tools.regexes import PatternError, translate
 from gateway.tools.schemas import checked
 from gateway.tools.searching import FILE_MAX, Search, compiled, filters, start_of
 
@@ -29,9 +29,7 @@ _PARTED = 3  # folders above what is one worker's: what npm, pnpm and monorepos 
 _ROOM = 256 << 10  # bytes of a file that are read at once
 _LOOK = 256  # files between two looks at the clock
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# What a pattern begins with where it begins with a literal; a letter after a backslash is none.
-_LITERAL: Final = re.compile(r"(?:[\w \-'\"=:;,<>/@#%&!~`]|\\[\\.()\[\]{}+*?^$|/\"'-])*")
-_LITERAL_MIN = 3  # characters
+_NEEDLE_MIN = 3  # characters; what is shorter is in too many files
 _FIRST_ODD = 0xEF  # the lowest byte that a mark of another encoding begins with
 
 
@@ -64,16 +62,15 @@ class Share:
         return crc32(os.fsencode("/".join(parts[:_PARTED]))) % self._count == self._number
 
 
-def quick(given: dict[str, Any]) -> bool:
-    """Say whether RE2 is quick with a Grep's pattern. It is only about time."""
-    pattern: str = given["pattern"]
-    # an `s` and a `k` have a third case beyond ASCII, with which RE2 does not begin as quickly
-    if "|" in pattern or (given.get("-i") and pattern.lower().startswith(("s", "k"))):
-        return False
-    literal = _LITERAL.match(pattern)
-    assert literal is not None
-    length = len(literal.group().replace("\\", ""))
-    return length - pattern[literal.end() : literal.end() + 1].startswith(("*", "?", "{")) >= _LITERAL_MIN
+def needles(given: dict[str, Any]) -> tuple[bytes, ...]:
+    """Return literals of which one is in all that a Grep matches; none where some are short or unknown.
+
+    Raises `PatternError`.
+    """
+    if given.get("-i"):
+        return ()
+    literals = translate(given["pattern"], multiline=bool(given.get("multiline"))).literals
+    return tuple(one.encode() for one in literals) if min(map(len, literals)) >= _NEEDLE_MIN else ()
 
 
 def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -85,29 +82,30 @@ def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     """
     try:
         given = checked("Grep", arguments["input"])
-        found = _found(workspace, given, arguments) if quick(given) else None
+        sought = needles(given)
+        found = _found(workspace, given, arguments, sought) if sought else None
     except Timeout:
         raise
-    except (GatewayError, ToolFailure):
+    except (GatewayError, ToolFailure, PatternError):
         return _NOT_HERE
     return _NOT_HERE if found is None else SCANNED + b"".join(os.fsencode(name) + b"\0" for name in found)
 
 
-def _found(workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any]) -> list[str] | None:
+def _found(
+    workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any], sought: tuple[bytes, ...]
+) -> list[str] | None:
     number, count = arguments["share"]
     given = {**given, "output_mode": "files_with_matches"}
     call = Call("Grep", workspace, given, arguments["cwd"], None, False)
     start = start_of(call, given.get("path") or ".")
-    search = Search(
-        call, start, *compiled(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
-    )
-    sought = Sought(call.tree, start, *filters(given, start))
+    search = Search(call, start, *compiled(given["pattern"], False, bool(given.get("multiline"))))
+    chooser = Sought(call.tree, start, *filters(given, start))
     base = start + "/" if start else ""
     walk = Walk(
         call.tree,
         start,
-        Share(sought, base, number, count),
-        state=sought.above(),
+        Share(chooser, base, number, count),
+        state=chooser.above(),
         maximum=call.limits.visit_max,
         deadline=call.deadline,
         ordered=False,
@@ -115,7 +113,8 @@ def _found(workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any
     found: list[str] = []
     for path, folder, names in walk.folders():
         prefix = path + "/" if path else ""
-        found += [prefix + name for name in _holding(search, base + prefix, folder, names, call.deadline)]
+        held = _holding(search, sought, base + prefix, folder, names, call.deadline)
+        found += [prefix + name for name in held]
     if walk.truncated or walk.deep:
         return None  # it would leave out what ripgrep does not
     return found
@@ -125,10 +124,17 @@ _buffer = bytearray(_ROOM)
 _view = memoryview(_buffer)
 
 
-def _holding(search: Search, prefix: str, folder: int, names: Collection[str], deadline: float) -> list[str]:
+def _holding(
+    search: Search,
+    sought: tuple[bytes, ...],
+    prefix: str,
+    folder: int,
+    names: Collection[str],
+    deadline: float,
+) -> list[str]:
     """Return which of the names in a folder are those of files that match."""
     found = []
-    room, find, views = _buffer, search.find, [_view]
+    room, views, needle, more = _buffer, [_view], sought[0], sought[1:]
     for i, name in enumerate(names):
         if not i % _LOOK and time.monotonic() > deadline:
             raise Timeout("the search took too long", reason="timeout")
@@ -143,7 +149,9 @@ def _holding(search: Search, prefix: str, folder: int, names: Collection[str], d
         finally:
             os.close(descriptor)
         if length < _ROOM and room[0] < _FIRST_ODD:
-            if find(_view[:length], 0)[0] < 0:
+            if room.find(needle, 0, length) < 0 and all(room.find(one, 0, length) < 0 for one in more):
+                continue
+            if search.find(_view[:length], 0)[0] < 0:
                 continue
             if room.find(b"\0", 0, length) < 0:
                 found.append(name)

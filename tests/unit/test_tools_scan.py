@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from gateway.errors import Timeout
 from gateway.rootfs.operations import SCAN, SCANNED, Limits, Workspace
 from gateway.rootfs.tree import Tree
-from gateway.tools.answer import decode
+from gateway.tools.answer import ToolFailure, decode
 from gateway.tools.operations import OPERATIONS
-from gateway.tools.scanning import quick
+from gateway.tools.regexes import PatternError, translate
+from gateway.tools.scanning import needles
+from gateway.tools.searching import compiled
 
 LIMITS = Limits()
 FORM = b"one form\n"
@@ -90,7 +93,8 @@ def scan(
         {"pattern": "form", "glob": "*.{ts,bin}"},
         {"pattern": "form", "glob": "!src/**"},
         {"pattern": "form", "type": "ts"},
-        {"pattern": "FORM", "-i": True},
+        {"pattern": "^one (form|none)$"},
+        {"pattern": "\\bform\\b|nothing"},
         {"pattern": "form$\\n", "multiline": True},
         {"pattern": "form$", "output_mode": "content", "head_limit": 1},
     ],
@@ -116,22 +120,110 @@ def test_finds_what_a_walk_finds(site: Path, given: dict[str, Any], count: int) 
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ({"pattern": "function foo"}, True),
-        ({"pattern": "useState<"}, True),
-        ({"pattern": "a\\.b"}, True),
-        ({"pattern": "form*"}, True),
-        ({"pattern": "for*"}, False),
-        ({"pattern": "fo"}, False),
-        ({"pattern": "(form)"}, False),
-        ({"pattern": "\\bform"}, False),
-        ({"pattern": "^form"}, False),
-        ({"pattern": "form|from"}, False),
-        ({"pattern": "form", "-i": True}, True),
-        ({"pattern": "Some", "-i": True}, False),
+        ({"pattern": "function foo"}, [b"function foo"]),
+        ({"pattern": "form|from"}, [b"form", b"from"]),
+        ({"pattern": "a|from"}, []),
+        ({"pattern": "\\w+"}, []),
+        ({"pattern": "form", "-i": True}, []),
+        ({"pattern": "Größe"}, ["Größe".encode()]),
     ],
 )
-def test_is_for_what_begins_with_a_literal(given: dict[str, Any], wanted: bool) -> None:
-    assert quick(given) is wanted
+def test_is_for_what_has_a_literal(given: dict[str, Any], wanted: list[bytes]) -> None:
+    assert list(needles(given)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("pattern", "literals"),
+    [
+        ("a.b", ["a"]),
+        ("a\\.b", ["a.b"]),
+        ("fo*bar", ["bar"]),
+        ("fo+b", ["fo"]),
+        ("fo?", ["f"]),
+        ("foo{2}", ["fo"]),
+        ("fo{0}ba", ["ba"]),
+        ("f(oo)bar", ["bar"]),
+        ("(?:foo|bar)", [""]),
+        ("(foo|bar)x|yy", ["x", "yy"]),
+        ("^foo$", ["foo"]),
+        ("\\bfoo\\B", ["foo"]),
+        ("foo[xyz]ba", ["foo"]),
+        ("[]|]foo", ["foo"]),
+        ("[\\]|]foo", ["foo"]),
+        ("\\x{66}oo", ["oo"]),
+        ("\\p{L}foo", ["foo"]),
+        ("\\pLfoo", ["foo"]),
+        ("(?i)foo", [""]),
+        ("foo(?i)bar", [""]),
+        ("(?i:foo)bar", ["bar"]),
+        ("(?s)foo", ["foo"]),
+        ("foo|", ["foo", ""]),
+        ("", [""]),
+    ],
+)
+def test_literals(pattern: str, literals: list[str]) -> None:
+    assert list(translate(pattern, multiline=False).literals) == literals
+
+
+def test_what_matches_has_a_literal() -> None:
+    """Whatever RE2 finds by a pattern made at random has one of the literals that are told of it."""
+    chance = random.Random(3)
+    atoms = [
+        "a",
+        "b",
+        "ab",
+        "\\.",
+        ".",
+        "\\w",
+        "\\b",
+        "^",
+        "$",
+        "[ab]",
+        "[^a]",
+        "[]a]",
+        "é",
+        "\\x61",
+        "\\pL",
+        "\\-",
+    ]
+    repeats = ["", "", "", "*", "+", "?", "{2}", "{0,1}", "{1,}", "*?", "+?"]
+
+    def made(depth: int) -> str:
+        parts = []
+        for _ in range(chance.randint(1, 4)):
+            kind = chance.random()
+            if kind < 0.2 and depth:
+                opens = chance.choice(["(", "(?:", "(?P<n>" if depth == 3 else "(", "(?i:"])
+                atom = opens + made(depth - 1) + ")"
+            elif kind < 0.25:
+                atom = chance.choice(["(?s)", "(?i)", "(?-i)"])
+            else:
+                atom = chance.choice(atoms)
+            bare = atom in ("^", "$", "\\b") or (
+                atom.startswith("(?") and ":" not in atom and "<" not in atom
+            )
+            parts.append(atom + ("" if bare else chance.choice(repeats)))
+        if chance.random() < 0.25:
+            parts.insert(chance.randint(0, len(parts)), "|")
+        return "".join(parts)
+
+    told = 0
+    for _ in range(20_000):
+        pattern = made(3)
+        try:
+            find, literals = (
+                compiled(pattern, False, True)[0].search,
+                translate(pattern, multiline=True).literals,
+            )
+        except (PatternError, ToolFailure):
+            continue
+        for _ in range(5):
+            text = "".join(chance.choice("ab.é-AB\n") for _ in range(chance.randint(0, 8))).encode()
+            match = find(text)
+            if match and all(literals):
+                told += 1
+                assert any(one.encode() in match.group() for one in literals), (pattern, text, literals)
+    assert told > 2000
 
 
 @pytest.mark.parametrize(
