@@ -14,6 +14,8 @@ from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Final
 from zlib import crc32
 
+import re2
+
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs.operations import SCANNED, Workspace
 from gateway.rootfs.walk import Walk
@@ -22,7 +24,7 @@ from gateway.tools.call import Call
 from gateway.tools.patterns import Sought
 from gateway.tools.regexes import PatternError, translate
 from gateway.tools.schemas import checked
-from gateway.tools.searching import FILE_MAX, Search, compiled, filters, start_of
+from gateway.tools.searching import FILE_MAX, Find, Search, compiled, filters, finder, start_of
 
 _NOT_HERE: Final = b"-"
 _PARTED = 3  # folders above what is one worker's: what npm, pnpm and monorepos lie in is parted still
@@ -30,6 +32,7 @@ _ROOM = 256 << 10  # bytes of a file that are read at once
 _LOOK = 256  # files between two looks at the clock
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEEDLE_MIN = 3  # characters; what is shorter is in too many files
+_COMMON = " etrnosaicpdlumfhg.,(=;\"'"  # what source code has most of; what is not here is rarer
 _FIRST_ODD = 0xEF  # the lowest byte that a mark of another encoding begins with
 
 
@@ -62,7 +65,7 @@ class Share:
         return crc32(os.fsencode("/".join(parts[:_PARTED]))) % self._count == self._number
 
 
-def needles(given: dict[str, Any]) -> tuple[bytes, ...]:
+def needles(given: dict[str, Any]) -> tuple[str, ...]:
     """Return literals of which one is in all that a Grep matches; none where some are short or unknown.
 
     Raises `PatternError`.
@@ -70,7 +73,7 @@ def needles(given: dict[str, Any]) -> tuple[bytes, ...]:
     if given.get("-i"):
         return ()
     literals = translate(given["pattern"], multiline=bool(given.get("multiline"))).literals
-    return tuple(one.encode() for one in literals) if min(map(len, literals)) >= _NEEDLE_MIN else ()
+    return literals if min(map(len, literals)) >= _NEEDLE_MIN else ()
 
 
 def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -92,7 +95,7 @@ def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _found(
-    workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any], sought: tuple[bytes, ...]
+    workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any], sought: tuple[str, ...]
 ) -> list[str] | None:
     number, count = arguments["share"]
     given = {**given, "output_mode": "files_with_matches"}
@@ -110,10 +113,11 @@ def _found(
         deadline=call.deadline,
         ordered=False,
     )
+    literals = [_literal(needle) for needle in sought]
     found: list[str] = []
     for path, folder, names in walk.folders():
         prefix = path + "/" if path else ""
-        held = _holding(search, sought, base + prefix, folder, names, call.deadline)
+        held = _holding(search, literals, base + prefix, folder, names, call.deadline)
         found += [prefix + name for name in held]
     if walk.truncated or walk.deep:
         return None  # it would leave out what ripgrep does not
@@ -124,9 +128,21 @@ _buffer = bytearray(_ROOM)
 _view = memoryview(_buffer)
 
 
+def _literal(needle: str) -> Find:
+    """Return what finds a literal, or as much of it as begins with what is rare.
+
+    RE2 goes from one place that has the first byte to the next: up to 20 GB/s, or 1 where these are many.
+    """
+    last = len(needle) - _NEEDLE_MIN
+    rarest = max(range(last + 1), key=lambda at: _COMMON.find(needle[at]) % (len(_COMMON) + 1))
+    options = re2.Options()
+    options.literal = True
+    return finder(re2.compile(needle[rarest:], options))
+
+
 def _holding(
     search: Search,
-    sought: tuple[bytes, ...],
+    literals: list[Find],
     prefix: str,
     folder: int,
     names: Collection[str],
@@ -134,7 +150,7 @@ def _holding(
 ) -> list[str]:
     """Return which of the names in a folder are those of files that match."""
     found = []
-    room, views, needle, more = _buffer, [_view], sought[0], sought[1:]
+    room, views, first, others = _buffer, [_view], literals[0], literals[1:]
     for i, name in enumerate(names):
         if not i % _LOOK and time.monotonic() > deadline:
             raise Timeout("the search took too long", reason="timeout")
@@ -149,9 +165,10 @@ def _holding(
         finally:
             os.close(descriptor)
         if length < _ROOM and room[0] < _FIRST_ODD:
-            if room.find(needle, 0, length) < 0 and all(room.find(one, 0, length) < 0 for one in more):
+            data = _view[:length]
+            if first(data, 0)[0] < 0 and all(find(data, 0)[0] < 0 for find in others):
                 continue
-            if search.find(_view[:length], 0)[0] < 0:
+            if search.find(data, 0)[0] < 0:
                 continue
             if room.find(b"\0", 0, length) < 0:
                 found.append(name)

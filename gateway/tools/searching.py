@@ -46,6 +46,7 @@ _REGEX_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 
 _REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
 _BLOCK = 1 << 16  # bytes that ripgrep reads at once
 _LOOKS = 64  # matches in one file between two looks at the clock
+Find = Callable[[bytes | memoryview, int], tuple[int, int]]
 _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 
@@ -354,7 +355,7 @@ def compiled(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, boo
     return regex, multiline and translated.meets_line_end
 
 
-def _finder(regex: Any) -> Callable[[bytes | memoryview, int], tuple[int, int]]:
+def finder(regex: Any) -> Find:
     """Return what finds the next match from a position on: its start and end, -1 where there is none.
 
     The wrapper's `search` makes a generator and an object for each match, which takes longer than the search
@@ -413,7 +414,7 @@ class Search:
         given = call.given
         self._spanning = spanning
         self._call = call
-        self.find = _finder(regex)
+        self.find = finder(regex)
         self._start = start
         self._mode: str = given.get("output_mode", "files_with_matches")
         self._numbers: bool = given.get("-n", True)
