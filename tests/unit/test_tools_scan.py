@@ -244,6 +244,17 @@ def test_leaves_to_others(site: Path, given: dict[str, Any], limits: Limits) -> 
     assert scan(site, given, 0, 1, limits) is None
 
 
+@pytest.mark.parametrize("operation", [SCAN, "Grep"])
+def test_takes_nothing_out_of_a_pipe(site: Path, operation: str) -> None:
+    """What a process wrote for another is not read on the way, whatever else is."""
+    pipe = os.open(site / "fifo.ts", os.O_RDWR | os.O_NONBLOCK)
+    os.write(pipe, FORM)
+    asked = {"input": {"pattern": "form"}, "cwd": "/srv/site", "share": [0, 1]}
+    ask(site, operation, {**asked, "seen": None, "read_first": False, "brief": False, "sifted": None}, LIMITS)
+    assert os.read(pipe, 100) == FORM
+    os.close(pipe)
+
+
 def test_ends_in_time(site: Path) -> None:
     with pytest.raises(Timeout):
         scan(site, {"pattern": "form"}, 0, 1, Limits(tool_timeout=0))
