@@ -15,6 +15,7 @@ from gateway.rootfs.tree import DEPTH_MAX, Tree
 
 SCAN: Final = "scan"  # the operation that names what holds a pattern, for a share of the folders
 SCANNED: Final = b"+"  # what its reply begins with, unless that is to be found out in another way
+SIFTED_MAX: Final = 8 << 20  # bytes of names that a search of a large tree goes on with
 SIFT: Final = "sift"  # the loop of a worker that becomes the program
 
 

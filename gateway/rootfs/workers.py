@@ -28,7 +28,7 @@ from gateway import errors
 from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
-from gateway.rootfs.operations import SCAN, SCANNED, SIFT, Limits
+from gateway.rootfs.operations import SCAN, SCANNED, SIFT, SIFTED_MAX, Limits
 from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
 _BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
-_SIFTED_MAX = 8 << 20  # bytes of names
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _CHANGES = -1  # the lane of what takes long and changes something
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
@@ -398,8 +397,9 @@ class Workers:
             for scan in scans:
                 scan.cancel()
             await asyncio.gather(*scans, return_exceptions=True)  # none asks the broker for anything later
-        here = all(one.startswith(SCANNED) for one in found)
-        return b"".join(one.removeprefix(SCANNED) for one in found) if here else None
+        names = b"".join(one.removeprefix(SCANNED) for one in found)
+        whole = all(one.startswith(SCANNED) for one in found) and len(names) <= SIFTED_MAX
+        return names if whole else None
 
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         """Have the program name the files worth a search, each with a NUL after it; None where it cannot.
@@ -425,9 +425,9 @@ class Workers:
             await reader.readexactly(length - 1)
             if status == READY:
                 writer.write(LENGTH.pack(len(request)) + request)
-                while len(names) <= _SIFTED_MAX and (chunk := await reader.read(1 << 16)):
+                while len(names) <= SIFTED_MAX and (chunk := await reader.read(1 << 16)):
                     names += chunk
-                whole = len(names) <= _SIFTED_MAX
+                whole = len(names) <= SIFTED_MAX
         except (OSError, EOFError):
             whole = False
         finally:

@@ -17,7 +17,7 @@ from zlib import crc32
 import re2
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.operations import SCANNED, Workspace
+from gateway.rootfs.operations import SCANNED, SIFTED_MAX, Workspace
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call
@@ -27,7 +27,9 @@ from gateway.tools.schemas import checked
 from gateway.tools.searching import FILE_MAX, Find, Search, compiled, filters, finder, start_of
 
 _NOT_HERE: Final = b"-"
-_PARTED = 3  # folders above what is one worker's: what npm, pnpm and monorepos lie in is parted still
+# How many folders down a whole one is one worker's, at least so many from the workspace and from the start: then
+# what npm and pnpm make is parted, and what all workers walk through is little.
+_PARTED, _PARTED_BELOW = 3, 2
 _ROOM = 256 << 10  # bytes of a file that are read at once
 _LOOK = 256  # files between two looks at the clock
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -44,6 +46,7 @@ class Share:
         self._base = base
         self._number = number
         self._count = count
+        self._parted = max(_PARTED, base.count("/") + _PARTED_BELOW)
 
     def question(self, path: str, state: Any) -> Hashable:
         return self._number, self._count, self._chooser.question(path, state)
@@ -59,10 +62,10 @@ class Share:
 
     def _mine(self, path: str, *, above: bool = False) -> bool:
         """Say whether a folder is of this share, or, if `above`, what lies below it may be."""
-        parts = (self._base + path).split("/", _PARTED)
-        if above and len(parts) < _PARTED:
+        parts = (self._base + path).split("/", self._parted)
+        if above and len(parts) < self._parted:
             return True
-        return crc32(os.fsencode("/".join(parts[:_PARTED]))) % self._count == self._number
+        return crc32(os.fsencode("/".join(parts[: self._parted]))) % self._count == self._number
 
 
 def needles(given: dict[str, Any]) -> tuple[str, ...]:
@@ -91,12 +94,12 @@ def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         raise
     except (GatewayError, ToolFailure, PatternError):
         return _NOT_HERE
-    return _NOT_HERE if found is None else SCANNED + b"".join(os.fsencode(name) + b"\0" for name in found)
+    return _NOT_HERE if found is None else SCANNED + found
 
 
 def _found(
     workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any], sought: tuple[str, ...]
-) -> list[str] | None:
+) -> bytearray | None:
     number, count = arguments["share"]
     given = {**given, "output_mode": "files_with_matches"}
     call = Call("Grep", workspace, given, arguments["cwd"], None, False)
@@ -114,14 +117,15 @@ def _found(
         ordered=False,
     )
     literals = [_literal(needle) for needle in sought]
-    found: list[str] = []
+    found = bytearray()
     for path, folder, names in walk.folders():
         prefix = path + "/" if path else ""
-        held = _holding(search, literals, base + prefix, folder, names, call.deadline)
-        found += [prefix + name for name in held]
-    if walk.truncated or walk.deep:
-        return None  # it would leave out what ripgrep does not
-    return found
+        for name in _holding(search, literals, base + prefix, folder, names, call.deadline):
+            found += os.fsencode(prefix + name) + b"\0"
+        if len(found) > SIFTED_MAX:
+            return None
+    # what it would leave out ripgrep does not
+    return None if walk.truncated or walk.deep else found
 
 
 _buffer = bytearray(_ROOM)
