@@ -27,8 +27,8 @@ from gateway.tools.schemas import checked
 from gateway.tools.searching import FILE_MAX, Find, Search, compiled, filters, finder, start_of
 
 _NOT_HERE: Final = b"-"
-# How many folders down a whole one is one worker's, at least so many from the workspace and from the start: then
-# what npm and pnpm make is parted, and what all workers walk through is little.
+# How many folders down a whole one is one worker's, from the workspace and from the start at least: what npm
+# and pnpm make is parted then, and what all workers walk through is little.
 _PARTED, _PARTED_BELOW = 3, 2
 _ROOM = 256 << 10  # bytes of a file that are read at once
 _LOOK = 256  # files between two looks at the clock

@@ -263,7 +263,7 @@ def test_takes_nothing_out_of_a_pipe(site: Path, operation: str) -> None:
 def test_names_are_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.tools.scanning.SIFTED_MAX", 100)
     assert scan(site, {"pattern": "form"}, 0, 1) is None
-    assert scan(site, {"pattern": "nowhere"}, 0, 1) == []
+    assert scan(site, {"pattern": "nowhere"}, 0, 1) == [b"large.ts"]
 
 
 def test_ends_in_time(site: Path) -> None:
