@@ -37,7 +37,7 @@ def site(tmp_path: Path) -> Path:
         "none.ts": b"from\n",
         "empty.ts": b"",
         "at-end.ts": b"x\n" * 200_000 + FORM,
-        "large.ts": b"." * (17 << 20),
+        "large.ts": b".",
         "wide.ts": FORM.decode().encode("utf-16"),
         "marked.ts": b"\xef\xbb\xbf" + FORM,
         "before.bin": FORM + b"." * 70_000 + b"\0",
@@ -61,6 +61,7 @@ def site(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text)
     (tmp_path / os.fsdecode(b"bad-\xff.ts")).write_bytes(FORM)
+    os.truncate(tmp_path / "large.ts", 17 << 20)
     (tmp_path / "link.ts").symlink_to("a.ts")
     (tmp_path / "folder.ts").symlink_to("src")
     os.mkfifo(tmp_path / "fifo.ts")
