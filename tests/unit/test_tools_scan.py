@@ -214,7 +214,7 @@ def test_what_matches_has_a_literal() -> None:
         return "".join(parts)
 
     told = 0
-    for _ in range(20_000):
+    for _ in range(8000):
         pattern = made(3)
         try:
             find, literals = (
@@ -229,7 +229,7 @@ def test_what_matches_has_a_literal() -> None:
             if match and all(literals):
                 told += 1
                 assert any(one.encode() in match.group() for one in literals), (pattern, text, literals)
-    assert told > 2000
+    assert told > 800
 
 
 @pytest.mark.parametrize(
