@@ -83,14 +83,21 @@ class BrokerClient:
         go to the log alone then.
         """
         async with self._lock:
-            # Shielded: a caller that is cancelled must not leave its answer to the next one.
+            # A task of its own that is waited for however often the caller is cancelled: its answer, with the
+            # descriptor of a tenant's worker, must not be left to the next one.
             exchange = asyncio.ensure_future(self._exchange(message))
-            try:
-                answer, descriptors = await asyncio.shield(exchange)
-            except asyncio.CancelledError:
-                for descriptor in (await exchange)[1]:
-                    os.close(descriptor)
-                raise
+            cancelled: asyncio.CancelledError | None = None
+            while not exchange.done():
+                try:
+                    await asyncio.wait([exchange])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if cancelled is not None:
+                if not exchange.cancelled() and exchange.exception() is None:
+                    for descriptor in exchange.result()[1]:
+                        os.close(descriptor)
+                raise cancelled
+            answer, descriptors = exchange.result()
         if "refused" in answer:
             raise _KINDS.get(answer["refused"], Unavailable)(answer["message"], **answer["facts"])
         if "error" in answer:
@@ -118,6 +125,9 @@ class BrokerClient:
         except (OSError, TimeoutError) as error:
             await self.aclose()
             raise Unavailable("the file service did not answer; try again") from error
+        except asyncio.CancelledError:  # by the end of the loop alone
+            self._hang_up()
+            raise
         if not data:
             await self.aclose()
             raise Unavailable("the file service ended; try again")
@@ -170,8 +180,7 @@ class BrokerClient:
                 loop.remove_reader(connection)
                 self._readable = None
 
-    async def aclose(self) -> None:
-        """End the broker and with it all workers. Idempotent."""
+    def _hang_up(self) -> None:
         if self._socket is not None:
             if self._readable is not None:
                 # before its number is another's: the loop would serve that one by what it knows of this
@@ -180,6 +189,10 @@ class BrokerClient:
                 self._readable = None
             self._socket.close()
             self._socket = None
+
+    async def aclose(self) -> None:
+        """End the broker and with it all workers. Idempotent."""
+        self._hang_up()
         process, self._process = self._process, None
         if process is not None:
             try:

@@ -197,6 +197,39 @@ async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: Fil
         assert await echo(workers, root, "new") == "new"
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+async def test_cancelled_start_leaves_no_worker_behind(workers: Workers, tmp_path: Path, times: int) -> None:
+    """A worker whose caller gave up, however often it was cancelled, is not the next tenant's."""
+    one, two = make_root(tmp_path, "first"), make_root(tmp_path, "second")
+    (two.path / "srv/site/b.txt").touch()
+    call = asyncio.ensure_future(workers.call(one, "names", {}))
+    async with asyncio.timeout(5):
+        while workers.broker._readable is None:
+            await asyncio.sleep(0)
+    for _ in range(times):
+        call.cancel()
+        await asyncio.sleep(0)
+    assert orjson.loads(await workers.call(two, "names", {})) == ["a.txt", "b.txt"]
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert orjson.loads(await workers.call(one, "names", {})) == ["a.txt"]
+
+
+async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path: Path) -> None:
+    """A search that is given up while its workers start leaves none of them to another tenant."""
+    one, two = make_root(tmp_path, "first"), make_root(tmp_path, "second")
+    (two.path / "srv/site/b.txt").touch()
+    for turns in range(0, 60, 6):
+        scan = asyncio.ensure_future(workers.scan(one, {}, 3))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        scan.cancel()
+        with suppress(asyncio.CancelledError):
+            await scan
+        assert orjson.loads(await workers.call(two, "names", {})) == ["a.txt", "b.txt"]
+        await workers.forget(two.tenant)
+
+
 async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot) -> None:
     """A search that nobody waits for does not go on."""
     pid = await pid_of(workers, root, search=True)
