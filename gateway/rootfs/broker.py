@@ -101,11 +101,14 @@ class Spawn:
         workspace = str(message["workspace"])
         if workspace != os.path.normpath(workspace) or not workspace.startswith("/") or "\0" in workspace:
             raise ValueError("a workspace is an absolute path")
+        memory = message["memory"]
+        if not isinstance(memory, int):  # one of a fraction may be too large to be passed on
+            raise ValueError("memory is a whole number")
         return cls(
             str(message["tenant"]),
             workspace,
             Limits(**message["limits"]),
-            int(message["memory"]),
+            memory,
             str(message["loop"]),
             bool(message["search"]),
             bool(message["looks"]),
@@ -195,11 +198,14 @@ class Broker:
                 if lacking:
                     self._fork_ahead()
                 continue
-            message = self._connection.recv(MESSAGE_MAX)
-            if not message:
+            try:
+                message = self._connection.recv(MESSAGE_MAX)
+                if not message:
+                    break
+                self._reap()
+                self._serve(message)
+            except ConnectionError:  # the gateway ended without taking an answer
                 break
-            self._reap()
-            self._serve(message)
         for number in list(self._children):
             self._kill(number)
         for spare in self._spares.values():
@@ -292,17 +298,19 @@ class Broker:
                 )
             ours, theirs = socket.socketpair()
             with theirs:
-                spare = self._tell(spawn, plan, theirs, folder)
+                spare = self._tell(spawn, plan, ours, theirs, folder)
         finally:
             os.close(folder)
         inode = (status.st_dev, status.st_ino)
         self._children[spare.number] = _Child(spare.pid, disk, inode, spare.group, program is not None)
         return spare.number, ours.detach()
 
-    def _tell(self, spawn: Spawn, plan: Plan | None, connection: socket.socket, folder: int) -> _Spare:
-        """Have a forked process be the worker at the other end of `connection`, and return it."""
+    def _tell(
+        self, spawn: Spawn, plan: Plan | None, ours: socket.socket, theirs: socket.socket, folder: int
+    ) -> _Spare:
+        """Have a forked process be the worker at `theirs`, and return it. `ours` is for the gateway."""
         tasks = 1 if plan is None or plan.program is None else _PROGRAM_TASKS
-        passed = [connection.fileno(), folder]
+        passed = [theirs.fileno(), folder]
         told = None
         if plan is not None:
             told = {name: getattr(plan, name) for name in Plan.__slots__}
@@ -310,7 +318,7 @@ class Broker:
                 passed.append(plan.namespace)
         while True:
             ahead = self._spares.get(spawn.search)
-            spare = ahead or self._fork(search=spawn.search)
+            spare = ahead or self._fork(search=spawn.search, others=ours)
             self._spares[spawn.search] = None
             message = {"spawn": spawn.wire(), "plan": told, "bounded": spare.group.bound(spawn.memory, tasks)}
             try:
@@ -329,7 +337,8 @@ class Broker:
                 with contextlib.suppress(OSError):  # of a machine that is full; whose turn it is will be told
                     self._spares[search] = self._fork(search=search)
 
-    def _fork(self, *, search: bool) -> _Spare:
+    def _fork(self, *, search: bool, others: socket.socket | None = None) -> _Spare:
+        """Fork a process that waits to be told what worker it is. It does not keep the socket of `others`."""
         self._number += 1
         group = self._groups.new(self._number, search=search)
         ours, theirs = socket.socketpair(
@@ -344,6 +353,8 @@ class Broker:
                 raise
             if pid == 0:
                 ours.close()
+                if others is not None:
+                    others.close()
                 for spare in self._spares.values():
                     if spare is not None:
                         spare.control.close()

@@ -381,6 +381,27 @@ async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
     assert await echo(workers, root) == "hi"
 
 
+async def test_broker_ends_in_the_middle(workers: Workers, root: LaidRoot, tmp_path: Path) -> None:
+    """A broker whose gateway went without its answer takes everything along: processes and control groups."""
+    pid = await pid_of(workers, root)
+    process, connection = workers.broker._process, workers.broker._socket
+    assert process is not None and connection is not None
+    waiting = await forked_ahead(workers, [pid])
+    os.kill(process.pid, signal.SIGSTOP)
+    connection.send(orjson.dumps({"do": "same", "worker": 1}))
+    mine = [
+        folder
+        for top in Path("/sys/fs/cgroup").glob("**/incus-gateway*")
+        for folder in top.glob(f"{process.pid}-*")
+    ]
+    assert bool(mine) == ("memory group" in (workers.layers(root.tenant) or ()))
+    workers.broker._hang_up()
+    os.kill(process.pid, signal.SIGCONT)
+    assert await process.wait() == 0
+    assert not alive(pid) and not alive(waiting)
+    assert not any(folder.exists() for folder in mine)
+
+
 async def test_everything_ends_with_the_gateway(root: LaidRoot) -> None:
     """Leaving the context ends broker and workers."""
     async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
@@ -508,6 +529,26 @@ async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: s
             await pid_of(workers, other)
     await gone(waiting)
     assert await pid_of(workers, other) != waiting
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
+    """Also one that nothing confines ends when the gateway lets go of it, and so with a gateway alone."""
+    told = Folders(str(root.path.parent), "", 0).told() if MAPPED else folders(root.path.parent)
+    async with Workers(Settings(), told, PROBES) as workers:
+        first = await pid_of(workers, root)
+        assert workers.layers(root.tenant) == ()
+        pid = first
+        other = make_root(root.path.parent, "other")
+        if ahead:
+            await forked_ahead(workers, [first])
+            pid = await pid_of(workers, other)
+        slot = workers._slots[other.tenant if ahead else root.tenant, 0]
+        assert slot.worker is not None
+        slot.worker.close()
+        async with asyncio.timeout(5):
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                await asyncio.sleep(0.005)
 
 
 @needs_root
