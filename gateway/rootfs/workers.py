@@ -208,6 +208,14 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class _Forgotten(Unavailable):
+    """The worker of this call was ended with all others of its tenant, and is not to be replaced for it."""
+
+
+def _forgotten() -> _Forgotten:
+    return _Forgotten("the file worker ended during the call; try again")
+
+
 class _Worker(asyncio.Protocol):
     """The gateway's end of one worker: at most one request is under way, the first is that it gets READY.
 
@@ -275,6 +283,12 @@ class _Worker(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.writelines((LENGTH.pack(len(request)), request))
 
+    def forget(self) -> None:
+        """Have the call that is under way, if there is one, end as one of a tenant that is forgotten."""
+        self._fail(_forgotten())
+        if not self._caller.cancelled():
+            self._caller.exception()
+
     def close(self) -> None:
         self.closed = True
         if self._transport is not None:
@@ -282,13 +296,18 @@ class _Worker(asyncio.Protocol):
 
 
 class _Slot:
-    """The place of one worker of a tenant. `lock` lets one call through at a time, in their order."""
+    """The place of one worker of a tenant. `lock` lets one call through at a time, in their order.
 
-    __slots__ = ("broke", "lock", "waiting", "worker")
+    `starting` is done once the broker has answered for a worker; one that was `forgotten` meanwhile is ended.
+    """
+
+    __slots__ = ("broke", "forgotten", "lock", "starting", "waiting", "worker")
 
     def __init__(self) -> None:
         self.broke = False
+        self.forgotten = False
         self.lock = asyncio.Lock()
+        self.starting: asyncio.Future[None] | None = None
         self.waiting = 0
         self.worker: _Worker | None = None
 
@@ -394,7 +413,7 @@ class Workers:
     async def scan(self, root: FilesystemRoot, arguments: dict[str, Any], shares: int) -> bytes | None:
         """Have workers name the files that match, each with a NUL after it; None where that is not for them.
 
-        Raises `Timeout`.
+        Raises `Timeout`, and `Unavailable` where the tenant's workers were ended by `forget`.
         """
         scans = [
             asyncio.ensure_future(
@@ -404,6 +423,8 @@ class Workers:
         ]
         try:
             found = await asyncio.gather(*scans)
+        except _Forgotten:
+            raise
         except (RateLimited, Unavailable):
             return None
         finally:
@@ -489,11 +510,21 @@ class Workers:
         slot.worker = None
         self._make_room()
         spawn = self.spawn(root, search=search, looks=looks)
-        answer, descriptors = await self.broker.request(spawn.wire())
-        connection = socket.socket(fileno=descriptors[0])
-        connection.setblocking(False)
-        worker = _Worker(answer["worker"], root)
-        slot.worker = worker
+        slot.forgotten = False
+        slot.starting = starting = asyncio.get_running_loop().create_future()
+        try:
+            answer, descriptors = await self.broker.request(spawn.wire())
+            connection = socket.socket(fileno=descriptors[0])
+            connection.setblocking(False)
+            worker = _Worker(answer["worker"], root)
+            if slot.forgotten:
+                connection.close()
+                self._end(slot, worker)
+                raise _forgotten()
+            slot.worker = worker
+        finally:
+            slot.starting = None
+            starting.set_result(None)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
             reply = await worker.reply(_SPAWN_TIMEOUT)
@@ -555,10 +586,17 @@ class Workers:
 
         Their mounts go with them, so the storage can be unmounted. Calls under way get `Unavailable`.
         """
+        starting = []
         for (whose, _), slot in self._slots.items():
             # The slot stays: who waits for it and who comes next must be one queue. `_sweep` drops it.
             if whose == tenant and slot.worker is not None:
+                slot.worker.forget()
                 self._end(slot, slot.worker)
+            elif whose == tenant and slot.starting is not None:
+                slot.forgotten = True
+                starting.append(slot.starting)
+        if starting:
+            await asyncio.wait(starting)
         if self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)
 

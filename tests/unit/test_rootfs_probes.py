@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import TooLarge
-from gateway.rootfs.operations import Workspace
+from gateway.rootfs.operations import SCAN, SCANNED, Workspace
 
 
 def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -138,6 +138,12 @@ def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     return orjson.dumps(succeeded)
 
 
+def _scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Take long for one share of a search that finds nothing."""
+    time.sleep(arguments.get("seconds", 0))
+    return SCANNED
+
+
 def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     """Return the open descriptors, found by asking for each, the tree's, and what 0 to 2 take of a byte."""
     found = []
@@ -169,6 +175,7 @@ OPERATIONS = {
     "names": _names,
     "pid": _pid,
     "refuse": _refuse,
+    SCAN: _scan,
     "segfault": _segfault,
     "slow_echo": _slow_echo,
 }

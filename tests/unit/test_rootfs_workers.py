@@ -492,6 +492,50 @@ async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRo
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("lane", LANES)
+async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, lane: dict[str, Any]) -> None:
+    """A worker that the broker is just starting is gone too when `forget` returns; its call is told so."""
+    call = asyncio.ensure_future(echo(workers, root, **lane))
+    async with asyncio.timeout(5):
+        while workers.broker._readable is None:
+            await asyncio.sleep(0)
+    await workers.forget(root.tenant)
+    process = workers.broker._process
+    assert process is not None and not workers_below(process.pid)
+    with pytest.raises(Unavailable):
+        await call
+    assert await echo(workers, root, **lane) == "hi"
+
+
+async def test_forget_during_a_scan(workers: Workers, root: FilesystemRoot) -> None:
+    """A search in shares is over then: nobody looks on in another way at what is going away."""
+    assert await workers.scan(root, {}, 2) == b""
+    scan = asyncio.ensure_future(workers.scan(root, {"seconds": 0.3}, 2))
+    await asyncio.sleep(0.05)
+    await workers.forget(root.tenant)
+    with pytest.raises(Unavailable):
+        await scan
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
+async def test_scan_with_a_broken_share(
+    workers: Workers, root: FilesystemRoot, ending: signal.Signals
+) -> None:
+    """One that ends leaves the search to another way, one that hangs is a `timeout`; none of it goes on."""
+    pids = [await pid_of(workers, root, search=True, share=share) for share in (0, 1)]
+    scan = asyncio.ensure_future(workers.scan(root, {"seconds": 0.3}, 2))
+    await asyncio.sleep(0.05)
+    os.kill(pids[1], ending)
+    if ending is signal.SIGKILL:
+        assert await scan is None
+        await gone(pids[0])
+    else:
+        with pytest.raises(Timeout):
+            await scan
+    await gone(pids[1])
+    assert await workers.scan(root, {}, 2) == b""
+
+
 async def forked_ahead(workers: Workers, busy: list[int]) -> int:
     """Return the process that waits to become a worker; the broker forks it once nobody asks for anything."""
     process = workers.broker._process
