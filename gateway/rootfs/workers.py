@@ -556,7 +556,9 @@ class Workers:
         return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
 
     def _make_room(self) -> None:
-        running = [slot for slot in self._slots.values() if slot.worker is not None]
+        running = [
+            slot for slot in self._slots.values() if slot.worker is not None or slot.starting is not None
+        ]
         if len(running) < self._maximum:
             return
         resting = [slot for slot in running if not slot.waiting]

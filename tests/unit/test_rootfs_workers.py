@@ -368,6 +368,18 @@ async def test_maximum(tmp_path: Path) -> None:
         assert await echo(workers, roots[0]) == "hi"
 
 
+async def test_maximum_of_a_burst(tmp_path: Path) -> None:
+    """Also of calls that come at once no more get a worker than may run, and a search in shares says so."""
+    roots = [make_root(tmp_path, f"t{i}") for i in range(4)]
+    async with Workers(Settings(max_workers=2, tool_timeout=1), folders(tmp_path), PROBES) as workers:
+        calls = [workers.call(root, "slow_echo", {"seconds": 0.2, "text": "hi"}) for root in roots]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[:2] == [b"hi"] * 2
+        assert all(isinstance(answer, RateLimited) for answer in answers[2:])
+        assert await workers.scan(roots[3], {}, 3) is None
+        assert await workers.scan(roots[3], {}, 2) == b""
+
+
 async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
     """A broker that was killed is started again; at most one call sees it."""
     pid = await pid_of(workers, root)
