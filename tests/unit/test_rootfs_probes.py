@@ -139,9 +139,9 @@ def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Take long for one share of a search that finds nothing."""
+    """Take long for one share of a search, in which each finds files of as many bytes of names."""
     time.sleep(arguments.get("seconds", 0))
-    return SCANNED
+    return SCANNED + b"x" * int(arguments.get("bytes", 0))
 
 
 def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ import pytest
 
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.rootfs.operations import SIFTED_MAX
 from gateway.rootfs.tenants import Folders
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
@@ -546,6 +547,13 @@ async def test_scan_with_a_broken_share(
             await scan
     await gone(pids[1])
     assert await workers.scan(root, {}, 2) == b""
+
+
+async def test_scan_of_too_many_names(workers: Workers, root: FilesystemRoot) -> None:
+    """Names that the shares may each have, but not together, are not passed on."""
+    found = await workers.scan(root, {"bytes": SIFTED_MAX // 2 - 1}, 2)
+    assert found is not None and len(found) == SIFTED_MAX - 2
+    assert await workers.scan(root, {"bytes": SIFTED_MAX // 2 + 1}, 2) is None
 
 
 async def forked_ahead(workers: Workers, busy: list[int]) -> int:
