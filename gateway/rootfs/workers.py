@@ -387,7 +387,8 @@ class Workers:
         slot.waiting += 1
         try:
             async with slot.lock:
-                worker = await self._ready(slot, root, search=search, looks=search and not changes)
+                looks = search and not changes
+                worker = await self._ready(slot, root, search=search, looks=looks, helps=share > 0)
                 worker.send(request)
                 try:
                     return result_of(operation, await self._answer(slot, worker, search=search))
@@ -484,7 +485,9 @@ class Workers:
         worker.used = time.monotonic()
         return reply
 
-    async def _ready(self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool) -> _Worker:
+    async def _ready(
+        self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool, helps: bool
+    ) -> _Worker:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
         if worker is not None and worker.answers and not worker.closed:
@@ -504,11 +507,11 @@ class Workers:
             if answer["same"] and not worker.closed:
                 return worker
             self._end(slot, worker)
+        slot.worker = None
+        self._make_room(helps=helps)
         return await self._spawn(slot, root, search=search, looks=looks)
 
     async def _spawn(self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool) -> _Worker:
-        slot.worker = None
-        self._make_room()
         spawn = self.spawn(root, search=search, looks=looks)
         slot.forgotten = False
         slot.starting = starting = asyncio.get_running_loop().create_future()
@@ -555,13 +558,16 @@ class Workers:
         slot = self._slots.get((tenant, int(search)))
         return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
 
-    def _make_room(self) -> None:
+    def _make_room(self, *, helps: bool) -> None:
         running = [
             slot for slot in self._slots.values() if slot.worker is not None or slot.starting is not None
         ]
+        resting = [slot for slot in running if not slot.waiting]
+        # one that only helps with a search leaves half of them to those who could not be served without
+        if helps and len(running) - len(resting) >= self._maximum // 2:
+            raise RateLimited("too many file workers are busy to share a search", limit=self._maximum)
         if len(running) < self._maximum:
             return
-        resting = [slot for slot in running if not slot.waiting]
         if not resting:
             raise RateLimited("all file workers are busy; try again", limit=self._maximum)
         oldest = min(resting, key=lambda slot: slot.worker.used if slot.worker else 0)

@@ -370,15 +370,31 @@ async def test_maximum(tmp_path: Path) -> None:
 
 
 async def test_maximum_of_a_burst(tmp_path: Path) -> None:
-    """Also of calls that come at once no more get a worker than may run, and a search in shares says so."""
+    """Also of calls that come at once no more get a worker than may run."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(4)]
     async with Workers(Settings(max_workers=2, tool_timeout=1), folders(tmp_path), PROBES) as workers:
         calls = [workers.call(root, "slow_echo", {"seconds": 0.2, "text": "hi"}) for root in roots]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         assert answers[:2] == [b"hi"] * 2
         assert all(isinstance(answer, RateLimited) for answer in answers[2:])
-        assert await workers.scan(roots[3], {}, 3) is None
-        assert await workers.scan(roots[3], {}, 2) == b""
+
+
+async def test_shares_leave_room(tmp_path: Path) -> None:
+    """Those that only help with a search take no worker of others, where half of all are busy already."""
+    roots = [make_root(tmp_path, f"t{i}") for i in range(3)]
+    async with Workers(Settings(max_workers=4, tool_timeout=1), folders(tmp_path), PROBES) as workers:
+        assert await workers.scan(roots[0], {}, 2) == b""
+        await workers.forget(roots[0].tenant)
+        busy = [
+            asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.3, "text": ""}))
+            for root in roots[1:]
+        ]
+        await asyncio.sleep(0.05)
+        assert await workers.scan(roots[0], {}, 2) is None
+        assert await echo(workers, roots[0]) == "hi"
+        assert not any(call.done() for call in busy)
+        await asyncio.gather(*busy)
+        assert await workers.scan(roots[0], {}, 2) == b""
 
 
 async def test_broker_dies(workers: Workers, root: FilesystemRoot) -> None:
