@@ -342,10 +342,10 @@ async def test_only_where_tenants_live(tmp_path: Path) -> None:
 
 
 async def test_idle_worker_ends(root: LaidRoot) -> None:
-    """A worker ends after its idle time; the next call starts another."""
+    """A worker ends after its idle time, whatever it is for; the next call starts another."""
     async with Workers(Settings(worker_idle=0.2), folders(root.path.parent), PROBES) as workers:
-        pid = await pid_of(workers, root)
-        await gone(pid)
+        for pid in [await pid_of(workers, root, **lane) for lane in LANES]:
+            await gone(pid)
         assert await echo(workers, root) == "hi"
 
 
@@ -609,6 +609,20 @@ async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: s
             await pid_of(workers, other)
     await gone(waiting)
     assert await pid_of(workers, other) != waiting
+
+
+async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: FilesystemRoot) -> None:
+    """A bound that is no whole number is refused before a process is taken for it that nobody would tell."""
+    await echo(workers, root)
+    process = workers.broker._process
+    assert process is not None
+    await forked_ahead(workers, children_of(process.pid)[:1])
+    before = children_of(process.pid)
+    for memory in (1e30, 0.5, "1"):
+        with pytest.raises(Unavailable):
+            await workers.broker.request(workers.spawn(root).wire() | {"memory": memory})
+    await asyncio.sleep(0.1)  # for who would be forked ahead in the place of the one that was taken
+    assert children_of(process.pid) == before
 
 
 @pytest.mark.parametrize("ahead", [False, True])
