@@ -1,0 +1,52 @@
+"""Whoever waits for a call under a `callId` is told how it ended, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from gateway.errors import Cancelled, NotFound
+from gateway.tools.answer import Answer
+from gateway.tools.toolbox import ToolResult, _Running
+
+DONE = ToolResult.of(Answer([{"type": "text", "text": "done"}], {}))
+
+
+@pytest.mark.parametrize("ending", ["result", "error", "given up"])
+async def test_all_are_told(ending: str) -> None:
+    """Also those who come when it is over; one who leaves costs the others nothing."""
+    gate = asyncio.Event()
+
+    async def work() -> ToolResult:
+        await gate.wait()
+        if ending == "error":
+            raise NotFound("no such thing")
+        return DONE
+
+    running = _Running(b"", work)
+    waiting = [asyncio.ensure_future(running.result(60)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    if ending == "given up":
+        running.work.cancel()
+    gate.set()
+    async with asyncio.timeout(5):
+        told = await asyncio.gather(*waiting[1:], return_exceptions=True)
+        late = await asyncio.gather(running.result(60), return_exceptions=True)
+    assert waiting[0].cancelled()
+    kinds = {"result": ToolResult, "error": NotFound, "given up": Cancelled}
+    assert [type(one) for one in (*told, *late)] == [kinds[ending]] * 3
+
+
+async def test_ends_when_nobody_waits() -> None:
+    """After the time that a client has to come back, not before, and not where one came back."""
+    running = _Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
+    for linger, ended in ((60.0, False), (0.01, True)):
+        waiting = asyncio.ensure_future(running.result(linger))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await asyncio.wait([running.work], timeout=0.5)
+        assert running.work.done() is ended
