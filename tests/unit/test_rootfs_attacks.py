@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import Workers, kernel
+from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolResult, ToolSession
+from gateway.tools import FileTools, ToolResult, ToolSession, scanning
 from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
 from tests.unit.test_tools_conformance import HereWorkers
 
 SECRET = "host-secret-9d1f"
+OUTSIDE = "outside-name.txt"  # of a file on the host
 RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1.5"))
 
 
@@ -40,6 +43,7 @@ class Target:
         self.host = folder / "host"
         self.host.mkdir()
         (self.host / "secret.txt").write_text(SECRET)
+        (self.host / OUTSIDE).write_text(SECRET)
         # The tenant's own, but outside its workspace; and a folder that shares the workspace's beginning.
         (root.path / "etc").mkdir()
         (root.path / "etc" / "passwd").write_text(SECRET)
@@ -68,6 +72,7 @@ class Target:
             result = await self.tools.call(self.root, ToolSession(), tool, given)
         json.loads(result.encoded.decode("utf-8"))
         assert SECRET not in result.encoded.decode()
+        assert OUTSIDE not in result.encoded.decode()
         assert str(self.root.path) not in result.encoded.decode()
         return result
 
@@ -478,3 +483,133 @@ async def test_naive_check_leaks(tmp_path: Path, running: Workers) -> None:
         finally:
             attacker.kill()
     assert leaked
+
+
+# Large trees, which Grep has looked through by `scanning`
+
+# As the attacker above, all at once; argv: workspace, a folder of the tenant outside of it.
+SWAPPER = r"""
+import ctypes, fcntl, os, signal, sys
+site, outside = sys.argv[1:]
+os.chdir(site)
+signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's word that somebody wants the leased file
+libc = ctypes.CDLL(None, use_errno=True)
+def exchange(a, b):
+    if libc.renameat2(-100, a, -100, b, 2): raise OSError(ctypes.get_errno(), "renameat2")
+def quietly(call, *arguments):
+    try: call(*arguments)
+    except OSError: pass
+def go(away, back):
+    quietly(os.rename, away, back); quietly(os.rename, back, away)
+writer = os.open("lair/held-pipe", os.O_RDWR | os.O_NONBLOCK)
+grows = os.open("many/grows.txt", os.O_WRONLY | os.O_APPEND)
+leased = os.open("many/leased.txt", os.O_RDWR)
+quietly(fcntl.fcntl, leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+pairs = [(b"many/" + name, b"lair/" + name) for name in map(os.fsencode, os.listdir("lair"))]
+pairs = [pair for pair in pairs if os.path.lexists(pair[0])]
+print("ready", flush=True)
+while True:
+    for pair in pairs: exchange(*pair)
+    exchange(b"quiet", b"way-out")
+    go("up/and/down", "down"); go("up/and", "and"); go("up", outside + "/moved")
+    os.write(grows, b"host-secret: harmless\n" * 3000)
+    if os.fstat(grows).st_size > 20 << 20: os.ftruncate(grows, 0)
+    quietly(fcntl.fcntl, leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+"""
+MODES = ("files_with_matches", "content", "count")
+
+
+def lair(target: Target) -> None:
+    """Lay more than a brief Grep looks at, and what is swapped; only what is outside matches in `quiet…`."""
+    site, host = target.site, target.host
+    for folder in ("many", "lair", "quiet", "up/and/down"):
+        (site / folder).mkdir(parents=True)
+    for number in range(1200):
+        (site / "many" / f"f{number:04}.txt").write_text("host-secret: harmless\n" if number % 9 else "no\n")
+    for name in ("prey.txt", "pipe", "held-pipe", "socket", "device", "grows.txt", "leased.txt"):
+        (site / "many" / name).write_text("host-secret: harmless\n")
+    (site / "up/and/down/f.txt").write_text("host-secret: harmless\n")
+    for name in ("many/quiet.txt", "quiet/secret.txt", "quiet/" + OUTSIDE.replace("outside", "inside")):
+        (site / name).write_text("nothing\n")
+    with open(site / "many" / "sparse.txt", "wb") as file:
+        file.truncate(1 << 40)
+    (site / "lair" / "prey.txt").symlink_to(host / "secret.txt")
+    (site / "lair" / "quiet.txt").symlink_to(host / "secret.txt")
+    (site / "way-out").symlink_to(host)
+    os.mkfifo(site / "lair" / "pipe")
+    os.mkfifo(site / "lair" / "held-pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(site / "lair" / "socket"))
+    if os.getuid() == 0:
+        os.mknod(site / "lair" / "device", 0o020666, os.makedev(1, 5))
+    target.own()
+
+
+@contextmanager
+def swapped(target: Target) -> Iterator[None]:
+    """Swap what `lair` laid as fast as it can be."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SWAPPER, str(target.site), str(target.root.path / "srv")],
+        stdout=subprocess.PIPE,
+    ) as attacker:
+        try:
+            assert attacker.stdout is not None
+            assert attacker.stdout.readline() == b"ready\n"
+            yield
+            assert attacker.poll() is None
+        finally:
+            attacker.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the attack needs renameat2")
+async def test_race_of_large_searches(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a large tree are opened by name while they become links, pipes, devices, or are moved."""
+    lair(target)
+    workers = target.tools._workers
+    if isinstance(workers, HereWorkers):
+        workers._large = True
+    found: list[bytes | None] = []
+    scan = workers.scan
+
+    async def seen(*arguments: Any) -> bytes | None:
+        found.append(await scan(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(workers, "scan", seen)
+    asked = 0
+    with swapped(target):
+        until = time.monotonic() + 2 * RACE_SECONDS
+        while time.monotonic() < until or asked < 6:
+            mode = MODES[asked % 3]
+            asked += 1
+            result = await target.call("Grep", pattern="host-secret", output_mode=mode, head_limit=0)
+            assert not result.is_error, result.data()
+            # whether a link's target matches, is told by no name
+            assert "quiet" not in result.encoded.decode()
+    # it was the way of large trees each time, and what it says was not sorted out only later
+    assert len(found) == asked
+    assert all(names and b"many/f0001.txt" in names and b"quiet" not in names for names in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the attack needs renameat2")
+@pytest.mark.parametrize("without", ["O_NOFOLLOW", "open_real"])
+async def test_naive_scan_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str) -> None:
+    """The same look at files without either care does tell of files outside, so the race above bites."""
+    here = HereWorkers((root := make_root(tmp_path, "tenant")).path / "srv" / "site", large=True)
+    target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
+    lair(target)
+    if without == "O_NOFOLLOW":
+        monkeypatch.setattr(scanning, "_FLAGS", scanning._FLAGS & ~os.O_NOFOLLOW)
+    else:
+        monkeypatch.setattr(
+            Tree,
+            "open_real",
+            lambda tree, path, flags: os.open(path or ".", flags, dir_fd=tree.descriptor),
+        )
+    asked = {"input": {"pattern": "host-secret"}, "cwd": "/srv/site"}
+    with swapped(target):
+        until = time.monotonic() + 20
+        while b"quiet" not in (await here.scan(root, asked, 3) or b"") and time.monotonic() < until:
+            pass
+    here.close()
+    assert b"quiet" in (here.scanned or b"")
