@@ -333,6 +333,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "inotify_init1": (294, 26),
     "renameat2": (316, 276),
     "getrandom": (318, 278),
+    "preadv2": (327, 286),
     "statx": (332, 291),
     "rseq": (334, 293),
     "openat2": (437, 437),

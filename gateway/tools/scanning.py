@@ -163,7 +163,8 @@ def _holding(
         except OSError:
             continue  # gone, or not to be read
         try:
-            length = os.readv(descriptor, views)
+            # not readv: what a FIFO that took the file's place holds would be lost to its reader
+            length = os.preadv(descriptor, views, 0)
         except OSError:
             continue
         finally:

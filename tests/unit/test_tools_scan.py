@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from gateway.errors import Timeout
 from gateway.rootfs.operations import SCAN, SCANNED, Limits, Workspace
 from gateway.rootfs.tree import Tree
+from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure, decode
 from gateway.tools.operations import OPERATIONS
 from gateway.tools.regexes import PatternError, translate
@@ -259,6 +261,26 @@ def test_takes_nothing_out_of_a_pipe(site: Path, operation: str) -> None:
     ask(site, operation, {**asked, "seen": None, "read_first": False, "brief": False, "sifted": None}, LIMITS)
     assert os.read(pipe, 100) == FORM
     os.close(pipe)
+
+
+def test_takes_nothing_out_of_a_new_pipe(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it where the pipe takes a file's place before that is opened."""
+    folders = Walk.folders
+    held: list[int] = []
+
+    def swapped(walk: Walk) -> Iterator[tuple[str, int, Collection[str]]]:
+        for path, folder, names in folders(walk):
+            if "a.ts" in names:
+                os.replace(site / "fifo.ts", site / "a.ts")
+                held.append(os.open(site / "a.ts", os.O_RDWR | os.O_NONBLOCK))
+                os.write(held[0], FORM)
+            yield path, folder, names
+
+    monkeypatch.setattr(Walk, "folders", swapped)
+    names = scan(site, {"pattern": "form"}, 0, 1)
+    assert names is not None and b"a.ts" not in names and b"src/b.ts" in names
+    assert os.read(held[0], 100) == FORM
+    os.close(held[0])
 
 
 def test_names_are_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
