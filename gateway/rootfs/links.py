@@ -21,7 +21,7 @@ import orjson
 
 from gateway.errors import GatewayError, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.worker import LENGTH, PASSED, READY, TOLD
+from gateway.rootfs.worker import LENGTH, PASSED, READY, REPLY_MAX, TOLD
 from gateway.rootfs.workers import Workers, result_of
 
 _log = logging.getLogger(__name__)
@@ -124,12 +124,16 @@ class Link:
         for level, kind, passed in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._passed.extend(array("i", passed[: len(passed) - len(passed) % 4]))
-        if not data:
+        # More than one for each reply is what no worker of ours passes: they would take this process' own.
+        if not data or len(self._passed) > len(self._waiting):
             self._end()
             return
         self._buffer += data
         while len(self._buffer) >= 4:
             (length,) = LENGTH.unpack_from(self._buffer)
+            if length > REPLY_MAX:
+                self._end()
+                return
             if len(self._buffer) < 4 + length:
                 return
             payload = bytes(self._buffer[4 : 4 + length])

@@ -27,6 +27,7 @@ HEAD = struct.Struct(">IB")  # length of status byte and payload, status
 LENGTH = struct.Struct(">I")
 _USUAL = 16 << 10  # bytes; longer requests are put together
 REQUEST_MAX = 64 << 20  # bytes; the gateway's own frame limits are below it
+REPLY_MAX = 64 << 20  # bytes that the gateway takes of a worker, whatever became of it
 IDLE = 5  # seconds without a request after which kept memory is let go
 
 

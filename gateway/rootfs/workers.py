@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 import orjson
 
@@ -29,7 +30,7 @@ from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, T
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
 from gateway.rootfs.operations import SCAN, SCANNED, SIFT, SIFTED_MAX, Limits
-from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED
+from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED, REPLY_MAX
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
 _BROKER_TIMEOUT = 10.0  # seconds of one request to the broker
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
+_SIFTING_MAX = max(2, os.cpu_count() or 1)  # programs at once
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _CHANGES = -1  # the lane of what takes long and changes something
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
@@ -244,7 +246,15 @@ class _Worker(asyncio.Protocol):
             self._done(data[4:])  # the usual case: one reply, whole
             return
         buffer += data
-        if len(buffer) >= 4 and len(buffer) >= 4 + LENGTH.unpack_from(buffer)[0]:
+        length = LENGTH.unpack_from(buffer)[0] if len(buffer) >= 4 else 0
+        if length > REPLY_MAX:
+            # This process serves all tenants: what is too much is as what does not come. Who asked, or asks
+            # next, ends the worker.
+            assert self._transport is not None
+            self._transport.pause_reading()
+            self._buffer = bytearray()
+            self._fail(TimeoutError())
+        elif length and len(buffer) >= 4 + length:
             self._buffer = bytearray()
             self._done(bytes(buffer[4:]))
 
@@ -334,7 +344,8 @@ class Workers:
         self._maximum = settings.max_workers
         self.broker = BrokerClient(operations, tenants, settings.ripgrep, at=settings.broker_socket)
         self._sifts = settings.ripgrep.exists()
-        self._sifting = asyncio.Semaphore(os.cpu_count() or 1)
+        self._sifting = asyncio.Semaphore(_SIFTING_MAX)
+        self._sifting_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
         self._slots: dict[tuple[str, int], _Slot] = {}
@@ -443,8 +454,10 @@ class Workers:
         """
         if not self._sifts:
             return None
+        # One is left to others: who leases a file has each search of it wait until its timeout, for nothing.
+        own = self._sifting_of.setdefault(root.tenant, asyncio.Semaphore(_SIFTING_MAX - 1))
         try:
-            async with asyncio.timeout(self._limits.tool_timeout), self._sifting:
+            async with asyncio.timeout(self._limits.tool_timeout), own, self._sifting:
                 return await self._sift(
                     self.spawn(root, SIFT, search=True, looks=True), orjson.dumps(arguments)
                 )

@@ -12,6 +12,7 @@ import pytest
 from gateway.errors import IsADirectory, NotAFile, RateLimited, Timeout, Unavailable
 from gateway.rootfs import Workers
 from gateway.rootfs.links import Links
+from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 
@@ -149,6 +150,23 @@ async def test_one_that_is_held_makes_no_room(links: Links, tmp_path: Path) -> N
     first.holds -= 1
     await links.get(roots[2])
     assert first.closed and links.current("t1") is not None
+
+
+@pytest.mark.parametrize("given", [("much", {"length": REPLY_MAX}), ("litter", {"count": 500})])
+async def test_takes_no_more_than_it_asked_for(
+    tmp_path: Path, root: LaidRoot, given: tuple[str, dict[str, int]]
+) -> None:
+    """A worker that was taken over fills neither this process' memory nor its table of descriptors."""
+    async with (
+        Workers(Settings(), folders(tmp_path), PROBES) as workers,
+        Links(workers, "", maximum=2, idle=60) as links,
+    ):
+        link = await links.get(root)
+        before = descriptors()
+        with pytest.raises(Unavailable):
+            await link.call(*given, 10)
+        assert link.closed and descriptors() <= before
+        assert (await (await links.get(root)).call("echo", {"text": "hi"}, 5))[0] == b"hi"
 
 
 async def test_an_end_wakes_who_is_still_sending(tmp_path: Path) -> None:

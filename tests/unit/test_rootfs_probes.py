@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import mmap
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import orjson
 
 from gateway.errors import TooLarge
+from gateway.rootfs import kernel
 from gateway.rootfs.operations import SCAN, SCANNED, Workspace
+from gateway.rootfs.worker import TOLD, frame
 
 
 def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -39,6 +45,25 @@ def _segfault(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 def _hang(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     while True:
         pass
+
+
+def _much(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    return bytes(arguments["length"])
+
+
+def _litter(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Pass descriptors to the gateway that it did not ask for."""
+    own = next(number for number in range(256) if number > 2 and _is_socket(number))
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=os.dup(own))
+    for _ in range(arguments["count"]):
+        socket.send_fds(connection, [frame(TOLD, b"")], [0])
+    return b""
+
+
+def _is_socket(number: int) -> bool:
+    with suppress(OSError):
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    return False
 
 
 def _bug(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -90,7 +115,41 @@ _FORBIDDEN: dict[str, Callable[[], object]] = {
     "keyctl": lambda: _raw(250, 0, 0),
     "make a memory file": lambda: _raw(319, b"x", 0),
     "link": lambda: os.link("/a.txt", "/b.txt"),
+    "read its own memory": lambda: os.open("/proc/self/mem", os.O_RDONLY),
+    "name a descriptor by /proc": lambda: os.stat("/proc/self/fd/0"),
+    "change an attribute by name": lambda: os.setxattr("/a.txt", "user.x", b"x"),
+    "change an attribute": lambda: _on("/a.txt", lambda fd: os.setxattr(fd, "user.x", b"x")),
+    "remove an attribute": lambda: os.removexattr("/a.txt", "user.x"),
+    "change a file's flags": lambda: _on("/a.txt", lambda fd: fcntl.ioctl(fd, _SET_FLAGS, bytes(8))),
+    "truncate by name": lambda: _raw(76, b"/a.txt", 0),
+    "allocate": lambda: _on("/a.txt", lambda fd: os.posix_fallocate(fd, 0, 1 << 20)),
+    "copy between files": lambda: _on("/a.txt", lambda fd: os.copy_file_range(fd, fd, 1)),
+    "make a symbolic link": lambda: os.symlink("a.txt", "/link"),
+    "mount by descriptor": lambda: _raw(428, -100, b"/", 1),
+    "change a mount": lambda: _raw(442, -100, b"/", 0, bytes(32), 32),
+    "leave its namespaces": lambda: _on("/", lambda fd: _raw(308, fd, 0)),
+    "take another's descriptor": lambda: _raw(438, 3, 0, 0),
+    "read another's memory": lambda: _raw(310, 1, None, 0, None, 0, 0),
+    "name a process": lambda: _raw(434, 1, 0),
+    "clone": lambda: _raw(56, 17, 0, 0, 0, 0),
+    "clone anew": lambda: _raw(435, bytes(64), 64),
+    "watch all files": lambda: _raw(300, 0, 0),
+    "use a userfaultfd": lambda: _raw(323, 0),
+    "run itself": lambda: _raw(322, 0, b"/a.txt", None, None, 0),
 }
+
+
+_SET_FLAGS = 0x40086602  # FS_IOC_SETFLAGS
+
+
+def _on(
+    path: str, call: Callable[[int], object], flags: int = os.O_RDONLY, folder: int | None = None
+) -> object:
+    descriptor = os.open(path, flags, dir_fd=folder)
+    try:
+        return call(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _raw(*arguments: object) -> int:
@@ -120,10 +179,100 @@ _CHANGES: dict[str, Callable[[int], object]] = {
     "make a folder": lambda folder: os.mkdir("folder", dir_fd=folder),
     "rename": lambda folder: os.rename("new", "newer", src_dir_fd=folder, dst_dir_fd=folder),
     "change a mode": lambda folder: os.chmod("a.txt", 0o600, dir_fd=folder),
+    "change an open one's mode": lambda folder: _open(folder, lambda fd: os.fchmod(fd, 0o600)),
     "touch": lambda folder: os.utime("a.txt", (1, 1), dir_fd=folder),
+    "make a nameless file": lambda folder: os.close(os.open(".", os.O_RDWR | os.O_TMPFILE, dir_fd=folder)),
+    "append": lambda folder: _open(folder, lambda fd: os.write(fd, b"x"), os.O_WRONLY | os.O_APPEND),
+    "cut": lambda folder: _open(folder, lambda fd: os.ftruncate(fd, 0), os.O_RDWR),
+    "write a mapped page": lambda folder: _open(folder, _write_mapped, os.O_RDWR),
+    "exchange": lambda folder: _renameat2(folder, b"a.txt", b"newer", 2),
+    "rename over": lambda folder: _renameat2(folder, b"newer", b"a.txt", 0),
+    "make once more": lambda folder: os.close(os.open("newer", os.O_WRONLY | os.O_CREAT, dir_fd=folder)),
     "remove": lambda folder: os.unlink("newer", dir_fd=folder),
     "remove a folder": lambda folder: os.rmdir("folder", dir_fd=folder),
 }
+
+
+def _open(folder: int, call: Callable[[int], object], flags: int = os.O_RDONLY) -> object:
+    return _on("a.txt", call, flags, folder)
+
+
+def _write_mapped(descriptor: int) -> None:
+    os.ftruncate(descriptor, 1)
+    with mmap.mmap(descriptor, 1) as page:
+        page[0] = 1
+
+
+def _renameat2(folder: int, old: bytes, new: bytes, flags: int) -> None:
+    _raw(316, folder, old, folder, new, flags)
+
+
+# What changes a file by a descriptor that was opened to read it. No worker can, but for giving it a name.
+_BY_READING: dict[str, Callable[[int], object]] = {
+    "write": lambda fd: os.write(fd, b"x"),
+    "write at a place": lambda fd: os.pwrite(fd, b"x", 0),
+    "cut": lambda fd: os.ftruncate(fd, 0),
+    "map to write": lambda fd: mmap.mmap(fd, 1).close(),
+    "write later into a map": lambda fd: _write_later(fd),
+    "open anew": lambda fd: os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR)),
+    "link": lambda fd: _raw(265, fd, b"", -100, b"/by-descriptor", 0x1000),
+    "open for appending": lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND) or os.write(fd, b"x"),
+}
+
+
+def _write_later(descriptor: int) -> None:
+    page = mmap.mmap(descriptor, 1, prot=mmap.PROT_READ)
+    try:
+        address = _libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address == -1 or _libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_WRITE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    finally:
+        page.close()
+
+
+def _change_by_reading(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    succeeded = []
+    for name, change in _BY_READING.items():
+        try:
+            _open(workspace.tree.descriptor, change)
+        except (OSError, ValueError):
+            continue
+        succeeded.append(name)
+    return orjson.dumps(succeeded)
+
+
+def _look(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Return which of the paths can be opened to read them, also from a folder that is held already."""
+    seen = []
+    for path in arguments["paths"]:
+        with suppress(OSError):
+            os.close(os.open(path, os.O_RDONLY))
+            seen.append(path)
+        with suppress(OSError):
+            folder = os.open(os.path.dirname(path), kernel.O_PATH)
+            os.close(os.open(os.path.basename(path), os.O_RDONLY, dir_fd=folder))
+            seen.append(path)
+    return orjson.dumps(seen)
+
+
+def _leave_by_moved(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    """Hold a folder until it was moved out of the workspace; return what then can be opened from it."""
+    folder = os.open("/leaving", os.O_RDONLY | os.O_DIRECTORY)
+    os.fchdir(folder)
+    until = time.monotonic() + 5
+    while os.path.lexists("/leaving") and time.monotonic() < until:
+        time.sleep(0.01)
+    seen = []
+    for path in ("..", "../..", "../a.txt", "../secret.txt", "../../../../../../etc/passwd", "../site/a.txt"):
+        with suppress(OSError):
+            os.close(os.open(path, os.O_RDONLY, dir_fd=folder))
+            seen.append(path)
+        with suppress(OSError):
+            os.close(os.open(path, kernel.O_PATH))
+            seen.append(path)
+    os.fchdir(workspace.tree.descriptor)
+    os.close(folder)
+    return orjson.dumps(seen)
 
 
 def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -165,6 +314,9 @@ def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 OPERATIONS = {
     "attempt": _attempt,
     "change": _change,
+    "change_by_reading": _change_by_reading,
+    "leave_by_moved": _leave_by_moved,
+    "look": _look,
     "bug": _bug,
     "crash": _crash,
     "descriptors": _descriptors,
@@ -172,6 +324,8 @@ OPERATIONS = {
     "echo": _echo,
     "gorge": _gorge,
     "hang": _hang,
+    "litter": _litter,
+    "much": _much,
     "names": _names,
     "pid": _pid,
     "refuse": _refuse,

@@ -17,8 +17,10 @@ import pytest
 
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
+from gateway.rootfs.broker import Spawn
 from gateway.rootfs.operations import SIFTED_MAX
 from gateway.rootfs.tenants import Folders
+from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit import test_rootfs_probes as probes
@@ -514,6 +516,91 @@ async def test_a_search_changes_nothing(workers: Workers, root: LaidRoot) -> Non
     assert len(set(pids)) == len(LANES)
 
 
+@needs_root
+@pytest.mark.parametrize(
+    ("probes", "left"),
+    [
+        ("tests.unit.probes_without_landlock", set()),
+        # Landlock knows no rule for modes and times
+        ("tests.unit.probes_on_writable", {"change a mode", "change an open one's mode", "touch"}),
+    ],
+)
+async def test_one_layer_of_a_search_fails(root: LaidRoot, probes: str, left: set[str]) -> None:
+    """The mount alone keeps a search from every change, and Landlock alone from those of any content."""
+    path = root.path / "srv/site/a.txt"
+    async with Workers(Settings(), folders(root.path.parent), probes) as workers:
+        assert orjson.loads(await workers.call(root, "attempt", {}, search=True)) == []
+        assert set(orjson.loads(await workers.call(root, "change", {}, search=True))) == left
+        assert orjson.loads(await workers.call(root, "change_by_reading", {}, search=True)) == []
+        assert ("landlock" in (workers.layers("one", search=True) or ())) == bool(left)
+    assert path.read_text() == "alpha\n" and os.listdir(path.parent) == ["a.txt"]
+
+
+@needs_root
+@pytest.mark.parametrize("lane", LANES, ids=["files", "search", "share", "changes"])
+async def test_reading_changes_nothing(workers: Workers, root: LaidRoot, lane: dict[str, Any]) -> None:
+    """What is open for reading cannot be written by any way around that, whoever the worker is."""
+    path = root.path / "srv/site/a.txt"
+    before = path.stat()
+    changed = set(orjson.loads(await workers.call(root, "change_by_reading", {}, **lane)))
+    if lane.get("search") and not lane.get("changes"):
+        assert not changed and path.stat() == before
+    else:
+        assert changed <= {"link"}  # another name, from Linux 6.10 on
+        assert (path.read_text(), path.stat().st_mtime_ns) == ("alpha\n", before.st_mtime_ns)
+
+
+@needs_root
+@pytest.mark.parametrize("lane", LANES, ids=["files", "search", "share", "changes"])
+async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]) -> None:
+    """From a folder that was moved out of the workspace while it is open there is no way up."""
+    site = root.path / "srv" / "site"
+    (site / "leaving").mkdir()
+    os.chown(site / "leaving", USER, USER)
+    (site.parent / "secret.txt").write_text("outside")
+    async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
+        await pid_of(workers, root, **lane)
+        looking = asyncio.ensure_future(workers.call(root, "leave_by_moved", {}, **lane))
+        await asyncio.sleep(0.1)  # it begins with the open; later it would find nothing to open
+        (site / "leaving").rename(site.parent / "left")
+        assert orjson.loads(await looking) == []
+
+
+async def test_answers_too_much(root: LaidRoot) -> None:
+    """Of a worker the gateway takes no more than it can hold: a longer reply ends worker and call."""
+    much = REPLY_MAX - 1  # and the status
+    async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
+        assert len(await workers.call(root, "much", {"length": much})) == much
+        pid = await pid_of(workers, root)
+        with pytest.raises(Timeout):
+            await workers.call(root, "much", {"length": much + 1})
+        await gone(pid)
+        assert await echo(workers, root) == "hi"
+
+
+async def test_no_tenant_takes_every_program(
+    workers: Workers, root: FilesystemRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those whose searches by the program stand still, others' do not have to wait."""
+    ended = asyncio.Event()
+
+    async def sift(spawn: Spawn, request: bytes) -> bytes:
+        if spawn.tenant == root.tenant:
+            await ended.wait()
+        return b"names"
+
+    monkeypatch.setattr(workers, "_sifts", True)
+    monkeypatch.setattr(workers, "_sift", sift)
+    monkeypatch.setattr(workers, "_limits", Settings())
+    held = [asyncio.ensure_future(workers.sift(root, {})) for _ in range(2 * (os.cpu_count() or 1) + 2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(2):
+        assert await workers.sift(LaidRoot("other", "/srv/site"), {}) == b"names"
+        assert not any(one.done() for one in held)
+        ended.set()
+        assert set(await asyncio.gather(*held)) == {b"names"}
+
+
 async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRoot) -> None:
     """Whatever its workers are for, none outlives what was told to forget its tenant."""
     pids = [await pid_of(workers, root, **lane) for lane in LANES]
@@ -593,6 +680,35 @@ async def test_is_forked_ahead(workers: Workers, root: LaidRoot) -> None:
     third = await forked_ahead(workers, [first, second])
     await workers.broker.aclose()
     assert not any(alive(pid) for pid in (first, second, third))
+
+
+@needs_root
+async def test_what_one_forked_ahead_holds(workers: Workers, root: LaidRoot) -> None:
+    """It is what the broker is and no more, with one socket to it; once it is told, a worker as any other."""
+
+    def held(pid: int) -> set[str]:
+        found = set()
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.add(os.readlink(path))
+        return found
+
+    first = await pid_of(workers, root)
+    waiting = await forked_ahead(workers, [first])
+    assert workers.broker._process is not None
+    broker = workers.broker._process.pid
+    async with asyncio.timeout(5):
+        # just forked: the broker holds that end too, and its group is still being entered
+        while len(more := held(waiting) - held(broker)) != 1:
+            await asyncio.sleep(0.01)
+    (control,) = more
+    assert control.startswith("socket:")
+    assert Path(f"/proc/{waiting}/status").read_text().count("\nUid:\t0\t0\t0\t0\n") == 1
+    other = make_root(root.path.parent, "other")
+    assert await pid_of(workers, other) == waiting
+    (own,) = {name for name in held(waiting) if not name.startswith("/")}
+    assert own not in held(broker) | {control} and {*held(waiting)} == {own, "/"}
+    assert orjson.loads(await workers.call(other, "attempt", {})) == []
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
