@@ -26,6 +26,7 @@ from tests.contracts.processes import until
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.integration.sites import filled
+from tests.integration.test_attacks_worker import check_confined
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure
 from tests.unit.test_rootfs_workers import children_of, workers_below
@@ -447,3 +448,4 @@ async def test_shifted_rootfs(
         container.sh("echo b >> /srv/site/x/a.txt", user=1000)
         assert await files.text("Read", file_path="x/a.txt") == "1\ta\n2\tb\n3\t"
         assert {"mount", "uid", "seccomp"} <= set(workers.layers(container.name) or ())
+    await check_confined(container, incus_settings)
