@@ -182,7 +182,7 @@ def _limits() -> None:
 
 def _ripgrep(settings: Settings) -> None:
     if not os.access(settings.ripgrep, os.X_OK):
-        raise HostError(f"{settings.ripgrep} is missing, searches in large trees are slow; {_SETUP}")
+        raise HostError(f"{settings.ripgrep} is missing, many searches in large trees are slow; {_SETUP}")
 
 
 def _broker(settings: Settings) -> str:
