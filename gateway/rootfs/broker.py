@@ -175,7 +175,7 @@ class Broker:
         self._groups = Groups(hierarchies() if self._privileged else [])
         self._children: dict[int, _Child] = {}
         self._spares: dict[bool, _Spare | None] = {}  # by `search`, of the kinds that were asked for
-        self._number = 0
+        self._number = time.time_ns() // 1_000_000  # so that no number is one of a broker's that crashed
         module = importlib.import_module(operations)
         self._operations = module.OPERATIONS
         self._idle = module.idle

@@ -601,6 +601,22 @@ async def test_no_tenant_takes_every_program(
         assert set(await asyncio.gather(*held)) == {b"names"}
 
 
+async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: LaidRoot) -> None:
+    """The end of a worker that went with its broker is asked for of the next one, and ends none of that."""
+    await echo(workers, root)
+    old = workers._slots[root.tenant, 0].worker
+    assert old is not None and workers.broker._process is not None
+    workers.broker._process.kill()
+    await workers.broker._process.wait()
+    pid = None
+    async with asyncio.timeout(5):
+        while pid is None:
+            with suppress(Unavailable):  # a call or two, whose worker or broker is gone
+                pid = await pid_of(workers, root)
+    await workers._kill(old)
+    assert await pid_of(workers, root) == pid
+
+
 async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRoot) -> None:
     """Whatever its workers are for, none outlives what was told to forget its tenant."""
     pids = [await pid_of(workers, root, **lane) for lane in LANES]
