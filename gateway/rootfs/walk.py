@@ -16,7 +16,7 @@ from gateway.rootfs.tree import FOLDER, Tree
 
 KEPT_NAMES_MAX: Final = 100_000
 _KEPT_CHOICES: Final = 4  # of each folder: what the latest questions were answered by
-_SETTLED: Final = 100_000_000  # nanoseconds; a folder that changed later may change again in the same tick
+_SETTLED: Final = 100_000_000  # nanoseconds; what changed later may change again in the same tick
 
 
 class Chooser(Protocol):
@@ -73,6 +73,14 @@ class _Listing:
 # By device, inode and ctime, which nobody can set back: entries of a folder do not change without it.
 _kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
 _kept_names = 0
+
+
+def settled(status: os.stat_result) -> bool:
+    """Say whether what has this status, and is read from now on, cannot change without another ctime.
+
+    Before Linux 6.13 the clock of ctimes ticks every few milliseconds, and so it does on ZFS.
+    """
+    return time.time_ns() - status.st_ctime_ns > _SETTLED
 
 
 def forget() -> None:
@@ -220,7 +228,8 @@ class Walk:
 
     def _list(self, descriptor: int) -> _Listing:
         """Return the names in a folder, kept for the next walk where that is safe."""
-        before, now = os.fstat(descriptor), time.time_ns()
+        before = os.fstat(descriptor)
+        lasting = settled(before)
         files: list[str] = []
         folders: list[str] = []
         hidden: set[str] = set()
@@ -238,7 +247,7 @@ class Walk:
                 if name[0] == ".":
                     hidden.add(name)
         listing = _Listing(files, folders, hidden, count)
-        if now - before.st_ctime_ns > _SETTLED and count < room:
+        if lasting and count < room:
             _keep((before.st_dev, before.st_ino, before.st_ctime_ns), listing)
         return listing
 

@@ -24,7 +24,7 @@ from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
 from gateway.rootfs.operations import Limits
 from gateway.rootfs.tree import Tree, show
-from gateway.rootfs.walk import Walk, forget
+from gateway.rootfs.walk import Walk, forget, settled
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
 from gateway.tools.call import Call, failure, outside, timed_out
@@ -370,7 +370,7 @@ def finder(regex: Any) -> Find:
     return find
 
 
-# What was read, as UTF-8, and where its first NUL is, by inode, mtime, ctime and size. What came first goes
+# What was read, as UTF-8, and where its first NUL is, by device, inode, ctime and size. What came first goes
 # first: each search comes by all of it.
 _cache: dict[tuple[int, int, int, int], tuple[bytes, int]] = {}
 _cached = 0
@@ -388,17 +388,18 @@ def idle() -> None:
 def _content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
     """Return a file's bytes and where the first NUL is; nothing where it cannot be read."""
     global _cached
-    key = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    key = (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
     kept = _cache.get(key)
     if kept is not None:
         return kept
+    lasting = settled(status)
     try:
         read, _ = call.tree.read_file(path, FILE_MAX)
     except GatewayError:
         return b"", -1
     data = _as_utf8(read)
     kept = data, data.find(b"\0")
-    if len(data) <= CACHE_FILE_MAX and len(read) == status.st_size:
+    if lasting and len(data) <= CACHE_FILE_MAX and len(read) == status.st_size:
         _cache[key] = kept
         _cached += len(data)
         while _cached > CACHE_MAX:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from mmap import mmap
 from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import FilesystemRoot
+from gateway.rootfs import FilesystemRoot, walk
 from gateway.rootfs.operations import Limits, Workspace
 from gateway.rootfs.tree import Tree
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession
+from gateway.tools import FileTools, ToolSession, searching
 from gateway.tools.operations import OPERATIONS
 from gateway.tools.patterns import Glob, GlobError, Globs, Sought
 from tests.unit.test_tools_conformance import HereWorkers
@@ -278,3 +280,38 @@ def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, ob
     finally:
         tree.close()
     assert isinstance(reply, bytes) and b"Search timed out after 0.5 seconds" in reply
+
+
+@pytest.fixture
+def kept() -> Iterator[Callable[[], int]]:
+    """Say how many files' contents are kept for the next search."""
+    searching.idle()
+    yield lambda: len(searching._cache)
+    searching.idle()
+
+
+async def test_keeps_what_is_settled(
+    site: Path, kept: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(site, a="one\n")
+    monkeypatch.setattr(walk, "_SETTLED", -(10**12))
+    for _ in range(2):
+        assert await ask(site, "Grep", pattern="one") == "Found 1 file\na"
+        assert kept() == 1
+    (site / "a").write_text("two\n")
+    assert await ask(site, "Grep", pattern="one") == "No files found"
+
+
+async def test_keeps_nothing_that_changed_a_moment_ago(
+    site: Path, kept: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may change again in the same tick of the clock; by a mapping it does so whatever the kernel."""
+    monkeypatch.setattr(walk, "_SETTLED", 10**12)
+    lay(site, a="none")
+    with (site / "a").open("r+b") as file, mmap(file.fileno(), 0) as mapped:
+        mapped[:] = b"one\n"
+        assert await ask(site, "Grep", pattern="one") == "Found 1 file\na"
+        mapped[:] = b"two\n"
+        assert await ask(site, "Grep", pattern="one") == "No files found"
+        assert await ask(site, "Grep", pattern="two") == "Found 1 file\na"
+    assert kept() == 0
