@@ -332,21 +332,21 @@ def _rules(text: str) -> _Rules:
 # The ignore files that hold in a folder, from the innermost outwards: the length of each file's folder (with
 # its slash) and its rules.
 _Stack = tuple[tuple[int, _Rules], ...]
+_Stacks = tuple[_Stack, _Stack, _Stack]
 
 
 class _State:
-    """What holds in a folder: whether a repository was entered, its ignore files and those of no repository.
+    """What holds in a folder: whether a repository was entered, and the ignore files.
 
-    `told` says the same and keeps no rules.
+    `stacks` are those of each kind, which goes before the next wherever it stands: `.rgignore`, `.ignore` and
+    `.gitignore`, with what git excludes otherwise. `told` says the same and keeps no rules.
     """
 
-    __slots__ = ("ignored", "repository", "told", "tracked")
+    __slots__ = ("repository", "stacks", "told")
 
-    def __init__(self, repository: bool = False, tracked: _Stack = (), ignored: _Stack = ()) -> None:
+    def __init__(self, repository: bool = False, stacks: _Stacks = ((), (), ())) -> None:
         self.repository = repository
-        self.tracked = tracked
-        self.ignored = ignored
-        stacks = tracked, ignored
+        self.stacks = stacks
         self.told = tuple(tuple((start, rules.digest) for start, rules in stack) for stack in stacks)
 
 
@@ -386,16 +386,17 @@ class Sought:
         return self._entered((self._base + path).rstrip("/"), hidden, state) if hidden else state
 
     def _entered(self, folder: str, names: Collection[str], state: _State) -> _State:
-        repository, tracked, ignored = state.repository, state.tracked, state.ignored
+        repository, (own, ignored, tracked) = state.repository, state.stacks
         if ".git" in names:
             repository, tracked = True, ()  # rules from above a repository's root do not reach into it
             tracked = self._read(folder, ".git/info/exclude", tracked)
         if ".gitignore" in names and repository:
             tracked = self._read(folder, ".gitignore", tracked)
-        for name in (".ignore", ".rgignore"):  # of one folder the last goes first
-            if name in names:
-                ignored = self._read(folder, name, ignored)
-        return _State(repository, tracked, ignored)
+        if ".ignore" in names:
+            ignored = self._read(folder, ".ignore", ignored)
+        if ".rgignore" in names:
+            own = self._read(folder, ".rgignore", own)
+        return _State(repository, (own, ignored, tracked))
 
     def _read(self, folder: str, name: str, stack: _Stack) -> _Stack:
         prefix = folder + "/" if folder else ""
@@ -408,7 +409,7 @@ class Sought:
 
     def _ignored(self, path: str, state: _State, *, folder: bool) -> bool:
         full = self._base + path
-        for stack in (state.ignored, state.tracked):  # .ignore goes before .gitignore
+        for stack in state.stacks:
             for start, found in stack:
                 inner = (full if start >= len(self._base) else self._told(path))[start:]
                 for rule in found.rules:
@@ -433,20 +434,20 @@ class Sought:
         chosen = self._globs.among(prefix, names)
         if self._globs.selective:  # what a glob names is taken whatever else is said of it
             return chosen
-        if state.tracked or state.ignored:
+        if any(state.stacks):
             left_out = self._left_out(prefix, chosen, state)
             chosen = [name for name in chosen if name not in left_out]
         return chosen if self._types is None else self._types.among(prefix, chosen)
 
     def _left_out(self, prefix: str, names: Collection[str], state: _State) -> Collection[str]:
         """Return those of the files' names in a folder that ignore files leave out."""
-        stacks = (*state.ignored, *state.tracked)
-        told = not prefix and any(start < len(self._base) for start, _ in stacks)
-        if told or any(found.negates for _, found in stacks):
+        files = [one for stack in state.stacks for one in stack]
+        told = not prefix and any(start < len(self._base) for start, _ in files)
+        if told or any(found.negates for _, found in files):
             return {name for name in names if self._ignored(prefix + name, state, folder=False)}
         # whichever rule matches, it leaves out: all names are asked of at once
         left_out: set[str] = set()
-        for start, found in stacks:
+        for start, found in files:
             where = (self._base + prefix)[start:] if start >= len(self._base) else self._base[start:]
             for rule in found.rules:
                 left_out.update(rule.among(where, names))
