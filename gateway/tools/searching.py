@@ -311,13 +311,15 @@ def overrides(given: dict[str, Any], start: str) -> list[str]:
     return [*patterns, f"!/{hidden}"] if hidden else patterns
 
 
+def type_globs(kind: str) -> list[str]:
+    """Return the globs of a file type, those of all types for `all`."""
+    if kind not in TYPES and kind != "all":
+        raise _rejected(f"unrecognized file type: {kind[:100]}".rstrip())
+    return (" ".join(TYPES.values()) if kind == "all" else TYPES[kind]).split()
+
+
 def filters(given: dict[str, Any], start: str) -> tuple[Globs, Globs | None]:
-    types = None
-    if given.get("type"):
-        kind = given["type"]
-        if kind not in TYPES and kind != "all":
-            raise _rejected(f"unrecognized file type: {kind[:100]}".rstrip())
-        types = Globs(" ".join(TYPES.values()).split() if kind == "all" else TYPES[kind].split())
+    types = Globs(type_globs(given["type"])) if given.get("type") else None
     try:
         return Globs(overrides(given, start)), types
     except GlobError as error:

@@ -16,7 +16,7 @@ from gateway.rootfs.operations import Workspace
 from gateway.rootfs.worker import receive_request
 from gateway.tools.call import Call
 from gateway.tools.schemas import checked
-from gateway.tools.searching import overrides
+from gateway.tools.searching import overrides, type_globs
 
 _FLAGS: Final = (
     *("--no-config", "--no-messages", "--color=never", "--files-with-matches", "--null"),
@@ -33,7 +33,9 @@ def command(given: dict[str, Any], start: str, threads: int = 1) -> list[str]:
         words += ["--multiline", "--multiline-dotall"]
     words += [f"--glob={glob}" for glob in overrides(given, start)]
     if given.get("type"):
-        words.append(f"--type={given['type']}")
+        # under a name of its own: what a type of ripgrep's is changes from one version to the next
+        words += [f"--type-add=asked:{glob}" for glob in type_globs(given["type"])]
+        words.append("--type=asked")
     # no --max-filesize: it looks at each file once more, and would leave out large ones without a word
     return [*words, f"--regexp={given['pattern']}", "--", "./"]
 

@@ -49,6 +49,9 @@ def root(tmp_path: Path) -> LaidRoot:
         "dir-b/form.ts": b"form\n",
         "dir/form.ts": b"form\n",
         "dir.ts": b"form\n",
+        "of-no-type": b"form\n",
+        "run.sh": b"form\n",
+        ".env": b"form\n",  # a shell's, to ripgrep 15
     }
     for name, text in texts.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +81,8 @@ GREPS: list[dict[str, Any]] = [
     {"pattern": "form", "glob": "*.{ts,tsx}"},
     {"pattern": "form", "glob": "!src/**"},
     {"pattern": "form", "type": "ts"},
+    {"pattern": "form", "type": "sh"},
+    {"pattern": "form", "type": "all"},
     {"pattern": "^form$", "output_mode": "count"},
     {"pattern": "\\w+é"},
     {"pattern": "nowhere to be found"},
