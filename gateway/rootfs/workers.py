@@ -463,6 +463,8 @@ class Workers:
                 )
         except TimeoutError:
             raise Timeout("the search took too long and was ended; try a more specific path") from None
+        except Unavailable:
+            return None  # the broker may trust no such program; of all else a walk will tell
 
     async def _sift(self, spawn: Spawn, request: bytes) -> bytes | None:
         answer, descriptors = await self.broker.request(spawn.wire())

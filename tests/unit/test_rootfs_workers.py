@@ -245,6 +245,12 @@ async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot
     await gone(pid)
 
 
+async def test_sifts_by_no_program_that_the_broker_does_not_trust(root: LaidRoot, tmp_path: Path) -> None:
+    """A gateway that has ripgrep searches without it where its broker has none."""
+    async with Workers(Settings(ripgrep=tmp_path), folders(tmp_path)) as workers:
+        assert await workers.sift(root, {"input": {"pattern": "alpha"}, "cwd": "/srv/site"}) is None
+
+
 async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
     """What an operation refuses arrives as the same error with its facts."""
     with pytest.raises(TooLarge) as caught:
