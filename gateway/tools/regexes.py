@@ -116,7 +116,9 @@ class _Scan:
             if char in "*+?{":
                 if self._atom is None:
                     raise self._wrong(at, at + 1, "repetition operator missing expression")
-                self._end_run(self._run if char == "+" else self._run[:-1])
+                # what is repeated may be left out, perhaps only by what repeats the repetition
+                stays = char == "+" and text[at + 1] not in "*+?{"
+                self._end_run(self._run if stays else self._run[:-1])
                 self._repeated(self._atom)
                 continue
             match char:

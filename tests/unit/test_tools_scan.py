@@ -147,6 +147,9 @@ def test_is_for_what_has_a_literal(given: dict[str, Any], wanted: list[str]) -> 
         ("a\\.b", ["a.b"]),
         ("fo*bar", ["bar"]),
         ("fo+b", ["fo"]),
+        ("foo+*", ["fo"]),
+        ("foo+{0,2}", ["fo"]),
+        ("foo++*", ["fo"]),
         ("fo?", ["f"]),
         ("foo{2}", ["fo"]),
         ("fo{0}ba", ["ba"]),
@@ -194,7 +197,7 @@ def test_what_matches_has_a_literal() -> None:
         "\\pL",
         "\\-",
     ]
-    repeats = ["", "", "", "*", "+", "?", "{2}", "{0,1}", "{1,}", "*?", "+?"]
+    repeats = ["", "", "", "*", "+", "?", "{2}", "{0,1}", "{1,}", "*?", "+?", "+*", "++*", "+{0}"]
 
     def made(depth: int) -> str:
         parts = []
