@@ -111,7 +111,7 @@ class Spawn:
             memory,
             str(message["loop"]),
             bool(message["search"]),
-            bool(message["looks"]),
+            bool(message.get("looks")),  # an older gateway does not say
         )
 
 

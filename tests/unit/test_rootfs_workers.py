@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
 from gateway.rootfs.broker import Spawn
-from gateway.rootfs.operations import SIFTED_MAX
+from gateway.rootfs.operations import SIFTED_MAX, Limits
 from gateway.rootfs.tenants import Folders
 from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
@@ -605,6 +605,14 @@ async def test_no_tenant_takes_every_program(
         assert not any(one.done() for one in held)
         ended.set()
         assert set(await asyncio.gather(*held)) == {b"names"}
+
+
+def test_an_older_gateway_is_understood() -> None:
+    """A broker that was upgraded first has workers for a gateway that knows of none that only look."""
+    spawn = Spawn("one", "/srv/site", Limits(), 1 << 20, "", True, True)
+    assert Spawn.of(spawn.wire()) == spawn
+    older = {key: value for key, value in spawn.wire().items() if key != "looks"}
+    assert Spawn.of(older) == replace(spawn, looks=False)
 
 
 async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: LaidRoot) -> None:
