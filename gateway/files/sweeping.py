@@ -25,7 +25,7 @@ _FOLDER = kernel.O_PATH | os.O_DIRECTORY
 class _Unfinished:
     """Chooses what has a name of ours, in every folder."""
 
-    def question(self, path: str, state: Any) -> Hashable:
+    def question(self, state: Any) -> Hashable:
         return "unfinished"
 
     def enter(self, path: str, hidden: Collection[str], state: Any) -> None:

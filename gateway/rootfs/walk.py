@@ -25,10 +25,10 @@ class Chooser(Protocol):
     `enter` is called for each folder with the `hidden` names in it, those that begin with a dot; what it
     returns is the `state` of the questions about all its names and of `enter` for the folders below. `files`
     returns which of the names, in the folder whose path with a slash is `prefix`, are wanted, should they be
-    regular files. Where `question` is equal for a folder, both answer alike of the same names.
+    regular files. Where `question` is equal, both answer alike of the same names in the same place.
     """
 
-    def question(self, path: str, state: Any) -> Hashable: ...
+    def question(self, state: Any) -> Hashable: ...
 
     def enter(self, path: str, hidden: Collection[str], state: Any) -> Any: ...
 
@@ -59,7 +59,7 @@ class _Listing:
         return _Listing(self.files[:room], folders, self.hidden, room)
 
     def chosen(self, chooser: Chooser, path: str, state: Any) -> _Choice:
-        question = chooser.question(path, state)
+        question = path, chooser.question(state)  # a folder may be moved with the one above it
         choice = self._choices.get(question)
         if choice is None:
             prefix = path + "/" if path else ""

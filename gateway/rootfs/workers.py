@@ -450,7 +450,7 @@ class Workers:
     async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
         """Have the program name the files worth a search, each with a NUL after it; None where it cannot.
 
-        It is confined as a worker is, and runs once. Raises `Timeout`, and what the broker refuses with.
+        It is confined as a worker is, and runs once. Raises `Timeout`, and `NotFound` for no tenant.
         """
         if not self._sifts:
             return None

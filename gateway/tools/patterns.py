@@ -282,8 +282,8 @@ class Named:
         self._hidden = hidden
         self._kind = ("named", globs.patterns, prefix, depth, hidden)
 
-    def question(self, path: str, state: Any) -> Hashable:
-        return self._kind, path
+    def question(self, state: Any) -> Hashable:
+        return self._kind
 
     def enter(self, path: str, hidden: Collection[str], state: Any) -> Any:
         return None
@@ -379,8 +379,8 @@ class Sought:
             return False
         return True
 
-    def question(self, path: str, state: _State) -> Hashable:
-        return self._kind, path, state.told
+    def question(self, state: _State) -> Hashable:
+        return self._kind, state.told
 
     def enter(self, path: str, hidden: Collection[str], state: _State) -> _State:
         return self._entered((self._base + path).rstrip("/"), hidden, state) if hidden else state

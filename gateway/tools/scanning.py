@@ -48,8 +48,8 @@ class Share:
         self._count = count
         self._parted = max(_PARTED, base.count("/") + _PARTED_BELOW)
 
-    def question(self, path: str, state: Any) -> Hashable:
-        return self._number, self._count, self._chooser.question(path, state)
+    def question(self, state: Any) -> Hashable:
+        return self._number, self._count, self._chooser.question(state)
 
     def enter(self, path: str, hidden: Collection[str], state: Any) -> Any:
         return self._chooser.enter(path, hidden, state)

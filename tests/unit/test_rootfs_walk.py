@@ -19,8 +19,8 @@ from gateway.tools.patterns import Globs, Named, Sought
 class All:
     """Chooses everything."""
 
-    def question(self, path: str, state: Any) -> Hashable:
-        return path
+    def question(self, state: Any) -> Hashable:
+        return None
 
     def enter(self, path: str, hidden: Collection[str], state: Any) -> Any:
         return None
@@ -149,6 +149,16 @@ def test_other_questions_get_other_answers(site: Path) -> None:
         assert not list(Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True))
         tree.close()
     assert all(len(listing._choices) <= walk._KEPT_CHOICES for listing in walk._kept.values())
+
+
+def test_what_lies_in_a_moved_folder_is_found_there(site: Path) -> None:
+    """A folder further down does not change when one above it moves; where it is does."""
+    (site / "src/deep/down").mkdir()
+    (site / "src/deep/down/d.ts").touch()
+    time.sleep(walk._SETTLED * 1.1e-9)
+    assert seen(site) == seen(site) == [*EVERYTHING, "src/deep/down/d.ts"]
+    (site / "src").rename(site / "lib")
+    assert seen(site) == ["a.ts", "lib/b.ts", "lib/deep/c.ts", "lib/deep/down/d.ts"]
 
 
 def test_young_folder_is_not_remembered(site: Path) -> None:
