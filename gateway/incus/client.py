@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -88,17 +88,20 @@ class Incus:
         """Do a synchronous PUT."""
         await self._request("PUT", path, body=body)
 
-    async def instances(self, *, state: bool = False) -> list[dict[str, Any]]:
-        """Return all instances of the project, with their `state` where it is asked for.
+    async def instances(
+        self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return all instances of the project, with their `state` those for which `state` is true.
 
-        One that is being made or removed may be left out.
+        One that is being made or removed may be left out. Each state costs incusd about 10 ms: it starts a
+        process in the container's network for it.
         """
-        found = await self.get("/1.0/instances", recursion="2" if state else "1")
+        found = await self.get("/1.0/instances", recursion="1")
         # Of one that stops Incus (6.0.4) shows the name alone, for up to a second: see `instance`.
         whole = []
         for entry in found:
             shown: dict[str, Any] = entry
-            if entry.get("config") is None:
+            if entry.get("config") is None or (state is not None and state(entry)):
                 try:
                     shown = await self.instance(entry["name"])
                 except IncusError as error:
@@ -120,19 +123,14 @@ class Incus:
             found = await self.get(path)
         return {**found, "state": found.get("state") or {}}
 
-    async def patch(self, path: str, body: Mapping[str, Any]) -> None:
-        """Do a synchronous PATCH."""
-        await self._request("PATCH", path, body=body)
-
-    async def get_text(self, path: str) -> str:
-        """Return the body of a GET that does not answer JSON, such as the metrics."""
-        try:
-            async with self.session.get(_BASE + path, params={"project": self.project}) as response:
-                if response.status != 200:
-                    raise IncusError(f"GET {path} answered {response.status}", response.status)
-                return await response.text()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _unreachable(error) from error
+    async def busy(self) -> set[str]:
+        """Return the names of the instances on which an operation runs, such as the copy that makes one."""
+        found: Mapping[str, Any] = await self.get("/1.0/operations", recursion="1")
+        return {
+            path.split("?")[0].rpartition("/")[2]
+            for operation in found.get("running") or ()
+            for path in (operation.get("resources") or {}).get("instances") or ()
+        }
 
     async def put_file(self, instance: str, path: str, data: bytes, *, mode: int) -> None:
         """Write a file of root's in an instance, running or not. Raises `IncusError`."""

@@ -32,7 +32,7 @@ from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.disks import STATIC
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
-from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT
+from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT, lacks_address
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
     SIZES,
@@ -199,7 +199,7 @@ class IncusSites:
         # commands of ours in instances that are no tenants, too
         self._commands = Commands(settings, incus, self._init_pid)
         self._owner = _owner(settings)
-        self._claiming = asyncio.Lock()
+        self._pool: dict[str, list[str]] = {}  # by key, the instances that wait whole
         self._choosing = asyncio.Lock()
         self._promised: set[str] = set()  # addresses of instances that are being made
         self._preparing: dict[str, asyncio.Task[None]] = {}
@@ -247,24 +247,34 @@ class IncusSites:
         return "image"
 
     async def _claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
-        """Make an instance of the pool the tenant; say whether there was one."""
-        async with self._claiming:
-            members = [entry["name"] for entry in await self._ours("pool") if entry["config"].get(KEY) == key]
-            if not members:
-                return False
-            member = members[0]
-            change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
-            if "disk" in size:
-                root = (await self._profile())["devices"]["root"]
-                instance = await self._instance(member)
-                change["devices"] = {**instance["devices"], "root": {**root, "size": size["disk"]}}
+        """Make an instance of the pool the tenant; say whether there was one.
+
+        Incus lists an instance that is still being copied, and breaks where it is changed or renamed then: so
+        one is taken only of those that were seen to be whole.
+        """
+        while members := self._pool.get(key):
+            member = members.pop()
+            try:
+                change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
+                if "disk" in size:
+                    root = (await self._profile())["devices"]["root"]
+                    instance = await self._instance(member)
+                    change["devices"] = {**instance["devices"], "root": {**root, "size": size["disk"]}}
+                with translated(member):
+                    # marked first: from now on it belongs to the deployment, whatever it is called
+                    await self._operate("PATCH", instance_path(member), change)
+            except GatewayError as error:
+                log.warning("%s of the pool cannot be used: %s", member, error.message)
+                await self._destroy(member)
+                continue
+            except BaseException:
+                await asyncio.shield(self._destroy(member))
+                raise
             with translated(tenant):
-                # marked first: from now on it belongs to the deployment, whatever it is called
-                await self._operate("PATCH", instance_path(member), change)
-        with translated(tenant):
-            await self._operate("POST", instance_path(member), {"name": tenant})
-            await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
-        return True
+                await self._operate("POST", instance_path(member), {"name": tenant})
+                await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
+            return True
+        return False
 
     async def _make(
         self,
@@ -368,7 +378,7 @@ class IncusSites:
     async def listed(self) -> Sequence[Site]:
         sites = []
         with translated(""):
-            instances = await self._incus.instances(state=True)
+            instances = await self._incus.instances(state=lacks_address)
         for instance in instances:
             config = instance.get("expanded_config") or {}
             domain = config.get(DOMAIN)
@@ -656,13 +666,12 @@ class IncusSites:
             golden = golden_name(key)
             if not await self._golden_is_ready(golden):
                 await self._make_golden(golden, key, recipe)
-            for _ in range(self._settings.warm_pool):
-                members = [e for e in await self._ours("pool") if e["config"].get(KEY) == key]
-                if len(members) >= self._settings.warm_pool:
-                    break
+            members = self._pool.setdefault(key, [])
+            while len(members) < self._settings.warm_pool:
                 name = f"gateway-pool-{secrets.token_hex(6)}"
                 source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
                 await self._make(name, source, self._marks("pool", key), {}, start=False)
+                members.append(name)
             prepared(None)
         except GatewayError as error:
             prepared(error)
@@ -758,11 +767,16 @@ class IncusSites:
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
         keys = {await self._key(recipe) for recipe in recipes if recipe.key}
+        with translated(""):
+            unfinished = await self._incus.busy()
         for instance in [*await self._ours("golden"), *await self._ours("pool")]:
             name, key = instance["name"], instance["config"].get(KEY)
-            whole = instance["config"][ROLE] == "pool" or await self._golden_is_ready(name)
+            pooled = instance["config"][ROLE] == "pool"
+            whole = name not in unfinished if pooled else await self._golden_is_ready(name)
             if key not in keys or not whole or instance["status"] != "Stopped":
                 await self._destroy(name)
+            elif pooled:
+                self._pool.setdefault(key, []).append(name)
 
     async def _drain(self) -> None:
         for instance in await self._ours("pool"):

@@ -108,7 +108,7 @@ class IncusRuntime:
 
     async def list(self) -> list[Tenant]:
         with translated(""):
-            instances = await self._incus.instances(state=True)
+            instances = await self._incus.instances(state=lacks_address)
         return [_tenant(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
@@ -462,6 +462,11 @@ def _seconds(text: str | None) -> float | None:
     except ValueError:
         return None
     return seconds if seconds >= 0 else None
+
+
+def lacks_address(instance: Mapping[str, Any]) -> bool:
+    """Say whether the address of a tenant is known from its state alone."""
+    return is_tenant(instance) and instance["status"] == "Running" and _address(instance) is None
 
 
 def _address(instance: Mapping[str, Any]) -> str | None:
