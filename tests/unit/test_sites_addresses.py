@@ -27,7 +27,9 @@ class Full(Incus):
         await asyncio.sleep(0)
         return {"devices": {"root": {}, "eth0": {}}} if "/profiles/" in path else []
 
-    async def instances(self, *, state: Callable[[Mapping[str, Any]], bool] | None = None) -> list[dict[str, Any]]:
+    async def instances(
+        self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> list[dict[str, Any]]:
         found = [{"devices": {"eth0": {"ipv4.address": address}}} for address in self.addresses]
         await asyncio.sleep(0)
         return found
