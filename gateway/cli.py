@@ -11,18 +11,16 @@ import os
 import signal
 import sys
 import termios
+import traceback
 import tty
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Annotated, Any, NoReturn
 
-import orjson
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gateway import __version__, auth
 from gateway import settings as settings_module
@@ -34,6 +32,7 @@ from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.store import Store
+from gateway.terminal import Lines, copy, encoded, err, out, set_in
 from gateway_client import Client, DeploymentRecord, Disconnected, Exec
 
 app = typer.Typer(
@@ -47,9 +46,6 @@ app = typer.Typer(
 image_app = typer.Typer(no_args_is_help=True, help="The tenants' base image.", rich_markup_mode=None)
 app.add_typer(image_app, name="image")
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Url = Annotated[
     str | None,
@@ -61,6 +57,10 @@ TokenOption = Annotated[
         "--token", envvar="GATEWAY_TOKEN", help="A token; default: one made from this machine's secret."
     ),
 ]
+
+
+class _Refused(Exception):
+    """The person at the terminal did not say yes."""
 
 
 class Size(StrEnum):
@@ -87,23 +87,28 @@ def main() -> NoReturn:
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
-            err.print(f"setting GATEWAY_{name}: {problem['msg']}")
+            err.say(f"setting GATEWAY_{name}: {problem['msg']}")
         sys.exit(1)
     except PermissionError as error:
         _fail(f"{error.strerror}: {error.filename}; run it as root")
+    except _Refused as refused:
+        _fail(str(refused))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # a fault of ours; what it names may be a tenant's
+        err.say(set_in(traceback.format_exc()))
+        sys.exit(1)
     sys.exit(0)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    err.print(f"incus-gateway: {message}", markup=False)
+    err.say(f"incus-gateway: {set_in(message)}")
     sys.exit(code)
 
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(__version__)
+        out.say(__version__)
         raise typer.Exit
 
 
@@ -143,7 +148,7 @@ def broker() -> None:
     """
     from gateway.host.broker import run
 
-    run(settings_module.load(), lambda line: err.print(line, markup=False))
+    run(settings_module.load(), err.say)
 
 
 @app.command()
@@ -153,9 +158,9 @@ def setup(
     """Prepare this host: network, firewall, storage, tenant profile. Idempotent."""
     from gateway.host.setup import setup as run
 
-    changes = run(settings_module.load(), _silent if as_json else _progress)
+    changes = run(settings_module.load(), _silent if as_json else out.say)
     if as_json:
-        _print_json([{"step": c.step, "changed": c.changed, "detail": c.detail} for c in changes])
+        out.json([{"step": c.step, "changed": c.changed, "detail": c.detail} for c in changes], indent=True)
 
 
 @app.command()
@@ -165,10 +170,12 @@ def doctor(as_json: Json = False) -> None:
 
     found = run(settings_module.load())
     if as_json:
-        _print_json([{"what": f.what, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in found])
+        out.json(
+            [{"what": f.what, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in found], indent=True
+        )
     else:
         for finding in found:
-            out.print(str(finding), markup=False)
+            out.say(str(finding))
     if not all(finding.ok for finding in found):
         raise typer.Exit(1)
 
@@ -182,7 +189,7 @@ def image_build(
     """Build the base image and import it into Incus."""
     from gateway.host.image import build
 
-    build(settings_module.load(), _progress, rebuild=rebuild)
+    build(settings_module.load(), out.say, rebuild=rebuild)
 
 
 @app.command()
@@ -209,7 +216,7 @@ def token(
         return
     secret = auth.load_secret(settings_module.load())
     scopes = " ".join(scope).replace(",", " ").split()
-    typer.echo(auth.issue(secret, subject, tenant or (), scopes, auth.parse_ttl(ttl)))
+    out.say(auth.issue(secret, subject, tenant or (), scopes, auth.parse_ttl(ttl)))
 
 
 async def _revoke(id_: str, url: str | None, own: str | None) -> None:
@@ -238,13 +245,13 @@ def audit(
         async with _client(url, token) as client:
             entries = (await client.audit(tenant, limit=lines))[::-1]
         if as_json:
-            _print_json(entries)
+            out.json(entries, indent=True)
             return
         table = Table("time", "who", "did", "tenant", "", box=None, pad_edge=False)
         for entry in entries:
             at = datetime.fromtimestamp(entry["time"]).isoformat(" ", "seconds")
             facts = " ".join(f"{key}={value}" for key, value in entry["facts"].items())
-            table.add_row(at, entry["who"], entry["action"], entry["tenant"] or "-", Text(facts))
+            table.add_row(at, entry["who"], entry["action"], entry["tenant"] or "-", facts)
         out.print(table)
 
     _run(run())
@@ -269,7 +276,7 @@ def create(
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with runtime_type(settings) as runtime:
             made = await runtime.create(tenant, domain=domain)
-        out.print(f"{made.name} is {made.status}")
+        out.say(f"{made.name} is {made.status}")
 
     asyncio.run(run())
 
@@ -289,14 +296,11 @@ def deploy(
     what = template_argument(template, settings_module.load())
     variables = dict(_assignment(entry) for entry in env) if env else None
 
-    def print_line(event: Mapping[str, Any]) -> None:
-        print(orjson.dumps(event).decode(), flush=True)
-
     async def run() -> DeploymentRecord:
         async with _client(url, token) as client:
             begun = await client.deploy(domain, what, size=size.value, env=variables, tenant=tenant)
             if as_json:
-                return await follow(begun, print_line)
+                return await follow(begun, out.json)
             with Progress(out, domain) as progress:
                 return await follow(begun, progress.told)
 
@@ -305,7 +309,7 @@ def deploy(
         where = record.error.facts.get("phase", "deploy")
         _fail(f"{where}: {record.error.message}\nEverything that was done is undone.")
     if not as_json:
-        out.print(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s", markup=False)
+        out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
 
 
 @app.command("list")
@@ -316,7 +320,7 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
         async with _client(url, token) as client:
             found = await client.tenants()
         if as_json:
-            _print_json([info.all for info in found])
+            out.json([info.all for info in found], indent=True)
             return
         table = Table(box=None, pad_edge=False)
         for column in ("tenant", "status", "address", "domain", "memory", "created"):
@@ -341,7 +345,7 @@ def _lifecycle(action: str, help_text: str) -> None:
         async def run() -> None:
             async with _client(url, token) as client:
                 target = client.tenant(tenant)
-                await (target.delete() if action == "destroy" else getattr(target, action)())
+                await getattr(target, action)()
 
         _run(run())
 
@@ -349,7 +353,34 @@ def _lifecycle(action: str, help_text: str) -> None:
 _lifecycle("start", "Start a tenant.")
 _lifecycle("stop", "Stop a tenant.")
 _lifecycle("restart", "Restart a tenant.")
-_lifecycle("destroy", "Destroy a tenant and everything of it.")
+
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.command()
+def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
+    """Destroy a tenant and everything of it. Asks first; where nobody can be asked it wants --yes."""
+    if not yes and not _somebody_is_there():
+        err.say(
+            f"incus-gateway: nothing was destroyed: there is no terminal to ask at; to destroy {tenant} with "
+            f"all its files and snapshots, say it: incus-gateway destroy {tenant} --yes"
+        )
+        raise typer.Exit(2)
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            target = client.tenant(tenant)
+            if not yes:
+                domain = (await target.info())["domain"]
+                kept = len(await target.snapshots())
+                what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
+                question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
+                await asyncio.to_thread(_ask, question, "nothing was destroyed")
+            await target.delete()
+
+    _run(run())
+
 
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
 
@@ -376,24 +407,36 @@ def snapshot(
                 return
             kept = await target.snapshots() if list_ else [await target.snapshot(name)]
         if as_json:
-            _print_json(kept if list_ else kept[0])
+            out.json(kept if list_ else kept[0], indent=True)
         elif list_:
             table = Table("snapshot", "created", box=None, pad_edge=False)
             for entry in kept:
                 table.add_row(entry["name"], (entry["created"] or "")[:19])
             out.print(table)
         else:
-            out.print(kept[0]["name"], markup=False)
+            out.say(kept[0]["name"])
 
     _run(run())
 
 
 @app.command()
-def restore(tenant: TenantName, snapshot: SnapshotName, url: Url = None, token: TokenOption = None) -> None:
-    """Make a tenant's disk what it was; stops the tenant, and starts it again if it ran."""
+def restore(
+    tenant: TenantName,
+    snapshot: SnapshotName,
+    yes: Yes = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Make a tenant's disk what it was; stops the tenant, and starts it again if it ran.
+
+    At a terminal it asks first.
+    """
 
     async def run() -> None:
         async with _client(url, token) as client:
+            if not yes and _somebody_is_there():
+                question = f"Make the disk of {tenant} what it was at {snapshot}? What it has since is gone."
+                await asyncio.to_thread(_ask, question, "nothing was changed")
             await client.tenant(tenant).restore(snapshot)
 
     _run(run())
@@ -437,15 +480,22 @@ def logs(
     tenant: TenantName,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines")] = 100,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Every byte as the site wrote it; not to a terminal")
+    ] = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Print the log of a tenant's site."""
+    """Print the log of a tenant's site, without what would steer a terminal."""
+    if raw and sys.stdout.isatty():
+        raise typer.BadParameter("--raw is for a pipe or a file: a log's bytes can steer a terminal")
 
     async def run() -> None:
+        shown = Lines()
         async with _client(url, token) as client:
             async for piece in client.tenant(tenant).logs(lines, follow):
-                await asyncio.to_thread(_write_all, sys.stdout.buffer, piece)
+                await asyncio.to_thread(copy, piece if raw else shown.cleaned(piece))
+        copy(shown.cleaned(b"", last=True))
 
     _run(run())
 
@@ -458,10 +508,10 @@ def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: T
         async with _client(url, token) as client:
             answer = await client.tenant(tenant).metrics()
         if as_json:
-            _print_json(answer)
+            out.json(answer, indent=True)
             return
         for name, value in answer.items():
-            out.print(f"{name:22} {value}")
+            out.say(f"{name:22} {value}")
 
     _run(run())
 
@@ -486,12 +536,11 @@ def events(
         ):
             async for event in stream:
                 if as_json:
-                    line = orjson.dumps({"id": event.id, "type": event.type, "tenant": event.tenant} | {
-                        "time": event.time, "data": event.data}).decode()  # fmt: skip
-                    print(line, flush=True)
+                    about = {"id": event.id, "type": event.type, "tenant": event.tenant}
+                    out.json(about | {"time": event.time, "data": event.data})
                 else:
-                    data = orjson.dumps(event.data).decode()
-                    print(f"{event.time}  {event.type:24} {event.tenant or '-':20} {data}", flush=True)
+                    who = event.tenant or "-"
+                    out.say(f"{event.time}  {event.type:24} {who:20} {encoded(event.data)}")
 
     _run(run())
 
@@ -560,9 +609,8 @@ async def _attend(process: Exec, terminal: bool) -> int:
 
     async def copy_output() -> None:
         async for name, chunk in process.output():
-            target = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
             # a pipe that nobody reads holds us back, and so the command
-            await loop.run_in_executor(None, _write_all, target, chunk)
+            await asyncio.to_thread(copy, chunk, to_stderr=name == "stderr")
 
     feeding = asyncio.create_task(_feed(process))
     try:
@@ -597,17 +645,6 @@ async def _feed(process: Exec) -> None:
             await process.close_stdin()
             return
         await process.write(data)
-
-
-class _Writable(Protocol):
-    def write(self, data: bytes, /) -> int: ...
-
-    def flush(self) -> None: ...
-
-
-def _write_all(target: _Writable, data: bytes) -> None:
-    target.write(data)
-    target.flush()
 
 
 @contextlib.contextmanager
@@ -663,12 +700,15 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(work)
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+def _somebody_is_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def _progress(line: str) -> None:
-    out.print(line, markup=False)
+def _ask(question: str, otherwise: str) -> None:
+    """Return once the person at the terminal says yes; end the program where they do not."""
+    err.print(f"{question} [y/N]", end=" ")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise _Refused(otherwise)
 
 
 def _silent(line: str) -> None:

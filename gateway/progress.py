@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -20,6 +20,7 @@ from gateway.deployments.record import PHASES
 from gateway.deployments.template import MANIFEST, checked, packed, read_folder
 from gateway.errors import InvalidParams
 from gateway.settings import Settings
+from gateway.terminal import Console, line
 from gateway_client import Deployment, DeploymentRecord
 
 _SAYS: Final = {
@@ -96,37 +97,36 @@ class Progress:
 
     def told(self, event: Mapping[str, Any]) -> None:
         """Take in one event; without a terminal print what is worth a line."""
-        kind, line = event["type"].removeprefix("deployment."), self.lines.get(event.get("phase", ""))
+        kind, phase = event["type"].removeprefix("deployment."), self.lines.get(event.get("phase", ""))
         match kind:
-            case "phase.started" if line is not None:
-                line.state, line.began = "running", time.monotonic()
+            case "phase.started" if phase is not None:
+                phase.state, phase.began = "running", time.monotonic()
             case "phase.log":
-                self.last = event["lines"][-1]
+                self.last = line(event["lines"][-1])
                 if self._live is None:
                     for said in event["lines"]:
-                        self.console.print(f"    {said}", markup=False)
-            case "phase.finished" if line is not None:
-                line.state, line.ms = "done", event["ms"]
-                line.note = _note(event)
+                        self.console.say(f"    {line(said)}")
+            case "phase.finished" if phase is not None:
+                phase.state, phase.ms = "done", event["ms"]
+                phase.note = _note(event)
                 self.last = ""
                 if self._live is None:
-                    phase = event["phase"]
-                    self.console.print(f"{phase:9} {_seconds(line.ms):>8}  {line.note}", markup=False)
+                    self.console.say(f"{event['phase']:9} {_seconds(phase.ms):>8}  {phase.note}")
             case "failed" | "cancelled":
                 self.undoing = True
-                if line is not None:
-                    line.state = "failed"
+                if phase is not None:
+                    phase.state = "failed"
             case "succeeded" | "rolledback":
                 self.undoing = False
 
     def __rich__(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for name, line in self.lines.items():
-            passed = line.ms if line.ms is not None else int((time.monotonic() - line.began) * 1000)
-            match line.state:
+        for name, phase in self.lines.items():
+            passed = phase.ms if phase.ms is not None else int((time.monotonic() - phase.began) * 1000)
+            match phase.state:
                 case "done":
                     row: tuple[RenderableType, ...] = (
-                        Text("✓", "green"), name, Text(_seconds(passed), "dim"), Text(line.note, "dim")
+                        Text("✓", "green"), name, Text(_seconds(passed), "dim"), Text(phase.note, "dim")
                     )  # fmt: skip
                 case "running":
                     says = Text(self.last or _SAYS[name], "cyan", overflow="ellipsis", no_wrap=True)

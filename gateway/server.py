@@ -20,6 +20,7 @@ from gateway.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.settings import Settings
+from gateway.terminal import log_to_stderr
 from gateway.websocket import WebSocketProtocol
 
 # a client that vanished without a word is found by the kernel: 30 s of silence, then 3 probes. A peer that
@@ -46,9 +47,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
 
     Raises `Unavailable` where the address, the records or the folders of the routes cannot be had.
     """
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    log_to_stderr(log_level)
     # tokens never travel in a URL, but tenants' names do: no access log
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):

@@ -36,6 +36,7 @@ from gateway.host.daemon import Daemon, systemd_runs
 from gateway.host.front import Front
 from gateway.host.setup import pin, setup
 from gateway.settings import Settings
+from gateway.terminal import out
 
 TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
@@ -49,10 +50,7 @@ READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran befo
 POLL = 0.1
 
 
-def say(line: str) -> None:
-    """Print one line at once, so that a long step is seen to begin."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+say = out.say
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ async def test_a_tenants_disk_is_kept_brought_back_and_copied(gateway: LiveGatew
     assert (await run(gateway, "rename", "copy", "copy.example.com"))[0] == 0
     _, out, _ = await run(gateway, "list", "--json")
     assert {entry["name"]: entry["domain"] for entry in orjson.loads(out)}["copy"] == "copy.example.com"
-    assert (await run(gateway, "destroy", "copy"))[0] == 0
+    assert (await run(gateway, "destroy", "copy", "--yes"))[0] == 0
     assert (await run(gateway, "snapshot", "demo", "--delete", "s1"))[0] == 0
     code, out, err = await run(gateway, "restore", "demo", "s1")
     assert (code, out, err.count("\n")) == (1, b"", 1)

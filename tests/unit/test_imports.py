@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "websocket", "ledger", "tasks"},
+    {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal"},
     {"store"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"runtime", "audit"},
@@ -39,6 +39,7 @@ ONLY: dict[str, set[str]] = {
     "websocket": set(),
     "protocol": {"errors"},
     "ledger": set(),
+    "terminal": set(),
     "tasks": set(),
     "store": {"errors", "ledger"},
     "editor": {"errors"},
