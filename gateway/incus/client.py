@@ -24,9 +24,11 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.incus.exec import ExecSockets, connect
+from gateway.incus.inventory import Inventory, touched_by
 
 log = logging.getLogger(__name__)
 
+_EVENTS_WAITING = 10_000
 _BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
 
 
@@ -61,6 +63,7 @@ class Incus:
         self.project = project
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._session: aiohttp.ClientSession | None = None
+        self._inventory = Inventory(self._list, self._find)
 
     async def __aenter__(self) -> Incus:
         # limit=0: the default pool of 100 connections would be eaten by 25 commands of 4 sockets each
@@ -84,32 +87,37 @@ class Incus:
         """Return the metadata of a GET. Raises `IncusError`."""
         return (await self._request("GET", path, query=query))["metadata"]
 
-    async def put(self, path: str, body: Mapping[str, Any]) -> None:
-        """Do a synchronous PUT."""
-        await self._request("PUT", path, body=body)
-
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[dict[str, Any]]:
         """Return all instances of the project, with their `state` those for which `state` is true.
 
         One that is being made or removed may be left out. Each state costs incusd about 10 ms: it starts a
-        process in the container's network for it.
+        process in the container's network for it. The answer is shared: do not change it.
         """
+        found = await self._inventory.all()
+        if state is None:
+            return found
+        whole = [await self._find(entry["name"], state=True) if state(entry) else entry for entry in found]
+        return [entry for entry in whole if entry is not None]
+
+    async def _list(self) -> list[dict[str, Any]]:
         found = await self.get("/1.0/instances", recursion="1")
         # Of one that stops Incus (6.0.4) shows the name alone, for up to a second: see `instance`.
-        whole = []
-        for entry in found:
-            shown: dict[str, Any] = entry
-            if entry.get("config") is None or (state is not None and state(entry)):
-                try:
-                    shown = await self.instance(entry["name"])
-                except IncusError as error:
-                    if error.status == 0:
-                        raise
-            if shown.get("config") is not None:
-                whole.append(shown)
-        return whole
+        whole = [
+            await self._find(entry["name"], state=True) if entry.get("config") is None else entry
+            for entry in found
+        ]
+        return [entry for entry in whole if entry is not None]
+
+    async def _find(self, name: str, *, state: bool = False) -> dict[str, Any] | None:
+        try:
+            found = await (self.instance(name) if state else self.get(instance_path(name)))
+        except IncusError as error:
+            if error.status == 0 or (error.status != 404 and not state):
+                raise
+            return None
+        return None if found.get("config") is None else found
 
     async def instance(self, name: str) -> dict[str, Any]:
         """Return an instance with its `state`, which is empty while it stops. Raises `IncusError`."""
@@ -156,13 +164,16 @@ class Incus:
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
     ) -> Operation:
         """Start an operation and return it ended. Raises `IncusError` where it failed or `timeout` passed."""
-        answer = await self._request(method, path, body=body)
-        if answer["type"] != "async":
-            return Operation(ok=True, metadata=answer.get("metadata") or {})
-        operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
-        if not operation.ok:
-            raise IncusError(operation.error, 400)
-        return operation
+        try:
+            answer = await self._request(method, path, body=body)
+            if answer["type"] != "async":
+                return Operation(ok=True, metadata=answer.get("metadata") or {})
+            operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
+            if not operation.ok:
+                raise IncusError(operation.error, 400)
+            return operation
+        finally:
+            self._inventory.touched(*touched_by(path, body))
 
     async def wait(self, operation: str, *, timeout: float | None) -> Operation:
         """Wait for the end of an operation. Call it at once: its record is gone 5 s after the end.
@@ -235,21 +246,51 @@ class Incus:
     async def events(self, *types: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.
 
-        Incus replays nothing and promises no order: whoever listens reads the state after subscribing.
+        Incus replays nothing and promises no order: whoever listens reads the state after subscribing. While
+        those of `lifecycle` are heard, `instances` goes by them, however slowly they are taken from here. Ten
+        thousand may wait to be taken; then the stream breaks.
         """
         query = {"type": ",".join(types), "project": self.project}
+        heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         try:
             # pongs are required here: without them incusd hangs up after 30 s. A silent, half-dead
             # stream is found by our own heartbeat.
             async with self.session.ws_connect(
                 f"{_BASE}/1.0/events", params=query, max_msg_size=0, compress=0, autoping=True, heartbeat=20
             ) as socket:
-                yield {"type": "connected"}
-                async for message in socket:
-                    if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                        yield orjson.loads(message.data)
+                hearing = asyncio.create_task(self._hear(socket, heard, "lifecycle" in types))
+                try:
+                    yield {"type": "connected"}
+                    while (event := await heard.get()) is not None:
+                        yield event
+                    await hearing
+                finally:
+                    hearing.cancel()
+                    await asyncio.gather(hearing, return_exceptions=True)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _unreachable(error) from error
+
+    async def _hear(
+        self,
+        socket: aiohttp.ClientWebSocketResponse,
+        heard: asyncio.Queue[dict[str, Any] | None],
+        lifecycle: bool,
+    ) -> None:
+        try:
+            if lifecycle:
+                self._inventory.listening(True)
+            async for message in socket:
+                if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                    event = orjson.loads(message.data)
+                    if lifecycle:
+                        self._inventory.noted(event)
+                    if heard.qsize() >= _EVENTS_WAITING:
+                        raise IncusError("its events come faster than they are taken", 0)
+                    heard.put_nowait(event)
+        finally:
+            if lifecycle:
+                self._inventory.listening(False)
+            heard.put_nowait(None)
 
     async def _request(
         self,

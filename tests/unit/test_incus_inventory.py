@@ -1,0 +1,154 @@
+"""The kept list of instances: asked for once, then only what changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from gateway.incus.inventory import Inventory, touched_by
+
+
+class Table:
+    """What incusd has, and what was asked of it."""
+
+    def __init__(self, *names: str) -> None:
+        self.entries = {name: {"name": name, "n": 0} for name in names}
+        self.asked: list[str] = []
+        self.inventory = Inventory(self.fetch_all, self.fetch)
+        self.held: asyncio.Event | None = None
+
+    async def fetch_all(self) -> list[dict[str, Any]]:
+        self.asked.append("*")
+        return [dict(entry) for entry in self.entries.values()]
+
+    async def fetch(self, name: str) -> dict[str, Any] | None:
+        self.asked.append(name)
+        found = self.entries.get(name)
+        answer = None if found is None else dict(found)
+        if self.held is not None:
+            await self.held.wait()
+        return answer
+
+    async def names(self) -> dict[str, int]:
+        return {entry["name"]: entry["n"] for entry in await self.inventory.all()}
+
+
+def lifecycle(action: str, name: str, **context: str) -> Mapping[str, Any]:
+    return {"type": "lifecycle", "metadata": {"action": action, "name": name, "context": context}}
+
+
+@pytest.fixture
+def table() -> Table:
+    found = Table("one", "two")
+    found.inventory.listening(True)
+    return found
+
+
+async def test_without_events_every_list_asks_for_all() -> None:
+    table = Table("one")
+    await table.names()
+    await table.names()
+    assert table.asked == ["*", "*"]
+
+
+async def test_with_events_only_what_changed_is_asked_for(table: Table) -> None:
+    await table.names()
+    assert await table.names() == {"one": 0, "two": 0}
+    table.entries["one"]["n"] = 1
+    table.inventory.noted(lifecycle("instance-updated", "one"))
+    assert await table.names() == {"one": 1, "two": 0}
+    assert table.asked == ["*", "one"]
+
+
+@pytest.mark.parametrize("action", ["instance-exec", "instance-file-pushed", "instance-snapshot-created"])
+async def test_looks_change_nothing(table: Table, action: str) -> None:
+    await table.names()
+    table.inventory.noted(lifecycle(action, "one"))
+    await table.names()
+    assert table.asked == ["*"]
+
+
+async def test_made_renamed_and_removed_ones_come_and_go(table: Table) -> None:
+    await table.names()
+    table.entries["new"] = {"name": "new", "n": 0}
+    table.inventory.noted(lifecycle("instance-created", "new"))
+    assert set(await table.names()) == {"one", "two", "new"}
+    table.entries["other"] = {**table.entries.pop("one"), "name": "other"}
+    table.inventory.noted(lifecycle("instance-renamed", "other", old_name="one"))
+    assert set(await table.names()) == {"two", "new", "other"}
+    del table.entries["two"]
+    table.inventory.noted(lifecycle("instance-deleted", "two"))
+    assert set(await table.names()) == {"new", "other"}
+    assert table.asked.count("*") == 1
+
+
+async def test_what_changes_while_it_is_asked_for_is_asked_for_again(table: Table) -> None:
+    await table.names()
+    table.held = asyncio.Event()
+    table.inventory.touched("one")
+    first = asyncio.create_task(table.names())
+    while "one" not in table.asked:
+        await asyncio.sleep(0)
+    table.entries["one"]["n"] = 5
+    table.inventory.touched("one")
+    second = asyncio.create_task(table.names())
+    table.held.set()
+    assert (await first)["one"] == 0
+    assert (await second)["one"] == 5
+
+
+async def test_a_list_that_fails_forgets_no_change(table: Table) -> None:
+    await table.names()
+    table.held = asyncio.Event()
+    table.inventory.touched("one")
+    failing = asyncio.create_task(table.names())
+    while "one" not in table.asked:
+        await asyncio.sleep(0)
+    failing.cancel()
+    await asyncio.gather(failing, return_exceptions=True)
+    table.held = None
+    table.entries["one"]["n"] = 7
+    assert (await table.names())["one"] == 7
+
+
+async def test_many_changes_are_asked_for_together(table: Table) -> None:
+    await table.names()
+    table.inventory.touched(*(f"t{number}" for number in range(100)))
+    await table.names()
+    assert table.asked == ["*", "*"]
+
+
+async def test_a_changed_profile_changes_all(table: Table) -> None:
+    await table.names()
+    table.inventory.noted({"metadata": {"action": "profile-updated", "name": "gateway-tenant"}})
+    await table.names()
+    assert table.asked == ["*", "*"]
+
+
+async def test_after_the_events_were_interrupted_all_are_asked_for(table: Table) -> None:
+    await table.names()
+    table.inventory.listening(False)
+    await table.names()
+    table.inventory.listening(True)
+    await table.names()
+    await table.names()
+    assert table.asked == ["*", "*", "*"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/1.0/instances", {"name": "new"}, ["new"]),
+        ("/1.0/instances/one", {"name": "other"}, ["one", "other"]),
+        ("/1.0/instances/one", {"config": {}}, ["one"]),
+        ("/1.0/instances/one", None, ["one"]),
+        ("/1.0/instances/one/state", {"action": "stop"}, ["one"]),
+        ("/1.0/instances/one/snapshots", {"name": "snap"}, ["one"]),
+        ("/1.0/networks/one", {"name": "x"}, []),
+    ],
+)
+def test_what_a_request_changes(path: str, body: Mapping[str, Any] | None, names: list[str]) -> None:
+    assert touched_by(path, body) == names
