@@ -19,7 +19,7 @@ from pydantic import Field
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
@@ -38,15 +38,17 @@ from gateway.errors import (
     InvalidParams,
     NotFound,
     RateLimited,
+    Unauthorized,
     Unavailable,
 )
 from gateway.events import Bus, Filter, StoredJournal, sse
 from gateway.execs import Execs
 from gateway.files import http
 from gateway.files.files import Files
+from gateway.grants import Grants
 from gateway.host.setup import pin
 from gateway.idle import Idle
-from gateway.life import Ask, Life, described
+from gateway.life import Ask, Following, Life, described
 from gateway.metrics import Metrics
 from gateway.names import Names
 from gateway.oneshot import ExecBody, run
@@ -104,6 +106,7 @@ _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resy
 
 class SessionBody(protocol.Params):
     token: Annotated[str, Field(max_length=auth.MAX_TOKEN)]
+    slot: Annotated[str, Field(pattern=f"^{auth.SLOT}$")] | None = None
 
 
 class RevokeBody(protocol.Params):
@@ -133,6 +136,7 @@ class Gateway:
         self.bus = Bus(self.journal)
         self._secret = auth.load_secret(settings)
         self.revocations = Revocations(self.store)
+        self.grants = Grants(self._is_revoked)
         self.names = Names(self.store, self.bus, settings)
         self.audit = Audit(self.store, self.bus, settings)
         self._hub: Hub | None = None
@@ -233,7 +237,9 @@ class Gateway:
             )
             self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
-            self._hub = Hub(runtime, execs, toolbox, files, self.bus, idle, settings, self._verify)
+            self._hub = Hub(
+                runtime, execs, toolbox, files, self.bus, idle, settings, self._verify, self.grants
+            )
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
                 from gateway.mcp import Mcp  # an extra, and a second of start-up
@@ -243,6 +249,7 @@ class Gateway:
                 self._watch(runtime, workers, files, receipts),
                 self.metrics.follow(self.bus),
                 self._recover(),
+                self.grants.watch(),
             ]
             if isinstance(runtime, IncusRuntime):
                 jobs += [self._pin_ports(), self._tell_starved(runtime)]
@@ -371,8 +378,11 @@ class Gateway:
 
     # --- who asks -----------------------------------------------------------------------------------
 
+    def _is_revoked(self, token: str) -> bool:
+        return token in self.revocations
+
     def _verify(self, raw: str | None) -> auth.Token:
-        return auth.verify(self._secret, raw, self.revocations.__contains__)
+        return auth.verify(self._secret, raw, self._is_revoked)
 
     def _check_origin(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -387,8 +397,7 @@ class Gateway:
 
     def _token(self, request: Request, scope: str | None) -> auth.Token:
         self._check_origin(request.scope)
-        raw = auth.raw_token(request.headers.get("authorization"), request.headers.get("cookie"))
-        token = self._verify(raw)
+        token = self._verify(_raw_token(request))
         if scope is not None:
             token.require(scope)
         return token
@@ -411,6 +420,26 @@ class Gateway:
         await self.hub.idle.awake(name)
         return name, token
 
+    def _still(self, token: auth.Token) -> None:
+        """Return if a token that was good still is. Raises `Unauthorized`."""
+        if ended := self.grants.ended(token):
+            raise Unauthorized(ended)
+
+    async def _body(self, request: Request, token: auth.Token) -> bytes:
+        """Return the body, if the token has not ended until it was all here."""
+        body = await read_body(request, self.settings.max_body)
+        self._still(token)
+        return body
+
+    async def _json(self, request: Request, token: auth.Token) -> Any:
+        body = await read_json(request, self.settings.max_body)
+        self._still(token)
+        return body
+
+    def _hold(self, request: Request, token: auth.Token, end: Callable[[], None]) -> None:
+        """Have the answer to this request, which has no end of its own, end when its token does."""
+        request.scope[USES].enter_context(self.grants.hold(token, lambda why: end()))
+
     # --- the gateway itself -------------------------------------------------------------------------
 
     async def _healthz(self, request: Request) -> Response:
@@ -430,29 +459,27 @@ class Gateway:
         return Response(self.metrics.render(), media_type=self.metrics.CONTENT_TYPE)
 
     async def _session(self, request: Request) -> Response:
-        return as_json(_granted(self._token(request, None)))
+        token = self._token(request, None)
+        by_header = auth.bearer_token(request.headers.get("authorization")) is not None
+        return as_json(_granted(token, None if by_header else _slot(request)))
 
     async def _session_open(self, request: Request) -> Response:
         self._check_origin(request.scope)
         body = protocol.validate(SessionBody, await read_json(request, self.settings.max_body))
         token = self._verify(body.token)
-        response = as_json(_granted(token))
-        forwarded = request.headers.get("x-forwarded-proto", request.url.scheme)
-        response.set_cookie(
-            auth.COOKIE,
-            body.token,
-            max_age=max(0, int(token.expires - time.time())),
-            httponly=True,
-            samesite="strict",
-            secure=forwarded == "https",
-            path="/",
-        )
+        response = as_json(_granted(token, body.slot))
+        name = auth.cookie_name(body.slot, secure=_secure(request))
+        _set_cookie(request, response, name, body.token, max(0, int(token.expires - time.time())))
+        if body.slot is not None:
+            others = [slot for slot in auth.slots(request.headers.get("cookie")) if slot != name]
+            for slot in others[: max(0, len(others) + 1 - auth.MOST_SLOTS)]:
+                _set_cookie(request, response, slot, "", 0)
         return response
 
     async def _session_close(self, request: Request) -> Response:
         self._check_origin(request.scope)
         response = Response(status_code=204)
-        response.delete_cookie(auth.COOKIE, path="/", httponly=True, samesite="strict")
+        _set_cookie(request, response, auth.cookie_name(_slot(request), secure=_secure(request)), "", 0)
         return response
 
     # --- tenants ------------------------------------------------------------------------------------
@@ -478,7 +505,7 @@ class Gateway:
                 name, token = await self._used(request, scope)
             else:
                 name, token = self._tenant_for(request, scope)
-            text = await read_body(request, self.settings.max_body)
+            text = await self._body(request, token)
             try:
                 body = orjson.loads(text) if text else {}
             except ValueError:
@@ -488,7 +515,8 @@ class Gateway:
             if method != "GET":
                 facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
                 await self.audit.note(token.subject, f"tenant.{handler}", name, **facts)
-            if isinstance(answer, Response):
+            if isinstance(answer, Following):
+                self._hold(request, token, answer.end)
                 return answer
             response = Response(status_code=status) if answer is None else as_json(answer)
             response.status_code = status
@@ -510,7 +538,7 @@ class Gateway:
     async def _tool(self, request: Request) -> Response:
         toolbox, tool = self.hub.toolbox, request.path_params["tool"]
         name, token = await self._used(request, toolbox.scope(tool))
-        arguments = await read_json(request, self.settings.max_body)
+        arguments = await self._json(request, token)
         if not isinstance(arguments, dict):
             raise InvalidParams("the body is a JSON object: the tool's input")
         session = toolbox.session(
@@ -532,13 +560,13 @@ class Gateway:
             return problem(missing, 501)
         await self.hub.runtime.get(name)
         await self._used(request, None)
-        return _McpAnswer(self._mcp, name, token, await read_body(request, self.settings.max_body))
+        return _McpAnswer(self._mcp, name, token, await self._body(request, token))
 
     async def _exec(self, request: Request) -> Response:
         name, token = await self._used(request, "exec")
         if self.draining:
             raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
-        body = protocol.validate(ExecBody, await read_json(request, self.settings.max_body))
+        body = protocol.validate(ExecBody, await self._json(request, token))
         with self.hub.runtime.expect(name):  # who asks once, asks again
             return as_json(
                 await unless_gone(request, run(self.hub.execs, name, body, self.settings, token.subject))
@@ -566,7 +594,8 @@ class Gateway:
         name, token = await self._used(request, "files:write")
         settings, path = self.settings, file_path(request)
         conditions = http.conditions(request.headers)
-        body = http.received(request, settings.upload_max, settings.transfer_stall)
+        still = partial(self._still, token)
+        body = http.received(request, settings.upload_max, settings.transfer_stall, still)
         try:
             result = await self.hub.files.write(name, path, body, conditions, by=token.subject)
         except Conflict as error:
@@ -596,7 +625,7 @@ class Gateway:
         token = self._token(request, "deploy")
         if self.draining:
             raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
-        body = protocol.validate(DeployBody, await read_json(request, self.settings.max_body))
+        body = protocol.validate(DeployBody, await self._json(request, token))
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
@@ -632,7 +661,9 @@ class Gateway:
         query = request.query_params
         filter = Filter.parse(token.coverage, query.get("tenant"), query.get("deployment"), query.get("type"))
         last = request.headers.get("last-event-id") or query.get("lastEventId")
-        return sse.response(self.bus, filter, last, self.settings, token.id)
+        answer = sse.response(self.bus, filter, last, self.settings)
+        self._hold(request, token, answer.subscription.close)
+        return answer
 
     # --- the operator -------------------------------------------------------------------------------
 
@@ -645,13 +676,10 @@ class Gateway:
 
     async def _revoke(self, request: Request) -> Response:
         token = self._operator(request)
-        body = protocol.validate(RevokeBody, await read_json(request, self.settings.max_body))
+        body = protocol.validate(RevokeBody, await self._json(request, token))
         await self.revocations.add(body.id, token.subject)
         ended = [one for one in self.hub.connections if one.token is not None and one.token.id == body.id]
-        for connection in ended:
-            connection.close(CloseCode.UNAUTHORIZED, "this token was revoked")
-        self.bus.end(body.id)
-        self.life.end(body.id)
+        self.grants.revoke(body.id)
         await self.audit.note(token.subject, "token.revoked", None, token=body.id)
         return as_json({"id": body.id, "closed": len(ended)})
 
@@ -672,8 +700,8 @@ class Gateway:
             await websocket.close()  # before the accept: the handshake is answered with 403
             return
         name: str = websocket.path_params["tenant"]
-        raw = auth.raw_token(websocket.headers.get("authorization"), websocket.headers.get("cookie"))
         try:
+            raw = _raw_token(websocket)
             if self.draining:
                 await _refuse(websocket, CloseCode.DRAINING, "draining")
                 return
@@ -707,11 +735,36 @@ async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
     await websocket.close(code, reason[:100])
 
 
-def _granted(token: auth.Token) -> dict[str, Any]:
+def _granted(token: auth.Token, slot: str | None) -> dict[str, Any]:
     return {
         "subject": token.subject,
         "scopes": sorted(token.scopes),
         "tenants": sorted(token.tenants),
         "expires": token.expires,
         "id": token.id,
+        "slot": slot,
     }
+
+
+def _secure(asked: HTTPConnection) -> bool:
+    """Say whether a browser asked by https, as whoever terminates TLS tells."""
+    scheme = asked.headers.get("x-forwarded-proto", asked.url.scheme)
+    return scheme.partition(",")[0].strip().lower() in ("https", "wss")
+
+
+def _slot(asked: HTTPConnection) -> str | None:
+    """Return the session slot that is asked for; websockets, links and EventSource can send no header."""
+    return asked.headers.get("x-session-slot") or asked.query_params.get("slot") or None
+
+
+def _raw_token(asked: HTTPConnection) -> str | None:
+    headers = asked.headers
+    return auth.raw_token(
+        headers.get("authorization"), headers.get("cookie"), _slot(asked), secure=_secure(asked)
+    )
+
+
+def _set_cookie(asked: HTTPConnection, response: Response, name: str, value: str, age: int) -> None:
+    response.set_cookie(
+        name, value, max_age=age, httponly=True, samesite="strict", secure=_secure(asked), path="/"
+    )

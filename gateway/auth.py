@@ -26,7 +26,12 @@ from gateway.settings import Settings
 SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
 EVERY_TENANT: Final = "*"
 COOKIE: Final = "gateway_session"
+# of a session slot, by which several tokens of one browser live side by side: no secret, only a name
+SLOT: Final = r"[a-z0-9]{1,32}"
+# cookies of slots in one browser; a header that grows for ever would be refused one day
+MOST_SLOTS: Final = 8
 
+_HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
 # RFC 7518 §3.2: the key of HS256 has at least the hash's 256 bits
 MIN_SECRET: Final = 32
@@ -230,9 +235,14 @@ def _checked(secret: str) -> str:
 # --- where a token comes from ------------------------------------------------------------------------
 
 
-def raw_token(authorization: str | None, cookie: str | None) -> str | None:
-    """Return the token of a request's `Authorization` and `Cookie` headers; the former wins."""
-    return bearer_token(authorization) or cookie_token(cookie)
+def raw_token(
+    authorization: str | None, cookie: str | None, slot: str | None = None, *, secure: bool = False
+) -> str | None:
+    """Return the token of a request's `Authorization` and `Cookie` headers; the former wins.
+
+    `slot` and `secure` as for `cookie_token`.
+    """
+    return bearer_token(authorization) or cookie_token(cookie, slot, secure=secure)
 
 
 def bearer_token(authorization: str | None) -> str | None:
@@ -241,13 +251,43 @@ def bearer_token(authorization: str | None) -> str | None:
     return value.strip() or None if scheme.lower() == "bearer" else None
 
 
-def cookie_token(cookie: str | None) -> str | None:
-    """Return the token of the session cookie; the first of that name, which is the most specific one."""
-    for part in (cookie or "").split(";"):
-        name, _, value = part.strip().partition("=")
-        if name == COOKIE:
-            return value.strip().strip('"') or None
+def cookie_name(slot: str | None = None, *, secure: bool = False) -> str:
+    """Return the name of a slot's session cookie.
+
+    By https it is one that no other host can set: `__Host-` (RFC 6265bis §4.1.3.2).
+    """
+    return (_HOST_ONLY if secure else "") + (COOKIE if slot is None else f"{COOKIE}_{slot}")
+
+
+def cookie_token(cookie: str | None, slot: str | None = None, *, secure: bool = False) -> str | None:
+    """Return the token of the session cookie of a slot, or of the one without a slot.
+
+    There is no fall-back from one slot to another. By https only the name that no other host can set is
+    taken; by http, where browsers keep that one for this machine alone, it wins. Raises `Unauthorized` for
+    two of one name: another site has set one, and which is ours cannot be told.
+    """
+    cookies = _cookies(cookie)
+    for name in (cookie_name(slot, secure=True), *(() if secure else (cookie_name(slot),))):
+        found = [value for given, value in cookies if given == name]
+        if len(found) > 1:
+            raise Unauthorized(
+                f"two cookies named {name} came: another site of this domain has set one; delete this site's "
+                "cookies in the browser, then sign in again"
+            )
+        if found:
+            return found[0] or None
     return None
+
+
+def slots(cookie: str | None) -> list[str]:
+    """Return the names of the cookies of slots, as they came: browsers send older ones first."""
+    found = dict.fromkeys(name for name, _ in _cookies(cookie))
+    return [name for name in found if name.removeprefix(_HOST_ONLY).startswith(f"{COOKIE}_")]
+
+
+def _cookies(cookie: str | None) -> list[tuple[str, str]]:
+    parts = (part.strip().partition("=") for part in (cookie or "").split(";"))
+    return [(name, value.strip().strip('"')) for name, _, value in parts]
 
 
 # --- browsers ----------------------------------------------------------------------------------------

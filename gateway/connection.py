@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -37,6 +37,7 @@ from gateway.events import Bus, Filter, Subscription
 from gateway.execs import Attachment, Cursor, Exec, Execs, Reading, started_at
 from gateway.files.files import Files
 from gateway.files.watches import Watch
+from gateway.grants import Grant, Grants
 from gateway.idle import Idle
 from gateway.protocol import CloseCode, RequestId, StreamId
 from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
@@ -49,8 +50,9 @@ log = logging.getLogger(__name__)
 
 _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "stderr": StreamId.STDERR}
 
-# the socket went without a word: RFC 6455 §7.1.5
-_BROKEN: Final = frozenset({1005, 1006})
+# after these a client may be back soon. The first two say that the socket went without a word (RFC 6455
+# §7.1.5), the third that its token has ended
+_HELD: Final = frozenset({1005, 1006, CloseCode.UNAUTHORIZED})
 
 CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Unauthorized: CloseCode.UNAUTHORIZED,
@@ -74,6 +76,7 @@ class Hub:
     idle: Idle
     settings: Settings
     verify: Callable[[str | None], Token]
+    grants: Grants
     connections: set[Connection] = field(default_factory=set)
 
 
@@ -124,6 +127,8 @@ class Connection:
         self._watches: dict[int, Watch | None] = {}
         self._last_watch = 0
         self._expecting = contextlib.ExitStack()
+        self._expecting_execs = contextlib.ExitStack()
+        self._grant: Grant | None = None
         self._closing: asyncio.Future[_Closed] = asyncio.get_running_loop().create_future()
         self._methods: dict[str, Callable[[Any], Awaitable[_Answer]]] = {
             "initialize": self._initialize,
@@ -132,6 +137,7 @@ class Connection:
             "tools/call": self._tools_call,
             "tools/cancel": self._tools_cancel,
             "session/end": self._session_end,
+            "session/renew": self._session_renew,
             "exec/start": self._exec_start,
             "exec/attach": self._exec_attach,
             "exec/ack": self._exec_ack,
@@ -156,6 +162,8 @@ class Connection:
         await self._socket.accept(subprotocol=chosen)
         began, code, reason = time.monotonic(), 1000, ""
         self._hub.connections.add(self)
+        if self._token is not None:
+            self._go_by(self._token)
         reading = asyncio.create_task(self._read(), name="websocket")
         self._spawn(self._watch_stalls())
         try:
@@ -169,8 +177,11 @@ class Connection:
             code, reason = 1011, "internal error"
         finally:
             self._hub.connections.discard(self)
-            await self._end([reading, *self._tasks], broken=code in _BROKEN)
-            await self._say_goodbye(code, reason)
+            if self._grant is not None:
+                self._grant.close()
+            # at the same time: a command that is waited for may take its time to end
+            ending = self._end([reading, *self._tasks], hold=code in _HELD)
+            await asyncio.gather(self._say_goodbye(code, reason), ending)
             if self._session is not None:
                 await self._hub.toolbox.leave(self._session)
             log.info(
@@ -262,12 +273,12 @@ class Connection:
         except (RuntimeError, WebSocketDisconnect, TimeoutError):
             pass  # it is gone already
 
-    async def _end(self, tasks: list[asyncio.Task[Any]], *, broken: bool) -> None:
+    async def _end(self, tasks: list[asyncio.Task[Any]], *, hold: bool) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for attachment in list(self._attachments.values()):
-            if broken and attachment.acking:
+            if hold and attachment.acking:
                 attachment.hold(self._hub.settings.exec_hold)
             else:
                 attachment.close()
@@ -276,6 +287,7 @@ class Connection:
         for watch in self._watches.values():
             if watch is not None:
                 self._hub.files.unwatch(watch)
+        self._expecting_execs.close()
         self._expecting.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -362,6 +374,7 @@ class Connection:
     async def _initialize(self, params: protocol.Initialize) -> _Answer:
         hub = self._hub
         token = hub.verify(params.token) if params.token is not None or self._token is None else self._token
+        self._go_by(token)  # it may end while something is waited for
         if not token.covers(self._tenant):
             raise NotFound(f"no tenant {self._tenant}")
         await hub.runtime.get(self._tenant)
@@ -371,8 +384,7 @@ class Connection:
         self._session = hub.toolbox.session(
             self._tenant, params.session, params.read_before_write, lasting=True
         )
-        if token.allows("exec"):
-            self._expecting.enter_context(hub.runtime.expect(self._tenant))
+        self._expect_execs(token)
         self._wire.initialized = True
         settings = hub.settings
         return _Answer(
@@ -383,6 +395,7 @@ class Connection:
                 "workspace": settings.workspace,
                 "user": settings.workspace_user,
                 "scopes": sorted(token.scopes),
+                "expires": token.expires,
                 "limits": {
                     "maxFrame": settings.max_frame,
                     "maxRequests": settings.max_requests,
@@ -392,6 +405,18 @@ class Connection:
                 },
             }
         )
+
+    def _go_by(self, token: Token) -> None:
+        """Have the socket closed when this token ends, and not when the one before does."""
+        if self._grant is None:
+            self._grant = self._hub.grants.hold(token, partial(self.close, CloseCode.UNAUTHORIZED))
+        else:
+            self._grant.renew(token)
+
+    def _expect_execs(self, token: Token) -> None:
+        self._expecting_execs.close()
+        if token.allows("exec"):
+            self._expecting_execs.enter_context(self._hub.runtime.expect(self._tenant))
 
     async def _ping(self, params: protocol.NoParams) -> _Answer:
         return _Answer({})
@@ -430,6 +455,60 @@ class Connection:
         assert self._session is not None
         await self._hub.toolbox.end(self._session)
         return _Answer({})
+
+    async def _session_renew(self, params: protocol.SessionRenew) -> _Answer:
+        """Go on by another token of the same subject; what that one does not allow ends."""
+        assert self._token is not None
+        token = self._hub.verify(params.token)
+        if token.subject != self._token.subject:
+            raise Forbidden("this token is another subject's; open a websocket of its own with it")
+        if not token.covers(self._tenant):
+            raise Forbidden(
+                "this token does not cover the tenant of this websocket; renew with one that does"
+            )
+        before, self._token = self._token, token
+        self._go_by(token)
+        if before.allows("exec") != token.allows("exec"):
+            self._expect_execs(token)
+        told = self._end_what_lacks(token)  # at once; the answer comes first all the same
+        return _Answer(
+            {"expires": token.expires, "scopes": sorted(token.scopes)}, lambda: self._send_soon(told)
+        )
+
+    def _end_what_lacks(self, token: Token) -> list[str]:
+        """End what the token has no scope for; return what the client is to be told of it."""
+        told = []
+        if not token.allows("exec"):
+            for channel, attachment in list(self._attachments.items()):
+                self._detach(channel)
+                facts = {"exec": attachment.exec.id, "channel": channel, "reason": Forbidden.code}
+                told.append(protocol.notification("exec/detached", facts))
+        if not token.allows("events"):
+            for number, subscription in self._subscriptions.items():
+                subscription.close()
+                facts = {"subscription": number, "reason": Forbidden.code}
+                told.append(protocol.notification("events/ended", facts))
+            self._subscriptions.clear()
+        if not token.allows("files:read"):
+            for number, watch in [(number, watch) for number, watch in self._watches.items() if watch]:
+                self._hub.files.unwatch(watch)
+                del self._watches[number]
+                facts = {"watch": number, "changes": [], "overflow": True, "ended": Forbidden.code}
+                told.append(protocol.notification("files/changed", facts))
+        return told
+
+    def _end_what_came_late(self) -> None:
+        """Do so with what was asked for before a token with fewer scopes came, and is there only now."""
+        assert self._token is not None
+        self._send_soon(self._end_what_lacks(self._token))
+
+    def _send_soon(self, texts: Sequence[str]) -> None:
+        if texts:
+            self._spawn(self._send_all(texts))
+
+    async def _send_all(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            await self._send(text)
 
     # --- commands -----------------------------------------------------------------------------------
 
@@ -555,6 +634,7 @@ class Connection:
         return channel, attachment
 
     def _follow(self, channel: int, attachment: Attachment) -> None:
+        self._end_what_came_late()
         if channel in self._attachments:  # not detached meanwhile
             self._spawn(self._forward(channel, attachment))
             if attachment.exec.spec.stdin:
@@ -633,7 +713,9 @@ class Connection:
         return _Answer(answer, lambda: self._see(number, watch))
 
     def _see(self, number: int, watch: Watch) -> None:
-        self._spawn(self._show(number, watch))
+        self._end_what_came_late()
+        if number in self._watches:
+            self._spawn(self._show(number, watch))
 
     async def _show(self, number: int, watch: Watch) -> None:
         while told := await watch.next():

@@ -85,7 +85,7 @@ class Life:
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._following: dict[Following, tuple[str, str]] = {}  # tenant and token of each
+        self._following: dict[Following, str] = {}  # the tenant of each
 
     # --- start to destroy ---------------------------------------------------------------------------
 
@@ -204,19 +204,18 @@ class Life:
         follow = ask.query.get("follow", "0")
         if follow not in ("0", "1"):
             raise InvalidParams("follow is 0 or 1", field="follow")
-        open_ = sum(tenant == ask.tenant for tenant, _ in self._following.values())
+        open_ = sum(tenant == ask.tenant for tenant in self._following.values())
         if open_ >= self._settings.max_followers:
             raise RateLimited("the tenant's log is followed by as many as may", limit=open_)
         process = await self._runtime.exec(ask.tenant, self._runtime.logs(int(lines), follow == "1"))
         following = Following(process, self._following.pop)
-        self._following[following] = (ask.tenant, ask.token.id)
+        self._following[following] = ask.tenant
         return following
 
-    def end(self, token: str | None = None) -> None:
-        """End the logs that are being followed: all, or those of the token with this id."""
-        for following, (_, by) in list(self._following.items()):
-            if token in (None, by):
-                following.end()
+    def end(self) -> None:
+        """End the logs that are being followed."""
+        for following in list(self._following):
+            following.end()
 
 
 class Following(Response):

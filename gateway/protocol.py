@@ -109,11 +109,18 @@ class ClientInfo(Params):
     version: Annotated[str, Field(max_length=200)] = ""
 
 
+_Token = Annotated[str, Field(max_length=16384)]
+
+
 class Initialize(Params):
     client: ClientInfo = ClientInfo()
-    token: Annotated[str, Field(max_length=16384)] | None = None
+    token: _Token | None = None
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     read_before_write: bool = False
+
+
+class SessionRenew(Params):
+    token: _Token
 
 
 MAX_EXEC_ID: Final = 128
@@ -291,6 +298,7 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "tools/call": ToolsCall,
     "tools/cancel": ToolsCancel,
     "session/end": NoParams,
+    "session/renew": SessionRenew,
     "exec/start": ExecStart,
     "exec/attach": ExecAttach,
     "exec/ack": ExecAck,

@@ -72,17 +72,17 @@ class Bus:
         draft = Draft(type, self._source, time.time(), tenant, deployment, body)
         return self._journal.append([draft])[0]
 
-    def subscribe(self, filter: Filter, after: int | None = None, token: str | None = None) -> Subscription:
+    def subscribe(self, filter: Filter, after: int | None = None) -> Subscription:
         """Follow the events that `filter` lets through: from now on, or all after the id `after`.
 
         The place in the journal is taken now, not when iteration starts: subscribe first, read the
         state after, and no change falls between. Where `after` is older than what is kept, or lies in
         the future because it was given out by another life, a `gap` comes first and then all that is
-        kept. `token` is the id of the token by which it was asked for: `end` takes it.
+        kept.
 
         Who covers names, not all, gets nothing of those that had them before; see `part`.
         """
-        subscription = Subscription(self, self._journal, filter, after, token)
+        subscription = Subscription(self, self._journal, filter, after)
         self._subscriptions.add(subscription)
         return subscription
 
@@ -93,12 +93,6 @@ class Bus:
         """
         self._spans = spans
         self._wake()
-
-    def end(self, token: str) -> None:
-        """End at once what was asked for by a token that is revoked."""
-        for subscription in list(self._subscriptions):
-            if subscription.token == token:
-                subscription.close()
 
     def close(self) -> None:
         """End every subscription once it has delivered what is recorded by now. Idempotent.
@@ -122,10 +116,7 @@ class Subscription:
     ends after `close`, its own or the bus's.
     """
 
-    def __init__(
-        self, bus: Bus, journal: Journal, filter: Filter, after: int | None, token: str | None = None
-    ) -> None:
-        self.token = token
+    def __init__(self, bus: Bus, journal: Journal, filter: Filter, after: int | None) -> None:
         self._bus, self._journal, self._filter = bus, journal, filter
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
-from starlette.responses import Response
 
 from gateway.events.bus import Bus, Subscription
 from gateway.events.event import Event, Filter
@@ -16,23 +16,26 @@ from gateway.settings import Settings
 _SEPARATOR = "\n"
 
 
-def response(
-    bus: Bus,
-    filter: Filter,
-    last_event_id: str | int | None,
-    settings: Settings,
-    token: str | None = None,
-) -> Response:
+class Streaming(EventSourceResponse):
+    """The answer to who follows events; it ends when its `subscription` does."""
+
+    def __init__(self, subscription: Subscription, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.subscription = subscription
+
+
+def response(bus: Bus, filter: Filter, last_event_id: str | int | None, settings: Settings) -> Streaming:
     """Return the endless response that sends the events of `filter`.
 
     `last_event_id` is the header's or the query's text. A comment goes out every
     `settings.events_keepalive` seconds. The subscription is taken before the headers are sent, and freed
-    when the client goes or when the bus closes, whichever is first. A client that does not read is
-    simply waited for: it holds a place in the journal, nothing more. `token` as for `Bus.subscribe`.
+    when the client goes, when it is closed or when the bus is, whichever is first. A client that does not
+    read is simply waited for: it holds a place in the journal, nothing more.
     """
     after = parse_last_event_id(last_event_id)
-    subscription = bus.subscribe(filter, after, token)
-    return EventSourceResponse(
+    subscription = bus.subscribe(filter, after)
+    return Streaming(
+        subscription,
         _stream(subscription, announced=after is None),
         # known with the headers, before the first byte of the body may be cut off
         headers={"Last-Event-ID": str(subscription.last_id)},

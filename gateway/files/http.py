@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -185,8 +185,13 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def received(request: Request, limit: int, stall: float) -> AsyncIterator[bytes]:
-    """Yield the body of an upload. Raises `TooLarge` before it is read where it says so itself, `Timeout`."""
+async def received(
+    request: Request, limit: int, stall: float, still: Callable[[], None]
+) -> AsyncIterator[bytes]:
+    """Yield the body of an upload. Raises `TooLarge` before it is read where it says so itself, `Timeout`.
+
+    `still` raises where the caller may no longer write: it is asked at each piece, and at the end.
+    """
     headers = request.headers
     if "content-range" in headers:
         raise InvalidParams("a part of a file cannot be PUT")
@@ -199,8 +204,10 @@ async def received(request: Request, limit: int, stall: float) -> AsyncIterator[
             async with asyncio.timeout(stall):
                 data = await anext(stream)
         except StopAsyncIteration:
+            still()
             return
         except TimeoutError:
             raise Timeout(f"nothing came for {stall:.0f} s") from None
         if data:
+            still()
             yield data

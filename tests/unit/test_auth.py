@@ -265,7 +265,6 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
         ("Bearer ", None, None),
         ("Bearerabc", None, None),
         (None, "a=b; gateway_session=def; c=d", "def"),
-        (None, "gateway_session=first; gateway_session=second", "first"),
         (None, 'gateway_session="def"', "def"),
         (None, "xgateway_session=def", None),
         (None, "gateway_session=", None),
@@ -274,6 +273,35 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
 )
 def test_where_a_token_is_found(authorization: str | None, cookie: str | None, raw: str | None) -> None:
     assert auth.raw_token(authorization, cookie) == raw
+
+
+@pytest.mark.parametrize(
+    ("cookie", "slot", "secure", "raw"),
+    [
+        ("gateway_session=a; gateway_session_x=b", None, False, "a"),
+        ("gateway_session=a; gateway_session_x=b", "x", False, "b"),
+        ("gateway_session=a", "x", False, None),
+        ("gateway_session_x=b", None, False, None),
+        ("gateway_session_x=b", "X", False, None),
+        ("gateway_session=a; __Host-gateway_session=h", None, False, "h"),
+        ("gateway_session=a; gateway_session=a; __Host-gateway_session=h", None, True, "h"),
+        ("gateway_session=a", None, True, None),
+        ("__Host-gateway_session_x=h", "x", True, "h"),
+        ("__Host-gateway_session=h", "x", True, None),
+        ("__host-gateway_session=h", None, True, None),
+        ("__Host-gateway_session=", None, False, None),
+    ],
+)
+def test_which_cookie_is_taken(cookie: str, slot: str | None, secure: bool, raw: str | None) -> None:
+    assert auth.cookie_token(cookie, slot, secure=secure) == raw
+
+
+def test_two_cookies_of_one_name_are_refused() -> None:
+    twice = "gateway_session=first; gateway_session=second"
+    with pytest.raises(Unauthorized, match="delete this site's cookies"):
+        auth.raw_token(None, twice)
+    assert auth.raw_token("Bearer abc", twice) == "abc"
+    assert auth.raw_token(None, f"{twice}; gateway_session_x=b", "x") == "b"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.contracts.operator import OperatorContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
+from tests.contracts.tokens import TokensContract
 from tests.live import LiveGateway, local_gateway
 
 
@@ -91,6 +92,10 @@ class TestLocalLife(LifeContract):
 
 
 class TestLocalOperator(OperatorContract):
+    pass
+
+
+class TestLocalTokens(TokensContract):
     pass
 
 
