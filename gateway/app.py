@@ -71,6 +71,7 @@ from gateway.web import (
     as_json,
     end,
     file_path,
+    for_own_hosts,
     problem,
     problem_handler,
     read_body,
@@ -149,18 +150,17 @@ class Gateway:
         self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
         self.metrics = Metrics(self._count_connections, self._count_execs)
-        self.app = with_request_id(
-            Starlette(
-                routes=self._routes(),
-                lifespan=self._lifespan,
-                exception_handlers={
-                    GatewayError: problem_handler,
-                    HTTPException: problem_handler,
-                    ClientDisconnect: problem_handler,
-                    Exception: problem_handler,
-                },
-            )
+        app = Starlette(
+            routes=self._routes(),
+            lifespan=self._lifespan,
+            exception_handlers={
+                GatewayError: problem_handler,
+                HTTPException: problem_handler,
+                ClientDisconnect: problem_handler,
+                Exception: problem_handler,
+            },
         )
+        self.app = with_request_id(for_own_hosts(app, settings))
 
     def _routes(self) -> list[Route | WebSocketRoute]:
         tenant = "/v1/tenants/{tenant}"

@@ -41,6 +41,11 @@ class Settings(BaseSettings):
     origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="allowed browser origins beside same-origin, comma-separated"
     )
+    hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="names by which the gateway may be asked, beside addresses, `localhost`, GATEWAY_DOMAIN "
+        "and the hosts of GATEWAY_LISTEN and GATEWAY_ORIGINS; `*` for any",
+    )
     caddy_dir: Path | None = Field(
         None, description="Caddy's configuration and routes; unset: `caddy` in the state dir"
     )
@@ -329,7 +334,7 @@ class Settings(BaseSettings):
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
     shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
 
-    @field_validator("watch_ignore", mode="before")
+    @field_validator("watch_ignore", "hosts", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):

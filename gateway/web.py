@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Mapping
+from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -18,7 +19,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
+from gateway import auth
 from gateway.errors import (
     Cancelled,
     GatewayError,
@@ -30,6 +33,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.files.http import UnsatisfiableRange
+from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +158,46 @@ def _allowed(request: Request) -> str:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
     return ", ".join(sorted(methods))
+
+
+def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Refuse what asks for a host that is not ours with 421, a websocket before its upgrade.
+
+    Caddy asks `/v1/wake` with the `Host` of the site that a visitor asked for.
+    """
+    own = auth.own_hosts(settings)
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            host, near = Headers(scope=scope).get("host"), _near(scope)
+            by_caddy = near and scope["path"] == "/v1/wake"
+            if not by_caddy and not auth.host_allowed(host, own, near=near):
+                error = auth.Misdirected(
+                    f"this gateway is not {(host or '')[:100]!r}: ask it by its address, or list the name in "
+                    "GATEWAY_HOSTS"
+                )
+                if scope["type"] == "http":
+                    await problem(error)(scope, receive, send)
+                else:
+                    await WebSocket(scope, receive, send).send_denial_response(problem(error))
+                return
+        await app(scope, receive, send)
+
+    return wrapped
+
+
+def _near(scope: Scope) -> bool:
+    """Say whether a request came from this machine."""
+    client, server = scope.get("client"), scope.get("server")
+    if client is None:  # by a unix socket
+        return True
+    try:
+        address = ip_address(client[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    # who asks a machine by an address of its own has that address too
+    return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:

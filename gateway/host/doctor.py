@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from gateway.auth import own_hosts
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.host import HostError
@@ -86,6 +87,7 @@ def doctor(settings: Settings) -> list[Finding]:
         ]
     checks += [
         ("gateway", lambda: _gateway(settings)),
+        ("hosts", lambda: _hosts(settings)),
         ("Caddy", lambda: _caddy(settings)),
         ("routes", lambda: _routes(settings)),
     ]
@@ -204,6 +206,15 @@ def _broker(settings: Settings) -> str:
                 "systemctl start incus-gateway-broker, or unset GATEWAY_BROKER_SOCKET"
             ) from error
     return f"serves {path}"
+
+
+def _hosts(settings: Settings) -> str:
+    if "*" in settings.hosts:
+        raise Hint(
+            "GATEWAY_HOSTS is *: a page of anybody's whose name leads here is served as our own (DNS "
+            "rebinding); list the names by which the gateway is asked"
+        )
+    return ", ".join(sorted(own_hosts(settings) - {"*"})) or "addresses alone"
 
 
 def _gateway(settings: Settings) -> str:

@@ -298,6 +298,56 @@ class TokensContract:
             async with gateway.raw(tenant, Cookie=f"gateway_session={mine}; gateway_session={mine}") as wire:
                 assert await wire.closed() == 4401
 
+    @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.nip.io", "0"])
+    async def test_a_host_that_is_not_ours_is_refused(
+        self, gateway: LiveGateway, tenant: str, host: str
+    ) -> None:
+        """How DNS rebinding comes: a page whose name leads here is same-origin with itself."""
+        headers = {"Host": f"{host}:{gateway.port}"}
+        own = {**headers, "Origin": f"http://{host}:{gateway.port}"}
+        async with gateway.http(tenant) as http:
+            for method, path in (
+                *(
+                    ("GET", path)
+                    for path in ("/", "/healthz", "/metrics", "/v1/tenants", "/v1/events", "/no")
+                ),
+                *(("POST", path) for path in (f"/v1/tenants/{tenant}/mcp", "/v1/session")),
+                ("PUT", f"/v1/tenants/{tenant}/files/rebound"),
+            ):
+                async with http.request(method, path, headers=own, data=b"{}") as response:
+                    assert (response.status, path) == (421, path)
+                    assert response.content_type == "application/problem+json"
+                    problem = await response.json()
+                    assert (problem["code"], problem["status"]) == ("forbidden", 421)
+                    assert "GATEWAY_HOSTS" in problem["detail"]
+        bare = aiohttp.ClientSession(gateway.url, headers={**own, **bearer(gateway.token(tenant))})
+        async with bare as http:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await http.ws_connect(f"/v1/tenants/{tenant}/ws", protocols=("gateway.v1",))
+            assert caught.value.status == 421
+
+    async def test_a_host_that_is_ours_is_served(self, gateway: LiveGateway, tenant: str) -> None:
+        async with aiohttp.ClientSession(gateway.url) as http:
+            for host in (
+                "localhost",
+                "Gateway.LOCALHOST.",
+                f"localhost:{gateway.port}",
+                "[::1]",
+                "10.1.2.3:9",
+            ):
+                async with http.get("/metrics", headers={"Host": host}) as response:
+                    assert response.status == 200, host
+            # as Caddy asks for a visitor
+            async with http.get("/v1/wake?domain=no.example", headers={"Host": "no.example"}) as response:
+                assert response.status == 404
+
+    async def test_a_foreign_page_gets_nothing_by_mcp(self, gateway: LiveGateway, tenant: str) -> None:
+        async with gateway.http(tenant) as http:
+            headers = {"Origin": "https://evil.example", "Accept": "application/json, text/event-stream"}
+            body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+            async with http.post(f"/v1/tenants/{tenant}/mcp", json=body, headers=headers) as response:
+                assert (response.status, (await response.json())["code"]) == (403, "forbidden")
+
     @staticmethod
     async def _with(http: aiohttp.ClientSession, url: str, cookies: str, status: int) -> Any:
         async with http.get(url, headers={"Cookie": cookies}) as response:

@@ -297,9 +297,7 @@ async def test_nothing_of_an_event_steers_the_terminal(hostile: tuple[Hostile, s
         assert IN_JSON in said and not HARMFUL.search(said)
 
 
-async def test_nothing_steers_a_real_terminal(
-    hostile: tuple[Hostile, str], tmp_path: Path
-) -> None:
+async def test_nothing_steers_a_real_terminal(hostile: tuple[Hostile, str], tmp_path: Path) -> None:
     """Where colours and moves of the cursor are ours, and a deployment is drawn while it runs."""
     tried = [["list"], ["audit"], DEPLOY, ["logs", "shop"]]
     said = (await _at_a_terminal(tried, hostile[1], tmp_path)).decode()

@@ -1,0 +1,110 @@
+"""Which hosts a real Caddy with our configuration serves, and for whom. Needs no Incus."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from gateway.caddy import Caddy
+from tests.integration import environment
+from tests.integration.sites import RealCaddy, settings_for
+from tests.live import LiveGateway, local_gateway
+
+SITE, PUBLIC = "site.localhost", "site.example.com"
+
+
+@pytest.fixture(scope="module")
+async def caddy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealCaddy]:
+    """A Caddy that leads both domains to a server which says what it was asked for."""
+
+    async def say(request: web.Request) -> web.Response:
+        return web.Response(text=f"site {request.host}")
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", say)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    listening = web.TCPSite(runner, "127.0.0.1", 0)
+    await listening.start()
+    port = runner.addresses[0][1]
+    caddy = RealCaddy(settings_for(environment.settings(), tmp_path_factory.mktemp("state")))
+    async with Caddy(caddy.settings) as routes:
+        for domain in (SITE, PUBLIC):
+            routes.set(domain, f"127.0.0.1:{port}")
+        await caddy.start()
+        yield caddy
+        await caddy.stop()
+    await runner.cleanup()
+
+
+@pytest.fixture
+def outside() -> str:
+    """An address of this machine that is not loopback: who asks there is as far as a stranger."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("203.0.113.1", 9))  # nothing is sent
+        address = str(probe.getsockname()[0])
+    assert not address.startswith("127.")
+    return address
+
+
+async def ask(caddy: RealCaddy, address: str, host: str, *, https: bool = False) -> tuple[int, str]:
+    """Return status, and text or where it leads."""
+    port = caddy.settings.caddy_https if https else caddy.settings.caddy_http
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(
+            f"http{'s' if https else ''}://{address}:{port}/",
+            headers={"Host": f"{host}:{port}"},
+            server_hostname=host if https else None,
+            ssl=not https,
+            allow_redirects=False,
+        ) as answer,
+    ):
+        return answer.status, answer.headers.get("Location") or await answer.text()
+
+
+async def test_sites_of_this_machine_are_served_on_it(caddy: RealCaddy) -> None:
+    status, text = await ask(caddy, "127.0.0.1", SITE)
+    assert (status, text) == (200, f"site {SITE}:{caddy.settings.caddy_http}")
+    assert (await ask(caddy, "127.0.0.1", SITE, https=True))[0] == 200
+
+
+async def test_sites_of_this_machine_are_not_served_to_others(caddy: RealCaddy, outside: str) -> None:
+    status, to = await ask(caddy, outside, SITE)
+    assert (status, to) == (308, f"https://{SITE}:{caddy.settings.caddy_https}/")
+    assert await ask(caddy, outside, SITE, https=True) == (404, "There is no site at this address.")
+
+
+async def test_other_sites_are_served_to_everybody(caddy: RealCaddy, outside: str) -> None:
+    for address in ("127.0.0.1", outside):
+        assert (await ask(caddy, address, PUBLIC))[0] == 308
+        assert (await ask(caddy, address, PUBLIC, https=True))[0] == 200
+
+
+async def test_a_gateway_on_any_address_knows_who_is_near(tmp_path: Path, outside: str) -> None:
+    """`localhost` is for loopback, addresses for everybody; Caddy on this machine asks for any site."""
+    gateway: LiveGateway = await local_gateway(tmp_path, "demo")
+    gateway.environment["GATEWAY_LISTEN"] = f"0.0.0.0:{gateway.port}"
+    gateway.environment["GATEWAY_HOSTS"] = "gw.lan, Gw.example"
+    await gateway.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            for address, host, path, status in (
+                (outside, outside, "/metrics", 200),
+                (outside, "gw.LAN", "/metrics", 200),
+                (outside, "gw.example:1", "/metrics", 200),
+                (outside, "evil.example", "/metrics", 421),
+                (outside, "no.example", "/v1/wake?domain=no.example", 404),
+                ("127.0.0.1", "localhost", "/metrics", 200),
+                ("127.0.0.1", "evil.example", "/metrics", 421),
+            ):
+                url = f"http://{address}:{gateway.port}{path}"
+                async with session.get(url, headers={"Host": host}) as answer:
+                    assert (answer.status, host) == (status, host)
+    finally:
+        await gateway.stop()
