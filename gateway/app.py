@@ -56,7 +56,7 @@ from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.revocations import Revocations
 from gateway.rootfs.workers import BrokerClient, Workers
-from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
+from gateway.runtime import TENANT_NAME, Removal, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites
@@ -213,7 +213,9 @@ class Gateway:
             self.revocations = await Revocations.opened(self.store)
             self.names = await Names.opened(self.store, self.bus, settings)
             self.audit = await stack.enter_async_context(Audit(self.store, self.bus, settings))
-            runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(runtime_type(settings))
+            runtime: IncusRuntime | LocalRuntime = await stack.enter_async_context(
+                runtime_type(settings, self._removed)
+            )
             workers = await stack.enter_async_context(Workers(settings, tenants=runtime.tenants))
             execs = await stack.enter_async_context(Execs(runtime, self.bus, receipts, settings))
             shells = await stack.enter_async_context(Shells(execs, workers, settings))
@@ -222,7 +224,7 @@ class Gateway:
             )
             files = await stack.enter_async_context(Files(runtime, workers, self.bus, settings))
             sites: Sites = await stack.enter_async_context(
-                IncusSites(settings, runtime.incus)
+                IncusSites(settings, runtime)
                 if isinstance(runtime, IncusRuntime)
                 else LocalSites(settings, runtime)
             )
@@ -296,6 +298,12 @@ class Gateway:
                 self._resynced.set()
             told = self.bus.publish(event.type, event.tenant, facts)
             await self.names.took(runtime, event, told)
+
+    async def _removed(self, removal: Removal) -> None:
+        """Note what the gateway removed by itself: an undo, or what it had made ready."""
+        action = "instance.removed" if removal.tenant is None else "tenant.removed"
+        facts = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
+        await self.audit.note("gateway", action, removal.tenant, **facts)
 
     async def _recover(self) -> None:
         """Finish or undo what deployments of an earlier life left, once Incus answers."""

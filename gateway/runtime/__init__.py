@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
@@ -186,6 +186,23 @@ class TenantEvent:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Something that the gateway removed by itself: `tenant` is None of what was not one yet."""
+
+    tenant: str | None
+    name: str
+    instance: str
+    reason: str
+
+
+Removed = Callable[[Removal], Awaitable[None]]
+
+
+async def unheard(removal: Removal) -> None:
+    """Take a removal of which nobody keeps a record."""
+
+
 class TenantRuntime(Protocol):
     """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`.
 
@@ -199,7 +216,10 @@ class TenantRuntime(Protocol):
     async def get(self, name: str) -> Tenant: ...
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        """Make a tenant from the base image. Raises `Conflict` where the name is taken."""
+        """Make a tenant from the base image. Raises `Conflict` where the name is taken.
+
+        What it made is removed where it fails or is cancelled, and nothing else.
+        """
         ...
 
     async def start(self, name: str) -> None: ...
@@ -232,7 +252,8 @@ class TenantRuntime(Protocol):
     ) -> Tenant:
         """Make a tenant whose disk is a copy of another's, or of a snapshot of it, and start it.
 
-        It has an address, a machine id and host uids of its own. Raises `Conflict` where the name is taken.
+        It has an address, a machine id and host uids of its own. Raises `Conflict` where the name is taken,
+        and `NotFound`. What it made is removed where it fails or is cancelled, and nothing else.
         """
         ...
 

@@ -39,10 +39,12 @@ from gateway.runtime import (
     Killed,
     Process,
     Pty,
+    Removed,
     Snapshot,
     StreamName,
     Tenant,
     TenantEvent,
+    unheard,
 )
 from gateway.runtime.visits import Place, visited
 from gateway.runtime.wrapper import (
@@ -65,8 +67,9 @@ _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class LocalRuntime:
     """Tenants under `state_dir/tenants`. Use as an async context manager."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
         self._settings = settings
+        self.removed = removed
         self._home = settings.state_dir / "tenants"
         self._real_home = os.path.realpath(self._home)  # what its commands see
         self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").told()
@@ -87,31 +90,60 @@ class LocalRuntime:
         return [
             self._tenant(folder.name)
             for folder in sorted(self._home.iterdir())
-            if (folder / "tenant.json").exists()
+            # those that are being made or removed have a dot in front
+            if not folder.name.startswith(".") and (folder / "tenant.json").exists()
         ]
 
     async def get(self, name: str) -> Tenant:
         return self._tenant(name)
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        folder = self._home / name
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            raise Conflict(f"tenant {name} already exists") from None
-        (folder / "root" / self._settings.workspace.lstrip("/")).mkdir(parents=True)
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = {
-            "status": "stopped",
-            "domain": domain,
-            "created": created,
-            "instance": secrets.token_hex(16),
-        }
-        self._save(name, record)
-        self._tell("tenant.created", name)
+        await self.make(name, domain)
         if start:
             await self.start(name)
         return self._tenant(name)
+
+    async def make(
+        self,
+        name: str,
+        domain: str | None,
+        *,
+        disk: Path | None = None,
+        site: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a stopped tenant beside its place, whole or not at all. Raises `Conflict`."""
+        place = self._home / name
+        taken = Conflict(f"tenant {name} already exists; choose another name")
+        if place.exists():
+            raise taken
+        record = {
+            "status": "stopped",
+            "domain": domain,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "instance": secrets.token_hex(16),
+        }
+        fresh = self._aside(name)
+        try:
+            fresh.mkdir()
+            if disk is None:
+                (fresh / "root" / self._settings.workspace.lstrip("/")).mkdir(parents=True)
+            else:
+                await self._copy(disk, fresh / "root")
+            if site is not None:
+                (fresh / "site.json").touch(mode=0o600)
+                (fresh / "site.json").write_bytes(orjson.dumps(site))
+            (fresh / "tenant.json").write_bytes(orjson.dumps(record))
+            fresh.rename(place)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it came meanwhile
+                raise taken from None
+            raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, fresh, ignore_errors=True)
+        self._tell("tenant.created", name)
+
+    def _aside(self, name: str) -> Path:
+        return self._home / f".{name}-{secrets.token_hex(8)}"
 
     def set_site(self, name: str, **facts: Any) -> None:
         """Record the `domain` of a tenant's site, or at which `port` of loopback it answers."""
@@ -141,9 +173,21 @@ class LocalRuntime:
         return await asyncio.to_thread(visited, places)
 
     async def destroy(self, name: str) -> None:
-        await self.stop(name)
-        await asyncio.to_thread(shutil.rmtree, self._home / name)
-        self._tell("tenant.destroyed", name)
+        if not await self.remove(name, self._record(name).get("instance")):
+            raise NotFound(f"no tenant {name}")
+
+    async def remove(self, name: str, instance: str | None) -> bool:
+        """Destroy the tenant that has that name and is that instance; say whether there was one."""
+        with contextlib.suppress(NotFound):
+            if self._record(name).get("instance") == instance:
+                await self.stop(name)
+            if self._record(name).get("instance") == instance:
+                gone = self._aside(name)
+                (self._home / name).rename(gone)
+                self._tell("tenant.destroyed", name)
+                await asyncio.to_thread(shutil.rmtree, gone)
+                return True
+        return False
 
     async def rename(self, name: str, domain: str | None) -> None:
         self._save(name, {**self._record(name), "domain": domain})
@@ -152,11 +196,10 @@ class LocalRuntime:
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
-        source = self._home / name / "root" if snapshot is None else self._kept(name, snapshot)
         self._record(name)
-        made = await self.create(new, domain=domain, start=False)
-        await self._copy(source, self._home / new / "root")
-        await self.start(made.name)
+        source = self._home / name / "root" if snapshot is None else self._kept(name, snapshot)
+        await self.make(new, domain, disk=source)
+        await self.start(new)
         return self._tenant(new)
 
     async def snapshots(self, name: str) -> Sequence[Snapshot]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
-from gateway.runtime import ExecSpec, Process
+from gateway.runtime import ExecSpec, Process, Removal
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.sites import (
     Exposure,
@@ -65,15 +65,21 @@ class LocalSites:
             await self._stop(*key)
 
     async def create(self, tenant: str, order: Order) -> Source:
-        await self._runtime.create(tenant, domain=order.domain)
-        self._keep(tenant, deployment=order.deployment)
+        await self._runtime.make(tenant, order.domain, site={"deployment": order.deployment})
+        await self._runtime.start(tenant)
         return "folder"
 
     async def remove(self, deployment: str) -> None:
         for tenant in await self._runtime.list():
-            if self._kept(tenant.name).get("deployment") == deployment:
-                await self._stop(tenant.name, "live")
-                await self._runtime.destroy(tenant.name)
+            if self._kept(tenant.name).get("deployment") != deployment:
+                continue
+            await self._stop(tenant.name, "live")
+            if await self._runtime.remove(tenant.name, tenant.instance):
+                why = f"deployment {deployment} was undone"
+                await self._runtime.removed(Removal(tenant.name, tenant.name, tenant.instance or "", why))
+
+    async def anchor(self, tenant: str) -> None:
+        return  # every site is on loopback
 
     async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
         folder = self._folder(tenant, side)

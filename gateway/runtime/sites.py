@@ -109,7 +109,11 @@ class Sites(Protocol):
         ...
 
     async def remove(self, deployment: str) -> None:
-        """Destroy whatever carries the mark of a deployment."""
+        """Destroy whatever carries the mark of a deployment; return once nothing does."""
+        ...
+
+    async def anchor(self, tenant: str) -> None:
+        """Give a tenant an address that it keeps, so that it is known where its site is while it sleeps."""
         ...
 
     async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:

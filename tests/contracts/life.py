@@ -112,6 +112,29 @@ class LifeContract:
                 told = [event["data"]["data"] for event in (await sse(response, 3))[1:]]
                 assert [data["path"].rpartition("/")[2] for data in told] == ["theirs", "mine"]
 
+    async def test_a_clone_that_fails_destroys_nobody_else(self, gateway: LiveGateway, fresh: str) -> None:
+        """Neither the tenant whose name was wanted, nor its snapshots, nor the one to be copied."""
+        other = f"{fresh}-o"
+        url, theirs = f"/v1/tenants/{fresh}", f"/v1/tenants/{other}"
+        async with gateway.http(fresh, other) as http:
+            await ask(http, "POST", f"{url}/clone", {"tenant": other}, 201)
+            try:
+                await http.put(f"{theirs}/files/a", data=b"theirs")
+                await ask(http, "POST", f"{theirs}/snapshots", {"name": "s1"}, 201)
+                wanted = {"tenant": other, "snapshot": "none"}
+                assert (await ask(http, "POST", f"{url}/clone", wanted, 404))["code"] == "not_found"
+                assert (await ask(http, "POST", f"{url}/clone", {"tenant": other}, 409))["code"] == "conflict"
+                assert (await ask(http, "POST", f"{url}/clone", {"tenant": fresh}, 409))["code"] == "conflict"
+                for one in (url, theirs):
+                    assert (await ask(http, "GET", one))["status"] == "running"
+                kept = (await ask(http, "GET", f"{theirs}/snapshots"))["snapshots"]
+                assert [snapshot["name"] for snapshot in kept] == ["s1"]
+                async with http.get(f"{theirs}/files/a") as response:
+                    assert await response.read() == b"theirs"
+                await ask(http, "POST", f"{url}/clone", {"tenant": f"{fresh}-p", "snapshot": "none"}, 400)
+            finally:
+                await ask(http, "DELETE", theirs, status=204)
+
     async def test_another_domain(self, gateway: LiveGateway, fresh: str) -> None:
         url, domain = f"/v1/tenants/{fresh}", f"{fresh}.example.com"
         other = f"{fresh}-o"

@@ -110,7 +110,7 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         stack.push_async_callback(process.stop)
         store = await stack.enter_async_context(Store(settings.state_dir))
         runtime = await stack.enter_async_context(IncusRuntime(settings))
-        sites = Broken(await stack.enter_async_context(IncusSites(settings, runtime.incus)))
+        sites = Broken(await stack.enter_async_context(IncusSites(settings, runtime)))
         caddy = Broken(await stack.enter_async_context(Caddy(settings)))
         deployments = await stack.enter_async_context(
             Deployments(runtime, sites, caddy, store, Bus(journal), settings)  # type: ignore[arg-type]  # stands in

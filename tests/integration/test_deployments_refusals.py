@@ -52,7 +52,7 @@ class Desk:
         before = host.leavings()
         journal = MemoryJournal(10_000)
         async with (
-            IncusSites(settings, self.runtime.incus) as made,
+            IncusSites(settings, self.runtime) as made,
             Caddy(settings) as caddy,
             Deployments(self.runtime, made, caddy, self.store, Bus(journal), settings) as deployments,
         ):

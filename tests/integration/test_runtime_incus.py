@@ -7,13 +7,15 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.errors import ExecFailed, NotFound, TenantNotRunning, Unavailable
-from gateway.runtime import ExecSpec, Pty, TenantEvent, TenantRuntime
+from gateway.errors import Conflict, ExecFailed, NotFound, TenantNotRunning, Unavailable
+from gateway.runtime import ExecSpec, Pty, Removal, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, alive, mark, until
@@ -378,3 +380,170 @@ async def test_a_dead_incusd_is_told_and_its_return_found(
         assert (await run(runtime, tenant.name, "echo", "back"))[1][0] == b"back\n"
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+class Between:
+    """Runs something of an operator's right before or after one request to incusd."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, runtime: IncusRuntime) -> None:
+        self._before: dict[tuple[str, str], Callable[[], Any]] = {}
+        self._after: dict[tuple[str, str], Callable[[], Any]] = {}
+        real = runtime.incus.operate
+
+        async def operate(method: str, path: str, body: Any = None, *, timeout: float) -> Any:
+            if before := self._before.pop((method, path), None):
+                await asyncio.to_thread(before)
+            result = await real(method, path, body, timeout=timeout)
+            if after := self._after.pop((method, path), None):
+                await asyncio.to_thread(after)
+            return result
+
+        monkeypatch.setattr(runtime.incus, "operate", operate)
+
+    def before(self, method: str, path: str, what: Callable[[], Any]) -> None:
+        self._before[method, path] = what
+
+    def after(self, method: str, path: str, what: Callable[[], Any]) -> None:
+        self._after[method, path] = what
+
+
+MAKE = ("POST", "/1.0/instances")
+
+
+class TestUndo:
+    """What fails half-way removes what it made, and nobody else's, whatever that is called by then."""
+
+    @pytest.fixture
+    async def told(self) -> list[Removal]:
+        return []
+
+    @pytest.fixture
+    async def runtime(self, incus_settings: Settings, told: list[Removal]) -> AsyncIterator[IncusRuntime]:
+        async def removed(removal: Removal) -> None:
+            told.append(removal)
+
+        async with IncusRuntime(incus_settings, removed) as runtime:
+            yield runtime
+
+    @pytest.fixture
+    async def new(self, tenant: Container) -> AsyncIterator[str]:
+        yield f"{tenant.name}-n"
+        await asyncio.to_thread(environment.incus, "delete", "--force", f"{tenant.name}-n", check=False)
+
+    @pytest.fixture(params=["create", "clone"])
+    def make(self, request: pytest.FixtureRequest, runtime: IncusRuntime, tenant: Container, new: str) -> Any:
+        return lambda: runtime.create(new) if request.param == "create" else runtime.clone(tenant.name, new)
+
+    @staticmethod
+    def others(settings: Settings, name: str) -> str:
+        """Have an operator make a stopped tenant with a snapshot; return its uuid."""
+        environment.incus("create", settings.image, name, "--profile", settings.profile)
+        environment.incus("snapshot", "create", name, "mine")
+        return uuid(name)
+
+    async def test_the_name_is_taken_after_it_was_looked_for(
+        self,
+        incus_settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+        runtime: IncusRuntime,
+        new: str,
+        make: Any,
+    ) -> None:
+        """And with a name that is free the same call works."""
+        there: list[str] = []
+        Between(monkeypatch, runtime).before(*MAKE, lambda: there.append(self.others(incus_settings, new)))
+        with pytest.raises(Conflict):
+            await make()
+        assert uuid(new) == there[0]
+        assert [kept.name for kept in await runtime.snapshots(new)] == ["mine"]
+        await runtime.destroy(new)
+        assert (await make()).status == "running"
+
+    async def test_it_is_destroyed_and_made_anew_by_somebody_meanwhile(
+        self,
+        incus_settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+        runtime: IncusRuntime,
+        told: list[Removal],
+        new: str,
+        make: Any,
+    ) -> None:
+        there: list[str] = []
+
+        def remade() -> None:
+            environment.incus("delete", "--force", new)
+            there.append(self.others(incus_settings, new))
+
+        Between(monkeypatch, runtime).after(*MAKE, remade)
+        with pytest.raises(Conflict):
+            await make()
+        assert uuid(new) == there[0]
+        found = await runtime.get(new)
+        assert (found.status, told) == ("stopped", [])
+        assert [kept.name for kept in await runtime.snapshots(new)] == ["mine"]
+
+    async def test_a_destroy_is_of_the_tenant_that_was_there(
+        self, incus_settings: Settings, monkeypatch: pytest.MonkeyPatch, runtime: IncusRuntime, new: str
+    ) -> None:
+        """One that an operator made while it was being stopped stays."""
+        there: list[str] = []
+        await runtime.create(new)
+
+        def remade() -> None:
+            environment.incus("delete", "--force", new)
+            there.append(self.others(incus_settings, new))
+
+        Between(monkeypatch, runtime).after("PUT", f"/1.0/instances/{new}/state", remade)
+        with pytest.raises(NotFound):
+            await runtime.destroy(new)
+        assert uuid(new) == there[0]
+
+    async def test_what_was_made_is_removed_and_told(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        runtime: IncusRuntime,
+        told: list[Removal],
+        tenant: Container,
+        new: str,
+    ) -> None:
+        """A clone whose start fails, and one that is cancelled while Incus makes it."""
+
+        async def broken(name: str) -> None:
+            raise Unavailable("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "start", broken)
+            with pytest.raises(Unavailable, match="broken"):
+                await runtime.clone(tenant.name, new)
+        with pytest.raises(NotFound):
+            await runtime.get(new)
+        for work in (runtime.clone(tenant.name, new), runtime.create(new)):
+            begun = threading.Event()
+            Between(monkeypatch, runtime).before(*MAKE, begun.set)
+            task = asyncio.ensure_future(work)
+            assert await asyncio.to_thread(begun.wait, 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 60)
+            with pytest.raises(NotFound):
+                await runtime.get(new)
+        assert [(one.tenant, one.name) for one in told] == [(new, new)] * 3
+        assert [one.reason for one in told[::2]] == [
+            f"the clone of {tenant.name} failed",
+            "it could not be created",
+        ]
+
+    async def test_made_tenants_have_an_address_that_they_keep(
+        self, runtime: IncusRuntime, tenant: Container, new: str, make: Any
+    ) -> None:
+        """It is known before their network is up, and while they are stopped."""
+        made = await make()
+        assert made.address
+        await runtime.stop(new)
+        assert (await runtime.get(new)).address == made.address
+        await runtime.start(new)
+        assert await asyncio.to_thread(Container(new).address) == made.address
+
+
+def uuid(name: str) -> str:
+    return environment.incus("config", "get", name, "volatile.uuid").stdout.decode().strip()

@@ -46,7 +46,7 @@ ONLY: dict[str, set[str]] = {
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},
-    "runtime": {"errors", "settings", "incus", "rootfs"},
+    "runtime": {"errors", "settings", "incus", "rootfs", "tasks"},
     "audit": {"settings", "store", "events"},
     "grants": {"auth"},
     "revocations": {"errors", "store"},

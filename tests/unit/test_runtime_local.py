@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from tests.contracts.runtime import RuntimeContract
@@ -46,3 +47,57 @@ class TestLocal(RuntimeContract):
         monkeypatch.setenv("GATEWAY_SECRET", "told to nobody")
         _, outputs = await finish(await runtime.exec(name, ExecSpec(("env",))))
         assert b"told to nobody" not in outputs[0]
+
+
+class TestUndo:
+    """What fails half-way leaves nothing, and takes nothing of others."""
+
+    @pytest.mark.parametrize("fails", ["before", "after"])
+    async def test_a_copy_that_fails_leaves_no_tenant(
+        self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch, fails: str
+    ) -> None:
+        real = runtime._copy
+
+        async def copy(source: Path, target: Path) -> None:
+            if fails == "after":
+                await real(source, target)
+            raise Unavailable("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "_copy", copy)
+            with pytest.raises(Unavailable):
+                await runtime.clone("demo", fresh)
+        assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == []
+        assert (await runtime.clone("demo", fresh)).status == "running"
+
+    async def test_the_name_is_taken_after_it_was_looked_for(
+        self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = runtime._copy
+
+        async def copy(source: Path, target: Path) -> None:
+            await real(source, target)
+            await runtime.create(fresh, domain="theirs.example.com")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "_copy", copy)
+            with pytest.raises(Conflict):
+                await runtime.clone("demo", fresh)
+        assert (await runtime.get(fresh)).domain == "theirs.example.com"
+        assert [path.name for path in runtime._home.iterdir() if fresh in path.name] == [fresh]
+
+    async def test_a_destroy_is_of_the_tenant_that_was_there(
+        self, runtime: LocalRuntime, fresh: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = runtime.stop
+        await runtime.create(fresh)
+
+        async def stop(name: str) -> None:
+            monkeypatch.setattr(runtime, "stop", real)
+            await runtime.destroy(name)
+            await runtime.create(name, domain="theirs.example.com")
+
+        monkeypatch.setattr(runtime, "stop", stop)
+        with pytest.raises(NotFound):
+            await runtime.destroy(fresh)
+        assert (await runtime.get(fresh)).domain == "theirs.example.com"

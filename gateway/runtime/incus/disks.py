@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.runtime import Snapshot
+from gateway.runtime.incus.making import STATIC
 from gateway.runtime.incus.refusals import translated
 from gateway.settings import Settings
 
 # by it a machine tells itself from another: two of one id would be given one address
 _MACHINE_ID: Final = "/etc/machine-id"
 
-STATIC: Final = "raw.lxc"
-"""Gives an instance its address before anything of it runs; no two may have the same."""
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What an instance is made of whose disk is to be another's. `unset` is not taken over."""
+
+    source: Mapping[str, Any]
+    unset: dict[str, str]
+    devices: Mapping[str, Mapping[str, str]]
+    profiles: Sequence[str]
 
 
 class Disks:
@@ -58,15 +67,10 @@ class Disks:
         with translated(name):
             await self._operate("DELETE", instance_path(name, "snapshots", snapshot))
 
-    async def clone(self, name: str, new: str, config: Mapping[str, str], snapshot: str | None) -> None:
-        """Make a stopped instance of another's disk, with that configuration beside the other's limits.
-
-        Its address is Incus's to choose.
-        """
-        if snapshot is not None:
-            await self.known(name, snapshot)
-        with translated(name):
-            found = await self._incus.get(instance_path(name))
+    @staticmethod
+    def copy_of(found: Mapping[str, Any], snapshot: str | None) -> Copy:
+        """Return what a copy of that instance's disk is made of, with the instance's limits."""
+        name = found["name"]
         # what is not said anew is taken over; an empty value takes nothing over
         unset = {key: "" for key in found["config"] if key.startswith("user.") or key == STATIC}
         devices = {
@@ -74,21 +78,17 @@ class Disks:
             for device, facts in found["devices"].items()
             if facts.get("type") != "proxy"
         }
-        body = {
-            "name": new,
-            "type": "container",
-            "source": {
-                "type": "copy",
-                "source": name if snapshot is None else f"{name}/{snapshot}",
-                "instance_only": True,
-            },
-            "profiles": found["profiles"],
-            "config": {**unset, **config},
-            "devices": devices,
+        source = {
+            "type": "copy",
+            "source": name if snapshot is None else f"{name}/{snapshot}",
+            "instance_only": True,
         }
-        with translated(new):
-            await self._operate("POST", "/1.0/instances", body)
-            await self._incus.put_file(new, _MACHINE_ID, b"", mode=0o444)
+        return Copy(source, unset, devices, found["profiles"])
+
+    async def blank(self, name: str) -> None:
+        """Take the machine's name for itself away from a copy that has not run yet."""
+        with translated(name):
+            await self._incus.put_file(name, _MACHINE_ID, b"", mode=0o444)
 
     async def known(self, name: str, snapshot: str) -> None:
         """Return if there is that snapshot. Raises `NotFound`."""

@@ -17,22 +17,22 @@ import random
 import secrets
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Interface
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
+from uuid import uuid4
 
-from gateway.errors import Conflict, ExecFailed, GatewayError, NotFound, Timeout, Unavailable
-from gateway.incus import Incus, IncusError
+from gateway.errors import ExecFailed, GatewayError, NotFound, Timeout, Unavailable
+from gateway.incus import IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
 from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.disks import STATIC
+from gateway.runtime.incus.making import identity_of, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
-from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT, lacks_address
+from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT, IncusRuntime, lacks_address
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
     SIZES,
@@ -49,6 +49,7 @@ from gateway.runtime.sites import (
     quota_was_reached,
 )
 from gateway.settings import Settings
+from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,6 @@ OWNER: Final = "user.gateway.owner"
 KEY: Final = "user.gateway.key"
 MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
 
-_STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 GOLDEN_SNAPSHOT: Final = "ready"
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
@@ -71,7 +71,7 @@ _REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk
 _REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
 _REST_TIMEOUT: Final = 60.0
 _PATH_SHOWN: Final = 500
-_TRIES: Final = 20  # addresses, or ports, that are tried until one is free
+_TRIES: Final = 20  # ports that are tried until one is free
 _FAILURES: Final = 3  # of one port or socket, until it is given up
 
 # It starts as soon as /tmp is there, beside the rest of the container's boot and not after it: so a new
@@ -190,18 +190,27 @@ sync -f /
 """
 
 
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """An instance of the pool."""
+
+    name: str
+    identity: str
+
+    def is_it(self, instance: Mapping[str, Any]) -> bool:
+        return identity_of(instance) == self.identity
+
+
 class IncusSites:
     """The sites of one Incus project; see `gateway.runtime.sites.Sites`."""
 
-    def __init__(self, settings: Settings, incus: Incus) -> None:
+    def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
         self._settings = settings
-        self._incus = incus
+        self._incus, self._making = runtime.incus, runtime.making
         # commands of ours in instances that are no tenants, too
-        self._commands = Commands(settings, incus, self._init_pid)
+        self._commands = Commands(settings, self._incus, self._init_pid)
         self._owner = _owner(settings)
-        self._pool: dict[str, list[str]] = {}  # by key, the instances that wait whole
-        self._choosing = asyncio.Lock()
-        self._promised: set[str] = set()  # addresses of instances that are being made
+        self._pool: dict[str, list[_Member]] = {}  # by key, the instances that wait whole
         self._preparing: dict[str, asyncio.Task[None]] = {}
         # root's folder is above them, so that the tenant cannot put a link in their place
         self._next = _beside(settings, "next")
@@ -217,7 +226,8 @@ class IncusSites:
         preparing = list(self._preparing.values())
         for task in preparing:
             task.cancel()
-        await asyncio.gather(*preparing, return_exceptions=True)
+        if preparing:  # what is not over by then is for the next life to remove
+            await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 2):
                 await self._drain()
@@ -257,21 +267,20 @@ class IncusSites:
             try:
                 change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
                 if "disk" in size:
-                    root = (await self._profile())["devices"]["root"]
-                    instance = await self._instance(member)
-                    change["devices"] = {**instance["devices"], "root": {**root, "size": size["disk"]}}
-                with translated(member):
+                    root = (await self._making.profile())["devices"]["root"]
+                    change["devices"] = {"root": {**root, "size": size["disk"]}}
+                with translated(member.name):
                     # marked first: from now on it belongs to the deployment, whatever it is called
-                    await self._operate("PATCH", instance_path(member), change)
-            except GatewayError as error:
-                log.warning("%s of the pool cannot be used: %s", member, error.message)
-                await self._destroy(member)
+                    await self._operate("PATCH", instance_path(member.name), change)
+            except BaseException as error:
+                removing = self._making.remove(member.is_it, "it could not be taken from the pool")
+                await whole(removing)
+                if not isinstance(error, GatewayError):
+                    raise
+                log.warning("%s of the pool cannot be used: %s", member.name, error.message)
                 continue
-            except BaseException:
-                await asyncio.shield(self._destroy(member))
-                raise
             with translated(tenant):
-                await self._operate("POST", instance_path(member), {"name": tenant})
+                await self._operate("POST", instance_path(member.name), {"name": tenant})
                 await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
             return True
         return False
@@ -284,96 +293,23 @@ class IncusSites:
         size: Mapping[str, str],
         *,
         start: bool,
+        identity: str = "",
     ) -> None:
-        """Create an instance with an address of its own. Raises `Conflict` where the name is taken."""
-        devices = (await self._profile())["devices"]
-        own = {"root": {**devices["root"], "size": size["disk"]}} if "disk" in size else {}
-        for attempt in range(_TRIES):
-            async with self._free_address() as address:
-                nic = {**devices["eth0"], "ipv4.address": str(address.ip)}
-                # it has its address from the first moment, and not only when it has asked for it
-                gateway = IPv4Interface(self._settings.network_ipv4).ip
-                early = {STATIC: _STATIC.format(address=address, gateway=gateway)}
-                body = {
-                    "name": name,
-                    "type": "container",
-                    "source": source,
-                    "profiles": [self._settings.profile],
-                    "config": {**config, **early},
-                    "devices": {**own, "eth0": nic},
-                    "start": start,
-                }
-                with translated(name):
-                    try:
-                        await self._operate("POST", "/1.0/instances", body)
-                        return
-                    except IncusError as error:
-                        # another gateway took that address in between
-                        if "IP address" not in error.message or attempt == _TRIES - 1:
-                            raise
-        raise Unavailable(f"no address is free on {self._settings.network}")
-
-    @contextlib.asynccontextmanager
-    async def _free_address(self) -> AsyncIterator[IPv4Interface]:
-        """Choose an address that nobody has, and keep it from others here until its instance is made."""
-        settings = self._settings
-        bridge = IPv4Interface(settings.network_ipv4)
-        async with self._choosing:
-            # of these the instances may be made after all are listed, and before the choice
-            taken = {str(bridge.ip), *self._promised}
-            instances = await self._instances()
-            with translated(""):
-                leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
-            taken |= {str(lease["address"]) for lease in leases}
-            for instance in instances:
-                taken |= {
-                    device["ipv4.address"]
-                    for device in instance["devices"].values()
-                    if "ipv4.address" in device
-                }
-            first, count = int(bridge.network.network_address) + 1, bridge.network.num_addresses - 2
-            # for seconds this host takes an address that was another's for that one's: not at once again
-            known = await asyncio.to_thread(_neighbours)
-            if len(taken | known) < count:
-                taken |= known
-            if len(taken) >= count:
-                raise Unavailable(
-                    f"every address of {settings.network_ipv4} is taken; destroy tenants, or choose a larger "
-                    "GATEWAY_NETWORK_IPV4",
-                    reason="quota",
-                )
-            address = str(bridge.ip)
-            while address in taken:
-                # at random: of two gateways that ask at the same time each gets another
-                address = str(IPv4Address(first + random.randrange(count)))  # noqa: S311 - no secret
-            self._promised.add(address)
-        try:
-            yield IPv4Interface(f"{address}/{bridge.network.prefixlen}")
-        finally:
-            self._promised.discard(address)
+        """Create an instance of that size. Raises `Conflict` where the name is taken."""
+        devices = {}
+        if "disk" in size:
+            root = (await self._making.profile())["devices"]["root"]
+            devices["root"] = {**root, "size": size["disk"]}
+        await self._making.make(name, source, config, devices, start=start, identity=identity)
 
     async def remove(self, deployment: str) -> None:
-        for instance in await self._instances():
-            if instance["config"].get(DEPLOYMENT) == deployment:
-                await self._destroy(instance["name"])
+        await self._making.remove(
+            lambda one: one["config"].get(DEPLOYMENT) == deployment and is_ours(one),
+            f"deployment {deployment} was undone",
+        )
 
-    async def _destroy(self, name: str) -> None:
-        """Destroy an instance in whatever state it is; one that is still being made is waited for."""
-        async with asyncio.timeout(self._settings.lifecycle_timeout):
-            while True:
-                try:
-                    with translated(name):
-                        instance = await self._instance(name)
-                        if instance["status"] != "Stopped":
-                            body = {"action": "stop", "timeout": -1, "force": True}
-                            await self._operate("PUT", instance_path(name, "state"), body)
-                        await self._operate("DELETE", instance_path(name))
-                    return
-                except NotFound:
-                    return
-                except (Conflict, Unavailable) as error:
-                    log.info("%s cannot be removed yet: %s", name, error.message)
-                    await asyncio.sleep(0.2)  # Incus has no word for "when it is no longer busy"
+    async def anchor(self, tenant: str) -> None:
+        await self._making.anchor(tenant)
 
     async def listed(self) -> Sequence[Site]:
         sites = []
@@ -472,7 +408,7 @@ class IncusSites:
 
     async def clear(self, tenant: str) -> None:
         await self._root(tenant, _CLEAR, *self._places())
-        instance = await self._instance(tenant)
+        instance = await self._making.instance(tenant)
         before = instance["config"].get(MEMORY)
         devices = {name: device for name, device in instance["devices"].items() if name != "site-next"}
         if before is not None or len(devices) < len(instance["devices"]):
@@ -486,7 +422,7 @@ class IncusSites:
 
     async def _make_room(self, tenant: str) -> None:
         """Double the memory while two sites run side by side."""
-        instance = await self._instance(tenant)
+        instance = await self._making.instance(tenant)
         if MEMORY in instance["config"]:
             return
         limit = instance["expanded_config"].get("limits.memory", "")
@@ -510,7 +446,7 @@ class IncusSites:
         device = "site" if side == "live" else "site-next"
         if self._settings.expose != "address":
             await self._add_proxy(tenant, device, recipe.listens(side))
-        found = _exposure(await self._instance(tenant), recipe.listens(side), device)
+        found = _exposure(await self._making.instance(tenant), recipe.listens(side), device)
         if found is None:
             raise Unavailable(f"tenant {tenant} has no address on {self._settings.network}")
         return found
@@ -529,7 +465,7 @@ class IncusSites:
         for attempt in range(_TRIES):
             proxies = {
                 (instance["name"], name): entry
-                for instance in await self._instances()
+                for instance in await self._making.instances()
                 for name, entry in instance["devices"].items()
                 if entry.get("type") == "proxy"
             }
@@ -640,7 +576,7 @@ class IncusSites:
             raise Unavailable(DISK_FULL, reason="disk_full")
         if not disk_was_full(said):
             return
-        pool = (await self._profile())["devices"]["root"]["pool"]
+        pool = (await self._making.profile())["devices"]["root"]["pool"]
         with translated(""):
             driver = (await self._incus.get(f"/1.0/storage-pools/{pool}"))["driver"]
             space = (await self._incus.get(f"/1.0/storage-pools/{pool}/resources"))["space"]
@@ -670,8 +606,10 @@ class IncusSites:
             while len(members) < self._settings.warm_pool:
                 name = f"gateway-pool-{secrets.token_hex(6)}"
                 source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
-                await self._make(name, source, self._marks("pool", key), {}, start=False)
-                members.append(name)
+                member = _Member(name, str(uuid4()))
+                marks = self._marks("pool", key)
+                await self._make(name, source, marks, {}, start=False, identity=member.identity)
+                members.append(member)
             prepared(None)
         except GatewayError as error:
             prepared(error)
@@ -682,10 +620,12 @@ class IncusSites:
             prepared(Unavailable("the gateway's log says why"))
 
     async def _make_golden(self, name: str, key: str, recipe: Recipe) -> None:
-        await self._destroy(name)  # one that was not finished
-        try:
+        await self._making.remove(
+            lambda one: one["name"] == name and self._is(one, "golden"), "a golden copy was not finished"
+        )
+        async with self._making.undone("the golden copy failed") as identity:
             source = {"type": "image", "alias": self._settings.image}
-            await self._make(name, source, self._marks("golden", key), {}, start=True)
+            await self._make(name, source, self._marks("golden", key), {}, start=True, identity=identity)
             await self.push(name, "live", recipe, None)
             await self.reachable(name)
             await self.install(name, "live", recipe, lambda line: None)
@@ -696,13 +636,10 @@ class IncusSites:
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._operate("PUT", instance_path(name, "state"), body)
                 await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
-        except BaseException:
-            await asyncio.shield(self._destroy(name))
-            raise
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
         """Wait until the site answers, and have it do its first work."""
-        found = _exposure(await self._instance(name), recipe.port)
+        found = _exposure(await self._making.instance(name), recipe.port)
         assert found is not None
         await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
         for path in recipe.warm:
@@ -733,7 +670,7 @@ class IncusSites:
 
     async def reachable(self, name: str) -> None:
         """Return once the container's network is up."""
-        instance = await self._instance(name)
+        instance = await self._making.instance(name)
         found = _exposure(instance, 9)
         if found is not None:
             await network_up(found.address, self._settings.verify_timeout)
@@ -757,51 +694,43 @@ class IncusSites:
     def _marks(self, role: str, key: str) -> dict[str, str]:
         return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
 
-    async def _ours(self, role: str) -> list[dict[str, Any]]:
-        return [
-            instance
-            for instance in await self._instances()
-            if instance["config"].get(ROLE) == role and instance["config"].get(OWNER) == self._owner
-        ]
+    def _is(self, instance: Mapping[str, Any], role: str) -> bool:
+        """Say whether an instance is this gateway's, in that role, and not somebody's copy of one."""
+        config = instance["config"]
+        return bool(config.get(ROLE) == role and config.get(OWNER) == self._owner and is_ours(instance))
+
+    async def _ours(self, role: str) -> Sequence[Mapping[str, Any]]:
+        return [instance for instance in await self._making.instances() if self._is(instance, role)]
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
         keys = {await self._key(recipe) for recipe in recipes if recipe.key}
         with translated(""):
             unfinished = await self._incus.busy()
+        outdated = set()
         for instance in [*await self._ours("golden"), *await self._ours("pool")]:
-            name, key = instance["name"], instance["config"].get(KEY)
-            pooled = instance["config"][ROLE] == "pool"
-            whole = name not in unfinished if pooled else await self._golden_is_ready(name)
-            if key not in keys or not whole or instance["status"] != "Stopped":
-                await self._destroy(name)
+            member = _Member(instance["name"], identity_of(instance))
+            key, pooled = instance["config"].get(KEY), self._is(instance, "pool")
+            ready = member.name not in unfinished if pooled else await self._golden_is_ready(member.name)
+            if key not in keys or not ready or instance["status"] != "Stopped":
+                outdated.add(member.identity)
             elif pooled:
-                self._pool.setdefault(key, []).append(name)
+                self._pool.setdefault(key, []).append(member)
+        await self._making.remove(
+            lambda one: identity_of(one) in outdated and (self._is(one, "golden") or self._is(one, "pool")),
+            "it was made ready by an earlier life, for other templates",
+        )
 
     async def _drain(self) -> None:
-        for instance in await self._ours("pool"):
-            await self._destroy(instance["name"])
+        self._pool.clear()
+        await self._making.remove(lambda one: self._is(one, "pool"), "the gateway ends")
 
     # --- Incus --------------------------------------------------------------------------------------
 
-    async def _instances(self) -> list[dict[str, Any]]:
-        with translated(""):
-            return await self._incus.instances()
-
-    async def _instance(self, name: str) -> dict[str, Any]:
-        with translated(name):
-            return await self._incus.instance(name)
-
-    async def _profile(self) -> dict[str, Any]:
-        with translated(""):
-            found: dict[str, Any] = await self._incus.get(f"/1.0/profiles/{self._settings.profile}")
-        return found
-
     async def _init_pid(self, name: str) -> int:
-        return int((await self._instance(name))["state"].get("pid") or 0)
+        return int((await self._making.instance(name))["state"].get("pid") or 0)
 
     async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
+        await self._making.operate(method, path, body)
 
 
 def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
@@ -851,10 +780,7 @@ def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> E
         ),
         None,
     )
-    for interface, facts in ((instance.get("state") or {}).get("network") or {}).items():
-        for found in facts["addresses"] if address is None and interface != "lo" else ():
-            if found["family"] == "inet" and found["scope"] == "global":
-                address = str(found["address"])
+    address = address or leased(instance)
     if address is None:
         return None
     listen = (instance["expanded_devices"].get(device) or {}).get("listen", "")
@@ -873,13 +799,6 @@ def _unused(ports: set[int]) -> int | None:
             probe.bind(("127.0.0.1", port))
             return port
     return None
-
-
-def _neighbours() -> set[str]:
-    """Return the addresses that this host's kernel believes to know."""
-    with contextlib.suppress(OSError):
-        return {line.split()[0] for line in Path("/proc/net/arp").read_text().splitlines()[1:]}
-    return set()
 
 
 def _environment(side: Side) -> str:

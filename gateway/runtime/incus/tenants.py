@@ -26,9 +26,20 @@ from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.tenants import MANAGED, Instances, is_tenant
 from gateway.rootfs.tree import show
-from gateway.runtime import TENANT_NAME, ExecSpec, Process, Snapshot, Status, Tenant, TenantEvent
+from gateway.runtime import (
+    TENANT_NAME,
+    ExecSpec,
+    Process,
+    Removed,
+    Snapshot,
+    Status,
+    Tenant,
+    TenantEvent,
+    unheard,
+)
 from gateway.runtime.incus.commands import Commands, is_ours
 from gateway.runtime.incus.disks import Disks
+from gateway.runtime.incus.making import Making, identity_of, leased
 from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.visits import Place, visited
@@ -78,9 +89,10 @@ class _Located:
 class IncusRuntime:
     """The tenants of one Incus project. Use as an async context manager."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
         self._settings = settings
         self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
+        self.making = Making(settings, self._incus, removed)
         self.tenants: Mapping[str, Any] = Instances(
             str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
         ).told()
@@ -115,17 +127,12 @@ class IncusRuntime:
         return _tenant(await self._instance(name))
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        body: dict[str, Any] = {
-            "name": name,
-            "type": "container",
-            "source": {"type": "image", "alias": self._settings.image},
-            "profiles": [self._settings.profile],
-            "config": {} if domain is None else {DOMAIN: domain},
-            "start": start,
-        }
-        with translated(name):
-            await self._operate("POST", "/1.0/instances", body)
-        return await self.get(name)
+        await self.making.free(name)
+        source = {"type": "image", "alias": self._settings.image}
+        config = {} if domain is None else {DOMAIN: domain}
+        async with self.making.undone("it could not be created") as identity:
+            await self.making.make(name, source, config, {}, start=start, identity=identity)
+            return await self._made(name, identity)
 
     async def start(self, name: str) -> None:
         tenant = await self.get(name)
@@ -165,12 +172,11 @@ class IncusRuntime:
         return await asyncio.to_thread(visited, places)
 
     async def destroy(self, name: str) -> None:
-        tenant = await self.get(name)
-        if tenant.status != "stopped":
-            await self._state(name, "stop", force=True)
-        with translated(name):
-            await self._operate("DELETE", instance_path(name))
-        self._changed(name)
+        instance = await self._instance(name)
+        try:
+            await self.making.destroy(name, identity_of(instance))
+        finally:
+            self._changed(name)
 
     async def rename(self, name: str, domain: str | None) -> None:
         await self.get(name)
@@ -181,18 +187,26 @@ class IncusRuntime:
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
-        port = (await self.get(name)).port
-        config = {MANAGED: "true", DOMAIN: domain or "", PORT: "" if port is None else str(port)}
-        try:
-            await self._disks.clone(name, new, config, snapshot)
+        source = await self._instance(name)
+        if snapshot is not None:
+            await self._disks.known(name, snapshot)
+        await self.making.free(new)
+        config = {MANAGED: "true", DOMAIN: domain or "", PORT: source["expanded_config"].get(PORT, "")}
+        async with self.making.undone(f"the clone of {name} failed") as identity:
+            copy = self._disks.copy_of(source, snapshot)
+            await self.making.make(
+                new,
+                copy.source,
+                copy.unset | config,
+                copy.devices,
+                start=False,
+                identity=identity,
+                profiles=copy.profiles,
+            )
+            await self._made(new, identity)
+            await self._disks.blank(new)
             await self.start(new)
-        except Conflict:
-            raise  # the name is another's
-        except BaseException:
-            with contextlib.suppress(GatewayError):
-                await asyncio.shield(self.destroy(new))
-            raise
-        return await self.get(new)
+            return await self._made(new, identity)
 
     async def snapshots(self, name: str) -> Sequence[Snapshot]:
         await self.get(name)
@@ -378,6 +392,14 @@ class IncusRuntime:
 
     # --- Incus --------------------------------------------------------------------------------------
 
+    async def _made(self, name: str, identity: str) -> Tenant:
+        """Return the tenant that was just made. Raises `Conflict` where it is another's name by now."""
+        with contextlib.suppress(NotFound):
+            tenant = await self.get(name)
+            if tenant.instance == identity:
+                return tenant
+        raise Conflict(f"tenant {name} was destroyed by somebody while it was being made")
+
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
             instance = await self._incus.instance(name)
@@ -473,12 +495,7 @@ def _address(instance: Mapping[str, Any]) -> str | None:
     for device in instance["expanded_devices"].values():
         if device.get("type") == "nic" and device.get("ipv4.address"):
             return str(device["ipv4.address"])
-    for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
-        if name != "lo":
-            for address in interface["addresses"]:
-                if address["family"] == "inet" and address["scope"] == "global":
-                    return str(address["address"])
-    return None
+    return leased(instance)
 
 
 def _disk_state(instance: Mapping[str, Any]) -> str:

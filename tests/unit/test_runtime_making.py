@@ -11,7 +11,7 @@ import pytest
 
 from gateway.errors import Unavailable
 from gateway.incus import Incus, IncusError
-from gateway.runtime.incus import IncusSites
+from gateway.runtime.incus.making import Making
 from gateway.settings import Settings
 
 
@@ -50,19 +50,19 @@ class Full(Incus):
         self.addresses.append(address)
 
 
-async def make(sites: IncusSites, number: int) -> None:
-    await sites._make(f"t-{number}", {}, {}, {}, start=False)
+async def make(making: Making, number: int) -> None:
+    await making.make(f"t-{number}", {}, {}, {}, start=False)
 
 
 async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_path: Path) -> None:
     """Incus refuses a second one, and what is left of it stands in the way of another try."""
     incus = Full()
-    sites = IncusSites(Settings(state_dir=tmp_path, network_ipv4="10.9.8.1/28"), incus)
+    making = Making(Settings(state_dir=tmp_path, network_ipv4="10.9.8.1/28"), incus)
     async with asyncio.timeout(60):
-        await asyncio.gather(*(make(sites, number) for number in range(13)))
+        await asyncio.gather(*(make(making, number) for number in range(13)))
         assert (len(set(incus.addresses)), incus.refused) == (13, 0)
         assert "10.9.8.1" not in incus.addresses
         with pytest.raises(Unavailable, match="every address"):
-            await make(sites, 13)
+            await make(making, 13)
         # what was not made after all is free again
-        assert not sites._promised
+        assert not making._promised
