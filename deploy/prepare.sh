@@ -137,14 +137,16 @@ digest() { # reads stdin, prints one word
 }
 
 checkout_digest() { # CHECKOUT: changes whenever what pip would install does
-  (cd "$1" && find pyproject.toml README.md LICENSE gateway clients/python caddy deploy/templates -type f \
+  (cd "$1" && find pyproject.toml deploy/requirements.txt README.md LICENSE gateway clients/python caddy deploy/templates -type f \
     ! -path '*/__pycache__/*' ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum | digest)
 }
 
-# An environment with the project in it. The stamp is written last: without it, what is there is not trusted.
-ensure_venv() { # VENV STAMP PIP-ARGUMENTS…
-  local venv=$1 stamp=$2
-  shift 2
+# An environment with the project in it, and what a lockfile names, each file by its hash (deploy/lock makes it).
+# Nothing is built but the project, by what is locked too. The stamp is written last: without it, what is there is
+# not trusted.
+ensure_venv() { # VENV STAMP LOCKFILE PIP-ARGUMENTS…
+  local venv=$1 stamp=$2 lock=$3
+  shift 3
   [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null && return 1
   rm -f "$venv/.stamp"
   if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -152,7 +154,9 @@ ensure_venv() { # VENV STAMP PIP-ARGUMENTS…
     mkdir -p "$(dirname "$venv")"
     quietly "$python" -m venv "$venv" || die "cannot make a Python environment in $venv with $python"
   fi
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check "$@" ||
-    die "pip cannot install the project; check that this machine reaches a Python package index, then run this again"
+  local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
+  quietly "${pip[@]}" --require-hashes --only-binary :all: -r "$lock" ||
+    die "pip cannot install what $lock names; check that this machine reaches a Python package index, then run this again"
+  quietly "${pip[@]}" --no-deps --no-build-isolation "$@" || die 'pip cannot install the project'
   printf '%s\n' "$stamp" >"$venv/.stamp"
 }
