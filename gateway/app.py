@@ -31,6 +31,7 @@ from gateway.caddy import Caddy
 from gateway.connection import CLOSE_CODES, Connection, Hub
 from gateway.deployments import Deployments, Health, Record
 from gateway.deployments.http import DeployBody, templates
+from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
     Forbidden,
@@ -147,9 +148,15 @@ class Gateway:
         self._deploys: Deployments | None = None
         self._health: Health | None = None
         self._life_of: Life | None = None
+        self._domains: Domains | None = None
         self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
-        self.metrics = Metrics(self._count_connections, self._count_execs)
+        self.metrics = Metrics(
+            self._count_connections,
+            self._count_execs,
+            self._count_contested,
+            self._count_shared,
+        )
         app = Starlette(
             routes=self._routes(),
             lifespan=self._lifespan,
@@ -230,12 +237,13 @@ class Gateway:
             )
             caddy = await stack.enter_async_context(Caddy(settings))
             caddy.lead_home()
-            self._life_of = Life(runtime, workers, self.bus, self.names, settings)
+            domains = self._domains = await Domains.opened(runtime, self.store, self.bus, settings)
+            self._life_of = Life(runtime, sites, caddy, domains, workers, self.bus, self.names, settings)
             idle = await stack.enter_async_context(
-                Idle(runtime, sites, caddy, self._life_of, execs.running_in, settings)
+                Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
             )
             self._deploys = await stack.enter_async_context(
-                Deployments(runtime, sites, caddy, self.store, self.bus, settings, idle.use)
+                Deployments(runtime, sites, caddy, domains, self.store, self.bus, settings, idle.use)
             )
             self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
@@ -359,6 +367,12 @@ class Gateway:
 
     def _count_execs(self) -> int:
         return 0 if self._hub is None else self._hub.execs.running
+
+    def _count_contested(self) -> int:
+        return 0 if self._domains is None else self._domains.contested
+
+    def _count_shared(self) -> int:
+        return 0 if self._domains is None else self._domains.shared
 
     @property
     def hub(self) -> Hub:
@@ -637,7 +651,7 @@ class Gateway:
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
-        record, new = await self.deploys.begin(body.request(), token.covers, by=token.subject, key=key)
+        record, new = await self.deploys.begin(body.request(), token, key=key)
         response = as_json({"id": record.id, "tenant": record.tenant, "state": record.state})
         response.status_code = 202 if new or not record.over else 200
         response.headers["Location"] = f"/v1/deployments/{record.id}"
@@ -751,6 +765,7 @@ def _granted(token: auth.Token, slot: str | None) -> dict[str, Any]:
         "expires": token.expires,
         "id": token.id,
         "slot": slot,
+        "domains": None if token.domains is None else sorted(token.domains),
     }
 
 

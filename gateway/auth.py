@@ -16,12 +16,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import jwt
 
 from gateway.errors import Forbidden, InvalidParams, Unauthorized, Unavailable
+from gateway.hostnames import pattern
 from gateway.settings import Settings
 
 SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
@@ -53,7 +54,8 @@ class Token:
     """Who asks and what they may touch, as a verified token says.
 
     `tenants` are names, or `*` for every one; `expires` is in seconds since the epoch; `id` is the
-    `jti` by which the token is revoked.
+    `jti` by which the token is revoked. `domains` are those that its tenants may be given, `*.suffix` among
+    them; None where the token says nothing of domains.
     """
 
     subject: str
@@ -61,6 +63,7 @@ class Token:
     scopes: frozenset[str]
     expires: int
     id: str
+    domains: frozenset[str] | None = None
 
     @property
     def coverage(self) -> frozenset[str] | None:
@@ -81,11 +84,19 @@ class Token:
             raise Forbidden(f"this token lacks the scope {scope}", scope=scope)
 
 
-def issue(secret: str, subject: str, tenants: Iterable[str], scopes: Iterable[str], ttl: int) -> str:
+def issue(
+    secret: str,
+    subject: str,
+    tenants: Iterable[str],
+    scopes: Iterable[str],
+    ttl: int,
+    domains: Iterable[str] | None = None,
+) -> str:
     """Return a signed token that is valid for `ttl` seconds.
 
     The tenants need not exist. Raises `InvalidParams` for an unknown scope, something that is no tenant
-    name, or an empty or impossible value: a token that opens nothing would only be found out in use.
+    name or no domain, or an empty or impossible value: a token that opens nothing would only be found out
+    in use.
     """
     names, granted = sorted(set(tenants)), sorted(set(scopes))
     if not subject or len(subject) > 200:
@@ -103,7 +114,7 @@ def issue(secret: str, subject: str, tenants: Iterable[str], scopes: Iterable[st
     if not 0 < ttl <= MAX_TTL:
         raise InvalidParams("a token lives between one second and ten years", field="ttl")
     now = int(time.time())
-    claims = {
+    claims: dict[str, Any] = {
         "sub": subject,
         "tenants": names,
         "scope": " ".join(granted),
@@ -111,6 +122,8 @@ def issue(secret: str, subject: str, tenants: Iterable[str], scopes: Iterable[st
         "exp": now + ttl,
         "jti": secrets.token_hex(16),
     }
+    if domains is not None:
+        claims["domains"] = sorted({pattern(entry) for entry in domains})
     return jwt.encode(claims, _checked(secret), algorithm=_ALGORITHM)
 
 
@@ -139,6 +152,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
         raise Unauthorized("this token is not valid") from None
     subject, tenants, scope, identifier = (claims[key] for key in ("sub", "tenants", "scope", "jti"))
+    domains = claims.get("domains")
     if not (
         isinstance(subject, str)
         and isinstance(identifier, str)
@@ -146,6 +160,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
         and isinstance(scope, str)
         and isinstance(tenants, list)
         and all(isinstance(name, str) for name in tenants)
+        and (domains is None or (isinstance(domains, list) and all(isinstance(one, str) for one in domains)))
     ):
         raise Unauthorized("this token is not valid")
     if revoked is not None and revoked(identifier):
@@ -156,6 +171,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
         scopes=SCOPES.intersection(scope.split()),
         expires=int(claims["exp"]),
         id=identifier,
+        domains=None if domains is None else frozenset(domains),
     )
 
 

@@ -28,7 +28,8 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from gateway.errors import Unavailable
+from gateway.errors import GatewayError, Unavailable
+from gateway.hostnames import PROBE, DomainReserved, normalized, own_names, plain, reserved
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
 _ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
 _ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
-_PROBE: Final = "probe.invalid"  # a domain of nobody (RFC 2606), by which Caddy is seen to look routes up
 _STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
 _STREAMS_STAY: Final = f"{_STREAMS} 24h"
 
@@ -71,6 +71,7 @@ class Caddy:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._own = own_names(settings)
         self.folder = settings.caddy_dir or settings.state_dir / "caddy"
         self.routes = self.folder / "routes"
         self.sockets = self.folder / "sockets"
@@ -103,7 +104,7 @@ class Caddy:
     def lead_home(self) -> None:
         """Lead the gateway's own domain to the gateway."""
         if self._settings.domain is not None and ":" in self._settings.listen:
-            self.set(self._settings.domain, self._gateway())
+            self._lead(self._home(), self._gateway())
 
     def lay(self) -> None:
         """Make the folders of the routes. Raises `CaddyFailed` where this user may not write them."""
@@ -120,6 +121,11 @@ class Caddy:
                     reason="caddy_denied",
                 ) from None
 
+    def _home(self) -> str:
+        """Return the gateway's own domain as Caddy looks it up, "" for none."""
+        domain = self._settings.domain or ""
+        return plain(domain) or domain.lower()
+
     def _gateway(self) -> str:
         """Return where Caddy reaches the gateway itself."""
         listen = self._settings.listen
@@ -132,7 +138,17 @@ class Caddy:
     # --- routes -------------------------------------------------------------------------------------
 
     def set(self, domain: str, target: str) -> str | None:
-        """Lead a domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic."""
+        """Lead a tenant's domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic.
+
+        Raises `DomainReserved` for one of the gateway's own, whoever says that it is a tenant's.
+        """
+        if reserved(domain, self._own):
+            raise DomainReserved(domain)
+        if normalized(domain) != domain:
+            raise ValueError(f"{domain!r} is no domain as Caddy looks it up")
+        return self._lead(domain, target)
+
+    def _lead(self, domain: str, target: str) -> str | None:
         if not TARGET.fullmatch(target):
             raise ValueError(f"{target!r} is no target of a route")
         with self._setting:
@@ -165,7 +181,7 @@ class Caddy:
 
     def listed(self) -> dict[str, str]:
         """Return every domain with where it leads."""
-        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != _PROBE}
+        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != PROBE}
         return {domain: target for domain, target in found.items() if target is not None}
 
     def reconcile(
@@ -176,21 +192,25 @@ class Caddy:
         Of the sockets only those that are named stay: Incus leaves the file of one that it no longer needs.
         """
         changed = []
-        leave = {*leave, self._settings.domain or "", _PROBE}
+        leave = {*leave, self._home(), PROBE}
         for domain, target in wanted.items():
             healthy = self.get(domain) == target and (self._targets / target / target).exists()
             if domain not in leave and not healthy:
-                self.set(domain, target)
-                changed.append(domain)
+                try:
+                    self.set(domain, target)
+                except (GatewayError, ValueError) as error:
+                    log.warning("%r leads nowhere: %s", domain, error)
+                else:
+                    changed.append(domain)
         for entry in list(self.routes.iterdir()):
-            if entry.name not in wanted and entry.name not in leave:
+            if (entry.name not in wanted or reserved(entry.name, self._own)) and entry.name not in leave:
                 self.unset(entry.name)
                 changed.append(entry.name)
         for entry in list(self.sockets.iterdir()):
             if entry.name not in sockets:
                 entry.unlink(missing_ok=True)
         with self._setting:
-            used = {*self.listed().values(), self.get(_PROBE)}
+            used = {*self.listed().values(), self.get(PROBE)}
             for place in list(self._targets.iterdir()):
                 if place.is_symlink():  # of a gateway that was killed before it became a route
                     place.unlink()
@@ -286,8 +306,8 @@ class Caddy:
 
     async def _look(self) -> None:
         """See whether Caddy finds our routes, by one of our own. Raises `CaddyFailed`."""
-        self.set(_PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
-        url = f"http://127.0.0.1:{self._settings.caddy_ask}/?domain={_PROBE}"
+        self._lead(PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
+        url = f"http://127.0.0.1:{self._settings.caddy_ask}/?domain={PROBE}"
         status, _ = await self._fetch(url, "127.0.0.1", 10.0)
         if status != 200:
             raise CaddyFailed(

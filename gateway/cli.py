@@ -202,6 +202,10 @@ def token(
     ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
     ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
     subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain its tenants may be given, or *.suffix; repeat for more."),
+    ] = None,
     revoke: Annotated[
         str | None, typer.Option(metavar="ID", help="Take one back instead: its jti, or the token itself")
     ] = None,
@@ -216,7 +220,7 @@ def token(
         return
     secret = auth.load_secret(settings_module.load())
     scopes = " ".join(scope).replace(",", " ").split()
-    out.say(auth.issue(secret, subject, tenant or (), scopes, auth.parse_ttl(ttl)))
+    out.say(auth.issue(secret, subject, tenant or (), scopes, auth.parse_ttl(ttl), domain or None))
 
 
 async def _revoke(id_: str, url: str | None, own: str | None) -> None:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.caddy import Caddy, asleep
+from gateway.domains import Domains
 from gateway.errors import GatewayError, NotFound, RateLimited, Timeout
 from gateway.life import Life
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
@@ -46,11 +47,13 @@ class Idle:
         runtime: TenantRuntime,
         sites: Sites,
         caddy: Caddy,
+        domains: Domains,
         life: Life,
         running: Callable[[str], int],
         settings: Settings,
     ) -> None:
         self._runtime, self._sites, self._caddy, self._life = runtime, sites, caddy, life
+        self._domains = domains
         self._running, self._settings = running, settings
         self._uses: Counter[str] = Counter()
         self._last: dict[str, float] = {}  # when each running tenant was last used, by the monotonic clock
@@ -108,6 +111,7 @@ class Idle:
 
         Raises `NotFound`, and what a start raises.
         """
+        domain = domain.lower().removesuffix(".")
         # before Incus is asked for every made-up name
         if not _HOST.fullmatch(domain) or self._caddy.get(domain) is None:
             raise NotFound("there is no site at this address")
@@ -117,8 +121,7 @@ class Idle:
             raise RateLimited("too many wait for sleeping sites", limit=self._settings.wakes_waiting)
         self._visitors += 1
         try:
-            tenants = await self._runtime.list()
-            tenant = next((tenant.name for tenant in tenants if tenant.domain == domain), None)
+            tenant = await self._domains.owner(domain)
             if tenant is None:
                 raise NotFound("there is no site at this address")
             with self.using(tenant):
@@ -179,7 +182,7 @@ class Idle:
     async def _unmark(self, tenant: str) -> None:
         async with self._caddy.changing:
             await self._runtime.mark_asleep(tenant, False)
-            site = await self._site(tenant)
+            site = await self._served(tenant)
             if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
                 self._caddy.set(site.domain, site.exposure.target)
         if self._asleep is not None:
@@ -187,6 +190,11 @@ class Idle:
 
     async def _site(self, tenant: str) -> Site | None:
         return next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+
+    async def _served(self, tenant: str) -> Site | None:
+        """Return a tenant's site where the domain that it carries is its own."""
+        site = await self._site(tenant)
+        return site if site is not None and self._domains.serves(site.domain, tenant) else None
 
     # --- going to sleep -----------------------------------------------------------------------------
 
@@ -248,7 +256,7 @@ class Idle:
         """Mark a tenant, look once more, stop it. A mark left on one that runs is undone by a wake."""
         async with self._caddy.changing:
             await self._runtime.mark_asleep(name, True)
-            site = await self._site(name)
+            site = await self._served(name)
             target = None if site is None else self._caddy.get(site.domain)
             if site is not None and target is not None:
                 self._caddy.set(site.domain, asleep(target))

@@ -21,16 +21,20 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import protocol
 from gateway.auth import Token
-from gateway.caddy import site_url
-from gateway.deployments.domain import normalized
-from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
+from gateway.caddy import Caddy, asleep, site_url
+from gateway.domains import Domains
+from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
+from gateway.hostnames import normalized
 from gateway.names import Names
 from gateway.rootfs.workers import Workers
 from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantRuntime
+from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_ADDRESSED: Final = 10.0  # seconds in which a started container gets its address
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,19 @@ class Life:
     )
 
     def __init__(
-        self, runtime: TenantRuntime, workers: Workers, bus: Bus, names: Names, settings: Settings
+        self,
+        runtime: TenantRuntime,
+        sites: Sites,
+        caddy: Caddy,
+        domains: Domains,
+        workers: Workers,
+        bus: Bus,
+        names: Names,
+        settings: Settings,
     ) -> None:
-        self._runtime = runtime
+        self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._bus = bus
         self._names = names
-        self._domains = asyncio.Lock()
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -115,25 +126,43 @@ class Life:
         return described(made, self._settings)
 
     async def rename(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the tenant another domain, or none; its name stays. Routes follow."""
+        """Give the tenant another domain, or none; its name stays. Its route is there when this returns."""
         body = protocol.validate(RenameBody, ask.body)
         domain = None if body.domain is None else normalized(body.domain)
-        async with self._domains:  # two must not take the same one
-            tenants = await self._runtime.list()
-            before = next((tenant.domain for tenant in tenants if tenant.name == ask.tenant), None)
-            if domain is not None:
-                for tenant in tenants:
-                    if tenant.domain == domain and tenant.name != ask.tenant:
-                        raise Conflict(
-                            f"{domain} is another tenant's; take it from that one first",
-                            reason="domain_owned",
-                        )
-            await self._runtime.rename(ask.tenant, domain)
+        if domain is not None:
+            await self._domains.permit(ask.token, domain)
+        async with self.alone(ask.tenant):  # a restore would write the old domain back
+            async with self._domains.moving(ask.tenant, domain) as before, self._caddy.changing:
+                await self._runtime.rename(ask.tenant, domain)
+                site = await self._lead(ask.tenant, domain)
+                if before not in (None, domain) and self._domains.serves(before, ask.tenant):
+                    self._caddy.unset(before)
+            await self._reached(ask.tenant, domain, site)
         if domain != before:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
             )
         return described(await self._runtime.get(ask.tenant), self._settings)
+
+    async def _lead(self, tenant: str, domain: str | None) -> Site | None:
+        """Lead a tenant's domain where its site is, if that can be said yet; return the site."""
+        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
+            target = site.exposure.target
+            self._caddy.set(domain, asleep(target) if site.asleep else target)
+        return site
+
+    async def _reached(self, tenant: str, domain: str | None, site: Site | None) -> None:
+        """Wait until a site that was just started has an address to lead its domain to; a while at most."""
+        port = (await self._runtime.get(tenant)).port
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ADDRESSED):
+                while site is not None and site.running and site.exposure is None and port is not None:
+                    if site.shares_address or domain is None or not self._domains.serves(domain, tenant):
+                        return
+                    await asyncio.sleep(0.1)  # DHCP tells nobody here
+                    async with self._caddy.changing:
+                        site = await self._lead(tenant, domain)
 
     async def _stay_stopped(self, tenant: str) -> None:
         await self._runtime.stop(tenant)

@@ -23,16 +23,32 @@ _TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 
 class Metrics:
     """Counts what the bus tells and shows what the gateway holds.
 
-    `connections` and `execs` return how many there are now.
+    The functions return how many of each there are now.
     """
 
     CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-    def __init__(self, connections: Callable[[], int], execs: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        connections: Callable[[], int],
+        execs: Callable[[], int],
+        contested: Callable[[], int],
+        shared: Callable[[], int],
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Gauge("gateway_connections", "Open websockets.", registry=registry).set_function(connections)
         Gauge("gateway_execs", "Running commands.", registry=registry).set_function(execs)
+        Gauge(
+            "gateway_domains_contested",
+            "Domains that several tenants carry, or one though they are the gateway's own.",
+            registry=registry,
+        ).set_function(contested)
+        Gauge(
+            "gateway_addresses_shared",
+            "Tenants with a domain whose address another instance has too.",
+            registry=registry,
+        ).set_function(shared)
         self._events = Counter("gateway_events", "Events published, by type.", ["type"], registry=registry)
         self._tools = Histogram(
             "gateway_tool_seconds",

@@ -70,6 +70,10 @@ class Settings(BaseSettings):
     domain: str | None = Field(
         None, description="the gateway's own domain behind Caddy; not with a unix socket to listen on"
     )
+    domain_suffixes: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("localhost",),
+        description="suffixes under which every token may give its tenants `NAME.SUFFIX`, comma-separated",
+    )
     expose: Literal["address", "port", "socket"] = Field(
         "address",
         description="how Caddy reaches a site: at its address, by a proxy device's port or by its socket",
@@ -333,6 +337,14 @@ class Settings(BaseSettings):
     max_followers: int = Field(8, gt=0, description="readers of one tenant's log at a time")
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
     shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
+
+    @field_validator("domain_suffixes", mode="before")
+    @classmethod
+    def _split_suffixes(cls, value: object) -> object:
+        if isinstance(value, str):
+            entries = (part.strip().lower().removeprefix("*.").strip(".") for part in value.split(","))
+            return tuple(entry for entry in entries if entry)
+        return value
 
     @field_validator("watch_ignore", "hosts", mode="before")
     @classmethod

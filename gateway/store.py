@@ -1,7 +1,8 @@
 """Knows how the gateway's own records are kept: one SQLite file in the state dir, its schema, its threads.
 
 What concerns instances is Incus's to keep. Here is what Incus does not: events, deployments, receipts, names,
-revoked tokens, the audit log. Each room brings its own statements; this one knows no table's meaning.
+domains, revoked tokens, the audit log. Each room brings its own statements; this one knows no table's
+meaning.
 
 The file is in WAL mode with `synchronous=NORMAL`: whatever ends the gateway, a SIGKILL included, leaves
 every write that was acknowledged, and a power cut leaves a whole file that may lack the last moments. A
@@ -111,6 +112,14 @@ MIGRATIONS: Final = (
         ended INTEGER NOT NULL,
         begun INTEGER NOT NULL,
         at REAL NOT NULL
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE domains (
+        domain TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        instance TEXT NOT NULL,
+        deployment TEXT NOT NULL
     ) STRICT;
     """,
 )

@@ -173,6 +173,8 @@ class LiveGateway:
             "GATEWAY_CONFIG": "/nonexistent",
             "GATEWAY_SECRET": SECRET,
             "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
+            # what tests call their sites
+            "GATEWAY_DOMAIN_SUFFIXES": "localhost,test,example.com",
             **environment,
         }
         self.log = log
@@ -214,8 +216,14 @@ class LiveGateway:
         assert self.process is not None
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
-    def token(self, *tenants: str, scopes: tuple[str, ...] = EVERY_SCOPE, ttl: int = 600) -> str:
-        return auth.issue(SECRET, "test", tenants, scopes, ttl)
+    def token(
+        self,
+        *tenants: str,
+        scopes: tuple[str, ...] = EVERY_SCOPE,
+        ttl: int = 600,
+        domains: tuple[str, ...] | None = None,
+    ) -> str:
+        return auth.issue(SECRET, "test", tenants, scopes, ttl, domains)
 
     @contextlib.asynccontextmanager
     async def raw(self, tenant: str, kind: type[Wire] = Wire, **headers: str) -> AsyncIterator[Wire]:

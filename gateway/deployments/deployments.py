@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -22,11 +22,12 @@ from typing import Any, Final
 
 import orjson
 
+from gateway.auth import Token
 from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
-from gateway.deployments.domain import normalized, tenant_name
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
+from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
     GatewayError,
@@ -37,9 +38,10 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.events import Bus
+from gateway.hostnames import normalized, tenant_name
 from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
 from gateway.runtime.probe import answer
-from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Sites
+from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
 
@@ -59,7 +61,12 @@ _CADDY: Final = {
     "caddy_refused": "Caddy refuses the gateway's configuration; the gateway's log says why",
 }
 # what a tenant's end or change may mean for its route
-_MOVES: Final = ("tenant.destroyed", "tenant.renamed", "incus.instance-updated", "gateway.resynced")
+_MOVES: Final = (
+    *("tenant.created", "tenant.started", "tenant.destroyed", "tenant.renamed"),
+    *("incus.instance-updated", "gateway.resynced"),
+)
+_ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started
+_ADDRESS_LOOKS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class Deployments:
         runtime: TenantRuntime,
         sites: Sites,
         caddy: Caddy,
+        domains: Domains,
         store: Store,
         bus: Bus,
         settings: Settings,
@@ -108,7 +116,7 @@ class Deployments:
     ) -> None:
         """`use` keeps a tenant awake while its context is open."""
         self._use = use or (lambda tenant: contextlib.nullcontext())
-        self._runtime, self._sites, self._caddy = runtime, sites, caddy
+        self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._store, self._bus, self._settings = store, bus, settings
         self._running: dict[str, _Running] = {}
         # over, but the store could not take it; no more than it took when they began
@@ -116,6 +124,7 @@ class Deployments:
         self._unprepared: set[str] = set()  # names of templates
         self._slots = asyncio.Semaphore(settings.max_deployments)
         self._moved = asyncio.Event()
+        self._looks = 0  # for addresses, one after another
         self._recovered = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -142,26 +151,23 @@ class Deployments:
 
     # --- what clients ask ---------------------------------------------------------------------------
 
-    async def begin(
-        self, request: Request, covers: Callable[[str], bool], *, by: str, key: str | None = None
-    ) -> tuple[Record, bool]:
+    async def begin(self, request: Request, token: Token, *, key: str | None = None) -> tuple[Record, bool]:
         """Begin a deployment; return it, and whether it is new: the same key gives the same one again.
 
-        `covers` says whether who asks may touch a tenant. Raises `InvalidParams` and `NotFound` for what can
-        be told at once, `Conflict` where one runs for the tenant or the key was used for something else, and
-        `RateLimited`.
+        Raises `InvalidParams`, `NotFound` and `Forbidden` for what can be told at once, `Conflict` where one
+        runs for the tenant or the key was used for something else, and `RateLimited`.
         """
+        by = token.subject
         domain = normalized(request.domain)
         tenant = request.tenant or tenant_name(domain)
         if not TENANT_NAME.fullmatch(tenant):
             raise InvalidParams(f"{tenant[:63]!r} is no tenant name", field="tenant")
-        if not covers(tenant):
+        if not token.covers(tenant):
             raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
         if request.size not in SIZES:
             raise InvalidParams(f"size is one of {', '.join(SIZES)}", field="size")
         _check_env(request.env)
-        if domain == self._settings.domain:
-            raise Conflict(f"{domain} is the gateway's own", reason="domain_owned")
+        await self._domains.permit(token, domain)
         if isinstance(request.template, str) and request.template not in names(self._settings):
             known = ", ".join(names(self._settings))
             raise NotFound(
@@ -176,8 +182,11 @@ class Deployments:
         for other in self._running.values():
             if key is not None and (other.record.by, other.key) == (by, key):
                 return self._same(other.record, other.request.digest, request), False
+        holder = self._domains.holder(domain)
         for other in self._running.values():
-            if other.record.tenant == tenant or other.record.domain == domain:
+            # of another's deployment only that there is one may be told
+            theirs = other.record.id == holder and token.covers(other.record.tenant)
+            if other.record.tenant == tenant or theirs:
                 raise Conflict(
                     f"a deployment of {other.record.domain} runs already; wait for it, or cancel it",
                     deployment=other.record.id,
@@ -186,6 +195,7 @@ class Deployments:
             raise RateLimited("too many deployments wait; ask again when some have ended")
         running = self._running[fresh.id] = _Running(fresh, request, key)
         try:
+            await self._domains.hold(domain, tenant, fresh.id)
             await self._store.write(
                 lambda connection: records.begin(
                     connection, fresh, key, request.digest, self._settings.deployments_kept
@@ -193,6 +203,7 @@ class Deployments:
             )
         except BaseException:
             del self._running[fresh.id]
+            await self._domains.over(fresh.id)
             raise
         running.task = asyncio.create_task(self._run(running), name=f"deploy {tenant}")
         return fresh, True
@@ -343,6 +354,7 @@ class Deployments:
         facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
         if record.error is not None:
             facts["error"] = record.error
+        await self._domains.over(record.id)
         self._running.pop(record.id, None)
         self._tell(running, record.state, facts)
 
@@ -425,7 +437,8 @@ class Deployments:
                     }
                     self._tell(running, "failed", {**_place(_at(record)), "error": record.error})
                 if record.kind == "create":
-                    self._caddy.unset(record.domain)
+                    if self._domains.serves(record.domain, record.tenant):
+                        self._caddy.unset(record.domain)
                     await self._sites.remove(record.id)
                 else:
                     with contextlib.suppress(NotFound):
@@ -463,18 +476,28 @@ class Deployments:
         for record in await self._store.read(records.unfinished):
             if record.id not in self._running and record.id not in self._unwritten:
                 await self._recover_one(record)
-        async with self._caddy.changing:
+        left = {record.id for record in await self._store.read(records.unfinished)} - self._unwritten.keys()
+        async with self._domains.deciding(), self._caddy.changing:
             found = await self._sites.listed()
             deploying = [running.record for running in self._running.values()]
-            busy = {record.domain for record in deploying}
+            serving = {
+                site.tenant
+                for site in found
+                if site.exposure is not None and self._leads(site.domain) == site.exposure.target
+            }
+            await self._domains.look(found, serving, left | self._running.keys())
+            busy = self._domains.held()
             sockets = {f"{site.tenant}.sock" for site in found}
             sockets |= {f"{record.tenant}{side}.sock" for record in deploying for side in ("", ".next")}
             wanted = {
                 site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
                 for site in found
-                if site.exposure is not None and site.deployment is None
+                if site.exposure is not None
+                and site.deployment is None
+                and self._domains.serves(site.domain, site.tenant)
             }
             changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy, sockets)
+        self._look_again(found)
         if changed:
             log.info("routes put right: %s", ", ".join(changed))
         for site in found:
@@ -485,6 +508,19 @@ class Deployments:
                         await self._sites.remove(site.deployment)
         if wanted or busy:
             await self._caddy.ensure()
+
+    def _leads(self, domain: str) -> str:
+        return (self._caddy.get(domain) or "").removeprefix(asleep(""))
+
+    def _look_again(self, found: Sequence[Site]) -> None:
+        """See to it that a site which has just been started is led to once it has its address."""
+        waits = any(
+            site.running and site.exposure is None and site.deployment is None and not site.shares_address
+            for site in found
+        )
+        self._looks = self._looks + 1 if waits else 0
+        if 0 < self._looks <= _ADDRESS_LOOKS:
+            asyncio.get_running_loop().call_later(_ADDRESS_LOOK, self._moved.set)
 
 
 class _Work:
@@ -509,13 +545,11 @@ class _Work:
         template = await self._all._template(self._request)
         self._recipe = await asyncio.to_thread(template.recipe)
         record.port, record.health = self._recipe.port, self._recipe.health
-        tenants = {tenant.name: tenant for tenant in await self._all._runtime.list()}
-        for other in tenants.values():
-            if other.domain == record.domain and other.name != record.tenant:
-                raise Conflict(
-                    f"{record.domain} belongs to another tenant; destroy that one first",
-                    reason="domain_owned",
-                )
+        domains = self._all._domains
+        async with domains.deciding():
+            found = await self._all._runtime.list()
+            await domains.confirm(record.domain, record.tenant, record.id, found)
+        tenants = {tenant.name: tenant for tenant in found}
         there = tenants.get(record.tenant)
         if there is None:
             if len(tenants) >= settings.max_tenants:

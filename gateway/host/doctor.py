@@ -25,8 +25,8 @@ from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
 from gateway.host.quickstart import ask
 from gateway.rootfs.tenants import MANAGED
-from gateway.runtime.incus.sites import DEPLOYMENT, GOLDEN_SNAPSHOT, golden_name, prepared_key
-from gateway.runtime.incus.tenants import DOMAIN
+from gateway.runtime.incus.sites import GOLDEN_SNAPSHOT, golden_name, prepared_key
+from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30

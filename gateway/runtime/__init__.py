@@ -41,6 +41,7 @@ class Tenant:
     instance: str | None = None  # tells it from any other, one of its name too, as long as it lives
     asleep: bool = False  # it is stopped, or about to be, until it is asked for
     idle_stop: float | None = None  # seconds in the place of the setting's
+    deployment: str | None = None  # that made it, until its site is known to work
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,8 @@ class LocalSites:
                     kept.get("deployment"),
                     kept.get("health", "/"),
                     tenant.asleep,
+                    tenant.instance,
+                    tenant.created,
                 )
             )
         return sites

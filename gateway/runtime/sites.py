@@ -80,7 +80,9 @@ class Exposure:
 class Site:
     """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet.
 
-    Of one that is `asleep` visitors ask the gateway first.
+    Of one that is `asleep` visitors ask the gateway first. `instance` and `created` are as a `Tenant`'s.
+    Where another instance has the same address (`shares_address`), the younger one has no exposure: it would
+    show the elder's site.
     """
 
     tenant: str
@@ -90,6 +92,9 @@ class Site:
     deployment: str | None = None
     health: str = "/"
     asleep: bool = False
+    instance: str | None = None
+    created: str | None = None
+    shares_address: bool = False
 
 
 class Sites(Protocol):

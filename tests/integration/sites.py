@@ -16,12 +16,14 @@ from typing import Any
 
 import aiohttp
 
+from gateway.auth import Token
 from gateway.caddy import Caddy
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import LiveGateway, free_ports
 
 ENDED = ("succeeded", "rolledback")
+OPERATOR = Token("test", frozenset({"*"}), frozenset({"admin"}), 0, "id")
 _ADMIN = "gw-caddy-"
 
 

@@ -13,13 +13,14 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
+from gateway.domains import Domains
 from gateway.errors import Unavailable
 from gateway.events import Bus, MemoryJournal
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
 from gateway.store import Store
 from tests.integration import environment
-from tests.integration.sites import Hosting, RealCaddy, settings_for
+from tests.integration.sites import OPERATOR, Hosting, RealCaddy, settings_for
 
 # every effect of a deployment, in order; what it does before it is a fault of the phase before
 CREATE = ["create", "push", "install", "start", "expose", "set", "fetch", "certify"]
@@ -82,9 +83,7 @@ class Rig:
     host: Hosting
 
     async def deploy(self, domain: str, **more: Any) -> Record:
-        record, _ = await self.deployments.begin(
-            Request(domain, "static", **more), lambda tenant: True, by="test"
-        )
+        record, _ = await self.deployments.begin(Request(domain, "static", **more), OPERATOR)
         return record
 
     async def ended(self, record: Record) -> Record:
@@ -112,8 +111,10 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         runtime = await stack.enter_async_context(IncusRuntime(settings))
         sites = Broken(await stack.enter_async_context(IncusSites(settings, runtime)))
         caddy = Broken(await stack.enter_async_context(Caddy(settings)))
+        bus = Bus(journal)
+        domains = await Domains.opened(runtime, store, bus, settings)
         deployments = await stack.enter_async_context(
-            Deployments(runtime, sites, caddy, store, Bus(journal), settings)  # type: ignore[arg-type]  # stands in
+            Deployments(runtime, sites, caddy, domains, store, bus, settings)  # type: ignore[arg-type]  # stands in
         )
         await deployments.recover()
         yield Rig(deployments, sites, caddy, journal, Hosting(settings, Path("/dev/null")))

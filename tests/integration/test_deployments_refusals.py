@@ -19,6 +19,7 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
+from gateway.domains import Domains
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
 from gateway.runtime.incus import IncusRuntime, IncusSites, sites
@@ -26,7 +27,7 @@ from gateway.settings import Settings
 from gateway.store import Store
 from tests.archives import folder
 from tests.integration import environment
-from tests.integration.sites import Hosting, RealCaddy, filled, hosting, settings_for
+from tests.integration.sites import OPERATOR, Hosting, RealCaddy, filled, hosting, settings_for
 from tests.live import free_ports
 
 pytestmark = pytest.mark.timeout(300)
@@ -51,15 +52,18 @@ class Desk:
         host = Hosting(self.settings, Path("/dev/null"))
         before = host.leavings()
         journal = MemoryJournal(10_000)
+        bus = Bus(journal)
+        domains = await Domains.opened(self.runtime, self.store, bus, settings)
         async with (
             IncusSites(settings, self.runtime) as made,
             Caddy(settings) as caddy,
-            Deployments(self.runtime, made, caddy, self.store, Bus(journal), settings) as deployments,
+            Deployments(self.runtime, made, caddy, domains, self.store, bus, settings) as deployments,
         ):
             deployments._recovered.set()  # nothing is to be found from an earlier life
-            record, _ = await deployments.begin(Request(DOMAIN, template), lambda tenant: True, by="test")
+            record, _ = await deployments.begin(Request(DOMAIN, template), OPERATOR)
             await ended(deployments, record)
         assert host.leavings() == before
+        assert domains.held() == set()
         assert record.state == "rolledback", record
         events = [event for event in (await journal.read(0, 10_000)).events if event.deployment == record.id]
         assert [event.type for event in events][-2:] == ["deployment.failed", "deployment.rolledback"]
@@ -191,7 +195,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
     try:
         said = await desk.refused()
         assert (said["code"], said["reason"], said["phase"]) == ("conflict", "domain_owned", "validate")
-        assert "destroy that one first" in said["message"]
+        assert "take it from that one first" in said["message"]
         environment.incus("config", "set", other, "user.gateway.domain=other.test")
         there = len(await desk.runtime.list())
         said = await desk.refused(max_tenants=there)

@@ -9,10 +9,14 @@ from typing import Any, cast
 
 import pytest
 
+from gateway.auth import Token
 from gateway.deployments import Deployments, Record, Request
+from gateway.domains import Domains
 from gateway.events import Bus
 from gateway.settings import Settings
 from gateway.store import Store
+
+OPERATOR = Token("me", frozenset({"*"}), frozenset({"admin"}), 0, "id")
 
 
 class Told:
@@ -47,14 +51,15 @@ async def rig(tmp_path: Path) -> AsyncIterator[tuple[Deployments, Told]]:
     settings, told = Settings(state_dir=tmp_path), Told()
     nothing = cast(Any, Nothing())
     async with Store(tmp_path) as store:
-        yield Deployments(nothing, nothing, nothing, store, cast(Bus, told), settings), told
+        domains = await Domains.opened(nothing, store, cast(Bus, told), settings)
+        yield Deployments(nothing, nothing, nothing, domains, store, cast(Bus, told), settings), told
 
 
 async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
     rig: tuple[Deployments, Told],
 ) -> None:
     deployments, told = rig  # not recovered yet, so that none begins
-    record, _ = await deployments.begin(Request("shop.example.com", "static"), lambda _: True, by="me")
+    record, _ = await deployments.begin(Request("shop.example.com", "static"), OPERATOR)
     await asyncio.sleep(0)  # until it waits: a request's cancel never comes before that
     ended = await deployments.cancel(record.id)
     assert ended.state == "rolledback"

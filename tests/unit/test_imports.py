@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (
     {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal"},
-    {"store"},
+    {"store", "hostnames"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"grants", "runtime", "audit"},
-    {"files", "names"},
+    {"files", "names", "domains"},
     {"execs", "tools"},
     {"shells"},
     {"caddy"},
@@ -46,11 +46,13 @@ ONLY: dict[str, set[str]] = {
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings"},
     "rootfs": {"errors", "settings"},
-    "runtime": {"errors", "settings", "incus", "rootfs", "tasks"},
+    "runtime": {"errors", "settings", "hostnames", "incus", "rootfs", "tasks"},
     "audit": {"settings", "store", "events"},
     "grants": {"auth"},
     "revocations": {"errors", "store"},
     "receipts": {"errors", "settings", "store"},
+    "hostnames": {"errors", "settings"},
+    "domains": {"auth", "errors", "settings", "store", "events", "hostnames", "runtime"},
     "names": {"errors", "settings", "store", "events", "runtime"},
     "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},

@@ -33,9 +33,17 @@ _CAUSES: Final = {
         "quota",
         "the Incus project takes no more; destroy tenants, or raise its limits",
     ),
+    "already defined on another nic": (
+        "address_shared",
+        "another instance has the address of this one too, so that Incus starts neither; whoever runs the "
+        "gateway gives one of them another: `incus-gateway doctor` says how",
+    ),
     "address already in use": ("port_taken", _TAKEN),
     "starting proxy device": ("port_taken", _TAKEN),
 }
+
+# of the others it is enough to ask again once the cause is mended
+_KINDS: Final = {"quota": RateLimited, "address_shared": Conflict}
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +63,7 @@ def translated(name: str) -> Iterator[None]:
         for words, (reason, advice) in _CAUSES.items():
             if words in lowered:
                 log.warning("Incus on tenant %s: %s", name, said)
-                kind = RateLimited if reason == "quota" else Unavailable
-                raise kind(advice, reason=reason) from error
+                raise _KINDS.get(reason, Unavailable)(advice, reason=reason) from error
         if "not running" in lowered or "is frozen" in lowered or "is stopped" in lowered:
             state = "frozen" if "frozen" in lowered else "stopped"
             raise TenantNotRunning(f"tenant {name} is {state}; start it first", status=state) from error

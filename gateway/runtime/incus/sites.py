@@ -16,7 +16,7 @@ import logging
 import random
 import secrets
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +24,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from gateway.errors import ExecFailed, GatewayError, NotFound, Timeout, Unavailable
+from gateway.hostnames import plain
 from gateway.incus import IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
@@ -32,7 +33,7 @@ from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import identity_of, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
-from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, PORT, IncusRuntime, lacks_address
+from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
     SIZES,
@@ -53,7 +54,6 @@ from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENT: Final = "user.gateway.deployment"
 HEALTH: Final = "user.gateway.health"
 ROLE: Final = "user.gateway.role"
 OWNER: Final = "user.gateway.owner"
@@ -315,21 +315,27 @@ class IncusSites:
         sites = []
         with translated(""):
             instances = await self._incus.instances(state=lacks_address)
+        homes = _homes(instances)
         for instance in instances:
             config = instance.get("expanded_config") or {}
             domain = config.get(DOMAIN)
             if not domain or config.get(MANAGED) != "true":
                 continue
             port = config.get(PORT, "")
+            exposure = _exposure(instance, int(port)) if port.isdigit() else None
+            home = () if exposure is None else homes.get(exposure.address, ())
             sites.append(
                 Site(
                     tenant=instance["name"],
-                    domain=domain,
+                    domain=plain(domain) or domain,
                     running=instance["status"] == "Running",
-                    exposure=_exposure(instance, int(port)) if port.isdigit() else None,
+                    exposure=exposure if not home or home[0] == instance["name"] else None,
                     deployment=config.get(DEPLOYMENT) or None,
                     health=config.get(HEALTH) or "/",
                     asleep=config.get(ASLEEP) == "true",
+                    instance=instance["config"].get("volatile.uuid"),
+                    created=instance.get("created_at"),
+                    shares_address=len(home) > 1,
                 )
             )
         return sites
@@ -789,6 +795,19 @@ def _exposure(instance: Mapping[str, Any], port: int, device: str = "site") -> E
     if listen.startswith("tcp:"):
         return Exposure(address, port, listen.removeprefix("tcp:"))
     return Exposure(address, port, f"{address}:{port}")
+
+
+def _homes(instances: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[str]]:
+    """Return for each address the instances that have it, the eldest first.
+
+    More than one has it after `incus copy`, which takes the address over; Incus then starts neither of them.
+    """
+    homes: dict[str, list[str]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda one: str(one.get("created_at"))):
+        found = _exposure(instance, 9)
+        if found is not None:
+            homes[found.address].append(instance["name"])
+    return homes
 
 
 def _unused(ports: set[int]) -> int | None:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
+from gateway.hostnames import plain
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 DOMAIN: Final = "user.gateway.domain"
 PORT: Final = "user.gateway.port"
+DEPLOYMENT: Final = "user.gateway.deployment"
 ASLEEP: Final = "user.gateway.asleep"
 IDLE_STOP: Final = "user.gateway.idle_stop"  # the operator's, in the place of the setting of that name
 
@@ -460,7 +462,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
     return Tenant(
         name=instance["name"],
         status=_STATUS.get(instance["status"], "error"),
-        domain=config.get(DOMAIN) or None,
+        domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,
         address=_address(instance),
         port=int(port) if port.isdigit() else None,
         created=instance.get("created_at"),
@@ -473,6 +475,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
             "disk": devices.get("root", {}).get("size"),
         },
         asleep=config.get(ASLEEP) == "true",
+        deployment=config.get(DEPLOYMENT) or None,
         idle_stop=_seconds(config.get(IDLE_STOP)),
     )
 

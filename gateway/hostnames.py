@@ -1,0 +1,116 @@
+"""Knows how domains are spelled: which are valid, which are nobody's to take, which a pattern allows.
+
+Two spellings of one name compare equal only once both are `normalized`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable
+from typing import Final
+from urllib.parse import urlsplit
+
+from gateway.errors import Conflict, InvalidParams
+from gateway.settings import Settings
+
+PROBE: Final = "probe.invalid"
+"""A domain of nobody (RFC 2606), by which Caddy is seen to look routes up."""
+
+_LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_MAX: Final = 253  # RFC 1035
+_NAME_MAX: Final = 63
+
+
+class DomainReserved(Conflict):
+    """The domain leads to the gateway itself, or is kept for its own use; `reason` is `domain_owned`."""
+
+    def __init__(self, domain: str) -> None:
+        super().__init__(f"{domain} is the gateway's own; choose another", reason="domain_owned")
+
+
+def normalized(text: str) -> str:
+    """Return a domain in lower case and, where it is not ASCII, in IDNA. Raises `InvalidParams`."""
+    domain = text.strip().lower().removesuffix(".")
+    try:
+        domain = domain.encode("ascii" if domain.isascii() else "idna").decode("ascii").lower()
+    except UnicodeError:
+        domain = ""
+    labels = domain.split(".")
+    if len(domain) > _MAX or len(labels) < 2 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise InvalidParams(f"{text[:100]!r} is no domain such as shop.example.com", field="domain")
+    if labels[-1].isdigit():
+        raise InvalidParams(f"{text[:100]!r} is an address; a site needs a domain", field="domain")
+    return domain
+
+
+def plain(text: str | None) -> str | None:
+    """Return a domain as `normalized` does, or None where it is none."""
+    try:
+        return None if text is None else normalized(text)
+    except InvalidParams:
+        return None
+
+
+def tenant_name(domain: str) -> str:
+    """Return the name of a domain's tenant: dots become dashes; what is too long is cut and hashed."""
+    name = domain.replace(".", "-")
+    if not name[0].isalpha():
+        name = f"s-{name}"
+    if len(name) <= _NAME_MAX:
+        return name
+    digest = hashlib.sha256(domain.encode()).hexdigest()[:10]
+    return f"{name[: _NAME_MAX - 11].rstrip('-')}-{digest}"
+
+
+# --- patterns ----------------------------------------------------------------------------------------
+
+
+def pattern(text: str) -> str:
+    """Return an entry of a token's `domains` as it is compared: a domain, or `*.` and a suffix.
+
+    Raises `InvalidParams`.
+    """
+    head, star, suffix = text.strip().partition("*.")
+    if not star or head:
+        return normalized(text)
+    # a suffix may have one label, as `localhost` has; a whole domain may not
+    try:
+        return f"*.{normalized(f'x.{suffix}').removeprefix('x.')}"
+    except InvalidParams:
+        raise InvalidParams(
+            f"{text[:100]!r} is no domain, and no *.suffix of some", field="domains"
+        ) from None
+
+
+def matches(domain: str, patterns: Iterable[str]) -> bool:
+    """Say whether a domain is one of the patterns; `*.suffix` takes names of any depth below the suffix."""
+    return any(
+        domain.endswith(entry[1:]) if entry.startswith("*.") else domain == entry for entry in patterns
+    )
+
+
+# --- what is reserved --------------------------------------------------------------------------------
+
+
+def own_names(settings: Settings) -> frozenset[str]:
+    """Return the names by which the gateway is reached, and its probe's: no tenant's to have."""
+    listen = "" if settings.listen.startswith("/") else settings.listen.rpartition(":")[0]
+    names = {
+        PROBE,
+        "localhost",
+        settings.domain or "",
+        listen,
+        *(urlsplit(origin).hostname or "" for origin in settings.origins),
+        *(host for host in settings.hosts if host != "*"),
+    }
+    return frozenset(_lowered(name) for name in names) - {""}
+
+
+def reserved(domain: str, own: Collection[str]) -> bool:
+    """Say whether a name, in whatever spelling, is one of `own_names`."""
+    return matches(_lowered(domain), own)
+
+
+def _lowered(name: str) -> str:
+    return plain(name) or name.strip().lower().removesuffix(".")

@@ -1,0 +1,377 @@
+"""Who has a domain, by values alone; tests/integration/test_domains.py has the same with real sites."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from gateway.auth import Token
+from gateway.domains import Domains
+from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
+from gateway.events import Bus
+from gateway.runtime import Tenant
+from gateway.runtime.sites import Site
+from gateway.settings import Settings
+from gateway.store import Store
+
+SHOP = "shop.example.com"
+
+
+class Incus:
+    """What Incus says of tenants."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[str, Tenant] = {}
+        self.down = False
+
+    def has(self, name: str, domain: str | None = None, instance: str = "", created: str = "") -> None:
+        self.tenants[name] = Tenant(
+            name, "running", domain=domain, instance=instance or f"id-{name}", created=created
+        )
+
+    async def list(self) -> list[Tenant]:
+        await asyncio.sleep(0)
+        if self.down:
+            raise Unavailable("it is away")
+        return [*self.tenants.values()]
+
+    async def get(self, name: str) -> Tenant:
+        await asyncio.sleep(0)
+        if self.down:
+            raise Unavailable("it is away")
+        if name not in self.tenants:
+            raise NotFound("none")
+        return self.tenants[name]
+
+    async def rename(self, name: str, domain: str | None) -> None:
+        await asyncio.sleep(0)
+        self.tenants[name] = replace(self.tenants[name], domain=domain)
+
+    def sites(self) -> Sequence[Site]:
+        return [
+            Site(one.name, one.domain, True, None, instance=one.instance, created=one.created)
+            for one in self.tenants.values()
+            if one.domain is not None
+        ]
+
+
+class Desk:
+    """An authority over that Incus, as its callers use it."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.incus, self.told = Incus(), list[tuple[str, str | None, Any]]()
+        self.settings = Settings(state_dir=folder, domain="gw.example.com")
+        self._store = store
+        self.domains: Domains
+
+    def publish(self, type: str, tenant: str | None, data: Any) -> None:
+        self.told.append((type, tenant, data))
+
+    async def open(self) -> None:
+        """Begin a life of the gateway."""
+        self.domains = await Domains.opened(
+            cast(Any, self.incus), self._store, cast(Bus, self), self.settings
+        )
+
+    async def look(self, *alive: str) -> None:
+        async with self.domains.deciding():
+            await self.domains.look(self.incus.sites(), (), alive)
+
+    async def move(self, name: str, domain: str | None) -> None:
+        async with self.domains.moving(name, domain):
+            await self.incus.rename(name, domain)
+
+    async def confirm(self, domain: str, name: str, deployment: str) -> None:
+        async with self.domains.deciding():
+            await self.domains.confirm(domain, name, deployment, await self.incus.list())
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    async with Store(tmp_path) as store:
+        desk = Desk(tmp_path, store)
+        await desk.open()
+        yield desk
+
+
+def token(*tenants: str, scopes: tuple[str, ...] = ("deploy",), domains: Any = None) -> Token:
+    given = None if domains is None else frozenset(domains)
+    return Token("me", frozenset(tenants), frozenset(scopes), 0, "id", domains=given)
+
+
+async def owned(work: Any) -> None:
+    with pytest.raises(Conflict) as refused:
+        await work
+    assert refused.value.facts["reason"] == "domain_owned"
+
+
+# --- deployments ---------------------------------------------------------------------------------------
+
+
+async def test_a_deployment_holds_its_domain_from_its_begin_to_its_end(desk: Desk) -> None:
+    desk.incus.has("other")
+    assert await desk.domains.hold(SHOP, "shop", "d-1")
+    await owned(desk.move("other", SHOP))
+    await owned(desk.domains.hold(SHOP, "other", "d-2"))
+    await desk.look("d-1")
+    await owned(desk.move("other", SHOP))
+    await desk.domains.over("d-1")
+    await desk.move("other", SHOP)
+    assert desk.domains.serves(SHOP, "other")
+
+
+async def test_a_hold_survives_a_restart_and_ends_where_its_deployment_is_over(desk: Desk) -> None:
+    desk.incus.has("other")
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    await desk.open()
+    await owned(desk.move("other", SHOP))
+    await desk.look("d-1")
+    await owned(desk.move("other", SHOP))
+    await desk.look()
+    await desk.move("other", SHOP)
+
+
+async def test_a_tenant_keeps_what_its_deployment_brought(desk: Desk) -> None:
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    await desk.confirm(SHOP, "shop", "d-1")
+    desk.incus.has("shop", SHOP)
+    await desk.domains.over("d-1")
+    desk.incus.has("other")
+    await owned(desk.move("other", SHOP))
+    assert not await desk.domains.hold(SHOP, "other", "d-2")
+
+
+async def test_a_deployment_onto_anothers_domain_holds_up_nobody(desk: Desk) -> None:
+    """It is told when its turn comes; the owner updates meanwhile."""
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    assert not await desk.domains.hold(SHOP, "thief", "d-1")
+    assert await desk.domains.hold(SHOP, "shop", "d-2")
+    await owned(desk.confirm(SHOP, "thief", "d-1"))
+    await desk.confirm(SHOP, "shop", "d-2")
+    await desk.domains.over("d-1")
+    await desk.domains.over("d-2")
+    assert desk.domains.serves(SHOP, "shop")
+
+
+async def test_a_hold_that_was_given_in_ignorance_takes_nothing(desk: Desk) -> None:
+    """Nobody had looked yet: a gateway that is just upgraded has no claims on record."""
+    desk.incus.has("shop", SHOP)
+    assert await desk.domains.hold(SHOP, "thief", "d-1")
+    await owned(desk.confirm(SHOP, "thief", "d-1"))
+    assert desk.domains.serves(SHOP, "shop")
+    await desk.domains.over("d-1")
+    assert desk.domains.serves(SHOP, "shop")
+
+
+async def test_a_confirmed_deployment_is_not_robbed_by_a_key_written_by_hand(desk: Desk) -> None:
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    await desk.confirm(SHOP, "shop", "d-1")
+    desk.incus.has("thief", SHOP, created="1")
+    await desk.look("d-1")
+    assert not desk.domains.serves(SHOP, "thief")
+    desk.incus.has("shop", SHOP, created="2")
+    await desk.domains.over("d-1")
+    await desk.look()
+    assert desk.domains.serves(SHOP, "shop")
+
+
+async def test_a_destroyed_tenants_domain_is_free_at_once(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    del desk.incus.tenants["shop"]
+    assert await desk.domains.hold(SHOP, "new", "d-1")
+
+
+# --- a tenant gets another domain ----------------------------------------------------------------------
+
+
+async def test_of_two_moves_and_a_deployment_at_once_one_wins(desk: Desk) -> None:
+    for name in ("a", "b"):
+        desk.incus.has(name)
+    for order in range(6):
+        works = [desk.move("a", SHOP), desk.move("b", SHOP), desk.domains.hold(SHOP, "c", "d-1")]
+        results = await asyncio.gather(*works[order % 3 :], *works[: order % 3], return_exceptions=True)
+        won = [one for one in results if one is None or one is True]
+        assert len(won) == 1, results
+        assert [one.domain for one in await desk.incus.list()].count(SHOP) == (won == [None])
+        await desk.domains.over("d-1")
+        for name in ("a", "b"):
+            await desk.move(name, None)
+
+
+async def test_a_move_that_fails_changes_nothing(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    with pytest.raises(RuntimeError):
+        async with desk.domains.moving("shop", "new.example.com"):
+            raise RuntimeError
+    assert desk.domains.serves(SHOP, "shop")
+    desk.incus.has("other")
+    await desk.move("other", "new.example.com")
+    with pytest.raises(GatewayError):
+        async with desk.domains.moving("nobody", "free.example.com"):
+            pass
+
+
+async def test_the_old_domain_is_free_after_a_move(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    desk.incus.has("other")
+    await desk.look()
+    await desk.move("shop", "new.example.com")
+    await desk.move("other", SHOP)
+    assert desk.domains.serves(SHOP, "other")
+    assert desk.domains.serves("new.example.com", "shop")
+
+
+async def test_a_tenant_that_is_being_deployed_is_not_moved(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    with pytest.raises(Conflict) as refused:
+        await desk.move("shop", "new.example.com")
+    assert refused.value.facts["deployment"] == "d-1"
+
+
+async def test_nothing_is_given_while_incus_is_away(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    desk.incus.has("other")
+    await desk.look()
+    desk.incus.down = True
+    assert not await desk.domains.hold(SHOP, "other", "d-1")
+    with pytest.raises(Unavailable):
+        await desk.move("other", SHOP)
+    assert desk.domains.serves(SHOP, "shop")
+
+
+# --- what is contested ---------------------------------------------------------------------------------
+
+
+async def test_a_contested_domain_stays_and_each_side_hears_of_its_own(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP, created="2")
+    await desk.look()
+    desk.incus.has("copy", SHOP, created="1")
+    for _ in range(2):  # told once
+        await desk.look()
+    assert desk.domains.serves(SHOP, "shop")
+    assert desk.domains.contested == 1
+    facts = {"domain": SHOP, "reason": "owned"}
+    assert sorted(desk.told, key=str) == [
+        ("tenant.domain.contested", "copy", {**facts, "keeps": False}),
+        ("tenant.domain.contested", "shop", {**facts, "keeps": True}),
+    ]
+    await owned(desk.move("copy", SHOP))
+    await desk.open()  # in another life too
+    await desk.look()
+    assert desk.domains.serves(SHOP, "shop")
+    await desk.move("shop", None)
+    await desk.look()
+    assert desk.domains.serves(SHOP, "copy")
+    assert desk.domains.contested == 0
+
+
+async def test_of_two_that_nobody_knows_who_serves_wins_and_then_the_elder(desk: Desk) -> None:
+    desk.incus.has("copy", SHOP, created="2")
+    desk.incus.has("shop", SHOP, created="1")
+    async with desk.domains.deciding():
+        await desk.domains.look(desk.incus.sites(), {"copy"}, ())
+    assert desk.domains.serves(SHOP, "copy")
+    desk.incus.has("b", "b.example.com", created="2")
+    desk.incus.has("c", "b.example.com", created="1")
+    await desk.look()
+    assert desk.domains.serves("b.example.com", "c")
+
+
+async def test_an_instance_that_is_renamed_keeps_its_domain_and_another_of_its_name_has_none(
+    desk: Desk,
+) -> None:
+    desk.incus.has("shop", SHOP, instance="first")
+    await desk.look()
+    del desk.incus.tenants["shop"]
+    desk.incus.has("moved", SHOP, instance="first", created="2")
+    desk.incus.has("shop", SHOP, instance="second", created="1")
+    assert await desk.domains.owner(SHOP) == "moved"
+    await desk.look()
+    assert desk.domains.serves(SHOP, "moved")
+    assert not desk.domains.serves(SHOP, "shop")
+
+
+async def test_a_list_that_leaves_out_who_has_it_gives_it_to_nobody(desk: Desk) -> None:
+    """Incus leaves out an instance that is just being changed."""
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    desk.incus.has("copy", SHOP)
+    async with desk.domains.deciding():
+        await desk.domains.look([site for site in desk.incus.sites() if site.tenant == "copy"], (), ())
+    assert desk.domains.serves(SHOP, "shop")
+    assert not desk.domains.serves(SHOP, "copy")
+
+
+async def test_a_spelling_makes_no_other_domain(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    desk.incus.has("copy", "SHOP.Example.com.")
+    await desk.look()
+    assert desk.domains.serves(SHOP, "shop")
+    assert desk.domains.contested == 1
+    assert await desk.domains.owner("Shop.EXAMPLE.com") == "shop"
+
+
+async def test_the_gateways_own_names_are_nobodys_whatever_incus_says(desk: Desk) -> None:
+    for name in ("gw.example.com", "probe.invalid"):
+        desk.incus.has("shop", name)
+        await desk.look()
+        assert not desk.domains.serves(name, "shop")
+        assert await desk.domains.owner(name) is None
+        assert desk.told[-1][2] == {"domain": name, "keeps": False, "reason": "reserved"}
+        await owned(desk.move("shop", name))
+        await owned(desk.domains.hold(name, "new", "d-1"))
+        await owned(desk.domains.permit(token("*", scopes=("admin",)), name))
+
+
+async def test_who_shares_an_address_is_told_once(desk: Desk) -> None:
+    site = Site("copy", SHOP, False, None, instance="id-copy", shares_address=True)
+    for _ in range(2):
+        async with desk.domains.deciding():
+            await desk.domains.look([site], (), ())
+    assert desk.told == [("tenant.address.contested", "copy", {})]
+    assert desk.domains.shared == 1
+
+
+# --- whose domains -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "domain", "allowed"),
+    [
+        (token("*", scopes=("admin",)), "google.com", True),
+        (token("*"), "google.com", False),
+        (token("mine", scopes=("admin",)), "google.com", False),
+        (token("mine"), "google.com", False),
+        (token("mine"), "new.localhost", True),
+        (token("mine"), "a.new.localhost", False),
+        (token("mine"), "mine.com", True),
+        (token("mine"), "theirs.com", False),
+        (token("*"), "theirs.com", True),
+        (token("new", domains=["*.sites.example.com"]), "a.b.sites.example.com", True),
+        (token("new", domains=["*.sites.example.com"]), "sites.example.com", False),
+        (token("new", domains=["*.sites.example.com"]), "new.localhost", False),
+        (token("new", domains=["new.com"]), "new.com", True),
+        (token("mine", domains=["new.com"]), "mine.com", True),
+        (token("new", domains=[]), "new.localhost", False),
+    ],
+)
+async def test_whose_domains(desk: Desk, asked: Token, domain: str, allowed: bool) -> None:
+    desk.incus.has("mine", "mine.com")
+    desk.incus.has("theirs", "theirs.com")
+    if allowed:
+        await desk.domains.permit(asked, domain)
+        return
+    with pytest.raises(Forbidden) as refused:
+        await desk.domains.permit(asked, domain)
+    assert refused.value.facts == {"reason": "domain_not_allowed", "domain": domain}
+    assert "theirs" not in refused.value.message.replace(domain, "")

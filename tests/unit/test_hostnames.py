@@ -1,0 +1,94 @@
+"""How domains are spelled, which are the gateway's own, and what a pattern takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import InvalidParams
+from gateway.hostnames import matches, normalized, own_names, pattern, plain, reserved
+from gateway.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "domain"),
+    [
+        ("Shop.Example.COM", "shop.example.com"),
+        ("shop.example.com.", "shop.example.com"),
+        (" shop.example.com ", "shop.example.com"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("BÜCHER.example.", "xn--bcher-kva.example"),
+        ("shop。example", "shop.example"),
+    ],
+)
+def test_every_spelling_of_a_name_is_one_name(text: str, domain: str) -> None:
+    assert normalized(text) == domain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "shop",
+        "shop..com",
+        "a/b.com",
+        "../x.com",
+        "-a.com",
+        "1.2.3.4",
+        "a_b.com",
+        "x." * 130 + "com",
+        "*.a.b",
+    ],
+)
+def test_what_is_no_domain(text: str) -> None:
+    assert plain(text) is None
+    with pytest.raises(InvalidParams):
+        normalized(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "domain", "taken"),
+    [
+        ("shop.example.com", "shop.example.com", True),
+        ("shop.example.com", "a.shop.example.com", False),
+        ("*.Sites.example.com.", "a.sites.example.com", True),
+        ("*.sites.example.com", "b.a.sites.example.com", True),
+        ("*.sites.example.com", "sites.example.com", False),
+        ("*.sites.example.com", "evilsites.example.com", False),
+        ("*.localhost", "shop.localhost", True),
+    ],
+)
+def test_what_a_pattern_takes(entry: str, domain: str, taken: bool) -> None:
+    assert matches(domain, [pattern(entry)]) is taken
+
+
+@pytest.mark.parametrize(
+    "entry", ["", "*", "*.", "*.*.com", "a.*.com", "shop", "*shop.com", "*.a b", "*.1.2"]
+)
+def test_what_is_no_pattern(entry: str) -> None:
+    with pytest.raises(InvalidParams):
+        pattern(entry)
+
+
+def test_the_names_by_which_the_gateway_is_reached_are_its_own(tmp_path: Path) -> None:
+    settings = Settings(
+        state_dir=tmp_path,
+        listen="Inside.example.com:8080",
+        domain="GW.example.com",
+        origins=("https://edit.example.com:8443",),
+        hosts=("Proxy.example.com.", "*"),
+    )
+    own = own_names(settings)
+    for name in ("inside", "gw", "edit", "proxy"):
+        assert reserved(f"{name}.example.com", own)
+        assert reserved(f"{name.upper()}.Example.com.", own)
+        assert not reserved(f"a.{name}.example.com", own)
+    assert all(reserved(name, own) for name in ("localhost", "probe.invalid", "PROBE.invalid."))
+    assert not reserved("shop.localhost", own)
+
+
+def test_suffixes_are_read_however_they_are_written() -> None:
+    given = Settings.model_validate({"domain_suffixes": " *.Sites.example.com, localhost., ,"})
+    assert given.domain_suffixes == ("sites.example.com", "localhost")
+    assert Settings.model_validate({"domain_suffixes": ""}).domain_suffixes == ()
