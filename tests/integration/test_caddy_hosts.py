@@ -52,15 +52,17 @@ def outside() -> str:
     return address
 
 
-async def ask(caddy: RealCaddy, address: str, host: str, *, https: bool = False) -> tuple[int, str]:
-    """Return status, and text or where it leads."""
+async def ask(
+    caddy: RealCaddy, address: str, host: str, *, https: bool = False, sni: str | None = None
+) -> tuple[int, str]:
+    """Return status, and text or where it leads; `sni` is the name that TLS is asked for."""
     port = caddy.settings.caddy_https if https else caddy.settings.caddy_http
     async with (
         aiohttp.ClientSession() as session,
         session.get(
             f"http{'s' if https else ''}://{address}:{port}/",
             headers={"Host": f"{host}:{port}"},
-            server_hostname=host if https else None,
+            server_hostname=(sni or host) if https else None,
             ssl=not https,
             allow_redirects=False,
         ) as answer,
@@ -78,6 +80,24 @@ async def test_sites_of_this_machine_are_not_served_to_others(caddy: RealCaddy, 
     status, to = await ask(caddy, outside, SITE)
     assert (status, to) == (308, f"https://{SITE}:{caddy.settings.caddy_https}/")
     assert await ask(caddy, outside, SITE, https=True) == (404, "There is no site at this address.")
+
+
+@pytest.mark.parametrize(
+    "spelled", ["SITE.localhost", "Site.LOCALHOST", "site.localhost.", "SITE.Localhost."]
+)
+async def test_a_name_is_one_name_however_it_is_spelled(caddy: RealCaddy, outside: str, spelled: str) -> None:
+    """On this machine; and for a stranger no spelling opens what another does not."""
+    status, text = await ask(caddy, "127.0.0.1", spelled)
+    assert (status, text) == (200, f"site {SITE}:{caddy.settings.caddy_http}")
+    for sni in (SITE, PUBLIC):
+        assert (await ask(caddy, outside, spelled, https=True, sni=sni))[0] == 404
+    assert (await ask(caddy, outside, spelled))[0] == 308
+
+
+@pytest.mark.parametrize("spelled", ["SITE.example.com", "Site.Example.COM", "site.example.com."])
+async def test_a_public_name_is_one_name_too(caddy: RealCaddy, outside: str, spelled: str) -> None:
+    port = caddy.settings.caddy_https
+    assert await ask(caddy, outside, spelled, https=True, sni=PUBLIC) == (200, f"site {PUBLIC}:{port}")
 
 
 async def test_other_sites_are_served_to_everybody(caddy: RealCaddy, outside: str) -> None:
