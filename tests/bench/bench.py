@@ -502,7 +502,7 @@ class Hash:
 @contextlib.asynccontextmanager
 async def plain(client: Client, name: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     """Connect by the websocket client that the Incus API is read with too, and initialize."""
-    headers = {"Authorization": f"Bearer {client.token}"}
+    headers = {"Authorization": f"Bearer {client.credentials.token}"}
     async with aiohttp.ClientSession(client.address.url, headers=headers) as session:
         path = f"/v1/tenants/{name}/ws"
         async with session.ws_connect(path, protocols=["gateway.v1"], max_msg_size=0) as socket:

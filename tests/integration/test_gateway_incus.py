@@ -21,6 +21,7 @@ from tests.contracts.mcp import McpContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.contracts.receipts import ReceiptsContract
+from tests.contracts.tokens import TokensContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.live import LiveGateway, RpcFailure
@@ -191,6 +192,13 @@ class TestIncusLife(LifeContract):
         for what in ("/1.0/instances?recursion=1", pool):
             found = await asyncio.to_thread(environment.incus, "query", what)
             assert fresh not in found.stdout.decode()
+
+
+class TestIncusTokens(TokensContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tenant(cls, shared_tenant: Container) -> str:
+        return shared_tenant.name
 
 
 class TestIncusReceipts(ReceiptsContract):

@@ -13,6 +13,7 @@ asyncio.
 """
 
 from gateway_client.client import Client, TenantInfo
+from gateway_client.credentials import Token, TokenUnavailable
 from gateway_client.deployments import Deployment, DeploymentRecord, Phase
 from gateway_client.errors import Disconnected, GatewayError
 from gateway_client.events import Event, EventStream
@@ -44,6 +45,8 @@ __all__ = [
     "ShellResult",
     "Tenant",
     "TenantInfo",
+    "Token",
+    "TokenUnavailable",
     "ToolResult",
     "Watch",
 ]

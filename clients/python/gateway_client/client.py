@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -13,14 +13,18 @@ from urllib.parse import urlencode
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from gateway_client.connection import Address, refusal
+from gateway_client.credentials import Credentials, Token, TokenUnavailable
 from gateway_client.deployments import Deployment, DeploymentRecord, template_body
 from gateway_client.errors import Disconnected
 from gateway_client.events import EventStream
 from gateway_client.retry import OnChange, Retry
 from gateway_client.tenant import Tenant
 
+# seconds after which the clock is looked at again: it may be set, and a machine may sleep
+_LOOK: Final = 5.0
 # a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=15)
 
@@ -41,6 +45,11 @@ class Client:
 
     `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. No proxy of the environment is used.
 
+    `token` is one, or a function, asynchronous or not, that returns one. The function is asked when a token
+    is first needed, shortly before one ends, and once where the gateway refuses one; what is connected goes
+    on by the new token without a break. Where it fails it is asked again until the present token ends, and
+    the failure is told as `TokenUnavailable`, in the log and to `on_change`.
+
     What was connected comes back by itself as `retry` says, None for not at all: tool calls are asked again
     and yet made once, commands go on where they stood, in output and input, watches say that changes were
     missed, events are replayed. `on_change` is called as connections come and go; `Tenant.state` and
@@ -51,7 +60,7 @@ class Client:
         self,
         url: str,
         *,
-        token: str,
+        token: Token,
         name: str = "gateway_client",
         retry: Retry | None = Retry(),  # noqa: B008 - immutable
         on_change: OnChange | None = None,
@@ -59,7 +68,8 @@ class Client:
         self.retry = retry
         self.on_change = on_change
         self.address = Address.parse(url)
-        self.token = token
+        self.credentials = Credentials(token, self._renewed)
+        self._keeping: asyncio.Task[None] | None = None
         self.identity = {"name": name, "version": "1"}
         self.closed = False
         self._session: aiohttp.ClientSession | None = None
@@ -76,6 +86,9 @@ class Client:
     async def close(self) -> None:
         """End every connection. Idempotent. Commands that were left running linger in the gateway."""
         self.closed = True
+        self.credentials.close()
+        if self._keeping is not None:
+            self._keeping.cancel()
         try:
             await asyncio.gather(*(tenant.close() for tenant in self._tenants.values()))
         finally:
@@ -92,10 +105,31 @@ class Client:
             self._session = aiohttp.ClientSession(
                 # event streams and waiting execs hold their connections: no limit of ours may block them
                 connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
-                headers={"Authorization": f"Bearer {self.token}"},
                 timeout=_TIMEOUT,
             )
         return self._session
+
+    def _keep(self) -> None:
+        """See to it that open connections get a newer token before theirs ends."""
+        if self.credentials.renewable and self._keeping is None:
+            self._keeping = asyncio.create_task(self._keep_renewed(), name="tokens")
+
+    async def _keep_renewed(self) -> None:
+        try:
+            while tenants := [tenant for tenant in self._tenants.values() if tenant._connected]:
+                await asyncio.sleep(min(self.credentials.pause, _LOOK))
+                if self.credentials.pause == 0:
+                    try:
+                        await self.credentials.next()
+                    except TokenUnavailable as error:
+                        for tenant in tenants:
+                            tenant._not_renewed(error)
+        finally:
+            self._keeping = None
+
+    def _renewed(self) -> None:
+        for tenant in self._tenants.values():
+            tenant._renew()
 
     def tenant(self, name: str, *, session: str | None = None, read_before_write: bool = False) -> Tenant:
         """Return a tenant by name, without asking whether it exists. The same arguments give the same one.
@@ -184,13 +218,41 @@ class Client:
         """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
         timeout = aiohttp.ClientTimeout(total=None)
         try:
-            async with self.session.get(self.address.url + path, timeout=timeout) as response:
+            async with await self._ask("GET", self.address.url + path, timeout=timeout) as response:
                 if response.status >= 400:
                     raise refusal(response.status, await response.read())
                 async for piece in response.content.iter_any():
                     yield piece
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"GET {path}: {error}") from error
+
+    async def _ask(
+        self,
+        method: str,
+        url: str | URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        data: Callable[[], Any] | None = None,
+        repeatable: bool = True,
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
+        """Send one request and return its answer, which the caller closes. Raises what aiohttp raises.
+
+        Where the token is refused and there is another, it is sent again, if it is `repeatable`.
+        """
+
+        async def asked(token: str) -> aiohttp.ClientResponse:
+            given = {**(headers or {}), "Authorization": f"Bearer {token}"}
+            body = None if data is None else data()
+            return await self.session.request(method, url, headers=given, data=body, **options)
+
+        token = await self.credentials.current()
+        response = await asked(token)
+        if response.status == 401 and repeatable and self.credentials.renewable:
+            await response.read()
+            if (newer := await self.credentials.after(token)) is not None:
+                return await asked(newer)
+        return response
 
     async def http(
         self,
@@ -201,11 +263,12 @@ class Client:
     ) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
         # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
-        data = None if body is None else io.BytesIO(orjson.dumps(body))
+        text = None if body is None else orjson.dumps(body)
+        data = None if text is None else lambda: io.BytesIO(text)
         headers = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
         url = self.address.url + path
         try:
-            async with self.session.request(method, url, data=data, headers=headers) as response:
+            async with await self._ask(method, url, data=data, headers=headers) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"{method} {path}: {error}") from error

@@ -22,7 +22,16 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.typing import Subprotocol
 
 from gateway import protocol
-from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable, from_close, from_wire
+from gateway_client.errors import (
+    Disconnected,
+    GatewayError,
+    NotFound,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    from_close,
+    from_wire,
+)
 
 MiB = 1 << 20
 
@@ -82,7 +91,10 @@ Accept = Callable[[Any], None]
 class Connection:
     """One websocket `gateway.v1`, initialized. Make it by `open`, end it by `close`."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: ClientConnection, token: str, *, renewable: bool = False) -> None:
+        self.token = token
+        self._renewable = renewable
+        self._renewals: set[asyncio.Task[None]] = set()
         self._socket = socket
         self._ids = itertools.count(1)
         self._pending: dict[int, tuple[asyncio.Future[Any], Accept | None]] = {}
@@ -105,12 +117,20 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, address: Address, tenant: str, token: str, initialize: Mapping[str, Any], *, patient: bool
+        cls,
+        address: Address,
+        tenant: str,
+        token: str,
+        initialize: Mapping[str, Any],
+        *,
+        patient: bool,
+        renewable: bool = False,
     ) -> Connection:
         """Connect and initialize. Raises the typed error of a refusal, `Disconnected` where nobody answers.
 
         `patient`: this connection may stand still while its receiver has no room. Answers to our pings
         would then wait in the socket like everything else, so it is not given up for missing them.
+        `renewable`: there may be another token after this one, so that its end is a break like any other.
         """
         options: dict[str, Any] = {"unix": True, "path": address.unix} if address.unix else {}
         try:
@@ -137,7 +157,7 @@ class Connection:
             wire.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
                 wire.setsockopt(IPPROTO_TCP, option, value)
-        connection = cls(socket)
+        connection = cls(socket, token, renewable=renewable)
         connection._reader = asyncio.create_task(connection._read(), name=f"gateway.v1 {tenant}")
         try:
             async with asyncio.timeout(OPEN_TIMEOUT):
@@ -174,6 +194,32 @@ class Connection:
             if answer.done() and not answer.cancelled():
                 answer.exception()  # seen: the send may have failed before anybody awaited it
 
+    @property
+    def date(self) -> str | None:
+        """The gateway's time when it answered the handshake."""
+        return None if self._socket.response is None else self._socket.response.headers.get("Date")
+
+    def renew(self, token: str, refused: Callable[[GatewayError], None]) -> None:
+        """Go on by another token, soon; tell `refused` where the gateway does not take it.
+
+        The answer may stand behind output that nobody reads, and is not waited for.
+        """
+
+        async def renew() -> None:
+            try:
+                await self.request("session/renew", {"token": token})
+            except NotFound:
+                pass  # an earlier gateway, which closes no socket for its token's end
+            except GatewayError as error:
+                if error is not self._failure:
+                    refused(error)
+            else:
+                self.token = token
+
+        task = asyncio.create_task(renew())
+        self._renewals.add(task)
+        task.add_done_callback(self._renewals.discard)
+
     async def post(self, method: str, params: Mapping[str, Any]) -> None:
         """Call `method` without waiting for its answer, which may stand behind output nobody reads."""
         await self._send(protocol.request(next(self._ids), method, params))
@@ -194,7 +240,7 @@ class Connection:
         try:
             await self._socket.close()
         finally:
-            tasks = [task for task in (self._reader, *self._cancels) if task is not None]
+            tasks = [task for task in (self._reader, *self._cancels, *self._renewals) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -210,7 +256,7 @@ class Connection:
         try:
             await self._socket.send(message)
         except ConnectionClosed as error:
-            raise self._fail(_closed(error)) from None
+            raise self._fail(self._closed(error)) from None
 
     def _cancel_later(self, number: int) -> None:
         # who is being cancelled cannot wait for a send any more
@@ -233,7 +279,7 @@ class Connection:
                     self.receiver.frame(protocol.unpack_frame(message))
                     await self.receiver.room()
         except ConnectionClosed as closed:
-            error = _closed(closed)
+            error = self._closed(closed)
         except GatewayError as wrong:  # what it sends is not gateway.v1
             error = wrong
             self._socket.transport.abort()
@@ -259,6 +305,15 @@ class Connection:
                 accept(message.result)
             answer.set_result(message.result)
 
+    def _closed(self, closed: ConnectionClosed) -> GatewayError:
+        frame = closed.rcvd
+        if frame is None:
+            return Disconnected("the connection broke")
+        error = from_close(frame.code, frame.reason)
+        if isinstance(error, Unauthorized) and self._renewable and self.server:
+            return Disconnected(error.message)
+        return error
+
     def _fail(self, error: GatewayError) -> GatewayError:
         """Take note of the first failure and tell everybody who waits; return that first one."""
         if self._failure is None:
@@ -269,11 +324,6 @@ class Connection:
             if self.receiver is not None:
                 self.receiver.broken(error)
         return self._failure
-
-
-def _closed(error: ConnectionClosed) -> GatewayError:
-    frame = error.rcvd
-    return from_close(frame.code, frame.reason) if frame else Disconnected("the connection broke")
 
 
 def refusal(status: int, body: bytes) -> GatewayError:

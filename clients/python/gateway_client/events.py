@@ -144,8 +144,9 @@ class EventStream:
             headers["Last-Event-ID"] = last
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
         try:
-            response = await self._client.session.get(
-                self._client.address.url + "/v1/events", params=self._query, headers=headers, timeout=timeout
+            url = self._client.address.url + "/v1/events"
+            response = await self._client._ask(
+                "GET", url, params=self._query, headers=headers, timeout=timeout
             )
             if response.status != 200:
                 raise refusal(response.status, await response.read())

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway import protocol
-from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimited, Unavailable
+from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimited, Unavailable, from_wire
 
 if TYPE_CHECKING:
     from gateway_client.connection import Connection
@@ -491,6 +491,8 @@ class Exec:
             output = self.stderr if params.get("stream") == "stderr" else self.stdout
             output.lost += int(params["bytes"])
             output.offset += int(params["bytes"])
+        elif notification.method == "exec/detached" and params.get("channel") == self._channel:
+            self._mark(from_wire(str(params.get("reason")), "the token does not allow this command any more"))
         elif notification.method == "exec/exited" and not self._exit.done():
             for name, output in (("stdout", self.stdout), ("stderr", self.stderr)):
                 missing = int((params.get("offsets") or {}).get(name, output.offset)) - output.offset

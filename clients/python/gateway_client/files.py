@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
@@ -140,9 +140,12 @@ class Files:
     ) -> str:
         """Put a file of any size in place, all or nothing; return its etag."""
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        data = io.BytesIO(body) if isinstance(body, bytes) else body
+        again = isinstance(body, bytes)  # what else there is is read but once
+        data = lambda: io.BytesIO(body) if isinstance(body, bytes) else body  # noqa: E731
         try:
-            async with self._session.put(self._url(path), data=data, headers=headers) as response:
+            async with await self._ask(
+                "PUT", self._url(path), data=data, headers=headers, repeatable=again
+            ) as response:
                 answer = await response.read()
                 if response.status >= 400:
                     raise refusal(response.status, answer)
@@ -154,7 +157,7 @@ class Files:
         """Yield a file's bytes from `start` at the reader's pace. Raises `Disconnected` if they break off."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         try:
-            async with self._session.get(self._url(path), headers=headers) as response:
+            async with await self._ask("GET", self._url(path), headers=headers) as response:
                 if response.status >= 400:
                     raise refusal(response.status, await response.read())
                 async for chunk in response.content.iter_chunked(CHUNK):
@@ -180,8 +183,8 @@ class Files:
             await watch._end()
 
     @property
-    def _session(self) -> aiohttp.ClientSession:
-        return self._tenant._client.session
+    def _ask(self) -> Callable[..., Awaitable[aiohttp.ClientResponse]]:
+        return self._tenant._client._ask
 
     def _url(self, path: str) -> URL:
         # encoded by us alone: a library would take what looks like an escape for one

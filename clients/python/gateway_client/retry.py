@@ -31,7 +31,7 @@ class Retry:
 class Change:
     """The connection to a tenant, or None an event stream, changed its state.
 
-    While `reconnecting`, `error` is what failed last.
+    While `reconnecting`, `error` is what failed last; while `connected`, why its token could not be renewed.
     """
 
     tenant: str | None

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar
 
 from gateway_client import client, deployments, events, execution, files, tenant
+from gateway_client.credentials import Token
 from gateway_client.errors import Disconnected
 from gateway_client.retry import OnChange, Retry, State
 
@@ -306,7 +307,7 @@ class Client(_Facade[client.Client]):
         self,
         url: str,
         *,
-        token: str,
+        token: Token,
         name: str = "gateway_client",
         retry: Retry | None = Retry(),  # noqa: B008 - immutable
         on_change: OnChange | None = None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway_client.connection import Connection
-from gateway_client.errors import Disconnected, GatewayError, Unavailable, from_wire
+from gateway_client.errors import Disconnected, GatewayError, Unauthorized, Unavailable, from_wire
 from gateway_client.execution import BUFFER, Encoding, Exec
 from gateway_client.files import Files
 from gateway_client.retry import Change, Patience, State
@@ -19,6 +21,8 @@ from gateway_client.retry import Change, Patience, State
 if TYPE_CHECKING:
     from gateway_client.client import Client
     from gateway_client.events import EventStream
+
+log = logging.getLogger(__name__)
 
 # connections kept for the next command: opening one costs more than starting the command
 IDLE: Final = 4
@@ -136,7 +140,7 @@ class Tenant:
             return "closed"
         if self._troubled:
             return "reconnecting"
-        return "connected" if any(connection.alive for connection in self._open) else "idle"
+        return "connected" if self._connected else "idle"
 
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
@@ -486,9 +490,7 @@ class Tenant:
         """Open a connection; as often as `patience` has it where the gateway cannot be reached."""
         while True:
             try:
-                connection = await Connection.open(
-                    self._client.address, self.name, self._client.token, self._initialize, patient=patient
-                )
+                connection = await self._opened(patient)
             except Unavailable as error:
                 await self._pause(patience, error)
             else:
@@ -498,8 +500,47 @@ class Tenant:
                 self._met = True
                 self._open.add(connection)
                 self._troubled.discard(patience)
+                self._client._keep()
+                self._renew()  # it took its time to open
                 self._tell(None)
                 return connection
+
+    async def _opened(self, patient: bool) -> Connection:
+        """Open a connection by the present token, and by another one where the gateway refuses that."""
+        credentials = self._client.credentials
+        token = await credentials.current()
+        open_ = partial(
+            Connection.open,
+            *(self._client.address, self.name),
+            initialize=self._initialize,
+            patient=patient,
+            renewable=credentials.renewable,
+        )
+        try:
+            connection = await open_(token=token)
+        except Unauthorized:
+            newer = await credentials.after(token)
+            if newer is None:
+                raise
+            connection = await open_(token=newer)
+        credentials.learn(connection.token, connection.server.get("expires"), connection.date)
+        return connection
+
+    @property
+    def _connected(self) -> bool:
+        return any(connection.alive for connection in self._open)
+
+    def _renew(self) -> None:
+        """Have all connections go on by the client's present token."""
+        token = self._client.credentials.token
+        for connection in self._open:
+            if token is not None and connection.token != token and connection.alive:
+                connection.renew(token, self._not_renewed)
+
+    def _not_renewed(self, error: GatewayError) -> None:
+        """Tell that there is no newer token; the connections stand until the present one ends."""
+        log.warning("the token for tenant %s could not be renewed: %s", self.name, error.message)
+        self._tell(error)
 
     def _tell(self, error: GatewayError | None) -> None:
         state, tell = self.state, self._client.on_change
