@@ -289,7 +289,7 @@ class Gateway:
                 else:
                     await files.forget(event.tenant, event.type.rpartition(".")[2])
             if event.ended is not None:
-                self.hub.toolbox.forget(event.ended)
+                self.hub.toolbox.sessions.forget(event.ended)
                 try:
                     await receipts.forget_tenant(event.ended)
                 except StoreFailed as failed:
@@ -563,7 +563,7 @@ class Gateway:
         arguments = await self._json(request, token)
         if not isinstance(arguments, dict):
             raise InvalidParams("the body is a JSON object: the tool's input")
-        session = toolbox.session(
+        session = toolbox.sessions.open(
             name,
             request.headers.get("x-tool-session"),
             protocol.switch(request.headers, "x-read-before-write"),
@@ -571,7 +571,11 @@ class Gateway:
         call_id = request.headers.get("idempotency-key")
         if call_id is not None and not 0 < len(call_id) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
-        work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id)
+        linger_ms = request.headers.get("x-call-linger")
+        if linger_ms is not None and not (linger_ms.isdecimal() and len(linger_ms) < 16):
+            raise InvalidParams("X-Call-Linger is a number of milliseconds")
+        linger = None if linger_ms is None else int(linger_ms) / 1000
+        work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id, linger=linger)
         result = await unless_gone(request, work)
         return Response(result.encoded, media_type="application/json")
 

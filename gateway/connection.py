@@ -183,7 +183,7 @@ class Connection:
             ending = self._end([reading, *self._tasks], hold=code in _HELD)
             await asyncio.gather(self._say_goodbye(code, reason), ending)
             if self._session is not None:
-                await self._hub.toolbox.leave(self._session)
+                await self._hub.toolbox.sessions.leave(self._session)
             log.info(
                 "websocket of %s ended: %d, %d ms", self._tenant, code, (time.monotonic() - began) * 1000
             )
@@ -381,7 +381,7 @@ class Connection:
         self._expecting.enter_context(hub.idle.using(self._tenant))
         await hub.idle.awake(self._tenant)
         self._token = token
-        self._session = hub.toolbox.session(
+        self._session = hub.toolbox.sessions.open(
             self._tenant, params.session, params.read_before_write, lasting=True
         )
         self._expect_execs(token)
@@ -441,6 +441,7 @@ class Connection:
             params.arguments,
             by=token.subject,
             call_id=params.call_id,
+            linger=None if params.linger_ms is None else params.linger_ms / 1000,
         )
         return _Answer(result.encoded)
 
@@ -453,7 +454,7 @@ class Connection:
 
     async def _session_end(self, params: protocol.NoParams) -> _Answer:
         assert self._session is not None
-        await self._hub.toolbox.end(self._session)
+        await self._hub.toolbox.sessions.end(self._session)
         return _Answer({})
 
     async def _session_renew(self, params: protocol.SessionRenew) -> _Answer:

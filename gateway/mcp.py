@@ -128,7 +128,7 @@ class Mcp:
             case "POST":
                 await self._post(caller, body, scope, receive, send)
             case "DELETE" if caller.handshake is not None:
-                await self._toolbox.end_named(tenant, _tool_session(caller.handshake))
+                await self._toolbox.sessions.end_named(tenant, _tool_session(caller.handshake))
                 await Response(status_code=204)(scope, receive, send)
             case _:  # nothing is ever sent that was not asked for: a GET stream would stay silent
                 await Response(status_code=405, headers={"Allow": "POST, DELETE"})(scope, receive, send)
@@ -172,7 +172,7 @@ class Mcp:
         caller: _Caller = context.request.scope[_CALLER]
         try:
             caller.token.require(self._toolbox.scope(params.name))
-            session = self._toolbox.session(caller.tenant, caller.session, caller.read_before_write)
+            session = self._toolbox.sessions.open(caller.tenant, caller.session, caller.read_before_write)
         except NotFound as error:
             raise MCPError(types.INVALID_PARAMS, error.message) from None
         except GatewayError as error:

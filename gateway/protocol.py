@@ -131,6 +131,7 @@ class ToolsCall(Params):
     name: Annotated[str, Field(max_length=200)]
     arguments: dict[str, Any] = Field(default_factory=dict)
     call_id: CallId | None = None
+    linger_ms: Annotated[int, Field(ge=0)] | None = None
 
 
 class ToolsCancel(Params):

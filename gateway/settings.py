@@ -249,7 +249,11 @@ class Settings(BaseSettings):
     worker_memory: int = Field(512 * MiB, gt=0, description="bytes of a file worker, the page cache included")
     max_workers: int = Field(256, gt=0, description="file workers of this gateway")
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
-    max_sessions: int = Field(4096, gt=0, description="tool sessions of this gateway")
+    max_sessions: int = Field(4096, gt=0, description="named tool sessions of this gateway")
+    max_tenant_sessions: int = Field(256, gt=0, description="named tool sessions of one tenant")
+    session_bytes: int = Field(
+        256 * KiB, gt=0, description="bytes of what one tool session remembers of the files that it read"
+    )
 
     # Bash
     bash_timeout: float = Field(

@@ -279,6 +279,10 @@ class Shells:
         session.last_used = time.monotonic()
         return ToolResult.of(answer)
 
+    def busy(self, session: ToolSession) -> bool:
+        """Say whether a command of a session runs."""
+        return any(not one.task.done() for one in self._of.get(session, {}).values())
+
     async def end(self, session: ToolSession) -> None:
         """End every command of a session and forget them; return when nothing is left of their trees.
 

@@ -1,22 +1,30 @@
-"""Knows a tool session: how long it lives, its working directory, which files it has seen in which state."""
+"""Knows tool sessions: how long each lives, its working directory, which files it has seen in which state."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import OrderedDict
-from typing import Literal
+from collections import OrderedDict, defaultdict
+from typing import Final, Literal, Protocol
 
+from gateway.errors import InvalidParams, RateLimited
+from gateway.settings import Settings
 from gateway.tools.answer import Seen
+
+# what is kept of a file beside its path
+_SEEN: Final = 200
+# seconds after which a session in use may have become idle
+_RETRY_AFTER: Final = 30
 
 
 class ToolSession:
     """What the calls of one agent share.
 
     `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` a file that is
-    there must have been read before it is changed. At most `maximum` files are remembered: the one that was
-    used longest ago is forgotten first and counts as not read. `last_used` is in seconds of `time.monotonic`.
-    `life` says what the session ends with: this one call, its connection, or, where it has a name, disuse;
-    `ended` that it has. `holders` counts the connections that are open on one with a name: it is in use.
+    there must have been read before it is changed. At most `maximum` files in `kept_bytes` are remembered:
+    the one that was used longest ago is forgotten first and counts as not read. `last_used` is in seconds of
+    `time.monotonic`. `life` says what the session ends with: this one call, its connection, or, where it has
+    a name, disuse; `ended` that it has. `holders` counts the connections and calls that use one with a name.
     """
 
     def __init__(
@@ -26,6 +34,7 @@ class ToolSession:
         read_before_write: bool = False,
         cwd: str | None = None,
         maximum: int = 2000,
+        kept_bytes: int = 1 << 20,
     ) -> None:
         self.life = life
         self.ended = False
@@ -33,7 +42,8 @@ class ToolSession:
         self.cwd = cwd
         self.read_before_write = read_before_write
         self.last_used = time.monotonic()
-        self._maximum = maximum
+        self._maximum, self._kept_bytes = maximum, kept_bytes
+        self._bytes = 0
         self._seen: OrderedDict[str, Seen] = OrderedDict()
 
     def seen(self, path: str) -> Seen | None:
@@ -44,7 +54,156 @@ class ToolSession:
 
     def remember(self, path: str, seen: Seen) -> None:
         """Note the state of a file as it was seen last."""
+        if path not in self._seen:
+            self._bytes += _SEEN + len(path)
         self._seen[path] = seen
         self._seen.move_to_end(path)
-        while len(self._seen) > self._maximum:
-            self._seen.popitem(last=False)
+        while len(self._seen) > self._maximum or self._bytes > self._kept_bytes:
+            self._bytes -= _SEEN + len(self._seen.popitem(last=False)[0])
+
+
+class Background(Protocol):
+    """What runs on between the calls of a session; `gateway.shells` knows it."""
+
+    def busy(self, session: ToolSession) -> bool:
+        """Say whether something of a session runs."""
+        ...
+
+    async def end(self, session: ToolSession) -> None:
+        """End what a session left running; return when nothing of it is left."""
+        ...
+
+
+class Sessions:
+    """The tool sessions with a name, of all tenants. Used from the event loop only.
+
+    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. Where there is no room the one
+    that was used longest ago makes place, of the tenant itself or, for the gateway's limit, of whoever has
+    most; one that is in use never does. Use as an async context manager: what nobody uses any more ends while
+    it is open.
+    """
+
+    def __init__(self, background: Background, settings: Settings) -> None:
+        self._background = background
+        self._settings = settings
+        # of each tenant, the one that was used longest ago first
+        self._of: defaultdict[str, OrderedDict[str, ToolSession]] = defaultdict(OrderedDict)
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Sessions:
+        self._sweep()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def open(
+        self, tenant: str, name: str | None, read_before_write: bool, *, lasting: bool = False
+    ) -> ToolSession:
+        """Return the tenant's session of that name, or one of its own for a caller without a name.
+
+        Such a one is for a single call, or, where it is `lasting`, until its owner calls `leave`. Raises
+        `RateLimited` where there is no room for another with a name.
+        """
+        if name is None:
+            life: Literal["call", "connection"] = "connection" if lasting else "call"
+            return self._new(life, read_before_write)
+        if not 0 < len(name) <= 128:
+            raise InvalidParams("a session's name has 1 to 128 characters")
+        now = time.monotonic()
+        found = self._of[tenant].get(name) if tenant in self._of else None
+        if found is None or self._unused(found, now):
+            self._expire(now)
+            self._make_room(tenant)
+            found = self._of[tenant][name] = self._new("named", read_before_write)
+        self._of[tenant].move_to_end(name)
+        found.holders += lasting
+        found.read_before_write = read_before_write
+        found.last_used = now
+        return found
+
+    async def leave(self, session: ToolSession) -> None:
+        """End a session with its connection; one with a name stays for others, until nobody uses it."""
+        if session.life == "named":
+            session.holders -= 1
+            session.last_used = time.monotonic()
+        else:
+            await self._background.end(session)
+
+    async def end(self, session: ToolSession) -> None:
+        """End a session; return when nothing of it runs. The next of its name begins anew."""
+        for tenant, named in list(self._of.items()):
+            for name in [name for name, one in named.items() if one is session]:
+                self._take(tenant, name)
+        await self._background.end(session)
+
+    async def end_named(self, tenant: str, name: str) -> None:
+        """End the tenant's session of that name, if there is one."""
+        if tenant in self._of and (session := self._of[tenant].get(name)) is not None:
+            await self.end(session)
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant that is destroyed: another of its name starts anew."""
+        for name in list(self._of.get(tenant, ())):
+            self._end(tenant, name)
+
+    def _new(self, life: Literal["call", "connection", "named"], read_before_write: bool) -> ToolSession:
+        return ToolSession(
+            life=life, read_before_write=read_before_write, kept_bytes=self._settings.session_bytes
+        )
+
+    def _make_room(self, tenant: str) -> None:
+        settings, mine = self._settings, len(self._of.get(tenant, ()))
+        if mine >= settings.max_tenant_sessions and not self._drop(tenant):
+            raise RateLimited(
+                "all tool sessions that the tenant may have are in use; end one by session/end",
+                limit=settings.max_tenant_sessions,
+                retry_after=_RETRY_AFTER,
+            )
+        if sum(map(len, self._of.values())) < settings.max_sessions:
+            return
+        # from whoever has most, so that no tenant is left without because of another
+        for other in sorted(self._of, key=lambda one: -len(self._of[one])):
+            if self._drop(other):
+                return
+        raise RateLimited(
+            "all tool sessions of the gateway are in use",
+            limit=settings.max_sessions,
+            retry_after=_RETRY_AFTER,
+        )
+
+    def _drop(self, tenant: str) -> bool:
+        """End the tenant's session that was used longest ago; return False where all are in use."""
+        for name, session in self._of.get(tenant, OrderedDict()).items():
+            if not session.holders and not self._background.busy(session):
+                self._end(tenant, name)
+                return True
+        return False
+
+    def _sweep(self) -> None:
+        self._expire(time.monotonic())
+        pause = min(self._settings.session_idle / 4, 30.0)
+        self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
+
+    def _expire(self, now: float) -> None:
+        """End the sessions that nobody has used for long."""
+        for tenant, named in list(self._of.items()):
+            for name in [name for name, session in named.items() if self._unused(session, now)]:
+                self._end(tenant, name)
+
+    def _unused(self, session: ToolSession, now: float) -> bool:
+        return not session.holders and session.last_used < now - self._settings.session_idle
+
+    def _take(self, tenant: str, name: str) -> ToolSession:
+        session = self._of[tenant].pop(name)
+        if not self._of[tenant]:
+            del self._of[tenant]
+        return session
+
+    def _end(self, tenant: str, name: str) -> None:
+        task = asyncio.create_task(self._background.end(self._take(tenant, name)))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)

@@ -11,11 +11,10 @@ import hashlib
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -23,9 +22,7 @@ from gateway.errors import (
     Cancelled,
     Conflict,
     GatewayError,
-    InvalidParams,
     NotFound,
-    RateLimited,
     Timeout,
     Unavailable,
 )
@@ -40,7 +37,7 @@ from gateway.store import StoreFailed
 from gateway.tasks import begin
 from gateway.tools.files import FileTools, ToolResult
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
-from gateway.tools.session import ToolSession
+from gateway.tools.session import Background, Sessions, ToolSession
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +66,13 @@ _LASTING: Final = _WRITES | {"Bash"}
 class _Running:
     """A call under a `callId` that runs: what was asked, and who waits for it."""
 
-    __slots__ = ("_lingering", "_waiting", "digest", "work")
+    __slots__ = ("_asked", "_lingering", "_waiting", "digest", "work")
 
     def __init__(self, digest: bytes, work: Callable[[], Awaitable[ToolResult]]) -> None:
         self.digest = digest
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: set[asyncio.Future[ToolResult]] = set()
+        self._asked = 0.0  # until when one who left may ask again
         self.work = begin(self._do(work))
         self.work.add_done_callback(self._over)
 
@@ -100,7 +98,8 @@ class _Running:
     async def result(self, linger: float) -> ToolResult:
         """Wait for the result. Work that nobody waits for any more ends `linger` seconds later.
 
-        Raises what the work raises, and `Cancelled` where it was given up.
+        Of several who left the one who may ask again longest counts. Raises what the work raises, and
+        `Cancelled` where it was given up.
         """
         if self.work.done():
             if self.work.cancelled():
@@ -111,20 +110,23 @@ class _Running:
             self._lingering = None
         loop = asyncio.get_running_loop()
         one: asyncio.Future[ToolResult] = loop.create_future()
+        if not self._waiting:
+            self._asked = 0.0  # who left came back
         self._waiting.add(one)
         try:
             return await one
         finally:
             self._waiting.discard(one)
+            self._asked = max(self._asked, loop.time() + linger)
             if not self._waiting and not self.work.done():
-                self._lingering = loop.call_later(linger, self.work.cancel)
+                self._lingering = loop.call_at(self._asked, self.work.cancel)
 
 
 def _given_up() -> Cancelled:
     return Cancelled("the call was given up by who asked for it")
 
 
-class ShellTools(Protocol):
+class ShellTools(Background, Protocol):
     """What runs Bash, BashOutput and KillShell; `gateway.shells` does."""
 
     async def call(
@@ -138,15 +140,11 @@ class ShellTools(Protocol):
         by: str,
     ) -> ToolResult: ...
 
-    async def end(self, session: ToolSession) -> None:
-        """End what a session left running; return when nothing of it is left."""
-        ...
-
 
 class Toolbox:
     """The tools of every tenant, their sessions and their receipts. Used from the event loop only.
 
-    Use as an async context manager: sessions that are not used any more end while it is open.
+    Use as an async context manager, which is that of its sessions too.
     """
 
     def __init__(
@@ -163,25 +161,22 @@ class Toolbox:
         self._files = FileTools(workers, settings)
         self._bus = bus
         self._settings = settings
-        self._sessions: OrderedDict[tuple[str, str], ToolSession] = OrderedDict()
         self._receipts = receipts
         self._running: dict[Key, _Running] = {}
-        self._sweeper: asyncio.TimerHandle | None = None
-        self._ending: set[asyncio.Task[None]] = set()
+        self.sessions = Sessions(shells, settings)
 
     async def __aenter__(self) -> Toolbox:
-        self._sweep()
+        await self.sessions.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         running = [one.work for one in self._running.values()]
         for work in running:
             work.cancel()
-        await asyncio.gather(*running, *self._ending, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
+        await self.sessions.__aexit__(kind, error, trace)
 
     SCOPES: Final = frozenset(_SCOPES.values())
 
@@ -197,75 +192,6 @@ class Toolbox:
             known = ", ".join(_SCOPES)
             raise NotFound(f"no tool {tool[:100]}; there are {known}") from None
 
-    def session(
-        self, tenant: str, name: str | None, read_before_write: bool, *, lasting: bool = False
-    ) -> ToolSession:
-        """Return the tenant's session of that name, or one of its own for a caller without a name.
-
-        Such a one is for a single call, or, where it is `lasting`, until its owner calls `leave`. Raises
-        `RateLimited` where the gateway holds as many as it may.
-        """
-        if name is None:
-            life: Literal["call", "connection"] = "connection" if lasting else "call"
-            return ToolSession(life=life, read_before_write=read_before_write)
-        if not 0 < len(name) <= 128:
-            raise InvalidParams("a session's name has 1 to 128 characters")
-        now, key = time.monotonic(), (tenant, name)
-        found = self._sessions.get(key)
-        if found is None or self._unused(found, now):
-            self._expire(now)
-            if len(self._sessions) >= self._settings.max_sessions:
-                raise RateLimited("too many tool sessions", limit=self._settings.max_sessions)
-            found = self._sessions[key] = ToolSession(life="named")
-        self._sessions.move_to_end(key)
-        found.holders += lasting
-        found.read_before_write = read_before_write
-        found.last_used = now
-        return found
-
-    async def leave(self, session: ToolSession) -> None:
-        """End a session with its connection; one with a name stays for others, until nobody uses it."""
-        if session.life == "named":
-            session.holders -= 1
-            session.last_used = time.monotonic()
-        else:
-            await self._shells.end(session)
-
-    async def end(self, session: ToolSession) -> None:
-        """End a session; return when nothing of it runs. The next of its name begins anew."""
-        for key in [key for key, one in self._sessions.items() if one is session]:
-            del self._sessions[key]
-        await self._shells.end(session)
-
-    async def end_named(self, tenant: str, name: str) -> None:
-        """End the tenant's session of that name, if there is one."""
-        session = self._sessions.get((tenant, name))
-        if session is not None:
-            await self.end(session)
-
-    def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: another of its name starts anew."""
-        for key in [key for key in self._sessions if key[0] == tenant]:
-            self._end(key)
-
-    def _sweep(self) -> None:
-        self._expire(time.monotonic())
-        pause = min(self._settings.session_idle / 4, 30.0)
-        self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
-
-    def _expire(self, now: float) -> None:
-        """End the named sessions that nobody has used for long."""
-        for key in [key for key, session in self._sessions.items() if self._unused(session, now)]:
-            self._end(key)
-
-    def _unused(self, session: ToolSession, now: float) -> bool:
-        return not session.holders and session.last_used < now - self._settings.session_idle
-
-    def _end(self, key: tuple[str, str]) -> None:
-        task = asyncio.create_task(self._shells.end(self._sessions.pop(key)))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-
     async def call(
         self,
         tenant: str,
@@ -275,13 +201,15 @@ class Toolbox:
         *,
         by: str = "",
         call_id: str | None = None,
+        linger: float | None = None,
     ) -> ToolResult:
         """Run one tool; with a `call_id` that was seen before, return what it returned, or will.
 
-        A call with an id is not ended by the end of who asked: it goes on for `call_linger` seconds, so that
-        a client whose connection broke can ask again. `give_up` ends it. Raises `Conflict` where that id
-        stood for another input, `Cancelled` where it was cancelled, `Gone` where an earlier life of the
-        gateway ended during it, `StoreFailed` where it cannot be noted, and what `FileTools.call` raises.
+        A call with an id is not ended by the end of who asked: it goes on for `linger` seconds, at most and
+        by default `call_linger`, so that a client whose connection broke can ask again. `give_up` ends it.
+        Raises `Conflict` where that id stood for another input, `Cancelled` where it was cancelled, `Gone`
+        where an earlier life of the gateway ended during it, `StoreFailed` where it cannot be noted, and what
+        `FileTools.call` raises.
         """
         if call_id is None:
             return await self._call(tenant, session, name, arguments, by, call_id)
@@ -299,7 +227,8 @@ class Toolbox:
             running.work.add_done_callback(lambda _: self._running.pop(key))
         elif running.digest != digest:
             raise Conflict(f"callId {call_id} was used with another input", callId=call_id)
-        return await running.result(self._settings.call_linger)
+        longest = self._settings.call_linger
+        return await running.result(longest if linger is None else min(linger, longest))
 
     async def _once(
         self,
@@ -364,6 +293,7 @@ class Toolbox:
         if name == "Bash":
             started["exec"] = exec_id = f"x-{secrets.token_hex(8)}"
         self._bus.publish("tool.started", tenant, started)
+        session.holders += 1  # it makes no place for another meanwhile
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
             root = await self._runtime.filesystem(tenant)
@@ -376,6 +306,7 @@ class Toolbox:
             outcome["code"] = error.code
             raise
         finally:
+            session.holders -= 1
             ms = round((time.perf_counter() - began) * 1000, 3)
             self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
         if name in _WRITES and not result.is_error:

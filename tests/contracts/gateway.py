@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -681,6 +682,87 @@ class ExecContract:
             wire.socket.transport.abort()
         await until(lambda: alive(seconds) == 0)
 
+    async def test_nothing_is_left_of_a_killed_client_that_asks_for_a_short_linger(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """A real process is killed during a call, by websocket and by HTTP; another call goes on."""
+        short, long, http = mark(), mark(), mark()
+        token = gateway.token(tenant)
+        python = f"""
+import asyncio
+from gateway_client import Client
+async def main():
+    async with Client({gateway.url!r}, token={token!r}) as client:
+        calls = [client.tenant({tenant!r}, linger=linger).tool("Bash", {{"command": f"sleep {{seconds}}"}})
+                 for linger, seconds in ((0.2, {short!r}), (None, {long!r}))]
+        await asyncio.gather(*calls)
+asyncio.run(main())
+"""
+        curl = (
+            *("curl", "-sS", "-H", f"Authorization: Bearer {token}", "-H", f"Idempotency-Key: {http}"),
+            *("-H", "X-Call-Linger: 200", "-H", "Content-Type: application/json"),
+            *("-d", f'{{"command": "sleep {http}"}}', f"{gateway.url}/v1/tenants/{tenant}/tools/Bash"),
+        )
+        clients = [
+            await asyncio.create_subprocess_exec(*command)
+            for command in ((sys.executable, "-c", python), curl)
+        ]
+        try:
+            await until(lambda: (alive(short), alive(long), alive(http)) == (1, 1, 1))
+        finally:
+            for client in clients:
+                client.kill()
+                await client.wait()
+        killed = asyncio.get_running_loop().time()
+        await until(lambda: alive(short) == alive(http) == 0)
+        assert asyncio.get_running_loop().time() - killed < 2.0
+        assert alive(long) == 1
+        async with gateway.wire(tenant) as wire:
+            for entry in (await wire.call("exec/list"))["execs"]:
+                if f"sleep {long}" in " ".join(entry["argv"]):
+                    await wire.call("exec/cancel", exec=entry["exec"], graceMs=0)
+        await until(lambda: alive(long) == 0)
+
+    async def test_a_linger_is_a_number(self, gateway: LiveGateway, tenant: str) -> None:
+        asked = {"name": "Glob", "arguments": {"pattern": "*"}, "callId": mark()}
+        async with gateway.wire(tenant) as wire, gateway.http(tenant) as http:
+            for bad in (-1, "soon"):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call("tools/call", **asked, lingerMs=bad)
+                assert caught.value.code == "invalid_params"
+            for text in ("-1", "soon", "1e3", "9" * 40):
+                headers = {"Idempotency-Key": mark(), "X-Call-Linger": text}
+                async with http.post(
+                    f"/v1/tenants/{tenant}/tools/Glob", json={"pattern": "*"}, headers=headers
+                ) as response:
+                    assert (response.status, (await response.json())["code"]) == (400, "invalid_params")
+
+    async def test_a_tenant_takes_its_share_of_tool_sessions(self, quick: LiveGateway, tenant: str) -> None:
+        """Its own idle ones make place; those of open websockets do not, and are told so."""
+        url, share = f"/v1/tenants/{tenant}/tools/Glob", int(QUICK["GATEWAY_MAX_TENANT_SESSIONS"])
+        async with contextlib.AsyncExitStack() as stack:
+            http = await stack.enter_async_context(quick.http(tenant))
+            for number in range(3 * share):
+                headers = {"X-Tool-Session": f"{mark()}-{number}"}
+                async with http.post(url, json={"pattern": "*"}, headers=headers) as response:
+                    assert response.status == 200
+            wires = [
+                await stack.enter_async_context(
+                    quick.raw(tenant, Authorization=f"Bearer {quick.token(tenant)}")
+                )
+                for _ in range(share + 1)
+            ]
+            for wire in wires[:-1]:
+                await wire.call("initialize", client={"name": "t", "version": "1"}, session=mark())
+            with pytest.raises(RpcFailure) as caught:
+                await wires[-1].call("initialize", client={"name": "t", "version": "1"}, session=mark())
+            assert caught.value.code == "rate_limited"
+            assert caught.value.data["retry_after"] > 0
+            async with http.post(url, json={"pattern": "*"}, headers={"X-Tool-Session": mark()}) as response:
+                assert (response.status, (await response.json())["code"]) == (429, "rate_limited")
+            for wire in wires[:-1]:
+                assert await wire.call("ping") == {}
+
     async def test_a_slow_reader_slows_its_command_and_loses_nothing(
         self, gateway: LiveGateway, tenant: str
     ) -> None:
@@ -995,6 +1077,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_WATCH_FOLDERS": "50",
     "GATEWAY_MCP_PROGRESS": "0.2",
     "GATEWAY_CALL_LINGER": "0.5",
+    "GATEWAY_MAX_TENANT_SESSIONS": "8",
     "GATEWAY_EXEC_LEFT": "kill",
 }
 

@@ -50,3 +50,16 @@ async def test_ends_when_nobody_waits() -> None:
         await asyncio.wait([waiting])
         await asyncio.wait([running.work], timeout=0.5)
         assert running.work.done() is ended
+
+
+async def test_the_longest_linger_of_those_who_left_counts() -> None:
+    """A client that leaves nothing behind takes nothing from another which joined the same call."""
+    running = _Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
+    waiting = [asyncio.ensure_future(running.result(linger)) for linger in (60.0, 0.0)]
+    await asyncio.sleep(0)
+    for one in waiting:
+        one.cancel()
+        await asyncio.wait([one])
+    await asyncio.wait([running.work], timeout=0.2)
+    assert not running.work.done()
+    running.work.cancel()

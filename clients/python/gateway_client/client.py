@@ -73,7 +73,7 @@ class Client:
         self.identity = {"name": name, "version": "1"}
         self.closed = False
         self._session: aiohttp.ClientSession | None = None
-        self._tenants: dict[tuple[str, str | None, bool], Tenant] = {}
+        self._tenants: dict[tuple[str, str | None, bool, float | None], Tenant] = {}
 
     async def __aenter__(self) -> Client:
         return self
@@ -131,15 +131,24 @@ class Client:
         for tenant in self._tenants.values():
             tenant._renew()
 
-    def tenant(self, name: str, *, session: str | None = None, read_before_write: bool = False) -> Tenant:
+    def tenant(
+        self,
+        name: str,
+        *,
+        session: str | None = None,
+        read_before_write: bool = False,
+        linger: float | None = None,
+    ) -> Tenant:
         """Return a tenant by name, without asking whether it exists. The same arguments give the same one.
 
-        `session` names a tool session that outlives this client; `read_before_write` makes Write and
-        Edit refuse files that this session has not read in their present state.
+        `session` names a tool session that outlives this client; `read_before_write` makes Write and Edit
+        refuse files that this session has not read in their present state. `linger` is for how many seconds a
+        tool call goes on whose connection broke, so that it can be joined again: 0 or 1 where nothing may be
+        left of an agent whose process is killed.
         """
-        key = name, session, read_before_write
+        key = name, session, read_before_write, linger
         if key not in self._tenants:
-            self._tenants[key] = Tenant(self, name, session, read_before_write)
+            self._tenants[key] = Tenant(self, name, session, read_before_write, linger)
         return self._tenants[key]
 
     async def tenants(self) -> list[TenantInfo]:

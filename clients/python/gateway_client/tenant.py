@@ -109,10 +109,16 @@ class Tenant:
     """
 
     def __init__(
-        self, client: Client, name: str, session: str | None = None, read_before_write: bool = False
+        self,
+        client: Client,
+        name: str,
+        session: str | None = None,
+        read_before_write: bool = False,
+        linger: float | None = None,
     ) -> None:
         self.name = name
         self._client = client
+        self._linger = linger
         self._own_session = session is None
         self._initialize: dict[str, Any] = {
             "client": client.identity,
@@ -193,14 +199,26 @@ class Tenant:
         """Return name, description and input schema of every tool."""
         return list((await self.request("tools/list"))["tools"])
 
-    async def tool(self, name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> ToolResult:
+    async def tool(
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        call_id: str | None = None,
+        *,
+        linger: float | None = None,
+    ) -> ToolResult:
         """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
 
         `call_id` makes the call exactly-once: asking again with the same one returns the same result. Without
         one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
-        cancels the call and what it runs.
+        cancels the call and what it runs; where this process is killed, or its connection stays broken, it
+        ends `linger` seconds later (as the tenant's `linger` says, else half a minute).
         """
-        params = {"name": name, "arguments": arguments, "callId": call_id or secrets.token_hex(16)}
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        params["callId"] = call_id or secrets.token_hex(16)
+        linger = self._linger if linger is None else linger
+        if linger is not None:
+            params["lingerMs"] = round(linger * 1000)
         return ToolResult.parse(await self.request("tools/call", params))
 
     async def read(

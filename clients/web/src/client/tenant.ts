@@ -32,6 +32,8 @@ export interface TenantOptions {
 export interface ToolOptions {
   /** The same id and input again returns the recorded result. One is made up where left out. */
   readonly callId?: string;
+  /** For how long the call goes on where the connection broke, so that it can be joined again; 30 s by default. */
+  readonly lingerMs?: number;
   readonly signal?: AbortSignal;
 }
 
@@ -119,7 +121,7 @@ export class Tenant implements Disposable {
     const callId = options.callId ?? unique();
     return this.#link.request(
       "tools/call",
-      { name, arguments: args, callId },
+      { name, arguments: args, callId, lingerMs: options.lingerMs },
       { again: true, signal: options.signal },
     );
   }
