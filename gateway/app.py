@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -299,7 +300,7 @@ class Gateway:
                 self.hub.execs.forget_tenant(event.tenant)
             if event.type in _STARTED:
                 self._started.set()
-            facts = self.hub.idle.explained(event)
+            facts = self.hub.idle.explained(self.life.explained(event))
             for notice in self._notice:
                 notice(event)
             if event.type == "gateway.resynced":
@@ -686,6 +687,7 @@ class Gateway:
         token = self._token(request, "events")
         query = request.query_params
         filter = Filter.parse(token.coverage, query.get("tenant"), query.get("deployment"), query.get("type"))
+        filter = replace(filter, since=token.issued)
         last = request.headers.get("last-event-id") or query.get("lastEventId")
         answer = sse.response(self.bus, filter, last, self.settings)
         self._hold(request, token, answer.subscription.close)

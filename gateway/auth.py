@@ -53,9 +53,9 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class Token:
     """Who asks and what they may touch, as a verified token says.
 
-    `tenants` are names, or `*` for every one; `expires` is in seconds since the epoch; `id` is the
-    `jti` by which the token is revoked. `domains` are those that its tenants may be given, `*.suffix` among
-    them; None where the token says nothing of domains.
+    `tenants` are names, or `*` for every one; `expires` and `issued` are in seconds since the epoch, this one
+    0 where the token does not say; `id` is the `jti` by which the token is revoked. `domains` are those that
+    its tenants may be given, `*.suffix` among them; None where the token says nothing of domains.
     """
 
     subject: str
@@ -64,6 +64,7 @@ class Token:
     expires: int
     id: str
     domains: frozenset[str] | None = None
+    issued: float = 0.0
 
     @property
     def coverage(self) -> frozenset[str] | None:
@@ -118,7 +119,7 @@ def issue(
         "sub": subject,
         "tenants": names,
         "scope": " ".join(granted),
-        "iat": now,
+        "iat": round(time.time(), 3),
         "exp": now + ttl,
         "jti": secrets.token_hex(16),
     }
@@ -172,6 +173,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
         expires=int(claims["exp"]),
         id=identifier,
         domains=None if domains is None else frozenset(domains),
+        issued=float(claims.get("iat", 0)),
     )
 
 

@@ -735,12 +735,14 @@ class Connection:
     # --- events -------------------------------------------------------------------------------------
 
     async def _events_subscribe(self, params: protocol.EventsSubscribe) -> _Answer:
-        self._require("events")
+        token = self._require("events")
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
             raise RateLimited("too many subscriptions on this connection")
         only = frozenset({self._tenant})
         types = None if params.types is None else tuple(params.types)
-        subscription = self._hub.bus.subscribe(Filter(only, only, None, types), params.last_event_id)
+        subscription = self._hub.bus.subscribe(
+            Filter(only, only, None, types, since=token.issued), params.last_event_id
+        )
         self._last_subscription += 1
         number = self._last_subscription
         self._subscriptions[number] = subscription

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 from weakref import WeakValueDictionary
 
@@ -28,13 +29,15 @@ from gateway.events import Bus
 from gateway.hostnames import normalized
 from gateway.names import Names
 from gateway.rootfs.workers import Workers
-from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantRuntime
+from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantEvent, TenantRuntime
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _ADDRESSED: Final = 10.0  # seconds in which a started container gets its address
+# changes whose events are still to come; of more the oldest are told as the gateway's own
+_ASKED: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Life:
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._following: dict[Following, str] = {}  # the tenant of each
+        # who asked for a snapshot's change of which the event is still to come
+        self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
     # --- start to destroy ---------------------------------------------------------------------------
 
@@ -214,14 +219,43 @@ class Life:
                     f"the tenant has {len(kept)} snapshots, the most it may; delete one first",
                     limit=self._settings.max_snapshots,
                 )
-            return _told(await self._runtime.snapshot(ask.tenant, name))
+            with self._asking(ask, "tenant.snapshot.created", name):
+                return _told(await self._runtime.snapshot(ask.tenant, name))
 
     async def restore(self, ask: Ask) -> Mapping[str, Any]:
-        return await self._change(ask.tenant, lambda name: self._runtime.restore(name, _named(ask)))
+        snapshot = _named(ask)
+
+        async def restore(tenant: str) -> None:
+            with self._asking(ask, "tenant.snapshot.restored", snapshot):
+                await self._runtime.restore(tenant, snapshot)
+
+        return await self._change(ask.tenant, restore)
 
     async def delete_snapshot(self, ask: Ask) -> None:
+        snapshot = _named(ask)
         async with self.alone(ask.tenant):
-            await self._runtime.delete_snapshot(ask.tenant, _named(ask))
+            with self._asking(ask, "tenant.snapshot.deleted", snapshot):
+                await self._runtime.delete_snapshot(ask.tenant, snapshot)
+
+    @contextlib.contextmanager
+    def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
+        """Have the event of this change say who asked for it."""
+        key = (ask.tenant, kind, snapshot)
+        self._asked[key] = ask.token.subject
+        while len(self._asked) > _ASKED:
+            self._asked.popitem(last=False)
+        try:
+            yield
+        except BaseException:
+            self._asked.pop(key, None)
+            raise
+
+    def explained(self, event: TenantEvent) -> TenantEvent:
+        """Return an event with who asked for it, where that was a client: Incus knows the gateway alone."""
+        if event.tenant is None or "snapshot" not in event.data:
+            return event
+        by = self._asked.pop((event.tenant, event.type, event.data["snapshot"]), None)
+        return event if by is None else replace(event, data={**event.data, "by": by})
 
     # --- the site's log -----------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class Names:
     def _spans(self, names: Iterable[str]) -> Mapping[str, Span]:
         found = {name: self._holders[name] for name in names if name in self._holders}
         after = self._bus.last + 1
-        return {name: Span(of.ended, of.begun if of.instance else after) for name, of in found.items()}
+        return {name: Span(of.ended, of.begun if of.instance else after, of.at) for name, of in found.items()}
 
     def _is_another(self, tenant: Tenant) -> bool:
         return tenant.instance not in (None, self.holder(tenant.name))

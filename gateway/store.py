@@ -122,6 +122,10 @@ MIGRATIONS: Final = (
         deployment TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE losses (key TEXT PRIMARY KEY, upto INTEGER NOT NULL, number INTEGER NOT NULL) STRICT;
+    CREATE INDEX losses_upto ON losses (upto);
+    """,
 )
 
 

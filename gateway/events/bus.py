@@ -121,6 +121,8 @@ class Subscription:
         self._ready: deque[Event] = deque()  # at most BATCH, and a gap
         self._closed = self._waiting = False
         self._cursor = journal.last if after is None else after
+        self._told = 0  # the latest loss of which a gap told
+        self._hidden = -1  # up to which id events are a last tenant's, and kept from who has its name now
         # what comes from now on is for whoever may see that name now
         self._parted = after is None or filter.coverage is None
 
@@ -155,6 +157,7 @@ class Subscription:
             if not self._parted:
                 if (spans := self._bus._spans) is not None:
                     self._filter = replace(self._filter, names=spans(self._filter.coverage or ()))
+                    self._hidden = self._filter.hidden()
                     self._parted = True
                 elif closing:
                     break
@@ -162,15 +165,17 @@ class Subscription:
                     await self._wait(grown)
                     continue
             if before > journal.last:
-                self._cursor = journal.oldest - 1
+                self._cursor, self._told, self._hidden = journal.oldest - 1, journal.losses, -1
                 self._ready.append(gap(journal.oldest, source, time.time()))
                 return True
             stretch = await journal.read(before, BATCH, self._filter)
             if self._closed:
                 break
             self._cursor = stretch.end
-            if stretch.start > before:
-                self._ready.append(gap(stretch.start + 1, source, time.time()))
+            if stretch.lost > self._told or self._hidden > before:
+                self._told, self._hidden = max(stretch.lost, self._told), -1
+                oldest = stretch.events[0].id if stretch.events else stretch.start + 1
+                self._ready.append(gap(oldest, source, time.time()))
             self._ready.extend(stretch.events)
             if self._ready:
                 return True

@@ -105,10 +105,12 @@ class Span:
     """Where the events of a name's present tenant begin: with the one that tells of the last one's end.
 
     What came between that and `begun` may be of the last one still, but for what leads to the present one.
+    `at` is the time of that end.
     """
 
     ended: int
     begun: int
+    at: float = 0.0
 
     def has(self, event: Event) -> bool:
         return event.id >= self.begun or (event.id >= self.ended and event.type.startswith(_BEFORE))
@@ -122,7 +124,8 @@ class Filter:
     are for everybody. `tenants`, `deployments` and `types` are what was asked for, None for no wish;
     who names tenants or deployments gets no events of none. A type that ends in `*` is a prefix.
     `names` holds where the events begin of covered names that others had before. Who knows a deployment's
-    id gets all of it: that it is undone ends the life of the tenant that it made.
+    id gets all of it: that it is undone ends the life of the tenant that it made. `since` is when the
+    subscriber's token was made.
     """
 
     coverage: frozenset[str] | None = None
@@ -130,6 +133,7 @@ class Filter:
     deployments: frozenset[str] | None = None
     types: tuple[str, ...] | None = None
     names: Mapping[str, Span] = field(default_factory=dict)
+    since: float = 0.0
 
     def matches(self, event: Event) -> bool:
         """Say whether the subscriber may see `event` and asked for it."""
@@ -143,6 +147,16 @@ class Filter:
         elif event.tenant is not None and (span := self.names.get(event.tenant)) and not span.has(event):
             return False
         return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
+
+    def hidden(self) -> int:
+        """Return up to which id events are hidden that the subscriber may have been there for.
+
+        -1 for none: one whose token was made later has missed nothing.
+        """
+        if self.deployments is not None:
+            return -1
+        wanted = [span for name, span in self.names.items() if self.tenants is None or name in self.tenants]
+        return max((span.ended - 1 for span in wanted if span.at > self.since), default=-1)
 
     @classmethod
     def parse(

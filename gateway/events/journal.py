@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
+
+import orjson
 
 from gateway.events.event import EVERYTHING, Draft, Event, Filter, numbered
 from gateway.store import Store, StoreFailed
@@ -36,6 +39,8 @@ _GATHER, _SPACING = 0.01, 0.05
 _RETRY: Final = 1.0
 # seconds between two looks for what is too old
 _AGEING: Final = 600.0
+# of so many tenants and deployments it is known apart up to where their events are lost
+_LOSSES: Final = 10_000
 # a power cut may take back the last commits, and with them ids that were seen: far beyond what can be lost
 _JUMP: Final = 1_000_000
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -43,14 +48,17 @@ _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What a read found: the wanted events with ids in `start < id <= end`, all of them.
+    """What a read found: the wanted events with ids in `start < id <= end` that are kept.
 
-    What lies between the id after which was asked and `start` is gone.
+    Nothing is kept of what lies between the id after which was asked and `start`. `lost` is not 0 where an
+    event after that id is no longer kept which may have been a wanted one: the number of the loss that was
+    the latest.
     """
 
     start: int
     end: int
     events: Sequence[Event]
+    lost: int = 0
 
 
 class Journal(Protocol):
@@ -58,6 +66,8 @@ class Journal(Protocol):
 
     A journal on disk gives ids at once and makes the events readable when they are written: what a
     subscriber has seen is then never lost by a crash. `newest` is therefore the last readable id.
+
+    Its room is shared by the tenants: where there is too much, whoever has most loses its oldest.
     """
 
     @property
@@ -73,6 +83,11 @@ class Journal(Protocol):
     @property
     def last(self) -> int:
         """The id that was given out last, readable or not."""
+        ...
+
+    @property
+    def losses(self) -> int:
+        """How often something was let go of; grows across restarts too."""
         ...
 
     @property
@@ -93,8 +108,206 @@ class Journal(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What is remembered of an event that is kept."""
+
+    id: int
+    size: int
+    time: float
+    deployment: str | None
+
+
+class _Shares:
+    """What is kept of each tenant's events, oldest first, and what is to go so that all have room.
+
+    Where there are more than `most`, or more bytes than `most_bytes`, the tenant that has most of them loses
+    its oldest: nobody loses anything to another who has more. The events of no tenant count as one's.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._of: dict[str, deque[_Entry]] = {}
+        self._bytes_of: dict[str, int] = {}
+        self._count = self._bytes = 0
+
+    @property
+    def oldest(self) -> int | None:
+        """The id of the oldest event, None where there is none."""
+        return min((entries[0].id for entries in self._of.values()), default=None)
+
+    def add(self, tenant: str, entry: _Entry) -> None:
+        self._of.setdefault(tenant, deque()).append(entry)
+        self._count_in(tenant, entry)
+
+    def excess(self, newest: int, born: float) -> list[tuple[str, _Entry]]:
+        """Take out what is too much, or older than `born`, but never the newest event; return it."""
+        gone: list[tuple[str, _Entry]] = []
+        for tenant in [tenant for tenant, entries in self._of.items() if entries[0].time < born]:
+            while (entries := self._of.get(tenant)) and entries[0].time < born and entries[0].id != newest:
+                gone.append((tenant, self.take(tenant)))
+        gone += self._lighten(newest, lambda tenant: len(self._of[tenant]), lambda: self._count > self._most)
+        gone += self._lighten(newest, self._bytes_of.__getitem__, lambda: self._bytes > self._most_bytes)
+        return gone
+
+    def take(self, tenant: str) -> _Entry:
+        """Take out the tenant's oldest."""
+        entry = self._of[tenant].popleft()
+        self._count_out(tenant, entry)
+        return entry
+
+    def restore(self, gone: Sequence[tuple[str, _Entry]]) -> None:
+        """Put back what `excess` took out."""
+        for tenant, entry in reversed(gone):
+            self._of.setdefault(tenant, deque()).appendleft(entry)
+            self._count_in(tenant, entry)
+
+    def retract(self, tenant: str) -> None:
+        """Take back the tenant's latest."""
+        self._count_out(tenant, self._of[tenant].pop())
+
+    def _lighten(
+        self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
+    ) -> Iterator[tuple[str, _Entry]]:
+        """Take from the heaviest, of equals from the one whose oldest is the oldest."""
+        if not too_much():
+            return
+        heap = [(-weight(tenant), entries[0].id, tenant) for tenant, entries in self._of.items()]
+        heapq.heapify(heap)
+        while heap and too_much():
+            tenant = heap[0][2]
+            if self._of[tenant][0].id != newest:
+                yield tenant, self.take(tenant)
+                if tenant in self._of:
+                    heapq.heapreplace(heap, (-weight(tenant), self._of[tenant][0].id, tenant))
+                    continue
+            heapq.heappop(heap)
+
+    def _count_in(self, tenant: str, entry: _Entry) -> None:
+        self._count += 1
+        self._bytes += entry.size
+        self._bytes_of[tenant] = self._bytes_of.get(tenant, 0) + entry.size
+
+    def _count_out(self, tenant: str, entry: _Entry) -> None:
+        self._count -= 1
+        self._bytes -= entry.size
+        self._bytes_of[tenant] -= entry.size
+        if not self._of[tenant]:
+            del self._of[tenant], self._bytes_of[tenant]
+
+
+# what events are about, by the keys of `_Losses`: one of all, of no tenant, of a tenant, of a deployment
+_ALL: Final = "*"
+_NOBODYS: Final = ""
+
+
+def _of_deployment(deployment: str) -> str:
+    return f":{deployment}"  # no tenant's name
+
+
+class _Losses:
+    """Up to which id events are no longer kept, of each tenant and deployment; and the number of that loss.
+
+    Of at most `_LOSSES` of them it is known apart; what was lost longest ago counts as everybody's.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._upto: dict[str, tuple[int, int]] = {}
+        self._highest = -1
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        return ((key, upto, number) for key, (upto, number) in self._upto.items())
+
+    def put(self, key: str, upto: int, number: int) -> None:
+        self._upto[key] = max(upto, self._upto.get(key, (upto, 0))[0]), number
+        self._highest, self.number = max(self._highest, upto), max(self.number, number)
+
+    def after(self, id: int, wanted: Filter) -> int:
+        """Return the number of the latest loss, after that id, of what may have been wanted; 0 for none."""
+        if self._highest <= id:  # as for whoever keeps up
+            return 0
+        keys = _keys(wanted)
+        found = self._upto.values() if keys is None else [self._upto.get(key, (-1, 0)) for key in keys]
+        return max((number for upto, number in found if upto > id), default=0)
+
+    def folded(self) -> tuple[list[str], int]:
+        """Return the keys that are too many, and the id up to which all is then taken for lost."""
+        many = len(self._upto) - _LOSSES
+        if many <= 0:
+            return [], 0
+        oldest = heapq.nsmallest(many + _LOSSES // 10, self._upto.items(), key=lambda item: item[1])
+        keys = [key for key, _ in oldest if key != _ALL]
+        return keys, max(upto for _, (upto, _) in oldest)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._upto.pop(key, None)
+
+
+def _lost(gone: Iterable[tuple[str, _Entry]]) -> dict[str, int]:
+    """Return up to which id each tenant and deployment loses events."""
+    upto: dict[str, int] = {}
+    for tenant, entry in gone:
+        for key in (tenant, *([] if entry.deployment is None else [_of_deployment(entry.deployment)])):
+            upto[key] = max(entry.id, upto.get(key, -1))
+    return upto
+
+
+def _keys(wanted: Filter) -> list[str] | None:
+    """Return of whom events may be wanted, None for anybody."""
+    if wanted.deployments is not None:
+        return [_ALL, *map(_of_deployment, wanted.deployments)]
+    if wanted.tenants is not None:
+        names = wanted.tenants if wanted.coverage is None else wanted.tenants & wanted.coverage
+        return [_ALL, *names]
+    return None if wanted.coverage is None else [_ALL, _NOBODYS, *wanted.coverage]
+
+
+class _Latest:
+    """The latest events, in memory: all that are kept from `first` on. Ids may have holes."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.newest = first, first - 1
+        self.events: dict[int, Event] = {}  # oldest first
+        self._bytes = 0
+
+    def add(self, event: Event) -> None:
+        self.events[event.id] = event
+        self.newest = event.id
+        self._bytes += len(event.encoded)
+
+    def remove(self, ids: Iterable[int]) -> None:
+        for id_ in ids:
+            event = self.events.pop(id_, None)
+            self._bytes -= 0 if event is None else len(event.encoded)
+
+    def trim(self, most: int, most_bytes: int) -> None:
+        """Forget the oldest, until there are not too many."""
+        while len(self.events) > most or self._bytes > most_bytes:
+            oldest = next(iter(self.events))
+            self.remove([oldest])
+            self.first = oldest + 1
+
+    def look(self, after: int, limit: int, wanted: Filter, lost: int) -> Stretch:
+        oldest = next(iter(self.events), self.newest + 1)
+        start = end = max(after, oldest - 1)
+        found: list[Event] = []
+        for number in range(start + 1, min(self.newest, start + _SCAN) + 1):
+            end, event = number, self.events.get(number)
+            if event is None:
+                if start == number - 1:
+                    start = number
+                continue
+            if wanted.matches(event):
+                found.append(event)
+                if len(found) == limit:
+                    break
+        return Stretch(start, end, found, lost)
+
+
 class MemoryJournal:
-    """The last `kept` events, and at most `kept_bytes` of their JSON; the oldest go first.
+    """The last `kept` events, and at most `kept_bytes` of their JSON, shared by the tenants.
 
     Ids start at the clock's milliseconds: nothing is remembered across a restart, and yet a new life's
     ids lie above the last one's unless that published more than a thousand events in each second of its
@@ -103,24 +316,26 @@ class MemoryJournal:
     """
 
     def __init__(self, kept: int, kept_bytes: int = 64 * MiB, first: int | None = None) -> None:
-        first = _clock() if first is None else first
-        self._kept, self._kept_bytes = kept, kept_bytes
-        self._events: dict[int, Event] = {}  # ids without holes, oldest first
-        self._oldest, self._newest = first, first - 1
-        self._bytes = 0
+        self._latest = _Latest(_clock() if first is None else first)
+        self._shares, self._losses = _Shares(kept, kept_bytes), _Losses()
+        self._losses.put(_ALL, self._latest.newest, 1)
         self._grown: Callable[[], None] = lambda: None
 
     @property
     def oldest(self) -> int:
-        return self._oldest
+        return next(iter(self._latest.events), self._latest.newest + 1)
 
     @property
     def newest(self) -> int:
-        return self._newest
+        return self._latest.newest
 
     @property
     def last(self) -> int:
-        return self._newest
+        return self._latest.newest
+
+    @property
+    def losses(self) -> int:
+        return self._losses.number
 
     @property
     def settled(self) -> bool:
@@ -128,39 +343,21 @@ class MemoryJournal:
 
     def append(self, drafts: Sequence[Draft]) -> list[Event]:
         # all are encoded before one is kept: a draft that is not JSON leaves no hole in the ids
-        events = [numbered(draft, self._newest + n) for n, draft in enumerate(drafts, 1)]
-        self.keep(events)
+        events = [numbered(draft, self.newest + n) for n, draft in enumerate(drafts, 1)]
+        for event in events:
+            self._latest.add(event)
+            self._shares.add(event.tenant or _NOBODYS, _entry(event))
+        gone = self._shares.excess(self.newest, 0.0)
+        self._latest.remove(entry.id for _, entry in gone)
+        number = self._losses.number + 1
+        for key, upto in _lost(gone).items():
+            self._losses.put(key, upto, number)
         if events:
             self._grown()
         return events
 
-    def keep(self, events: Sequence[Event]) -> None:
-        """Take over events that have their ids; what is before a hole is let go."""
-        for event in events:
-            if event.id != self._newest + 1:
-                self._events.clear()
-                self._bytes, self._oldest = 0, event.id
-            self._newest = event.id
-            self._events[event.id] = event
-            self._bytes += len(event.encoded)
-            while len(self._events) > self._kept or (self._bytes > self._kept_bytes and self._events):
-                self._bytes -= len(self._events.pop(self._oldest).encoded)
-                self._oldest += 1
-
     async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
-        return self.look(after, limit, wanted)
-
-    def look(self, after: int, limit: int, wanted: Filter) -> Stretch:
-        """Do as `read`, which here never waits."""
-        start = end = max(after, self._oldest - 1)
-        found: list[Event] = []
-        for number in range(start + 1, min(self._newest, start + _SCAN) + 1):
-            end, event = number, self._events[number]
-            if wanted.matches(event):
-                found.append(event)
-                if len(found) == limit:
-                    break
-        return Stretch(start, end, found)
+        return self._latest.look(after, limit, wanted, self._losses.after(after, wanted))
 
     def watch(self, grown: Callable[[], None]) -> None:
         self._grown = grown
@@ -169,20 +366,22 @@ class MemoryJournal:
 class StoredJournal:
     """Events in the gateway's store, and the latest in memory too. Use as an async context manager.
 
-    Kept are the last `kept` events, at most `kept_bytes` of their JSON, none older than `age` seconds but
-    the newest, whose id is the next life's beginning. While the store cannot be written, up to `waiting`
-    events wait in memory, unseen by anybody; of more the oldest are dropped, which subscribers are told by
-    a gap. `failed` says so meanwhile; each second it is tried again.
+    Kept are the last `kept` events, at most `kept_bytes` of their JSON, shared by the tenants; none older
+    than `age` seconds but the newest, whose id is the next life's beginning. While the store cannot be
+    written, up to `waiting` events, of as many bytes, wait in memory, unseen by anybody; of more the oldest
+    of whoever has most are dropped, which subscribers are told by a gap. `failed` says so meanwhile; each
+    second it is tried again.
     """
 
     def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float, waiting: int) -> None:
         self._store = store
-        self._kept, self._kept_bytes, self._age, self._room = kept, kept_bytes, age, waiting
+        self._age = age
         self._last = self._newest = 0  # the ids that were given out and became readable last
-        self._held: deque[tuple[int, int, float]] = deque()  # id, bytes and time of what is in the store
-        self._bytes = 0
-        self._recent = MemoryJournal(_RECENT, _RECENT_BYTES, first=1)
-        self._waiting: deque[Event] = deque()
+        self._shares, self._losses = _Shares(kept, kept_bytes), _Losses()
+        self._recent = _Latest(1)
+        self._waiting: dict[int, Event] = {}  # oldest first
+        self._room = _Shares(waiting, kept_bytes)
+        self._dropped: dict[str, int] = {}  # what was lost of those that waited, and is not on record yet
         self._writing = False
         self._appended = asyncio.Event()
         self._grown: Callable[[], None] = lambda: None
@@ -192,14 +391,20 @@ class StoredJournal:
     async def __aenter__(self) -> StoredJournal:
         """Take up where the last life ended. Raises `StoreFailed`."""
         boot = _BOOT.read_text().strip()
-        whole = await self._store.write(lambda connection: _begun(connection, boot), durable=True)
-        rows, recent = await self._store.read(_kept)
-        self._held.extend(rows)
-        self._bytes = sum(row[1] for row in rows)
-        self._last = self._newest = rows[-1][0] if rows else _clock()
-        self._recent.keep(recent)
-        if not whole:
+        whole = await self._store.write(lambda connection: _begun(connection, boot, _clock()), durable=True)
+        rows, recent, losses = await self._store.read(_kept)
+        for id_, tenant, deployment, size, at in rows:
+            self._shares.add(tenant or _NOBODYS, _Entry(id_, size, at, deployment))
+        for key, upto, number in losses:
+            self._losses.put(key, upto, number)
+        self._last = self._newest = rows[-1][0] if rows else max(upto for _, upto, _ in losses)
+        if whole:
+            self._recent = _Latest(recent[0].id if recent else self._newest + 1)
+            self._remember(recent)
+        else:
             self._last += _JUMP
+            self._recent = _Latest(self._last + 1)
+            self._dropped[_ALL] = self._last
         self._appended.set()  # what grew too old meanwhile goes at once
         self._writer = asyncio.create_task(self._write(), name="journal")
         return self
@@ -220,7 +425,8 @@ class StoredJournal:
 
     @property
     def oldest(self) -> int:
-        return self._held[0][0] if self._held else self._newest + 1
+        oldest = self._shares.oldest
+        return self._newest + 1 if oldest is None else oldest
 
     @property
     def newest(self) -> int:
@@ -231,6 +437,10 @@ class StoredJournal:
         return self._last
 
     @property
+    def losses(self) -> int:
+        return self._losses.number
+
+    @property
     def settled(self) -> bool:
         return self.failed is not None or not (self._waiting or self._writing)
 
@@ -238,23 +448,37 @@ class StoredJournal:
         events = [numbered(draft, self._last + n) for n, draft in enumerate(drafts, 1)]
         if events:
             self._last = events[-1].id
-            self._waiting.extend(events)
-            self._trim()
+            self._wait(events)
             self._appended.set()
         return events
 
     async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
-        if after + 1 >= max(self._recent.oldest, self.oldest):
-            return self._recent.look(after, limit, wanted)
+        if after + 1 >= self._recent.first:
+            return self._recent.look(after, limit, wanted, self._losses.after(after, wanted))
         newest = self.newest
         return await self._store.read(lambda connection: _stretch(connection, after, newest, limit, wanted))
 
     def watch(self, grown: Callable[[], None]) -> None:
         self._grown = grown
 
-    def _trim(self) -> None:
-        while len(self._waiting) > self._room:
-            self._waiting.popleft()
+    def _wait(self, events: Iterable[Event]) -> None:
+        """Have events wait to be written, and let go of what is too much of them."""
+        for event in events:
+            self._waiting[event.id] = event
+            self._room.add(event.tenant or _NOBODYS, _entry(event))
+        gone = self._room.excess(-1, 0.0)
+        for _, entry in gone:
+            del self._waiting[entry.id]
+        self._let_go(_lost(gone))
+
+    def _let_go(self, lost: Mapping[str, int]) -> None:
+        for key, upto in lost.items():
+            self._dropped[key] = max(upto, self._dropped.get(key, -1))
+
+    def _remember(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._recent.add(event)
+        self._recent.trim(_RECENT, _RECENT_BYTES)
 
     async def _write(self) -> None:
         flushed = 0.0
@@ -286,42 +510,93 @@ class StoredJournal:
         self._appended.clear()
         full = True
         while full:
-            events = list(islice(self._waiting, _GROUP))
+            events = list(islice(self._waiting.values(), _GROUP))
             full = len(events) == _GROUP
-            coming = [(event.id, len(event.encoded), event.time) for event in events]
-            outdated = self._outdated(coming)
-            if not events and not outdated:
-                return
-            for _ in events:
-                self._waiting.popleft()
-            self._writing = True
-            try:
-                await self._store.write(lambda connection: _write(connection, events, outdated))  # noqa: B023
-            except BaseException:
-                self._waiting.extendleft(reversed(events))
-                self._trim()
-                raise
-            finally:
-                self._writing = False
-            self._held.extend(coming)
-            self._bytes += sum(entry[1] for entry in coming)
-            while self._held and self._held[0][0] <= outdated:
-                self._bytes -= self._held.popleft()[1]
-            self._newest = self._held[-1][0]
-            self._recent.keep(events)
-            self._grown()
+            await self._keep(events)
 
-    def _outdated(self, coming: Sequence[tuple[int, int, float]]) -> int:
-        """Return the id up to which nothing is kept once those have come; 0 for none."""
-        count = len(self._held) + len(coming)
-        size = self._bytes + sum(entry[1] for entry in coming)
-        born = time.time() - self._age
-        upto = 0
-        for number, length, at in chain(self._held, coming):
-            if count == 1 or not (count > self._kept or size > self._kept_bytes or at < born):
-                break
-            count, size, upto = count - 1, size - length, number
-        return upto
+    async def _keep(self, events: Sequence[Event]) -> None:
+        """Write events, and remove what is too much with them."""
+        coming = [(event.tenant or _NOBODYS, _entry(event)) for event in events]
+        for tenant, entry in coming:
+            self._shares.add(tenant, entry)
+        newest = events[-1].id if events else self._newest
+        gone = self._shares.excess(newest, time.time() - self._age)
+        dropped, self._dropped = self._dropped, {}
+        change = _Change(events, [entry.id for _, entry in gone], {**dropped, **_lost(gone)})
+        if not (events or change.lost):
+            return
+        change.number = self._losses.number + 1
+        change.folded = self._losses.folded()
+        for tenant, entry in coming:
+            self._room.take(tenant)
+            del self._waiting[entry.id]
+        self._writing = True
+        try:
+            await self._store.write(change.write)
+        except BaseException:
+            self._shares.restore(gone)
+            for tenant, _ in reversed(coming):
+                self._shares.retract(tenant)
+            self._room.restore(coming)
+            self._waiting = {**{event.id: event for event in events}, **self._waiting}
+            self._let_go(dropped)
+            self._wait(())
+            raise
+        finally:
+            self._writing = False
+        for key, upto, number in change.losses():
+            self._losses.put(key, upto, number)
+        self._losses.forget(change.folded[0])
+        self._newest = newest
+        self._remember(events)
+        self._recent.remove(change.removed)
+        self._grown()
+
+
+@dataclass(slots=True)
+class _Change:
+    """What one transaction does to the journal: `events` come, the ids `removed` go as the loss `number`.
+
+    `lost` says of whom up to which id; `folded` of whom it is no longer known apart.
+    """
+
+    events: Sequence[Event]
+    removed: Sequence[int]
+    lost: Mapping[str, int]
+    number: int = 0
+    folded: tuple[Sequence[str], int] = ((), 0)
+
+    def losses(self) -> list[tuple[str, int, int]]:
+        found = dict(self.lost)
+        if self.folded[0]:
+            found[_ALL] = max(self.folded[1], found.get(_ALL, -1))
+        return [(key, upto, self.number) for key, upto in found.items()]
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        # Many rows in one statement: for each statement the thread lets go of the interpreter and takes it
+        # again, in the middle of the very calls that the events tell of.
+        for rows in (self.events[at : at + _ROWS] for at in range(0, len(self.events), _ROWS)):
+            connection.execute(
+                f"{_INSERT} {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * len(rows))}",
+                [
+                    field
+                    for event in rows
+                    for field in (
+                        *(event.id, event.time, event.type, event.source),
+                        *(event.tenant, event.deployment, event.encoded),
+                    )
+                ],
+            )
+        if self.removed:
+            connection.execute(_REMOVE, (_listed(self.removed),))
+        if self.folded[0]:
+            connection.execute(_FOLD, (_listed(self.folded[0]),))
+        for row in self.losses():
+            connection.execute(_LOSE, row)
+
+
+def _entry(event: Event) -> _Entry:
+    return _Entry(event.id, len(event.encoded), event.time, event.deployment)
 
 
 def _clock() -> int:
@@ -330,11 +605,28 @@ def _clock() -> int:
 
 # --- statements: each is a work of the store -----------------------------------------------------------
 
+# those of a write whose end was not seen may be there already
+_INSERT: Final = "INSERT OR IGNORE INTO events VALUES"
+_LOSE: Final = (
+    "INSERT INTO losses VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
+    " upto = max(upto, excluded.upto), number = excluded.number"
+)
+_REMOVE: Final = "DELETE FROM events WHERE id IN (SELECT value FROM json_each(?))"
+_FOLD: Final = "DELETE FROM losses WHERE key IN (SELECT value FROM json_each(?))"
 
-def _begun(connection: sqlite3.Connection, boot: str) -> bool:
+
+def _listed(values: Iterable[int | str]) -> str:
+    return orjson.dumps(list(values)).decode()
+
+
+def _begun(connection: sqlite3.Connection, boot: str, clock: int) -> bool:
     """Note that a life begins; return whether all that the last one wrote must still be there."""
     found = connection.execute("SELECT boot FROM journal").fetchone()
     connection.execute("INSERT OR REPLACE INTO journal VALUES (1, ?)", (boot,))
+    connection.execute(
+        "INSERT OR IGNORE INTO losses VALUES (?, coalesce((SELECT min(id) - 1 FROM events), ?), 1)",
+        (_ALL, clock),
+    )
     return found is None or found[0] in (None, boot)
 
 
@@ -342,36 +634,22 @@ def _ended(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE journal SET boot = NULL")
 
 
-def _kept(connection: sqlite3.Connection) -> tuple[list[tuple[int, int, float]], Sequence[Event]]:
-    """Return what is kept of every event, and the latest of them."""
-    rows = connection.execute("SELECT id, length(encoded), time FROM events ORDER BY id").fetchall()
+# id, tenant, deployment, bytes, time
+_Row = tuple[int, str | None, str | None, int, float]
+
+
+def _kept(
+    connection: sqlite3.Connection,
+) -> tuple[list[_Row], Sequence[Event], list[tuple[str, int, int]]]:
+    """Return what is kept of every event, the latest of them, and what is lost."""
+    losses = connection.execute("SELECT key, upto, number FROM losses").fetchall()
+    rows = connection.execute(
+        "SELECT id, tenant, deployment, length(encoded), time FROM events ORDER BY id"
+    ).fetchall()
     if not rows:
-        return rows, ()
+        return rows, (), losses
     after = rows[max(0, len(rows) - _RECENT)][0] - 1
-    return rows, list(_events(connection, after, rows[-1][0], _RECENT))
-
-
-# those of a write whose end was not seen may be there already
-_INSERT: Final = "INSERT OR IGNORE INTO events VALUES"
-
-
-def _write(connection: sqlite3.Connection, events: Sequence[Event], outdated: int) -> None:
-    # Many rows in one statement: for each statement the thread lets go of the interpreter and takes it again,
-    # in the middle of the very calls that the events tell of.
-    for rows in (events[at : at + _ROWS] for at in range(0, len(events), _ROWS)):
-        connection.execute(
-            f"{_INSERT} {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * len(rows))}",
-            [
-                field
-                for event in rows
-                for field in (
-                    *(event.id, event.time, event.type, event.source),
-                    *(event.tenant, event.deployment, event.encoded),
-                )
-            ],
-        )
-    if outdated:
-        connection.execute("DELETE FROM events WHERE id <= ?", (outdated,))
+    return rows, list(_events(connection, after, rows[-1][0], _RECENT)), losses
 
 
 def _events(connection: sqlite3.Connection, after: int, upto: int, limit: int) -> Iterator[Event]:
@@ -382,16 +660,36 @@ def _events(connection: sqlite3.Connection, after: int, upto: int, limit: int) -
 
 
 def _stretch(connection: sqlite3.Connection, after: int, newest: int, limit: int, wanted: Filter) -> Stretch:
-    start = end = after
     found: list[Event] = []
-    for event in _events(connection, after, newest, _SCAN):
-        if event.id != end + 1:
-            if end > after:
-                break  # the next stretch begins after this hole
-            start = event.id - 1
-        end = event.id
-        if wanted.matches(event):
-            found.append(event)
-            if len(found) == limit:
-                break
-    return Stretch(start, end, found)
+    start, end, looked = after, after, 0
+    connection.execute(
+        "BEGIN"
+    )  # one state of both: what goes between two looks would be missed or told twice
+    try:
+        lost = _loss(connection, after, wanted)
+        for looked, event in enumerate(_events(connection, after, newest, _SCAN), 1):
+            start = event.id - 1 if looked == 1 else start
+            end = event.id
+            if wanted.matches(event):
+                found.append(event)
+                if len(found) == limit:
+                    break
+    finally:
+        connection.execute("COMMIT")
+    if looked < _SCAN and len(found) < limit:  # nothing more is kept
+        end = max(end, newest)
+        start = start if looked else end
+    return Stretch(start, end, found, lost)
+
+
+def _loss(connection: sqlite3.Connection, after: int, wanted: Filter) -> int:
+    keys = _keys(wanted)
+    whose, given = (
+        ("", ()) if keys is None else ("AND key IN (SELECT value FROM json_each(?))", (_listed(keys),))
+    )
+    (number,) = connection.execute(
+        f"SELECT coalesce(max(number), 0) FROM losses WHERE upto > ? {whose}",  # noqa: S608 - ours alone
+        (after, *given),
+    ).fetchone()
+    found: int = number
+    return found

@@ -214,6 +214,7 @@ class LocalRuntime:
         if kept.exists():
             raise Conflict(f"tenant {name} has a snapshot {snapshot}; delete it, or choose another name")
         await self._copy(self._home / name / "root", kept)
+        self._tell("tenant.snapshot.created", name, snapshot=snapshot)
         return _snapshot(kept)
 
     async def restore(self, name: str, snapshot: str) -> None:
@@ -221,11 +222,13 @@ class LocalRuntime:
         await self.stop(name)
         await self._copy(kept, self._home / name / "root")
         self._tell("incus.instance-restored", name)
+        self._tell("tenant.snapshot.restored", name, snapshot=snapshot)
         if ran:
             await self.start(name)
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await asyncio.to_thread(shutil.rmtree, self._kept(name, snapshot))
+        self._tell("tenant.snapshot.deleted", name, snapshot=snapshot)
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
         # beside the root, in which the tenant could put a link in its place
@@ -344,9 +347,9 @@ class LocalRuntime:
         for process in list(self._running.get(name, ())):
             await process.kill(0)
 
-    def _tell(self, kind: str, name: str) -> None:
+    def _tell(self, kind: str, name: str, **facts: str) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # nobody watches: nobody misses it
-            self._events.put_nowait(TenantEvent(kind, name))
+            self._events.put_nowait(TenantEvent(kind, name, facts))
 
 
 def _replace(target: Path, fresh: Path, old: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway
@@ -20,6 +21,8 @@ async def ask(http: aiohttp.ClientSession, method: str, url: str, body: Any = No
 
 
 class LifeContract:
+    ENDS = 6  # rounds of stops and destroys
+
     async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:
         """Have the tenant's site log a line."""
         raise NotImplementedError
@@ -70,6 +73,76 @@ class LifeContract:
             await ask(http, "DELETE", f"{url}/s1", status=204)
             for method, path in (("DELETE", "/s1"), ("POST", "/s1/restore"), ("DELETE", "/..%2f..")):
                 assert (await ask(http, method, url + path, status=404))["code"] == "not_found"
+
+    async def test_snapshots_are_told(self, gateway: LiveGateway, fresh: str) -> None:
+        """By whom a client's request was made; to who covers the tenant alone."""
+        url, query = f"/v1/tenants/{fresh}/snapshots", {"type": "tenant.snapshot.*"}
+        async with (
+            gateway.wire(fresh) as wire,
+            gateway.http(fresh) as http,
+            gateway.http(f"{fresh}-o") as other,
+            http.get("/v1/events", params=query) as response,
+            other.get("/v1/events", params=query) as nothing,
+        ):
+            await wire.call("events/subscribe", types=["tenant.snapshot.*"])
+            await ask(http, "POST", url, {"name": "s1"}, 201)
+            await ask(http, "POST", url, {"name": "s1"}, 409)
+            await ask(http, "POST", f"{url}/s1/restore")
+            await ask(http, "DELETE", f"{url}/s1", status=204)
+            told = await sse(response, 3)
+            assert [event["event"].rpartition(".")[2] for event in told] == ["created", "restored", "deleted"]
+            for event in told:
+                assert event["data"]["subject"] == fresh
+                assert (event["data"]["data"]["snapshot"], event["data"]["data"]["by"]) == ("s1", "test")
+                await wire.until(lambda event=event: wire.notified("event", id=event["id"]))
+            with pytest.raises(TimeoutError):
+                await sse(nothing, 1, 0.3)
+
+    async def test_a_stop_right_before_the_end_is_told(self, gateway: LiveGateway, fresh: str) -> None:
+        """To who listens, in order; who comes back after it learns that something is missing.
+
+        Whose token was made later hears of the end alone.
+        """
+        for number in range(self.ENDS):
+            name = f"{fresh}-{number}"
+            url, query = (
+                f"/v1/tenants/{name}",
+                {"tenant": name, "type": "tenant.stopped,tenant.destroyed,gap"},
+            )
+            async with gateway.http(fresh, name) as http:
+                await ask(http, "POST", f"/v1/tenants/{fresh}/clone", {"tenant": name}, 201)
+                try:
+                    async with (
+                        gateway.http(name) as narrow,
+                        gateway.wire(name) as wire,
+                        narrow.get("/v1/events", params=query) as live,
+                    ):
+                        await wire.call("events/subscribe", types=["tenant.*"])
+                        begun = live.headers["Last-Event-ID"]
+                        if number % 2:
+                            await ask(http, "POST", f"{url}/stop")
+                        await ask(http, "DELETE", url, status=204)
+                        told = await sse(live, 2)
+                        kinds = ["tenant.stopped", "tenant.destroyed"]
+                        assert [event["event"] for event in told] == kinds, number
+                        for kind in kinds:
+                            await wire.until(lambda kind=kind: wire.notified("event", type=kind))
+                        query["lastEventId"] = begun
+                        async with narrow.get("/v1/events", params=query) as resumed:
+                            kinds = [event["event"] for event in await sse(resumed, 2)]
+                            assert kinds == ["gap", "tenant.destroyed"]
+                        query["lastEventId"] = str(int(told[1]["id"]) - 1)
+                        async with narrow.get("/v1/events", params=query) as resumed:
+                            assert [event["event"] for event in await sse(resumed, 1)] == ["tenant.destroyed"]
+                    query["lastEventId"] = begun
+                    async with (
+                        gateway.http(name) as later,
+                        later.get("/v1/events", params=query) as resumed,
+                    ):
+                        assert [event["event"] for event in await sse(resumed, 1)] == ["tenant.destroyed"]
+                finally:
+                    async with http.delete(url):  # of a round that failed
+                        pass
 
     async def test_a_clone(self, gateway: LiveGateway, fresh: str) -> None:
         copy = f"{fresh}-copy"

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,131 @@ async def test_what_is_not_json_is_refused_and_leaves_no_hole(make: Make) -> Non
     assert await read(journal, before) == (before, made.id, [made.id])
 
 
+# --- whose events are kept ---------------------------------------------------------------------------
+
+
+async def replayed(bus: Bus, filter: Filter, after: int) -> list[Event]:
+    """Return what a subscriber that resumes after an id gets up to now, without what is published for it."""
+    mark = bus.publish("mark", "mark")
+    everything = replace(
+        filter,
+        coverage=None if filter.coverage is None else filter.coverage | {"mark"},
+        tenants=None if filter.tenants is None else filter.tenants | {"mark"},
+        deployments=None,
+    )
+    if filter.deployments is not None:
+        mark = bus.publish("mark", "mark", deployment="d-mark")
+        everything = replace(filter, deployments=filter.deployments | {"d-mark"}, tenants=None)
+    found = list[Event]()
+    async with asyncio.timeout(10):
+        async for event in bus.subscribe(everything, after):
+            if event.id == mark.id:
+                break
+            found.append(event)
+    return [event for event in found if event.type != "mark"]
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+async def test_one_tenants_events_push_out_its_own_alone(make: Make, size: int) -> None:
+    """Whether they are many or large. Others' are replayed without a gap, its own and everybody's with."""
+    journal = await make(20 if size == 0 else 1000, kept_bytes=1 << 26 if size == 0 else 20_000)
+    bus = Bus(journal, "t")
+    quiet = [bus.publish(f"q{n}", "quiet", deployment="d-quiet") for n in range(3)]
+    nobodys = bus.publish("gateway.ready")
+    for n in range(200):
+        bus.publish(f"g{n}", "greedy", {"x": "x" * size}, deployment="d-greedy" if n == 0 else None)
+    await settle(journal)
+    assert await replayed(bus, ALL, journal.newest) == []  # whoever has read so far has lost nothing
+    for filter, expected in (
+        (Filter(frozenset({"quiet"})), [*quiet[1:], nobodys]),
+        (Filter(None, frozenset({"quiet"})), quiet[1:]),
+        (Filter(frozenset({"quiet", "greedy"}), frozenset({"quiet"})), quiet[1:]),
+        (Filter(None, None, frozenset({"d-quiet"})), quiet[1:]),
+    ):
+        assert await replayed(bus, filter, quiet[0].id) == expected
+    for filter in (
+        *(Filter(frozenset({"greedy"})), Filter(frozenset({"quiet", "greedy"})), ALL),
+        *(Filter(None, frozenset({"greedy"})), Filter(None, None, frozenset({"d-greedy"}))),
+    ):
+        got = await replayed(bus, filter, quiet[0].id)
+        assert got[0].type == GAP and GAP not in [event.type for event in got[1:]]
+        assert [event.id for event in got[1:]] == sorted(event.id for event in got[1:])
+
+
+async def test_a_slow_reader_of_a_quiet_tenant_gets_no_gap_by_anothers_flood(make: Make) -> None:
+    journal = await make(BATCH)
+    bus = Bus(journal, "t")
+    slow, both = (
+        bus.subscribe(Filter(names)) for names in (frozenset({"quiet"}), frozenset({"quiet", "greedy"}))
+    )
+    made = [bus.publish("q", "quiet", {"n": n}) for n in range(5)]
+    for _ in range(BATCH * 5):
+        bus.publish("g", "greedy")
+    await settle(journal)
+    assert await take(slow, 5) == made
+    got = await take(both, 6)
+    assert (got[0].type, got[1:]) == (GAP, made)
+    # each loss is told once, and a later one again, though it is of earlier events
+    await take(both, BATCH - 5)
+    lagging = bus.subscribe(Filter(frozenset({"quiet", "greedy"})), after=made[0].id)
+    assert [event.type for event in await take(lagging, 2)] == [GAP, "q"]
+    for _ in range(BATCH * 2):
+        bus.publish("q", "quiet")
+    await settle(journal)
+    assert GAP in [event.type for event in await take(lagging, BATCH)]
+
+
+async def test_losses_outlive_the_process(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        async with stored(store, kept=10) as journal:
+            bus = Bus(journal, "t")
+            quiet = [bus.publish("q", "quiet") for n in range(2)]
+            for _ in range(100):
+                bus.publish("g", "greedy")
+            await settle(journal)
+        async with stored(store, kept=10) as journal:
+            bus = Bus(journal, "t")
+            assert await replayed(bus, Filter(frozenset({"quiet"})), quiet[0].id) == quiet[1:]
+            got = await replayed(bus, Filter(frozenset({"greedy"})), quiet[0].id)
+            assert got[0].type == GAP
+
+
+async def test_losses_of_many_tenants_are_told_in_bounded_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was lost longest ago is then taken for everybody's: a gap too many, never one too few."""
+    monkeypatch.setattr(journal_module, "_LOSSES", 20)
+    async with Store(tmp_path) as store, stored(store, kept=10) as journal:
+        bus = Bus(journal, "t")
+        first = bus.publish("first", "t0")
+        for n in range(100):
+            bus.publish("e", f"t{n}")
+            await settle(journal)
+        assert len(list(journal._losses)) <= 22
+        ((kept,),) = await store.read(lambda db: db.execute("SELECT count(*) FROM losses").fetchall())
+        assert kept == len(list(journal._losses))
+        for n in (0, 50, 85):
+            got = await replayed(bus, Filter(frozenset({f"t{n}"})), first.id)
+            assert [event.type for event in got] == [GAP]
+
+
+async def test_one_tenant_does_not_push_out_what_waits_for_a_full_disk(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store, stored(store, waiting=20) as journal:
+        bus = Bus(journal, "t")
+        first = bus.publish("first", "quiet")
+        await settle(journal)
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=1").fetchall())
+        quiet = [bus.publish("q", "quiet", {"x": "x" * 50_000}) for _ in range(3)]
+        await until(lambda: journal.failed is not None)
+        for _ in range(100):
+            bus.publish("g", "greedy")
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=1048576").fetchall())
+        await until(lambda: journal.failed is None)
+        assert await replayed(bus, Filter(frozenset({"quiet"})), first.id) == quiet
+        got = await replayed(bus, Filter(frozenset({"greedy"})), first.id)
+        assert [event.type for event in got] == [GAP, *["g"] * 17]
+
+
 # --- the bus -----------------------------------------------------------------------------------------
 
 
@@ -303,9 +429,11 @@ async def test_no_gap_where_nothing_is_missing(make: Make, after: int) -> None:
 
 
 async def test_a_gap_passes_every_filter_and_resuming_from_it_misses_nothing(make: Make) -> None:
-    bus = Bus(await make(3), "t")
+    journal = await make(3)
+    bus = Bus(journal, "t")
     for name in "abcdef":
         bus.publish(name, "shop")
+    await settle(journal)
     (gap,) = await take(bus.subscribe(Filter(frozenset(), types=("none",)), after=1), 1)
     bus.close()
     assert [seen.type for seen in await rest(bus.subscribe(ALL, after=gap.id))] == ["d", "e", "f"]
@@ -439,9 +567,12 @@ async def test_after_a_power_cut_ids_jump_and_a_gap_says_so(tmp_path: Path) -> N
             bus = Bus(journal, "t")
             after = bus.publish("after")
             assert after.id > before[-1].id + 10_000
+            await settle(journal)
             got = await take(bus.subscribe(ALL, after=before[0].id), 3)
-            assert [event.id for event in got] == [before[1].id, after.id - 1, after.id]
-            assert (got[1].type, got[1].data) == (GAP, {"oldest": after.id})
+            assert [event.type for event in got] == [GAP, "t", "after"]
+            assert [event.id for event in got[1:]] == [before[1].id, after.id]
+            (seen, *_) = await take(bus.subscribe(ALL, after=before[1].id), 1)
+            assert (seen.type, seen.data) == (GAP, {"oldest": after.id})
 
 
 async def test_a_full_disk_stops_no_publisher_and_ends_in_a_gap(tmp_path: Path) -> None:
@@ -503,6 +634,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 _PUBLISHER = """
 import asyncio, sys
+from dataclasses import replace
 from pathlib import Path
 from gateway.events import Bus, Filter, StoredJournal
 from gateway.store import Store

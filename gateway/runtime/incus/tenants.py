@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final
 
@@ -74,6 +76,20 @@ _LIFECYCLE: Final[Mapping[str, str]] = {
     "instance-restarted": "tenant.restarted",
     "instance-deleted": "tenant.destroyed",
     "instance-renamed": "tenant.renamed",
+    "instance-snapshot-created": "tenant.snapshot.created",
+    "instance-snapshot-deleted": "tenant.snapshot.deleted",
+}
+# a snapshot's events name it in their source alone
+_SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
+# destroyed tenants of which a late event is still known to be theirs, not of a new tenant of the same name
+_ENDS: Final = 1000
+
+# what a tenant is after an action, where that tells
+_AFTER: Final[Mapping[str, Status]] = {
+    "instance-started": "running",
+    "instance-restarted": "running",
+    "instance-stopped": "stopped",
+    "instance-shutdown": "stopped",
 }
 
 # actions that change nothing of where a tenant's files and processes are
@@ -100,6 +116,7 @@ class IncusRuntime:
         ).told()
         self._located: dict[str, _Located] = {}
         self._watching = False
+        self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
         self.commands = Commands(settings, self._incus, self.init_pid)
         self._disks = Disks(settings, self._incus)
 
@@ -363,9 +380,16 @@ class IncusRuntime:
     ) -> AsyncIterator[TenantEvent]:
         metadata = event.get("metadata") or {}
         action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
+        context, facts = metadata.get("context") or {}, dict[str, str]()
+        if action.startswith("instance-snapshot-"):
+            if (source := _SNAPSHOT.match(str(metadata.get("source", "")))) is None:
+                return
+            name, facts["snapshot"] = source[1], source[2]
         if not action.startswith("instance-") or not name or "/" in name:
             return
-        context = metadata.get("context") or {}
+        at = _moment(event)
+        if at < self._ends.get(name, at):
+            return  # of one that was destroyed: Incus sends events in any order
         if action == "instance-exec":
             if is_ours(context.get("command") or []):
                 return  # our own, told as exec.started
@@ -379,18 +403,26 @@ class IncusRuntime:
             except NotFound:
                 return
         requestor = metadata.get("requestor") or {}
-        data = {"action": action, "by": requestor.get("username") or requestor.get("protocol") or "guest"}
+        by = requestor.get("username") or requestor.get("protocol") or "guest"
+        data = {"action": action, **facts, "by": by}
         if old:
             known.pop(old, None)
             data["from"] = old
         if action == "instance-deleted":
-            known.pop(name, None)
+            self._ends.pop(name, None)
+            self._ends[name] = at
+            while len(self._ends) > _ENDS:
+                del self._ends[next(iter(self._ends))]
+            if known.pop(name, "stopped") != "stopped":  # told late, or lost: it did stop
+                yield TenantEvent("tenant.stopped", name, {"action": "instance-stopped", "by": by})
         else:
-            known[name] = {"tenant.started": "running", "tenant.stopped": "stopped"}.get(  # type: ignore[assignment]
-                _LIFECYCLE.get(action, ""), known.get(name, "running")
-            )
+            before: Status = "stopped" if action == "instance-created" else "running"
+            known[name] = _AFTER.get(action, known.get(name, before))
         # an exec's command line is the tenant's own: only that it happened is told
         yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
+        if action == "instance-restored" and (snapshot := str(context.get("snapshot", ""))):
+            data = {"action": action, "snapshot": snapshot.rpartition("/")[2], "by": by}
+            yield TenantEvent("tenant.snapshot.restored", name, data)
 
     # --- Incus --------------------------------------------------------------------------------------
 
@@ -478,6 +510,14 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
         deployment=config.get(DEPLOYMENT) or None,
         idle_stop=_seconds(config.get(IDLE_STOP)),
     )
+
+
+def _moment(event: Mapping[str, Any]) -> datetime:
+    """Return when an event was sent; one that does not say so, now."""
+    try:
+        return datetime.fromisoformat(str(event.get("timestamp"))).astimezone(UTC)
+    except ValueError:
+        return datetime.now(UTC)
 
 
 def _seconds(text: str | None) -> float | None:
