@@ -30,6 +30,7 @@ import orjson
 
 from gateway.errors import GatewayError, Unavailable
 from gateway.hostnames import PROBE, DomainReserved, normalized, own_names, plain, reserved
+from gateway.runtime.probe import ask
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
 _ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
 _ADMIN_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+_CONNECT: Final = 5.0  # seconds until Caddy takes a connection
 _STREAMS: Final = "stream_close_delay"  # of reverse_proxy, since Caddy 2.7
 _STREAMS_STAY: Final = f"{_STREAMS} 24h"
 
@@ -77,7 +79,6 @@ class Caddy:
         self.sockets = self.folder / "sockets"
         self._targets = self.folder / "targets"
         self._admin: aiohttp.ClientSession | None = None
-        self._sites: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
         self._streams_can_stay: bool | None = None  # not known yet
         # a target is made before its route: nobody may find it unused in between
@@ -90,16 +91,13 @@ class Caddy:
         path = socket_of(self._settings.caddy_admin)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
-        # no redirect is followed and no name looked up: it is this machine's Caddy that is asked
-        self._sites = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for session in (self._admin, self._sites):
-            if session is not None:
-                await session.close()
+        if self._admin is not None:
+            await self._admin.close()
 
     def lead_home(self) -> None:
         """Lead the gateway's own domain to the gateway."""
@@ -307,8 +305,7 @@ class Caddy:
     async def _look(self) -> None:
         """See whether Caddy finds our routes, by one of our own. Raises `CaddyFailed`."""
         self._lead(PROBE, "127.0.0.1:9")  # nothing listens there (RFC 863)
-        url = f"http://127.0.0.1:{self._settings.caddy_ask}/?domain={PROBE}"
-        status, _ = await self._fetch(url, "127.0.0.1", 10.0)
+        status = await self._site(self._settings.caddy_ask, "127.0.0.1", f"/?domain={PROBE}", 10.0)
         if status != 200:
             raise CaddyFailed(
                 f"the Caddy at port {self._settings.caddy_ask} does not find the routes in {self.routes}: it "
@@ -377,33 +374,30 @@ class Caddy:
     def url(self, domain: str) -> str:
         return site_url(domain, self._settings)
 
-    async def fetch(self, domain: str, path: str, timeout: float) -> tuple[int, bytes]:
-        """Ask a site through Caddy, by the listener that needs no certificate. Raises `CaddyFailed`."""
-        return await self._fetch(f"http://127.0.0.1:{self._settings.caddy_ask}{path}", domain, timeout)
+    async def ask(self, domain: str, path: str, timeout: float) -> int:
+        """Ask a site through Caddy, by the listener that needs no certificate; return the status.
+
+        Raises `CaddyFailed`.
+        """
+        return await self._site(self._settings.caddy_ask, domain, path, timeout)
 
     async def certify(self, domain: str, timeout: float) -> str | None:
         """Ask a site by HTTPS, which makes its certificate; return what went wrong, or None."""
         try:
-            await self._fetch(f"https://127.0.0.1:{self._settings.caddy_https}/", domain, timeout, tls=True)
+            await self._site(self._settings.caddy_https, domain, "/", timeout, _any_certificate())
         except CaddyFailed as error:
             return error.message
         return None
 
-    async def _fetch(self, url: str, domain: str, timeout: float, *, tls: bool = False) -> tuple[int, bytes]:
-        assert self._sites is not None
-        limit = aiohttp.ClientTimeout(total=timeout)
+    @staticmethod
+    async def _site(
+        port: int, domain: str, path: str, timeout: float, tls: ssl.SSLContext | None = None
+    ) -> int:
+        # it is this machine's Caddy that is asked, but a tenant's site that answers
         try:
-            async with self._sites.get(
-                url,
-                headers={"Host": domain},
-                timeout=limit,
-                allow_redirects=False,
-                ssl=_any_certificate() if tls else True,
-                server_hostname=domain if tls else None,
-            ) as answer:
-                return answer.status, await answer.content.read(4096)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            what = "has no certificate for it yet" if tls else "does not answer"
+            return await ask("127.0.0.1", port, path, _CONNECT, timeout, host=domain, tls=tls)
+        except (OSError, ValueError) as error:
+            what = "does not answer" if tls is None else "has no certificate for it yet"
             raise CaddyFailed(f"Caddy {what}: {type(error).__name__}", reason="caddy_down") from error
 
 

@@ -600,7 +600,7 @@ class Connection:
 
     async def _exec_list(self, params: protocol.NoParams) -> _Answer:
         self._require("exec")
-        return _Answer({"execs": [exec_.describe() for exec_ in self._hub.execs.list(self._tenant)]})
+        return _Answer({"execs": [await exec_.describe() for exec_ in self._hub.execs.list(self._tenant)]})
 
     async def _exec_wait(self, params: protocol.ExecRef) -> _Answer:
         exec_ = self._exec(params.exec)

@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     waiting_deployments: int = Field(256, gt=0, description="deployments that may wait; more are refused")
     deployments_kept: int = Field(1000, gt=0, description="ended deployments kept on record")
     install_timeout: float = Field(300.0, gt=0, description="seconds of a template's install command")
+    install_output: int = Field(
+        64 * MiB, gt=0, description="bytes that a template's install command may print before it is ended"
+    )
     install_log: int = Field(2000, gt=0, description="lines of an install command that are published")
     verify_timeout: float = Field(60.0, gt=0, description="seconds until a started site must answer")
     warm_pool: int = Field(

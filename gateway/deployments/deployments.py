@@ -23,6 +23,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.auth import Token
+from gateway.bounds import aside
 from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
 from gateway.deployments.record import PHASES, Record
@@ -53,6 +54,7 @@ _LISTED: Final = 100
 _PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
 _RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
 _UNDO_TIMEOUT: Final = 120.0
+_ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # Caddy's own words may name folders of this host; they are in the log
 _CADDY: Final = {
@@ -256,7 +258,7 @@ class Deployments:
             await _whatever_comes(self._end(running, began))
             if record.error is None and isinstance(running.request.template, str):
                 with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
-                    template = await self._template(running.request)
+                    template = await self._template(running.request, record.tenant)
                     recipe = await asyncio.to_thread(template.recipe)
                     self._sites.prepare(recipe, partial(self._prepared, template.name))
         except asyncio.CancelledError:
@@ -367,11 +369,11 @@ class Deployments:
         facts = {"deployment": record.id, "tenant": record.tenant, **data}
         self._bus.publish(f"deployment.{kind}", record.tenant, facts, deployment=record.id)
 
-    async def _template(self, request: Request) -> Template:
+    async def _template(self, request: Request, tenant: str) -> Template:
         template = request.template
         if isinstance(template, str):
             return await asyncio.to_thread(named, template, self._settings)
-        return await asyncio.to_thread(uploaded, template, self._settings)
+        return await aside(tenant, _ARCHIVE, uploaded, template, self._settings)
 
     # --- the install log ----------------------------------------------------------------------------
 
@@ -542,7 +544,7 @@ class _Work:
 
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
-        template = await self._all._template(self._request)
+        template = await self._all._template(self._request, record.tenant)
         self._recipe = await asyncio.to_thread(template.recipe)
         record.port, record.health = self._recipe.port, self._recipe.health
         domains = self._all._domains
@@ -681,7 +683,7 @@ class _Work:
         deadline = time.monotonic() + self._settings.verify_timeout
         while time.monotonic() < deadline:
             try:
-                status, _ = await self._caddy.fetch(domain, health, 10.0)
+                status = await self._caddy.ask(domain, health, 10.0)
                 if status < 400:
                     return
                 last = f"status {status}"

@@ -152,6 +152,9 @@ class Health:
             why = "no HTTP"
         except OSError:
             why = "no connection"
+        except Exception:  # what nobody foresaw of one site is no reason to look no more
+            log.exception("the site of %s could not be looked at", tenant)
+            why = "it could not be looked at"
         if why:
             self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)
             return

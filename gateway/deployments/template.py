@@ -14,7 +14,7 @@ import stat
 import tarfile
 import tomllib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -34,6 +34,14 @@ _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
 _MANIFEST_MAX: Final = 64 << 10  # bytes
 _SHOWN: Final = 200  # characters of what a template says that an error repeats
+_BLOCK: Final = 512  # bytes of a header of a tar; contents are filled up to as many
+_MORE_MAX: Final = 64 << 10  # bytes that a tar may say of one entry beside its header
+_FACTS_MAX: Final = 32  # facts that may be; bsdtar writes a dozen
+_EXTENDED: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG: Final = {tarfile.GNUTYPE_LONGNAME: "name", tarfile.GNUTYPE_LONGLINK: "linkname"}
+_TOLD_MAX: Final = 8  # of such headers before one entry; two are usual
+_FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_NAMES: Final = {b"path": "name", b"linkpath": "linkname"}
 
 Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
 UrlPath = Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)]
@@ -183,7 +191,13 @@ def _too_large(settings: Settings) -> TooLarge:
 
 def _above(paths: Iterable[str]) -> set[str]:
     """Return every folder that one of the paths lies in."""
-    return {path[:at] for path in paths for at, character in enumerate(path) if character == "/"}
+    found: set[str] = set()
+    for path in paths:
+        above, slash, _ = path.rpartition("/")
+        while slash and above not in found:
+            found.add(above)
+            above, slash, _ = above.rpartition("/")
+    return found
 
 
 def _check(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
@@ -255,7 +269,7 @@ def _read_file(path: Path, room: int) -> Entry:
     return Entry(content, executable=bool(mode & 0o100))
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded:
     """Unpacks gzip, and reads at most so many bytes: a bomb ends at the limit, not at the machine's."""
 
     def __init__(self, data: bytes, settings: Settings) -> None:
@@ -266,61 +280,117 @@ class _Bounded(io.RawIOBase):
         # headers and padding take a block or two of each entry beside its content
         self._left = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer at the end. Raises `TooLarge` and `EOFError`."""
+        self._left -= size
+        if self._left < 0:
+            raise _too_large(self._settings)
         if self._gzip is None:
             piece = bytes(self._data[self._at : self._at + size])
             self._at += len(piece)
-        else:
-            wanted, piece = size, b""
-            while len(piece) < wanted and not self._gzip.eof:
-                fed = self._gzip.unconsumed_tail or bytes(self._data[self._at : self._at + 65536])
-                if not self._gzip.unconsumed_tail:
-                    self._at += len(fed)
-                more = self._gzip.decompress(fed, wanted - len(piece))
-                if not more and not fed:
-                    break
-                piece += more
-        self._left -= len(piece)
-        if self._left < 0:
-            raise _too_large(self._settings)
-        return piece
+            return piece
+        pieces, wanted = list[bytes](), size
+        while wanted and not self._gzip.eof:
+            fed = self._gzip.unconsumed_tail or bytes(self._data[self._at : self._at + 65536])
+            if not self._gzip.unconsumed_tail:
+                self._at += len(fed)
+            more = self._gzip.decompress(fed, wanted)
+            if not more and not fed:
+                raise EOFError
+            wanted -= len(more)
+            pieces.append(more)
+        return b"".join(pieces)
+
+    def content(self, size: int) -> bytes:
+        """Return a content of `size` bytes, which is filled up to whole blocks. Raises the same."""
+        if size < 0:
+            raise ValueError
+        filled = self.read(-(-size // _BLOCK) * _BLOCK)
+        if len(filled) < size:
+            raise EOFError
+        return filled[:size]
 
 
 def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
     """Read a tar, gzipped or not. Raises `InvalidParams` for what is neither file, folder nor link."""
     entries: dict[str, Entry] = {}
-    room = settings.template_bytes
+    source = _Bounded(archive, settings)
     try:
-        with tarfile.open(fileobj=_Bounded(archive, settings), mode="r|") as tar:
-            for member in tar:
-                path = member.name.rstrip("/").removeprefix("./")
-                if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
-                    continue
-                if len(entries) >= settings.template_files:
-                    raise _too_many(settings)
-                if path in entries and entries[path] != Entry():
-                    raise _refused(f"{show(path[:_SHOWN])} is there twice")
-                if member.isreg():
-                    # what is said of it, before it is read: of a sparse file a few bytes make any number
-                    room -= max(member.size, 0)
-                    if room < 0:
-                        raise _too_large(settings)
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    entries[path] = Entry(file.read(), executable=bool(member.mode & 0o100))
-                elif member.issym():
-                    entries[path] = Entry(link=member.linkname)
-                elif member.isdir():
-                    entries[path] = Entry()
-                else:
-                    raise _refused(f"{show(path[:_SHOWN])} is a device, a pipe or a hard link")
-    # a chain of headers that each tell of the next one ends in the last of these
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
+        for member in _members(source, settings):
+            path = member.name.rstrip("/").removeprefix("./")
+            content = source.content(member.size) if member.type in _FILES else None
+            if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
+                continue
+            if len(entries) >= settings.template_files:
+                raise _too_many(settings)
+            if path in entries and entries[path] != Entry():
+                raise _refused(f"{show(path[:_SHOWN])} is there twice")
+            if content is not None:
+                entries[path] = Entry(content, executable=bool(member.mode & 0o100))
+            elif member.issym():
+                entries[path] = Entry(link=member.linkname)
+            elif member.isdir():
+                entries[path] = Entry()
+            else:
+                raise _refused(f"{show(path[:_SHOWN])} is a device, a pipe, a hard link or a sparse file")
+    except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
         raise _refused(f"it is no tar archive ({type(error).__name__})") from None
     return entries
+
+
+def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
+    """Yield what a tar says of each entry; whoever takes it reads the content of a file before the next.
+
+    The headers alone are read by the standard library, which believes what it reads in what may follow them:
+    a map of holes makes gigabytes of a few bytes. Of that only names and sizes are taken here.
+    """
+    said: dict[str, str | int] = {}
+    told = 0  # headers of what follows, one after another
+    for _ in range(3 * settings.template_files + 1000):  # what is left out counts too, and what is told
+        block = source.read(_BLOCK)
+        if not block.strip(b"\0"):
+            return
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if member.type not in _EXTENDED and member.type not in _LONG:
+            for fact, value in said.items():
+                setattr(member, fact, value)
+            yield member
+            said, told = {}, 0
+            continue
+        told += 1
+        if told > _TOLD_MAX or member.size > _MORE_MAX:
+            raise _refused("too much is told of one entry; pack it as a plain tar")
+        more = source.content(member.size)
+        if member.type in _LONG:
+            said[_LONG[member.type]] = _text(more)
+        elif member.type != tarfile.XGLTYPE:  # which tells of all: git's commit
+            said |= _facts(more)
+    raise _too_many(settings)
+
+
+def _facts(more: bytes) -> dict[str, str | int]:
+    """Return what an extended header (pax) tells: records of `LENGTH KEY=VALUE`, each with a line end."""
+    found, at = dict[str, str | int](), 0
+    for _ in range(_FACTS_MAX):
+        if at >= len(more) or more[at] == 0:
+            return found
+        length, _, _ = more[at : at + 8].partition(b" ")
+        end = at + int(length)
+        key, equals, value = more[at + len(length) + 1 : end - 1].partition(b"=")
+        if end <= at + len(length) + 1 or not equals or more[end - 1 : end] != b"\n":
+            raise ValueError
+        if key in _NAMES:
+            found[_NAMES[key]] = _text(value)
+        elif key == b"size":
+            found["size"] = int(value)
+        elif key.startswith(b"GNU.sparse."):
+            raise _refused("it holds a sparse file; pack it as a plain tar")
+        at = end
+    raise _refused("too much is told of one entry; pack it as a plain tar")
+
+
+def _text(name: bytes) -> str:
+    return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def packed(entries: Mapping[str, Entry]) -> bytes:

@@ -241,16 +241,21 @@ class Execs:
     ) -> Exec:
         exec_ = self._made(exec_id, tenant, spec, await self._runtime.exec(tenant, spec), linger)
         self._execs.setdefault(tenant, {})[exec_id] = exec_
+        # whatever becomes of this call, from here on it is carried to its end
+        task = asyncio.create_task(self._carry(exec_, timeout, once), name=f"exec {exec_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         started: dict[str, Any] = {
             "exec": exec_id,
             "pid": exec_.process.pid,
             "command": _short(spec),
             "by": by,
         }
-        self._bus.publish("exec.started", tenant, started)
-        task = asyncio.create_task(self._carry(exec_, timeout, once), name=f"exec {exec_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        try:
+            self._bus.publish("exec.started", tenant, started)
+        except BaseException:
+            exec_.end("cancelled", 0)
+            raise
         return exec_
 
     async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
@@ -341,7 +346,7 @@ class Execs:
         while self._held > settings.exec_keep_bytes:
             self._shed(next(iter(self._whole)))
         if len(of_tenant) > settings.exec_keep_exits:
-            first = sorted(of_tenant.values(), key=lambda other: other.left)
+            first = sorted(of_tenant.values(), key=lambda other: other.lasting)
             for other in first[: len(first) - settings.exec_keep_exits]:
                 self._forget(other)
 
@@ -356,7 +361,16 @@ class Execs:
                 self._forget(exec_)
 
     def _forget_in_time(self, exec_: Exec) -> None:
-        if exec_.left:
+        if exec_.lasting:
+            task = asyncio.create_task(self._forget_unless_it_lasts(exec_), name=f"look at {exec_.id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            self._forget(exec_)
+
+    async def _forget_unless_it_lasts(self, exec_: Exec) -> None:
+        await exec_.look()
+        if exec_.lasting:
             loop = asyncio.get_running_loop()
             exec_.keeping = loop.call_later(self._settings.exec_keep, self._forget_in_time, exec_)
         else:

@@ -371,7 +371,7 @@ class Past:
     async def kill(self, grace: float) -> Killed:
         return Killed(0, False, 0)
 
-    def left(self) -> Sequence[Member]:
+    async def left(self) -> Sequence[Member]:
         return ()
 
     async def aclose(self) -> None:
@@ -412,6 +412,7 @@ class Exec:
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
         self.keeping: asyncio.TimerHandle | None = None  # of the registry, once it has ended
+        self.lasting = False  # it has ended, and something of its tree was last seen to run on
         self._late = False  # it was ended when only what it left behind was seen to run
         self._attachments: set[Attachment] = set()
         self._places: OrderedDict[str, Attachment] = OrderedDict()
@@ -472,11 +473,20 @@ class Exec:
         """Return how many processes of the tree run on, once whoever ends it has done so, as we may."""
         if self._killing is not None:
             await asyncio.wait([self._killing])
-        elif self._kill_left and self.process.left():
+        elif self._kill_left and await self._members():
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self.process.kill(self._grace)
-        left = self.process.left()
+        left = await self._members()
+        self.lasting = bool(left)
         return None if left is None else len(left)
+
+    async def _members(self) -> Sequence[Member] | None:
+        """Return what runs of the tree, None where that cannot be known."""
+        try:
+            return await self.process.left()
+        except GatewayError as error:
+            log.info("what runs of exec %s of %s is not known: %s", self.id, self.tenant, error.message)
+            return None
 
     def tell_end(self) -> None:
         """Let everybody know of the end, once `run` has found it."""
@@ -586,10 +596,14 @@ class Exec:
             return False  # its end is just being told
         if not self.ended.done():
             self._reason = reason
-            self._late = self._outlived()
         self._due = due
-        self._kill(self.process.kill(grace))
+        self._kill(self._ended_by_us(grace))
         return True
+
+    async def _ended_by_us(self, grace: float) -> Killed:
+        if not self.ended.done():
+            self._late = await self._outlived()
+        return await self.process.kill(grace)
 
     def _kill(self, kill: Coroutine[Any, Any, Killed]) -> None:
         self._killing = asyncio.create_task(kill, name=f"kill {self.id}")
@@ -608,12 +622,12 @@ class Exec:
             escalated=killed.escalated or harder.escalated,
         )
 
-    def _outlived(self) -> bool:
+    async def _outlived(self) -> bool:
         """Whether the command was seen to have ended before its outputs, which what it left holds open."""
-        members = self.process.left() or ()
+        members = await self._members() or ()
         return 0 < len(members) < _TOLD and all(member.pid != self.process.pid for member in members)
 
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """Return what `exec/list` tells."""
         ended = self.ended.result() if self.ended.done() else None
         return {
@@ -625,15 +639,21 @@ class Exec:
             "state": self.state,
             "attached": len(self._attachments),
             "offsets": self._offsets(),
-            **({} if ended is None else {"exit": ended.on_wire(self.id), "left": self._told_left()}),
+            **({} if ended is None else {"exit": ended.on_wire(self.id), "left": await self._told_left()}),
         }
 
     def _offsets(self) -> dict[str, int]:
         return {"stdout": 0, "stderr": 0} | {name: stream.tail.end for name, stream in self.streams.items()}
 
-    def _told_left(self) -> list[dict[str, Any]]:
-        left = self.process.left() if self.over.left else None
-        return [{"pid": member.pid, "name": member.name} for member in left or ()]
+    async def look(self) -> Sequence[Member]:
+        """Return what of an ended command's tree runs on, as far as that can be known."""
+        left = await self._members() if self.lasting else ()
+        if left is not None:
+            self.lasting = bool(left)
+        return left or ()
+
+    async def _told_left(self) -> list[dict[str, Any]]:
+        return [{"pid": member.pid, "name": member.name} for member in await self.look()]
 
     def shed(self, words: Sequence[str]) -> None:
         """Keep of an ended command its end and `words` alone.
@@ -654,11 +674,6 @@ class Exec:
         return sum(stream.tail.end - stream.tail.start for stream in self.streams.values()) + sum(
             map(len, asked)
         )
-
-    @property
-    def left(self) -> bool:
-        """Whether the command has ended and something of its tree runs on."""
-        return self.ended.done() and bool(self.over.left and self.process.left())
 
     @property
     def state(self) -> Literal["running", "ended"]:

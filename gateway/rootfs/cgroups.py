@@ -17,13 +17,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
+from gateway.bounds import aside
+from gateway.errors import Timeout
 from gateway.rootfs import trees
-from gateway.rootfs.trees import of_init
+from gateway.rootfs.trees import PARENT
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # seconds at most until a tree stands still; one in the middle of a slow call takes longer
 _FREEZING: Final = 1.0
+_STEP: Final = 10.0  # seconds of one look or step; it takes a moment, and no other tenant waits for it
 
 # Does one of `trees.STEPS` on a path: here, or by the broker where this process may not.
 Hands = Callable[[str, Path], Awaitable[None]]
@@ -31,7 +37,23 @@ Hands = Callable[[str, Path], Awaitable[None]]
 
 async def here(step: str, path: Path) -> None:
     """Do a step with this process' own rights."""
-    trees.STEPS[step](path)
+    await _look(path, trees.STEPS[step], path)
+
+
+async def of_init(pid: int) -> Path | None:
+    """Return the root group of the container whose first process is `pid`; None where there is none."""
+    return await aside(pid, _STEP, trees.of_init, pid)
+
+
+async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
+    """Work on a command's group off the loop; all work on one container's waits behind each other."""
+    container = next((up for up in path.parents if up.name == PARENT), path)
+    try:
+        return await aside(container, _STEP, work, *given, **more)
+    except TimeoutError:
+        raise Timeout(
+            "the tenant's processes could not be looked through in time; restart the tenant to end them"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +72,38 @@ class Cgroup:
         self.path = path
         self._hands = hands
 
-    def reachable(self) -> bool:
+    async def reachable(self) -> bool:
         """Tell whether we may kill through it: its tree is there, and so is it, or it has ended."""
+        return await _look(self.path, self._reachable)
+
+    def _reachable(self) -> bool:
         if self.path.exists():
             return self._hands is not here or os.access(self.path / "cgroup.kill", os.W_OK)
         return self.path.parent.exists()
 
-    def pids(self) -> list[int]:
+    async def pids(self) -> list[int]:
         """Return the processes in it and below it."""
-        return trees.pids(self.path)
+        return await _look(self.path, trees.pids, self.path)
 
-    def members(self) -> list[trees.Member]:
+    async def members(self) -> list[trees.Member]:
         """Return the same as the tenant sees them, a hundred at most."""
-        return trees.members(self.path)
+        return await _look(self.path, trees.members, self.path)
 
     async def kill(self, grace: float, limit: float) -> Ended:
         """TERM to every process, `grace` seconds, then KILL; return when none is left or `limit` passed."""
         await self._hands("catch", self.path)
-        first = self.pids()
+        first = await self.pids()
         seen = set(first)
         if grace > 0 and first:
             await self._terminate(seen)
             await self._until_empty(grace, seen)
-        left = self.pids()
+        left = await self.pids()
         escalated = bool(left)
         if left:
             seen.update(left)
             await self._hands("end", self.path)
             await self._until_empty(limit, seen)
-            left = self.pids()
+            left = await self.pids()
         await self.remove()
         return Ended(killed=len(seen) - len(left), escalated=escalated, survivors=len(left))
 
@@ -91,24 +116,24 @@ class Cgroup:
         try:
             deadline = monotonic() + _FREEZING
             while monotonic() < deadline:
-                if trees.frozen(self.path):
+                if await _look(self.path, trees.frozen, self.path):
                     break
                 await asyncio.sleep(0.001)  # no event loop can wait on cgroup.events
-            seen.update(self.pids())
+            seen.update(await self.pids())
             await self._hands("terminate", self.path)
         finally:
             await self._hands("thaw", self.path)
 
     async def remove(self) -> bool:
         """Remove the cgroup once it is empty; tell whether it is gone."""
-        if self.path.exists():
+        if await _look(self.path, self.path.exists):
             await self._hands("remove", self.path)
-        return not self.path.exists()
+        return not await _look(self.path, self.path.exists)
 
     async def _until_empty(self, seconds: float, seen: set[int]) -> None:
         # no event loop can wait on cgroup.events; the kernel takes 1-5 ms to empty a killed tree
         deadline, pause = monotonic() + seconds, 0.001
-        while (left := self.pids()) and monotonic() < deadline:
+        while (left := await self.pids()) and monotonic() < deadline:
             seen.update(left)
             await asyncio.sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(pause * 1.5, 0.02)

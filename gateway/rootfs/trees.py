@@ -2,18 +2,25 @@
 
 They are apart from `cgroups`, which waits between them, so that the broker can do them for a gateway without
 root. Only groups that the gateway makes in containers are touched.
+
+How many processes and groups a container has, and what an environment holds, is up to its tenant: all of it
+is looked through up to a limit only. Every function here waits for the kernel, none is for an event loop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
+
+from gateway.bounds import part
 
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
@@ -21,9 +28,18 @@ _FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but 
 _HELD = 64  # processes held open at a time
 _LISTED = 100  # processes that are told by name
 _ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
+_ENDING = 1.0  # seconds of these rounds
+_PIDS = 256 << 10  # bytes of a group's list of processes
+_STATUS = 1 << 20  # bytes of a process' status: it lists up to 65 536 groups of users
+_ENVIRONMENT = 2 << 20  # bytes of an environment that are looked through; a command of ours has half of that
+_PIECE = 64 << 10
+_LOOKING = 0.25  # seconds for all environments of a container; those of 400 plain processes take 10 ms
 _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_INNER = re.compile(rb"^NSpid:.*?(\d{1,10})$", re.MULTILINE)
+_NAME = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
 
 
+@functools.cache
 def mount_point() -> Path | None:
     """Return where the v2 tree is mounted: the top on pure hosts, `unified` on hybrid ones."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
@@ -40,10 +56,10 @@ def of_init(pid: int) -> Path | None:
     if mount is None:
         return None
     try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
-            path = next((line[3:].strip() for line in lines if line.startswith("0::")), None)
+        lines = part(f"/proc/{pid}/cgroup", _PIECE).decode("utf-8", "surrogateescape").split("\n")
     except OSError:
         return None
+    path = next((line[3:].strip() for line in lines if line.startswith("0::")), None)
     if path is None:
         return None
     return mount / path.removesuffix("/init.scope").lstrip("/")
@@ -61,8 +77,16 @@ def of_command(container: Path, group: str) -> Path:
 
 
 def folders(path: Path) -> list[Path]:
-    """Return a group and those below it, for a tenant's root can make some there."""
-    return [Path(folder) for folder, _, _ in itertools.islice(os.walk(path), _FOLDERS)]
+    """Return a group and those below it, for a tenant's root can make some there; each before its own."""
+    found = [path]
+    for folder in found:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if len(found) >= _FOLDERS:
+                    return found
+                if entry.is_dir(follow_symlinks=False):
+                    found.append(folder / entry.name)
+    return found
 
 
 def pids(path: Path) -> list[int]:
@@ -71,7 +95,8 @@ def pids(path: Path) -> list[int]:
     for folder in folders(path):
         # gone, or removed between open and read (ENODEV)
         with contextlib.suppress(OSError):
-            found += [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+            text = part(folder / "cgroup.procs", _PIDS)
+            found += map(int, text[: text.rfind(b"\n") + 1].split())
     return found
 
 
@@ -88,11 +113,16 @@ def members(path: Path) -> list[Member]:
     found: list[Member] = []
     for pid in pids(path)[:_LISTED]:
         try:
-            status = Path(f"/proc/{pid}/status").read_bytes().decode("utf-8", "replace")
+            status = part(f"/proc/{pid}/status", _STATUS)
         except OSError:
             continue  # it has ended
-        facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        found.append(Member(int(facts.get("NSpid", "0").split()[-1]), facts.get("Name", "")))
+        inner, name = _INNER.search(status), _NAME.search(status)
+        found.append(
+            Member(
+                0 if inner is None else int(inner[1]),
+                "" if name is None else name[1].decode("utf-8", "replace"),
+            )
+        )
     return found
 
 
@@ -146,11 +176,10 @@ def end(path: Path) -> None:
     """
     if strays := _strays(path):
         _write(path / "cgroup.freeze", "1")
+        until = monotonic() + _ENDING
         for _ in range(_ROUNDS):
-            for pid in strays:
-                if not _bring_back(path, pid):
-                    _send(pid, signal.SIGKILL, lambda pid: pid in _strays(path))
-            if not (strays := _strays(path)):
+            _kill(path, [pid for pid in strays if not _bring_back(path, pid)])
+            if monotonic() > until or not (strays := _strays(path)):
                 break
     _write(path / "cgroup.kill", "1")
 
@@ -180,26 +209,39 @@ def _strays(path: Path) -> set[int]:
     group = set(pids(path))
     facts = {pid: found for pid in pids(container) if (found := stat(pid)) is not None}
     name = f"{MARKER}={path.relative_to(container / PARENT)}".encode()
-    mine = group | {pid for pid in facts.keys() - group if _carries(pid, name)}
+    until = monotonic() + _LOOKING
+    mine = group | {pid for pid in facts.keys() - group if _carries(pid, name, until)}
     sessions = {facts[pid].session for pid in mine if pid in facts} & facts.keys()
-    grown = True
-    while grown:
-        more = {
-            pid
-            for pid, found in facts.items()
-            if pid not in mine and (found.parent in mine or found.session in sessions)
-        }
-        mine |= more
-        grown = bool(more)
+    children = defaultdict[int, list[int]](list)
+    for pid, found in facts.items():
+        children[found.parent].append(pid)
+        if found.session in sessions:
+            mine.add(pid)
+    pending = list(mine)
+    while pending:
+        more = [pid for pid in children.pop(pending.pop(), ()) if pid not in mine]
+        mine.update(more)
+        pending += more
     return mine - group
 
 
-def _carries(pid: int, name: bytes) -> bool:
+def _carries(pid: int, name: bytes, until: float) -> bool:
+    """Return whether an environment names a group, or one below it; False where `until` has passed first."""
+    words = (b"\0" + name + b"\0", b"\0" + name + b"/")
+    left, text = _ENVIRONMENT, b"\0"
     try:
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            while left > 0 and monotonic() < until:
+                piece = file.read(_PIECE)
+                text = text[-len(words[0]) :] + (piece or b"\0")
+                if any(word in text for word in words):
+                    return True
+                if not piece:
+                    break
+                left -= len(piece)
     except OSError:
-        return False
-    return any(word == name or word.startswith(name + b"/") for word in words)
+        pass  # it has ended
+    return False
 
 
 def _bring_back(path: Path, pid: int) -> bool:
@@ -208,19 +250,17 @@ def _bring_back(path: Path, pid: int) -> bool:
     return _write(path / "cgroup.procs", str(pid))
 
 
-def _send(pid: int, number: signal.Signals, still: Callable[[int], bool]) -> None:
-    # a pid may have been reused since it was read: hold the process first, then look again
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        if still(pid):
-            signal.pidfd_send_signal(descriptor, number)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+def _kill(path: Path, found: Iterable[int]) -> None:
+    """Send KILL to processes outside of their group. Their numbers may be others' since they were read."""
+    with contextlib.ExitStack() as stack:
+        held: dict[int, int] = {}
+        for pid in list(found)[:_HELD]:
+            with contextlib.suppress(OSError):  # it has ended
+                held[pid] = os.pidfd_open(pid)
+                stack.callback(os.close, held[pid])
+        for pid in held.keys() & _strays(path) if held else ():
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(held[pid], signal.SIGKILL)
 
 
 def _write(path: Path, text: str) -> bool:

@@ -150,7 +150,7 @@ class Process(Protocol):
         """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
         ...
 
-    def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[Member] | None:
         """Return what runs of the tree, a hundred processes at most; None where that cannot be known."""
         ...
 

@@ -52,6 +52,7 @@ from gateway.runtime.wrapper import (
     Preamble,
     check_size,
     command_line,
+    killed,
     start_command,
 )
 from gateway.settings import Settings
@@ -530,7 +531,7 @@ class LocalProcess:
 
     async def kill(self, grace: float) -> Killed:
         cgroup = self._cgroup()
-        if cgroup is not None and cgroup.reachable():
+        if cgroup is not None and await cgroup.reachable():
             ended = await cgroup.kill(grace, self._limit)
             return Killed(ended.killed, ended.escalated, ended.survivors)
         milliseconds = [str(int(seconds * 1000)) for seconds in (grace, self._limit)]
@@ -539,13 +540,11 @@ class LocalProcess:
             stdout=asyncio.subprocess.PIPE, env={"PATH": _PATH},
         )  # fmt: skip
         said, _ = await script.communicate()
-        killed, escalated, survivors, method = said.decode().split()
-        left = int(survivors)
-        return Killed(int(killed) - left, escalated == "1", left, "cgroup" if method == "cgroup" else "scan")
+        return killed(said)
 
-    def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[Member] | None:
         cgroup = self._cgroup()
-        return None if cgroup is None else cgroup.members()
+        return None if cgroup is None else await cgroup.members()
 
     async def aclose(self) -> None:
         if self._process is not None and not self.ended.done():

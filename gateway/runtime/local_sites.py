@@ -102,7 +102,7 @@ class LocalSites:
         process = await self._runtime.exec(tenant, spec)
         try:
             async with asyncio.timeout(self._settings.install_timeout):
-                said = await lines(process, say)
+                said = await lines(process, say, self._settings.install_log, self._settings.install_output)
                 exit_ = await process.wait()
         except BaseException:
             await asyncio.shield(process.kill(0))
@@ -255,10 +255,15 @@ class _Service:
 
     def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
         self.port = port
-        self.said = ""
         self.restarts = 0
         self._runtime, self._tenant, self._spec = runtime, tenant, spec
+        self._said = b""
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def said(self) -> str:
+        """The end of what it printed."""
+        return self._said.decode("utf-8", "replace")
 
     async def start(self) -> None:
         """Start it; raises `ExecFailed` where it cannot be started at all."""
@@ -273,7 +278,8 @@ class _Service:
     async def _keep(self, process: Process) -> None:
         while True:
             try:
-                await lines(process, self._say)
+                while piece := await process.read("stdout"):
+                    self._said = (self._said + piece[-_TAIL:])[-_TAIL:]
                 await process.wait()
             except asyncio.CancelledError:
                 await asyncio.shield(process.kill(1.0))
@@ -288,9 +294,6 @@ class _Service:
                     return
                 except GatewayError as error:
                     log.info("the site of %s cannot be started: %s", self._tenant, error.message)
-
-    def _say(self, line: str) -> None:
-        self.said = (self.said + line + "\n")[-_TAIL:]
 
 
 def _free_port() -> int:

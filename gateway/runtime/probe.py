@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import math
+import re
 import socket
+import ssl
 import time
 from typing import Final
 
@@ -15,6 +17,8 @@ _CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel
 _ANSWER: Final = 10.0  # seconds of one answer
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
 _TRACE: Final = 61.0  # seconds that a connection that has ended can be seen
+_HEAD: Final = 4096  # bytes of an answer that are looked at, and read
+_STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")  # RFC 9112, section 4
 
 
 class Silent(TimeoutError):
@@ -54,11 +58,22 @@ async def answer(address: str, port: int, path: str, timeout: float) -> int:
             await asyncio.sleep(_PAUSE)
 
 
-async def ask(address: str, port: int, path: str, connect: float = _CONNECT, answer: float = _ANSWER) -> int:
+async def ask(
+    address: str,
+    port: int,
+    path: str,
+    connect: float = _CONNECT,
+    answer: float = _ANSWER,
+    *,
+    host: str | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """Ask once; return the status. Raises `OSError`, so `TimeoutError` and `Silent`, and `ValueError`.
 
-    `connect` and `answer` are the seconds that each of the two may take.
+    `connect` and `answer` are the seconds that each of the two may take. Of the answer, which may be anything
+    and never end, the first line alone is taken.
     """
+    request = f"GET {path} HTTP/1.1\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
     with socket.socket() as own:
         own.setblocking(False)
         own.bind(("", 0))  # so that its port is known before anybody sees the connection
@@ -66,19 +81,29 @@ async def ask(address: str, port: int, path: str, connect: float = _CONNECT, ans
         _ports[mine] = math.inf
         try:
             await asyncio.wait_for(asyncio.get_running_loop().sock_connect(own, (address, port)), connect)
-            reader, writer = await asyncio.open_connection(sock=own)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-                line = await asyncio.wait_for(reader.readline(), answer)
+                async with asyncio.timeout(answer):
+                    reader, writer = await asyncio.open_connection(
+                        sock=own, limit=_HEAD, ssl=tls, server_hostname=None if tls is None else host
+                    )
+                    try:
+                        writer.write(request)
+                        line = await reader.readline()
+                    finally:
+                        writer.transport.abort()  # no word more, and no wait for one
             except TimeoutError:
                 raise Silent from None
-            finally:
-                writer.close()
         finally:
             _ended(mine)
-    if not line.startswith(b"HTTP/1."):
+    return status_of(line)
+
+
+def status_of(line: bytes) -> int:
+    """Return the status of an answer by its first line. Raises `ValueError` where it is none of HTTP."""
+    match = _STATUS.fullmatch(line)
+    if match is None:
         raise ValueError("no HTTP")
-    return int(line.split()[1])
+    return int(match[1])
 
 
 def _ended(port: int) -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
-from gateway.errors import GatewayError
+from gateway.bounds import Lines
+from gateway.errors import ExecFailed, GatewayError
 from gateway.runtime import Process
 
 _TAIL: Final = 4000  # bytes of a command's output that an error tells
+_LINE: Final = 2000  # bytes of one line that is passed on
 _QUOTA: Final = ("quota exceeded", "edquot")
 _FULL: Final = ("no space left", "enospc", *_QUOTA)
 
@@ -188,15 +190,19 @@ def quota_was_reached(said: str) -> bool:
     return any(words in said.lower() for words in _QUOTA)
 
 
-async def lines(process: Process, say: Say) -> str:
-    """Pass each line of a merged command's output on; return the end of it all."""
-    tail, rest = b"", b""
-    while chunk := await process.read("stdout"):
-        tail = (tail + chunk)[-_TAIL:]
-        *whole, rest = (rest + chunk).split(b"\n")
-        rest = rest[-_TAIL:]
-        for line in whole:
-            say(line.decode("utf-8", "replace"))
-    if rest:
-        say(rest.decode("utf-8", "replace"))
-    return tail.decode("utf-8", "replace")
+async def lines(process: Process, say: Say | None, most: int, limit: int) -> str:
+    """Pass the first `most` lines of a merged command's output on; return the end of it all.
+
+    Raises `ExecFailed` where it prints over `limit` bytes.
+    """
+    heard, size = Lines(0 if say is None else most, length=_LINE, tail=_TAIL), 0
+    tell = say or (lambda line: None)
+    while piece := await process.read("stdout"):
+        size += len(piece)
+        if size > limit:
+            raise ExecFailed(f"the command printed over {limit} bytes and was ended", reason="printed")
+        for line in heard.feed(piece):
+            tell(line)
+    for line in heard.end():
+        tell(line)
+    return heard.tail

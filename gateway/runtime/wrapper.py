@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from gateway.errors import ExecFailed, InvalidParams, TooLarge
+from gateway.errors import ExecFailed, InvalidParams, TooLarge, Unavailable
 from gateway.rootfs.trees import MARKER, PARENT
+from gateway.runtime import Killed
 
 # a hybrid host mounts the v2 tree at …/unified, a pure one at the top
 _FIND_CGROUP = f"g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; g=$g/{PARENT}/$1"
@@ -90,6 +91,24 @@ DRAIN_SCRIPT: Final = (
 
 Method = Literal["cgroup", "scan"]
 
+PID_MAX: Final = 1 << 22  # the kernel's own limit, PID_MAX_LIMIT
+_READY: Final = re.compile(rb"\x01R (\d{1,20}) (cgroup|scan) (|/dev/[a-z0-9/]{1,60}|not a tty)")
+# processes that were found, whether KILL was needed, survivors, how they were found
+_KILLED: Final = re.compile(rb"\s*(\d{1,7}) ([01]) (\d{1,7}) (cgroup|scan)\s*")
+KILLED_MAX: Final = 256  # bytes of that
+
+
+def killed(said: bytes) -> Killed:
+    """Return what `KILL_SCRIPT` did, by its answer. Raises `Unavailable` for one that is not its own."""
+    match = _KILLED.fullmatch(said)
+    if match is None:
+        raise Unavailable(
+            "the tenant's shell does not say what it ended; restart the tenant to end all of its processes"
+        )
+    survivors = int(match[3])
+    method: Method = "cgroup" if match[4] == b"cgroup" else "scan"
+    return Killed(max(0, int(match[1]) - survivors), match[2] == b"1", survivors, method)
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -145,10 +164,12 @@ class Preamble:
     """Takes the shells' own lines off the front of a command's output.
 
     Feed it what comes; once `started` is true, `rest` is the command's own first output. Raises
-    `ExecFailed` as soon as a shell says that the command cannot start.
+    `ExecFailed` as soon as a shell says that the command cannot start, or more than `LIMIT` bytes that do not
+    start it: the shell is the tenant's, and may say anything for ever.
     """
 
     LIMIT: Final = 64 * 1024  # the shells say a few hundred bytes; more is not ours
+    _NOISE: Final = 500  # bytes of what others said that an error repeats
 
     def __init__(self) -> None:
         self.pid = 0
@@ -157,43 +178,50 @@ class Preamble:
         self.ready = False
         self.started = False
         self.rest = b""
+        self._left = self.LIMIT
         self._buffer = b""
         self._names = {"cwd": "", "user": "", "argv0": ""}
-        self._noise: list[str] = []
+        self._noise = b""
 
     def asked(self, argv0: str, cwd: str, user: str) -> None:
         """Note what was asked for, for the words of an error."""
         self._names = {"cwd": cwd, "user": user, "argv0": argv0}
 
     def feed(self, data: bytes) -> None:
-        self._buffer += data
+        text, start = self._buffer + data, 0
         while not self.started:
-            line, newline, rest = self._buffer.partition(b"\n")
-            if not newline:
+            end = text.find(b"\n", start, start + self._left)
+            if end < 0:
                 break
-            self._buffer = rest
+            line, self._left = text[start:end], self._left - (end + 1 - start)
+            start = end + 1
             self._line(line.rstrip(b"\r"))
         if self.started:
-            self.rest, self._buffer = self._buffer, b""
-        elif len(self._buffer) > self.LIMIT:
+            self.rest, self._buffer = text[start:], b""
+        elif len(text) - start > self._left or not self._left:
             raise ExecFailed("the tenant's shell does not behave: the command was not started")
+        else:
+            self._buffer = text[start:]
 
     def ended(self) -> ExecFailed:
         """Return the error for an output that ended before the command had started."""
-        self._noise.append(self._buffer.decode("utf-8", "replace"))
-        said = " ".join(part.strip() for part in self._noise if part.strip())[:500]
+        self._hear(self._buffer)
+        said = " ".join(self._noise.decode("utf-8", "replace").split("\n")).strip()
         return ExecFailed(f"the command was not started{': ' + said if said else ''}")
 
+    def _hear(self, line: bytes) -> None:
+        if line.strip() and len(self._noise) < self._NOISE:
+            self._noise = (self._noise + b"\n" + line.strip())[: self._NOISE]
+
     def _line(self, line: bytes) -> None:
-        if not line.startswith(b"\x01"):
-            self._noise.append(line.decode("utf-8", "replace"))
+        if ready := _READY.fullmatch(line):
+            self.pid, self.ready, self.terminal = int(ready[1]), True, ready[3].decode()
+            self.method = "cgroup" if ready[2] == b"cgroup" else "scan"
+            if not 0 < self.pid <= PID_MAX:
+                raise ExecFailed("the tenant's shell does not behave: it names no process that can be")
             return
-        words = line[1:].decode("ascii", "replace").split(" ")
-        match words:
-            case ["R", pid, "cgroup" | "scan" as method, terminal] if pid.isdigit():
-                self.pid, self.method, self.ready = int(pid), method, True
-                self.terminal = terminal
-            case ["K"]:
+        match line[1:].decode("ascii", "replace").split(" ") if line.startswith(b"\x01") else ():
+            case ["K"] if self.ready:
                 self.started = True
             case ["E", "cwd"]:
                 raise ExecFailed(f"no such folder: {self._names['cwd']}", reason="cwd")
@@ -208,7 +236,7 @@ class Preamble:
                     f"not executable: {self._names['argv0']}", reason="not_executable", exitCode=126
                 )
             case _:
-                self._noise.append(line.decode("utf-8", "replace"))
+                self._hear(line)
 
 
 def check_size(argv: tuple[str, ...], env: Mapping[str, str], *, one: int, total: int) -> None:

@@ -227,14 +227,14 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
 
 async def test_a_caddy_that_is_down(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the start, and when the site is to be seen through it."""
-    fetch = Caddy.fetch
+    ask = Caddy.ask
 
-    async def killed(self: Caddy, *words: Any) -> tuple[int, bytes]:
+    async def killed(self: Caddy, domain: str, path: str, timeout: float) -> int:
         await desk.caddy.stop()
-        return await fetch(self, *words)
+        return await ask(self, domain, path, timeout)
 
     try:
-        monkeypatch.setattr(Caddy, "fetch", killed)
+        monkeypatch.setattr(Caddy, "ask", killed)
         said = await desk.refused()
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "caddy_down", "verify")
         said = await desk.refused()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import socket
 import tarfile
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies
 
 from gateway.deployments.template import named, packed, read_folder, uploaded
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
@@ -83,6 +87,103 @@ def test_a_device_a_pipe_and_a_hard_link_in_an_archive_are_refused(kind: bytes) 
     assert "is a device" in refused(archive(header("odd", kind, "site.toml")))
 
 
+def told(**facts: str) -> bytes:
+    """Return a tar of which an extended header tells these facts."""
+    return archive(header("big", tarfile.REGTYPE, **facts), form=tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        sparse(10 << 30),
+        told(**{"GNU.sparse.map": "0,0", "GNU.sparse.size": "1"}),
+        told(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "99999999999"}),
+        told(**{"GNU.sparse.size": "99999999999", "GNU.sparse.numblocks": "1"}),
+        told(**{"GNU.sparse.map": ",".join(["9999,0"] * 10_000)}),
+        told(comment="x" * 70_000),
+        told(**{f"a.{n}": "x" for n in range(40)}),
+    ],
+)
+def test_what_is_no_plain_tar_is_refused_before_it_is_there(data: bytes) -> None:
+    said = refused(data)
+    assert "plain tar" in said or "a sparse file" in said
+
+
+def test_an_archive_takes_the_time_and_room_of_its_bytes() -> None:
+    """Millions of pieces, facts, headers, names of folders: each is refused, or read in a moment."""
+    one = header("a", tarfile.REGTYPE, **{f"a.{n}": "x" for n in range(31)})
+    hostile = (
+        gzip.compress(told(**{"GNU.sparse.map": "9999,0," * 4_000_000})),
+        one.tobuf(tarfile.PAX_FORMAT) * 10_000,
+        archive(*((f"node_modules/{n}", b"") for n in range(20_000))),
+        archive(*(("ab/" * 31 + str(n), b"") for n in range(9_000))),
+    )
+    tracemalloc.start()
+    try:
+        for data in hostile:
+            began = time.process_time()
+            with contextlib.suppress(GatewayError):
+                uploaded(data, Settings())
+            assert time.process_time() - began < 15  # each allocation is traced meanwhile
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+LONG = header("c", tarfile.DIRTYPE, path="e" * 120)
+WHOLE = archive(("a/b", b"x" * 600), link("c", "a"), LONG, form=tarfile.PAX_FORMAT)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    strategies.lists(
+        strategies.tuples(strategies.integers(0, len(WHOLE) - 1), strategies.integers(0, 255)), max_size=6
+    ),
+    strategies.booleans(),
+)
+def test_an_archive_with_any_bytes_changed_is_read_or_refused(
+    changes: list[tuple[int, int]], summed: bool
+) -> None:
+    data = bytearray(WHOLE)
+    for at, value in changes:
+        data[at] = value
+    for start in range(0, len(data), 512) if summed else ():  # so that more than its sum is looked at
+        if data[start + 257 : start + 262] == b"ustar":
+            data[start + 148 : start + 156] = b" " * 8
+            data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    with contextlib.suppress(InvalidParams, TooLarge):
+        uploaded(bytes(data), SMALL)
+
+
+@settings(deadline=None, max_examples=200)
+@given(strategies.binary(max_size=300), strategies.text("[]{}\"'=.,1aé\\\n#-", max_size=300))
+def test_any_manifest_is_read_or_refused(odd: bytes, text: str) -> None:
+    for said in (odd, text.encode(), MANIFEST + text.encode()):
+        with contextlib.suppress(InvalidParams):
+            uploaded(archive(manifest=said), SMALL)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[a{n}]\n",
+        "a{n} = 1\n",
+        "[[a.b.c]]\n",
+        "a{n}.b.c.d = 1\n",
+        "x{n} = {{a = [1, [2]]}}\n",
+        "s{n} = '''\n'''\n",
+        's{n} = "\\u0041\\n\\n\\n"\n',
+        "a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a{n} = 1\n",
+    ],
+)
+def test_the_largest_manifest_is_read_in_a_moment(line: str) -> None:
+    lines = "".join(line.format(n=n) for n in range(20_000))[: 63 << 10]
+    began = time.process_time()
+    with contextlib.suppress(InvalidParams):
+        uploaded(archive(manifest=MANIFEST + lines.encode()), SMALL)
+    assert time.process_time() - began < 1
+
+
 def test_a_pipe_and_a_socket_in_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_bytes(MANIFEST)
     os.mkfifo(tmp_path / "pi\npe")
@@ -127,8 +228,11 @@ def test_two_of_one_name_and_what_lies_below_a_file_or_a_link_are_refused() -> N
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(lambda: sparse(10 << 30), id="10 GB of a sparse file"),
         pytest.param(lambda: archive(("a", bytes(2 << 20))), id="2 MB"),
+        pytest.param(
+            lambda: archive(header("a", tarfile.REGTYPE, size="99999999999"), form=tarfile.PAX_FORMAT),
+            id="100 GB that are not there",
+        ),
         pytest.param(lambda: gzip.compress(archive(("node_modules/a", bytes(64 << 20)))), id="a gzip bomb"),
         pytest.param(lambda: archive(*((f"{n}", bytes(40_000)) for n in range(40))), id="many bytes in all"),
         pytest.param(lambda: archive(*((f"{n}", b"") for n in range(51))), id="too many files"),

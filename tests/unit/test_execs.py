@@ -72,7 +72,7 @@ async def test_of_many_ended_commands_only_the_end_is_kept(make: Make, limit: di
     tail = weakref.ref(first.streams["stdout"].tail)
     await ended(execs, "sh", "-c", script)
     await until(lambda: first.kept_bytes < 1000)
-    assert first.over.code == 3 and len(str(first.describe()["argv"])) < 300
+    assert first.over.code == 3 and len(str((await first.describe())["argv"])) < 300
     late = first.attach({"stdout": 10})
     assert late.lost == {"stdout": 59_990, "stderr": 0}
     assert late.cursors["stdout"].offset == 60_000
@@ -124,7 +124,7 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
         found = again.get("demo", running.id)
         assert (found.over.reason, found.over.code) == ("lost", None)
         assert found.over.duration_ms == pytest.approx((time.time() - began) * 1000, abs=60_000)
-        assert found.describe()["pid"] == running.process.pid
+        assert (await found.describe())["pid"] == running.process.pid
         with pytest.raises(NotFound):
             again.get("demo", over.id)
         again._bus.close()

@@ -8,8 +8,12 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
+import pytest
+from hypothesis import given, strategies
+
 from gateway.deployments.health import Health
 from gateway.events import Bus
+from gateway.runtime.probe import status_of
 from gateway.runtime.sites import Exposure, Site, Sites
 from gateway.settings import Settings
 
@@ -102,3 +106,61 @@ async def test_a_site_that_says_nothing_for_long_is_unhealthy_at_once() -> None:
         assert (kind, data["failures"], data["why"]) == ("tenant.unhealthy", 1, "no answer in 0.2 s")
         hanging.said = b"HTTP/1.1 404 Not Found\r\n\r\n"
         assert (await told.events.get())[0] == "tenant.healthy"
+
+
+@given(strategies.binary(max_size=80))
+def test_a_status_line_is_http_or_none(line: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert 100 <= status_of(line) <= 599
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200\r\n", b"HTTP/1.1 200 \n"])
+def test_a_status_line_of_a_plain_server(line: bytes) -> None:
+    assert status_of(line) == 200
+
+
+ODD = [
+    b"HTTP/1.1\r\n\r\n",
+    b"HTTP/1.1 \r\n\r\n",
+    b"HTTP/1.1 -200 OK\r\n\r\n",
+    b"HTTP/1.1 +200 OK\r\n\r\n",
+    b"HTTP/1.1 2_0_0 OK\r\n\r\n",
+    b"HTTP/1.1 099 OK\r\n\r\n",
+    b"HTTP/1.1 600 OK\r\n\r\n",
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    b"HTTP/1.1  200 OK\r\n\r\n",
+    b"HTTP/2 200\r\n\r\n",
+    b"HTTP/1.1 " + b"9" * 5000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 " + b"x" * 100_000 + b"\r\n\r\n",
+    "HTTP/1.1 ２００ OK\r\n\r\n".encode(),
+    b"x" * 1_000_000,
+    b"",
+]
+
+
+@pytest.mark.parametrize("said", ODD, ids=range(len(ODD)))
+async def test_an_odd_answer_is_unhealthy_and_the_next_look_is_taken(said: bytes) -> None:
+    told, odd = Told(), Server(said)
+    async with asyncio.timeout(DEADLINE), odd.serving() as port, watching(told, {"odd": port}) as health:
+        kind, _, data = await told.events.get()
+        assert (kind, data["why"]) in {("tenant.unhealthy", "no HTTP"), ("tenant.unhealthy", "no connection")}
+        assert await health.now("odd") == {"answers": False, "status": None}
+        odd.said = b"HTTP/1.1 204 No Content\r\n\r\n"
+        assert (await told.events.get())[:2] == ("tenant.healthy", "odd")
+
+
+async def test_what_nobody_foresaw_of_one_site_is_told_and_ends_no_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(*words: Any) -> int:
+        raise IndexError("odd")
+
+    told, well = Told(), Server(b"HTTP/1.1 200 OK\r\n\r\n")
+    async with asyncio.timeout(DEADLINE), well.serving() as port:
+        with monkeypatch.context() as patch:
+            patch.setattr("gateway.deployments.health.ask", fail)
+            async with watching(told, {"odd": port}):
+                kind, _, data = await told.events.get()
+                assert (kind, data["why"]) == ("tenant.unhealthy", "it could not be looked at")
+                patch.undo()
+                assert (await told.events.get())[0] == "tenant.healthy"

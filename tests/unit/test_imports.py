@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal"},
+    {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal", "bounds"},
     {"store", "hostnames"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"grants", "runtime", "audit"},
@@ -41,12 +41,13 @@ ONLY: dict[str, set[str]] = {
     "ledger": set(),
     "terminal": set(),
     "tasks": set(),
+    "bounds": set(),
     "store": {"errors", "ledger"},
     "editor": {"errors"},
     # browsers and tenants are nothing to these
-    "incus": {"errors", "settings"},
-    "rootfs": {"errors", "settings"},
-    "runtime": {"errors", "settings", "hostnames", "incus", "rootfs", "tasks"},
+    "incus": {"errors", "settings", "bounds"},
+    "rootfs": {"errors", "settings", "bounds"},
+    "runtime": {"errors", "settings", "hostnames", "incus", "rootfs", "tasks", "bounds"},
     "audit": {"settings", "store", "events"},
     "grants": {"auth"},
     "revocations": {"errors", "store"},

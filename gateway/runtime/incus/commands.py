@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gateway.bounds import Flood, first
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
 from gateway.rootfs.cgroups import Cgroup, of_init
@@ -29,12 +30,14 @@ from gateway.runtime.standby import Standbys
 from gateway.runtime.wrapper import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
+    KILLED_MAX,
     START_SCRIPT,
     START_SCRIPT_PTY,
     Account,
     Preamble,
     check_size,
     command_line,
+    killed,
     start_command,
 )
 from gateway.settings import Settings
@@ -48,6 +51,7 @@ _IN_HAND: Final = (
     0.05  # seconds that incusd has for what it took from its socket, but not yet put into a terminal
 )
 _MAX_ID: Final = (1 << 31) - 1
+_KILL_STARTS: Final = 5.0  # seconds until a script that ends a command has begun
 _OURS: Final = (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT, DRAIN_SCRIPT)
 
 
@@ -138,7 +142,7 @@ class Commands:
         with translated(name), _in_time(name, "incusd"):
             async with asyncio.timeout(self.settings.exec_start_timeout):
                 sockets = await self._incus.exec(name, command, pty=size)
-        root = of_init(init_pid) if init_pid else None
+        root = await of_init(init_pid) if init_pid else None
         return IncusProcess(
             self, name, exec_id, sockets, None if root is None else self.cgroup(name, root, exec_id)
         )
@@ -170,24 +174,23 @@ class Commands:
         limit = self.settings.cancel_timeout
         milliseconds = [str(int(seconds * 1000)) for seconds in (grace, limit)]
         command = ["/bin/sh", "-c", KILL_SCRIPT, "sh", exec_id, *milliseconds]
-        with translated(name):
-            async with asyncio.timeout(grace + limit + 5):
-                sockets = await self._incus.exec(name, command)
-                try:
-                    await sockets.close_stdin()
-                    said = b""
-                    while chunk := await sockets.read("1"):
-                        said += chunk
-                    await sockets.result()
-                finally:
-                    await sockets.aclose()
-        killed, escalated, survivors, method = said.decode().split()
-        return Killed(
-            int(killed) - int(survivors),
-            escalated == "1",
-            int(survivors),
-            "cgroup" if method == "cgroup" else "scan",
-        )
+        try:
+            with translated(name):
+                async with asyncio.timeout(grace + limit + _KILL_STARTS):
+                    sockets = await self._incus.exec(name, command)
+                    try:
+                        await sockets.close_stdin()
+                        said = await first(lambda: sockets.read("1"), KILLED_MAX, most=KILLED_MAX)
+                        await sockets.result()
+                    finally:
+                        await sockets.aclose()
+        except TimeoutError:
+            raise Timeout(
+                "the tenant did not end the command in time; restart the tenant to end all of its processes"
+            ) from None
+        except (Flood, Lost):
+            said = b""
+        return killed(said)
 
     @contextlib.asynccontextmanager
     async def draining(self, name: str, terminal: str) -> AsyncIterator[None]:
@@ -234,12 +237,12 @@ class Commands:
         nothing is found.
         """
         ended = 0
-        root = of_init(await self._init_pid(name))
+        root = await of_init(await self._init_pid(name))
         if root is None:
             return 0
         for folder in (root / PARENT).glob(f"{self._own}-*"):
             left = self.cgroup(name, root, folder.name)
-            if folder.name == self._life or not left.reachable():
+            if folder.name == self._life or not await left.reachable():
                 continue
             killed = await left.kill(0, self.settings.cancel_timeout)
             ended += killed.killed
@@ -386,7 +389,7 @@ class IncusProcess:
     async def kill(self, grace: float) -> Killed:
         limit = self._commands.settings.cancel_timeout
         cgroup = self._cgroup()
-        if cgroup is not None and cgroup.reachable():
+        if cgroup is not None and await cgroup.reachable():
             ended = await cgroup.kill(grace, limit)
             killed = Killed(ended.killed, ended.escalated, ended.survivors)
         else:
@@ -394,9 +397,9 @@ class IncusProcess:
         await self.signal(signal.SIGKILL)  # a leader that left its cgroup; nothing where it has ended
         return killed
 
-    def left(self) -> Sequence[Member] | None:
+    async def left(self) -> Sequence[Member] | None:
         cgroup = self._cgroup()
-        return None if cgroup is None else cgroup.members()
+        return None if cgroup is None else await cgroup.members()
 
     async def aclose(self) -> None:
         await self._sockets.aclose()

@@ -71,6 +71,9 @@ _REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk
 _REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
 _REST_TIMEOUT: Final = 60.0
 _PATH_SHOWN: Final = 500
+_PRINTED: Final = 4 << 20  # bytes that a script of ours may print; it says a few lines
+_LOOK: Final = 10.0  # seconds of one that only looks
+_NUMBER: Final = 12  # characters of a number that one says
 _TRIES: Final = 20  # ports that are tried until one is free
 _FAILURES: Final = 3  # of one port or socket, until it is given up
 
@@ -372,7 +375,7 @@ class IncusSites:
         )
         try:
             async with asyncio.timeout(self._settings.install_timeout):
-                tail = await lines(process, say)
+                tail = await lines(process, say, self._settings.install_log, self._settings.install_output)
                 exit_ = await process.wait()
         except BaseException as error:
             await asyncio.shield(process.kill(0))
@@ -522,16 +525,17 @@ class IncusSites:
     async def restarts(self, tenant: str, side: Side) -> int:
         unit = "site.service" if side == "live" else "site-next.service"
         try:
-            said = await self._root(tenant, f"systemctl show --property=NRestarts --value {unit}")
-            return int(said.strip() or 0)
-        except (GatewayError, ValueError):
+            script = f"systemctl show --property=NRestarts --value {unit}"
+            return int((await self._root(tenant, script, seconds=_LOOK))[:_NUMBER].strip() or 0)
+        except (GatewayError, ValueError, TimeoutError):
             return 0
 
     async def log(self, tenant: str, side: Side) -> str:
         unit = "site.service" if side == "live" else "site-next.service"
         try:
-            return await self._root(tenant, f"journalctl --unit={unit} --lines=20 --output=cat --no-pager")
-        except GatewayError:
+            script = f"journalctl --unit={unit} --lines=20 --output=cat --no-pager"
+            return await self._root(tenant, script, seconds=_LOOK)
+        except (GatewayError, TimeoutError):
             return ""
 
     def _places(self) -> tuple[str, str, str]:
@@ -540,17 +544,19 @@ class IncusSites:
     def _folder(self, side: Side) -> str:
         return self._settings.workspace if side == "live" else self._next
 
-    async def _root(self, name: str, script: str, *words: str, given: bytes = b"") -> str:
-        """Run a script as the container's root and return what it printed. Raises `ExecFailed`."""
+    async def _root(
+        self, name: str, script: str, *words: str, given: bytes = b"", seconds: float | None = None
+    ) -> str:
+        """Run a script as the container's root and return the end of what it printed. Raises `ExecFailed`."""
         spec = ExecSpec(
             ("/bin/sh", "-c", script, "sh", *words), cwd="/", user="root", stdin=True, merged=True
         )
         process = await self._commands.exec(name, spec)
         try:
-            async with asyncio.timeout(self._settings.install_timeout):
+            async with asyncio.timeout(seconds or self._settings.install_timeout):
                 feeding = asyncio.create_task(_feed(process, given))
                 try:
-                    said = await lines(process, lambda line: None)
+                    said = await lines(process, None, 0, _PRINTED)
                 finally:
                     feeding.cancel()
                     await asyncio.gather(feeding, return_exceptions=True)

@@ -1,0 +1,110 @@
+"""Takes what others may make as large, or as slow, as they like: a part of it, in time, off the loop.
+
+`first` and `Lines` are for streams: they keep a part, drop the rest, and cost no more for a flood than for a
+word. `part` is for files of the kernel whose length is a tenant's. `aside` is for what takes more than a
+moment, or waits for the kernel: in a thread, under a deadline, with few threads for each tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_THREADS: Final = 16
+_SHARE: Final = 2  # of these threads, for one tenant
+
+# beside asyncio's own: one that waits for the kernel longer than its deadline keeps its thread until then
+_threads: Final = ThreadPoolExecutor(_THREADS, thread_name_prefix="aside")
+_shares: Final[WeakValueDictionary[object, asyncio.Semaphore]] = WeakValueDictionary()
+
+
+class Flood(Exception):
+    """More came than is read."""
+
+
+async def first(read: Callable[[], Awaitable[bytes]], limit: int, *, most: int | None = None) -> bytes:
+    """Read to the end; return the first `limit` bytes, drop the rest. Raises `Flood` over `most` in all."""
+    kept, size = bytearray(), 0
+    while piece := await read():
+        size += len(piece)
+        if len(kept) < limit:
+            kept += piece[: limit - len(kept)]
+        if most is not None and size > most:
+            raise Flood
+    return bytes(kept)
+
+
+class Lines:
+    """Takes a stream apart into lines: `most` of them, each cut to `length` bytes, and keeps its end.
+
+    Each piece costs what its kept part does, however many line ends there are in it.
+    """
+
+    def __init__(self, most: int, *, length: int, tail: int) -> None:
+        self._left = most
+        self._length = length
+        self._size = tail
+        self._tail = b""
+        self._rest = b""
+
+    def feed(self, piece: bytes) -> list[str]:
+        """Return the lines that have ended."""
+        self._tail = (self._tail + piece[-self._size :])[-self._size :]
+        if not self._left:
+            return []
+        *whole, rest = (self._rest + piece).split(b"\n", self._left)
+        self._left -= len(whole)
+        self._rest = rest[: self._length] if self._left else b""
+        return [self._text(line) for line in whole]
+
+    def end(self) -> list[str]:
+        """Return the last line, where it has no end."""
+        rest, self._rest = self._rest, b""
+        return [self._text(rest)] if rest else []
+
+    @property
+    def tail(self) -> str:
+        """The end of all that came."""
+        return self._tail.decode("utf-8", "replace")
+
+    def _text(self, line: bytes) -> str:
+        return line[: self._length].decode("utf-8", "replace")
+
+
+def part(path: str | Path, limit: int) -> bytes:
+    """Return the first `limit` bytes of a file. Raises `OSError`."""
+    with Path(path).open("rb", buffering=0) as file:
+        pieces, left = [], limit
+        while left > 0 and (piece := file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+    return b"".join(pieces)
+
+
+async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
+    """Return what `work` returns in a thread of its own. Raises `TimeoutError` after `seconds`.
+
+    `of` is whose doing it is: each has a share of the threads, and its own wait behind each other. What has
+    not ended in time goes on until it does; it must be bounded, and change nothing that would matter then.
+    """
+    share = _shares.get(of)
+    if share is None:
+        share = _shares[of] = asyncio.Semaphore(_SHARE)
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(seconds):
+        await share.acquire()
+        working = loop.run_in_executor(_threads, lambda: work(*given, **more))
+
+        def over(ended: asyncio.Future[T]) -> None:
+            share.release()  # not sooner, whatever becomes of us: the thread is taken until then
+            ended.exception()  # seen, also where nobody waits any more
+
+        working.add_done_callback(over)
+        return await asyncio.shield(working)

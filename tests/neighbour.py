@@ -1,0 +1,94 @@
+"""A tenant's client that reads a file every 10 ms and says how long each Read took, in a process of its own.
+
+What a test does to the gateway meanwhile must not slow down the clock that it is measured by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from websockets.sync.client import connect
+
+from gateway import protocol
+from tests.live import LiveGateway
+
+_EVERY = 0.01  # seconds
+
+
+class Beside:
+    """What a neighbour saw: the seconds of each Read, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: Sequence[float] = ()
+
+    @property
+    def worst(self) -> float:
+        return max(self.seconds)
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.seconds)[int(len(self.seconds) * 0.99)]
+
+    def __str__(self) -> str:
+        return f"{len(self.seconds)} reads, p99 {self.p99 * 1000:.1f} ms, worst {self.worst * 1000:.1f} ms"
+
+
+@contextlib.asynccontextmanager
+async def reading(gateway: LiveGateway, tenant: str, path: str) -> AsyncIterator[Beside]:
+    """Have a neighbour read while the context is open; what it saw is there afterwards."""
+    url = f"ws://127.0.0.1:{gateway.port}/v1/tenants/{tenant}/ws"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.neighbour", url, gateway.token(tenant), path),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=16 << 20,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    beside = Beside()
+    try:
+        async with asyncio.timeout(30):
+            assert await process.stdout.readline() == b"ready\n"
+        yield beside
+        process.stdin.close()
+        async with asyncio.timeout(60):
+            beside.seconds = json.loads(await process.stdout.readline())
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def main(url: str, token: str, path: str) -> None:
+    import select
+
+    with connect(url, subprotocols=[protocol.SUBPROTOCOL], proxy=None, max_size=None) as socket:  # type: ignore[list-item]
+
+        def call(number: int, method: str, **params: object) -> None:
+            socket.send(protocol.request(number, method, params))
+            while True:
+                said = protocol.decode_server_text(str(socket.recv(60)))
+                if isinstance(said, protocol.Reply):
+                    assert said.id == number and said.error is None, said
+                    return
+
+        call(1, "initialize", token=token, client={"name": "neighbour", "version": "1"})
+        number = 2
+        for number in range(2, 30):  # until its worker is there
+            call(number, "tools/call", name="Read", arguments={"file_path": path})
+        print("ready", flush=True)
+        seconds, due = [], time.monotonic()
+        while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+            number += 1
+            began = time.monotonic()
+            call(number, "tools/call", name="Read", arguments={"file_path": path})
+            seconds.append(time.monotonic() - began)
+            due = max(due + _EVERY, time.monotonic())
+        print(json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
