@@ -259,6 +259,7 @@ class Gateway:
             jobs = [
                 self._watch(runtime, workers, files, receipts),
                 self.metrics.follow(self.bus),
+                self.metrics.sample_lag(),
                 self._recover(),
                 self.grants.watch(),
             ]

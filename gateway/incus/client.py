@@ -22,6 +22,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
+from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
 from gateway.incus.exec import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
@@ -29,6 +30,11 @@ from gateway.incus.inventory import Inventory, touched_by
 log = logging.getLogger(__name__)
 
 _EVENTS_WAITING = 10_000
+_EVENT_MAX = 1 << 20  # bytes
+_ANSWER_MAX = 256 << 20  # bytes; a thousand instances take ten million
+# bytes of one instance with its state, in which are all the network interfaces and addresses that its tenant
+# makes: ten thousand are a million, which takes 5 ms to parse
+_STATE_MAX = 1 << 20
 _BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
 
 
@@ -87,6 +93,12 @@ class Incus:
         """Return the metadata of a GET. Raises `IncusError`."""
         return (await self._request("GET", path, query=query))["metadata"]
 
+    async def state(self, name: str) -> dict[str, Any]:
+        """Return the state of an instance. Raises `IncusError`."""
+        path = instance_path(name, "state")
+        found: dict[str, Any] = (await self._request("GET", path, most=_STATE_MAX))["metadata"]
+        return found
+
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[dict[str, Any]]:
@@ -120,14 +132,18 @@ class Incus:
         return None if found.get("config") is None else found
 
     async def instance(self, name: str) -> dict[str, Any]:
-        """Return an instance with its `state`, which is empty while it stops. Raises `IncusError`."""
+        """Return an instance with its `state`, which is empty while it stops, or where it is too large.
+
+        Raises `IncusError`.
+        """
         path = instance_path(name)
         try:
-            found: dict[str, Any] = await self.get(path, recursion="1")
+            answer = await self._request("GET", path, query={"recursion": "1"}, most=_STATE_MAX)
+            found: dict[str, Any] = answer["metadata"]
         except IncusError as error:
             if error.status in (0, 404):
                 raise
-            # its first process has ended, and Incus does not know it yet: "Invalid PID"
+            # its first process has ended, and Incus does not know it yet ("Invalid PID"), or it is too much
             found = await self.get(path)
         return {**found, "state": found.get("state") or {}}
 
@@ -256,7 +272,12 @@ class Incus:
             # pongs are required here: without them incusd hangs up after 30 s. A silent, half-dead
             # stream is found by our own heartbeat.
             async with self.session.ws_connect(
-                f"{_BASE}/1.0/events", params=query, max_msg_size=0, compress=0, autoping=True, heartbeat=20
+                f"{_BASE}/1.0/events",
+                params=query,
+                max_msg_size=_EVENT_MAX,
+                compress=0,
+                autoping=True,
+                heartbeat=20,
             ) as socket:
                 hearing = asyncio.create_task(self._hear(socket, heard, "lifecycle" in types))
                 try:
@@ -300,6 +321,7 @@ class Incus:
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, str] | None = None,
         limit: float | None = -1,
+        most: int = _ANSWER_MAX,
     ) -> dict[str, Any]:
         params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
@@ -310,7 +332,9 @@ class Incus:
             async with self.session.request(
                 method, _BASE + path, params=params, data=data, headers=headers, timeout=timeout
             ) as response:
-                answer: dict[str, Any] = orjson.loads(await response.read())
+                answer: dict[str, Any] = orjson.loads(await first(response.content.readany, most, most=most))
+        except Flood:
+            raise IncusError(f"incusd answers over {most} bytes", 413) from None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _unreachable(error) from error
         if answer.get("type") == "error":

@@ -11,9 +11,10 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import re
 import tarfile
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -73,27 +74,48 @@ async def baseline(gateway: LiveGateway, shared_tenant: Container) -> Beside:
 
 
 async def held(
-    gateway: LiveGateway, neighbour: Container, baseline: Beside, what: str, attack: Awaitable[None]
+    gateway: LiveGateway,
+    neighbour: Container,
+    baseline: Beside,
+    what: str,
+    attack: Callable[[], Awaitable[None]],
 ) -> None:
-    """Carry an attack out beside a neighbour that reads, and look at what it saw and what is kept."""
-    before = gateway.memory("VmRSS")
-    gateway.reset_peak()
-    async with reading(gateway, neighbour.name, "/srv/site/read") as beside:
-        async with asyncio.timeout(DEADLINE):
-            (failure,) = await asyncio.gather(attack, return_exceptions=True)
-        await asyncio.sleep(0.5)  # what comes after it counts too
-    deadline = time.monotonic() + 10
-    while (grown := gateway.memory("VmRSS") - before) > KEPT and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)  # nothing tells of it
-    peak = (gateway.memory("VmHWM") - before) >> 20
-    print(f"\n{what}: {beside}; alone: {baseline}; {grown >> 20} MiB more, {peak} MiB at the peak")
-    if failure is not None:
-        raise failure
-    assert beside.worst <= max(0.25, 5 * baseline.worst), beside
-    assert beside.p99 <= max(0.1, 5 * baseline.p99), beside
-    assert grown <= KEPT
-    async with gateway.http(neighbour.name) as http, http.get("/metrics") as response:
-        assert response.status == 200
+    """Carry an attack out beside a neighbour that reads, and look at what it saw and what is kept.
+
+    On a machine that others keep busy it is tried up to three times: a stall that the attack makes comes each
+    time, one that the machine makes does not.
+    """
+    for left in reversed(range(3)):
+        before, lag = gateway.memory("VmRSS"), await lags(gateway)
+        gateway.reset_peak()
+        async with reading(gateway, neighbour.name, "/srv/site/read") as beside:
+            async with asyncio.timeout(DEADLINE):
+                (failure,) = await asyncio.gather(attack(), return_exceptions=True)
+            await asyncio.sleep(0.5)  # what comes after it counts too
+        deadline = time.monotonic() + 10
+        while (grown := gateway.memory("VmRSS") - before) > KEPT and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)  # nothing tells of it
+        peak = (gateway.memory("VmHWM") - before) >> 20
+        late = {bound: int(count - lag[bound]) for bound, count in (await lags(gateway)).items()}
+        print(
+            f"\n{what}: {beside}; alone: {baseline}; {grown >> 20} MiB more, {peak} MiB at the peak; "
+            f"loop late: {[f'{bound} s {count}' for bound, count in late.items() if count]}"
+        )
+        if failure is not None:
+            raise failure
+        assert grown <= KEPT
+        worst, p99 = max(0.25, 5 * baseline.worst), max(0.1, 5 * baseline.p99)
+        if beside.worst <= worst and beside.p99 <= p99:
+            return
+        assert left, f"{beside}, which is over {worst:.3f} and {p99:.3f}"
+
+
+async def lags(gateway: LiveGateway) -> dict[str, float]:
+    """Return how often the gateway's loop was late by more than so many seconds."""
+    async with gateway.http("any") as http, http.get("/metrics") as response:
+        found = re.findall(r'gateway_loop_lag_seconds_bucket\{le="(.*?)"\} (\S+)', await response.text())
+    total = float(found[-1][1])
+    return {bound: total - float(count) for bound, count in found}
 
 
 @pytest.fixture
@@ -132,7 +154,7 @@ async def test_environments_of_empty_strings(
                 answer = await wire.call("exec/cancel", exec=started["exec"], graceMs=0)
                 assert answer["survivors"] == 0
 
-    await held(gateway, shared_tenant, baseline, "empty strings", attack())
+    await held(gateway, shared_tenant, baseline, "empty strings", attack)
 
 
 async def test_a_shell_of_line_ends(
@@ -146,7 +168,7 @@ async def test_a_shell_of_line_ends(
             assert failure.code == "exec_failed"
             assert (await wire.call("exec/list"))["execs"] == []
 
-    await held(gateway, shared_tenant, baseline, "line ends", attack())
+    await held(gateway, shared_tenant, baseline, "line ends", attack)
 
 
 async def test_a_shell_that_never_ends_to_speak(
@@ -159,7 +181,7 @@ async def test_a_shell_that_never_ends_to_speak(
             failures = [refused(wire.call("exec/start", command="true")) for _ in range(4)]
             assert {failure.code for failure in await asyncio.gather(*failures)} == {"exec_failed"}
 
-    await held(gateway, shared_tenant, baseline, "an endless shell", attack())
+    await held(gateway, shared_tenant, baseline, "an endless shell", attack)
 
 
 @pytest.mark.parametrize("pid", ["9223372036854775808", "99999999999999999999", "0", "4194305"])
@@ -177,7 +199,7 @@ async def test_a_process_number_that_no_kernel_gives(
             async with gateway.http(hostile.name) as http, http.get("/metrics") as response:
                 assert "\ngateway_execs 0.0\n" in await response.text()
 
-    await held(gateway, shared_tenant, baseline, f"pid {pid}", attack())
+    await held(gateway, shared_tenant, baseline, f"pid {pid}", attack)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +220,7 @@ async def test_a_kill_script_that_floods_its_answer(
             assert failure.code in ("unavailable", "timeout")
             assert "its log" not in str(failure)
 
-    await held(gateway, shared_tenant, baseline, f"kill script {kill[:20]}", attack())
+    await held(gateway, shared_tenant, baseline, f"kill script {kill[:20]}", attack)
 
 
 def sparse_map() -> bytes:
@@ -226,7 +248,7 @@ async def test_an_archive_with_a_map_of_millions(
                     made = await response.json()
             assert made["error"]["reason"] == "template_invalid", made
 
-    await held(gateway, shared_tenant, baseline, "sparse map", attack())
+    await held(gateway, shared_tenant, baseline, "sparse map", attack)
 
 
 async def test_thousands_of_addresses(
@@ -247,7 +269,7 @@ async def test_thousands_of_addresses(
         async with gateway.wire(hostile.name) as wire:
             assert (await wire.run(command="exit 3"))[0]["exitCode"] == 3
 
-    await held(gateway, shared_tenant, baseline, "thousands of addresses", attack())
+    await held(gateway, shared_tenant, baseline, "thousands of addresses", attack)
 
 
 async def test_thousands_of_groups_and_processes(
@@ -270,7 +292,7 @@ async def test_thousands_of_groups_and_processes(
             for one in execs:
                 await wire.call("exec/cancel", exec=one["exec"], graceMs=0)
 
-    await held(gateway, shared_tenant, baseline, "groups and processes", attack())
+    await held(gateway, shared_tenant, baseline, "groups and processes", attack)
 
 
 async def test_output_of_line_ends(
@@ -285,4 +307,4 @@ async def test_output_of_line_ends(
             with contextlib.suppress(RpcFailure):
                 await wire.call("exec/start", command=f"({line})", lingerMs=5000)
 
-    await held(gateway, shared_tenant, baseline, "output of line ends", attack())
+    await held(gateway, shared_tenant, baseline, "output of line ends", attack)

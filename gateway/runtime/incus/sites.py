@@ -677,7 +677,7 @@ class IncusSites:
     async def _computed(self, name: str) -> float:
         """Return the CPU seconds of a container."""
         with translated(name):
-            state = await self._incus.get(instance_path(name, "state"))
+            state = await self._incus.state(name)
         return float(state["cpu"]["usage"]) / 1e9
 
     async def reachable(self, name: str) -> None:
