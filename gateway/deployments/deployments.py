@@ -478,6 +478,7 @@ class Deployments:
         for record in await self._store.read(records.unfinished):
             if record.id not in self._running and record.id not in self._unwritten:
                 await self._recover_one(record)
+        await self._anchor()
         left = {record.id for record in await self._store.read(records.unfinished)} - self._unwritten.keys()
         async with self._domains.deciding(), self._caddy.changing:
             found = await self._sites.listed()
@@ -523,6 +524,15 @@ class Deployments:
         self._looks = self._looks + 1 if waits else 0
         if 0 < self._looks <= _ADDRESS_LOOKS:
             asyncio.get_running_loop().call_later(_ADDRESS_LOOK, self._moved.set)
+
+    async def _anchor(self) -> None:
+        """Give the tenants of sites an address that they keep: one that sleeps has a route by it alone."""
+        for site in await self._sites.listed():
+            if site.loose and site.deployment is None:
+                try:
+                    await self._sites.anchor(site.tenant)
+                except GatewayError as error:
+                    log.warning("tenant %s has no address that it keeps: %s", site.tenant, error.message)
 
 
 class _Work:

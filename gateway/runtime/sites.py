@@ -85,6 +85,7 @@ class Site:
     Of one that is `asleep` visitors ask the gateway first. `instance` and `created` are as a `Tenant`'s.
     Where another instance has the same address (`shares_address`), the younger one has no exposure: it would
     show the elder's site.
+    Where a `loose` one is will not be known any more once it is stopped: `Sites.anchor` it before.
     """
 
     tenant: str
@@ -97,6 +98,7 @@ class Site:
     instance: str | None = None
     created: str | None = None
     shares_address: bool = False
+    loose: bool = False
 
 
 class Sites(Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,10 +16,12 @@ import pytest
 from gateway.caddy import shipped
 from gateway.settings import Settings
 from tests.contracts.gateway import sse
+from tests.contracts.life import ask
 from tests.integration import environment
 from tests.integration.sites import hosting
 
 pytestmark = pytest.mark.timeout(300)
+CANCELS = int(os.environ.get("GATEWAY_TEST_CANCELS", "6"))
 DEADLINE = 120.0  # seconds of whatever is done in the background, on a busy machine
 UNPREPARED = b'gateway_template_unprepared{template="odd"}'
 KEY = "user.gateway.key"
@@ -134,3 +138,38 @@ async def test_a_template_that_cannot_be_made_ready_is_still_deployed(
             async with asyncio.timeout(30):
                 while UNPREPARED + b" 0.0" not in await (await session.get("/metrics")).read():
                     await asyncio.sleep(0.1)
+
+
+async def test_a_cancelled_deployment_is_rolled_back_once_nothing_carries_its_domain(
+    incus_settings: Settings, tmp_path: Path
+) -> None:
+    """Whenever it is cancelled: while an instance of the pool is marked, renamed, started, or one is made."""
+    state = tmp_path / "state"
+    moments = random.Random(3)
+    async with hosting(incus_settings, state, golden=True, warm_pool=CANCELS) as host:
+        assert (await host.deploy("first.test"))["state"] == "succeeded"
+        await until(ready_pool)
+        for number in range(CANCELS):
+            domain = f"cancelled-{number}.test"
+            _, begun, _ = await host.call("POST", "/v1/deployments", {"domain": domain, "template": "static"})
+            await host.reached(begun["id"], "create")
+            await asyncio.sleep(moments.uniform(0.0, 0.25))  # any moment of a claim
+            _, record, _ = await host.call("DELETE", f"/v1/deployments/{begun['id']}")
+            carrying = [
+                entry["name"]
+                for entry in environment.instances()
+                if entry["config"].get("user.gateway.domain") == domain
+            ]
+            if record["state"] == "rolledback":
+                assert carrying == [], number
+            async with host.gateway.http("*", scopes=("admin",)) as http:
+                entries = (await ask(http, "GET", "/v1/audit?limit=200"))["entries"]
+            removed = [one for one in entries if one["action"].endswith(".removed")]
+            undone = f"deployment {begun['id']} was undone"
+            assert all(one["facts"]["reason"] for one in removed)
+            mine = [one["facts"] for one in removed if one["facts"]["reason"] == undone]
+            assert len(mine) <= 1, "one instance of each deployment is removed, once"
+
+
+def ready_pool() -> bool:
+    return len([entry for entry in having("pool") if entry["status"] == "Stopped"]) == CANCELS

@@ -168,6 +168,67 @@ async def test_a_site_sleeps_on_while_the_gateway_is_started_again(host: Hosting
             assert await websocket.receive_str() == "hello"
 
 
+async def until_answers(host: Hosting, domain: str) -> None:
+    async with asyncio.timeout(60):
+        while (await host.visit(domain))[0] != 200:
+            await asyncio.sleep(0.1)  # its route comes when the gateway looks
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hosting, old: bool) -> None:
+    """Also one that has no address which it keeps, as clones of earlier versions."""
+    name, domain = f"copy-{old}".lower(), f"copy-{old}.example.com".lower()
+    status, made, _ = await host.call("POST", f"/v1/tenants/{TENANT}/clone", {"tenant": name})
+    assert status == 201, made
+    if old:
+        loosen(name)
+    assert (await host.call("PATCH", f"/v1/tenants/{name}", {"domain": domain}))[0] == 200
+    await until_answers(host, domain)
+    environment.incus("config", "set", name, f"user.gateway.idle_stop={LIMIT}")
+    for _ in range(2):
+        await sleeps(host, name)
+        # a look of the gateway at all routes leaves that of one that sleeps
+        environment.incus("config", "set", TENANT, "user.looked=at")
+        await asyncio.sleep(0.5)
+        statuses = await asyncio.gather(*(host.visit(domain) for _ in range(3)))
+        assert [status for status, _ in statuses] == [200] * 3
+    environment.incus("delete", "--force", name)
+
+
+async def test_a_clone_that_sleeps_since_an_earlier_version_is_woken(host: Hosting) -> None:
+    name, domain = "slept", "slept.example.com"
+    status, made, _ = await host.call("POST", f"/v1/tenants/{TENANT}/clone", {"tenant": name})
+    assert status == 201, made
+    await host.gateway.stop()
+    environment.incus("stop", "--force", name)
+    loosen(name)
+    for key, value in (("domain", domain), ("asleep", "true"), ("idle_stop", "0")):
+        environment.incus("config", "set", name, f"user.gateway.{key}={value}")
+    (host.settings.state_dir / "caddy" / "routes" / domain).unlink(missing_ok=True)
+    await host.gateway.start()
+    await until_answers(host, domain)
+    async with host.gateway.http(name) as http:
+        assert (await get(http, name))["status"] == "running"
+    environment.incus("delete", "--force", name)
+
+
+def loosen(name: str) -> None:
+    """Take an instance's fixed address away, as if it had been made without."""
+    running = environment.incus("list", name, "--format=csv", "--columns=s").stdout == b"RUNNING\n"
+    if running:
+        environment.incus("stop", "--force", name)
+    environment.incus("config", "device", "remove", name, "eth0")
+    environment.incus("config", "unset", name, "raw.lxc")
+    if running:
+        environment.incus("start", name)
+
+
+async def sleeps(host: Hosting, name: str) -> None:
+    async with host.gateway.http(name) as http, asyncio.timeout(60):
+        while (await get(http, name))["status"] != "stopped":
+            await asyncio.sleep(0.2)  # it may sleep already, and then no event comes
+
+
 async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, tmp_path: Path) -> None:
     """Caddy looks a route up while it is exchanged, hundreds of times in a second."""
     settings = settings_for(incus_settings, tmp_path, listen="127.0.0.1:9")

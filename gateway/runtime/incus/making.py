@@ -197,6 +197,8 @@ class Making:
             return
         bridge = IPv4Interface(self._settings.network_ipv4)
         has = leased(now)
+        if has is None and now["status"] != "Stopped":
+            return  # it may be just about to get one, which would not be the one chosen here
         async with contextlib.AsyncExitStack() as stack:
             if has is None or IPv4Address(has) not in bridge.network:
                 address = await stack.enter_async_context(self._free_address())
@@ -272,6 +274,12 @@ class Making:
     async def operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         """Do an operation, and see its end also where this is cancelled: nothing happens after an undo."""
         await whole(self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout))
+
+
+def has_fixed_address(instance: Instance) -> bool:
+    """Say whether an instance has an address while it is stopped, too."""
+    devices = instance["expanded_devices"].values()
+    return any(device.get("type") == "nic" and device.get("ipv4.address") for device in devices)
 
 
 def leased(instance: Instance) -> str | None:

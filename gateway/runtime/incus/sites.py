@@ -31,7 +31,7 @@ from gateway.rootfs.tenants import MANAGED
 from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.making import identity_of, is_ours, leased
+from gateway.runtime.incus.making import has_fixed_address, identity_of, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
 from gateway.runtime.probe import answer, ask, network_up
@@ -339,6 +339,7 @@ class IncusSites:
                     instance=instance["config"].get("volatile.uuid"),
                     created=instance.get("created_at"),
                     shares_address=len(home) > 1,
+                    loose=port.isdigit() and not has_fixed_address(instance),
                 )
             )
         return sites
