@@ -35,6 +35,9 @@ async def live(settings: Settings, log: Path, **more: str) -> AsyncIterator[Live
     gateway = LiveGateway(
         {
             "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
+            "GATEWAY_NETWORK": settings.network,
+            "GATEWAY_NETWORK_IPV4": settings.network_ipv4,
+            "GATEWAY_POOL": settings.pool,
             "GATEWAY_STATE_DIR": str(state),
             **more,
         },
