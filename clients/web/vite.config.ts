@@ -47,5 +47,5 @@ export default defineConfig({
     },
   },
   server: { proxy: { "/v1": { target: process.env.GATEWAY_URL ?? "http://127.0.0.1:8080", ws: true } } },
-  test: { include: ["tests/**/*.test.ts"], testTimeout: 20_000, hookTimeout: 20_000 },
+  test: { include: ["tests/**/*.test.ts"], testTimeout: 60_000, hookTimeout: 60_000 },
 });

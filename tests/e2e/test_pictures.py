@@ -13,6 +13,7 @@ from playwright.async_api import expect
 from tests.e2e.conftest import CHECKOUT, OpenEditor
 from tests.e2e.editor import DEADLINE, Editor
 from tests.e2e.test_editor import run, tool
+from tests.e2e.test_sessions import token
 from tests.integration.sites import Hosting
 
 AXE = CHECKOUT / "clients" / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -127,6 +128,46 @@ async def test_at_1024_pixels(editor: OpenEditor, site: str, pictures: Path) -> 
     window = await editor(viewport={"width": 1024, "height": 768})
     await at_work(window, site)
     await picture(window, pictures, "narrow")
+
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "dark": {"color_scheme": "dark"},
+    "light": {"color_scheme": "light"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+}
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+async def test_what_is_asked_of_a_session(editor: OpenEditor, site: str, pictures: Path, shape: str) -> None:
+    """The question of a link, that before a stop, and the end of the session."""
+    window = await editor(signed_in=False, **_SHAPES[shape])
+    window.watched.expected.append("401")
+    page = window.page
+
+    async def fits(name: str) -> None:
+        await picture(window, pictures, f"{name}-{shape}")
+        wide = await page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= page.viewport_size["width"]  # type: ignore[index]  # it has one
+
+    await window.load(f"token={token(site)}&tenant={site}")
+    await window.connected()
+    await page.evaluate(f"location.hash = 'token={token('blog', subject='mallory')}&tenant=blog'")
+    await expect(page.get_by_role("dialog", name="Sign in as somebody else")).to_be_visible()
+    await fits("asked")
+    await page.keyboard.press("Escape")
+    if shape == "phone":
+        await page.get_by_role("navigation", name="Views").get_by_role("button", name="Metrics").click()
+    else:
+        await window.view("Metrics and logs")
+    await page.get_by_role("button", name="Stop the tenant").click()
+    await expect(page.get_by_role("list", name="What ends")).to_be_visible()
+    await fits("stop")
+    await page.keyboard.press("Escape")
+    await page.evaluate(f"location.hash = 'token={token(site, ttl=20)}&tenant={site}'")
+    await expect(page.get_by_label("New access token")).to_be_visible()
+    await fits("session-ends")
+    await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()
+    await fits("session-ended")
 
 
 async def test_signing_in(editor: OpenEditor, pictures: Path) -> None:

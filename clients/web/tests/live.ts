@@ -1,6 +1,7 @@
 /** A gateway of the `local` runtime as a process, and a wire to it that can be cut. */
 
 import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { createHmac, randomBytes } from "node:crypto";
 import { mkdtempSync, rmSync } from "node:fs";
 import { connect, createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
@@ -10,7 +11,7 @@ const ROOT = new URL("../../..", import.meta.url).pathname;
 const SECRET = "a secret of the tests, long enough to sign with";
 const SCOPES = "files:read files:write exec deploy events";
 
-function freePort(): Promise<number> {
+export function freePort(): Promise<number> {
   return new Promise((resolve) => {
     const probe = createServer().listen(0, "127.0.0.1", () => {
       const { port } = probe.address() as { port: number };
@@ -47,6 +48,18 @@ export class LiveGateway {
 
   token(tenant: string, scopes = SCOPES): string {
     return this.#command("token", "--tenant", tenant, "--scope", scopes, "--ttl", "10m");
+  }
+
+  /** Returns a token that lives for `ttl` seconds, without a process for it. */
+  sign(tenant: string, ttl: number, subject = "test", scope = SCOPES): string {
+    const now = Math.floor(Date.now() / 1000);
+    const claims = { sub: subject, tenants: [tenant], scope, iat: now, exp: now + ttl };
+    const parts = [
+      { alg: "HS256", typ: "JWT" },
+      { ...claims, jti: randomBytes(16).toString("hex") },
+    ];
+    const text = parts.map((part) => Buffer.from(JSON.stringify(part)).toString("base64url")).join(".");
+    return `${text}.${createHmac("sha256", SECRET).update(text).digest("base64url")}`;
   }
 
   async start(...tenants: string[]): Promise<void> {

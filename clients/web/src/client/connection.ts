@@ -52,6 +52,7 @@ export class Connection {
   readonly #pending = new Map<number, Pending>();
   #failure: GatewayError | null = null;
   #lastId = 0;
+  /** What the gateway said of itself; undefined until it did. */
   server!: ServerInfo;
 
   private constructor(socket: SocketLike, listener: Listener) {
@@ -78,9 +79,12 @@ export class Connection {
         socket.onerror = () => {}; // a close follows, with all that may be known
         socket.onmessage = (event: { data: string | ArrayBuffer }) => connection.#receive(event.data);
         socket.onclose = (event: { code: number; reason: string }) => {
-          const error =
-            fatalClose(event.code, event.reason) ??
-            new Disconnected(event.reason || `the connection broke (${event.code})`);
+          const fatal = fatalClose(event.code, event.reason);
+          // a token may end in the middle of things: what was under way may have taken effect
+          const ended = fatal?.code === "unauthorized" && connection.server !== undefined;
+          const error = ended
+            ? new Disconnected(fatal.message, "unauthorized")
+            : (fatal ?? new Disconnected(event.reason || `the connection broke (${event.code})`));
           connection.#fail(error);
           reject(error);
         };

@@ -50,8 +50,8 @@ export class GatewayError extends Error {
 export class Disconnected extends GatewayError {
   override readonly name = "Disconnected";
 
-  constructor(message: string) {
-    super("unavailable", message);
+  constructor(message: string, code: ErrorCode = "unavailable") {
+    super(code, message);
   }
 }
 

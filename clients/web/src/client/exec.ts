@@ -380,6 +380,8 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
       this[stream].lost += bytes;
       this[stream].offset += bytes;
       this.emit("lost", { stream, bytes });
+    } else if (method === "exec/detached" && params.channel === this.#channel) {
+      this.#over(new GatewayError(String(params.reason), "the newer token does not open this command"));
     } else if (method === "exec/exited" && this.#state === "attached") {
       this.#ended({
         code: params.exitCode as number | null,

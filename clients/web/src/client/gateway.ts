@@ -1,6 +1,7 @@
 /** Knows a gateway as a whole: who we are to it, its tenants, deployments and event stream. */
 
 import type { SocketConstructor } from "./connection.js";
+import { Credential, type TokenSource } from "./credential.js";
 import { Disconnected, GatewayError, refusal } from "./errors.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
 import type { DeploymentInfo, GatewayEvent, Session, TemplateInfo, TenantInfo } from "./types.js";
@@ -8,8 +9,13 @@ import { unique } from "./unique.js";
 import { EventParser } from "./wire.js";
 
 export interface GatewayOptions {
-  /** Sent as bearer and in `initialize`. A browser with the session's cookie needs none. */
-  readonly token?: string;
+  /**
+   * Sent as bearer and in `initialize`; a browser with the session's cookie needs none. A function is asked with each
+   * new connection, before the end of the token that it gave last, and once more where the gateway refuses that one.
+   */
+  readonly token?: TokenSource;
+  /** Names one of several sessions of a browser, each with a cookie of its own: `[a-z0-9]{1,32}`. */
+  readonly slot?: string;
   readonly client?: { readonly name: string; readonly version: string };
   /** A WebSocket for a runtime without one: Node 20, where `ws` is taken if it is installed. */
   readonly WebSocket?: SocketConstructor;
@@ -47,7 +53,10 @@ const SILENCE = 60_000;
 export class Gateway {
   readonly url: string;
   readonly identity: { readonly name: string; readonly version: string };
-  token: string | null;
+  /** @internal */
+  readonly credential: Credential;
+  /** Which of the browser's sessions is meant; null for the one without a name. */
+  slot: string | null;
   readonly #socket: SocketConstructor | undefined;
   readonly #fetch: typeof fetch;
 
@@ -56,7 +65,8 @@ export class Gateway {
     if (!/^https?:\/\/[^/]/.test(url ?? ""))
       throw new TypeError(`a gateway's address is http(s)://…, not ${url}`);
     this.url = url.replace(/\/+$/, "");
-    this.token = options.token ?? null;
+    this.credential = new Credential(options.token);
+    this.slot = options.slot ?? null;
     this.identity = options.client ?? { name: "@incus-gateway/client", version: "0.1.0" };
     this.#socket = options.WebSocket;
     this.#fetch = options.fetch ?? ((...args) => fetch(...args));
@@ -66,11 +76,28 @@ export class Gateway {
 
   /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` where nobody answers. */
   async http(method: string, path: string, options: HttpOptions = {}): Promise<Response> {
+    const token = await this.credential.current();
+    let response = await this.#send(method, path, options, token);
+    // a stream is spent by now; all else can be sent again, as what is refused was not done
+    if (
+      response.status === 401 &&
+      this.credential.renewable &&
+      !(options.body instanceof ReadableStream) &&
+      !options.signal?.aborted
+    ) {
+      await response.body?.cancel();
+      response = await this.#send(method, path, options, await this.credential.renewed(token));
+    }
+    if (!response.ok) throw refusal(response.status, await response.text().catch(() => ""));
+    return response;
+  }
+
+  async #send(method: string, path: string, options: HttpOptions, token: string | null): Promise<Response> {
     const headers: Record<string, string> = { ...options.headers };
-    if (this.token !== null) headers.Authorization = `Bearer ${this.token}`;
-    let response: Response;
+    if (token !== null) headers.Authorization = `Bearer ${token}`;
+    if (this.slot !== null) headers["X-Session-Slot"] = this.slot;
     try {
-      response = await this.#fetch(this.url + path, {
+      return await this.#fetch(this.url + path, {
         method,
         headers,
         cache: "no-store",
@@ -83,8 +110,6 @@ export class Gateway {
         `no gateway answers at ${this.url}: ${error instanceof Error ? error.message : error}`,
       );
     }
-    if (!response.ok) throw refusal(response.status, await response.text().catch(() => ""));
-    return response;
   }
 
   /** Sends JSON and returns the JSON of the answer, null where it has none. */
@@ -105,9 +130,10 @@ export class Gateway {
 
   // --- who we are ------------------------------------------------------------------------------------------
 
-  /** Has the browser keep the token as a cookie that no script can read. */
+  /** Has the browser keep the token as a cookie that no script can read, in the `slot` of this object. */
   signIn(token: string): Promise<Session> {
-    return this.json("POST", "/v1/session", { token });
+    const slot = this.slot === null ? {} : { slot: this.slot };
+    return this.json("POST", "/v1/session", { token, ...slot });
   }
 
   /** Returns what the cookie or token grants. Throws `unauthorized` where there is none. */
@@ -134,7 +160,8 @@ export class Gateway {
   tenant(name: string, options: TenantOptions = {}): Tenant {
     const path = `/v1/tenants/${encodeURIComponent(name)}/ws`;
     return new Tenant(this, name, options, {
-      url: () => `ws${this.url.slice(4)}${path}`,
+      address: this.url,
+      url: () => `ws${this.url.slice(4)}${path}${this.slot === null ? "" : `?slot=${this.slot}`}`,
       socket: () => this.#socketKind(),
     });
   }

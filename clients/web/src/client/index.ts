@@ -1,6 +1,7 @@
 /** The client of incus-gateway: start at `Gateway`. */
 
 export type { SocketConstructor, SocketLike } from "./connection.js";
+export type { TokenSource } from "./credential.js";
 export { Disconnected, type ErrorCode, type Facts, GatewayError } from "./errors.js";
 export {
   type AttachOptions,

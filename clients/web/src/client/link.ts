@@ -1,17 +1,27 @@
 /** Knows how to stay connected to one tenant: back-off, what is asked again, and what the state is. */
 
 import { Connection, type SocketConstructor } from "./connection.js";
+import type { Credential } from "./credential.js";
 import { Emitter } from "./emitter.js";
 import { cancelled, Disconnected, GatewayError } from "./errors.js";
-import type { ServerInfo } from "./types.js";
+import type { Renewed, ServerInfo } from "./types.js";
 import type { Notification } from "./wire.js";
 
 /**
- * `idle` before anything was asked; `connecting` for the first time; `open`; `reconnecting` after a break;
- * `offline` is that where the browser says that there is no network; `draining` when the gateway is ending;
+ * `idle` before anything was asked, and where the first connection failed; `connecting` for the first time; `open`;
+ * `reconnecting` after a break; `offline` is that where the browser says that there is no network; `draining` when the
+ * gateway is ending; `unauthorized` where the browser's session has ended, until it signs in and `retry` is called;
  * `closed` for ever, by us or by a refusal that asking again would not change.
  */
-export type LinkState = "idle" | "connecting" | "open" | "reconnecting" | "offline" | "draining" | "closed";
+export type LinkState =
+  | "idle"
+  | "connecting"
+  | "open"
+  | "reconnecting"
+  | "offline"
+  | "draining"
+  | "unauthorized"
+  | "closed";
 
 export interface LinkStatus {
   readonly state: LinkState;
@@ -19,7 +29,10 @@ export interface LinkStatus {
   readonly attempt: number;
   /** When the next attempt is made, in milliseconds since the epoch. */
   readonly retryAt: number | null;
+  /** Why there is no connection; while there is one, why its token could not be renewed. */
   readonly error: GatewayError | null;
+  /** When the connection's token ends, in seconds since the epoch. */
+  readonly expires: number | null;
   /** The round trip of the last heartbeat, in milliseconds. */
   readonly latency: number | null;
 }
@@ -33,9 +46,13 @@ export interface Resumable {
 }
 
 export interface LinkOptions {
+  /** The gateway's address as a person knows it, for messages. */
+  readonly address: string;
   readonly url: () => string;
   readonly socket: () => Promise<SocketConstructor>;
-  readonly initialize: () => object;
+  readonly credential: Credential;
+  readonly initialize: (token: string | null) => object;
+  readonly insist?: boolean | undefined;
   /** How long a request waits for the connection, in milliseconds. */
   readonly patience?: number | undefined;
   readonly heartbeat?: number | undefined;
@@ -53,6 +70,10 @@ const PATIENCE = 30_000;
 const HEARTBEAT = 20_000;
 const SILENCE = 10_000;
 const DOUBT = 2_000;
+/** A token is renewed so many milliseconds before its end, or when a tenth of its life is left if that is less. */
+const AHEAD = 60_000;
+/** What a timer can hold. */
+const LONGEST = 2 ** 31 - 1;
 
 // asking these twice does the same as asking once
 const REPEATABLE = new Set([
@@ -75,9 +96,22 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   #waiting = new Set<{ resolve(connection: Connection): void; reject(error: GatewayError): void }>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #beat: ReturnType<typeof setTimeout> | undefined;
+  #renewal: ReturnType<typeof setTimeout> | undefined;
   #opening = false;
   #retryAfter = 0;
-  #status: LinkStatus = { state: "idle", attempt: 0, retryAt: null, error: null, latency: null };
+  /** The token of the connection, or of the last attempt at one. */
+  #token: string | null = null;
+  #wasOpen = false;
+  /** A refused token was given one more try. */
+  #askedAgain = false;
+  #status: LinkStatus = {
+    state: "idle",
+    attempt: 0,
+    retryAt: null,
+    error: null,
+    expires: null,
+    latency: null,
+  };
   readonly #environment = typeof window === "undefined" ? null : window;
   server: ServerInfo | null = null;
 
@@ -93,11 +127,10 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   /** Starts connecting where that is not under way. */
   connect(): void {
     if (this.#status.state === "closed" || this.#opening || this.#connection !== null) return;
+    if (this.#status.state === "unauthorized") return; // until `retry`
     if (this.#status.state === "idle") {
-      this.#set({ state: "connecting" });
-      this.#environment?.addEventListener("online", this.#hurry);
-      this.#environment?.addEventListener("offline", this.#doubt);
-      this.#environment?.document.addEventListener("visibilitychange", this.#look);
+      this.#set({ state: "connecting", error: null });
+      this.#listen();
     }
     clearTimeout(this.#timer);
     void this.#open();
@@ -106,25 +139,38 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   /** Ends the connection and everything on it. Idempotent. */
   close(error: GatewayError = new Disconnected("this client was closed")): void {
     if (this.#status.state === "closed") return;
-    this.#environment?.removeEventListener("online", this.#hurry);
-    this.#environment?.removeEventListener("offline", this.#doubt);
-    this.#environment?.document.removeEventListener("visibilitychange", this.#look);
-    clearTimeout(this.#timer);
-    clearTimeout(this.#beat);
-    this.#set({ state: "closed", error, retryAt: null });
+    this.#rest();
+    this.#set({ state: "closed", error, retryAt: null, expires: null });
     for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, true);
-    for (const waiter of this.#waiting) waiter.reject(error);
-    this.#waiting.clear();
+    this.#refuse(error);
     const connection = this.#connection;
     this.#connection = null;
     connection?.close(error);
+  }
+
+  #listen(): void {
+    this.#environment?.addEventListener("online", this.#hurry);
+    this.#environment?.addEventListener("offline", this.#doubt);
+    this.#environment?.document.addEventListener("visibilitychange", this.#look);
+  }
+
+  /** Does nothing more by itself. */
+  #rest(): void {
+    this.#environment?.removeEventListener("online", this.#hurry);
+    this.#environment?.removeEventListener("offline", this.#doubt);
+    this.#environment?.document.removeEventListener("visibilitychange", this.#look);
+    for (const timer of [this.#timer, this.#beat, this.#renewal]) clearTimeout(timer);
+  }
+
+  #refuse(error: GatewayError): void {
+    for (const waiter of [...this.#waiting]) waiter.reject(error);
   }
 
   /** Returns the open connection, waiting for it up to `patience` milliseconds. */
   opened(patience = this.#options.patience ?? PATIENCE, signal?: AbortSignal): Promise<Connection> {
     if (this.#connection !== null) return Promise.resolve(this.#connection);
     this.connect();
-    if (this.#status.state === "closed") {
+    if (this.#status.state === "closed" || this.#status.state === "unauthorized") {
       return Promise.reject(this.#status.error ?? new Disconnected("this client was closed"));
     }
     if (signal?.aborted) return Promise.reject(cancelled());
@@ -181,7 +227,8 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     let broken: GatewayError | null = null;
     try {
       const kind = await this.#options.socket();
-      made = await Connection.open(kind, this.#options.url(), this.#options.initialize(), {
+      this.#token = await this.#options.credential.fresh();
+      made = await Connection.open(kind, this.#options.url(), this.#options.initialize(this.#token), {
         notified: (notification) => this.#notified(notification),
         closed: (error) => {
           if (made !== null && this.#connection === made) this.#broke(error);
@@ -204,10 +251,14 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     }
     this.#connection = made;
     this.#retryAfter = 0;
+    this.#wasOpen = true;
+    this.#askedAgain = false;
     this.server = made.server;
     // what was there before comes first: its requests are sent before those that waited
     const resumed = [...this.#resumables].map((resumable) => resumable.resume(made).catch(() => {}));
-    this.#set({ state: "open", attempt: 0, retryAt: null, error: null });
+    const expires = made.server.expires ?? null;
+    this.#set({ state: "open", attempt: 0, retryAt: null, error: null, expires });
+    if (expires !== null) this.#renewBefore(expires);
     for (const waiter of [...this.#waiting]) waiter.resolve(made);
     this.#schedule();
     await Promise.all(resumed);
@@ -224,21 +275,41 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   #broke(error: GatewayError): void {
     this.#connection = null;
     clearTimeout(this.#beat);
+    clearTimeout(this.#renewal);
     for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, false);
     this.#failed(error);
   }
 
   #failed(error: GatewayError): void {
     if (this.#status.state === "closed") return;
-    if (!(error instanceof Disconnected) && !error.retriable) {
+    const { credential } = this.#options;
+    if (error.code === "unauthorized") {
+      credential.refused(this.#token);
+      // another token may be had by now, or another window has signed in anew
+      const again = credential.renewable || (credential.absent && this.#wasOpen);
+      if (!again || this.#askedAgain) {
+        if (credential.absent && this.#wasOpen) this.#waitForSession(error);
+        else this.close(error);
+        return;
+      }
+      this.#askedAgain = true;
+    } else if (!(error instanceof Disconnected) && !error.retriable) {
       this.close(error);
+      return;
+    } else if (!this.#wasOpen && !this.#options.insist) {
+      this.#rest();
+      const where = `no gateway answers at ${this.#options.address}: ${error.message}`;
+      const told = error instanceof Disconnected ? new Disconnected(where) : error;
+      this.#set({ state: "idle", attempt: this.#status.attempt + 1, error: told });
+      this.#refuse(told);
       return;
     }
     const { first = 250, most = 8000 } = this.#options.backoff ?? {};
     const attempt = this.#status.attempt + 1;
     const backoff = Math.min(most, first * 2 ** Math.min(attempt - 1, 16));
     // full second half of the range at random, so that many clients do not come back as one
-    const delay = Math.max(this.#retryAfter, backoff / 2 + (Math.random() * backoff) / 2);
+    const asked = Number(error.facts.retry_after) * 1000 || 0;
+    const delay = Math.max(asked, this.#retryAfter, backoff / 2 + (Math.random() * backoff) / 2);
     this.#retryAfter = 0;
     const unplugged = this.#environment?.navigator.onLine === false;
     const state = this.#status.state === "draining" ? "draining" : unplugged ? "offline" : "reconnecting";
@@ -247,9 +318,73 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       attempt,
       retryAt: Date.now() + delay,
       error,
+      expires: null,
     });
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => void this.#open(), delay);
+  }
+
+  /** Keeps everything as it is until the browser has signed in: what is asked meanwhile is refused. */
+  #waitForSession({ message }: GatewayError): void {
+    const error = new GatewayError("unauthorized", message);
+    this.#rest();
+    this.#set({ state: "unauthorized", retryAt: null, error, expires: null });
+    this.#refuse(error);
+  }
+
+  // --- the token's end -----------------------------------------------------------------------------------
+
+  /** Has the connection go on with a newer token. */
+  async renew(token: string): Promise<Renewed> {
+    const connection = await this.opened();
+    const renewed = await connection.request<Renewed>("session/renew", { token });
+    if (this.#connection === connection) {
+      this.#token = token;
+      if (this.server !== null) {
+        this.server = { ...this.server, expires: renewed.expires, scopes: renewed.scopes };
+      }
+      this.#set({ expires: renewed.expires, error: null });
+      this.#renewBefore(renewed.expires);
+    }
+    return renewed;
+  }
+
+  /** Renews the token in time where another can be had. */
+  #renewBefore(expires: number): void {
+    clearTimeout(this.#renewal);
+    if (!this.#options.credential.renewable) return;
+    const left = expires * 1000 - Date.now();
+    if (left <= 0) return; // the gateway takes it, so that our clock is wrong: the gateway says when it ends
+    const wait = Math.max(1000, left - Math.min(AHEAD, left / 10));
+    this.#renewal = setTimeout(
+      () => (wait > LONGEST ? this.#renewBefore(expires) : void this.#renewNow()),
+      Math.min(wait, LONGEST),
+    );
+  }
+
+  /** Asks for another token until there is one, or the connection ends with the old one. */
+  async #renewNow(attempt = 0): Promise<void> {
+    const { credential, backoff: { first = 250, most = 8000 } = {} } = this.#options;
+    const connection = this.#connection;
+    let token: string | null = null;
+    try {
+      token = await credential.renewed(this.#token);
+      if (this.#connection === connection) await this.renew(token);
+    } catch (error) {
+      if (connection === null || this.#connection !== connection) return;
+      credential.refused(token);
+      this.#set({
+        error: error instanceof GatewayError ? error : new GatewayError("unavailable", String(error)),
+      });
+      const wait = Math.min(most, first * 2 ** Math.min(attempt, 16));
+      this.#renewal = setTimeout(() => void this.#renewNow(attempt + 1), wait);
+    }
+  }
+
+  /** Drops the connection, whoever is at fault, and makes another at once. */
+  reconnect(): void {
+    this.#connection?.close(new Disconnected("the connection is made anew"));
+    this.#hurry();
   }
 
   /** Tries at once what would be tried later. */
@@ -260,6 +395,11 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   readonly #hurry = (): void => {
     if (this.#connection !== null) void this.check();
     else if (!this.#opening && this.#status.state !== "closed" && this.#status.state !== "idle") {
+      if (this.#status.state === "unauthorized") {
+        this.#askedAgain = false;
+        this.#listen();
+        this.#set({ state: "reconnecting" });
+      }
       clearTimeout(this.#timer);
       void this.#open();
     }

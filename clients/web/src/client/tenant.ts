@@ -11,6 +11,7 @@ import type {
   FileChanges,
   GatewayEvent,
   Offsets,
+  Renewed,
   ServerInfo,
   SiteAnswer,
   TenantInfo,
@@ -27,6 +28,8 @@ export interface TenantOptions {
   readonly patience?: number;
   readonly heartbeat?: number;
   readonly backoff?: LinkOptions["backoff"];
+  /** Go on trying where the first connection fails, rather than say so at once. */
+  readonly insist?: boolean;
 }
 
 export interface ToolOptions {
@@ -55,18 +58,19 @@ export class Tenant implements Disposable {
     gateway: Gateway,
     name: string,
     options: TenantOptions,
-    link: Pick<LinkOptions, "url" | "socket">,
+    link: Pick<LinkOptions, "address" | "url" | "socket">,
   ) {
     this.name = name;
     this.#gateway = gateway;
     this.#link = new Link({
       ...link,
       ...options,
-      initialize: () => ({
+      credential: gateway.credential,
+      initialize: (token) => ({
         client: gateway.identity,
         ...(options.session === undefined ? {} : { session: options.session }),
         ...(options.readBeforeWrite === undefined ? {} : { readBeforeWrite: options.readBeforeWrite }),
-        ...(gateway.token === null ? {} : { token: gateway.token }),
+        ...(token === null ? {} : { token }),
       }),
     });
     this.files = new Files(this.#link);
@@ -96,6 +100,19 @@ export class Tenant implements Disposable {
   /** Tries at once to connect again, rather than when the back-off says. */
   retry(): void {
     this.#link.retry();
+  }
+
+  /**
+   * Has a newer token of the same subject take the place of the present one on the open connection, without a break.
+   * Throws where the gateway refuses it: the connection then goes on with the old one.
+   */
+  renew(token: string): Promise<Renewed> {
+    return this.#link.renew(token);
+  }
+
+  /** Drops the connection and makes another, on which everything goes on. */
+  reconnect(): void {
+    this.#link.reconnect();
   }
 
   close(): void {
@@ -383,7 +400,8 @@ export class Watch extends Feed<FileChanges> {
         await this.ask(await this.link.opened(0));
         this.push({ changes: [], overflow: true });
       } catch (error) {
-        if (error instanceof GatewayError && error.code === "not_found") return this.end(error);
+        if (error instanceof GatewayError && ["not_found", "forbidden"].includes(error.code))
+          return this.end(error);
       }
     }
   }
@@ -407,6 +425,14 @@ export class TenantEvents extends Feed<GatewayEvent> {
     await connection.request<Record<string, unknown>>(this.verbs.begin, params, (result) => {
       this.number = this.key(result);
     });
+  }
+
+  /** @internal */
+  override notified(notification: Notification): void {
+    const { method, params } = notification;
+    if (method === "events/ended" && params.subscription === this.number) {
+      this.end(new GatewayError(String(params.reason), "the newer token does not open the events"));
+    } else super.notified(notification);
   }
 
   protected override told(params: Readonly<Record<string, unknown>>): boolean {

@@ -10,6 +10,14 @@ export interface ServerInfo {
   readonly user: string;
   readonly scopes: readonly string[];
   readonly limits: Readonly<Record<string, number>>;
+  /** When the token ends, in seconds since the epoch; a gateway of before does not say. */
+  readonly expires?: number;
+}
+
+/** What a newer token brought to an open connection. */
+export interface Renewed {
+  readonly expires: number;
+  readonly scopes: readonly string[];
 }
 
 export interface Session {
@@ -19,6 +27,9 @@ export interface Session {
   readonly tenants: readonly string[];
   /** seconds since the epoch */
   readonly expires: number;
+  /** by which it is revoked */
+  readonly id?: string;
+  readonly slot?: string | null;
 }
 
 export type TenantStatus = "running" | "stopped" | "frozen" | "starting" | "stopping" | "error";

@@ -9,13 +9,27 @@ import { effect } from "@preact/signals";
 import { render } from "preact";
 import { palette, register } from "./state/commands.js";
 import { area, flip, nextTheme, panelOpen, previewOpen, showSide, sideOpen } from "./state/layout.js";
-import { type Address, allows, readAddress, resume, session } from "./state/session.js";
-import { listTenants, openFirst, workspace } from "./state/workspace.js";
+import {
+  type Address,
+  allows,
+  goesPast,
+  identify,
+  notice,
+  readAddress,
+  resume,
+  session,
+  signIn,
+  writeAddress,
+} from "./state/session.js";
+import { covers } from "./state/slots.js";
+import { complain } from "./state/toasts.js";
+import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspace.js";
 import { App } from "./ui/app.js";
+import { arriving, askToSignIn } from "./ui/arrival.js";
 import { closeDoc, view } from "./ui/editor-pane.js";
 import { reloads } from "./ui/preview.js";
 import { focusSearch } from "./ui/search.js";
-import { leave } from "./ui/top-bar.js";
+import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
 
 // first of all, so that a token does not stay in the address while anything else happens
 const wanted = readAddress();
@@ -98,7 +112,12 @@ register(
     run: () => flip(previewOpen),
   },
   { id: "preview.reload", title: "Reload the preview", when: here, run: () => reload() },
-  { id: "activity.follow", title: "Follow the files that are written", when: here, run: () => follow() },
+  {
+    id: "activity.follow",
+    title: "Follow the files that are written",
+    when: here,
+    run: () => followWritten(),
+  },
   { id: "tenant.switch", title: "Open another tenant", keys: "Mod-Shift-o", run: () => switcher() },
   { id: "editor.focus", title: "Go to the editor", keys: "F6", when: file, run: () => view.current?.focus() },
   {
@@ -108,7 +127,7 @@ register(
     run: () => void current()?.tenant.check(),
   },
   { id: "theme", title: "Change the colours: system, light, dark", run: nextTheme },
-  { id: "sign-out", title: "Sign out", run: leave },
+  { id: "sign-out", title: "Sign out", run: () => void leave() },
 );
 
 function ask(mode: "files" | "commands" | "tenants", initial: string): void {
@@ -167,7 +186,7 @@ function newTerminal(): void {
   current()?.terminals.open(true);
 }
 
-function follow(): void {
+function followWritten(): void {
   const activity = current()?.activity;
   if (activity !== undefined) activity.follow.value = !activity.follow.value;
   showSide("activity");
@@ -192,19 +211,59 @@ effect(() => {
   document.title = [path, name, "incus-gateway"].filter(Boolean).join(" · ");
 });
 
-/** Signs in where there is a token to do so, and opens what the address asks for. */
+/** Opens what the address of a page that was loaded asks for. */
 async function begin(to: Address): Promise<void> {
-  await resume(to.token);
-  if (session.value) await openFirst(to.tenant, to.file);
+  const own = await resume(to.tenant, to.token !== null);
+  const came = to.token === null || (await arrive(to.token, own));
+  if (session.value) await openFirst(came ? to.tenant : null, came ? to.file : null);
 }
 
-addEventListener("hashchange", () => {
-  const to = readAddress();
-  if (to.token !== null) void begin(to);
-  else if (to.tenant !== null && to.tenant === workspace.value?.name && to.file !== null) {
-    void workspace.value.documents.show(to.file);
+/** Signs in by a token from the address, and asks first where that would go past another session. */
+async function arrive(token: string, own: boolean): Promise<boolean> {
+  arriving.value = true;
+  try {
+    const found = await identify(token);
+    const past = goesPast(found, own);
+    if (past !== null && !(await askToSignIn(found, past))) return false;
+    const opened = current();
+    if (opened !== null) {
+      if (past === null && covers(found, opened.name)) {
+        await opened.renew(token);
+        return true;
+      }
+      if (!(await leaveFirst())) return false;
+      leaveTenant();
+    }
+    await signIn(token, found);
+    return true;
+  } catch (error) {
+    notice.value = error instanceof Error ? error.message : String(error);
+    if (session.value) complain(new Error(notice.value), "The link's token");
+    session.value ??= null;
+    return false;
+  } finally {
+    arriving.value = false;
   }
-});
+}
+
+/** Does what an address asks for that the page was led to while it is open. */
+async function follow(to: Address): Promise<void> {
+  if (to.token !== null && !(await arrive(to.token, true))) {
+    const opened = current();
+    if (opened !== null) writeAddress(opened.name, doc()?.path ?? null);
+    return;
+  }
+  const opened = current();
+  if (opened === null) {
+    if (session.value) await openFirst(to.tenant, to.file);
+  } else if (to.tenant === opened.name) {
+    if (to.file !== null) await opened.documents.show(to.file);
+  } else if (to.token !== null && to.tenant !== null) {
+    switchTenant(to.tenant);
+  }
+}
+
+addEventListener("hashchange", () => void follow(readAddress()));
 
 render(<App wanted={wanted} />, document.getElementById("app")!);
 

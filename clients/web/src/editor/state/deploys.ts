@@ -8,7 +8,7 @@ import {
   type GatewayEvent,
   type TemplateInfo,
 } from "../../client/index.js";
-import { gateway } from "./session.js";
+import { gateway, look, signedIn } from "./session.js";
 import { complain } from "./toasts.js";
 
 export const PHASES = [
@@ -87,9 +87,16 @@ export class Deploys {
   }
 
   async #follow(deployment: Deployment): Promise<void> {
+    const { signal } = this.#ending;
     try {
-      for await (const event of deployment.events(this.#ending.signal)) this.take(event);
+      for await (const event of deployment.events(signal)) this.take(event);
     } catch (error) {
+      if (error instanceof GatewayError && error.code === "unauthorized") {
+        await look();
+        await signedIn(signal);
+        if (!signal.aborted) void this.#follow(deployment); // what it tells again is known
+        return;
+      }
       this.#change(deployment.id, { error: error instanceof Error ? error.message : String(error) });
     }
   }

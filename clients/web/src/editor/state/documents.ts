@@ -2,7 +2,7 @@
 
 import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { signal } from "@preact/signals";
-import { type FileChanges, GatewayError, type Tenant } from "../../client/index.js";
+import { Disconnected, type FileChanges, GatewayError, type Tenant } from "../../client/index.js";
 import { basename, parent, within } from "./paths.js";
 import { complain, say } from "./toasts.js";
 
@@ -28,6 +28,8 @@ export class Doc {
   readonly failure = signal("");
   readonly dirty = signal(false);
   readonly saving = signal(false);
+  /** A text that is to be saved as soon as the gateway takes it. */
+  readonly queued = signal<string | null>(null);
   /** Somebody else changed the file while we have unsaved changes. */
   readonly theirs = signal<Theirs | null>(null);
   /** The file is gone; saving makes it anew. */
@@ -74,6 +76,11 @@ export class Documents {
 
   get dirty(): boolean {
     return this.open.value.some((doc) => doc.dirty.value);
+  }
+
+  /** How many texts wait to be saved. */
+  get queued(): number {
+    return this.open.value.filter((doc) => doc.queued.value !== null).length;
   }
 
   find(path: string): Doc | undefined {
@@ -150,7 +157,7 @@ export class Documents {
 
   /** Saves a document, unless somebody else wrote first: then that is shown. */
   async save(doc: Doc): Promise<boolean> {
-    if (doc.phase.value !== "ready" || doc.state === null || doc.saving.value) return false;
+    if (doc.phase.value !== "ready" || doc.state === null) return false;
     if (this.#readOnly()) {
       say("This token may not write files.", "error");
       return false;
@@ -159,30 +166,70 @@ export class Documents {
       this.comparing.value = doc;
       return false;
     }
+    if (doc.saving.value) {
+      doc.queued.value = doc.text; // what is under way may be an older text
+      return false;
+    }
+    doc.queued.value = null;
     return await this.#write(doc, doc.text, doc.gone.value ? null : doc.etag);
+  }
+
+  /** Saves what waited for the gateway. */
+  flush(): void {
+    for (const doc of this.open.value) void this.#flush(doc);
+  }
+
+  async #flush(doc: Doc): Promise<void> {
+    const text = doc.queued.value;
+    if (text === null || doc.saving.value) return;
+    doc.queued.value = null;
+    if (doc.theirs.value !== null) this.comparing.value = doc;
+    else if (text !== doc.saved || doc.gone.value)
+      await this.#write(doc, text, doc.gone.value ? null : doc.etag);
   }
 
   async #write(doc: Doc, text: string, etag: string | null): Promise<boolean> {
     doc.saving.value = true;
+    let reached = true;
     try {
       const condition = etag === null ? ({ ifNoneMatch: "*" } as const) : { ifMatch: etag };
       const written = await this.#tenant().files.write(doc.path, text, { ...condition, createDirs: true });
-      doc.etag = written.etag;
-      doc.saved = text;
       doc.size.value = written.size;
-      doc.gone.value = false;
-      doc.theirs.value = null;
-      doc.dirty.value = doc.text !== text; // more may have been typed meanwhile
-      return true;
+      return this.#saved(doc, text, written.etag);
     } catch (error) {
-      if (error instanceof GatewayError && error.code === "conflict") {
-        doc.theirs.value = await this.#theirs(doc);
+      const code = error instanceof GatewayError ? error.code : null;
+      if (code === "conflict") {
+        doc.queued.value = null;
+        const theirs = await this.#theirs(doc).catch(() => null);
+        if (theirs === null) {
+          reached = false;
+          doc.queued.value = text;
+          return false;
+        }
+        // our own text, whose answer was lost
+        if (theirs.text === text && theirs.etag !== null) return this.#saved(doc, text, theirs.etag);
+        doc.theirs.value = theirs;
         this.comparing.value = doc;
+      } else if (error instanceof Disconnected || code === "unauthorized") {
+        reached = false;
+        doc.queued.value ??= text;
+        const when = code === "unauthorized" ? "you have signed in" : "the gateway can be reached again";
+        say(`${doc.name} is saved as soon as ${when}.`);
       } else complain(error, `Saving ${doc.name}`);
       return false;
     } finally {
       doc.saving.value = false;
+      if (reached) void this.#flush(doc);
     }
+  }
+
+  #saved(doc: Doc, text: string, etag: string): true {
+    doc.etag = etag;
+    doc.saved = text;
+    doc.gone.value = false;
+    doc.theirs.value = null;
+    doc.dirty.value = doc.text !== text; // more may have been typed meanwhile
+    return true;
   }
 
   async #theirs(doc: Doc): Promise<Theirs> {

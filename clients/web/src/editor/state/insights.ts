@@ -2,6 +2,7 @@
 
 import { signal } from "@preact/signals";
 import { GatewayError, type Tenant, type Usage } from "../../client/index.js";
+import { look, signedIn } from "./session.js";
 
 export interface Sample {
   readonly at: number;
@@ -34,7 +35,8 @@ export class Insights {
   /** Samples until the signal aborts. */
   async watch(signal: AbortSignal): Promise<void> {
     while (!signal.aborted) {
-      if (document.visibilityState === "visible") await this.#sample(signal);
+      await signedIn(signal);
+      if (document.visibilityState === "visible" && !signal.aborted) await this.#sample(signal);
       await new Promise<void>((resolve) => {
         const timer = setTimeout(resolve, PERIOD);
         signal.addEventListener("abort", () => {
@@ -76,7 +78,7 @@ export class Insights {
       this.failure.value = null;
       this.samples.value = [...this.samples.value, sample].slice(-KEPT);
     } catch (error) {
-      if (signal.aborted) return;
+      if (signal.aborted || ended(error)) return;
       this.failure.value = error instanceof Error ? error.message : String(error);
     }
   }
@@ -85,6 +87,8 @@ export class Insights {
   async follow(signal: AbortSignal): Promise<void> {
     this.lines.value = [];
     while (!signal.aborted) {
+      await signedIn(signal);
+      if (signal.aborted) return;
       try {
         this.following.value = true;
         let batch: string[] = [];
@@ -104,6 +108,10 @@ export class Insights {
         this.logFailure.value = null;
       } catch (error) {
         if (signal.aborted) return;
+        if (ended(error)) {
+          await look();
+          continue;
+        }
         const missing = error instanceof GatewayError && error.code === "not_found";
         this.logFailure.value = missing
           ? "This gateway does not serve the site's journal."
@@ -118,4 +126,9 @@ export class Insights {
       if (!signal.aborted) this.lines.value = [];
     }
   }
+}
+
+/** A session that ended is told by the window, not here. */
+function ended(error: unknown): boolean {
+  return error instanceof GatewayError && error.code === "unauthorized";
 }

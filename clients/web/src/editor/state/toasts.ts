@@ -23,10 +23,10 @@ export function dismiss(id: number): void {
   toasts.value = toasts.value.filter((toast) => toast.id !== id);
 }
 
-/** Tells a failure. Says nothing of what the user gave up himself. */
+/** Tells a failure. Says nothing of what the user gave up himself, nor that a session ended: the window says it. */
 export function complain(error: unknown, doing?: string): void {
   const code = (error as { code?: string }).code;
-  if (code === "cancelled") return;
+  if (code === "cancelled" || code === "unauthorized") return;
   const message = error instanceof Error ? error.message : String(error);
   say(doing === undefined ? message : `${doing}: ${message}`, "error");
 }

@@ -1,6 +1,6 @@
 /** Knows the tenant that is open: its connection, and all that is shown of it. */
 
-import { effect, signal } from "@preact/signals";
+import { effect, signal, untracked } from "@preact/signals";
 import {
   GatewayError,
   type LinkStatus,
@@ -13,7 +13,8 @@ import { Deploys } from "./deploys.js";
 import { Documents } from "./documents.js";
 import { Insights } from "./insights.js";
 import { Search } from "./search.js";
-import { allows, gateway, session, writeAddress } from "./session.js";
+import { allows, gateway, identify, look, session, signIn, writeAddress } from "./session.js";
+import { covers } from "./slots.js";
 import { Terminals } from "./terminals.js";
 import { complain } from "./toasts.js";
 import { Tree } from "./tree.js";
@@ -34,6 +35,7 @@ export class Workspace {
     attempt: 0,
     retryAt: null,
     error: null,
+    expires: null,
     latency: null,
   });
   readonly server = signal<ServerInfo | null>(null);
@@ -46,13 +48,14 @@ export class Workspace {
   readonly insights: Insights;
   readonly search: Search;
   readonly #stops: (() => void)[] = [];
+  #wentOn = 0;
   readonly #key: string;
 
   constructor(readonly name: string) {
     this.#key = `gateway.open.${name}`;
     const kept = this.#kept();
     const tenant = () => this.#tenant;
-    this.#tenant = gateway.tenant(name);
+    this.#tenant = gateway.tenant(name, { insist: true });
     this.tree = new Tree(tenant, kept.folders ?? []);
     this.documents = new Documents(tenant, () => !allows("files:write"));
     this.terminals = new Terminals(tenant, name);
@@ -67,6 +70,9 @@ export class Workspace {
         const value: Kept = { open, active, folders: this.tree.rows.value && this.tree.open };
         sessionStorage.setItem(this.#key, JSON.stringify(value));
         writeAddress(name, active);
+      }),
+      effect(() => {
+        if (session.value) untracked(() => this.#goOn());
       }),
     );
     void this.#begin();
@@ -102,9 +108,12 @@ export class Workspace {
         if (tenant !== this.#tenant) return;
         const before = this.status.value.state;
         this.status.value = status;
-        if (status.state === "closed" && status.error?.code === "unauthorized") session.value = null;
-        // `usage` and address may be others after a break
-        if (status.state === "open" && before !== "open") void this.refreshInfo();
+        if (status.error?.code === "unauthorized" && status.state !== before) void look();
+        if (status.state === "open" && before !== "open") {
+          this.documents.flush();
+          // `usage` and address may be others after a break
+          void this.refreshInfo();
+        }
       }),
     );
     try {
@@ -157,10 +166,42 @@ export class Workspace {
     })();
   }
 
+  /** Has the connection go on where the session has ended and there is another by now. */
+  #goOn(): void {
+    const { state, error } = this.#tenant.status;
+    if (state !== "unauthorized" && error?.code !== "unauthorized") return;
+    const now = Date.now();
+    if (now - this.#wentOn < 2000) {
+      // the one way knows of a session and the other does not: not again and again at once
+      const timer = setTimeout(() => session.value && this.#goOn(), 2000);
+      this.#stops.push(() => clearTimeout(timer));
+      return;
+    }
+    this.#wentOn = now;
+    if (state === "unauthorized") this.#tenant.retry();
+    else if (state === "closed") this.reconnect();
+  }
+
+  /** Signs in by another token, with which everything here goes on. Throws where it does not open this tenant. */
+  async renew(token: string): Promise<void> {
+    const found = await identify(token);
+    if (!covers(found, this.name)) {
+      const names = found.tenants.join(", ");
+      throw new GatewayError(
+        "forbidden",
+        `This token opens ${names}, not ${this.name}. Use one for ${this.name}.`,
+      );
+    }
+    await signIn(token, found);
+    if (this.status.value.state !== "open") return; // it goes on by itself
+    // the gateway takes another person's token only on a new connection
+    await this.#tenant.renew(token).catch(() => this.#tenant.reconnect());
+  }
+
   /** Connects anew with what the browser is signed in as now; unsaved text stays. */
   reconnect(): void {
     this.#tenant.close();
-    this.#tenant = gateway.tenant(this.name);
+    this.#tenant = gateway.tenant(this.name, { insist: true });
     void this.#begin().then(() => {
       this.tree.refresh();
       this.documents.changed({ changes: [], overflow: true });
@@ -196,6 +237,13 @@ export function openTenant(name: string, file: string | null = null): void {
   const opened = new Workspace(name);
   workspace.value = opened;
   void opened.restore(file);
+}
+
+/** Closes what is open; the caller has asked about unsaved text. */
+export function leaveTenant(): void {
+  workspace.value?.dispose();
+  workspace.value = null;
+  tenants.value = [];
 }
 
 /** Opens the tenant of the address, else the last one, else the first. */

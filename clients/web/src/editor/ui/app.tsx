@@ -19,6 +19,7 @@ import { session } from "../state/session.js";
 import { dismiss, toasts } from "../state/toasts.js";
 import { openFirst, tenants, type Workspace, workspace } from "../state/workspace.js";
 import { ActivityView } from "./activity.js";
+import { Arrival, arriving } from "./arrival.js";
 import { Conflict } from "./conflict.js";
 import { DeployView } from "./deploy.js";
 import { caret, EditorPane } from "./editor-pane.js";
@@ -30,21 +31,20 @@ import { Panel } from "./panel.js";
 import { Divider, Empty, Icon } from "./parts.js";
 import { Preview } from "./preview.js";
 import { SearchView } from "./search.js";
+import { SessionEnd } from "./session.js";
 import { SignIn } from "./sign-in.js";
 import { TopBar } from "./top-bar.js";
 
 export function App({ wanted }: { wanted: { tenant: string | null; file: string | null } }) {
   const current = workspace.value;
-  if (session.value === undefined) return null;
-  const begin = () => {
-    if (current === null) void openFirst(wanted.tenant, wanted.file);
-    else current.reconnect();
-  };
+  if (session.value === undefined || (arriving.value && current === null)) return <Arrival />;
   // a session that ends leaves the window as it is, with all unsaved text in it
-  if (session.value === null && current === null) return <SignIn onDone={begin} />;
+  if (session.value === null && current === null)
+    return <SignIn onDone={() => void openFirst(wanted.tenant, wanted.file)} />;
   return (
     <div class={`shell ${phone.value ? "phone" : ""}`} data-area={area.value}>
       <TopBar />
+      {current !== null && <SessionEnd current={current} key={current.name} />}
       {phone.value ? <Bottom current={current} /> : <Rail current={current} />}
       {current === null ? (
         <main class="main">
@@ -64,11 +64,7 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
       {current?.documents.comparing.value != null && (
         <Conflict current={current} doc={current.documents.comparing.value} />
       )}
-      {session.value === null && (
-        <div class="cover">
-          <SignIn onDone={begin} />
-        </div>
-      )}
+      <Arrival />
       <div class="toasts" aria-live="polite">
         {toasts.value.map((toast) => (
           <button

@@ -36,6 +36,8 @@ export function tell({ state, attempt, error }: LinkStatus): Told {
         word: "Offline",
         sentence: "This device is offline. Your text stays here, and terminals go on where they were.",
       };
+    case "unauthorized":
+      return { tone: "bad", word: "Signed out", sentence: "The session has ended. Your text stays here." };
     case "closed":
       return { tone: "bad", word: "Closed", sentence: error?.message ?? "The connection is closed." };
   }
@@ -73,8 +75,13 @@ export function Interruption() {
   const current = workspace.value;
   const status = current?.status.value;
   const seconds = useSeconds(status?.retryAt ?? null);
-  if (current == null || status === undefined || ["open", "idle", "connecting"].includes(status.state))
+  if (
+    current == null ||
+    status === undefined ||
+    ["open", "idle", "connecting", "unauthorized"].includes(status.state)
+  )
     return null;
+  if (status.error?.code === "unauthorized") return null; // it is asked for above
   const { tone, sentence } = tell(status);
   const wait =
     status.state !== "closed" && seconds !== null && seconds > 0 ? ` Next try in ${seconds} s.` : "";

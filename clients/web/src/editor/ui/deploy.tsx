@@ -5,8 +5,9 @@ import { useEffect, useRef } from "preact/hooks";
 import type { Deploy, Phase } from "../state/deploys.js";
 import { allows } from "../state/session.js";
 import { complain } from "../state/toasts.js";
-import { openTenant, type Workspace } from "../state/workspace.js";
+import type { Workspace } from "../state/workspace.js";
 import { clock, duration, Empty, Icon, Spinner } from "./parts.js";
+import { switchTenant } from "./top-bar.js";
 
 const MEANING: Readonly<Record<string, string>> = {
   validate: "Domain, quota",
@@ -157,7 +158,7 @@ function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
         </pre>
       )}
       {deploy.state === "succeeded" && deploy.tenant !== current.name && (
-        <button type="button" class="primary" onClick={() => openTenant(deploy.tenant)}>
+        <button type="button" class="primary" onClick={() => switchTenant(deploy.tenant)}>
           Open {deploy.tenant}
         </button>
       )}

@@ -1,15 +1,17 @@
 /** Knows how what a tenant uses, and what its site logs, is drawn. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
+import type { ExecInfo } from "../../client/index.js";
 import type { Sample } from "../state/insights.js";
 import { allows } from "../state/session.js";
 import { complain, say } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import type { IconName } from "./icons.js";
-import { bytes, clock, Empty, Icon, IconButton } from "./parts.js";
+import { bytes, clock, Dialog, Empty, Icon, IconButton } from "./parts.js";
 
 const filter = signal("");
+const stopping = signal<"stop" | "restart" | null>(null);
 
 export function InsightsView({ current }: { current: Workspace }) {
   const { insights } = current;
@@ -74,6 +76,7 @@ export function InsightsView({ current }: { current: Workspace }) {
 function Life({ current }: { current: Workspace }) {
   const status = current.info.value?.status;
   const act = async (word: "start" | "stop" | "restart") => {
+    stopping.value = null;
     try {
       say(`${current.name}: ${word}…`);
       current.info.value = await current.tenant[word]();
@@ -81,13 +84,80 @@ function Life({ current }: { current: Workspace }) {
       complain(error);
     }
   };
+  const ask = (word: "stop" | "restart") => {
+    stopping.value = word;
+  };
   return status === "running" ? (
     <>
-      <IconButton icon="rotate-cw" label="Restart the tenant" onClick={() => void act("restart")} size={14} />
-      <IconButton icon="power" label="Stop the tenant" onClick={() => void act("stop")} size={14} />
+      <IconButton icon="rotate-cw" label="Restart the tenant" onClick={() => ask("restart")} size={14} />
+      <IconButton icon="power" label="Stop the tenant" onClick={() => ask("stop")} size={14} />
+      {stopping.value !== null && (
+        <Stopping current={current} word={stopping.value} act={act} key={stopping.value} />
+      )}
     </>
   ) : (
     <IconButton icon="play" label="Start the tenant" onClick={() => void act("start")} size={14} />
+  );
+}
+
+/** How many of the commands that end are named. */
+const NAMED = 5;
+
+/** Asks before everything that runs is ended, and says what that is. */
+function Stopping(props: {
+  current: Workspace;
+  word: "stop" | "restart";
+  act: (word: "stop" | "restart") => Promise<void>;
+}) {
+  const { current, word, act } = props;
+  const [running, setRunning] = useState<readonly ExecInfo[] | null>(null);
+  useEffect(() => {
+    if (!allows("exec")) return;
+    let gone = false;
+    void current.tenant
+      .execs()
+      .then((execs) => !gone && setRunning(execs.filter(({ state }) => state === "running")))
+      .catch(() => {}); // the question stands without the list
+    return () => {
+      gone = true;
+    };
+  }, [current]);
+  const close = () => {
+    stopping.value = null;
+  };
+  const verb = word === "stop" ? "Stop" : "Restart";
+  const terminals = running?.filter(({ pty }) => Boolean(pty)).length ?? 0;
+  const commands = running?.filter(({ pty }) => !pty) ?? [];
+  return (
+    <Dialog label={`${verb} ${current.name}`} class="small" onClose={close}>
+      <h2>
+        {verb} {current.name}?
+      </h2>
+      <p>
+        {word === "stop"
+          ? "Its site is away until the tenant is started again. Everything that runs in it ends, terminals and commands of others too; files stay."
+          : "Its site is away for some seconds. Everything that runs in it ends, terminals and commands of others too; files stay."}
+      </p>
+      {running !== null && running.length > 0 && (
+        <ul aria-label="What ends">
+          {terminals > 0 && <li>{terminals === 1 ? "1 terminal" : `${terminals} terminals`}</li>}
+          {commands.slice(0, NAMED).map(({ exec, argv }) => (
+            <li key={exec}>
+              <code>{argv.join(" ").slice(0, 80)}</code>
+            </li>
+          ))}
+          {commands.length > NAMED && <li>{commands.length - NAMED} more commands</li>}
+        </ul>
+      )}
+      <footer>
+        <button type="button" autofocus onClick={close}>
+          Keep it running
+        </button>
+        <button type="button" class="danger" onClick={() => void act(word)}>
+          {verb}
+        </button>
+      </footer>
+    </Dialog>
   );
 }
 

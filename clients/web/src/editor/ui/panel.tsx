@@ -5,7 +5,7 @@ import { useEffect, useRef } from "preact/hooks";
 import type { ExecInfo } from "../../client/index.js";
 import { keysOf } from "../state/commands.js";
 import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
-import { allows } from "../state/session.js";
+import { allows, session } from "../state/session.js";
 import type { Terminal } from "../state/terminals.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
@@ -223,7 +223,9 @@ function TerminalView({
   }, [shown, terminal, current]);
   return (
     <div class={`screen-host ${terminal.state.value}`} ref={host} hidden={!shown} data-exec={terminal.id}>
-      {terminal.state.value === "away" && <div class="away">reconnecting…</div>}
+      {terminal.state.value === "away" && (
+        <div class="away">{session.value === null ? "waiting for you to sign in…" : "reconnecting…"}</div>
+      )}
     </div>
   );
 }

@@ -207,6 +207,18 @@ export function FileIcon({ path, folder, open }: { path: string; folder?: boolea
   );
 }
 
+/** Tenants as a sentence has them. */
+export function Names({ names }: { names: readonly string[] }) {
+  if (names.includes("*")) return <>every tenant</>;
+  const rest = names.length - 3;
+  return (
+    <>
+      <bdi>{names.slice(0, 3).join(", ")}</bdi>
+      {rest > 0 && ` and ${rest} more`}
+    </>
+  );
+}
+
 export function Key({ children }: { children: string }) {
   return <kbd>{children}</kbd>;
 }

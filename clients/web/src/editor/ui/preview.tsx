@@ -3,7 +3,7 @@
 import { signal } from "@preact/signals";
 import { useEffect, useState } from "preact/hooks";
 import { previewOpen } from "../state/layout.js";
-import { allows } from "../state/session.js";
+import { allows, session } from "../state/session.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import { Empty, Icon, IconButton, Spinner } from "./parts.js";
@@ -175,6 +175,7 @@ let rounds = 0;
 
 /** Says whether there is something to show: a page, be it the site's own error, or one that has to be woken. */
 async function answers(current: Workspace, signal?: AbortSignal): Promise<boolean> {
+  if (!session.value) return false;
   try {
     const said = await current.tenant.site(signal);
     return said.answers !== false || said.status !== null;

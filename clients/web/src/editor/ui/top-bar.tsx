@@ -5,24 +5,36 @@ import { keysOf, palette } from "../state/commands.js";
 import { nextTheme, phone, previewOpen, theme } from "../state/layout.js";
 import { session, signOut } from "../state/session.js";
 import { complain } from "../state/toasts.js";
-import { listTenants, openTenant, workspace } from "../state/workspace.js";
+import { leaveTenant, listTenants, openTenant, workspace } from "../state/workspace.js";
 import { Connection } from "./connection.js";
 import { Dialog, Icon, IconButton, Key } from "./parts.js";
 import { Logo } from "./sign-in.js";
 
-const leaving = signal<(() => void) | null>(null);
+const leaving = signal<{ go(): void; stay(): void } | null>(null);
+
+/** Returns whether what is open may be closed: the person is asked where text is unsaved. */
+export function leaveFirst(): Promise<boolean> {
+  if (!workspace.value?.documents.dirty) return Promise.resolve(true);
+  leaving.value?.stay();
+  return new Promise((resolve) => {
+    leaving.value = { go: () => resolve(true), stay: () => resolve(false) };
+  });
+}
 
 /** Opens another tenant; asks first where text is unsaved. */
 export function switchTenant(name: string): void {
-  if (workspace.value?.documents.dirty && workspace.value.name !== name)
-    leaving.value = () => openTenant(name);
-  else openTenant(name);
+  if (workspace.value?.name === name) return;
+  void leaveFirst().then((may) => may && openTenant(name));
 }
 
-export function leave(): void {
-  const go = () => void signOut().catch((error) => complain(error));
-  if (workspace.value?.documents.dirty) leaving.value = go;
-  else go();
+export async function leave(): Promise<void> {
+  if (!(await leaveFirst())) return;
+  try {
+    await signOut();
+    leaveTenant();
+  } catch (error) {
+    complain(error);
+  }
 }
 
 export function TopBar() {
@@ -71,22 +83,30 @@ export function TopBar() {
         }}
       />
       <IconButton icon={icons[theme.value]} label={`Colours: ${names[theme.value]}`} onClick={nextTheme} />
-      <IconButton icon="log-out" label={`Sign out ${session.value?.subject ?? ""}`} onClick={leave} />
-      {leaving.value !== null && <Leaving go={leaving.value} />}
+      <IconButton
+        icon="log-out"
+        label={`Sign out ${session.value?.subject ?? ""}`}
+        onClick={() => void leave()}
+      />
+      {leaving.value !== null && <Leaving {...leaving.value} />}
     </header>
   );
 }
 
-function Leaving({ go }: { go: () => void }) {
+function Leaving({ go, stay }: { go: () => void; stay: () => void }) {
   const end = () => {
     leaving.value = null;
   };
+  const remain = () => {
+    end();
+    stay();
+  };
   return (
-    <Dialog label="Unsaved changes" class="small" onClose={end}>
+    <Dialog label="Unsaved changes" class="small" onClose={remain}>
       <h2>Leave with unsaved changes?</h2>
       <p>Some open files have changes that are nowhere but in this window.</p>
       <footer>
-        <button type="button" onClick={end}>
+        <button type="button" onClick={remain}>
           Stay
         </button>
         <button
@@ -106,7 +126,8 @@ function Leaving({ go }: { go: () => void }) {
             end();
             const { documents } = workspace.value ?? {};
             await documents?.saveAll();
-            if (!documents?.dirty) go();
+            if (documents?.dirty) stay();
+            else go();
           }}
         >
           Save all
