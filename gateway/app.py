@@ -28,6 +28,7 @@ from starlette.websockets import WebSocket
 
 from gateway import __version__, auth, editor, protocol
 from gateway.audit import Audit
+from gateway.budget import SMALL, Budget, Places
 from gateway.caddy import Caddy
 from gateway.connection import CLOSE_CODES, Connection, Hub
 from gateway.deployments import Deployments, Health, Record
@@ -70,10 +71,13 @@ from gateway.tools.toolbox import Toolbox
 from gateway.web import (
     RETRY_AFTER_MS,
     USES,
+    address,
     as_json,
+    ask,
     end,
     file_path,
     for_own_hosts,
+    hold,
     problem,
     problem_handler,
     read_body,
@@ -105,6 +109,9 @@ _MOVED: Final = frozenset(
 _MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
 
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
+
+
+_SESSION_MAX: Final = 32 << 10  # bytes of a body that anybody may send
 
 
 class SessionBody(protocol.Params):
@@ -152,11 +159,15 @@ class Gateway:
         self._domains: Domains | None = None
         self._notice: tuple[Callable[[TenantEvent], None], ...] = ()
         self._mcp: Mcp | None = None
+        self.budget = Budget(settings.bytes_in_flight, settings.tenant_bytes)
+        self.places = Places(settings)
         self.metrics = Metrics(
             self._count_connections,
             self._count_execs,
             self._count_contested,
             self._count_shared,
+            self.budget,
+            self.places,
         )
         app = Starlette(
             routes=self._routes(),
@@ -168,7 +179,7 @@ class Gateway:
                 Exception: problem_handler,
             },
         )
-        self.app = with_request_id(for_own_hosts(app, settings))
+        self.app = with_request_id(for_own_hosts(app, settings), settings.body_timeout)
 
     def _routes(self) -> list[Route | WebSocketRoute]:
         tenant = "/v1/tenants/{tenant}"
@@ -249,7 +260,8 @@ class Gateway:
             self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
             self._hub = Hub(
-                runtime, execs, toolbox, files, self.bus, idle, settings, self._verify, self.grants
+                *(runtime, execs, toolbox, files, self.bus, idle, settings),
+                *(self.budget, self.places, self._verify, self.grants),
             )
             stack.callback(self.bus.close)
             if importlib.util.find_spec("mcp") is not None:
@@ -420,21 +432,27 @@ class Gateway:
             raise Forbidden("this origin may not ask; list it in GATEWAY_ORIGINS")
 
     def _token(self, request: Request, scope: str | None) -> auth.Token:
-        self._check_origin(request.scope)
-        token = self._verify(_raw_token(request))
+        """Return who asks; what is in flight of the request is in its share from then on."""
+        token = self._known(request)
         if scope is not None:
             token.require(scope)
+        ask(request.scope, self.budget.tenant(_whose(token)))
         return token
+
+    def _known(self, request: Request) -> auth.Token:
+        self._check_origin(request.scope)
+        return self._verify(_raw_token(request))
 
     def _tenant_for(self, request: Request, scope: str | None) -> tuple[str, auth.Token]:
         """Return the tenant of the path, if the token covers it and has `scope`."""
-        token = self._token(request, None)
+        token = self._known(request)
         name: str = request.path_params["tenant"]
         # one that is not covered answers exactly like one that does not exist
         if not TENANT_NAME.fullmatch(name) or not token.covers(name):
             raise NotFound(f"no tenant {name[:63]}")
         if scope is not None:
             token.require(scope)
+        ask(request.scope, self.budget.tenant(name))
         return name, token
 
     async def _used(self, request: Request, scope: str | None) -> tuple[str, auth.Token]:
@@ -451,12 +469,12 @@ class Gateway:
 
     async def _body(self, request: Request, token: auth.Token) -> bytes:
         """Return the body, if the token has not ended until it was all here."""
-        body = await read_body(request, self.settings.max_body)
+        body = await read_body(request, self.settings.max_body, self.settings.body_timeout)
         self._still(token)
         return body
 
     async def _json(self, request: Request, token: auth.Token) -> Any:
-        body = await read_json(request, self.settings.max_body)
+        body = await read_json(request, self.settings.max_body, self.settings.body_timeout)
         self._still(token)
         return body
 
@@ -489,7 +507,9 @@ class Gateway:
 
     async def _session_open(self, request: Request) -> Response:
         self._check_origin(request.scope)
-        body = protocol.validate(SessionBody, await read_json(request, self.settings.max_body))
+        body = protocol.validate(
+            SessionBody, await read_json(request, _SESSION_MAX, self.settings.body_timeout)
+        )
         token = self._verify(body.token)
         response = as_json(_granted(token, body.slot))
         name = auth.cookie_name(body.slot, secure=_secure(request))
@@ -579,6 +599,8 @@ class Gateway:
         linger = None if linger_ms is None else int(linger_ms) / 1000
         work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id, linger=linger)
         result = await unless_gone(request, work)
+        if len(result.encoded) > SMALL:  # of what only reads
+            hold(request.scope, len(result.encoded))
         return Response(result.encoded, media_type="application/json")
 
     async def _mcp_endpoint(self, request: Request) -> Response:
@@ -690,6 +712,7 @@ class Gateway:
         filter = Filter.parse(token.coverage, query.get("tenant"), query.get("deployment"), query.get("type"))
         filter = replace(filter, since=token.issued)
         last = request.headers.get("last-event-id") or query.get("lastEventId")
+        request.scope[USES].callback(self.places.customer(_whose(token)))
         answer = sse.response(self.bus, filter, last, self.settings)
         self._hold(request, token, answer.subscription.close)
         return answer
@@ -734,8 +757,6 @@ class Gateway:
             if self.draining:
                 await _refuse(websocket, CloseCode.DRAINING, "draining")
                 return
-            if len(self.hub.connections) >= self.settings.max_connections:
-                raise RateLimited("too many connections")
             token = None if raw is None else self._verify(raw)
             if not TENANT_NAME.fullmatch(name) or (token is not None and not token.covers(name)):
                 raise NotFound(f"no tenant {name[:63]}")
@@ -744,7 +765,10 @@ class Gateway:
         except GatewayError as error:
             await _refuse(websocket, CLOSE_CODES.get(type(error), 1011), error.message)
             return
-        await Connection(websocket, name, token, self.hub).run()
+        try:
+            await Connection(websocket, name, token, self.hub, address(websocket)).run()
+        except RateLimited as full:
+            await _refuse(websocket, CloseCode.TOO_MANY, full.message)
 
 
 class _McpAnswer(Response):
@@ -762,6 +786,12 @@ async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
     offered = websocket.scope.get("subprotocols") or []
     await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
     await websocket.close(code, reason[:100])
+
+
+def _whose(token: auth.Token) -> str:
+    """Return in whose share a request is that names no tenant: the token's only one, or its subject's."""
+    coverage = token.coverage
+    return next(iter(coverage)) if coverage is not None and len(coverage) == 1 else f"sub {token.subject}"
 
 
 def _granted(token: auth.Token, slot: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import __version__, protocol
 from gateway.auth import Token
+from gateway.budget import REQUEST, RETRY_AFTER, Budget, Lease, Places, Share, Turns
 from gateway.errors import (
     Cancelled,
     Conflict,
@@ -44,7 +46,7 @@ from gateway.runtime import ExecSpec, Pty, StreamName, TenantRuntime
 from gateway.settings import Settings
 from gateway.tasks import begin
 from gateway.tools.toolbox import Toolbox, ToolSession
-from gateway.websocket import PARTS
+from gateway.websocket import COMING, FLOW, LARGE, PARTS, SIZE
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "st
 # after these a client may be back soon. The first two say that the socket went without a word (RFC 6455
 # §7.1.5), the third that its token has ended
 _HELD: Final = frozenset({1005, 1006, CloseCode.UNAUTHORIZED})
+
+_ENTRY: Final = 400  # bytes of one entry of `files/list`, on the whole
 
 CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Unauthorized: CloseCode.UNAUTHORIZED,
@@ -75,6 +79,8 @@ class Hub:
     bus: Bus
     idle: Idle
     settings: Settings
+    budget: Budget
+    places: Places
     verify: Callable[[str | None], Token]
     grants: Grants
     connections: set[Connection] = field(default_factory=set)
@@ -109,16 +115,26 @@ class _Closed(Exception):
 class Connection:
     """One client of one tenant. `run` carries it from accept to close."""
 
-    def __init__(self, websocket: WebSocket, tenant: str, token: Token | None, hub: Hub) -> None:
+    def __init__(
+        self, websocket: WebSocket, tenant: str, token: Token | None, hub: Hub, address: str
+    ) -> None:
+        """`address` is whose the socket is, as long as no `token` says so."""
         self._socket = websocket
+        self._address = address
         self._tenant = tenant
         self._token = token
         self._hub = hub
         self._wire = protocol.ServerWire()
         self._parts = PARTS in websocket.scope.get("extensions", {})
+        self._flow: Mapping[str, Callable[[], Any]] = websocket.scope.get("extensions", {}).get(FLOW, {})
+        self._share: Share = hub.budget.tenant(tenant).within(hub.settings.socket_bytes)
+        self._turns = Turns(hub.settings.socket_bytes)
+        self._arriving: deque[Lease] = deque()  # of large messages that are on their way
+        self._leave: Callable[[], None] = lambda: None  # gives the socket's place back
         self._session: ToolSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: dict[RequestId, _Pending] = {}
+        self._unsent = 0  # answers that are being sent
         self._attachments: dict[int, Attachment] = {}
         self._sending: dict[int, float] = {}  # since when output of a channel waits for the client
         self._channels: dict[str, int] = {}
@@ -156,7 +172,22 @@ class Connection:
         }
 
     async def run(self) -> None:
-        """Serve the socket until either end closes it."""
+        """Serve the socket until either end closes it. Raises `RateLimited` where it has no place."""
+        if self._token is not None:
+            self._leave = self._hub.places.customer(self._tenant)
+        else:
+            self._leave = self._hub.places.stranger(self._address, self._displaced)
+        try:
+            await self._run()
+        finally:
+            self._leave()
+            for lease in self._arriving:
+                lease.end()
+
+    def _displaced(self) -> None:
+        self.close(CloseCode.TOO_MANY, "too many connections without a token; say initialize sooner")
+
+    async def _run(self) -> None:
         offered = self._socket.scope.get("subprotocols") or []
         chosen = protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None
         await self._socket.accept(subprotocol=chosen)
@@ -227,14 +258,50 @@ class Connection:
         await asyncio.gather(*tasks)
 
     async def _receive(self) -> None:
-        message = await self._socket.receive()
+        message = await (self._rest() if self._arriving else self._socket.receive())
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
+        if COMING in message:
+            await self._admit(message[COMING])
+            return
+        size = message.get(SIZE, 0)
+        lease = self._arriving.popleft() if size > LARGE and self._arriving else Lease(self._share)
+        try:
+            await self._take(message, size, lease)
+        except BaseException:
+            lease.end()
+            raise
+
+    async def _admit(self, size: int) -> None:
+        """Let a large message come once there is room for it; nothing more is read until then."""
+        if not self._wire.initialized:
+            raise _Closed(CloseCode.FRAME_TOO_LARGE, f"before initialize a message has at most {LARGE} bytes")
+        self._arriving.append(await self._share.wait(size))
+        self._flow["admit"]()
+
+    async def _rest(self) -> Message:
+        """Return the next message, the rest of which must keep coming."""
+        patience = self._hub.settings.body_timeout
+        while True:
+            received = self._flow["received"]()
+            try:
+                async with asyncio.timeout(patience):
+                    return await self._socket.receive()
+            except TimeoutError:
+                if self._flow["received"]() == received:
+                    raise _Closed(
+                        CloseCode.TOO_MANY, f"nothing came of a message for {patience:.0f} s"
+                    ) from None
+
+    async def _take(self, message: Message, size: int, lease: Lease) -> None:
+        """Do what a message says; `lease` is of its bytes, and ended with what it began."""
         data = message.get("bytes")
         event = self._wire.receive_text(message["text"]) if data is None else self._wire.receive_binary(data)
+        lease.hold(size - lease.size if lease.size else 0)
         match event:
             case protocol.Request():
-                await self._start(event)
+                await self._start(event, size, lease)
+                return
             case protocol.Input(channel, data):
                 await self._attachments[channel].write(data)
             case protocol.CancelPending(id):
@@ -247,6 +314,7 @@ class Connection:
                 raise _Closed(code, reason)
             case protocol.Ignored():
                 pass
+        lease.end()
 
     async def _send(self, text: str) -> None:
         """Send one frame at the client's pace; a client that is gone ends the connection elsewhere."""
@@ -304,20 +372,27 @@ class Connection:
 
     # --- requests -----------------------------------------------------------------------------------
 
-    async def _start(self, request: protocol.Request) -> None:
+    async def _start(self, request: protocol.Request, size: int, lease: Lease) -> None:
+        error: GatewayError | None = None
+        limit = self._hub.settings.max_requests
         if request.id is not None and request.id in self._pending:
-            error: GatewayError = InvalidParams(f"request {request.id} is still pending")
-            await self._send(protocol.failure(request.id, error))
-            return
-        if len(self._pending) >= self._hub.settings.max_requests:
-            error = RateLimited("too many requests in flight", limit=self._hub.settings.max_requests)
+            error = InvalidParams(f"request {request.id} is still pending")
+        elif len(self._pending) + self._unsent >= limit:
+            error = RateLimited("too many requests in flight", limit=limit, retry_after=RETRY_AFTER)
+        else:
+            try:
+                lease.grow(REQUEST if lease.size else REQUEST + size)
+            except RateLimited as full:
+                error = full
+        if error is not None:
+            lease.end()
             if request.id is not None:
                 await self._send(protocol.failure(request.id, error))
             return
         pending = _Pending()
         key: RequestId = request.id if request.id is not None else f"\0{id(pending)}"
         self._pending[key] = pending
-        pending.task = self._spawn(self._answer(request, key, pending))
+        pending.task = self._spawn(self._answer(request, key, pending, lease))
 
     def _cancel_pending(self, request_id: RequestId) -> None:
         pending = self._pending.get(request_id)
@@ -327,38 +402,73 @@ class Connection:
         if pending.started:  # a task that has not begun would never answer: it looks at the flag itself
             pending.task.cancel()
 
-    async def _answer(self, request: protocol.Request, key: RequestId, pending: _Pending) -> None:
-        answer: _Answer | None = None
+    async def _answer(
+        self, request: protocol.Request, key: RequestId, pending: _Pending, lease: Lease
+    ) -> None:
+        """Do what is asked and answer it. `lease` is of what it brought, and then of the answer."""
         pending.started = True
+        wanted, method, most = request.id, request.method, self._most(request)
+        turn, then = 0, None
         try:
-            if pending.cancelled:
+            try:
+                if pending.cancelled:
+                    await self._fence(request)
+                    raise Cancelled("the request was cancelled before it began")
+                turn = await self._turns.enter(most) if most else 0
+                answer = await self._methods[method](request.params)
+                reply, then = protocol.result(wanted or 0, answer.value), answer.then
+                del answer
+                if most and (full := self._share.above.full(len(reply))) is not None:
+                    raise RateLimited(
+                        f"{full.name} has no room for an answer of {len(reply)} bytes; take those that wait, "
+                        "then ask again",
+                        limit=full.limit,
+                        retry_after=RETRY_AFTER,
+                    )
+            except GatewayError as error:
+                reply = protocol.failure(wanted, error)
+                if method == "initialize":
+                    code = CLOSE_CODES.get(type(error), 1011)
+                    await self._send(reply)
+                    self.close(code, error.message)
+                    return
+            except asyncio.CancelledError:
+                if not pending.cancelled:  # the connection ends: nobody reads an answer
+                    raise
                 await self._fence(request)
-                raise Cancelled("the request was cancelled before it began")
-            answer = await self._methods[request.method](request.params)
-            reply = protocol.result(request.id or 0, answer.value)
-        except GatewayError as error:
-            reply = protocol.failure(request.id, error)
-            if request.method == "initialize":
-                code = CLOSE_CODES.get(type(error), 1011)
+                reply = protocol.failure(wanted, Cancelled("the request was cancelled"))
+            except Exception:
+                log.exception("%s of tenant %s failed", method, self._tenant)
+                reply = protocol.error_reply(
+                    wanted, -32603, "the gateway failed; its log says why", "unavailable"
+                )
+            finally:
+                self._pending.pop(key, None)
+            del request  # the answer may take long to go out
+            lease.hold(REQUEST + len(reply) - lease.size)
+            if wanted is not None:
+                self._unsent += 1
                 await self._send(reply)
-                self.close(code, error.message)
-                return
-        except asyncio.CancelledError:
-            if not pending.cancelled:  # the connection ends: nobody reads an answer
-                raise
-            await self._fence(request)
-            reply = protocol.failure(request.id, Cancelled("the request was cancelled"))
-        except Exception:
-            log.exception("%s of tenant %s failed", request.method, self._tenant)
-            reply = protocol.error_reply(
-                request.id, -32603, "the gateway failed; its log says why", "unavailable"
-            )
+                self._unsent -= 1
         finally:
-            self._pending.pop(key, None)
-        if request.id is not None:
-            await self._send(reply)
-        if answer is not None and answer.then is not None:
-            answer.then()
+            lease.end()
+            self._turns.leave(turn)
+        if then is not None:
+            then()
+
+    def _most(self, request: protocol.Request) -> int:
+        """Return how many bytes a call may answer that reads; of others the answer is small."""
+        settings = self._hub.settings
+        match request.params:
+            case protocol.ToolsCall(name="Read" | "Grep" | "Glob"):
+                return settings.result_max
+        match request.method:
+            case "files/read":
+                return settings.write_max * 4 // 3
+            case "files/list":
+                return settings.list_max * _ENTRY
+            case _:
+                return 0
 
     async def _fence(self, request: protocol.Request) -> None:
         """See to it that what a cancelled request asked for is not made by another of its id."""
@@ -380,6 +490,10 @@ class Connection:
         await hub.runtime.get(self._tenant)
         self._expecting.enter_context(hub.idle.using(self._tenant))
         await hub.idle.awake(self._tenant)
+        if self._token is None:
+            place = hub.places.customer(self._tenant)
+            self._leave()
+            self._leave = place
         self._token = token
         self._session = hub.toolbox.sessions.open(
             self._tenant, params.session, params.read_before_write, lasting=True

@@ -32,10 +32,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.auth import Token
+from gateway.budget import SMALL
 from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
 from gateway.protocol import switch
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox, ToolResult
+from gateway.web import hold
 
 _CALLER: Final = "gateway.mcp.caller"
 _SESSION: Final = "mcp-session-id"
@@ -195,7 +197,10 @@ class Mcp:
             await self._wait(context, params.name, work)
             if work.cancelled():
                 raise MCPError(REQUEST_CANCELLED, "Request cancelled")
-            return _answer(work.result(), caller.structured)
+            result = work.result()
+            if len(result.encoded) > SMALL:  # of what only reads
+                hold(context.request.scope, len(result.encoded))
+            return _answer(result, caller.structured)
         except GatewayError as error:
             return _refusal(error)
         finally:

@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.process_collector import ProcessCollector
 
+from gateway.budget import Budget, Places
 from gateway.events import Bus, Filter
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -26,7 +27,7 @@ _TOOL_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 
 class Metrics:
     """Counts what the bus tells and shows what the gateway holds.
 
-    The functions return how many of each there are now.
+    The functions return how many of each there are now; `budget` and `places` know what is held.
     """
 
     CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -37,6 +38,8 @@ class Metrics:
         execs: Callable[[], int],
         contested: Callable[[], int],
         shared: Callable[[], int],
+        budget: Budget,
+        places: Places,
     ) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -52,6 +55,13 @@ class Metrics:
             "Tenants with a domain whose address another instance has too.",
             registry=registry,
         ).set_function(shared)
+        for name, told, now in (
+            ("bytes_in_flight", "Bytes of requests and answers in flight.", lambda: budget.held),
+            ("bytes_in_flight_most", "Those of the tenant that has most.", lambda: budget.most),
+            ("messages_waiting", "Large messages that wait for room.", lambda: budget.waiting),
+            ("connections_anonymous", "Websockets without a token yet.", lambda: places.anonymous),
+        ):
+            Gauge(f"gateway_{name}", told, registry=registry).set_function(now)
         self._events = Counter("gateway_events", "Events published, by type.", ["type"], registry=registry)
         self._tools = Histogram(
             "gateway_tool_seconds",

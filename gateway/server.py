@@ -16,6 +16,7 @@ from typing import Final
 import uvicorn
 import uvloop
 
+from gateway import http1
 from gateway.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
@@ -57,7 +58,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     gateway = Gateway(settings)
     config = uvicorn.Config(
         gateway.app,
-        http="h11",
+        http=http1.protocol(settings),
         ws=WebSocketProtocol,
         ws_max_size=settings.max_frame,
         ws_ping_interval=None,

@@ -1,13 +1,14 @@
-"""Knows the forms of HTTP: bodies in, JSON and problems out, the request's id."""
+"""Knows the forms of HTTP: bodies in, JSON and problems out, the request's id, and whose bytes they are."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Mapping
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -15,19 +16,21 @@ import orjson
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from gateway import auth
+from gateway.budget import REQUEST, SMALL, Share
 from gateway.errors import (
     Cancelled,
     GatewayError,
     InvalidParams,
     NotFound,
     RateLimited,
+    Timeout,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -40,6 +43,9 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_MS: Final = 2000
 # in an ASGI scope: the uses of tenants that end with its answer
 USES: Final = "gateway.uses"
+# there too: the share of who asks, once that is known
+SHARE: Final = "gateway.share"
+_SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
 _REQUEST_ID: Final = "x-request-id"
 
 
@@ -68,25 +74,70 @@ async def end(task: asyncio.Future[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def read_json(request: Request, limit: int) -> Any:
-    """Return the JSON body. Raises `TooLarge` before more than `limit` bytes are read, `InvalidParams`."""
+async def read_json(request: Request, limit: int, patience: float) -> Any:
+    """Return the JSON body. Raises what `read_body` raises, and `InvalidParams`."""
     try:
-        return orjson.loads(await read_body(request, limit))
+        return orjson.loads(await read_body(request, limit, patience))
     except ValueError:
         raise InvalidParams("the body is not JSON") from None
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises `TooLarge` before more than `limit` bytes are read."""
+async def read_body(request: Request, limit: int, patience: float) -> bytes:
+    """Return the body, which counts as in flight until the request is answered.
+
+    Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the share of who
+    asks has room for, `Timeout` where nothing comes for `patience` seconds. Of who has shown no token the
+    whole body comes within that.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body has over {limit} bytes", limit=limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    known = SHARE in request.scope
+    held = int(declared) if declared.isdigit() else 0
+    if known:
+        hold(request.scope, held)
+    body, stream = bytearray(), request.stream()
+    until = asyncio.get_running_loop().time() + patience
+    while True:
+        try:
+            async with asyncio.timeout(patience) if known else asyncio.timeout_at(until):
+                body += await anext(stream)
+        except StopAsyncIteration:
+            return bytes(body)
+        except TimeoutError:
+            raise Timeout(f"the body did not come: nothing for {patience:.0f} s") from None
         if len(body) > limit:
             raise TooLarge(f"the body has over {limit} bytes", limit=limit)
-    return bytes(body)
+        if known and len(body) > held:
+            hold(request.scope, step := max(SMALL, len(body) - held))
+            held += step
+
+
+def ask(scope: Scope, share: Share) -> None:
+    """Count a request in the share of who asks, until it is answered. Raises `RateLimited`."""
+    if SHARE not in scope:
+        scope[SHARE] = share
+        hold(scope, REQUEST)
+
+
+def hold(scope: Scope, size: int) -> None:
+    """Count bytes of a request, or of its answer, until it is answered. Raises `RateLimited`."""
+    scope[USES].enter_context(scope[SHARE].lease(size))
+
+
+def address(connection: HTTPConnection) -> str:
+    """Return whose a connection is. Our own proxy says so; anybody else's word for it is worth nothing."""
+    client, told = connection.client, connection.headers.getlist("x-forwarded-for")
+    peer = "" if client is None else client.host
+    if told and _near(connection.scope):
+        peer = told[-1].rpartition(",")[2].strip()[:64]
+    try:
+        found = ip_address(peer)
+    except ValueError:
+        return peer
+    if isinstance(found, IPv6Address):
+        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))  # what one host is given
+    return peer
 
 
 class _AnyPath(PathConvertor):
@@ -125,7 +176,7 @@ def problem(error: GatewayError, status: int | None = None) -> Response:
     if isinstance(error, UnsatisfiableRange):
         headers["Content-Range"] = f"bytes */{error.facts['size']}"
     if isinstance(error, Unavailable | RateLimited):
-        headers["Retry-After"] = str(RETRY_AFTER_MS // 1000)
+        headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after", RETRY_AFTER_MS / 1000)))
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")
 
 
@@ -200,8 +251,28 @@ def _near(scope: Scope) -> bool:
     return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
 
 
-def with_request_id(app: ASGIApp) -> ASGIApp:
-    """Echo `X-Request-Id`, or make one, on every HTTP answer."""
+def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
+    """Echo `X-Request-Id`, or make one, on every HTTP answer.
+
+    A large answer is handed over in parts: what the client has not taken counts as in flight, and where it
+    takes nothing for `patience` seconds the connection is cut.
+    """
+
+    async def send_parts(scope: Scope, message: Message, send: Send) -> None:
+        body = message["body"]
+        with contextlib.ExitStack() as held:
+            if SHARE in scope:
+                held.enter_context(scope[SHARE].lease()).hold(len(body))
+            for start in range(0, len(body), _SLICE):
+                part = {**message, "body": body[start : start + _SLICE], "more_body": True}
+                try:
+                    async with asyncio.timeout(patience):
+                        await send(part)
+                except TimeoutError:
+                    # without the rest of the body the server cuts the connection
+                    log.info("an answer was not taken for %.0f s", patience)
+                    return
+        await send({**message, "body": b""})
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -213,6 +284,9 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            elif len(message.get("body", b"")) > _SLICE and not message.get("more_body"):
+                await send_parts(scope, message, send)
+                return
             await send(message)
 
         with contextlib.ExitStack() as scope[USES]:

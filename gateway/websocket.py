@@ -1,46 +1,159 @@
-"""Knows how uvicorn's websocket sends bytes without copying them together first.
+"""Knows how uvicorn's websocket sends bytes in parts, and how it asks before it takes in much.
 
 The ASGI message `websocket.send` may carry `parts`, a list of bytes that make one binary message, where the
 scope has the extension `PARTS`. A command that prints a gigabyte costs a third less of the gateway's CPU so.
+
+Of a large message the application gets `{"type": "websocket.receive", COMING: SIZE}` as soon as its first
+frame's header is there. Nothing more is read of the client until the application has called `admit`, which is
+in the scope's extension `FLOW`. Each message that follows has its size in bytes under `SIZE`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 PARTS: Final = "gateway.parts"
+FLOW: Final = "gateway.flow"
+COMING: Final = "coming"
+SIZE: Final = "size"
+LARGE: Final = 64 << 10  # bytes of a message above which the application is asked first
 
 _WAITING: Final = 8  # messages that wait to be taken while more are read
 _SMALL: Final = 16 << 10  # bytes of one such message
+_FAREWELL: Final = 1 << 20  # bytes that a client may still send once the socket is closed
+
+
+class Lengths:
+    """Follows the frames' headers in what a client sends (RFC 6455, 5.2), and nothing else of it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._head = b""  # the beginning of a header
+        self._left = 0  # bytes of the present frame that are still to come
+        self._message = 0  # bytes of the present message
+        self._told = False
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, int]]:
+        """Yield where in `data` a message becomes a large one, and how many bytes it may have."""
+        position, end = 0, len(data)
+        while position < end:
+            if self._left:
+                step = min(self._left, end - position)
+                self._left -= step
+                position += step
+                continue
+            began = position
+            head = self._head + data[position : position + 14 - len(self._head)]
+            size = 2 if len(head) < 2 else 2 + _EXTRA.get(head[1] & 127, 0) + (head[1] >> 7) * 4
+            if len(head) < max(size, 2):
+                self._head = head
+                return
+            position += size - len(self._head)
+            self._head = b""
+            length, last, kind = head[1] & 127, head[0] & 128, head[0] & 15
+            if length > 125:
+                length = int.from_bytes(head[2 : 2 + _EXTRA[length]], "big")
+            self._left = length
+            if kind > 7:
+                continue
+            if kind:
+                self._message, self._told = 0, False
+            self._message += length
+            if self._message > LARGE and not self._told and length <= self._most:
+                self._told = True
+                # of one in several frames nobody knows the size before its last
+                yield began, length if last and kind else self._most
+
+
+_EXTRA: Final = {126: 2, 127: 8}
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's own, which holds back in both directions, and `parts`."""
+    """uvicorn's own, which holds back in both directions, `parts`, and `COMING`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lengths = Lengths(self.config.ws_max_size)
+        self._sizes: deque[int] = deque()  # of the messages in the queue
+        self._asked = 0  # large messages that are not admitted yet
+        self._late = 0
+        self.received = 0
 
     async def run_asgi(self) -> None:
         self.scope["extensions"][PARTS] = {}
+        self.scope["extensions"][FLOW] = {"admit": self.admit, "received": lambda: self.received}
         await super().run_asgi()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        if not self.handshake_initiated:  # the head, which uvicorn's HTTP hands over by itself
+            super().data_received(data)
+            return
+        if self.close_sent:
+            self._late += len(data)
+            if self._late > _FAREWELL:
+                self.transport.abort()
+                return
+            super().data_received(data)
+            return
+        done = 0
+        for position, size in list(self._lengths.feed(data)):
+            if position > done:
+                super().data_received(data[done:position])
+            done = position
+            self._asked += 1
+            coming: Any = {"type": "websocket.receive", COMING: size}  # no message of ASGI's own
+            self.queue.put_nowait(coming)
+            self.transport.pause_reading()
+        super().data_received(data[done:] if done else data)
+
+    def admit(self) -> None:
+        """Read on: there is room for the large message that was announced."""
+        self._asked -= 1
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if not self._asked and not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
         # uvicorn stops reading at each message until it is taken, which costs two calls of the kernel: a few
         # small ones may wait instead
-        may_wait = not self.read_paused and self.queue.qsize() < _WAITING
-        may_wait = may_wait and sum(map(len, self.frames)) <= _SMALL
+        size, waiting = sum(map(len, self.frames)), self.queue.qsize()
+        may_wait = not self.read_paused and waiting < _WAITING and size <= _SMALL
         if may_wait:
             self.read_paused = True  # for uvicorn's eyes alone
         super().send_receive_event_to_app()
         if may_wait:
             self.read_paused = False
+        if self.queue.qsize() > waiting:
+            self._sizes.append(size)
+
+    async def receive(self) -> Any:
+        message: Any = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._read_on()
+        if message["type"] == "websocket.receive" and COMING not in message:
+            message[SIZE] = self._sizes.popleft()
+        return message
 
     async def send(self, message: Any) -> None:
         parts: Sequence[bytes] | None = message.get("parts")
         if parts is None:
             await super().send(message)
+            if len(message.get("text") or "") > LARGE:
+                # until the client has taken it, it counts as in flight
+                await self.writable.wait()
+            elif message["type"] == "websocket.close":
+                self._asked = 0
+                self._read_on()
             return
         await self.writable.wait()
         if self.disconnected or self.close_sent or self.transport.is_closing():

@@ -387,10 +387,6 @@ class Workers:
         where it did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
         `InvalidParams`.
         """
-        try:
-            request = orjson.dumps((operation, arguments))
-        except TypeError as error:
-            raise InvalidParams("the input is not valid JSON") from error
         key = (root.tenant, 0 if not search else _CHANGES if changes else 1 + share)
         slot = self._slots.get(key)
         if slot is None:
@@ -398,6 +394,10 @@ class Workers:
         slot.waiting += 1
         try:
             async with slot.lock:
+                try:  # in its turn: what waits is held once and not twice
+                    request = orjson.dumps((operation, arguments))
+                except TypeError as error:
+                    raise InvalidParams("the input is not valid JSON") from error
                 looks = search and not changes
                 worker = await self._ready(slot, root, search=search, looks=looks, helps=share > 0)
                 worker.send(request)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (
     {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal", "bounds"},
-    {"store", "hostnames"},
+    {"store", "hostnames", "budget", "http1"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"grants", "runtime", "audit"},
     {"files", "names", "domains"},
@@ -23,8 +23,8 @@ LEVELS = (
     {"host"},
     {"editor", "life", "metrics"},
     {"idle"},
-    {"connection", "mcp", "web"},
-    {"oneshot"},
+    {"connection", "web"},
+    {"mcp", "oneshot"},
     {"app"},
     {"server", "progress"},
     {"cli"},
@@ -43,6 +43,8 @@ ONLY: dict[str, set[str]] = {
     "tasks": set(),
     "bounds": set(),
     "store": {"errors", "ledger"},
+    "budget": {"errors", "settings"},
+    "http1": {"settings"},
     "editor": {"errors"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings", "bounds"},

@@ -26,6 +26,9 @@ class Transport:
     def resume_reading(self) -> None:
         self.reading = True
 
+    def is_closing(self) -> bool:
+        return False
+
 
 @pytest.fixture
 async def socket() -> tuple[WebSocketProtocol, Transport]:

@@ -1,0 +1,258 @@
+"""Bytes and sockets are counted for whom they are held, and each has a share."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from itertools import pairwise
+
+import pytest
+
+from gateway.budget import SMALL, Budget, Lease, Places, Share, Turns
+from gateway.errors import RateLimited
+from gateway.settings import Settings
+from gateway.websocket import LARGE, Lengths
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget(64 * MiB, 16 * MiB)
+
+
+def test_what_is_held_counts_for_socket_tenant_and_all(budget: Budget) -> None:
+    tenant = budget.tenant("a")
+    socket = tenant.within(4 * MiB)
+    with socket.lease(MiB):
+        assert (socket.held, tenant.held, budget.held) == (MiB, MiB, MiB)
+    assert (socket.held, tenant.held, budget.held) == (0, 0, 0)
+
+
+def test_full_share_is_named_and_nothing_is_held_then(budget: Budget) -> None:
+    tenant = budget.tenant("a")
+    lease = tenant.lease(13 * MiB)
+    with pytest.raises(RateLimited, match="this tenant has no room") as caught:
+        tenant.lease(3 * MiB)
+    assert caught.value.facts["retry_after"] > 0
+    assert tenant.held == 13 * MiB
+    lease.end()
+    lease.end()
+    assert budget.held == 0
+
+
+def test_an_eighth_is_left_to_what_is_small(budget: Budget) -> None:
+    """Where large messages have taken all they may, calls are served."""
+    socket = budget.tenant("a").within(4 * MiB)
+    held = [socket.lease(size) for size in (3 * MiB, MiB // 2)]
+    assert socket.full(MiB // 4) is socket
+    assert socket.full(SMALL) is None
+    for lease in held:
+        lease.end()
+
+
+def test_one_message_of_any_size_fits_an_idle_share(budget: Budget) -> None:
+    budget.tenant("a").within(MiB).lease(16 * MiB).end()
+
+
+def test_small_requests_end_at_the_tenants_limit(budget: Budget) -> None:
+    sockets = [budget.tenant("a").within(MiB) for _ in range(4)]
+    leases: list[Lease] = []
+    with pytest.raises(RateLimited):
+        while True:
+            leases += [socket.lease(SMALL) for socket in sockets]
+    assert 15 * MiB < budget.held <= 16 * MiB
+
+
+def test_nobody_takes_more_than_is_left_to_the_others(budget: Budget) -> None:
+    """The fifth who takes all that it may still finds room."""
+    tenants = [budget.tenant(f"t{number}") for number in range(5)]
+    for tenant in tenants:
+        while tenant.full(MiB) is None:
+            tenant.hold(MiB)
+        assert MiB <= tenant.held <= budget.limit - budget.held
+
+
+def test_share_of_a_tenant_is_one_and_goes_with_its_last_holder(budget: Budget) -> None:
+    first = budget.tenant("a")
+    assert budget.tenant("a") is first
+    first.hold(5)
+    assert budget.most == 5
+    first.hold(-5)
+    del first
+    assert budget.most == 0 and not budget._tenants
+
+
+async def test_who_waits_gets_room_once_it_is_given_back(budget: Budget) -> None:
+    socket = budget.tenant("a").within(4 * MiB)
+    first = await socket.wait(3 * MiB)
+    waiting = asyncio.create_task(socket.wait(3 * MiB))
+    await asyncio.sleep(0)
+    assert not waiting.done() and budget.waiting == 1
+    first.end()
+    async with asyncio.timeout(5):
+        second = await waiting
+    assert socket.held == 3 * MiB
+    second.end()
+
+
+async def test_hundreds_who_wait_all_get_their_turn(budget: Budget) -> None:
+    """One that cannot be let in does not hold up those behind it, and nobody is forgotten."""
+    tenants = [budget.tenant(f"t{number}") for number in range(300)]
+    blocked = tenants[0].within(MiB)
+    blocked.hold(MiB)
+    never = asyncio.create_task(blocked.wait(MiB))
+    all_ = budget.tenant("x").lease()
+    all_.hold(60 * MiB)
+
+    async def once(share: Share) -> None:
+        (await share.wait(2 * MiB)).end()
+
+    others = [asyncio.create_task(once(tenant)) for tenant in tenants[1:]]
+    tenants[1].hold(1)  # so that its limit applies
+    await asyncio.sleep(0)
+    assert budget.waiting == 300
+    all_.end()
+    tenants[1].hold(-1)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*others)
+    assert not never.done()
+    never.cancel()
+    await asyncio.gather(never, return_exceptions=True)
+    assert budget.waiting == 0 and budget.held == MiB
+
+
+async def test_cancelled_waiter_leaves_nothing(budget: Budget) -> None:
+    socket = budget.tenant("a").within(2 * MiB)
+    held = await socket.wait(2 * MiB)
+    waiting = asyncio.create_task(socket.wait(MiB))
+    await asyncio.sleep(0)
+    held.end()
+    await asyncio.sleep(0)  # it has been let in, and has not run since
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert (budget.held, budget.waiting) == (0, 0)
+
+
+async def test_turns_come_in_order_and_within_the_limit() -> None:
+    turns, ran, most = Turns(10), list[int](), 0
+
+    async def one(number: int, size: int) -> None:
+        nonlocal most
+        held = await turns.enter(size)
+        ran.append(number)
+        most = max(most, 10 - turns._free)
+        await asyncio.sleep(0)
+        turns.leave(held)
+
+    sizes = (6, 6, 1, 40, 3)
+    tasks = [asyncio.create_task(one(number, size)) for number, size in enumerate(sizes)]
+    await asyncio.sleep(0)
+    gone = asyncio.create_task(turns.enter(5))
+    await asyncio.sleep(0)
+    gone.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert all(a < b for a, b in pairwise(ran)) and most == 10
+    assert turns._free == 10
+
+
+# --- sockets ---------------------------------------------------------------------------------------------
+
+
+def places(**settings: int) -> Places:
+    return Places(Settings(**settings))  # type: ignore[arg-type]
+
+
+def nobody() -> None:
+    raise AssertionError("nobody has to make room")
+
+
+def test_strangers_of_one_address_are_few() -> None:
+    found = places(max_anonymous_per_address=3)
+    leave = [found.stranger("10.0.0.1", nobody) for _ in range(3)]
+    with pytest.raises(RateLimited):
+        found.stranger("10.0.0.1", nobody)
+    found.stranger("10.0.0.2", nobody)
+    leave[0]()
+    leave[0]()
+    found.stranger("10.0.0.1", nobody)
+    with pytest.raises(RateLimited):
+        found.stranger("10.0.0.1", nobody)
+
+
+def test_oldest_of_the_address_that_has_most_makes_room() -> None:
+    found, gone = places(max_anonymous=5), list[str]()
+    for name in ("a1", "b1", "b2", "b3", "a2"):
+        found.stranger(name[0], partial(gone.append, name))
+    found.stranger("c", nobody)
+    assert gone == ["b1"] and found.anonymous == 5
+
+
+def test_strangers_take_no_customers_place() -> None:
+    found = places(max_anonymous=1, max_connections=2)
+    for _ in range(10):
+        found.stranger("a", lambda: None)
+    found.customer("t")
+    leave = found.customer("u")
+    with pytest.raises(RateLimited):
+        found.customer("v")
+    leave()
+    leave()
+    assert found.taken == 1
+    found.customer("v")
+
+
+def test_a_tenant_has_a_share_of_all_sockets() -> None:
+    found = places(max_tenant_connections=2)
+    leave = [found.customer("t") for _ in range(2)]
+    with pytest.raises(RateLimited):
+        found.customer("t")
+    found.customer("u")
+    leave[0]()
+    found.customer("t")
+
+
+# --- large messages are seen before they are there -------------------------------------------------------
+
+
+def frame(size: int, *, kind: int = 1, last: bool = True, mask: bytes = b"mask") -> bytes:
+    head = bytes([kind | (128 if last else 0)])
+    if size < 126:
+        head += bytes([128 | size])
+    elif size < 1 << 16:
+        head += bytes([128 | 126]) + size.to_bytes(2, "big")
+    else:
+        head += bytes([128 | 127]) + size.to_bytes(8, "big")
+    return head + mask + b"x" * size
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 13, 4096, 1 << 20])
+def test_large_messages_are_announced_at_their_frame_however_they_are_cut(step: int) -> None:
+    """Small ones, and control frames in between, are not."""
+    parts = [
+        frame(3),
+        frame(LARGE),
+        frame(LARGE + 1),
+        frame(0, kind=9),
+        frame(LARGE // 2, kind=2, last=False),
+        frame(5, kind=9),
+        frame(LARGE // 2, kind=0, last=False),
+        frame(1, kind=0, last=False),
+        frame(LARGE, kind=0),
+        frame(200_000),
+    ]
+    starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
+    lengths, data, found = Lengths(1 << 24), b"".join(parts), list[tuple[int, int]]()
+    for start in range(0, len(data), step):
+        found += [(start + at, size) for at, size in lengths.feed(data[start : start + step])]
+    wanted = [(2, LARGE + 1), (7, 1 << 24), (9, 200_000)]
+    assert [size for _, size in found] == [size for _, size in wanted]
+    for (at, _), (index, _) in zip(found, wanted, strict=True):
+        assert starts[index] <= at < starts[index] + 14
+        if step == 1 << 20:
+            assert at == starts[index]
+
+
+def test_message_over_the_limit_is_left_to_the_parser_to_refuse() -> None:
+    assert list(Lengths(1 << 20).feed(frame(2 << 20))) == []

@@ -1,0 +1,371 @@
+"""A live gateway holds no more for anybody than their share, and nothing for who has shown no token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from gateway import protocol
+from tests.live import LiveGateway, RpcFailure, Wire, local_gateway
+
+MiB = 1 << 20
+SLACK = 24 * MiB  # what an allocator keeps of what is free
+CLIENTS = {"client": {"name": "t", "version": "1"}}
+
+SMALL = {
+    "GATEWAY_BYTES_IN_FLIGHT": str(48 * MiB),
+    "GATEWAY_TENANT_BYTES": str(24 * MiB),
+    "GATEWAY_SOCKET_BYTES": str(16 * MiB),
+    "GATEWAY_MAX_CONNECTIONS": "24",
+    "GATEWAY_MAX_TENANT_CONNECTIONS": "12",
+    "GATEWAY_MAX_ANONYMOUS": "8",
+    "GATEWAY_MAX_ANONYMOUS_PER_ADDRESS": "4",
+    "GATEWAY_MAX_SILENT": "40",
+    "GATEWAY_HEAD_TIMEOUT": "2",
+    "GATEWAY_BODY_TIMEOUT": "2",
+}
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(tmp_path, "a", "b", **SMALL)
+    await gateway.start()
+    yield gateway
+    assert await gateway.stop() == 0
+    log = gateway.log.read_text()
+    assert "Traceback" not in log, log[log.index("Traceback") :]
+
+
+@contextlib.contextmanager
+def growth(gateway: LiveGateway) -> Iterator[Callable[[], int]]:
+    """Give what returns the most bytes that the gateway has grown by meanwhile."""
+    gateway.reset_peak()
+    before = gateway.memory("VmRSS")
+    yield lambda: gateway.memory("VmHWM") - before
+
+
+async def gauge(gateway: LiveGateway, name: str) -> float:
+    async with gateway.http("a") as http, http.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return float(next(line for line in lines if line.startswith(f"gateway_{name} ")).split()[1])
+
+
+class Raw:
+    """A connection that says byte for byte what a test wants."""
+
+    def __init__(self, gateway: LiveGateway) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", gateway.port))
+        self.socket.setblocking(False)
+
+    async def send(self, data: bytes) -> None:
+        with contextlib.suppress(ConnectionError):
+            await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    async def until_closed(self, deadline: float) -> bytes:
+        """Return all that comes until the gateway hangs up."""
+        said = b""
+        async with asyncio.timeout(deadline):
+            with contextlib.suppress(ConnectionError):
+                while data := await asyncio.get_running_loop().sock_recv(self.socket, 1 << 16):
+                    said += data
+        return said
+
+    async def head(self, deadline: float = 10) -> bytes:
+        said = b""
+        async with asyncio.timeout(deadline):
+            while b"\r\n\r\n" not in said and (
+                data := await asyncio.get_running_loop().sock_recv(self.socket, 1 << 16)
+            ):
+                said += data
+        return said
+
+
+@contextlib.contextmanager
+def connections(gateway: LiveGateway, count: int) -> Iterator[list[Raw]]:
+    opened = [Raw(gateway) for _ in range(count)]
+    try:
+        yield opened
+    finally:
+        for one in opened:
+            one.socket.close()
+
+
+def post(path: str, length: int, token: str = "") -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"Content-Length: {length}",
+        "Content-Type: application/json",
+    ]
+    if token:
+        lines.append(f"Authorization: Bearer {token}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+# --- bytes -----------------------------------------------------------------------------------------------
+
+
+async def test_large_writes_on_one_socket_come_in_as_others_are_done(gateway: LiveGateway) -> None:
+    """Sixty of 8 MB at once: all are done, the gateway stays small, and another tenant's calls go on."""
+    text = "x" * (8 * MiB - 1)
+    async with gateway.wire("a") as wire, gateway.wire("b") as other:
+        await other.call("files/write", path="small", text="1")
+        with growth(gateway) as grown:
+            writing = asyncio.create_task(_write(wire, text, 60))
+            slowest = 0.0
+            while not writing.done():
+                began = time.perf_counter()
+                await other.call("files/read", path="small")
+                slowest = max(slowest, time.perf_counter() - began)
+            assert await writing == 60
+            # the share, once as text and once parsed, and of one what it is made into for its worker
+            assert grown() < 16 * MiB * 3 + 4 * 8 * MiB + SLACK
+        assert slowest < 2
+    assert await gauge(gateway, "bytes_in_flight") < MiB
+
+
+async def _write(wire: Wire, text: str, count: int) -> int:
+    replies = []
+    for number in range(count):
+        _, reply = await wire.start_call("files/write", path=f"f{number % 3}", text=text)
+        replies.append(reply)
+    return len(await asyncio.gather(*replies))
+
+
+async def test_a_cancel_comes_through_where_the_share_is_full(gateway: LiveGateway) -> None:
+    async with gateway.wire("a") as wire:
+        slow = [
+            (
+                await wire.start_call(
+                    "tools/call", name="Bash", arguments={"command": "sleep 60", "description": pad}
+                )
+            )
+            for pad in ["p" * (9 * MiB), "p" * (60 << 10)]
+        ]
+        for number, reply in slow:
+            await wire.send(protocol.cancel_request(number))
+            with pytest.raises(RpcFailure):
+                await asyncio.wait_for(reply, 20)
+
+
+async def test_unfinished_messages_hold_their_tenants_share_and_end(gateway: LiveGateway) -> None:
+    """Of ten sockets that announce 15 MiB one is let in, the others are not read; all end in time."""
+    async with contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(gateway.wire("a")) for _ in range(10)]
+        other = await stack.enter_async_context(gateway.wire("b"))
+        with growth(gateway) as grown:
+            for wire in wires:
+                head = bytes([0x81, 0xFF]) + (15 * MiB).to_bytes(8, "big") + b"mask"
+                transport = wire.socket.transport
+                transport.write(head + b"x" * (14 * MiB))
+            await asyncio.sleep(1)
+            assert await other.call("ping") == {}
+            await other.call("files/write", path="large", text="y" * (7 * MiB))
+            assert grown() < 2 * 16 * MiB + 3 * 7 * MiB + 10 * MiB + SLACK
+        assert await wires[0].closed(60) == 4429
+        for wire in wires[1:]:
+            wire.socket.transport.abort()
+
+
+async def test_answers_that_nobody_takes_are_bounded(gateway: LiveGateway) -> None:
+    """A client that asks for 7 MiB a hundred times and reads nothing is served no further."""
+
+    class Deaf(Wire):
+        async def _read(self) -> None:
+            await self.socket.wait_closed()
+
+    async with gateway.wire("b") as other:
+        await other.call("files/write", path="small", text="1")
+        async with gateway.wire("a") as wire:
+            await wire.call("files/write", path="large", text="z" * (7 * MiB))
+        async with gateway.raw("a", Deaf) as deaf:
+            say = protocol.request(1, "initialize", {**CLIENTS, "token": gateway.token("a")})
+            await deaf.send(say)
+            with growth(gateway) as grown:
+                for number in range(2, 102):
+                    await deaf.send(protocol.request(number, "files/read", {"path": "large"}))
+                await asyncio.sleep(2)
+                assert (await other.call("files/read", path="small"))["text"] == "1"
+                assert grown() < 24 * MiB * 3 + SLACK
+            deaf.socket.transport.abort()
+
+
+async def test_a_request_that_finds_its_share_full_is_told_when_to_ask_again(gateway: LiveGateway) -> None:
+    path, token = "/v1/tenants/a/tools/Read", gateway.token("a")
+    with connections(gateway, 2) as (first, second):
+        await first.send(post(path, 15 * MiB, token) + b"{")
+        while await gauge(gateway, "bytes_in_flight") < 15 * MiB:
+            await asyncio.sleep(0.02)
+        await second.send(post(path, 15 * MiB, token) + b"{")
+        said = await second.head()
+        assert said.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in said.lower()
+        async with (
+            gateway.http("b") as http,
+            http.post("/v1/tenants/b/tools/Glob", data=io.BytesIO(b" " * 9 * MiB)) as other,
+        ):
+            assert other.status == 400  # it was read
+        async with gateway.http("a") as http, http.get("/v1/tenants/a") as other:
+            assert other.status == 200
+
+
+async def test_bodies_without_a_token_are_not_taken(gateway: LiveGateway) -> None:
+    """Two dozen that announce 16 MiB, with a length or in chunks, to every route that takes a body."""
+    routes = [
+        *("/v1/session", "/v1/deployments", "/v1/revocations", "/v1/tenants/a/exec", "/v1/tenants/a/mcp"),
+        *("/v1/tenants/a/tools/Read", "/v1/tenants/a/clone", "/v1/tenants/a/start"),
+    ]
+    with connections(gateway, 3 * len(routes)) as opened, growth(gateway) as grown:
+        for number, one in enumerate(opened):
+            path = routes[number % len(routes)]
+            if number // len(routes) % 2:
+                head = post(path, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+                await one.send(head + b"100000\r\n" + b'"' * 300_000)
+            else:
+                await one.send(post(path, 16 * MiB) + b'"' * 300_000)
+        codes = {(await one.head())[9:12] for one in opened}
+        assert codes <= {b"413", b"401"}
+        assert grown() < 5 * MiB
+
+
+# --- time ------------------------------------------------------------------------------------------------
+
+
+async def test_head_that_does_not_come_in_time_is_given_up(gateway: LiveGateway) -> None:
+    """Not even where a byte comes now and then; a second request's is no better than a first's."""
+    with connections(gateway, 4) as (silent, slow, second, kept):
+        await slow.send(b"GET /healthz HTTP/1.1\r\n")
+        await second.send(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await second.head()
+        await second.send(b"GET /healthz HTTP/1.1\r\n")
+        began = time.monotonic()
+
+        async def drip() -> None:
+            while True:
+                await slow.send(b"X")
+                await asyncio.sleep(0.2)
+
+        dripping = asyncio.create_task(drip())
+        await asyncio.gather(*(one.until_closed(15) for one in (silent, slow, second)))
+        assert 1.5 < time.monotonic() - began < 10
+        dripping.cancel()
+        await kept.send(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await kept.until_closed(15)
+
+
+async def test_body_that_does_not_come_is_given_up(gateway: LiveGateway) -> None:
+    """Of who has shown no token it must be whole within that time; of others something must keep coming."""
+    token = gateway.token("a")
+    with connections(gateway, 2) as (anonymous, known):
+        await anonymous.send(post("/v1/session", 1000))
+        body = orjson.dumps({"file_path": "x" * 40})
+        await known.send(post("/v1/tenants/a/tools/Read", len(body), token))
+
+        async def drip() -> None:
+            while True:
+                await anonymous.send(b" ")
+                await asyncio.sleep(0.2)
+
+        dripping = asyncio.create_task(drip())
+        for position in range(0, len(body), 20):
+            await known.send(body[position : position + 20])
+            await asyncio.sleep(1)
+        assert (await known.head()).startswith(b"HTTP/1.1 200")
+        assert (await anonymous.head()).startswith(b"HTTP/1.1 504")
+        dripping.cancel()
+        await anonymous.until_closed(15)
+
+
+async def test_answer_that_nobody_takes_is_cut(gateway: LiveGateway) -> None:
+    async with gateway.wire("a") as wire:
+        await wire.call("exec/start", command="head -c 6000000 /dev/zero | tr '\\\\0' a > big")
+        ask = orjson.dumps({"command": "head -c 6000000 /dev/zero | tr '\\0' a"})
+        with connections(gateway, 8) as opened:
+            for one in opened:
+                one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                await one.send(post("/v1/tenants/a/exec", len(ask), gateway.token("a")) + ask)
+            async with asyncio.timeout(30):
+                while await gauge(gateway, "bytes_in_flight") < 5 * MiB:
+                    await asyncio.sleep(0.05)
+                while await gauge(gateway, "bytes_in_flight") > MiB:
+                    await asyncio.sleep(0.05)
+
+
+# --- sockets ---------------------------------------------------------------------------------------------
+
+
+async def test_strangers_never_take_a_customers_place(gateway: LiveGateway) -> None:
+    """From one address and from many, more than all sockets there are."""
+    async with contextlib.AsyncExitStack() as stack:
+        strangers = [
+            await stack.enter_async_context(gateway.raw("a", X_Forwarded_For=f"10.0.0.{number % 20}"))
+            for number in range(60)
+        ]
+        assert await gauge(gateway, "connections_anonymous") <= 8
+        for _ in range(12):
+            wire = await stack.enter_async_context(
+                gateway.raw("a", Authorization=f"Bearer {gateway.token('a')}")
+            )
+            await wire.call("initialize", **CLIENTS)
+        async with gateway.wire("b") as wire:  # its token comes by initialize: it displaces one of them
+            assert await wire.call("ping") == {}
+        codes = [one.socket.close_code for one in strangers]
+        assert codes.count(4429) >= 60 - 8
+
+
+async def test_one_address_has_few_strangers(gateway: LiveGateway) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(gateway.raw("a", X_Forwarded_For="1.2.3.4, 10.0.0.1"))
+        async with gateway.raw("a", X_Forwarded_For="9.9.9.9, 10.0.0.1") as wire:
+            assert await wire.closed() == 4429
+        async with gateway.raw("a", X_Forwarded_For="10.0.0.2") as wire:
+            await wire.call("initialize", **CLIENTS, token=gateway.token("a"))
+        async with gateway.raw("a", X_Forwarded_For="2001:db8::1") as wire:
+            await wire.call("initialize", **CLIENTS, token=gateway.token("a"))
+
+
+async def test_a_tenant_has_a_share_of_all_sockets(gateway: LiveGateway) -> None:
+    """Websockets and event streams, whatever tokens they have."""
+    async with contextlib.AsyncExitStack() as stack:
+        http = await stack.enter_async_context(gateway.http("a"))
+        for _ in range(2):
+            stream = await stack.enter_async_context(http.get("/v1/events"))
+            assert stream.status == 200
+        for _ in range(10):
+            await stack.enter_async_context(gateway.wire("a"))
+        async with gateway.raw("a", Authorization=f"Bearer {gateway.token('*')}") as wire:
+            assert await wire.closed() == 4429
+        async with gateway.raw("a") as wire:
+            with pytest.raises(RpcFailure) as caught:
+                await wire.call("initialize", **CLIENTS, token=gateway.token("a"))
+            assert caught.value.code == "rate_limited" and caught.value.data["retry_after"] > 0
+            assert await wire.closed() == 4429
+        async with http.get("/v1/events") as refused:
+            assert refused.status == 429
+        async with gateway.wire("b") as wire:
+            assert await wire.call("ping") == {}
+    async with gateway.wire("a") as wire:  # they are given back
+        assert await wire.call("ping") == {}
+
+
+async def test_first_message_is_small(gateway: LiveGateway) -> None:
+    async with gateway.raw("a") as wire:
+        with contextlib.suppress(ConnectionError):
+            await wire.send(protocol.request(1, "initialize", {"token": "x" * 100_000}))
+        assert await wire.closed() == 1009
+
+
+async def test_silent_connections_are_few(gateway: LiveGateway) -> None:
+    """Beyond so many the longest silent is cut; who asks is answered."""
+    with connections(gateway, 120) as opened:
+        await opened[0].until_closed(5)
+        async with gateway.http("a") as http, http.get("/v1/tenants/a") as answer:
+            assert answer.status == 200
