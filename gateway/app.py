@@ -255,7 +255,11 @@ class Gateway:
                 Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
             )
             self._deploys = await stack.enter_async_context(
-                Deployments(runtime, sites, caddy, domains, self.store, self.bus, settings, idle.use)
+                Deployments(
+                    *(runtime, sites, caddy, domains, self.store, self.bus, settings),
+                    use=idle.use,
+                    ended=self.names.ended,
+                )
             )
             self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)

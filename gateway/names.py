@@ -96,9 +96,13 @@ class Names:
         """Return what tells the name's present instance from all others, "" where it is nobody's."""
         return self._holders.get(name, _NOBODY).instance
 
+    def ended(self, name: str) -> float:
+        """Return when the last one of that name ended, 0 where there was none."""
+        return self._holders.get(name, _NOBODY).at
+
     def is_present(self, name: str, at: float) -> bool:
         """Say whether what began at that time is of who has the name now, or comes to have it."""
-        return at >= self._holders.get(name, _NOBODY).at
+        return at >= self.ended(name)
 
     async def over(self, name: str, instance: str) -> None:
         """Wait until it is noticed that this instance was destroyed; a while at most."""

@@ -106,7 +106,12 @@ class Settings(BaseSettings):
     template_files: int = Field(10_000, gt=0, description="files of one template")
     template_bytes: int = Field(64 * MiB, gt=0, description="bytes of one template's files")
     max_deployments: int = Field(4, gt=0, description="deployments that run at once; more wait")
-    waiting_deployments: int = Field(256, gt=0, description="deployments that may wait; more are refused")
+    waiting_deployments: int = Field(
+        256, gt=0, description="deployments that may run or wait, half of them of one owner; more are refused"
+    )
+    waiting_bytes: int = Field(
+        256 * MiB, gt=0, description="bytes of their uploaded templates in memory, half of them of one owner"
+    )
     deployments_kept: int = Field(1000, gt=0, description="ended deployments kept on record")
     install_timeout: float = Field(300.0, gt=0, description="seconds of a template's install command")
     install_output: int = Field(

@@ -126,6 +126,11 @@ MIGRATIONS: Final = (
     CREATE TABLE losses (key TEXT PRIMARY KEY, upto INTEGER NOT NULL, number INTEGER NOT NULL) STRICT;
     CREATE INDEX losses_upto ON losses (upto);
     """,
+    # tenants' keys are apart, though all may have the same subject
+    """
+    DROP INDEX deployments_key;
+    CREATE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
+    """,
 )
 
 

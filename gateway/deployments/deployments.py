@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -28,6 +28,7 @@ from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
+from gateway.deployments.turns import Owner, Turns
 from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
@@ -95,6 +96,7 @@ class Request:
 class _Running:
     record: Record
     request: Request
+    owner: Owner
     key: str | None = None
     task: asyncio.Task[None] | None = None
     cancelled: bool = False
@@ -115,8 +117,10 @@ class Deployments:
         bus: Bus,
         settings: Settings,
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
+        ended: Callable[[str], float] | None = None,
     ) -> None:
-        """`use` keeps a tenant awake while its context is open."""
+        """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended."""
+        self._ended = ended or (lambda tenant: 0.0)
         self._use = use or (lambda tenant: contextlib.nullcontext())
         self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._store, self._bus, self._settings = store, bus, settings
@@ -124,7 +128,7 @@ class Deployments:
         # over, but the store could not take it; no more than it took when they began
         self._unwritten: dict[str, Record] = {}
         self._unprepared: set[str] = set()  # names of templates
-        self._slots = asyncio.Semaphore(settings.max_deployments)
+        self._turns = Turns(settings)
         self._moved = asyncio.Event()
         self._looks = 0  # for addresses, one after another
         self._recovered = asyncio.Event()
@@ -178,12 +182,15 @@ class Deployments:
         template = request.template if isinstance(request.template, str) else "upload"
         fresh = Record(tenant, domain, self._caddy.url(domain), template, by)
         if key is not None:
-            kept = await self._store.read(lambda connection: records.keyed(connection, by, key))
-            if kept is not None:
-                return self._same(kept[0], kept[1], request), False
-        for other in self._running.values():
-            if key is not None and (other.record.by, other.key) == (by, key):
-                return self._same(other.record, other.request.digest, request), False
+            begun = await self._store.read(lambda connection: records.keyed(connection, by, key))
+            begun += [
+                (other.record, other.request.digest)
+                for other in self._running.values()
+                if (other.record.by, other.key) == (by, key)
+            ]
+            # of another tenant's, or of one that had the name before, nothing may be told
+            if told := [one for one in begun if self._knows(token, one[0])]:
+                return self._same(told, request), False
         holder = self._domains.holder(domain)
         for other in self._running.values():
             # of another's deployment only that there is one may be told
@@ -193,9 +200,9 @@ class Deployments:
                     f"a deployment of {other.record.domain} runs already; wait for it, or cancel it",
                     deployment=other.record.id,
                 )
-        if len(self._running) >= self._settings.waiting_deployments:
-            raise RateLimited("too many deployments wait; ask again when some have ended")
-        running = self._running[fresh.id] = _Running(fresh, request, key)
+        owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
+        self._turns.admit(owner, size)
+        running = self._running[fresh.id] = _Running(fresh, request, owner, key)
         try:
             await self._domains.hold(domain, tenant, fresh.id)
             await self._store.write(
@@ -205,16 +212,27 @@ class Deployments:
             )
         except BaseException:
             del self._running[fresh.id]
+            self._turns.leave(owner, size)
             await self._domains.over(fresh.id)
             raise
         running.task = asyncio.create_task(self._run(running), name=f"deploy {tenant}")
+        running.task.add_done_callback(lambda _: self._turns.leave(owner, size))
         return fresh, True
 
     @staticmethod
-    def _same(found: Record, digest: str, request: Request) -> Record:
-        if digest != request.digest:
-            raise Conflict("this Idempotency-Key was used for another deployment; take a new one")
-        return found
+    def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:
+        """Return the deployment of a key that was asked for with the same request. Raises `Conflict`."""
+        for record, digest in known:
+            if digest == request.digest:
+                return record
+        raise Conflict("this Idempotency-Key was used for another deployment; take a new one")
+
+    def _knows(self, token: Token, record: Record) -> bool:
+        """Say whether a deployment is of a tenant that the token covers, and was made for."""
+        if token.coverage is None:
+            return True
+        ended = self._ended(record.tenant)
+        return token.covers(record.tenant) and (record.created >= ended or token.issued <= ended)
 
     async def get(self, identity: str) -> Record:
         """Return a deployment. Raises `NotFound`."""
@@ -249,7 +267,7 @@ class Deployments:
     async def _run(self, running: _Running) -> None:
         record, began = running.record, time.monotonic()
         try:
-            async with self._slots:
+            async with self._turns.turn(running.owner):
                 await self._recovered.wait()
                 record.state = "running"
                 self._tell(running, "started", {"domain": record.domain, "template": record.template})
@@ -422,7 +440,8 @@ class Deployments:
                 del self._unwritten[identity]
 
     async def _recover_one(self, record: Record) -> None:
-        running, began = _Running(record, Request(record.domain, record.template)), time.monotonic()
+        request, began = Request(record.domain, record.template), time.monotonic()
+        running = _Running(record, request, Owner(None, record.by))
         try:
             if record.settled:  # it works: only this was not written down
                 order = Order(record.id, record.domain, Recipe(b"", (), record.port, record.health))

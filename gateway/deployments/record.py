@@ -76,26 +76,36 @@ def save(
     )
 
 
-def keyed(connection: sqlite3.Connection, subject: str, key: str) -> tuple[Record, str] | None:
-    """Return the deployment that a subject began under a key, and the digest of what it asked for."""
-    row = connection.execute(
-        "SELECT record, request FROM deployments WHERE subject = ? AND key = ?", (subject, key)
-    ).fetchone()
-    return None if row is None else (parsed(row[0]), str(row[1]))
+def keyed(connection: sqlite3.Connection, subject: str, key: str) -> list[tuple[Record, str]]:
+    """Return what a subject began under a key, newest first, each with the digest of what was asked for."""
+    rows = connection.execute(
+        "SELECT record, request FROM deployments WHERE subject = ? AND key = ? ORDER BY created DESC",
+        (subject, key),
+    )
+    return [(parsed(record), str(request)) for record, request in rows]
 
 
 def begin(connection: sqlite3.Connection, record: Record, key: str | None, request: str, kept: int) -> None:
-    """Keep a new deployment; ended ones above `kept` are removed."""
+    """Keep a new deployment; of ended ones above `kept` the oldest of whoever has most are removed."""
     connection.execute(
         "INSERT INTO deployments (id, tenant, created, ended, subject, key, request, record) "
         "VALUES (?, ?, ?, NULL, ?, ?, ?, ?)",
         (record.id, record.tenant, record.created, record.by, key, request, orjson.dumps(record)),
     )
-    connection.execute(
-        "DELETE FROM deployments WHERE ended IS NOT NULL AND id NOT IN "
-        "(SELECT id FROM deployments ORDER BY created DESC LIMIT ?)",
-        (kept,),
+    connection.execute(_TRIM, (kept,))
+
+
+# the later its place among its tenant's own, newest first, the sooner one goes
+_TRIM: Final = """
+    DELETE FROM deployments WHERE id IN (
+        SELECT id FROM (
+            SELECT id, created, ended, row_number() OVER (PARTITION BY tenant ORDER BY created DESC) AS place
+            FROM deployments
+        )
+        WHERE ended IS NOT NULL ORDER BY place DESC, created
+        LIMIT max(0, (SELECT count(*) FROM deployments) - ?)
     )
+"""
 
 
 def find(connection: sqlite3.Connection, identity: str) -> Record | None:

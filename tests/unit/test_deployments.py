@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import pytest
 
 from gateway.auth import Token
 from gateway.deployments import Deployments, Record, Request
+from gateway.deployments import record as records
 from gateway.domains import Domains
+from gateway.errors import Conflict, RateLimited
 from gateway.events import Bus
 from gateway.settings import Settings
 from gateway.store import Store
@@ -77,3 +81,179 @@ async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployment
     said = told.of("deployment.failed")
     assert (said["phase"], said["index"], said["of"]) == ("push", 2, 8)
     assert told.of("deployment.rolledback")["error"]["message"] == "the gateway ended"
+
+
+def token(*tenants: str, subject: str = "operator", issued: float = 0.0) -> Token:
+    scopes = frozenset({"deploy"})
+    return Token(subject, frozenset(tenants), scopes, 0, "id", frozenset({"*.example.com"}), issued=issued)
+
+
+def asked(tenant: str, template: str | bytes = "static") -> Request:
+    return Request(f"{tenant}.example.com", template, tenant=tenant)
+
+
+async def cancel(deployments: Deployments, identity: str) -> None:
+    await asyncio.sleep(0)  # until it waits: a request's cancel never comes before that
+    await deployments.cancel(identity)
+
+
+async def test_a_key_is_of_a_subject_and_the_tenants_of_its_token(rig: tuple[Deployments, Told]) -> None:
+    """All tokens may have one subject: nobody gets another tenant's deployment by its key."""
+    deployments, _ = rig
+    mine, new = await deployments.begin(asked("a"), token("a"), key="1")
+    theirs, also_new = await deployments.begin(asked("b"), token("b"), key="1")
+    assert new and also_new and mine.id != theirs.id
+    for who in (token("a"), token("a", "b"), token("*")):
+        assert await deployments.begin(asked("a"), who, key="1") == (mine, False)
+    for who in (token("a", "c"), token("*")):  # whoever may know of it is told of the other use
+        with pytest.raises(Conflict):
+            await deployments.begin(asked("c"), who, key="1")
+    for record in (mine, theirs):  # on record as in memory
+        await cancel(deployments, record.id)
+    assert (await deployments.begin(asked("a"), token("a"), key="1"))[0].id == mine.id
+    assert (await deployments.begin(asked("b"), token("b"), key="1"))[0].id == theirs.id
+    other, new = await deployments.begin(asked("a"), token("a", subject="else"), key="1")
+    assert new
+    await cancel(deployments, other.id)
+
+
+async def test_a_key_of_who_had_the_name_before_is_nobodys(tmp_path: Path) -> None:
+    settings, nothing, ended = Settings(state_dir=tmp_path), cast(Any, Nothing()), dict[str, float]()
+    async with Store(tmp_path) as store:
+        domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
+        deployments = Deployments(
+            *(nothing, nothing, nothing, domains, store, cast(Bus, Told()), settings),
+            ended=lambda name: ended.get(name, 0.0),
+        )
+        first, _ = await deployments.begin(asked("a"), token("a", issued=1.0), key="1")
+        await cancel(deployments, first.id)
+        ended["a"] = first.created + 1
+        # who asked for it asks again: it was undone, which ended the tenant that it made
+        again, new = await deployments.begin(asked("a"), token("a", issued=1.0), key="1")
+        assert (again.id, new) == (first.id, False)
+        second, new = await deployments.begin(asked("a"), token("a", issued=ended["a"] + 1), key="1")
+        assert new and second.id != first.id
+        await cancel(deployments, second.id)
+
+
+async def test_records_of_one_tenant_push_out_its_own_alone(tmp_path: Path) -> None:
+    async with Store(tmp_path) as store:
+        for number in range(30):
+            tenant = "quiet" if number < 3 else "greedy"
+            record = Record(tenant, f"{tenant}.example.com", "", "static", "me", created=float(number))
+            record.state, record.ended = "succeeded", float(number)
+            await store.write(partial(records.begin, record=record, key=None, request="", kept=10))
+            text, identity = orjson.dumps(record), record.id
+            await store.write(partial(records.save, record=text, identity=identity, tenant=tenant, ended=1.0))
+        kept = await store.read(lambda db: records.recent(db, None, 100))
+    assert [record.tenant for record in kept].count("quiet") == 3
+    assert [record.created for record in kept if record.tenant == "greedy"] == [
+        float(n) for n in range(29, 22, -1)
+    ]
+
+
+class Places:
+    """Deployments that take as long as they are let, and say which of them run."""
+
+    def __init__(self, rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.deployments = rig[0]
+        self.running = list[str]()
+        self.gates = dict[str, asyncio.Event]()
+        self._changed = asyncio.Condition()
+        self.deployments._recovered.set()
+        monkeypatch.setattr(self.deployments, "_attempt", self._attempt)
+
+    async def _attempt(self, running: Any, held: Any) -> None:
+        name = running.record.tenant
+        gate = self.gates[name] = asyncio.Event()
+        self.running.append(name)
+        try:
+            await gate.wait()
+        finally:
+            self.running.remove(name)
+        running.record.error = {"code": "cancelled"}
+
+    async def begin(self, who: Token, *tenants: str) -> None:
+        for tenant in tenants:
+            await self.deployments.begin(asked(tenant), who)
+
+    async def are(self, *names: str) -> None:
+        async with asyncio.timeout(10):
+            while sorted(self.running) != sorted(names):
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # time for what must not happen
+        assert sorted(self.running) == sorted(names)
+
+
+@pytest.fixture
+async def places(rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Places]:
+    places = Places(rig, monkeypatch)
+    yield places
+    await places.deployments.end()
+
+
+async def test_slow_deployments_of_one_leave_places_to_others(places: Places) -> None:
+    """However many it asks for; and owners take turns."""
+    greedy = token(*(f"g{n}" for n in range(6)))
+    await places.begin(greedy, *(f"g{n}" for n in range(6)))
+    await places.are("g0", "g1")
+    await places.begin(token("x1", "x2"), "x1")
+    await places.begin(token("y"), "y")
+    await places.are("g0", "g1", "x1", "y")
+    await places.begin(token("x1", "x2"), "x2")
+    await places.begin(token("z"), "z")
+    places.gates["g0"].set()
+    await places.are("g1", "g2", "x1", "y")  # the turn of who waits longest
+    places.gates["y"].set()
+    await places.are("g1", "g2", "x1", "x2")
+    places.gates["g1"].set()
+    await places.are("g2", "x1", "x2", "z")
+
+
+async def test_who_covers_all_leaves_one_place(places: Places) -> None:
+    await places.begin(token("*"), *"abcde")
+    await places.are("a", "b", "c")
+    await places.begin(token("*", subject="another"), "f", "g")
+    await places.are("a", "b", "c", "f")
+    places.gates["a"].set()
+    await places.are("b", "c", "f", "g")  # it has half, and another waits
+    places.gates["g"].set()
+    await places.are("b", "c", "d", "f")
+
+
+async def test_one_that_is_cancelled_gives_its_place(places: Places) -> None:
+    await places.begin(token("a", "b", "c", "d"), *"abcd")
+    await places.are("a", "b")
+    waiting, runs = (
+        next(one.record.id for one in places.deployments._running.values() if one.record.tenant == name)
+        for name in "ca"
+    )
+    await cancel(places.deployments, waiting)
+    await cancel(places.deployments, runs)
+    await places.are("b", "d")
+
+
+async def test_waiting_has_a_share_too(tmp_path: Path) -> None:
+    """Of how many wait, and of what their uploads take in memory; the rest is for others."""
+    settings = Settings(state_dir=tmp_path, waiting_deployments=4, waiting_bytes=1000)
+    nothing = cast(Any, Nothing())
+    async with Store(tmp_path) as store:
+        domains = await Domains.opened(nothing, store, cast(Bus, Told()), settings)
+        deployments = Deployments(*(nothing, nothing, nothing, domains, store, cast(Bus, Told()), settings))
+        greedy = token("a", "b", "c")
+        begun = [(await deployments.begin(asked(name), greedy))[0] for name in "ab"]
+        with pytest.raises(RateLimited) as caught:
+            await deployments.begin(asked("c"), greedy)
+        assert caught.value.facts["retry_after"] > 0
+        begun.append((await deployments.begin(asked("d"), token("d")))[0])
+        for record in begun:
+            await cancel(deployments, record.id)
+        begun = [(await deployments.begin(asked("a", b"x" * 400), greedy))[0]]
+        with pytest.raises(RateLimited):
+            await deployments.begin(asked("b", b"x" * 400), greedy)
+        begun.append((await deployments.begin(asked("d", b"x" * 400), token("d")))[0])
+        for record in begun:
+            await cancel(deployments, record.id)
+        begun = [(await deployments.begin(asked("a", b"x" * 900), greedy))[0]]  # alone it is let in
+        await cancel(deployments, begun[0].id)
+        await deployments.end()
