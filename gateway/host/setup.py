@@ -153,6 +153,8 @@ def network(settings: Settings) -> dict[str, str]:
         "ipv6.address": "none",
         # Tenants must not find one another's names.
         "dns.mode": "none",
+        # nor the names that they give themselves when they ask for an address
+        "raw.dnsmasq": "dhcp-ignore-names",
         "security.acls": acl_name(settings),
         "security.acls.default.egress.action": "reject",
         "security.acls.default.ingress.action": "reject",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.integration.conftest import Container
+from tests.integration import environment
+from tests.integration.conftest import BOOTED, Container
 
 
 def test_boots_without_a_failed_unit(shared_tenant: Container) -> None:
@@ -12,12 +13,31 @@ def test_boots_without_a_failed_unit(shared_tenant: Container) -> None:
     )
 
 
-def test_address_comes_from_dhcp_with_dns(shared_tenant: Container) -> None:
-    """networkd takes its address, route and resolver from the bridge."""
+def test_an_instance_without_an_address_asks_for_one(shared_tenant: Container) -> None:
+    """networkd takes address and route from the bridge, whose resolver the image names."""
     address = shared_tenant.address()
     assert address.startswith("10.83.")
     assert shared_tenant.sh("ip -4 route show default").startswith("default via 10.83.")
-    assert "10.83." in shared_tenant.sh("resolvectl dns eth0")
+    assert shared_tenant.sh("cat /etc/resolv.conf").startswith("nameserver 10.83.")
+    assert shared_tenant.sh("ip -6 addr show dev eth0") == ""
+
+
+def test_one_with_an_address_runs_next_to_nothing(tenant: Container) -> None:
+    """Of a tenant only systemd and its journal run; what else answers starts when it is asked."""
+    address = tenant.address()
+    early = (
+        f"lxc.net.0.ipv4.address = {address}/24\nlxc.net.0.ipv4.gateway = {address.rpartition('.')[0]}.1\n"
+    )
+    environment.incus("stop", "--force", tenant.name)
+    environment.incus("config", "set", tenant.name, "raw.lxc", early)
+    environment.incus("start", tenant.name)
+    tenant.sh(BOOTED)
+    assert tenant.sh("systemctl is-system-running; systemctl --failed --no-legend").strip() == "running"
+    assert tenant.address() == address
+    assert tenant.sh("ps -e -o comm= | sort").split() == ["ps", "sh", "sort", "systemd", "systemd-journal"]
+    assert tenant.sh("getent ahostsv4 localhost; ip -4 route show default").count("\n") > 1
+    # a user of the tenant asks systemd over the bus
+    assert tenant.sh("systemctl is-active systemd-journald", user=1000).strip() == "active"
 
 
 def test_user_site_owns_its_workspace(shared_tenant: Container) -> None:

@@ -131,8 +131,8 @@ def test_names_resolve_but_not_those_of_neighbours(neighbours: tuple[Container, 
     """DNS works for the outside; the bridge's server tells no tenant's name."""
     one, other = neighbours
     # Whatever the outside answers, the bridge's resolver does: an answer or "no such name", no timeout.
-    said = one.sh("resolvectl query --legend=no example.org 2>&1", check=False)
-    assert "timed out" not in said.lower(), said
+    asks = ("timeout", "10", "getent", "ahostsv4", "example.org")
+    assert one.run(*asks, check=False).returncode != 124
     for name in (other.name, f"{other.name}.incus"):
         assert one.run("getent", "ahostsv4", name, check=False).returncode != 0
 
@@ -200,7 +200,7 @@ def test_a_stolen_mac_draws_no_traffic(
 
 
 def _gateway(tenant: Container) -> str:
-    return tenant.sh("resolvectl dns eth0").split()[-1]
+    return tenant.sh("ip -4 route show default").split()[2]
 
 
 async def test_memory_is_a_hard_limit(make_tenant: MakeTenant, incus_settings: Settings) -> None:

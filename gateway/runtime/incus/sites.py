@@ -104,6 +104,8 @@ KillMode=mixed
 OOMScoreAdjust=300
 OOMPolicy=continue
 MemoryHigh=90%
+# of what the tenant may have; systemd's own default is 15%. The rest is for who comes to mend the site.
+TasksMax=85%
 {more}
 [Install]
 WantedBy=sysinit.target
@@ -213,7 +215,9 @@ class IncusSites:
         # commands of ours in instances that are no tenants, too
         self._commands = Commands(settings, self._incus, self._init_pid)
         self._owner = _owner(settings)
-        self._pool: dict[str, list[_Member]] = {}  # by key, the instances that wait whole
+        # Incus shows an instance, and a snapshot, that is still being made: these were seen to be whole
+        self._pool: dict[str, list[_Member]] = {}  # by key
+        self._golden: set[str] = set()  # by name
         self._preparing: dict[str, asyncio.Task[None]] = {}
         # root's folder is above them, so that the tenant cannot put a link in their place
         self._next = _beside(settings, "next")
@@ -649,6 +653,7 @@ class IncusSites:
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._operate("PUT", instance_path(name, "state"), body)
                 await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
+        self._golden.add(name)
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
         """Wait until the site answers, and have it do its first work."""
@@ -689,6 +694,9 @@ class IncusSites:
             await network_up(found.address, self._settings.verify_timeout)
 
     async def _golden_is_ready(self, name: str) -> bool:
+        return name in self._golden and await self._has_snapshot(name)
+
+    async def _has_snapshot(self, name: str) -> bool:
         try:
             with translated(name):
                 await self._incus.get(instance_path(name, "snapshots", GOLDEN_SNAPSHOT))
@@ -723,11 +731,13 @@ class IncusSites:
         for instance in [*await self._ours("golden"), *await self._ours("pool")]:
             member = _Member(instance["name"], identity_of(instance))
             key, pooled = instance["config"].get(KEY), self._is(instance, "pool")
-            ready = member.name not in unfinished if pooled else await self._golden_is_ready(member.name)
+            ready = member.name not in unfinished and (pooled or await self._has_snapshot(member.name))
             if key not in keys or not ready or instance["status"] != "Stopped":
                 outdated.add(member.identity)
             elif pooled:
                 self._pool.setdefault(key, []).append(member)
+            else:
+                self._golden.add(member.name)
         await self._making.remove(
             lambda one: identity_of(one) in outdated and (self._is(one, "golden") or self._is(one, "pool")),
             "it was made ready by an earlier life, for other templates",
