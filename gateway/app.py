@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
@@ -107,6 +108,8 @@ _MOVED: Final = frozenset(
 
 # a tenant of this name is new; one that waited for it was renamed
 _MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
+
+_PAGE: Final = 1000  # tenants of one answer, where a limit is named
 
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
 
@@ -534,10 +537,16 @@ class Gateway:
 
     async def _tenants(self, request: Request) -> Response:
         token = self._token(request, None)
-        tenants = await self.hub.runtime.list()
-        return as_json(
-            {"tenants": [described(tenant, self.settings) for tenant in tenants if token.covers(tenant.name)]}
+        limit, after = request.query_params.get("limit"), request.query_params.get("after", "")
+        if limit is not None and (not limit.isdecimal() or not 0 < int(limit[:6]) <= _PAGE):
+            raise InvalidParams(f"limit is a number from 1 to {_PAGE}", field="limit")
+        tenants = sorted(
+            (t for t in await self.hub.runtime.list() if token.covers(t.name) and t.name > after),
+            key=attrgetter("name"),
         )
+        shown = tenants if limit is None else tenants[: int(limit)]
+        more = {"next": shown[-1].name} if len(shown) < len(tenants) else {}
+        return as_json({"tenants": [described(tenant, self.settings) for tenant in shown], **more})
 
     async def _tenant(self, request: Request) -> Response:
         name, _ = self._tenant_for(request, None)

@@ -165,3 +165,27 @@ async def test_a_pdf_without_its_extra_is_an_error_over_mcp(tmp_path: Path) -> N
             assert [part.type for part in said.content] == ["text"]
     finally:
         assert await gateway.stop() == 0
+
+
+async def test_tenants_come_page_by_page(tmp_path: Path) -> None:
+    """A list can be asked for in parts, each beginning after the last one's end."""
+    names = [f"t{number}" for number in range(5)]
+    gateway = await local_gateway(tmp_path, *reversed(names))
+    await gateway.start()
+    try:
+        async with gateway.http("*") as http:
+            pages, after = [], ""
+            while after is not None:
+                async with http.get("/v1/tenants", params={"limit": "2", "after": after}) as response:
+                    page = await response.json()
+                pages.append([entry["name"] for entry in page["tenants"]])
+                after = page.get("next")
+            assert pages == [names[:2], names[2:4], names[4:]]
+            async with http.get("/v1/tenants") as response:
+                assert [entry["name"] for entry in (await response.json())["tenants"]] == names
+            for limit in ("0", "1001", "x", "-1", "9" * 30):
+                async with http.get("/v1/tenants", params={"limit": limit}) as response:
+                    assert response.status == 400
+                    assert (await response.json())["field"] == "limit"
+    finally:
+        await gateway.stop()

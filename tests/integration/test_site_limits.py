@@ -1,0 +1,49 @@
+"""What a site may take of its tenant, and what is left to whoever comes to mend it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+
+import pytest
+
+from gateway.settings import Settings
+from tests.archives import SERVE, folder
+from tests.integration import environment
+from tests.integration.sites import hosting
+
+pytestmark = pytest.mark.timeout(200)
+DOMAIN = "greedy.test"
+TENANT = "greedy-test"
+
+# forks until it may not, and again whenever there is room; the server answers all the while
+GREEDY = b"""\
+while :; do
+  sleep 1000 &
+  [ $? = 0 ] || sleep 0.05
+done
+"""
+
+
+async def test_a_site_cannot_take_the_last_process_of_its_tenant(
+    incus_settings: Settings, tmp_path: Path
+) -> None:
+    """A site may have more than the 15 % that systemd gives it, and an agent's command still starts."""
+    manifest = 'start = ["sh", "-c", "sh greedy.sh 2>/dev/null & exec bun serve.ts"]\n'
+    template = {"archive": base64.b64encode(folder(manifest, ("greedy.sh", GREEDY), ("x", SERVE))).decode()}
+    async with hosting(incus_settings, tmp_path / "state") as host:
+        record = await host.deploy(DOMAIN, template)
+        assert record["state"] == "succeeded", record["error"]
+        show = ("systemctl", "show", "--value", "--property=TasksMax", "site.service")
+        allowed = int(environment.incus("exec", TENANT, "--", *show).stdout)
+        assert allowed == incus_settings.tenant_processes * 85 // 100
+        current = (*show[:3], "--property=TasksCurrent", "site.service")
+        async with asyncio.timeout(60):
+            while int(environment.incus("exec", TENANT, "--", *current).stdout) < allowed:
+                await asyncio.sleep(0.2)  # nobody tells how many it has
+        for number in range(10):
+            path = f"/v1/tenants/{TENANT}/exec"
+            status, answer, _ = await host.call("POST", path, {"command": f"echo {number} | cat"})
+            assert (status, answer["stdout"]) == (200, f"{number}\n"), answer
+        assert (await host.visit(DOMAIN))[0] == 200
