@@ -60,6 +60,11 @@ export function cancelled(): GatewayError {
   return new GatewayError("cancelled", "the request was cancelled");
 }
 
+/** The browser's session has ended, or there is none. */
+export function signedOut(): GatewayError {
+  return new GatewayError("unauthorized", "nobody is signed in, or the session has ended: sign in to go on");
+}
+
 const BY_CLOSE: Readonly<Record<number, ErrorCode>> = {
   1009: "too_large",
   4400: "invalid_params",

@@ -2,7 +2,7 @@
 
 import type { SocketConstructor } from "./connection.js";
 import { Credential, type TokenSource } from "./credential.js";
-import { Disconnected, GatewayError, refusal } from "./errors.js";
+import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
 import type { DeploymentInfo, GatewayEvent, Session, TemplateInfo, TenantInfo } from "./types.js";
 import { unique } from "./unique.js";
@@ -88,7 +88,11 @@ export class Gateway {
       await response.body?.cancel();
       response = await this.#send(method, path, options, await this.credential.renewed(token));
     }
-    if (!response.ok) throw refusal(response.status, await response.text().catch(() => ""));
+    if (!response.ok) {
+      const error = refusal(response.status, await response.text().catch(() => ""));
+      const nobody = error.code === "unauthorized" && this.credential.absent && path !== "/v1/session";
+      throw nobody ? signedOut() : error;
+    }
     return response;
   }
 

@@ -3,7 +3,7 @@
 import { Connection, type SocketConstructor } from "./connection.js";
 import type { Credential } from "./credential.js";
 import { Emitter } from "./emitter.js";
-import { cancelled, Disconnected, GatewayError } from "./errors.js";
+import { cancelled, Disconnected, GatewayError, signedOut } from "./errors.js";
 import type { Renewed, ServerInfo } from "./types.js";
 import type { Notification } from "./wire.js";
 
@@ -288,7 +288,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       // another token may be had by now, or another window has signed in anew
       const again = credential.renewable || (credential.absent && this.#wasOpen);
       if (!again || this.#askedAgain) {
-        if (credential.absent && this.#wasOpen) this.#waitForSession(error);
+        if (credential.absent && this.#wasOpen) this.#waitForSession();
         else this.close(error);
         return;
       }
@@ -325,8 +325,8 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   }
 
   /** Keeps everything as it is until the browser has signed in: what is asked meanwhile is refused. */
-  #waitForSession({ message }: GatewayError): void {
-    const error = new GatewayError("unauthorized", message);
+  #waitForSession(): void {
+    const error = signedOut();
     this.#rest();
     this.#set({ state: "unauthorized", retryAt: null, error, expires: null });
     this.#refuse(error);

@@ -21,8 +21,8 @@ import {
   signIn,
   writeAddress,
 } from "./state/session.js";
-import { covers } from "./state/slots.js";
-import { complain } from "./state/toasts.js";
+import { covers, known } from "./state/slots.js";
+import { complain, say } from "./state/toasts.js";
 import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspace.js";
 import { App } from "./ui/app.js";
 import { arriving, askToSignIn } from "./ui/arrival.js";
@@ -215,7 +215,10 @@ effect(() => {
 async function begin(to: Address): Promise<void> {
   const own = await resume(to.tenant, to.token !== null);
   const came = to.token === null || (await arrive(to.token, own));
-  if (session.value) await openFirst(came ? to.tenant : null, came ? to.file : null);
+  if (!session.value) return;
+  if (to.token !== null && came && known().length > 1)
+    say(`Signed in as ${session.value.subject} in this tab, beside your other sessions.`);
+  await openFirst(came ? to.tenant : null, came ? to.file : null);
 }
 
 /** Signs in by a token from the address, and asks first where that would go past another session. */

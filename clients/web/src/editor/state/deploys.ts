@@ -8,7 +8,7 @@ import {
   type GatewayEvent,
   type TemplateInfo,
 } from "../../client/index.js";
-import { gateway, look, signedIn } from "./session.js";
+import { gateway, look, session, signedIn } from "./session.js";
 import { complain } from "./toasts.js";
 
 export const PHASES = [
@@ -93,6 +93,7 @@ export class Deploys {
     } catch (error) {
       if (error instanceof GatewayError && error.code === "unauthorized") {
         await look();
+        if (session.value) await new Promise((resolve) => setTimeout(resolve, 3000)); // not again and again at once
         await signedIn(signal);
         if (!signal.aborted) void this.#follow(deployment); // what it tells again is known
         return;

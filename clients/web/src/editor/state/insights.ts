@@ -108,16 +108,16 @@ export class Insights {
         this.logFailure.value = null;
       } catch (error) {
         if (signal.aborted) return;
-        if (ended(error)) {
-          await look();
-          continue;
-        }
+        const over = ended(error);
+        if (over) await look();
         const missing = error instanceof GatewayError && error.code === "not_found";
-        this.logFailure.value = missing
-          ? "This gateway does not serve the site's journal."
-          : error instanceof Error
-            ? error.message
-            : String(error);
+        this.logFailure.value = over
+          ? null
+          : missing
+            ? "This gateway does not serve the site's journal."
+            : error instanceof Error
+              ? error.message
+              : String(error);
         if (missing) return;
       } finally {
         this.following.value = false;
