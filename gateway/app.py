@@ -84,6 +84,7 @@ from gateway.web import (
     read_body,
     read_json,
     unless_gone,
+    weighed,
     with_request_id,
 )
 
@@ -475,8 +476,9 @@ class Gateway:
             raise Unauthorized(ended)
 
     async def _body(self, request: Request, token: auth.Token) -> bytes:
-        """Return the body, if the token has not ended until it was all here."""
+        """Return the body, which is JSON, if the token has not ended until it was all here."""
         body = await read_body(request, self.settings.max_body, self.settings.body_timeout)
+        await weighed(request, body)
         self._still(token)
         return body
 

@@ -22,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gateway import __version__, protocol
 from gateway.auth import Token
+from gateway.bounds import aside
 from gateway.budget import REQUEST, RETRY_AFTER, Budget, Lease, Places, Share, Turns
 from gateway.errors import (
     Cancelled,
@@ -32,6 +33,7 @@ from gateway.errors import (
     NotFound,
     RateLimited,
     Timeout,
+    TooLarge,
     Unauthorized,
     Unavailable,
 )
@@ -57,6 +59,7 @@ _STREAMS: Final[Mapping[StreamName, StreamId]] = {"stdout": StreamId.STDOUT, "st
 _HELD: Final = frozenset({1005, 1006, CloseCode.UNAUTHORIZED})
 
 _ENTRY: Final = 400  # bytes of one entry of `files/list`, on the whole
+_WEIGHING: Final = 30.0  # seconds until it is known what a large message holds; the largest takes a moment
 
 CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
     Unauthorized: CloseCode.UNAUTHORIZED,
@@ -296,7 +299,7 @@ class Connection:
     async def _take(self, message: Message, size: int, lease: Lease) -> None:
         """Do what a message says; `lease` is of its bytes, and ended with what it began."""
         data = message.get("bytes")
-        event = self._wire.receive_text(message["text"]) if data is None else self._wire.receive_binary(data)
+        event = await self._understood(message["text"]) if data is None else self._wire.receive_binary(data)
         lease.hold(size - lease.size if lease.size else 0)
         match event:
             case protocol.Request():
@@ -315,6 +318,14 @@ class Connection:
             case protocol.Ignored():
                 pass
         lease.end()
+
+    async def _understood(self, text: str) -> protocol.ServerEvent:
+        if len(text) > protocol.LIGHT:
+            try:
+                await aside(self._tenant, _WEIGHING, protocol.weigh, text)
+            except TooLarge as error:
+                return self._wire.refuse_heavy(text, error)
+        return self._wire.receive_text(text)
 
     async def _send(self, text: str) -> None:
         """Send one frame at the client's pace; a client that is gone ends the connection elsewhere."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
-from gateway.errors import GatewayError, InvalidParams
+from gateway.errors import GatewayError, InvalidParams, TooLarge
 
 SUBPROTOCOL: Final = "gateway.v1"
 VERSION: Final = 1
@@ -465,11 +466,29 @@ class ServerWire:
                 return Ignored()
             return Refused(failure(request_id, error))
 
+    def refuse_heavy(self, text: str, error: GatewayError) -> ServerEvent:
+        """Return what becomes of a message that `weigh` does not let pass; its beginning may tell its id."""
+        if not self.initialized:
+            return Close(CloseCode.PROTOCOL_ERROR, error.message, failure(None, error))
+        return Refused(failure(_first_id(text), error))
+
     def _refuse(self, request_id: RequestId | None, code: int, message: str) -> ServerEvent:
         reply = error_reply(request_id, code, message, "invalid_params")
         if not self.initialized:  # nobody speaks our language at the other end: do not stay open for it
             return Close(CloseCode.PROTOCOL_ERROR, message, reply)
         return Refused(reply)
+
+
+_ID: Final = re.compile(
+    r'\s*\{(?:\s*"jsonrpc"\s*:\s*"2\.0"\s*,)?\s*"id"\s*:\s*("[^"\\\x00-\x1f]{0,256}"|\d{1,15})\s*,'
+)
+_ID_WITHIN: Final = 512  # characters of a message
+
+
+def _first_id(text: str) -> RequestId | None:
+    """Return the id that a message begins with, where it does, without looking at the rest."""
+    found = _ID.match(text, 0, _ID_WITHIN)
+    return None if found is None else orjson.loads(found[1])
 
 
 def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
@@ -478,7 +497,9 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
     Half a surrogate pair, which JSON can write and no UTF-8 can hold, is what JavaScript makes of half an
     emoji, and Python of a file's name that is not UTF-8. Without its id the caller would wait for ever.
     """
-    if "\\u" in text and len(text) <= 1 << 20:
+    if len(text) > LIGHT:
+        return _first_id(text), -32700, "the message is not JSON"
+    if "\\u" in text:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             message = json.loads(text)
             request_id = message.get("id") if isinstance(message, dict) else None
@@ -486,6 +507,35 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
             if isinstance(whole, str | int) and not isinstance(whole, bool) and len(str(whole)) <= 256:
                 return whole, -32700, "the message is not JSON that is text: half of a surrogate pair, or NaN"
     return None, -32700, "the message is not JSON"
+
+
+VALUES_MAX: Final = 200_000  # values and names in one message; the largest argv has 65 536
+LIGHT: Final = 256 << 10  # characters of a message that cannot have so many that it matters
+_SLICE: Final = 128 << 10
+_STRUCTURE: Final = (",", ":", "[", "{")
+
+
+def weigh(text: str | bytes) -> None:
+    """Raise `TooLarge` for JSON of more values than a message needs, before they are made.
+
+    16 MiB of `{},` take a second and half a gigabyte to parse, and nothing else runs meanwhile. This takes as
+    long as it reads, but a millisecond at a time: it is for a thread. What is no JSON passes.
+    """
+    values, inside, escaped = 0, False, False
+    for start in range(0, len(text), _SLICE):
+        part = text[start + escaped : start + _SLICE]
+        piece = part if isinstance(part, str) else part.decode("latin-1")
+        escaped = (len(piece) - len(piece.rstrip("\\"))) % 2 == 1
+        if escaped:
+            piece = piece[:-1]
+        if "\\" in piece:
+            piece = piece.replace("\\\\", "").replace('\\"', "")
+        parts = piece.split('"')
+        outside = " ".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
+        values += sum(map(outside.count, _STRUCTURE))
+        if values > VALUES_MAX:
+            raise TooLarge(f"the message has over {VALUES_MAX} values; send fewer", limit=VALUES_MAX)
 
 
 def switch(given: Mapping[str, str], name: str) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import signal
 import socket
 import stat
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +30,14 @@ from gateway.websocket import WebSocketProtocol
 # merely stalls still answers them, so that a slow reader is never taken for a dead one. Websocket pings
 # could not tell the two apart.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+# glibc's malloc.h: the size from which a block is mapped by itself, and how much is kept at the heap's end
+_MMAP_THRESHOLD: Final = (-3, 1 << 20)
+_TRIM_THRESHOLD: Final = (-1, 16 << 20)
+# seconds that a thread which computes keeps the interpreter while the loop has something to do; Python's own
+# 5 ms are more than all that a Read takes
+_SWITCH_INTERVAL: Final = 0.0005
 
 
 class _Server(uvicorn.Server):
@@ -53,6 +63,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    share()
     Caddy(settings).lay()
     listening = listen(settings.listen)
     gateway = Gateway(settings)
@@ -87,6 +98,17 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
         if not _is_tcp(settings.listen):
             with contextlib.suppress(FileNotFoundError):
                 Path(settings.listen).unlink()
+
+
+def share() -> None:
+    """Have this process give memory back to the kernel, and its threads the interpreter to the loop, soon.
+
+    After one message of 16 MiB glibc would keep as much for good.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            mallopt(*setting)
 
 
 def listen(address: str) -> socket.socket:

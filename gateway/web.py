@@ -22,7 +22,8 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from gateway import auth
+from gateway import auth, protocol
+from gateway.bounds import aside
 from gateway.budget import REQUEST, SMALL, Share
 from gateway.errors import (
     Cancelled,
@@ -46,6 +47,7 @@ USES: Final = "gateway.uses"
 # there too: the share of who asks, once that is known
 SHARE: Final = "gateway.share"
 _SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
+_WEIGHING: Final = 30.0  # seconds until it is known what a large body holds; the largest takes a moment
 _REQUEST_ID: Final = "x-request-id"
 
 
@@ -76,10 +78,18 @@ async def end(task: asyncio.Future[Any]) -> None:
 
 async def read_json(request: Request, limit: int, patience: float) -> Any:
     """Return the JSON body. Raises what `read_body` raises, and `InvalidParams`."""
+    body = await read_body(request, limit, patience)
+    await weighed(request, body)
     try:
-        return orjson.loads(await read_body(request, limit, patience))
+        return orjson.loads(body)
     except ValueError:
         raise InvalidParams("the body is not JSON") from None
+
+
+async def weighed(request: Request, body: bytes) -> None:
+    """Return if a body of JSON may be parsed. Raises `TooLarge`."""
+    if len(body) > protocol.LIGHT:
+        await aside(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
 
 
 async def read_body(request: Request, limit: int, patience: float) -> bytes:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import io
 import re
 import tarfile
 import time
@@ -249,6 +250,26 @@ async def test_an_archive_with_a_map_of_millions(
             assert made["error"]["reason"] == "template_invalid", made
 
     await held(gateway, shared_tenant, baseline, "sparse map", attack)
+
+
+async def test_messages_of_millions_of_values(
+    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside
+) -> None:
+    rows = "[" + "{}," * 5_000_000 + "{}]"
+    params = f'{{"name":"Read","arguments":{{"file_path":{rows}}}}}'
+    message = f'{{"jsonrpc":"2.0","id":"deep","method":"tools/call","params":{params}}}'
+
+    async def attack() -> None:
+        async with gateway.wire(hostile.name) as wire:
+            await wire.send(message)
+            await wire.call("ping")
+        async with gateway.http(hostile.name) as http:
+            for path in ("exec", "start"):
+                body = io.BytesIO(f'{{"argv":{rows}}}'.encode())
+                async with http.post(f"/v1/tenants/{hostile.name}/{path}", data=body) as response:
+                    assert response.status == 413, await response.text()
+
+    await held(gateway, shared_tenant, baseline, "millions of values", attack)
 
 
 async def test_thousands_of_addresses(
