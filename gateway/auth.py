@@ -1,4 +1,4 @@
-"""Knows who may do what: tokens, the secret that signs them, sessions, hosts, and which pages may ask.
+"""Knows who may do what: tokens, the secret that signs them, sessions, and which pages may ask.
 
 A token is a JWT signed with HS256. Everything here is plain functions over values; only `load_secret`
 touches the disk, once at the start.
@@ -12,9 +12,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -45,7 +44,6 @@ MAX_TTL: Final = 10 * 366 * 86400
 _TENANT = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _TTL = re.compile(r"([0-9]{1,12})([smhdw]?)")
 _TTL_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -308,48 +306,6 @@ def slots(cookie: str | None) -> list[str]:
 def _cookies(cookie: str | None) -> list[tuple[str, str]]:
     parts = (part.strip().partition("=") for part in (cookie or "").split(";"))
     return [(name, value.strip().strip('"')) for name, _, value in parts]
-
-
-# --- hosts ------------------------------------------------------------------------------------------
-
-
-class Misdirected(Forbidden):
-    """The request was meant for another host."""
-
-    http_status = 421
-
-
-def own_hosts(settings: Settings) -> frozenset[str]:
-    """Return the names by which the gateway may be asked, beside addresses and `localhost`; `*` is any."""
-    listen = settings.listen if "/" not in settings.listen else "*"
-    named = (urlsplit(origin).hostname for origin in settings.origins)
-    hosts = (_host(host) for host in (listen, settings.domain, *named, *settings.hosts))
-    return frozenset(host for host in hosts if host)
-
-
-def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
-    """Say whether a request with this `Host` is for us: how DNS rebinding shows.
-
-    `own` is what `own_hosts` says. A page that has its own name resolve to the gateway's address sends that
-    name; an address cannot be made to point elsewhere, and `localhost` not for who asks from this machine
-    (`near`). Whoever sends no `Host` is no browser.
-    """
-    name = _host(host)
-    if not host or "*" in own or name in own:
-        return True
-    if name == "localhost" or name.endswith(".localhost"):
-        return near
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _host(text: str | None) -> str:
-    """Return the host of `HOST:PORT` as names are compared: in lower case, without a last dot."""
-    match = _HOST.fullmatch(text or "")
-    return match[1].strip("[]").lower().removesuffix(".") if match else text or ""
 
 
 # --- browsers ----------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterable
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
-from gateway.errors import Conflict, InvalidParams
+from gateway.errors import Conflict, Forbidden, InvalidParams
 from gateway.settings import Settings
 
 PROBE: Final = "probe.invalid"
 """A domain of nobody (RFC 2606), by which Caddy is seen to look routes up."""
 
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
 _MAX: Final = 253  # RFC 1035
 _NAME_MAX: Final = 63
 
@@ -90,26 +92,56 @@ def matches(domain: str, patterns: Iterable[str]) -> bool:
     )
 
 
-# --- what is reserved --------------------------------------------------------------------------------
+# --- the gateway's own -------------------------------------------------------------------------------
+
+
+class Misdirected(Forbidden):
+    """The request was meant for another host."""
+
+    http_status = 421
+
+
+def own_hosts(settings: Settings) -> frozenset[str]:
+    """Return the names by which the gateway may be asked, beside addresses and `localhost`; `*` is any."""
+    by_socket = "/" in settings.listen
+    origins = (urlsplit(origin).hostname for origin in settings.origins)
+    given = ("*" if by_socket else settings.listen, settings.domain, *origins, *settings.hosts)
+    return frozenset(_host(name) for name in given) - {""}
+
+
+def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
+    """Say whether a request with this `Host` is for us: how DNS rebinding shows.
+
+    `own` is what `own_hosts` says. A page that has its own name resolve to the gateway's address sends that
+    name; an address cannot be made to point elsewhere, and `localhost` not for who asks from this machine
+    (`near`). Whoever sends no `Host` is no browser.
+    """
+    name = _host(host)
+    if not host or "*" in own or name in own:
+        return True
+    if matches(name, ("localhost", "*.localhost")):
+        return near
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def own_names(settings: Settings) -> frozenset[str]:
     """Return the names by which the gateway is reached, and its probe's: no tenant's to have."""
-    listen = "" if settings.listen.startswith("/") else settings.listen.rpartition(":")[0]
-    names = {
-        PROBE,
-        "localhost",
-        settings.domain or "",
-        listen,
-        *(urlsplit(origin).hostname or "" for origin in settings.origins),
-        *(host for host in settings.hosts if host != "*"),
-    }
-    return frozenset(_lowered(name) for name in names) - {""}
+    return (own_hosts(settings) | {PROBE, "localhost"}) - {"*"}
 
 
 def reserved(domain: str, own: Collection[str]) -> bool:
     """Say whether a name, in whatever spelling, is one of `own_names`."""
     return matches(_lowered(domain), own)
+
+
+def _host(text: str | None) -> str:
+    """Return the host of `HOST:PORT` as names are compared, or the text where it is none."""
+    match = _HOST.fullmatch(text or "")
+    return _lowered(match[1].strip("[]")) if match else text or ""
 
 
 def _lowered(name: str) -> str:

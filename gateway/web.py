@@ -22,7 +22,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from gateway import auth, protocol
+from gateway import protocol
 from gateway.bounds import aside
 from gateway.budget import REQUEST, SMALL, Share
 from gateway.errors import (
@@ -37,6 +37,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.files.http import UnsatisfiableRange
+from gateway.hostnames import Misdirected, host_allowed, own_hosts
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -226,14 +227,14 @@ def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
 
     Caddy asks `/v1/wake` with the `Host` of the site that a visitor asked for.
     """
-    own = auth.own_hosts(settings)
+    own = own_hosts(settings)
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             host, near = Headers(scope=scope).get("host"), _near(scope)
             by_caddy = near and scope["path"] == "/v1/wake"
-            if not by_caddy and not auth.host_allowed(host, own, near=near):
-                error = auth.Misdirected(
+            if not by_caddy and not host_allowed(host, own, near=near):
+                error = Misdirected(
                     f"this gateway is not {(host or '')[:100]!r}: ask it by its address, or list the name in "
                     "GATEWAY_HOSTS"
                 )

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from gateway.auth import own_hosts
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.host import HostError
@@ -24,6 +23,7 @@ from gateway.host.front import Front, in_use
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
 from gateway.host.quickstart import ask
+from gateway.hostnames import own_hosts
 from gateway.rootfs.tenants import MANAGED
 from gateway.runtime.incus.sites import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN

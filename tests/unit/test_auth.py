@@ -296,49 +296,6 @@ def test_which_cookie_is_taken(cookie: str, slot: str | None, secure: bool, raw:
     assert auth.cookie_token(cookie, slot, secure=secure) == raw
 
 
-@pytest.mark.parametrize(
-    ("host", "allowed"),
-    [
-        *((host, True) for host in ("gw.example", "GW.example:443", "gw.example.", "gw.example.:8080")),
-        *((host, True) for host in ("listed.example:1", "lan", "LAN:8080", "own.example", "plain.example")),
-        *((host, True) for host in ("127.0.0.1", "10.0.0.5:8080", "[::1]:8080", "[2001:DB8::1]", None, "")),
-        *((host, False) for host in ("evil.example", "gw.example.evil.example", "xgw.example", "example")),
-        *((host, False) for host in ("127.0.0.1.evil.example", "127.0.0.1.nip.io:8080", "2130706433")),
-        *(
-            (host, False)
-            for host in ("gw.example:x", "gw.example:80:80", "gw.example evil", "[gw.example", "*")
-        ),
-        *(
-            (host, False)
-            for host in ("gw.example..", ".", "localhost.evil.example", "xlocalhost", "\xe4.example")
-        ),
-    ],
-)
-def test_which_hosts_are_ours(tmp_path: Path, host: str | None, allowed: bool) -> None:
-    given = settings(
-        tmp_path,
-        listen="lan:8080",
-        domain="gw.example",
-        origins="https://listed.example,http://plain.example:81",
-        hosts="Own.example, ",
-    )
-    for near in (False, True):
-        assert auth.host_allowed(host, auth.own_hosts(given), near=near) is allowed
-
-
-@pytest.mark.parametrize(
-    "host", ["localhost", "localhost:8080", "gateway.localhost", "LOCALHOST.", "a.b.localhost:1"]
-)
-def test_localhost_is_this_machine_alone(tmp_path: Path, host: str) -> None:
-    own = auth.own_hosts(settings(tmp_path))
-    assert [auth.host_allowed(host, own, near=near) for near in (True, False)] == [True, False]
-
-
-@pytest.mark.parametrize("given", [{"hosts": "a.example,*"}, {"listen": "/run/gateway.sock"}])
-def test_any_host_is_served_where_that_is_meant(tmp_path: Path, given: dict[str, Any]) -> None:
-    assert auth.host_allowed("evil.example", auth.own_hosts(settings(tmp_path, **given)), near=False)
-
-
 def test_two_cookies_of_one_name_are_refused() -> None:
     twice = "gateway_session=first; gateway_session=second"
     with pytest.raises(Unauthorized, match="delete this site's cookies"):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.errors import InvalidParams
-from gateway.hostnames import matches, normalized, own_names, pattern, plain, reserved
+from gateway.hostnames import (
+    host_allowed,
+    matches,
+    normalized,
+    own_hosts,
+    own_names,
+    pattern,
+    plain,
+    reserved,
+)
 from gateway.settings import Settings
 
 
@@ -92,3 +102,46 @@ def test_suffixes_are_read_however_they_are_written() -> None:
     given = Settings.model_validate({"domain_suffixes": " *.Sites.example.com, localhost., ,"})
     assert given.domain_suffixes == ("sites.example.com", "localhost")
     assert Settings.model_validate({"domain_suffixes": ""}).domain_suffixes == ()
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        *((host, True) for host in ("gw.example", "GW.example:443", "gw.example.", "gw.example.:8080")),
+        *((host, True) for host in ("listed.example:1", "lan", "LAN:8080", "own.example", "plain.example")),
+        *((host, True) for host in ("127.0.0.1", "10.0.0.5:8080", "[::1]:8080", "[2001:DB8::1]", None, "")),
+        *((host, False) for host in ("evil.example", "gw.example.evil.example", "xgw.example", "example")),
+        *((host, False) for host in ("127.0.0.1.evil.example", "127.0.0.1.nip.io:8080", "2130706433")),
+        *(
+            (host, False)
+            for host in ("gw.example:x", "gw.example:80:80", "gw.example evil", "[gw.example", "*")
+        ),
+        *(
+            (host, False)
+            for host in ("gw.example..", ".", "localhost.evil.example", "xlocalhost", "\xe4.example")
+        ),
+    ],
+)
+def test_which_hosts_are_ours(tmp_path: Path, host: str | None, allowed: bool) -> None:
+    given = Settings(
+        state_dir=tmp_path,
+        listen="lan:8080",
+        domain="gw.example",
+        origins="https://listed.example,http://plain.example:81",
+        hosts="Own.example, ",
+    )
+    for near in (False, True):
+        assert host_allowed(host, own_hosts(given), near=near) is allowed
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8080", "gateway.localhost", "LOCALHOST.", "a.b.localhost:1"]
+)
+def test_localhost_is_this_machine_alone(tmp_path: Path, host: str) -> None:
+    own = own_hosts(Settings(state_dir=tmp_path))
+    assert [host_allowed(host, own, near=near) for near in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize("given", [{"hosts": "a.example,*"}, {"listen": "/run/gateway.sock"}])
+def test_any_host_is_served_where_that_is_meant(tmp_path: Path, given: dict[str, Any]) -> None:
+    assert host_allowed("evil.example", own_hosts(Settings(state_dir=tmp_path, **given)), near=False)
