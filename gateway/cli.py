@@ -16,6 +16,7 @@ import tty
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -33,7 +34,7 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.terminal import Lines, copy, encoded, err, out, set_in
-from gateway_client import Client, DeploymentRecord, Disconnected, Exec
+from gateway_client import Client, DeploymentRecord, Disconnected, Exec, Token
 
 app = typer.Typer(
     name="incus-gateway",
@@ -496,7 +497,8 @@ def logs(
 
     async def run() -> None:
         shown = Lines()
-        async with _client(url, token) as client:
+        # a stream that is followed goes by the token that it began with
+        async with _client(url, token, 30 * 86400 if follow else 3600) as client:
             async for piece in client.tenant(tenant).logs(lines, follow):
                 await asyncio.to_thread(copy, piece if raw else shown.cleaned(piece))
         copy(shown.cleaned(b"", last=True))
@@ -684,14 +686,16 @@ def _assignment(entry: str) -> tuple[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def _client(url: str | None, token: str | None) -> AsyncIterator[Client]:
-    """Open a client of the named gateway, or of this machine's with a short-lived token of our own."""
+async def _client(url: str | None, token: str | None, life: int = 3600) -> AsyncIterator[Client]:
+    """Open a client of the named gateway, or of this machine's with tokens of our own of so many seconds."""
     settings = settings_module.load()
-    if token is None:
-        secret = auth.load_secret(settings)
-        token = auth.issue(secret, os.environ.get("USER", "operator"), ["*"], sorted(auth.SCOPES), 3600)
-    async with Client(url or own_url(settings.listen), token=token) as client:
+    source: Token = partial(_own_token, auth.load_secret(settings), life) if token is None else token
+    async with Client(url or own_url(settings.listen), token=source) as client:
         yield client
+
+
+def _own_token(secret: str, life: int) -> str:
+    return auth.issue(secret, os.environ.get("USER", "operator"), ["*"], sorted(auth.SCOPES), life)
 
 
 def own_url(listen: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import sys
@@ -78,6 +79,16 @@ async def test_without_asyncio(host: Hosting, tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ['session="tester"', "on_change=changed"])
 async def test_what_only_makes_a_client(host: Hosting, tmp_path: Path, word: str) -> None:
     assert await python(host, word, tmp_path) == ""
+
+
+async def test_a_token_that_is_read_when_it_is_needed(host: Hosting, tmp_path: Path) -> None:
+    """It runs for longer than any of the tokens lives that lie there meanwhile."""
+    newer, running = tmp_path / "new", None
+    while running is None or not (await asyncio.wait({running}, timeout=1))[0]:
+        newer.write_text(host.gateway.token("shop", ttl=4) + "\n")
+        newer.replace(tmp_path / "token")
+        running = running or asyncio.create_task(python(host, "token=Path(", tmp_path))
+    assert await running == "done\n"
 
 
 async def test_a_conflict_is_met_by_trying_again(host: Hosting, tmp_path: Path) -> None:

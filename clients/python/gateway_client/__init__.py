@@ -13,9 +13,9 @@ asyncio.
 """
 
 from gateway_client.client import Client, TenantInfo
-from gateway_client.credentials import Token, TokenUnavailable
+from gateway_client.credentials import Token
 from gateway_client.deployments import Deployment, DeploymentRecord, Phase
-from gateway_client.errors import Disconnected, GatewayError
+from gateway_client.errors import Disconnected, GatewayError, TokenUnavailable
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Exit, Killed, Output
 from gateway_client.files import Changed, Content, Entry, Files, Watch

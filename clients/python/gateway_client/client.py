@@ -16,9 +16,9 @@ import orjson
 from yarl import URL
 
 from gateway_client.connection import Address, refusal
-from gateway_client.credentials import Credentials, Token, TokenUnavailable
+from gateway_client.credentials import Credentials, Token
 from gateway_client.deployments import Deployment, DeploymentRecord, template_body
-from gateway_client.errors import Disconnected
+from gateway_client.errors import Disconnected, TokenUnavailable
 from gateway_client.events import EventStream
 from gateway_client.retry import OnChange, Retry
 from gateway_client.tenant import Tenant

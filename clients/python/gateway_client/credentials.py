@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 
 import orjson
 
-from gateway_client.errors import Unavailable
+from gateway_client.errors import TokenUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ TIMEOUT: Final = 30.0
 FIRST, LONGEST = 0.5, 15.0
 # seconds by which the gateway's clock, which tells whole ones only, may seem to differ from ours
 SAME: Final = 5.0
-
-
-class TokenUnavailable(Unavailable):
-    """The function that gives the token failed; `__cause__` is what it raised."""
 
 
 class Credentials:

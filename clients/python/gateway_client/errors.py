@@ -49,6 +49,7 @@ __all__ = [
     "StaleRead",
     "TenantNotRunning",
     "Timeout",
+    "TokenUnavailable",
     "TooLarge",
     "Unauthorized",
     "Unavailable",
@@ -75,6 +76,10 @@ _BY_CLOSE: Mapping[int, type[GatewayError]] = {
 
 class Disconnected(Unavailable):
     """The way to the gateway broke. Whether a request that was under way took effect is not known."""
+
+
+class TokenUnavailable(Unavailable):
+    """The function that gives the client's token failed; `__cause__` is what it raised."""
 
 
 def from_wire(code: str, message: str, facts: Mapping[str, Any] | None = None) -> GatewayError:
