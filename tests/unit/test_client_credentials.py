@@ -18,10 +18,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from gateway import auth
+from gateway import auth, protocol
 from gateway_client import Change, Client, Disconnected, TokenUnavailable, credentials, errors, sync
 from gateway_client.credentials import Credentials
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, local_gateway
+from tests.unit.test_client import Peer
+from tests.unit.test_client import gateway as scripted
 
 DEADLINE = 20.0
 
@@ -369,6 +371,37 @@ async def test_a_failing_function_is_told_and_the_connection_stands_until_the_en
         assert printed.split() == [b"%d" % (n + 1) for n in range(LIFE + 4)]
     assert "the tokens' service is away" in caplog.text
     assert SECRET not in caplog.text and not any(token in caplog.text for token in tokens.given)
+
+
+async def test_a_renewal_for_which_there_is_no_room_is_asked_again() -> None:
+    """Unless there is a newer token by then: an older one must not take its place."""
+    said: list[str] = []
+    over = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.initialize()
+        number, _ = await peer.expect("ping")
+        await peer.reply(number, {})
+        for token in ("b", "b", "c"):
+            number, params = await peer.expect("session/renew")
+            said.append(params["token"])
+            assert params == {"token": token}
+            if len(said) < 3:
+                full = protocol.error_reply(number, -32018, "full", "rate_limited", {"retry_after": 0.01})
+                await peer.socket.send(full)
+            else:
+                await peer.reply(number, {"expires": 0, "scopes": []})
+        over.set()
+        await peer.socket.wait_closed()
+
+    async with scripted(script) as shop:
+        await shop.ping()
+        (connection,) = shop._open
+        connection.renew("b", lambda error: None)
+        while len(said) < 2:
+            await asyncio.sleep(0)
+        connection.renew("c", lambda error: None)
+        await over.wait()
 
 
 async def test_a_revoked_token_is_replaced_once(gateway: LiveGateway) -> None:

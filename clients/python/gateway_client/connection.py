@@ -26,6 +26,7 @@ from gateway_client.errors import (
     Disconnected,
     GatewayError,
     NotFound,
+    RateLimited,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -41,6 +42,8 @@ MAX_MESSAGE: Final = 64 * MiB
 FRAMES: Final = 16
 OPEN_TIMEOUT: Final = 15.0
 CLOSE_TIMEOUT: Final = 2.0
+# seconds after which a renewal for which there was no room is asked for again, at most
+RENEW: Final = 1.0
 # 30 s of silence, then a probe every 10 s, of which 3 may be lost; not every system has the names
 _KEEPALIVE: Final = tuple(
     (getattr(sockets, name), value)
@@ -94,6 +97,7 @@ class Connection:
     def __init__(self, socket: ClientConnection, token: str, *, renewable: bool = False) -> None:
         self.token = token
         self._renewable = renewable
+        self._newest = token
         self._renewals: set[asyncio.Task[None]] = set()
         self._socket = socket
         self._ids = itertools.count(1)
@@ -202,19 +206,26 @@ class Connection:
     def renew(self, token: str, refused: Callable[[GatewayError], None]) -> None:
         """Go on by another token, soon; tell `refused` where the gateway does not take it.
 
-        The answer may stand behind output that nobody reads, and is not waited for.
+        The answer may stand behind output that nobody reads, and is not waited for. Where the gateway has no
+        room, it is asked again, unless there is a newer token by then.
         """
+        self._newest = token
 
         async def renew() -> None:
-            try:
-                await self.request("session/renew", {"token": token})
-            except NotFound:
-                pass  # an earlier gateway, which closes no socket for its token's end
-            except GatewayError as error:
-                if error is not self._failure:
-                    refused(error)
-            else:
-                self.token = token
+            while self._newest == token:
+                try:
+                    await self.request("session/renew", {"token": token})
+                except NotFound:
+                    return  # an earlier gateway, which closes no socket for its token's end
+                except RateLimited as full:
+                    await asyncio.sleep(min(float(full.facts.get("retry_after", RENEW)), RENEW))
+                except GatewayError as error:
+                    if error is not self._failure:
+                        refused(error)
+                    return
+                else:
+                    self.token = token
+                    return
 
         task = asyncio.create_task(renew())
         self._renewals.add(task)
