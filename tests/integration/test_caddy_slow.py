@@ -1,0 +1,151 @@
+"""A real Caddy with our configuration waits for no head for long, and cuts nothing that has begun."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from gateway.caddy import Caddy
+from tests.integration import environment
+from tests.integration.sites import RealCaddy, settings_for
+from tests.live import LiveGateway, local_gateway
+
+SITE, GATEWAY = "site.localhost", "gateway.localhost"
+LONGER = 13.0  # seconds; a head may take 10
+
+
+@pytest.fixture(scope="module")
+async def caddy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealCaddy]:
+    """A Caddy before a site that counts what it is sent, talks slowly, and echoes over a websocket."""
+
+    async def take(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(await request.read())))
+
+    async def talk(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        await answer.write(b"data: first\n\n")
+        await asyncio.sleep(LONGER)
+        await answer.write(b"data: last\n\n")
+        return answer
+
+    async def echo(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_str(message.data)
+        return socket
+
+    app = web.Application()
+    app.add_routes([web.post("/", take), web.get("/talk", talk), web.get("/echo", echo)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    listening = web.TCPSite(runner, "127.0.0.1", 0)
+    await listening.start()
+    caddy = RealCaddy(settings_for(environment.settings(), tmp_path_factory.mktemp("state")))
+    async with Caddy(caddy.settings) as routes:
+        routes.set(SITE, f"127.0.0.1:{runner.addresses[0][1]}")
+        await caddy.start()
+        yield caddy
+        await caddy.stop()
+    await runner.cleanup()
+
+
+async def lasts(port: int, said: bytes, more: bytes = b"") -> float:
+    """Return after how many seconds the peer hangs up on who says `said`, and `more` every half second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    began = time.monotonic()
+    writer.write(said)
+
+    async def drip() -> None:
+        with contextlib.suppress(ConnectionError):
+            while more:
+                await asyncio.sleep(0.5)
+                writer.write(more)
+                await writer.drain()
+
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(40):
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1 << 16):
+                    pass
+        return time.monotonic() - began
+    finally:
+        dripping.cancel()
+        writer.close()
+
+
+async def test_head_that_does_not_come_in_time_is_given_up(caddy: RealCaddy) -> None:
+    """In plain HTTP and before TLS, with nothing said or a byte now and then."""
+    http, https = caddy.settings.caddy_http, caddy.settings.caddy_https
+    head = f"GET / HTTP/1.1\r\nHost: {SITE}\r\nX-Slow: ".encode()
+    times = await asyncio.gather(
+        lasts(http, head), lasts(http, head, b"x"), lasts(http, b""), lasts(https, b"")
+    )
+    assert all(5 < seconds < 30 for seconds in times), times
+
+
+async def test_what_has_begun_is_not_cut(caddy: RealCaddy) -> None:
+    """An upload, an event stream and a websocket that take longer than a head may."""
+    port = caddy.settings.caddy_http
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(27):
+            yield b"x" * 1000
+            await asyncio.sleep(LONGER / 26)
+
+    async with aiohttp.ClientSession(
+        f"http://127.0.0.1:{port}", headers={"Host": f"{SITE}:{port}"}
+    ) as client:
+
+        async def upload() -> str:
+            async with client.post("/", data=slowly()) as answer:
+                return await answer.text()
+
+        async def stream() -> str:
+            async with client.get("/talk") as answer:
+                return await answer.text()
+
+        async def socket() -> str:
+            async with client.ws_connect("/echo") as opened:
+                await asyncio.sleep(LONGER)
+                await opened.send_str("still")
+                return str((await opened.receive()).data)
+
+        said = await asyncio.gather(upload(), stream(), socket())
+    assert said == ["27000", "data: first\n\ndata: last\n\n", "still"]
+
+
+async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:
+    """A gateway that Caddy leads to knows who asks by Caddy's word, and by nobody else's."""
+    gateway: LiveGateway = await local_gateway(
+        tmp_path, "a", GATEWAY_DOMAIN=GATEWAY, GATEWAY_MAX_ANONYMOUS_PER_ADDRESS="2"
+    )
+    await gateway.start()
+    try:
+        async with Caddy(caddy.settings) as routes:
+            routes.set(GATEWAY, f"127.0.0.1:{gateway.port}")
+        port = caddy.settings.caddy_http
+        async with contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(
+                aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers={"Host": f"{GATEWAY}:{port}"})
+            )
+            for number in range(2):
+                forged = {"X-Forwarded-For": f"10.0.0.{number}"}
+                await stack.enter_async_context(client.ws_connect("/v1/tenants/a/ws", headers=forged))
+            third = await stack.enter_async_context(
+                client.ws_connect("/v1/tenants/a/ws", headers={"X-Forwarded-For": "10.0.0.9"})
+            )
+            async with asyncio.timeout(5):
+                await third.receive()
+            assert third.close_code == 4429
+    finally:
+        await gateway.stop()
