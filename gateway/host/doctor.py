@@ -5,11 +5,13 @@ What `setup` compares is compared by `setup`'s own steps, on an Incus that refus
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import sqlite3
 import stat
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -23,7 +25,7 @@ from gateway.host.front import Front, in_use
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
 from gateway.host.quickstart import ask
-from gateway.hostnames import own_hosts
+from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.tenants import MANAGED
 from gateway.runtime.incus.sites import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
@@ -81,6 +83,8 @@ def doctor(settings: Settings) -> list[Finding]:
             (f"profile {settings.profile}", lambda: steps._profile(Looking(root, project), settings)),
             (f"image {settings.image}", lambda: _image(settings)),
             ("templates", lambda: _templates(settings)),
+            ("domains", lambda: _domains(settings)),
+            ("addresses", lambda: _addresses(settings)),
             ("limits of inotify", _limits),
             ("ripgrep", lambda: _ripgrep(settings)),
             ("broker", lambda: _broker(settings)),
@@ -176,6 +180,63 @@ def _templates(settings: Settings) -> str:
     return f"copies of {', '.join(ready)} are ready"
 
 
+def _domains(settings: Settings) -> str:
+    """Look for domains that several tenants carry, or one though they are the gateway's own."""
+    own = own_names(settings)
+    carried: dict[str, list[str]] = defaultdict(list)
+    for instance in _eldest_first(settings):
+        config = instance["expanded_config"]
+        if config.get(DOMAIN) and config.get(MANAGED) == "true" and not config.get(DEPLOYMENT):
+            carried[plain(config[DOMAIN]) or config[DOMAIN]].append(instance["name"])
+    owners = _owners(settings)
+    said = []
+    for domain, tenants in carried.items():
+        keeps = owners.get(domain, tenants[0])
+        others = [name for name in tenants if name != keeps or reserved(domain, own)]
+        if reserved(domain, own):
+            said.append(f"{domain} is the gateway's own, and {', '.join(others)} carries it")
+        elif others:
+            said.append(f"{domain} is carried by {', '.join(tenants)}, and leads to {keeps}")
+        if others:
+            said[-1] += f"; run: incus config set {others[0]} user.gateway.domain="
+    if said:
+        raise HostError(". ".join(said))
+    return f"{len(carried)} of them, each of one tenant"
+
+
+def _addresses(settings: Settings) -> str:
+    """Look for addresses that several instances have: Incus starts none of these."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for instance in _eldest_first(settings):
+        for nic in instance["expanded_devices"].values():
+            if nic.get("type") == "nic" and nic.get("ipv4.address"):
+                homes[nic["ipv4.address"]].append(instance["name"])
+    said = [
+        f"{', '.join(names)} have the address {address}, so that Incus starts none of them; run: "
+        f"incus config device unset {names[-1]} eth0 ipv4.address && incus config unset {names[-1]} raw.lxc"
+        for address, names in homes.items()
+        if len(names) > 1
+    ]
+    if said:
+        raise HostError(". ".join(said))
+    return f"{len(homes)} of them, each of one instance"
+
+
+def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
+    found = Looking(settings.incus_socket, settings.incus_project).list("instances")
+    return sorted(found, key=lambda instance: str(instance["created_at"]))
+
+
+def _owners(settings: Settings) -> dict[str, str]:
+    """Return whose domains are, as the gateway has it on record; nothing where there is no record yet."""
+    database = settings.state_dir / "gateway.db"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return dict(connection.execute("SELECT domain, tenant FROM domains"))
+    except sqlite3.Error:
+        return {}
+
+
 def _limits() -> None:
     low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
     if low:
@@ -263,14 +324,17 @@ def _caddy(settings: Settings) -> str:
 def _routes(settings: Settings) -> str:
     routes = Front(settings).caddy
     there = routes.listed() if routes.routes.is_dir() else {}
-    there.pop(settings.domain or "", None)
+    own = own_names(settings)
+    there = {domain: target for domain, target in there.items() if not reserved(domain, own)}
     if settings.runtime != "incus":
         return f"{len(there)} of them"
     domains: dict[str, bool] = {}
     for instance in Looking(settings.incus_socket, settings.incus_project).list("instances"):
         config = instance["expanded_config"]
         if config.get(DOMAIN) and config.get(MANAGED) == "true" and not config.get(DEPLOYMENT):
-            domains[config[DOMAIN]] = instance["status"] == "Running"  # others may have no address
+            domain = plain(config[DOMAIN]) or config[DOMAIN]
+            runs = instance["status"] == "Running"  # others may have no address
+            domains[domain] = domains.get(domain, False) or (runs and not reserved(domain, own))
     missing = sorted(domain for domain, runs in domains.items() if runs and domain not in there)
     more = sorted(there.keys() - domains.keys())
     if missing or more:

@@ -342,6 +342,7 @@ class LocalRuntime:
             instance=record.get("instance"),
             location="local",
             asleep=record.get("asleep", False),
+            idle_stop=record.get("idle_stop"),
         )
 
     async def _end_all(self, name: str) -> None:
