@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -68,6 +68,7 @@ from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 from gateway.shells import Shells
 from gateway.store import Store, StoreFailed
+from gateway.tasks import apart, lasting
 from gateway.tools.toolbox import Toolbox
 from gateway.web import (
     RETRY_AFTER_MS,
@@ -276,17 +277,18 @@ class Gateway:
                 from gateway.mcp import Mcp  # an extra, and a second of start-up
 
                 self._mcp = await stack.enter_async_context(Mcp(toolbox, settings))
-            jobs = [
-                self._watch(runtime, workers, files, receipts),
-                self.metrics.follow(self.bus),
-                self.metrics.sample_lag(),
-                self._recover(),
-                self.grants.watch(),
-            ]
+            jobs: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+                "the watch of tenants": partial(self._watch, runtime, workers, files, receipts),
+                "the count of events": partial(self.metrics.follow, self.bus),
+                "the measure of the loop": self.metrics.sample_lag,
+                "the recovery of deployments": self._recover,
+                "the watch of tokens": self.grants.watch,
+            }
             if isinstance(runtime, IncusRuntime):
-                jobs += [self._pin_ports(), self._tell_starved(runtime)]
-            for work in jobs:
-                task = asyncio.create_task(work)
+                jobs["the watch of addresses"] = self._pin_ports
+                jobs["the kernel's word of memory"] = partial(self._tell_starved, runtime)
+            for name, work in jobs.items():
+                task = asyncio.create_task(lasting(name, work), name=name)
                 stack.push_async_callback(end, task)
             self.bus.publish("gateway.ready", None, {"version": __version__, "runtime": settings.runtime})
             yield
@@ -300,34 +302,37 @@ class Gateway:
         async for event in self.names.watch(runtime):
             if event.type == "gateway.resynced" and not swept:
                 swept = True
-                try:
+                with apart("the look for what an earlier gateway left"):
                     await runtime.sweep()
-                except GatewayError as error:
-                    log.warning("what an earlier gateway left could not be looked for: %s", error.message)
-            if event.tenant is not None and event.type in _MOVED:
-                await workers.forget(event.tenant)
-                if event.type == "incus.instance-updated":
-                    await files.recheck(event.tenant)  # mostly a mere setting
-                else:
-                    await files.forget(event.tenant, event.type.rpartition(".")[2])
-            if event.ended is not None:
-                self.hub.toolbox.sessions.forget(event.ended)
-                try:
-                    await receipts.forget_tenant(event.ended)
-                except StoreFailed as failed:
-                    log.warning("receipts of %s are kept: %s", event.ended, failed.message)
-            # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
-            if event.tenant is not None and event.type in _MADE:
-                self.hub.execs.forget_tenant(event.tenant)
+            with apart(f"letting go of what changed with {event.type} of {event.tenant}"):
+                await self._let_go(event, workers, files, receipts)
             if event.type in _STARTED:
                 self._started.set()
             facts = self.hub.idle.explained(self.life.explained(event))
             for notice in self._notice:
-                notice(event)
+                with apart(f"taking notice of {event.type} of {event.tenant}"):
+                    notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
             told = self.bus.publish(event.type, event.tenant, facts)
             await self.names.took(runtime, event, told)
+
+    async def _let_go(self, event: TenantEvent, workers: Workers, files: Files, receipts: Receipts) -> None:
+        if event.tenant is not None and event.type in _MOVED:
+            await workers.forget(event.tenant)
+            if event.type == "incus.instance-updated":
+                await files.recheck(event.tenant)  # mostly a mere setting
+            else:
+                await files.forget(event.tenant, event.type.rpartition(".")[2])
+        if event.ended is not None:
+            self.hub.toolbox.sessions.forget(event.ended)
+            try:
+                await receipts.forget_tenant(event.ended)
+            except StoreFailed as failed:
+                log.warning("receipts of %s are kept: %s", event.ended, failed.message)
+        # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
+        if event.tenant is not None and event.type in _MADE:
+            self.hub.execs.forget_tenant(event.tenant)
 
     async def _removed(self, removal: Removal) -> None:
         """Note what the gateway removed by itself: an undo, or what it had made ready."""

@@ -1,13 +1,21 @@
-"""Knows how a task begins without waiting for its turn, and how one is carried through."""
+"""Knows how a task begins without waiting for its turn, how one is carried through, and how one lasts."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sys
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, TypeVar
+
+from gateway.errors import GatewayError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_PAUSES: Final = (1.0, 60.0)  # seconds, the first and the longest, until what broke is begun again
 
 
 def begin(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -34,3 +42,26 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
             task.exception()  # seen; whoever cancelled wants to know nothing of it
         raise cancelled
     return task.result()
+
+
+async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do what is to go on as long as the process; where what nobody foresaw ends it, begin again."""
+    pause, longest = _PAUSES
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("%s broke off; it begins again in %.0f s", name, pause)
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, longest)
+
+
+@contextlib.contextmanager
+def apart(what: str) -> Iterator[None]:
+    """Let one thing of many fail: the log has why, the others go on."""
+    try:
+        yield
+    except GatewayError as error:
+        log.warning("%s failed: %s", what, error.message)
+    except Exception:
+        log.exception("%s failed", what)

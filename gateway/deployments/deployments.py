@@ -46,6 +46,7 @@ from gateway.runtime.probe import answer
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
+from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
@@ -496,7 +497,8 @@ class Deployments:
         await self._write_down()
         for record in await self._store.read(records.unfinished):
             if record.id not in self._running and record.id not in self._unwritten:
-                await self._recover_one(record)
+                with apart(f"the recovery of deployment {record.id}"):
+                    await self._recover_one(record)
         await self._anchor()
         left = {record.id for record in await self._store.read(records.unfinished)} - self._unwritten.keys()
         async with self._domains.deciding(), self._caddy.changing:
@@ -525,9 +527,10 @@ class Deployments:
         for site in found:
             # made by a request that was still under way when its gateway died
             if site.deployment is not None and site.deployment not in self._running:
-                with contextlib.suppress(NotFound):
-                    if (await self.get(site.deployment)).over:
-                        await self._sites.remove(site.deployment)
+                with apart(f"the removal of what deployment {site.deployment} left"):
+                    with contextlib.suppress(NotFound):
+                        if (await self.get(site.deployment)).over:
+                            await self._sites.remove(site.deployment)
         if wanted or busy:
             await self._caddy.ensure()
 

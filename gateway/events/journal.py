@@ -497,6 +497,10 @@ class StoredJournal:
                 self._grown()
                 await asyncio.sleep(_RETRY)
                 self._appended.set()  # what waits is tried again, also where nothing more comes
+            except Exception:  # else nobody would see an event any more
+                log.exception("events cannot be written")
+                await asyncio.sleep(_RETRY)
+                self._appended.set()
             else:
                 if self.failed is not None:
                     log.warning("events can be written again")

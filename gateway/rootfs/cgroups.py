@@ -45,6 +45,11 @@ async def of_init(pid: int) -> Path | None:
     return await aside(pid, _STEP, trees.of_init, pid)
 
 
+async def lives(container: Path, own: str) -> list[str]:
+    """Return the groups of one gateway's lives in a container, or those that its tenant calls so."""
+    return await _look(container / PARENT / own, trees.lives, container, own)
+
+
 async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
     """Work on a command's group off the loop; all work on one container's waits behind each other."""
     container = next((up for up in path.parents if up.name == PARENT), path)
@@ -139,4 +144,4 @@ class Cgroup:
             pause = min(pause * 1.5, 0.02)
 
 
-__all__ = ["Cgroup", "Ended", "Hands", "here", "of_init"]
+__all__ = ["Cgroup", "Ended", "Hands", "here", "lives", "of_init"]

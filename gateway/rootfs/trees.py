@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -25,6 +26,7 @@ from gateway.bounds import part
 PARENT = "gateway"  # the folder of all commands in a container's delegated tree
 MARKER = "GATEWAY_EXEC"  # a command's environment names its group by this, so that what left it can be found
 _FOLDERS = 1000  # a tenant may make more below its exec; they die with it, but are not counted
+_LIVES = 32  # of one gateway; each of them ends what the one before left
 _HELD = 64  # processes held open at a time
 _LISTED = 100  # processes that are told by name
 _ROUNDS = 20  # that forking processes outside of their group have, before they are left as survivors
@@ -76,16 +78,28 @@ def of_command(container: Path, group: str) -> Path:
     return container.joinpath(PARENT, *parts)
 
 
+def lives(container: Path, own: str) -> list[str]:
+    """Return the groups below a container's that are called as lives of one gateway, `OWN-LIFE`."""
+    names = (folder.name for folder in _inner(container / PARENT))
+    return [name for name in names if name.startswith(f"{own}-") and _PART.fullmatch(name)][:_LIVES]
+
+
+def _inner(path: Path) -> Iterator[Path]:
+    """Yield the groups in one, up to a limit."""
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        folders = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
+        for entry in itertools.islice(folders, _FOLDERS):
+            yield path / entry.name
+
+
 def folders(path: Path) -> list[Path]:
     """Return a group and those below it, for a tenant's root can make some there; each before its own."""
     found = [path]
     for folder in found:
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                if len(found) >= _FOLDERS:
-                    return found
-                if entry.is_dir(follow_symlinks=False):
-                    found.append(folder / entry.name)
+        for inner in _inner(folder):
+            if len(found) >= _FOLDERS:
+                return found
+            found.append(inner)
     return found
 
 

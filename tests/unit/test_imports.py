@@ -40,7 +40,7 @@ ONLY: dict[str, set[str]] = {
     "protocol": {"errors"},
     "ledger": set(),
     "terminal": set(),
-    "tasks": set(),
+    "tasks": {"errors"},
     "bounds": set(),
     "store": {"errors", "ledger"},
     "budget": {"errors", "settings"},

@@ -78,6 +78,16 @@ def test_groups_below_are_looked_through_up_to_a_limit(tmp_path: Path) -> None:
     assert set(numbers) <= {1, 2, 3} and 100_000 < len(numbers) < 200_000
 
 
+def test_a_gateways_lives_are_those_whose_names_can_be(tmp_path: Path) -> None:
+    for name in ("own-1", "own-2/below", "other-1", "own-x y", "own-é", "own-\x1b[2J", "own-" + "x" * 200):
+        (tmp_path / "gateway" / name).mkdir(parents=True)
+    assert sorted(trees.lives(tmp_path, "own")) == ["own-1", "own-2"]
+    for number in range(100):
+        (tmp_path / "gateway" / f"own-n{number}").mkdir()
+    assert len(trees.lives(tmp_path, "own")) == 32
+    assert trees.lives(tmp_path / "nowhere", "own") == []
+
+
 def test_what_a_process_calls_itself() -> None:
     with process({}) as pid:
         path = Path(f"/proc/{pid}")

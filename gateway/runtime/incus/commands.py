@@ -21,8 +21,8 @@ from typing import Final
 from gateway.bounds import Flood, first
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
-from gateway.rootfs.cgroups import Cgroup, of_init
-from gateway.rootfs.trees import PARENT, Member, of_command
+from gateway.rootfs.cgroups import Cgroup, lives, of_init
+from gateway.rootfs.trees import Member, of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
 from gateway.runtime.incus.refusals import translated
@@ -240,9 +240,9 @@ class Commands:
         root = await of_init(await self._init_pid(name))
         if root is None:
             return 0
-        for folder in (root / PARENT).glob(f"{self._own}-*"):
-            left = self.cgroup(name, root, folder.name)
-            if folder.name == self._life or not await left.reachable():
+        for life in await lives(root, self._own):
+            left = self.cgroup(name, root, life)
+            if life == self._life or not await left.reachable():
                 continue
             killed = await left.kill(0, self.settings.cancel_timeout)
             ended += killed.killed

@@ -48,6 +48,7 @@ from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
+from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
@@ -303,8 +304,9 @@ class IncusRuntime:
         ended = 0
         for tenant in await self.list():
             if tenant.status == "running":
-                with contextlib.suppress(NotFound):
-                    ended += await self.commands.sweep(tenant.name)
+                with apart(f"the look for what an earlier gateway left in {tenant.name}"):
+                    with contextlib.suppress(NotFound):
+                        ended += await self.commands.sweep(tenant.name)
         return ended
 
     async def init_pid(self, name: str) -> int:

@@ -1,0 +1,50 @@
+"""What is to go on goes on, whatever breaks in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from gateway import tasks
+from gateway.errors import Unavailable
+
+
+async def test_what_breaks_off_begins_again_and_what_ends_has_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "_PAUSES", (0.001, 0.002))
+    begun = 0
+
+    async def work() -> None:
+        nonlocal begun
+        begun += 1
+        if begun < 4:
+            raise IndexError("odd")
+
+    async with asyncio.timeout(30):
+        await tasks.lasting("the watch", work)
+    assert begun == 4
+    assert caplog.text.count("the watch broke off") == 3
+
+
+async def test_a_cancel_ends_it() -> None:
+    began = asyncio.Event()
+
+    async def work() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(tasks.lasting("the watch", work))
+    await began.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_one_thing_that_fails_lets_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (Unavailable("no disk"), IndexError("odd")):
+        with tasks.apart("a look"):
+            raise error
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR]
