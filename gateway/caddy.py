@@ -71,10 +71,12 @@ def site_url(domain: str, settings: Settings) -> str:
 class Caddy:
     """The routes of one gateway and the admin API of its Caddy. Use as an async context manager."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, admin: str | None = None) -> None:
+        """`admin` is where the running Caddy is asked, if that is not where it is to answer from now on."""
         self._settings = settings
+        self._address = admin or settings.caddy_admin
         self._own = own_names(settings)
-        self.folder = settings.caddy_dir or settings.state_dir / "caddy"
+        self.folder = settings.caddy_folder
         self.routes = self.folder / "routes"
         self.sockets = self.folder / "sockets"
         self._targets = self.folder / "targets"
@@ -88,7 +90,7 @@ class Caddy:
 
     async def __aenter__(self) -> Caddy:
         await asyncio.to_thread(self.lay)
-        path = socket_of(self._settings.caddy_admin)
+        path = socket_of(self._address)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
         return self
@@ -258,7 +260,11 @@ class Caddy:
         return self._ours(running) or str(self.routes) in orjson.dumps(running).decode()
 
     def _ours(self, running: Mapping[str, Any]) -> bool:
-        return "apps" in running and running.get("storage", {}).get("root") == str(self.folder / "data")
+        root = running.get("storage", {}).get("root")
+        if "apps" not in running or root is None:
+            return False
+        # it may name the same folder by where that was before
+        return Path(root).resolve() == (self.folder / "data").resolve()
 
     async def ensure(self) -> bool:
         """Have Caddy run our configuration; return whether it had to be loaded. Raises `CaddyFailed`.
@@ -279,7 +285,7 @@ class Caddy:
                 if self.serves(running):
                     return False  # an operator's own
                 raise CaddyFailed(
-                    f"the Caddy at {self._settings.caddy_admin} serves something else, which stays as it is; "
+                    f"the Caddy at {self._address} serves something else, which stays as it is; "
                     "let it import our sites as docs/operations.md says, or start one of our own "
                     "(deploy/quickstart does) with another GATEWAY_CADDY_ADMIN",
                     reason="caddy_foreign",
@@ -340,7 +346,7 @@ class Caddy:
     async def _ask(self, method: str, path: str, body: str | dict[str, Any] | None = None) -> Any:
         """Ask the admin API; a text is a Caddyfile, anything else JSON."""
         assert self._admin is not None
-        address = self._settings.caddy_admin
+        address = self._address
         unix = socket_of(address) is not None
         url = ("http://caddy" if unix else address.rstrip("/")) + path
         # on a unix socket Caddy wants no origin and takes any host

@@ -23,6 +23,7 @@ from gateway.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.settings import Settings
+from gateway.state import close
 from gateway.terminal import log_to_stderr
 from gateway.websocket import WebSocketProtocol
 
@@ -64,6 +65,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
     share()
+    close(settings)
     Caddy(settings).lay()
     listening = listen(settings.listen)
     gateway = Gateway(settings)

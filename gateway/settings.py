@@ -47,7 +47,8 @@ class Settings(BaseSettings):
         "and the hosts of GATEWAY_LISTEN and GATEWAY_ORIGINS; `*` for any",
     )
     caddy_dir: Path | None = Field(
-        None, description="Caddy's configuration and routes; unset: `caddy` in the state dir"
+        None,
+        description="Caddy's configuration and routes; unset: `caddy` in the state dir",
     )
     caddy_admin: str = Field("http://127.0.0.1:2019", description="URL or unix socket of Caddy's admin API")
     caddy_http: int = Field(80, gt=0, lt=65536, description="port of Caddy for HTTP")
@@ -370,6 +371,11 @@ class Settings(BaseSettings):
     max_followers: int = Field(8, gt=0, description="readers of one tenant's log at a time")
     reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
     shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
+
+    @property
+    def caddy_folder(self) -> Path:
+        """The folder of Caddy's configuration and routes."""
+        return self.caddy_dir or self.state_dir / "caddy"
 
     @field_validator("domain_suffixes", mode="before")
     @classmethod

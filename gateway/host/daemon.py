@@ -179,7 +179,9 @@ class Daemon:
             "LANG": "C.UTF-8",
             "HOME": "/root",
         }
-        with self.logfile.with_name("incusd.out").open("ab") as out:
+        with open(
+            self.logfile.with_name("incusd.out"), "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
+        ) as out:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -25,6 +25,7 @@ from gateway.caddy import Caddy, CaddyFailed, socket_of
 from gateway.host import HostError, run
 from gateway.host.daemon import systemd_runs
 from gateway.settings import Settings
+from gateway.state import exchange, private
 
 UNIT: Final = "incus-gateway-caddy.service"
 _UNITS: Final = Path("/etc/systemd/system")
@@ -34,7 +35,8 @@ POLL: Final = 0.05
 _UNIX_PATH: Final = 100  # bytes of a unix socket's path that every system takes, and some over
 _ROOT: Final = 1024  # ports below are root's
 _BIND: Final = "+net_bind_service"
-_ADMIN: Final = "admin.sock"
+# not as it was called in the state dir: a Caddy that moved removes that one by its old path, which leads here
+_ADMIN: Final = "caddy.sock"
 # the usual port, and the first of those that are tried where another has it
 _PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_ask": (2020, 2021)}
 
@@ -50,11 +52,48 @@ def chosen(settings: Settings) -> dict[str, Any]:
                 if port not in taken - {usual} and not in_use(port):
                     found[name] = port
                     break
-    if "caddy_admin" not in settings.model_fields_set:
-        path = settings.state_dir.absolute() / "caddy" / "admin" / _ADMIN
+    if "caddy_dir" not in settings.model_fields_set and _user() is not None:
+        found["caddy_dir"] = _beside(settings)  # the state dir is closed to that user
+    moved = "caddy_dir" in found and settings.caddy_admin == _old_admin(settings)
+    if moved or "caddy_admin" not in settings.model_fields_set:
+        path = found.get("caddy_dir", settings.caddy_folder.absolute()) / "admin" / _ADMIN
         if len(os.fsencode(path)) < _UNIX_PATH:
             found["caddy_admin"] = str(path)
     return found
+
+
+def _beside(settings: Settings) -> Path:
+    state = settings.state_dir.absolute()
+    return state.with_name(f"{state.name}-caddy")
+
+
+def _inside(settings: Settings) -> Path:
+    return settings.state_dir.absolute() / "caddy"
+
+
+def _old_admin(settings: Settings) -> str:
+    return str(_inside(settings) / "admin" / "admin.sock")
+
+
+def move_out(settings: Settings) -> None:
+    """Have Caddy's folder beside the state dir, if it is to be there, and a link to it in the old place.
+
+    A Caddy that runs goes on: what it looks for is to be found by its old path all the while.
+    """
+    before, folder = _inside(settings), settings.caddy_folder.absolute()
+    if folder != _beside(settings) or folder.exists() or before.is_symlink():
+        return
+    if not before.exists():
+        folder.mkdir(mode=0o755)
+        before.symlink_to(folder)
+        return
+    folder.symlink_to(folder)  # what it names is there once both have changed places
+    try:
+        exchange(before, folder)
+    except OSError:
+        folder.unlink()
+        before.rename(folder)
+        before.symlink_to(folder)
 
 
 def hand_over(settings: Settings) -> str | None:
@@ -103,6 +142,8 @@ class Front:
         self.caddy = Caddy(settings)
         self.folder = self.caddy.folder.absolute()
         self.config = self.folder / "Caddyfile"
+        # a running one may still be known by where its folder was
+        self._configs = (self.config, _inside(settings) / "Caddyfile")
         self.log = self.folder / "caddy.log"
 
     @property
@@ -115,7 +156,8 @@ class Front:
             said = subprocess.run(
                 ["ps", "-axo", "pid=,command="], check=False, capture_output=True, text=True
             )
-            found = [line for line in said.stdout.splitlines() if f"run --config {self.config}" in line]
+            configs = tuple(f"run --config {config}" for config in self._configs)
+            found = [line for line in said.stdout.splitlines() if any(config in line for config in configs)]
             return int(found[0].split()[0]) if found else None
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and self._is_ours(int(entry.name)):
@@ -130,7 +172,8 @@ class Front:
         except OSError:
             return False
         named = words[0].rpartition(b"/")[2] == b"caddy"  # not the one that is about to become it
-        return named and words[1:4] == [b"run", b"--config", os.fsencode(self.config)] and state not in "ZX"
+        ours = any(words[1:4] == [b"run", b"--config", os.fsencode(config)] for config in self._configs)
+        return named and ours and state not in "ZX"
 
     def others(self) -> bool:
         """Say whether a Caddy that is not ours answers where the settings say that Caddy is."""
@@ -140,10 +183,11 @@ class Front:
         """Say whether the admin API answers."""
         return self.running() is not None
 
-    def running(self) -> dict[str, Any] | None:
+    def running(self, admin: str | None = None) -> dict[str, Any] | None:
         """Return what the Caddy at the admin API runs, or None where nobody answers."""
-        path = socket_of(self.admin)
-        host, _, port = self.admin.split("://")[-1].rstrip("/").rpartition(":")
+        admin = admin or self.admin
+        path = socket_of(admin)
+        host, _, port = admin.split("://")[-1].rstrip("/").rpartition(":")
         try:
             connection = http.client.HTTPConnection(host or "127.0.0.1", int(port) if path is None else 80, 5)
             with contextlib.closing(connection):
@@ -176,9 +220,9 @@ class Front:
             raise HostError("caddy is not installed; install it: apt-get install caddy")
         by_unit = systemd_runs() and os.geteuid() == 0
         unit_is_new = by_unit and _text(_UNITS / UNIT) != self._unit(program, units)
-        if running is not None and self.answers() and not unit_is_new:
+        if running is not None and not unit_is_new and (admin := self._answering()) is not None:
             # loaded, not restarted: no request fails
-            loaded = asyncio.run(self._load())
+            loaded = asyncio.run(self._load(admin))
             return f"{'was given its new configuration' if loaded else 'runs already'}, pid {running}"
         if running is not None:
             self.stop()
@@ -202,16 +246,21 @@ class Front:
             if (user := _user()) is not None:
                 shutil.chown(place, user, user)
 
-    async def _load(self) -> bool:
+    def _answering(self) -> str | None:
+        """Return where the Caddy that runs answers: where it should, or as before its folder moved."""
+        places = (self.admin, _old_admin(self.settings))
+        return next((admin for admin in places if self.running(admin) is not None), None)
+
+    async def _load(self, admin: str) -> bool:
         try:
-            async with Caddy(self.settings) as caddy:
+            async with Caddy(self.settings, admin) as caddy:
                 return await caddy.ensure()
         except CaddyFailed as error:
             raise HostError(f"{error.message}; the old configuration goes on") from error
 
     def _unit(self, program: str, units: Path) -> str:
         text = (units / UNIT).read_text()
-        text = text.replace("/var/lib/incus-gateway/caddy", str(self.folder))
+        text = text.replace("/var/lib/incus-gateway-caddy", str(self.folder))
         text = text.replace("/var/lib/incus-gateway", str(self.settings.state_dir.absolute()))
         text = text.replace("/usr/bin/caddy", program)
         return text if _user() is not None else re.sub("^(User|Group)=.*\n", "", text, flags=re.MULTILINE)
@@ -231,7 +280,7 @@ class Front:
             words = ["setpriv", *who, "--inh-caps", _BIND, "--ambient-caps", _BIND, "--", *words]
         home = str(self.folder / "data")
         environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "XDG_CONFIG_HOME": home}
-        with self.log.open("ab") as log:
+        with open(self.log, "ab", opener=private) as log:
             return subprocess.Popen(
                 words,
                 env={**environment, "XDG_DATA_HOME": home},

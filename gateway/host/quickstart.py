@@ -36,7 +36,8 @@ from gateway.host.daemon import Daemon, systemd_runs
 from gateway.host.front import Front
 from gateway.host.setup import pin, setup
 from gateway.settings import Settings
-from gateway.terminal import out
+from gateway.state import close, private
+from gateway.terminal import clean, out
 
 TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
@@ -211,10 +212,12 @@ class Quickstart:
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
             self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
         self._settle_ports()
+        front.move_out(self.settings)
         write_private(self.place.environment, format_environment(self.environment))
         served = self._served()
         if served:
             self._step("Caddy", self._caddy)
+        close(self.settings)  # now that no Caddy of another user looks for anything in it
         self._step("gateway", self._gateway)
         if served:
             self._step(f"site {DOMAIN}", self._site)
@@ -288,7 +291,7 @@ class Quickstart:
 
     def _start_process(self) -> None:
         self._reap()
-        with self.place.log.open("ab") as log:
+        with open(self.place.log, "ab", opener=private) as log:
             process = subprocess.Popen(
                 [str(self.command), "serve"],
                 env=self._child_environment(),
@@ -617,7 +620,7 @@ def main(words: list[str]) -> int:
     except Exception as error:
         log = state_dir / "quickstart.log"
         with contextlib.suppress(OSError):
-            log.write_text(traceback.format_exc())
+            write_private(log, clean(traceback.format_exc()))
         say(f"failed: {type(error).__name__}: {error}; this is a fault of quickstart, details: {log}")
         return 1
 
@@ -635,7 +638,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
     match action:
         case "start":
             begun = time.monotonic()
-            state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             quickstart.start()
             say(farewell(quickstart.status(), command_word(quickstart.place), script))
             say(f"Ready after {time.monotonic() - begun:.1f} s.")

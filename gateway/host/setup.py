@@ -21,7 +21,9 @@ from gateway.host.front import hand_over
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs.tenants import MANAGED
+from gateway.runtime.incus.making import FIRST_TO_GO
 from gateway.settings import Settings
+from gateway.state import close
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 GiB = 1 << 30
@@ -57,6 +59,9 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     the step; what earlier steps did stays, and the next run goes on from there.
     """
     steps = Steps(report)
+    if settings.broker_socket is not None and os.geteuid() == 0:
+        steps.run("state dir", lambda: close(settings), unchanged="closed to others")
+        steps.run("folders of Caddy's routes", lambda: hand_over(settings))
     if settings.runtime == "local":
         steps.run("host", lambda: None, unchanged="the local runtime needs nothing of it")
         return steps.changes
@@ -71,8 +76,6 @@ def setup(settings: Settings, report: Report) -> list[Change]:
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
     steps.run("ripgrep for large searches", lambda: ripgrep.ensure(settings))
-    if settings.broker_socket is not None and os.geteuid() == 0:
-        steps.run("folders of Caddy's routes", lambda: hand_over(settings))
     return steps.changes
 
 
@@ -326,6 +329,7 @@ def profile(settings: Settings) -> dict[str, Any]:
             "limits.processes": str(settings.tenant_processes),
             # A range of host uids of its own: the kernel counts some limits per uid.
             "security.idmap.isolated": "true",
+            "raw.lxc": FIRST_TO_GO,
             # No tenant needs the host's metadata socket.
             "security.guestapi": "false",
             # For commands; the image says the same to services.

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gateway.caddy import Caddy
 from gateway.host import front
 from gateway.host.doctor import doctor
 from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
 from gateway.settings import Settings
+from gateway.state import close
 from tests.integration import environment
 from tests.live import free_ports
 
@@ -29,7 +35,7 @@ def quickstart(incus_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
     listen, http, https, ask_port = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="gw-quick-") as place:
-        Path(place).chmod(0o711)  # as a state dir is: Caddy is no root
+        Path(place).chmod(0o755)  # it is closed, whatever it was; Caddy is no root
         settings = environment.settings(
             state_dir=Path(place),
             listen=f"127.0.0.1:{listen}",
@@ -43,6 +49,7 @@ def quickstart(incus_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield made
         made.stop()
         environment.incus("delete", "--force", TENANT, check=False)
+        shutil.rmtree(f"{place}-caddy", ignore_errors=True)
 
 
 def seen(quickstart: Quickstart) -> str:
@@ -77,6 +84,10 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
         assert looked[what].ok, looked[what]
     owner = Path(f"/proc/{caddy}").owner()
     assert owner == "caddy"
+    place = quickstart.place
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (place.root, *place.root.glob("*.log"))}
+    assert modes == {place.root.name: 0o700, "gateway.log": 0o600}
+    assert quickstart.front.log.stat().st_mode & 0o777 == 0o600
 
     capfd.readouterr()
     begun = time.monotonic()
@@ -111,6 +122,77 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert quickstart.status()["running"] is False
     assert quickstart.status()["site_url"] is None
     assert environment.daemon().answers()
+
+
+def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an upgrade does it: then the state dir is closed, and Caddy comes up again from where it is."""
+    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    http, https, ask_port, site = free_ports(4)
+    serve = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(site)]
+    with tempfile.TemporaryDirectory(prefix="gw-move-") as place, tempfile.TemporaryDirectory() as pages:
+        upstream = subprocess.Popen(serve, cwd=pages, stderr=subprocess.DEVNULL)
+        state = Path(place)
+        state.chmod(0o711)
+        old = Settings(
+            state_dir=state,
+            caddy_admin=str(state / "caddy" / "admin" / "admin.sock"),
+            caddy_http=http,
+            caddy_https=https,
+            caddy_ask=ask_port,
+        )
+        before = front.Front(old)
+        new = old.model_copy(update=front.chosen(old))
+        after = front.Front(new)
+        answers: list[int] = []
+        ended = threading.Event()
+
+        def visit() -> int:
+            return ask(f"127.0.0.1:{http}", "GET", "/", host=f"site.localhost:{http}")[0]
+
+        def keep_visiting() -> None:
+            while not ended.is_set():
+                try:
+                    answers.append(visit())
+                except OSError:
+                    answers.append(0)
+
+        visitor = threading.Thread(target=keep_visiting)
+        try:
+            assert before.start(CHECKOUT / "deploy").startswith("started")
+            caddy = Caddy(old)
+            caddy.lay()
+            caddy.set("site.localhost", f"127.0.0.1:{site}")
+            pid = before.pid()
+            assert pid is not None and Path(f"/proc/{pid}").owner() == "caddy"
+            while visit() != 200:
+                time.sleep(0.05)
+            visitor.start()
+            assert new.caddy_dir == Path(f"{place}-caddy")
+            front.move_out(new)
+            assert after.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {pid}"
+            assert close(new) == "mode 700"
+            front.move_out(new)  # again, as the next start does
+            assert after.start(CHECKOUT / "deploy") == f"runs already, pid {pid}"
+            seen_by_then = len(answers)
+            while len(answers) < seen_by_then + 20 and visitor.is_alive():
+                time.sleep(0.05)
+            ended.set()
+            visitor.join()
+            assert set(answers) == {200}, (len(answers), set(answers))
+            assert (state / "caddy").readlink() == new.caddy_dir
+            assert front.chosen(new) == {} and before.running() is None
+            Caddy(new).set("site.localhost", f"127.0.0.1:{http + 1 if http + 1 != site else http + 2}")
+            assert visit() == 502  # what is written there now is what is served
+            Caddy(new).set("site.localhost", f"127.0.0.1:{site}")
+            os.kill(pid, signal.SIGKILL)
+            assert after.start(CHECKOUT / "deploy").startswith(("started", "restarted"))
+            assert visit() == 200
+        finally:
+            ended.set()
+            after.stop()
+            upstream.kill()
+            upstream.wait()
+            shutil.rmtree(f"{place}-caddy", ignore_errors=True)
 
 
 def test_without_incus_the_same_site_is_served(

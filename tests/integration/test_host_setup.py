@@ -50,6 +50,13 @@ def test_drift_is_repaired_and_foreign_keys_stay(incus_settings: Settings) -> No
     assert altered(setup(incus_settings, lambda line: None)) == set()
 
 
+async def test_a_tenants_processes_go_first(make_tenant: MakeTenant) -> None:
+    """Where the host's memory is short, its commands too."""
+    tenant = await make_tenant()
+    for path in ("/proc/1/oom_score_adj", "/proc/self/oom_score_adj"):
+        assert environment.incus("exec", tenant.name, "--", "cat", path).stdout == b"300\n"
+
+
 async def test_profile_marks_a_tenant(incus_settings: Settings, make_tenant: MakeTenant) -> None:
     """The runtime's mark reaches an instance's expanded configuration."""
     tenant = await make_tenant(start=False)

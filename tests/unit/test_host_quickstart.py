@@ -215,20 +215,32 @@ def test_caddy_gets_ports_that_are_free_unless_they_were_said(tmp_path: Path) ->
         taken = other.getsockname()[1]
         said = Settings(state_dir=tmp_path, caddy_https=taken, caddy_admin="http://127.0.0.1:1")
         choice = front.chosen(said)
+        choice.pop("caddy_dir", None)  # only where Caddy is to be another user
         assert choice.keys() == {"caddy_http", "caddy_ask"}
         assert len({*choice.values()}) == 2
         assert [front.in_use(port) for port in choice.values()] == [None, None]
         assert front.in_use(taken) is not None
-        settings = said.model_copy(update=choice)
+        settings = said.model_copy(update=front.chosen(said))
         assert front.chosen(settings) == {}, "once chosen they stay"
         with pytest.raises(HostError, match=rf"port {taken}.*GATEWAY_CADDY_HTTPS=\d+ deploy/quickstart"):
             front.Front(settings)._check_ports()
 
 
-def test_caddy_is_reached_by_a_socket_of_the_state_dir_if_its_path_is_short(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("user", "folder"), [(None, "/run/gw/caddy"), ("caddy", "/run/gw-caddy")])
+def test_caddy_is_reached_by_a_socket_in_its_folder_if_the_path_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None, folder: str
+) -> None:
+    """It is beside the state dir where that is closed to Caddy's user; a choice of before moves along."""
+    monkeypatch.setattr("gateway.host.front._user", lambda: user)
     short, long = Path("/run/gw"), tmp_path / ("x" * 100)
-    assert front.chosen(Settings(state_dir=short))["caddy_admin"] == "/run/gw/caddy/admin/admin.sock"
+    chosen = front.chosen(Settings(state_dir=short))
+    assert chosen["caddy_admin"] == f"{folder}/admin/caddy.sock"
+    assert chosen.get("caddy_dir") == (Path(folder) if user else None)
     assert "caddy_admin" not in front.chosen(Settings(state_dir=long))
+    before = Settings(state_dir=short, caddy_admin="/run/gw/caddy/admin/admin.sock")
+    assert front.chosen(before).get("caddy_admin") == (chosen["caddy_admin"] if user else None)
+    elsewhere = Settings(state_dir=short, caddy_dir=tmp_path, caddy_admin="/run/gw/caddy/admin/admin.sock")
+    assert not front.chosen(elsewhere).keys() & {"caddy_dir", "caddy_admin"}
 
 
 _PACKAGES = """\

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (
     {"errors", "settings", "protocol", "websocket", "ledger", "tasks", "terminal", "bounds"},
-    {"store", "hostnames", "budget", "http1"},
+    {"store", "hostnames", "budget", "http1", "state"},
     {"auth", "incus", "rootfs", "events", "receipts", "revocations"},
     {"grants", "runtime", "audit"},
     {"files", "names", "domains"},
@@ -42,6 +42,7 @@ ONLY: dict[str, set[str]] = {
     "terminal": set(),
     "tasks": {"errors"},
     "bounds": set(),
+    "state": {"settings"},
     "store": {"errors", "ledger"},
     "budget": {"errors", "settings"},
     "http1": {"settings"},

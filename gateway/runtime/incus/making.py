@@ -34,7 +34,14 @@ MADE: Final = "user.gateway.made"
 STATIC: Final = "raw.lxc"
 """Gives an instance its address before anything of it runs; no two may have the same."""
 
-_STATIC: Final = "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
+FIRST_TO_GO: Final = "lxc.proc.oom_score_adj = 300\n"
+"""Has the kernel end a tenant's processes before the gateway's (100, deploy/*.service) and the host's.
+
+In the key `raw.lxc` of the profile, and so in every `raw.lxc` that stands in its place. A tenant's root may
+take it back to 0, not below.
+"""
+
+_STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _NIC: Final = "eth0"
 _TRIES: Final = 20  # addresses that are tried until one is free
 _STOPS: Final = 5  # stops of an instance that somebody starts again, until it is left alone

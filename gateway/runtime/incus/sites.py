@@ -487,7 +487,7 @@ class IncusSites:
             if there is not None and there["connect"] == connect:
                 return
             if self._settings.expose == "socket":
-                folder = self._settings.state_dir.absolute() / "caddy" / "sockets"
+                folder = self._settings.caddy_folder.absolute() / "sockets"
                 name = tenant if device == "site" else f"{tenant}.next"
                 listen = {"listen": f"unix:{folder}/{name}.sock", "mode": "0666"}
             else:

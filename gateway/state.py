@@ -1,0 +1,81 @@
+"""The state dir: what is in it is its gateway's alone.
+
+It holds the secret, the records and the logs, and no other user may enter it. What Caddy reads lies beside it
+where Caddy is another user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import pwd
+import stat
+from pathlib import Path
+from typing import Final
+
+from gateway.settings import Settings
+
+_PRIVATE: Final = 0o700
+_HERE: Final = -100  # AT_FDCWD
+_EXCHANGE: Final = 2  # RENAME_EXCHANGE of renameat2(2)
+_MAIN: Final = (Path("/"), Path("/var"))  # what lies in these belongs to more than a gateway
+
+
+def close(settings: Settings) -> str | None:
+    """Make the state dir if it is not there, and let nobody else in; say what was changed, or None.
+
+    One that is another user's stays as it is, and so do the main folders of a system. Whoever has to pass
+    may: a Caddy of another user whose folder is in there, a gateway's own user whose program is.
+    """
+    folder = settings.state_dir
+    folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+    found = folder.stat()
+    group = _passing_group(settings, found)
+    mode = 0o711 if has_foreign_caddy(settings) else 0o710 if group is not None else _PRIVATE
+    shared = found.st_mode & stat.S_ISVTX or folder.resolve().parent in _MAIN
+    if found.st_uid != os.geteuid() or shared:
+        return None
+    if group is not None and found.st_gid != group:
+        os.chown(folder, -1, group)
+    elif stat.S_IMODE(found.st_mode) & ~mode == 0:
+        return None
+    folder.chmod(mode)
+    return f"mode {mode:03o}"
+
+
+def has_foreign_caddy(settings: Settings) -> bool:
+    """Say whether a Caddy of another user has its folder in the state dir, and so must pass."""
+    folder = settings.caddy_folder.resolve()
+    if settings.state_dir.resolve() not in folder.parents:
+        return False
+    own = (folder / "data", folder / "admin")
+    return any(place.exists() and place.stat().st_uid != os.geteuid() for place in own)
+
+
+def _passing_group(settings: Settings, folder: os.stat_result) -> int | None:
+    """Return the group of a gateway that is a user of its own and runs a program of this folder."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        group = pwd.getpwnam(settings.broker_user).pw_gid
+    except KeyError:
+        return None
+    return group if settings.broker_socket is not None or folder.st_gid == group else None
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that its owner alone may read, whatever it was before: an opener for `open`."""
+    descriptor = os.open(path, flags, 0o600)
+    if stat.S_ISREG((found := os.fstat(descriptor)).st_mode) and found.st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Have two names in one file system change places at once. Raises `OSError` where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
