@@ -26,6 +26,7 @@ from rich.table import Table
 from gateway import __version__, auth
 from gateway import settings as settings_module
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound
+from gateway.hostnames import DomainReserved, normalized, own_names, reserved
 from gateway.progress import Progress, follow, template_argument
 from gateway.revocations import Revocations
 from gateway.runtime import TENANT_NAME
@@ -276,11 +277,14 @@ def create(
             f"{tenant!r} is no tenant name: lower-case letters, digits and dashes, 63 at most"
         )
     settings = settings_module.load()
+    given = None if domain is None else normalized(domain)
+    if given is not None and reserved(given, own_names(settings)):
+        raise DomainReserved(given)
 
     async def run() -> None:
         runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
         async with runtime_type(settings) as runtime:
-            made = await runtime.create(tenant, domain=domain)
+            made = await runtime.create(tenant, domain=given)
         out.say(f"{made.name} is {made.status}")
 
     asyncio.run(run())

@@ -223,6 +223,19 @@ class Domains:
         undo.push_async_callback(self._keep, domain, self._claims.get(domain))
         await self._keep(domain, Claim(tenant.name, tenant.instance or ""))
 
+    async def left(self, name: str) -> list[str]:
+        """Return the domains of a tenant that was just destroyed: they are nobody's from now on.
+
+        Call it while `deciding` is held.
+        """
+        free = []
+        for domain, claim in list(self._claims.items()):
+            if claim.tenant == name and not claim.deployment and await self._is_over(domain, claim):
+                await self._keep(domain, None)
+                if not self.holder(domain):
+                    free.append(domain)
+        return free
+
     # --- who has it ---------------------------------------------------------------------------------
 
     def serves(self, domain: str, tenant: str) -> bool:

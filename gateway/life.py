@@ -120,6 +120,9 @@ class Life:
             await self.let_go(ask.tenant)
             instance = self._names.holder(ask.tenant)
             await self._runtime.destroy(ask.tenant)
+            async with self._domains.deciding(), self._caddy.changing:
+                for domain in await self._domains.left(ask.tenant):
+                    self._caddy.unset(domain)
             await self._names.over(ask.tenant, instance)
 
     async def clone(self, ask: Ask) -> Mapping[str, Any]:

@@ -85,12 +85,12 @@ async def measure(base: Settings, way: str, template: str, rounds: int, folder: 
     seconds, records = list[float](), list[dict[str, Any]]()
     async with hosting(base, folder / way, verify_timeout=120.0, **changes) as host:
         if source != "image":  # the first one is what the others are copied from
-            await one(host, "first.bench.test", template)
+            await one(host, "first-bench.test", template)
         for number in range(rounds):
             async with asyncio.timeout(300):
                 while not await asyncio.to_thread(ready, source):
                     await asyncio.sleep(0.2)  # nobody tells when a pool is full
-            took, record = await one(host, f"b{number}.bench.test", template)
+            took, record = await one(host, f"b{number}-bench.test", template)
             if record["source"] != source:
                 raise Wrong(f"made from {record['source']}, not from {source}")
             seconds.append(took)

@@ -76,6 +76,19 @@ def test_nonsense_is_not_issued(tenants: list[str], scopes: list[str], ttl: int,
         auth.issue(SECRET, subject, tenants, scopes, ttl)
 
 
+def test_a_token_says_which_domains_it_may_give() -> None:
+    given = ["*.Sites.example.com", "shop.example.com."]
+    token = auth.verify(SECRET, auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60, given))
+    assert token.domains == frozenset({"*.sites.example.com", "shop.example.com"})
+    assert auth.verify(SECRET, auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60)).domains is None
+    for wrong in ("*", "shop", "https://shop.example.com", "*.*.com"):
+        with pytest.raises(InvalidParams):
+            auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60, [wrong])
+    for claim in ("shop.example.com", [1], {"a": 1}):
+        with pytest.raises(Unauthorized):
+            auth.verify(SECRET, signed(domains=claim))
+
+
 def test_a_short_secret_signs_nothing() -> None:
     with pytest.raises(InvalidParams):
         auth.issue("short", "ann", ["shop"], ["exec"], 60)

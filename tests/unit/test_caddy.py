@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gateway.caddy import Caddy
+from gateway.errors import InvalidParams
+from gateway.hostnames import DomainReserved
 from gateway.settings import Settings
 
 
@@ -38,3 +40,26 @@ async def test_only_the_sockets_that_are_needed_stay(tmp_path: Path) -> None:
             (caddy.sockets / name).touch()
         caddy.reconcile({}, (), {"there.sock", "coming.sock"})
         assert [path.name for path in caddy.sockets.iterdir()] == ["there.sock"]
+
+
+async def test_no_tenant_is_led_to_by_the_gateways_own_names(tmp_path: Path) -> None:
+    """Not when asked for it, nor when Incus says so; and what an earlier version let through goes."""
+    settings = Settings(state_dir=tmp_path, domain="GW.example.com", origins=("https://edit.example.com",))
+    async with Caddy(settings) as caddy:
+        caddy.lead_home()
+        for name in ("gw.example.com", "Gw.Example.com.", "edit.example.com", "probe.invalid", "localhost"):
+            with pytest.raises(DomainReserved):
+                caddy.set(name, "10.0.0.9:3000")
+        caddy._lead("edit.example.com", "10.0.0.9:3000")
+        wanted = dict.fromkeys(("gw.example.com", "edit.example.com", "shop.example.com"), "10.0.0.9:3000")
+        assert sorted(caddy.reconcile(wanted, (), ())) == ["edit.example.com", "shop.example.com"]
+        assert caddy.listed() == {"gw.example.com": "127.0.0.1:8080", "shop.example.com": "10.0.0.9:3000"}
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b.example.com", "Shop.example.com", "shop.example.com.", "x"])
+async def test_what_is_no_name_as_caddy_looks_it_up_makes_no_link(tmp_path: Path, name: str) -> None:
+    async with Caddy(Settings(state_dir=tmp_path)) as caddy:
+        with pytest.raises((InvalidParams, ValueError)):
+            caddy.set(name, "10.0.0.9:3000")
+        assert caddy.reconcile({name: "10.0.0.9:3000"}, (), ()) == []
+        assert [*caddy.routes.iterdir()] == []

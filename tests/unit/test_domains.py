@@ -188,6 +188,18 @@ async def test_a_destroyed_tenants_domain_is_free_at_once(desk: Desk) -> None:
     assert await desk.domains.hold(SHOP, "new", "d-1")
 
 
+async def test_what_a_destroyed_tenant_left_is_nobodys_unless_somebody_holds_it(desk: Desk) -> None:
+    desk.incus.has("shop", SHOP)
+    await desk.look()
+    async with desk.domains.deciding():
+        assert await desk.domains.left("shop") == []  # it is there
+        del desk.incus.tenants["shop"]
+        assert await desk.domains.left("shop") == [SHOP]
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    async with desk.domains.deciding():
+        assert await desk.domains.left("shop") == []
+
+
 # --- a tenant gets another domain ----------------------------------------------------------------------
 
 
