@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
+from socket import AF_UNIX, SO_LINGER, SOL_SOCKET
 from typing import Any, Final
 
 from uvicorn.protocols.utils import ClientDisconnected
@@ -26,6 +27,7 @@ LARGE: Final = 64 << 10  # bytes of a message above which the application is ask
 
 _WAITING: Final = 8  # messages that wait to be taken while more are read
 _SMALL: Final = 16 << 10  # bytes of one such message
+_LINGER: Final = 5.0  # seconds in which the peer of a connection that is over must take something
 _FAREWELL: Final = 1 << 20  # bytes that a client may still send once the socket is closed
 
 
@@ -89,6 +91,19 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.scope["extensions"][PARTS] = {}
         self.scope["extensions"][FLOW] = {"admit": self.admit, "received": lambda: self.received}
         await super().run_asgi()
+        self.loop.call_later(_LINGER, self._part)
+
+    def _part(self, before: int | None = None) -> None:
+        """Drop a connection that is over, and whose peer does not take what is left for it."""
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            wire = self.transport.get_extra_info("socket")
+            if wire is not None and wire.family != AF_UNIX:
+                # else the kernel would go on offering what is left
+                wire.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+        elif left:
+            self.loop.call_later(_LINGER, self._part, left)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -31,6 +32,13 @@ def ends(token: str) -> int:
 
 async def initialized(wire: Wire, token: str, **more: Any) -> Any:
     return await wire.call("initialize", client={"name": "t", "version": "1"}, token=token, **more)
+
+
+def connected(local: int, remote: int) -> bool:
+    """Say whether this machine has a TCP connection between these ports, seen from the first."""
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    ends = {tuple(int(row[column].rpartition(":")[2], 16) for column in (1, 2)) for row in rows}
+    return (local, remote) in ends
 
 
 class TokensContract:
@@ -73,6 +81,23 @@ class TokensContract:
             assert "expired" in (first.socket.close_reason or "")
             assert (await ask(http, "GET", url, status=401))["code"] == "unauthorized"
             assert await other.call("ping") == {}
+
+    async def test_who_reads_nothing_keeps_no_socket_beyond_the_end(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """What cannot be sent any more is not waited for."""
+        token = gateway.token(tenant, ttl=SHORT)
+        async with gateway.raw(tenant) as wire:
+            await initialized(wire, token)
+            transport = wire.socket.transport
+            theirs, ours = gateway.port, transport.get_extra_info("sockname")[1]
+            await wire.call("exec/start", argv=["yes"], lingerMs=0)
+            transport.pause_reading()
+            assert connected(theirs, ours)
+            async with asyncio.timeout(SHORT + 30):
+                while connected(theirs, ours):
+                    await asyncio.sleep(0.1)  # nothing is told to who reads nothing
+            transport.abort()
 
     async def test_an_upload_is_not_finished_by_a_token_that_ended(
         self, gateway: LiveGateway, tenant: str

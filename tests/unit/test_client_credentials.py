@@ -14,12 +14,13 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import mcp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from gateway import auth, protocol
-from gateway_client import Change, Client, Disconnected, TokenUnavailable, credentials, errors, sync
+from gateway_client import Change, Client, Disconnected, TokenUnavailable, claude, credentials, errors, sync
 from gateway_client.credentials import Credentials
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, local_gateway
 from tests.unit.test_client import Peer
@@ -344,6 +345,24 @@ async def test_without_asyncio_it_is_the_same(gateway: LiveGateway) -> None:
     assert printed.split() == [b"%d" % (n + 1) for n in range(LIFE + 2)]
     assert len(tokens.given) >= 2
     assert "reconnecting" not in {change.state for change in changes}
+
+
+async def test_an_agents_calls_outlast_their_tokens(gateway: LiveGateway) -> None:
+    """By the adapter for Claude's Agent SDK: results, and what is printed while they run."""
+    tokens, heard = Tokens(), dict[str, bytes]()
+
+    def on_output(printed: claude.Printed) -> None:
+        heard[printed.call] = heard.get(printed.call, b"") + printed.data
+
+    async with asyncio.timeout(60), Client(gateway.url, token=tokens) as client:
+        async with mcp.Client(claude.server(client.tenant("shop"), on_output=on_output)) as host:
+            for call in ("toolu_1", "toolu_2"):
+                meta: Any = {"claudecode/toolUseId": call}
+                said = await host.call_tool("Bash", {"command": counting(LIFE + 1)}, meta=meta)
+                assert isinstance(said.content[0], mcp.types.TextContent)
+                numbers = [str(n + 1) for n in range(LIFE + 1)]
+                assert said.content[0].text.split() == heard[call].decode().split() == numbers
+    assert len(tokens.given) >= 3
 
 
 async def test_a_failing_function_is_told_and_the_connection_stands_until_the_end(
