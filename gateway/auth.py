@@ -222,7 +222,9 @@ def _read_secret(path: Path) -> str:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode) or mode & 0o077:
-            raise InvalidParams("the secret in the state dir is open to others: chmod 600 it, or delete it")
+            raise InvalidParams(
+                "the secret in the state dir is open to others: chmod 600 it, and see who has read it"
+            )
         return _checked(file.read(4096).strip())
 
 

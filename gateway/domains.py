@@ -375,7 +375,9 @@ def _carriers(found: Iterable[Tenant | Site]) -> dict[str, list[_Carrier]]:
 
 def _owned(domain: str) -> Conflict:
     return Conflict(
-        f"{domain} is another tenant's; take it from that one first, or choose another", reason="domain_owned"
+        f"{domain} is another tenant's; a deployment that names that one by `tenant` updates its site, else "
+        "choose another domain",
+        reason="domain_owned",
     )
 
 

@@ -219,7 +219,8 @@ class Life:
             kept = await self._runtime.snapshots(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
-                    f"the tenant has {len(kept)} snapshots, the most it may; delete one first",
+                    f"the tenant has {len(kept)} snapshots, the most it may; raise "
+                    "GATEWAY_MAX_SNAPSHOTS, or delete one that nobody needs",
                     limit=self._settings.max_snapshots,
                 )
             with self._asking(ask, "tenant.snapshot.created", name):

@@ -588,13 +588,14 @@ class _Work:
         if there is None:
             if len(tenants) >= settings.max_tenants:
                 raise RateLimited(
-                    f"{len(tenants)} tenants are the limit; destroy some, or raise GATEWAY_MAX_TENANTS",
+                    f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
         else:
             if there.domain not in (None, record.domain):
                 raise Conflict(
-                    f"tenant {record.tenant} has another domain; name one for this site by `tenant`",
+                    f"tenant {record.tenant} has another domain; deploy that one to update it, or name "
+                    "another tenant for this site by `tenant`",
                     reason="domain_owned",
                 )
             record.kind, self._side = "update", "next"

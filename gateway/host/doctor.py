@@ -149,7 +149,7 @@ def _pool(settings: Settings) -> str:
     space = incus.get("storage-pools", settings.pool, "resources")["space"]
     free = space["total"] - space["used"]
     if free < GiB:
-        raise HostError(f"{free >> 20} MiB are free; destroy tenants or snapshots, or enlarge the pool")
+        raise HostError(f"{free >> 20} MiB are free; enlarge the pool, or delete snapshots that nobody needs")
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 

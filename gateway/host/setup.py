@@ -170,8 +170,8 @@ def _network(incus: Incus, settings: Settings) -> str | None:
     if found is None or not found.get("managed"):
         if found is not None:
             raise HostError(
-                f"an interface {settings.network} exists that is not Incus's; remove it with "
-                f"`ip link delete {settings.network}`, or set GATEWAY_NETWORK to another name"
+                f"an interface {settings.network} exists that is not Incus's; set GATEWAY_NETWORK to another "
+                f"name, or remove it with `ip link delete {settings.network}` if nobody needs it"
             )
         taken = _overlapping(IPv4Interface(settings.network_ipv4).network)
         if taken:

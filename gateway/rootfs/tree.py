@@ -61,8 +61,16 @@ _REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
     errno.EROFS: (Forbidden, "denied", "read-only file system"),
     errno.ENAMETOOLONG: (InvalidParams, "too_long", "file name too long"),
     errno.EINVAL: (InvalidParams, "invalid", "invalid path"),
-    errno.ENOSPC: (TooLarge, "no_space", "no space left on the disk of the workspace; remove files first"),
-    errno.EDQUOT: (TooLarge, "no_space", "disk quota exceeded; remove files first"),
+    errno.ENOSPC: (
+        TooLarge,
+        "no_space",
+        "no space left on the disk of the workspace; make room there, or give it a larger one",
+    ),
+    errno.EDQUOT: (
+        TooLarge,
+        "no_space",
+        "disk quota exceeded; make room in the workspace, or give the tenant a larger disk",
+    ),
     errno.EFBIG: (TooLarge, "too_large", "file too large"),
     errno.ENOTEMPTY: (Conflict, "not_empty", "directory not empty"),
     errno.EEXIST: (Conflict, "exists", "file exists"),

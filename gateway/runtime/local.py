@@ -213,7 +213,7 @@ class LocalRuntime:
         self._record(name)
         kept = self._home / name / "snapshots" / snapshot
         if kept.exists():
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; delete it, or choose another name")
+            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
         await self._copy(self._home / name / "root", kept)
         self._tell("tenant.snapshot.created", name, snapshot=snapshot)
         return _snapshot(kept)

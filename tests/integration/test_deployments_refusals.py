@@ -195,7 +195,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
     try:
         said = await desk.refused()
         assert (said["code"], said["reason"], said["phase"]) == ("conflict", "domain_owned", "validate")
-        assert "take it from that one first" in said["message"]
+        assert "by `tenant`" in said["message"]
         environment.incus("config", "set", other, "user.gateway.domain=other.test")
         there = len(await desk.runtime.list())
         said = await desk.refused(max_tenants=there)
@@ -209,7 +209,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
         finally:
             environment.incus("project", "unset", "default", "limits.instances")
         assert (said["code"], said["reason"], said["phase"]) == ("rate_limited", "quota", "create")
-        assert "destroy tenants" in said["message"]
+        assert "raise its limits" in said["message"]
     finally:
         environment.incus("delete", "--force", other)
     with pytest.raises(GatewayError, match="there are: static, vite-react") as missing:

@@ -391,7 +391,7 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
                 assert "disk quota exceeded" in result["content"][0]["text"]
                 status, said = await upload(6 << 20)
                 assert (status, said["code"], said["reason"]) == (413, "too_large", "no_space")
-                assert "remove files" in said["detail"]
+                assert "make room" in said["detail"]
                 with pytest.raises(RpcFailure, match="disk quota exceeded") as refused:
                     await wire.call("files/write", path="kept.txt", text="x" * (6 << 20))
                 assert (refused.value.code, refused.value.data["reason"]) == ("too_large", "no_space")

@@ -42,7 +42,7 @@ class Disks:
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
         if any(kept.name == snapshot for kept in await self.snapshots(name)):
-            raise Conflict(f"tenant {name} has a snapshot {snapshot}; delete it, or choose another name")
+            raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
         body = {"name": snapshot, "stateful": False}
         with translated(name):
             await self._operate("POST", instance_path(name, "snapshots"), body)

@@ -10,8 +10,8 @@ from typing import Final
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import IncusError
 
-DISK_FULL: Final = "the tenant's disk is full; deploy it in a larger size, or remove files"
-POOL_FULL: Final = "the storage pool is full; make room in it, or destroy tenants"
+DISK_FULL: Final = "the tenant's disk is full; give it a larger one, or make room on it"
+POOL_FULL: Final = "the storage pool is full; enlarge it, or make room in it"
 _POOL_AWAY: Final = "the storage pool cannot be used; see `incus storage list` and what its disk says"
 _TAKEN: Final = "no port could be had for the site; set GATEWAY_EXPOSE_PORTS to ports that nobody else uses"
 
@@ -31,7 +31,7 @@ _CAUSES: Final = {
     "image alias not found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "reached maximum number of": (
         "quota",
-        "the Incus project takes no more; destroy tenants, or raise its limits",
+        "the Incus project takes no more; raise its limits",
     ),
     "already defined on another nic": (
         "address_shared",
