@@ -264,6 +264,7 @@ class Gateway:
                     *(runtime, sites, caddy, domains, self.store, self.bus, settings),
                     use=idle.use,
                     ended=self.names.ended,
+                    workers=workers,
                 )
             )
             self._health = await stack.enter_async_context(Health(sites, self.bus, settings))

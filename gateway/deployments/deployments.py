@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -41,12 +42,15 @@ from gateway.errors import (
 )
 from gateway.events import Bus
 from gateway.hostnames import normalized, tenant_name
+from gateway.rootfs.tree import show
+from gateway.rootfs.workers import Workers
 from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
 from gateway.runtime.probe import answer
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
 from gateway.tasks import apart
+from gateway.tools.mirroring import KEPT, LOST
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ _ENV_MAX: Final = 64 << 10
 _LISTED: Final = 100
 _PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
 _RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
+_NAMED: Final = 20  # paths that an update removes and names
 _UNDO_TIMEOUT: Final = 120.0
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -119,9 +124,14 @@ class Deployments:
         settings: Settings,
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
         ended: Callable[[str], float] | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended."""
+        """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended.
+
+        Without `workers` updates remove nothing.
+        """
         self._ended = ended or (lambda tenant: 0.0)
+        self._workers = workers
         self._use = use or (lambda tenant: contextlib.nullcontext())
         self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._store, self._bus, self._settings = store, bus, settings
@@ -394,6 +404,25 @@ class Deployments:
             return await asyncio.to_thread(named, template, self._settings)
         return await aside(tenant, _ARCHIVE, uploaded, template, self._settings)
 
+    async def _lost(self, tenant: str, template: Template) -> bytes:
+        """Return what the live site has and a folder that takes its place does not, each path with a NUL.
+
+        What is deployed by a template's name is the operator's, and what was made of it since stays.
+        """
+        if self._workers is None or template.shared:
+            return b""
+        root = await self._runtime.filesystem(tenant)
+        given = await asyncio.to_thread(template.stays)
+        return await self._workers.call(root, LOST, given, search=True)
+
+    async def _kept(self, tenant: str, template: Template) -> bytes:
+        """Return what the live site has now of what its next one's manifest says to keep."""
+        if self._workers is None or not template.manifest.keep:
+            return b""
+        root = await self._runtime.filesystem(tenant)
+        given = await asyncio.to_thread(template.stays)
+        return await self._workers.call(root, KEPT, given, search=True)
+
     # --- the install log ----------------------------------------------------------------------------
 
     def say(self, running: _Running, phase: str) -> Callable[[str], None]:
@@ -564,6 +593,7 @@ class _Work:
         self._all, self._running, self._undo = all_, running, undo
         self._record, self._request = running.record, running.request
         self._sites, self._caddy, self._settings = all_._sites, all_._caddy, all_._settings
+        self._template: Template
         self._recipe: Recipe
         self._exposure: Exposure
         self._side: Side = "live"
@@ -576,7 +606,7 @@ class _Work:
 
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
-        template = await self._all._template(self._request, record.tenant)
+        template = self._template = await self._all._template(self._request, record.tenant)
         self._recipe = await asyncio.to_thread(template.recipe)
         record.port, record.health = self._recipe.port, self._recipe.health
         domains = self._all._domains
@@ -617,13 +647,23 @@ class _Work:
         self._prepared = source in ("pool", "golden")
         return {"from": source}
 
-    async def push(self) -> None:
+    async def push(self) -> dict[str, Any]:
         record = self._record
         if record.kind == "update":
             self._undo.push_async_callback(self._sites.clear, record.tenant)
         if self._prepared and self._request.env is None:
-            return
-        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env)
+            return {}
+        lost = b""
+        if record.kind == "update":
+            lost = await self._all._lost(record.tenant, self._template)
+        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, lost)
+        if not lost:
+            return {}
+        names = lost.split(b"\0")[:-1]
+        for name in names[:_NAMED]:
+            self._all.say(self._running, "push")(f"removed {show(os.fsdecode(name))}")
+        self._all._flush(self._running, "push")
+        return {"removed": len(names)}
 
     async def install(self) -> None:
         if not self._prepared:
@@ -679,7 +719,8 @@ class _Work:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""
         record, sites = self._record, self._sites
         self._undo.push_async_callback(sites.unsettle, record.tenant)
-        await sites.settle(record.tenant, self._recipe)
+        kept = await self._all._kept(record.tenant, self._template)
+        await sites.settle(record.tenant, self._recipe, kept)
         live = await sites.expose(record.tenant, "live", self._recipe)
         await self._answering("live", live)
         return live

@@ -17,15 +17,16 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from gateway.caddy import shipped
 from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.rootfs.tree import show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
+from gateway.tools.mirroring import Kind, understood
 
 MANIFEST: Final = "site.toml"
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -33,6 +34,7 @@ LEFT_OUT: Final = frozenset({"node_modules", ".git", ".DS_Store"})  # made anew,
 _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
 _MANIFEST_MAX: Final = 64 << 10  # bytes
+_IGNORE_MAX: Final = 64 << 10  # bytes of one ignore file
 _SHOWN: Final = 200  # characters of what a template says that an error repeats
 _BLOCK: Final = 512  # bytes of a header of a tar; contents are filled up to as many
 _MORE_MAX: Final = 64 << 10  # bytes that a tar may say of one entry beside its header
@@ -47,6 +49,13 @@ Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r
 UrlPath = Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)]
 
 
+Pattern = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]*$"),
+    AfterValidator(understood),
+]
+
+
 class Manifest(BaseModel):
     """What `site.toml` says."""
 
@@ -58,6 +67,7 @@ class Manifest(BaseModel):
     port: Annotated[int, Field(ge=1024, le=65535)] = 3000
     health: UrlPath = "/"
     warm: Annotated[tuple[UrlPath, ...], Field(max_length=16)] = ()
+    keep: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,17 @@ class Template:
                 f"{path}\0{entry.link}\0{entry.executable}\0{entry.content is None}\0".encode() + content
             )
         return digest.hexdigest()
+
+    def stays(self) -> dict[str, Any]:
+        """Return what a worker asks to tell what an update by this removes, see `gateway.tools.mirroring`."""
+        kinds: dict[str, Kind] = dict.fromkeys(_above(self.entries), "folder")
+        ignored = {}
+        for path, entry in self.entries.items():
+            kinds[path] = "link" if entry.link is not None else "folder" if entry.content is None else "file"
+            above, _, name = path.rpartition("/")
+            if name == ".gitignore" and entry.content is not None:
+                ignored[above] = entry.content[:_IGNORE_MAX].decode("utf-8", "replace")
+        return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
 
     def recipe(self) -> Recipe:
         """Return what a runtime needs to make a site of it."""

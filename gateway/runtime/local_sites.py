@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import os
 import shutil
 import socket
 import tarfile
@@ -81,13 +82,20 @@ class LocalSites:
     async def anchor(self, tenant: str) -> None:
         return  # every site is on loopback
 
-    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
+    async def push(
+        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+    ) -> None:
         folder = self._folder(tenant, side)
 
         def lay() -> None:
             if side == "next":
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(self._folder(tenant, "live"), folder, symlinks=True)
+                for path in (folder / os.fsdecode(name) for name in lost.split(b"\0")[:-1]):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
             with tarfile.open(fileobj=io.BytesIO(recipe.archive)) as tar:
                 tar.extractall(folder, filter="data")
 
@@ -140,16 +148,33 @@ class LocalSites:
             raise NotFound(f"the site of {tenant} does not run")
         return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
 
-    async def settle(self, tenant: str, recipe: Recipe) -> None:
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
         live, next_, old = self._folder(tenant, "live"), self._folder(tenant, "next"), self._old(tenant)
+        if kept:
+            carrying = await asyncio.create_subprocess_exec(
+                *(
+                    "xargs",
+                    "--null",
+                    "cp",
+                    "-a",
+                    "--update",
+                    "--parents",
+                    f"--target-directory={next_}",
+                    "--",
+                ),
+                cwd=live,
+                stdin=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await carrying.communicate(kept)  # what goes or comes meanwhile is nobody's fault
         if next_.exists() and not old.exists():
             live.rename(old)
         if next_.exists() and not live.exists():
             next_.rename(live)
-        kept = self._kept(tenant)
-        if "env_next" in kept:
-            self._keep(tenant, env_old=kept.get("env_live"), env_live=kept.pop("env_next"))
-        self._keep(tenant, start_old=kept.get("start"), port_old=kept.get("port"))
+        facts = self._kept(tenant)
+        if "env_next" in facts:
+            self._keep(tenant, env_old=facts.get("env_live"), env_live=facts.pop("env_next"))
+        self._keep(tenant, start_old=facts.get("start"), port_old=facts.get("port"))
         await self.start(tenant, "live", recipe)
 
     async def unsettle(self, tenant: str) -> None:

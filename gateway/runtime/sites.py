@@ -125,8 +125,13 @@ class Sites(Protocol):
         """Give a tenant an address that it keeps, so that it is known where its site is while it sleeps."""
         ...
 
-    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
-        """Lay the recipe's files over the workspace, `next` over a copy of it; keep its environment."""
+    async def push(
+        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+    ) -> None:
+        """Lay the recipe's files over the workspace, `next` over a copy of it; keep its environment.
+
+        The copy has nothing of what is `lost`: paths below the workspace, each with a NUL.
+        """
         ...
 
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
@@ -141,8 +146,11 @@ class Sites(Protocol):
         """Make a side reachable, and say where."""
         ...
 
-    async def settle(self, tenant: str, recipe: Recipe) -> None:
-        """Make the next site's files the live ones and start them; the next service runs on. Idempotent."""
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
+        """Make the next site's files the live ones and start them; the next service runs on. Idempotent.
+
+        What the live site wrote meanwhile below the `kept` paths, each with a NUL, goes along.
+        """
         ...
 
     async def unsettle(self, tenant: str) -> None:

@@ -10,7 +10,7 @@ from gateway.files import opening, sweeping, watching
 from gateway.files import operations as editor
 from gateway.rootfs.operations import SCAN, SIFT, Limits, Loop, Operation, Workspace
 from gateway.rootfs.tree import refusal
-from gateway.tools import outputs
+from gateway.tools import mirroring, outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
 from gateway.tools.reading import read
@@ -93,6 +93,7 @@ OPERATIONS: dict[str, Operation] = {
     **opening.OPERATIONS,
     **sweeping.OPERATIONS,
     **outputs.OPERATIONS,
+    **mirroring.OPERATIONS,
     SCAN: scan,
 }
 

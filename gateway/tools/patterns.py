@@ -303,18 +303,25 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rules:
+class Rules:
     """The rules of an ignore file, last first. `negates`: one takes another back; `digest` is its text's."""
 
     rules: tuple[_Rule, ...]
     negates: bool
     digest: bytes
 
+    def decide(self, path: str, *, folder: bool) -> bool | None:
+        """Say whether a path, relative to the file's folder, is left out; None where no rule speaks of it."""
+        for rule in self.rules:
+            if (folder or not rule.folders_only) and rule.matches(path):
+                return not rule.negated
+        return None
+
 
 @lru_cache(256)
-def _rules(text: str) -> _Rules:
+def rules(text: str) -> Rules:
     """Return the rules of an ignore file (gitignore(5)); lines that do not parse are left out."""
-    rules = []
+    found = []
     for line in text.split("\n", _RULES_MAX)[:_RULES_MAX]:
         line = line.removesuffix("\r")
         if not line.strip() or line.startswith("#"):
@@ -322,16 +329,16 @@ def _rules(text: str) -> _Rules:
         stripped = line.rstrip(" ")
         line = stripped + " " if stripped.endswith("\\") and stripped != line else stripped
         try:
-            rules.append(Glob(line))
+            found.append(Glob(line))
         except GlobError:
             continue
     digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-    return _Rules(_joined(rules[::-1]), any(rule.negated for rule in rules), digest)
+    return Rules(_joined(found[::-1]), any(rule.negated for rule in found), digest)
 
 
 # The ignore files that hold in a folder, from the innermost outwards: the length of each file's folder (with
 # its slash) and its rules.
-_Stack = tuple[tuple[int, _Rules], ...]
+_Stack = tuple[tuple[int, Rules], ...]
 _Stacks = tuple[_Stack, _Stack, _Stack]
 
 
@@ -404,7 +411,7 @@ class Sought:
             data, _ = self._tree.read_file(prefix + name, _IGNORE_FILE_MAX)
         except GatewayError:
             return stack
-        found = _rules(data.decode("utf-8", "surrogateescape"))
+        found = rules(data.decode("utf-8", "surrogateescape"))
         return ((len(prefix), found), *stack) if found.rules else stack
 
     def _ignored(self, path: str, state: _State, *, folder: bool) -> bool:
@@ -412,7 +419,7 @@ class Sought:
         for stack in state.stacks:
             for start, found in stack:
                 inner = (full if start >= len(self._base) else self._told(path))[start:]
-                for rule in found.rules:
+                for rule in found.rules:  # as `Rules.decide`, of each file of a tree
                     if (folder or not rule.folders_only) and rule.matches(inner):
                         return not rule.negated
         return False

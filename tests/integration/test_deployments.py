@@ -101,6 +101,64 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     assert environment.incus("exec", "live-example-com", "--", "ls", "-A", "/srv").stdout == b"site\n"
 
 
+async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host: Hosting) -> None:
+    """But not what it says to keep, with what the live site writes there meanwhile; no request fails.
+
+    One that fails removes nothing.
+    """
+    domain, tenant = "mirror.example.com", "mirror-example-com"
+
+    async def inside(script: str) -> list[str]:
+        words = ("exec", tenant, "--cwd=/srv/site", "--user=1000", "--", "sh", "-c", script)
+        said = await asyncio.to_thread(environment.incus, *words)
+        return said.stdout.decode().split("\n")[:-1]
+
+    def upload(manifest: str, *more: Any) -> dict[str, str]:
+        return {"archive": base64.b64encode(folder(manifest, *more)).decode()}
+
+    start = 'start = ["bun", "serve.ts"]\n'
+    first = await host.deploy(domain, upload(start, ("old/page.html", b""), ("both.txt", b"old")))
+    assert first["state"] == "succeeded", first["error"]
+    await inside("mkdir -p data node_modules/m logs; touch data/db node_modules/m/x logs/a.log mine -- -odd")
+    before = await inside("find . | sort")
+    ignore = (".gitignore", b"*.log\n")
+    broken = 'start = ["false"]\nkeep = ["data/"]\n'
+    failed = await host.deploy(domain, upload(broken, ignore))
+    assert (failed["state"], failed["error"]["reason"]) == ("rolledback", "never_healthy")
+    assert await inside("find . | sort") == before
+
+    answers: list[int] = []
+    done = asyncio.Event()
+
+    async def visit() -> None:
+        while not done.is_set():
+            answers.append((await host.visit(domain))[0])
+
+    visiting = asyncio.create_task(visit())
+    slow = f'{start}install = ["sleep", "2"]\nkeep = ["data/"]\n'
+    body = {"domain": domain, "template": upload(slow, ignore, ("both.txt", b"new"))}
+    async with host.gateway.http("*") as session:
+        events = await session.get(f"/v1/events?type=deployment.phase.*&tenant={tenant}")
+        status, begun, _ = await host.call("POST", "/v1/deployments", body)
+        assert status == 202, begun
+        await host.reached(begun["id"], "install")
+        await inside("echo late >data/late; echo late >lost")
+        record = await host.ended(begun["id"])
+        assert record["state"] == "succeeded", record["error"]
+        told = [(event["event"], event["data"]["data"]) for event in await sse(events, 8)]
+    done.set()
+    await visiting
+    assert set(answers) == {200}
+    there = ["./.gitignore", "./both.txt", "./data/db", "./data/late", "./logs/a.log"]
+    there += ["./node_modules/m/x", "./serve.ts", "./site.toml"]
+    assert await inside("find . -type f | sort") == there
+    assert await inside("cat both.txt data/late") == ["newlate"]
+    (pushed,) = (data for kind, data in told if kind.endswith("finished") and data["phase"] == "push")
+    assert pushed["removed"] == 3
+    lines = [line for kind, data in told if kind == "deployment.phase.log" for line in data["lines"]]
+    assert lines == ["removed -odd", "removed mine", "removed old"]
+
+
 async def test_a_client_deploys_its_folder_follows_it_and_is_told_what_failed(
     host: Hosting, tmp_path: Path
 ) -> None:

@@ -168,6 +168,16 @@ file=$(cd "$live" && as_site find . ! -type l '(' ! -readable -o -type d ! -exec
 printf '\n{unreadable}%s' "$file"
 exit 1
 """.replace("{unreadable}", _UNREADABLE)
+# what goes or comes meanwhile is nobody's fault
+_CARRY: Final = """\
+cd "$1"
+setpriv --reuid="$3" --regid="$3" --clear-groups xargs --null --no-run-if-empty \
+  cp -a --update --parents --reflink=auto --target-directory="$2" -- || :
+"""
+_DISCARD: Final = """\
+cd "$1"
+exec setpriv --reuid="$2" --regid="$2" --clear-groups xargs --null --no-run-if-empty rm -rf --
+"""
 _UNPACK: Final = """\
 exec setpriv --reuid="$2" --regid="$2" --clear-groups \
   tar --extract --file=- --no-same-owner --directory="$1"
@@ -350,10 +360,14 @@ class IncusSites:
 
     # --- the site in its container ------------------------------------------------------------------
 
-    async def push(self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None) -> None:
-        if side == "next":
-            await self._root(tenant, _STAGE, *self._places(), str(self._settings.workspace_uid))
+    async def push(
+        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+    ) -> None:
         uid = str(self._settings.workspace_uid)
+        if side == "next":
+            await self._root(tenant, _STAGE, *self._places(), uid)
+            if lost:
+                await self._root(tenant, _DISCARD, self._next, uid, given=lost)
         await self._root(tenant, _UNPACK, self._folder(side), uid, given=recipe.archive)
         if env is not None:
             # by standard input: it may hold secrets, and a command line shows on the host
@@ -412,7 +426,10 @@ class IncusSites:
     async def restart(self, tenant: str) -> None:
         await self._root(tenant, "exec systemctl restart site.service")
 
-    async def settle(self, tenant: str, recipe: Recipe) -> None:
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
+        if kept:
+            uid = str(self._settings.workspace_uid)
+            await self._root(tenant, _CARRY, self._settings.workspace, self._next, uid, given=kept)
         await self._root(
             tenant, _SETTLE, *self._places(), given=_unit(self._settings, recipe, "live").encode()
         )

@@ -1,0 +1,159 @@
+"""Knows what of a workspace a folder that is to take its place does not have, as a worker finds it out.
+
+The folder's own ignore files and the patterns of its manifest say what stays. They are the tenant's, and so
+are the names: they are matched here and not in the gateway.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from gateway.errors import Timeout, TooLarge
+from gateway.rootfs.operations import Operation, Workspace
+from gateway.rootfs.tree import Tree
+from gateway.tools.patterns import Glob, GlobError, Rules, rules
+
+Kind = Literal["file", "folder", "link"]
+LOST: Final = "workspace/lost"
+KEPT: Final = "workspace/kept"
+_NAMES_MAX: Final = 8 << 20  # bytes
+_DEPTH: Final = 64  # folders below which nothing is looked for that could stay
+_OURS: Final = ".gateway"  # what commands printed, at the top
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY
+
+
+def understood(pattern: str) -> str:
+    """Return a pattern as it is. Raises `ValueError` for one that is none."""
+    try:
+        Glob(pattern)
+    except GlobError as error:
+        raise ValueError(str(error)) from None
+    return pattern
+
+
+@dataclass(slots=True)
+class _Look:
+    tree: Tree
+    deadline: float
+    room: int
+    visits: int
+    there: Mapping[str, Kind]
+    left_out: frozenset[str]
+    keep: Rules
+    ignored: Mapping[str, Rules]
+
+    def stays(self, path: str, *, folder: bool) -> bool:
+        """Say whether the folder says of something that it does not have that it stays."""
+        if self.keep.decide(path, folder=folder):
+            return True
+        above = path
+        while above:  # the innermost ignore file first
+            above = above.rpartition("/")[0]
+            if (found := self.ignored.get(above)) is not None:
+                inner = path[len(above) + 1 :] if above else path
+                if (decided := found.decide(inner, folder=folder)) is not None:
+                    return decided
+        return False
+
+    def inside(self, folder: str) -> list[tuple[str, str, bool]] | None:
+        """Return name, path and whether it is a folder of all in one; None where it cannot be looked at."""
+        try:
+            descriptor = self.tree.open_real(folder, _FOLDER)
+        except OSError:
+            return None
+        try:
+            with os.scandir(descriptor) as listed:
+                names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in listed)
+        finally:
+            os.close(descriptor)
+        self.visits -= len(names)
+        if self.visits < 0:
+            raise TooLarge("the workspace has more files than an update looks at")
+        if time.monotonic() > self.deadline:
+            raise Timeout("looking at what an update removes took too long")
+        return [(name, f"{folder}/{name}" if folder else name, is_folder) for name, is_folder in names]
+
+    def kept(self, folder: str, depth: int, kept: list[bytes], *, within: bool = False) -> None:
+        """Collect what the manifest says to keep below a folder, but for what the new folder brings along.
+
+        `within` a folder that is kept all of it is.
+        """
+        for name, path, is_folder in self.inside(folder) or ():
+            if name in self.left_out:
+                continue
+            keeps = within or bool(self.keep.decide(path, folder=is_folder))
+            if keeps and path not in self.there:
+                self._name(path, kept)
+            elif is_folder and depth < _DEPTH:
+                self.kept(path, depth + 1, kept, within=keeps)
+
+    def below(self, folder: str, depth: int, lost: list[bytes]) -> bool:
+        """Collect what is lost below a folder; say whether anything there stays."""
+        any_stays = False
+        entries = self.inside(folder)
+        if entries is None:
+            return True  # a link by now, or nothing that the site's user may read: what copies it says so
+        for name, path, is_folder in entries:
+            if name in self.left_out or path == _OURS or self.stays(path, folder=is_folder):
+                any_stays = True
+                continue
+            kind = self.there.get(path)
+            if not is_folder:
+                if kind in ("file", "link"):
+                    any_stays = True
+                else:
+                    self._name(path, lost)
+                continue
+            inner: list[bytes] = []
+            stays = depth < _DEPTH and self.below(path, depth + 1, inner)
+            if stays or kind == "folder":
+                any_stays = True
+                lost += inner
+            else:
+                self._name(path, lost)
+        return any_stays
+
+    def _name(self, path: str, names: list[bytes]) -> None:
+        name = os.fsencode(path)
+        self.room -= len(name) + 1
+        if self.room < 0:
+            raise TooLarge("the names of what an update removes or keeps are too long together")
+        names.append(name)
+
+
+def _look(workspace: Workspace, given: dict[str, Any]) -> _Look:
+    return _Look(
+        workspace.tree,
+        time.monotonic() + workspace.limits.tool_timeout,
+        _NAMES_MAX,
+        workspace.limits.visit_max,
+        given.get("there", {}),
+        frozenset(given["left_out"]),
+        rules("\n".join(given["keep"])),
+        {folder: rules(text) for folder, text in given.get("ignored", {}).items()},
+    )
+
+
+def _lost(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Return the paths that a folder lacks, each with a NUL; of a folder that goes whole its own alone.
+
+    Of the folder `there` has every path with its kind, `ignored` the ignore file of each folder that has one,
+    `keep` its manifest's patterns; `left_out` are names that no folder brings along.
+    """
+    lost: list[bytes] = []
+    _look(workspace, given).below("", 0, lost)
+    return b"".join(path + b"\0" for path in lost)
+
+
+def _kept(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Return the paths of what is to `keep` and is not `there`, each with a NUL."""
+    kept: list[bytes] = []
+    _look(workspace, given).kept("", 0, kept)
+    return b"".join(path + b"\0" for path in kept)
+
+
+OPERATIONS: dict[str, Operation] = {LOST: _lost, KEPT: _kept}

@@ -1,0 +1,135 @@
+"""What an update removes of a workspace: what the new folder lacks, but for what it says to keep."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.deployments.template import uploaded
+from gateway.errors import InvalidParams, Timeout, TooLarge
+from gateway.rootfs.operations import Limits, Workspace
+from gateway.rootfs.tree import Tree
+from gateway.settings import Settings
+from gateway.tools.mirroring import KEPT, LOST, OPERATIONS
+from tests.archives import Member, archive, link
+
+SETTINGS = Settings(runtime="local", state_dir=Path("/nowhere"))
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "live"
+    folder.mkdir()
+    yield folder
+
+
+def put(live: Path, *paths: str) -> None:
+    for path in paths:
+        place = live / path.rstrip("/")
+        if path.endswith("/"):
+            place.mkdir(parents=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(path)
+
+
+def told(live: Path, operation: str, given: dict[str, Any], **limits: Any) -> list[str]:
+    descriptor = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
+    tree = Tree(descriptor, "/srv/site")
+    try:
+        reply = OPERATIONS[operation](Workspace(tree, Limits(**limits)), given)
+    finally:
+        tree.close()
+    assert isinstance(reply, bytes)
+    return [os.fsdecode(name) for name in reply.split(b"\0")[:-1]]
+
+
+def new(*members: Member, keep: str = "") -> dict[str, Any]:
+    manifest = f'start = ["x"]\nkeep = [{keep}]\n'.encode()
+    return uploaded(archive(*members, manifest=manifest), SETTINGS).stays()
+
+
+def test_what_the_folder_lacks_is_lost(live: Path) -> None:
+    """A folder of which nothing stays goes as one; what is left out of every folder stays at any depth."""
+    put(live, "a", "b", "old/deep/x", "old/y", "src/kept", "src/gone", "empty/", "site.toml")
+    put(live, "node_modules/m/x", "src/node_modules/m", ".git/HEAD", ".gateway/output/1", "src/.gateway/x")
+    found = told(live, LOST, new(("a", b""), ("src/kept", b"")))
+    assert found == ["b", "empty", "old", "src/.gateway", "src/gone"]
+
+
+def test_what_is_of_another_kind_gives_way(live: Path) -> None:
+    put(live, "was-folder/x", "was-file", "was-link-target")
+    (live / "was-link").symlink_to("was-link-target")
+    members = (("was-folder", b""), ("was-file/x", b""), ("was-link/x", b""), link("a-link", "was-folder"))
+    put(live, "a-link")  # tar itself replaces a file by a link
+    assert told(live, LOST, new(*members)) == ["was-file", "was-folder", "was-link", "was-link-target"]
+
+
+def test_ignore_files_of_the_new_folder_say_what_stays(live: Path) -> None:
+    """As git takes them: the last rule, the innermost file; nothing comes back from a folder that is out."""
+    put(
+        live,
+        "x.log",
+        "keep.log",
+        "deep/y.log",
+        "deep/z.txt",
+        "build/a",
+        "sub/own",
+        "sub/x.log",
+        "sub/build/b",
+    )
+    put(live, "data/db", ".env", "rooted/cache/x", "cache/x")
+    ignore = b"*.log\n!keep.log\n/build/\n.env\n/cache\n# data\n"
+    inner = b"own\n!x.log\n"
+    given = new((".gitignore", ignore), ("sub/.gitignore", inner), ("a", b""))
+    found = told(live, LOST, given)
+    assert found == ["data", "deep/z.txt", "keep.log", "rooted", "sub/build", "sub/x.log"]
+
+
+def test_the_manifest_says_what_stays(live: Path) -> None:
+    put(live, "data/a/b", "uploads/1.jpg", "uploads/2.txt", "x/data/y", "other")
+    given = new(keep='"data/", "uploads/*.jpg"')
+    assert told(live, LOST, given) == ["other", "uploads/2.txt"]
+    assert told(live, KEPT, given) == ["data", "uploads/1.jpg", "x/data"]
+
+
+def test_what_the_folder_brings_along_is_not_carried_over(live: Path) -> None:
+    put(live, "data/seed", "data/mine", "data/more/x")
+    given = new(("data/seed", b"new"), keep='"data/"')
+    assert told(live, LOST, given) == []
+    assert told(live, KEPT, given) == ["data/mine", "data/more"]
+
+
+def test_links_are_not_followed(live: Path, tmp_path: Path) -> None:
+    put(tmp_path, "outside/x")
+    (live / "away").symlink_to("../outside")
+    (live / "self").symlink_to(".")
+    assert told(live, LOST, new()) == ["away", "self"]
+
+
+@pytest.mark.parametrize("keep", ['"["', '""', '"a\\nb"', f'"{"x" * 257}"', ", ".join(['"x"'] * 65), "1"])
+def test_what_cannot_be_kept_is_refused(keep: str) -> None:
+    with pytest.raises(InvalidParams) as caught:
+        new(keep=keep)
+    assert caught.value.facts["reason"] == "template_invalid"
+    assert "keep" in caught.value.message
+
+
+def test_it_is_bounded(live: Path) -> None:
+    """In what it looks at, in time, in what it returns, and whatever the patterns are."""
+    for number in range(300):
+        put(live, f"{'a' * 200}-{number}")
+    given = new()
+    with pytest.raises(TooLarge):
+        told(live, LOST, given, visit_max=100)
+    with pytest.raises(Timeout):
+        told(live, LOST, given, tool_timeout=0.0)
+    hostile = new((".gitignore", b"*a*a*a*a*a*a*a*a*b\n" * 3000), keep='"*a*a*a*a*a*a*a*a*a*a*c"')
+    began = time.monotonic()
+    assert len(told(live, LOST, hostile)) == 300
+    assert time.monotonic() - began < 10
