@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway.deployments.template import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local_sites import LocalSites
+from gateway.runtime.sites import Order, Recipe
 from gateway.settings import Settings
 from tests.contracts.runtime import RuntimeContract
 
@@ -101,3 +104,27 @@ class TestUndo:
         with pytest.raises(NotFound):
             await runtime.destroy(fresh)
         assert (await runtime.get(fresh)).domain == "theirs.example.com"
+
+
+async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
+    runtime: LocalRuntime, fresh: str
+) -> None:
+    sites = LocalSites(runtime._settings, runtime)
+    recipe = Recipe(packed({"new": Entry(b"new")}), ("sleep", "600"), 3000)
+    await sites.create(fresh, Order("d-1", "one.example.com", recipe))
+    live = sites._folder(fresh, "live")
+    for path in ("gone/a", "gone.txt", "data/db", "stays"):
+        (live / path).parent.mkdir(exist_ok=True)
+        (live / path).write_text("old")
+    (live / "link").symlink_to("stays")
+    try:
+        await sites.push(fresh, "next", recipe, None, b"gone\0gone.txt\0link\0never-there\0")
+        assert (live / "gone/a").exists()
+        (live / "data/late").write_text("late")
+        await sites.settle(fresh, recipe, b"data\0")
+        await sites.clear(fresh)
+        found = sorted(str(path.relative_to(live)) for path in live.rglob("*") if path.is_file())
+        assert found == ["data/db", "data/late", "new", "stays"]
+    finally:
+        await sites.remove("d-1")
+    assert fresh not in [tenant.name for tenant in await runtime.list()]
