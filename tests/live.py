@@ -179,12 +179,14 @@ class LiveGateway:
         }
         self.log = log
         self.program: tuple[str, ...] = (sys.executable, "-m", "gateway")
+        self.serve: tuple[str, ...] = ("serve",)
+        self.signatures: set[str] = set()  # of the tokens that were made for it
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *before: str) -> None:
         """Start it, by the command `before` if there is one, and return once it is ready."""
         with self.log.open("ab") as log:
-            command = (*before, *self.program, "serve")
+            command = (*before, *self.program, *self.serve)
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=self.environment, stdout=log, stderr=log
             )
@@ -223,7 +225,9 @@ class LiveGateway:
         ttl: int = 600,
         domains: tuple[str, ...] | None = None,
     ) -> str:
-        return auth.issue(SECRET, "test", tenants, scopes, ttl, domains)
+        token = auth.issue(SECRET, "test", tenants, scopes, ttl, domains)
+        self.signatures.add(token.rpartition(".")[2])
+        return token
 
     @contextlib.asynccontextmanager
     async def raw(self, tenant: str, kind: type[Wire] = Wire, **headers: str) -> AsyncIterator[Wire]:

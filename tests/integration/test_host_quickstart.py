@@ -147,7 +147,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
         ended = threading.Event()
 
         def visit() -> int:
-            return ask(f"127.0.0.1:{http}", "GET", "/", host=f"site.localhost:{http}")[0]
+            return ask(f"127.0.0.1:{http}", "GET", "/", "a visitor's own", host=f"site.localhost:{http}")[0]
 
         def keep_visiting() -> None:
             while not ended.is_set():
@@ -183,6 +183,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             assert front.chosen(new) == {} and before.running() is None
             Caddy(new).set("site.localhost", f"127.0.0.1:{http + 1 if http + 1 != site else http + 2}")
             assert visit() == 502  # what is written there now is what is served
+            assert "a visitor's own" not in after.log.read_text()
             Caddy(new).set("site.localhost", f"127.0.0.1:{site}")
             os.kill(pid, signal.SIGKILL)
             assert after.start(CHECKOUT / "deploy").startswith(("started", "restarted"))
