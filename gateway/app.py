@@ -72,6 +72,7 @@ from gateway.tasks import apart, lasting
 from gateway.tools.toolbox import Toolbox
 from gateway.web import (
     RETRY_AFTER_MS,
+    SHARE,
     USES,
     address,
     as_json,
@@ -638,9 +639,12 @@ class Gateway:
         if self.draining:
             raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
         body = protocol.validate(ExecBody, await self._json(request, token))
+        room = request.scope[USES].enter_context(request.scope[SHARE].lease())
         with self.hub.runtime.expect(name):  # who asks once, asks again
             return as_json(
-                await unless_gone(request, run(self.hub.execs, name, body, self.settings, token.subject))
+                await unless_gone(
+                    request, run(self.hub.execs, name, body, self.settings, token.subject, room)
+                )
             )
 
     async def _wake(self, request: Request) -> Response:

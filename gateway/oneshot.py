@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gateway import protocol
+from gateway.budget import Lease
 from gateway.connection import spec_of
-from gateway.errors import InvalidParams, Unavailable
+from gateway.errors import InvalidParams, RateLimited, Unavailable
 from gateway.execs import Attachment, Ended, Execs
 from gateway.runtime import StreamName
 from gateway.settings import Settings
@@ -30,8 +31,13 @@ class ExecBody(protocol.Params):
     timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 
-async def run(execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str) -> dict[str, Any]:
-    """Run a command and return its output; a caller that goes away takes the whole tree with it."""
+async def run(
+    execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Lease
+) -> dict[str, Any]:
+    """Run a command and return its output; a caller that goes away takes the whole tree with it.
+
+    The output grows `room`; where that is full the rest is cut off.
+    """
     if (body.argv is None) == (body.command is None):
         raise InvalidParams("give either argv or command")
     exec_ = await execs.start(
@@ -47,10 +53,10 @@ async def run(execs: Execs, tenant: str, body: ExecBody, settings: Settings, by:
             # output that nobody reads yet
             async with asyncio.TaskGroup() as group:
                 group.create_task(_feed(attachment, body.stdin.encode()))
-                collecting = group.create_task(_collect(attachment, settings.exec_output))
+                collecting = group.create_task(_collect(attachment, settings.exec_output, room))
             outputs = collecting.result()
         else:
-            outputs = await _collect(attachment, settings.exec_output)
+            outputs = await _collect(attachment, settings.exec_output, room)
         ended = await asyncio.shield(exec_.ended)
     except BaseException:
         await asyncio.shield(execs.cancel(exec_))
@@ -67,16 +73,20 @@ async def _feed(attachment: Attachment, data: bytes) -> None:
     attachment.exec.close_stdin()
 
 
-async def _collect(attachment: Attachment, limit: int) -> dict[str, tuple[bytes, bool]]:
+async def _collect(attachment: Attachment, limit: int, room: Lease) -> dict[str, tuple[bytes, bool]]:
     """Return each stream's first `limit` bytes and whether there were more; the rest is read and dropped."""
 
     async def one(name: StreamName) -> tuple[str, bytes, bool]:
-        kept, cut, cursor = bytearray(), False, attachment.cursors[name]
+        kept, cut, cursor, most = bytearray(), False, attachment.cursors[name], limit
         while parts := await cursor.next():
             for part in parts:
-                room = limit - len(kept)
-                kept += part[:room]
-                cut = cut or len(part) > room
+                some = part[: most - len(kept)]
+                try:
+                    room.grow(len(some))
+                    kept += some
+                except RateLimited:
+                    most = len(kept)
+                cut = cut or len(part) > len(some) or most < limit
             cursor.taken(parts)
         return name, bytes(kept), cut
 

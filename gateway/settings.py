@@ -213,7 +213,7 @@ class Settings(BaseSettings):
         64 * MiB, ge=0, description="bytes of further input kept on disk for one command; 0 for none"
     )
     exec_stdin_spools: int = Field(
-        1024 * MiB, ge=0, description="bytes of input kept on disk for all commands"
+        1024 * MiB, ge=0, description="bytes of input kept on disk for all commands; a quarter for a tenant's"
     )
     exec_stall: float = Field(
         600.0, gt=0, description="seconds without progress after which a reader is detached"
@@ -226,6 +226,12 @@ class Settings(BaseSettings):
     exec_keep_count: int = Field(64, ge=0, description="those of them whose output is kept too")
     exec_keep_bytes: int = Field(
         128 * MiB, ge=0, description="bytes of output kept of ended commands, all tenants"
+    )
+    exec_bytes: int = Field(
+        512 * MiB, gt=0, description="bytes of output and input of commands kept in memory, all tenants"
+    )
+    exec_tenant_bytes: int = Field(
+        128 * MiB, gt=0, description="those of one tenant; beyond them each stream keeps 64 KiB"
     )
     exec_left: Literal["keep", "kill"] = Field(
         "keep", description="what becomes of processes that a command leaves behind when it ends"

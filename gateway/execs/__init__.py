@@ -11,12 +11,14 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final
 
 import orjson
 
+from gateway.budget import Budget
 from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, started_at
@@ -42,6 +44,7 @@ class Execs:
         self._receipts = receipts
         self._bus = bus
         self._settings = settings
+        self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
         self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
         self._execs: dict[str, dict[str, Exec]] = {}
         self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
@@ -67,6 +70,11 @@ class Execs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.end_all()
+
+    @property
+    def held(self) -> int:
+        """Bytes of output and input of commands in memory, of all tenants."""
+        return self._budget.held
 
     @property
     def running(self) -> int:
@@ -224,6 +232,7 @@ class Execs:
             ),
             stdin_buffer=settings.exec_stdin_buffer,
             spools=self._spools,
+            share=self._budget.tenant(tenant),
             linger=settings.exec_linger if linger is None else linger,
             grace=settings.cancel_grace,
             kill_left=settings.exec_left == "kill",
@@ -344,7 +353,11 @@ class Execs:
         for other in whole[: max(0, len(whole) - settings.exec_keep_count)]:
             self._shed(other)
         while self._held > settings.exec_keep_bytes:
-            self._shed(next(iter(self._whole)))
+            held = Counter[str]()
+            for other, size in self._whole.items():
+                held[other.tenant] += size
+            most = held.most_common(1)[0][0]
+            self._shed(next(other for other in self._whole if other.tenant == most))
         if len(of_tenant) > settings.exec_keep_exits:
             first = sorted(of_tenant.values(), key=lambda other: other.lasting)
             for other in first[: len(first) - settings.exec_keep_exits]:
@@ -380,6 +393,7 @@ class Execs:
         if exec_.keeping is not None:
             exec_.keeping.cancel()  # until it is due it would hold the command, with all its output
         self._held -= self._whole.pop(exec_, 0)
+        exec_.release()
         for known in (self._execs, self._ended):
             of_tenant = known.get(exec_.tenant, {})
             if of_tenant.get(exec_.id) is exec_:

@@ -20,6 +20,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from gateway.budget import Lease, Share
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
 from gateway.execs.tail import READ, Tail
@@ -37,6 +38,7 @@ _SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
 _SOONER: Final = 0.1  # seconds by which a second cancel must be less patient to make a difference
 _TOLD: Final = 100  # processes of a tree that a runtime tells of, at most
 _READERS: Final = 64  # of one command, whose place is kept for their return
+_LITTLE: Final = 64 << 10  # bytes kept of a stream where its tenant's share is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,17 @@ class Reading:
 
 
 class Stream:
-    """One output stream of a command: its tail and the cursors on it."""
+    """One output stream of a command: its tail and the cursors on it.
 
-    def __init__(self, name: StreamName, tail: int, pace: Pace) -> None:
+    What it keeps is in a `share` of its tenant. Where that is full it keeps a little: what a reader has not
+    been sent, and not what was sent and may be asked for again.
+    """
+
+    def __init__(self, name: StreamName, tail: int, pace: Pace, share: Share) -> None:
         self.name: StreamName = name
         self.tail = Tail(tail)
+        self._share = share
+        self._lease = Lease(share)
         self.ended = False
         self.pace = pace
         self.window = max(pace.window, _SEQUENCE)
@@ -112,7 +120,9 @@ class Stream:
         """Read the process until its stream ends; stop while a cursor that counts lags too far."""
         try:
             while data := await process.read(self.name):
-                self.tail.append(data, self._floor())
+                tight = self._share.full(len(data)) is not None
+                self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
+                self._lease.hold(self.tail.end - self.tail.start - self._lease.size)
                 for cursor in self._cursors:
                     cursor.wake()
                 while self._slow() and not self._draining:
@@ -145,8 +155,15 @@ class Stream:
         self._draining = True
         self.progress()
 
-    def _floor(self) -> int | None:
+    def release(self) -> None:
+        """Count what is kept no more: it goes with whoever still reads it."""
+        self._lease.end()
+
+    def _floor(self, tight: bool) -> int | None:
         """Return from where on something is still wanted, by those that are not left behind at least."""
+        if tight:
+            floors = (one.offset for one in self._cursors if not one.behind)
+            return min(floors, default=None)
         most = self.tail.end - self.pace.lag
         if self._draining:
             floors = (max(one.floor, most) if one.viewer else one.floor for one in self._cursors)
@@ -395,6 +412,7 @@ class Exec:
         pace: Pace,
         stdin_buffer: int,
         spools: Spools,
+        share: Share,
         linger: float,
         grace: float,
         kill_left: bool,
@@ -407,7 +425,8 @@ class Exec:
         self.linger = linger
         self._grace = grace
         self._kill_left = kill_left
-        self.streams = {name: Stream(name, tail, pace) for name in process.streams}
+        self._share = share
+        self.streams = {name: Stream(name, tail, pace, share) for name in process.streams}
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
@@ -418,7 +437,7 @@ class Exec:
         self._places: OrderedDict[str, Attachment] = OrderedDict()
         self._began = time.monotonic()
         self.stdin_window = stdin_buffer
-        self._input = Input(process, stdin_buffer, spools)
+        self._input = Input(process, stdin_buffer, spools, share, tenant)
         self._interrupting: asyncio.Task[None] | None = None
         self._size = spec.pty
         self._redrawing: asyncio.Task[None] | None = None
@@ -661,11 +680,17 @@ class Exec:
         Who reads its output reads on; who comes later is told that it is lost.
         """
         for name, stream in self.streams.items():
-            bare = Stream(name, 0, stream.pace)
+            stream.release()
+            bare = Stream(name, 0, stream.pace, self._share)
             bare.tail.start = bare.tail.end = stream.tail.end
             bare.ended = True
             self.streams[name] = bare
         self.spec = replace(self.spec, argv=tuple(words), env={}, shown=None)
+
+    def release(self) -> None:
+        """Count none of what is kept any more: the command is forgotten."""
+        for stream in self.streams.values():
+            stream.release()
 
     @property
     def kept_bytes(self) -> int:

@@ -13,11 +13,12 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
 
+from gateway.budget import SMALL, Lease, Share
 from gateway.runtime import Process
 
 log = logging.getLogger(__name__)
@@ -43,32 +44,46 @@ class Sender(Protocol):
 
 
 class Spools:
-    """The disk that waiting input may take: `each` bytes of one command, `limit` of all."""
+    """The disk that waiting input may take: `each` bytes of one command, `limit` of all.
+
+    A tenant may have a quarter of that.
+    """
 
     def __init__(self, folder: Path, each: int, limit: int) -> None:
         self.folder = folder
         self.each = each
         self._free = limit
+        self._most = max(each, limit // 4)
+        self._taken: Counter[str] = Counter()
 
-    def take(self, size: int) -> bool:
-        if size > self._free:
+    def take(self, size: int, tenant: str) -> bool:
+        if size > self._free or self._taken[tenant] + size > self._most:
             return False
         self._free -= size
+        self._taken[tenant] += size
         return True
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, tenant: str) -> None:
         self._free += size
+        self._taken[tenant] -= size
+        if not self._taken[tenant]:
+            del self._taken[tenant]
 
 
 class Input:
-    """The input of one command, from its senders to the process, in the order in which it came."""
+    """The input of one command, from its senders to the process, in the order in which it came.
 
-    def __init__(self, process: Process, limit: int, spools: Spools) -> None:
+    What waits in memory is in a `share` of the tenant. Where that is full the disk is used sooner.
+    """
+
+    def __init__(self, process: Process, limit: int, spools: Spools, share: Share, tenant: str) -> None:
         self._process = process
         self._limit = limit
         self._queue: deque[tuple[bytes, Sender]] = deque()
         self._size = 0
-        self._spool = _Spool(spools)
+        self._share = share
+        self._lease = Lease(share)
+        self._spool = _Spool(spools, tenant)
         self._ending = False
         self._over = False
         self._wake = asyncio.Event()
@@ -91,7 +106,7 @@ class Input:
             while not (self._ending or self._over or by.closed):
                 if not self._full and not self._spool.size:
                     self._queue.append((data, by))
-                    self._size += len(data)
+                    self._holds(len(data))
                 elif not await self._spool.put(data, by):
                     self._room.clear()
                     await self._room.wait()
@@ -111,7 +126,7 @@ class Input:
     def discard(self) -> None:
         """Forget what waits, as a terminal does at Ctrl-C."""
         for data, by in self._queue:
-            self._size -= len(data)
+            self._holds(-len(data))
             by.passed(len(data))
         self._queue.clear()
         self._spool.clear()
@@ -125,7 +140,7 @@ class Input:
                     await self._give(*self._queue.popleft())
                 if self._spool.size:
                     data, by = await self._spool.get(_PIECE)
-                    self._size += len(data)
+                    self._holds(len(data))
                     await self._give(data, by)
                 elif self._ending:
                     await self._process.close_stdin()
@@ -139,7 +154,12 @@ class Input:
 
     @property
     def _full(self) -> bool:
-        return self._size >= self._limit
+        # with nothing in memory the command waits for more, and gets it
+        return self._size >= self._limit or (self._size > 0 and self._share.full(SMALL) is not None)
+
+    def _holds(self, size: int) -> None:
+        self._size += size
+        self._lease.hold(size)
 
     async def _give(self, data: bytes, by: Sender) -> None:
         for start in range(0, len(data), _PIECE):
@@ -147,7 +167,7 @@ class Input:
             try:
                 await self._process.write(piece)
             finally:
-                self._size -= len(piece)
+                self._holds(-len(piece))
                 by.passed(len(piece))
                 self._room.set()
 
@@ -155,8 +175,9 @@ class Input:
 class _Spool:
     """A ring in a nameless file. One puts and one gets at a time; the file is there only while needed."""
 
-    def __init__(self, spools: Spools) -> None:
+    def __init__(self, spools: Spools, tenant: str) -> None:
         self._spools = spools
+        self._tenant = tenant
         self._file: IO[bytes] | None = None
         self._parts: deque[tuple[int, Sender]] = deque()
         self._start = 0
@@ -171,7 +192,7 @@ class _Spool:
     async def put(self, data: bytes, by: Sender) -> bool:
         """Keep `data`; False where there is no room for it now."""
         size = len(data)
-        if self._broken or self.size + size > self._spools.each or not self._spools.take(size):
+        if self._broken or self.size + size > self._spools.each or not self._spools.take(size, self._tenant):
             return False
         kept = False
         try:
@@ -184,7 +205,7 @@ class _Spool:
             self._broken = True
         finally:
             if not kept:
-                self._spools.give(size)
+                self._spools.give(size, self._tenant)
             self._tidy()
         return kept
 
@@ -202,7 +223,7 @@ class _Spool:
         if left:
             self._parts.appendleft((left, by))
         self._start += size
-        self._spools.give(size)
+        self._spools.give(size, self._tenant)
         self._tidy()
         return data, by
 
@@ -211,7 +232,7 @@ class _Spool:
         for size, by in self._parts:
             by.passed(size)
         self._parts.clear()
-        self._spools.give(self.size)
+        self._spools.give(self.size, self._tenant)
         self._start = self._end
         self._tidy()
 

@@ -23,14 +23,18 @@ class Tail:
         self._limit = limit
         self._chunks: deque[bytes] = deque()
 
-    def append(self, data: bytes, floor: int | None = None) -> None:
-        """Add bytes at the end; drop from the front what is beyond the limit and before `floor`."""
+    def append(self, data: bytes, floor: int | None = None, limit: int | None = None) -> None:
+        """Add bytes at the end; drop from the front what is beyond the limit and before `floor`.
+
+        `limit` takes the place of the tail's own where that is more.
+        """
         if self._chunks and len(self._chunks[-1]) + len(data) <= _MERGE:
             self._chunks[-1] += data
         else:
             self._chunks.append(data)
         self.end += len(data)
-        keep = self.end - self._limit if floor is None else min(self.end - self._limit, floor)
+        kept = self.end - (self._limit if limit is None else min(limit, self._limit))
+        keep = kept if floor is None else min(kept, floor)
         while self._chunks and self.start + len(self._chunks[0]) <= keep:
             self.start += len(self._chunks.popleft())
 

@@ -120,8 +120,8 @@ async def test_what_has_begun_is_not_cut(caddy: RealCaddy) -> None:
                 await opened.send_str("still")
                 return str((await opened.receive()).data)
 
-        said = await asyncio.gather(upload(), stream(), socket())
-    assert said == ["27000", "data: first\n\ndata: last\n\n", "still"]
+        said = tuple(await asyncio.gather(upload(), stream(), socket()))
+    assert said == ("27000", "data: first\n\ndata: last\n\n", "still")
 
 
 async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gateway.budget import Budget, Share
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
@@ -199,7 +200,7 @@ async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
 
 async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() -> None:
     """Also where a piece is as large as one read, behind the first byte of a character."""
-    stream, text = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 0)), "€" * 200_000
+    stream, text = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 0), roomy()), "€" * 200_000
     data = text.encode()
     for piece in (data[:1], data[1 : 256 << 10], data[256 << 10 :]):
         stream.tail.append(piece)
@@ -219,7 +220,7 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
 
 async def test_a_window_is_kept_to_by_text_too() -> None:
     """A byte of room takes no more than the character that begins in it."""
-    stream = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 1 << 20))
+    stream = Stream("stdout", 4 << 20, Pace(1 << 20, 1, 0, 1 << 20), roomy())
     stream.tail.append("€".encode() * 100_000)
     cursor, _ = stream.attach(0, Reading(text=True, acks=True, window=7))
     async with asyncio.timeout(5):
@@ -275,10 +276,15 @@ async def settled(process: Printing) -> int:
     return before
 
 
-def printing(patience: float = 60.0) -> tuple[Stream, Printing]:
+def roomy(limit: int = 1 << 30) -> Share:
+    """Return a tenant's share of so many bytes."""
+    return Budget(limit, limit).tenant("demo")
+
+
+def printing(patience: float = 60.0, share: Share | None = None) -> tuple[Stream, Printing]:
     """Return a stream that keeps 50 kB, lets a reader lag by 30 kB and keeps 100 kB for one left behind."""
     pace = Pace(window=3 * CHUNK, patience=patience, lag=10 * CHUNK, unacked=5 * CHUNK)
-    return Stream("stdout", 5 * CHUNK, pace), Printing(100)
+    return Stream("stdout", 5 * CHUNK, pace, share or roomy()), Printing(100)
 
 
 async def test_a_command_waits_for_its_only_reader_and_loses_nothing() -> None:
@@ -368,3 +374,49 @@ async def test_a_reader_with_a_window_is_sent_no_more_than_it_acknowledges() -> 
             cursor.ack(sent)
         assert await read(cursor) == b""
         await pumping
+
+
+# --- a tenant's share of memory -----------------------------------------------------------------------
+
+
+async def test_streams_of_a_tenant_keep_a_little_where_its_share_is_full() -> None:
+    """Many commands that print hold no more than the share and a little each."""
+    share = roomy(300_000)
+    streams = [printing(share=share) for _ in range(50)]
+    for stream, process in streams:
+        await stream.pump(Printing(20))
+        assert stream.tail.end == 20 * CHUNK and process.printed == 0
+    held = sum(stream.tail.end - stream.tail.start for stream, _ in streams)
+    assert held == share.held <= 300_000 + 50 * (5 * CHUNK)
+    assert all(stream.tail.end > stream.tail.start for stream, _ in streams)
+    for stream, _ in streams:
+        stream.release()
+    assert share.held == 0
+
+
+async def test_reader_loses_nothing_that_it_was_not_sent_where_the_share_is_full() -> None:
+    """What was sent and not acknowledged is let go of instead."""
+    share = roomy(1)
+    share.hold(1)
+    stream, process = printing(share=share)
+    cursor, _ = stream.attach(0, Reading(viewer=True, acks=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    async with asyncio.timeout(30):
+        assert await read(cursor) == process.whole(100)
+        await pumping
+    assert stream.tail.end - stream.tail.start <= 64 << 10
+    late, lost = stream.attach(0, Reading())
+    assert lost >= 100 * CHUNK - (64 << 10)
+    late.detach()
+
+
+async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make: Make) -> None:
+    execs = await make(exec_keep_bytes=100_000)
+    await execs._runtime.create("other")
+    theirs = await execs.start("other", ExecSpec(("sh", "-c", "printf %02000d 1")))
+    await theirs.ended
+    mine = [await ended(execs, "sh", "-c", "printf %050000d 1") for _ in range(4)]
+    await until(lambda: mine[-1] in execs._whole)
+    assert theirs in execs._whole
+    assert sum(one in execs._whole for one in mine) == 1
+    assert execs.held <= 100_000

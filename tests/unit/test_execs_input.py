@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gateway.budget import Budget
 from gateway.execs.input import Input, Spools
 
 KiB = 1 << 10
@@ -45,7 +46,7 @@ class Sender:
 def make(folder: Path, *, memory: int, each: int, limit: int) -> tuple[Any, Input, Spools, Any]:
     process: Any = Slow()
     spools = Spools(folder, each, limit)
-    input_ = Input(process, memory, spools)
+    input_ = Input(process, memory, spools, Budget(1 << 30, 1 << 30).tenant("demo"), "demo")
     return process, input_, spools, asyncio.create_task(input_.run())
 
 
@@ -170,3 +171,30 @@ async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(tmp_path: 
     whole = (by.taken - 2) // (200 * KiB)
     assert process.got == b"a" + b"b" * whole * 200 * KiB + b"c"
     assert spools._free == 1 << 20
+
+
+async def test_input_goes_to_disk_sooner_where_the_tenants_share_is_full(tmp_path: Path) -> None:
+    """Of each command a piece is in memory; all of it arrives, in order."""
+    process: Any = Slow()
+    share = Budget(1 << 20, 1 << 20).tenant("demo")
+    share.hold(1 << 20)
+    input_ = Input(process, 1 << 20, Spools(tmp_path, 1 << 20, 1 << 20), share, "demo")
+    writing, sender, before = asyncio.create_task(input_.run()), Sender(), spooled()
+    async with asyncio.timeout(10):
+        for number in range(20):
+            await input_.put(bytes([number]) * 10_000, sender)
+        assert share.held <= (1 << 20) + 10_000
+        assert spooled() == before + 1
+        process.open.set()
+        input_.end()
+        await writing
+    assert process.got == b"".join(bytes([number]) * 10_000 for number in range(20))
+    assert share.held == 1 << 20
+
+
+def test_a_tenant_has_a_share_of_the_disk(tmp_path: Path) -> None:
+    spools = Spools(tmp_path, 10, 100)
+    assert spools.take(25, "a") and not spools.take(1, "a")
+    assert spools.take(25, "b")
+    spools.give(25, "a")
+    assert spools.take(20, "a")

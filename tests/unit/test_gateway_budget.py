@@ -178,17 +178,12 @@ async def test_unfinished_messages_hold_their_tenants_share_and_end(gateway: Liv
 async def test_answers_that_nobody_takes_are_bounded(gateway: LiveGateway) -> None:
     """A client that asks for 7 MiB a hundred times and reads nothing is served no further."""
 
-    class Deaf(Wire):
-        async def _read(self) -> None:
-            await self.socket.wait_closed()
-
     async with gateway.wire("b") as other:
         await other.call("files/write", path="small", text="1")
         async with gateway.wire("a") as wire:
             await wire.call("files/write", path="large", text="z" * (7 * MiB))
-        async with gateway.raw("a", Deaf) as deaf:
-            say = protocol.request(1, "initialize", {**CLIENTS, "token": gateway.token("a")})
-            await deaf.send(say)
+        async with gateway.wire("a") as deaf:
+            deaf.socket.transport.pause_reading()
             with growth(gateway) as grown:
                 for number in range(2, 102):
                     await deaf.send(protocol.request(number, "files/read", {"path": "large"}))

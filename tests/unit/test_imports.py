@@ -58,7 +58,7 @@ ONLY: dict[str, set[str]] = {
     "hostnames": {"errors", "settings"},
     "domains": {"auth", "errors", "settings", "store", "events", "hostnames", "runtime"},
     "names": {"errors", "settings", "store", "events", "runtime"},
-    "execs": {"errors", "settings", "runtime", "rootfs", "events", "receipts", "store"},
+    "execs": {"errors", "budget", "settings", "runtime", "rootfs", "events", "receipts", "store"},
     "files": {"errors", "settings", "runtime", "rootfs", "events"},
     "tools": {"errors", "settings", "runtime", "rootfs", "events", "files", "receipts", "store", "tasks"},
 }
