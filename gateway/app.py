@@ -59,6 +59,7 @@ from gateway.oneshot import ExecBody, run
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.revocations import Revocations
+from gateway.room import Room
 from gateway.rootfs.workers import BrokerClient, Workers
 from gateway.runtime import TENANT_NAME, Removal, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime, IncusSites
@@ -256,7 +257,10 @@ class Gateway:
             caddy = await stack.enter_async_context(Caddy(settings))
             caddy.lead_home()
             domains = self._domains = await Domains.opened(runtime, self.store, self.bus, settings)
-            self._life_of = Life(runtime, sites, caddy, domains, workers, self.bus, self.names, settings)
+            room = Room(runtime, workers, self.store, settings)
+            self._life_of = Life(
+                runtime, sites, caddy, domains, workers, self.bus, self.names, room, settings
+            )
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
             )
@@ -264,6 +268,7 @@ class Gateway:
                 Deployments(
                     *(runtime, sites, caddy, domains, self.store, self.bus, settings),
                     use=idle.use,
+                    admit=room.admit,
                     ended=self.names.ended,
                     workers=workers,
                 )
@@ -332,6 +337,7 @@ class Gateway:
                 await receipts.forget_tenant(event.ended)
             except StoreFailed as failed:
                 log.warning("receipts of %s are kept: %s", event.ended, failed.message)
+            await self.life.forget(event.ended)
         # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
         if event.tenant is not None and event.type in _MADE:
             self.hub.execs.forget_tenant(event.tenant)

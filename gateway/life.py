@@ -24,10 +24,11 @@ from gateway import protocol
 from gateway.auth import Token
 from gateway.caddy import Caddy, asleep, site_url
 from gateway.domains import Domains
-from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout
+from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
 from gateway.hostnames import normalized
 from gateway.names import Names
+from gateway.room import Room
 from gateway.rootfs.workers import Workers
 from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantEvent, TenantRuntime
 from gateway.runtime.sites import Site, Sites
@@ -91,11 +92,12 @@ class Life:
         workers: Workers,
         bus: Bus,
         names: Names,
+        room: Room,
         settings: Settings,
     ) -> None:
         self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._bus = bus
-        self._names = names
+        self._names, self._room = names, room
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -130,6 +132,7 @@ class Life:
         body = protocol.validate(CloneBody, ask.body)
         if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
             raise InvalidParams(f"{body.tenant!r} is no tenant name that this token covers", field="tenant")
+        await self._room.admit()
         made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
         return described(made, self._settings)
 
@@ -223,8 +226,13 @@ class Life:
                     "GATEWAY_MAX_SNAPSHOTS, or delete one that nobody needs",
                     limit=self._settings.max_snapshots,
                 )
-            with self._asking(ask, "tenant.snapshot.created", name):
-                return _told(await self._runtime.snapshot(ask.tenant, name))
+            if any(one.name == name for one in kept):
+                raise Conflict(
+                    f"tenant {ask.tenant} has a snapshot {name}; delete it, or choose another name"
+                )
+            async with self._room.snapshot(ask.tenant, name):
+                with self._asking(ask, "tenant.snapshot.created", name):
+                    return _told(await self._runtime.snapshot(ask.tenant, name))
 
     async def restore(self, ask: Ask) -> Mapping[str, Any]:
         snapshot = _named(ask)
@@ -238,8 +246,9 @@ class Life:
     async def delete_snapshot(self, ask: Ask) -> None:
         snapshot = _named(ask)
         async with self.alone(ask.tenant):
-            with self._asking(ask, "tenant.snapshot.deleted", snapshot):
-                await self._runtime.delete_snapshot(ask.tenant, snapshot)
+            async with self._room.deleting(ask.tenant, snapshot):
+                with self._asking(ask, "tenant.snapshot.deleted", snapshot):
+                    await self._runtime.delete_snapshot(ask.tenant, snapshot)
 
     @contextlib.contextmanager
     def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
@@ -253,6 +262,10 @@ class Life:
         except BaseException:
             self._asked.pop(key, None)
             raise
+
+    async def forget(self, tenant: str) -> None:
+        """Forget a tenant that is destroyed: another of its name begins anew."""
+        await self._room.forget(tenant)
 
     def explained(self, event: TenantEvent) -> TenantEvent:
         """Return an event with who asked for it, where that was a client: Incus knows the gateway alone."""

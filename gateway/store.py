@@ -131,6 +131,14 @@ MIGRATIONS: Final = (
     DROP INDEX deployments_key;
     CREATE INDEX deployments_key ON deployments (subject, key) WHERE key IS NOT NULL;
     """,
+    """
+    CREATE TABLE snapshots (
+        tenant TEXT NOT NULL,
+        name TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        PRIMARY KEY (tenant, name)
+    ) STRICT;
+    """,
 )
 
 

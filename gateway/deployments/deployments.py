@@ -123,13 +123,15 @@ class Deployments:
         bus: Bus,
         settings: Settings,
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
+        admit: Callable[[], Awaitable[None]] | None = None,
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended.
 
-        Without `workers` updates remove nothing.
+        `admit` refuses where there is no room for another tenant. Without `workers` updates remove nothing.
         """
+        self._admit = admit
         self._ended = ended or (lambda tenant: 0.0)
         self._workers = workers
         self._use = use or (lambda tenant: contextlib.nullcontext())
@@ -289,6 +291,8 @@ class Deployments:
                 with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
                     template = await self._template(running.request, record.tenant)
                     recipe = await asyncio.to_thread(template.recipe)
+                    if self._admit is not None:
+                        await self._admit()
                     self._sites.prepare(recipe, partial(self._prepared, template.name))
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
@@ -621,6 +625,8 @@ class _Work:
                     f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
+            if self._all._admit is not None:
+                await self._all._admit()
         else:
             if there.domain not in (None, record.domain):
                 raise Conflict(

@@ -403,6 +403,15 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
     return run
 
 
-OPERATIONS: dict[str, Operation] = {name: _operation(method) for name, method in _METHODS.items()}
+def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Bring to the disk what was written, so that it is counted there."""
+    kernel.settle(workspace.tree.descriptor)
+    return b"{}"
+
+
+OPERATIONS: dict[str, Operation] = {
+    **{name: _operation(method) for name, method in _METHODS.items()},
+    "files/settle": _settle,
+}
 
 __all__ = ["OPERATIONS", "check", "entry", "locate", "parent", "present", "stale"]

@@ -331,6 +331,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "ppoll": (271, 73),
     "utimensat": (280, 88),
     "inotify_init1": (294, 26),
+    "syncfs": (306, 267),
     "renameat2": (316, 276),
     "getrandom": (318, 278),
     "preadv2": (327, 286),

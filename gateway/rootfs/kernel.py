@@ -95,6 +95,11 @@ def checked(result: int, what: str) -> int:
     return result
 
 
+def settle(descriptor: int) -> None:
+    """Bring to the disk what was written to the file system of a descriptor. Raises `OSError`."""
+    checked(_libc.syncfs(descriptor), "syncfs")
+
+
 def inotify() -> int:
     """Return a new inotify instance, which does not block. Raises `OSError`, ENOSYS where there is none."""
     init = getattr(_libc, "inotify_init1", None)

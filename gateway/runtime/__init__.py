@@ -161,11 +161,19 @@ class Process(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A tenant's disk at one moment; `size` in bytes where it is known."""
+    """A tenant's disk at one moment; `size` the bytes that nothing else holds, where they are known."""
 
     name: str
     created: str | None = None
     size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The bytes of the storage where tenants' disks lie: in all, and in use."""
+
+    total: int
+    used: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +282,14 @@ class TenantRuntime(Protocol):
         ...
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None: ...
+
+    async def unshared(self, name: str) -> int | None:
+        """Return the bytes of a tenant's disk that no snapshot or image holds too, None where not known."""
+        ...
+
+    async def space(self) -> Space | None:
+        """Return how full the storage is, None where that cannot be known."""
+        ...
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
         """Return the command that prints the last lines of the site's log, and with `follow` what comes."""

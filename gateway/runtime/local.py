@@ -41,6 +41,7 @@ from gateway.runtime import (
     Pty,
     Removed,
     Snapshot,
+    Space,
     StreamName,
     Tenant,
     TenantEvent,
@@ -207,7 +208,8 @@ class LocalRuntime:
         self._record(name)
         folder = self._home / name / "snapshots"
         found = sorted(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns) if folder.exists() else []
-        return [_snapshot(path) for path in found if not path.name.startswith(".")]
+        kept = [path for path in found if not path.name.startswith(".")]
+        return [await asyncio.to_thread(_snapshot, path) for path in kept]
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
         self._record(name)
@@ -216,7 +218,7 @@ class LocalRuntime:
             raise Conflict(f"tenant {name} has a snapshot {snapshot}; choose another name")
         await self._copy(self._home / name / "root", kept)
         self._tell("tenant.snapshot.created", name, snapshot=snapshot)
-        return _snapshot(kept)
+        return await asyncio.to_thread(_snapshot, kept)
 
     async def restore(self, name: str, snapshot: str) -> None:
         ran, kept = self._record(name)["status"] == "running", self._kept(name, snapshot)
@@ -230,6 +232,14 @@ class LocalRuntime:
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await asyncio.to_thread(shutil.rmtree, self._kept(name, snapshot))
         self._tell("tenant.snapshot.deleted", name, snapshot=snapshot)
+
+    async def unshared(self, name: str) -> int | None:
+        self._record(name)
+        return await asyncio.to_thread(_size, self._home / name / "root")
+
+    async def space(self) -> Space | None:
+        found = shutil.disk_usage(self._home)
+        return Space(found.total, found.used)
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
         # beside the root, in which the tenant could put a link in its place
@@ -362,7 +372,17 @@ def _replace(target: Path, fresh: Path, old: Path) -> None:
 
 def _snapshot(kept: Path) -> Snapshot:
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(kept.stat().st_ctime))
-    return Snapshot(kept.name, created)
+    return Snapshot(kept.name, created, _size(kept))
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes that the files in a folder take on the disk."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512  # noqa: PTH118
+    return total
 
 
 class LocalProcess:

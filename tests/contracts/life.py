@@ -1,8 +1,13 @@
-"""A tenant's life over HTTP. A subclass gives `gateway`, `fresh`, a running tenant, and how its site logs."""
+"""A tenant's life over HTTP. A subclass gives `gateway`, `fresh`, a running tenant, and how its site logs.
+
+`tight` and `full` are gateways of the same tenants, started with `TIGHT` and `FULL`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 import time
 from typing import Any
 
@@ -18,6 +23,11 @@ async def ask(http: aiohttp.ClientSession, method: str, url: str, body: Any = No
         text = await response.read()
         assert response.status == status, text
         return await response.json() if text else None
+
+
+SNAPSHOTS = 64 << 20
+TIGHT = {"GATEWAY_SNAPSHOT_BYTES": str(SNAPSHOTS)}
+FULL = {"GATEWAY_POOL_RESERVE": "0.999"}
 
 
 class LifeContract:
@@ -97,6 +107,55 @@ class LifeContract:
                 await wire.until(lambda event=event: wire.notified("event", id=event["id"]))
             with pytest.raises(TimeoutError):
                 await sse(nothing, 1, 0.3)
+
+    async def test_snapshots_hold_no_more_than_they_may(self, tight: LiveGateway, fresh: str) -> None:
+        """What the disk has new since the last one counts, whatever becomes of it; deleting makes room."""
+        url = f"/v1/tenants/{fresh}"
+        async with tight.http(fresh) as http:
+
+            async def write() -> None:
+                data = io.BytesIO(os.urandom(SNAPSHOTS // 8 * 5))
+                async with http.put(f"{url}/files/a", data=data) as response:
+                    assert response.status in (200, 201)
+
+            async def refused(name: str) -> None:
+                said = await ask(http, "POST", f"{url}/snapshots", {"name": name}, 413)
+                assert (said["code"], said["reason"], said["limit"]) == ("too_large", "quota", SNAPSHOTS)
+                assert "delete" in said["detail"]
+
+            await write()
+            await ask(http, "POST", f"{url}/snapshots", {"name": "s1"}, 201)
+            await write()
+            await refused("s2")
+            listed = await ask(http, "GET", f"{url}/snapshots")
+            assert [one["name"] for one in listed["snapshots"]] == ["s1"]
+            await ask(http, "DELETE", f"{url}/snapshots/s1", status=204)
+            await ask(http, "POST", f"{url}/snapshots", {"name": "s2"}, 201)
+
+    async def test_nothing_is_copied_into_the_reserve_of_the_pool(
+        self, full: LiveGateway, fresh: str
+    ) -> None:
+        """Neither as a snapshot nor as a clone or a new tenant; what is there goes on."""
+        url, name = f"/v1/tenants/{fresh}", f"{fresh}-new"
+        async with full.http(fresh, name) as http:
+            for path, body in (("snapshots", {"name": "s1"}), ("clone", {"tenant": name})):
+                async with http.post(f"{url}/{path}", json=body) as response:
+                    said = await response.json()
+                    assert (response.status, said["code"], said["reason"]) == (
+                        503,
+                        "unavailable",
+                        "disk_full",
+                    )
+                    assert int(response.headers["Retry-After"]) > 0 and said["retry_after"] > 0
+            given = {"domain": f"{name}.localhost", "template": "static", "tenant": name}
+            made = await ask(http, "POST", "/v1/deployments", given, 202)
+            async with asyncio.timeout(30):
+                while (record := await ask(http, "GET", f"/v1/deployments/{made['id']}"))["ended"] is None:
+                    await asyncio.sleep(0.05)
+            assert (record["state"], record["error"]["reason"]) == ("rolledback", "disk_full")
+            await ask(http, "GET", f"/v1/tenants/{name}", status=404)
+            async with http.put(f"{url}/files/a", data=b"x") as response:
+                assert response.status == 201
 
     async def test_a_stop_right_before_the_end_is_told(self, gateway: LiveGateway, fresh: str) -> None:
         """To who listens, in order; who comes back after it learns that something is missing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
-from tests.contracts.life import LifeContract, ask
+from tests.contracts.life import FULL, TIGHT, LifeContract, ask
 from tests.contracts.mcp import McpContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import Tree, alive, mark, until
@@ -65,6 +66,18 @@ async def gateway(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveG
 @pytest.fixture(scope="module")
 async def quick(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
     async with live(incus_settings, folder / "quick.log", **QUICK) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def full(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, folder / "full.log", **FULL) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def tight(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveGateway]:
+    async with live(incus_settings, folder / "tight.log", **TIGHT) as gateway:
         yield gateway
 
 
@@ -133,6 +146,40 @@ class TestIncusMcp(McpContract):
 
 
 class TestIncusLife(LifeContract):
+    async def test_what_two_snapshots_share_counts(self, tight: LiveGateway, fresh: str) -> None:
+        """Incus tells of neither that it holds it; what one leaves to the next is counted there."""
+        url = f"/v1/tenants/{fresh}"
+        async with tight.http(fresh) as http:
+
+            async def write() -> None:
+                data = io.BytesIO(os.urandom(40 << 20))
+                async with http.put(f"{url}/files/a", data=data) as response:
+                    assert response.status in (200, 201)
+
+            async def snapshot(name: str, status: int = 201) -> None:
+                await ask(http, "POST", f"{url}/snapshots", {"name": name}, status)
+
+            await write()
+            await snapshot("s1")
+            await snapshot("s2")  # holds nothing more
+            await write()
+            await snapshot("s3", 413)
+            await ask(http, "DELETE", f"{url}/snapshots/s1", status=204)
+            await snapshot("s3", 413)
+            await ask(http, "DELETE", f"{url}/snapshots/s2", status=204)
+            await snapshot("s3")
+
+    async def test_an_operators_snapshots_are_told_too(self, gateway: LiveGateway, fresh: str) -> None:
+        async with gateway.wire(fresh) as wire:
+            await wire.call("events/subscribe", types=["tenant.snapshot.*"])
+            for words in (("create",), ("restore",), ("delete",)):
+                await asyncio.to_thread(environment.incus, "snapshot", *words, fresh, "by-hand")
+            for kind in ("created", "restored", "deleted"):
+                told = await wire.until(
+                    lambda kind=kind: wire.notified("event", type=f"tenant.snapshot.{kind}")
+                )
+                assert (told["data"]["snapshot"], told["data"]["by"]) == ("by-hand", "root")
+
     @pytest.fixture
     async def fresh(self, make_tenant: MakeTenant) -> str:
         return (await make_tenant()).name

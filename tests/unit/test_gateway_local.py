@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
 from tests.contracts.input import InputContract
-from tests.contracts.life import LifeContract
+from tests.contracts.life import FULL, TIGHT, LifeContract
 from tests.contracts.mcp import SESSIONLESS, McpContract, mcp, text
 from tests.contracts.operator import OperatorContract
 from tests.contracts.pace import PaceContract
@@ -44,6 +45,29 @@ async def quick(tmp_path_factory: pytest.TempPathFactory, tenant: str) -> AsyncI
     yield gateway
     assert await gateway.stop() == 0
     await no_traceback(gateway)
+
+
+@contextlib.asynccontextmanager
+async def beside(gateway: LiveGateway, folder: Path, **environment: str) -> AsyncIterator[LiveGateway]:
+    """Run another gateway of the same tenants."""
+    other = await local_gateway(folder, **environment)
+    (folder / "tenants").rmdir()
+    (folder / "tenants").symlink_to(Path(gateway.environment["GATEWAY_STATE_DIR"]) / "tenants")
+    await other.start()
+    yield other
+    assert await other.stop() == 0
+
+
+@pytest.fixture
+async def full(gateway: LiveGateway, tmp_path: Path) -> AsyncIterator[LiveGateway]:
+    async with beside(gateway, tmp_path, **FULL) as full:
+        yield full
+
+
+@pytest.fixture
+async def tight(gateway: LiveGateway, tmp_path: Path) -> AsyncIterator[LiveGateway]:
+    async with beside(gateway, tmp_path, **TIGHT) as tight:
+        yield tight
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from gateway.runtime import (
     Process,
     Removed,
     Snapshot,
+    Space,
     Status,
     Tenant,
     TenantEvent,
@@ -253,6 +254,19 @@ class IncusRuntime:
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await self.get(name)
         await self._disks.delete(name, snapshot)
+
+    async def unshared(self, name: str) -> int | None:
+        disk = ((await self._instance(name))["state"].get("disk") or {}).get("root") or {}
+        usage: int | None = disk.get("usage")
+        return usage
+
+    async def space(self) -> Space | None:
+        try:
+            found = await self._incus.get(f"/1.0/storage-pools/{self._settings.pool}/resources")
+        except IncusError as error:
+            log.warning("how full the storage pool is cannot be known: %s", error)
+            return None
+        return Space(int(found["space"]["total"]), int(found["space"]["used"]))
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
         argv = ["journalctl", "--unit=site.service", f"--lines={lines}", "--output=short-iso", "--quiet"]
