@@ -51,6 +51,7 @@ from gateway.files import http
 from gateway.files.files import Files
 from gateway.grants import Grants
 from gateway.host.setup import pin
+from gateway.http1 import ABORT
 from gateway.idle import Idle
 from gateway.life import Ask, Following, Life, described
 from gateway.metrics import Metrics
@@ -118,6 +119,7 @@ _PAGE: Final = 1000  # tenants of one answer, where a limit is named
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
 
 
+_LINGER: Final = 5.0  # seconds that an answer which must end may take to be read
 _SESSION_MAX: Final = 32 << 10  # bytes of a body that anybody may send
 
 
@@ -502,7 +504,15 @@ class Gateway:
 
     def _hold(self, request: Request, token: auth.Token, end: Callable[[], None]) -> None:
         """Have the answer to this request, which has no end of its own, end when its token does."""
-        request.scope[USES].enter_context(self.grants.hold(token, lambda why: end()))
+        uses = request.scope[USES]
+
+        def over(why: str) -> None:
+            end()
+            # who reads nothing would keep the connection for ever
+            cut = request.scope.get("state", {}).get(ABORT, lambda: None)
+            uses.callback(asyncio.get_running_loop().call_later(_LINGER, cut).cancel)
+
+        uses.enter_context(self.grants.hold(token, over))
 
     # --- the gateway itself -------------------------------------------------------------------------
 

@@ -7,12 +7,17 @@ something comes. Whose body is awaited the application knows, and when it gives 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.settings import Settings
+from gateway.websocket import drop
+
+# in a scope's state: cuts the connection, for an answer that must end and is not read
+ABORT: Final = "gateway.abort"
 
 
 class Silent:
@@ -62,6 +67,7 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: partial(drop, transport)}
         self.silent.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -10,6 +10,7 @@ in the scope's extension `FLOW`. Each message that follows has its size in bytes
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -97,11 +98,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Drop a connection that is over, and whose peer does not take what is left for it."""
         left = self.transport.get_write_buffer_size()
         if left and left == before:
-            wire = self.transport.get_extra_info("socket")
-            if wire is not None and wire.family != AF_UNIX:
-                # else the kernel would go on offering what is left
-                wire.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
+            drop(self.transport)
         elif left:
             self.loop.call_later(_LINGER, self._part, left)
 
@@ -181,3 +178,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         else:
             head = struct.pack("!BBQ", 0x82, 127, length)
         self.transport.writelines([head, *parts])
+
+
+def drop(transport: asyncio.Transport) -> None:
+    """Cut a connection, with what was not sent yet: the kernel would go on offering that to its peer."""
+    wire = transport.get_extra_info("socket")
+    if wire is not None and wire.family != AF_UNIX:
+        wire.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -20,7 +20,7 @@ from tests.contracts.operator import OperatorContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import mark
 from tests.contracts.receipts import ReceiptsContract
-from tests.contracts.tokens import TokensContract
+from tests.contracts.tokens import SHORT, TokensContract, connected
 from tests.live import LiveGateway, local_gateway
 
 
@@ -120,7 +120,25 @@ class TestLocalOperator(OperatorContract):
 
 
 class TestLocalTokens(TokensContract):
-    pass
+    async def test_a_log_that_nobody_reads_keeps_no_connection_beyond_the_end(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        log = Path(gateway.environment["GATEWAY_STATE_DIR"], "tenants", tenant, "site.log")
+        log.write_text(("x" * 4095 + "\n") * 4096)
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+            ours = writer.get_extra_info("sockname")[1]
+            head = f"GET /v1/tenants/{tenant}/logs?follow=1&lines=10000 HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Authorization: Bearer {gateway.token(tenant, ttl=SHORT)}\r\n\r\n"
+            writer.write(head.encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            assert connected(gateway.port, ours)
+            async with asyncio.timeout(SHORT + 20):
+                while connected(gateway.port, ours):
+                    await asyncio.sleep(0.1)  # nothing is told to who reads nothing
+            writer.transport.abort()
+        finally:
+            log.unlink()
 
 
 class TestLocalReceipts(ReceiptsContract):

@@ -45,7 +45,7 @@ ONLY: dict[str, set[str]] = {
     "state": {"settings"},
     "store": {"errors", "ledger"},
     "budget": {"errors", "settings"},
-    "http1": {"settings"},
+    "http1": {"settings", "websocket"},
     "editor": {"errors"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings", "bounds"},
