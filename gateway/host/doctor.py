@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import sqlite3
-import stat
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from gateway.host.daemon import Daemon
 from gateway.host.front import Front, in_use
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
+from gateway.host.loose import loose, modes, swaps
 from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.tenants import MANAGED
@@ -94,6 +94,7 @@ def doctor(settings: Settings) -> list[Finding]:
         ("hosts", lambda: _hosts(settings)),
         ("Caddy", lambda: _caddy(settings)),
         ("routes", lambda: _routes(settings)),
+        ("limits", lambda: _loose(settings)),
     ]
     found = []
     for what, check in checks:
@@ -116,10 +117,8 @@ def _state(settings: Settings) -> str:
         raise HostError(f"{folder} cannot be written; run this as the gateway's user")
     if (free := shutil.disk_usage(folder).free) < GiB // 4:
         raise HostError(f"{free >> 20} MiB are free at {folder}; make room")
-    for name in ("secret", "gateway.db"):
-        path = folder / name
-        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise HostError(f"{path} can be read by others; run: chmod 600 {path}")
+    if open_to_others := list(modes(settings)):
+        raise HostError("; ".join(open_to_others))
     database = folder / "gateway.db"
     if database.exists():
         try:
@@ -150,6 +149,10 @@ def _pool(settings: Settings) -> str:
     free = space["total"] - space["used"]
     if free < GiB:
         raise HostError(f"{free >> 20} MiB are free; enlarge the pool, or delete snapshots that nobody needs")
+    if found["driver"] == "dir":
+        raise Hint("folders, which know no quotas: one tenant may fill the disk; see GATEWAY_POOL_SOURCE")
+    if free < space["total"] // 10:
+        raise Hint(f"{free / GiB:.1f} GiB are free, less than a tenth; enlarge it or delete snapshots")
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 
@@ -267,6 +270,20 @@ def _broker(settings: Settings) -> str:
                 "systemctl start incus-gateway-broker, or unset GATEWAY_BROKER_SOCKET"
             ) from error
     return f"serves {path}"
+
+
+def _loose(settings: Settings) -> str:
+    said = list(loose(settings))
+    if settings.runtime == "incus" and swaps():
+        profile = Looking(settings.incus_socket, settings.incus_project).find("profiles", settings.profile)
+        if profile is not None and profile["config"].get("limits.memory.swap", "true") == "true":
+            said.append(
+                "this host has swap, and tenants may use it: one that thrashes slows all down; run: "
+                f"incus profile set {settings.profile} limits.memory.swap=false"
+            )
+    if said:
+        raise Hint("; ".join(said))
+    return "each has an end, no share is as large as the whole"
 
 
 def _hosts(settings: Settings) -> str:

@@ -73,7 +73,7 @@ async def asked(gateway: LiveGateway, raw: str) -> None:
                     async with http.get("/v1/events") as events:
                         await events.content.readline()
     for given in ({"Authorization": f"Bearer {raw}"}, {}):
-        said = [
+        said: list[tuple[str, dict[str, Any]]] = [
             ("initialize", {"client": {"name": "t", "version": "1"}, "token": raw}),
             ("session/renew", {"token": raw}),
             ("initialize", {"client": raw, "token": [raw]}),
