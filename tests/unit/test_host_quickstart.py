@@ -29,6 +29,7 @@ from gateway.host.quickstart import (
     write_private,
 )
 from gateway.settings import Settings
+from tests.live import free_ports
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -198,6 +199,19 @@ def test_farewell_shows_url_token_and_three_commands(tmp_path: Path) -> None:
     assert state["url"] in text and "secret-token" in text
     tries = text.partition("Try:\n")[2].splitlines()
     assert len([line for line in tries if line.startswith("  ")]) == 3
+
+
+def test_the_end_of_the_log_steers_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the gateway that ran before, which wrote what tenants said as it was."""
+    (tmp_path / "gateway.log").write_text("a command said \x1b]0;owned\x07\u202e\x9b2J\n")
+    monkeypatch.setattr(os, "environ", {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)})
+    os.environ |= {"GATEWAY_RUNTIME": "local", "GATEWAY_LISTEN": f"127.0.0.1:{free_ports(1)[0]}"}
+    assert quickstart.main(["status", str(CHECKOUT), "stamp"]) == 1
+    said = capsys.readouterr().out
+    assert "a command said \\x1b]0;owned\\x07\\u202e\\x9b2J" in said
+    assert not set("\x1b\x07\u202e\x9b") & set(said)
 
 
 def test_wrong_settings_are_named(
