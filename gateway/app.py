@@ -347,7 +347,7 @@ class Gateway:
     async def _removed(self, removal: Removal) -> None:
         """Note what the gateway removed by itself: an undo, or what it had made ready."""
         action = "instance.removed" if removal.tenant is None else "tenant.removed"
-        facts = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
+        facts: dict[str, Any] = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
         await self.audit.note("gateway", action, removal.tenant, **facts)
 
     async def _recover(self) -> None:
@@ -596,7 +596,9 @@ class Gateway:
             answer = await getattr(self.life, handler)(ask)
             if method != "GET":
                 facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
-                await self.audit.note(token.subject, f"tenant.{handler}", name, **facts)
+                await self.audit.note(
+                    token.subject, f"tenant.{handler}", name, operator=token.operates, **facts
+                )
             if isinstance(answer, Following):
                 self._hold(request, token, answer.end)
                 return answer
@@ -763,7 +765,7 @@ class Gateway:
     def _operator(self, request: Request) -> auth.Token:
         """Return the token of whoever may see and end everybody's doing."""
         token = self._token(request, "admin")
-        if token.coverage is not None:
+        if not token.operates:
             raise Forbidden("this needs a token with the scope admin for every tenant")
         return token
 
@@ -773,7 +775,7 @@ class Gateway:
         await self.revocations.add(body.id, token.subject)
         ended = [one for one in self.hub.connections if one.token is not None and one.token.id == body.id]
         self.grants.revoke(body.id)
-        await self.audit.note(token.subject, "token.revoked", None, token=body.id)
+        await self.audit.note(token.subject, "token.revoked", None, operator=True, token=body.id)
         return as_json({"id": body.id, "closed": len(ended)})
 
     async def _audit(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -36,11 +36,12 @@ _TAKEN: Final[Mapping[str, Sequence[str]]] = {
     "deployment.rolledback": ("deployment",),
 }
 _RETRY: Final = 1.0
+_FACT: Final = 500  # characters of one that are kept: a path may have thousands
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One deed. `event` is the id of the event it was taken from, 0 for none."""
+    """One deed. `event` is the id of the event it was taken from, 0 for none; `operator` says who did it."""
 
     time: float
     who: str
@@ -48,15 +49,21 @@ class Entry:
     tenant: str | None
     facts: Mapping[str, Any]
     event: int = 0
+    operator: bool = False
 
 
 class Audit:
-    """The last `audit_kept` deeds. Use as an async context manager while the bus is open."""
+    """The last `audit_kept` deeds. Use as an async context manager while the bus is open.
+
+    The tenants share the room: where it is full, whoever has most loses its oldest. Operators' deeds have as
+    much room of their own.
+    """
 
     def __init__(self, store: Store, bus: Bus, settings: Settings) -> None:
         self._store = store
         self._bus = bus
         self._kept = settings.audit_kept
+        self._fresh = settings.audit_kept  # since the last look for what is too much
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Audit:
@@ -73,10 +80,12 @@ class Audit:
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
 
-    async def note(self, who: str, action: str, tenant: str | None = None, **facts: Any) -> None:
+    async def note(
+        self, who: str, action: str, tenant: str | None = None, *, operator: bool = False, **facts: Any
+    ) -> None:
         """Record what somebody did. Where it cannot be recorded the log says so, and the deed stays done."""
         try:
-            await self._write([Entry(time.time(), who, action, tenant, facts)])
+            await self._write([Entry(time.time(), who, action, tenant, facts, operator=operator)])
         except StoreFailed as failed:
             log.error("%s of %s by %s is not in the audit: %s", action, tenant, who, failed.message)
 
@@ -95,12 +104,17 @@ class Audit:
                     await asyncio.sleep(_RETRY)  # a pause between two tries; the journal tells of the cause
 
     async def _write(self, entries: Sequence[Entry]) -> None:
-        await self._store.write(lambda connection: _insert(connection, entries, self._kept))
+        self._fresh += len(entries)
+        full = self._fresh > self._kept // 100  # not at each: it is a look at all of them
+        await self._store.write(lambda connection: _insert(connection, entries, self._kept if full else None))
+        if full:
+            self._fresh = 0
 
 
 def _taken(event: Event) -> Entry:
     data = event.data
     facts = {key: data[key] for key in _TAKEN.get(event.type, ("oldest",)) if key in data}
+    facts = {key: fact[:_FACT] if isinstance(fact, str) else fact for key, fact in facts.items()}
     return Entry(event.time, str(data.get("by", "")), event.type, event.tenant, facts, event.id)
 
 
@@ -112,9 +126,9 @@ def _last_event(connection: sqlite3.Connection) -> int | None:
     return last or None
 
 
-def _insert(connection: sqlite3.Connection, entries: Sequence[Entry], kept: int) -> None:
+def _insert(connection: sqlite3.Connection, entries: Sequence[Entry], kept: int | None) -> None:
     connection.executemany(
-        "INSERT INTO audit (time, who, action, tenant, facts, event) VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO audit (time, who, action, tenant, facts, event, operator) VALUES (?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 entry.time,
@@ -123,12 +137,39 @@ def _insert(connection: sqlite3.Connection, entries: Sequence[Entry], kept: int)
                 entry.tenant,
                 orjson.dumps(entry.facts).decode(),
                 entry.event,
+                entry.operator,
             )
             for entry in entries
         ],
     )
-    (newest,) = connection.execute("SELECT max(id) FROM audit").fetchone()
-    connection.execute("DELETE FROM audit WHERE id <= ?", (newest - kept,))
+    if kept is None:
+        return
+    for operator in (0, 1):
+        counts: dict[str | None, int] = dict(
+            connection.execute(
+                "SELECT tenant, count(*) FROM audit WHERE operator = ? GROUP BY tenant", (operator,)
+            )
+        )
+        level = _level(counts.values(), kept)
+        for tenant, count in counts.items():
+            if count > level:
+                connection.execute(_TRIM, (operator, tenant, count - level))
+
+
+_TRIM: Final = (
+    "DELETE FROM audit WHERE id IN"
+    " (SELECT id FROM audit WHERE operator = ? AND tenant IS ? ORDER BY id LIMIT ?)"
+)
+
+
+def _level(counts: Collection[int], kept: int) -> int:
+    """Return how many each tenant may have, one at least, so that all have no more than `kept`."""
+    room, left = kept, len(counts)
+    for count in sorted(counts):
+        if count > room // left:
+            return max(1, room // left)
+        room, left = room - count, left - 1
+    return kept
 
 
 def _entries(

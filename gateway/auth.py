@@ -69,6 +69,11 @@ class Token:
         """The names this token covers, None for every tenant: what an event filter takes."""
         return None if EVERY_TENANT in self.tenants else self.tenants
 
+    @property
+    def operates(self) -> bool:
+        """Whether it is of who runs the gateway: for every tenant, with the scope `admin`."""
+        return self.coverage is None and "admin" in self.scopes
+
     def covers(self, tenant: str) -> bool:
         """Say whether the token may know of `tenant`. Compares whole names, never prefixes."""
         return EVERY_TENANT in self.tenants or tenant in self.tenants

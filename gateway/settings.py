@@ -339,7 +339,9 @@ class Settings(BaseSettings):
         15.0, gt=0, le=20, description="seconds between progress messages of an MCP call"
     )
     # records
-    audit_kept: int = Field(100_000, gt=0, description="entries kept of who did what")
+    audit_kept: int = Field(
+        100_000, gt=0, description="entries kept of who did what, and as many of operators"
+    )
     store_waiting: int = Field(10_000, gt=0, description="reads and writes of records that may wait at once")
     call_linger: float = Field(
         30.0,

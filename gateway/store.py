@@ -139,6 +139,10 @@ MIGRATIONS: Final = (
         PRIMARY KEY (tenant, name)
     ) STRICT;
     """,
+    """
+    ALTER TABLE audit ADD COLUMN operator INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX audit_share ON audit (operator, tenant);
+    """,
 )
 
 
