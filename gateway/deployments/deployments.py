@@ -479,9 +479,10 @@ class Deployments:
         try:
             if record.settled:  # it works: only this was not written down
                 order = Order(record.id, record.domain, Recipe(b"", (), record.port, record.health))
-                await self._sites.finish(record.tenant, order)
-                if record.kind == "update":
-                    await self._sites.clear(record.tenant)
+                if await self._is_there(record):
+                    await self._sites.finish(record.tenant, order)
+                    if record.kind == "update":
+                        await self._sites.clear(record.tenant)
                 record.phases[-1].state = "done"
             else:
                 if record.error is None:
@@ -495,17 +496,35 @@ class Deployments:
                     if self._domains.serves(record.domain, record.tenant):
                         self._caddy.unset(record.domain)
                     await self._sites.remove(record.id)
-                else:
-                    with contextlib.suppress(NotFound):
-                        if (await self._runtime.get(record.tenant)).status == "running":
-                            await self._sites.unsettle(record.tenant)
-                            await self._sites.clear(record.tenant)
+                elif await self._is_there(record):
+                    await self._recover_update(record.tenant)
                 for phase in record.phases:
                     if phase.state in ("done", "running"):
                         phase.state = "undone" if phase.state == "done" else "failed"
             await self._end(running, began - (time.time() - record.created))
         except GatewayError as error:
             log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
+
+    async def _recover_update(self, tenant: str) -> None:
+        """Undo an update in its container, which is started for it where somebody stopped it since."""
+        async with self._use(tenant):
+            stopped = (await self._runtime.get(tenant)).status != "running"
+            if stopped:
+                await self._runtime.start(tenant)
+            try:
+                await self._sites.unsettle(tenant)
+                await self._sites.clear(tenant)
+            finally:
+                if stopped:
+                    await self._runtime.stop(tenant)
+
+    async def _is_there(self, record: Record) -> bool:
+        """Say whether a deployment's tenant is still the one that it was about."""
+        try:
+            there = await self._runtime.get(record.tenant)
+        except NotFound:
+            return False
+        return record.instance in (None, there.instance)
 
     async def _follow(self) -> None:
         """Keep the routes as Incus says that they are, whatever happens to Caddy, files or tenants."""
@@ -643,20 +662,24 @@ class _Work:
         if record.kind == "update":
             record.source = "tenant"
             runtime = self._all._runtime
-            if (await runtime.get(record.tenant)).status != "running":
-                self._undo.push_async_callback(runtime.stop, record.tenant)
+            there = await runtime.get(record.tenant)
+            record.instance = there.instance
+            await self._all._save(record)
+            if there.status != "running":
+                self._unless_another(runtime.stop)
                 await runtime.start(record.tenant)
             return {"from": "tenant"}
         self._undo.push_async_callback(self._sites.remove, record.id)
         await self._all._save(record)
         record.source = source = await self._sites.create(record.tenant, self._order)
+        record.instance = (await self._all._runtime.get(record.tenant)).instance
         self._prepared = source in ("pool", "golden")
         return {"from": source}
 
     async def push(self) -> dict[str, Any]:
         record = self._record
         if record.kind == "update":
-            self._undo.push_async_callback(self._sites.clear, record.tenant)
+            self._unless_another(self._sites.clear)
         if self._prepared and self._request.env is None:
             return {}
         lost = b""
@@ -690,11 +713,28 @@ class _Work:
         await self._answering(self._side, self._exposure)
         domain = self._record.domain
         before = self._caddy.get(domain)
-        self._undo.callback(
-            partial(self._caddy.unset, domain) if before is None else partial(self._caddy.set, domain, before)
-        )
+        self._undo.callback(self._lead_back, before)
         self._caddy.set(domain, self._exposure.target)
         return {"url": self._record.url}
+
+    def _lead_back(self, before: str | None) -> None:
+        """Have the domain lead where it did before, unless somebody else leads it elsewhere by now."""
+        domain = self._record.domain
+        if self._caddy.get(domain) != self._exposure.target:
+            return
+        if before is None:
+            self._caddy.unset(domain)
+        else:
+            self._caddy.set(domain, before)
+
+    def _unless_another(self, undo: Callable[[str], Awaitable[None]]) -> None:
+        """Undo something of the tenant later, unless its name is another's by then, or nobody's."""
+
+        async def undone() -> None:
+            if await self._all._is_there(self._record):
+                await undo(self._record.tenant)
+
+        self._undo.push_async_callback(undone)
 
     async def verify(self) -> dict[str, Any]:
         await self._seen()
@@ -724,7 +764,7 @@ class _Work:
     async def _settle(self) -> Exposure:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""
         record, sites = self._record, self._sites
-        self._undo.push_async_callback(sites.unsettle, record.tenant)
+        self._unless_another(sites.unsettle)
         kept = await self._all._kept(record.tenant, self._template)
         await sites.settle(record.tenant, self._recipe, kept)
         live = await sites.expose(record.tenant, "live", self._recipe)

@@ -39,6 +39,7 @@ class Record:
     port: int = 0
     health: str = "/"
     source: str | None = None  # what the tenant was made from
+    instance: str | None = None  # tells the tenant from others of its name
     settled: bool = False  # of an update: the new files are the live ones, and only tidying is left
     state: State = "waiting"
     id: str = field(default_factory=lambda: f"d-{secrets.token_hex(8)}")
@@ -54,7 +55,7 @@ class Record:
 
     def told(self) -> dict[str, Any]:
         """Return it as HTTP answers it."""
-        hidden = {"by", "settled", "health"}
+        hidden = {"by", "settled", "health", "instance"}
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def failed(self, error: GatewayError, phase: str) -> None:

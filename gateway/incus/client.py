@@ -99,6 +99,11 @@ class Incus:
         found: dict[str, Any] = (await self._request("GET", path, most=_STATE_MAX))["metadata"]
         return found
 
+    async def get_tagged(self, path: str) -> tuple[Any, str]:
+        """Return the metadata of a GET, and its tag for `operate`."""
+        answer = await self._request("GET", path)
+        return answer["metadata"], answer["etag"]
+
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[dict[str, Any]]:
@@ -177,11 +182,20 @@ class Incus:
             raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
 
     async def operate(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float,
+        if_match: str | None = None,
     ) -> Operation:
-        """Start an operation and return it ended. Raises `IncusError` where it failed or `timeout` passed."""
+        """Start an operation and return it ended. Raises `IncusError` where it failed or `timeout` passed.
+
+        With `if_match` it fails with status 412 where the thing is another than `get_tagged` said by then.
+        """
         try:
-            answer = await self._request(method, path, body=body)
+            answer = await self._request(method, path, body=body, if_match=if_match)
             if answer["type"] != "async":
                 return Operation(ok=True, metadata=answer.get("metadata") or {})
             operation = await self.wait(answer["metadata"]["id"], timeout=timeout)
@@ -322,17 +336,21 @@ class Incus:
         query: Mapping[str, str] | None = None,
         limit: float | None = -1,
         most: int = _ANSWER_MAX,
+        if_match: str | None = None,
     ) -> dict[str, Any]:
         params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
         # aiohttp's default for bytes makes incusd take a new instance's description for a backup file
         headers = {"Content-Type": "application/json"}
+        if if_match is not None:
+            headers["If-Match"] = if_match
         timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
         try:
             async with self.session.request(
                 method, _BASE + path, params=params, data=data, headers=headers, timeout=timeout
             ) as response:
                 answer: dict[str, Any] = orjson.loads(await first(response.content.readany, most, most=most))
+                answer["etag"] = response.headers.get("ETag", "")
         except Flood:
             raise IncusError(f"incusd answers over {most} bytes", 413) from None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

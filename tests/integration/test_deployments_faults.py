@@ -23,8 +23,8 @@ from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, settings_for
 
 # every effect of a deployment, in order; what it does before it is a fault of the phase before
-CREATE = ["create", "push", "install", "start", "expose", "set", "fetch", "certify"]
-UPDATE = ["push", "install", "start", "expose", "set", "fetch", "settle"]
+CREATE = ["create", "push", "install", "start", "expose", "set", "ask", "certify"]
+UPDATE = ["push", "install", "start", "expose", "set", "ask", "settle"]
 
 
 @dataclass
@@ -140,7 +140,7 @@ async def test_a_new_site_that_breaks_anywhere_leaves_nothing(rig: Rig) -> None:
         (name, when) for name in CREATE[:-1] for when in ("before", "after")
     ):
         tenant, domain = f"fault-{number}-test", f"fault-{number}.test"
-        target = rig.caddy if name in ("set", "fetch") else rig.sites
+        target = rig.caddy if name in ("set", "ask") else rig.sites
         target.faults[domain if target is rig.caddy else tenant] = (name, when)
         records.append((name, when, await rig.deploy(domain)))
     for name, when, record in records:
@@ -163,7 +163,7 @@ async def test_an_update_that_breaks_anywhere_leaves_the_old_site_as_it_was(rig:
     for start in range(0, len(points), tenants):
         records = []
         for number, (name, when) in enumerate(points[start : start + tenants]):
-            target = rig.caddy if name in ("set", "fetch") else rig.sites
+            target = rig.caddy if name in ("set", "ask") else rig.sites
             subject = f"live-{number}.test" if target is rig.caddy else f"live-{number}-test"
             target.faults[subject] = (name, when)
             records.append((name, when, await rig.deploy(f"live-{number}.test", env={"A": "1"})))
@@ -186,6 +186,35 @@ def inside(tenant: str) -> str:
         "cat /etc/systemd/system/site.service; systemctl is-active site.service site-next.service"
     )
     return environment.incus("exec", tenant, "--", "sh", "-c", look, check=False).stdout.decode()
+
+
+async def test_an_undo_leaves_what_is_somebody_elses_by_then(rig: Rig) -> None:
+    """A route that leads elsewhere, memory that was given, a tenant that was made under the name."""
+    domain, tenant = "live-0.test", "live-0-test"
+    assert (await rig.ended(await rig.deploy(domain))).state == "succeeded"
+
+    async def hangs(name: str) -> Record:
+        subject, target = (domain, rig.caddy) if name == "ask" else (tenant, rig.sites)
+        target.reached[subject] = asyncio.Event()
+        target.faults[subject] = (name, "hang")
+        record = await rig.deploy(domain)
+        await asyncio.wait_for(target.reached[subject].wait(), 60)
+        return record
+
+    record = await hangs("ask")
+    environment.incus("config", "set", tenant, "limits.memory=777MiB")
+    rig.caddy.real.set(domain, "127.0.0.9:9")
+    assert (await rig.deployments.cancel(record.id)).state == "rolledback"
+    assert environment.incus("config", "get", tenant, "limits.memory").stdout == b"777MiB\n"
+    assert environment.incus("config", "get", tenant, "user.gateway.memory").stdout == b"\n"
+    assert rig.caddy.real.get(domain) == "127.0.0.9:9"
+
+    environment.incus("stop", "--force", tenant)
+    record = await hangs("install")  # which started it, and would stop it again
+    environment.incus("delete", "--force", tenant)
+    environment.incus("launch", rig.host.settings.image, tenant, "--profile", rig.host.settings.profile)
+    assert (await rig.deployments.cancel(record.id)).state == "rolledback"
+    assert environment.incus("list", tenant, "--format=csv", "--columns=s").stdout == b"RUNNING\n"
 
 
 @pytest.mark.parametrize("name", ["create", "push", "expose"])

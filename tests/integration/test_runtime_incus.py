@@ -390,10 +390,10 @@ class Between:
         self._after: dict[tuple[str, str], Callable[[], Any]] = {}
         real = runtime.incus.operate
 
-        async def operate(method: str, path: str, body: Any = None, *, timeout: float) -> Any:
+        async def operate(method: str, path: str, body: Any = None, **how: Any) -> Any:
             if before := self._before.pop((method, path), None):
                 await asyncio.to_thread(before)
-            result = await real(method, path, body, timeout=timeout)
+            result = await real(method, path, body, **how)
             if after := self._after.pop((method, path), None):
                 await asyncio.to_thread(after)
             return result
@@ -532,6 +532,21 @@ class TestUndo:
             f"the clone of {tenant.name} failed",
             "it could not be created",
         ]
+
+    async def test_a_device_is_taken_away_and_nothing_else_with_it(
+        self, monkeypatch: pytest.MonkeyPatch, runtime: IncusRuntime, new: str
+    ) -> None:
+        """What an operator changes between the look and the change stays."""
+        await runtime.create(new, start=False)
+        environment.incus("config", "device", "add", new, "extra", "disk", "path=/mnt", "source=/tmp")
+        Between(monkeypatch, runtime).before(
+            "PUT", f"/1.0/instances/{new}", lambda: environment.incus("config", "set", new, "user.mine=there")
+        )
+        await runtime.making.remove_device(new, "extra")
+        await runtime.making.remove_device(new, "extra")
+        found = json.loads(environment.incus("query", f"/1.0/instances/{new}").stdout)
+        assert found["devices"].keys() == {"eth0"}
+        assert found["config"]["user.mine"] == "there"
 
     async def test_made_tenants_have_an_address_that_they_keep(
         self, runtime: IncusRuntime, tenant: Container, new: str, make: Any

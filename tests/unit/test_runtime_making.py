@@ -35,7 +35,13 @@ class Full(Incus):
         return found
 
     async def operate(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 0
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = 0,
+        if_match: str | None = None,
     ) -> Any:
         assert body is not None
         address = body["devices"]["eth0"]["ipv4.address"]

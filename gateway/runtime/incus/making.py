@@ -45,6 +45,7 @@ _STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ip
 _NIC: Final = "eth0"
 _TRIES: Final = 20  # addresses that are tried until one is free
 _STOPS: Final = 5  # stops of an instance that somebody starts again, until it is left alone
+_WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
 _PAUSE: Final = 0.2  # Incus has no word for "when it is no longer busy"
 
 Instance = Mapping[str, Any]
@@ -281,6 +282,24 @@ class Making:
     async def operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         """Do an operation, and see its end also where this is cancelled: nothing happens after an undo."""
         await whole(self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout))
+
+    async def remove_device(self, name: str, device: str) -> None:
+        """Take a device of its own from an instance, and change nothing else of it. Idempotent."""
+        path, limit = instance_path(name), self._settings.lifecycle_timeout
+        for attempt in range(_TRIES):
+            with translated(name):
+                found, tag = await self._incus.get_tagged(path)
+                if device not in found["devices"]:
+                    return
+                # Incus takes a device away only with the whole of an instance's configuration
+                kept = {key: found[key] for key in _WHOLE}
+                kept["devices"] = {key: value for key, value in found["devices"].items() if key != device}
+                try:
+                    await whole(self._incus.operate("PUT", path, kept, timeout=limit, if_match=tag))
+                    return
+                except IncusError as error:
+                    if error.status != 412 or attempt == _TRIES - 1:  # somebody else changed it meanwhile
+                        raise
 
 
 def has_fixed_address(instance: Instance) -> bool:

@@ -58,7 +58,7 @@ HEALTH: Final = "user.gateway.health"
 ROLE: Final = "user.gateway.role"
 OWNER: Final = "user.gateway.owner"
 KEY: Final = "user.gateway.key"
-MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy doubled it; "-" for the profile's
+MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy, "-" for the profile's, and during it
 
 GOLDEN_SNAPSHOT: Final = "ready"
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
@@ -130,10 +130,20 @@ systemctl daemon-reload
 systemctl --quiet enable site.service
 systemctl restart site.service
 """
-_UNSETTLE: Final = """\
+# right after a container's start its systemd does not listen yet
+_LISTENS: Final = """\
+for look in $(seq 400); do
+  [ -S /run/systemd/private ] && break
+  sleep 0.05
+done
+"""
+_UNSETTLE: Final = (
+    f"""\
 set -eu
 live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
 [ -e "$note" ] || exit 0
+{_LISTENS}"""
+    """\
 if [ "$(stat -c %i "$live")" != "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
 if [ -f /etc/site.env.old ]; then mv /etc/site.env.old /etc/site.env; else rm -f /etc/site.env; fi
 if [ -f $unit.old ]; then
@@ -146,6 +156,7 @@ else
 fi
 rm -f "$note" $unit.old
 """
+).replace("{listens}", _LISTENS)
 _CLEAR: Final = """\
 live="$1" next="$2" note="$3"
 systemctl stop site-next.service 2>/dev/null
@@ -185,15 +196,10 @@ exec setpriv --reuid="$2" --regid="$2" --clear-groups \
 _START: Final = """\
 set -eu
 cat >"$1"
-# right after a container's start its systemd does not listen yet
-for look in $(seq 400); do
-  [ -S /run/systemd/private ] && break
-  sleep 0.05
-done
-systemctl daemon-reload
+{listens}systemctl daemon-reload
 [ "$2" = next ] || systemctl --quiet enable site.service
 systemctl restart "$3"
-"""
+""".replace("{listens}", _LISTENS)
 # what must not be the same in two copies: the machine's name for itself, and what it logged
 _SEAL: Final = """\
 set -eu
@@ -439,17 +445,15 @@ class IncusSites:
 
     async def clear(self, tenant: str) -> None:
         await self._root(tenant, _CLEAR, *self._places())
-        instance = await self._making.instance(tenant)
-        before = instance["config"].get(MEMORY)
-        devices = {name: device for name, device in instance["devices"].items() if name != "site-next"}
-        if before is not None or len(devices) < len(instance["devices"]):
-            config = {**instance["config"]}
-            if before is not None:
-                config.pop(MEMORY)
-                config.pop("limits.memory", None)
-                if before != "-":
-                    config["limits.memory"] = before
-            await self._replace(tenant, instance, config, devices)
+        await self._making.remove_device(tenant, "site-next")
+        config = (await self._making.instance(tenant))["config"]
+        if MEMORY in config:
+            before, _, doubled = config[MEMORY].partition(" ")
+            change = {MEMORY: ""}
+            if config.get("limits.memory") == doubled or not doubled:  # else somebody gave it another one
+                change["limits.memory"] = "" if before == "-" else before
+            with translated(tenant):
+                await self._operate("PATCH", instance_path(tenant), {"config": change})
 
     async def _make_room(self, tenant: str) -> None:
         """Double the memory while two sites run side by side."""
@@ -459,19 +463,10 @@ class IncusSites:
         limit = instance["expanded_config"].get("limits.memory", "")
         number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
         if number.isdigit():
-            change = {
-                MEMORY: instance["config"].get("limits.memory", "-"),
-                "limits.memory": f"{int(number) * 2}{unit}",
-            }
+            before, doubled = instance["config"].get("limits.memory", "-"), f"{int(number) * 2}{unit}"
+            change = {MEMORY: f"{before} {doubled}", "limits.memory": doubled}
             with translated(tenant):
                 await self._operate("PATCH", instance_path(tenant), {"config": change})
-
-    async def _replace(
-        self, name: str, instance: Mapping[str, Any], config: Mapping[str, str], devices: Mapping[str, Any]
-    ) -> None:
-        kept = {key: instance[key] for key in ("architecture", "description", "ephemeral", "profiles")}
-        with translated(name):
-            await self._operate("PUT", instance_path(name), {**kept, "config": config, "devices": devices})
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
         device = "site" if side == "live" else "site-next"
