@@ -152,7 +152,7 @@ async def test_what_is_asked_of_a_session(editor: OpenEditor, site: str, picture
     await window.load(f"token={token(site)}&tenant={site}")
     await window.connected()
     await page.evaluate(f"location.hash = 'token={token('blog', subject='mallory')}&tenant=blog'")
-    await expect(page.get_by_role("dialog", name="Sign in as somebody else")).to_be_visible()
+    await expect(page.get_by_role("dialog", name="Another sign-in")).to_be_visible()
     await fits("asked")
     await page.keyboard.press("Escape")
     if shape == "phone":

@@ -49,7 +49,7 @@ async def cookies(context: BrowserContext) -> list[str]:
 
 
 def question(window: Editor) -> Locator:
-    return window.page.get_by_role("dialog", name="Sign in as somebody else")
+    return window.page.get_by_role("dialog", name="Another sign-in")
 
 
 # --- one for each tab -----------------------------------------------------------------------------------
@@ -289,6 +289,22 @@ async def test_another_tab_that_signs_in_anew_is_enough_for_all_of_the_session(
     await shows(one, site, "ann")
     await shows(two, site, "ann")
     await expect(two.page.get_by_role("dialog")).to_have_count(0)
+
+
+async def test_who_has_a_wrong_clock_is_asked_by_that_of_the_gateway(editor: OpenEditor, site: str) -> None:
+    window = await editor(signed_in=False)
+    window.watched.expected.append("401")
+    page = window.page
+    await page.add_init_script("const now = Date.now; Date.now = () => now() + 2 * 3600e3;")
+    await window.load(f"token={token(site)}&tenant={site}")
+    await window.connected()
+    await page.reload()
+    await window.connected()
+    assert await page.get_by_label("New access token").count() == 0
+    await led_to(window, token(site, ttl=10), site)
+    await expect(page.get_by_label("New access token")).to_be_visible()
+    await expect(page.get_by_text(re.compile(r"This session ends at .*, in \d s"))).to_be_visible()
+    await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()
 
 
 # --- what ends is asked about -----------------------------------------------------------------------------

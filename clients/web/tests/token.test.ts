@@ -120,6 +120,32 @@ describe("a function as token", () => {
     expect(await exec.stdout.text()).toBe("got on\n");
   });
 
+  test("has the events of the gateway go on over the end of each token", async () => {
+    const source = new Source(2);
+    const ending = new AbortController();
+    const connected: boolean[] = [];
+    const events = new Gateway(live.url, { token: source.ask }).events({
+      types: ["exec.started"],
+      signal: ending.signal,
+      onConnected: (is) => connected.push(is),
+    });
+    const seen: unknown[] = [];
+    const reading = (async () => {
+      for await (const { data } of events) seen.push(data.exec);
+    })();
+    const client = tenant(live.sign("demo", 600));
+    const ran: string[] = [];
+    await expect.poll(() => connected.length).toBe(1);
+    while (connected.filter((is) => is).length < 3) {
+      ran.push((await client.exec("sleep 0.2")).id);
+      await new Promise((resolve) => setTimeout(resolve, 200));
+    }
+    await expect.poll(() => seen).toEqual(ran);
+    expect(source.asked).toBeGreaterThanOrEqual(3);
+    ending.abort();
+    await reading;
+  });
+
   test("is asked once more where the gateway refuses what it gave", async () => {
     const bad = ["nobody", "nobody", ""];
     const source = new Source(600);

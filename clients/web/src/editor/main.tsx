@@ -266,7 +266,8 @@ async function follow(to: Address): Promise<void> {
   }
 }
 
-addEventListener("hashchange", () => void follow(readAddress()));
+// by the event: what is open may have written its own address over that by now
+addEventListener("hashchange", ({ newURL }) => void follow(readAddress(newURL)));
 
 render(<App wanted={wanted} />, document.getElementById("app")!);
 

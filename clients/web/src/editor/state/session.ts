@@ -2,6 +2,7 @@
 
 import { computed, effect, signal } from "@preact/signals";
 import { Gateway, GatewayError, type Session } from "../../client/index.js";
+import { heed, now } from "./clock.js";
 import * as slots from "./slots.js";
 
 const CLIENT = { name: "incus-gateway editor", version: "1" };
@@ -10,6 +11,7 @@ export const gateway = new Gateway(location.origin, {
   client: CLIENT,
   fetch: async (url, init) => {
     const response = await fetch(url, init);
+    heed(response.headers.get("Date"));
     if (response.status === 401 && !String(url).endsWith("/v1/session")) void look();
     return response;
   },
@@ -40,8 +42,8 @@ export interface Address {
 }
 
 /** Reads `#token=…&tenant=…` or `#TENANT/FILE`, and takes a token out of the address at once. */
-export function readAddress(): Address {
-  const hash = location.hash.slice(1);
+export function readAddress(address = location.href): Address {
+  const hash = new URL(address).hash.slice(1);
   if (hash.includes("=")) {
     const values = new URLSearchParams(hash);
     const tenant = values.get("tenant");
@@ -65,12 +67,7 @@ let looking: Promise<void> | null = null;
 export function look(): Promise<void> {
   looking ??= (async () => {
     try {
-      const response = await gateway.http("GET", "/v1/session");
-      const date = Date.parse(response.headers.get("Date") ?? "");
-      // whole seconds, and some of them on the way: only a clock that is wrong counts
-      const off = Number.isNaN(date) ? 0 : date - Date.now();
-      skew = Math.abs(off) < 5000 ? 0 : off;
-      session.value = (await response.json()) as Session;
+      session.value = await gateway.session();
       slots.use(gateway.slot);
     } catch (error) {
       const ended = error instanceof GatewayError && error.code === "unauthorized";
@@ -157,14 +154,12 @@ slots.onChange(() => {
 
 // --- the end of a session ------------------------------------------------------------------------------
 
-/** How far the gateway's clock is ahead of ours, in milliseconds. */
-let skew = 0;
 /** What a timer can hold. */
 const LONGEST = 2 ** 31 - 1;
 const LEAD = 5 * 60_000;
 
-/** When the session ends, by our clock in milliseconds; null where nobody is signed in. */
-export const ends = computed(() => (session.value ? session.value.expires * 1000 - skew : null));
+/** When the session ends, in milliseconds since the epoch by the gateway's clock; null where nobody is signed in. */
+export const ends = computed(() => (session.value ? session.value.expires * 1000 : null));
 
 /** Whether the session ends soon: in five minutes, or in a fifth of its life if that is less. */
 export const endsSoon = signal(false);
@@ -174,14 +169,14 @@ effect(() => {
   endsSoon.value = false;
   if (end === null) return;
   const since = slots.known().find(({ slot }) => slot === gateway.slot)?.since;
-  const begun = since === undefined ? Date.now() : since * 1000;
+  const begun = since === undefined ? now() : since * 1000;
   const soon = end - Math.min(LEAD, Math.max(0, end - begun) / 5);
   let timer: ReturnType<typeof setTimeout>;
   const wait = () => {
-    const now = Date.now();
-    if (now >= soon) endsSoon.value = true;
+    const at = now();
+    if (at >= soon) endsSoon.value = true;
     // a little after its end the gateway is asked, where nothing else has asked it by then
-    const left = (now < soon ? soon : end + 1000) - now;
+    const left = (at < soon ? soon : end + 1000) - at;
     if (left > 0) timer = setTimeout(wait, Math.min(left, LONGEST));
     else void look();
   };

@@ -5,6 +5,7 @@
 
 import type { Session } from "../../client/index.js";
 import { unique } from "../../client/unique.js";
+import { now } from "./clock.js";
 
 export interface Kept extends Omit<Session, "id" | "slot"> {
   readonly slot: string;
@@ -19,7 +20,7 @@ const MOST = 8;
 const SLOT = /^[a-z0-9]{1,32}$/;
 
 function seconds(): number {
-  return Date.now() / 1000;
+  return now() / 1000;
 }
 
 /** Returns the sessions that have not ended, the one signed in last first. */

@@ -246,9 +246,9 @@ export function leaveTenant(): void {
   tenants.value = [];
 }
 
-/** Opens the tenant of the address, else the last one, else the first. */
+/** Opens the tenant of the address where the session does, else the last one, else the first. */
 export async function openFirst(wanted: string | null, file: string | null): Promise<void> {
-  if (wanted !== null) {
+  if (wanted !== null && session.value && covers(session.value, wanted)) {
     openTenant(wanted, file);
     void listTenants();
     return;

@@ -30,7 +30,7 @@ export function Arrival() {
   if (asked.value === null) return null;
   const { found, past, answer } = asked.value;
   return (
-    <Dialog label="Sign in as somebody else" class="small" onClose={() => answer(false)}>
+    <Dialog label="Another sign-in" class="small" onClose={() => answer(false)}>
       <h2>
         Sign in as <bdi>{found.subject}</bdi> for <Names names={found.tenants} />?
       </h2>

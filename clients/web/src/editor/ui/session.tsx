@@ -1,6 +1,7 @@
 /** Asks for another token before a session ends, and after: without taking anything from the window behind. */
 
 import { useEffect, useRef, useState } from "preact/hooks";
+import { now } from "../state/clock.js";
 import { ends, endsSoon, session } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
 import { Dialog, Icon, Spinner } from "./parts.js";
@@ -67,9 +68,9 @@ function Left() {
     const timer = setInterval(() => tick((count) => count + 1), 1000);
     return () => clearInterval(timer);
   }, []);
-  const end = ends.value ?? Date.now();
-  const left = Math.max(0, Math.ceil((end - Date.now()) / 1000));
-  const at = new Date(end).toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit" });
+  const ms = Math.max(0, (ends.value ?? 0) - now());
+  const left = Math.ceil(ms / 1000);
+  const at = new Date(Date.now() + ms).toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit" });
   // said once: a screen reader would tell every second
   return (
     <>
