@@ -76,16 +76,17 @@ export function used(): boolean {
 }
 
 /**
- * Returns the slot of this tab: its own, else the last used one, else one that opens `tenant`. Null for the cookie
- * without a slot.
+ * Returns the slot of this tab: its own, else the last used one, else, where that has ended or does not open `tenant`,
+ * one that does. Null for the cookie without a slot.
  */
 export function take(tenant: string | null): string | null {
   let slot = sessionStorage.getItem(OWN);
   if (slot === null) {
     slot = localStorage.getItem(LAST) ?? "";
-    const found = known().find((entry) => entry.slot === slot);
-    if (tenant !== null && (found === undefined || !covers(found, tenant)))
-      slot = known().find((entry) => covers(entry, tenant))?.slot ?? slot;
+    const fit = known().filter((entry) => tenant === null || covers(entry, tenant));
+    // nobody knows here what the cookie without a slot opens
+    if ((slot !== "" || tenant !== null) && !fit.some((entry) => entry.slot === slot))
+      slot = fit[0]?.slot ?? slot;
   }
   return SLOT.test(slot) ? slot : null;
 }

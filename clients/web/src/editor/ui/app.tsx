@@ -235,6 +235,7 @@ function StatusBar({ current }: { current: Workspace | null }) {
   const doc = current?.documents.active.value ?? null;
   const at = caret.value;
   const server = current?.server.value;
+  const waiting = current?.documents.queued ?? 0;
   const unsaved = current?.documents.open.value.filter(({ dirty }) => dirty.value).length ?? 0;
   return (
     <footer class="status-bar">
@@ -245,6 +246,7 @@ function StatusBar({ current }: { current: Workspace | null }) {
         </span>
       )}
       <span class="grow" />
+      {waiting > 0 && <span class="unsaved">{waiting} waiting to be saved</span>}
       {unsaved > 0 && <span class="unsaved">{unsaved} unsaved</span>}
       {doc !== null && at !== null && (
         <>
