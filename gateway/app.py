@@ -659,11 +659,8 @@ class Gateway:
         body = protocol.validate(ExecBody, await self._json(request, token))
         room = request.scope[USES].enter_context(request.scope[SHARE].lease())
         with self.hub.runtime.expect(name):  # who asks once, asks again
-            return as_json(
-                await unless_gone(
-                    request, run(self.hub.execs, name, body, self.settings, token.subject, room)
-                )
-            )
+            work = run(self.hub.execs, name, body, self.settings, token.subject, room)
+            return Response(await unless_gone(request, work), media_type="application/json")
 
     async def _wake(self, request: Request) -> Response:
         """Have the site at a domain awake. Caddy asks for its visitors, who need no token to see a site."""
@@ -722,7 +719,7 @@ class Gateway:
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= 200:
             raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
-        record, new = await self.deploys.begin(body.request(), token, key=key)
+        record, new = await self.deploys.begin(await asyncio.to_thread(body.request), token, key=key)
         response = as_json({"id": record.id, "tenant": record.tenant, "state": record.state})
         response.status_code = 202 if new or not record.over else 200
         response.headers["Location"] = f"/v1/deployments/{record.id}"
@@ -782,7 +779,11 @@ class Gateway:
         self._operator(request)
         query = request.query_params
         limit, before = query.get("limit", "100"), query.get("before")
-        if not limit.isdigit() or not 0 < int(limit) <= 1000 or not (before or "0").isdigit():
+        if (
+            not protocol.NUMBER.fullmatch(limit)
+            or not 0 < int(limit) <= 1000
+            or not protocol.NUMBER.fullmatch(before or "0")
+        ):
             raise InvalidParams("limit is a number up to 1000, and before the id of an entry")
         last = None if before is None else min(int(before), 1 << 62)
         found = await self.audit.entries(int(limit), query.get("tenant"), last)

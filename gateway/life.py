@@ -279,7 +279,7 @@ class Life:
     async def logs(self, ask: Ask) -> Response:
         """Return the response that prints the last lines, and with `follow=1` what comes until it is left."""
         lines = ask.query.get("lines", "100")
-        if not lines.isdigit() or int(lines) > self._settings.logs_max:
+        if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:
             raise InvalidParams(f"lines is a number up to {self._settings.logs_max}", field="lines")
         follow = ask.query.get("follow", "0")
         if follow not in ("0", "1"):

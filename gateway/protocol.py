@@ -125,6 +125,7 @@ class SessionRenew(Params):
 
 
 MAX_EXEC_ID: Final = 128
+NUMBER: Final = re.compile(r"[0-9]{1,18}")  # in a header or query: one that SQLite and JSON can hold
 CallId: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -222,7 +223,7 @@ class ExecCancel(ExecRef):
 
 class EventsSubscribe(Params):
     types: Annotated[list[str], Field(max_length=64)] | None = None
-    last_event_id: Annotated[int, Field(ge=0)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 
 
 class EventsUnsubscribe(Params):

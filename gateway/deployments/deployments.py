@@ -80,22 +80,25 @@ _ADDRESS_LOOKS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant."""
+    """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant.
+
+    To make one of a large archive, whose digest is taken, takes a moment: do it off the loop.
+    """
 
     domain: str
     template: str | bytes
     size: str = "small"
     env: Mapping[str, str] | None = None
     tenant: str | None = None
+    digest: str = field(init=False)
 
-    @property
-    def digest(self) -> str:
+    def __post_init__(self) -> None:
         template = (
             self.template if isinstance(self.template, str) else hashlib.sha256(self.template).hexdigest()
         )
         env = None if self.env is None else sorted(self.env.items())
         facts = [self.domain, template, self.size, env, self.tenant]
-        return hashlib.sha256(orjson.dumps(facts)).hexdigest()
+        object.__setattr__(self, "digest", hashlib.sha256(orjson.dumps(facts)).hexdigest())
 
 
 @dataclass(slots=True)

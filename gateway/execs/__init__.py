@@ -21,7 +21,7 @@ import orjson
 from gateway.budget import Budget
 from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
-from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, started_at
+from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, shortened, started_at
 from gateway.execs.input import Spools
 from gateway.receipts import Key, Receipt, Receipts
 from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
@@ -365,7 +365,7 @@ class Execs:
 
     def _shed(self, exec_: Exec) -> None:
         self._held -= self._whole.pop(exec_)
-        exec_.shed(_shortened(exec_.spec))
+        exec_.shed(shortened(exec_.spec, _SHORT))
 
     def forget_tenant(self, tenant: str) -> None:
         """Forget the ended commands of an earlier tenant of this name: they are none of the new one's."""
@@ -409,18 +409,8 @@ def _key(exec_: Exec) -> Key:
 def _facts(exec_: Exec) -> dict[str, Any]:
     """Return what the next life is to know of a command, beside its end."""
     process = exec_.process
-    words = _shortened(exec_.spec)
+    words = shortened(exec_.spec, _SHORT)
     return {"pid": process.pid, "startedAt": process.started_at, "argv": words}
-
-
-def _shortened(spec: ExecSpec) -> list[str]:
-    words, room = list[str](), _SHORT
-    for word in spec.shown or spec.argv:
-        words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
-        room -= len(word) + 1
-        if room < 0:
-            break
-    return words
 
 
 def _short(spec: ExecSpec) -> str:

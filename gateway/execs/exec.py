@@ -37,6 +37,7 @@ _SEES: Final = 0.15  # seconds within which a program sees that its terminal has
 _SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
 _SOONER: Final = 0.1  # seconds by which a second cancel must be less patient to make a difference
 _TOLD: Final = 100  # processes of a tree that a runtime tells of, at most
+_LISTED: Final = 4096  # characters of a command where it is listed beside all others
 _READERS: Final = 64  # of one command, whose place is kept for their return
 _LITTLE: Final = 64 << 10  # bytes kept of a stream where its tenant's share is full
 
@@ -651,7 +652,7 @@ class Exec:
         ended = self.ended.result() if self.ended.done() else None
         return {
             "exec": self.id,
-            "argv": list(self.spec.shown or self.spec.argv),
+            "argv": shortened(self.spec, _LISTED),
             "pid": self.process.pid,
             "startedAt": started_at(self.process),
             "pty": self.spec.pty is not None,
@@ -717,6 +718,17 @@ class Exec:
         if killing is None or not killing.done() or killing.cancelled() or killing.exception() is not None:
             return False
         return killing.result().survivors == 0
+
+
+def shortened(spec: ExecSpec, room: int) -> list[str]:
+    """Return a command's words, cut off after `room` characters."""
+    words = list[str]()
+    for word in spec.shown or spec.argv:
+        words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
+        room -= len(word) + 1
+        if room < 0:
+            break
+    return words
 
 
 def started_at(process: Process) -> str:

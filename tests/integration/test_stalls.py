@@ -16,12 +16,14 @@ import re
 import tarfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.settings import Settings
 from tests.archives import archive, header
+from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure
@@ -329,3 +331,67 @@ async def test_output_of_line_ends(
                 await wire.call("exec/start", command=f"({line})", lingerMs=5000)
 
     await held(gateway, shared_tenant, baseline, "output of line ends", attack)
+
+
+@pytest.mark.parametrize("byte", ["000", "377"], ids=["zeros", "no text"])
+async def test_a_waited_for_output_that_is_no_text(
+    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside, byte: str
+) -> None:
+    """JSON and UTF-8 make six bytes, or three, of each."""
+    one = f"head -c 8000000 /dev/zero | tr '\\000' '\\{byte}'"
+
+    async def attack() -> None:
+        async with gateway.http(hostile.name) as http:
+            body = {"command": f"{one}; {one} >&2"}
+            async with http.post(f"/v1/tenants/{hostile.name}/exec", json=body) as response:
+                assert response.status == 200
+                size = 0
+                async for piece in response.content.iter_chunked(1 << 20):
+                    size += len(piece)
+                assert size > 40_000_000
+
+    await held(gateway, shared_tenant, baseline, f"output of {byte}", attack)
+
+
+async def test_a_list_of_commands_with_enormous_arguments(
+    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside
+) -> None:
+    argv = ["sleep", "600", *(["x" * 100_000] * 9)]
+
+    async def attack() -> None:
+        async with gateway.wire(hostile.name) as wire:
+            for _ in range(30):
+                await wire.call("exec/start", argv=["/usr/bin/bash", "-c", "exec sleep 600", *argv])
+            for _ in range(10):
+                execs = (await wire.call("exec/list"))["execs"]
+                assert sum(len("".join(one["argv"])) for one in execs) < 1_000_000
+            for one in execs:
+                await wire.call("exec/cancel", exec=one["exec"], graceMs=0)
+
+    await held(gateway, shared_tenant, baseline, "enormous arguments", attack)
+
+
+async def test_groups_with_odd_names_do_not_end_the_watch(
+    incus_settings: Settings, tmp_path: Path, hostile: Container
+) -> None:
+    """What an earlier gateway left is looked for by names; a tenant makes groups with such names too."""
+    log = tmp_path / "odd.log"
+    async with live(incus_settings, log) as first:
+        async with first.wire(hostile.name) as wire:
+            line = "sed -n 's/^0:://p' /proc/self/cgroup"
+            _, own, _ = await wire.run(command=line, user="root")
+            make = (
+                "g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; cd $g/gateway; "
+                "own=$(ls | head -n1); own=${own%%-*}; "
+                'mkdir "$own-x y" "$own-é" "$own-$(printf "\\033[2J")"; '
+                'for n in $(seq 200); do mkdir "$own-n$n"; done; ls | wc -l'
+            )
+            ended, said, _ = await wire.run(command=make, user="root")
+            assert ended["exitCode"] == 0 and int(said) > 200, (own, said)
+        await first.stop()
+        await first.start()
+        async with first.wire(hostile.name) as wire:
+            await wire.call("events/subscribe", types=["tenant.*", "incus.*"])
+            hostile.run("true")
+            await asyncio.to_thread(environment.incus, "config", "set", hostile.name, "user.odd=1")
+            await wire.until(lambda: wire.notified("event"))

@@ -6,6 +6,9 @@ import asyncio
 import os
 import socket
 import time
+from pathlib import Path
+
+import pytest
 
 from gateway.runtime import probe
 from gateway.runtime.visits import Place, visited
@@ -70,3 +73,29 @@ async def test_the_gateways_own_probes_are_no_visits() -> None:
         answered.set()
         assert await asking == 200
         assert _ages(port) is None
+
+
+def test_a_tenant_with_more_connections_than_are_looked_through_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            monkeypatch.setattr("gateway.runtime.visits._BYTES", 10)
+            assert visited({"a": Place(9, pid=os.getpid())}) == {"a": 0}
+            assert visited({"a": Place(9, "127.0.0.1")}) == {}
+            monkeypatch.setattr("gateway.runtime.visits._HOST_BYTES", 10)
+            assert visited({"a": Place(9, "127.0.0.1"), "b": Place(9)}) == {"a": 0}
+
+
+def test_a_table_of_many_connections_takes_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "%4d: 0100007F:%04X 0200007F:1F90 01 00000000:00000000 00:00000000 00000000  1000 0 1 1 00 20 4\n"
+    folder = tmp_path / "self" / "net"
+    folder.mkdir(parents=True)
+    (folder / "tcp").write_text("head\n" + "".join(line % (n, n & 0xFFF) for n in range(200_000)))
+    monkeypatch.setattr(
+        "gateway.runtime.visits.Path", lambda path: tmp_path if path == "/proc" else Path(path)
+    )
+    began = time.process_time()
+    assert visited({"a": Place(0x7FF, "127.0.0.1"), "b": Place(0xFFFF, "127.0.0.1")}) == {"a": 0}
+    assert time.process_time() - began < 3

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _LOG: Final = "/dev/kmsg"
 _PAUSE: Final = 1.0  # seconds between two words about the same container
-_RECORDS: Final = 10_000  # records of one look; the rest comes with the next
+_RECORDS: Final = 1000  # records of one look, at 2 us each; the rest comes with the next
 _RECORD: Final = 8192  # bytes of the longest, see the kernel's Documentation/ABI/testing/dev-kmsg
 _CONTAINER: Final = re.compile(r"/lxc\.payload\.([^/,\s]+)")
 _PROCESS: Final = re.compile(r",task=(.*),pid=\d+,uid=\d+$")
