@@ -64,7 +64,7 @@ async def test_the_gateways_own_probes_are_no_visits() -> None:
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    asking = asyncio.create_task(probe.ask("127.0.0.1", port, "/"))
+    asking = asyncio.create_task(probe.ask("127.0.0.1", port, "/", 30, 30))
     async with server:
         async with asyncio.timeout(10):
             while not any(map(probe.ours, list(probe._ports))):
