@@ -333,6 +333,20 @@ async def test_a_command_goes_on_through_the_ends_of_five_tokens(gateway: LiveGa
     assert all(change.error is None for change in changes if change.tenant == "shop")
 
 
+async def test_a_command_whose_output_waits_is_renewed_too(gateway: LiveGateway) -> None:
+    """The gateway's answers stand behind output that nobody reads; the renewal itself does not."""
+    tokens, changes, size = Tokens(), list[Change](), 32 << 20
+    async with asyncio.timeout(60), Client(gateway.url, token=tokens, on_change=changes.append) as client:
+        async with client.tenant("shop").exec(f"head -c {size} /dev/zero") as run:
+            got = len(await anext(run.stdout))
+            ends = time.time() + LIFE + 1
+            while time.time() < ends or len(tokens.given) < 3:
+                await asyncio.sleep(0.1)  # tokens end by the wall clock
+            got += len(await run.stdout.read())
+            assert (got, run.stdout.lost, (await run.wait()).code) == (size, 0, 0)
+    assert "reconnecting" not in {change.state for change in changes}
+
+
 async def test_without_asyncio_it_is_the_same(gateway: LiveGateway) -> None:
     tokens, changes = Tokens(), list[Change]()
 

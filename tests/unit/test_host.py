@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, Steps, bun, run
+from gateway.host import Change, HostError, Steps, bun, doctor, run
 from gateway.host.daemon import Daemon, _only_options
 from gateway.host.front import hand_over
 from gateway.host.image import (
@@ -27,6 +27,12 @@ from gateway.rootfs.tenants import MANAGED
 from gateway.settings import Settings
 
 GiB = 1 << 30
+
+
+def test_the_doctor_hints_at_a_gateway_that_answers_to_any_name() -> None:
+    assert doctor._hosts(Settings(domain="gw.example", hosts="Gw.lan")) == "127.0.0.1, gw.example, gw.lan"
+    with pytest.raises(doctor.Hint, match="DNS rebinding"):
+        doctor._hosts(Settings(hosts="gw.lan,*"))
 
 
 @pytest.mark.parametrize(
