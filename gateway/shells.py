@@ -14,12 +14,14 @@ import contextlib
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
 import orjson
 
+from gateway.budget import Lease, Share
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
 from gateway.rootfs import FilesystemRoot
@@ -35,6 +37,7 @@ from gateway.tools.session import ToolSession
 
 log = logging.getLogger(__name__)
 
+_LITTLE: Final = 8 << 10  # bytes where the tenant's share is full
 _UNREAD: Final = 4 * shell.RESULT_MAX  # bytes of each stream kept for the next BashOutput
 
 
@@ -85,17 +88,25 @@ class _File:
 
 
 class _Unread:
-    """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much."""
+    """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much.
 
-    def __init__(self) -> None:
+    It is in the tenant's share of what commands keep. Where that is full a little is kept.
+    """
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._lease = Lease(share)
+        weakref.finalize(self, self._lease.end)  # it goes with its shell, which nobody closes
         self._data = bytearray()
         self._start = 0  # offsets count the stream's bytes
         self._taken = 0
 
     def add(self, data: bytes) -> None:
         self._data += data
-        if len(self._data) > 2 * _UNREAD:  # not at each chunk: it moves what stays
-            self._drop(len(self._data) - _UNREAD)
+        most = _UNREAD if self._share.full(len(data)) is None else _LITTLE
+        if len(self._data) > 2 * most:  # not at each chunk: it moves what stays
+            self._drop(len(self._data) - most)
+        self._lease.hold(len(self._data) - self._lease.size)
 
     def look(self, *, final: bool, lines: bool) -> tuple[str, int, int]:
         """Return what is there as text, the offset after it, and the bytes lost before it.
@@ -117,6 +128,7 @@ class _Unread:
         if number > 0:
             del self._data[:number]
             self._start += number
+            self._lease.hold(len(self._data) - self._lease.size)
 
 
 class Shell:
@@ -135,7 +147,7 @@ class Shell:
         self.ended: Ended | None = None
         self.report = b""
         self.flooded = False
-        self.unread: dict[StreamName, _Unread] = {name: _Unread() for name in exec_.streams}
+        self.unread: dict[StreamName, _Unread] = {name: _Unread(exec_.share) for name in exec_.streams}
         self.timer: asyncio.TimerHandle | None = None
         self._limit = limit
         self._size = 0

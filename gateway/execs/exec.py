@@ -426,7 +426,7 @@ class Exec:
         self.linger = linger
         self._grace = grace
         self._kill_left = kill_left
-        self._share = share
+        self.share = share
         self.streams = {name: Stream(name, tail, pace, share) for name in process.streams}
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -682,7 +682,7 @@ class Exec:
         """
         for name, stream in self.streams.items():
             stream.release()
-            bare = Stream(name, 0, stream.pace, self._share)
+            bare = Stream(name, 0, stream.pace, self.share)
             bare.tail.start = bare.tail.end = stream.tail.end
             bare.ended = True
             self.streams[name] = bare

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Change = Literal["created", "changed", "removed"]
+
+_PATH: Final = 256  # a tenant can make paths of 4000, and wait for them with 64 watches
 
 
 @dataclass(slots=True)
@@ -24,11 +26,13 @@ class _Found:
 class Changes:
     """The changes that wait to be told: one of each path, in the order in which the paths first changed.
 
-    At most `maximum` paths: those over it are dropped, and `overflow` says that something was.
+    At most `maximum` paths, of `_PATH` characters on the whole: more are dropped, and `overflow` says
+    that something was.
     """
 
     def __init__(self, maximum: int) -> None:
         self.overflow = False
+        self._room = maximum * _PATH
         self._maximum = maximum
         self._found: dict[str, _Found] = {}
 
@@ -45,7 +49,8 @@ class Changes:
         """
         found = self._found.get(path)
         if found is None:
-            if len(self._found) < self._maximum:
+            if len(self._found) < self._maximum and self._room >= len(path):
+                self._room -= len(path)
                 there = change != "created" if there is None else there
                 self._found[path] = _Found(change, there, folder)
             else:
@@ -70,7 +75,7 @@ class Changes:
 
     def _taken(self, changes: list[dict[str, Any]]) -> dict[str, Any]:
         told = {"changes": changes, "overflow": self.overflow}
-        self._found, self.overflow = {}, False
+        self._found, self.overflow, self._room = {}, False, self._maximum * _PATH
         return told
 
 

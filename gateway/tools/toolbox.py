@@ -22,6 +22,7 @@ from gateway.errors import (
     Cancelled,
     Conflict,
     GatewayError,
+    InvalidParams,
     NotFound,
     Timeout,
     Unavailable,
@@ -58,6 +59,7 @@ _TOLD: Final = (
     *("file_path", "path", "pattern", "glob", "type", "output_mode"),
     *("command", "description", "bash_id", "shell_id", "filter"),
 )
+_VALUES_MAX: Final = 256  # in lists and objects of one input: no tool of ours takes any
 _WRITES: Final = frozenset({"Write", "Edit"})
 # what may leave something behind that outlives the gateway
 _LASTING: Final = _WRITES | {"Bash"}
@@ -120,6 +122,21 @@ class _Running:
             self._asked = max(self._asked, loop.time() + linger)
             if not self._waiting and not self.work.done():
                 self._lingering = loop.call_at(self._asked, self.work.cancel)
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Refuse what no tool takes: a list of lists takes thirty times the memory of its text.
+
+    Raises `InvalidParams`.
+    """
+    left, inside = _VALUES_MAX, [*arguments.values()]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, dict | list):
+            left -= len(value)
+            if left < 0:
+                raise InvalidParams(f"a tool's input has at most {_VALUES_MAX} values")
+            inside += value.values() if isinstance(value, dict) else value
 
 
 def _given_up() -> Cancelled:
@@ -211,6 +228,7 @@ class Toolbox:
         where an earlier life of the gateway ended during it, `StoreFailed` where it cannot be noted, and what
         `FileTools.call` raises.
         """
+        _check(arguments)
         if call_id is None:
             return await self._call(tenant, session, name, arguments, by, call_id)
         digest = hashlib.sha256(orjson.dumps([name, arguments], option=orjson.OPT_SORT_KEYS)).digest()

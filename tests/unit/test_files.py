@@ -85,6 +85,16 @@ def test_a_new_folder_in_the_place_of_a_new_one_is_a_new_one() -> None:
     assert changes.take() == {"changes": [{"path": "a", "change": "created"}], "overflow": False}
 
 
+def test_long_paths_are_an_overflow_sooner() -> None:
+    """What waits for one watch is bounded in characters too, and there is room again once it was told."""
+    changes = Changes(10)
+    for _ in range(2):
+        for number in range(10):
+            changes.add(f"{number}" * 1000, "created")
+        told = changes.take()
+        assert told["overflow"] and len(told["changes"]) == 2
+
+
 def test_more_changes_than_fit_are_an_overflow() -> None:
     """Known paths go on being merged; taking begins anew."""
     changes = Changes(2)

@@ -230,6 +230,19 @@ async def test_bodies_without_a_token_are_not_taken(gateway: LiveGateway) -> Non
         assert grown() < 5 * MiB
 
 
+async def test_deeply_nested_input_is_refused(gateway: LiveGateway) -> None:
+    """What takes far more memory than its text is not kept for as long as a call."""
+    nested = "[" + ",".join(["[]"] * 1000) + "]"
+    async with gateway.wire("a") as wire:
+        params = '{"name":"Bash","arguments":{"command":"sleep 60","x":' + nested + "}}"
+        number, reply = wire.begin("tools/call", {})
+        text = '{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":%s}'
+        await wire.send(text % (number, params))
+        with pytest.raises(RpcFailure) as caught:
+            await asyncio.wait_for(reply, 20)
+        assert caught.value.code == "invalid_params"
+
+
 # --- time ------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.budget import Budget
+from gateway.shells import _Unread
 from tests.contracts import claude
 from tests.contracts.gateway import no_traceback
 from tests.contracts.shells import QUICK, ShellContract
@@ -68,3 +71,19 @@ def test_case(case: Mapping[str, Any], outcomes: Mapping[str, claude.Outcome | E
 
 class TestLocal(ShellContract):
     pass
+
+
+def test_output_that_nobody_asked_for_is_in_the_tenants_share() -> None:
+    """Hundreds of commands that ended unread keep a little each where it is full, and it goes with them."""
+    share = Budget(1 << 30, 1 << 20).tenant("demo")
+    kept = [_Unread(share) for _ in range(300)]
+    for one in kept:
+        for _ in range(50):
+            one.add(b"line\n" * 1000)
+    assert share.held <= (1 << 20) + 300 * 2 * (8 << 10)
+    text, _, lost = kept[-1].look(final=True, lines=False)
+    assert text.endswith("line\n") and lost == 250_000 - len(text)
+    kept.clear()
+    del one
+    gc.collect()
+    assert share.held == 0
