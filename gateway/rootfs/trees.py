@@ -41,15 +41,22 @@ _INNER = re.compile(rb"^NSpid:.*?(\d{1,10})$", re.MULTILINE)
 _NAME = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
 
 
-@functools.cache
 def mount_point() -> Path | None:
     """Return where the v2 tree is mounted: the top on pure hosts, `unified` on hybrid ones."""
+    try:
+        return _mounted()
+    except LookupError:
+        return None
+
+
+@functools.cache
+def _mounted() -> Path:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             left, _, right = line.partition(" - ")
             if right.startswith("cgroup2 "):
                 return Path(left.split(" ")[4])
-    return None
+    raise LookupError("not mounted, or not yet")
 
 
 def of_init(pid: int) -> Path | None:
