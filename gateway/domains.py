@@ -147,8 +147,6 @@ class Domains:
 
         Call it while `deciding` is held. Raises `Conflict` where the domain is another tenant's.
         """
-        if domain in self._moving:
-            raise _owned(domain)
         owner = await self._decide(domain, _carriers(tenants).get(domain, ()))
         claim = self._claims.get(domain)
         if owner not in (None, tenant) or (claim is not None and claim.deployment not in ("", deployment)):
@@ -299,7 +297,8 @@ class Domains:
             claim = self._claims.get(domain)  # a deployment may hold it by now
         if carriers:
             first = min(carriers, key=lambda one: (one.tenant not in serving, one.created, one.tenant))
-            await self._keep(domain, Claim(first.tenant, first.instance))
+            deployment = claim.deployment if claim is not None and claim.tenant == first.tenant else ""
+            await self._keep(domain, Claim(first.tenant, first.instance, deployment))
             return first.tenant
         if claim is not None and claim.deployment:
             return claim.tenant

@@ -397,10 +397,11 @@ class Settings(BaseSettings):
     @field_validator("domain_suffixes", mode="before")
     @classmethod
     def _split_suffixes(cls, value: object) -> object:
-        if isinstance(value, str):
-            entries = (part.strip().lower().removeprefix("*.").strip(".") for part in value.split(","))
-            return tuple(entry for entry in entries if entry)
-        return value
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        entries = (str(part).strip().lower().removeprefix("*.").strip(".") for part in parts)
+        return tuple(entry for entry in entries if entry)
 
     @field_validator("watch_ignore", "hosts", mode="before")
     @classmethod

@@ -146,7 +146,8 @@ class Deployments:
         self._unprepared: set[str] = set()  # names of templates
         self._turns = Turns(settings)
         self._moved = asyncio.Event()
-        self._looks = 0  # for addresses, one after another
+        self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet
+        self._looks = 0  # for these, one after another
         self._recovered = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -594,12 +595,14 @@ class Deployments:
 
     def _look_again(self, found: Sequence[Site]) -> None:
         """See to it that a site which has just been started is led to once it has its address."""
-        waits = any(
-            site.running and site.exposure is None and site.deployment is None and not site.shares_address
+        unplaced = frozenset(
+            site.tenant
             for site in found
+            if site.running and site.exposure is None and site.deployment is None and not site.shares_address
         )
-        self._looks = self._looks + 1 if waits else 0
-        if 0 < self._looks <= _ADDRESS_LOOKS:
+        self._looks = self._looks + 1 if unplaced == self._unplaced else 0
+        self._unplaced = unplaced
+        if unplaced and self._looks < _ADDRESS_LOOKS:
             asyncio.get_running_loop().call_later(_ADDRESS_LOOK, self._moved.set)
 
     async def _anchor(self) -> None:

@@ -27,7 +27,7 @@ from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(1800)
-ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "24"))
+ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "20"))
 HOME = "gw.test"  # the gateway's own
 
 # each answers with its tenant's name: a container is called as its tenant, a folder lies below it
@@ -435,6 +435,7 @@ class Race:
     names: list[str] = field(default_factory=lambda: [f"race-{n}" for n in range(4)])
     # who had a domain, from when its asking began until the answer that took it away
     had: list[list[Any]] = field(default_factory=list)
+    unsure: list[list[Any]] = field(default_factory=list)
     visits: list[tuple[str, str, float, float]] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     done: bool = False
@@ -459,9 +460,12 @@ class Race:
         entry = [self.who(tenant), domain, since, None]
         self.had.append(entry)  # it may answer before we hear so
         status, said = await self.world.patch(tenant, domain)
+        if status in (404, 503):  # an operator stops or renames it at this moment: it may have it, or not
+            self.unsure.append(entry)
+            return
         if status != 200:
             entry[3] = time.monotonic()
-            assert status in (404, 409, 503), said  # 503: an operator stops it at this moment
+            assert status == 409, said
             return
         self.ends(tenant, domain, time.monotonic())
         status, _ = await self.world.host.visit(domain)
@@ -546,14 +550,22 @@ class Race:
         self.chance.shuffle(works)
         await asyncio.gather(*works)
         owners = self.world.owners()
+        for entry in self.unsure:
+            if entry[0] in map(self.who, owners.get(entry[1], ())):
+                self.ends(entry[0], entry[1], time.monotonic())
+            else:
+                entry[3] = time.monotonic()
+        self.unsure.clear()
         assert {domain: names for domain, names in owners.items() if len(names) > 1} == {}
         for domain, where in self.world.leads().items():
             assert [where] == owners.get(domain, [where]), f"{domain} leads to {where}"
         for name in ("race-n", "race-c"):
             self.ends(name, None, time.monotonic() + 5)
             await self.world.gone(name)
-        assert self.wrong() == []
+        wrong = self.wrong()
+        assert not wrong, (wrong[:3], [entry for entry in self.had if entry[1] == wrong[0][0]][-6:])
         self.visits.clear()
+        self.had = [entry for entry in self.had if entry[3] is None or entry[3] > time.monotonic() - 60]
 
 
 async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> None:

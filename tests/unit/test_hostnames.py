@@ -101,6 +101,8 @@ def test_the_names_by_which_the_gateway_is_reached_are_its_own(tmp_path: Path) -
 def test_suffixes_are_read_however_they_are_written() -> None:
     given = Settings.model_validate({"domain_suffixes": " *.Sites.example.com, localhost., ,"})
     assert given.domain_suffixes == ("sites.example.com", "localhost")
+    listed = Settings.model_validate({"domain_suffixes": ["*.Sites.example.com."]})
+    assert listed.domain_suffixes == ("sites.example.com",)
     assert Settings.model_validate({"domain_suffixes": ""}).domain_suffixes == ()
 
 
