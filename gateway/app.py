@@ -42,6 +42,7 @@ from gateway.errors import (
     InvalidParams,
     NotFound,
     RateLimited,
+    Timeout,
     Unauthorized,
     Unavailable,
 )
@@ -593,12 +594,20 @@ class Gateway:
             except ValueError:
                 raise InvalidParams("the body is not JSON") from None
             ask = Ask(name, request.path_params, request.query_params, body, token)
-            answer = await getattr(self.life, handler)(ask)
+            facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
+
+            async def note(**more: str) -> None:
+                given: dict[str, Any] = {"operator": token.operates, **facts, **more}
+                await self.audit.note(token.subject, f"tenant.{handler}", name, **given)
+
+            try:
+                answer = await getattr(self.life, handler)(ask)
+            except (Timeout, Unavailable) as error:
+                if method == "DELETE":  # it may be gone all the same
+                    await note(error=error.code)
+                raise
             if method != "GET":
-                facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
-                await self.audit.note(
-                    token.subject, f"tenant.{handler}", name, operator=token.operates, **facts
-                )
+                await note()
             if isinstance(answer, Following):
                 self._hold(request, token, answer.end)
                 return answer

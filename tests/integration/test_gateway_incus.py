@@ -375,3 +375,21 @@ async def test_a_killed_gateways_commands_end_with_the_next_one(
         await first.start()
         await until(lambda: tree.alive() == 0)
         assert alive(other) == 1
+
+
+async def test_a_destroy_whose_end_is_not_known_is_in_the_audit(
+    gateway: LiveGateway, incusd: Incusd, tenant: Container
+) -> None:
+    """It may have been done all the same; one of a tenant that is not there was none."""
+    async with gateway.http(tenant.name, "t-none") as http, gateway.http("*", scopes=("admin",)) as admin:
+        await ask(http, "DELETE", "/v1/tenants/t-none", status=404)
+        await incusd.kill()
+        try:
+            await ask(http, "DELETE", f"/v1/tenants/{tenant.name}", status=503)
+        finally:
+            await incusd.restart()
+        entries = {}
+        for name in (tenant.name, "t-none"):
+            found = (await ask(admin, "GET", f"/v1/audit?tenant={name}"))["entries"]
+            entries[name] = [(one["who"], one["action"], one["facts"]) for one in found]
+    assert entries == {tenant.name: [("test", "tenant.destroy", {"error": "unavailable"})], "t-none": []}
