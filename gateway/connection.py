@@ -863,6 +863,14 @@ class Connection:
         token = self._require("events")
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
             raise RateLimited("too many subscriptions on this connection")
+        # each is woken by whatever happens to anybody
+        most, of = self._hub.settings.max_tenant_subscriptions, self._tenant
+        if sum(len(one._subscriptions) for one in self._hub.connections if one._tenant == of) >= most:
+            raise RateLimited(
+                "too many event subscriptions of this tenant; end some by events/unsubscribe",
+                limit=most,
+                retry_after=RETRY_AFTER,
+            )
         only = frozenset({self._tenant})
         types = None if params.types is None else tuple(params.types)
         subscription = self._hub.bus.subscribe(

@@ -168,10 +168,13 @@ class Unavailable(GatewayError):
 
 
 class RateLimited(GatewayError):
-    """A limit on how many is reached; ask again when some have ended."""
+    """A limit on how many is reached; ask again in `retry_after` seconds, when some may have ended."""
 
     code = "rate_limited"
     http_status = 429
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message, **{"retry_after": 5, **facts})
 
 
 class Gone(GatewayError):

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # seconds in which a request that Caddy had looked the route up for has become a connection
 _ON_THE_WAY: Final = 0.5
 
+_RETRY_AFTER: Final = 5
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
@@ -61,7 +62,7 @@ class Idle:
         self._stops: set[str] = set()  # tenants whose last stop was ours
         self._starts: set[str] = set()  # tenants whose next start is ours
         self._waking: dict[str, _Waking] = {}
-        self._visitors = 0
+        self._visitors: Counter[str] = Counter()  # those that wait, by domain
         self._slots = asyncio.Semaphore(settings.wakes_at_once)
         self._dozing: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -117,9 +118,10 @@ class Idle:
             raise NotFound("there is no site at this address")
         if not self._caddy.sleeps(domain):
             return
-        if self._visitors >= self._settings.wakes_waiting:
-            raise RateLimited("too many wait for sleeping sites", limit=self._settings.wakes_waiting)
-        self._visitors += 1
+        most, own = self._settings.wakes_waiting, max(1, self._settings.wakes_waiting // 4)
+        if self._visitors.total() >= most or self._visitors[domain] >= own:
+            raise RateLimited("too many wait for sleeping sites", limit=own, retry_after=_RETRY_AFTER)
+        self._visitors[domain] += 1
         try:
             tenant = await self._domains.owner(domain)
             if tenant is None:
@@ -127,7 +129,9 @@ class Idle:
             with self.using(tenant):
                 await self._within(asyncio.shield(self._wake(tenant).task))
         finally:
-            self._visitors -= 1
+            self._visitors[domain] -= 1
+            if not self._visitors[domain]:
+                del self._visitors[domain]
 
     async def _within(self, waking: asyncio.Future[None]) -> None:
         try:

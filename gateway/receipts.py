@@ -7,6 +7,7 @@ reads is kept in memory: made again, it does no harm.
 
 from __future__ import annotations
 
+import heapq
 import sqlite3
 import time
 from collections import OrderedDict
@@ -46,25 +47,29 @@ class _Shelf:
     def __init__(self, kept: int, kept_bytes: int, age: float) -> None:
         self.receipts: OrderedDict[Key, Receipt] = OrderedDict()
         self._kept, self._kept_bytes, self._age = kept, kept_bytes, age
-        self._bytes = 0
+        self.bytes = 0
 
     def put(self, key: Key, receipt: Receipt) -> None:
         self.take(key)
         self.receipts[key] = receipt
-        self._bytes += _OVERHEAD + receipt.size
+        self.bytes += _OVERHEAD + receipt.size
 
     def take(self, key: Key) -> Receipt | None:
         receipt = self.receipts.pop(key, None)
         if receipt is not None:
-            self._bytes -= _OVERHEAD + receipt.size
+            self.bytes -= _OVERHEAD + receipt.size
         return receipt
+
+    def drop(self) -> None:
+        """Drop the oldest."""
+        self.take(next(iter(self.receipts)))
 
     def trim(self) -> list[Key]:
         """Drop what is too much or too old, and return it."""
         born, gone = time.time() - self._age, list[Key]()
         while self.receipts:
             key, receipt = next(iter(self.receipts.items()))
-            full = len(self.receipts) > self._kept or self._bytes > self._kept_bytes
+            full = len(self.receipts) > self._kept or self.bytes > self._kept_bytes
             if not full and receipt.at >= born:
                 break
             self.take(key)
@@ -76,14 +81,16 @@ class Receipts:
     """The latest receipts of each tenant. Make it by `opened`; used from the event loop only.
 
     Kept of one tenant in the store are `receipts_kept` with at most `receipts_bytes`, for `receipts_age`
-    seconds; in memory, of calls that only read, the latest of all tenants in `receipts_memory` bytes.
+    seconds; in memory, of calls that only read, the latest of all tenants in `receipts_memory` bytes: where
+    there are more, whoever has most loses its oldest.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
         self._stored: dict[str, _Shelf] = {}  # of each tenant: none can push out another's
-        self._reads = _Shelf(1 << 20, settings.receipts_memory, settings.receipts_age)
+        self._reads: dict[str, _Shelf] = {}
+        self._reads_bytes = 0
 
     @classmethod
     async def opened(cls, store: Store, settings: Settings) -> Receipts:
@@ -152,8 +159,32 @@ class Receipts:
 
     def keep(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that only read, for a while, in memory."""
-        self._reads.put(key, Receipt(digest, time.time(), "done", len(result), result))
-        self._reads.trim()
+        settings = self._settings
+        shelf = self._reads.get(key[0])
+        if shelf is None:
+            shelf = _Shelf(1 << 20, settings.receipts_memory, settings.receipts_age)
+            self._reads[key[0]] = shelf
+        before = shelf.bytes
+        shelf.put(key, Receipt(digest, time.time(), "done", len(result), result))
+        shelf.trim()
+        self._reads_bytes += shelf.bytes - before
+        if self._reads_bytes > settings.receipts_memory:
+            self._lighten(settings.receipts_memory // 10 * 9)
+
+    def _lighten(self, most: int) -> None:
+        """Drop what was only read, of whoever has most of it, until there are no more bytes than `most`."""
+        heap = [(-shelf.bytes, tenant) for tenant, shelf in self._reads.items()]
+        heapq.heapify(heap)
+        while heap and self._reads_bytes > most:
+            _, tenant = heapq.heappop(heap)
+            shelf = self._reads[tenant]
+            before = shelf.bytes
+            shelf.drop()
+            self._reads_bytes -= before - shelf.bytes
+            if shelf.receipts:
+                heapq.heappush(heap, (-shelf.bytes, tenant))
+            else:
+                del self._reads[tenant]
 
     async def forget(self, key: Key) -> None:
         """Take back what `begin` noted: the call did not happen, and may be made again."""
@@ -170,8 +201,8 @@ class Receipts:
     async def forget_tenant(self, tenant: str) -> None:
         """Forget a tenant that is destroyed: another of its name begins anew."""
         self._stored.pop(tenant, None)
-        for key in [key for key in self._reads.receipts if key[0] == tenant]:
-            self._reads.take(key)
+        if (reads := self._reads.pop(tenant, None)) is not None:
+            self._reads_bytes -= reads.bytes
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, Receipt]]:
@@ -189,8 +220,9 @@ class Receipts:
         ]
 
     def _find(self, key: Key) -> Receipt | None:
-        shelf = self._stored.get(key[0])
-        return (shelf and shelf.receipts.get(key)) or self._reads.receipts.get(key)
+        shelves = (self._stored.get(key[0]), self._reads.get(key[0]))
+        found = (shelf.receipts.get(key) for shelf in shelves if shelf is not None)
+        return next((receipt for receipt in found if receipt is not None), None)
 
     def _shelf(self, key: Key) -> _Shelf:
         shelf = self._stored.get(key[0])

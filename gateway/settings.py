@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     )
     wakes_at_once: int = Field(8, gt=0, description="tenants that are woken or put to sleep at once")
     wakes_waiting: int = Field(
-        1000, gt=0, description="visitors that wait for sleeping sites; more are refused"
+        1000, gt=0, description="visitors that wait for sleeping sites, a quarter for one; more are refused"
     )
 
     # limits of one connection and one request
@@ -177,6 +177,9 @@ class Settings(BaseSettings):
         32 * MiB, gt=0, description="those of one websocket; beyond them it is read no further"
     )
     max_subscriptions: int = Field(16, gt=0, description="event subscriptions of one websocket")
+    max_tenant_subscriptions: int = Field(
+        256, gt=0, description="event subscriptions of all websockets of one tenant"
+    )
 
     # commands
     max_execs: int = Field(128, gt=0, description="running commands of one tenant")

@@ -737,6 +737,19 @@ asyncio.run(main())
                 ) as response:
                     assert (response.status, (await response.json())["code"]) == (400, "invalid_params")
 
+    async def test_a_tenant_takes_its_share_of_subscriptions(self, quick: LiveGateway, tenant: str) -> None:
+        """On however many sockets; one that ends makes place."""
+        share = int(QUICK["GATEWAY_MAX_TENANT_SUBSCRIPTIONS"])
+        async with quick.wire(tenant) as one, quick.wire(tenant) as two:
+            numbers = [(await one.call("events/subscribe"))["subscription"] for _ in range(16)]
+            for _ in range(share - 16):
+                await two.call("events/subscribe")
+            with pytest.raises(RpcFailure) as caught:
+                await two.call("events/subscribe")
+            assert (caught.value.code, caught.value.data["limit"]) == ("rate_limited", share)
+            await one.call("events/unsubscribe", subscription=numbers[0])
+            await two.call("events/subscribe")
+
     async def test_a_tenant_takes_its_share_of_tool_sessions(self, quick: LiveGateway, tenant: str) -> None:
         """Its own idle ones make place; those of open websockets do not, and are told so."""
         url, share = f"/v1/tenants/{tenant}/tools/Glob", int(QUICK["GATEWAY_MAX_TENANT_SESSIONS"])
@@ -1078,6 +1091,7 @@ QUICK: Mapping[str, str] = {
     "GATEWAY_MCP_PROGRESS": "0.2",
     "GATEWAY_CALL_LINGER": "0.5",
     "GATEWAY_MAX_TENANT_SESSIONS": "8",
+    "GATEWAY_MAX_TENANT_SUBSCRIPTIONS": "20",
     "GATEWAY_EXEC_LEFT": "kill",
 }
 

@@ -155,3 +155,16 @@ async def test_earlier_tells_of_every_command(store: Store) -> None:
         ("x1", "done", b"exit"),
         ("x2", "begun", None),
     ]
+
+
+async def test_what_one_tenant_reads_pushes_out_its_own_alone(store: Store) -> None:
+    receipts = await opened(store, receipts_memory=50_000)
+    for number in range(3):
+        receipts.keep(key(number, "quiet"), b"d", b"r" * 1000)
+    for number in range(300):
+        receipts.keep(key(number, "greedy"), b"d", b"r" * 1000)
+    assert await kept(receipts, range(3), "quiet") == [0, 1, 2]
+    found = await kept(receipts, range(300), "greedy")
+    assert found == list(range(found[0], 300)) and 20 < len(found) < 31
+    await receipts.forget_tenant("greedy")
+    assert receipts._reads_bytes == receipts._reads["quiet"].bytes

@@ -1,0 +1,50 @@
+"""Visitors of one sleeping site, who need no token, take no place from those of others."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from gateway.errors import RateLimited
+from gateway.idle import Idle
+from gateway.settings import Settings
+
+
+class Asleep:
+    """A Caddy whose sites all sleep, and domains whose owner is not found out."""
+
+    def get(self, domain: str) -> str:
+        return domain
+
+    def sleeps(self, domain: str) -> bool:
+        return True
+
+    async def owner(self, domain: str) -> str | None:
+        await asyncio.Event().wait()
+        return None
+
+
+async def test_visitors_of_one_site_are_a_quarter_at_most() -> None:
+    asleep = cast(Any, Asleep())
+    idle = Idle(asleep, asleep, asleep, asleep, asleep, asleep, Settings(wakes_waiting=8))
+    waiting = [asyncio.ensure_future(idle.visit("greedy.example.com")) for _ in range(2)]
+    await asyncio.sleep(0)
+    for _ in range(2):
+        with pytest.raises(RateLimited) as caught:
+            await idle.visit("greedy.example.com")
+        assert caught.value.facts["retry_after"] > 0
+    waiting += [asyncio.ensure_future(idle.visit(f"site{n}.example.com")) for n in range(6)]
+    await asyncio.sleep(0)
+    assert not any(one.done() for one in waiting)
+    with pytest.raises(RateLimited):
+        await idle.visit("another.example.com")
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    late = asyncio.ensure_future(idle.visit("greedy.example.com"))
+    await asyncio.sleep(0)
+    assert not late.done()
+    late.cancel()
+    await asyncio.gather(late, return_exceptions=True)
