@@ -151,8 +151,13 @@ def _pool(settings: Settings) -> str:
         raise HostError(f"{free >> 20} MiB are free; enlarge the pool, or delete snapshots that nobody needs")
     if found["driver"] == "dir":
         raise Hint("folders, which know no quotas: one tenant may fill the disk; see GATEWAY_POOL_SOURCE")
-    if free < space["total"] // 10:
-        raise Hint(f"{free / GiB:.1f} GiB are free, less than a tenth; enlarge it or delete snapshots")
+    if free < space["total"] * settings.pool_reserve:
+        raise HostError(
+            f"{free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE keeps: no snapshot, clone or new "
+            "tenant is made; enlarge the pool, or delete snapshots that nobody needs"
+        )
+    if free < space["total"] * 1.5 * settings.pool_reserve:
+        raise Hint(f"{free / GiB:.1f} GiB are free, which will soon be all that GATEWAY_POOL_RESERVE keeps")
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 

@@ -22,12 +22,14 @@ SHARES: Final = (
     ("socket_bytes", "tenant_bytes"),
     ("tenant_bytes", "bytes_in_flight"),
     ("max_tenant_sessions", "max_sessions"),
+    ("exec_tenant_bytes", "exec_bytes"),
     ("max_execs", "tenant_processes"),
 )
 # what the gateway's own memory may hold at once
 BUDGETS: Final = (
     "bytes_in_flight",
     "waiting_bytes",
+    "exec_bytes",
     "exec_keep_bytes",
     "receipts_memory",
 )
@@ -40,8 +42,8 @@ def loose(settings: Settings) -> Iterator[str]:
             yield f"{_name(share)} is not below {_name(whole)}: one may take all of it; set it lower"
     held = sum(getattr(settings, name) for name in BUDGETS)
     allowed = f"{', '.join(_name(name) for name in BUDGETS)} allow {held // MiB} MiB"
-    if held > (has := _memory()) // 4:
-        yield f"{allowed}, more than a quarter of this host's {has // MiB}; set them lower"
+    if held > (has := _memory()) // 2:
+        yield f"{allowed}, more than half of this host's {has // MiB}; set them lower"
     end = _end_of_memory()
     if end is None:
         yield (
@@ -53,6 +55,11 @@ def loose(settings: Settings) -> Iterator[str]:
     for suffix in settings.domain_suffixes:
         if "." not in suffix and suffix not in ("localhost", "test", "internal"):
             yield f"GATEWAY_DOMAIN_SUFFIXES has {suffix}: any token may take names in it; name one of yours"
+    if settings.pool_reserve < 0.02:
+        yield (
+            "GATEWAY_POOL_RESERVE is next to nothing: snapshots and new tenants may fill the pool, and then "
+            "every site fails to write; set it to 0.1"
+        )
     if settings.secret is not None:
         yield (
             "the secret comes from GATEWAY_SECRET or the configuration, where more than the gateway sees it; "

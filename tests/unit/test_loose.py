@@ -22,7 +22,7 @@ def told(tmp_path: Path, **given: Any) -> str:
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with enough of all."""
     monkeypatch.setattr(loose, "_memory", lambda: 64 << 30)
-    monkeypatch.setattr(loose, "_end_of_memory", lambda: 2 << 30)
+    monkeypatch.setattr(loose, "_end_of_memory", lambda: 3 << 30)
     monkeypatch.delenv("GATEWAY_SECRET", raising=False)
     monkeypatch.setenv("GATEWAY_CONFIG", "/nonexistent")
 
@@ -55,9 +55,10 @@ def test_every_share_of_one_tenant_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"bytes_in_flight": 8 << 30}, "more than the unit's MemoryMax of 2048"),
-        ({"bytes_in_flight": 20 << 30}, "more than a quarter of this host's"),
+        ({"bytes_in_flight": 8 << 30}, "more than the unit's MemoryMax of 3072"),
+        ({"bytes_in_flight": 40 << 30}, "more than half of this host's"),
         ({"domain_suffixes": ("com",)}, "GATEWAY_DOMAIN_SUFFIXES has com"),
+        ({"pool_reserve": 0.0}, "GATEWAY_POOL_RESERVE"),
         ({"secret": "x" * 40}, "the secret comes from"),
         ({"runtime": "local"}, "nothing isolates"),
     ],

@@ -31,7 +31,7 @@ def size(value: str) -> int:
 @pytest.mark.parametrize("name", UNITS)
 def test_each_has_an_end_of_its_memory_and_gains_nothing(name: str) -> None:
     found = settings(name)
-    assert size(found["MemoryMax"][0]) <= 2 << 30
+    assert size(found["MemoryMax"][0]) <= 3 << 30
     assert found["NoNewPrivileges"] == ["yes"]
     assert found["CapabilityBoundingSet"] and found["SystemCallFilter"]
     assert found["SystemCallArchitectures"] == ["native"]
