@@ -239,6 +239,20 @@ async def test_a_request_that_is_refused_is_asked_again_by_the_next_token() -> N
             await client.tenants()
 
 
+async def test_over_http_the_gateways_clock_counts_too() -> None:
+    ahead = 3600
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        date = formatdate(time.time() - ahead, usegmt=True)
+        return web.json_response({"tenants": []}, headers={"Date": date})
+
+    supply = Supply(*(made(600 - ahead, str(n)) for n in range(9)))
+    async with serving(handler, supply) as client:
+        for _ in range(4):
+            assert await client.tenants() == []
+    assert supply.asked == 1
+
+
 async def test_what_is_read_but_once_is_not_sent_again() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         await request.read()

@@ -257,6 +257,7 @@ class Client:
 
         token = await self.credentials.current()
         response = await asked(token)
+        self.credentials.learn(token, None, response.headers.get("Date"))
         if response.status == 401 and repeatable and self.credentials.renewable:
             await response.read()
             if (newer := await self.credentials.after(token)) is not None:

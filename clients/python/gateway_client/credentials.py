@@ -82,7 +82,7 @@ class Credentials:
 
     def learn(self, token: str, expires: object, date: str | None) -> None:
         """Take what the gateway says of a token's end, and of the time."""
-        other = self._set_clock(date)
+        other = self.renewable and date is not None and self._set_clock(date)
         if token != self.token or not isinstance(expires, int | float):
             return
         if other or expires != self._expires:
@@ -95,10 +95,10 @@ class Credentials:
     def _now(self) -> float:
         return time.time() + self._ahead
 
-    def _set_clock(self, date: str | None) -> bool:
+    def _set_clock(self, date: str) -> bool:
         """Take the gateway's time; return whether its clock is another than was thought."""
         try:
-            ahead = 0.0 if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+            ahead = parsedate_to_datetime(date).timestamp() - time.time()
         except ValueError:
             return False
         before, self._ahead = self._ahead, ahead if abs(ahead) > SAME else 0.0
