@@ -31,7 +31,7 @@ class Share:
     """Bytes held for one socket or one tenant, within a limit and within the share above.
 
     What is large may take no more than it leaves to the others of the share above: whoever comes next finds
-    room, however many have taken theirs. One that holds nothing takes a message of any size. What is small
+    room, however many have taken theirs. One that holds little takes a message of any size. What is small
     is held to the tenant's limit alone: a socket has a limit of requests besides.
     """
 
@@ -55,7 +55,7 @@ class Share:
         if size <= SMALL:
             if after > self.limit and self._of_tenant:
                 return self
-        elif self.held and (
+        elif self.held > self.limit // _SPARE and (
             after > self.limit - self.limit // _SPARE or after > above.limit - above.held - size
         ):
             return self
@@ -172,7 +172,7 @@ class Budget:
 
     def full(self, size: int) -> Budget | None:
         limit = self.limit if size <= SMALL else self.limit - self.limit // _SPARE
-        return self if self.held and self.held + size > limit else None
+        return self if self.held > self.limit // _SPARE and self.held + size > limit else None
 
     async def queue(self, share: Share, size: int) -> Lease:
         """Wait until `share` has room for `size` bytes; for `Share.wait`."""

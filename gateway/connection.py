@@ -139,7 +139,8 @@ class Connection:
         self._pending: dict[RequestId, _Pending] = {}
         self._unsent = 0  # answers that are being sent
         self._attachments: dict[int, Attachment] = {}
-        self._sending: dict[int, float] = {}  # since when output of a channel waits for the client
+        # since when output of a channel, or a large answer, waits for the client
+        self._sending: dict[int, float] = {}
         self._channels: dict[str, int] = {}
         self._subscriptions: dict[int, Subscription] = {}
         self._last_subscription = 0
@@ -459,7 +460,11 @@ class Connection:
             lease.hold(REQUEST + len(reply) - lease.size)
             if wanted is not None:
                 self._unsent += 1
+                if len(reply) > LARGE:
+                    # a slow client takes 16 KiB a second
+                    self._sending[-id(pending)] = asyncio.get_running_loop().time() + len(reply) / (16 << 10)
                 await self._send(reply)
+                self._sending.pop(-id(pending), None)
                 self._unsent -= 1
         finally:
             lease.end()
