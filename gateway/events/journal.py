@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import logging
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +17,7 @@ from typing import Final, Protocol
 import orjson
 
 from gateway.events.event import EVERYTHING, Draft, Event, Filter, numbered
+from gateway.events.shares import ALL, NOBODYS, Entry, Losses, Shares, concerned, entry_of, losses_of
 from gateway.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
@@ -39,8 +38,6 @@ _GATHER, _SPACING = 0.01, 0.05
 _RETRY: Final = 1.0
 # seconds between two looks for what is too old
 _AGEING: Final = 600.0
-# of so many tenants and deployments it is known apart up to where their events are lost
-_LOSSES: Final = 10_000
 # a power cut may take back the last commits, and with them ids that were seen: far beyond what can be lost
 _JUMP: Final = 1_000_000
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -108,162 +105,6 @@ class Journal(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What is remembered of an event that is kept."""
-
-    id: int
-    size: int
-    time: float
-    deployment: str | None
-
-
-class _Shares:
-    """What is kept of each tenant's events, oldest first, and what is to go so that all have room.
-
-    Where there are more than `most`, or more bytes than `most_bytes`, the tenant that has most of them loses
-    its oldest: nobody loses anything to another who has more. The events of no tenant count as one's.
-    """
-
-    def __init__(self, most: int, most_bytes: int) -> None:
-        self._most, self._most_bytes = most, most_bytes
-        self._of: dict[str, deque[_Entry]] = {}
-        self._bytes_of: dict[str, int] = {}
-        self._count = self._bytes = 0
-
-    @property
-    def oldest(self) -> int | None:
-        """The id of the oldest event, None where there is none."""
-        return min((entries[0].id for entries in self._of.values()), default=None)
-
-    def add(self, tenant: str, entry: _Entry) -> None:
-        self._of.setdefault(tenant, deque()).append(entry)
-        self._count_in(tenant, entry)
-
-    def excess(self, newest: int, born: float) -> list[tuple[str, _Entry]]:
-        """Take out what is too much, or older than `born`, but never the newest event; return it."""
-        gone: list[tuple[str, _Entry]] = []
-        for tenant in [tenant for tenant, entries in self._of.items() if entries[0].time < born]:
-            while (entries := self._of.get(tenant)) and entries[0].time < born and entries[0].id != newest:
-                gone.append((tenant, self.take(tenant)))
-        gone += self._lighten(newest, lambda tenant: len(self._of[tenant]), lambda: self._count > self._most)
-        gone += self._lighten(newest, self._bytes_of.__getitem__, lambda: self._bytes > self._most_bytes)
-        return gone
-
-    def take(self, tenant: str) -> _Entry:
-        """Take out the tenant's oldest."""
-        entry = self._of[tenant].popleft()
-        self._count_out(tenant, entry)
-        return entry
-
-    def restore(self, gone: Sequence[tuple[str, _Entry]]) -> None:
-        """Put back what `excess` took out."""
-        for tenant, entry in reversed(gone):
-            self._of.setdefault(tenant, deque()).appendleft(entry)
-            self._count_in(tenant, entry)
-
-    def retract(self, tenant: str) -> None:
-        """Take back the tenant's latest."""
-        self._count_out(tenant, self._of[tenant].pop())
-
-    def _lighten(
-        self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
-    ) -> Iterator[tuple[str, _Entry]]:
-        """Take from the heaviest, of equals from the one whose oldest is the oldest."""
-        if not too_much():
-            return
-        heap = [(-weight(tenant), entries[0].id, tenant) for tenant, entries in self._of.items()]
-        heapq.heapify(heap)
-        while heap and too_much():
-            tenant = heap[0][2]
-            if self._of[tenant][0].id != newest:
-                yield tenant, self.take(tenant)
-                if tenant in self._of:
-                    heapq.heapreplace(heap, (-weight(tenant), self._of[tenant][0].id, tenant))
-                    continue
-            heapq.heappop(heap)
-
-    def _count_in(self, tenant: str, entry: _Entry) -> None:
-        self._count += 1
-        self._bytes += entry.size
-        self._bytes_of[tenant] = self._bytes_of.get(tenant, 0) + entry.size
-
-    def _count_out(self, tenant: str, entry: _Entry) -> None:
-        self._count -= 1
-        self._bytes -= entry.size
-        self._bytes_of[tenant] -= entry.size
-        if not self._of[tenant]:
-            del self._of[tenant], self._bytes_of[tenant]
-
-
-# what events are about, by the keys of `_Losses`: one of all, of no tenant, of a tenant, of a deployment
-_ALL: Final = "*"
-_NOBODYS: Final = ""
-
-
-def _of_deployment(deployment: str) -> str:
-    return f":{deployment}"  # no tenant's name
-
-
-class _Losses:
-    """Up to which id events are no longer kept, of each tenant and deployment; and the number of that loss.
-
-    Of at most `_LOSSES` of them it is known apart; what was lost longest ago counts as everybody's.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._upto: dict[str, tuple[int, int]] = {}
-        self._highest = -1
-
-    def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        return ((key, upto, number) for key, (upto, number) in self._upto.items())
-
-    def put(self, key: str, upto: int, number: int) -> None:
-        self._upto[key] = max(upto, self._upto.get(key, (upto, 0))[0]), number
-        self._highest, self.number = max(self._highest, upto), max(self.number, number)
-
-    def after(self, id: int, wanted: Filter) -> int:
-        """Return the number of the latest loss, after that id, of what may have been wanted; 0 for none."""
-        if self._highest <= id:  # as for whoever keeps up
-            return 0
-        keys = _keys(wanted)
-        found = self._upto.values() if keys is None else [self._upto.get(key, (-1, 0)) for key in keys]
-        return max((number for upto, number in found if upto > id), default=0)
-
-    def folded(self) -> tuple[list[str], int]:
-        """Return the keys that are too many, and the id up to which all is then taken for lost."""
-        many = len(self._upto) - _LOSSES
-        if many <= 0:
-            return [], 0
-        oldest = heapq.nsmallest(many + _LOSSES // 10, self._upto.items(), key=lambda item: item[1])
-        keys = [key for key, _ in oldest if key != _ALL]
-        return keys, max(upto for _, (upto, _) in oldest)
-
-    def forget(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._upto.pop(key, None)
-
-
-def _lost(gone: Iterable[tuple[str, _Entry]]) -> dict[str, int]:
-    """Return up to which id each tenant and deployment loses events."""
-    upto: dict[str, int] = {}
-    for tenant, entry in gone:
-        for key in (tenant, *([] if entry.deployment is None else [_of_deployment(entry.deployment)])):
-            upto[key] = max(entry.id, upto.get(key, -1))
-    return upto
-
-
-def _keys(wanted: Filter) -> list[str] | None:
-    """Return of whom events may be wanted, None for anybody."""
-    if wanted.deployments is not None:
-        return [_ALL, *map(_of_deployment, wanted.deployments)]
-    if wanted.tenants is not None:
-        names = wanted.tenants if wanted.coverage is None else wanted.tenants & wanted.coverage
-        return [_ALL, *names]
-    return None if wanted.coverage is None else [_ALL, _NOBODYS, *wanted.coverage]
-
-
 class _Latest:
     """The latest events, in memory: all that are kept from `first` on. Ids may have holes."""
 
@@ -317,8 +158,8 @@ class MemoryJournal:
 
     def __init__(self, kept: int, kept_bytes: int = 64 * MiB, first: int | None = None) -> None:
         self._latest = _Latest(_clock() if first is None else first)
-        self._shares, self._losses = _Shares(kept, kept_bytes), _Losses()
-        self._losses.put(_ALL, self._latest.newest, 1)
+        self._shares, self._losses = Shares(kept, kept_bytes), Losses()
+        self._losses.put(ALL, self._latest.newest, 1)
         self._grown: Callable[[], None] = lambda: None
 
     @property
@@ -346,11 +187,11 @@ class MemoryJournal:
         events = [numbered(draft, self.newest + n) for n, draft in enumerate(drafts, 1)]
         for event in events:
             self._latest.add(event)
-            self._shares.add(event.tenant or _NOBODYS, _entry(event))
+            self._shares.add(event.tenant or NOBODYS, entry_of(event))
         gone = self._shares.excess(self.newest, 0.0)
         self._latest.remove(entry.id for _, entry in gone)
         number = self._losses.number + 1
-        for key, upto in _lost(gone).items():
+        for key, upto in losses_of(gone).items():
             self._losses.put(key, upto, number)
         if events:
             self._grown()
@@ -377,10 +218,10 @@ class StoredJournal:
         self._store = store
         self._age = age
         self._last = self._newest = 0  # the ids that were given out and became readable last
-        self._shares, self._losses = _Shares(kept, kept_bytes), _Losses()
+        self._shares, self._losses = Shares(kept, kept_bytes), Losses()
         self._recent = _Latest(1)
         self._waiting: dict[int, Event] = {}  # oldest first
-        self._room = _Shares(waiting, kept_bytes)
+        self._room = Shares(waiting, kept_bytes)
         self._dropped: dict[str, int] = {}  # what was lost of those that waited, and is not on record yet
         self._writing = False
         self._appended = asyncio.Event()
@@ -394,7 +235,7 @@ class StoredJournal:
         whole = await self._store.write(lambda connection: _begun(connection, boot, _clock()), durable=True)
         rows, recent, losses = await self._store.read(_kept)
         for id_, tenant, deployment, size, at in rows:
-            self._shares.add(tenant or _NOBODYS, _Entry(id_, size, at, deployment))
+            self._shares.add(tenant or NOBODYS, Entry(id_, size, at, deployment))
         for key, upto, number in losses:
             self._losses.put(key, upto, number)
         self._last = self._newest = rows[-1][0] if rows else max(upto for _, upto, _ in losses)
@@ -404,7 +245,7 @@ class StoredJournal:
         else:
             self._last += _JUMP
             self._recent = _Latest(self._last + 1)
-            self._dropped[_ALL] = self._last
+            self._dropped[ALL] = self._last
         self._appended.set()  # what grew too old meanwhile goes at once
         self._writer = asyncio.create_task(self._write(), name="journal")
         return self
@@ -465,11 +306,11 @@ class StoredJournal:
         """Have events wait to be written, and let go of what is too much of them."""
         for event in events:
             self._waiting[event.id] = event
-            self._room.add(event.tenant or _NOBODYS, _entry(event))
+            self._room.add(event.tenant or NOBODYS, entry_of(event))
         gone = self._room.excess(-1, 0.0)
         for _, entry in gone:
             del self._waiting[entry.id]
-        self._let_go(_lost(gone))
+        self._let_go(losses_of(gone))
 
     def _let_go(self, lost: Mapping[str, int]) -> None:
         for key, upto in lost.items():
@@ -520,13 +361,14 @@ class StoredJournal:
 
     async def _keep(self, events: Sequence[Event]) -> None:
         """Write events, and remove what is too much with them."""
-        coming = [(event.tenant or _NOBODYS, _entry(event)) for event in events]
+        coming = [(event.tenant or NOBODYS, entry_of(event)) for event in events]
         for tenant, entry in coming:
             self._shares.add(tenant, entry)
         newest = events[-1].id if events else self._newest
         gone = self._shares.excess(newest, time.time() - self._age)
         dropped, self._dropped = self._dropped, {}
-        change = _Change(events, [entry.id for _, entry in gone], {**dropped, **_lost(gone)})
+        lost = dropped | {key: max(upto, dropped.get(key, -1)) for key, upto in losses_of(gone).items()}
+        change = _Change(events, [entry.id for _, entry in gone], lost)
         if not (events or change.lost):
             return
         change.number = self._losses.number + 1
@@ -573,7 +415,7 @@ class _Change:
     def losses(self) -> list[tuple[str, int, int]]:
         found = dict(self.lost)
         if self.folded[0]:
-            found[_ALL] = max(self.folded[1], found.get(_ALL, -1))
+            found[ALL] = max(self.folded[1], found.get(ALL, -1))
         return [(key, upto, self.number) for key, upto in found.items()]
 
     def write(self, connection: sqlite3.Connection) -> None:
@@ -597,10 +439,6 @@ class _Change:
             connection.execute(_FOLD, (_listed(self.folded[0]),))
         for row in self.losses():
             connection.execute(_LOSE, row)
-
-
-def _entry(event: Event) -> _Entry:
-    return _Entry(event.id, len(event.encoded), event.time, event.deployment)
 
 
 def _clock() -> int:
@@ -629,7 +467,7 @@ def _begun(connection: sqlite3.Connection, boot: str, clock: int) -> bool:
     connection.execute("INSERT OR REPLACE INTO journal VALUES (1, ?)", (boot,))
     connection.execute(
         "INSERT OR IGNORE INTO losses VALUES (?, coalesce((SELECT min(id) - 1 FROM events), ?), 1)",
-        (_ALL, clock),
+        (ALL, clock),
     )
     return found is None or found[0] in (None, boot)
 
@@ -687,7 +525,7 @@ def _stretch(connection: sqlite3.Connection, after: int, newest: int, limit: int
 
 
 def _loss(connection: sqlite3.Connection, after: int, wanted: Filter) -> int:
-    keys = _keys(wanted)
+    keys = concerned(wanted)
     whose, given = (
         ("", ()) if keys is None else ("AND key IN (SELECT value FROM json_each(?))", (_listed(keys),))
     )

@@ -320,19 +320,36 @@ async def test_losses_of_many_tenants_are_told_in_bounded_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was lost longest ago is then taken for everybody's: a gap too many, never one too few."""
-    monkeypatch.setattr(journal_module, "_LOSSES", 20)
+    monkeypatch.setattr("gateway.events.shares._LOSSES", 20)
     async with Store(tmp_path) as store, stored(store, kept=10) as journal:
         bus = Bus(journal, "t")
         first = bus.publish("first", "t0")
         for n in range(100):
             bus.publish("e", f"t{n}")
             await settle(journal)
-        assert len(list(journal._losses)) <= 22
+        assert len(journal._losses) <= 22
         ((kept,),) = await store.read(lambda db: db.execute("SELECT count(*) FROM losses").fetchall())
-        assert kept == len(list(journal._losses))
+        assert kept == len(journal._losses)
         for n in (0, 50, 85):
             got = await replayed(bus, Filter(frozenset({f"t{n}"})), first.id)
             assert [event.type for event in got] == [GAP]
+
+
+async def test_what_was_lost_while_it_waited_counts_beside_what_is_no_longer_kept(tmp_path: Path) -> None:
+    """Though both are of one tenant, and written down at once."""
+    async with Store(tmp_path) as store, stored(store, kept=5, waiting=5) as journal:
+        bus = Bus(journal, "t")
+        made = [bus.publish("e", "shop") for _ in range(5)]
+        await settle(journal)
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=1").fetchall())
+        lost = bus.publish("large", "shop", {"x": "x" * 100_000})
+        await until(lambda: journal.failed is not None)
+        for _ in range(5):
+            bus.publish("e", "shop")
+        await store.write(lambda db: db.execute("PRAGMA max_page_count=1048576").fetchall())
+        await until(lambda: journal.failed is None)
+        got = await take(bus.subscribe(Filter(frozenset({"shop"})), after=made[-1].id), 2)
+        assert (got[0].type, got[1].id) == (GAP, lost.id + 1)
 
 
 async def test_one_tenant_does_not_push_out_what_waits_for_a_full_disk(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""Knows whose events are kept: the shares of a journal's room, and whose events are lost up to where."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.events.event import Event, Filter
+
+# of so many tenants and deployments it is known apart up to where their events are lost
+_LOSSES: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is remembered of an event that is kept."""
+
+    id: int
+    size: int
+    time: float
+    deployment: str | None
+
+
+class Shares:
+    """What is kept of each tenant's events, oldest first, and what is to go so that all have room.
+
+    Where there are more than `most`, or more bytes than `most_bytes`, the tenant that has most of them loses
+    its oldest: nobody loses anything to another who has more. The events of no tenant count as one's.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._of: dict[str, deque[Entry]] = {}
+        self._bytes_of: dict[str, int] = {}
+        self._count = self._bytes = 0
+
+    @property
+    def oldest(self) -> int | None:
+        """The id of the oldest event, None where there is none."""
+        return min((entries[0].id for entries in self._of.values()), default=None)
+
+    def add(self, tenant: str, entry: Entry) -> None:
+        self._of.setdefault(tenant, deque()).append(entry)
+        self._count_in(tenant, entry)
+
+    def excess(self, newest: int, born: float) -> list[tuple[str, Entry]]:
+        """Take out what is too much, or older than `born`, but never the newest event; return it."""
+        gone: list[tuple[str, Entry]] = []
+        for tenant in [tenant for tenant, entries in self._of.items() if entries[0].time < born]:
+            while (entries := self._of.get(tenant)) and entries[0].time < born and entries[0].id != newest:
+                gone.append((tenant, self.take(tenant)))
+        gone += self._lighten(newest, lambda tenant: len(self._of[tenant]), lambda: self._count > self._most)
+        gone += self._lighten(newest, self._bytes_of.__getitem__, lambda: self._bytes > self._most_bytes)
+        return gone
+
+    def take(self, tenant: str) -> Entry:
+        """Take out the tenant's oldest."""
+        entry = self._of[tenant].popleft()
+        self._count_out(tenant, entry)
+        return entry
+
+    def restore(self, gone: Sequence[tuple[str, Entry]]) -> None:
+        """Put back what `excess` took out."""
+        for tenant, entry in reversed(gone):
+            self._of.setdefault(tenant, deque()).appendleft(entry)
+            self._count_in(tenant, entry)
+
+    def retract(self, tenant: str) -> None:
+        """Take back the tenant's latest."""
+        self._count_out(tenant, self._of[tenant].pop())
+
+    def _lighten(
+        self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
+    ) -> Iterator[tuple[str, Entry]]:
+        """Take from the heaviest, of equals from the one whose oldest is the oldest."""
+        if not too_much():
+            return
+        heap = [(-weight(tenant), entries[0].id, tenant) for tenant, entries in self._of.items()]
+        heapq.heapify(heap)
+        while heap and too_much():
+            tenant = heap[0][2]
+            if self._of[tenant][0].id != newest:
+                yield tenant, self.take(tenant)
+                if tenant in self._of:
+                    heapq.heapreplace(heap, (-weight(tenant), self._of[tenant][0].id, tenant))
+                    continue
+            heapq.heappop(heap)
+
+    def _count_in(self, tenant: str, entry: Entry) -> None:
+        self._count += 1
+        self._bytes += entry.size
+        self._bytes_of[tenant] = self._bytes_of.get(tenant, 0) + entry.size
+
+    def _count_out(self, tenant: str, entry: Entry) -> None:
+        self._count -= 1
+        self._bytes -= entry.size
+        self._bytes_of[tenant] -= entry.size
+        if not self._of[tenant]:
+            del self._of[tenant], self._bytes_of[tenant]
+
+
+# what events are about, by the keys of `Losses`: one of all, of no tenant, of a tenant, of a deployment
+ALL: Final = "*"
+NOBODYS: Final = ""
+
+
+def _of_deployment(deployment: str) -> str:
+    return f":{deployment}"  # no tenant's name
+
+
+class Losses:
+    """Up to which id events are no longer kept, of each tenant and deployment; and the number of that loss.
+
+    Of at most `_LOSSES` of them it is known apart; what was lost longest ago counts as everybody's.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._upto: dict[str, tuple[int, int]] = {}
+        self._highest = -1
+
+    def __len__(self) -> int:
+        return len(self._upto)
+
+    def put(self, key: str, upto: int, number: int) -> None:
+        self._upto[key] = max(upto, self._upto.get(key, (upto, 0))[0]), number
+        self._highest, self.number = max(self._highest, upto), max(self.number, number)
+
+    def after(self, id: int, wanted: Filter) -> int:
+        """Return the number of the latest loss, after that id, of what may have been wanted; 0 for none."""
+        if self._highest <= id:  # as for whoever keeps up
+            return 0
+        keys = concerned(wanted)
+        found = self._upto.values() if keys is None else [self._upto.get(key, (-1, 0)) for key in keys]
+        return max((number for upto, number in found if upto > id), default=0)
+
+    def folded(self) -> tuple[list[str], int]:
+        """Return the keys that are too many, and the id up to which all is then taken for lost."""
+        many = len(self._upto) - _LOSSES
+        if many <= 0:
+            return [], 0
+        oldest = heapq.nsmallest(many + _LOSSES // 10, self._upto.items(), key=lambda item: item[1])
+        keys = [key for key, _ in oldest if key != ALL]
+        return keys, max(upto for _, (upto, _) in oldest)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._upto.pop(key, None)
+
+
+def losses_of(gone: Iterable[tuple[str, Entry]]) -> dict[str, int]:
+    """Return up to which id each tenant and deployment loses events."""
+    upto: dict[str, int] = {}
+    for tenant, entry in gone:
+        for key in (tenant, *([] if entry.deployment is None else [_of_deployment(entry.deployment)])):
+            upto[key] = max(entry.id, upto.get(key, -1))
+    return upto
+
+
+def concerned(wanted: Filter) -> list[str] | None:
+    """Return of whom events may be wanted, None for anybody."""
+    if wanted.deployments is not None:
+        return [ALL, *map(_of_deployment, wanted.deployments)]
+    if wanted.tenants is not None:
+        names = wanted.tenants if wanted.coverage is None else wanted.tenants & wanted.coverage
+        return [ALL, *names]
+    return None if wanted.coverage is None else [ALL, NOBODYS, *wanted.coverage]
+
+
+def entry_of(event: Event) -> Entry:
+    return Entry(event.id, len(event.encoded), event.time, event.deployment)
