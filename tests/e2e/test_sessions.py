@@ -9,7 +9,7 @@ import pytest
 from playwright.async_api import BrowserContext, Locator, expect
 
 from gateway import auth
-from tests.e2e.conftest import OpenEditor
+from tests.e2e.conftest import ADDRESS, OpenEditor
 from tests.e2e.editor import Editor
 from tests.e2e.test_editor import run
 from tests.integration.sites import Hosting
@@ -83,6 +83,22 @@ async def test_two_tabs_with_two_tokens_for_two_tenants_work_side_by_side_and_su
     await one.page.reload()
     await shows(one, site, "ann")
     one.watched.complaints.clear()  # the third tab's session ended with the second's
+
+
+async def test_by_https_each_tab_has_a_cookie_that_only_this_host_can_set(
+    editor: OpenEditor, host: Hosting, site: str, second: str
+) -> None:
+    one = await editor(signed_in=False, ignore_https_errors=True)
+    one.watched.address = f"https://{ADDRESS}:{host.settings.caddy_https}"
+    two = await beside(one, second)
+    for window in (one, two):
+        await window.load(f"token={token(window.tenant)}&tenant={window.tenant}")
+        await shows(window, window.tenant, "ann")
+    names = await cookies(one.watched.context)
+    assert len(names) == 2 and all(name.startswith("__Host-gateway_session_") for name in names)
+    for window in (one, two):
+        await window.page.reload()
+        await shows(window, window.tenant, "ann")
 
 
 # --- no session is replaced unasked -----------------------------------------------------------------------
