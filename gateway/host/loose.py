@@ -23,6 +23,7 @@ SHARES: Final = (
     ("tenant_bytes", "bytes_in_flight"),
     ("max_tenant_sessions", "max_sessions"),
     ("exec_tenant_bytes", "exec_bytes"),
+    ("max_subscriptions", "max_tenant_subscriptions"),
     ("max_execs", "tenant_processes"),
 )
 # what the gateway's own memory may hold at once
