@@ -67,12 +67,13 @@ class Passing(Incus):
             yield {"type": "lifecycle", "metadata": {"action": f"instance-{action}", "name": "shop"}}
         await asyncio.Event().wait()
 
-    async def get(self, path: str, **query: str) -> Any:
-        if path == "/1.0/instances":
-            return []
+    async def instances(self, **_: Any) -> list[dict[str, Any]]:
+        return []
+
+    async def instance(self, name: str) -> dict[str, Any]:
         if self.gone:
             raise IncusError("Instance not found", 404)
-        return instance("shop", status="Running")
+        return instance(name, status="Running")
 
 
 async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
