@@ -86,4 +86,5 @@ async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
             told.append(event.type)
             if event.type == "tenant.destroyed":
                 break
-    assert told == ["gateway.resynced", "tenant.created", "tenant.started", "tenant.destroyed"]
+    expected = ["gateway.resynced", "tenant.created", "tenant.started", "tenant.stopped", "tenant.destroyed"]
+    assert told == expected
