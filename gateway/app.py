@@ -77,6 +77,7 @@ from gateway.web import (
     RETRY_AFTER_MS,
     SHARE,
     USES,
+    InParts,
     address,
     as_json,
     ask,
@@ -669,7 +670,7 @@ class Gateway:
         room = request.scope[USES].enter_context(request.scope[SHARE].lease())
         with self.hub.runtime.expect(name):  # who asks once, asks again
             work = run(self.hub.execs, name, body, self.settings, token.subject, room)
-            return Response(await unless_gone(request, work), media_type="application/json")
+            return InParts(await unless_gone(request, work), self.settings.body_timeout)
 
     async def _wake(self, request: Request) -> Response:
         """Have the site at a domain awake. Caddy asks for its visitors, who need no token to see a site."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Final
 
 import orjson
 from pydantic import Field
 
 from gateway import protocol
-from gateway.bounds import aside
 from gateway.budget import Lease
 from gateway.connection import spec_of
 from gateway.errors import InvalidParams, RateLimited, Unavailable
@@ -19,8 +18,7 @@ from gateway.execs import Attachment, Ended, Execs
 from gateway.runtime import StreamName
 from gateway.settings import Settings
 
-_SLICE: Final = 128 << 10  # bytes of output that are made JSON in one go
-_ENCODING: Final = 60.0  # seconds until the largest output is JSON; it takes less than one
+_SLICE: Final = 64 << 10  # bytes of output that are made JSON in one go
 
 
 class ExecBody(protocol.Params):
@@ -37,8 +35,10 @@ class ExecBody(protocol.Params):
     timeout_ms: Annotated[int, Field(gt=0, le=86_400_000)] | None = None
 
 
-async def run(execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Lease) -> bytes:
-    """Run a command and return its output as JSON; a caller that goes away takes the whole tree with it.
+async def run(
+    execs: Execs, tenant: str, body: ExecBody, settings: Settings, by: str, room: Lease
+) -> Iterator[bytes]:
+    """Run a command and return the parts of its answer; a caller that goes away takes all its tree with it.
 
     The output grows `room`; where that is full the rest is cut off.
     """
@@ -69,10 +69,7 @@ async def run(execs: Execs, tenant: str, body: ExecBody, settings: Settings, by:
         attachment.close()
     if ended.reason == "lost":
         raise Unavailable("the command's exit was lost: the tenant or Incus went away", exec=exec_.id)
-    if sum(len(data) for data, _ in outputs.values()) <= _SLICE:
-        return _ran(exec_.id, ended, outputs)
-    # 16 MiB of zeros or of what is no UTF-8 take a quarter of a second
-    return await aside(tenant, _ENCODING, _ran, exec_.id, ended, outputs)
+    return _ran(exec_.id, ended, outputs)
 
 
 async def _feed(attachment: Attachment, data: bytes) -> None:
@@ -101,27 +98,26 @@ async def _collect(attachment: Attachment, limit: int, room: Lease) -> dict[str,
     return {name: (data, cut) for name, data, cut in found}
 
 
-def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) -> bytes:
-    """Return the answer as JSON."""
+def _ran(exec_id: str, ended: Ended, outputs: Mapping[str, tuple[bytes, bool]]) -> Iterator[bytes]:
+    """Yield the answer as JSON, each part made when it is wanted.
+
+    16 MiB of zeros, or of what is no UTF-8, are a hundred of JSON and take a quarter of a second.
+    """
     facts = {
         "exec": exec_id,
         "exit_code": ended.code,
         "signal": ended.signal,
         "reason": ended.reason,
-        "stdout": orjson.Fragment(_text(outputs["stdout"][0])),
-        "stderr": orjson.Fragment(_text(outputs["stderr"][0])),
         "truncated": any(cut for _, cut in outputs.values()),
         "duration_ms": ended.duration_ms,
         "left": ended.left,
     }
-    return orjson.dumps(facts)
-
-
-def _text(data: bytes) -> bytes:
-    """Return bytes as a string of JSON, made a slice at a time: between those the loop has its turn."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces = [
-        orjson.dumps(decoder.decode(data[start : start + _SLICE], start + _SLICE >= len(data)))[1:-1]
-        for start in range(0, len(data), _SLICE)
-    ]
-    return b'"%b"' % b"".join(pieces)
+    yield orjson.dumps(facts)[:-1]
+    for name in ("stdout", "stderr"):
+        yield b',"%b":"' % name.encode()
+        data, decoder = outputs[name][0], codecs.getincrementaldecoder("utf-8")("replace")
+        for start in range(0, len(data), _SLICE):
+            text = decoder.decode(data[start : start + _SLICE], start + _SLICE >= len(data))
+            yield orjson.dumps(text)[1:-1]
+        yield b'"'
+    yield b"}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
@@ -174,6 +175,43 @@ def file_path(request: Request) -> str:
 
 def as_json(value: Mapping[str, Any]) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
+
+
+class InParts(Response):
+    """An answer of JSON that is made part by part as its client takes it; one that is small goes out whole.
+
+    Where nothing is taken for `patience` seconds the connection is cut.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, parts: Iterator[bytes], patience: float) -> None:
+        begun, size = list[bytes](), 0
+        for part in parts:
+            begun.append(part)
+            if (size := size + len(part)) > _SLICE:
+                break
+        self._rest: Iterator[bytes] | None = parts if size > _SLICE else None
+        self._patience = patience
+        super().__init__(b"".join(begun))
+        if self._rest is not None:
+            del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._rest is None:
+            await super().__call__(scope, receive, send)
+            return
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start)
+        for part in itertools.chain((bytes(self.body),), self._rest):
+            try:
+                async with asyncio.timeout(self._patience):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            except TimeoutError:
+                log.info("an answer was not taken for %.0f s", self._patience)
+                return  # without the rest of the body the server cuts the connection
+            await asyncio.sleep(0)  # also where it takes all at once, or has gone: others have their turn
+        await send({"type": "http.response.body", "body": b""})
 
 
 def problem(error: GatewayError, status: int | None = None) -> Response:

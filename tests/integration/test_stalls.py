@@ -108,9 +108,10 @@ async def held(
             raise failure
         assert grown <= KEPT
         worst, p99 = max(0.25, 5 * baseline.worst), max(0.1, 5 * baseline.p99)
-        if beside.worst <= worst and beside.p99 <= p99:
+        # of a short attack's few reads the p99 is the worst
+        if beside.worst <= worst and (beside.p99 <= p99 or len(beside.seconds) < 300):
             return
-        assert left, f"{beside}, which is over {worst:.3f} and {p99:.3f}"
+        assert left, f"{beside}, which is over {worst:.3f} or {p99:.3f} s"
 
 
 async def lags(gateway: LiveGateway) -> dict[str, float]:
