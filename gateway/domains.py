@@ -63,6 +63,7 @@ class Domains:
         self._runtime, self._store, self._bus, self._settings = runtime, store, bus, settings
         self._own = own_names(settings)
         self._claims: dict[str, Claim] = {}
+        self._unwritten: set[str] = set()  # domains of which the store tells otherwise
         self._moving: set[str] = set()  # domains that a tenant is just being given
         self._told: dict[tuple[str, str], bool] = {}  # contested: whether this tenant has this domain
         self._sharing: frozenset[str] = frozenset()  # tenants that have one address with another instance
@@ -160,6 +161,13 @@ class Domains:
         for domain, claim in list(self._claims.items()):
             if claim.deployment == deployment:
                 await self._settle(domain, claim)
+
+    async def retain(self, deployments: Collection[str]) -> None:
+        """Let go of what is held for any other deployment: an earlier life could not say that it was over."""
+        for domain, claim in list(self._claims.items()):
+            if claim.deployment and claim.deployment not in deployments:
+                kept = replace(claim, deployment="", confirmed=False)
+                await self._keep(domain, kept if kept.instance else None)
 
     async def _settle(self, domain: str, claim: Claim) -> None:
         instance = claim.instance
@@ -262,9 +270,9 @@ class Domains:
         `serving` are tenants to which their domain leads now, and `alive` the deployments that are not over.
         Call it while `deciding` is held, with what was listed since.
         """
-        for domain, claim in list(self._claims.items()):
-            if claim.deployment and claim.deployment not in alive:  # of a life that could not say so
-                await self._keep(domain, replace(claim, deployment="", confirmed=False))
+        await self.retain(alive)
+        for domain in list(self._unwritten):
+            await self._write(domain)
         carried = _carriers(sites)
         for domain in {*carried, *self._claims}:
             await self._decide(domain, carried.get(domain, ()), serving)
@@ -323,11 +331,15 @@ class Domains:
             del self._claims[domain]
         else:
             self._claims[domain] = claim
+        await self._write(domain)
+
+    async def _write(self, domain: str) -> None:
+        self._unwritten.discard(domain)
         try:
-            await self._store.write(partial(_write, domain=domain, claim=claim))
-        except StoreFailed as failed:
-            # for this life it is known; the next one finds out by a look at Incus
+            await self._store.write(partial(_write, domain=domain, claim=self._claims.get(domain)))
+        except StoreFailed as failed:  # for this life it is known; there may be room at the next look
             log.warning("whose %s is cannot be written down: %s", domain, failed.message)
+            self._unwritten.add(domain)
 
     # --- what is contested --------------------------------------------------------------------------
 

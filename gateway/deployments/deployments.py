@@ -152,6 +152,7 @@ class Deployments:
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Deployments:
+        await self._domains.retain({record.id for record in await self._store.read(records.unfinished)})
         self._following = asyncio.create_task(self._follow(), name="routes")
         return self
 

@@ -53,12 +53,14 @@ class Desk:
         before = host.leavings()
         journal = MemoryJournal(10_000)
         bus = Bus(journal)
-        domains = await Domains.opened(self.runtime, self.store, bus, settings)
-        async with (
-            IncusSites(settings, self.runtime) as made,
-            Caddy(settings) as caddy,
-            Deployments(self.runtime, made, caddy, domains, self.store, bus, settings) as deployments,
-        ):
+        async with contextlib.AsyncExitStack() as stack:
+            runtime = await stack.enter_async_context(IncusRuntime(settings))
+            made = await stack.enter_async_context(IncusSites(settings, runtime))
+            caddy = await stack.enter_async_context(Caddy(settings))
+            domains = await Domains.opened(runtime, self.store, bus, settings)
+            deployments = await stack.enter_async_context(
+                Deployments(runtime, made, caddy, domains, self.store, bus, settings)
+            )
             deployments._recovered.set()  # nothing is to be found from an earlier life
             record, _ = await deployments.begin(Request(DOMAIN, template), OPERATOR)
             await ended(deployments, record)
@@ -142,7 +144,7 @@ async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
         install = 'install = ["sh", "-c", "fallocate -l 900M large"]'
         said = await desk.refused(folder(f'start = ["bun", "serve.ts"]\n{install}'), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "install")
-        assert "larger size" in said["message"]
+        assert "give it a larger one" in said["message"]
 
 
 async def test_a_full_pool(desk: Desk) -> None:

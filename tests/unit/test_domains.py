@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from gateway.events import Bus
 from gateway.runtime import Tenant
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.store import Store, StoreFailed
 
 SHOP = "shop.example.com"
 
@@ -78,6 +79,17 @@ class Desk:
             cast(Any, self.incus), self._store, cast(Bus, self), self.settings
         )
 
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Have no room in the state dir."""
+
+        async def refuse(work: Any) -> None:
+            raise StoreFailed("it is full", reason="disk_full")
+
+        write, self._store.write = self._store.write, refuse  # type: ignore[assignment, method-assign]
+        yield
+        self._store.write = write  # type: ignore[method-assign]
+
     async def look(self, *alive: str) -> None:
         async with self.domains.deciding():
             await self.domains.look(self.incus.sites(), (), alive)
@@ -134,6 +146,24 @@ async def test_a_hold_survives_a_restart_and_ends_where_its_deployment_is_over(d
     await owned(desk.move("other", SHOP))
     await desk.look()
     await desk.move("other", SHOP)
+
+
+async def test_what_could_not_be_written_down_is_written_later(desk: Desk) -> None:
+    """A state dir that is full keeps no domain for a deployment that is over, in the next life neither."""
+    await desk.domains.hold(SHOP, "shop", "d-1")
+    desk.incus.has("other", "b.example.com")
+    with desk.full():
+        await desk.domains.over("d-1")
+        await desk.look()
+    await desk.open()
+    await desk.domains.retain(())
+    assert await desk.domains.hold(SHOP, "other", "d-2")
+    with desk.full():
+        await desk.domains.over("d-2")
+    await desk.look()
+    await desk.open()
+    assert desk.domains.held() == set()
+    assert desk.domains.serves("b.example.com", "other")
 
 
 async def test_a_tenant_keeps_what_its_deployment_brought(desk: Desk) -> None:
