@@ -304,6 +304,7 @@ async def test_two_windows_share_one_terminal(editor: OpenEditor) -> None:
     await second.prompt()
     await second.page.get_by_role("button", name="Show a terminal that runs elsewhere").click()
     await second.page.get_by_role("menuitem").filter(has_text="1 viewer").click()
+    await expect(second.screen).to_contain_text("value-of-")  # attached: what is typed before goes nowhere
     await second.command("echo this is $mine")
     await expect(second.screen).to_contain_text("this is value-of-42")
     await expect(first.screen).to_contain_text("this is value-of-42")
