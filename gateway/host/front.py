@@ -81,18 +81,19 @@ def move_out(settings: Settings) -> None:
     A Caddy that runs goes on: what it looks for is to be found by its old path all the while.
     """
     before, folder = _inside(settings), settings.caddy_folder.absolute()
-    if folder != _beside(settings) or folder.exists() or before.is_symlink():
+    if folder != _beside(settings):
         return
-    if not before.exists():
-        folder.mkdir(mode=0o755)
-        before.symlink_to(folder)
-        return
-    folder.symlink_to(folder)  # what it names is there once both have changed places
-    try:
-        exchange(before, folder)
-    except OSError:
+    if folder.is_symlink() and not folder.exists():  # of a run that was killed below
         folder.unlink()
-        before.rename(folder)
+    if before.is_dir() and not before.is_symlink() and not folder.exists():
+        folder.symlink_to(folder)  # what it names is there once both have changed places
+        try:
+            exchange(before, folder)
+        except OSError:
+            folder.unlink()
+            before.rename(folder)
+    folder.mkdir(mode=0o755, exist_ok=True)
+    if not before.exists():
         before.symlink_to(folder)
 
 
@@ -260,8 +261,11 @@ class Front:
 
     def _unit(self, program: str, units: Path) -> str:
         text = (units / UNIT).read_text()
-        text = text.replace("/var/lib/incus-gateway-caddy", str(self.folder))
-        text = text.replace("/var/lib/incus-gateway", str(self.settings.state_dir.absolute()))
+        state = self.settings.state_dir.absolute()
+        if state in self.folder.parents:  # as where Caddy is no other user
+            text = text.replace(" -/var/lib/incus-gateway\n", "\n")
+        text = re.sub("/var/lib/incus-gateway-caddy(?![-\\w])", lambda _: str(self.folder), text)
+        text = re.sub(" -/var/lib/incus-gateway\n", lambda _: f" -{state}\n", text)
         text = text.replace("/usr/bin/caddy", program)
         return text if _user() is not None else re.sub("^(User|Group)=.*\n", "", text, flags=re.MULTILINE)
 

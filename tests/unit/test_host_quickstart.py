@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -323,3 +324,51 @@ def test_script_knows_its_usage(tmp_path: Path) -> None:
     assert json.loads(status.stdout)["running"] is False
     assert call("stop").returncode == 0
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("left", [None, "link", "moved", "done"])
+def test_caddys_folder_moves_whatever_a_killed_run_left(tmp_path: Path, left: str | None) -> None:
+    state, beside = tmp_path / "state", tmp_path / "state-caddy"
+    (state / "caddy" / "routes").mkdir(parents=True)
+    match left:
+        case "link":  # made, and not yet exchanged
+            beside.symlink_to(beside)
+        case "moved":  # where the system cannot exchange
+            (state / "caddy").rename(beside)
+        case "done":
+            front.move_out(Settings(state_dir=state, caddy_dir=beside))
+    front.move_out(Settings(state_dir=state, caddy_dir=beside))
+    assert (beside / "routes").is_dir() and not beside.is_symlink()
+    assert (state / "caddy").readlink() == beside
+
+
+def test_caddys_folder_stays_where_it_was_said_to_be(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    (state / "caddy").mkdir(parents=True)
+    for settings in (Settings(state_dir=state), Settings(state_dir=state, caddy_dir=tmp_path / "other")):
+        front.move_out(settings)
+    assert (state / "caddy").is_dir() and not (state / "caddy").is_symlink()
+    assert not (tmp_path / "state-caddy").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "folder", "closed"),
+    [
+        (
+            "/var/lib/incus-gateway",
+            "/var/lib/incus-gateway-caddy",
+            ["/var/lib/incus", "/var/lib/incus-gateway"],
+        ),
+        ("/srv/gw", "/var/lib/incus-gateway-x", ["/var/lib/incus", "/srv/gw"]),
+        ("/srv/gw", "/srv/gw/caddy", ["/var/lib/incus"]),
+    ],
+)
+def test_caddys_unit_names_its_folder_and_closes_the_state_dir(
+    state: str, folder: str, closed: list[str]
+) -> None:
+    settings = Settings(state_dir=Path(state), caddy_dir=Path(folder))
+    text = front.Front(settings)._unit("/opt/caddy", CHECKOUT / "deploy")
+    lines = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
+    assert lines["ExecStart"] == f"/opt/caddy run --config {folder}/Caddyfile --adapter caddyfile"
+    assert lines["ReadWritePaths"] == f"{folder}/data {folder}/admin"
+    assert lines["InaccessiblePaths"].split() == [f"-{path}" for path in closed]
