@@ -109,8 +109,8 @@ class Lease:
         full = self._share.full(size)
         if full is not None:
             raise RateLimited(
-                f"{full.name} has no room for {size} bytes more now; ask again when some of what is in flight is "
-                "answered",
+                f"{full.name} has no room for {size} bytes more now; ask again when some of what is in "
+                "flight is answered",
                 limit=full.limit,
                 retry_after=RETRY_AFTER,
             )
