@@ -98,7 +98,8 @@ class Grants:
     def _look_at(self, grant: Grant) -> None:
         if ended := self.ended(grant.token):
             _end(grant, ended)
-        self._changed.set()
+        elif len(self._open) == 1 or grant.token.expires <= time.time() + _LOOK:
+            self._changed.set()  # else the next look comes soon enough
 
 
 def _end(grant: Grant, why: str) -> None:
