@@ -100,7 +100,8 @@ class Disks:
 
 
 def _snapshot(found: Mapping[str, Any]) -> Snapshot:
-    return Snapshot(found["name"].rpartition("/")[2], found["created_at"], found.get("size"))
+    size = found.get("size", -1)  # a pool without quotas tells none
+    return Snapshot(found["name"].rpartition("/")[2], found["created_at"], None if size < 0 else size)
 
 
 def _kept(key: str) -> bool:
