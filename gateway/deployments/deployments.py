@@ -384,6 +384,7 @@ class Deployments:
 
     async def _end(self, running: _Running, began: float) -> None:
         record = running.record
+        await self._domains.over(record.id)  # who hears of the end may ask for the domain at once
         record.state = "succeeded" if record.error is None else "rolledback"
         record.ended, record.ms = time.time(), _ms(began)
         try:
@@ -394,7 +395,6 @@ class Deployments:
         facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
         if record.error is not None:
             facts["error"] = record.error
-        await self._domains.over(record.id)
         self._running.pop(record.id, None)
         self._tell(running, record.state, facts)
 
