@@ -223,6 +223,7 @@ async def test_a_kill_script_that_floods_its_answer(
             failure = await refused(wire.call("exec/cancel", exec=started["exec"], graceMs=0))
             assert failure.code in ("unavailable", "timeout")
             assert "its log" not in str(failure)
+            assert (await wire.exited(started["exec"]))["reason"] == "cancelled"  # by its leader's end
 
     await held(gateway, shared_tenant, baseline, f"kill script {kill[:20]}", attack)
 

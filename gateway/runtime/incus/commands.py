@@ -389,13 +389,14 @@ class IncusProcess:
     async def kill(self, grace: float) -> Killed:
         limit = self._commands.settings.cancel_timeout
         cgroup = self._cgroup()
-        if cgroup is not None and await cgroup.reachable():
-            ended = await cgroup.kill(grace, limit)
-            killed = Killed(ended.killed, ended.escalated, ended.survivors)
-        else:
-            killed = await self._commands.kill_inside(self.tenant, self._exec_id, grace)
-        await self.signal(signal.SIGKILL)  # a leader that left its cgroup; nothing where it has ended
-        return killed
+        try:
+            if cgroup is not None and await cgroup.reachable():
+                ended = await cgroup.kill(grace, limit)
+                return Killed(ended.killed, ended.escalated, ended.survivors)
+            return await self._commands.kill_inside(self.tenant, self._exec_id, grace)
+        finally:
+            # a leader that left its cgroup, or whose tenant does not say what it ended; else it has ended
+            await self.signal(signal.SIGKILL)
 
     async def left(self) -> Sequence[Member] | None:
         cgroup = self._cgroup()
