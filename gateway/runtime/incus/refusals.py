@@ -10,7 +10,7 @@ from typing import Final
 from gateway.errors import Conflict, NotFound, RateLimited, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import IncusError
 
-DISK_FULL: Final = "the tenant's disk is full; give it a larger size, or make room on it"
+DISK_FULL: Final = "the tenant's disk is full; give it a larger one, or make room on it"
 POOL_FULL: Final = "the storage pool is full; enlarge it, or make room in it"
 _POOL_AWAY: Final = "the storage pool cannot be used; see `incus storage list` and what its disk says"
 _TAKEN: Final = "no port could be had for the site; set GATEWAY_EXPOSE_PORTS to ports that nobody else uses"
