@@ -1,8 +1,8 @@
 """What a hostile tenant makes large does not hold up its neighbours, nor stay in the gateway's memory.
 
-While each attack runs another tenant's client reads a file every 10 ms (`tests.neighbour`). The goal on a calm
-machine is a p99 under 25 ms and no call over 100 ms; here both are held against what it saw without an attack in
-the same run. The numbers are printed (`pytest -s`).
+While each attack runs another tenant's client reads a file every 10 ms (`tests.neighbour`). The goal on a
+calm machine is a p99 under 25 ms and no call over 100 ms; here both are held against what it saw without an
+attack in the same run. The numbers are printed (`pytest -s`).
 """
 
 from __future__ import annotations
