@@ -403,18 +403,13 @@ async def test_a_deployment_holds_its_domain_after_a_restart_until_it_is_undone(
     body = {"domain": "held.test", "template": "who", "tenant": "held"}
     status, begun, _ = await real.host.call("POST", "/v1/deployments", body)
     assert status == 202
-    await real.host.reached(begun["id"], "start")
+    await real.host.reached(begun["id"], "push")
     await real.host.gateway.stop(9)  # type: ignore[arg-type]  # SIGKILL
     await real.host.gateway.start()
-    given: list[float] = []
     async with asyncio.timeout(60):
-        while not given:
-            status, said = await real.patch("waits", "held.test")
-            if status == 200:
-                given.append(time.time())
-            else:
-                assert (status, said["reason"]) == (409, "domain_owned")
-                await asyncio.sleep(0.02)
+        while (answer := await real.patch("waits", "held.test"))[0] != 200:
+            assert (answer[0], answer[1]["reason"]) == (409, "domain_owned")
+            await asyncio.sleep(0.02)
     record = await real.host.ended(begun["id"])
     assert record["state"] == "rolledback", record
     assert real.owners()["held.test"] == ["waits"]
