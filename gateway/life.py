@@ -227,9 +227,7 @@ class Life:
                     limit=self._settings.max_snapshots,
                 )
             if any(one.name == name for one in kept):
-                raise Conflict(
-                    f"tenant {ask.tenant} has a snapshot {name}; delete it, or choose another name"
-                )
+                raise Conflict(f"tenant {ask.tenant} has a snapshot {name}; choose another name")
             async with self._room.snapshot(ask.tenant, name):
                 with self._asking(ask, "tenant.snapshot.created", name):
                     return _told(await self._runtime.snapshot(ask.tenant, name))

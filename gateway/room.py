@@ -47,7 +47,7 @@ class Room:
         if left < reserve:
             raise Unavailable(
                 f"the storage pool has {left // _MiB} MiB left, and {reserve // _MiB} are kept in reserve: "
-                "delete snapshots that you do not need, or ask whoever runs the gateway for a larger pool",
+                "ask whoever runs the gateway for a larger pool, or delete snapshots that nobody needs",
                 reason="disk_full",
                 retry_after=_RETRY_AFTER,
             )
@@ -66,7 +66,8 @@ class Room:
         if held + more > limit:
             raise TooLarge(
                 f"the tenant's snapshots hold {held // _MiB} MiB, and this one would hold {more // _MiB} MiB "
-                f"beside them; {limit // _MiB} MiB are the most they may: delete some first",
+                f"beside them; {limit // _MiB} MiB are the most they may: raise GATEWAY_SNAPSHOT_BYTES, or "
+                "delete one that nobody needs",
                 reason="quota",
                 limit=limit,
                 held=held,
