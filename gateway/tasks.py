@@ -45,11 +45,13 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def lasting(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do what is to go on as long as the process; where what nobody foresaw ends it, begin again."""
+    """Do what is to go on as long as the process; where an error ends it, begin again."""
     pause, longest = _PAUSES
     while True:
         try:
             return await work()
+        except GatewayError as error:
+            log.warning("%s broke off: %s; it begins again in %.0f s", name, error.message, pause)
         except Exception:
             log.exception("%s broke off; it begins again in %.0f s", name, pause)
         await asyncio.sleep(pause)

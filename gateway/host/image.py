@@ -106,6 +106,23 @@ After=systemd-udevd.service
 ExecStart=-udevadm trigger --action=add --subsystem-match=net
 """
 
+# Who has an address before its first process tells nobody. The host would go on for up to a minute with the
+# hardware address of who had it before, such as the original of a copy: a word to the bridge tells it.
+ANNOUNCE = """\
+[Unit]
+Description=Tell the bridge who has this address
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+ExecCondition=grep -q ^eth0 /proc/net/route
+ExecStart=-ping -q -c 1 -W 1 {resolver}
+
+[Install]
+WantedBy=sysinit.target
+"""
+
 # Bun and Node bring their own certificates; these are the system's, with what the host trusts beside.
 ENVIRONMENT = """\
 [Manager]
@@ -166,7 +183,9 @@ install -D -m 0755 {bun} "$root/usr/local/bin/bun"
 ln -s bun "$root/usr/local/bin/bunx"
 ln -s bun "$root/usr/local/bin/node"
 install -d "$root/var/log/journal"
-chroot "$root" systemctl --quiet enable systemd-networkd.service
+cat > "$root/etc/systemd/system/announce-address.service" <<'UNIT'
+{announce}UNIT
+chroot "$root" systemctl --quiet enable systemd-networkd.service announce-address.service
 chroot "$root" systemctl --quiet mask {masked}
 # started by who asks for it, through its socket
 rm -f "$root/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
@@ -196,7 +215,7 @@ class Definition:
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, FINISH)
+        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, ANNOUNCE, FINISH)
         text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace, self.resolver])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
@@ -346,6 +365,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
             user=definition.user,
             workspace=definition.workspace,
             resolver=definition.resolver,
+            announce=ANNOUNCE.format(resolver=definition.resolver),
             bun=program,
             masked=" ".join(MASKED),
         )

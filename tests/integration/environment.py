@@ -70,6 +70,15 @@ def incus(
     return done
 
 
+def configure(name: str, key: str, value: str) -> None:
+    """Set one key of an instance as an operator, whatever the gateway is changing of it at the same time.
+
+    `incus config set` writes back all that it read, and is refused where anything changed in between.
+    """
+    change = json.dumps({"config": {key: value}})
+    incus("query", "--wait", "--request", "PATCH", "--data", change, f"/1.0/instances/{name}")
+
+
 def rootfs(name: str, pool: str = "gwtest") -> Path:
     """Return where the host has a container's `/`."""
     return INCUS_DIR / "storage-pools" / pool / "containers" / name / "rootfs"

@@ -27,7 +27,7 @@ from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(1800)
-ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "6"))
 HOME = "gw.test"  # the gateway's own
 
 # each answers with its tenant's name: a container is called as its tenant, a folder lies below it
@@ -217,7 +217,7 @@ async def sleeping(of: World, tenant: str, events: aiohttp.ClientResponse) -> No
     """Make a tenant, and return once it sleeps."""
     await of.site(tenant)
     if of.runtime == "incus":
-        environment.incus("config", "set", tenant, "user.gateway.idle_stop=1")
+        environment.configure(tenant, "user.gateway.idle_stop", "1")
     else:
         record = of.host.settings.state_dir / "tenants" / tenant / "tenant.json"
         facts = json.loads(record.read_text())
@@ -244,7 +244,7 @@ async def test_the_gateways_own_names_are_nobodys_even_after_a_sleep_and_a_wake(
         async with both.host.gateway.http("thief") as http:
             for name in (HOME, "probe.invalid"):
                 if both.runtime == "incus":
-                    environment.incus("config", "set", "thief", f"user.gateway.domain={name}")
+                    environment.configure("thief", "user.gateway.domain", name)
                     while (event := (await sse(events, 1))[0])["event"] != "tenant.domain.contested":
                         pass
                     facts = {"domain": name, "keeps": False, "reason": "reserved"}
@@ -359,7 +359,7 @@ async def test_a_copy_by_incus_shares_nothing_silently(real: World) -> None:
     assert (await host.visit("copied.test"))[0] == 404
     assert await host.visit("origin.test") == (200, "origin")
     # an instance that is renamed keeps what it has, whatever carries it besides
-    environment.incus("config", "set", "copied", "user.gateway.domain=origin.test")
+    environment.configure("copied", "user.gateway.domain", "origin.test")
     environment.incus("stop", "--force", "origin")
     environment.incus("rename", "origin", "moved")
     await until(lambda: real.leads() == {"origin.test": "moved"})
@@ -379,7 +379,7 @@ async def test_a_key_written_by_hand_takes_nothing(real: World) -> None:
     await real.site("other")
     async with told(real.host.gateway, "other", "tenant.domain.contested") as events:
         for spelling in ("owner.test", "OWNER.test."):
-            environment.incus("config", "set", "other", f"user.gateway.domain={spelling}")
+            environment.configure("other", "user.gateway.domain", spelling)
             if spelling == "owner.test":  # once for one state
                 facts = {"domain": "owner.test", "keeps": False, "reason": "owned"}
                 assert (await sse(events, 1))[0]["data"]["data"] == facts
@@ -569,7 +569,7 @@ async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> N
         race.begins(name, f"{name}.test", time.monotonic())
         await both.site(name)
     if both.runtime == "incus":
-        environment.incus("config", "set", "race-3", "user.gateway.idle_stop=1")
+        environment.configure("race-3", "user.gateway.idle_stop", "1")
     else:
         record = both.host.settings.state_dir / "tenants" / "race-3" / "tenant.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "idle_stop": 1.0}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from tests.integration import environment
 from tests.integration.conftest import BOOTED, Container
 
@@ -30,10 +32,14 @@ def test_one_with_an_address_runs_next_to_nothing(tenant: Container) -> None:
     )
     environment.incus("stop", "--force", tenant.name)
     environment.incus("config", "set", tenant.name, "raw.lxc", early)
+    mac = "02:00:5e:00:00:77"  # the host knows the address by another
+    environment.incus("config", "device", "override", tenant.name, "eth0", f"hwaddr={mac}")
     environment.incus("start", tenant.name)
     tenant.sh(BOOTED)
     assert tenant.sh("systemctl is-system-running; systemctl --failed --no-legend").strip() == "running"
     assert tenant.address() == address
+    assert mac in subprocess.run(["ip", "neighbour", "show", address], capture_output=True, text=True).stdout
+    tenant.sh("while pgrep -x ping >/dev/null; do sleep 0.05; done")  # it told the bridge its address
     assert tenant.sh("ps -e -o comm= | sort").split() == ["ps", "sh", "sort", "systemd", "systemd-journal"]
     assert tenant.sh("getent ahostsv4 localhost; ip -4 route show default").count("\n") > 1
     # a user of the tenant asks systemd over the bus

@@ -64,7 +64,7 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         record = await host.deploy(DOMAIN, "sleepy")
         assert record["state"] == "succeeded", record["error"]
         # only this one: other tests' tenants are in the same Incus
-        environment.incus("config", "set", TENANT, f"user.gateway.idle_stop={LIMIT}")
+        environment.configure(TENANT, "user.gateway.idle_stop", str(LIMIT))
         yield host
         await no_traceback(host.gateway)
 
@@ -184,11 +184,11 @@ async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hostin
         loosen(name)
     assert (await host.call("PATCH", f"/v1/tenants/{name}", {"domain": domain}))[0] == 200
     await until_answers(host, domain)
-    environment.incus("config", "set", name, f"user.gateway.idle_stop={LIMIT}")
+    environment.configure(name, "user.gateway.idle_stop", str(LIMIT))
     for _ in range(2):
         await sleeps(host, name)
         # a look of the gateway at all routes leaves that of one that sleeps
-        environment.incus("config", "set", TENANT, "user.looked=at")
+        environment.configure(TENANT, "user.looked", "at")
         await asyncio.sleep(0.5)
         statuses = await asyncio.gather(*(host.visit(domain) for _ in range(3)))
         assert [status for status, _ in statuses] == [200] * 3
@@ -203,7 +203,7 @@ async def test_a_clone_that_sleeps_since_an_earlier_version_is_woken(host: Hosti
     environment.incus("stop", "--force", name)
     loosen(name)
     for key, value in (("domain", domain), ("asleep", "true"), ("idle_stop", "0")):
-        environment.incus("config", "set", name, f"user.gateway.{key}={value}")
+        environment.configure(name, f"user.gateway.{key}", value)
     (host.settings.state_dir / "caddy" / "routes" / domain).unlink(missing_ok=True)
     await host.gateway.start()
     await until_answers(host, domain)

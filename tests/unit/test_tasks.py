@@ -21,12 +21,13 @@ async def test_what_breaks_off_begins_again_and_what_ends_has_ended(
         nonlocal begun
         begun += 1
         if begun < 4:
-            raise IndexError("odd")
+            raise IndexError("odd") if begun > 1 else Unavailable("no disk")
 
     async with asyncio.timeout(30):
         await tasks.lasting("the watch", work)
     assert begun == 4
     assert caplog.text.count("the watch broke off") == 3
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR, logging.ERROR]
 
 
 async def test_a_cancel_ends_it() -> None:
