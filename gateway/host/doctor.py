@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
-from gateway.host import HostError
+from gateway.host import HostError, quotas
 from gateway.host import setup as steps
 from gateway.host.daemon import Daemon
 from gateway.host.front import Front, in_use
@@ -151,6 +151,8 @@ def _pool(settings: Settings) -> str:
         raise HostError(f"{free >> 20} MiB are free; enlarge the pool, or delete snapshots that nobody needs")
     if found["driver"] == "dir":
         raise Hint("folders, which know no quotas: one tenant may fill the disk; see GATEWAY_POOL_SOURCE")
+    if not quotas.in_force(settings):
+        raise HostError(f"the kernel stopped counting, so that no tenant's disk has a limit; {_SETUP}")
     if free < space["total"] * settings.pool_reserve:
         raise HostError(
             f"{free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE keeps: no snapshot, clone or new "

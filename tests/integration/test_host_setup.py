@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, image
+from gateway.host import Change, HostError, image, quotas
 from gateway.host.daemon import Daemon
+from gateway.host.doctor import Finding, doctor
 from gateway.host.incus import Incus, Missing
 from gateway.host.setup import acl_name, setup
 from gateway.rootfs.tenants import MANAGED
@@ -26,7 +28,7 @@ def test_second_setup_changes_nothing_and_says_so(incus_settings: Settings) -> N
     lines: list[str] = []
     changes = setup(incus_settings, lines.append) + image.build(incus_settings, lines.append)
     assert altered(changes) == set()
-    assert len(lines) == len(changes) == 10
+    assert len(lines) == len(changes) == 11
     assert all(line.endswith(" s)") for line in lines)
 
 
@@ -116,3 +118,35 @@ def test_daemon_is_recognised_by_its_folder(incus_settings: Settings, tmp_path: 
         daemon.pidfile.write_bytes(kept if kept is not None else f"{pid}\n".encode())
     assert Daemon(tmp_path).pid() is None
     assert daemon.ensure(lambda line: None) is False
+
+
+def test_quotas_that_the_kernel_gave_up_are_in_force_again(incus_settings: Settings) -> None:
+    """A tenant that is deleted cannot end the others' disk limits for good; doctor says so meanwhile."""
+    pool = incus_settings.incus_socket.parent / "storage-pools" / incus_settings.pool
+
+    def btrfs(*words: str) -> str:
+        done = subprocess.run(["btrfs", *words, pool], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    def look() -> Finding:
+        return next(found for found in doctor(incus_settings) if found.what.startswith("storage pool"))
+
+    setup(incus_settings, lambda line: None)
+    assert quotas.in_force(incus_settings)
+    uuid = btrfs("filesystem", "show").partition("uuid: ")[2].split()[0]
+    counting = Path("/sys/fs/btrfs") / uuid / "qgroups"
+    (counting / "drop_subtree_threshold").write_text("3")
+    below = next(line.split()[0] for line in btrfs("qgroup", "show").splitlines() if line.startswith("0/2"))
+    btrfs("qgroup", "create", "1/77")
+    try:
+        btrfs("qgroup", "assign", "--no-rescan", below, "1/77")
+        assert not quotas.in_force(incus_settings)
+        assert not look().ok and "incus-gateway setup" in look().detail
+        assert "disk" in altered(setup(incus_settings, lambda line: None))
+        assert quotas.in_force(incus_settings) and look().ok
+        assert (counting / "drop_subtree_threshold").read_text().strip() == "8"
+        assert altered(setup(incus_settings, lambda line: None)) == set()
+    finally:
+        btrfs("qgroup", "remove", below, "1/77")
+        btrfs("qgroup", "destroy", "1/77")
+        quotas.enforce(incus_settings)
