@@ -362,7 +362,7 @@ async def test_a_list_of_commands_with_enormous_arguments(
 
     async def attack() -> None:
         async with gateway.wire(hostile.name) as wire:
-            for _ in range(30):
+            for _ in range(20):
                 await wire.call("exec/start", argv=["/usr/bin/bash", "-c", "exec sleep 600", *argv])
             for _ in range(10):
                 execs = (await wire.call("exec/list"))["execs"]
