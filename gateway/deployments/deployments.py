@@ -30,6 +30,7 @@ from gateway.deployments import record as records
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
 from gateway.deployments.turns import Owner, Turns
+from gateway.deployments.verify import Subject, Verifier
 from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
@@ -45,7 +46,6 @@ from gateway.hostnames import normalized, tenant_name
 from gateway.rootfs.tree import show
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
-from gateway.runtime.probe import answer
 from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
@@ -57,8 +57,6 @@ log = logging.getLogger(__name__)
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ENV_MAX: Final = 64 << 10
 _LISTED: Final = 100
-_PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
-_RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
 _NAMED: Final = 20  # paths that an update removes and names
 _UNDO_TIMEOUT: Final = 120.0
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
@@ -623,6 +621,7 @@ class _Work:
         self._all, self._running, self._undo = all_, running, undo
         self._record, self._request = running.record, running.request
         self._sites, self._caddy, self._settings = all_._sites, all_._caddy, all_._settings
+        self._verifier = Verifier(self._sites, self._caddy, self._settings)
         self._template: Template
         self._recipe: Recipe
         self._exposure: Exposure
@@ -744,7 +743,7 @@ class _Work:
         self._undo.push_async_callback(undone)
 
     async def verify(self) -> dict[str, Any]:
-        await self._seen()
+        await self._verifier.seen(self._subject(self._side, self._exposure))
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live = self._exposure
         if record.kind == "update":
@@ -779,46 +778,15 @@ class _Work:
         return live
 
     async def _answering(self, side: Side, exposure: Exposure) -> None:
-        """Wait until a side answers at its own address."""
-        tenant, health = self._record.tenant, self._recipe.health
-        deadline = time.monotonic() + self._settings.verify_timeout
-        why = ""
-        while not why:
-            try:
-                await answer(exposure.address, exposure.port, health, _PATIENCE)
-                break
-            except TimeoutError:
-                if await self._sites.restarts(tenant, side) >= _RESTARTS:
-                    why = "the site ends again and again"
-                elif time.monotonic() > deadline:
-                    why = f"the site did not answer {health} on port {exposure.port}"
-        if why:
-            said = await self._sites.log(tenant, side)
-            raise Timeout(
-                f"{why}; it must listen on 0.0.0.0 and $PORT. "
-                f"It last said: {said.strip()[-1000:] or 'nothing'}",
-                reason="never_healthy",
-            )
+        await self._verifier.answering(self._subject(side, exposure))
         self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
+
+    def _subject(self, side: Side, exposure: Exposure) -> Subject:
+        record = self._record
+        return Subject(record.tenant, side, record.domain, self._recipe, exposure)
 
     def _place(self) -> dict[str, Any]:
         return _place(next(phase.name for phase in self._record.phases if phase.state == "running"))
-
-    async def _seen(self) -> None:
-        """Wait until the site answers through Caddy under its domain."""
-        health, domain, last = self._recipe.health, self._record.domain, "nothing"
-        deadline = time.monotonic() + self._settings.verify_timeout
-        while time.monotonic() < deadline:
-            try:
-                status = await self._caddy.ask(domain, health, 10.0)
-                if status < 400:
-                    return
-                last = f"status {status}"
-            except CaddyFailed as error:
-                last = error.message
-                await self._caddy.ensure()
-            await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
-        raise Timeout(f"{domain} does not answer through Caddy: {last}", reason="never_healthy")
 
 
 async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
