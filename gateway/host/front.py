@@ -32,6 +32,7 @@ _UNITS: Final = Path("/etc/systemd/system")
 USER: Final = "caddy"
 START_TIMEOUT: Final = 60.0  # seconds
 POLL: Final = 0.05
+UNDER_WAY: Final = 1.0  # seconds within which a request that was taken has looked for its route
 _UNIX_PATH: Final = 100  # bytes of a unix socket's path that every system takes, and some over
 _ROOT: Final = 1024  # ports below are root's
 _BIND: Final = "+net_bind_service"
@@ -224,6 +225,9 @@ class Front:
         if running is not None and not unit_is_new and (admin := self._answering()) is not None:
             # loaded, not restarted: no request fails
             loaded = asyncio.run(self._load(admin))
+            if admin != self.admin:
+                # what was asked before it still looks for its route by the old path, which is closed next
+                time.sleep(UNDER_WAY)
             return f"{'was given its new configuration' if loaded else 'runs already'}, pid {running}"
         if running is not None:
             self.stop()
