@@ -209,6 +209,8 @@ class Deployments:
                 return self._same(told, request), False
         holder = self._domains.holder(domain)
         for other in self._running.values():
+            if other.record.over:  # only to be written down: who has seen its end may begin the next one
+                continue
             # of another's deployment only that there is one may be told
             theirs = other.record.id == holder and token.covers(other.record.tenant)
             if other.record.tenant == tenant or theirs:

@@ -72,6 +72,30 @@ async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
     assert said["error"]["code"] == "cancelled"
 
 
+async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down(
+    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployments, _ = rig
+    ending, written, save = asyncio.Event(), asyncio.Event(), deployments._save
+
+    async def slow(record: Record) -> None:
+        ending.set()
+        await written.wait()
+        await save(record)
+
+    first, _ = await deployments.begin(asked("a"), token("a"))
+    await asyncio.sleep(0)  # until it waits
+    monkeypatch.setattr(deployments, "_save", slow)
+    cancelled = asyncio.create_task(deployments.cancel(first.id))
+    await ending.wait()
+    assert (await deployments.get(first.id)).state == "rolledback"
+    second, new = await deployments.begin(asked("a"), token("a"))
+    assert new and second.id != first.id
+    written.set()
+    await cancelled
+    await cancel(deployments, second.id)
+
+
 async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployments, Told]) -> None:
     deployments, told = rig
     record = Record("shop", "shop.example.com", "https://shop.example.com", "static", "me", state="running")
