@@ -154,8 +154,8 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
                 try:
                     try:
                         answers.append(visit())
-                    except ConnectionError:  # Go's server drops what it took and has not read when it is replaced
-                        answers.append(visit())  # so browsers ask again where no byte came
+                    except ConnectionError:  # Caddy took it and had not read it when its server was replaced:
+                        answers.append(visit())  # where no byte came browsers ask again
                 except OSError as error:
                     answers.append(repr(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -124,22 +125,30 @@ def test_quotas_that_the_kernel_gave_up_are_in_force_again(incus_settings: Setti
     """A tenant that is deleted cannot end the others' disk limits for good; doctor says so meanwhile."""
     pool = incus_settings.incus_socket.parent / "storage-pools" / incus_settings.pool
 
-    def btrfs(*words: str) -> str:
-        done = subprocess.run(["btrfs", *words, pool], capture_output=True, text=True, check=False)
-        return done.stdout + done.stderr
+    # nobody else deletes these meanwhile; what two share cannot be counted without a look at all of it
+    own, shared = pool / "quota-test", pool / "quota-test-copy"
+
+    def btrfs(*words: str | Path) -> str:
+        done = subprocess.run(["btrfs", *words], capture_output=True, text=True, check=True)
+        return done.stdout
 
     def look() -> Finding:
         return next(found for found in doctor(incus_settings) if found.what.startswith("storage pool"))
 
     setup(incus_settings, lambda line: None)
     assert quotas.in_force(incus_settings)
-    uuid = btrfs("filesystem", "show").partition("uuid: ")[2].split()[0]
+    uuid = btrfs("filesystem", "show", pool).partition("uuid: ")[2].split()[0]
     counting = Path("/sys/fs/btrfs") / uuid / "qgroups"
     (counting / "drop_subtree_threshold").write_text("3")
-    below = next(line.split()[0] for line in btrfs("qgroup", "show").splitlines() if line.startswith("0/2"))
-    btrfs("qgroup", "create", "1/77")
+    btrfs("subvolume", "create", own)
+    (own / "file").write_bytes(os.urandom(1 << 20))
+    btrfs("filesystem", "sync", pool)
+    btrfs("subvolume", "snapshot", own, shared)
+    btrfs("filesystem", "sync", pool)
+    below = "0/" + btrfs("inspect-internal", "rootid", own).strip()
+    btrfs("qgroup", "create", "1/77", pool)
     try:
-        btrfs("qgroup", "assign", "--no-rescan", below, "1/77")
+        btrfs("qgroup", "assign", "--no-rescan", below, "1/77", pool)
         assert not quotas.in_force(incus_settings)
         assert not look().ok and "incus-gateway setup" in look().detail
         assert "disk" in altered(setup(incus_settings, lambda line: None))
@@ -147,6 +156,7 @@ def test_quotas_that_the_kernel_gave_up_are_in_force_again(incus_settings: Setti
         assert (counting / "drop_subtree_threshold").read_text().strip() == "8"
         assert altered(setup(incus_settings, lambda line: None)) == set()
     finally:
-        btrfs("qgroup", "remove", below, "1/77")
-        btrfs("qgroup", "destroy", "1/77")
+        btrfs("qgroup", "remove", below, "1/77", pool)
+        btrfs("qgroup", "destroy", "1/77", pool)
+        btrfs("subvolume", "delete", own, shared)
         quotas.enforce(incus_settings)
