@@ -20,13 +20,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, bun, run
 from gateway.host.incus import Incus
-from gateway.host.setup import CA_BUNDLE
+from gateway.host.setup import BRIDGE, CA_BUNDLE
 from gateway.settings import Settings
 
 PROPERTY = "incus-gateway.definition"
@@ -117,7 +116,8 @@ Before=shutdown.target
 
 [Service]
 ExecCondition=grep -q ^eth0 /proc/net/route
-ExecStart=-ping -q -c 1 -W 1 {resolver}
+EnvironmentFile=-/etc/default/bridge
+ExecStart=-ping -q -c 1 -W 1 ${BRIDGE}
 
 [Install]
 WantedBy=sysinit.target
@@ -143,6 +143,15 @@ FILES = {
     "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
     "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
     "etc/profile.d/10-tenant.sh": PROFILE,
+    "etc/systemd/system/announce-address.service": ANNOUNCE,
+}
+
+# What Incus fills in before an instance of the image starts for the first time, so that one image serves every
+# bridge. Never later: the tenant's root could lead what the daemon writes then to elsewhere.
+_BRIDGE = f"{{{{ config_get('{BRIDGE}', '') }}}}"
+TEMPLATES = {
+    "/etc/resolv.conf": f"nameserver {_BRIDGE}\n",
+    "/etc/default/bridge": f"BRIDGE={_BRIDGE}\n",
 }
 
 # Units of a real machine that a container has no use for; each would cost time, memory or log a failure.
@@ -183,14 +192,11 @@ install -D -m 0755 {bun} "$root/usr/local/bin/bun"
 ln -s bun "$root/usr/local/bin/bunx"
 ln -s bun "$root/usr/local/bin/node"
 install -d "$root/var/log/journal"
-cat > "$root/etc/systemd/system/announce-address.service" <<'UNIT'
-{announce}UNIT
 chroot "$root" systemctl --quiet enable systemd-networkd.service announce-address.service
 chroot "$root" systemctl --quiet mask {masked}
 # started by who asks for it, through its socket
 rm -f "$root/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
 rm -f "$root/etc/resolv.conf"
-echo 'nameserver {resolver}' > "$root/etc/resolv.conf"
 chroot "$root" journalctl --update-catalog
 : > "$root/etc/machine-id"
 rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/apt/apt.conf.d/99mmdebstrap"
@@ -209,14 +215,13 @@ class Definition:
     user: str
     uid: int
     workspace: str
-    resolver: str
     certificates: bytes
 
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, ANNOUNCE, FINISH)
-        text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace, self.resolver])
+        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, TEMPLATES, FINISH)
+        text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
 
@@ -235,7 +240,6 @@ def define(settings: Settings, machine: str = "", flags: str | None = None) -> D
         user=settings.workspace_user,
         uid=settings.workspace_uid,
         workspace=settings.workspace,
-        resolver=str(IPv4Interface(settings.network_ipv4).ip),
         certificates=CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b"",
     )
 
@@ -364,8 +368,6 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
             uid=definition.uid,
             user=definition.user,
             workspace=definition.workspace,
-            resolver=definition.resolver,
-            announce=ANNOUNCE.format(resolver=definition.resolver),
             bun=program,
             masked=" ".join(MASKED),
         )
@@ -418,11 +420,13 @@ def _pack(definition: Definition, tree: Path, made: Artefact, lock: int) -> str:
         holding=(lock,),
         fix="see whether the disk is full, then run again",
     )
-    text = json.dumps(image_metadata(definition), indent=2).encode()  # JSON is YAML
+    parts = {"metadata.yaml": json.dumps(image_metadata(definition), indent=2)}  # JSON is YAML
+    parts |= {f"templates/{_template(path)}": text for path, text in TEMPLATES.items()}
     with tarfile.open(made.metadata, "w") as archive:
-        entry = tarfile.TarInfo("metadata.yaml")
-        entry.size, entry.mode = len(text), 0o644
-        archive.addfile(entry, BytesIO(text))
+        for name, text in parts.items():
+            entry, content = tarfile.TarInfo(name), text.encode()
+            entry.size, entry.mode = len(content), 0o644
+            archive.addfile(entry, BytesIO(content))
     return f"{made.rootfs.stat().st_size >> 20} MiB"
 
 
@@ -438,8 +442,12 @@ def image_metadata(definition: Definition) -> dict[str, Any]:
             "description": f"incus-gateway tenant: Debian {SUITE}, Bun {bun.VERSION}",
             PROPERTY: definition.digest,
         },
-        "templates": {},
+        "templates": {path: {"when": ["create"], "template": _template(path)} for path in TEMPLATES},
     }
+
+
+def _template(path: str) -> str:
+    return path.rpartition("/")[2] + ".tpl"
 
 
 def _imported(incus: Incus, alias: str) -> str | None:

@@ -26,6 +26,7 @@ from gateway.settings import Settings
 from gateway.state import close
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+BRIDGE = "user.gateway.bridge"  # the profile's key with the address of the bridge
 GiB = 1 << 30
 
 # Where tenants must not go: the host's side of the world and other tenants. RFC 1918, RFC 6598 (carriers),
@@ -334,6 +335,8 @@ def profile(settings: Settings) -> dict[str, Any]:
             "raw.lxc": FIRST_TO_GO,
             # No tenant needs the host's metadata socket.
             "security.guestapi": "false",
+            # The resolver of a new tenant; its image asks for it.
+            BRIDGE: str(IPv4Interface(settings.network_ipv4).ip),
             # For commands; the image says the same to services.
             "environment.NODE_EXTRA_CA_CERTS": str(CA_BUNDLE),
         },

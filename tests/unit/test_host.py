@@ -102,7 +102,6 @@ def definition(**changes: object) -> Definition:
         "user": "site",
         "uid": 1000,
         "workspace": "/srv/site",
-        "resolver": "10.82.0.1",
         "certificates": b"",
     }
     return Definition(**{**fields, **changes})  # type: ignore[arg-type]  # a dict of mixed fields
@@ -116,7 +115,6 @@ def test_digest_changes_with_everything_that_decides_the_image() -> None:
         definition(user="web"),
         definition(uid=1001),
         definition(workspace="/srv/web"),
-        definition(resolver="10.99.0.1"),
         definition(certificates=b"one more"),
     ]
     assert definition().digest == definition().digest
