@@ -146,7 +146,7 @@ FILES = {
     "etc/systemd/system/announce-address.service": ANNOUNCE,
 }
 
-# What Incus fills in before an instance of the image starts for the first time, so that one image serves every
+# What Incus fills in before an instance of the image starts for the first time, so that an image serves every
 # bridge. Never later: the tenant's root could lead what the daemon writes then to elsewhere.
 _BRIDGE = f"{{{{ config_get('{BRIDGE}', '') }}}}"
 TEMPLATES = {
