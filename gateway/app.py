@@ -268,6 +268,7 @@ class Gateway:
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
             )
+            self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._deploys = await stack.enter_async_context(
                 Deployments(
                     *(runtime, sites, caddy, domains, self.store, self.bus, settings),
@@ -275,9 +276,9 @@ class Gateway:
                     admit=room.admit,
                     ended=self.names.ended,
                     workers=workers,
+                    unwell=self._health.unwell,
                 )
             )
-            self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
             self._hub = Hub(
                 *(runtime, execs, toolbox, files, self.bus, idle, settings),

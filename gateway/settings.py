@@ -120,6 +120,12 @@ class Settings(BaseSettings):
     )
     install_log: int = Field(2000, gt=0, description="lines of an install command that are published")
     verify_timeout: float = Field(60.0, gt=0, description="seconds until a started site must answer")
+    settle_time: float = Field(
+        3.0,
+        ge=0,
+        description="seconds that a site must stay up after its first answer until its deployment succeeds; "
+        "a copy of one that did is watched for as long afterwards",
+    )
     warm_pool: int = Field(
         2, ge=0, description="instances kept ready for each template that was deployed; 0 for none"
     )

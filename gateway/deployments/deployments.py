@@ -72,6 +72,7 @@ _MOVES: Final = (
     *("tenant.created", "tenant.started", "tenant.destroyed", "tenant.renamed"),
     *("incus.instance-updated", "gateway.resynced"),
 )
+_ENDS: Final = ("tenant.stopped", "tenant.destroyed", "tenant.renamed", "tenant.restarted")
 _ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started
 _ADDRESS_LOOKS: Final = 20
 
@@ -127,14 +128,18 @@ class Deployments:
         admit: Callable[[], Awaitable[None]] | None = None,
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
+        unwell: Callable[[str, int, str, str], None] | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended.
 
+        `unwell` is told tenant, port, path and why where a site does not stay up after its deployment.
         `admit` refuses where there is no room for another tenant. Without `workers` updates remove nothing.
         """
         self._admit = admit
         self._ended = ended or (lambda tenant: 0.0)
         self._workers = workers
+        self._unwell = unwell or (lambda tenant, port, path, why: None)
+        self._verifier = Verifier(sites, caddy, settings)
         self._use = use or (lambda tenant: contextlib.nullcontext())
         self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._store, self._bus, self._settings = store, bus, settings
@@ -161,6 +166,7 @@ class Deployments:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await self.end()
+        await self._verifier.aclose()
         await self._write_down()
 
     async def end(self) -> None:
@@ -531,6 +537,13 @@ class Deployments:
             return False
         return record.instance in (None, there.instance)
 
+    async def _unsteady(self, record: Record, site: Subject, why: str) -> None:
+        """Tell that a site did not stay up after its deployment, if its tenant is there and awake."""
+        there = await self._runtime.get(site.tenant)
+        if there.status == "running" and record.instance in (None, there.instance):
+            log.warning("the site of %s did not stay up: %s", site.tenant, why)
+            self._unwell(site.tenant, site.exposure.port, site.recipe.health, why)
+
     async def _follow(self) -> None:
         """Keep the routes as Incus says that they are, whatever happens to Caddy, files or tenants."""
         await self._recovered.wait()
@@ -549,6 +562,8 @@ class Deployments:
         """Take notice of what happened to a tenant."""
         if event.type in _MOVES:
             self._moved.set()
+        if event.type in _ENDS and event.tenant is not None:
+            self._verifier.forget(event.tenant)
 
     async def _reconcile(self) -> None:
         await self._write_down()
@@ -623,7 +638,8 @@ class _Work:
         self._all, self._running, self._undo = all_, running, undo
         self._record, self._request = running.record, running.request
         self._sites, self._caddy, self._settings = all_._sites, all_._caddy, all_._settings
-        self._verifier = Verifier(self._sites, self._caddy, self._settings)
+        self._verifier = all_._verifier
+        self._answered = 0.0  # when its first answer came
         self._template: Template
         self._recipe: Recipe
         self._exposure: Exposure
@@ -718,7 +734,7 @@ class _Work:
         return {"address": self._exposure.address, "port": self._recipe.port}
 
     async def route(self) -> dict[str, Any]:
-        await self._answering(self._side, self._exposure)
+        self._answered = await self._answering(self._side, self._exposure)
         domain = self._record.domain
         before = self._caddy.get(domain)
         self._undo.callback(self._lead_back, before)
@@ -745,9 +761,12 @@ class _Work:
         self._undo.push_async_callback(undone)
 
     async def verify(self) -> dict[str, Any]:
-        await self._verifier.seen(self._subject(self._side, self._exposure))
         record, sites, facts = self._record, self._sites, dict[str, Any]()
-        live = self._exposure
+        live, site = self._exposure, self._subject(self._side, self._exposure)
+        await self._verifier.seen(site)
+        # a copy of what was seen to stay up is watched once it is told
+        copied = self._prepared and self._request.env is None
+        await self._verifier.settled(site, self._answered, 0.0 if copied else self._settings.settle_time)
         if record.kind == "update":
             live = await self._settle()
         record.settled = True
@@ -764,6 +783,9 @@ class _Work:
                 group.create_task(self._certify(facts))
         if record.kind == "update":
             await sites.clear(record.tenant)
+        if copied or record.kind == "update":
+            site = self._subject("live", live)
+            self._verifier.watch(site, self._settings.settle_time, partial(self._all._unsteady, record, site))
         return facts
 
     async def _certify(self, facts: dict[str, Any]) -> None:
@@ -777,11 +799,14 @@ class _Work:
         await sites.settle(record.tenant, self._recipe, kept)
         live = await sites.expose(record.tenant, "live", self._recipe)
         await self._answering("live", live)
+        # as the world will, which is not led there yet
+        await self._verifier.looked_at(self._subject("live", live), live.address, live.port)
         return live
 
-    async def _answering(self, side: Side, exposure: Exposure) -> None:
-        await self._verifier.answering(self._subject(side, exposure))
+    async def _answering(self, side: Side, exposure: Exposure) -> float:
+        answered = await self._verifier.answering(self._subject(side, exposure))
         self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
+        return answered
 
     def _subject(self, side: Side, exposure: Exposure) -> Subject:
         record = self._record

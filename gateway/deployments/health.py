@@ -82,6 +82,14 @@ class Health:
                     status = await ask(site.exposure.address, site.exposure.port, site.health, 1.0, limit)
         return {"answers": status is not None and status < 500, "status": status}
 
+    def unwell(self, tenant: str, port: int, path: str, why: str) -> None:
+        """Take the word of somebody else that a site is not well; the next look at it tells otherwise."""
+        if tenant not in self._unhealthy:
+            self._unhealthy.add(tenant)
+            self._bus.publish(
+                "tenant.unhealthy", tenant, {"port": port, "path": path, "failures": 1, "why": why}
+            )
+
     async def _started(self, tenant: str) -> None:
         began = time.monotonic()
         with contextlib.suppress(GatewayError):

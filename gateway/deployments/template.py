@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import stat
 import tarfile
 import tomllib
@@ -19,7 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from gateway.caddy import shipped
 from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
@@ -35,6 +45,7 @@ _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
 _MANIFEST_MAX: Final = 64 << 10  # bytes
 _IGNORE_MAX: Final = 64 << 10  # bytes of one ignore file
+_WORD_MAX: Final = 4096  # characters
 _SHOWN: Final = 200  # characters of what a template says that an error repeats
 _BLOCK: Final = 512  # bytes of a header of a tar; contents are filled up to as many
 _MORE_MAX: Final = 64 << 10  # bytes that a tar may say of one entry beside its header
@@ -45,7 +56,12 @@ _TOLD_MAX: Final = 8  # of such headers before one entry; two are usual
 _FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _NAMES: Final = {b"path": "name", b"linkpath": "linkname"}
 
-Word = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
+# what a shell takes for more than a letter, but for `$PORT`, which needs none
+_SHELL: Final = re.compile(r"[|&;<>()`*?\[\]~#!]|\$(?!PORT(?![A-Za-z0-9_])|\{PORT\})|^\s*\w+=")
+_SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
+_UNEXPANDED: Final = re.compile(r"\$\{PORT[^}]+\}")
+
+Word = Annotated[str, StringConstraints(min_length=1, max_length=_WORD_MAX, pattern=r"^[^\x00-\x1f]*$")]
 UrlPath = Annotated[str, StringConstraints(pattern=r"^/[!-~]*$", max_length=1024)]
 
 
@@ -56,14 +72,50 @@ Pattern = Annotated[
 ]
 
 
+def _words(said: Any) -> Any:
+    """Return a command that is one string as its words: apart as a shell does, or by a shell if it needs one.
+
+    What is no command is left to be refused.
+    """
+    if isinstance(said, str):
+        if len(said) > _WORD_MAX:
+            raise PydanticCustomError("long", "it has over {most} characters", {"most": _WORD_MAX})
+        if _SHELL.search(said):
+            return ("sh", "-c", said)
+        try:
+            return tuple(shlex.split(said))
+        except ValueError:
+            raise PydanticCustomError("quotes", "its quotes have no end") from None
+    if not isinstance(said, list | tuple):
+        raise PydanticCustomError(
+            "command", 'it is a list of words, such as ["bun", "serve.ts"], or a string'
+        )
+    return said
+
+
+def _expanded(command: tuple[str, ...]) -> tuple[str, ...]:
+    if command[:1] and command[0].rpartition("/")[2] not in _SHELLS:
+        for word in command:
+            if (found := _UNEXPANDED.search(word)) is not None:
+                raise PydanticCustomError(
+                    "port", "{said} takes a shell; write $PORT", {"said": show(found[0][:_SHOWN])}
+                )
+    return command
+
+
 class Manifest(BaseModel):
     """What `site.toml` says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: Annotated[str, Field(max_length=500)] = ""
-    install: Annotated[tuple[Word, ...], Field(max_length=64)] = ()
-    start: Annotated[tuple[Word, ...], Field(min_length=1, max_length=64)]
+    install: Annotated[tuple[Word, ...], Field(max_length=64), BeforeValidator(_words)] = ()
+    start: Annotated[
+        tuple[Word, ...],
+        Field(min_length=1, max_length=64),
+        BeforeValidator(_words),
+        AfterValidator(_expanded),
+    ]
     port: Annotated[int, Field(ge=1024, le=65535)] = 3000
     health: UrlPath = "/"
     warm: Annotated[tuple[UrlPath, ...], Field(max_length=16)] = ()

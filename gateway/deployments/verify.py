@@ -1,20 +1,42 @@
-"""See whether a site that was just started works: at its own address, then as the world sees it."""
+"""See whether a site that was just started works and goes on working.
+
+`answering` waits for its first answer, and tells at once of a service that listens where nobody reaches it.
+`seen` asks through Caddy. `settled` looks at the page as a browser does, and sees the site stay for a while.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from gateway.caddy import Caddy, CaddyFailed
-from gateway.errors import Timeout
+from gateway.deployments.listeners import Misplaced
+from gateway.deployments.page import Browser, Page
+from gateway.errors import ExecFailed, GatewayError, Timeout
 from gateway.runtime.probe import answer
-from gateway.runtime.sites import Exposure, Recipe, Side, Sites
+from gateway.runtime.sites import Exposure, Recipe, Service, Side, Sites
 from gateway.settings import Settings
 
-_PATIENCE: Final = 2.0  # seconds of waiting for a site until it is asked whether its service lives
+log = logging.getLogger(__name__)
+
+_LOOK: Final = 0.75  # seconds between two looks at a service that does not answer yet
 _RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
+_ANSWER: Final = 10.0  # seconds of one answer through Caddy
+_PART: Final = 15.0  # seconds of an answer that a page needs: a dev server may have to make it first
+_AGAIN: Final = 0.25  # seconds until a page that is not whole is looked at again
+_MISSING: Final = 3.0  # seconds after which what a page names and the site does not have will not come
+_FOLLOWING: Final = 15.0  # seconds of asking for what scripts import
+_AFTER: Final = 1.0  # seconds that a site must stay after a page's look, which makes it work hardest
+_STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
+_LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
+_WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
+_SAID: Final = 1000  # characters of what it said last
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,44 +50,207 @@ class Subject:
     exposure: Exposure
 
 
+class Unsteady(ExecFailed):
+    """A site that answered did not stay up; `why` is the short of it."""
+
+    def __init__(self, why: str, said: str) -> None:
+        self.why = why
+        super().__init__(
+            f"the site answered, and then did not stay up: {why}. "
+            f"It last said: {said.strip()[-_SAID:] or 'nothing'}",
+            reason="unsteady",
+        )
+
+
 class Verifier:
-    """Looks at sites. It changes nothing in them, and keeps nothing of one look for the next."""
+    """Looks at sites, and changes nothing in them. Close it at the end."""
 
     def __init__(self, sites: Sites, caddy: Caddy, settings: Settings) -> None:
         self._sites, self._caddy, self._settings = sites, caddy, settings
+        self._watching: dict[str, asyncio.Task[None]] = {}
 
-    async def answering(self, site: Subject) -> None:
-        """Wait until a side answers at its own address. Raises `Timeout`, `never_healthy`."""
-        health, port = site.recipe.health, site.exposure.port
-        deadline = time.monotonic() + self._settings.verify_timeout
-        why = ""
-        while not why:
-            try:
-                await answer(site.exposure.address, port, health, _PATIENCE)
-                return
-            except TimeoutError:
-                if await self._sites.restarts(site.tenant, site.side) >= _RESTARTS:
+    async def aclose(self) -> None:
+        """Watch nothing any more."""
+        tasks = list(self._watching.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def answering(self, site: Subject) -> float:
+        """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
+
+        Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`).
+        """
+        health, where = site.recipe.health, site.exposure
+        limit = self._settings.verify_timeout
+        answering = asyncio.create_task(answer(where.address, where.port, health, limit))
+        misplaced, service = Misplaced(where.port, (where.address,)), None
+        try:
+            while not (await asyncio.wait({answering}, timeout=_LOOK))[0]:
+                service = await self._sites.service(site.tenant, site.side)
+                if service is None or answering.done():
+                    continue
+                if (wrong := misplaced.look(service, time.monotonic())) is not None:
+                    raise ExecFailed(
+                        f"it listens on {wrong}; it must listen on 0.0.0.0:$PORT, "
+                        f"where PORT is {where.port}. {await self._said(site)}",
+                        reason="wrong_address",
+                    )
+                if service.restarts >= _RESTARTS:
                     why = "the site ends again and again"
-                elif time.monotonic() > deadline:
-                    why = f"the site did not answer {health} on port {port}"
-        said = await self._sites.log(site.tenant, site.side)
+                    break
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await answering
+                    return time.monotonic()
+                why = f"the site did not answer {health} on port {where.port}"
+                if service is not None and (found := misplaced.suspects(service)):
+                    why += f"; it listens on {', '.join(map(str, found[:5]))}"
+        finally:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
         raise Timeout(
-            f"{why}; it must listen on 0.0.0.0 and $PORT. It last said: {said.strip()[-1000:] or 'nothing'}",
-            reason="never_healthy",
+            f"{why}; it must listen on 0.0.0.0 and $PORT. {await self._said(site)}", reason="never_healthy"
         )
 
     async def seen(self, site: Subject) -> None:
         """Wait until it answers through Caddy under its domain. Raises `Timeout`, `never_healthy`."""
-        last = "nothing"
-        deadline = time.monotonic() + self._settings.verify_timeout
+        why = await self._asked(site, self._settings.verify_timeout)
+        if why:
+            raise Timeout(f"{site.domain} does not answer through Caddy: {why}", reason="never_healthy")
+
+    async def settled(self, site: Subject, answered: float, seconds: float) -> None:
+        """Look at the page, and see that the site stays for `seconds` from when it `answered`, if any.
+
+        Raises `Timeout` (`never_healthy`) where its page is not whole and `Unsteady`.
+        """
+        if seconds <= 0:
+            await self.looked_at(site, "127.0.0.1", self._settings.caddy_ask, follow=False)
+            return
+        before = asyncio.create_task(self._sites.service(site.tenant, site.side))
+        try:
+            await self.looked_at(site, "127.0.0.1", self._settings.caddy_ask)
+            await self._stays(site, await before, answered, seconds)
+        finally:
+            before.cancel()
+            await asyncio.gather(before, return_exceptions=True)
+
+    async def looked_at(self, site: Subject, address: str, port: int, *, follow: bool = True) -> None:
+        """Have a site's page be whole, as a browser needs it; raises `Timeout`, `never_healthy`.
+
+        With `follow` it is asked for what its scripts import, too, so that a dev server has made it.
+        """
+        began = time.monotonic()
+        async with Browser(address, port, site.domain) as browser:
+            while True:
+                page = await _look(browser)
+                if not page.missing:
+                    break
+                late = time.monotonic() - began
+                gone = all(why.startswith("status 4") for why in page.missing.values())
+                if late > (_MISSING if gone else self._settings.verify_timeout):
+                    name, why = next(iter(page.missing.items()))
+                    more = f" (and {len(page.missing) - 1} more)" if len(page.missing) > 1 else ""
+                    raise Timeout(
+                        f"the page names {name[:200]}{more}, which does not come: {why}; "
+                        f"add it, or take it out of the page. {await self._said(site)}",
+                        reason="never_healthy",
+                    )
+                await asyncio.sleep(_AGAIN)
+            if follow:
+                await browser.follow(page.scripts, _FOLLOWING)
+
+    def watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
+        """Go on looking at a site whose deployment is over, in the background; `tell` why it did not stay."""
+        self.forget(site.tenant)
+        if len(self._watching) >= _WATCHED or seconds <= 0:
+            return
+        task = asyncio.create_task(self._watch(site, seconds, tell), name=f"watch {site.tenant}")
+        self._watching[site.tenant] = task
+        task.add_done_callback(partial(self._watched, site.tenant))
+
+    def forget(self, tenant: str) -> None:
+        """Watch a tenant's site no more: it ends, or another one takes its place."""
+        if (task := self._watching.pop(tenant, None)) is not None:
+            task.cancel()
+
+    def _watched(self, tenant: str, task: asyncio.Task[None]) -> None:
+        if self._watching.get(tenant) is task:
+            del self._watching[tenant]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the site of %s could not be watched", tenant, exc_info=error)
+
+    async def _watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
+        began = time.monotonic()
+        try:
+            before = await self._sites.service(site.tenant, site.side)
+            async with Browser("127.0.0.1", self._settings.caddy_ask, site.domain) as browser:
+                await browser.follow((await _look(browser)).scripts, _FOLLOWING)
+            await self._stays(site, before, began, seconds)
+        except Unsteady as error:
+            await tell(error.why)
+        except GatewayError as error:
+            log.info("the site of %s could not be watched: %s", site.tenant, error.message)
+
+    async def _stays(self, site: Subject, before: Service | None, answered: float, seconds: float) -> None:
+        until = max(answered + seconds, time.monotonic() + min(_AFTER, seconds))
+        ended = 0
+        while True:
+            await asyncio.sleep(min(_STEADY_LOOK, max(0.0, until - time.monotonic())))
+            service = await self._sites.service(site.tenant, site.side)
+            why = unsteady(before, service, answered)
+            # somebody may just be starting it again
+            ended = ended + 1 if service is not None and service.state == "ended" else 0
+            if not why and ended > 1:
+                why = "its service ended"
+            if not why and not ended and time.monotonic() >= until:
+                break
+            if why:
+                raise Unsteady(why, await self._sites.log(site.tenant, site.side))
+        # its service may live on without what answered
+        if why := await self._asked(site, _LAST):
+            raise Unsteady(f"it no longer answers ({why})", await self._sites.log(site.tenant, site.side))
+
+    async def _asked(self, site: Subject, seconds: float) -> str:
+        """Ask through Caddy until there is an answer; return why there was none for so long."""
+        last, deadline = "nothing", time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
-                status = await self._caddy.ask(site.domain, site.recipe.health, 10.0)
+                status = await self._caddy.ask(site.domain, site.recipe.health, _ANSWER)
                 if status < 400:
-                    return
+                    return ""
                 last = f"status {status}"
             except CaddyFailed as error:
                 last = error.message
                 await self._caddy.ensure()
             await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
-        raise Timeout(f"{site.domain} does not answer through Caddy: {last}", reason="never_healthy")
+        return last
+
+    async def _said(self, site: Subject) -> str:
+        said = (await self._sites.log(site.tenant, site.side)).strip()
+        return f"It last said: {said[-_SAID:] or 'nothing'}"
+
+
+def unsteady(before: Service | None, now: Service | None, answered: float) -> str:
+    """Return what happened to a service since it answered that must not; empty for nothing.
+
+    Who starts it again on purpose has its count begin anew.
+    """
+    if now is None:
+        return ""
+    if now.restarts and now.started > answered:
+        return f"its service ended and was started again ({now.restarts} times by now)"
+    if before is not None and before.started == now.started and now.oom_kills > before.oom_kills:
+        return (
+            "for want of memory the kernel ended a process of it; give it a larger `size`, "
+            "or have it need less"
+        )
+    return ""
+
+
+async def _look(browser: Browser) -> Page:
+    """Look at the front page; where that does not answer there is nothing to look at."""
+    try:
+        return await browser.look("/", _PART)
+    except (OSError, ValueError):
+        return Page(0)

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,10 @@ from typing import Any, Final
 
 import orjson
 
+from gateway.bounds import aside
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process, Removal
+from gateway.runtime.listening import of_tree
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.sites import (
     Exposure,
@@ -29,6 +32,7 @@ from gateway.runtime.sites import (
     Prepared,
     Recipe,
     Say,
+    Service,
     Side,
     Site,
     Source,
@@ -40,6 +44,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _TAIL: Final = 4000
+_LOOK: Final = 5.0  # seconds of a look at its processes
 _PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in its systemd unit
 
 
@@ -127,7 +132,7 @@ class LocalSites:
         env = self._kept(tenant).get(f"env_{side}") or self._kept(tenant).get("env_live") or {}
         port = _free_port()
         told = {**env, "PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
-        spec = ExecSpec(recipe.start, cwd=str(self._folder(tenant, side)), env=told, merged=True)
+        spec = ExecSpec(recipe.command(port), cwd=str(self._folder(tenant, side)), env=told, merged=True)
         service = _Service(self._runtime, tenant, spec, port)
         await service.start()
         self._services[tenant, side] = service
@@ -203,9 +208,9 @@ class LocalSites:
     async def finish(self, tenant: str, order: Order) -> None:
         self._keep(tenant, deployment=None, domain=order.domain, health=order.recipe.health)
 
-    async def restarts(self, tenant: str, side: Side) -> int:
+    async def service(self, tenant: str, side: Side) -> Service | None:
         service = self._services.get((tenant, side))
-        return 0 if service is None else service.restarts
+        return None if service is None else await service.look()
 
     async def log(self, tenant: str, side: Side) -> str:
         service = self._services.get((tenant, side))
@@ -280,7 +285,8 @@ class _Service:
 
     def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
         self.port = port
-        self.restarts = 0
+        self._restarts, self._started = 0, 0.0
+        self._process: Process | None = None  # that runs
         self._runtime, self._tenant, self._spec = runtime, tenant, spec
         self._said = b""
         self._task: asyncio.Task[None] | None = None
@@ -292,8 +298,25 @@ class _Service:
 
     async def start(self) -> None:
         """Start it; raises `ExecFailed` where it cannot be started at all."""
-        process = await self._runtime.exec(self._tenant, self._spec)
+        self._restarts = 0
+        process = await self._begin()
         self._task = asyncio.create_task(self._keep(process), name=f"site of {self._tenant}")
+
+    async def look(self) -> Service:
+        """Return how it does; see `Service`."""
+        process = self._process
+        if process is None:
+            return Service("ended", self._restarts, self._started)
+        try:
+            listens, cpu = await aside(self, _LOOK, of_tree, process.pid)
+        except TimeoutError:
+            listens, cpu = frozenset(), 0.0
+        return Service("running", self._restarts, self._started, cpu=cpu, listens=listens)
+
+    async def _begin(self) -> Process:
+        process = self._process = await self._runtime.exec(self._tenant, self._spec)
+        self._started = time.monotonic()
+        return process
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -306,14 +329,15 @@ class _Service:
                 while piece := await process.read("stdout"):
                     self._said = (self._said + piece[-_TAIL:])[-_TAIL:]
                 await process.wait()
+                self._process = None
             except asyncio.CancelledError:
                 await asyncio.shield(process.kill(1.0))
                 raise
             while True:
                 await asyncio.sleep(_PAUSE)
                 try:
-                    process = await self._runtime.exec(self._tenant, self._spec)
-                    self.restarts += 1
+                    process = await self._begin()
+                    self._restarts += 1
                     break
                 except NotFound:
                     return

@@ -7,6 +7,7 @@ Every call that undoes is idempotent: after a crash it is not known how far its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,13 +16,18 @@ from typing import Final, Literal, Protocol
 from gateway.bounds import Lines
 from gateway.errors import ExecFailed, GatewayError
 from gateway.runtime import Process
+from gateway.runtime.listening import Listener
 
 _TAIL: Final = 4000  # bytes of a command's output that an error tells
 _LINE: Final = 2000  # bytes of one line that is passed on
 _QUOTA: Final = ("quota exceeded", "edquot")
 _FULL: Final = ("no space left", "enospc", *_QUOTA)
 
+# neither `\$PORT`, which a shell is to leave alone, nor `$$PORT` and `$PORTS`, which are something else
+_PORT: Final = re.compile(r"(?<![\\$])\$(?:PORT(?![A-Za-z0-9_])|\{PORT\})")
+
 Side = Literal["live", "next"]
+ServiceState = Literal["running", "starting", "ended"]
 Source = Literal["pool", "golden", "image", "folder"]
 Say = Callable[[str], None]
 """Takes one line that a command printed."""
@@ -58,6 +64,10 @@ class Recipe:
             return self.port
         return self.port + 10_000 if self.port < 50_000 else self.port - 10_000
 
+    def command(self, port: int) -> tuple[str, ...]:
+        """Return `start` with `port` for each `$PORT` and `${PORT}`: no shell is there to do it."""
+        return tuple(_PORT.sub(str(port), word) for word in self.start)
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -76,6 +86,23 @@ class Exposure:
     address: str
     port: int
     target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How the service of one side does. One that waits to be started again has `ended`.
+
+    `restarts` counts how often it was started by itself since somebody started it, and `started` is when that
+    was last, by `time.monotonic()`. `oom_kills` processes of it, since then, the kernel ended for want of
+    memory. `cpu` is in seconds.
+    """
+
+    state: ServiceState
+    restarts: int = 0
+    started: float = 0.0
+    oom_kills: int = 0
+    cpu: float = 0.0
+    listens: frozenset[Listener] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +192,8 @@ class Sites(Protocol):
         """Record that the site works: domain, port, and no deployment any more."""
         ...
 
-    async def restarts(self, tenant: str, side: Side) -> int:
-        """Return how often a side's service was started again by itself; 0 where that is not known."""
+    async def service(self, tenant: str, side: Side) -> Service | None:
+        """Return how a side's service does; None where that cannot be had."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:

@@ -190,6 +190,7 @@ def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
         "warm_pool": 0,
         "golden": False,
         "verify_timeout": 30.0,
+        "settle_time": 0.2,
     }
     return environment.settings(**(fields | changes))
 

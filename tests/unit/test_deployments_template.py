@@ -279,11 +279,36 @@ def test_what_is_no_template_is_refused(data: Callable[[], bytes]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ('"node index.js"', ("node", "index.js")),
+        ("""'vite --port $PORT --base "/a b"'""", ("vite", "--port", "3000", "--base", "/a b")),
+        ('["vite", "--port=${PORT}"]', ("vite", "--port=3000")),
+        ('["x", "$PORTS", "$$PORT", "\\\\$PORT"]', ("x", "$PORTS", "$$PORT", r"\$PORT")),
+        ('"npm ci && exec node x"', ("sh", "-c", "npm ci && exec node x")),
+        ('"A=b node x"', ("sh", "-c", "A=b node x")),
+        ('"node x --at ${PORT:-80}/$HOST"', ("sh", "-c", "node x --at ${PORT:-80}/$HOST")),
+        ('["sh", "-c", "node x ${PORT:-80}"]', ("sh", "-c", "node x ${PORT:-80}")),
+    ],
+)
+def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[str, ...]) -> None:
+    template = uploaded(archive(manifest=f"start = {start}\n".encode()), SMALL)
+    assert template.recipe().command(3000) == words
+
+
+@pytest.mark.parametrize(
     ("manifest", "told"),
     [
         (b"", "start"),
         (b"start = []", "start"),
-        (b'start = "bun serve.ts"', "start"),
+        (b"start = 1", "start: it is a list of words"),
+        (b'start = ""', "start"),
+        (b'start = "a \'b"', "start: its quotes have no end"),
+        (b'start = "' + b"x" * 5000 + b'"', "start: it has over 4096 characters"),
+        (
+            b'start = ["vite", "--port", "${PORT:-3000}"]',
+            r"start: \$\{PORT:-3000\} takes a shell; write \$PORT",
+        ),
         (b'start = [""]', "start"),
         (b"start = [1]", "start"),
         (b'start = ["new\\nline"]', "start"),

@@ -30,6 +30,7 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
 from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, Process
+from gateway.runtime.incus import service
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import has_fixed_address, identity_of, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
@@ -42,6 +43,7 @@ from gateway.runtime.sites import (
     Prepared,
     Recipe,
     Say,
+    Service,
     Side,
     Site,
     Source,
@@ -73,7 +75,6 @@ _REST_TIMEOUT: Final = 60.0
 _PATH_SHOWN: Final = 500
 _PRINTED: Final = 4 << 20  # bytes that a script of ours may print; it says a few lines
 _LOOK: Final = 10.0  # seconds of one that only looks
-_NUMBER: Final = 12  # characters of a number that one says
 _TRIES: Final = 20  # ports that are tried until one is free
 _FAILURES: Final = 3  # of one port or socket, until it is given up
 
@@ -539,13 +540,12 @@ class IncusSites:
         with translated(tenant):
             await self._operate("PATCH", instance_path(tenant), {"config": config})
 
-    async def restarts(self, tenant: str, side: Side) -> int:
+    async def service(self, tenant: str, side: Side) -> Service | None:
         unit = "site.service" if side == "live" else "site-next.service"
         try:
-            script = f"systemctl show --property=NRestarts --value {unit}"
-            return int((await self._root(tenant, script, seconds=_LOOK))[:_NUMBER].strip() or 0)
-        except (GatewayError, ValueError, TimeoutError):
-            return 0
+            return service.read(await self._root(tenant, service.SCRIPT, unit, seconds=_LOOK))
+        except (GatewayError, TimeoutError):
+            return None
 
     async def log(self, tenant: str, side: Side) -> str:
         unit = "site.service" if side == "live" else "site-next.service"
@@ -800,7 +800,7 @@ def _unit(settings: Settings, recipe: Recipe, side: Side) -> str:
         environment=_environment(side)
         if side == "live"
         else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
-        command=unit_words(("/usr/bin/env", *recipe.start)),
+        command=unit_words(("/usr/bin/env", *recipe.command(recipe.listens(side)))),
         more=more,
     )
 

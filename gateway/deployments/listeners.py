@@ -1,0 +1,55 @@
+"""Tell by where a site's service listens that nobody will ever reach it, before the time for that is over."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from gateway.runtime.listening import ANYWHERE, Listener
+from gateway.runtime.sites import Service
+
+_GRACE: Final = 1.5  # seconds in which what listens there may also begin to listen where it should
+_BUSY: Final = 0.3  # of a CPU, above which a service is still beginning
+# Of their own: debuggers (Node, Bun, JVM), Vite's live reload beside a server, what a site keeps its data in
+_OWN: Final = frozenset(
+    {9229, 9230, 6499, 5005, 24678, 1433, 3306, 5432, 5672, 6379, 9200, 11211, 27017, 2019, 53, 22}
+)
+_CHOSEN: Final = 32_768  # from here on programs get ports by chance, to talk among themselves
+
+
+class Misplaced:
+    """The looks at one service that does not answer yet.
+
+    A service that listens on the right port of another address, or where its framework does by default
+    (`usual`), has been told the wrong thing. On any other port it may do something of its own first: then it
+    is believed only once the service rests.
+    """
+
+    def __init__(self, port: int, addresses: Collection[str], usual: Collection[int] = ()) -> None:
+        self._port, self._usual = port, frozenset(usual)
+        self._right = ANYWHERE | frozenset(addresses)
+        self._since: dict[Listener, float] = {}
+        self._cpu: tuple[float, float] | None = None  # seconds it had computed, and when
+
+    def look(self, service: Service, now: float) -> Listener | None:
+        """Take what a look found at `now`, a monotonic time; return where it listens in vain, if it does."""
+        rests = self._rests(service.cpu, now)
+        self._since = {one: self._since.get(one, now) for one in service.listens}
+        if any(one.port == self._port and one.address in self._right for one in service.listens):
+            return None
+        for one in self.suspects(service):
+            certain = one.port == self._port or one.port in self._usual
+            if (certain or rests) and now - self._since[one] >= _GRACE:
+                return one
+        return None
+
+    def suspects(self, service: Service) -> list[Listener]:
+        """Return where it listens and may be thought to serve, the likeliest first."""
+        found = [one for one in service.listens if one.port not in _OWN and one.port < _CHOSEN]
+        return sorted(found, key=lambda one: (one.port != self._port, one.port not in self._usual, one))
+
+    def _rests(self, cpu: float, now: float) -> bool:
+        before, self._cpu = self._cpu, (cpu, now)
+        if before is None or now <= before[1]:
+            return False
+        return (cpu - before[0]) / (now - before[1]) < _BUSY

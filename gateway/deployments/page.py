@@ -1,0 +1,266 @@
+"""Look at a site's page as a browser does: its document, and the scripts and styles that this names.
+
+All of it is a tenant's: it may be endless, or made to keep whoever reads it. So everything is bounded, HTML
+and scripts are read in a thread, and nothing but the site itself is ever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from types import TracebackType
+from typing import Final, TypeVar
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from gateway.bounds import aside
+
+T = TypeVar("T")
+
+_AT_ONCE: Final = 6  # connections, as browsers have
+_CONNECT: Final = 5.0  # seconds
+_REDIRECTS: Final = 5
+_NAMED: Final = 64  # scripts and styles of a document that are asked for
+_FOLLOWED: Final = 256  # modules that these import, and those again
+_KEPT: Final = 512 << 10  # bytes of one answer that are looked through
+_READ: Final = 4 << 20  # bytes of one answer that are read at all
+_READING: Final = 5.0  # seconds of that; by then it has answered
+_ALL: Final = 64 << 20  # bytes of all answers
+_INLINE: Final = 64 << 10  # characters of a document's own scripts
+_PIECE: Final = 16 << 10  # characters that are parsed at once
+_UNFINISHED: Final = 256 << 10  # characters of one tag, comment or script; each piece looks at these again
+_PARSING: Final = 5.0  # seconds
+_TARGET: Final = re.compile(r"/[!-~]{0,2047}")
+# bounded, so that no script makes it try for long
+_IMPORT: Final = re.compile(r"""\b(?:from|import)\s{0,9}\(?\s{0,9}(["'])((?:\.{0,2}/)[^"'\\\s]{1,500})\1""")
+_SCRIPTS: Final = frozenset({"", "module", "text/javascript", "application/javascript"})
+_INERT: Final = frozenset({"noscript", "template"})
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a look at a page found. `missing` is what it names that did not answer, with how it did."""
+
+    status: int
+    missing: Mapping[str, str] = field(default_factory=dict)
+    scripts: tuple[str, ...] = ()
+    """What its scripts import, if it was to be followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    kind: str = ""
+    body: bytes = b""
+    location: str = ""
+
+
+class Browser:
+    """Asks one site, at an address of this host or of a tenant. Use as an async context manager.
+
+    Cookies, caches and other hosts are nothing to it.
+    """
+
+    def __init__(self, address: str, port: int, domain: str) -> None:
+        self._at = f"http://{address}:{port}"
+        self._domain = domain
+        self._left = _ALL
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> Browser:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=_AT_ONCE),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Host": self._domain, "Accept": "*/*", "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            requote_redirect_url=False,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def look(self, path: str, seconds: float) -> Page:
+        """Ask for a document, and for what it names; each answer must begin within `seconds`.
+
+        A document that leads to another host is not followed there. Raises `OSError` and `ValueError` where
+        the document does not answer by HTTP.
+        """
+        answer = await self._ask(path, seconds)
+        for _ in range(_REDIRECTS):
+            onward = self._own(answer.location, path) if 300 <= answer.status < 400 else None
+            if onward is None or onward == path:  # to HTTPS, say
+                break
+            path = onward
+            answer = await self._ask(path, seconds)
+        if answer.status >= 400 or not answer.kind.startswith("text/html"):
+            return Page(answer.status)
+        base, named, inline = await self._aside(_named, answer.body) or ("", [], "")
+        base = (base and self._own(base, path)) or path
+        wanted = list(dict.fromkeys(own for name in named if (own := self._own(name, base))))[:_NAMED]
+        found = await asyncio.gather(*(self._part(name, seconds) for name in wanted))
+        missing = {name: why for name, (why, _) in zip(wanted, found, strict=True) if why}
+        scripts = await self._imports(base, inline.encode())
+        for name, (_, part) in zip(wanted, found, strict=True):
+            if "javascript" in part.kind:
+                scripts += await self._imports(name, part.body)
+        return Page(answer.status, missing, tuple(dict.fromkeys(scripts)))
+
+    async def follow(self, scripts: Iterable[str], seconds: float) -> int:
+        """Ask for what scripts import, and so on, for so many seconds; return how many answered.
+
+        A dev server makes each of these for the first who asks. Whether one is missing is not told: what
+        looks like an import may be none.
+        """
+        seen, next_, answered = set[str](), list(scripts), 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while wanted := [name for name in dict.fromkeys(next_) if name not in seen]:
+                    wanted = wanted[: _FOLLOWED - len(seen)]
+                    seen.update(wanted)
+                    next_ = []
+                    for name, (why, part) in zip(
+                        wanted,
+                        await asyncio.gather(*(self._part(name, seconds) for name in wanted)),
+                        strict=True,
+                    ):
+                        answered += not why
+                        next_ += await self._imports(name, part.body) if "javascript" in part.kind else []
+                    if len(seen) >= _FOLLOWED:
+                        break
+        return answered
+
+    async def _part(self, path: str, seconds: float) -> tuple[str, _Answer]:
+        """Ask for something that a document names; return what is wrong with its answer, if anything."""
+        try:
+            answer = await self._ask(path, seconds)
+            return (f"status {answer.status}" if answer.status >= 400 else ""), answer
+        except TimeoutError:
+            return f"no answer in {seconds:g} s", _Answer(0)
+        except (OSError, ValueError):
+            return "no answer", _Answer(0)
+
+    async def _ask(self, path: str, seconds: float) -> _Answer:
+        """Raises `OSError`, so `TimeoutError`, and `ValueError` for what is no HTTP."""
+        limits = aiohttp.ClientTimeout(sock_connect=_CONNECT)
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await self._session.get(
+                    URL(self._at + path, encoded=True), allow_redirects=False, timeout=limits
+                )
+        except aiohttp.ClientConnectionError as error:
+            raise ConnectionError("no answer") from error
+        except aiohttp.ClientError as error:
+            raise ValueError("no HTTP") from error
+        body = bytearray()
+        async with answer:
+            # it has answered: how it goes on is another matter
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                async with asyncio.timeout(_READING):
+                    await self._read(answer.content, body)
+        headers = answer.headers
+        return _Answer(
+            answer.status,
+            headers.get("Content-Type", "").lower(),
+            bytes(body),
+            headers.get("Location", ""),
+        )
+
+    async def _read(self, content: aiohttp.StreamReader, kept: bytearray) -> None:
+        left = _READ
+        while left > 0 and self._left > 0 and (piece := await content.readany()):
+            left -= len(piece)
+            self._left -= len(piece)
+            kept += piece[: _KEPT - len(kept)]
+
+    async def _imports(self, path: str, script: bytes) -> list[str]:
+        names = await self._aside(_imported, script) if script else []
+        return [own for name in names or () if (own := self._own(name, path))]
+
+    async def _aside(self, read: Callable[[bytes], T], body: bytes) -> T | None:
+        """Return what is read of an answer, None where that takes too long."""
+        try:
+            return await aside(self._domain, _PARSING, read, body)
+        except TimeoutError:
+            return None
+
+    def _own(self, name: str, path: str) -> str | None:
+        """Return what a name means on that page, as a path of this site; None where it leads elsewhere."""
+        try:
+            parts = urlsplit(urljoin(f"http://{self._domain}{path}", urldefrag(name.strip())[0]))
+        except ValueError:
+            return None
+        if parts.scheme not in ("http", "https") or parts.hostname != self._domain:
+            return None
+        own = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return own if _TARGET.fullmatch(own) else None
+
+
+class _Enough(Exception):
+    """No more is looked at."""
+
+
+class _Document(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.base = ""
+        self.named: list[str] = []
+        self.inline = ""
+        self._inert = 0
+        self._in_script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said = {name: value or "" for name, value in reversed(attrs)}  # the first of a name counts
+        if tag in _INERT:
+            self._inert += 1
+        if self._inert:
+            return
+        if tag == "base" and not self.base:
+            self.base = said.get("href", "")
+        elif tag == "script" and said.get("type", "").strip().lower() in _SCRIPTS and "nomodule" not in said:
+            self._in_script = not said.get("src")
+            if said.get("src"):
+                self._add(said["src"])
+        elif tag == "link" and said.get("href"):
+            relations = said.get("rel", "").lower().split()
+            if "modulepreload" in relations or ("stylesheet" in relations and "alternate" not in relations):
+                self._add(said["href"])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._in_script = False
+        if tag in _INERT:
+            self._inert = max(0, self._inert - 1)
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.inline += data[: _INLINE - len(self.inline)]
+
+    def _add(self, name: str) -> None:
+        self.named.append(name)
+        if len(self.named) >= _NAMED:
+            raise _Enough
+
+
+def _named(body: bytes) -> tuple[str, list[str], str]:
+    """Return a document's base, the scripts and styles that it names, and its own scripts."""
+    text, document = body.decode("utf-8", "replace"), _Document()
+    with contextlib.suppress(_Enough, AssertionError, ValueError):
+        for at in range(0, len(text), _PIECE):
+            document.feed(text[at : at + _PIECE])
+            if len(document.rawdata) > _UNFINISHED:
+                break
+    return document.base, document.named, document.inline
+
+
+def _imported(script: bytes) -> Collection[str]:
+    found = _IMPORT.finditer(script.decode("utf-8", "replace"))
+    return {match[2] for match, _ in zip(found, range(_FOLLOWED), strict=False)}
