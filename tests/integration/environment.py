@@ -1,7 +1,8 @@
 """Runs the tests' own incusd, beside an operator's: other folder, bridge, subnet and pool.
 
 `up` and `down` are what `tests/run` calls around pytest; the fixtures call `up` too, so that pytest alone
-works. GATEWAY_TEST_HOST=N names another such host, for a second run at the same time.
+works. GATEWAY_TEST_HOST=N names another such host, for a second run at the same time; where pytest runs with
+several workers, each has its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from gateway.host.daemon import Daemon, cannot_run
 from gateway.host.setup import setup
 from gateway.settings import Settings
 
-HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0"))
+_HOSTS = 100  # of the first workers; the second worker's are those above
+HOST = int(os.environ.get("GATEWAY_TEST_HOST", "0")) + _HOSTS * int(
+    os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+)
 INCUS_DIR = Path(f"/var/lib/incus-gateway-test{HOST or ''}")
 RUNNER = INCUS_DIR / "tests-run"
 """Names the `tests/run` that started the daemon, `PID:START`, so that the next one knows a killed one's."""
