@@ -27,7 +27,8 @@ from gateway.host.loose import loose, modes, swaps
 from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.tenants import MANAGED
-from gateway.runtime.incus.sites import GOLDEN_SNAPSHOT, golden_name, prepared_key
+from gateway.runtime.incus.sites import prepared_key
+from gateway.runtime.incus.stock import GOLDEN_SNAPSHOT, golden_name
 from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
 

@@ -273,6 +273,12 @@ class Making:
         with translated(name):
             return await self._incus.instance(name)
 
+    async def devices(self, size: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+        """Return the devices in which an instance of a size differs from the tenants' profile."""
+        if "disk" not in size:
+            return {}
+        return {"root": {**(await self.profile())["devices"]["root"], "size": size["disk"]}}
+
     async def profile(self) -> dict[str, Any]:
         """Return the tenants' profile."""
         with translated(""):

@@ -1,10 +1,6 @@
 """Makes sites in Incus containers: instances from a pool, a golden copy or the image, with a systemd unit.
 
-Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are no tenants
-yet, `user.gateway.owner` which gateway made them, `user.gateway.deployment` which deployment is not over.
-
-An instance of the pool waits stopped: Incus renames no running one, and to stop it (0.8 s) costs more than to
-start it (0.15 s, and 0.5 s until its network is up). It costs no memory, and no copy of a disk is left to do.
+`user.gateway.deployment` of an instance says which deployment is not over.
 """
 
 from __future__ import annotations
@@ -14,16 +10,14 @@ import contextlib
 import hashlib
 import logging
 import random
-import secrets
 import socket
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
-from uuid import uuid4
 
-from gateway.errors import ExecFailed, GatewayError, NotFound, Timeout, Unavailable
+from gateway.errors import ExecFailed, GatewayError, Unavailable
 from gateway.hostnames import plain
 from gateway.incus import IncusError
 from gateway.incus.client import instance_path
@@ -32,8 +26,9 @@ from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus import service
 from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.making import has_fixed_address, identity_of, is_ours, leased
+from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
+from gateway.runtime.incus.stock import ROLE, Stock, owner
 from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
@@ -52,17 +47,12 @@ from gateway.runtime.sites import (
     quota_was_reached,
 )
 from gateway.settings import Settings
-from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
 
 HEALTH: Final = "user.gateway.health"
-ROLE: Final = "user.gateway.role"
-OWNER: Final = "user.gateway.owner"
-KEY: Final = "user.gateway.key"
 MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy, "-" for the profile's, and during it
 
-GOLDEN_SNAPSHOT: Final = "ready"
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
 # one file system of all: a tenant that reaches its own end there hears of a quota
@@ -212,17 +202,6 @@ sync -f /
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """An instance of the pool."""
-
-    name: str
-    identity: str
-
-    def is_it(self, instance: Mapping[str, Any]) -> bool:
-        return identity_of(instance) == self.identity
-
-
 class IncusSites:
     """The sites of one Incus project; see `gateway.runtime.sites.Sites`."""
 
@@ -231,11 +210,7 @@ class IncusSites:
         self._incus, self._making = runtime.incus, runtime.making
         # commands of ours in instances that are no tenants, too
         self._commands = Commands(settings, self._incus, self._init_pid)
-        self._owner = _owner(settings)
-        # Incus shows an instance, and a snapshot, that is still being made: these were seen to be whole
-        self._pool: dict[str, list[_Member]] = {}  # by key
-        self._golden: set[str] = set()  # by name
-        self._preparing: dict[str, asyncio.Task[None]] = {}
+        self._stock = Stock(settings, self._incus, self._making, self._fill, partial(prepared_key, settings))
         # root's folder is above them, so that the tenant cannot put a link in their place
         self._next = _beside(settings, "next")
         self._note = _beside(settings, "before")
@@ -246,15 +221,7 @@ class IncusSites:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop preparing and remove the pool: what nobody looks after any more."""
-        preparing = list(self._preparing.values())
-        for task in preparing:
-            task.cancel()
-        if preparing:  # what is not over by then is for the next life to remove
-            await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
-        with contextlib.suppress(GatewayError, TimeoutError):
-            async with asyncio.timeout(self._settings.shutdown_timeout / 2):
-                await self._drain()
+        await self._stock.aclose()
         await self._commands.aclose()
 
     # --- instances ----------------------------------------------------------------------------------
@@ -269,62 +236,14 @@ class IncusSites:
         }
         size = SIZES[order.size]
         config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
-        key = await self._key(order.recipe)
-        if key and await self._claim(tenant, key, config, size):
+        key = await self._stock.key(order.recipe)
+        if key and await self._stock.claim(tenant, key, config, size):
             return "pool"
-        golden = golden_name(key) if key else ""
-        if golden and await self._golden_is_ready(golden):
-            source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
-            await self._make(tenant, source, config, size, start=True)
-            return "golden"
-        await self._make(tenant, {"type": "image", "alias": self._settings.image}, config, size, start=True)
-        return "image"
-
-    async def _claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
-        """Make an instance of the pool the tenant; say whether there was one.
-
-        Incus lists an instance that is still being copied, and breaks where it is changed or renamed then: so
-        one is taken only of those that were seen to be whole.
-        """
-        while members := self._pool.get(key):
-            member = members.pop()
-            try:
-                change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
-                if "disk" in size:
-                    root = (await self._making.profile())["devices"]["root"]
-                    change["devices"] = {"root": {**root, "size": size["disk"]}}
-                with translated(member.name):
-                    # marked first: from now on it belongs to the deployment, whatever it is called
-                    await self._operate("PATCH", instance_path(member.name), change)
-            except BaseException as error:
-                removing = self._making.remove(member.is_it, "it could not be taken from the pool")
-                await whole(removing)
-                if not isinstance(error, GatewayError):
-                    raise
-                log.warning("%s of the pool cannot be used: %s", member.name, error.message)
-                continue
-            with translated(tenant):
-                await self._operate("POST", instance_path(member.name), {"name": tenant})
-                await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
-            return True
-        return False
-
-    async def _make(
-        self,
-        name: str,
-        source: Mapping[str, str],
-        config: Mapping[str, str],
-        size: Mapping[str, str],
-        *,
-        start: bool,
-        identity: str = "",
-    ) -> None:
-        """Create an instance of that size. Raises `Conflict` where the name is taken."""
-        devices = {}
-        if "disk" in size:
-            root = (await self._making.profile())["devices"]["root"]
-            devices["root"] = {**root, "size": size["disk"]}
-        await self._making.make(name, source, config, devices, start=start, identity=identity)
+        golden = await self._stock.golden(key) if key else None
+        source = golden or {"type": "image", "alias": self._settings.image}
+        devices = await self._making.devices(size)
+        await self._making.make(tenant, source, config, devices, start=True)
+        return "golden" if golden else "image"
 
     async def remove(self, deployment: str) -> None:
         await self._making.remove(
@@ -617,55 +536,19 @@ class IncusSites:
     # --- what is ready before it is asked for -------------------------------------------------------
 
     def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        key = recipe.key
-        if not key or not self._settings.golden or key in self._preparing:
-            return
-        task = asyncio.create_task(self._prepare(recipe, prepared), name=f"prepare {key}")
-        self._preparing[key] = task
-        task.add_done_callback(lambda _: self._preparing.pop(key, None))
+        self._stock.prepare(recipe, prepared)
 
-    async def _prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
-        try:
-            key = await self._key(recipe)
-            golden = golden_name(key)
-            if not await self._golden_is_ready(golden):
-                await self._make_golden(golden, key, recipe)
-            members = self._pool.setdefault(key, [])
-            while len(members) < self._settings.warm_pool:
-                name = f"gateway-pool-{secrets.token_hex(6)}"
-                source = {"type": "copy", "source": f"{golden}/{GOLDEN_SNAPSHOT}"}
-                member = _Member(name, str(uuid4()))
-                marks = self._marks("pool", key)
-                await self._make(name, source, marks, {}, start=False, identity=member.identity)
-                members.append(member)
-            prepared(None)
-        except GatewayError as error:
-            prepared(error)
-        except TimeoutError:
-            prepared(Timeout("its site did not answer in time", reason="never_healthy"))
-        except Exception:
-            log.exception("a template could not be made ready")
-            prepared(Unavailable("the gateway's log says why"))
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        await self._stock.adopt(recipes)
 
-    async def _make_golden(self, name: str, key: str, recipe: Recipe) -> None:
-        await self._making.remove(
-            lambda one: one["name"] == name and self._is(one, "golden"), "a golden copy was not finished"
-        )
-        async with self._making.undone("the golden copy failed") as identity:
-            source = {"type": "image", "alias": self._settings.image}
-            await self._make(name, source, self._marks("golden", key), {}, start=True, identity=identity)
-            await self.push(name, "live", recipe, None)
-            await self.reachable(name)
-            await self.install(name, "live", recipe, lambda line: None)
-            await self.start(name, "live", recipe)
-            await self._warm(name, recipe)
-            await self._root(name, _SEAL)
-            with translated(name):
-                body = {"action": "stop", "timeout": -1, "force": True}
-                await self._operate("PUT", instance_path(name, "state"), body)
-                await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
-        self._golden.add(name)
+    async def _fill(self, name: str, recipe: Recipe) -> None:
+        """Make a running instance what copies of it begin with."""
+        await self.push(name, "live", recipe, None)
+        await self.reachable(name)
+        await self.install(name, "live", recipe, lambda line: None)
+        await self.start(name, "live", recipe)
+        await self._warm(name, recipe)
+        await self._root(name, _SEAL)
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
         """Wait until the site answers, and have it do its first work."""
@@ -705,60 +588,6 @@ class IncusSites:
         if found is not None:
             await network_up(found.address, self._settings.verify_timeout)
 
-    async def _golden_is_ready(self, name: str) -> bool:
-        return name in self._golden and await self._has_snapshot(name)
-
-    async def _has_snapshot(self, name: str) -> bool:
-        try:
-            with translated(name):
-                await self._incus.get(instance_path(name, "snapshots", GOLDEN_SNAPSHOT))
-        except NotFound:
-            return False
-        return True
-
-    async def _key(self, recipe: Recipe) -> str:
-        """Name what a recipe becomes on the present image; empty where it must not be shared."""
-        if not recipe.key or not self._settings.golden:
-            return ""
-        with translated(""):
-            alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        return prepared_key(self._settings, recipe, alias["target"])
-
-    def _marks(self, role: str, key: str) -> dict[str, str]:
-        return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
-
-    def _is(self, instance: Mapping[str, Any], role: str) -> bool:
-        """Say whether an instance is this gateway's, in that role, and not somebody's copy of one."""
-        config = instance["config"]
-        return bool(config.get(ROLE) == role and config.get(OWNER) == self._owner and is_ours(instance))
-
-    async def _ours(self, role: str) -> Sequence[Mapping[str, Any]]:
-        return [instance for instance in await self._making.instances() if self._is(instance, role)]
-
-    async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        keys = {await self._key(recipe) for recipe in recipes if recipe.key}
-        with translated(""):
-            unfinished = await self._incus.busy()
-        outdated = set()
-        for instance in [*await self._ours("golden"), *await self._ours("pool")]:
-            member = _Member(instance["name"], identity_of(instance))
-            key, pooled = instance["config"].get(KEY), self._is(instance, "pool")
-            ready = member.name not in unfinished and (pooled or await self._has_snapshot(member.name))
-            if key not in keys or not ready or instance["status"] != "Stopped":
-                outdated.add(member.identity)
-            elif pooled:
-                self._pool.setdefault(key, []).append(member)
-            else:
-                self._golden.add(member.name)
-        await self._making.remove(
-            lambda one: identity_of(one) in outdated and (self._is(one, "golden") or self._is(one, "pool")),
-            "it was made ready by an earlier life, for other templates",
-        )
-
-    async def _drain(self) -> None:
-        self._pool.clear()
-        await self._making.remove(lambda one: self._is(one, "pool"), "the gateway ends")
-
     # --- Incus --------------------------------------------------------------------------------------
 
     async def _init_pid(self, name: str) -> int:
@@ -771,17 +600,8 @@ class IncusSites:
 def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
     """Name what a recipe becomes on the image of that fingerprint, for one gateway."""
     unit = _unit(settings, recipe, "live")
-    facts = f"{_GENERATION} {recipe.key} {image} {_owner(settings)} {unit}"
+    facts = f"{_GENERATION} {recipe.key} {image} {owner(settings)} {unit}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
-def golden_name(key: str) -> str:
-    """Return the instance that is a key's golden copy once it has the snapshot `GOLDEN_SNAPSHOT`."""
-    return f"gateway-golden-{key}"
-
-
-def _owner(settings: Settings) -> str:
-    return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
 
 
 def _beside(settings: Settings, what: str) -> str:
