@@ -175,6 +175,7 @@ class LiveGateway:
             "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
             # what tests call their sites
             "GATEWAY_DOMAIN_SUFFIXES": "localhost,test,example.com",
+            "GATEWAY_SETTLE_TIME": "0.2",
             **environment,
         }
         self.log = log

@@ -104,7 +104,8 @@ class Browser:
         if answer.status >= 400 or not answer.kind.startswith("text/html"):
             return Page(answer.status)
         base, named, inline = await self._aside(_named, answer.body) or ("", [], "")
-        base = (base and self._own(base, path)) or path
+        with contextlib.suppress(ValueError):
+            base = self._url(base, path)
         wanted = list(dict.fromkeys(own for name in named if (own := self._own(name, base))))[:_NAMED]
         found = await asyncio.gather(*(self._part(name, seconds) for name in wanted))
         missing = {name: why for name, (why, _) in zip(wanted, found, strict=True) if why}
@@ -192,10 +193,16 @@ class Browser:
         except TimeoutError:
             return None
 
+    def _url(self, name: str, path: str) -> str:
+        """Return what a name means on that page, or below that URL. Raises `ValueError`."""
+        return urljoin(
+            urljoin(f"http://{self._domain}/", path), urldefrag(name.strip().replace("\\", "/"))[0]
+        )
+
     def _own(self, name: str, path: str) -> str | None:
-        """Return what a name means on that page, as a path of this site; None where it leads elsewhere."""
+        """Return the same as a path of this site; None where it leads elsewhere, or is none."""
         try:
-            parts = urlsplit(urljoin(f"http://{self._domain}{path}", urldefrag(name.strip())[0]))
+            parts = urlsplit(self._url(name, path))
         except ValueError:
             return None
         if parts.scheme not in ("http", "https") or parts.hostname != self._domain:
