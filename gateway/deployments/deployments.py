@@ -735,11 +735,15 @@ class _Work:
 
     async def route(self) -> dict[str, Any]:
         self._answered = await self._answering(self._side, self._exposure)
+        if self._record.kind == "create":  # an update leads its visitors there once it has settled
+            self._lead()
+        return {"url": self._record.url}
+
+    def _lead(self) -> None:
         domain = self._record.domain
         before = self._caddy.get(domain)
         self._undo.callback(self._lead_back, before)
         self._caddy.set(domain, self._exposure.target)
-        return {"url": self._record.url}
 
     def _lead_back(self, before: str | None) -> None:
         """Have the domain lead where it did before, unless somebody else leads it elsewhere by now."""
@@ -763,10 +767,16 @@ class _Work:
     async def verify(self) -> dict[str, Any]:
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live, site = self._exposure, self._subject(self._side, self._exposure)
-        await self._verifier.seen(site)
         # a copy of what was seen to stay up is watched once it is told
         copied = self._prepared and self._request.env is None
-        await self._verifier.settled(site, self._answered, 0.0 if copied else self._settings.settle_time)
+        seconds = 0.0 if copied else self._settings.settle_time
+        if record.kind == "update":
+            await self._verifier.settled(site, "direct", self._answered, seconds)
+            self._lead()
+            await self._verifier.seen(site)
+        else:
+            await self._verifier.seen(site)
+            await self._verifier.settled(site, "caddy", self._answered, seconds)
         if record.kind == "update":
             live = await self._settle()
         record.settled = True
@@ -800,7 +810,7 @@ class _Work:
         live = await sites.expose(record.tenant, "live", self._recipe)
         await self._answering("live", live)
         # as the world will, which is not led there yet
-        await self._verifier.looked_at(self._subject("live", live), live.address, live.port)
+        await self._verifier.looked_at(self._subject("live", live), "direct")
         return live
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:

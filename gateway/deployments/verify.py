@@ -1,7 +1,7 @@
 """See whether a site that was just started works and goes on working.
 
 `answering` waits for its first answer, and tells at once of a service that listens where nobody reaches it.
-`seen` asks through Caddy. `settled` looks at the page as a browser does, and sees the site stay for a while.
+`settled` looks at the page as a browser does, and sees the site stay for a while. `seen` asks through Caddy.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 from gateway.caddy import Caddy, CaddyFailed
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.errors import ExecFailed, GatewayError, Timeout
-from gateway.runtime.probe import answer
+from gateway.runtime.probe import answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Service, Side, Sites
 from gateway.settings import Settings
 
@@ -37,6 +37,10 @@ _STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
 _LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
 _WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
 _SAID: Final = 1000  # characters of what it said last
+
+
+Way = Literal["caddy", "direct"]
+"""As the world reaches a site, or at its own address, where the world is not led yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,33 +119,33 @@ class Verifier:
 
     async def seen(self, site: Subject) -> None:
         """Wait until it answers through Caddy under its domain. Raises `Timeout`, `never_healthy`."""
-        why = await self._asked(site, self._settings.verify_timeout)
+        why = await self._asked(site, "caddy", self._settings.verify_timeout)
         if why:
             raise Timeout(f"{site.domain} does not answer through Caddy: {why}", reason="never_healthy")
 
-    async def settled(self, site: Subject, answered: float, seconds: float) -> None:
+    async def settled(self, site: Subject, way: Way, answered: float, seconds: float) -> None:
         """Look at the page, and see that the site stays for `seconds` from when it `answered`, if any.
 
         Raises `Timeout` (`never_healthy`) where its page is not whole and `Unsteady`.
         """
         if seconds <= 0:
-            await self.looked_at(site, "127.0.0.1", self._settings.caddy_ask, follow=False)
+            await self.looked_at(site, way, follow=False)
             return
         before = asyncio.create_task(self._sites.service(site.tenant, site.side))
         try:
-            await self.looked_at(site, "127.0.0.1", self._settings.caddy_ask)
-            await self._stays(site, await before, answered, seconds)
+            await self.looked_at(site, way)
+            await self._stays(site, way, await before, answered, seconds)
         finally:
             before.cancel()
             await asyncio.gather(before, return_exceptions=True)
 
-    async def looked_at(self, site: Subject, address: str, port: int, *, follow: bool = True) -> None:
+    async def looked_at(self, site: Subject, way: Way, *, follow: bool = True) -> None:
         """Have a site's page be whole, as a browser needs it; raises `Timeout`, `never_healthy`.
 
         With `follow` it is asked for what its scripts import, too, so that a dev server has made it.
         """
         began = time.monotonic()
-        async with Browser(address, port, site.domain) as browser:
+        async with self._browser(site, way) as browser:
             while True:
                 page = await _look(browser)
                 if not page.missing:
@@ -184,15 +188,17 @@ class Verifier:
         began = time.monotonic()
         try:
             before = await self._sites.service(site.tenant, site.side)
-            async with Browser("127.0.0.1", self._settings.caddy_ask, site.domain) as browser:
+            async with self._browser(site, "caddy") as browser:
                 await browser.follow((await _look(browser)).scripts, _FOLLOWING)
-            await self._stays(site, before, began, seconds)
+            await self._stays(site, "caddy", before, began, seconds)
         except Unsteady as error:
             await tell(error.why)
         except GatewayError as error:
             log.info("the site of %s could not be watched: %s", site.tenant, error.message)
 
-    async def _stays(self, site: Subject, before: Service | None, answered: float, seconds: float) -> None:
+    async def _stays(
+        self, site: Subject, way: Way, before: Service | None, answered: float, seconds: float
+    ) -> None:
         until = max(answered + seconds, time.monotonic() + min(_AFTER, seconds))
         ended = 0
         while True:
@@ -208,18 +214,29 @@ class Verifier:
             if why:
                 raise Unsteady(why, await self._sites.log(site.tenant, site.side))
         # its service may live on without what answered
-        if why := await self._asked(site, _LAST):
+        if why := await self._asked(site, way, _LAST):
             raise Unsteady(f"it no longer answers ({why})", await self._sites.log(site.tenant, site.side))
 
-    async def _asked(self, site: Subject, seconds: float) -> str:
-        """Ask through Caddy until there is an answer; return why there was none for so long."""
+    def _browser(self, site: Subject, way: Way) -> Browser:
+        if way == "caddy":
+            return Browser("127.0.0.1", self._settings.caddy_ask, site.domain)
+        return Browser(site.exposure.address, site.exposure.port, site.domain)
+
+    async def _asked(self, site: Subject, way: Way, seconds: float) -> str:
+        """Ask until there is an answer; return why there was none for so long."""
+        health, where = site.recipe.health, site.exposure
         last, deadline = "nothing", time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
-                status = await self._caddy.ask(site.domain, site.recipe.health, _ANSWER)
+                if way == "caddy":
+                    status = await self._caddy.ask(site.domain, health, _ANSWER)
+                else:
+                    status = await ask(where.address, where.port, health, host=site.domain)
                 if status < 400:
                     return ""
                 last = f"status {status}"
+            except (OSError, ValueError):
+                last = "no answer"
             except CaddyFailed as error:
                 last = error.message
                 await self._caddy.ensure()

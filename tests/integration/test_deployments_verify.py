@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,7 +24,7 @@ Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch(request) {
   const { pathname } = new URL(request.url);
   asked.add(pathname);
   if (asked.size == 1) setTimeout(then, 700);
-  if (pathname == "/asked") return Response.json([...asked]);
+  if (pathname == "/asked") return Response.json([...asked, process.argv.at(-1)]);
   const type = {"content-type": pathname.endsWith(".js") ? "text/javascript" : "text/html"};
   const inner = pathname == "/main.js" ? 'import "./inner.js"' : "";
   return new Response(pathname == "/" ? page : inner, {headers: type});
@@ -63,6 +64,30 @@ async def test_a_site_that_dies_right_after_its_first_answer_is_no_success(host:
         assert (error["code"], error["reason"], error["phase"]) == ("exec_failed", "unsteady", "verify")
         assert said in error["message"]
     assert host.leavings() == before
+
+
+async def test_an_update_that_does_not_settle_leaves_the_old_site(host: Hosting) -> None:
+    """No visitor ever meets the new one. The old one had been looked at as by a browser."""
+    start = '"bun serve.ts --port=$PORT"'
+    first = await host.deploy("steady.test", upload(*site("", start)))
+    assert first["state"] == "succeeded", first["error"]
+    asked = json.loads((await host.visit("steady.test", "/asked"))[1])
+    assert {"/", "/main.js", "/inner.js", "--port=3000"} < {*asked}
+    answers = set[int]()
+
+    async def visit() -> None:
+        while True:
+            answers.add((await host.visit("steady.test"))[0])
+
+    visiting = asyncio.create_task(visit())
+    error = await refused(host, "steady.test", *site('console.error("out of luck"); process.exit(3)'))
+    visiting.cancel()
+    await asyncio.gather(visiting, return_exceptions=True)
+    assert (error["reason"], error["phase"]) == ("unsteady", "verify")
+    assert "out of luck" in error["message"]
+    again = json.loads((await host.visit("steady.test", "/asked"))[1])
+    assert again[-1] == "--port=3000" and {*asked} <= {*again}, "it was never started again"
+    assert answers == {200}
 
 
 async def test_a_site_that_listens_elsewhere_is_told_at_once(host: Hosting) -> None:
