@@ -26,7 +26,7 @@ def claims(**changes: Any) -> dict[str, Any]:
         "sub": "ann",
         "tenants": ["shop"],
         "scope": "exec files:read",
-        "exp": int(time.time()) + 60,
+        "exp": int(time.time()) + 3600,
         "jti": "j1",
     }
     good.update(changes)
