@@ -95,13 +95,15 @@ class Audit:
 
     async def _follow(self, subscription: Subscription) -> None:
         while events := await subscription.batch():
-            entries = [_taken(event) for event in events]
             while True:
                 try:
-                    await self._write(entries)
+                    await self._write([_taken(event) for event in events])
                     break
                 except StoreFailed:
                     await asyncio.sleep(_RETRY)  # a pause between two tries; the journal tells of the cause
+                except Exception:  # what follows is recorded all the same
+                    log.exception("events from %d on are not in the audit", events[0].id)
+                    break
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         self._fresh += len(entries)

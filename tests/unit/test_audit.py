@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from gateway.audit import Audit
+from gateway.audit import Audit, Entry
 from gateway.events import Bus, StoredJournal
 from gateway.settings import Settings
 from gateway.store import Store
@@ -56,3 +56,26 @@ async def test_a_flood_pushes_out_its_own_alone(rig: tuple[Audit, Bus]) -> None:
     entries = await audit.entries(1000)
     assert [entry["who"] for entry in entries].count("op") == KEPT
     assert ("her", "tenant.stop") in [(entry["who"], entry["action"]) for entry in entries]
+
+
+async def test_what_cannot_be_recorded_holds_up_nothing_that_follows(
+    rig: tuple[Audit, Bus], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit, bus = rig
+    write, broken = audit._write, asyncio.Event()
+
+    async def once(entries: Sequence[Entry]) -> None:
+        if not broken.is_set():
+            broken.set()
+            raise ValueError("nobody foresaw this")
+        await write(entries)
+
+    monkeypatch.setattr(audit, "_write", once)
+    bus.publish("file.written", "a", {"path": "first", "by": "her"})
+    await asyncio.wait_for(broken.wait(), 20)
+    bus.publish("file.written", "a", {"path": "second", "by": "her"})
+    async with asyncio.timeout(20):
+        while not (entries := await audit.entries(10)):
+            await asyncio.sleep(0.02)  # nobody tells when an event was taken over
+    assert [entry["facts"]["path"] for entry in entries] == ["second"]
+    assert "are not in the audit" in caplog.text
