@@ -651,6 +651,11 @@ class _Work:
         record = self._record
         return Order(record.id, record.domain, self._recipe, self._request.size)
 
+    @property
+    def _copied(self) -> bool:
+        """Whether the tenant is a copy, with nothing of its own, of one whose site was seen to work."""
+        return self._prepared and self._request.env is None
+
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
         template = self._template = await self._all._template(self._request, record.tenant)
@@ -704,7 +709,7 @@ class _Work:
         record = self._record
         if record.kind == "update":
             self._unless_another(self._sites.clear)
-        if self._prepared and self._request.env is None:
+        if self._copied:
             return {}
         lost = b""
         if record.kind == "update":
@@ -726,7 +731,7 @@ class _Work:
 
     async def start(self) -> None:
         record = self._record
-        if not self._prepared or self._request.env is not None:
+        if not self._copied:
             await self._sites.start(record.tenant, self._side, self._recipe)
 
     async def expose(self) -> dict[str, Any]:
@@ -767,9 +772,8 @@ class _Work:
     async def verify(self) -> dict[str, Any]:
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live, site = self._exposure, self._subject(self._side, self._exposure)
-        # a copy of what was seen to stay up is watched once it is told
-        copied = self._prepared and self._request.env is None
-        seconds = 0.0 if copied else self._settings.settle_time
+        # what was seen to stay up is watched once it is told
+        seconds = 0.0 if self._copied else self._settings.settle_time
         if record.kind == "update":
             await self._verifier.settled(site, "direct", self._answered, seconds)
             self._lead()
@@ -793,7 +797,7 @@ class _Work:
                 group.create_task(self._certify(facts))
         if record.kind == "update":
             await sites.clear(record.tenant)
-        if copied or record.kind == "update":
+        if self._copied or record.kind == "update":
             site = self._subject("live", live)
             self._verifier.watch(site, self._settings.settle_time, partial(self._all._unsteady, record, site))
         return facts
@@ -814,7 +818,7 @@ class _Work:
         return live
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
-        answered = await self._verifier.answering(self._subject(side, exposure))
+        answered = await self._verifier.answering(self._subject(side, exposure), copied=self._copied)
         self._all._tell(self._running, "phase.progress", {**self._place(), "opened": exposure.port})
         return answered
 

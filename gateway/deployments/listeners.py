@@ -45,7 +45,12 @@ class Misplaced:
 
     def suspects(self, service: Service) -> list[Listener]:
         """Return where it listens and may be thought to serve, the likeliest first."""
-        found = [one for one in service.listens if one.port not in _OWN and one.port < _CHOSEN]
+        sure = {self._port, *self._usual}
+        found = [
+            one
+            for one in service.listens
+            if one.port in sure or (one.port not in _OWN and one.port < _CHOSEN)
+        ]
         return sorted(found, key=lambda one: (one.port != self._port, one.port not in self._usual, one))
 
     def _rests(self, cpu: float, now: float) -> bool:

@@ -26,6 +26,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _LOOK: Final = 0.75  # seconds between two looks at a service that does not answer yet
+_COPIED: Final = 5.0  # seconds until the first of these, where it is a copy of what answered
 _RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
 _ANSWER: Final = 10.0  # seconds of one answer through Caddy
 _PART: Final = 15.0  # seconds of an answer that a page needs: a dev server may have to make it first
@@ -80,17 +81,20 @@ class Verifier:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def answering(self, site: Subject) -> float:
+    async def answering(self, site: Subject, *, copied: bool = False) -> float:
         """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
 
+        One that is `copied` from what answered is left alone for longer: a look would only hold it up.
         Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`).
         """
         health, where = site.recipe.health, site.exposure
         limit = self._settings.verify_timeout
         answering = asyncio.create_task(answer(where.address, where.port, health, limit))
         misplaced, service = Misplaced(where.port, (where.address,)), None
+        pause = _COPIED if copied else _LOOK
         try:
-            while not (await asyncio.wait({answering}, timeout=_LOOK))[0]:
+            while not (await asyncio.wait({answering}, timeout=pause))[0]:
+                pause = _LOOK
                 service = await self._sites.service(site.tenant, site.side)
                 if service is None or answering.done():
                     continue

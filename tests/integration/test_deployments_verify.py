@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
+import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,7 @@ Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch(request) {
   return new Response(pathname == "/" ? page : inner, {headers: type});
 }});
 """
+SERVE = """Bun.serve({{port: {port}, hostname: "{address}", fetch: () => new Response("x")}});"""
 
 
 def site(then: str, start: str = '["bun", "serve.ts"]') -> list[Member]:
@@ -91,12 +95,9 @@ async def test_an_update_that_does_not_settle_leaves_the_old_site(host: Hosting)
 
 
 async def test_a_site_that_listens_elsewhere_is_told_at_once(host: Hosting) -> None:
-    serve = """Bun.serve({{port: {port}, hostname: "{address}", fetch: () => new Response("x")}});
-    console.log("serving");"""
-
     async def elsewhere(domain: str, address: str, port: str) -> tuple[str, float]:
         began = time.monotonic()
-        text = serve.format(port=port, address=address).encode()
+        text = SERVE.format(port=port, address=address).encode()
         error = await refused(host, domain, ("serve.ts", text), ("site.toml", b'start = ["bun", "serve.ts"]'))
         assert error["reason"] == "wrong_address", error
         return error["message"], time.monotonic() - began
@@ -109,3 +110,31 @@ async def test_a_site_that_listens_elsewhere_is_told_at_once(host: Hosting) -> N
     for (message, took), where in zip(found, ("127.0.0.1:8000", "[::1]:3000", "0.0.0.0:8080"), strict=True):
         assert f"it listens on {where}; it must listen on 0.0.0.0:$PORT" in message
         assert took < 25, "verify_timeout is 30"
+
+
+async def test_a_site_of_the_local_runtime_is_told_the_same(incus_settings: Settings, tmp_path: Path) -> None:
+    def serving(address: str, port: str, lives: float = 600) -> list[Member]:
+        text = f"""
+import http.server, os, sys, threading
+http.server.ThreadingHTTPServer.address_family = 10 if ":" in "{address}" else 2
+server = http.server.ThreadingHTTPServer(("{address}", int({port})), http.server.SimpleHTTPRequestHandler)
+threading.Timer({lives}, lambda: (print("out of luck", flush=True), os._exit(3))).start()
+server.serve_forever()
+"""
+        start = f'start = "{sys.executable} -u serve.py $PORT"\n'
+        return [("serve.py", text.encode()), ("site.toml", start.encode()), ("index.html", b"mine")]
+
+    port = random.randrange(20_000, 30_000)
+    async with hosting(incus_settings, tmp_path / "state", runtime="local", settle_time=2.0) as local:
+        crashed, elsewhere, another, good = await asyncio.gather(
+            refused(local, "crash.test", *serving("127.0.0.1", "sys.argv[1]", 1.5)),
+            refused(local, "six.test", *serving("::1", "sys.argv[1]")),
+            refused(local, "port.test", *serving("127.0.0.1", str(port))),
+            local.deploy("good.test", upload(*serving("0.0.0.0", "sys.argv[1]"))),
+        )
+        assert crashed["reason"] == "unsteady" and "out of luck" in crashed["message"], crashed
+        assert elsewhere["reason"] == another["reason"] == "wrong_address", (elsewhere, another)
+        assert "it listens on [::1]:" in elsewhere["message"]
+        assert f"it listens on 127.0.0.1:{port};" in another["message"]
+        assert good["state"] == "succeeded", good["error"]
+        assert (await local.visit("good.test"))[1] == "mine"

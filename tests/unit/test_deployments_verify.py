@@ -37,6 +37,13 @@ def test_the_right_port_of_a_wrong_address_is_told_soon(where: str) -> None:
     assert late == where.replace("::1", "[::1]")
 
 
+def test_a_right_port_that_is_of_those_for_others_is_told_too() -> None:
+    for port in (9229, 41_000):
+        misplaced = Misplaced(port, (AT,))
+        service = Service("running", listens=frozenset({Listener("127.0.0.1", port)}))
+        assert [misplaced.look(service, now) for now in (0.0, 2.0)] == [None, Listener("127.0.0.1", port)]
+
+
 @pytest.mark.parametrize("where", ["0.0.0.0:3000", ":::3000", f"{AT}:3000", "127.0.0.1:3000 0.0.0.0:3000"])
 def test_what_will_be_reached_is_never_told(where: str) -> None:
     assert told([(now, 0, f"{where} 127.0.0.1:8000") for now in range(60)]) == [None] * 60

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import random
 import socket
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -551,16 +552,20 @@ class IncusSites:
         await self._root(name, _SEAL)
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
-        """Wait until the site answers, and have it do its first work."""
+        """Wait until the site answers, have it do its first work, and see that it stays up under it."""
         found = _exposure(await self._making.instance(name), recipe.port)
         assert found is not None
         await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
+        answered = time.monotonic()
         for path in recipe.warm:
             with contextlib.suppress(OSError, ValueError, TimeoutError):
                 await ask(found.address, found.port, path)
         with contextlib.suppress(TimeoutError):  # one that never rests is as warm as it gets
             async with asyncio.timeout(_REST_TIMEOUT):
                 await self._at_rest(name)
+        now = await self.service(name, "live")
+        if now is not None and now.restarts and now.started > answered:
+            raise ExecFailed("its site did not stay up while it was made ready", reason="unsteady")
 
     async def _at_rest(self, name: str) -> None:
         """Return once a container has hardly computed for a while.
