@@ -204,22 +204,20 @@ class Verifier:
         self, site: Subject, way: Way, before: Service | None, answered: float, seconds: float
     ) -> None:
         until = max(answered + seconds, time.monotonic() + min(_AFTER, seconds))
-        ended = 0
-        while True:
-            await asyncio.sleep(min(_STEADY_LOOK, max(0.0, until - time.monotonic())))
+        why, ended = "", False
+        while not why and (ended or time.monotonic() < until):
+            left = until - time.monotonic()
+            await asyncio.sleep(min(_STEADY_LOOK, left) if left > 0 else _AGAIN)
             service = await self._sites.service(site.tenant, site.side)
             why = unsteady(before, service, answered)
-            # somebody may just be starting it again
-            ended = ended + 1 if service is not None and service.state == "ended" else 0
-            if not why and ended > 1:
-                why = "its service ended"
-            if not why and not ended and time.monotonic() >= until:
-                break
-            if why:
-                raise Unsteady(why, await self._sites.log(site.tenant, site.side))
+            # once, and somebody may just be starting it again
+            had, ended = ended, service is not None and service.state == "ended"
+            why = why or ("its service ended" if had and ended else "")
         # its service may live on without what answered
-        if why := await self._asked(site, way, _LAST):
-            raise Unsteady(f"it no longer answers ({why})", await self._sites.log(site.tenant, site.side))
+        if not why and (silent := await self._asked(site, way, _LAST)):
+            why = f"it no longer answers ({silent})"
+        if why:
+            raise Unsteady(why, await self._sites.log(site.tenant, site.side))
 
     def _browser(self, site: Subject, way: Way) -> Browser:
         if way == "caddy":

@@ -1,20 +1,28 @@
-"""When a service is told to listen in vain, and when to be unsteady; by values alone."""
+"""When a service is told to listen in vain, when to be unsteady; without tenants."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, strategies
 
+from gateway.deployments import verify
 from gateway.deployments.listeners import Misplaced
-from gateway.deployments.verify import unsteady
+from gateway.deployments.verify import Subject, Verifier, Way, unsteady
+from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import service
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
-from gateway.runtime.sites import Service
+from gateway.runtime.sites import Exposure, Recipe, Service
+from gateway.settings import Settings
 
 PORT, AT = 3000, "10.83.3.7"
 
@@ -126,3 +134,116 @@ async def test_a_process_tree_is_asked_where_it_listens() -> None:
         assert cpu > 0
         shell.stdin.close()
     assert of_tree(shell.pid) == (frozenset(), 0.0)
+
+
+class Rig:
+    """A site on loopback whose service does as it is told, and a Caddy that leads there."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = Service("running", started=time.monotonic())
+        self.status = "200 OK"
+        self.body = ""
+        self.told: asyncio.Queue[str] = asyncio.Queue()
+
+    async def ask(self, domain: str, path: str, timeout: float) -> int:
+        return int(self.status[:3])
+
+    async def ensure(self) -> bool:
+        return False
+
+    async def log(self, tenant: str, side: str) -> str:
+        return "out of luck"
+
+    async def tell(self, why: str) -> None:
+        self.told.put_nowait(why)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.0 {self.status}\r\nContent-Type: text/html\r\n\r\n{self.body}".encode())
+        writer.close()
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[tuple[Verifier, Subject]]:
+        async def service(tenant: str, side: str) -> Service | None:
+            return self.service
+
+        server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        sites = cast(Any, SimpleNamespace(service=service, log=self.log))
+        verifier = Verifier(sites, cast(Any, self), Settings(caddy_ask=port))
+        where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
+        async with server, asyncio.timeout(30):
+            yield verifier, Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
+            await verifier.aclose()
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr(verify, "_LAST", 0.2)
+    monkeypatch.setattr(verify, "_MISSING", 0.2)
+    monkeypatch.setattr(verify, "_STEADY_LOOK", 0.05)
+    return Rig()
+
+
+async def test_a_site_that_stays_settles(rig: Rig) -> None:
+    for way in ("caddy", "direct"):
+        async with rig.opened() as (verifier, site):
+            answered = time.monotonic()
+            await verifier.settled(site, way, answered, 0.3)
+            assert time.monotonic() >= answered + 0.3
+            rig.service = None  # nobody can say how its service does: its answers count
+            await verifier.settled(site, way, answered, 0.3)
+
+
+@pytest.mark.parametrize("way", ["caddy", "direct"])
+async def test_a_site_that_does_not_stay_is_told_with_what_it_said(rig: Rig, way: Way) -> None:
+    async with rig.opened() as (verifier, site):
+        answered = time.monotonic()
+
+        async def fails() -> str:
+            with pytest.raises(ExecFailed) as caught:
+                await verifier.settled(site, way, answered, 0.3)
+            assert caught.value.facts["reason"] == "unsteady"
+            assert "It last said: out of luck" in caught.value.message
+            return caught.value.message
+
+        rig.service = Service("ended")
+        assert "its service ended" in await fails()
+        rig.service = Service("running", restarts=1, started=answered + 0.1)
+        assert "started again" in await fails()
+        rig.service, rig.status = Service("running"), "502 Bad Gateway"
+        assert "no longer answers (status 502)" in await fails()
+
+
+async def test_a_page_that_is_not_whole_is_told(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is not ready yet has time; what is not there has a moment only."""
+    rig.body = '<script src="/a.js"></script><script src="/b.js"></script>'
+    statuses = iter(["200 OK", "404 Not Found", "404 Not Found"] * 99)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rig.status = next(statuses)
+        await Rig._answer(rig, reader, writer)
+
+    monkeypatch.setattr(rig, "_answer", answer)
+    async with rig.opened() as (verifier, site):
+        with pytest.raises(Timeout, match=r"names /a\.js \(and 1 more\), .*: status 404") as caught:
+            await verifier.looked_at(site, "direct")
+        assert caught.value.facts["reason"] == "never_healthy"
+        statuses = iter(["200 OK", "504 Outdated", "504 Outdated"] * 3 + ["200 OK"] * 9)
+        await verifier.looked_at(site, "direct")
+
+
+async def test_one_that_is_over_is_watched_on_until_its_tenant_ends(rig: Rig) -> None:
+    async with rig.opened() as (verifier, site):
+        rig.service = Service("running", started=0.0)
+        verifier.watch(site, 60.0, rig.tell)
+        await asyncio.sleep(0)
+        rig.service = Service("running", restarts=1, started=time.monotonic() + 1)
+        assert "started again (1 times" in await rig.told.get()
+        verifier.watch(site, 60.0, rig.tell)
+        verifier.forget("shop")
+        verifier.watch(site, 0.0, rig.tell)
+        assert verifier._watching == {}
+        for number in range(100):
+            verifier.watch(replace(site, tenant=f"t{number}"), 60.0, rig.tell)
+        assert len(verifier._watching) == 64
