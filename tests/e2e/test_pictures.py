@@ -166,7 +166,7 @@ async def test_what_is_asked_of_a_session(
     await expect(page.get_by_role("list", name="What ends")).to_be_visible()
     await fits("stop")
     await page.keyboard.press("Escape")
-    await page.evaluate(f"location.hash = 'token={token(site, ttl=20)}&tenant={site}'")
+    await page.evaluate(f"location.hash = 'token={token(site, ttl=11)}&tenant={site}'")
     await expect(page.get_by_label("New access token")).to_be_visible()
     await fits("session-ends")
     await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()
