@@ -26,7 +26,7 @@ const asked = new Set<string>();
 Bun.serve({port: process.env.PORT, hostname: "0.0.0.0", fetch(request) {
   const { pathname } = new URL(request.url);
   asked.add(pathname);
-  if (asked.size == 1) setTimeout(then, 700);
+  if (asked.size == 1) setTimeout(then, 500);
   if (pathname == "/asked") return Response.json([...asked, process.argv.at(-1)]);
   const type = {"content-type": pathname.endsWith(".js") ? "text/javascript" : "text/html"};
   const inner = pathname == "/main.js" ? 'import "./inner.js"' : "";
@@ -47,7 +47,7 @@ def upload(*members: Member) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
-    async with hosting(incus_settings, tmp_path_factory.mktemp("verify") / "state", settle_time=2.0) as host:
+    async with hosting(incus_settings, tmp_path_factory.mktemp("verify") / "state", settle_time=1.5) as host:
         yield host
 
 
@@ -73,7 +73,7 @@ async def test_a_site_that_dies_right_after_its_first_answer_is_no_success(host:
 async def test_an_update_that_does_not_settle_leaves_the_old_site(host: Hosting) -> None:
     """No visitor ever meets the new one. The old one had been looked at as by a browser."""
     start = '"bun serve.ts --port=$PORT"'
-    first = await host.deploy("steady.test", upload(*site("", start)))
+    first = await host.deploy("steady.test", upload(*site("", start)), env={"PORT": "8080"})
     assert first["state"] == "succeeded", first["error"]
     asked = json.loads((await host.visit("steady.test", "/asked"))[1])
     assert {"/", "/main.js", "/inner.js", "--port=3000"} < {*asked}
@@ -125,9 +125,9 @@ server.serve_forever()
         return [("serve.py", text.encode()), ("site.toml", start.encode()), ("index.html", b"mine")]
 
     port = random.randrange(20_000, 30_000)
-    async with hosting(incus_settings, tmp_path / "state", runtime="local", settle_time=2.0) as local:
+    async with hosting(incus_settings, tmp_path / "state", runtime="local", settle_time=1.5) as local:
         crashed, elsewhere, another, good = await asyncio.gather(
-            refused(local, "crash.test", *serving("127.0.0.1", "sys.argv[1]", 1.5)),
+            refused(local, "crash.test", *serving("127.0.0.1", "sys.argv[1]", 1.2)),
             refused(local, "six.test", *serving("::1", "sys.argv[1]")),
             refused(local, "port.test", *serving("127.0.0.1", str(port))),
             local.deploy("good.test", upload(*serving("0.0.0.0", "sys.argv[1]"))),

@@ -615,17 +615,18 @@ def _beside(settings: Settings, what: str) -> str:
 
 
 def _unit(settings: Settings, recipe: Recipe, side: Side) -> str:
-    workspace = settings.workspace
+    workspace, port = settings.workspace, recipe.listens(side)
     # the next site sees its folder where the live one's is: absolute paths stay true when it becomes that
     more = f"BindPaths={_beside(settings, 'next')}:{workspace}\n" if side == "next" else ""
     return _UNIT.format(
         user=settings.workspace_user,
         workspace=workspace,
-        port=recipe.listens(side),
+        port=port,
         environment=_environment(side)
         if side == "live"
         else f"/etc/site.env\nEnvironmentFile=-{_environment(side)}",
-        command=unit_words(("/usr/bin/env", *recipe.command(recipe.listens(side)))),
+        # over whatever the site's own environment says of it: this is where it is looked for
+        command=unit_words(("/usr/bin/env", f"PORT={port}", *recipe.command(port))),
         more=more,
     )
 
