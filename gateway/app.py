@@ -261,7 +261,7 @@ class Gateway:
             caddy = await stack.enter_async_context(Caddy(settings))
             caddy.lead_home()
             domains = self._domains = await Domains.opened(runtime, self.store, self.bus, settings)
-            room = Room(runtime, workers, self.store, settings)
+            room = Room(runtime, workers, self.store, settings, sites.spare)
             self._life_of = Life(
                 runtime, sites, caddy, domains, workers, self.bus, self.names, room, settings
             )
@@ -274,6 +274,7 @@ class Gateway:
                     *(runtime, sites, caddy, domains, self.store, self.bus, settings),
                     use=idle.use,
                     admit=room.admit,
+                    spacious=room.spacious,
                     ended=self.names.ended,
                     workers=workers,
                     unwell=self._health.unwell,

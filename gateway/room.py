@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -35,15 +35,36 @@ _RETRY_AFTER: Final = 60
 class Room:
     """The room of all tenants. Used from the event loop only, for one change of a tenant at a time."""
 
-    def __init__(self, runtime: TenantRuntime, workers: Workers, store: Store, settings: Settings) -> None:
+    def __init__(
+        self,
+        runtime: TenantRuntime,
+        workers: Workers,
+        store: Store,
+        settings: Settings,
+        spare: Callable[[int], Awaitable[int]] | None = None,
+    ) -> None:
+        """`spare` gives bytes of the pool back that hold nothing but time, and returns how many."""
         self._runtime, self._workers, self._store, self._settings = runtime, workers, store, settings
+        self._spare = spare
 
     async def admit(self) -> None:
-        """Return where the pool has room for one more disk. Raises `Unavailable`, with `disk_full`."""
+        """Return where the pool has room for one more disk. Raises `Unavailable`, with `disk_full`.
+
+        What is kept only to be quick is given up for it.
+        """
+        await self._look(self._spare)
+
+    async def spacious(self) -> None:
+        """Return where there is that room without giving anything up. Raises the same."""
+        await self._look(None)
+
+    async def _look(self, spare: Callable[[int], Awaitable[int]] | None) -> None:
         space = await self._runtime.space()
         if space is None:
             return
         left, reserve = space.total - space.used, int(space.total * self._settings.pool_reserve)
+        if left < reserve and spare is not None:
+            left += await spare(reserve - left)  # the pool itself says so only seconds later
         if left < reserve:
             raise Unavailable(
                 f"the storage pool has {left // _MiB} MiB left, and {reserve // _MiB} are kept in reserve: "

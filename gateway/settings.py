@@ -130,6 +130,22 @@ class Settings(BaseSettings):
         2, ge=0, description="instances kept ready for each template that was deployed; 0 for none"
     )
     golden: bool = Field(True, description="keep each template installed once, to copy the next tenant from")
+    upload_copies: int = Field(
+        16, ge=0, description="golden copies of uploaded folders in all; 0: none is made of an upload"
+    )
+    owner_upload_copies: int = Field(4, ge=0, description="golden copies of one owner's uploads")
+    upload_copies_bytes: int = Field(
+        8192 * MiB, ge=0, description="bytes of the pool that golden copies of uploads may hold in all"
+    )
+    owner_upload_copies_bytes: int = Field(
+        2048 * MiB, ge=0, description="bytes of the pool that golden copies of one owner's uploads may hold"
+    )
+    upload_copies_unused: float = Field(
+        7 * 86400.0, gt=0, description="seconds after which an unused golden copy of an upload is removed"
+    )
+    upload_copies_waiting: int = Field(
+        64 * MiB, ge=0, description="bytes of memory of uploads that wait for their golden copy to be made"
+    )
     health_interval: float = Field(5.0, gt=0, description="seconds between two looks at a site's port")
     health_timeout: float = Field(
         10.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"

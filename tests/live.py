@@ -225,8 +225,9 @@ class LiveGateway:
         scopes: tuple[str, ...] = EVERY_SCOPE,
         ttl: int = 600,
         domains: tuple[str, ...] | None = None,
+        subject: str = "test",
     ) -> str:
-        token = auth.issue(SECRET, "test", tenants, scopes, ttl, domains)
+        token = auth.issue(SECRET, subject, tenants, scopes, ttl, domains)
         self.signatures.add(token.rpartition(".")[2])
         return token
 

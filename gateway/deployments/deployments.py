@@ -29,8 +29,9 @@ from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
-from gateway.deployments.turns import Owner, Turns
+from gateway.deployments.turns import Owner, Turns, uploader
 from gateway.deployments.verify import Subject, Verifier
+from gateway.deployments.warming import Warming
 from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
@@ -105,7 +106,9 @@ class _Running:
     record: Record
     request: Request
     owner: Owner
+    uploader: str = ""
     key: str | None = None
+    upload: Recipe | None = None  # of which copies may be kept
     task: asyncio.Task[None] | None = None
     cancelled: bool = False
     lines: int = 0
@@ -126,6 +129,7 @@ class Deployments:
         settings: Settings,
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
         admit: Callable[[], Awaitable[None]] | None = None,
+        spacious: Callable[[], Awaitable[None]] | None = None,
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
         unwell: Callable[[str, int, str, str], None] | None = None,
@@ -133,7 +137,8 @@ class Deployments:
         """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended.
 
         `unwell` is told tenant, port, path and why where a site does not stay up after its deployment.
-        `admit` refuses where there is no room for another tenant. Without `workers` updates remove nothing.
+        `admit` refuses where there is no room for another tenant, `spacious` where there would be none
+        without giving anything up. Without `workers` updates remove nothing.
         """
         self._admit = admit
         self._ended = ended or (lambda tenant: 0.0)
@@ -148,6 +153,7 @@ class Deployments:
         self._unwritten: dict[str, Record] = {}
         self._unprepared: set[str] = set()  # names of templates
         self._turns = Turns(settings)
+        self._warming = Warming(sites, self._turns, spacious, settings)
         self._moved = asyncio.Event()
         self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet
         self._looks = 0  # for these, one after another
@@ -166,6 +172,7 @@ class Deployments:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await self.end()
+        await self._warming.aclose()
         await self._verifier.aclose()
         await self._write_down()
 
@@ -226,7 +233,7 @@ class Deployments:
                 )
         owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
         self._turns.admit(owner, size)
-        running = self._running[fresh.id] = _Running(fresh, request, owner, key)
+        running = self._running[fresh.id] = _Running(fresh, request, owner, self._uploader(token), key)
         try:
             await self._domains.hold(domain, tenant, fresh.id)
             await self._store.write(
@@ -242,6 +249,10 @@ class Deployments:
         running.task = asyncio.create_task(self._run(running), name=f"deploy {tenant}")
         running.task.add_done_callback(lambda _: self._turns.leave(owner, size))
         return fresh, True
+
+    def _uploader(self, token: Token) -> str:
+        """Name whose upload it is; empty where no copy of an upload is ever kept."""
+        return uploader(token, self._ended) if self._settings.upload_copies else ""
 
     @staticmethod
     def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:
@@ -304,7 +315,9 @@ class Deployments:
                     recipe = await asyncio.to_thread(template.recipe)
                     if self._admit is not None:
                         await self._admit()
-                    self._sites.prepare(recipe, partial(self._prepared, template.name))
+                    self._sites.prepare(recipe, partial(self._prepared, template.name), running.request.size)
+            elif record.error is None and record.source == "image" and running.upload is not None:
+                self._warming.want(running.upload, running.request.size)
         except asyncio.CancelledError:
             if record.state == "waiting":  # it had not begun
                 record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
@@ -603,6 +616,8 @@ class Deployments:
                     with contextlib.suppress(NotFound):
                         if (await self.get(site.deployment)).over:
                             await self._sites.remove(site.deployment)
+        with apart("the removal of copies that nobody needs"):
+            await self._sites.tidy()
         if wanted or busy:
             await self._caddy.ensure()
 
@@ -659,7 +674,8 @@ class _Work:
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
         template = self._template = await self._all._template(self._request, record.tenant)
-        self._recipe = await asyncio.to_thread(template.recipe)
+        self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
+        self._running.upload = self._recipe if self._recipe.owner else None
         record.port, record.health = self._recipe.port, self._recipe.health
         domains = self._all._domains
         async with domains.deciding():

@@ -133,7 +133,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A checked template. `shared` where it is the operator's own: only then may tenants share its copies."""
+    """A checked template. `shared` where it is the operator's own: only then may others share its copies."""
 
     name: str
     manifest: Manifest
@@ -161,8 +161,8 @@ class Template:
                 ignored[above] = entry.content[:_IGNORE_MAX].decode("utf-8", "replace")
         return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
 
-    def recipe(self) -> Recipe:
-        """Return what a runtime needs to make a site of it."""
+    def recipe(self, owner: str = "") -> Recipe:
+        """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""
         manifest = self.manifest
         return Recipe(
             archive=packed(self.entries),
@@ -171,8 +171,14 @@ class Template:
             health=manifest.health,
             install=manifest.install,
             warm=manifest.warm,
-            key=self.digest if self.shared else "",
+            key=self._key(owner),
+            owner="" if self.shared else owner,
         )
+
+    def _key(self, owner: str) -> str:
+        if self.shared or not owner:
+            return self.digest if self.shared else ""
+        return hashlib.sha256(f"{owner} {self.digest}".encode()).hexdigest()
 
 
 def names(settings: Settings) -> dict[str, Path]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
+
+import orjson
 
 from gateway.auth import Token
 from gateway.errors import RateLimited
@@ -29,6 +32,16 @@ class Owner:
         return cls(token.coverage, token.subject if token.coverage is None else "")
 
 
+def uploader(token: Token, ended: Callable[[str], float]) -> str:
+    """Name who uploads with a token: of what it brings copies are kept for its equals alone.
+
+    That is narrower than `Owner`: the subject counts always, and whoever is given a tenant's name that was
+    another's before is somebody else.
+    """
+    names = None if token.coverage is None else [(name, ended(name)) for name in sorted(token.coverage)]
+    return hashlib.sha256(orjson.dumps([token.subject, names])).hexdigest()[:32]
+
+
 class Turns:
     """Lets `max_deployments` run at once and `waiting_deployments` wait. Used from the event loop only.
 
@@ -43,6 +56,12 @@ class Turns:
         self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
         self._admitted: Counter[Owner] = Counter()
         self._bytes: Counter[Owner] = Counter()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Return once nobody waits and half of the places are free."""
+        await self._quiet.wait()
 
     def admit(self, owner: Owner, size: int) -> None:
         """Count one more that runs or waits, with an upload of so many bytes. Raises `RateLimited`."""
@@ -96,15 +115,20 @@ class Turns:
 
     def _next(self) -> None:
         """Let those begin whose turn it is."""
-        while self._running.total() < self._settings.max_deployments:
+        most = self._settings.max_deployments
+        while self._running.total() < most:
             owner = next((owner for owner in self._waiting if self._may(owner)), None)
             if owner is None:
-                return
+                break
             mine = self._waiting[owner].popleft()
             self._waiting.move_to_end(owner)
             self._tidy(owner)
             self._running[owner] += 1
             mine.set_result(None)
+        if not self._waiting and self._running.total() <= most // 2:
+            self._quiet.set()
+        else:
+            self._quiet.clear()
 
     def _may(self, owner: Owner) -> bool:
         most, has = self._settings.max_deployments, self._running[owner]

@@ -25,11 +25,14 @@ SHARES: Final = (
     ("exec_tenant_bytes", "exec_bytes"),
     ("max_subscriptions", "max_tenant_subscriptions"),
     ("max_execs", "tenant_processes"),
+    ("owner_upload_copies", "upload_copies"),
+    ("owner_upload_copies_bytes", "upload_copies_bytes"),
 )
 # what the gateway's own memory may hold at once
 BUDGETS: Final = (
     "bytes_in_flight",
     "waiting_bytes",
+    "upload_copies_waiting",
     "exec_bytes",
     "exec_keep_bytes",
     "receipts_memory",

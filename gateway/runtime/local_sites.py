@@ -241,8 +241,14 @@ class LocalSites:
             )
         return sites
 
-    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        return  # a folder is made as fast as it could be prepared
+    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
+        prepared(None)  # a folder is made as fast as it could be prepared
+
+    async def tidy(self) -> None:
+        return
+
+    async def spare(self, wanted: int) -> int:
+        return 0
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         return

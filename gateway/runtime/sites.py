@@ -47,7 +47,8 @@ class Recipe:
     """What a site is made of. `archive` is a tar of the workspace that holds nothing but plain entries.
 
     `key` names what may be prepared ahead and shared between tenants; empty where nothing may be. `warm` are
-    paths that are asked for while it is prepared, so that a dev server has done its first work.
+    paths that are asked for while it is prepared, so that a dev server has done its first work. `owner` names
+    whose upload it is, and is part of the key then: of an upload nothing is shared with anybody else.
     """
 
     archive: bytes
@@ -57,6 +58,7 @@ class Recipe:
     install: tuple[str, ...] = ()
     warm: tuple[str, ...] = ()
     key: str = ""
+    owner: str = ""
 
     def listens(self, side: Side) -> int:
         """Return the port of a side: it is told to the site as PORT."""
@@ -204,8 +206,19 @@ class Sites(Protocol):
         """Return every tenant with a domain, also those that are just being made."""
         ...
 
-    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        """Get ready for more tenants of a recipe, in the background."""
+    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
+        """Get ready for more tenants of a recipe that works at that size, in the background.
+
+        Of an upload `prepared` always hears how it ended, unless these sites are closed before.
+        """
+        ...
+
+    async def tidy(self) -> None:
+        """Remove copies of uploads that nobody needs any more."""
+        ...
+
+    async def spare(self, wanted: int) -> int:
+        """Remove copies of uploads until so many bytes of the pool are free; return how many were."""
         ...
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:

@@ -29,8 +29,9 @@ from gateway.runtime.incus import service
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
-from gateway.runtime.incus.stock import ROLE, Stock, owner
+from gateway.runtime.incus.stock import ROLE, UNMARKED, Stock, owner
 from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
+from gateway.runtime.incus.uploads import CONTENT, number
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
     SIZES,
@@ -64,6 +65,7 @@ _REST_LOOKS: Final = 3  # at rest one after another until it is believed: a disk
 _REST_SHARE: Final = 0.05  # of a CPU, below which it is at rest
 _REST_TIMEOUT: Final = 60.0
 _PATH_SHOWN: Final = 500
+_SIZE: Final = 12  # characters of the size that sealing says
 _PRINTED: Final = 4 << 20  # bytes that a script of ours may print; it says a few lines
 _LOOK: Final = 10.0  # seconds of one that only looks
 _TRIES: Final = 20  # ports that are tried until one is free
@@ -200,6 +202,7 @@ systemctl stop systemd-journald-dev-log.socket systemd-journald.socket systemd-j
 rm -rf /var/log/journal/* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
 : >/etc/machine-id
 sync -f /
+printf '%12s' "$(du -skx / 2>/dev/null | cut -f1)"
 """
 
 
@@ -234,16 +237,18 @@ class IncusSites:
             DOMAIN: order.domain,
             PORT: str(order.recipe.port),
             DEPLOYMENT: order.deployment,
+            **_content(order.recipe),
         }
         size = SIZES[order.size]
         config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
         key = await self._stock.key(order.recipe)
         if key and await self._stock.claim(tenant, key, config, size):
             return "pool"
-        golden = await self._stock.golden(key) if key else None
-        source = golden or {"type": "image", "alias": self._settings.image}
         devices = await self._making.devices(size)
-        await self._making.make(tenant, source, config, devices, start=True)
+        async with self._stock.golden(key) as golden:
+            source = golden or {"type": "image", "alias": self._settings.image}
+            config |= UNMARKED if golden else {}
+            await self._making.make(tenant, source, config, devices, start=True)
         return "golden" if golden else "image"
 
     async def remove(self, deployment: str) -> None:
@@ -456,6 +461,8 @@ class IncusSites:
             PORT: str(order.recipe.port),
             HEALTH: order.recipe.health,
             DEPLOYMENT: "",
+            CONTENT: "",  # of an upload before this one nothing is kept for this tenant's sake
+            **_content(order.recipe),
         }
         with translated(tenant):
             await self._operate("PATCH", instance_path(tenant), {"config": config})
@@ -536,20 +543,26 @@ class IncusSites:
 
     # --- what is ready before it is asked for -------------------------------------------------------
 
-    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        self._stock.prepare(recipe, prepared)
+    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
+        self._stock.prepare(recipe, prepared, SIZES[size])
+
+    async def tidy(self) -> None:
+        await self._stock.tidy()
+
+    async def spare(self, wanted: int) -> int:
+        return await self._stock.spare(wanted)
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         await self._stock.adopt(recipes)
 
-    async def _fill(self, name: str, recipe: Recipe) -> None:
-        """Make a running instance what copies of it begin with."""
+    async def _fill(self, name: str, recipe: Recipe) -> int:
+        """Make a running instance what copies of it begin with; return the bytes of its files."""
         await self.push(name, "live", recipe, None)
         await self.reachable(name)
         await self.install(name, "live", recipe, lambda line: None)
         await self.start(name, "live", recipe)
         await self._warm(name, recipe)
-        await self._root(name, _SEAL)
+        return number((await self._root(name, _SEAL))[-_SIZE:].strip()) << 10
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
         """Wait until the site answers, have it do its first work, and see that it stays up under it."""
@@ -606,7 +619,11 @@ def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
     """Name what a recipe becomes on the image of that fingerprint, for one gateway."""
     unit = _unit(settings, recipe, "live")
     facts = f"{_GENERATION} {recipe.key} {image} {owner(settings)} {unit}"
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def _content(recipe: Recipe) -> dict[str, str]:
+    return {CONTENT: recipe.key} if recipe.owner else {}
 
 
 def _beside(settings: Settings, what: str) -> str:

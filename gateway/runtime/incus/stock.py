@@ -14,7 +14,9 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
@@ -25,6 +27,17 @@ from gateway.incus.client import instance_path
 from gateway.rootfs.tenants import MANAGED
 from gateway.runtime.incus.making import Making, identity_of, is_ours
 from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.uploads import (
+    BASE,
+    BYTES,
+    CONTENT,
+    UPLOADER,
+    USED,
+    Upload,
+    freeing,
+    surplus,
+    upload_of,
+)
 from gateway.runtime.sites import Prepared, Recipe
 from gateway.settings import Settings
 from gateway.tasks import whole
@@ -37,8 +50,17 @@ KEY: Final = "user.gateway.key"
 
 GOLDEN_SNAPSHOT: Final = "ready"
 
-Fill = Callable[[str, Recipe], Awaitable[None]]
-"""Makes a running instance the site, at rest after its first work, without what copies must not share."""
+UNMARKED: Final = dict.fromkeys((OWNER, KEY, BASE, BYTES, UPLOADER, USED), "")
+"""Set in the configuration of a tenant that is a copy, which takes over what is not said."""
+
+_NOTHING: Final = Recipe(b"", ("true",), 3000)
+_LIMITS: Final = ("cpu", "memory")
+_REFUSED: Final = 1000  # uploads of which no copy can be made that are known by heart
+
+Fill = Callable[[str, Recipe], Awaitable[int]]
+"""Makes a running instance the site, at rest after its first work, without what copies must not share.
+
+Returns the bytes of its files."""
 
 Keyed = Callable[[Recipe, str], str]
 """Names what a recipe becomes on the image of a fingerprint."""
@@ -66,6 +88,10 @@ class Stock:
         self._pool: dict[str, list[_Member]] = {}  # by key
         self._golden: set[str] = set()  # by name
         self._preparing: dict[str, asyncio.Task[None]] = {}
+        self._copying: Counter[str] = Counter()  # golden copies, by name, that are just being copied
+        self._used: dict[str, float] = {}  # those of uploads, since it was last written beside them
+        # uploads by key of which a copy failed, or is too large: not made again for each of their tenants
+        self._refused: dict[str, None] = {}
 
     async def aclose(self) -> None:
         """Stop preparing and remove the pool: what nobody looks after any more."""
@@ -116,29 +142,47 @@ class Stock:
             return True
         return False
 
-    async def golden(self, key: str) -> Mapping[str, str] | None:
-        """Return what a copy of a key's golden copy is made from; None where there is none."""
+    @contextlib.asynccontextmanager
+    async def golden(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
+        """Give what a copy of a key's golden copy is made from; None where there is none.
+
+        It stays as long as the context is open.
+        """
         name = golden_name(key)
-        return _copy(name) if await self._golden_is_ready(name) else None
+        if not key or name not in self._golden:
+            yield None
+            return
+        self._copying[name] += 1
+        self._used[name] = time.time()
+        try:
+            yield _copy(name) if await self._golden_is_ready(name) else None
+        finally:
+            self._copying[name] -= 1
 
     # --- made ready ---------------------------------------------------------------------------------
 
-    def prepare(self, recipe: Recipe, prepared: Prepared) -> None:
-        """Have a golden copy and a full pool of a recipe, in the background."""
+    def prepare(self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str]) -> None:
+        """Have a golden copy of a recipe, and of a template a full pool, in the background."""
         key = recipe.key
-        if not key or not self._settings.golden or key in self._preparing:
+        if not key or not self._settings.golden or key in self._preparing or key in self._refused:
+            if recipe.owner:
+                prepared(None)
             return
-        task = asyncio.create_task(self._prepare(recipe, prepared), name=f"prepare {key}")
+        task = asyncio.create_task(self._prepare(recipe, prepared, size), name=f"prepare {key}")
         self._preparing[key] = task
         task.add_done_callback(lambda _: self._preparing.pop(key, None))
 
-    async def _prepare(self, recipe: Recipe, prepared: Prepared) -> None:
+    async def _prepare(self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str]) -> None:
         """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
         try:
             key = await self.key(recipe)
             golden = golden_name(key)
+            if recipe.owner:
+                await self._prepare_upload(golden, key, recipe, size)
+                prepared(None)
+                return
             if not await self._golden_is_ready(golden):
-                await self._make_golden(golden, key, recipe)
+                await self._make_golden(golden, key, recipe, size)
             members = self._pool.setdefault(key, [])
             while len(members) < self._settings.warm_pool:
                 name = f"gateway-pool-{secrets.token_hex(6)}"
@@ -155,20 +199,111 @@ class Stock:
             log.exception("a template could not be made ready")
             prepared(Unavailable("the gateway's log says why"))
 
-    async def _make_golden(self, name: str, key: str, recipe: Recipe) -> None:
+    async def _make_golden(self, name: str, key: str, recipe: Recipe, size: Mapping[str, str]) -> None:
         await self._making.remove(
             lambda one: one["name"] == name and self._is(one, "golden"), "a golden copy was not finished"
         )
         async with self._making.undone("the golden copy failed") as identity:
             source = {"type": "image", "alias": self._settings.image}
+            limits = {f"limits.{what}": size[what] for what in _LIMITS if what in size}
             marks = self._marks("golden", key)
-            await self._making.make(name, source, marks, {}, start=True, identity=identity)
-            await self._fill(name, recipe)
+            if recipe.owner:
+                marks |= {UPLOADER: recipe.owner, CONTENT: recipe.key, USED: f"{time.time():.0f}"}
+                marks[BASE] = await self._base()
+            await self._making.make(name, source, marks | limits, {}, start=True, identity=identity)
+            held = await self._fill(name, recipe)
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._operate("PUT", instance_path(name, "state"), body)
+                # what a copy may have is asked for with it
+                change = dict.fromkeys(limits, "")
+                if recipe.owner:
+                    disk = ((await self._incus.state(name)).get("disk") or {}).get("root") or {}
+                    change[BYTES] = str(disk.get("usage") or held)
+                if change:
+                    await self._operate("PATCH", instance_path(name), {"config": change})
                 await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
         self._golden.add(name)
+
+    # --- of uploads ---------------------------------------------------------------------------------
+
+    async def _prepare_upload(self, name: str, key: str, recipe: Recipe, size: Mapping[str, str]) -> None:
+        """Have a golden copy of an upload, if it has a place among the others."""
+        if self._settings.upload_copies < 1 or await self._golden_is_ready(name):
+            return
+        try:
+            await self._remove_surplus(coming=recipe.owner)
+            await self._make_golden(name, key, recipe, size)
+            await self._remove_surplus()
+        except (GatewayError, TimeoutError):
+            self._refuse(recipe.key)
+            raise
+        if name not in self._golden:
+            self._refuse(recipe.key)
+            log.info("the golden copy of an upload went at once: it is too large, or its tenant has ended")
+
+    def _refuse(self, key: str) -> None:
+        self._refused[key] = None
+        while len(self._refused) > _REFUSED:
+            del self._refused[next(iter(self._refused))]
+
+    async def tidy(self) -> None:
+        """Remove the copies of uploads that nobody needs any more, and note when the others were used."""
+        await self._remove_surplus()
+        for copy in self._uploads(await self._making.instances()):
+            if self._used.get(copy.name, 0.0) >= copy.used and not self._copying[copy.name]:
+                change = {"config": {USED: f"{self._used.pop(copy.name):.0f}"}}
+                with contextlib.suppress(GatewayError), translated(copy.name):
+                    await self._operate("PATCH", instance_path(copy.name), change)
+
+    async def spare(self, wanted: int) -> int:
+        """Remove copies of uploads that hold so many bytes together, or all; return how many they held."""
+        copies = self._uploads(await self._making.instances())
+        return await self._give_up(freeing(copies, wanted), "the storage pool is nearly full")
+
+    async def _remove_surplus(self, coming: str | None = None) -> None:
+        """Remove the copies beyond what may be kept, and with `coming` for one more of that owner."""
+        instances = await self._making.instances()
+        copies = self._uploads(instances)
+        if not copies:
+            return
+        held = {one["config"].get(CONTENT) for one in instances if one["config"].get(MANAGED) == "true"}
+        gone = surplus(
+            copies,
+            self._settings,
+            held=held,
+            base=await self._base(),
+            now=time.time(),
+            coming=coming,
+        )
+        await self._give_up(gone, "a golden copy of an upload is no longer wanted")
+
+    async def _give_up(self, copies: Collection[Upload], why: str) -> int:
+        """Remove copies, but for those that a tenant is just made of; return how many bytes they held."""
+        free = [copy for copy in copies if not self._copying[copy.name]]
+        for copy in free:
+            self._golden.discard(copy.name)
+            self._used.pop(copy.name, None)
+        if free:
+            identities = {copy.identity for copy in free}
+            await self._making.remove(
+                lambda one: identity_of(one) in identities and self._is(one, "golden"), why
+            )
+        return sum(copy.bytes for copy in free)
+
+    def _uploads(self, instances: Sequence[Mapping[str, Any]]) -> list[Upload]:
+        """Return the copies of uploads that are whole."""
+        whole_ones = (one for one in instances if one["name"] in self._golden and self._is(one, "golden"))
+        found = (upload_of(one, self._used) for one in whole_ones)
+        return [upload for upload in found if upload is not None]
+
+    async def _base(self) -> str:
+        """Name what a copy is made on now."""
+        with translated(""):
+            alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
+        return self._keyed(_NOTHING, alias["target"])
+
+    # --- whole --------------------------------------------------------------------------------------
 
     async def _golden_is_ready(self, name: str) -> bool:
         return name in self._golden and await self._has_snapshot(name)
@@ -186,6 +321,7 @@ class Stock:
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
         keys = {await self.key(recipe) for recipe in recipes if recipe.key}
+        base = await self._base() if self._settings.golden else ""
         with translated(""):
             unfinished = await self._incus.busy()
         outdated = set()
@@ -193,7 +329,9 @@ class Stock:
             member = _Member(instance["name"], identity_of(instance))
             key, pooled = instance["config"].get(KEY), self._is(instance, "pool")
             ready = member.name not in unfinished and (pooled or await self._has_snapshot(member.name))
-            if key not in keys or not ready or instance["status"] != "Stopped":
+            upload = upload_of(instance, {})
+            wanted = key in keys if upload is None else bool(base) and upload.base == base
+            if not wanted or not ready or instance["status"] != "Stopped":
                 outdated.add(member.identity)
             elif pooled:
                 self._pool.setdefault(key, []).append(member)

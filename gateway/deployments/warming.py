@@ -1,0 +1,84 @@
+"""Have golden copies made of what was uploaded, one at a time, while there is time for it.
+
+To make one costs as much as the deployment did. So it begins only while half of the places to deploy are
+free and nobody waits for one, and the owners take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+
+from gateway.deployments.turns import Turns
+from gateway.errors import GatewayError
+from gateway.runtime.sites import Recipe, Sites
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    recipe: Recipe
+    size: str
+
+
+class Warming:
+    """The uploads of which copies are wanted: one of each owner, the newest.
+
+    What does not fit into `upload_copies_waiting` bytes of memory is not waited for: its tenants are made
+    from the image.
+    """
+
+    def __init__(
+        self, sites: Sites, turns: Turns, admit: Callable[[], Awaitable[None]] | None, settings: Settings
+    ) -> None:
+        self._sites, self._turns, self._admit, self._settings = sites, turns, admit, settings
+        self._wishes: OrderedDict[str, _Wish] = OrderedDict()  # by owner, the next one first
+        self._task: asyncio.Task[None] | None = None
+
+    async def aclose(self) -> None:
+        """Want nothing any more."""
+        self._wishes.clear()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def want(self, recipe: Recipe, size: str) -> None:
+        """Have a copy made of an upload that was deployed at that size, unless there is one."""
+        before = self._wishes.pop(recipe.owner, None)
+        held = sum(len(wish.recipe.archive) for wish in self._wishes.values())
+        if held + len(recipe.archive) > self._settings.upload_copies_waiting:
+            if before is not None:
+                self._wishes[recipe.owner] = before
+            return
+        self._wishes[recipe.owner] = _Wish(recipe, size)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._fulfil(), name="copies of uploads")
+
+    async def _fulfil(self) -> None:
+        while self._wishes:
+            await self._turns.quiet()
+            if not self._wishes:
+                return
+            _, wish = self._wishes.popitem(last=False)
+            over: asyncio.Future[GatewayError | None] = asyncio.get_running_loop().create_future()
+            try:
+                if self._admit is not None:
+                    await self._admit()
+                self._sites.prepare(wish.recipe, partial(_ended, over), wish.size)
+                error = await over
+            except GatewayError as refused:
+                error = refused
+            if error is not None:
+                # not an event: whose upload it was is nobody else's business
+                log.info("no golden copy of an upload was made: %s", error.message)
+
+
+def _ended(over: asyncio.Future[GatewayError | None], error: GatewayError | None) -> None:
+    if not over.done():  # else nobody waits any more
+        over.set_result(error)

@@ -1,0 +1,109 @@
+"""Decide which golden copies of uploads are kept.
+
+A copy belongs to one owner and one content, so that nobody is served from another's. It goes with the last
+tenant of that content, when it was not used for long, and when there are too many or too large ones: then
+the one that was used longest ago goes first. What is written here of a copy is in Incus, beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway.runtime.incus.making import identity_of
+from gateway.settings import Settings
+
+CONTENT: Final = "user.gateway.content"
+"""The key of the upload that a golden copy, or a tenant, was made of."""
+
+UPLOADER: Final = "user.gateway.uploader"
+USED: Final = "user.gateway.used"
+BYTES: Final = "user.gateway.bytes"
+BASE: Final = "user.gateway.base"
+"""What a copy was made on: the image, and the gateway's own ways."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """The golden copy of an upload; `used` is in seconds since the epoch."""
+
+    name: str
+    identity: str
+    content: str
+    owner: str
+    base: str
+    used: float
+    bytes: int
+
+
+def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> Upload | None:
+    """Return a golden copy as one of an upload, None for a template's; `used` knows of later uses by name."""
+    config, name = instance["config"], instance["name"]
+    if not config.get(UPLOADER):
+        return None
+    return Upload(
+        name=name,
+        identity=identity_of(instance),
+        content=config.get(CONTENT, ""),
+        owner=config[UPLOADER],
+        base=config.get(BASE, ""),
+        used=max(number(config.get(USED)), used.get(name, 0.0)),
+        bytes=number(config.get(BYTES)),
+    )
+
+
+def surplus(
+    copies: Collection[Upload],
+    settings: Settings,
+    *,
+    held: Collection[str],
+    base: str,
+    now: float,
+    coming: str | None = None,
+) -> list[Upload]:
+    """Return the copies that go. `held` are contents that tenants were made of.
+
+    With `coming`, an owner, there is room for one more of that owner afterwards.
+    """
+    kept = list[Upload]()
+    for copy in sorted(copies, key=lambda one: one.used, reverse=True):
+        fresh = now - copy.used <= settings.upload_copies_unused and copy.base == base
+        if fresh and copy.content in held:
+            kept.append(copy)
+    for owner in {copy.owner for copy in kept}:
+        theirs = [copy for copy in kept if copy.owner == owner]
+        count = settings.owner_upload_copies - (owner == coming)
+        over = _over(theirs, count, settings.owner_upload_copies_bytes)
+        kept = [copy for copy in kept if copy not in over]
+    count = settings.upload_copies - (coming is not None)
+    over = _over(kept, count, settings.upload_copies_bytes)
+    stays = {copy.identity for copy in kept} - {copy.identity for copy in over}
+    return [copy for copy in copies if copy.identity not in stays]
+
+
+def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
+    """Return the copies whose end gives so many bytes back, those used longest ago first."""
+    gone, freed = list[Upload](), 0
+    for copy in sorted(copies, key=lambda one: one.used):
+        if freed >= wanted:
+            break
+        gone.append(copy)
+        freed += copy.bytes
+    return gone
+
+
+def _over(newest_first: Sequence[Upload], count: int, room: int) -> list[Upload]:
+    """Return what is beyond so many copies or bytes: the oldest ones, and what is too large by itself."""
+    over, held = [copy for copy in newest_first if copy.bytes > room], 0
+    fitting = [copy for copy in newest_first if copy.bytes <= room]
+    for index, copy in enumerate(fitting):
+        held += copy.bytes
+        if index >= count or held > room:
+            return over + fitting[index:]
+    return over
+
+
+def number(said: str | None) -> int:
+    """Return the number that was said, 0 where it is none."""
+    return int(said) if said and said.isdecimal() and len(said) < 20 else 0
