@@ -19,7 +19,7 @@ from gateway.caddy import Caddy, CaddyFailed
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.errors import ExecFailed, GatewayError, Timeout
-from gateway.runtime.probe import answer, ask
+from gateway.runtime.probe import Silent, answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Service, Side, Sites
 from gateway.settings import Settings
 
@@ -37,6 +37,8 @@ _AFTER: Final = 1.0  # seconds that a site must stay after a page's look, which 
 _STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
 _LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
 _WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
+_KILLED: Final = "status=9/KILL"  # as systemd puts it
+_SMALL: Final = "give it a larger `size`, or have it need less"
 _SAID: Final = 1000  # characters of what it said last
 
 
@@ -59,6 +61,8 @@ class Unsteady(ExecFailed):
     """A site that answered did not stay up; `why` is the short of it."""
 
     def __init__(self, why: str, said: str) -> None:
+        if _KILLED in said:
+            why += f"; it was killed, as the kernel does for want of memory: {_SMALL}"
         self.why = why
         super().__init__(
             f"the site answered, and then did not stay up: {why}. "
@@ -240,7 +244,8 @@ class Verifier:
             except (OSError, ValueError):
                 last = "no answer"
             except CaddyFailed as error:
-                last = error.message
+                silent = isinstance(error.__cause__, Silent)
+                last = f"no answer in {_ANSWER:g} s" if silent else error.message
                 await self._caddy.ensure()
             await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
         return last
@@ -258,12 +263,10 @@ def unsteady(before: Service | None, now: Service | None, answered: float) -> st
     if now is None:
         return ""
     if now.restarts and now.started > answered:
-        return f"its service ended and was started again ({now.restarts} times by now)"
+        times = "" if now.restarts == 1 else f", {now.restarts} times in all"
+        return f"its service ended and was started again{times}"
     if before is not None and before.started == now.started and now.oom_kills > before.oom_kills:
-        return (
-            "for want of memory the kernel ended a process of it; give it a larger `size`, "
-            "or have it need less"
-        )
+        return f"for want of memory the kernel ended a process of it: {_SMALL}"
     return ""
 
 
