@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gateway.caddy import shipped
+from gateway.deployments.frameworks import Project, project
 from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.rootfs.tree import show
 from gateway.runtime.sites import Recipe
@@ -160,6 +161,11 @@ class Template:
             if name == ".gitignore" and entry.content is not None:
                 ignored[above] = entry.content[:_IGNORE_MAX].decode("utf-8", "replace")
         return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
+
+    def project(self) -> Project:
+        """Return what its package.json says."""
+        manifest = self.entries.get("package.json")
+        return project(None if manifest is None else manifest.content)
 
     def recipe(self, owner: str = "") -> Recipe:
         """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""

@@ -1,0 +1,150 @@
+"""Recognise the framework that a site is made with, and say what is known of each.
+
+`TABLE` is data: what starts a framework, and what it needs to work here. What a project is made of is read
+from its package.json, which is whatever a tenant wrote: a bounded part of it, and only names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import orjson
+
+Mode = Literal["dev", "production"]
+
+_MANIFEST_MAX: Final = 256 << 10  # bytes of a package.json that are read; larger ones are none
+_PACKAGES: Final = 2000  # that one may name
+_SCRIPTS: Final = 200
+_NAME: Final = 214  # characters of a package's name, npm's own limit
+_SCRIPT: Final = 2000  # characters of a script that are looked at
+_WORDS: Final = 256  # of a command, once its scripts are looked up
+_DEPTH: Final = 4  # of scripts that run scripts
+_DEPENDENCIES: Final = ("dependencies", "devDependencies")
+_RUNNERS: Final = frozenset({"bun", "npm", "pnpm", "yarn"})
+_WORD: Final = re.compile(r"[^\s;&|()'\"]+")
+# what a framework's program does instead of serving while somebody works on the site
+_OTHER: Final = frozenset(
+    ("add", "build", "check", "export", "generate", "info", "lint", "optimize", "prepare", "preview")
+) | {"serve", "start", "sync", "telemetry", "typegen"}
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """What is known of one framework.
+
+    It is recognised by one of its `packages` and by the `programs` that start it, of which the first is its
+    own and the others may start others too. `serving` are subcommands that start its dev server although
+    others use that word for something else.
+    """
+
+    name: str
+    programs: tuple[str, ...] = ()
+    packages: frozenset[str] = frozenset()
+    serving: frozenset[str] = frozenset()
+
+
+# what is a plugin of another, and started by its program, stands before it
+TABLE: Final[tuple[Framework, ...]] = (
+    Framework("next", ("next",), frozenset({"next"})),
+    Framework("nuxt", ("nuxt", "nuxi"), frozenset({"nuxt"})),
+    Framework("sveltekit", ("svelte-kit", "vite"), frozenset({"@sveltejs/kit"})),
+    Framework("astro", ("astro",), frozenset({"astro"})),
+    Framework(
+        "react-router", ("react-router", "react-router-serve", "vite"), frozenset({"@react-router/dev"})
+    ),
+    Framework("remix", ("remix", "remix-serve", "vite"), frozenset({"@remix-run/dev"})),
+    Framework("vite", ("vite",), frozenset({"vite"}), serving=frozenset({"serve"})),
+    Framework("bun", ("bun",)),
+    Framework("node", ("node",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """What a package.json says: which packages it names, and its scripts."""
+
+    packages: frozenset[str] = frozenset()
+    scripts: Mapping[str, str] = field(default_factory=dict)
+
+
+def project(manifest: bytes | None) -> Project:
+    """Read a package.json; what is missing, too large or no such thing says nothing. Do it off the loop."""
+    if manifest is None or len(manifest) > _MANIFEST_MAX:
+        return Project()
+    try:
+        said = orjson.loads(manifest)
+    except orjson.JSONDecodeError:  # nesting included
+        return Project()
+    packages: set[str] = set()
+    for kind in _DEPENDENCIES:
+        for name, _ in _items(said, kind)[: _PACKAGES - len(packages)]:
+            if 0 < len(name) <= _NAME and name.isprintable():
+                packages.add(name)
+    scripts = {
+        name: script[:_SCRIPT]
+        for name, script in _items(said, "scripts")[:_SCRIPTS]
+        if isinstance(script, str) and len(name) <= _NAME
+    }
+    return Project(frozenset(packages), scripts)
+
+
+def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
+    """Return the words of a command with those of the scripts that it runs behind them.
+
+    `bun run dev` becomes `bun run dev vite --open`; words are parted by spaces and what a shell parts by.
+    """
+    words = list(start[:_WORDS])
+    at, left = 0, _DEPTH
+    while left and (script := _script(words[at:], project)) is not None:
+        at, left = len(words), left - 1
+        words += _WORD.findall(script)[: _WORDS - len(words)]
+    return tuple(words)
+
+
+def recognise(start: Sequence[str], packages: Collection[str]) -> Framework | None:
+    """Return the framework of a site by the words that start it (`expanded`) and the packages that it names.
+
+    One whose program starts it comes first; what a build made is started by a plain `bun` or `node`.
+    """
+    programs = {_program(word) for word in start}
+    named = [framework for framework in TABLE if not framework.packages.isdisjoint(packages)]
+    started = [framework for framework in named if not programs.isdisjoint(framework.programs)]
+    own = [framework for framework in TABLE if framework.programs[0] in programs]
+    unnamed = [framework for framework in own if framework.packages]
+    return next(iter((*started, *unnamed, *named, *own)), None)
+
+
+def mode(framework: Framework, start: Sequence[str]) -> Mode:
+    """Say whether the words that start a site (`expanded`) start a dev server, or what was built before."""
+    if framework.packages:
+        for at, word in enumerate(start):
+            name = _program(word)
+            if name in framework.programs and not name.endswith("-serve"):
+                command = start[at + 1] if at + 1 < len(start) else ""
+                if command not in _OTHER or command in framework.serving:
+                    return "dev"
+    return "production"
+
+
+def _program(word: str) -> str:
+    """Return the program that a word may name: `vite` for `node_modules/vite/bin/vite.js`."""
+    name = word[-_NAME:].rpartition("/")[2]
+    return name.removesuffix(".js").removesuffix(".mjs")
+
+
+def _script(words: Sequence[str], project: Project) -> str | None:
+    """Return the script that the first words run: `bun run dev`, `npm start`, `yarn dev`."""
+    for at, word in enumerate(words):
+        if _program(word) in _RUNNERS:
+            for name in words[at + 1 : at + 5]:
+                if name in project.scripts:
+                    return project.scripts[name]
+    return None
+
+
+def _items(said: Any, key: str) -> list[tuple[str, Any]]:
+    inner = said.get(key) if isinstance(said, dict) else None
+    return list(inner.items()) if isinstance(inner, dict) else []

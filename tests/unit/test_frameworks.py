@@ -1,0 +1,119 @@
+"""Frameworks: recognised by how a site is started and what it depends on; no package.json is believed."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from gateway.deployments.frameworks import TABLE, Project, expanded, mode, project, recognise
+
+VITE = {"vite", "react"}
+
+
+@pytest.mark.parametrize(
+    ("start", "packages", "name", "how"),
+    [
+        ("bun --bun vite", VITE, "vite", "dev"),
+        ("vite dev --port 3000", VITE, "vite", "dev"),
+        ("vite serve", VITE, "vite", "dev"),
+        ("vite preview --host", VITE, "vite", "production"),
+        ("vite build && vite preview", VITE, "vite", "production"),
+        ("./node_modules/.bin/vite --host", VITE, "vite", "dev"),
+        ("node node_modules/vite/bin/vite.js", VITE, "vite", "dev"),
+        ("vite", set(), "vite", "dev"),
+        ("next dev --turbopack", {"next", "react"}, "next", "dev"),
+        ("next start -p 3000", {"next"}, "next", "production"),
+        ("node .next/standalone/server.js", {"next"}, "next", "production"),
+        ("bunx nuxi dev", {"nuxt"}, "nuxt", "dev"),
+        ("node .output/server/index.mjs", {"nuxt"}, "nuxt", "production"),
+        ("vite dev", {"@sveltejs/kit", "vite"}, "sveltekit", "dev"),
+        ("node build", {"@sveltejs/kit", "vite"}, "sveltekit", "production"),
+        ("astro dev --host 0.0.0.0", {"astro", "vite"}, "astro", "dev"),
+        ("astro preview", {"astro"}, "astro", "production"),
+        ("react-router dev", {"@react-router/dev", "vite"}, "react-router", "dev"),
+        ("react-router-serve ./build/server/index.js", {"@react-router/dev"}, "react-router", "production"),
+        ("remix vite:dev", {"@remix-run/dev", "vite"}, "remix", "dev"),
+        ("bun server.ts", set(), "bun", "production"),
+        ("node server.js", {"express"}, "node", "production"),
+        ("python3 -m http.server", set(), None, None),
+        ("", set(), None, None),
+    ],
+)
+def test_a_framework_is_recognised(start: str, packages: set[str], name: str | None, how: str | None) -> None:
+    words = start.split()
+    framework = recognise(words, packages)
+    assert (framework and framework.name) == name
+    if framework is not None:
+        assert mode(framework, words) == how
+
+
+def test_every_framework_of_the_table_is_found_by_its_packages() -> None:
+    for framework in TABLE:
+        for package in framework.packages:
+            assert recognise(["node", "build"], {package}) is framework
+    assert len({framework.name for framework in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("bun run dev", "bun run dev next dev"),
+        ("npm start", "npm start bun run --bun dev next dev"),
+        ("yarn --silent dev", "yarn --silent dev next dev"),
+        ("bun run both", "bun run both next dev bun api.ts"),
+        ("bun run missing", "bun run missing"),
+        ("bun server.ts", "bun server.ts"),
+    ],
+)
+def test_a_script_is_looked_up(start: str, words: str) -> None:
+    scripts = {"dev": "next dev", "start": "bun run --bun dev", "both": "(next dev & bun api.ts)"}
+    assert " ".join(expanded(start.split(), Project(scripts=scripts))) == words
+
+
+def test_scripts_that_run_each_other_come_to_an_end() -> None:
+    scripts = {"a": "bun run b " * 200, "b": "bun run a " * 200}
+    began = time.monotonic()
+    assert len(expanded(["bun", "run", "a"], Project(scripts=scripts))) <= 256
+    assert time.monotonic() - began < 1
+
+
+def test_a_manifest_is_read() -> None:
+    said = {"dependencies": {"next": "16"}, "devDependencies": {"vite": "8"}, "scripts": {"dev": "next dev"}}
+    read = project(json.dumps(said).encode())
+    assert read.packages == {"next", "vite"}
+    assert read.scripts == {"dev": "next dev"}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        None,
+        b"",
+        b"\xff",
+        b"[]",
+        b"null",
+        b'"vite"',
+        b"[" * 100_000,
+        b'{"dependencies":' * 10_000,
+        b'{"dependencies": ["vite"], "devDependencies": "vite", "scripts": 7}',
+        b'{"dependencies": null, "scripts": {"dev": ["vite"]}}',
+        b'{"a":' + b"9" * 200_000 + b"}",
+        b'{"dependencies": {"vite": "8"}, "description": "' + b"x" * (256 << 10) + b'"}',
+        b'{"dependencies": {"\\u001b[31m": "8", "' + b"x" * 300 + b'": "8", "": "1"}}',
+    ],
+)
+def test_what_is_no_manifest_says_nothing(manifest: bytes | None) -> None:
+    began = time.monotonic()
+    assert project(manifest) == Project()
+    assert time.monotonic() - began < 1
+
+
+def test_a_manifest_of_many_names_is_read_in_part() -> None:
+    many = {f"p{number}": "1" for number in range(6000)}
+    read = project(
+        json.dumps({"dependencies": many, "devDependencies": {"vite": "8"}, "scripts": many}).encode()
+    )
+    assert 0 < len(read.packages) <= 2000
+    assert len(read.scripts) <= 200
