@@ -58,6 +58,7 @@ from gateway.life import Ask, Following, Life, described
 from gateway.metrics import Metrics
 from gateway.names import Names
 from gateway.oneshot import ExecBody, run
+from gateway.pressure import Pressure
 from gateway.protocol import CloseCode
 from gateway.receipts import Receipts
 from gateway.revocations import Revocations
@@ -281,6 +282,10 @@ class Gateway:
                 )
             )
             self._notice = (self._deploys.noticed, self._health.noticed, idle.noticed)
+            if isinstance(runtime, IncusRuntime):
+                pressure = Pressure(runtime, workers.broker, self.bus, settings)
+                self._notice += ((await stack.enter_async_context(pressure)).noticed,)
+                self.metrics.show_pressure(pressure.counts)
             self._hub = Hub(
                 *(runtime, execs, toolbox, files, self.bus, idle, settings),
                 *(self.budget, self.places, self._verify, self.grants),

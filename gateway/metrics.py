@@ -18,6 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from gateway.budget import Budget, Places
 from gateway.events import Bus, Filter
+from gateway.pressure import Counts
 
 _LAG_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LAG_EVERY: Final = 0.05  # seconds; a sample takes some 15 us, so that all take 0.03 % of a core
@@ -83,6 +84,13 @@ class Metrics:
             ["template"],
             registry=registry,
         )
+
+    def show_pressure(self, counts: Counts) -> None:
+        """Show what the watch of the tenants' memory counts."""
+        pressed = Gauge(
+            "gateway_tenants_pressed", "Tenants that are short of memory now.", registry=self._registry
+        )
+        pressed.set_function(lambda: counts.pressed)
 
     async def follow(self, bus: Bus) -> None:
         """Count events until the bus closes."""

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     tenant_memory: str = Field("512MiB", description="limits.memory of a tenant, hard")
     tenant_processes: int = Field(400, gt=0, description="limits.processes of a tenant")
     tenant_disk: str = Field("4GiB", description="root disk quota of a tenant where the pool can")
+    tenant_read: str = Field(
+        "250MB", description="limits.read of a tenant's root disk, bytes a second; empty for none"
+    )
 
     max_tenants: int = Field(1000, gt=0, description="tenants that deployments may make in all")
 
@@ -151,6 +154,16 @@ class Settings(BaseSettings):
         10.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"
     )
     health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
+
+    pressure_interval: float = Field(
+        2.0, gt=0, description="seconds between two looks at how short of memory the tenants are"
+    )
+    pressure_patience: float = Field(
+        60.0,
+        ge=0,
+        description="seconds that a site may read its own pages back from the disk for want of memory until "
+        "its biggest process is ended; 0: for ever",
+    )
 
     # idle tenants
     idle_stop: float = Field(

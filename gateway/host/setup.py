@@ -323,12 +323,17 @@ def _ip_json(*words: str) -> list[dict[str, Any]]:
 
 def profile(settings: Settings) -> dict[str, Any]:
     """Return the tenants' profile: what one may use, and that nothing of it is shared."""
+    root = {"type": "disk", "path": "/", "pool": settings.pool, "size": settings.tenant_disk}
+    # Not of what is written: a btrfs has one log for all, and a commit waits for the slowest writer.
+    root |= {"limits.read": settings.tenant_read} if settings.tenant_read else {}
     return {
         "config": {
             MANAGED: "true",
             "limits.cpu": settings.tenant_cpu,
             "limits.memory": settings.tenant_memory,
             "limits.memory.enforce": "hard",
+            # One that swaps makes all others wait for the disk.
+            "limits.memory.swap": "false",
             "limits.processes": str(settings.tenant_processes),
             # A range of host uids of its own: the kernel counts some limits per uid.
             "security.idmap.isolated": "true",
@@ -341,7 +346,7 @@ def profile(settings: Settings) -> dict[str, Any]:
             "environment.NODE_EXTRA_CA_CERTS": str(CA_BUNDLE),
         },
         "devices": {
-            "root": {"type": "disk", "path": "/", "pool": settings.pool, "size": settings.tenant_disk},
+            "root": root,
             "eth0": {
                 "type": "nic",
                 "name": "eth0",

@@ -9,6 +9,8 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
 | `{"do": "kill", "worker": n}` | `{"status": …}` once the process has ended: of a program its exit status |
 | `{"do": "tree", "tenant", "group", "step"}` | `{}`: a step of `trees.STEPS` was done on a command's cgroup |
+| `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
+| `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
 
 No request carries a path of the host, an id or a pid: whose files and groups lie where, `tenants` finds out.
@@ -46,7 +48,7 @@ from typing import Any, NoReturn
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.rootfs import kernel, trees
+from gateway.rootfs import kernel, memory, reserve, trees
 from gateway.rootfs.confine import Namespaces, Plan, confine, end_with_parent
 from gateway.rootfs.groups import Group, Groups, hierarchies
 from gateway.rootfs.operations import Limits, Loop, Workspace
@@ -230,6 +232,12 @@ class Broker:
                 case "tree":
                     step = trees.STEPS[request["step"]]
                     step(trees.of_command(self._tenants.group(str(request["tenant"])), str(request["group"])))
+                    answer = {}
+                case "relieve":
+                    ended = memory.relieve(self._tenants.group(str(request["tenant"])))
+                    answer = {} if ended is None else {"process": ended.name, "bytes": ended.bytes}
+                case "reserve":
+                    reserve.reserve(self._tenants.group(str(request["tenant"])))
                     answer = {}
                 case "chore":
                     if self._chores is None:

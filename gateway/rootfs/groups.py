@@ -35,7 +35,9 @@ class Hierarchy:
     unified: bool
 
 
-def hierarchies(mountinfo: str = "/proc/self/mountinfo") -> list[Hierarchy]:
+def hierarchies(
+    mountinfo: str = "/proc/self/mountinfo", wanted: tuple[str, ...] = _WANTED
+) -> list[Hierarchy]:
     """Return where the wanted controllers are: v1, v2 or some in each. None where nothing is mounted."""
     found: dict[str, Hierarchy] = {}
     try:
@@ -48,7 +50,7 @@ def hierarchies(mountinfo: str = "/proc/self/mountinfo") -> list[Hierarchy]:
         kind, _, options = right.strip().split(" ", 2)
         unified = kind == "cgroup2"
         offered = _read(f"{mount}/cgroup.controllers").split() if unified else options.split(",")
-        for name in _WANTED:
+        for name in wanted:
             if name in offered and name not in found:
                 found[name] = Hierarchy(mount, (name,), unified)
     merged: dict[str, Hierarchy] = {}
@@ -57,6 +59,11 @@ def hierarchies(mountinfo: str = "/proc/self/mountinfo") -> list[Hierarchy]:
         names = (*before.controllers, *one.controllers) if before else one.controllers
         merged[one.mount] = Hierarchy(one.mount, names, one.unified)
     return list(merged.values())
+
+
+def controller_mount(name: str, mountinfo: str = "/proc/self/mountinfo") -> str | None:
+    """Return where a controller's v1 hierarchy is; None where v2 has it, or nothing."""
+    return next((one.mount for one in hierarchies(mountinfo, (name,)) if not one.unified), None)
 
 
 @dataclass(frozen=True, slots=True)

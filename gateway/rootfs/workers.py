@@ -115,6 +115,18 @@ class BrokerClient:
         with suppress(NotFound):
             await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
 
+    async def relieve(self, tenant: str) -> tuple[str, int] | None:
+        """Kill the biggest process of a tenant's site; return its name and bytes, None where there was none.
+
+        Raises `Unavailable`, and `NotFound` for a tenant that does not run.
+        """
+        answer, _ = await self.request({"do": "relieve", "tenant": tenant})
+        return (str(answer["process"]), int(answer["bytes"])) if answer else None
+
+    async def reserve(self, tenant: str) -> None:
+        """Keep a part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
+        await self.request({"do": "reserve", "tenant": tenant})
+
     async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         try:
             async with asyncio.timeout(_BROKER_TIMEOUT):

@@ -77,7 +77,13 @@ def test_profile_carries_mark_limits_and_isolation() -> None:
     assert made["config"]["limits.memory"] == "1GiB"
     assert made["config"]["limits.memory.enforce"] == "hard"
     assert made["config"]["limits.processes"] == "99"
-    assert made["devices"]["root"] == {"type": "disk", "path": "/", "pool": "p", "size": "3GiB"}
+    assert made["devices"]["root"] == {
+        "type": "disk",
+        "path": "/",
+        "pool": "p",
+        "size": "3GiB",
+        "limits.read": "250MB",
+    }
     nic = made["devices"]["eth0"]
     assert {key for key, value in nic.items() if value == "true"} == {
         "security.port_isolation",

@@ -97,9 +97,12 @@ KillMode=mixed
 # the site is what may be killed when memory is short, not the tenant's systemd or an agent's command
 OOMScoreAdjust=300
 OOMPolicy=continue
-MemoryHigh=90%
-# of what the tenant may have; systemd's own default is 15%. The rest is for who comes to mend the site.
+# Of what the tenant may have; systemd's own default of tasks is 15%. The rest is for who comes to mend the
+# site: one that thrashes drops its own pages and not those of a command's shell.
+MemoryMax=85%
 TasksMax=85%
+# among the services of a tenant; commands are in a group beside all of these, with as much as they
+CPUWeight=80
 {more}
 [Install]
 WantedBy=sysinit.target

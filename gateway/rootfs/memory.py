@@ -1,0 +1,193 @@
+"""Knows how short of memory a container is, from its control groups, and ends its site's biggest process.
+
+A container that reads its own pages back from the disk again and again ("thrashes") is never out of memory
+to the kernel: no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree
+of a hybrid host has too, and in the refaults of `memory.stat`; without PSI the refaults alone tell.
+
+Looking takes no root; `relieve` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gateway.bounds import part
+from gateway.rootfs import trees
+from gateway.rootfs.groups import controller_mount
+from gateway.rootfs.kernel import started
+
+SITE: Final = "system.slice/site.service"  # the site's unit, as systemd calls its group
+
+_TEXT: Final = 16 << 10  # bytes of a file of the kernel's
+_LOOKED_AT: Final = 2000  # processes of a container; it may have a few hundred
+_MEMORY: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?memory(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
+_TOTAL: Final = re.compile(rb"^some .*\btotal=(\d{1,20})$", re.MULTILINE)
+_NAME: Final = re.compile(rb"^Name:\t(.{0,64})", re.MULTILINE)
+# as the host sees it, as its container does, and further inside
+_INNER: Final = re.compile(rb"^NSpid:\t\d+\t(\d{1,10})", re.MULTILINE)
+_RESIDENT: Final = re.compile(rb"^VmRSS:\s*(\d{1,15}) kB", re.MULTILINE)
+_STATUS: Final = 1 << 20  # bytes of a process' status, which lists its groups of users
+_UNLIMITED: Final = 1 << 60  # bytes from which a limit is none
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a container's counters are: its group in the v2 tree, and in that of v1's memory, if any."""
+
+    unified: Path
+    memory: Path | None
+
+    def below(self, group: str) -> Place:
+        return Place(self.unified / group, None if self.memory is None else self.memory / group)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The counters of a group at one moment: `stalled` in seconds, None where the kernel does not count it.
+
+    `refaults` are pages that had been dropped and were read back, `usage` and `limit` bytes, `limit` None for
+    none. `ended` counts processes that the kernel killed.
+    """
+
+    at: float
+    stalled: float | None
+    refaults: int
+    usage: int = 0
+    limit: int | None = None
+    ended: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process by the name that it gave itself, and the bytes that it holds in memory."""
+
+    name: str
+    bytes: int
+
+
+def place(init: int) -> Place | None:
+    """Return where the counters of a container are, by its first process; None where it has none."""
+    unified = trees.of_init(init)
+    if unified is None or not unified.is_dir():
+        return None
+    mount = _memory_mount()
+    found = None if mount is None else _MEMORY.search(_read(Path(f"/proc/{init}/cgroup")))
+    if mount is None or found is None:
+        return Place(unified, None)
+    return Place(unified, Path(mount, os.fsdecode(found[1]).removesuffix("/init.scope").lstrip("/")))
+
+
+@functools.cache
+def _memory_mount() -> str | None:
+    return controller_mount("memory")
+
+
+def stalled(of: Place) -> float | None:
+    """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
+    found = _TOTAL.search(_read(of.unified / "memory.pressure"))
+    return None if found is None else int(found[1]) / 1e6
+
+
+def sample(of: Place) -> Sample | None:
+    """Return a group's counters; None where it is gone, or has none of its own."""
+    now = time.monotonic()
+    if of.memory is None:
+        facts = _facts(_read(of.unified / "memory.stat"))
+        refaults, known = _sum(facts, "workingset_refault"), bool(facts)
+        usage, limit = _number(of.unified / "memory.current"), _number(of.unified / "memory.max")
+        ended = _facts(_read(of.unified / "memory.events")).get("oom_kill", 0)
+    else:
+        facts = _facts(_read(of.memory / "memory.stat"))
+        refaults, known = _sum(facts, "total_workingset_refault"), bool(facts)
+        usage, limit = _number(of.memory / "memory.usage_in_bytes"), facts.get("hierarchical_memory_limit")
+        ended = _facts(_read(of.memory / "memory.oom_control")).get("oom_kill", 0)
+    waited = stalled(of)
+    if not known and waited is None:
+        return None
+    return Sample(
+        now, waited, refaults, usage or 0, None if limit is None or limit >= _UNLIMITED else limit, ended
+    )
+
+
+def biggest(of: Place) -> Process | None:
+    """Return the process of a container that holds most memory; None where it has none."""
+    found = _biggest(trees.pids(of.unified))
+    return None if found is None else found[1]
+
+
+def relieve(container: Path) -> Process | None:
+    """Kill the biggest process of a container's site, and return it; None where it has none. Takes root.
+
+    Only what is in the group of the site's unit is looked at, so never a command; the container's first
+    process is left out wherever its root has put it. A number that is another's by now is not touched: the
+    process is held before it is looked at again.
+    """
+    group = container / SITE
+    found = _biggest(trees.pids(group))
+    if found is None:
+        return None
+    pid, process, began = found
+    try:
+        held = os.pidfd_open(pid)
+    except OSError:
+        return None  # it has ended
+    try:
+        if started(pid) != began or pid not in trees.pids(group):
+            return None
+        signal.pidfd_send_signal(held, signal.SIGKILL)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(held)
+    return process
+
+
+def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
+    best: tuple[int, Process, str] | None = None
+    for pid in pids[:_LOOKED_AT]:
+        began = started(pid)
+        try:
+            status = part(f"/proc/{pid}/status", _STATUS)
+        except OSError:
+            continue  # it has ended
+        resident, name, inner = _RESIDENT.search(status), _NAME.search(status), _INNER.search(status)
+        if resident is None or name is None or inner is None or int(inner[1]) == 1 or not began:
+            continue
+        size = int(resident[1]) << 10
+        if best is None or size > best[1].bytes:
+            best = pid, Process(name[1].decode("utf-8", "replace"), size), began
+    return best
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):  # the group is gone, or the kernel has no such file
+        return part(path, _TEXT)
+    return b""
+
+
+def _facts(text: bytes) -> dict[str, int]:
+    """Return the numbers of a file with a name and a number a line; other lines are left out."""
+    facts = {}
+    for line in text.splitlines():
+        name, _, number = line.partition(b" ")
+        if number.isdigit() and len(number) <= 20:
+            facts[name.decode("ascii", "replace")] = int(number)
+    return facts
+
+
+def _sum(facts: dict[str, int], name: str) -> int:
+    """Return a counter that newer kernels (5.9) have apart for files and anonymous memory."""
+    return facts.get(name, 0) + facts.get(f"{name}_file", 0) + facts.get(f"{name}_anon", 0)
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() and len(text) <= 20 else None
