@@ -100,6 +100,7 @@ class Course:
     patience: float
     looks: int = 0  # with pressure in a row
     calm: int = 0  # without, in a row
+    site_calm: int = 0
     since: float | None = None  # when the pressure began that is now
     site_since: float | None = None  # when that of its site did
     told: float | None = None
@@ -114,10 +115,14 @@ class Course:
         self.looks, self.calm = self.looks + 1, 0
         if self.since is None:
             self.since = at - tenant.seconds
-        if site is None or not site.pressed:
-            self.site_since = None
-        elif self.site_since is None:
-            self.site_since = at - site.seconds
+        if site is not None and site.pressed:
+            self.site_calm = 0
+            if self.site_since is None:
+                self.site_since = at - site.seconds
+        else:
+            self.site_calm += 1
+            if self.site_calm >= _ENDS:
+                self.site_since = None
         if self.looks < _BEGINS:
             return ()
         steps: list[Step] = []

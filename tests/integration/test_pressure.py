@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from gateway.rootfs import memory, trees
+from gateway.rootfs.memory import Place
 from gateway.settings import Settings
 from tests.archives import archive
 from tests.integration import environment
@@ -48,6 +50,13 @@ if (isMainThread) {
   }
 }
 """
+
+
+def stalled() -> float:
+    """Return the seconds that commands have waited for memory until now."""
+    mount = trees.mount_point()
+    assert mount is not None
+    return memory.stalled(Place(mount / f"lxc.payload.{TENANT}" / trees.PARENT, None)) or 0.0
 
 
 async def events(host: Hosting, kind: str) -> AsyncGenerator[dict[str, Any]]:
@@ -91,30 +100,37 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
             await host.visit(DOMAIN, "/thrash")
             async with asyncio.timeout(60), reading(host.gateway, NEXT_DOOR, "index.html") as beside:
                 event = await told.get()
-                waits = []
-                while told.empty():
+                waits, seconds, waited = [], -time.monotonic(), -stalled()
+                ended = None
+                while ended is None:
                     began = time.monotonic()
                     exit_, out, _ = await agent.run(argv=["sh", "-c", "echo here | cat"])
                     waits.append(time.monotonic() - began)
                     assert (exit_["exitCode"], out) == (0, b"here\n")
-                ended = told.get_nowait()
+                    while not told.empty():
+                        ended = next_ if (next_ := told.get_nowait())["type"].endswith(".killed") else ended
+                seconds, waited = seconds + time.monotonic(), waited + stalled()
             listening.cancel()
 
             assert event["type"] == "tenant.pressure", event
             facts = event["data"]
             assert facts["limit"] == MEMORY << 20 >= facts["usage"] > MEMORY << 19, facts
             assert facts["refaults"] > 1000 and facts["reads"] > 4 << 20, facts
-            # as a tenant may read; without a bound it was 700 MB a second here
-            assert facts["reads"] < 300 << 20, facts
+            # about as a tenant may read, in so short a look; without a bound it was 700 MB a second here
+            assert facts["reads"] < 500_000_000, facts
             assert facts["stalled"] is None or 0.2 <= facts["stalled"] <= 1, facts
             assert facts["process"] == "bun", facts
             assert facts["size"] == "medium" and f"resize {TENANT} medium" in facts["advice"], facts
 
-            assert ended["type"] == "tenant.pressure.killed", ended
             assert ended["data"]["process"] == "bun" and ended["data"]["bytes"] > 64 << 20, ended
 
-            print(f"\ncommands {sorted(waits)[-1]:.2f} s at most of {len(waits)}; {before}; beside {beside}")
-            assert sorted(waits)[len(waits) // 2] < 1 and max(waits) < 3, waits
+            print(
+                f"\ncommands waited {waited:.2f} s for memory of {seconds:.1f} s; {before}; beside {beside}"
+            )
+            print(f"{max(waits):.2f} s at most of {len(waits)} commands")
+            # a second on a calm machine; how long they wait for memory is no matter of who else computes
+            assert waited < 0.1 * seconds, waited
+            assert sorted(waits)[len(waits) // 2] < 3 and max(waits) < 10, waits
             assert beside.p99 < max(0.1, before.p99 * 3), (str(before), str(beside))
 
             async with asyncio.timeout(30):
