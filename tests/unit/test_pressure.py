@@ -7,9 +7,7 @@ from gateway.rootfs.memory import Sample
 
 SHORT = Window(2.0, 0.6, 100_000)
 CALM = Window(2.0, 0.0, 0)
-WRITES = Window(
-    2.0, 0.6, 10
-)  # waits for memory as one that writes a large file does, and reads nothing again
+WRITES = Window(2.0, 0.6, 10)  # as one that writes a large file: it waits, and reads nothing again
 
 
 def went(course: Course, *windows: tuple[Window | None, Window | None]) -> list[tuple[Step, ...]]:
