@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import termios
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -71,7 +73,15 @@ class Size(StrEnum):
     LARGE = "large"
 
 
+class Step(StrEnum):
+    ATTACH = "attach"
+    COPY = "copy"
+    SWITCH = "switch"
+    FINISH = "finish"
+
+
 TenantName = Annotated[str, typer.Argument(metavar="TENANT")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def main() -> NoReturn:
@@ -321,6 +331,67 @@ def deploy(
         out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
 
 
+@app.command()
+def migrate(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="FOLDER", help="Where the site lives; to begin with")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="The systemd unit that runs it")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; change nothing")] = False,
+    until: Annotated[Step, typer.Option(help="The step to stop after")] = Step.SWITCH,
+    finish: Annotated[bool, typer.Option("--finish", help="As --until finish: no way back after it")] = False,
+    back: Annotated[bool, typer.Option("--back", help="Undo the last step instead")] = False,
+    port: Annotated[int | None, typer.Option(help="Where it listens, if at more than one")] = None,
+    size: Annotated[Size, typer.Option(help="Of the tenant")] = Size.SMALL,
+    start: Annotated[str | None, typer.Option(help="Its command in the tenant; default: as it runs")] = None,
+    install: Annotated[
+        str | None, typer.Option(help="A command that makes node_modules anew, such as 'bun install'")
+    ] = None,
+    health: Annotated[str, typer.Option(help="The path that must answer")] = "/",
+    env: Annotated[list[str] | None, typer.Option(help="A variable to take over; without --unit")] = None,
+    leave: Annotated[list[str] | None, typer.Option(help="A path in the folder that is not copied")] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Move a site from a folder of this host into a tenant: attach, copy, switch, finish. Root's."""
+    from gateway.migration import Wanted, opened
+
+    def words(text: str | None) -> tuple[str, ...]:
+        return tuple(shlex.split(text or ""))
+
+    wanted = None
+    if from_ is not None:
+        wanted = Wanted(
+            *(from_, unit, port, size.value, words(start), words(install), health),
+            tuple(env or ()),
+            tuple(path.strip("/") for path in leave or ()),
+        )
+    if plan and wanted is None:
+        raise typer.BadParameter("--plan takes --from FOLDER")
+
+    async def run() -> None:
+        async with opened(settings_module.load(), domain, _silent if as_json else out.say) as migration:
+            if plan and wanted is not None:
+                made = await migration.plan(domain, wanted)
+                if as_json:
+                    out.json(made.told(), indent=True)
+                else:
+                    for line in made.lines():
+                        out.say(line)
+                return
+            last = "finish" if finish else until.value
+            state = await (
+                migration.back(domain, sure=yes) if back else migration.forward(domain, wanted, last)
+            )
+            if as_json:
+                out.json({"domain": domain, "state": state or None})
+            else:
+                out.say(f"{domain}: {state or ('nothing of it is left' if back else 'moved')}")
+
+    _run(run())
+
+
 @app.command("list")
 def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
     """List the tenants."""
@@ -362,9 +433,6 @@ def _lifecycle(action: str, help_text: str) -> None:
 _lifecycle("start", "Start a tenant.")
 _lifecycle("stop", "Stop a tenant.")
 _lifecycle("restart", "Restart a tenant.")
-
-
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @app.command()

@@ -698,6 +698,12 @@ class _Work:
                     "another tenant for this site by `tenant`",
                     reason="domain_owned",
                 )
+            if there.migration:
+                raise Conflict(
+                    f"the site of {record.tenant} is being moved in from a folder of the host; whoever runs "
+                    "the gateway ends that first (incus-gateway migrate)",
+                    reason="migrating",
+                )
             record.kind, self._side = "update", "next"
         await self._caddy.ensure()
         return {"kind": record.kind}

@@ -42,6 +42,7 @@ class Tenant:
     asleep: bool = False  # it is stopped, or about to be, until it is asked for
     idle_stop: float | None = None  # seconds in the place of the setting's
     deployment: str | None = None  # that made it, until its site is known to work
+    migration: str | None = None  # how far its site has moved in from a folder of the host, if it does
 
 
 @dataclass(frozen=True, slots=True)

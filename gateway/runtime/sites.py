@@ -49,6 +49,7 @@ class Recipe:
     `key` names what may be prepared ahead and shared between tenants; empty where nothing may be. `warm` are
     paths that are asked for while it is prepared, so that a dev server has done its first work. `owner` names
     whose upload it is, and is part of the key then: of an upload nothing is shared with anybody else.
+    Where it is `alone`, its two sides never run at the same time, and both have the one port.
     """
 
     archive: bytes
@@ -59,10 +60,11 @@ class Recipe:
     warm: tuple[str, ...] = ()
     key: str = ""
     owner: str = ""
+    alone: bool = False
 
     def listens(self, side: Side) -> int:
         """Return the port of a side: it is told to the site as PORT."""
-        if side == "live":
+        if side == "live" or self.alone:
             return self.port
         return self.port + 10_000 if self.port < 50_000 else self.port - 10_000
 

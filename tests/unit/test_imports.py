@@ -21,7 +21,7 @@ LEVELS = (
     {"caddy"},
     {"deployments"},
     {"host"},
-    {"editor", "life", "metrics"},
+    {"editor", "life", "metrics", "migration"},
     {"idle"},
     {"connection", "web"},
     {"mcp", "oneshot"},

@@ -28,6 +28,7 @@ from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus import service
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
+from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.stock import ROLE, UNMARKED, Stock, owner
 from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
@@ -276,15 +277,16 @@ class IncusSites:
             port = config.get(PORT, "")
             exposure = _exposure(instance, int(port)) if port.isdigit() else None
             home = () if exposure is None else homes.get(exposure.address, ())
+            old = old_service(config)
             sites.append(
                 Site(
                     tenant=instance["name"],
                     domain=plain(domain) or domain,
                     running=instance["status"] == "Running",
-                    exposure=exposure if not home or home[0] == instance["name"] else None,
+                    exposure=old or (exposure if not home or home[0] == instance["name"] else None),
                     deployment=config.get(DEPLOYMENT) or None,
                     health=config.get(HEALTH) or "/",
-                    asleep=config.get(ASLEEP) == "true",
+                    asleep=config.get(ASLEEP) == "true" and old is None,
                     instance=instance["config"].get("volatile.uuid"),
                     created=instance.get("created_at"),
                     shares_address=len(home) > 1,
@@ -353,7 +355,7 @@ class IncusSites:
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
         name = "site.service" if side == "live" else "site-next.service"
         folder = "/etc/systemd/system" if side == "live" else "/run/systemd/system"
-        if side == "next":
+        if side == "next" and not recipe.alone:
             await self._make_room(tenant)
         unit = _unit(self._settings, recipe, side).encode()
         await self._root(tenant, _START, f"{folder}/{name}", side, name, given=unit)

@@ -45,6 +45,7 @@ from gateway.runtime import (
 from gateway.runtime.incus.commands import Commands, is_ours
 from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.making import Making, identity_of, leased
+from gateway.runtime.incus.migrations import STATE as MIGRATION
 from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.visits import Place, visited
@@ -527,6 +528,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
         },
         asleep=config.get(ASLEEP) == "true",
         deployment=config.get(DEPLOYMENT) or None,
+        migration=config.get(MIGRATION) or None,
         idle_stop=_seconds(config.get(IDLE_STOP)),
     )
 

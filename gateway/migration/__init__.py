@@ -1,0 +1,48 @@
+"""Moves a site that lives in a folder of the host into a tenant, step by step, each with a way back.
+
+Run by the operator, as root, on the host. From outside `run` and `plan` are used, with their values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import AsyncIterator
+
+from gateway.caddy import Caddy
+from gateway.errors import Conflict
+from gateway.host import HostError, Report
+from gateway.hostnames import normalized, tenant_name
+from gateway.migration.door import PLACES
+from gateway.migration.plan import Plan, Wanted
+from gateway.migration.service import Systemctl, Units
+from gateway.migration.steps import STEPS, Migration
+from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.settings import Settings
+
+__all__ = ["STEPS", "Migration", "Plan", "Wanted", "opened"]
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    settings: Settings, domain: str, say: Report, units: Units | None = None
+) -> AsyncIterator[Migration]:
+    """Give the migration of a domain, which nobody else runs while the context is open.
+
+    Raises `HostError` without root or Incus, `Conflict` where another run of the same is under way.
+    """
+    if os.geteuid() != 0:
+        raise HostError("to move a site in takes root: it stops services and mounts folders")
+    if settings.runtime != "incus":
+        raise HostError("the local runtime has no containers to move a site into")
+    PLACES.mkdir(mode=0o711, parents=True, exist_ok=True)
+    with (PLACES / f".{tenant_name(normalized(domain))}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"another migrate of {domain} runs; wait for it") from None
+        async with IncusRuntime(settings) as runtime, Caddy(settings) as caddy:
+            # not as a context: it would remove what the gateway keeps ready
+            sites = IncusSites(settings, runtime)
+            yield Migration(settings, runtime, sites, caddy, units or Systemctl(), say)

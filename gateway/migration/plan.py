@@ -1,0 +1,198 @@
+"""What a migration is to do, and what stands in its way: decided of values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.migration.door import Owner
+from gateway.migration.scan import Found
+from gateway.migration.service import Old, in_tenant
+from gateway.runtime.sites import SIZES, Recipe
+from gateway.settings import Settings
+
+_IMAGE: Final = 700 << 20  # bytes of a tenant's disk that its system and a copy's growth take
+_UNITS: Final[Mapping[str, int]] = {"kiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DECIMAL: Final[Mapping[str, int]] = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the operator asks for. Paths in `leave` are relative to the folder."""
+
+    folder: Path
+    unit: str | None = None
+    port: int | None = None
+    size: str = "small"
+    start: tuple[str, ...] = ()
+    install: tuple[str, ...] = ()
+    health: str = "/"
+    env: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was found, and what would be done. `stops` say why it cannot be, `notes` what to know before."""
+
+    tenant: str
+    domain: str
+    wanted: Wanted
+    old: Old
+    found: Found
+    owner: Owner
+    recipe: Recipe
+    read_only: bool
+    size: int | None
+    own_block: bool
+    notes: tuple[str, ...] = field(default=())
+    stops: tuple[str, ...] = field(default=())
+
+    def told(self) -> dict[str, Any]:
+        """Return it as JSON; of variables only the names."""
+        return {
+            "tenant": self.tenant,
+            "domain": self.domain,
+            "from": str(self.wanted.folder),
+            "unit": self.wanted.unit,
+            "owner": {"uid": self.owner.uid, "gid": self.owner.gid},
+            "old": {
+                "start": list(self.old.words),
+                "user": self.old.uid,
+                "address": self.old.address,
+                "port": self.old.port,
+                "env": sorted(self.old.environment),
+            },
+            "start": list(self.recipe.start),
+            "install": list(self.recipe.install),
+            "attached": "read-only" if self.read_only else "writable",
+            "disk": self.size,
+            "found": self.found.told(),
+            "notes": list(self.notes),
+            "stops": list(self.stops),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield it for a person."""
+        old, found = self.old, self.found
+        yield f"{self.domain} moves from {self.wanted.folder} into tenant {self.tenant}"
+        unit = self.wanted.unit or "no unit"
+        yield f"  old service  {unit}, port {old.port}, user {old.uid}: {' '.join(old.words)}"
+        yield f"  in tenant    {' '.join(self.recipe.start)}"
+        yield f"  variables    {', '.join(sorted(old.environment)) or 'none'} (values are not shown)"
+        yield f"  folder       {found.files} files and folders, {_mib(found.size)}; owner {self.owner.uid}"
+        yield f"  tenant disk  {_mib(self.size) if self.size else 'without a limit'}, size {self.wanted.size}"
+        yield f"  attached     {'read-only' if self.read_only else 'writable, as its owner'}"
+        yield "steps: attach, copy, switch (the old service is stopped then); finish when you say so"
+        yield from (f"note: {note}" for note in self.notes)
+        yield from (f"in the way: {stop}" for stop in self.stops)
+
+
+def decided(
+    tenant: str,
+    domain: str,
+    wanted: Wanted,
+    old: Old,
+    found: Found,
+    owner: Owner,
+    settings: Settings,
+    *,
+    own_block: bool,
+    driver: str = "btrfs",
+) -> Plan:
+    """Make a plan of what was found."""
+    # The tenant gets in the folder what its old service had, and nothing that another runs there.
+    read_only = owner.uid == 0 or old.uid != owner.uid
+    words = wanted.start or in_tenant(old.words, old.folder, wanted.folder, settings.workspace)
+    recipe = Recipe(b"", words, old.port, wanted.health, wanted.install, alone=True)
+    disk = None if driver == "dir" else bytes_of(SIZES[wanted.size].get("disk", settings.tenant_disk))
+    stops, notes = [*_stops(wanted, old, found, disk)], [*_notes(wanted, old, found, read_only, own_block)]
+    return Plan(
+        tenant,
+        domain,
+        wanted,
+        old,
+        found,
+        owner,
+        recipe,
+        read_only,
+        disk,
+        own_block,
+        tuple(notes),
+        tuple(stops),
+    )
+
+
+def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator[str]:
+    if old.port < 1024:
+        yield f"port {old.port} is root's in a tenant too; have the old service listen on 1024 or above"
+    if disk is not None and found.size + _IMAGE > disk:
+        fits = [name for name, size in SIZES.items() if bytes_of(size.get("disk", "0")) > found.size + _IMAGE]
+        fix = f"--size {fits[0]}" if fits else "--leave for what the site does not need"
+        yield f"{_mib(found.size)} do not fit on a disk of {_mib(disk)} beside the system; take {fix}"
+    if found.unreadable.count:
+        yield (
+            f"the folder's owner cannot read {found.unreadable}: give them to that user, or leave them out "
+            "by "
+            "--leave PATH"
+        )
+    if found.mounts.count:
+        yield f"other file systems, mounted at {found.mounts}, would not go along; take --leave PATH"
+
+
+def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: bool) -> Iterator[str]:
+    if read_only:
+        why = "root runs its service" if old.uid == 0 else "its owner is another user than the service's"
+        yield (
+            f"the folder is attached read-only ({why}): what the tenant wrote there could be run by that "
+            "user "
+            "on this host. Files can be changed once they are copied"
+        )
+    else:
+        yield "while it is attached, what the tenant writes runs on this host, as the old service's user"
+    if own_block:
+        yield (
+            "Caddy has a block of its own for this domain, which goes before the gateway's routes: remove it "
+            "once "
+            "the folder is attached (visitors then come to the old service by the gateway's route), else the "
+            "switch is refused"
+        )
+    if found.out.count:
+        yield f"links that lead out of the folder are copied as they are, and lead nowhere: {found.out}"
+    if found.special.count:
+        yield f"sockets, pipes and devices are not copied: {found.special}"
+    if found.foreign.count:
+        yield f"of other owners, and the site's own once copied: {found.foreign}"
+    if found.setuid.count:
+        yield f"set-uid and set-gid bits are not copied: {found.setuid}"
+    if found.native.count and not wanted.install:
+        yield (
+            f"modules of machine code were built for this host: {found.native}. The copy is tried before the "
+            "switch; "
+            "--install 'bun install' makes node_modules anew in the tenant instead"
+        )
+    if found.secret.count:
+        yield (
+            f"by their names these hold secrets: {found.secret}. From the attach on the tenant's commands "
+            "and agents "
+            "can read them; --leave PATH keeps one out of the copy"
+        )
+    if wanted.unit is None:
+        yield (
+            "without --unit the old process is paused for a moment at the switch and then goes on: stop it "
+            "yourself "
+            "once the site is moved. Of its variables only those of --env go along"
+        )
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes of a size as Incus writes it, such as 2GiB."""
+    number = text.rstrip("kKMGTiB")
+    unit = text[len(number) :].replace("K", "k")
+    return int(number or 0) * (_UNITS.get(unit) or _DECIMAL.get(unit) or 1)
+
+
+def _mib(size: int | None) -> str:
+    return f"{(size or 0) / (1 << 20):.0f} MiB"

@@ -1,0 +1,80 @@
+"""Sees which way visitors come to a domain, and whether some are still being answered."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import orjson
+
+from gateway.caddy import Caddy
+from gateway.host import HostError, run
+
+_LED: Final = 20.0  # seconds in which the gateway follows a change in Incus; it takes a tenth of one
+_LOOK: Final = 0.02
+_ON_THE_WAY: Final = 0.3  # seconds in which a request whose route was looked up becomes a connection
+_DRAIN: Final = 5.0  # seconds that visitors of the old service have for their answers
+_TIMES: Final = re.compile(r"\b(lastsnd|lastrcv):(\d+)")
+
+
+async def led(caddy: Caddy, domain: str, target: str | None) -> None:
+    """Return once the gateway leads a domain there, or nowhere. Raises `HostError`."""
+    until = time.monotonic() + _LED
+    while caddy.get(domain) != target:
+        if time.monotonic() > until:
+            raise HostError(
+                f"the gateway does not lead {domain} to {target}: it must run, and the domain must be this "
+                "tenant's (incus-gateway doctor says what is wrong); run the command again then"
+            )
+        await asyncio.sleep(_LOOK)  # another process makes it so, and tells nobody
+
+
+def own_block(running: Mapping[str, Any] | None, domain: str, ours: str) -> bool:
+    """Say whether a Caddy's configuration serves a domain by a block that goes before the gateway's routes.
+
+    `ours` is the folder of the gateway's routes, which its own blocks name.
+    """
+    servers = ((running or {}).get("apps") or {}).get("http", {}).get("servers", {})
+    names = {domain, f"*.{domain.partition('.')[2]}"}
+    for server in servers.values():
+        for route in server.get("routes") or ():
+            hosts = {host for match in route.get("match") or () for host in match.get("host") or ()}
+            if hosts & names and ours not in orjson.dumps(route).decode():
+                return True
+    return False
+
+
+async def drained(address: str, port: int, listing: Callable[[str, int], str] | None = None) -> bool:
+    """Return once nobody waits for an answer of the old service; False where some still do after a while.
+
+    Who keeps a connection without a request, as Caddy does, waits for nothing; a websocket is not told from
+    one.
+    """
+    listing = listing or _connections
+    until, quiet_since = time.monotonic() + _DRAIN, time.monotonic()
+    while (now := time.monotonic()) < until:
+        if any(map(waits, await asyncio.to_thread(_told, listing, address, port))):
+            quiet_since = now
+        elif now - quiet_since >= _ON_THE_WAY:
+            return True
+        await asyncio.sleep(_LOOK)
+    return False
+
+
+def waits(line: str) -> bool:
+    """Say whether who asked sent something after what it received last, by a line of `ss -i`."""
+    times = {key: int(value) for key, value in _TIMES.findall(line)}
+    sent, received = times.get("lastsnd"), times.get("lastrcv")
+    return sent is not None and (received is None or sent < received)
+
+
+def _told(listing: Callable[[str, int], str], address: str, port: int) -> list[str]:
+    return listing(address, port).splitlines()
+
+
+def _connections(address: str, port: int) -> str:
+    words = ["ss", "-HtinO", "state", "established", "dst", f"{address}:{port}"]
+    return run(words, fix="install it: apt-get install iproute2")

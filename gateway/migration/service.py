@@ -1,0 +1,258 @@
+"""Knows the old service of a site: what systemd and the kernel say of it, how it is stopped and started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import orjson
+
+from gateway.host import HostError, run
+
+_PROC: Final = Path("/proc")
+_LISTENS: Final = "0A"  # state of a socket in /proc/net/tcp
+_LOOPBACK: Final = "127.0.0.1"
+_EVERY: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+# what systemd itself gives a service (systemd.exec(5)), and what the tenant says otherwise
+_SYSTEMDS: Final = re.compile(
+    r"PATH|HOME|LOGNAME|USER|SHELL|LANG|TERM|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*"
+    r"|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|(RUNTIME|STATE|CACHE|LOGS|CONFIGURATION|CREDENTIALS)_DIRECTORY|MAINPID"
+)
+_TENANTS: Final = frozenset({"PORT", "HOST", "HOSTNAME"})
+_HOSTS: Final = re.compile(r"(?P<before>(?:--?[A-Za-z-]+=)?)(?:127\.0\.0\.1|localhost|::1)")
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """An old service that runs. `environment` has secrets: it is printed nowhere but its names."""
+
+    words: tuple[str, ...]
+    folder: Path  # where it was started
+    uid: int
+    pids: tuple[int, ...]
+    address: str
+    port: int
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the manager of units says of one."""
+
+    pid: int
+    words: tuple[str, ...]
+    enabled: bool
+
+
+class Units(Protocol):
+    """The host's manager of services. Raises `HostError`."""
+
+    def unit(self, name: str) -> Unit: ...
+
+    def stop(self, name: str) -> None: ...
+
+    def start(self, name: str) -> None: ...
+
+    def enable(self, name: str, on: bool) -> None: ...
+
+
+class Systemctl:
+    """systemd, by its own commands; `before` goes before each, to reach one in a container."""
+
+    def __init__(self, before: Sequence[str] = ()) -> None:
+        self._before = tuple(before)
+
+    def unit(self, name: str) -> Unit:
+        """Return what systemd says of a unit that is there."""
+        wanted = "LoadState,MainPID,UnitFileState"
+        said = self._run("systemctl", "show", f"--property={wanted}", "--", name)
+        facts = dict(line.partition("=")[::2] for line in said.splitlines())
+        if facts.get("LoadState") != "loaded":
+            raise HostError(f"systemd knows no unit {name} that it could load; see: systemctl status {name}")
+        words: tuple[str, ...] = ()
+        # exact words, which `systemctl show` joins with spaces
+        with contextlib.suppress(HostError, ValueError, LookupError, TypeError):
+            bus, manager = "org.freedesktop.systemd1", "org.freedesktop.systemd1.Service"
+            path = f"/org/freedesktop/systemd1/unit/{bus_label(name)}"
+            told = self._run("busctl", "--json=short", "get-property", bus, path, manager, "ExecStart")
+            words = tuple(map(str, orjson.loads(told)["data"][-1][1]))
+        return Unit(int(facts.get("MainPID") or 0), words, facts.get("UnitFileState") == "enabled")
+
+    def stop(self, name: str) -> None:
+        self._run("systemctl", "stop", "--", name)
+
+    def start(self, name: str) -> None:
+        self._run("systemctl", "start", "--", name)
+
+    def enable(self, name: str, on: bool) -> None:
+        self._run("systemctl", "--quiet", "enable" if on else "disable", "--", name)
+
+    def _run(self, *words: str) -> str:
+        return run([*self._before, *words], fix=f"see: systemctl status {words[-1]}")
+
+
+def bus_label(name: str) -> str:
+    """Return a unit's name as systemd's bus paths have it (sd_bus_path_encode(3))."""
+    return "".join(
+        letter
+        if letter.isascii() and (letter.isalpha() or (letter.isdigit() and at))
+        else f"_{ord(letter):02x}"
+        for at, letter in enumerate(name)
+    )
+
+
+def of_unit(unit: Unit, name: str, port: int | None) -> Old:
+    """Return the old service that a unit runs. Raises `HostError` where it does not run."""
+    if not unit.pid:
+        raise HostError(f"{name} does not run; start it: what it listens on is read from its processes")
+    found = _old(unit.pid, tuple(below(unit.pid)), port, unit.words)
+    kept = {
+        key: value
+        for key, value in found.environment.items()
+        if not _SYSTEMDS.fullmatch(key) and key not in _TENANTS
+    }
+    return Old(found.words, found.folder, found.uid, found.pids, found.address, found.port, kept)
+
+
+def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
+    """Return what listens and was started in a folder, with the variables `names`. Raises `HostError`."""
+    inside = [pid for pid in _pids() if _cwd(pid) == folder or folder in _cwd(pid).parents]
+    listening = {pid for pid in inside for _ in listens((pid,))}
+    heads = {_head(pid, set(inside)) for pid in listening}
+    if not heads:
+        raise HostError(
+            f"nothing that listens was started in {folder}; start the old service, or name its unit with "
+            "--unit"
+        )
+    if port is not None:
+        heads = {head for head in heads if any(found[1] == port for found in listens(tuple(below(head))))}
+    if len(heads) != 1:
+        raise HostError(f"{len(heads)} services run in {folder}; say by --port which is the site")
+    head = heads.pop()
+    found = _old(head, tuple(below(head)), port, ())
+    kept = {key: value for key, value in found.environment.items() if key in names}
+    return Old(found.words, found.folder, found.uid, found.pids, found.address, found.port, kept)
+
+
+def _old(pid: int, pids: tuple[int, ...], port: int | None, words: tuple[str, ...]) -> Old:
+    process = _PROC / str(pid)
+    try:
+        said = tuple(os.fsdecode(word) for word in (process / "cmdline").read_bytes().split(b"\0") if word)
+        pairs = [
+            entry.partition(b"=")[::2] for entry in (process / "environ").read_bytes().split(b"\0") if entry
+        ]
+        uid = process.stat().st_uid
+        folder = (process / "cwd").readlink()
+    except OSError as error:
+        raise HostError(f"process {pid} of the old service cannot be looked at: {error.strerror}") from error
+    # npm and others write over their arguments, with spaces
+    words = words or (tuple(shlex.split(said[0])) if len(said) == 1 else said)
+    environment = {os.fsdecode(key): os.fsdecode(value) for key, value in pairs}
+    places = sorted(set(listens(pids)), key=lambda found: found[1])
+    wanted = port or int(_number(environment.get("PORT")) or 0)
+    chosen = [found for found in places if found[1] == wanted] or ([] if port else places)
+    if not chosen or len({found[1] for found in chosen}) > 1:
+        seen = ", ".join(f"{address}:{number}" for address, number in places) or "nothing"
+        raise HostError(f"the old service listens on {seen}; say by --port which is the site's")
+    address, number = chosen[0]
+    if address == "::1":
+        raise HostError(f"the old service listens on [::1]:{number} alone; have it listen on {_LOOPBACK}")
+    if address in _EVERY:
+        address = _LOOPBACK
+    return Old(words, folder, uid, pids, address, number, environment)
+
+
+def _number(text: str | None) -> str:
+    return text if text is not None and text.isdigit() else ""
+
+
+def below(pid: int) -> Iterator[int]:
+    """Yield a process and all that it started and that still run."""
+    children: dict[int, list[int]] = {}
+    for other in _pids():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = (_PROC / str(other) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(other)
+    pending = [pid]
+    while pending:
+        yield (one := pending.pop())
+        pending += children.get(one, ())
+
+
+def listens(pids: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Yield where processes listen for TCP, as address and port."""
+    for pid in pids:
+        inodes = set()
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(_PROC / str(pid) / "fd"):
+                with contextlib.suppress(OSError):
+                    inodes.add(str(Path(entry.path).readlink()))
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            with contextlib.suppress(OSError):
+                for line in (_PROC / str(pid) / "net" / table).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in inodes:
+                        address, _, port = fields[1].partition(":")
+                        words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+                        packed = struct.pack(f"={len(words)}I", *words)
+                        yield socket.inet_ntop(family, packed), int(port, 16)
+
+
+def signalled(pids: Sequence[int], number: signal.Signals) -> None:
+    """Send a signal to processes; those that ended are none."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def in_tenant(words: Sequence[str], started: Path, folder: Path, workspace: str) -> tuple[str, ...]:
+    """Return a start command as the tenant runs it in its workspace.
+
+    A program of the host's is the tenant's of that name, and loopback is every address. Paths below the
+    folder stay: they lead to the workspace there.
+    """
+    first, *rest = words
+    if first.startswith("/") and not _within(Path(first), folder):
+        first = Path(first).name
+    changed = (first, *(_HOSTS.sub(r"\g<before>0.0.0.0", w) if _HOSTS.fullmatch(w) else w for w in rest))
+    if started == folder or not _within(started, folder):
+        return changed
+    below = f"{workspace}/{started.relative_to(folder)}"
+    return ("/bin/sh", "-c", 'cd "$0" && exec "$@"', below, *changed)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+def _head(pid: int, among: set[int]) -> int:
+    """Return the highest ancestor of a process that is among those."""
+    while True:
+        try:
+            fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return pid
+        parent = int(fields[1])
+        if parent not in among:
+            return pid
+        pid = parent
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in os.scandir(_PROC) if entry.name.isdigit()]
+
+
+def _cwd(pid: int) -> Path:
+    try:
+        return (_PROC / str(pid) / "cwd").readlink()
+    except OSError:
+        return Path("/")
