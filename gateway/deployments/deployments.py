@@ -315,7 +315,8 @@ class Deployments:
                     recipe = await asyncio.to_thread(template.recipe)
                     if self._admit is not None:
                         await self._admit()
-                    self._sites.prepare(recipe, partial(self._prepared, template.name), running.request.size)
+                    told, size = partial(self._prepared, template.name), running.request.size
+                    self._sites.prepare(recipe, told, size, self._turns.quiet)
             elif record.error is None and record.source == "image" and running.upload is not None:
                 self._warming.want(running.upload, running.request.size)
         except asyncio.CancelledError:

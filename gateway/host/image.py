@@ -85,7 +85,8 @@ RateLimitIntervalSec=0
 """
 
 # A tenant has its address and route before its first process, and no use for DHCP: udev and networkd, which
-# waits for udev, took a third of the CPU time of its start. An instance without an address needs both.
+# waits for udev, took a third of the CPU time of its start. One without an address needs both: ADDRESS starts
+# them. The condition holds where an upgrade of their packages has each boot start them again.
 ADDRESSED = """\
 [Service]
 ExecCondition=/bin/sh -c '! grep -q ^eth0 /proc/net/route'
@@ -107,20 +108,28 @@ ExecStart=-udevadm trigger --action=add --subsystem-match=net
 
 # Who has an address before its first process tells nobody. The host would go on for up to a minute with the
 # hardware address of who had it before, such as the original of a copy: a word to the bridge tells it.
-ANNOUNCE = """\
+ADDRESS = """\
 [Unit]
-Description=Tell the bridge who has this address
+Description=Tell the bridge who has this address, or get one
 DefaultDependencies=no
 Conflicts=shutdown.target
 Before=shutdown.target
 
 [Service]
-ExecCondition=grep -q ^eth0 /proc/net/route
 EnvironmentFile=-/etc/default/bridge
-ExecStart=-ping -q -c 1 -W 1 ${BRIDGE}
+ExecStart=-/bin/sh -c '\\
+  if grep -q ^eth0 /proc/net/route; then exec ping -q -c 1 -W 1 "$BRIDGE"; fi; \\
+  exec systemctl --no-block start systemd-udevd systemd-udev-trigger systemd-networkd'
 
 [Install]
 WantedBy=sysinit.target
+"""
+
+# The root disk is there before systemd: journald writes to it at once, and no program has to tell it so. It
+# takes a file of this name for the word, and a socket may have a second name.
+FLUSHED = """\
+[Socket]
+Symlinks=/run/systemd/journal/flushed
 """
 
 # Bun and Node bring their own certificates; these are the system's, with what the host trusts beside.
@@ -143,7 +152,8 @@ FILES = {
     "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
     "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
     "etc/profile.d/10-tenant.sh": PROFILE,
-    "etc/systemd/system/announce-address.service": ANNOUNCE,
+    "etc/systemd/system/announce-address.service": ADDRESS,
+    "etc/systemd/system/systemd-journald-dev-log.socket.d/10-tenant.conf": FLUSHED,
 }
 
 # What Incus fills in before an instance of the image starts for the first time, so that an image serves every
@@ -180,6 +190,21 @@ MASKED = (
     "systemd-networkd.socket",
     "systemd-udevd-control.socket",
     "systemd-udevd-kernel.socket",
+    # each a process more until the site starts: devices and /run/lock are there, /run/nologin never is
+    "dev-mqueue.mount",
+    "run-lock.mount",
+    "systemd-hibernate-clear.service",
+    "systemd-journal-flush.service",
+    "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service",
+    "systemd-tpm2-setup-early.service",
+    "systemd-user-sessions.service",
+)
+
+# Programs that make units of what a machine has. Those for /etc/fstab, /etc/rc.local and /etc/init.d stay.
+GENERATORS = tuple(
+    f"systemd-{name}-generator"
+    for name in ("debug", "getty", "gpt-auto", "hibernate-resume", "run", "ssh", "system-update", "tpm2")
 )
 
 FINISH = """\
@@ -192,10 +217,14 @@ install -D -m 0755 {bun} "$root/usr/local/bin/bun"
 ln -s bun "$root/usr/local/bin/bunx"
 ln -s bun "$root/usr/local/bin/node"
 install -d "$root/var/log/journal"
-chroot "$root" systemctl --quiet enable systemd-networkd.service announce-address.service
+chroot "$root" systemctl --quiet enable announce-address.service
 chroot "$root" systemctl --quiet mask {masked}
+install -d "$root/etc/systemd/system-generators" "$root/etc/tmpfiles.d"
+for name in {generators}; do ln -s /dev/null "$root/etc/systemd/system-generators/$name"; done
+ln -s /dev/null "$root/etc/tmpfiles.d/systemd-nologin.conf"
 # started by who asks for it, through its socket
 rm -f "$root/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
+rm -f "$root"/usr/lib/systemd/system/sysinit.target.wants/systemd-udev*.service
 rm -f "$root/etc/resolv.conf"
 chroot "$root" journalctl --update-catalog
 : > "$root/etc/machine-id"
@@ -220,7 +249,8 @@ class Definition:
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        parts = (SUITE, PACKAGES, bun.VERSION, bun.INTEGRITY[self.bun], FILES, MASKED, TEMPLATES, FINISH)
+        program = (bun.VERSION, bun.INTEGRITY[self.bun])
+        parts = (SUITE, PACKAGES, *program, FILES, MASKED, GENERATORS, TEMPLATES, FINISH)
         text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
@@ -370,6 +400,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
             workspace=definition.workspace,
             bun=program,
             masked=" ".join(MASKED),
+            generators=" ".join(GENERATORS),
         )
     )
     hooks = [f'copy-in "{overlay}/etc" /', f'sh "{finish}" "$1"']

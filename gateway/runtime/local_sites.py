@@ -30,12 +30,14 @@ from gateway.runtime.sites import (
     Exposure,
     Order,
     Prepared,
+    Quiet,
     Recipe,
     Say,
     Service,
     Side,
     Site,
     Source,
+    at_once,
     disk_was_full,
     lines,
 )
@@ -241,7 +243,9 @@ class LocalSites:
             )
         return sites
 
-    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
+    ) -> None:
         prepared(None)  # a folder is made as fast as it could be prepared
 
     async def tidy(self) -> None:

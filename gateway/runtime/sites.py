@@ -8,7 +8,7 @@ Every call that undoes is idempotent: after a crash it is not known how far its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Protocol
@@ -34,6 +34,14 @@ Say = Callable[[str], None]
 
 Prepared = Callable[[GatewayError | None], None]
 """Takes how preparing ended: the error, or None where all that is to be ready is."""
+
+Quiet = Callable[[], Awaitable[None]]
+"""Returns once there is time for what is only made to be ready."""
+
+
+async def at_once() -> None:
+    """Be a `Quiet` that waits for nothing."""
+
 
 SIZES: Final[Mapping[str, Mapping[str, str]]] = {
     "small": {},  # what the tenants' profile says
@@ -208,7 +216,9 @@ class Sites(Protocol):
         """Return every tenant with a domain, also those that are just being made."""
         ...
 
-    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
+    ) -> None:
         """Get ready for more tenants of a recipe that works at that size, in the background.
 
         Of an upload `prepared` always hears how it ended, unless these sites are closed before.

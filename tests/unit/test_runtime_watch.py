@@ -70,7 +70,7 @@ class Passing(Incus):
     async def instances(self, **_: Any) -> list[dict[str, Any]]:
         return []
 
-    async def instance(self, name: str) -> dict[str, Any]:
+    async def instance(self, name: str, **_: Any) -> dict[str, Any]:
         if self.gone:
             raise IncusError("Instance not found", 404)
         return instance(name, status="Running")

@@ -273,6 +273,11 @@ class Making:
         with translated(name):
             return await self._incus.instance(name)
 
+    async def placed(self, name: str) -> Instance:
+        """Return an instance with its `state` only where that alone tells its address."""
+        with translated(name):
+            return await self._incus.instance(name, state=lambda one: not has_fixed_address(one))
+
     async def devices(self, size: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
         """Return the devices in which an instance of a size differs from the tenants' profile."""
         if "disk" not in size:

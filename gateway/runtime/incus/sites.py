@@ -39,12 +39,14 @@ from gateway.runtime.sites import (
     Exposure,
     Order,
     Prepared,
+    Quiet,
     Recipe,
     Say,
     Service,
     Side,
     Site,
     Source,
+    at_once,
     disk_was_full,
     lines,
     quota_was_reached,
@@ -377,7 +379,7 @@ class IncusSites:
     async def clear(self, tenant: str) -> None:
         await self._root(tenant, _CLEAR, *self._places())
         await self._making.remove_device(tenant, "site-next")
-        config = (await self._making.instance(tenant))["config"]
+        config = (await self._making.placed(tenant))["config"]
         if MEMORY in config:
             before, _, doubled = config[MEMORY].partition(" ")
             change = {MEMORY: ""}
@@ -388,7 +390,7 @@ class IncusSites:
 
     async def _make_room(self, tenant: str) -> None:
         """Double the memory while two sites run side by side."""
-        instance = await self._making.instance(tenant)
+        instance = await self._making.placed(tenant)
         if MEMORY in instance["config"]:
             return
         limit = instance["expanded_config"].get("limits.memory", "")
@@ -403,7 +405,7 @@ class IncusSites:
         device = "site" if side == "live" else "site-next"
         if self._settings.expose != "address":
             await self._add_proxy(tenant, device, recipe.listens(side))
-        found = _exposure(await self._making.instance(tenant), recipe.listens(side), device)
+        found = _exposure(await self._making.placed(tenant), recipe.listens(side), device)
         if found is None:
             raise Unavailable(f"tenant {tenant} has no address on {self._settings.network}")
         return found
@@ -548,8 +550,10 @@ class IncusSites:
 
     # --- what is ready before it is asked for -------------------------------------------------------
 
-    def prepare(self, recipe: Recipe, prepared: Prepared, size: str = "small") -> None:
-        self._stock.prepare(recipe, prepared, SIZES[size])
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
+    ) -> None:
+        self._stock.prepare(recipe, prepared, SIZES[size], quiet)
 
     async def tidy(self) -> None:
         await self._stock.tidy()
@@ -571,7 +575,7 @@ class IncusSites:
 
     async def _warm(self, name: str, recipe: Recipe) -> None:
         """Wait until the site answers, have it do its first work, and see that it stays up under it."""
-        found = _exposure(await self._making.instance(name), recipe.port)
+        found = _exposure(await self._making.placed(name), recipe.port)
         assert found is not None
         await answer(found.address, found.port, recipe.health, self._settings.verify_timeout)
         answered = time.monotonic()
@@ -606,7 +610,7 @@ class IncusSites:
 
     async def reachable(self, name: str) -> None:
         """Return once the container's network is up."""
-        instance = await self._making.instance(name)
+        instance = await self._making.placed(name)
         found = _exposure(instance, 9)
         if found is not None:
             await network_up(found.address, self._settings.verify_timeout)

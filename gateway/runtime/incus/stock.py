@@ -38,7 +38,7 @@ from gateway.runtime.incus.uploads import (
     surplus,
     upload_of,
 )
-from gateway.runtime.sites import Prepared, Recipe
+from gateway.runtime.sites import Prepared, Quiet, Recipe, at_once
 from gateway.settings import Settings
 from gateway.tasks import whole
 
@@ -161,18 +161,25 @@ class Stock:
 
     # --- made ready ---------------------------------------------------------------------------------
 
-    def prepare(self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str]) -> None:
-        """Have a golden copy of a recipe, and of a template a full pool, in the background."""
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str], quiet: Quiet = at_once
+    ) -> None:
+        """Have a golden copy of a recipe, and of a template a full pool, in the background.
+
+        The pool is filled while it is `quiet`: what a deployment gains by it, it costs the others.
+        """
         key = recipe.key
         if not key or not self._settings.golden or key in self._preparing or key in self._refused:
             if recipe.owner:
                 prepared(None)
             return
-        task = asyncio.create_task(self._prepare(recipe, prepared, size), name=f"prepare {key}")
+        task = asyncio.create_task(self._prepare(recipe, prepared, size, quiet), name=f"prepare {key}")
         self._preparing[key] = task
         task.add_done_callback(lambda _: self._preparing.pop(key, None))
 
-    async def _prepare(self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str]) -> None:
+    async def _prepare(
+        self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str], quiet: Quiet
+    ) -> None:
         """Have a golden copy and a full pool; only time is lost without: tenants are made from the image."""
         try:
             key = await self.key(recipe)
@@ -185,6 +192,7 @@ class Stock:
                 await self._make_golden(golden, key, recipe, size)
             members = self._pool.setdefault(key, [])
             while len(members) < self._settings.warm_pool:
+                await quiet()
                 name = f"gateway-pool-{secrets.token_hex(6)}"
                 member = _Member(name, str(uuid4()))
                 marks = self._marks("pool", key)

@@ -149,7 +149,11 @@ class IncusRuntime:
         return [_tenant(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
-        return _tenant(await self._instance(name))
+        with translated(name):
+            instance = await self._incus.instance(name, state=lacks_address)
+        if not is_tenant(instance):
+            raise NotFound(f"no tenant {name}")
+        return _tenant(instance)
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
         await self.making.free(name)
