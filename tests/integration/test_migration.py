@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,11 +22,15 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.errors import Conflict
+from gateway.host import HostError
 from gateway.migration import Migration, Wanted, door, opened
-from gateway.migration.service import Unit
+from gateway.migration.service import Systemctl, Unit
+from gateway.runtime.incus import migrations
 from gateway.settings import Settings
 from tests.contracts.gateway import no_traceback
 from tests.integration import environment
+from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
 from tests.live import free_ports
 
@@ -74,10 +79,14 @@ class OldService:
                 cwd=self.folder,
                 env={"PATH": os.environ["PATH"], "SECRET": 'a "quoted" $ecret', "PORT": str(self.port)},
             )
-            deadline = time.monotonic() + 20
-            while subprocess.run(["ss", "-Hltn", f"sport = :{self.port}"], capture_output=True).stdout == b"":
-                assert self.process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.02)
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once something listens at its port."""
+        deadline = time.monotonic() + 20
+        while subprocess.run(["ss", "-Hltn", f"sport = :{self.port}"], capture_output=True).stdout == b"":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def stop(self, name: str) -> None:
         if self.process is not None:
@@ -146,6 +155,13 @@ class Visitors:
 
     _stopped = False
 
+    async def more(self, number: int) -> None:
+        """Return once so many more were answered, or refused."""
+        wanted = len(self.noted) + len(self.failed) + number
+        async with asyncio.timeout(30):
+            while len(self.noted) + len(self.failed) < wanted:
+                await asyncio.sleep(0.01)
+
     async def _one(self, number: int) -> None:
         url = f"http://127.0.0.1:{self._host.settings.caddy_ask}/"
         async with aiohttp.ClientSession(headers={"Host": self._domain}) as session:
@@ -178,6 +194,20 @@ async def tool(host: Hosting, tenant: str, name: str, **given: Any) -> tuple[int
     return status, answer
 
 
+def inside(tenant: str, script: str, user: int = 0) -> str:
+    return Container(tenant).sh(script, user=user, check=False).strip()
+
+
+def seen(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Return what a folder holds, with owners, modes, times and contents."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        facts = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path)] = (facts.st_uid, facts.st_mode, facts.st_mtime_ns, content)
+    return found
+
+
 async def test_a_site_moves_in_and_back_while_visitors_ask(
     host: Hosting, old: OldService, domain: str
 ) -> None:
@@ -186,18 +216,134 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
     wanted = Wanted(old.folder, unit="site@moved.service")
     async with migrating(host, domain, old, said) as migration:
         plan = await migration.plan(domain, wanted)
-        print("\n".join(plan.lines()))
         assert plan.stops == () and not plan.read_only
+        assert "quoted" not in "\n".join([*plan.lines(), str(plan.told())])
         assert environment.incus("info", tenant, check=False).returncode != 0
         assert await migration.forward(domain, wanted, "attach") == "attached"
         assert (await told(host, domain))["where"] == str(old.folder)
-        print(await tool(host, tenant, "Write", file_path="text.txt", content="second"))
+        assert not (await tool(host, tenant, "Write", file_path="text.txt", content="second"))[1]["isError"]
         assert (await told(host, domain))["text"] == "second"
+        assert (old.folder / "text.txt").stat().st_uid == OWNER
+        container_root_has_no_power(tenant, old.folder)
+        status, refused, _ = await host.call(
+            "POST", "/v1/deployments", {"domain": domain, "template": "static"}
+        )
+        assert status == 202
+        assert (await host.ended(refused["id"]))["error"]["reason"] == "migrating"
         async with Visitors(host, domain) as visitors:
             assert await migration.forward(domain, None, "copy") == "copied"
+            assert (await told(host, domain))["where"] == str(old.folder)
             assert await migration.forward(domain, None, "switch") == "switched"
-            await asyncio.sleep(1)
-        print("\n".join(said), visitors.longest, len(visitors.noted))
+            left = seen(old.folder)
+            await visitors.more(20)
+        print("\n".join(said), f"longest {visitors.longest:.2f} s of {len(visitors.noted)}")
         assert visitors.failed == []
-        site = await told(host, domain)
-        print(site)
+        assert (await told(host, domain)) == {
+            "where": "/srv/site", "secret": 'a "quoted" $ecret', "text": "second"
+        }  # fmt: skip
+        notes = inside(tenant, "cat /srv/site/notes.txt").split()
+        assert set(visitors.noted) <= set(notes) and len(notes) == len(set(notes))
+        assert old.process is None and old.enabled and seen(old.folder) == left
+        assert "second" in (await tool(host, tenant, "Read", file_path="text.txt"))[1]["content"][0]["text"]
+
+        assert await migration.back(domain, sure=False) == "attached"
+        assert (await told(host, domain))["where"] == str(old.folder)
+        assert "second" in (await tool(host, tenant, "Read", file_path="text.txt"))[1]["content"][0]["text"]
+        kept = "/srv/.site-kept-1"
+        assert set(visitors.noted) <= set(inside(tenant, f"cat {kept}/notes.txt").split())
+        with pytest.raises(Conflict, match="route"):
+            await migration.back(domain, sure=False)
+
+        assert await migration.forward(domain, None, "finish") == ""
+        assert not old.enabled and old.process is None
+        assert (await told(host, domain))["where"] == "/srv/site"
+        found = next(entry for entry in environment.instances() if entry["name"] == tenant)
+        assert not [key for key in found["config"] if key.startswith(migrations.STATE)]
+        assert "migrate" not in found["devices"] and not door.is_open(tenant)
+    the_real_systemd(tenant)
+
+
+def container_root_has_no_power(tenant: str, folder: Path) -> None:
+    """Root in the container gets what the folder's owner may, and nothing of root's on the host."""
+    (folder / "roots").write_text("secret")
+    (folder / "roots").chmod(0o600)
+    try:
+        inside(tenant, "cp /bin/true /srv/site/planted; chmod 4755 /srv/site/planted")
+        assert not (folder / "planted").exists()
+        assert "secret" not in inside(tenant, "cat /srv/site/roots; chown 0:0 /srv/site/text.txt")
+        inside(tenant, "rm -f /srv/site/roots; chmod 777 /srv/site/roots; mv /srv/site/roots /srv/site/r")
+        assert (folder / "roots").stat().st_mode & 0o777 == 0o600
+        inside(tenant, "cp /bin/true /srv/site/mine && chmod 4755 /srv/site/mine", user=1000)
+        assert (folder / "mine").stat().st_uid == OWNER
+        inside(tenant, "mount -t tmpfs none /srv/site && touch /srv/site/over; umount /srv/site")
+        assert not (folder / "over").exists() and not (door.place(tenant) / "over").exists()
+        assert {path.lstat().st_uid for path in folder.rglob("*")} == {OWNER, 0}
+    finally:
+        (folder / "roots").unlink()
+        (folder / "mine").unlink()
+
+
+def the_real_systemd(tenant: str) -> None:
+    """What is read of a unit, and done with it, by the commands of systemd; its words exact."""
+    unit = "[Service]\nExecStart=/bin/sleep \"1 2\" 'a;b' infinity\n[Install]\nWantedBy=multi-user.target\n"
+    words = ("file", "push", "-", f"{tenant}/etc/systemd/system/old@1.service")
+    environment.incus(*words, stdin=unit.replace("\"1 2\" 'a;b' ", "").encode())
+    before = ("env", f"INCUS_DIR={environment.INCUS_DIR}", "incus", "exec", tenant, "-T", "--")
+    units = Systemctl(before)
+    inside(tenant, "systemctl daemon-reload")
+    assert units.unit("old@1.service") == Unit(0, ("/bin/sleep", "infinity"), False)
+    units.enable("old@1.service", True)
+    units.start("old@1.service")
+    found = units.unit("old@1.service")
+    assert found.enabled and found.pid > 1
+    units.stop("old@1.service")
+    units.enable("old@1.service", False)
+    environment.incus(*words, stdin=unit.encode())
+    inside(tenant, "systemctl daemon-reload")
+    assert units.unit("old@1.service") == Unit(0, ("/bin/sleep", "1 2", "a;b", "infinity"), False)
+    with pytest.raises(HostError, match="knows no unit"):
+        units.unit("nobody.service")
+
+
+async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, domain: str) -> None:
+    """By the command line, without a unit, in a folder of root: killed while visitors wait, and run again."""
+    old.stop("")
+    for path in (old.folder, *old.folder.iterdir()):
+        os.chown(path, 0, 0)
+    tenant, config = domain.replace(".", "-"), {**os.environ, **environment.variables(host.settings)}
+    process = subprocess.Popen(old.words, cwd=old.folder)
+    words = (*host.gateway.program, "migrate", domain)
+
+    async def migrate(*more: str) -> tuple[int, str]:
+        run = await asyncio.create_subprocess_exec(
+            *words, *more, env=config, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        text, _ = await asyncio.wait_for(run.communicate(), 100)
+        return run.returncode or 0, text.decode()
+
+    try:
+        old.wait()
+        assert (await migrate("--from", str(old.folder), "--plan"))[0] == 0
+        code, text = await migrate("--from", str(old.folder), "--until", "attach")
+        assert code == 0, text
+        code, answer = await tool(host, tenant, "Write", file_path="text.txt", content="third")
+        assert answer["structuredContent"]["code"] == "forbidden"  # root runs it: what is in there may be run
+        killed = await asyncio.create_subprocess_exec(*words, env=config, stdout=asyncio.subprocess.DEVNULL)
+        async with asyncio.timeout(60):
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                assert killed.returncode is None
+                await asyncio.sleep(0.005)  # nobody tells of it
+        killed.kill()
+        await killed.wait()
+        visitor = asyncio.create_task(told(host, domain))
+        code, text = await migrate()
+        assert code == 0 and "taken back first" in text, text
+        assert (await told(host, domain))["where"] == "/srv/site"
+        # who came while nobody went on with it was told to come again, or waited long enough
+        await asyncio.gather(visitor, return_exceptions=True)
+        assert process.poll() is None  # it goes on: there is no unit to stop
+        code, text = await migrate("--finish", "--json")
+        assert (code, json.loads(text)["state"]) == (0, None)
+    finally:
+        process.kill()
+        process.wait()
