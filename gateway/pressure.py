@@ -150,6 +150,7 @@ class _Watched:
     stalled: float | None = None  # of the tenant at the last look
     tenant: Sample | None = None
     site: Sample | None = None
+    first: int = 0  # process of the site, for whose commands CPU is kept
     unreserved: bool = False  # without root no CPU can be kept for its commands
 
 
@@ -321,8 +322,12 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
     found = {}
     for name, one in watched.items():
         alone: tuple[Step, ...] = ()
-        if not one.unreserved and reserve.lacking(one.place.unified):
-            alone = ("reserve",)
+        # a site that was started anew has another first process
+        if not one.unreserved and (first := reserve.first(one.place.unified)) != one.first:
+            if first and reserve.lacks(one.place.unified, first):
+                alone = ("reserve",)
+            else:
+                one.first = first
         before, one.stalled = one.stalled, memory.stalled(one.place)
         quiet = before is not None and one.stalled is not None and one.stalled - before < _STILL
         if quiet and one.tenant is None and one.course.since is None:

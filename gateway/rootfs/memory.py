@@ -9,7 +9,6 @@ Looking takes no root; `relieve` does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
@@ -79,7 +78,7 @@ def place(init: int) -> Place | None:
     if unified is None or not unified.is_dir():
         return None
     mount = _memory_mount()
-    found = None if mount is None else _MEMORY.search(_read(Path(f"/proc/{init}/cgroup")))
+    found = None if mount is None else _MEMORY.search(text(f"/proc/{init}/cgroup"))
     if mount is None or found is None:
         return Place(unified, None)
     return Place(unified, Path(mount, os.fsdecode(found[1]).removesuffix("/init.scope").lstrip("/")))
@@ -90,9 +89,29 @@ def _memory_mount() -> str | None:
     return controller_mount("memory")
 
 
+def text(path: str, limit: int = _TEXT) -> bytes:
+    """Return the first bytes of a file of the kernel's; none where its group or process is gone.
+
+    Hundreds are read each look, which is why it is done by hand.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        found = os.read(descriptor, limit)
+        while 0 < len(found) < limit and (more := os.read(descriptor, limit - len(found))):
+            found += more
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
+    return found
+
+
 def stalled(of: Place) -> float | None:
     """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
-    found = _TOTAL.search(_read(of.unified / "memory.pressure"))
+    found = _TOTAL.search(text(f"{of.unified}/memory.pressure"))
     return None if found is None else int(found[1]) / 1e6
 
 
@@ -100,15 +119,15 @@ def sample(of: Place) -> Sample | None:
     """Return a group's counters; None where it is gone, or has none of its own."""
     now = time.monotonic()
     if of.memory is None:
-        facts = _facts(_read(of.unified / "memory.stat"))
+        facts = _facts(text(f"{of.unified}/memory.stat"))
         refaults, known = _sum(facts, "workingset_refault"), bool(facts)
-        usage, limit = _number(of.unified / "memory.current"), _number(of.unified / "memory.max")
-        ended = _facts(_read(of.unified / "memory.events")).get("oom_kill", 0)
+        usage, limit = _number(f"{of.unified}/memory.current"), _number(f"{of.unified}/memory.max")
+        ended = _facts(text(f"{of.unified}/memory.events")).get("oom_kill", 0)
     else:
-        facts = _facts(_read(of.memory / "memory.stat"))
+        facts = _facts(text(f"{of.memory}/memory.stat"))
         refaults, known = _sum(facts, "total_workingset_refault"), bool(facts)
-        usage, limit = _number(of.memory / "memory.usage_in_bytes"), facts.get("hierarchical_memory_limit")
-        ended = _facts(_read(of.memory / "memory.oom_control")).get("oom_kill", 0)
+        usage, limit = _number(f"{of.memory}/memory.usage_in_bytes"), facts.get("hierarchical_memory_limit")
+        ended = _facts(text(f"{of.memory}/memory.oom_control")).get("oom_kill", 0)
     waited = stalled(of)
     if not known and waited is None:
         return None
@@ -167,16 +186,10 @@ def _biggest(pids: list[int]) -> tuple[int, Process, str] | None:
     return best
 
 
-def _read(path: Path) -> bytes:
-    with contextlib.suppress(OSError):  # the group is gone, or the kernel has no such file
-        return part(path, _TEXT)
-    return b""
-
-
-def _facts(text: bytes) -> dict[str, int]:
+def _facts(said: bytes) -> dict[str, int]:
     """Return the numbers of a file with a name and a number a line; other lines are left out."""
     facts = {}
-    for line in text.splitlines():
+    for line in said.splitlines():
         name, _, number = line.partition(b" ")
         if number.isdigit() and len(number) <= 20:
             facts[name.decode("ascii", "replace")] = int(number)
@@ -188,6 +201,6 @@ def _sum(facts: dict[str, int], name: str) -> int:
     return facts.get(name, 0) + facts.get(f"{name}_file", 0) + facts.get(f"{name}_anon", 0)
 
 
-def _number(path: Path) -> int | None:
-    text = _read(path).strip()
-    return int(text) if text.isdigit() and len(text) <= 20 else None
+def _number(path: str) -> int | None:
+    said = text(path).strip()
+    return int(said) if said.isdigit() and len(said) <= 20 else None

@@ -15,14 +15,13 @@ import re
 from pathlib import Path
 from typing import Final
 
-from gateway.bounds import part
-from gateway.rootfs import trees
+from gateway.rootfs import memory, trees
 from gateway.rootfs.groups import controller_mount
 from gateway.rootfs.memory import SITE
 
 _NAME: Final = "site"
 _SHARES: Final = 512  # half of what one process of a command has: so a site still answers beside a command
-_TEXT: Final = 16 << 10
+_NUMBER: Final = 32  # bytes that hold a number and its end
 _CPU: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?cpu(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 
 
@@ -32,20 +31,23 @@ def cpu_mount() -> str | None:
     return controller_mount("cpu")
 
 
-def lacking(container: Path) -> bool:
-    """Return whether a site runs in the same group as all else of its container. Takes no root."""
+def first(container: Path) -> int:
+    """Return a process of a container's site, 0 where it has none, or there is nothing to do."""
     if cpu_mount() is None:
-        return False
-    with contextlib.suppress(OSError, ValueError):
-        first = int(part(container / SITE / "cgroup.procs", 32).split(b"\n")[0])
-        return _group(first) == f"/{container.name}"
-    return False
+        return 0
+    number = memory.text(f"{container}/{SITE}/cgroup.procs", _NUMBER).partition(b"\n")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def lacks(container: Path, pid: int) -> bool:
+    """Return whether a process of a site is in the same group as all else of its container."""
+    return _group(pid) == f"/{container.name}"
 
 
 def reserve(container: Path) -> None:
     """Give a container's site a group of its own in v1's `cpu`. Takes root."""
     mount = cpu_mount()
-    if mount is None or not lacking(container):
+    if mount is None or not lacks(container, first(container)):
         return
     group = Path(mount, container.name, _NAME)
     group.mkdir(exist_ok=True)
@@ -60,8 +62,5 @@ def reserve(container: Path) -> None:
 
 def _group(pid: int) -> str:
     """Return the group of a process in v1's `cpu`; empty where it is gone."""
-    try:
-        found = _CPU.search(part(f"/proc/{pid}/cgroup", _TEXT))
-    except OSError:
-        return ""
+    found = _CPU.search(memory.text(f"/proc/{pid}/cgroup"))
     return "" if found is None else os.fsdecode(found[1])

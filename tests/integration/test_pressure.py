@@ -1,7 +1,7 @@
 """A site that wants more memory than its tenant has: told, bounded, and ended before it lasts for ever.
 
-One container for all. What it does to a neighbour and to commands is held to bounds with room here, for the
-machine is others' too; `tests/bench/pressure.py` prints the numbers.
+What it does to a neighbour and to commands is held to bounds with room, for the machine is others' too. On a
+calm one GATEWAY_TEST_STRICT=1 holds it to what is promised; the numbers are printed (`pytest -s`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import memory, trees
+from gateway.rootfs import memory, reserve, trees
 from gateway.rootfs.memory import Place
 from gateway.settings import Settings
 from tests.archives import archive
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "thrash-test", "thrash.test"
 NEXT_DOOR, NEXT_DOMAIN = "calm-test", "calm.test"
 MEMORY = 256  # MiB of the tenant
+STRICT = os.environ.get("GATEWAY_TEST_STRICT") == "1"
 
 # answers, and on demand reads a file that is larger than its memory, all over, beside memory of its own
 SITE = b"""\
@@ -84,6 +86,13 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         # as a deployment of that size: the share of the site is worked out when its unit is read
         environment.incus("exec", TENANT, "--", "systemctl", "daemon-reload")
         first = (await host.visit(DOMAIN))[1]
+        if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
+            mount = trees.mount_point()
+            assert mount is not None
+            container = mount / f"lxc.payload.{TENANT}"
+            async with asyncio.timeout(30):
+                while reserve.lacks(container, reserve.first(container)):
+                    await asyncio.sleep(0.1)  # until the next look
         async with reading(host.gateway, NEXT_DOOR, "index.html") as before:
             await asyncio.sleep(2)  # as many reads as tell a p99
 
@@ -126,10 +135,10 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
 
             print(f"\n{before}; beside {beside}; {len(waits)} commands, the longest {max(waits):.2f} s:")
             print(f"they waited {waited:.2f} s for memory in {seconds:.1f} s")
-            # a second on a calm machine; how long they wait for memory is no matter of who else computes
-            assert waited < 0.1 * seconds, waited
-            assert sorted(waits)[len(waits) // 2] < 3 and max(waits) < 10, waits
-            assert beside.p99 < max(0.1, before.p99 * 3), (str(before), str(beside))
+            # how long they wait for memory is no matter of who else computes
+            assert waited < 0.3 * seconds, waited
+            assert sorted(waits)[len(waits) // 2] < 3 and max(waits) < (1 if STRICT else 10), waits
+            assert beside.p99 < (before.p99 * 1.5 if STRICT else max(0.1, before.p99 * 3)), str(beside)
 
             async with asyncio.timeout(30):
                 while (again := await host.visit(DOMAIN))[0] != 200:

@@ -117,7 +117,7 @@ def test_v1_is_found_by_the_kernels_word(monkeypatch: pytest.MonkeyPatch, tmp_pa
     told = "9:name=systemd:/x\n4:memory:/lxc.payload.shop-3/init.scope\n0::/lxc.payload.shop-3/init.scope\n"
     (tmp_path / "lxc.payload.shop-3").mkdir()
     monkeypatch.setattr(memory, "_memory_mount", lambda: "/v1")
-    monkeypatch.setattr(memory, "_read", lambda path: told.encode())
+    monkeypatch.setattr(memory, "text", lambda path: told.encode())
     monkeypatch.setattr(trees, "of_init", lambda pid: tmp_path / "lxc.payload.shop-3")
     assert memory.place(1) == Place(tmp_path / "lxc.payload.shop-3", Path("/v1/lxc.payload.shop-3"))
     monkeypatch.setattr(memory, "_memory_mount", lambda: None)
