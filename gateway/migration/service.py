@@ -125,7 +125,7 @@ def of_unit(unit: Unit, name: str, port: int | None) -> Old:
 
 def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
     """Return what listens and was started in a folder, with the variables `names`. Raises `HostError`."""
-    inside = [pid for pid in _pids() if _cwd(pid) == folder or folder in _cwd(pid).parents]
+    inside = started_in(folder)
     listening = {pid for pid in inside for _ in listens((pid,))}
     heads = {_head(pid, set(inside)) for pid in listening}
     if not heads:
@@ -141,6 +141,11 @@ def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
     found = _old(head, tuple(below(head)), port, ())
     kept = {key: value for key, value in found.environment.items() if key in names}
     return Old(found.words, found.folder, found.uid, found.pids, found.address, found.port, kept)
+
+
+def started_in(folder: Path) -> list[int]:
+    """Return the processes whose working folder is that one or below it."""
+    return [pid for pid in _pids() if _within(_cwd(pid), folder)]
 
 
 def _old(pid: int, pids: tuple[int, ...], port: int | None, words: tuple[str, ...]) -> Old:

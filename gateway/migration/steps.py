@@ -21,8 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-
 from gateway.caddy import Caddy, asleep
 from gateway.deployments.verify import Subject, Verifier
 from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
@@ -35,18 +33,17 @@ from gateway.migration.door import Owner, close_door, open_door
 from gateway.migration.door import inside as mapped
 from gateway.migration.inside import inside
 from gateway.migration.plan import Plan, Wanted, decided
+from gateway.migration.record import ENDED, Moving, keys
 from gateway.migration.route import drained, led, own_block
 from gateway.migration.scan import scan
 from gateway.migration.service import Old, Units
-from gateway.rootfs.tenants import MANAGED
 from gateway.runtime.incus import IncusRuntime, IncusSites
-from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
+from gateway.runtime.incus.migrations import FOLDER, STATE
 from gateway.runtime.incus.refusals import translated
-from gateway.runtime.incus.sites import HEALTH, environment_file
-from gateway.runtime.incus.stock import ROLE
-from gateway.runtime.incus.tenants import ASLEEP, DOMAIN, IDLE_STOP, PORT
+from gateway.runtime.incus.sites import environment_file
+from gateway.runtime.incus.tenants import ASLEEP
 from gateway.runtime.probe import answer
-from gateway.runtime.sites import SIZES, Exposure, Recipe
+from gateway.runtime.sites import SIZES, Exposure
 from gateway.settings import Settings
 from gateway.tasks import whole
 
@@ -101,37 +98,35 @@ class Migration:
             if wanted is None:
                 raise NotFound(f"no migration of {domain} is under way; say --from FOLDER to begin one")
             await self._begin(await self._beginnable(domain, tenant, wanted, found))
-        at = await self._settled(tenant)
+        elif wanted is not None and str(_real(wanted.folder)) != found["config"].get(FOLDER):
+            raise Conflict(f"{domain} moves from {found['config'].get(FOLDER)} already; go on without --from")
+        moving = await self._settled(tenant)
         for number, step in enumerate(STEPS[: STEPS.index(until) + 1], 1):
-            if _DONE.get(at, 0) < number:
+            if _DONE.get(moving.state, 0) < number:
                 began = time.monotonic()
-                await getattr(self, f"_{step}")(tenant)
+                await getattr(self, f"_{step}")(moving)
                 self._say(f"{step}: done after {time.monotonic() - began:.1f} s")
-                at = {number: state for state, number in _DONE.items()}.get(number, "")
-        return at
+                if step == "finish":
+                    return ""
+                moving = await self._moving(tenant)
+        return moving.state
 
     async def back(self, domain: str, *, sure: bool) -> str:
         """Undo the last step; return the state, "" where nothing of the migration is left.
 
         Raises `Conflict` where something would be lost that nothing else has, unless `sure`.
         """
-        domain, tenant = self._names(domain)
-        state = (await self._config(tenant)).get(STATE, "")
-        match state:
+        moving = await self._moving(self._names(domain)[1])
+        match moving.state:
             case "attaching" | "attached":
-                await self._forget(domain, tenant, sure)
+                await self._forget(moving, sure)
                 return ""
             case "copied":
-                await self._sites.clear(tenant)
-                await self._patch(tenant, {STATE: "attached"})
+                await self._sites.clear(moving.tenant)
+                await self._patch(moving.tenant, {STATE: "attached"})
             case _:
-                await self._return(tenant)
-        return (await self._config(tenant)).get(STATE, "")
-
-    async def state(self, domain: str) -> Mapping[str, str]:
-        """Return what is known of a migration that is under way. Raises `NotFound`."""
-        config = await self._config(self._names(domain)[1])
-        return {name: config.get(key, "") for name, key in (("state", STATE), ("from", FOLDER), ("old", OLD))}
+                await self._return(moving)
+        return (await self._moving(moving.tenant)).state
 
     # --- attach -------------------------------------------------------------------------------------
 
@@ -149,82 +144,50 @@ class Migration:
         return plan
 
     async def _begin(self, plan: Plan) -> None:
-        """Make the tenant, stopped; from now on Incus knows of the migration, and its domain leads to the "
-        "old."""
-        wanted, old, size = plan.wanted, plan.old, SIZES[plan.wanted.size]
-        facts = {
-            "start": plan.recipe.start,
-            "install": plan.recipe.install,
-            "owner": [plan.owner.uid, plan.owner.gid],
-            "read_only": plan.read_only,
-            "leave": wanted.leave,
-            "env": wanted.env,
-            "pids": [] if wanted.unit else old.pids,
-        }
-        config = {
-            MANAGED: "true",
-            ROLE: "tenant",
-            DOMAIN: plan.domain,
-            PORT: str(old.port),
-            HEALTH: wanted.health,
-            IDLE_STOP: "0",
-            STATE: "attaching",
-            OLD: f"{old.address}:{old.port}",
-            FOLDER: str(wanted.folder),
-            UNIT: wanted.unit or "",
-            FACTS: orjson.dumps(facts).decode(),
-        }
-        config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
-        devices = {}
+        """Make the tenant, stopped: from now on Incus knows, and its domain leads to the old service."""
+        making, devices, size = self._runtime.making, {}, SIZES[plan.wanted.size]
         if "disk" in size:
-            root = (await self._runtime.making.profile())["devices"]["root"]
+            root = (await making.profile())["devices"]["root"]
             devices["root"] = {**root, "size": size["disk"]}
         source = {"type": "image", "alias": self._settings.image}
-        async with self._runtime.making.undone("the migration could not begin") as identity:
-            await self._runtime.making.make(
-                plan.tenant, source, config, devices, start=False, identity=identity
-            )
+        async with making.undone("the migration could not begin") as identity:
+            await making.make(plan.tenant, source, keys(plan), devices, start=False, identity=identity)
 
-    async def _attach(self, tenant: str) -> None:
-        config = await self._config(tenant)
-        await self._show_folder(tenant)
-        workspace = self._settings.workspace
-        folder = config[FOLDER]
+    async def _attach(self, moving: Moving) -> None:
+        await self._show_folder(moving)
+        folder = str(moving.folder)
         if not folder.startswith(tuple(f"{place}/" for place in _LEAVE)):
-            await self._inside(tenant, "link", workspace, folder)
-        await led(self._caddy, config[DOMAIN], config[OLD])
-        await self._patch(tenant, {STATE: "attached"})
+            await self._inside(moving.tenant, "link", self._settings.workspace, folder)
+        await led(self._caddy, moving.domain, moving.old)
+        await self._patch(moving.tenant, {STATE: "attached"})
 
-    async def _show_folder(self, tenant: str) -> None:
-        """Have the folder as the tenant's workspace, and the tenant run. Incus takes such a disk only "
-        "cold."""
-        instance = await self._runtime.making.instance(tenant)
-        config, facts = instance["config"], _facts(instance["config"])
+    async def _show_folder(self, moving: Moving) -> None:
+        """Have the folder be the workspace, and the tenant run; a running one takes no such disk."""
+        tenant, making = moving.tenant, self._runtime.making
+        instance = await making.instance(tenant)
         there = _DEVICE in instance["devices"]
         if not there:
             await self._runtime.stop(tenant)
-            instance = await self._runtime.making.instance(tenant)
+            instance = await making.instance(tenant)
         ours = mapped(instance["config"], self._settings.workspace_uid)
-        owner, read_only = Owner(*facts["owner"]), bool(facts["read_only"])
         where = await asyncio.to_thread(
-            open_door, tenant, Path(config[FOLDER]), owner, ours, read_only=read_only
+            open_door, tenant, moving.folder, moving.owner, ours, read_only=moving.read_only
         )
         if not there:
             device = {"type": "disk", "path": self._settings.workspace, "source": str(where)}
-            device |= {"readonly": "true"} if read_only else {}
+            device |= {"readonly": "true"} if moving.read_only else {}
             with translated(tenant):
-                await self._runtime.making.operate(
-                    "PATCH", instance_path(tenant), {"devices": {_DEVICE: device}}
-                )
+                await making.operate("PATCH", instance_path(tenant), {"devices": {_DEVICE: device}})
         await self._runtime.start(tenant)
 
-    async def _forget(self, domain: str, tenant: str, sure: bool) -> None:
+    async def _forget(self, moving: Moving, sure: bool) -> None:
+        domain, tenant = moving.domain, moving.tenant
         instance = await self._runtime.making.instance(tenant)
         if not sure and not await asyncio.to_thread(self._own_block, domain) and self._caddy.get(domain):
             raise Conflict(
                 "visitors may come to the old service by the gateway's route, which goes with the tenant: "
                 "first "
-                f"have your Caddy serve {domain} itself (reverse_proxy {instance['config'].get(OLD)}), then "
+                f"have your Caddy serve {domain} itself (reverse_proxy {moving.old}), then "
                 "say --yes"
             )
         if not sure and instance["status"] == "Running":
@@ -240,112 +203,96 @@ class Migration:
 
     # --- copy ---------------------------------------------------------------------------------------
 
-    async def _copy(self, tenant: str) -> None:
+    async def _copy(self, moving: Moving) -> None:
         """Copy the folder, and see the copy's site answer beside the old one, which nobody notices."""
-        config = await self._config(tenant)
-        recipe = _recipe(config)
-        await self._mirror(tenant, config)
-        old = await asyncio.to_thread(
-            self._old, Path(config[FOLDER]), config.get(UNIT) or None, recipe.port, _facts(config)["env"]
-        )
-        variables = environment_file(old.environment).encode()
-        await self._inside(tenant, "keep", given=variables)
+        tenant, recipe = moving.tenant, moving.recipe
+        await self._mirror(moving)
+        old = await asyncio.to_thread(self._old, moving.folder, moving.unit, recipe.port, moving.env)
+        await self._inside(tenant, "keep", given=environment_file(old.environment).encode())
         if recipe.install:
             await self._sites.install(tenant, "next", recipe, lambda line: self._say(f"  {line}"))
         try:
             await self._sites.start(tenant, "next", recipe)
             address = (await self._runtime.get(tenant)).address or ""
             there = Exposure(address, recipe.port, f"{address}:{recipe.port}")
-            await self._verifier.answering(Subject(tenant, "next", config[DOMAIN], recipe, there))
+            await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
         finally:
             await self._inside(tenant, "rest")
         await self._patch(tenant, {STATE: "copied"})
 
-    async def _mirror(self, tenant: str, config: Mapping[str, str]) -> None:
-        facts = _facts(config)
-        left = [f"--exclude=/{_literal(path)}" for path in facts["leave"]]
-        if facts["install"]:  # made anew inside
+    async def _mirror(self, moving: Moving) -> None:
+        left = [f"--exclude=/{_literal(path)}" for path in moving.leave]
+        if moving.recipe.install:  # made anew inside
             left.append("--exclude=node_modules/")
-        uid = str(self._settings.workspace_uid)
-        await self._inside(
-            tenant, "mirror", self._settings.workspace, self._next, uid, *left,
-            seconds=self._settings.install_timeout,
-        )  # fmt: skip
+        words = (self._settings.workspace, self._next, str(self._settings.workspace_uid), *left)
+        await self._inside(moving.tenant, "mirror", *words, seconds=self._settings.install_timeout)
 
     # --- switch -------------------------------------------------------------------------------------
 
-    async def _switch(self, tenant: str) -> None:
-        config = await self._config(tenant)
-        domain, recipe = config[DOMAIN], _recipe(config)
-        await led(self._caddy, domain, config[OLD])
+    async def _switch(self, moving: Moving) -> None:
+        tenant, domain, recipe = moving.tenant, moving.domain, moving.recipe
+        await led(self._caddy, domain, moving.old)
         if await asyncio.to_thread(self._own_block, domain):
             raise Conflict(
                 f"Caddy has a block of its own for {domain}, which goes before the gateway's routes; remove "
-                "it and "
-                "reload Caddy: visitors then come to the old service by the gateway's route. Then run this "
-                "again"
+                "it and reload Caddy: visitors then come to the old service by the gateway's route. Then run "
+                "this again"
             )
-        await self._mirror(tenant, config)  # what has changed since; the last pass has little left to do
+        await self._mirror(moving)  # what has changed since; the last pass has little left to do
         exposure = await self._sites.expose(tenant, "live", recipe)
         await self._patch(tenant, {STATE: "switching", ASLEEP: "true"})
         began = time.monotonic()
         try:
-            await self._exchange(tenant, config, recipe, exposure)
+            await self._exchange(moving, exposure)
             await self._verifier.answering(Subject(tenant, "live", domain, recipe, exposure))
         except BaseException as error:
             self._say("the switch is taken back: the old service is started again")
-            with contextlib.suppress(GatewayError):
-                await whole(self._return(tenant))
+            try:
+                await whole(self._return(moving))
+            except GatewayError as failed:
+                self._say(f"that is not finished: {failed.message}; run the command again")
             if isinstance(error, TimeoutError):
                 raise HostError("the last pass of the copy took too long; the old service runs on") from error
             raise
         await self._patch(tenant, {STATE: "switched", ASLEEP: ""})
         await led(self._caddy, domain, exposure.target)
         self._say(f"  visitors waited {time.monotonic() - began:.2f} s at most; none was refused")
-        await self._switched(tenant, config)
+        await self._switched(moving)
 
-    async def _exchange(
-        self, tenant: str, config: Mapping[str, str], recipe: Recipe, exposure: Exposure
-    ) -> None:
+    async def _exchange(self, moving: Moving, exposure: Exposure) -> None:
         """Stop the old service and start the copy, while who comes waits in Caddy for the gateway's word."""
-        await led(self._caddy, config[DOMAIN], asleep(exposure.target))
-        address, _, port = config[OLD].partition(":")
-        if not await drained(address, int(port)):
-            self._say(
-                "  some visitors of the old service still had no answer, or a websocket, and were cut off"
-            )
+        await led(self._caddy, moving.domain, asleep(exposure.target))
+        if not await drained(*moving.listens):
+            self._say("  some who had no answer of the old service yet, or a websocket, were cut off")
         began = time.monotonic()
-        await asyncio.to_thread(self._rest, config)
-        await self._mirror(tenant, config)
-        await self._runtime.making.remove_device(tenant, _DEVICE)
-        await self._inside(tenant, "settle", self._settings.workspace, self._next)
-        await self._sites.start(tenant, "live", recipe)
-        self._say(
-            f"  the old service rested, and the copy was made even, in {time.monotonic() - began:.2f} s"
-        )
+        await asyncio.to_thread(self._rest, moving)
+        await self._mirror(moving)
+        await self._runtime.making.remove_device(moving.tenant, _DEVICE)
+        await self._inside(moving.tenant, "settle", self._settings.workspace, self._next)
+        await self._sites.start(moving.tenant, "live", moving.recipe)
+        self._say(f"  the old service rested {time.monotonic() - began:.2f} s until the copy was started")
 
-    async def _switched(self, tenant: str, config: Mapping[str, str]) -> None:
+    async def _switched(self, moving: Moving) -> None:
         """Do what is left once the domain leads to the tenant. Idempotent."""
-        if not config.get(UNIT):
-            service.signalled(_facts(config)["pids"], signal.SIGCONT)
-        await asyncio.to_thread(close_door, tenant)
-        await self._sites.clear(tenant)
+        if moving.unit is None:
+            service.signalled(service.started_in(moving.folder), signal.SIGCONT)
+        await asyncio.to_thread(close_door, moving.tenant)
+        await self._sites.clear(moving.tenant)
 
-    async def _return(self, tenant: str) -> None:
+    async def _return(self, moving: Moving) -> None:
         """Have the old service serve again, and the folder be the workspace; what the tenant wrote stays."""
-        config = await self._config(tenant)
-        await asyncio.to_thread(self._rise, config)
-        address, _, port = config[OLD].partition(":")
+        tenant, health = moving.tenant, moving.recipe.health
+        await asyncio.to_thread(self._rise, moving)
         try:
-            await answer(address, int(port), config.get(HEALTH) or "/", self._settings.verify_timeout)
+            await answer(*moving.listens, health, self._settings.verify_timeout)
         except TimeoutError:
-            if config[STATE] == "switched":
+            if moving.state == "switched":
                 raise HostError(
                     "the old service does not answer; the tenant goes on serving. Mend the old one, then say "
                     "--back"
                 ) from None
         await self._patch(tenant, {STATE: "returning", ASLEEP: ""})
-        await led(self._caddy, config[DOMAIN], config[OLD])
+        await led(self._caddy, moving.domain, moving.old)
         if _DEVICE not in (await self._runtime.making.instance(tenant))["devices"]:
             await self._runtime.start(tenant)
             uid = str(self._settings.workspace_uid)
@@ -353,21 +300,19 @@ class Migration:
             kept = await self._inside(tenant, "unsettle", *places)
             if kept:
                 self._say(f"  what the tenant had since the switch is kept in it as {kept}")
-        await self._show_folder(tenant)
+        await self._show_folder(moving)
         await self._patch(tenant, {STATE: "attached"})
 
     # --- finish -------------------------------------------------------------------------------------
 
-    async def _finish(self, tenant: str) -> None:
-        config = await self._config(tenant)
-        recipe, unit = _recipe(config), config.get(UNIT)
-        exposure = await self._sites.expose(tenant, "live", recipe)
-        await self._verifier.seen(Subject(tenant, "live", config[DOMAIN], recipe, exposure))
-        await self._switched(tenant, config)
-        if unit:
-            await asyncio.to_thread(self._units.enable, unit, False)
-        await self._patch(tenant, dict.fromkeys((STATE, OLD, FOLDER, UNIT, FACTS, IDLE_STOP), ""))
-        self._say(f"  {config[FOLDER]} is as the old service left it, and yours to keep or remove")
+    async def _finish(self, moving: Moving) -> None:
+        exposure = await self._sites.expose(moving.tenant, "live", moving.recipe)
+        await self._verifier.seen(Subject(moving.tenant, "live", moving.domain, moving.recipe, exposure))
+        await self._switched(moving)
+        if moving.unit is not None:
+            await asyncio.to_thread(self._units.enable, moving.unit, False)
+        await self._patch(moving.tenant, ENDED)
+        self._say(f"  {moving.folder} is as the old service left it, and yours to keep or remove")
 
     # --- the old service ----------------------------------------------------------------------------
 
@@ -376,31 +321,33 @@ class Migration:
             return service.of_folder(folder, port, names)
         return service.of_unit(self._units.unit(unit), unit, port)
 
-    def _rest(self, config: Mapping[str, str]) -> None:
-        if unit := config.get(UNIT):
-            self._units.stop(unit)
+    def _rest(self, moving: Moving) -> None:
+        if moving.unit is not None:
+            self._units.stop(moving.unit)
         else:
-            service.signalled(_facts(config)["pids"], signal.SIGSTOP)
+            # those of now: what had their numbers when it began may be others by now
+            pids = service.of_folder(moving.folder, moving.recipe.port).pids
+            service.signalled(pids, signal.SIGSTOP)
 
-    def _rise(self, config: Mapping[str, str]) -> None:
-        if unit := config.get(UNIT):
-            self._units.start(unit)
+    def _rise(self, moving: Moving) -> None:
+        if moving.unit is not None:
+            self._units.start(moving.unit)
         else:
-            service.signalled(_facts(config)["pids"], signal.SIGCONT)
+            service.signalled(service.started_in(moving.folder), signal.SIGCONT)
 
     # --- what all need ------------------------------------------------------------------------------
 
-    async def _settled(self, tenant: str) -> str:
-        """Return where a migration stands once what a killed run left half done is taken back."""
-        state = (await self._config(tenant)).get(STATE, "")
-        if state in ("switching", "returning"):
+    async def _settled(self, tenant: str) -> Moving:
+        """Return a migration once what a killed run left half done is taken back."""
+        moving = await self._moving(tenant)
+        if moving.state in ("switching", "returning"):
             self._say("an earlier run was ended in the middle; it is taken back first")
-            await self._return(tenant)
-        elif state in ("attached", "copied"):
-            await self._show_folder(tenant)  # the host may have been started anew
-        elif state == "switched":
-            await self._switched(tenant, await self._config(tenant))
-        return (await self._config(tenant)).get(STATE, "")
+            await self._return(moving)
+        elif moving.state in ("attached", "copied"):
+            await self._show_folder(moving)  # the host may have been started anew
+        elif moving.state == "switched":
+            await self._switched(moving)
+        return await self._moving(tenant)
 
     def _names(self, domain: str) -> tuple[str, str]:
         domain = normalized(domain)
@@ -413,12 +360,11 @@ class Migration:
             return await self._runtime.making.instance(tenant)
         return None
 
-    async def _config(self, tenant: str) -> Mapping[str, str]:
+    async def _moving(self, tenant: str) -> Moving:
         found = await self._found(tenant)
         if found is None or not found["config"].get(STATE):
             raise NotFound(f"no migration into {tenant} is under way")
-        config: Mapping[str, str] = found["config"]
-        return config
+        return Moving.of(tenant, found["config"])
 
     async def _patch(self, tenant: str, config: Mapping[str, str]) -> None:
         with translated(tenant):
@@ -431,16 +377,6 @@ class Migration:
 
     def _own_block(self, domain: str) -> bool:
         return own_block(Front(self._settings).running(), domain, str(self._caddy.routes))
-
-
-def _facts(config: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = orjson.loads(config.get(FACTS) or "{}")
-    return found
-
-
-def _recipe(config: Mapping[str, str]) -> Recipe:
-    facts, health = _facts(config), config.get(HEALTH) or "/"
-    return Recipe(b"", tuple(facts["start"]), int(config[PORT]), health, tuple(facts["install"]), alone=True)
 
 
 def _real(folder: Path) -> Path:

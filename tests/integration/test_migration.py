@@ -54,7 +54,7 @@ class OldService:
     """The unit of an old site: a process of the site's user, in the place of systemd."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.enabled = folder, True
+        self.folder, self.enabled, self.refuses = folder, True, False
         (self.port,) = free_ports(1)
         (folder / "server.js").write_text(SERVER)
         (folder / "text.txt").write_text("first")
@@ -89,6 +89,8 @@ class OldService:
             time.sleep(0.02)
 
     def stop(self, name: str) -> None:
+        if self.refuses:
+            raise HostError("systemd refuses")
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
@@ -230,6 +232,11 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         )
         assert status == 202
         assert (await host.ended(refused["id"]))["error"]["reason"] == "migrating"
+        old.refuses = True
+        with pytest.raises(HostError, match="refuses"):
+            await migration.forward(domain, None, "switch")
+        old.refuses = False
+        assert (await told(host, domain))["where"] == str(old.folder)
         async with Visitors(host, domain) as visitors:
             assert await migration.forward(domain, None, "copy") == "copied"
             assert (await told(host, domain))["where"] == str(old.folder)

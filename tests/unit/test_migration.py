@@ -12,6 +12,7 @@ from gateway.host import HostError
 from gateway.migration import service
 from gateway.migration.door import Owner, inside
 from gateway.migration.plan import Plan, Wanted, bytes_of, decided
+from gateway.migration.record import Moving, keys
 from gateway.migration.route import drained, own_block, waits
 from gateway.migration.scan import Found, scan
 from gateway.migration.service import Old, Unit, bus_label, in_tenant
@@ -197,3 +198,17 @@ def test_the_ids_of_the_workspaces_user_come_from_the_instance() -> None:
     assert inside(config, 1000) == Owner(1066536, 1066536)
     with pytest.raises(HostError):
         inside({"volatile.idmap.next": "[]"}, 1000)
+
+
+def test_the_next_run_knows_all_of_the_one_before() -> None:
+    asked = Wanted(FOLDER_, None, install=("bun", "install"), leave=("data",), env=("A",), size="medium")
+    owner = Owner(1000, 1001)
+    made = decided(
+        "shop", "shop.example.com", asked, OLD_SERVICE, Found(), owner, Settings(), own_block=False
+    )
+    config = keys(made)
+    assert config["limits.memory"] and "hush" not in str(config)
+    moving = Moving.of("shop", config)
+    assert (moving.recipe, moving.owner, moving.folder) == (made.recipe, owner, FOLDER_)
+    assert (moving.unit, moving.leave, moving.env, moving.read_only) == (None, ("data",), ("A",), False)
+    assert (moving.state, moving.listens) == ("attaching", ("127.0.0.1", 3333))
