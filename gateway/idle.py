@@ -24,7 +24,7 @@ from gateway.domains import Domains
 from gateway.errors import GatewayError, NotFound, RateLimited, Timeout
 from gateway.life import Life
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
-from gateway.runtime.probe import answer
+from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
@@ -176,7 +176,10 @@ class Idle:
         if site is not None and site.exposure is not None:
             where = site.exposure
             try:
-                await answer(where.address, where.port, site.health, self._settings.wake_timeout)
+                limit = self._settings.wake_timeout
+                await answer(where.address, where.port, site.health, limit, host=site.domain)
+            except HostRefused:
+                log.warning("the site of %s refuses its domain since it was woken", tenant)
             except TimeoutError:
                 # what comes to it finds out itself
                 log.warning("the site of %s does not answer since it was woken", tenant)

@@ -14,7 +14,7 @@ from typing import Any, Final
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
-from gateway.runtime.probe import Silent, answer, ask
+from gateway.runtime.probe import HostRefused, Silent, answer, ask, refusal
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
@@ -69,17 +69,22 @@ class Health:
     async def now(self, tenant: str) -> Mapping[str, Any]:
         """Ask a tenant's site; say whether it answers, None where nobody can say without waking it.
 
-        `status` is of its answer, None without one; one of the server's own errors counts as none.
+        `status` is of its answer, None without one; one of the server's own errors counts as none. So does
+        one that refuses the tenant's domain: `reason` is `host_refused` then, and `said` what it says.
         """
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if site is None or site.exposure is None or site.asleep:
             return {"answers": None, "status": None}
         status: int | None = None
+        said = ""
         if site.running:
             async with self._asking:
                 with contextlib.suppress(OSError, ValueError):
-                    limit = self._settings.health_timeout
-                    status = await ask(site.exposure.address, site.exposure.port, site.health, 1.0, limit)
+                    where, limit = site.exposure, self._settings.health_timeout
+                    status = await ask(where.address, where.port, site.health, 1.0, limit, host=site.domain)
+                    said = await refusal(where.address, where.port, site.health, site.domain, status)
+        if said:
+            return {"answers": False, "status": status, "reason": "host_refused", "said": said}
         return {"answers": status is not None and status < 500, "status": status}
 
     def unwell(self, tenant: str, port: int, path: str, why: str) -> None:
@@ -99,7 +104,12 @@ class Health:
                 return
             where = site.exposure
             try:
-                await answer(where.address, where.port, site.health, self._settings.verify_timeout)
+                limit = self._settings.verify_timeout
+                await answer(where.address, where.port, site.health, limit, host=site.domain)
+            except HostRefused as error:
+                why = f"it refuses its domain: {error.said}"
+                self._failed(site, self._settings.health_failures, why, at_once=True)
+                return
             except TimeoutError:
                 why = f"no answer within {self._settings.verify_timeout:g} s of its start"
                 self._failed(site, self._settings.health_failures, why, at_once=True)
@@ -152,8 +162,11 @@ class Health:
         assert site.exposure is not None
         tenant, where, why, silent = site.tenant, site.exposure, "", False
         try:
-            status = await ask(where.address, where.port, site.health, 1.0, self._settings.health_timeout)
+            limit = self._settings.health_timeout
+            status = await ask(where.address, where.port, site.health, 1.0, limit, host=site.domain)
             why = f"status {status}" if status >= 500 else ""
+            if said := await refusal(where.address, where.port, site.health, site.domain, status):
+                why = f"it refuses its domain: {said}"
         except Silent:
             why, silent = f"no answer in {self._settings.health_timeout:g} s", True
         except ValueError:

@@ -19,7 +19,7 @@ from gateway.caddy import Caddy, CaddyFailed
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.errors import ExecFailed, GatewayError, Timeout
-from gateway.runtime.probe import Silent, answer, ask
+from gateway.runtime.probe import HostRefused, Silent, answer, ask
 from gateway.runtime.sites import Exposure, Recipe, Service, Side, Sites
 from gateway.settings import Settings
 
@@ -71,6 +71,15 @@ class Unsteady(ExecFailed):
         )
 
 
+def host_refused(domain: str, error: HostRefused) -> ExecFailed:
+    """Return the error of a site that answers, but not under its domain."""
+    return ExecFailed(
+        f"the site refuses visitors of {domain} (status {error.status}): {error.said}. Allow {domain} in its "
+        "configuration, as by `server.allowedHosts` of Vite",
+        reason="host_refused",
+    )
+
+
 class Verifier:
     """Looks at sites, and changes nothing in them. Close it at the end."""
 
@@ -89,11 +98,11 @@ class Verifier:
         """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
 
         One that is `copied` from what answered is left alone for longer: a look would only hold it up.
-        Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`).
+        Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`, `host_refused`).
         """
         health, where = site.recipe.health, site.exposure
         limit = self._settings.verify_timeout
-        answering = asyncio.create_task(answer(where.address, where.port, health, limit))
+        answering = asyncio.create_task(answer(where.address, where.port, health, limit, host=site.domain))
         misplaced, service = Misplaced(where.port, (where.address,)), None
         pause = _COPIED if copied else _LOOK
         try:
@@ -112,9 +121,11 @@ class Verifier:
                     why = "the site ends again and again"
                     break
             else:
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError, HostRefused):
                     await answering
                     return time.monotonic()
+                if answering.done() and isinstance(refused := answering.exception(), HostRefused):
+                    raise host_refused(site.domain, refused) from None
                 why = f"the site did not answer {health} on port {where.port}"
                 if service is not None and (found := misplaced.suspects(service)):
                     why += f"; it listens on {', '.join(map(str, found[:5]))}"

@@ -17,8 +17,25 @@ _CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel
 _ANSWER: Final = 10.0  # seconds of one answer
 _DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
 _TRACE: Final = 61.0  # seconds that a connection that has ended can be seen
+_FIELDS: Final = 100  # of its head, where its body is wanted
 _HEAD: Final = 4096  # bytes of an answer that are looked at, and read
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")  # RFC 9112, section 4
+
+
+# a status with which a host is refused, and how those that refuse every host but their own put it
+_REFUSALS: Final = (400, 403, 421)
+_HOSTS: Final = re.compile(r"(?i)allowed_?hosts|host header|http_host|blocked host|this host\b")
+_BODY: Final = 2048  # bytes of a refusal that are read
+_SHOWN: Final = 300  # characters of it that are told
+_TAG: Final = re.compile(r"<[^<>]*>")
+
+
+class HostRefused(Exception):
+    """A site answers, but not under its domain; `said` is what it says of that, fit to be shown."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status, self.said = status, said
 
 
 class Silent(TimeoutError):
@@ -47,15 +64,40 @@ async def network_up(address: str, timeout: float) -> None:
                 await asyncio.sleep(_PAUSE)
 
 
-async def answer(address: str, port: int, path: str, timeout: float) -> int:
-    """Ask a site until it answers with success or elsewhere, return the status. Raises `TimeoutError`."""
+async def answer(address: str, port: int, path: str, timeout: float, *, host: str | None = None) -> int:
+    """Ask a site until it answers with success or elsewhere, return the status.
+
+    Raises `TimeoutError`, and `HostRefused` at once where it refuses the host that it is asked for.
+    """
     async with asyncio.timeout(timeout):
         while True:
             with contextlib.suppress(OSError, ValueError):
-                status = await ask(address, port, path)
+                status = await ask(address, port, path, host=host)
                 if status < 400:
                     return status
+                if host is not None and (said := await refusal(address, port, path, host, status)):
+                    raise HostRefused(status, said)
             await asyncio.sleep(_PAUSE)
+
+
+async def refusal(address: str, port: int, path: str, host: str, status: int) -> str:
+    """Return what a site says that answered `status` since it refuses the host; "" where that is not why.
+
+    It is if the site answers at its own address, or says so. Raises as `ask` does.
+    """
+    if status not in _REFUSALS:
+        return ""
+    _, body = await _exchange(address, port, path, _CONNECT, _ANSWER, host=host, most=_BODY)
+    said = shown(body)
+    if _HOSTS.search(said) or await ask(address, port, path) < 400:
+        return said or "nothing"
+    return ""
+
+
+def shown(body: bytes) -> str:
+    """Return the begin of what a site says as one line, without markup and what may not be printed."""
+    text = _TAG.sub(" ", body[:_BODY].decode("utf-8", "replace"))
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_SHOWN]
 
 
 async def ask(
@@ -73,7 +115,25 @@ async def ask(
     `connect` and `answer` are the seconds that each of the two may take. Of the answer, which may be anything
     and never end, the first line alone is taken.
     """
-    request = f"GET {path} HTTP/1.1\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
+    line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls)
+    return status_of(line)
+
+
+async def _exchange(
+    address: str,
+    port: int,
+    path: str,
+    connect: float,
+    answer: float,
+    *,
+    host: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    most: int = 0,
+) -> tuple[bytes, bytes]:
+    """Ask once; return the first line, and up to `most` bytes of the body. Raises the same as `ask`."""
+    version = "1.0" if most else "1.1"  # whose bodies come in no chunks
+    request = f"GET {path} HTTP/{version}\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
+    body = b""
     with socket.socket() as own:
         own.setblocking(False)
         own.bind(("", 0))  # so that its port is known before anybody sees the connection
@@ -89,13 +149,26 @@ async def ask(
                     try:
                         writer.write(request)
                         line = await reader.readline()
+                        if most:
+                            body = await _body(reader, most)
                     finally:
                         writer.transport.abort()  # no word more, and no wait for one
             except TimeoutError:
                 raise Silent from None
         finally:
             _ended(mine)
-    return status_of(line)
+    return line, body
+
+
+async def _body(reader: asyncio.StreamReader, most: int) -> bytes:
+    """Return the first bytes of a body; without any of it where the head does not end in time."""
+    for _ in range(_FIELDS):
+        if await reader.readline() in (b"\r\n", b"\n", b""):
+            break
+    body = bytearray()
+    while len(body) < most and (piece := await reader.read(most - len(body))):
+        body += piece
+    return bytes(body)
 
 
 def status_of(line: bytes) -> int:
