@@ -27,6 +27,7 @@ from gateway.auth import Token
 from gateway.bounds import aside
 from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
+from gateway.deployments.frameworks import Framework, listening
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
 from gateway.deployments.turns import Owner, Turns, uploader
@@ -658,6 +659,7 @@ class _Work:
         self._answered = 0.0  # when its first answer came
         self._template: Template
         self._recipe: Recipe
+        self._framework: tuple[Framework | None, tuple[str, ...]]
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
@@ -675,6 +677,7 @@ class _Work:
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
         template = self._template = await self._all._template(self._request, record.tenant)
+        self._framework = await asyncio.to_thread(template.framework)
         self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
         self._running.upload = self._recipe if self._recipe.owner else None
         record.port, record.health = self._recipe.port, self._recipe.health
@@ -797,14 +800,12 @@ class _Work:
         live, site = self._exposure, self._subject(self._side, self._exposure)
         # what was seen to stay up is watched once it is told
         seconds = 0.0 if self._copied else self._settings.settle_time
-        if record.kind == "update":
+        if record.kind == "create":
+            await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
+        else:
             await self._verifier.settled(site, "direct", self._answered, seconds)
             self._lead()
             await self._verifier.seen(site)
-        else:
-            await self._verifier.seen(site)
-            await self._verifier.settled(site, "caddy", self._answered, seconds)
-        if record.kind == "update":
             live = await self._settle()
         record.settled = True
         try:
@@ -835,9 +836,9 @@ class _Work:
         kept = await self._all._kept(record.tenant, self._template)
         await sites.settle(record.tenant, self._recipe, kept)
         live = await sites.expose(record.tenant, "live", self._recipe)
-        await self._answering("live", live)
+        answered = await self._answering("live", live)
         # as the world will, which is not led there yet
-        await self._verifier.looked_at(self._subject("live", live), "direct")
+        await self._verifier.settled(self._subject("live", live), "direct", answered, 0.0)
         return live
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
@@ -847,7 +848,12 @@ class _Work:
 
     def _subject(self, side: Side, exposure: Exposure) -> Subject:
         record = self._record
-        return Subject(record.tenant, side, record.domain, self._recipe, exposure)
+        framework, words = self._framework
+        return Subject(
+            *(record.tenant, side, record.domain, self._recipe, exposure),
+            usual=frozenset() if framework is None else framework.ports,
+            advice=listening(framework, words),
+        )
 
     def _place(self) -> dict[str, Any]:
         return _place(next(phase.name for phase in self._record.phases if phase.state == "running"))

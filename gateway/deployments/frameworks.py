@@ -30,6 +30,9 @@ _OTHER: Final = frozenset(
     ("add", "build", "check", "export", "generate", "info", "lint", "optimize", "prepare", "preview")
 ) | {"serve", "start", "sync", "telemetry", "typegen"}
 
+_HOST_AND_PORT: Final = "--host 0.0.0.0 --port $PORT"
+_VITE: Final = frozenset({5173, 4173})  # its dev server's, its preview's
+
 
 @dataclass(frozen=True, slots=True)
 class Framework:
@@ -37,28 +40,40 @@ class Framework:
 
     It is recognised by one of its `packages` and by the `programs` that start it, of which the first is its
     own and the others may start others too. `serving` are subcommands that start its dev server although
-    others use that word for something else.
+    others use that word for something else. `ports` are where it serves if nobody says where, and `listen`
+    how it is told to serve on 0.0.0.0:$PORT: arguments of its program, or code of a site without one.
     """
 
     name: str
     programs: tuple[str, ...] = ()
     packages: frozenset[str] = frozenset()
     serving: frozenset[str] = frozenset()
+    ports: frozenset[int] = frozenset()
+    listen: str = _HOST_AND_PORT
 
 
 # what is a plugin of another, and started by its program, stands before it
 TABLE: Final[tuple[Framework, ...]] = (
-    Framework("next", ("next",), frozenset({"next"})),
-    Framework("nuxt", ("nuxt", "nuxi"), frozenset({"nuxt"})),
-    Framework("sveltekit", ("svelte-kit", "vite"), frozenset({"@sveltejs/kit"})),
-    Framework("astro", ("astro",), frozenset({"astro"})),
     Framework(
-        "react-router", ("react-router", "react-router-serve", "vite"), frozenset({"@react-router/dev"})
+        "next",
+        ("next",),
+        frozenset({"next"}),
+        ports=frozenset({3000}),
+        listen="--hostname 0.0.0.0 --port $PORT",
     ),
-    Framework("remix", ("remix", "remix-serve", "vite"), frozenset({"@remix-run/dev"})),
-    Framework("vite", ("vite",), frozenset({"vite"}), serving=frozenset({"serve"})),
-    Framework("bun", ("bun",)),
-    Framework("node", ("node",)),
+    Framework("nuxt", ("nuxt", "nuxi"), frozenset({"nuxt"}), ports=frozenset({3000})),
+    Framework("sveltekit", ("svelte-kit", "vite"), frozenset({"@sveltejs/kit"}), ports=_VITE),
+    Framework("astro", ("astro",), frozenset({"astro"}), ports=frozenset({4321})),
+    Framework(
+        "react-router",
+        ("react-router", "react-router-serve", "vite"),
+        frozenset({"@react-router/dev"}),
+        ports=_VITE,
+    ),
+    Framework("remix", ("remix", "remix-serve", "vite"), frozenset({"@remix-run/dev"}), ports=_VITE),
+    Framework("vite", ("vite",), frozenset({"vite"}), serving=frozenset({"serve"}), ports=_VITE),
+    Framework("bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
+    Framework("node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
 )
 
 
@@ -127,6 +142,16 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
                 if command not in _OTHER or command in framework.serving:
                     return "dev"
     return "production"
+
+
+def listening(framework: Framework | None, start: Sequence[str]) -> str:
+    """Say how a site that these words start (`expanded`) is told to serve on 0.0.0.0:$PORT."""
+    if framework is not None:
+        if not framework.packages:
+            return f"with {framework.name}, {framework.listen}"
+        if not {_program(word) for word in start}.isdisjoint(framework.programs):
+            return f"with {framework.name}, `{framework.listen}` behind its command in `start`"
+    return "give it $PORT in `start`, or have it read the variable PORT"
 
 
 def _program(word: str) -> str:

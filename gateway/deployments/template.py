@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gateway.caddy import shipped
-from gateway.deployments.frameworks import Project, project
+from gateway.deployments.frameworks import Framework, Project, expanded, project, recognise
 from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.rootfs.tree import show
 from gateway.runtime.sites import Recipe
@@ -166,6 +166,12 @@ class Template:
         """Return what its package.json says."""
         manifest = self.entries.get("package.json")
         return project(None if manifest is None else manifest.content)
+
+    def framework(self) -> tuple[Framework | None, tuple[str, ...]]:
+        """Return what it is made with, if that is known, and the words that start it, scripts included."""
+        said = self.project()
+        words = expanded(self.manifest.start, said)
+        return recognise(words, said.packages), words
 
     def recipe(self, owner: str = "") -> Recipe:
         """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""

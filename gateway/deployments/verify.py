@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from gateway.caddy import Caddy, CaddyFailed
 from gateway.deployments.listeners import Misplaced
@@ -35,6 +35,7 @@ _MISSING: Final = 3.0  # seconds after which what a page names and the site does
 _FOLLOWING: Final = 15.0  # seconds of asking for what scripts import
 _AFTER: Final = 1.0  # seconds that a site must stay after a page's look, which makes it work hardest
 _STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
+_REFUSED: Final = 3  # such looks, one after another, at which nothing listened: more than a reload takes
 _LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
 _WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
 _KILLED: Final = "status=9/KILL"  # as systemd puts it
@@ -55,6 +56,10 @@ class Subject:
     domain: str
     recipe: Recipe
     exposure: Exposure
+    usual: frozenset[int] = frozenset()
+    """Ports on which its framework serves where nobody says otherwise."""
+    advice: str = ""
+    """How it is told to listen where it must."""
 
 
 class Unsteady(ExecFailed):
@@ -102,8 +107,13 @@ class Verifier:
         """
         health, where = site.recipe.health, site.exposure
         limit = self._settings.verify_timeout
-        answering = asyncio.create_task(answer(where.address, where.port, health, limit, host=site.domain))
-        misplaced, service = Misplaced(where.port, (where.address,)), None
+
+        async def first() -> float:
+            await answer(where.address, where.port, health, limit, host=site.domain)
+            return time.monotonic()
+
+        answering = asyncio.create_task(first())
+        misplaced, service = Misplaced(where.port, (where.address,), site.usual), None
         pause = _COPIED if copied else _LOOK
         try:
             while not (await asyncio.wait({answering}, timeout=pause))[0]:
@@ -114,7 +124,8 @@ class Verifier:
                 if (wrong := misplaced.look(service, time.monotonic())) is not None:
                     raise ExecFailed(
                         f"it listens on {wrong}; it must listen on 0.0.0.0:$PORT, "
-                        f"where PORT is {where.port}. {await self._said(site)}",
+                        f"where PORT is {where.port}{site.advice and ': '}{site.advice}. "
+                        f"{await self._said(site)}",
                         reason="wrong_address",
                     )
                 if service.restarts >= _RESTARTS:
@@ -122,8 +133,7 @@ class Verifier:
                     break
             else:
                 with contextlib.suppress(TimeoutError, HostRefused):
-                    await answering
-                    return time.monotonic()
+                    return await answering
                 if answering.done() and isinstance(refused := answering.exception(), HostRefused):
                     raise host_refused(site.domain, refused) from None
                 why = f"the site did not answer {health} on port {where.port}"
@@ -142,27 +152,55 @@ class Verifier:
         if why:
             raise Timeout(f"{site.domain} does not answer through Caddy: {why}", reason="never_healthy")
 
-    async def settled(self, site: Subject, way: Way, answered: float, seconds: float) -> None:
-        """Look at the page, and see that the site stays for `seconds` from when it `answered`, if any.
+    async def settled(
+        self, site: Subject, way: Way, answered: float, seconds: float, *, follow: bool = True
+    ) -> None:
+        """See that the site's page is whole, and that it stays for `seconds` from when it `answered`.
 
-        Raises `Timeout` (`never_healthy`) where its page is not whole and `Unsteady`.
+        With `follow` it is asked for what its scripts import, too, so that a dev server has made it.
+        Raises `Timeout` (`never_healthy`) where its page is not whole, and `Unsteady`.
         """
-        if seconds <= 0:
-            await self.looked_at(site, way, follow=False)
-            return
-        before = asyncio.create_task(self._sites.service(site.tenant, site.side))
+        before = asyncio.create_task(self._before(site, seconds))
         try:
-            await self.looked_at(site, way)
-            await self._stays(site, way, await before, answered, seconds)
+            await self._while_up(site, answered, self._whole(site, way, follow=follow))
+            if seconds > 0:
+                await self._stays(site, way, await before, answered, seconds)
         finally:
             before.cancel()
             await asyncio.gather(before, return_exceptions=True)
 
-    async def looked_at(self, site: Subject, way: Way, *, follow: bool = True) -> None:
-        """Have a site's page be whole, as a browser needs it; raises `Timeout`, `never_healthy`.
+    async def _before(self, site: Subject, seconds: float) -> Service | None:
+        return await self._sites.service(site.tenant, site.side) if seconds > 0 else None
 
-        With `follow` it is asked for what its scripts import, too, so that a dev server has made it.
-        """
+    async def _while_up(self, site: Subject, answered: float, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work on a site that waits for it, as long as it is up. Raises `Unsteady`, too."""
+        task, refused = asyncio.create_task(work), 0
+        try:
+            while not (await asyncio.wait({task}, timeout=_STEADY_LOOK))[0]:
+                why = unsteady(None, await self._sites.service(site.tenant, site.side), answered)
+                refused = refused + 1 if await self._refuses(site) else 0
+                if not why and refused >= _REFUSED:
+                    why = "nothing listens there any more"
+                if why and not task.done():
+                    raise await self._unsteady(site, why)
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _refuses(self, site: Subject) -> bool:
+        try:
+            await ask(site.exposure.address, site.exposure.port, site.recipe.health, host=site.domain)
+        except OSError as error:
+            return not isinstance(error, TimeoutError)  # it may just work hard
+        except ValueError:
+            pass
+        return False
+
+    async def _whole(self, site: Subject, way: Way, *, follow: bool) -> None:
+        """Have a site's page be whole, as a browser needs it. Raises `Timeout`, `never_healthy`."""
+        if way == "caddy":
+            await self.seen(site)
         began = time.monotonic()
         async with self._browser(site, way) as browser:
             while True:
@@ -232,7 +270,10 @@ class Verifier:
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"
         if why:
-            raise Unsteady(why, await self._sites.log(site.tenant, site.side))
+            raise await self._unsteady(site, why)
+
+    async def _unsteady(self, site: Subject, why: str) -> Unsteady:
+        return Unsteady(why, await self._sites.log(site.tenant, site.side))
 
     def _browser(self, site: Subject, way: Way) -> Browser:
         if way == "caddy":

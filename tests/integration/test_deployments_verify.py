@@ -109,6 +109,7 @@ async def test_a_site_that_listens_elsewhere_is_told_at_once(host: Hosting) -> N
     )
     for (message, took), where in zip(found, ("127.0.0.1:8000", "[::1]:3000", "0.0.0.0:8080"), strict=True):
         assert f"it listens on {where}; it must listen on 0.0.0.0:$PORT" in message
+        assert "where PORT is 3000: with bun, Bun.serve({" in message
         assert took < 25, "verify_timeout is 30"
 
 

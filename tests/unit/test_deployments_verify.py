@@ -144,11 +144,17 @@ class Rig:
     def __init__(self) -> None:
         self.service: Service | None = Service("running", started=time.monotonic())
         self.status = "200 OK"
+        self.part = "200 OK"  # of what its page names
+        self.later = ""  # instead, from the second word on
         self.body = ""
         self.told: asyncio.Queue[str] = asyncio.Queue()
 
     async def ask(self, domain: str, path: str, timeout: float) -> int:
-        return int(self.status[:3])
+        return int(self._next()[:3])
+
+    def _next(self) -> str:
+        status, self.status = self.status, self.later or self.status
+        return status
 
     async def ensure(self) -> bool:
         return False
@@ -160,8 +166,9 @@ class Rig:
         self.told.put_nowait(why)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(f"HTTP/1.0 {self.status}\r\nContent-Type: text/html\r\n\r\n{self.body}".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = self.part if b".js" in head else self._next()
+        writer.write(f"HTTP/1.0 {status}\r\nContent-Type: text/html\r\n\r\n{self.body}".encode())
         writer.close()
 
     @contextlib.asynccontextmanager
@@ -213,26 +220,38 @@ async def test_a_site_that_does_not_stay_is_told_with_what_it_said(rig: Rig, way
         assert "its service ended" in await fails()
         rig.service = Service("running", restarts=1, started=answered + 0.1)
         assert "started again" in await fails()
-        rig.service, rig.status = Service("running"), "502 Bad Gateway"
+        rig.service, rig.status, rig.later = Service("running"), "200 OK", "502 Bad Gateway"
         assert "no longer answers (status 502)" in await fails()
 
 
-async def test_a_page_that_is_not_whole_is_told(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_site_that_ends_while_its_page_is_waited_for_is_told_at_once(rig: Rig) -> None:
+    rig.status = "502 Bad Gateway"
+    async with rig.opened() as (verifier, site):
+        rig.body, answered = "<script src=x.js></script>", time.monotonic()
+        rig.service = Service("running", restarts=1, started=answered + 0.1)
+        with pytest.raises(ExecFailed, match="started again") as caught:
+            await verifier.settled(site, "caddy", answered, 0.3)
+        assert caught.value.facts["reason"] == "unsteady"
+        rig.service = Service("running")
+        away = replace(site, exposure=replace(site.exposure, port=1))
+        with pytest.raises(ExecFailed, match="nothing listens"):
+            await verifier.settled(away, "caddy", answered, 0.3)
+
+
+async def test_a_page_that_is_not_whole_is_told(rig: Rig) -> None:
     """A server that is not ready yet has time; what is not there has a moment only."""
     rig.body = '<script src="/a.js"></script><script src="/b.js"></script>'
-    statuses = iter(["200 OK", "404 Not Found", "404 Not Found"] * 99)
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        rig.status = next(statuses)
-        await Rig._answer(rig, reader, writer)
-
-    monkeypatch.setattr(rig, "_answer", answer)
+    rig.part = "404 Not Found"
     async with rig.opened() as (verifier, site):
         with pytest.raises(Timeout, match=r"names /a\.js \(and 1 more\), .*: status 404") as caught:
-            await verifier.looked_at(site, "direct")
+            await verifier.settled(site, "direct", time.monotonic(), 0.0)
         assert caught.value.facts["reason"] == "never_healthy"
-        statuses = iter(["200 OK", "504 Outdated", "504 Outdated"] * 3 + ["200 OK"] * 9)
-        await verifier.looked_at(site, "direct")
+        rig.part = "504 Outdated"
+        waiting = asyncio.create_task(verifier.settled(site, "direct", time.monotonic(), 0.0))
+        await asyncio.wait([waiting], timeout=0.5)
+        assert not waiting.done()
+        rig.part = "200 OK"
+        await waiting
 
 
 async def test_one_that_is_over_is_watched_on_until_its_tenant_ends(rig: Rig) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gateway.deployments.frameworks import TABLE, Project, expanded, mode, project, recognise
+from gateway.deployments.frameworks import TABLE, Project, expanded, listening, mode, project, recognise
 
 VITE = {"vite", "react"}
 
@@ -117,3 +117,19 @@ def test_a_manifest_of_many_names_is_read_in_part() -> None:
     )
     assert 0 < len(read.packages) <= 2000
     assert len(read.scripts) <= 200
+
+
+@pytest.mark.parametrize(
+    ("start", "packages", "said"),
+    [
+        (["bunx", "astro", "dev"], {"astro"}, "with astro, `--host 0.0.0.0 --port $PORT` behind its command"),
+        (["next", "dev"], {"next"}, "with next, `--hostname 0.0.0.0 --port $PORT` behind its command"),
+        (["vite"], {"vite", "@sveltejs/kit"}, "with sveltekit, `--host 0.0.0.0"),
+        # what was built takes no arguments of the program that built it
+        (["node", "build"], {"vite", "@sveltejs/kit"}, "give it $PORT in `start`"),
+        (["bun", "serve.ts"], set(), "with bun, Bun.serve("),
+        (["python3", "-m", "http.server"], set(), "give it $PORT in `start`"),
+    ],
+)
+def test_each_is_told_in_its_own_way_where_to_listen(start: list[str], packages: set[str], said: str) -> None:
+    assert listening(recognise(start, packages), start).startswith(said)
