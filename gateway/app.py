@@ -31,6 +31,7 @@ from gateway import __version__, auth, editor, protocol
 from gateway.audit import Audit
 from gateway.budget import SMALL, Budget, Places
 from gateway.caddy import Caddy
+from gateway.capacity import Capacity
 from gateway.connection import CLOSE_CODES, Connection, Hub
 from gateway.deployments import Deployments, Health, Record
 from gateway.deployments.http import DeployBody, templates
@@ -263,8 +264,9 @@ class Gateway:
             caddy.lead_home()
             domains = self._domains = await Domains.opened(runtime, self.store, self.bus, settings)
             room = Room(runtime, workers, self.store, settings, sites.spare)
+            capacity = Capacity(runtime, settings)
             self._life_of = Life(
-                runtime, sites, caddy, domains, workers, self.bus, self.names, room, settings
+                runtime, sites, caddy, domains, workers, self.bus, self.names, room, capacity, settings
             )
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
@@ -276,6 +278,7 @@ class Gateway:
                     use=idle.use,
                     admit=room.admit,
                     spacious=room.spacious,
+                    promise=capacity.promise,
                     ended=self.names.ended,
                     workers=workers,
                     unwell=self._health.unwell,

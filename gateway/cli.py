@@ -192,6 +192,24 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def capacity(as_json: Json = False) -> None:
+    """Say how many more tenants of each size this host takes, and what is used up first."""
+    from gateway.capacity import host_memory, lines, look
+
+    async def run() -> None:
+        settings = settings_module.load()
+        async with IncusRuntime(settings) as runtime:
+            report = await look(runtime, settings, host_memory())
+        if as_json:
+            out.json(report.told(), indent=True)
+        else:
+            for line in lines(report):
+                out.say(line)
+
+    _run(run())
+
+
 @image_app.command("build")
 def image_build(
     rebuild: Annotated[

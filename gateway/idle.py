@@ -161,7 +161,8 @@ class Idle:
                 found = await self._runtime.get(tenant)
                 if found.status != "running" and found.asleep:
                     self._starts.add(tenant)
-                    await self._runtime.start(tenant)
+                    async with self._life.capacity.promise(tenant):
+                        await self._runtime.start(tenant)
                 self._last[tenant] = time.monotonic()
         except BaseException as error:
             if not started.done():

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from gateway import protocol
 from gateway.auth import Token
 from gateway.caddy import Caddy, asleep, site_url
+from gateway.capacity import Capacity
 from gateway.domains import Domains
 from gateway.errors import Conflict, GatewayError, InvalidParams, RateLimited, Timeout
 from gateway.events import Bus
@@ -93,11 +94,12 @@ class Life:
         bus: Bus,
         names: Names,
         room: Room,
+        capacity: Capacity,
         settings: Settings,
     ) -> None:
         self._runtime, self._sites, self._caddy, self._domains = runtime, sites, caddy, domains
         self._bus = bus
-        self._names, self._room = names, room
+        self._names, self._room, self.capacity = names, room, capacity
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -108,7 +110,8 @@ class Life:
     # --- start to destroy ---------------------------------------------------------------------------
 
     async def start(self, ask: Ask) -> Mapping[str, Any]:
-        return await self._change(ask.tenant, self._runtime.start, holds_files=False)
+        async with self.capacity.promise(ask.tenant):
+            return await self._change(ask.tenant, self._runtime.start, holds_files=False)
 
     async def stop(self, ask: Ask) -> Mapping[str, Any]:
         return await self._change(ask.tenant, self._stay_stopped)
@@ -133,7 +136,9 @@ class Life:
         if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
             raise InvalidParams(f"{body.tenant!r} is no tenant name that this token covers", field="tenant")
         await self._room.admit()
-        made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
+        limit = (await self._runtime.get(ask.tenant)).limits.get("memory") or self._settings.tenant_memory
+        async with self.capacity.promise(body.tenant, limit):
+            made = await self._runtime.clone(ask.tenant, body.tenant, snapshot=body.snapshot)
         return described(made, self._settings)
 
     async def rename(self, ask: Ask) -> Mapping[str, Any]:

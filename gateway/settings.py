@@ -104,6 +104,17 @@ class Settings(BaseSettings):
         "250MB", description="limits.read of a tenant's root disk, bytes a second; empty for none"
     )
 
+    overcommit: float = Field(
+        8.0,
+        ge=0,
+        description="times this host's memory that the limits of all tenants awake may come to; 0: any",
+    )
+    memory_reserve: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of this host's memory below which, available, no further tenant is started",
+    )
     max_tenants: int = Field(1000, gt=0, description="tenants that deployments may make in all")
 
     # deployments

@@ -79,6 +79,10 @@ _ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a sit
 _ADDRESS_LOOKS: Final = 20
 
 
+Promise = Callable[[str, str | None], contextlib.AbstractAsyncContextManager[None]]
+"""Has memory for a tenant, by name and limit, that starts to run while the context is open, or refuses it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant.
@@ -131,6 +135,7 @@ class Deployments:
         use: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
         admit: Callable[[], Awaitable[None]] | None = None,
         spacious: Callable[[], Awaitable[None]] | None = None,
+        promise: Promise | None = None,
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
         unwell: Callable[[str, int, str, str], None] | None = None,
@@ -139,9 +144,11 @@ class Deployments:
 
         `unwell` is told tenant, port, path and why where a site does not stay up after its deployment.
         `admit` refuses where there is no room for another tenant, `spacious` where there would be none
-        without giving anything up. Without `workers` updates remove nothing.
+        without giving anything up, `promise` where this host has no memory for it. Without `workers` updates
+        remove nothing.
         """
         self._admit = admit
+        self._promise = promise or (lambda tenant, memory: contextlib.nullcontext())
         self._ended = ended or (lambda tenant: 0.0)
         self._workers = workers
         self._unwell = unwell or (lambda tenant, port, path, why: None)
@@ -351,7 +358,7 @@ class Deployments:
         """
         undo = contextlib.AsyncExitStack()
         current = PHASES[0]
-        work = _Work(self, running, undo)
+        work = _Work(self, running, undo, held)
         try:
             await held.enter_async_context(self._use(running.record.tenant))
             for index, current in enumerate(PHASES):
@@ -651,8 +658,14 @@ class Deployments:
 class _Work:
     """The phases of one deployment. Each pushes its undo before it does what is to be undone."""
 
-    def __init__(self, all_: Deployments, running: _Running, undo: contextlib.AsyncExitStack) -> None:
-        self._all, self._running, self._undo = all_, running, undo
+    def __init__(
+        self,
+        all_: Deployments,
+        running: _Running,
+        undo: contextlib.AsyncExitStack,
+        held: contextlib.AsyncExitStack,
+    ) -> None:
+        self._all, self._running, self._undo, self._held = all_, running, undo, held
         self._record, self._request = running.record, running.request
         self._sites, self._caddy, self._settings = all_._sites, all_._caddy, all_._settings
         self._verifier = all_._verifier
@@ -693,6 +706,8 @@ class _Work:
                     f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
+            memory = SIZES[self._request.size].get("memory", settings.tenant_memory)
+            await self._held.enter_async_context(self._all._promise(record.tenant, memory))
             if self._all._admit is not None:
                 await self._all._admit()
         else:
@@ -721,6 +736,7 @@ class _Work:
             record.instance = there.instance
             await self._all._save(record)
             if there.status != "running":
+                await self._held.enter_async_context(self._all._promise(record.tenant, None))
                 self._unless_another(runtime.stop)
                 await runtime.start(record.tenant)
             return {"from": "tenant"}
