@@ -561,7 +561,10 @@ class Deployments:
 
     async def _unsteady(self, record: Record, site: Subject, why: str) -> None:
         """Tell that a site did not stay up after its deployment, if its tenant is there and awake."""
-        there = await self._runtime.get(site.tenant)
+        try:
+            there = await self._runtime.get(site.tenant)
+        except GatewayError:
+            return
         if there.status == "running" and record.instance in (None, there.instance):
             log.warning("the site of %s did not stay up: %s", site.tenant, why)
             self._unwell(site.tenant, site.exposure.port, site.recipe.health, why)

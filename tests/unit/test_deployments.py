@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import orjson
@@ -14,9 +15,11 @@ import pytest
 from gateway.auth import Token
 from gateway.deployments import Deployments, Record, Request
 from gateway.deployments import record as records
+from gateway.deployments.verify import Subject
 from gateway.domains import Domains
-from gateway.errors import Conflict, RateLimited
+from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
+from gateway.runtime.sites import Exposure, Recipe
 from gateway.settings import Settings
 from gateway.store import Store
 
@@ -281,3 +284,30 @@ async def test_waiting_has_a_share_too(tmp_path: Path) -> None:
         begun = [(await deployments.begin(asked("a", b"x" * 900), greedy))[0]]  # alone it is let in
         await cancel(deployments, begun[0].id)
         await deployments.end()
+
+
+async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there(
+    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployments, _ = rig
+    unwell = list[tuple[str, int, str, str]]()
+    monkeypatch.setattr(deployments, "_unwell", lambda *told: unwell.append(told))
+    tenants = [SimpleNamespace(status="running", instance="i-1")]
+
+    async def get(tenant: str) -> Any:
+        if not tenants:
+            raise NotFound("gone")
+        return tenants[0]
+
+    monkeypatch.setattr(deployments, "_runtime", SimpleNamespace(get=get))
+    record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
+    where = Exposure("10.0.0.2", 3000, "10.0.0.2:3000")
+    site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
+    await deployments._unsteady(record, site, "it ended")
+    assert unwell == [("shop", 3000, "/", "it ended")]
+    for status, instance in (("stopped", "i-1"), ("running", "i-2")):
+        tenants[0] = SimpleNamespace(status=status, instance=instance)
+        await deployments._unsteady(record, site, "it ended")
+    tenants.clear()
+    await deployments._unsteady(record, site, "it ended")
+    assert len(unwell) == 1
