@@ -1,0 +1,218 @@
+"""Deploys many static sites on the tests' Incus, four at a time, and measures the gateway with all of them.
+
+Every deployment must succeed; no time passes or fails, but each that has a goal is shown as a ratio of it.
+Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it. It ends after `--minutes`
+whatever is done by then, says how far it came, and removes what it made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import orjson
+
+from gateway.capacity import host_memory
+from gateway.host import HostError
+from gateway.incus import Incus
+from tests.integration import environment
+from tests.integration.sites import Hosting, hosting
+
+MiB: Final = 1 << 20
+_EACH: Final = 80 * MiB  # memory of one that is awake, with room
+_HERTZ: Final = os.sysconf("SC_CLK_TCK")
+_TOUCHES: Final = 40
+
+
+def at(values: Sequence[float], share: float) -> float:
+    """Return the value below which that share of all lies."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else float("nan")
+
+
+def told(what: str, values: Sequence[float], goal: float | None = None) -> str:
+    """Return what was measured in milliseconds, beside its goal."""
+    said = (
+        f"{what:<28} p50 {at(values, 0.5):7.1f}  p95 {at(values, 0.95):7.1f}  p99 {at(values, 0.99):7.1f} ms"
+    )
+    return said if goal is None else f"{said}  p50 is {at(values, 0.5) / goal:.2f} of the goal of {goal:g}"
+
+
+def cpu(pid: int) -> float:
+    """Return the CPU seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / _HERTZ
+
+
+def own_cpu(host: Hosting) -> float:
+    """Return the CPU seconds of the gateway."""
+    assert host.gateway.process is not None
+    return cpu(host.gateway.process.pid)
+
+
+class Crowd:
+    """Tenants that one gateway deploys; `names` has them in the order of their making."""
+
+    def __init__(self, host: Hosting, awake: int, at_once: int = 4) -> None:
+        self.host, self._awake, self._slots = host, awake, asyncio.Semaphore(at_once)
+        self.names: list[str] = []
+        self._next = 0
+        self._running: deque[str] = deque()
+        self.times: list[float] = []
+        self.sources: Counter[str] = Counter()
+        self.failed: list[Any] = []
+
+    async def make(self, count: int, deadline: float, template: str = "static") -> None:
+        """Deploy so many, or as many as are begun before the deadline."""
+        numbers = range(self._next, self._next + count)
+        self._next += count
+        await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
+
+    async def _one(self, number: int, deadline: float, template: str) -> None:
+        async with self._slots:
+            if time.monotonic() > deadline:
+                return
+            began = time.monotonic()
+            record = await self.host.deploy(f"crowd{number}.test", template)
+            self.times.append((time.monotonic() - began) * 1000)
+            self.sources[record["source"]] += 1
+            if record["state"] != "succeeded":
+                self.failed.append(record["error"])
+                print(f"FAILED  {record['domain']}: {record['error']}", flush=True)
+                return
+            self.names.append(record["tenant"])
+            self._running.append(record["tenant"])
+            while len(self._running) > self._awake:
+                await self.host.call("POST", f"/v1/tenants/{self._running.popleft()}/stop")
+
+    @property
+    def awake(self) -> list[str]:
+        return [*self._running]
+
+    def report(self) -> None:
+        quarter = max(1, len(self.times) // 4)
+        first, last = median(self.times[:quarter]), median(self.times[-quarter:])
+        print(f"{len(self.names)} tenants, {len(self._running)} awake; {len(self.failed)} failed")
+        print(told("deployment", self.times, 2000), dict(self.sources))
+        print(f"first quarter p50 {first:.0f} ms, last {last:.0f} ms: {last / first:.2f} times as long")
+
+
+async def lists(host: Hosting, count: int = 50) -> list[float]:
+    """Return the milliseconds of lists of the first page of tenants."""
+    times = []
+    async with host.gateway.http("*") as session:
+        for _ in range(count):
+            began = time.perf_counter()
+            async with session.get("/v1/tenants") as answer:
+                assert answer.status == 200
+                await answer.read()
+            times.append((time.perf_counter() - began) * 1000)
+    return times
+
+
+async def events(host: Hosting, tenants: Sequence[str], count: int = _TOUCHES) -> list[float]:
+    """Return the milliseconds by which a subscriber hears of a change later than who asks incusd."""
+    heard: dict[str, asyncio.Future[float]] = {}
+    later: dict[str, asyncio.Future[float]] = {}
+    loop = asyncio.get_running_loop()
+
+    def note(where: dict[str, asyncio.Future[float]], name: str) -> None:
+        if name in where and not where[name].done():
+            where[name].set_result(time.perf_counter())
+
+    async def of_incus() -> None:
+        async with Incus(host.settings.incus_socket) as incus:
+            async for event in incus.events("lifecycle"):
+                facts = event.get("metadata") or {}
+                if event["type"] == "connected":
+                    ready.set()
+                elif facts.get("action") == "instance-updated":
+                    note(heard, str(facts.get("name")))
+
+    async def of_gateway() -> None:
+        async with host.gateway.http("*") as session:
+            async with session.get("/v1/events?type=incus.instance-updated") as stream:
+                subscribed.set()
+                async for line in stream.content:
+                    if line.startswith(b"data:"):
+                        note(later, str(orjson.loads(line[5:]).get("tenant")))
+
+    ready, subscribed = asyncio.Event(), asyncio.Event()
+    listening = [asyncio.create_task(of_incus()), asyncio.create_task(of_gateway())]
+    times = []
+    try:
+        async with asyncio.timeout(120):
+            await asyncio.gather(ready.wait(), subscribed.wait())
+            for number in range(count):
+                name = tenants[number % len(tenants)]
+                heard[name], later[name] = loop.create_future(), loop.create_future()
+                await asyncio.to_thread(environment.configure, name, "user.bench", str(number))
+                times.append((await later[name] - await heard[name]) * 1000)
+    finally:
+        for task in listening:
+            task.cancel()
+        await asyncio.gather(*listening, return_exceptions=True)
+    return times
+
+
+async def at_rest(host: Hosting, seconds: float) -> float:
+    """Return the share of a core that the gateway takes while nobody asks anything."""
+    before = own_cpu(host)
+    await asyncio.sleep(seconds)
+    return (own_cpu(host) - before) / seconds
+
+
+@contextlib.asynccontextmanager
+async def crowd_of(awake: int | None, **changes: Any) -> AsyncIterator[Crowd]:
+    """Give a gateway with room for a crowd; what it made is removed at the end."""
+    environment.up(lambda line: None)
+    with tempfile.TemporaryDirectory(prefix="crowd-") as folder:
+        state = Path(folder) / "state"
+        fields = {"golden": True, "warm_pool": 2, **changes}
+        async with hosting(environment.settings(state_dir=state), state, **fields) as host:
+            room = host_memory().available // 2 // _EACH
+            yield Crowd(host, room if awake is None else awake)
+
+
+def of_the_network(wanted: int) -> int:
+    """Return how many of these have an address on the tests' bridge, with what is kept ready."""
+    return min(wanted, 240)
+
+
+async def run(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + options.minutes * 60
+    async with crowd_of(options.awake) as crowd:
+        await crowd.make(of_the_network(options.tenants), deadline)
+        crowd.report()
+        await asyncio.sleep(5)  # what was begun for the next ones ends
+        print(told("GET /v1/tenants", await lists(crowd.host), 20))
+        if crowd.awake:
+            print(told("event after incusd told it", await events(crowd.host, crowd.awake), 50))
+        share = await at_rest(crowd.host, options.rest)
+        print(f"gateway at rest with its health looks: {share:.2%} of a core, {share / 0.01:.2f} of the goal")
+        short = len(crowd.names) < of_the_network(options.tenants)
+        if short:
+            print(f"after {options.minutes:g} minutes there were {len(crowd.names)} of {options.tenants}")
+        return 1 if crowd.failed or not crowd.names else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/bench/crowd", description=__doc__)
+    parser.add_argument("--tenants", type=int, default=200, help="sites to deploy (default: 200)")
+    parser.add_argument("--awake", type=int, help="that run at a time (default: by the memory that is free)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="after which no further one is begun")
+    parser.add_argument("--rest", type=float, default=30.0, help="seconds of the look at the gateway's CPU")
+    try:
+        return asyncio.run(run(parser.parse_args()))
+    except HostError as error:
+        print(f"failed: {error.message}", file=sys.stderr)
+        return 1
