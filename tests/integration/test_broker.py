@@ -259,10 +259,13 @@ async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, fo
         await refused(**(spawn | {"tenant": name}))
         for step in trees.STEPS:
             await refused(do="tree", tenant=name, group="own/x", step=step)
+        for what in ("relieve", "reserve"):
+            await refused(do=what, tenant=name)
     for group in ("..", "../init.scope", "own/../..", f"../../lxc.payload.{foreign.name}/gateway/own", ""):
         await refused(do="tree", tenant=tenant.name, group=group, step="end")
     for folder in ("/", "/etc", "/srv/site/../../etc"):
         await refused(**(spawn | {"workspace": folder}))
+    assert await broker.relieve(tenant.name) is None  # no site, and a command is none
     assert foreign.sh("pgrep -c sleep").strip() == "1"
     assert tenant.sh("pgrep -c sleep").strip() == "1"
 
