@@ -181,7 +181,7 @@ class Pressure:
         self._runtime, self._root, self._bus, self._settings = runtime, root, bus, settings
         self._watched: dict[str, _Watched] = {}
         self._stale = asyncio.Event()
-        self._acting: dict[str, asyncio.Task[None]] = {}
+        self._acting: dict[tuple[str, Step], asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
         self.counts = Counts()
 
@@ -234,9 +234,12 @@ class Pressure:
             try:
                 pid = await self._runtime.init_pid(name)
             except GatewayError:
-                continue  # it has just gone
+                self._stale.set()  # it has just gone, or Incus is away
+                continue
             place = await aside("pressure", _LOOK, memory.place, pid) if pid else None
-            if place is not None:
+            if place is None:
+                self._stale.set()  # it has just begun
+            else:
                 self._watched[name] = _Watched(place, Course(self._settings.pressure_patience))
 
     def _act(self, found: Mapping[str, _Found]) -> None:
@@ -251,14 +254,13 @@ class Pressure:
                 self._bus.publish("tenant.pressure.ended", name, {})
             work = {"relieve": self._end, "reserve": self._reserve}
             for step in one.steps:
-                if step in work and name not in self._acting:
+                if step in work and (name, step) not in self._acting:
                     task = asyncio.create_task(work[step](name), name=f"{step} in {name}")
-                    self._acting[name] = task
-                    task.add_done_callback(partial(self._acted, name))
+                    self._acting[name, step] = task
+                    task.add_done_callback(partial(self._acted, (name, step)))
 
-    def _acted(self, name: str, task: asyncio.Task[None]) -> None:
-        if self._acting.get(name) is task:
-            del self._acting[name]
+    def _acted(self, what: tuple[str, Step], task: asyncio.Task[None]) -> None:
+        del self._acting[what]
 
     async def _reserve(self, name: str) -> None:
         """Keep some of a tenant's CPU for commands."""
@@ -313,6 +315,9 @@ class Pressure:
             process = await self._runtime.exec(name, spec)
             try:
                 await process.wait()
+            except BaseException:
+                await asyncio.shield(process.kill(0))
+                raise
             finally:
                 await process.aclose()
 
