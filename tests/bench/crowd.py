@@ -144,7 +144,7 @@ async def events(host: Hosting, tenants: Sequence[str], count: int = _TOUCHES) -
                 subscribed.set()
                 async for line in stream.content:
                     if line.startswith(b"data:"):
-                        note(later, str(orjson.loads(line[5:]).get("tenant")))
+                        note(later, str(orjson.loads(line[5:]).get("subject")))
 
     ready, subscribed = asyncio.Event(), asyncio.Event()
     listening = [asyncio.create_task(of_incus()), asyncio.create_task(of_gateway())]
