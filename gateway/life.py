@@ -32,11 +32,14 @@ from gateway.names import Names
 from gateway.room import Room
 from gateway.rootfs.workers import Workers
 from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantEvent, TenantRuntime
+from gateway.runtime.probe import ask as probe
+from gateway.runtime.probe import refusal
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_REFUSES: Final = 2.0  # seconds in which a site says whether it refuses its new domain
 _ADDRESSED: Final = 10.0  # seconds in which a started container gets its address
 # changes whose events are still to come; of more the oldest are told as the gateway's own
 _ASKED: Final = 1000
@@ -154,6 +157,8 @@ class Life:
                 if before not in (None, domain) and self._domains.serves(before, ask.tenant):
                     self._caddy.unset(before)
             await self._reached(ask.tenant, domain, site)
+            if domain is not None and domain != before:
+                await self._have_allowed(ask.tenant, domain)
         if domain != before:
             self._bus.publish(
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
@@ -179,6 +184,26 @@ class Life:
                     await asyncio.sleep(0.1)  # DHCP tells nobody here
                     async with self._caddy.changing:
                         site = await self._lead(tenant, domain)
+
+    async def _have_allowed(self, tenant: str, domain: str) -> None:
+        """Have a running site that refuses its tenant's new domain start again with what allows it.
+
+        Whether that was enough is told by the looks at its health.
+        """
+        site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+        if site is None or not site.running or site.exposure is None or site.deployment is not None:
+            return
+        where = site.exposure
+        try:
+            status = await probe(where.address, where.port, site.health, 0.5, _REFUSES, host=domain)
+            if not await refusal(where.address, where.port, site.health, domain, status):
+                return
+            await self._sites.allow(tenant, domain)
+            await self._sites.restart(tenant)
+        except (OSError, ValueError):
+            return  # it says nothing of any domain
+        except GatewayError as error:
+            log.warning("the site of %s is not told its new domain: %s", tenant, error.message)
 
     async def _stay_stopped(self, tenant: str) -> None:
         await self._runtime.stop(tenant)

@@ -776,6 +776,8 @@ class _Work:
 
     async def start(self) -> None:
         record = self._record
+        if self._side == "next":
+            await self._sites.allow(record.tenant, record.domain)
         if not self._copied:
             await self._sites.start(record.tenant, self._side, self._recipe)
 

@@ -15,6 +15,7 @@ import socket
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -27,6 +28,7 @@ from gateway.runtime import ExecSpec, Process, Removal
 from gateway.runtime.listening import of_tree
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.sites import (
+    ALLOWED,
     Exposure,
     Order,
     Prepared,
@@ -133,7 +135,8 @@ class LocalSites:
         await self._stop(tenant, side)
         env = self._kept(tenant).get(f"env_{side}") or self._kept(tenant).get("env_live") or {}
         port = _free_port()
-        told = {**env, "PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
+        told = {"PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
+        told = await self._allowed(tenant) | env | told
         spec = ExecSpec(recipe.command(port), cwd=str(self._folder(tenant, side)), env=told, merged=True)
         service = _Service(self._runtime, tenant, spec, port)
         await service.start()
@@ -147,7 +150,15 @@ class LocalSites:
         if service is None:
             raise NotFound(f"tenant {tenant} has no site")
         await service.stop()
+        service.told(await self._allowed(tenant))
         await service.start()
+
+    async def allow(self, tenant: str, domain: str) -> None:
+        return  # every start looks at what the tenant carries
+
+    async def _allowed(self, tenant: str) -> dict[str, str]:
+        domain = (await self._runtime.get(tenant)).domain
+        return {} if domain is None else {ALLOWED: domain}
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
         service = self._services.get((tenant, side))
@@ -305,6 +316,10 @@ class _Service:
     def said(self) -> str:
         """The end of what it printed."""
         return self._said.decode("utf-8", "replace")
+
+    def told(self, env: Mapping[str, str]) -> None:
+        """Have its next start know more."""
+        self._spec = replace(self._spec, env={**self._spec.env, **env})
 
     async def start(self) -> None:
         """Start it; raises `ExecFailed` where it cannot be started at all."""

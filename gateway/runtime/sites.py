@@ -43,6 +43,9 @@ async def at_once() -> None:
     """Be a `Quiet` that waits for nothing."""
 
 
+ALLOWED: Final = "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"
+"""The variable by which a site is told its domain, which Vite and what is built on it then answers to."""
+
 SIZES: Final[Mapping[str, Mapping[str, str]]] = {
     "small": {},  # what the tenants' profile says
     "medium": {"cpu": "2", "memory": "1GiB", "disk": "8GiB"},
@@ -235,6 +238,13 @@ class Sites(Protocol):
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
         """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
+        ...
+
+    async def allow(self, tenant: str, domain: str) -> None:
+        """Tell a running tenant's services the domain that they are asked by, from their next start on.
+
+        A tenant that is made or started with a domain knows it by itself.
+        """
         ...
 
     async def restart(self, tenant: str) -> None:

@@ -31,10 +31,19 @@ from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.stock import ROLE, UNMARKED, Stock, owner
-from gateway.runtime.incus.tenants import ASLEEP, DEPLOYMENT, DOMAIN, PORT, IncusRuntime, lacks_address
+from gateway.runtime.incus.tenants import (
+    ASLEEP,
+    DEPLOYMENT,
+    DOMAIN,
+    PORT,
+    IncusRuntime,
+    domain_config,
+    lacks_address,
+)
 from gateway.runtime.incus.uploads import CONTENT, number
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
+    ALLOWED,
     SIZES,
     Exposure,
     Order,
@@ -89,6 +98,7 @@ Before=shutdown.target
 User={user}
 WorkingDirectory={workspace}
 Environment=PORT={port} HOST=0.0.0.0 NODE_ENV=development
+PassEnvironment={allowed}
 EnvironmentFile=-{environment}
 ExecStart={command}
 Restart=always
@@ -193,6 +203,15 @@ _UNPACK: Final = """\
 exec setpriv --reuid="$2" --regid="$2" --clear-groups \
   tar --extract --file=- --no-same-owner --directory="$1"
 """
+# until the container's next start, whose first process is told by Incus
+_ALLOW: Final = """\
+set -eu
+for unit in site site-next; do
+  mkdir -p /run/systemd/system/$unit.service.d
+  printf '[Service]\\nEnvironment="%s"\\n' "$1" >/run/systemd/system/$unit.service.d/domain.conf
+done
+systemctl daemon-reload
+"""
 _START: Final = """\
 set -eu
 cat >"$1"
@@ -240,7 +259,7 @@ class IncusSites:
         config = {
             MANAGED: "true",
             ROLE: "tenant",
-            DOMAIN: order.domain,
+            **domain_config(order.domain),
             PORT: str(order.recipe.port),
             DEPLOYMENT: order.deployment,
             **_content(order.recipe),
@@ -362,6 +381,9 @@ class IncusSites:
         unit = _unit(self._settings, recipe, side).encode()
         await self._root(tenant, _START, f"{folder}/{name}", side, name, given=unit)
 
+    async def allow(self, tenant: str, domain: str) -> None:
+        await self._root(tenant, _ALLOW, f"{ALLOWED}={domain}", seconds=_LOOK)
+
     async def restart(self, tenant: str) -> None:
         await self._root(tenant, "exec systemctl restart site.service")
 
@@ -464,7 +486,7 @@ class IncusSites:
 
     async def finish(self, tenant: str, order: Order) -> None:
         config = {
-            DOMAIN: order.domain,
+            **domain_config(order.domain),
             PORT: str(order.recipe.port),
             HEALTH: order.recipe.health,
             DEPLOYMENT: "",
@@ -645,6 +667,7 @@ def _unit(settings: Settings, recipe: Recipe, side: Side) -> str:
     # the next site sees its folder where the live one's is: absolute paths stay true when it becomes that
     more = f"BindPaths={_beside(settings, 'next')}:{workspace}\n" if side == "next" else ""
     return _UNIT.format(
+        allowed=ALLOWED,
         user=settings.workspace_user,
         workspace=workspace,
         port=port,

@@ -48,6 +48,7 @@ from gateway.runtime.incus.making import Making, identity_of, leased
 from gateway.runtime.incus.migrations import STATE as MIGRATION
 from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
+from gateway.runtime.sites import ALLOWED
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 from gateway.tasks import apart
@@ -55,6 +56,7 @@ from gateway.tasks import apart
 log = logging.getLogger(__name__)
 
 DOMAIN: Final = "user.gateway.domain"
+_ALLOWED: Final = f"environment.{ALLOWED}"
 PORT: Final = "user.gateway.port"
 DEPLOYMENT: Final = "user.gateway.deployment"
 ASLEEP: Final = "user.gateway.asleep"
@@ -158,7 +160,7 @@ class IncusRuntime:
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
         await self.making.free(name)
         source = {"type": "image", "alias": self._settings.image}
-        config = {} if domain is None else {DOMAIN: domain}
+        config = {} if domain is None else domain_config(domain)
         async with self.making.undone("it could not be created") as identity:
             await self.making.make(name, source, config, {}, start=start, identity=identity)
             return await self._made(name, identity)
@@ -211,7 +213,7 @@ class IncusRuntime:
         await self.get(name)
         with translated(name):
             # Incus takes an empty value for none
-            await self._operate("PATCH", instance_path(name), {"config": {DOMAIN: domain or ""}})
+            await self._operate("PATCH", instance_path(name), {"config": domain_config(domain)})
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
@@ -220,7 +222,7 @@ class IncusRuntime:
         if snapshot is not None:
             await self._disks.known(name, snapshot)
         await self.making.free(new)
-        config = {MANAGED: "true", DOMAIN: domain or "", PORT: source["expanded_config"].get(PORT, "")}
+        config = {MANAGED: "true", **domain_config(domain), PORT: source["expanded_config"].get(PORT, "")}
         async with self.making.undone(f"the clone of {name} failed") as identity:
             copy = self._disks.copy_of(source, snapshot)
             await self.making.make(
@@ -600,3 +602,12 @@ async def _with_ticks(
         if pending is not None:
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
+
+
+def domain_config(domain: str | None) -> dict[str, str]:
+    """Return the keys that give an instance a domain, or none: Incus takes an empty value for none.
+
+    Its first process is told it at its next start, and the site's unit passes that on, so that golden
+    copies can share the unit.
+    """
+    return {DOMAIN: domain or "", _ALLOWED: domain or ""}
