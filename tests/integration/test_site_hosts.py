@@ -47,7 +47,7 @@ async def test_a_strict_site_is_told_its_domain_and_its_next_one(
         assert answer["answers"], answer
 
         record = await host.deploy(OTHER, body("host === 'x'"), tenant=TENANT)
-        assert record["state"] == "failed"
+        assert record["state"] == "rolledback"
         assert record["error"]["reason"] == "host_refused", record["error"]
         assert f'This host ("{OTHER}") is not allowed; allowedHosts' in record["error"]["message"]
         assert (await host.visit(OTHER))[0] == 200
