@@ -271,7 +271,7 @@ class Gateway:
             idle = await stack.enter_async_context(
                 Idle(runtime, sites, caddy, domains, self._life_of, execs.running_in, settings)
             )
-            self._health = await stack.enter_async_context(Health(sites, self.bus, settings))
+            self._health = await stack.enter_async_context(Health(sites, self.bus, settings, caddy.excuse))
             self._deploys = await stack.enter_async_context(
                 Deployments(
                     *(runtime, sites, caddy, domains, self.store, self.bus, settings),

@@ -80,6 +80,7 @@ class Caddy:
         self.routes = self.folder / "routes"
         self.sockets = self.folder / "sockets"
         self._targets = self.folder / "targets"
+        self._away = self.folder / "away"  # a file for each domain whose site hangs
         self._admin: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
         self._streams_can_stay: bool | None = None  # not known yet
@@ -90,6 +91,7 @@ class Caddy:
 
     async def __aenter__(self) -> Caddy:
         await asyncio.to_thread(self.lay)
+        await asyncio.to_thread(self.excuse_nobody)
         path = socket_of(self._address)
         connector = aiohttp.TCPConnector() if path is None else aiohttp.UnixConnector(path)
         self._admin = aiohttp.ClientSession(connector=connector, timeout=_ADMIN_TIMEOUT)
@@ -108,7 +110,7 @@ class Caddy:
 
     def lay(self) -> None:
         """Make the folders of the routes. Raises `CaddyFailed` where this user may not write them."""
-        for folder in (self.routes, self._targets, self.sockets):
+        for folder in (self.routes, self._targets, self.sockets, self._away):
             try:
                 folder.mkdir(mode=0o755, parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
@@ -175,6 +177,23 @@ class Caddy:
         with contextlib.suppress(FileNotFoundError):
             (self.routes / domain).unlink()
 
+    def excuse(self, domain: str, away: bool) -> None:
+        """Answer visitors of a domain by a page instead of its site, or no longer. Idempotent.
+
+        What has begun goes on: only what comes from now on sees the page.
+        """
+        if normalized(domain) != domain:
+            return
+        if away:
+            (self._away / domain).touch(mode=0o644)
+        else:
+            (self._away / domain).unlink(missing_ok=True)
+
+    def excuse_nobody(self) -> None:
+        """Take down the pages of an earlier life."""
+        for place in list(self._away.iterdir()):
+            place.unlink(missing_ok=True)
+
     def sleeps(self, domain: str) -> bool:
         """Say whether Caddy asks the gateway before it hands on what comes to a domain."""
         return (self.get(domain) or "").startswith(_ASLEEP)
@@ -233,6 +252,7 @@ class Caddy:
             "ISSUER": "internal" if settings.caddy_issuer == "internal" else settings.caddy_email,
             "ROUTES": str(self.routes),
             "SOCKETS": str(self.sockets),
+            "AWAY": str(self._away),
             "GATEWAY": self._gateway(),
             "KEEPALIVE": f"{settings.caddy_keepalive:g}s",
             "WAKE_TIMEOUT": f"{settings.wake_timeout:g}s",

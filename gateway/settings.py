@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     )
     health_interval: float = Field(5.0, gt=0, description="seconds between two looks at a site's port")
     health_timeout: float = Field(
-        10.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"
+        5.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"
     )
     health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final
@@ -32,8 +32,17 @@ class Health:
     What is well when the gateway starts is not news.
     """
 
-    def __init__(self, sites: Sites, bus: Bus, settings: Settings) -> None:
+    def __init__(
+        self,
+        sites: Sites,
+        bus: Bus,
+        settings: Settings,
+        excuse: Callable[[str, bool], None] = lambda domain, away: None,
+    ) -> None:
+        """`excuse` has visitors of a domain answered by a page while its site hangs."""
         self._sites, self._bus, self._settings = sites, bus, settings
+        self._excuse = excuse
+        self._away: dict[str, str] = {}  # domains that are excused, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
         self._starting: dict[str, asyncio.Task[None]] = {}
@@ -116,6 +125,7 @@ class Health:
                 return
             self._failures[tenant] = 0
             self._unhealthy.discard(tenant)
+            self._hangs(tenant, None)
             self._bus.publish(
                 "tenant.healthy", tenant, {"port": where.port, "ms": round((time.monotonic() - began) * 1000)}
             )
@@ -140,6 +150,7 @@ class Health:
         for gone in [tenant for tenant in self._failures if tenant not in watched]:
             del self._failures[gone]
             self._unhealthy.discard(gone)
+            self._hangs(gone, None)
         for gone in [tenant for tenant in self._looks if tenant not in watched]:
             self._look_no_more(gone)
         for tenant, site in watched.items():
@@ -176,6 +187,7 @@ class Health:
         except Exception:  # what nobody foresaw of one site is no reason to look no more
             log.exception("the site of %s could not be looked at", tenant)
             why = "it could not be looked at"
+        self._hangs(tenant, site.domain if silent else None)
         if why:
             self._failed(site, self._failures.get(tenant, 0) + 1, why, at_once=silent)
             return
@@ -183,6 +195,16 @@ class Health:
         if tenant in self._unhealthy:
             self._unhealthy.discard(tenant)
             self._bus.publish("tenant.healthy", tenant, {"port": where.port})
+
+    def _hangs(self, tenant: str, domain: str | None) -> None:
+        """Excuse a site that hangs by the page at its domain, and one that does not no longer."""
+        before = self._away.pop(tenant, None)
+        if domain is not None:
+            self._away[tenant] = domain
+        for name, away in ((before, False), (domain, True)):
+            if name is not None and before != domain:
+                with contextlib.suppress(OSError):
+                    self._excuse(name, away)
 
     def _failed(self, site: Site, failures: int, why: str, *, at_once: bool) -> None:
         tenant = site.tenant

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from gateway.settings import Settings
 from tests.archives import folder
+from tests.integration import environment
 from tests.integration.sites import hosting
 
 pytestmark = pytest.mark.timeout(200)
@@ -51,3 +53,18 @@ async def test_a_strict_site_is_told_its_domain_and_its_next_one(
         assert record["error"]["reason"] == "host_refused", record["error"]
         assert f'This host ("{OTHER}") is not allowed; allowedHosts' in record["error"]["message"]
         assert (await host.visit(OTHER))[0] == 200
+
+        # one that stands still is answered for, until it goes on
+        environment.incus("pause", TENANT)
+        try:
+            async with asyncio.timeout(20):
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(1):
+                            if (await host.visit(OTHER))[0] == 503:
+                                break
+        finally:
+            environment.incus("resume", TENANT)
+        async with asyncio.timeout(20):
+            while (await host.visit(OTHER))[0] != 200:
+                await asyncio.sleep(0.1)

@@ -303,7 +303,7 @@ class IncusSites:
                 Site(
                     tenant=instance["name"],
                     domain=plain(domain) or domain,
-                    running=instance["status"] == "Running",
+                    running=instance["status"] in ("Running", "Frozen"),
                     exposure=old or (exposure if not home or home[0] == instance["name"] else None),
                     deployment=config.get(DEPLOYMENT) or None,
                     health=config.get(HEALTH) or "/",
