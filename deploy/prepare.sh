@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by deploy/quickstart and tests/run: what must be there before any Python of ours can run.
 # Defines functions only. Works with bash 3.2, so that a laptop's own bash can say why it will not do.
 
@@ -39,6 +40,7 @@ unlocked() { # COMMAND…
   while :; do
     LC_ALL=C "$@" >"$log" 2>&1 </dev/null
     status=$?
+    # shellcheck disable=SC2015 # either of the two ends it
     [ "$status" != 0 ] && grep -q "$lock_held" "$log" || break
     if [ "$((SECONDS - began))" -ge "$lock_timeout" ]; then
       tail -n 2 "$log" | sed 's/^/    /' >&2

@@ -296,7 +296,10 @@ class LocalRuntime:
             raise InvalidParams("the local runtime runs commands as its own user only", field="user")
         exec_id = secrets.token_hex(8)
         cwd = self._folder(name, spec.cwd)
-        line = command_line(spec.argv, cwd=cwd, env=spec.env, merged=spec.merged and spec.pty is None)
+        terminal = spec.pty is not None
+        line = command_line(
+            spec.argv, cwd=cwd, env=spec.env, merged=spec.merged and not terminal, terminal=terminal
+        )
         preamble = Preamble()
         preamble.asked(spec.argv[0][:200], (spec.cwd or "")[:200], "")
         process = LocalProcess(exec_id, preamble, settings.cancel_timeout)

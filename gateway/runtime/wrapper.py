@@ -1,11 +1,12 @@
-"""Knows how a command is started inside a tenant so that its whole tree can be found and ended.
+"""Start a command inside a tenant so that its whole tree can be found and ended.
 
-A small POSIX `sh`, as root in the container, makes a cgroup for the exec, joins it and becomes a second
-one, of the command's user. That says that it is ready, and takes one line from its standard input: folder,
-environment and command. So neither command line nor secrets show in the host's process list or in Incus's
-operations and events before the command itself runs, and a shell can wait ready before its command is
-known. With the line it enters the folder, looks whether the program exists and says so, and becomes it:
-nothing else is started between the line and the command.
+A small POSIX `sh` (`start.sh`), as root in the container, makes a cgroup for the exec, joins it and becomes
+a second one (`wait.sh`), of the command's user. That says that it is ready, and takes one line from its
+standard input: folder, environment and command. So neither command line nor secrets show in the host's
+process list or in Incus's operations and events before the command itself runs, and a shell can wait ready
+before its command is known. With the line it enters the folder, looks whether the program exists and says
+so, and becomes it: nothing else is started between the line and the command. Two kinds cost a program more,
+`head` to read a line of over 3 KiB, and `env` for variables that mean something to a shell.
 
 What the shells say goes to standard error (with a terminal, to the terminal) before the command's first
 byte: lines that begin with SOH. `Preamble` takes them out of the stream.
@@ -13,80 +14,27 @@ byte: lines that begin with SOH. `Preamble` takes them out of the stream.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from gateway.errors import ExecFailed, InvalidParams, TooLarge, Unavailable
-from gateway.rootfs.trees import MARKER, PARENT
 from gateway.runtime import Killed
 
-# a hybrid host mounts the v2 tree at …/unified, a pure one at the top
-_FIND_CGROUP = f"g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; g=$g/{PARENT}/$1"
+START_SCRIPT: Final = Path(__file__).with_name("start.sh").read_text()
+WAIT_SCRIPT: Final = Path(__file__).with_name("wait.sh").read_text()
+KILL_SCRIPT: Final = Path(__file__).with_name("kill.sh").read_text()
+DRAIN_SCRIPT: Final = Path(__file__).with_name("drain.sh").read_text()
 
-# $1 exec id; $2 how often to look, 50 ms apart, for a tree that systemd mounts only some 100 ms after a
-# container's start: a command that runs before it could only be found by its marker; $3 the script that
-# waits; the user's $4 name, $5 uid, $6 gid, $7 home. Without a name the user stays, one without a uid is
-# looked up; a number without a passwd entry is its own group.
-_START = (
-    f"r=$2; while {_FIND_CGROUP}; [ ! -e ${{g%%/{PARENT}/*}}/cgroup.procs ] && "
-    "[ $r -gt 0 ]; do r=$((r-1)); sleep 0.05; done; k=scan; "
-    "{ mkdir -p $g && echo 0 >$g/cgroup.procs && k=cgroup; } 2>/dev/null; "
-    f'export {MARKER}="$1"; y= t=; %(quiet)s'
-    "w=$3 u=$4 i=$5 j=$6 h=$7 s=/bin/bash c=--init-groups; "
-    'if [ -n "$u" ] && [ -z "$i" ]; then if e=$(getent passwd "$u"); then IFS=:; set -f; set -- $e; '
-    "unset IFS; set +f; u=$1 i=$3 j=$4 h=$6 s=${7:-/bin/sh}; "
-    "else case $u in *[!0-9]*) printf '\\001E user\\n' >&2; exit 126;; "
-    "*) i=$u j=$u h=/ s=/bin/sh c=--clear-groups;; esac; fi; fi; "
-    'if [ -n "$u" ]; then export HOME="$h" USER="$u" LOGNAME="$u" SHELL="$s"; '
-    '[ "$i" = 0 ] || exec setpriv --reuid=$i --regid=$j $c -- /bin/sh -c "$w" sh "$k" "$y" "$t"; fi; '
-    'set -- "$k" "$y" "$t"; eval "$w"'
-)
-
-START_SCRIPT: Final = _START % {"quiet": ""}
-# the line must not be echoed, nor end at the terminal's 4096 bytes of canonical input
-START_SCRIPT_PTY: Final = _START % {
-    "quiet": "export TERM=xterm-256color; t=$(stty -g); y=$(tty); stty raw -echo; ",
-}
-
-# $1 how the tree can be found, $2 the terminal and $3 its modes, or nothing. The line calls `f FOLDER
-# PROGRAM`, which looks for the program before it is run, so that "not found" (127) and "not executable"
-# (126) are ours to tell from a program's own exit codes. Names of variables are such that no environment
-# has them.
-_WAIT: Final = (
-    "__n='\n'; f() { "
-    'cd -- "$1" 2>/dev/null || { printf "\\001E cwd\\n" >&2; exit 126; }; __r=127; '
-    "case $2 in "
-    '*/*) [ -e "$2" ] && __r=126; [ -f "$2" ] && [ -x "$2" ] && __r=0;; '
-    "*) IFS=:; set -f; for __d in $PATH; do "
-    'if [ -f "${__d:-.}/$2" ]; then __r=126; if [ -x "${__d:-.}/$2" ]; then __r=0; break; fi; fi; '
-    "done; unset IFS; set +f;; esac; "
-    "if [ $__r != 0 ]; then printf '\\001E %s\\n' $__r >&2; exit $__r; fi; }; "
-    "printf '\\001R %s %s %s\\n' $$ $1 $2 >&2; "
-    'IFS= read -r __l || exit 0; [ -z "$3" ] || stty "$3"; eval "$__l"'
-)
-
-# $1 exec id, $2 grace and $3 limit in ms: what `Cgroup.kill` does on the host, for where the host's
-# cgroups cannot be reached, to what is in the cgroup and what carries the marker in its environment
-KILL_SCRIPT: Final = (
-    f"{_FIND_CGROUP}; m=cgroup; [ -e $g/cgroup.procs ] || m=scan; "
-    "list() { { [ $m = cgroup ] && cat $g/cgroup.procs 2>/dev/null; "
-    f'grep -lsz "^{MARKER}=$1\\$" /proc/[0-9]*/environ | while IFS=/ read -r _ _ p _; do '
-    'case $(cat /proc/$p/stat 2>/dev/null) in *") Z "*|"") ;; *) echo $p;; esac; done; } | sort -u; }; '
-    'a=$(list "$1"); n=$(echo $a | wc -w); x=0; '
-    "[ $2 -gt 0 ] && [ $n -gt 0 ] && kill -TERM $a 2>/dev/null; "
-    't=0; while [ -n "$a" ] && [ $t -lt $2 ]; do sleep 0.02; t=$((t+20)); a=$(list "$1"); done; '
-    't=0; while [ -n "$a" ] && [ $t -lt $3 ]; do x=1; '
-    "[ $m = cgroup ] && echo 1 >$g/cgroup.kill 2>/dev/null; kill -KILL $a 2>/dev/null; "
-    'sleep 0.02; t=$((t+20)); a=$(list "$1"); done; '
-    "rmdir $g 2>/dev/null; echo $n $x $(echo $a | wc -w) $m"
-)
-
-# $1 a terminal: drops what it holds and gets, until standard input ends, and leaves its modes as they were
-DRAIN_SCRIPT: Final = (
-    's=$(stty -g <"$1") || exit 0; stty raw -echo <"$1"; cat <"$1" >/dev/null & c=$!; '
-    'printf "\\001D\\n"; read -r x; kill $c; stty "$s" <"$1"'
+_LINE: Final = 3072  # bytes of a line up to which `read`, a call for each, takes less time than a process
+# What means something to a shell itself, so that it changes the value or takes none: see `command_line`.
+_MEANT: Final = re.compile(
+    "_|BASH.*|COMP_.*|DIRSTACK|E?UID|ENV|EPOCH.*|EXECIGNORE|FUNCNAME|FUNCNEST|GLOBIGNORE|GROUPS|HIST.*|IFS"
+    "|IGNOREEOF|LINENO|MAIL.*|OLDPWD|OPT(ARG|ERR|IND)|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[0-4]|PWD|S?RANDOM"
+    "|SECONDS|SHELLOPTS|SHLVL|TMOUT"
 )
 
 Method = Literal["cgroup", "scan"]
@@ -121,13 +69,13 @@ class Account:
 
 
 def quote(text: str) -> str:
-    """Quote for the one line that the shell reads: no newline may remain in it.
+    """Quote for the line that the shell reads: no newline may remain in it; `$1` of wait.sh holds one.
 
-    `$__n` holds a newline. Raises `InvalidParams` for NUL, which no argument can carry.
+    Raises `InvalidParams` for NUL, which no argument can carry.
     """
     if "\0" in text:
         raise InvalidParams("arguments, environment and folders cannot contain NUL")
-    return "'" + text.replace("'", "'\\''").replace("\n", "'\"$__n\"'") + "'"
+    return "'" + text.replace("'", "'\\''").replace("\n", "'\"$1\"'") + "'"
 
 
 def start_command(exec_id: str, account: Account | None, *, looks: int, terminal: bool) -> list[str]:
@@ -140,24 +88,52 @@ def start_command(exec_id: str, account: Account | None, *, looks: int, terminal
         words = (account.name,)
     elif account is not None:
         words = (account.name, account.uid, account.gid, account.home or "/")
-    script = START_SCRIPT_PTY if terminal else START_SCRIPT
-    return ["/bin/sh", "-c", script, "sh", exec_id, str(looks), _WAIT, *map(str, words)]
+    asked = (exec_id, looks, "terminal" if terminal else "", WAIT_SCRIPT, *words)
+    return ["/bin/sh", "-c", START_SCRIPT, "sh", *map(str, asked)]
 
 
-def command_line(argv: tuple[str, ...], *, cwd: str, env: Mapping[str, str], merged: bool = False) -> bytes:
-    """Return the line, newline included, that makes the waiting shell run `argv`.
+def command_line(
+    argv: tuple[str, ...],
+    *,
+    cwd: str,
+    env: Mapping[str, str],
+    merged: bool = False,
+    terminal: bool = False,
+) -> bytes:
+    """Return what makes the waiting shell run `argv`: one line, and of a long one what it says to read.
 
-    Raises `InvalidParams` for names and texts that no environment can carry.
+    On a terminal it is one line always: bash reads ahead there.
+
+    The shell exports the environment as the last that it does. What would mean something to itself goes
+    under other names, which `env` turns into the right ones: as words of its own they would show in the
+    tenant's process list. Raises `InvalidParams` for names and texts that no environment can carry.
     """
     for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise InvalidParams(f"{name[:100]!r} cannot be the name of an environment variable")
-    exports = {name: f"export {name}={quote(value)}; " for name, value in env.items()}
-    path = exports.pop("PATH", "")  # the program is looked up in it
-    rest = "".join(exports.values())
-    words = " ".join(quote(word) for word in argv)
-    order = f"{path}f {quote(cwd)} {quote(argv[0])}; {rest}printf '\\001K\\n' >&2; exec {words}"
-    return f"{order}{' 3>&2 2>&1' if merged else ''}\n".encode("utf-8", "surrogateescape")
+    free = (name for number in itertools.count() if (name := f"_{number}") not in env)
+    held = {name: next(free) for name in env if _MEANT.fullmatch(name)}
+    words = [quote(word) for word in argv]
+    if argv[0].startswith("-") or (held and "=" in argv[0]):
+        # an option to `exec` of some shells, a variable to `env`; and dash knows no `exec --`
+        words = ["/usr/bin/nice", "-n0", "--", *words]
+    if held:
+        names = [f"-u{place}" for place in held.values()]
+        names += [f"{name}=${{{place}}}" for name, place in held.items()]
+        words = ["/usr/bin/env", "-S", quote(" ".join(names)), *words]
+    path = quote(env["PATH"]) if "PATH" in env else '"$PATH"'
+    steps = [f"enter {quote(cwd)} {quote(argv[0])} {path}"]
+    if env:
+        exported = (f"{held.get(name, name)}={quote(value)}" for name, value in env.items())
+        steps.append(f"export {' '.join(exported)}")
+    steps.append("printf '\\001K\\n' >&2")
+    steps.append(f"exec {' '.join(words)}{' 3>&2 2>&1' if merged else ''}")
+    line = "; ".join(steps).encode("utf-8", "surrogateescape")
+    if terminal or len(line) <= _LINE:
+        return line + b"\n"
+    # in braces, so that nothing of it runs where its end does not come
+    line = b"{ %b\n}" % line
+    return b'eval "$(head -c %d)"\n%b' % (len(line), line)
 
 
 class Preamble:

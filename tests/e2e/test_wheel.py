@@ -77,7 +77,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_holds_everything_of_ours_that_is_read_at_run_time(wheel: Path) -> None:
-    """Each built file of the editor, each template, what Caddy is given; both packages with their types."""
+    """Built files of the editor, templates, scripts, what Caddy is given; both packages with their types."""
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
 
@@ -90,6 +90,8 @@ def test_it_holds_everything_of_ours_that_is_read_at_run_time(wheel: Path) -> No
     for shipped in ("caddy", "deploy/templates"):
         assert {f"gateway/shipped/{shipped}/{path}" for path in files(CHECKOUT / shipped)} <= inside
     assert {f"gateway/shipped/caddy/{name}" for name in ("Caddyfile", "site.caddy")} <= inside
+    scripts = {path for path in files(CHECKOUT / "gateway") if path.suffix == ".sh"}
+    assert scripts and {f"gateway/{path}" for path in scripts} <= inside
     assert {"gateway/py.typed", "gateway_client/py.typed"} <= inside
     ours = {path for path in inside if ".dist-info/" not in path}
     assert {path.partition("/")[0] for path in ours} == {"gateway", "gateway_client"}

@@ -32,7 +32,6 @@ from gateway.runtime.wrapper import (
     KILL_SCRIPT,
     KILLED_MAX,
     START_SCRIPT,
-    START_SCRIPT_PTY,
     Account,
     Preamble,
     check_size,
@@ -52,7 +51,7 @@ _IN_HAND: Final = (
 )
 _MAX_ID: Final = (1 << 31) - 1
 _KILL_STARTS: Final = 5.0  # seconds until a script that ends a command has begun
-_OURS: Final = (START_SCRIPT, START_SCRIPT_PTY, KILL_SCRIPT, DRAIN_SCRIPT)
+_OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
 
 def is_ours(command: list[str]) -> bool:
@@ -71,7 +70,10 @@ class _Order:
     def line(self) -> bytes:
         """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
         spec = self.spec
-        return command_line(spec.argv, cwd=self.cwd, env=spec.env, merged=spec.merged and spec.pty is None)
+        terminal = spec.pty is not None
+        return command_line(
+            spec.argv, cwd=self.cwd, env=spec.env, merged=spec.merged and not terminal, terminal=terminal
+        )
 
 
 class Commands:

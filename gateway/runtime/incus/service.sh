@@ -20,6 +20,7 @@ for pid in $(head -n 200 "$place$group/cgroup.procs"); do
 done
 [ $# -gt 0 ] || exit 0
 # listeners come first in the kernel's tables
+# shellcheck disable=SC2016 # the program is awk's
 timeout 3 find "$@" -lname 'socket:*' -printf '%l\n' 2>/dev/null | timeout 3 awk '
   FILENAME == "-" { gsub(/[^0-9]/, ""); own[$0]; next }
   FNR == 1 { next }
