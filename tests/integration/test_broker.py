@@ -164,8 +164,10 @@ async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: p
     assert f"cannot write {folder / 'routes'}" in said and "incus-gateway setup" in said
     assert "Traceback" not in said
 
-    changed = [change.step for change in setup(host.settings, lambda line: None) if change.changed]
-    assert changed == ["folders of Caddy's routes"]
+    changed = {change.step for change in setup(host.settings, lambda line: None) if change.changed}
+    assert changed - {"disk quotas"} == {
+        "folders of Caddy's routes"
+    }  # other tests may end the kernel's count
     front = Front(host.settings)
     front.start(CHECKOUT / "deploy")
     try:

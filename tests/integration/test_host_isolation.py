@@ -200,7 +200,10 @@ def test_a_stolen_mac_draws_no_traffic(
 
 
 def _gateway(tenant: Container) -> str:
-    return tenant.sh("ip -4 route show default").split()[2]
+    # the lease of a link that a test took down comes again
+    return tenant.sh(
+        "for i in $(seq 200); do ip -4 route show default | grep . && exit; sleep 0.1; done"
+    ).split()[2]
 
 
 async def test_memory_is_a_hard_limit(make_tenant: MakeTenant, incus_settings: Settings) -> None:
