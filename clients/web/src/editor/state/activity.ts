@@ -159,13 +159,13 @@ export class Activity {
       gateway: "radio",
       incus: "hard-drive",
     };
-    const failed = /failed|oom|error/.test(event.type);
+    const failed = /failed|oom|error|unhealthy|pressure(?!\.ended)/.test(event.type);
     const did = OUTSIDE[event.type] ?? rest.join(" ");
     this.#put({
       ...plain,
       icon: kinds[subject] ?? "info",
       verb: subject === "" ? event.type : subject[0]!.toUpperCase() + subject.slice(1),
-      what: [did, data.phase, data.domain].filter(Boolean).join(" · "),
+      what: [did, data.phase, data.domain, data.why, data.advice].filter(Boolean).join(" · "),
       state: failed ? "failed" : "told",
     });
   }
