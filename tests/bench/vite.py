@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from gateway.host import HostError
 from tests.bench.bench import percentile
@@ -124,15 +124,20 @@ class Shown:
 
 
 async def edits(
-    browser: Browser, host: Hosting, domain: str, tenant: str, file: tuple[str, str], rounds: int
+    browser: Browser | BrowserContext,
+    host: Hosting,
+    url: str,
+    tenant: str,
+    file: tuple[str, str],
+    rounds: int,
 ) -> list[float]:
-    """Edit a file of a tenant so many times; return for each the seconds until the page had changed."""
+    """Edit a file of a tenant so many times; return for each the seconds until the page at `url` changed."""
     path, text = file
     page = await browser.new_page()
     took = []
     try:
         shown = Shown(page)
-        await shown.open(f"http://{domain}:{host.settings.caddy_http}/", text)
+        await shown.open(url, text)
         async with host.gateway.wire(tenant) as wire:
             await wire.call("tools/call", name="Read", arguments={"file_path": f"/srv/site/{path}"})
             now = text
@@ -228,7 +233,8 @@ async def measure(host: Hosting, browser: Browser, name: str, words: argparse.Na
         if why := await asyncio.to_thread(unwell, tenant):
             raise Wrong(f"the site of deployment {number} did not stay up: {why}")
         print(f"  {name} {number}: {record['source']} {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
-    hot = await edits(browser, host, domain, tenant, (path, text), words.edits)
+    url = f"http://{domain}:{host.settings.caddy_http}/"
+    hot = await edits(browser, host, url, tenant, (path, text), words.edits)
     change: Any = packed(folder, ("public/new.txt", b"new"))
     update = await updated(host, domain, change)
     return {

@@ -33,6 +33,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP *.example.com 127.0.0.1",  # real domains, which lead to this machine
 )
 
 SITE = """\

@@ -14,8 +14,23 @@ EDITS = 6
 BOUND = 1.0
 
 
+_, PATH, TEXT = TEMPLATES["vite-react"]
+
+
 async def test_an_edit_shows_in_an_open_page(browser: Browser, host: Hosting, site: str) -> None:
     """Every one of them, and half of them in no time."""
-    _, path, text = TEMPLATES["vite-react"]
-    took = await edits(browser, host, "shop.localhost", site, (path, text), EDITS)
+    url = f"http://shop.localhost:{host.settings.caddy_http}/"
+    took = await edits(browser, host, url, site, (PATH, TEXT), EDITS)
     assert len(took) == EDITS and median(took) < BOUND, took
+
+
+async def test_an_edit_shows_on_a_real_domain_over_https(browser: Browser, host: Hosting, site: str) -> None:
+    """The dev server, which refuses domains that it was not told, is told the new one with it."""
+    context = await browser.new_context(ignore_https_errors=True)
+    try:
+        assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.example.com"}))[0] == 200
+        url = f"https://shop.example.com:{host.settings.caddy_https}/"
+        assert len(await edits(context, host, url, site, (PATH, TEXT), 2)) == 2
+    finally:
+        await context.close()
+        assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.localhost"}))[0] == 200
