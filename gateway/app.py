@@ -606,13 +606,16 @@ class Gateway:
                 raise InvalidParams("the body is not JSON") from None
             ask = Ask(name, request.path_params, request.query_params, body, token)
             facts = {key: request.path_params[key] for key in ("snapshot",) if key in request.path_params}
+            work = self.life.named(handler, body)
+            if work == "resize":
+                facts["size"] = str(body["size"])[:63]
 
             async def note(**more: str) -> None:
                 given: dict[str, Any] = {"operator": token.operates, **facts, **more}
-                await self.audit.note(token.subject, f"tenant.{handler}", name, **given)
+                await self.audit.note(token.subject, f"tenant.{work}", name, **given)
 
             try:
-                answer = await getattr(self.life, handler)(ask)
+                answer = await getattr(self.life, work)(ask)
             except (Timeout, Unavailable) as error:
                 if method == "DELETE":  # it may be gone all the same
                     await note(error=error.code)

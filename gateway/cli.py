@@ -571,6 +571,24 @@ def rename(
 
 
 @app.command()
+def resize(
+    tenant: TenantName,
+    size: Annotated[Size, typer.Argument(metavar="SIZE", help="small, medium or large")],
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Give a tenant the limits of another size, up or down, while it runs."""
+
+    async def run() -> None:
+        async with _client(url, token) as client:
+            now = await client.tenant(tenant).resize(size.value)
+        limits = " ".join(f"{name} {value}" for name, value in now["limits"].items() if value)
+        out.say(f"{tenant} is {size.value}: {limits}")
+
+    _run(run())
+
+
+@app.command()
 def logs(
     tenant: TenantName,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes")] = False,

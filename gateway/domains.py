@@ -197,11 +197,7 @@ class Domains:
         """
         async with self._deciding, contextlib.AsyncExitStack() as undo:
             tenant = await self._runtime.get(name)
-            held = next((one for one in self._claims.values() if one.tenant == name and one.deployment), None)
-            if held is not None:
-                raise Conflict(
-                    "a deployment of this tenant runs; wait for it, or cancel it", deployment=held.deployment
-                )
+            self.undisturbed(name)
             carried = _carriers(await self._runtime.list())
             before = plain(tenant.domain)
             if before is not None:
@@ -214,6 +210,14 @@ class Domains:
             for other, claim in list(self._claims.items()):
                 if claim.tenant == name and other != domain and not claim.deployment:
                     await self._keep(other, None)
+
+    def undisturbed(self, name: str) -> None:
+        """Return where no deployment of a tenant runs. Raises `Conflict`."""
+        held = next((one for one in self._claims.values() if one.tenant == name and one.deployment), None)
+        if held is not None:
+            raise Conflict(
+                "a deployment of this tenant runs; wait for it, or cancel it", deployment=held.deployment
+            )
 
     async def _take(self, domain: str, tenant: Tenant, undo: contextlib.AsyncExitStack) -> None:
         if reserved(domain, self._own):

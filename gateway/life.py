@@ -31,7 +31,16 @@ from gateway.hostnames import normalized
 from gateway.names import Names
 from gateway.room import Room
 from gateway.rootfs.workers import Workers
-from gateway.runtime import SNAPSHOT_NAME, TENANT_NAME, Process, Snapshot, Tenant, TenantEvent, TenantRuntime
+from gateway.runtime import (
+    SNAPSHOT_NAME,
+    TENANT_NAME,
+    Process,
+    Snapshot,
+    Tenant,
+    TenantEvent,
+    TenantRuntime,
+    sizes,
+)
 from gateway.runtime.probe import ask as probe
 from gateway.runtime.probe import refusal
 from gateway.runtime.sites import Site, Sites
@@ -62,6 +71,10 @@ class SnapshotBody(protocol.Params):
 
 class RenameBody(protocol.Params):
     domain: Annotated[str, Field(max_length=253)] | None
+
+
+class ResizeBody(protocol.Params):
+    size: Annotated[str, Field(max_length=63)]
 
 
 class CloneBody(protocol.Params):
@@ -109,6 +122,11 @@ class Life:
         self._following: dict[Following, str] = {}  # the tenant of each
         # who asked for a snapshot's change of which the event is still to come
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
+
+    @staticmethod
+    def named(handler: str, body: Any) -> str:
+        """Return the handler of what was asked for: a PATCH names by its body what is to be changed."""
+        return "resize" if handler == "rename" and isinstance(body, dict) and "size" in body else handler
 
     # --- start to destroy ---------------------------------------------------------------------------
 
@@ -164,6 +182,18 @@ class Life:
                 "tenant.renamed", ask.tenant, {"domain": domain, "from": before, "by": ask.token.subject}
             )
         return described(await self._runtime.get(ask.tenant), self._settings)
+
+    async def resize(self, ask: Ask) -> Mapping[str, Any]:
+        """Give the tenant the limits of another size, while it runs: all of them, or none."""
+        size = sizes.known(protocol.validate(ResizeBody, ask.body).size)
+        async with self.alone(ask.tenant):
+            before = await self._runtime.get(ask.tenant)
+            self._domains.undisturbed(ask.tenant)
+            await self._runtime.resize(ask.tenant, size)
+            now = await self._runtime.get(ask.tenant)
+        facts = {"size": size, "limits": dict(now.limits), "from": dict(before.limits)}
+        self._bus.publish("tenant.resized", ask.tenant, {**facts, "by": ask.token.subject})
+        return described(now, self._settings)
 
     async def _lead(self, tenant: str, domain: str | None) -> Site | None:
         """Lead a tenant's domain where its site is, if that can be said yet; return the site."""

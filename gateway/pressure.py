@@ -24,7 +24,7 @@ from gateway.rootfs.memory import SITE, Place, Process, Sample
 from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, TenantEvent
 from gateway.runtime.incus.tenants import IncusRuntime
-from gateway.runtime.sites import SIZES
+from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)

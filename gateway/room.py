@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from itertools import pairwise
@@ -18,17 +17,13 @@ from typing import Final
 from gateway.errors import GatewayError, TooLarge, Unavailable
 from gateway.rootfs.workers import Workers
 from gateway.runtime import Snapshot, TenantRuntime
+from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
 _MiB: Final = 1 << 20
-# https://linuxcontainers.org/incus/docs/main/reference/instance_units/
-_UNITS: Final = {
-    **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB", "PB", "EB"))},
-    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))},
-}
 _RETRY_AFTER: Final = 60
 
 
@@ -141,12 +136,6 @@ class Room:
             await self._workers.call(root, "files/settle", {}, search=True, changes=True)
         except GatewayError as error:
             log.info("what %s wrote last may not be counted: %s", tenant, error.message)
-
-
-def size_of(text: str) -> int:
-    """Return the bytes of a size as Incus takes it, such as 4GiB; 0 for what is none."""
-    found = re.fullmatch(r"([0-9]+) ?([a-zA-Z]*)", text.strip())
-    return 0 if found is None else int(found[1]) * _UNITS.get(found[2], 0)
 
 
 # --- statements: each is a work of the store -----------------------------------------------------------

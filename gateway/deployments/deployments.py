@@ -47,8 +47,8 @@ from gateway.events import Bus
 from gateway.hostnames import normalized, tenant_name
 from gateway.rootfs.tree import show
 from gateway.rootfs.workers import Workers
-from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime
-from gateway.runtime.sites import SIZES, Exposure, Order, Recipe, Side, Site, Sites
+from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime, sizes
+from gateway.runtime.sites import Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
 from gateway.store import Store, StoreFailed
 from gateway.tasks import apart
@@ -207,8 +207,7 @@ class Deployments:
             raise InvalidParams(f"{tenant[:63]!r} is no tenant name", field="tenant")
         if not token.covers(tenant):
             raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
-        if request.size not in SIZES:
-            raise InvalidParams(f"size is one of {', '.join(SIZES)}", field="size")
+        sizes.known(request.size)
         _check_env(request.env)
         await self._domains.permit(token, domain)
         if isinstance(request.template, str) and request.template not in names(self._settings):
@@ -709,7 +708,7 @@ class _Work:
                     f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
                     reason="quota",
                 )
-            memory = SIZES[self._request.size].get("memory", settings.tenant_memory)
+            memory = sizes.SIZES[self._request.size].get("memory", settings.tenant_memory)
             await self._held.enter_async_context(self._all._promise(record.tenant, memory))
             if self._all._admit is not None:
                 await self._all._admit()

@@ -10,7 +10,8 @@ from typing import Any, Final
 from gateway.migration.door import Owner
 from gateway.migration.scan import Found
 from gateway.migration.service import Old, in_tenant
-from gateway.runtime.sites import SIZES, Recipe
+from gateway.runtime.sites import Recipe
+from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
 
 _IMAGE: Final = 700 << 20  # bytes of a tenant's disk that its system and a copy's growth take

@@ -16,7 +16,8 @@ from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
 from gateway.runtime.incus.sites import HEALTH
 from gateway.runtime.incus.stock import ROLE
 from gateway.runtime.incus.tenants import DOMAIN, IDLE_STOP, PORT
-from gateway.runtime.sites import SIZES, Recipe
+from gateway.runtime.sites import Recipe
+from gateway.runtime.sizes import SIZES
 
 ENDED: Final[Mapping[str, str]] = dict.fromkeys((STATE, OLD, FOLDER, UNIT, FACTS, IDLE_STOP), "")
 """What the keys are changed to once a migration is finished: Incus takes an empty value for none."""

@@ -43,7 +43,8 @@ from gateway.runtime.incus.refusals import translated
 from gateway.runtime.incus.sites import environment_file
 from gateway.runtime.incus.tenants import ASLEEP
 from gateway.runtime.probe import answer
-from gateway.runtime.sites import SIZES, Exposure
+from gateway.runtime.sites import Exposure
+from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
 from gateway.tasks import whole
 

@@ -257,6 +257,15 @@ class TenantRuntime(Protocol):
         """Give the tenant another domain, or none; its name stays."""
         ...
 
+    async def resize(self, name: str, size: str) -> None:
+        """Give the tenant the limits of a size of `sizes.SIZES`, all or none, without a restart.
+
+        Raises `Conflict` where it uses more disk or memory than these allow, or is being updated,
+        `TenantNotRunning` where what its disk holds cannot be seen, and `InvalidParams` where no limits are
+        enforced here.
+        """
+        ...
+
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:

@@ -195,6 +195,14 @@ class LocalRuntime:
         self._save(name, {**self._record(name), "domain": domain})
         self._tell("incus.instance-updated", name)
 
+    async def resize(self, name: str, size: str) -> None:
+        self._record(name)
+        raise InvalidParams(
+            "the local runtime limits nothing, so its tenants have no size; tenants in Incus have",
+            field="size",
+            reason="not_enforced",
+        )
+
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:

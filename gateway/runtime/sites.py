@@ -46,12 +46,6 @@ async def at_once() -> None:
 ALLOWED: Final = "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"
 """The variable by which a site is told its domain, which Vite and what is built on it then answers to."""
 
-SIZES: Final[Mapping[str, Mapping[str, str]]] = {
-    "small": {},  # what the tenants' profile says
-    "medium": {"cpu": "2", "memory": "1GiB", "disk": "8GiB"},
-    "large": {"cpu": "4", "memory": "2GiB", "disk": "16GiB"},
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.runtime.sizes import SIZES
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway
 
@@ -31,6 +32,7 @@ FULL = {"GATEWAY_POOL_RESERVE": "0.999"}
 
 
 class LifeContract:
+    sized = True  # whether tenants have limits
     ENDS = 6  # rounds of stops and destroys
 
     async def log(self, gateway: LiveGateway, tenant: str, line: str) -> None:
@@ -285,6 +287,26 @@ class LifeContract:
             assert (await ask(http, "PATCH", url, {"domain": None}))["domain"] is None
             assert await ask(http, "GET", f"{url}/site") == {"answers": None, "status": None}
             await ask(http, "GET", f"/v1/tenants/{other}/site", status=404)
+
+    async def test_another_size(self, gateway: LiveGateway, fresh: str) -> None:
+        """All limits change at once, and everybody hears of it; where there are no limits that is said."""
+        url = f"/v1/tenants/{fresh}"
+        async with gateway.wire(fresh) as wire, gateway.http(fresh) as http:
+            await wire.call("events/subscribe", types=["tenant.*"])
+            for body in ({"size": "huge"}, {"size": 1}, {"size": "medium", "domain": None}, {}):
+                assert (await ask(http, "PATCH", url, body, 400))["code"] == "invalid_params"
+            if not self.sized:
+                told = await ask(http, "PATCH", url, {"size": "medium"}, 400)
+                assert (told["code"], told["reason"]) == ("invalid_params", "not_enforced")
+                return
+            before = (await ask(http, "GET", url))["limits"]
+            now = await ask(http, "PATCH", url, {"size": "medium"})
+            assert SIZES["medium"].items() <= now["limits"].items()
+            event = await wire.until(lambda: wire.notified("event", type="tenant.resized", subject=fresh))
+            assert event["data"]["size"] == "medium" and event["data"]["by"]
+            assert (event["data"]["limits"], event["data"]["from"]) == (now["limits"], before)
+            assert (await ask(http, "PATCH", url, {"size": "small"}))["limits"] == before
+            await ask(http, "PATCH", f"{url}-none", {"size": "small"}, 404)
 
     async def test_the_sites_log(self, gateway: LiveGateway, fresh: str) -> None:
         """The last lines, then what comes; who leaves leaves nothing running."""

@@ -21,6 +21,7 @@ from gateway.errors import (
 )
 from gateway.rootfs.tenants import found_by
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
+from gateway.runtime.sizes import SIZES
 from tests.contracts.processes import Tree, alive, mark, until
 
 
@@ -45,6 +46,9 @@ async def run(runtime: TenantRuntime, name: str, *argv: str, **options: Any) -> 
 
 
 class RuntimeContract:
+    sized = True
+    """Whether tenants have limits."""
+
     whole_trees = True
     """Whether commands have cgroups; without, who cleared its environment is not found."""
 
@@ -313,6 +317,31 @@ class RuntimeContract:
             await runtime.rename(fresh, None)
             assert (await runtime.get(fresh)).domain is None
             assert (await runtime.get(fresh)).instance == made.instance
+        finally:
+            await runtime.destroy(fresh)
+
+    async def test_a_size_is_given_as_a_whole(self, runtime: TenantRuntime, fresh: str) -> None:
+        """While a command runs on, or not at all; a runtime without limits says so."""
+        with pytest.raises(NotFound):
+            await runtime.resize(fresh, "medium")
+        await runtime.create(fresh)
+        try:
+            process = await runtime.exec(fresh, ExecSpec(("cat",), stdin=True))
+            if not self.sized:
+                with pytest.raises(InvalidParams) as caught:
+                    await runtime.resize(fresh, "medium")
+                assert caught.value.facts["reason"] == "not_enforced"
+            else:
+                before = dict((await runtime.get(fresh)).limits)
+                for size in ("medium", "large"):
+                    await runtime.resize(fresh, size)
+                    limits = (await runtime.get(fresh)).limits
+                    assert SIZES[size].items() <= limits.items()
+                    assert limits["processes"] == before["processes"]
+                await runtime.resize(fresh, "small")
+                assert dict((await runtime.get(fresh)).limits) == before
+            await process.close_stdin()
+            assert (await finish(process))[0] == Exit(0)
         finally:
             await runtime.destroy(fresh)
 

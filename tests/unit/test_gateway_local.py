@@ -98,6 +98,8 @@ class TestLocalMcp(McpContract):
 
 
 class TestLocalLife(LifeContract):
+    sized = False
+
     @pytest.fixture
     async def fresh(self, gateway: LiveGateway) -> str:
         name = f"fresh-{mark()}"

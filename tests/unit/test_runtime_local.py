@@ -39,6 +39,7 @@ def fresh() -> str:
 
 
 class TestLocal(RuntimeContract):
+    sized = False
     whole_trees = os.geteuid() == 0
 
     async def test_the_gateways_own_environment_stays_with_it(

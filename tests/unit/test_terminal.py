@@ -233,6 +233,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "restore": [["restore", "shop", "s"]],
     "clone": [["clone", "shop", "new"]],
     "rename": [["rename", "shop", "d.example"]],
+    "resize": [["resize", "shop", "medium"]],
     "logs": [["logs", "shop"]],
     "metrics": [["metrics", "shop"], ["metrics", "shop", "--json"]],
     "events": [["events"], ["events", "--json"]],

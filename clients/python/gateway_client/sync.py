@@ -263,6 +263,7 @@ class Tenant(_Facade[tenant.Tenant]):
     stop = _waits(tenant.Tenant.stop)
     restart = _waits(tenant.Tenant.restart)
     rename = _waits(tenant.Tenant.rename)
+    resize = _waits(tenant.Tenant.resize)
     snapshots = _waits(tenant.Tenant.snapshots)
     snapshot = _waits(tenant.Tenant.snapshot)
     restore = _waits(tenant.Tenant.restore)

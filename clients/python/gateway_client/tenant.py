@@ -434,6 +434,14 @@ class Tenant:
         """Give the tenant another domain, or none; its name stays."""
         await self._client.http("PATCH", self._path, {"domain": domain})
 
+    async def resize(self, size: Literal["small", "medium", "large"]) -> Mapping[str, Any]:
+        """Give the tenant the limits of another size while it runs, and return it as it is then.
+
+        Raises `Conflict` where it uses more disk or memory than that size has.
+        """
+        answer: Mapping[str, Any] = await self._client.http("PATCH", self._path, {"size": size})
+        return answer
+
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
         """Make another tenant of this one's disk, or of a snapshot of it; it has no domain yet."""
         body = {"tenant": tenant} if snapshot is None else {"tenant": tenant, "snapshot": snapshot}

@@ -12,6 +12,7 @@ from gateway.incus.client import instance_path
 from gateway.runtime import Snapshot
 from gateway.runtime.incus.making import STATIC
 from gateway.runtime.incus.refusals import translated
+from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 
 # by it a machine tells itself from another: two of one id would be given one address
@@ -89,6 +90,23 @@ class Disks:
         """Take the machine's name for itself away from a copy that has not run yet."""
         with translated(name):
             await self._incus.put_file(name, _MACHINE_ID, b"", mode=0o444)
+
+    async def fits(self, instance: Mapping[str, Any], snapshot: str) -> None:
+        """Return if there is that snapshot, and the instance's disk has room for all that it may hold.
+
+        Raises `NotFound` and `Conflict`. A disk with more on it than its quota cannot be used any more.
+        """
+        name = instance["name"]
+        await self.known(name, snapshot)
+        with translated(name):
+            kept = await self._incus.get(instance_path(name, "snapshots", snapshot))
+        then, now = (one["expanded_devices"].get("root", {}).get("size", "") for one in (kept, instance))
+        if size_of(now) and size_of(then) > size_of(now):
+            raise Conflict(
+                f"snapshot {snapshot} is of a disk of {then}, and the tenant has one of {now} now; "
+                "give the tenant that size again first (PATCH size, incus-gateway resize)",
+                reason="in_use",
+            )
 
     async def known(self, name: str, snapshot: str) -> None:
         """Return if there is that snapshot. Raises `NotFound`."""

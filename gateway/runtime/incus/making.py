@@ -45,7 +45,7 @@ _STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ip
 _NIC: Final = "eth0"
 _TRIES: Final = 20  # addresses that are tried until one is free
 _STOPS: Final = 5  # stops of an instance that somebody starts again, until it is left alone
-_WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
+WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
 _PAUSE: Final = 0.2  # Incus has no word for "when it is no longer busy"
 
 Instance = Mapping[str, Any]
@@ -303,7 +303,7 @@ class Making:
                 if device not in found["devices"]:
                     return
                 # Incus takes a device away only with the whole of an instance's configuration
-                kept = {key: found[key] for key in _WHOLE}
+                kept = {key: found[key] for key in WHOLE}
                 kept["devices"] = {key: value for key, value in found["devices"].items() if key != device}
                 try:
                     await whole(self._incus.operate("PUT", path, kept, timeout=limit, if_match=tag))

@@ -30,6 +30,7 @@ from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
+from gateway.runtime.incus.resizing import UPDATING
 from gateway.runtime.incus.stock import ROLE, UNMARKED, Stock, owner
 from gateway.runtime.incus.tenants import (
     ASLEEP,
@@ -44,7 +45,6 @@ from gateway.runtime.incus.uploads import CONTENT, number
 from gateway.runtime.probe import answer, ask, network_up
 from gateway.runtime.sites import (
     ALLOWED,
-    SIZES,
     Exposure,
     Order,
     Prepared,
@@ -60,12 +60,13 @@ from gateway.runtime.sites import (
     lines,
     quota_was_reached,
 )
+from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
+from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
 
 HEALTH: Final = "user.gateway.health"
-MEMORY: Final = "user.gateway.memory"  # limits.memory before a redeploy, "-" for the profile's, and during it
 
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
@@ -402,9 +403,9 @@ class IncusSites:
         await self._root(tenant, _CLEAR, *self._places())
         await self._making.remove_device(tenant, "site-next")
         config = (await self._making.placed(tenant))["config"]
-        if MEMORY in config:
-            before, _, doubled = config[MEMORY].partition(" ")
-            change = {MEMORY: ""}
+        if UPDATING in config:
+            before, _, doubled = config[UPDATING].partition(" ")
+            change = {UPDATING: ""}
             if config.get("limits.memory") == doubled or not doubled:  # else somebody gave it another one
                 change["limits.memory"] = "" if before == "-" else before
             with translated(tenant):
@@ -412,16 +413,24 @@ class IncusSites:
 
     async def _make_room(self, tenant: str) -> None:
         """Double the memory while two sites run side by side."""
-        instance = await self._making.placed(tenant)
-        if MEMORY in instance["config"]:
-            return
-        limit = instance["expanded_config"].get("limits.memory", "")
-        number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
-        if number.isdigit():
-            before, doubled = instance["config"].get("limits.memory", "-"), f"{int(number) * 2}{unit}"
-            change = {MEMORY: f"{before} {doubled}", "limits.memory": doubled}
+        path, patience = instance_path(tenant), self._settings.lifecycle_timeout
+        for attempt in range(_TRIES):
             with translated(tenant):
-                await self._operate("PATCH", instance_path(tenant), {"config": change})
+                instance, tag = await self._incus.get_tagged(path)
+                if UPDATING in instance["config"]:
+                    return
+                limit = instance["expanded_config"].get("limits.memory", "")
+                number, unit = limit.rstrip("KMGTiB"), limit.lstrip("0123456789")
+                if not number.isdigit():
+                    return
+                before, doubled = instance["config"].get("limits.memory", "-"), f"{int(number) * 2}{unit}"
+                change = {"config": {UPDATING: f"{before} {doubled}", "limits.memory": doubled}}
+                try:
+                    await whole(self._incus.operate("PATCH", path, change, timeout=patience, if_match=tag))
+                    return
+                except IncusError as error:
+                    if error.status != 412 or attempt == _TRIES - 1:  # its size was changed meanwhile
+                        raise
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
         device = "site" if side == "live" else "site-next"

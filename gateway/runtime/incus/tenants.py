@@ -48,6 +48,7 @@ from gateway.runtime.incus.making import Making, identity_of, leased
 from gateway.runtime.incus.migrations import STATE as MIGRATION
 from gateway.runtime.incus.ooms import ooms
 from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.resizing import Resizing
 from gateway.runtime.sites import ALLOWED
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
@@ -127,6 +128,7 @@ class IncusRuntime:
         self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
         self.commands = Commands(settings, self._incus, self.init_pid)
         self._disks = Disks(settings, self._incus)
+        self._resizing = Resizing(settings, self._incus, self.making, self.commands)
 
     @property
     def incus(self) -> Incus:
@@ -215,12 +217,19 @@ class IncusRuntime:
             # Incus takes an empty value for none
             await self._operate("PATCH", instance_path(name), {"config": domain_config(domain)})
 
+    async def resize(self, name: str, size: str) -> None:
+        await self.get(name)
+        try:
+            await self._resizing.resize(name, size)
+        finally:
+            self._changed(name)
+
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
         source = await self._instance(name)
         if snapshot is not None:
-            await self._disks.known(name, snapshot)
+            await self._disks.fits(source, snapshot)
         await self.making.free(new)
         config = {MANAGED: "true", **domain_config(domain), PORT: source["expanded_config"].get(PORT, "")}
         async with self.making.undone(f"the clone of {name} failed") as identity:
@@ -249,7 +258,7 @@ class IncusRuntime:
 
     async def restore(self, name: str, snapshot: str) -> None:
         ran = (await self.get(name)).status != "stopped"
-        await self._disks.known(name, snapshot)  # before it is stopped for nothing
+        await self._disks.fits(await self._instance(name), snapshot)  # before it is stopped for nothing
         await self.stop(name)
         try:
             await self._disks.restore(name, snapshot)

@@ -1,0 +1,247 @@
+"""Gives an Incus container another size while it runs, all limits at once or none.
+
+What must never happen is a limit below what is in use. A btrfs pool takes a disk quota below it, says that it
+failed, and then refuses every other one, a larger too (measured with Incus 6.0.4). Less memory than is in use
+the kernel refuses with cgroups v1; with v2 it kills processes until it fits. So both are looked at before
+anything is changed, and what does not fit is refused with the number. Page cache counts for nothing: the
+kernel gives it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
+from gateway.incus import Incus, IncusError
+from gateway.incus.client import instance_path
+from gateway.runtime import ExecSpec, Process
+from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.making import WHOLE, Making
+from gateway.runtime.incus.refusals import translated
+from gateway.runtime.sites import lines
+from gateway.runtime.sizes import SIZES, MiB, size_of
+from gateway.settings import Settings
+from gateway.tasks import whole
+
+log = logging.getLogger(__name__)
+
+UPDATING: Final = "user.gateway.memory"
+"""Says that an update has doubled the memory: what it was, `-` for the profile's, and the double."""
+
+_KEYS: Final = ("cpu", "memory", "processes")
+_USED: Final = Path(__file__).with_name("used.sh").read_text()
+_LOOKING: Final = 120.0  # seconds of a look through a whole disk
+_PRINTED: Final = 64 << 10
+_DISK_MARGIN: Final = 64 * MiB  # that is written between the look and the change, and what no file shows
+_MEMORY_SHARE: Final = 0.9  # of a limit, above which a site is slowed down: its unit's MemoryHigh
+_APPLYING: Final = 10.0
+_TRIES: Final = 5
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+# that cannot be given back, by the names of cgroups v2 and v1
+_PRIVATE: Final = (("anon", "shmem", "kernel"), ("total_rss", "total_shmem"))
+_STAT_MAX: Final = 64 << 10
+
+
+class Resizing:
+    """The sizes of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
+
+    def __init__(self, settings: Settings, incus: Incus, making: Making, commands: Commands) -> None:
+        self._settings, self._incus = settings, incus
+        self._making, self._commands = making, commands
+
+    async def resize(self, name: str, size: str) -> None:
+        """Give an instance the limits of a size. Raises `Conflict` where it uses more than they allow."""
+        path, limit = instance_path(name), self._settings.lifecycle_timeout
+        profile = await self._making.profile()
+        for attempt in range(_TRIES):
+            with translated(name):
+                found, tag = await self._incus.get_tagged(path)
+            if UPDATING in found["config"]:
+                raise Conflict(
+                    "an update of this tenant is not over; change the size when it is", retry_after=5
+                )
+            wanted = _sized(found, profile, SIZES[size])
+            await self._fits(found, wanted, profile)
+            try:
+                await whole(self._incus.operate("PUT", path, wanted, timeout=limit, if_match=tag))
+                break
+            except IncusError as error:
+                if error.status == 412 and attempt < _TRIES - 1:  # somebody else changed it meanwhile
+                    continue
+                await whole(self._take_back(found))
+                if "cgroup item" in error.message:  # by cgroups v1
+                    raise _in_use("memory", _memory(wanted, profile), None) from error
+                with translated(name):
+                    raise
+        if found["status"] == "Running":
+            await self._share_cpus(found, wanted, profile)
+            await self._applied(name)
+
+    async def _take_back(self, before: Mapping[str, Any]) -> None:
+        """See to it that nothing of a change that failed stays; Incus itself does so nearly always."""
+        name, limit = before["name"], self._settings.lifecycle_timeout
+        try:
+            now, tag = await self._incus.get_tagged(instance_path(name))
+            if _limits(now) != _limits(before):
+                body = {key: now[key] for key in WHOLE}
+                own = {key: value for key, value in now["config"].items() if not _is_limit(key)}
+                limits = {key: value for key, value in before["config"].items() if _is_limit(key)}
+                body |= {"config": own | limits, "devices": before["devices"]}
+                await self._incus.operate("PUT", instance_path(name), body, timeout=limit, if_match=tag)
+        except IncusError as error:
+            log.error("the size of tenant %s is half changed: %s", name, error.message)
+
+    async def _share_cpus(
+        self, found: Mapping[str, Any], wanted: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Have Incus deal out CPUs by the limit that there is now.
+
+        When that changes, it deals them out by the one before (measured with 6.0.4), until the next change of
+        any instance. So the limit is written in another way, which means the same, and back.
+        """
+        name = found["name"]
+        both = ({**profile["config"], **one["config"]} for one in (found, wanted))
+        before, after = (one.get("limits.cpu") for one in both)
+        if before == after or after is None or not after.isdecimal():
+            return
+        try:
+            for spelling in (f"0{after}", wanted["config"].get("limits.cpu", "")):
+                await self._making.operate("PATCH", instance_path(name), {"config": {"limits.cpu": spelling}})
+        except IncusError as error:
+            log.warning("tenant %s gets its CPUs with the next change of any: %s", name, error.message)
+
+    # --- what is in use -----------------------------------------------------------------------------
+
+    async def _fits(
+        self, found: Mapping[str, Any], wanted: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Return where an instance uses no more than it is to have. Raises `Conflict`."""
+        name = found["name"]
+        before, after = (_disk(found["devices"], profile), _disk(wanted["devices"], profile))
+        if after and (not before or after < before):
+            if found["status"] != "Running":
+                raise TenantNotRunning(
+                    f"tenant {name} is {found['status'].lower()}: what its disk holds is seen only while it "
+                    "runs, and it is to get a smaller one; start it first"
+                )
+            used = await self._on_disk(name)
+            if used + max(_DISK_MARGIN, used // 20) > after:
+                raise _in_use("disk", after, used)
+        has, memory = _memory(found, profile), _memory(wanted, profile)
+        if memory and (not has or memory < has) and found["status"] != "Stopped":
+            held = await self._in_memory(name)
+            if held > memory * _MEMORY_SHARE:
+                raise _in_use("memory", memory, held)
+
+    async def _on_disk(self, name: str) -> int:
+        """Return the bytes of an instance's disk: what Incus counts is without those of its image."""
+        said = await self._root(name, _USED, _LOOKING)
+        number = said.split()[-2:][:1]
+        state = await self._state(name)
+        own = int(((state.get("disk") or {}).get("root") or {}).get("usage") or 0)
+        if not number or not number[0].isdecimal():
+            raise Unavailable(f"what the disk of tenant {name} holds cannot be seen; ask again later")
+        return max(int(number[0][:18]), own)
+
+    async def _in_memory(self, name: str) -> int:
+        """Return the bytes of memory that an instance cannot give back; at worst its page cache too."""
+        state = await self._state(name)
+        held = await asyncio.to_thread(private_memory, int(state.get("pid") or 0))
+        return int((state.get("memory") or {}).get("usage") or 0) if held is None else held
+
+    async def _state(self, name: str) -> dict[str, Any]:
+        with translated(name):
+            return await self._incus.state(name)
+
+    # --- in the container ---------------------------------------------------------------------------
+
+    async def _applied(self, name: str) -> None:
+        """Have the instance's systemd take shares of the new limits for those of its services."""
+        try:
+            await self._root(name, "exec systemctl daemon-reload", _APPLYING)
+        except (GatewayError, TimeoutError) as error:
+            log.warning(
+                "services of %s keep shares of its old limits until they are reloaded: %s", name, error
+            )
+
+    async def _root(self, name: str, script: str, seconds: float) -> str:
+        spec = ExecSpec(("/bin/sh", "-c", script), cwd="/", user="root", merged=True)
+        process: Process = await self._commands.exec(name, spec)
+        try:
+            async with asyncio.timeout(seconds):
+                said = await lines(process, None, 0, _PRINTED)
+                await process.wait()
+        except TimeoutError:
+            raise Unavailable(f"tenant {name} does not answer in time; ask again later") from None
+        finally:
+            await asyncio.shield(_over(process))
+        return said
+
+
+async def _over(process: Process) -> None:
+    with contextlib.suppress(GatewayError, TimeoutError):
+        await process.kill(0)
+    await process.aclose()
+
+
+def private_memory(pid: int, cgroups: Path = _CGROUPS) -> int | None:
+    """Return the bytes that the container of that first process holds for good, None where not known."""
+    try:
+        groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        paths = {names: path for _, names, path in (line.split(":", 2) for line in groups)}
+        v1 = paths.get("memory")
+        path = (paths[""] if v1 is None else v1).removesuffix("/init.scope").strip("/")
+        folder = (cgroups if v1 is None else cgroups / "memory") / path
+        with (folder / "memory.stat").open() as file:
+            stat = {name: int(value) for name, value in map(str.split, file.read(_STAT_MAX).splitlines())}
+        kernel = 0 if v1 is None else int((folder / "memory.kmem.usage_in_bytes").read_text())
+    except (OSError, ValueError, KeyError):
+        return None
+    return kernel + sum(stat.get(name, 0) for name in _PRIVATE[v1 is not None])
+
+
+def _sized(found: Mapping[str, Any], profile: Mapping[str, Any], size: Mapping[str, str]) -> dict[str, Any]:
+    """Return the whole of an instance with the limits of a size; what a size leaves open is the profile's."""
+    body = {key: found[key] for key in WHOLE}
+    own = {key: value for key, value in found["config"].items() if not _is_limit(key)}
+    body["config"] = own | {f"limits.{key}": size[key] for key in _KEYS if key in size}
+    default = profile["devices"]["root"]
+    devices = dict(found["devices"])
+    root = {**devices.get("root", default), "size": size.get("disk", default.get("size", ""))}
+    devices.pop("root", None)
+    body["devices"] = devices if root == default else {**devices, "root": root}
+    return body
+
+
+def _is_limit(key: str) -> bool:
+    return key.removeprefix("limits.") in _KEYS and key.startswith("limits.")
+
+
+def _limits(instance: Mapping[str, Any]) -> tuple[dict[str, str], Any]:
+    config = {key: value for key, value in instance["config"].items() if _is_limit(key)}
+    return config, instance["devices"].get("root")
+
+
+def _disk(devices: Mapping[str, Mapping[str, str]], profile: Mapping[str, Any]) -> int:
+    return size_of(devices.get("root", profile["devices"]["root"]).get("size", ""))
+
+
+def _memory(instance: Mapping[str, Any], profile: Mapping[str, Any]) -> int:
+    """Return the bytes of memory that an instance is given; 0 where that is no number of bytes."""
+    return size_of({**profile["config"], **instance["config"]}.get("limits.memory", ""))
+
+
+def _in_use(what: str, limit: int, used: int | None) -> Conflict:
+    """Return the refusal of a size that is smaller than what is in use."""
+    advice = {
+        "disk": "remove what nobody needs, or keep the size",
+        "memory": "stop what runs in it, or keep the size",
+    }
+    holds = "more" if used is None else f"{-(-used // MiB)} MiB"
+    said = f"the tenant uses {holds} of {what}; a size with {limit // MiB} MiB leaves it too little room"
+    return Conflict(f"{said}: {advice[what]}", reason="in_use", limit=limit, used=used, what=what)

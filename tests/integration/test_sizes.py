@@ -1,0 +1,165 @@
+"""A tenant's size is changed while it runs, up and down, as a whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import MiB, Settings
+from tests.integration import environment
+from tests.integration.sites import Hosting, hosting
+
+pytestmark = pytest.mark.timeout(200)
+DOMAIN, TENANT = "grows.test", "grows-test"
+URL = f"/v1/tenants/{TENANT}"
+SMALL = {"cpu": "1", "memory": "512MiB", "disk": "2GiB"}
+MEDIUM = {"cpu": "2", "memory": "1GiB", "disk": "8GiB"}
+HOG = "let kept = Array.from({length: 600}, (_, i) => new Uint8Array(1 << 20).fill(i)); console.log('full');"
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    state = tmp_path_factory.mktemp("sizes") / "state"
+    async with hosting(incus_settings, state, idle_look=0.5) as host:
+        record = await host.deploy(DOMAIN)
+        assert record["state"] == "succeeded", record["error"]
+        yield host
+
+
+async def resize(host: Hosting, size: str) -> tuple[int, Any]:
+    status, answer, _ = await host.call("PATCH", URL, {"size": size})
+    return status, answer
+
+
+async def sh(host: Hosting, line: str) -> str:
+    status, answer, _ = await host.call("POST", f"{URL}/exec", {"command": line})
+    assert (status, answer["exit_code"]) == (200, 0), answer
+    return str(answer["stdout"])
+
+
+def kernels() -> dict[str, int]:
+    """Return the limits in the kernel's own files, on hosts with one cgroup tree or with several."""
+    root = Path("/sys/fs/cgroup")
+    v1 = (root / "memory").is_dir()
+    group = f"lxc.payload.{TENANT}"
+    memory = root / ("memory" if v1 else "") / group / ("memory.limit_in_bytes" if v1 else "memory.max")
+    cpus = root / ("cpuset" if v1 else "") / group / "cpuset.cpus"
+    first, _, last = cpus.read_text().strip().partition("-")
+    shown = json.loads(environment.incus("query", f"/1.0/instances/{TENANT}/state").stdout)
+    return {
+        "memory": int(memory.read_text()),
+        "cpus": int(last or first) - int(first) + 1,
+        "disk": shown["disk"]["root"]["total"],
+    }
+
+
+async def limited(memory: int, cpus: int, disk: int) -> None:
+    """Return once the kernel has these limits; Incus deals out the CPUs a moment after the others."""
+    wanted = {"memory": memory * MiB, "cpus": cpus, "disk": disk * MiB}
+    assert {**kernels(), "cpus": cpus} == wanted
+    async with asyncio.timeout(10):
+        while kernels() != wanted:
+            await asyncio.sleep(0.1)  # nobody tells
+
+
+def has(limits: dict[str, Any], wanted: dict[str, str]) -> bool:
+    return {key: limits[key] for key in wanted} == wanted
+
+
+async def test_limits_change_while_a_command_and_the_site_run(host: Hosting) -> None:
+    """In the kernel, without a restart of anything; the size holds over a restart, an update and a sleep."""
+    main = await sh(host, "systemctl show --value --property=MainPID site.service")
+    async with host.gateway.wire(TENANT) as wire:
+        await wire.call("events/subscribe", types=["tenant.resized"])
+        begun = await wire.call("exec/start", argv=["sleep", "600"])
+        await limited(512, 1, 2048)
+        status, answer = await resize(host, "medium")
+        assert status == 200 and has(answer["limits"], MEDIUM), answer
+        told = await wire.until(lambda: wire.notified("event", type="tenant.resized", subject=TENANT))
+        assert told["data"]["size"] == "medium" and has(told["data"]["limits"], MEDIUM)
+        assert has(told["data"]["from"], SMALL) and told["data"]["by"]
+        await limited(1024, 2, 8192)
+        status, answer = await resize(host, "small")
+        assert status == 200 and has(answer["limits"], SMALL), answer
+        await limited(512, 1, 2048)
+        assert (await resize(host, "medium"))[0] == 200
+        running = (await wire.call("exec/list"))["execs"]
+        assert [entry["state"] for entry in running if entry["exec"] == begun["exec"]] == ["running"]
+        await wire.call("exec/cancel", exec=begun["exec"])
+    assert await sh(host, "systemctl show --value --property=MainPID site.service") == main
+    assert (await host.visit(DOMAIN))[0] == 200
+    for change in ("restart", "update", "sleep"):
+        if change == "update":
+            assert (await host.deploy(DOMAIN))["state"] == "succeeded"
+        elif change == "sleep":
+            environment.configure(TENANT, "user.gateway.idle_stop", "0.1")
+            async with asyncio.timeout(30):
+                while not (await host.call("GET", URL))[1]["asleep"]:
+                    await asyncio.sleep(0.2)
+            environment.configure(TENANT, "user.gateway.idle_stop", "0")
+            assert (await host.visit(DOMAIN))[0] == 200
+        else:
+            await host.call("POST", f"{URL}/restart")
+        _, answer, _ = await host.call("GET", URL)
+        assert has(answer["limits"], MEDIUM), (change, answer["limits"])
+        assert kernels()["memory"] == 1024 * MiB and kernels()["disk"] == 8192 * MiB
+    async with host.gateway.http("*", scopes=("admin",)) as http:
+        async with http.get(f"/v1/audit?tenant={TENANT}") as answer:
+            entries = (await answer.json())["entries"]
+    facts = [entry["facts"] for entry in entries if entry["action"] == "tenant.resize"]
+    assert [entry["size"] for entry in facts] == ["medium", "small", "medium"]
+
+
+async def test_what_is_in_use_is_not_taken_away(host: Hosting) -> None:
+    """Nothing of the other limits changes then, nothing dies, and it can still grow."""
+    assert (await resize(host, "medium"))[0] == 200
+    await sh(host, "fallocate --length 2300M /home/site/large; sync")
+    status, answer = await resize(host, "small")
+    assert (status, answer["code"], answer["reason"]) == (409, "conflict", "in_use"), answer
+    assert answer["what"] == "disk" and answer["used"] > 2300 * MiB and answer["limit"] == 2048 * MiB
+    await limited(1024, 2, 8192)
+    await host.call("POST", f"{URL}/snapshots", {"name": "large"})
+    await sh(host, "rm /home/site/large; sync")
+    async with host.gateway.wire(TENANT) as wire:
+        begun = await wire.call("exec/start", argv=["bun", "-e", HOG + "setInterval(() => kept[0], 1000)"])
+        await wire.until(lambda: b"full" in wire.output[begun["channel"], 1])
+        status, answer = await resize(host, "small")
+        assert (status, answer["reason"], answer["what"]) == (409, "in_use", "memory"), answer
+        assert 600 * MiB <= answer["used"] < 1024 * MiB and "MiB of memory" in answer["detail"]
+        await limited(1024, 2, 8192)
+        assert (await resize(host, "large"))[0] == 200
+        running = (await wire.call("exec/list"))["execs"]
+        assert [entry["state"] for entry in running if entry["exec"] == begun["exec"]] == ["running"]
+        await wire.call("exec/cancel", exec=begun["exec"])
+    async with asyncio.timeout(20):
+        while (await resize(host, "small"))[0] != 200:
+            await asyncio.sleep(0.5)  # nobody tells when all that it held is given back
+    # what that snapshot holds is more than there is room for now
+    status, answer, _ = await host.call("POST", f"{URL}/snapshots/large/restore")
+    assert (status, answer["reason"]) == (409, "in_use"), answer
+    assert (await host.visit(DOMAIN))[0] == 200
+    status, answer, _ = await host.call("POST", f"{URL}/clone", {"tenant": "copy", "snapshot": "large"})
+    assert (status, answer["reason"]) == (409, "in_use"), answer
+    assert (await resize(host, "large"))[0] == 200
+    assert (await host.call("POST", f"{URL}/snapshots/large/restore"))[0] == 200
+    assert kernels()["disk"] == 16384 * MiB
+
+
+async def test_a_stopped_tenant_gets_a_larger_size_only(host: Hosting) -> None:
+    await host.call("POST", f"{URL}/stop")
+    assert (await resize(host, "large"))[0] == 200
+    status, answer = await resize(host, "small")
+    assert (status, answer["code"]) == (409, "tenant_not_running"), answer
+    await host.call("POST", f"{URL}/start")
+    assert kernels()["memory"] == 2048 * MiB
+
+
+@pytest.mark.parametrize("body", [{"size": "huge"}, {"size": 1}, {"size": "small", "domain": None}, {}])
+async def test_what_is_no_size(host: Hosting, body: Any) -> None:
+    status, answer, _ = await host.call("PATCH", URL, body)
+    assert (status, answer["code"]) == (400, "invalid_params")
