@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.errors import GatewayError, NotFound, RateLimited, Unavailable
-from gateway.runtime.sizes import size_of
 from gateway.runtime import Tenant, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.sizes import SIZES
+from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -189,7 +189,11 @@ class Life:
         async with self.alone(ask.tenant):
             before = await self._runtime.get(ask.tenant)
             self._domains.undisturbed(ask.tenant)
-            await self._runtime.resize(ask.tenant, size)
+            memory = sizes.SIZES[size].get("memory", self._settings.tenant_memory)
+            # one that does not run is promised nothing yet
+            running = before.status != "stopped"
+            async with self.capacity.promise(ask.tenant, memory) if running else contextlib.nullcontext():
+                await self._runtime.resize(ask.tenant, size)
             now = await self._runtime.get(ask.tenant)
         facts = {"size": size, "limits": dict(now.limits), "from": dict(before.limits)}
         self._bus.publish("tenant.resized", ask.tenant, {**facts, "by": ask.token.subject})
