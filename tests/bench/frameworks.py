@@ -288,6 +288,8 @@ def attempt(starter: Starter, mode: str, natural: Found | None = None) -> Found:
             shown = visit(where, page_seconds)
         except Wrong as error:
             raise Wrong(f"{error}\n{log()}") from None
+    if command("systemctl is-active site || :", seconds=30, root=True).strip() != "active":
+        raise Wrong("the site ended after it had answered")
     if ooms() != before:
         raise Wrong("the kernel ended a process")
     peak, cache, rest = (round(value / MiB) for value in (meter.peak, meter.cache, meter.rest))
