@@ -41,14 +41,15 @@ from gateway.runtime import (
     TenantRuntime,
     sizes,
 )
+from gateway.runtime.probe import answer, refusal
 from gateway.runtime.probe import ask as probe
-from gateway.runtime.probe import refusal
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _REFUSES: Final = 2.0  # seconds in which a site says whether it refuses its new domain
+_RETURNS: Final = 5.0  # seconds that are waited for a site that was started again
 _ADDRESSED: Final = 10.0  # seconds in which a started container gets its address
 # changes whose events are still to come; of more the oldest are told as the gateway's own
 _ASKED: Final = 1000
@@ -222,7 +223,8 @@ class Life:
     async def _have_allowed(self, tenant: str, domain: str) -> None:
         """Have a running site that refuses its tenant's new domain start again with what allows it.
 
-        Whether that was enough is told by the looks at its health.
+        Wait a while for it, so that whoever opens the domain next finds it. Whether that was enough is told
+        by the looks at its health.
         """
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if site is None or not site.running or site.exposure is None or site.deployment is not None:
@@ -234,7 +236,8 @@ class Life:
                 return
             await self._sites.allow(tenant, domain)
             await self._sites.restart(tenant)
-        except (OSError, ValueError):
+            await answer(where.address, where.port, site.health, _RETURNS, host=domain)
+        except (OSError, ValueError):  # TimeoutError among them
             return  # it says nothing of any domain
         except GatewayError as error:
             log.warning("the site of %s is not told its new domain: %s", tenant, error.message)

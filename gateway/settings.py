@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         "", description="block device for a new pool; empty: a sparse file sized to the free disk"
     )
     tenant_cpu: str = Field("1", description="limits.cpu of a tenant")
-    tenant_memory: str = Field("512MiB", description="limits.memory of a tenant, hard")
+    tenant_memory: str = Field("1GiB", description="limits.memory of a tenant, hard")
     tenant_processes: int = Field(400, gt=0, description="limits.processes of a tenant")
     tenant_disk: str = Field("4GiB", description="root disk quota of a tenant where the pool can")
     tenant_read: str = Field(

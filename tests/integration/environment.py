@@ -39,6 +39,7 @@ def settings(**changes: Any) -> Settings:
         "network_ipv4": f"10.83.{HOST}.1/24",
         "pool": "gwtest",
         "tenant_disk": "2GiB",
+        "tenant_memory": "512MiB",  # enough for what the tests run, on a machine of any size
         "state_dir": INCUS_DIR / "gateway",
         "listen": "127.0.0.1:0",
     }

@@ -121,7 +121,7 @@ async def test_a_refusal_names_no_figure_of_the_host() -> None:
 
 @pytest.mark.parametrize(
     ("text", "limit"),
-    [("512MiB", GiB // 2), ("25%", GiB), ("999999%", 4 * GiB), ("9PiB", 4 * GiB), (None, GiB // 2)],
+    [("512MiB", GiB // 2), ("25%", GiB), ("999999%", 4 * GiB), ("9PiB", 4 * GiB), (None, GiB)],
 )
 def test_limits_as_incus_takes_them(text: str | None, limit: int) -> None:
     assert limit_of(text, 4 * GiB, Settings()) == limit

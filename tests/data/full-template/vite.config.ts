@@ -15,7 +15,5 @@ export default defineConfig({
     host: "0.0.0.0",
     port: Number(process.env.PORT ?? 5173),
     strictPort: true,
-    // the gateway decides which domains lead here
-    allowedHosts: true,
   },
 })
