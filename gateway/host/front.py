@@ -113,7 +113,7 @@ def hand_over(settings: Settings) -> str | None:
     if folder.stat().st_uid == user.pw_uid:
         return None
     changed = False
-    for name in ("routes", "targets", "sockets"):
+    for name in ("routes", "targets", "sockets", "away"):
         place = folder / name
         if place.exists() and place.stat().st_uid == user.pw_uid:
             continue

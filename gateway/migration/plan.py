@@ -148,17 +148,15 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
         why = "root runs its service" if old.uid == 0 else "its owner is another user than the service's"
         yield (
             f"the folder is attached read-only ({why}): what the tenant wrote there could be run by that "
-            "user "
-            "on this host. Files can be changed once they are copied"
+            "user on this host. Files can be changed once they are copied"
         )
     else:
         yield "while it is attached, what the tenant writes runs on this host, as the old service's user"
     if own_block:
         yield (
-            "Caddy has a block of its own for this domain, which goes before the gateway's routes: remove it "
-            "once "
-            "the folder is attached (visitors then come to the old service by the gateway's route), else the "
-            "switch is refused"
+            "Caddy has a block of its own for this domain, which goes before the gateway's routes: comment "
+            "it out once the folder is attached (visitors then come to the old service by the gateway's route), "
+            "else the switch is refused"
         )
     if found.out.count:
         yield f"links that lead out of the folder are copied as they are, and lead nowhere: {found.out}"

@@ -235,9 +235,9 @@ class Migration:
         await led(self._caddy, domain, moving.old)
         if await asyncio.to_thread(self._own_block, domain):
             raise Conflict(
-                f"Caddy has a block of its own for {domain}, which goes before the gateway's routes; remove "
-                "it and reload Caddy: visitors then come to the old service by the gateway's route. Then run "
-                "this again"
+                f"Caddy has a block of its own for {domain}, which goes before the gateway's routes; "
+                "comment it out and reload Caddy: visitors then come to the old service by the gateway's "
+                "route. Then run this again"
             )
         await self._mirror(moving)  # what has changed since; the last pass has little left to do
         exposure = await self._sites.expose(tenant, "live", recipe)
@@ -313,7 +313,7 @@ class Migration:
         if moving.unit is not None:
             await asyncio.to_thread(self._units.enable, moving.unit, False)
         await self._patch(moving.tenant, ENDED)
-        self._say(f"  {moving.folder} is as the old service left it, and yours to keep or remove")
+        self._say(f"  {moving.folder} is as the old service left it, and yours")
 
     # --- the old service ----------------------------------------------------------------------------
 

@@ -317,7 +317,7 @@ async def test_who_has_a_wrong_clock_is_asked_by_that_of_the_gateway(editor: Ope
     await page.reload()
     await window.connected()
     assert await page.get_by_label("New access token").count() == 0
-    await led_to(window, token(site, ttl=10), site)
+    await led_to(window, token(site, ttl=20), site)
     await expect(page.get_by_label("New access token")).to_be_visible()
     await expect(page.get_by_text(re.compile(r"This session ends at .*, in \d+ s"))).to_be_visible()
     await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()

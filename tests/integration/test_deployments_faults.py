@@ -182,7 +182,8 @@ def inside(tenant: str) -> str:
     """Return what a deployment may have changed in a container."""
     look = (
         "cd /srv && find . -path ./site/node_modules -prune -o -printf '%p %s %u\\n' | sort;"
-        "ls -l --time-style=+ /etc/site* /etc/systemd/system/site* /run/systemd/system/site* 2>/dev/null;"
+        "ls -l --time-style=+ /etc/site* /etc/systemd/system/site* /run/systemd/system/site*.service "
+        "2>/dev/null;"
         "cat /etc/systemd/system/site.service; systemctl is-active site.service site-next.service"
     )
     return environment.incus("exec", tenant, "--", "sh", "-c", look, check=False).stdout.decode()

@@ -219,6 +219,8 @@ COMMANDS: dict[str, list[list[str]]] = {
     "broker": [],
     "setup": [],
     "image": [],
+    "capacity": [],
+    "migrate": [],
     "token": [["token", "--revoke", EVIL]],
     "doctor": [["doctor"], ["doctor", "--json"]],
     "audit": [["audit"], ["audit", "--json"]],

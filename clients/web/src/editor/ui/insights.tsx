@@ -177,7 +177,8 @@ function Chart(props: {
   most?: number | undefined;
 }) {
   const all = props.series.flat().filter((value) => value !== null);
-  const top = props.most ?? Math.max(props.least, ...all) * 1.15;
+  // a tenant that does not run has a limit of nothing
+  const top = props.most || Math.max(props.least, ...all) * 1.15;
   const span = (count: number) => Math.min(MOST, Math.max(LEAST, count - 1));
   const x = (index: number, count: number) => WIDTH - (count - 1 - index) * (WIDTH / span(count));
   const collecting = !props.series.some((values) => values.filter((value) => value !== null).length > 1);
