@@ -155,8 +155,8 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
     if own_block:
         yield (
             "Caddy has a block of its own for this domain, which goes before the gateway's routes: comment "
-            "it out once the folder is attached (visitors then come to the old service by the gateway's route), "
-            "else the switch is refused"
+            "it out once the folder is attached (visitors then come to the old service by the gateway's "
+            "route), else the switch is refused"
         )
     if found.out.count:
         yield f"links that lead out of the folder are copied as they are, and lead nowhere: {found.out}"
