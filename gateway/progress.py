@@ -144,6 +144,8 @@ class Progress:
 
 def _note(event: Mapping[str, Any]) -> str:
     match event["phase"]:
+        case "validate":
+            return "; ".join(f"warning: {line(str(said))}" for said in event.get("warnings", ()))
         case "create":
             said = {
                 "pool": "one was ready",

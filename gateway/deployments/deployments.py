@@ -27,7 +27,7 @@ from gateway.auth import Token
 from gateway.bounds import aside
 from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
-from gateway.deployments.frameworks import Framework, listening
+from gateway.deployments.frameworks import Framework, listening, shortage
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
 from gateway.deployments.turns import Owner, Turns, uploader
@@ -709,6 +709,7 @@ class _Work:
                     reason="quota",
                 )
             memory = sizes.SIZES[self._request.size].get("memory", settings.tenant_memory)
+            record.warnings = self._short(memory)
             await self._held.enter_async_context(self._all._promise(record.tenant, memory))
             if self._all._admit is not None:
                 await self._all._admit()
@@ -726,8 +727,17 @@ class _Work:
                     reason="migrating",
                 )
             record.kind, self._side = "update", "next"
+            record.warnings = self._short(there.limits.get("memory") or settings.tenant_memory)
         await self._caddy.ensure()
-        return {"kind": record.kind}
+        return {"kind": record.kind} | ({"warnings": record.warnings} if record.warnings else {})
+
+    def _short(self, memory: str) -> list[str]:
+        """Return a warning where a framework is known to need more than the tenant's memory."""
+        if self._settings.runtime != "incus":  # others limit none
+            return []
+        known = sizes.size_of(memory)  # 0 for a share of the host's
+        said = shortage(*self._framework, known) if known else ""
+        return [said] if said else []
 
     async def create(self) -> dict[str, Any]:
         record = self._record

@@ -42,6 +42,7 @@ class Framework:
     own and the others may start others too. `serving` are subcommands that start its dev server although
     others use that word for something else. `ports` are where it serves if nobody says where, and `listen`
     how it is told to serve on 0.0.0.0:$PORT: arguments of its program, or code of a site without one.
+    `needs` is the memory in MiB that a tenant must have for a starter of it (`tests/bench/frameworks`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Framework:
     serving: frozenset[str] = frozenset()
     ports: frozenset[int] = frozenset()
     listen: str = _HOST_AND_PORT
+    needs: Mapping[Mode, int] = field(default_factory=dict)
 
 
 # what is a plugin of another, and started by its program, stands before it
@@ -60,10 +62,29 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"next"}),
         ports=frozenset({3000}),
         listen="--hostname 0.0.0.0 --port $PORT",
+        needs={"dev": 640},
     ),
-    Framework("nuxt", ("nuxt", "nuxi"), frozenset({"nuxt"}), ports=frozenset({3000})),
-    Framework("sveltekit", ("svelte-kit", "vite"), frozenset({"@sveltejs/kit"}), ports=_VITE),
-    Framework("astro", ("astro",), frozenset({"astro"}), ports=frozenset({4321})),
+    Framework(
+        "nuxt",
+        ("nuxt", "nuxi"),
+        frozenset({"nuxt"}),
+        ports=frozenset({3000}),
+        needs={"dev": 640, "production": 128},
+    ),
+    Framework(
+        "sveltekit",
+        ("svelte-kit", "vite"),
+        frozenset({"@sveltejs/kit"}),
+        ports=_VITE,
+        needs={"dev": 704, "production": 256},
+    ),
+    Framework(
+        "astro",
+        ("astro",),
+        frozenset({"astro"}),
+        ports=frozenset({4321}),
+        needs={"dev": 512, "production": 128},
+    ),
     Framework(
         "react-router",
         ("react-router", "react-router-serve", "vite"),
@@ -71,7 +92,14 @@ TABLE: Final[tuple[Framework, ...]] = (
         ports=_VITE,
     ),
     Framework("remix", ("remix", "remix-serve", "vite"), frozenset({"@remix-run/dev"}), ports=_VITE),
-    Framework("vite", ("vite",), frozenset({"vite"}), serving=frozenset({"serve"}), ports=_VITE),
+    Framework(
+        "vite",
+        ("vite",),
+        frozenset({"vite"}),
+        serving=frozenset({"serve"}),
+        ports=_VITE,
+        needs={"dev": 256},
+    ),
     Framework("bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
     Framework("node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
 )
@@ -142,6 +170,21 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
                 if command not in _OTHER or command in framework.serving:
                     return "dev"
     return "production"
+
+
+def shortage(framework: Framework | None, start: Sequence[str], memory: int) -> str:
+    """Say that a tenant of so many bytes is too small for a site that these words start; "" if it is not."""
+    if framework is None:
+        return ""
+    of, has = mode(framework, start), memory >> 20
+    needs = framework.needs.get(of, 0)
+    if has >= needs:
+        return ""
+    what = "the dev server of" if of == "dev" else "a site made with"
+    return (
+        f"{what} {framework.name} is known to need {needs} MiB, and the tenant has {has}: the kernel may end "
+        "it; give the tenant a larger size"
+    )
 
 
 def listening(framework: Framework | None, start: Sequence[str]) -> str:

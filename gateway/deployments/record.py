@@ -47,6 +47,7 @@ class Record:
     ended: float | None = None
     ms: int | None = None
     error: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=lambda: [Phase(name) for name in PHASES])
 
     @property

@@ -7,7 +7,16 @@ import time
 
 import pytest
 
-from gateway.deployments.frameworks import TABLE, Project, expanded, listening, mode, project, recognise
+from gateway.deployments.frameworks import (
+    TABLE,
+    Project,
+    expanded,
+    listening,
+    mode,
+    project,
+    recognise,
+    shortage,
+)
 
 VITE = {"vite", "react"}
 
@@ -133,3 +142,22 @@ def test_a_manifest_of_many_names_is_read_in_part() -> None:
 )
 def test_each_is_told_in_its_own_way_where_to_listen(start: list[str], packages: set[str], said: str) -> None:
     assert listening(recognise(start, packages), start).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "memory", "said"),
+    [
+        ("sveltekit", ["vite", "dev"], 512, "704 MiB, and the tenant has 512"),
+        ("sveltekit", ["vite", "dev"], 704, ""),
+        ("sveltekit", ["node", "build"], 512, ""),
+        ("sveltekit", ["node", "build"], 128, "a site made with sveltekit"),
+        ("next", ["next", "dev"], 512, "the dev server of next"),
+        ("next", ["next", "start"], 128, ""),  # nobody knows
+        ("bun", ["bun", "server.ts"], 16, ""),
+    ],
+)
+def test_who_is_too_small_is_told_so(name: str, start: list[str], memory: int, said: str) -> None:
+    framework = next(one for one in TABLE if one.name == name)
+    found = shortage(framework, start, memory << 20)
+    assert said in found and bool(found) is bool(said)
+    assert shortage(None, start, memory << 20) == ""
