@@ -23,6 +23,7 @@ _SCRIPT: Final = 2000  # characters of a script that are looked at
 _WORDS: Final = 256  # of a command, once its scripts are looked up
 _DEPTH: Final = 4  # of scripts that run scripts
 _DEPENDENCIES: Final = ("dependencies", "devDependencies")
+_SHELLS: Final = frozenset({"sh", "bash", "dash"})
 _RUNNERS: Final = frozenset({"bun", "npm", "pnpm", "yarn"})
 _WORD: Final = re.compile(r"[^\s;&|()'\"]+")
 # what a framework's program does instead of serving while somebody works on the site
@@ -137,9 +138,12 @@ def project(manifest: bytes | None) -> Project:
 def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
     """Return the words of a command with those of the scripts that it runs behind them.
 
-    `bun run dev` becomes `bun run dev vite --open`; words are parted by spaces and what a shell parts by.
+    `bun run dev` becomes `bun run dev vite --open`; words are parted by spaces and what a shell parts by. So
+    are those that a shell is given by `-c`.
     """
     words = list(start[:_WORDS])
+    if len(words) > 2 and _program(words[0]) in _SHELLS and words[1] == "-c":
+        words += _WORD.findall(words[2][:_SCRIPT])[: _WORDS - len(words)]
     at, left = 0, _DEPTH
     while left and (script := _script(words[at:], project)) is not None:
         at, left = len(words), left - 1

@@ -161,3 +161,11 @@ def test_who_is_too_small_is_told_so(name: str, start: list[str], memory: int, s
     found = shortage(framework, start, memory << 20)
     assert said in found and bool(found) is bool(said)
     assert shortage(None, start, memory << 20) == ""
+
+
+def test_what_a_shell_is_given_is_looked_at() -> None:
+    scripts = {"dev": "vite dev"}
+    for line in ("node migrate.js && exec vite dev", "node migrate.js; bun run dev"):
+        words = expanded(["sh", "-c", line], Project(frozenset(VITE), scripts))
+        framework = recognise(words, VITE)
+        assert framework is not None and (framework.name, mode(framework, words)) == ("vite", "dev"), line
