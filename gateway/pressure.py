@@ -24,7 +24,7 @@ from gateway.rootfs.memory import SITE, Place, Process, Sample
 from gateway.rootfs.tree import show
 from gateway.runtime import ExecSpec, TenantEvent
 from gateway.runtime.incus.tenants import IncusRuntime
-from gateway.runtime.sizes import SIZES
+from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
 
 def larger(limit: int | None) -> str | None:
     """Return the smallest size with more memory than so many bytes; None where there is none."""
-    sizes = [(in_bytes(size["memory"]), name) for name, size in SIZES.items() if "memory" in size]
+    sizes = [(size_of(size["memory"]), name) for name, size in SIZES.items() if "memory" in size]
     more = [(has, name) for has, name in sizes if limit is not None and has > limit]
     return min(more)[1] if more else None
 
@@ -369,11 +369,3 @@ def advice(name: str, limit: int | None, size: str | None) -> str:
         f"{name} needs more than {has}: give it the size {size} (incus-gateway resize {name} {size}, or "
         f'PATCH /v1/tenants/{name} {{"size": "{size}"}}), or have it use less'
     )
-
-
-_UNITS: Final = {"MiB": 20, "GiB": 30, "TiB": 40}
-
-
-def in_bytes(text: str) -> int:
-    """Return what a size of ours, such as `1GiB`, is in bytes."""
-    return int(text[:-3]) << _UNITS[text[-3:]]

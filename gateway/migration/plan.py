@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,12 +11,10 @@ from gateway.migration.door import Owner
 from gateway.migration.scan import Found
 from gateway.migration.service import Old, in_tenant
 from gateway.runtime.sites import Recipe
-from gateway.runtime.sizes import SIZES
+from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
 
 _IMAGE: Final = 700 << 20  # bytes of a tenant's disk that its system and a copy's growth take
-_UNITS: Final[Mapping[str, int]] = {"kiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_DECIMAL: Final[Mapping[str, int]] = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ def decided(
     read_only = owner.uid == 0 or old.uid != owner.uid
     words = wanted.start or in_tenant(old.words, old.folder, wanted.folder, settings.workspace)
     recipe = Recipe(b"", words, old.port, wanted.health, wanted.install, alone=True)
-    disk = None if driver == "dir" else bytes_of(SIZES[wanted.size].get("disk", settings.tenant_disk))
+    disk = None if driver == "dir" else size_of(SIZES[wanted.size].get("disk", settings.tenant_disk))
     stops, notes = [*_stops(wanted, old, found, disk)], [*_notes(wanted, old, found, read_only, own_block)]
     return Plan(
         tenant,
@@ -130,7 +128,7 @@ def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator
     if old.port < 1024:
         yield f"port {old.port} is root's in a tenant too; have the old service listen on 1024 or above"
     if disk is not None and found.size + _IMAGE > disk:
-        fits = [name for name, size in SIZES.items() if bytes_of(size.get("disk", "0")) > found.size + _IMAGE]
+        fits = [name for name, size in SIZES.items() if size_of(size.get("disk", "0")) > found.size + _IMAGE]
         fix = f"--size {fits[0]}" if fits else "--leave for what the site does not need"
         yield f"{_mib(found.size)} do not fit on a disk of {_mib(disk)} beside the system; take {fix}"
     if found.unreadable.count:
@@ -184,13 +182,6 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
             "yourself "
             "once the site is moved. Of its variables only those of --env go along"
         )
-
-
-def bytes_of(text: str) -> int:
-    """Return the bytes of a size as Incus writes it, such as 2GiB."""
-    number = text.rstrip("kKMGTiB")
-    unit = text[len(number) :].replace("K", "k")
-    return int(number or 0) * (_UNITS.get(unit) or _DECIMAL.get(unit) or 1)
 
 
 def _mib(size: int | None) -> str:

@@ -11,12 +11,13 @@ import pytest
 from gateway.host import HostError
 from gateway.migration import service
 from gateway.migration.door import Owner, inside
-from gateway.migration.plan import Plan, Wanted, bytes_of, decided
+from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import Moving, keys
 from gateway.migration.route import drained, own_block, waits
 from gateway.migration.scan import Found, scan
 from gateway.migration.service import Old, Unit, bus_label, in_tenant
 from gateway.runtime.incus.migrations import FOLDER, OLD, STATE, old_service
+from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 
 FOLDER_ = Path("/srv/sites/shop")
@@ -109,7 +110,7 @@ def test_no_value_of_a_variable_is_told() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("2GiB", 2 << 30), ("512MB", 512_000_000), ("7", 7), ("", 0)])
 def test_sizes_are_read_as_incus_writes_them(text: str, size: int) -> None:
-    assert bytes_of(text) == size
+    assert size_of(text) == size
 
 
 @pytest.mark.parametrize(
