@@ -74,7 +74,8 @@ def test_what_is_not_gateway_v1_is_refused(text: str) -> None:
 
 
 def test_every_error_has_its_number_and_status() -> None:
-    status = {kind.code: kind.http_status for kind in GatewayError.__subclasses__()}
+    ours = [kind for kind in GatewayError.__subclasses__() if kind.__module__ == GatewayError.__module__]
+    status = {kind.code: kind.http_status for kind in ours}
     said = [(code, rpc_code(code), status[code]) for code in WIRE_CODES]
     assert said == [(entry["code"], entry["number"], entry["status"]) for entry in EXAMPLES["errors"]]
 
