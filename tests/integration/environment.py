@@ -87,7 +87,8 @@ def incus(
 def _executed(name: str, *words: str, timeout: float) -> subprocess.CompletedProcess[bytes]:
     """Do as `incus exec` does, whose output of a short command is lost now and then on a busy machine.
 
-    Incus records it in files here, which are read once the command has ended.
+    Incus records it in files here, which are read once the command has ended. They lie on the instance's own
+    disk: where that is full, give some `stdin`, and it is `incus exec` itself.
     """
     at = words.index("--") if "--" in words else 0
     options = dict(word.removeprefix("--").split("=", 1) for word in words[:at] if "=" in word)

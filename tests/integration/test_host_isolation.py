@@ -231,11 +231,11 @@ async def test_disk_is_limited(make_tenant: MakeTenant, incus_settings: Settings
     """Writing past the quota fails with its error, and the tenant can make room again."""
     tenant = await make_tenant()
     tenant.sh("fallocate -l 1500M /srv/site/most", user=1000)
-    said = tenant.sh(
-        "dd if=/dev/zero of=/srv/site/big bs=1M count=1000 conv=fsync 2>&1", user=1000, check=False
-    )
+    fill = "dd if=/dev/zero of=/srv/site/big bs=1M count=1000 conv=fsync 2>&1"
+    # with input, so that nothing of it is recorded: that would be on the same full disk
+    said = tenant.run("sh", "-c", fill, user=1000, check=False, stdin=b"\n").stdout.decode()
     assert "quota exceeded" in said.lower() or "no space" in said.lower(), said
-    tenant.sh("cd /srv/site; rm big most; sync; echo ok > small", user=1000)
+    tenant.run("sh", "-c", "cd /srv/site; rm big most; sync; echo ok > small", user=1000, stdin=b"\n")
 
 
 def test_cpu_is_limited(shared_tenant: Container) -> None:
