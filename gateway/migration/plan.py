@@ -134,8 +134,7 @@ def _stops(wanted: Wanted, old: Old, found: Found, disk: int | None) -> Iterator
     if found.unreadable.count:
         yield (
             f"the folder's owner cannot read {found.unreadable}: give them to that user, or leave them out "
-            "by "
-            "--leave PATH"
+            "by --leave PATH"
         )
     if found.mounts.count:
         yield f"other file systems, mounted at {found.mounts}, would not go along; take --leave PATH"
@@ -166,21 +165,18 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
         yield f"set-uid and set-gid bits are not copied: {found.setuid}"
     if found.native.count and not wanted.install:
         yield (
-            f"modules of machine code were built for this host: {found.native}. The copy is tried before the "
-            "switch; "
-            "--install 'bun install' makes node_modules anew in the tenant instead"
+            f"modules of machine code were built for this host: {found.native}. The copy is tried before "
+            "the switch; --install 'bun install' makes node_modules anew in the tenant instead"
         )
     if found.secret.count:
         yield (
             f"by their names these hold secrets: {found.secret}. From the attach on the tenant's commands "
-            "and agents "
-            "can read them; --leave PATH keeps one out of the copy"
+            "and agents can read them; --leave PATH keeps one out of the copy"
         )
     if wanted.unit is None:
         yield (
             "without --unit the old process is paused for a moment at the switch and then goes on: stop it "
-            "yourself "
-            "once the site is moved. Of its variables only those of --env go along"
+            "yourself once the site is moved. Of its variables only those of --env go along"
         )
 
 

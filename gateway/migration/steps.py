@@ -18,6 +18,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +85,7 @@ class Migration:
         found = await asyncio.to_thread(scan, folder, frozenset(wanted.leave))
         with translated(""):
             pool = await self._runtime.incus.get(f"/1.0/storage-pools/{self._settings.pool}")
-        asked = Wanted(**{**{name: getattr(wanted, name) for name in Wanted.__slots__}, "folder": folder})
+        asked = replace(wanted, folder=folder)
         return decided(
             *(tenant, domain, asked, old, found, Owner(owner.st_uid, owner.st_gid), self._settings),
             own_block=await asyncio.to_thread(self._own_block, domain),
@@ -187,17 +188,14 @@ class Migration:
         if not sure and not await asyncio.to_thread(self._own_block, domain) and self._caddy.get(domain):
             raise Conflict(
                 "visitors may come to the old service by the gateway's route, which goes with the tenant: "
-                "first "
-                f"have your Caddy serve {domain} itself (reverse_proxy {moving.old}), then "
-                "say --yes"
+                f"first have your Caddy serve {domain} itself (reverse_proxy {moving.old}), then say --yes"
             )
         if not sure and instance["status"] == "Running":
             kept = await self._inside(tenant, "kept", self._kept)
             if kept:
                 raise Conflict(
                     "the tenant has what was written since a switch, which the folder does not have: "
-                    f"{kept}; copy "
-                    "it out (incus file pull), then say --yes"
+                    f"{kept}; copy it out (incus file pull), then say --yes"
                 )
         await self._runtime.making.destroy(tenant, instance["config"].get("volatile.uuid", ""))
         await asyncio.to_thread(close_door, tenant)

@@ -17,6 +17,9 @@ SIZES: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """What each has of its own; all else is as the tenants' profile says."""
 
+SITE_SHARE: Final = 85
+"""Per cent of a tenant's memory and processes that its site may have; the rest is for commands."""
+
 # https://linuxcontainers.org/incus/docs/main/reference/instance_units/
 _UNITS: Final = {
     **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB", "PB", "EB"))},

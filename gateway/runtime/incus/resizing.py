@@ -24,7 +24,7 @@ from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.making import WHOLE, Making
 from gateway.runtime.incus.refusals import translated
 from gateway.runtime.sites import lines
-from gateway.runtime.sizes import SIZES, MiB, size_of
+from gateway.runtime.sizes import SITE_SHARE, SIZES, MiB, size_of
 from gateway.settings import Settings
 from gateway.tasks import whole
 
@@ -38,7 +38,7 @@ _USED: Final = Path(__file__).with_name("used.sh").read_text()
 _LOOKING: Final = 120.0  # seconds of a look through a whole disk
 _PRINTED: Final = 64 << 10
 _DISK_MARGIN: Final = 64 * MiB  # that is written between the look and the change, and what no file shows
-_MEMORY_SHARE: Final = 0.9  # of a limit, above which a site is slowed down: its unit's MemoryHigh
+_MEMORY_SHARE: Final = (SITE_SHARE - 5) / 100  # of a limit: a site above its share of it would be killed
 _APPLYING: Final = 10.0
 _TRIES: Final = 5
 _CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -239,8 +239,8 @@ def _memory(instance: Mapping[str, Any], profile: Mapping[str, Any]) -> int:
 def _in_use(what: str, limit: int, used: int | None) -> Conflict:
     """Return the refusal of a size that is smaller than what is in use."""
     advice = {
-        "disk": "remove what nobody needs, or keep the size",
-        "memory": "stop what runs in it, or keep the size",
+        "disk": "keep the size, or make room first",
+        "memory": "keep the size, or stop what runs in it",
     }
     holds = "more" if used is None else f"{-(-used // MiB)} MiB"
     said = f"the tenant uses {holds} of {what}; a size with {limit // MiB} MiB leaves it too little room"

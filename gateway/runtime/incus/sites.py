@@ -60,7 +60,7 @@ from gateway.runtime.sites import (
     lines,
     quota_was_reached,
 )
-from gateway.runtime.sizes import SIZES
+from gateway.runtime.sizes import SITE_SHARE, SIZES
 from gateway.settings import Settings
 from gateway.tasks import whole
 
@@ -113,8 +113,8 @@ OOMScoreAdjust=300
 OOMPolicy=continue
 # Of what the tenant may have; systemd's own default of tasks is 15%. The rest is for who comes to mend the
 # site: one that thrashes drops its own pages and not those of a command's shell.
-MemoryMax=85%
-TasksMax=85%
+MemoryMax={share}%
+TasksMax={share}%
 # among the services of a tenant; commands are in a group beside all of these, with as much as they
 CPUWeight=80
 {more}
@@ -677,6 +677,7 @@ def _unit(settings: Settings, recipe: Recipe, side: Side) -> str:
     more = f"BindPaths={_beside(settings, 'next')}:{workspace}\n" if side == "next" else ""
     return _UNIT.format(
         allowed=ALLOWED,
+        share=SITE_SHARE,
         user=settings.workspace_user,
         workspace=workspace,
         port=port,
