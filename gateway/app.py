@@ -262,6 +262,7 @@ class Gateway:
             )
             caddy = await stack.enter_async_context(Caddy(settings))
             caddy.lead_home()
+            caddy.excuse_nobody()
             domains = self._domains = await Domains.opened(runtime, self.store, self.bus, settings)
             room = Room(runtime, workers, self.store, settings, sites.spare)
             capacity = Capacity(runtime, settings)

@@ -42,6 +42,24 @@ async def test_only_the_sockets_that_are_needed_stay(tmp_path: Path) -> None:
         assert [path.name for path in caddy.sockets.iterdir()] == ["there.sock"]
 
 
+async def test_the_page_of_a_site_that_hangs_stays_whoever_else_speaks_to_caddy(tmp_path: Path) -> None:
+    """As the command line does beside a gateway; only the next gateway begins without any."""
+    settings = Settings(state_dir=tmp_path)
+    async with Caddy(settings) as caddy:
+        caddy.excuse("shop.example.com", True)
+        caddy.excuse("../out", True)
+        async with Caddy(settings):
+            pass
+        away = caddy.folder / "away"
+        assert [path.name for path in away.iterdir()] == ["shop.example.com"]
+        caddy.excuse("other.example.com", False)  # there was none
+        caddy.excuse("shop.example.com", False)
+        assert list(away.iterdir()) == []
+        caddy.excuse("shop.example.com", True)
+        caddy.excuse_nobody()
+        assert list(away.iterdir()) == []
+
+
 async def test_no_tenant_is_led_to_by_the_gateways_own_names(tmp_path: Path) -> None:
     """Not when asked for it, nor when Incus says so; and what an earlier version let through goes."""
     settings = Settings(state_dir=tmp_path, domain="GW.example.com", origins=("https://edit.example.com",))
