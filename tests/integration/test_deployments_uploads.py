@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,8 @@ async def test_a_second_tenant_of_an_owners_folder_is_made_from_a_golden_copy(
     ) as host:
         assert (await made_of(host, "one.test", mine))["source"] == "image"
         await until(lambda: len(copies()) == 1)
+        # Incus shows a snapshot that is still being made, and one that a kill cut off is not taken
+        await until(lambda: not json.loads(environment.incus("operation", "list", "--format=json").stdout))
         (copy,) = copies()
         assert int(copy["config"]["user.gateway.bytes"]) > 0
         await host.gateway.stop(signal.SIGKILL)
