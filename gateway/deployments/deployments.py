@@ -589,12 +589,22 @@ class Deployments:
         if event.type in _ENDS and event.tenant is not None:
             self._verifier.forget(event.tenant)
 
-    async def _reconcile(self) -> None:
-        await self._write_down()
+    async def _left(self) -> list[Record]:
+        """Return the deployments that nobody runs any more and that are not over."""
+        left = []
         for record in await self._store.read(records.unfinished):
             if record.id not in self._running and record.id not in self._unwritten:
-                with apart(f"the recovery of deployment {record.id}"):
-                    await self._recover_one(record)
+                # one may have ended since: it is written down before it counts as run no more
+                now = await self._store.read(partial(records.find, identity=record.id))
+                if now is not None and not now.over:
+                    left.append(now)
+        return left
+
+    async def _reconcile(self) -> None:
+        await self._write_down()
+        for record in await self._left():
+            with apart(f"the recovery of deployment {record.id}"):
+                await self._recover_one(record)
         await self._anchor()
         left = {record.id for record in await self._store.read(records.unfinished)} - self._unwritten.keys()
         async with self._domains.deciding(), self._caddy.changing:

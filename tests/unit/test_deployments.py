@@ -99,6 +99,26 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
     await cancel(deployments, second.id)
 
 
+async def test_one_that_ends_during_a_look_is_not_ended_again(
+    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of it before its end is not what it is."""
+    deployments, told = rig
+    record, _ = await deployments.begin(asked("a"), token("a"))
+    assert await deployments._left() == []
+    read = deployments._store.read
+
+    async def late(work: Any) -> Any:
+        found = await read(work)
+        if work is records.unfinished:
+            await cancel(deployments, record.id)
+        return found
+
+    monkeypatch.setattr(deployments._store, "read", late)
+    assert await deployments._left() == []
+    assert told.of("deployment.rolledback")
+
+
 async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployments, Told]) -> None:
     deployments, told = rig
     record = Record("shop", "shop.example.com", "https://shop.example.com", "static", "me", state="running")
