@@ -20,7 +20,7 @@ import orjson
 
 from gateway.events import GAP, Bus, Event, Filter, Subscription
 from gateway.settings import Settings
-from gateway.store import Store, StoreFailed
+from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from typing import Final
 import uvicorn
 import uvloop
 
-from gateway import http1
-from gateway.app import Gateway
+from gateway.api.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
 from gateway.settings import Settings
-from gateway.state import close
+from gateway.storage.state_dir import close
 from gateway.terminal import log_to_stderr
-from gateway.websocket import WebSocketProtocol
+from gateway.transport import http1
+from gateway.transport.websocket import WebSocketProtocol
 
 # a client that vanished without a word is found by the kernel: 30 s of silence, then 3 probes. A peer that
 # merely stalls still answers them, so that a slow reader is never taken for a dead one. Websocket pings

@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
-from gateway.budget import Lease, Share
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
+from gateway.limits.budget import Lease, Share
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime import ExecSpec, Killed, StreamName
@@ -31,7 +31,7 @@ from gateway.settings import Settings
 from gateway.tools import outputs, shell
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import failure
-from gateway.tools.files import ToolResult
+from gateway.tools.file_tools import ToolResult
 from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import ledger, store
+from gateway.storage import ledger, store
 
 
 def pytest_configure() -> None:

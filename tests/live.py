@@ -23,12 +23,13 @@ import aiohttp
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 
-from gateway import auth, protocol
+from gateway import protocol
+from gateway.auth import tokens
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 
 SECRET = "a secret of the tests, long enough to sign with"
-EVERY_SCOPE = tuple(sorted(auth.SCOPES - {"admin"}))
+EVERY_SCOPE = tuple(sorted(tokens.SCOPES - {"admin"}))
 DEADLINE = 30.0
 
 
@@ -227,7 +228,7 @@ class LiveGateway:
         domains: tuple[str, ...] | None = None,
         subject: str = "test",
     ) -> str:
-        token = auth.issue(SECRET, subject, tenants, scopes, ttl, domains)
+        token = tokens.issue(SECRET, subject, tenants, scopes, ttl, domains)
         self.signatures.add(token.rpartition(".")[2])
         return token
 

@@ -23,17 +23,16 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.auth import Token
+from gateway.auth.tokens import Token
 from gateway.bounds import aside
 from gateway.caddy import Caddy, CaddyFailed, asleep
 from gateway.deployments import record as records
 from gateway.deployments.frameworks import Framework, listening, shortage
+from gateway.deployments.queue import DeploymentQueue, Owner, uploader
 from gateway.deployments.record import PHASES, Record
 from gateway.deployments.template import Template, named, names, uploaded
-from gateway.deployments.turns import Owner, Turns, uploader
 from gateway.deployments.verify import Subject, Verifier
 from gateway.deployments.warming import Warming
-from gateway.domains import Domains
 from gateway.errors import (
     Conflict,
     GatewayError,
@@ -45,12 +44,13 @@ from gateway.errors import (
 )
 from gateway.events import Bus
 from gateway.hostnames import normalized, tenant_name
-from gateway.rootfs.tree import show
+from gateway.ownership.domains import Domains
+from gateway.rootfs.root import show
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime, sizes
 from gateway.runtime.sites import Exposure, Order, Recipe, Side, Site, Sites
 from gateway.settings import Settings
-from gateway.store import Store, StoreFailed
+from gateway.storage.store import Store, StoreFailed
 from gateway.tasks import apart
 from gateway.tools.mirroring import KEPT, LOST
 
@@ -160,7 +160,7 @@ class Deployments:
         # over, but the store could not take it; no more than it took when they began
         self._unwritten: dict[str, Record] = {}
         self._unprepared: set[str] = set()  # names of templates
-        self._turns = Turns(settings)
+        self._turns = DeploymentQueue(settings)
         self._warming = Warming(sites, self._turns, spacious, settings)
         self._moved = asyncio.Event()
         self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet

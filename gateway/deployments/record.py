@@ -54,7 +54,7 @@ class Record:
     def over(self) -> bool:
         return self.state in ENDED
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as HTTP answers it."""
         hidden = {"by", "settled", "health", "instance"}
         return {name: value for name, value in asdict(self).items() if name not in hidden}

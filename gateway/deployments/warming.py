@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.deployments.turns import Turns
+from gateway.deployments.queue import DeploymentQueue
 from gateway.errors import GatewayError
 from gateway.runtime.sites import Recipe, Sites
 from gateway.settings import Settings
@@ -35,7 +35,11 @@ class Warming:
     """
 
     def __init__(
-        self, sites: Sites, turns: Turns, admit: Callable[[], Awaitable[None]] | None, settings: Settings
+        self,
+        sites: Sites,
+        turns: DeploymentQueue,
+        admit: Callable[[], Awaitable[None]] | None,
+        settings: Settings,
     ) -> None:
         self._sites, self._turns, self._admit, self._settings = sites, turns, admit, settings
         self._wishes: OrderedDict[str, _Wish] = OrderedDict()  # by owner, the next one first

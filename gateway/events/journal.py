@@ -17,8 +17,8 @@ from typing import Final, Protocol
 import orjson
 
 from gateway.events.event import EVERYTHING, Draft, Event, Filter, numbered
-from gateway.events.shares import ALL, NOBODYS, Entry, Losses, Shares, concerned, entry_of, losses_of
-from gateway.store import Store, StoreFailed
+from gateway.events.retention import ALL, NOBODYS, Entry, Losses, Shares, concerned, entry_of, losses_of
+from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 

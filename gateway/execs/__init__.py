@@ -18,15 +18,15 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.budget import Budget
 from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
 from gateway.execs.exec import Attachment, Cursor, Ended, Exec, Pace, Past, Reading, shortened, started_at
 from gateway.execs.input import Spools
-from gateway.receipts import Key, Receipt, Receipts
+from gateway.idempotency import Idempotency, IdempotencyRecord, Key
+from gateway.limits.budget import Budget
 from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
 from gateway.settings import Settings
-from gateway.store import StoreFailed
+from gateway.storage.store import StoreFailed
 
 __all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started_at"]
 
@@ -39,9 +39,11 @@ _UNNOTED: Final = 0.01  # seconds; the journal of events waits for so long too
 class Execs:
     """All commands of this gateway. Use as an async context manager: leaving it ends every one."""
 
-    def __init__(self, runtime: TenantRuntime, bus: Bus, receipts: Receipts, settings: Settings) -> None:
+    def __init__(
+        self, runtime: TenantRuntime, bus: Bus, idempotency: Idempotency, settings: Settings
+    ) -> None:
         self._runtime = runtime
-        self._receipts = receipts
+        self._idempotency = idempotency
         self._bus = bus
         self._settings = settings
         self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
@@ -55,7 +57,7 @@ class Execs:
 
     async def __aenter__(self) -> Execs:
         """Take over how commands of earlier lives ended, as far as it is noted; what ran then is lost."""
-        for key, receipt in await self._receipts.earlier("exec"):
+        for key, receipt in await self._idempotency.earlier("exec"):
             lost = receipt.state == "begun"
             exec_ = self._earlier(key, receipt)
             if lost or time.time() - receipt.at < self._settings.exec_keep:
@@ -106,7 +108,7 @@ class Execs:
         known = exec_id or f"x-{secrets.token_hex(8)}"
         found = await self._known(tenant, known)
         if found is None and once:
-            if await self._receipts.result((tenant, "exec", known), spec.digest()) is not None:
+            if await self._idempotency.result((tenant, "exec", known), spec.digest()) is not None:
                 raise Gone(f"exec {known} ended and is no longer kept; use a new id", exec=known)
             found = await self._known(tenant, known)  # another start may have come first meanwhile
         if found is not None:
@@ -123,12 +125,12 @@ class Execs:
         self._starting[tenant, known] = promise
         try:
             if once:
-                await self._receipts.begin((tenant, "exec", known), spec.digest())
+                await self._idempotency.begin((tenant, "exec", known), spec.digest())
             try:
                 exec_ = await self._start(tenant, known, spec, timeout, linger, by, once)
             except BaseException:
                 if once:  # nothing of it was left: it may be started again
-                    await asyncio.shield(self._receipts.forget((tenant, "exec", known)))
+                    await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
                 raise
         except BaseException as error:
             # who waits for the same start was not cancelled itself
@@ -149,7 +151,7 @@ class Execs:
             return await asyncio.shield(starting)
         return self._execs.get(tenant, {}).get(exec_id)
 
-    def _earlier(self, key: Key, receipt: Receipt) -> Exec:
+    def _earlier(self, key: Key, receipt: IdempotencyRecord) -> Exec:
         """Return a command of an earlier life: how it ended, and that its output is gone."""
         tenant, _, exec_id = key
         told: Mapping[str, Any] = {} if receipt.result is None else orjson.loads(receipt.result)
@@ -187,7 +189,7 @@ class Execs:
             if exec_.ended.done():
                 return
         try:
-            await self._receipts.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
+            await self._idempotency.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
         except StoreFailed as failed:
             log.warning("exec %s will not be known after this process: %s", exec_.id, failed.message)
 
@@ -195,14 +197,14 @@ class Execs:
         """Keep how a command under a caller's id ended."""
         told = {**_facts(exec_), "exit": exec_.over.on_wire(exec_.id)}
         try:
-            await self._receipts.finish(_key(exec_), exec_.asked, orjson.dumps(told))
+            await self._idempotency.finish(_key(exec_), exec_.asked, orjson.dumps(told))
         except StoreFailed as failed:
             log.error("the end of exec %s will not outlive this process: %s", exec_.id, failed.message)
 
     async def _note_no_more(self, exec_: Exec) -> None:
         """Let the next life know nothing of a command that ended; its caller gave it no id to ask by."""
         try:
-            await self._receipts.forget(_key(exec_))
+            await self._idempotency.forget(_key(exec_))
         except StoreFailed as failed:
             log.warning("exec %s will be lost to the next process: %s", exec_.id, failed.message)
 
@@ -211,7 +213,7 @@ class Execs:
         with contextlib.suppress(GatewayError):  # whose start failed is not there either
             if (found := await self._known(tenant, exec_id)) is not None:
                 return found
-        await self._receipts.fence((tenant, "exec", exec_id))
+        await self._idempotency.fence((tenant, "exec", exec_id))
         return None
 
     def _made(

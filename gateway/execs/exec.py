@@ -20,11 +20,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from gateway.budget import Lease, Share
 from gateway.errors import GatewayError, NotFound, Unavailable
 from gateway.execs.input import Input, Spools
 from gateway.execs.tail import READ, Tail
-from gateway.rootfs.trees import Member
+from gateway.limits.budget import Lease, Share
+from gateway.rootfs.process_tree import Member
 from gateway.runtime import ExecSpec, Exit, Killed, Process, Pty, StreamName
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
 
-from gateway.budget import SMALL, Lease, Share
+from gateway.limits.budget import SMALL, Lease, Share
 from gateway.runtime import Process
 
 log = logging.getLogger(__name__)

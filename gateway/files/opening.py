@@ -17,10 +17,10 @@ from typing import Any
 import orjson
 
 from gateway.errors import IsADirectory, NotFound, RateLimited
-from gateway.files.operations import check, locate, present, stale
+from gateway.files.handlers import check, locate, present, stale
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Operation, Passing, Workspace
-from gateway.rootfs.tree import TEMPORARY, etag, refusal
+from gateway.rootfs.operation import Operation, Passing, Workspace
+from gateway.rootfs.root import TEMPORARY, etag, refusal
 
 
 @dataclass(frozen=True, slots=True)

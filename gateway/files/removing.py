@@ -10,7 +10,7 @@ from itertools import islice
 
 from gateway.errors import Timeout
 from gateway.rootfs import kernel
-from gateway.rootfs.tree import TEMPORARY, Tree
+from gateway.rootfs.root import TEMPORARY, Root
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
 _BATCH = 4096  # names of one look at a folder, which may hold millions
@@ -23,7 +23,7 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
     Holds three descriptors at any depth. Raises `OSError`, and `Timeout` after `deadline` (of
     `time.monotonic`) with `removed` as a fact; what is gone by then stays gone.
     """
-    tree = Tree(directory, workspace)
+    tree = Root(directory, workspace)
     removed = 0
     stack = [""]
     while stack:
@@ -65,7 +65,7 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
     return removed
 
 
-def _look(tree: Tree, folder: int, path: str) -> tuple[bool, int, list[str]]:
+def _look(tree: Root, folder: int, path: str) -> tuple[bool, int, list[str]]:
     """Remove a batch of a folder's files; tell if it had any entry, how many went, and its folders."""
     prefix = path + "/" if path else ""
     deep = len(os.fsencode(prefix)) > _DEEP
@@ -86,7 +86,7 @@ def _look(tree: Tree, folder: int, path: str) -> tuple[bool, int, list[str]]:
     return seen, gone, below
 
 
-def _remove(tree: Tree, path: str, *, folder: bool) -> None:
+def _remove(tree: Root, path: str, *, folder: bool) -> None:
     above, _, name = path.rpartition("/")
     directory = tree.open_real(above, kernel.O_PATH | os.O_DIRECTORY)
     try:

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import unfinished
+from gateway.rootfs.operation import Operation, Workspace
+from gateway.rootfs.root import unfinished
 from gateway.rootfs.walk import Walk
 
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY

@@ -19,14 +19,14 @@ from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
 from gateway.host import HostError, quotas
 from gateway.host import setup as steps
+from gateway.host.caddy_service import CaddyService, in_use
 from gateway.host.daemon import Daemon
-from gateway.host.front import Front, in_use
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
-from gateway.host.loose import loose, modes, swaps
+from gateway.host.permissions import loose, modes, swaps
 from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
-from gateway.rootfs.tenants import MANAGED
+from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.sites import prepared_key
 from gateway.runtime.incus.stock import GOLDEN_SNAPSHOT, golden_name
 from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
@@ -328,7 +328,7 @@ def _gateway(settings: Settings) -> str:
 
 
 def _caddy(settings: Settings) -> str:
-    front = Front(settings)
+    front = CaddyService(settings)
     running = front.running()
     if running is None:
         taken = [f"{port} ({reason})" for port, reason in front.taken().items()]
@@ -347,7 +347,7 @@ def _caddy(settings: Settings) -> str:
 
 
 def _routes(settings: Settings) -> str:
-    routes = Front(settings).caddy
+    routes = CaddyService(settings).caddy
     there = routes.listed() if routes.routes.is_dir() else {}
     own = own_names(settings)
     there = {domain: target for domain, target in there.items() if not reserved(domain, own)}

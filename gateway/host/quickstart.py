@@ -31,12 +31,12 @@ from pydantic import ValidationError
 
 from gateway import settings as settings_module
 from gateway.caddy import shipped, site_url
-from gateway.host import HostError, front, image, run
+from gateway.host import HostError, caddy_service, image, run
+from gateway.host.caddy_service import CaddyService
 from gateway.host.daemon import Daemon, systemd_runs
-from gateway.host.front import Front
 from gateway.host.setup import pin, setup
 from gateway.settings import Settings
-from gateway.state import close, private
+from gateway.storage.state_dir import close, private
 from gateway.terminal import clean, out
 
 TENANT = "demo"
@@ -200,8 +200,8 @@ class Quickstart:
         return f"{self._code}\n{format_environment(self.environment)}"
 
     @property
-    def front(self) -> Front:
-        return Front(self.settings)
+    def front(self) -> CaddyService:
+        return CaddyService(self.settings)
 
     # starting
 
@@ -212,7 +212,7 @@ class Quickstart:
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
             self._step("base image", lambda: self._report(image.build(self.settings, _indented)))
         self._settle_ports()
-        front.move_out(self.settings)
+        caddy_service.move_out(self.settings)
         write_private(self.place.environment, format_environment(self.environment))
         served = self._served()
         if served:
@@ -227,7 +227,7 @@ class Quickstart:
 
     def _settle_ports(self) -> None:
         """Choose where Caddy listens, once: what an earlier start chose is a setting by now."""
-        choice = front.chosen(self.settings)
+        choice = caddy_service.chosen(self.settings)
         self.environment |= {f"GATEWAY_{name.upper()}": str(value) for name, value in choice.items()}
         self.settings = self.settings.model_copy(update=choice)
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, quotas, ripgrep, run
-from gateway.host.front import hand_over
+from gateway.host.caddy_service import hand_over
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
-from gateway.rootfs.tenants import MANAGED
-from gateway.runtime.incus.making import FIRST_TO_GO
+from gateway.rootfs.locations import MANAGED
+from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
-from gateway.state import close
+from gateway.storage.state_dir import close
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 BRIDGE = "user.gateway.bridge"  # the profile's key with the address of the bridge

@@ -6,7 +6,7 @@ the runtime translates them before a client sees them.
 """
 
 from gateway.incus.client import Incus, IncusError, Operation
-from gateway.incus.exec import ExecSockets
+from gateway.incus.exec_sockets import ExecSockets
 from gateway.incus.socket import Lost
 
 __all__ = ["ExecSockets", "Incus", "IncusError", "Lost", "Operation"]

@@ -24,7 +24,7 @@ import orjson
 
 from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
-from gateway.incus.exec import ExecSockets, connect
+from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
 
 log = logging.getLogger(__name__)

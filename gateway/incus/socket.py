@@ -4,7 +4,7 @@ A reader of our own, because a stream is all that these sockets carry and each g
 message at a time: at incusd's 32 KiB a message that cost more than half of the gateway's CPU while a command
 printed (aiohttp 3.14: 600 MB/s became 900 beside a bare socket's 1 100). Here the frames of one read of the
 kernel become one piece of bytes, copied once. It is no websocket for anything else: it trusts the peer, a
-local daemon, with the handshake's echo, and never answers a ping; see `gateway.incus.exec`.
+local daemon, with the handshake's echo, and never answers a ping; see `gateway.incus.exec_sockets`.
 """
 
 from __future__ import annotations

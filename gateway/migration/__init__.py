@@ -14,9 +14,9 @@ from gateway.caddy import Caddy
 from gateway.errors import Conflict
 from gateway.host import HostError, Report
 from gateway.hostnames import normalized, tenant_name
-from gateway.migration.door import PLACES
 from gateway.migration.plan import Plan, Wanted
 from gateway.migration.service import Systemctl, Units
+from gateway.migration.shifted_mount import PLACES
 from gateway.migration.steps import STEPS, Migration
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings

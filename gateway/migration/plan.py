@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.migration.door import Owner
 from gateway.migration.scan import Found
 from gateway.migration.service import Old, in_tenant
+from gateway.migration.shifted_mount import Owner
 from gateway.runtime.sites import Recipe
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
@@ -49,7 +49,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     stops: tuple[str, ...] = field(default=())
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as JSON; of variables only the names."""
         return {
             "tenant": self.tenant,
@@ -68,7 +68,7 @@ class Plan:
             "install": list(self.recipe.install),
             "attached": "read-only" if self.read_only else "writable",
             "disk": self.size,
-            "found": self.found.told(),
+            "found": self.found.to_dict(),
             "notes": list(self.notes),
             "stops": list(self.stops),
         }

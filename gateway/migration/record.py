@@ -9,9 +9,9 @@ from typing import Final
 
 import orjson
 
-from gateway.migration.door import Owner
 from gateway.migration.plan import Plan
-from gateway.rootfs.tenants import MANAGED
+from gateway.migration.shifted_mount import Owner
+from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
 from gateway.runtime.incus.sites import HEALTH
 from gateway.runtime.incus.stock import ROLE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.rootfs.tree import show
+from gateway.rootfs.root import show
 
 _NAMED: Final = 10  # paths of each kind that are named
 _SECRETS: Final = re.compile(
@@ -55,7 +55,7 @@ class Found:
     mounts: Paths = field(default_factory=Paths)  # other file systems, below it
     setuid: Paths = field(default_factory=Paths)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
         kinds = ("out", "special", "foreign", "unreadable", "native", "secret", "mounts", "setuid")
         paths = {kind: {"count": (p := getattr(self, kind)).count, "first": p.first} for kind in kinds}

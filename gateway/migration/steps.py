@@ -26,21 +26,21 @@ from gateway.caddy import Caddy, asleep
 from gateway.deployments.verify import Subject, Verifier
 from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
 from gateway.host import HostError, Report
-from gateway.host.front import Front
+from gateway.host.caddy_service import CaddyService
 from gateway.hostnames import DomainReserved, normalized, own_names, plain, reserved, tenant_name
 from gateway.incus.client import instance_path
 from gateway.migration import service
-from gateway.migration.door import Owner, close_door, open_door
-from gateway.migration.door import inside as mapped
-from gateway.migration.inside import inside
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import ENDED, Moving, keys
 from gateway.migration.route import drained, led, own_block
 from gateway.migration.scan import scan
+from gateway.migration.scripts import inside
 from gateway.migration.service import Old, Units
+from gateway.migration.shifted_mount import Owner, close_door, open_door
+from gateway.migration.shifted_mount import inside as mapped
 from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import FOLDER, STATE
-from gateway.runtime.incus.refusals import translated
 from gateway.runtime.incus.sites import environment_file
 from gateway.runtime.incus.tenants import ASLEEP
 from gateway.runtime.probe import answer
@@ -375,7 +375,7 @@ class Migration:
         return await inside(self._runtime, tenant, script, *words, given=given, seconds=seconds)
 
     def _own_block(self, domain: str) -> bool:
-        return own_block(Front(self._settings).running(), domain, str(self._caddy.routes))
+        return own_block(CaddyService(self._settings).running(), domain, str(self._caddy.routes))
 
 
 def _real(folder: Path) -> Path:

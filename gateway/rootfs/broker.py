@@ -8,7 +8,7 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 | `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
 | `{"do": "kill", "worker": n}` | `{"status": …}` once the process has ended: of a program its exit status |
-| `{"do": "tree", "tenant", "group", "step"}` | `{}`: a step of `trees.STEPS` was done on a command's cgroup |
+| `{"do": "tree", "tenant", "group", "step"}` | `{}`: did `process_tree.STEPS[step]` on a command's cgroup |
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
@@ -48,13 +48,13 @@ from typing import Any, NoReturn
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.rootfs import kernel, memory, reserve, trees
+from gateway.rootfs import kernel, memory, process_tree, reserve
 from gateway.rootfs.confine import Namespaces, Plan, confine, end_with_parent
-from gateway.rootfs.groups import Group, Groups, hierarchies
-from gateway.rootfs.operations import Limits, Loop, Workspace
-from gateway.rootfs.tenants import Disk, Tenants, found_by
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.locations import Disk, Tenants, found_by
+from gateway.rootfs.operation import Limits, Loop, Workspace
+from gateway.rootfs.root import Root
 from gateway.rootfs.worker import BROKEN, READY, frame, serve
+from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchies
 
 GATEWAYS_MAX = 16  # connections of a listening broker: a gateway has three, its successor as many
 MESSAGE_MAX = 64 << 10  # bytes of one request or answer
@@ -122,7 +122,7 @@ class _Child:
     pid: int
     disk: Disk
     inode: tuple[int, int]
-    group: Group
+    group: WorkerCgroup
     program: bool
 
 
@@ -133,7 +133,7 @@ class _Spare:
     number: int
     pid: int
     control: socket.socket
-    group: Group
+    group: WorkerCgroup
 
 
 class Chores:
@@ -174,7 +174,7 @@ class Broker:
         self._tenants = tenants
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
         self._namespaces = Namespaces()
-        self._groups = Groups(hierarchies() if self._privileged else [])
+        self._groups = WorkerCgroups(hierarchies() if self._privileged else [])
         self._children: dict[int, _Child] = {}
         self._spares: dict[bool, _Spare | None] = {}  # by `search`, of the kinds that were asked for
         self._number = time.time_ns() // 1_000_000  # so that no number is one of a broker's that crashed
@@ -230,8 +230,12 @@ class Broker:
                     self._kill(int(request["worker"]))
                     answer = {"status": self._statuses.pop(int(request["worker"]), None)}
                 case "tree":
-                    step = trees.STEPS[request["step"]]
-                    step(trees.of_command(self._tenants.group(str(request["tenant"])), str(request["group"])))
+                    step = process_tree.STEPS[request["step"]]
+                    step(
+                        process_tree.of_command(
+                            self._tenants.group(str(request["tenant"])), str(request["group"])
+                        )
+                    )
                     answer = {}
                 case "relieve":
                     ended = memory.relieve(self._tenants.group(str(request["tenant"])))
@@ -266,7 +270,7 @@ class Broker:
             top = os.open(disk.path, flags | os.O_NOFOLLOW)
         try:
             # The folder itself must be real: the tenant owns its parents' content and may swap it.
-            return Tree(top, "/").open_real(disk.inside, flags)
+            return Root(top, "/").open_real(disk.inside, flags)
         finally:
             os.close(top)
 
@@ -375,7 +379,7 @@ class Broker:
         os.waitpid(spare.pid, 0)
         spare.group.remove()
 
-    def _become(self, control: socket.socket, group: Group, *, search: bool) -> NoReturn:
+    def _become(self, control: socket.socket, group: WorkerCgroup, *, search: bool) -> NoReturn:
         """Be a worker, in the forked child, of whom `control` tells; never return."""
         connection, code = None, _BROKEN_WORKER
         try:
@@ -405,7 +409,7 @@ class Broker:
                 control.close()
                 self._connection.close()
             depth = spawn.limits.depth_max
-            tree = Tree(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
+            tree = Root(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
             connection.sendall(frame(READY, orjson.dumps(layers)))
             program = self._program if spawn.loop in self._becoming else None
             workspace = Workspace(tree, spawn.limits, program)

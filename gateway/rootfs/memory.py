@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from gateway.bounds import part
-from gateway.rootfs import trees
-from gateway.rootfs.groups import controller_mount
+from gateway.rootfs import process_tree
 from gateway.rootfs.kernel import started
+from gateway.rootfs.worker_cgroup import controller_mount
 
 SITE: Final = "system.slice/site.service"  # the site's unit, as systemd calls its group
 
@@ -74,7 +74,7 @@ class Process:
 
 def place(init: int) -> Place | None:
     """Return where the counters of a container are, by its first process; None where it has none."""
-    unified = trees.of_init(init)
+    unified = process_tree.of_init(init)
     if unified is None or not unified.is_dir():
         return None
     mount = _memory_mount()
@@ -138,7 +138,7 @@ def sample(of: Place) -> Sample | None:
 
 def biggest(of: Place) -> Process | None:
     """Return the process of a container that holds most memory; None where it has none."""
-    found = _biggest(trees.pids(of.unified))
+    found = _biggest(process_tree.pids(of.unified))
     return None if found is None else found[1]
 
 
@@ -150,7 +150,7 @@ def relieve(container: Path) -> Process | None:
     process is held before it is looked at again.
     """
     group = container / SITE
-    found = _biggest(trees.pids(group))
+    found = _biggest(process_tree.pids(group))
     if found is None:
         return None
     pid, process, began = found
@@ -159,7 +159,7 @@ def relieve(container: Path) -> Process | None:
     except OSError:
         return None  # it has ended
     try:
-        if started(pid) != began or pid not in trees.pids(group):
+        if started(pid) != began or pid not in process_tree.pids(group):
             return None
         signal.pidfd_send_signal(held, signal.SIGKILL)
     except ProcessLookupError:

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from gateway.rootfs import memory, trees
-from gateway.rootfs.groups import controller_mount
+from gateway.rootfs import memory, process_tree
 from gateway.rootfs.memory import SITE
+from gateway.rootfs.worker_cgroup import controller_mount
 
 _NAME: Final = "site"
 _SHARES: Final = 512  # half of what one process of a command has: so a site still answers beside a command
@@ -54,7 +54,7 @@ def reserve(container: Path) -> None:
     (group / "cpu.shares").write_text(str(_SHARES))
     # what forks meanwhile is born where its parent is: once more
     for _ in range(2):
-        for pid in trees.pids(container / SITE):
+        for pid in process_tree.pids(container / SITE):
             with contextlib.suppress(OSError):  # it has ended
                 if _group(pid) == f"/{container.name}":
                     (group / "cgroup.procs").write_text(str(pid))

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Final, Protocol
 
 from gateway.errors import Timeout
-from gateway.rootfs.tree import FOLDER, Tree
+from gateway.rootfs.root import FOLDER, Root
 
 KEPT_NAMES_MAX: Final = 100_000
 _KEPT_CHOICES: Final = 4  # of each folder: what the latest questions were answered by
@@ -112,7 +112,7 @@ class Walk:
 
     def __init__(
         self,
-        tree: Tree,
+        tree: Root,
         start: str,
         chooser: Chooser,
         *,
@@ -187,8 +187,8 @@ class Walk:
                 self._hurry()
 
     @contextmanager
-    def _below(self) -> Iterator[Tree]:
-        below = Tree(self._tree.open(self._start, FOLDER), self._tree.workspace)
+    def _below(self) -> Iterator[Root]:
+        below = Root(self._tree.open(self._start, FOLDER), self._tree.workspace)
         try:
             yield below
         finally:
@@ -198,7 +198,7 @@ class Walk:
         if time.monotonic() > self._deadline:
             raise Timeout("the search took too long", reason="timeout")
 
-    def _look(self, below: Tree, path: str, state: Any) -> tuple[int, Collection[str], list[str], Any]:
+    def _look(self, below: Root, path: str, state: Any) -> tuple[int, Collection[str], list[str], Any]:
         """Look into one folder; return what was chosen of it: names of files, folders and their state.
 
         Where there are names, the folder's descriptor comes first, to be closed.

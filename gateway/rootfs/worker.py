@@ -20,7 +20,7 @@ import orjson
 
 from gateway.errors import GatewayError
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Operation, Passing, Workspace
+from gateway.rootfs.operation import Operation, Passing, Workspace
 
 DONE, REFUSED, BROKEN, READY, PASSED, TOLD = range(6)
 HEAD = struct.Struct(">IB")  # length of status byte and payload, status

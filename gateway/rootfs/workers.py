@@ -29,7 +29,7 @@ from gateway import errors
 from gateway.errors import GatewayError, InvalidParams, NotFound, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker import MESSAGE_MAX, Spawn
-from gateway.rootfs.operations import SCAN, SCANNED, SIFT, SIFTED_MAX, Limits
+from gateway.rootfs.operation import SCAN, SCANNED, SIFT, SIFTED_MAX, Limits
 from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED, REPLY_MAX
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
     The broker is started with the first request and again where it has died; `tenants` describes where it
-    finds them (see `gateway.rootfs.tenants`), `program` is one that workers may become. With `at`, one that
+    finds them (see `gateway.rootfs.locations`), `program` is one that workers may become. With `at`, one that
     listens there is connected to instead, and knows all of that itself.
     """
 
@@ -108,7 +108,7 @@ class BrokerClient:
         return answer, descriptors
 
     async def on_tree(self, tenant: str, group: str, step: str) -> None:
-        """Do one of `trees.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
+        """Do one of `process_tree.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
 
         What the broker does not find any more has ended with its container.
         """
@@ -348,7 +348,7 @@ class Workers:
         self,
         settings: Settings,
         tenants: Mapping[str, Any] | None = None,
-        operations: str = "gateway.tools.operations",
+        operations: str = "gateway.tools.worker_operations",
     ) -> None:
         self._limits = Limits(**{name: getattr(settings, name) for name in Limits.__slots__})
         self._memory = settings.worker_memory

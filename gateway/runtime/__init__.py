@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.trees import Member
+from gateway.rootfs.process_tree import Member
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
 # what Incus takes, and no path
@@ -216,7 +216,7 @@ async def unheard(removal: Removal) -> None:
 class TenantRuntime(Protocol):
     """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`.
 
-    `tenants` tells a broker how it finds their files by itself, see `gateway.rootfs.tenants`.
+    `tenants` tells a broker how it finds their files by itself, see `gateway.rootfs.locations`.
     """
 
     tenants: Mapping[str, Any]

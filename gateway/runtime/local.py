@@ -29,9 +29,9 @@ import orjson
 
 from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.cgroups import Cgroup
-from gateway.rootfs.tenants import Folders
-from gateway.rootfs.trees import PARENT, Member, mount_point
+from gateway.rootfs.command_cgroup import CommandCgroup
+from gateway.rootfs.locations import Folders
+from gateway.rootfs.process_tree import PARENT, Member, mount_point
 from gateway.runtime import (
     REPORT_MAX,
     ExecSpec,
@@ -74,7 +74,7 @@ class LocalRuntime:
         self.removed = removed
         self._home = settings.state_dir / "tenants"
         self._real_home = os.path.realpath(self._home)  # what its commands see
-        self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").told()
+        self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").to_dict()
         self._running: dict[str, set[LocalProcess]] = {}
         self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=1000)
 
@@ -592,10 +592,10 @@ class LocalProcess:
         if self._process is not None:
             await self.kill(0)
 
-    def _cgroup(self) -> Cgroup | None:
+    def _cgroup(self) -> CommandCgroup | None:
         preamble = self._preamble
         mount = mount_point() if preamble.method == "cgroup" or not preamble.ready else None
-        return None if mount is None else Cgroup(mount / PARENT / self._exec_id)
+        return None if mount is None else CommandCgroup(mount / PARENT / self._exec_id)
 
 
 # Incus makes the terminal the session's own; here a Python in between does, and becomes the shell. What was

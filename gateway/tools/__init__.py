@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gateway.tools.files import FileTools, ToolResult
+    from gateway.tools.file_tools import FileTools, ToolResult
     from gateway.tools.schemas import FILE_TOOLS, descriptions
     from gateway.tools.session import ToolSession
 

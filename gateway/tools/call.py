@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from gateway.errors import GatewayError, InvalidParams
-from gateway.rootfs.operations import Workspace
-from gateway.rootfs.tree import show
+from gateway.rootfs.operation import Workspace
+from gateway.rootfs.root import show
 from gateway.tools.answer import Seen, ToolFailure
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from gateway.errors import Timeout, TooLarge
-from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Operation, Workspace
+from gateway.rootfs.root import Root
 from gateway.tools.patterns import Glob, GlobError, Rules, rules
 
 Kind = Literal["file", "folder", "link"]
@@ -37,7 +37,7 @@ def understood(pattern: str) -> str:
 
 @dataclass(slots=True)
 class _Look:
-    tree: Tree
+    tree: Root
     deadline: float
     room: int
     visits: int

@@ -20,8 +20,8 @@ import orjson
 import re2
 
 from gateway.errors import Conflict, GatewayError
-from gateway.rootfs.operations import Operation, Workspace
-from gateway.rootfs.tree import Tree, refusal
+from gateway.rootfs.operation import Operation, Workspace
+from gateway.rootfs.root import Root, refusal
 
 HOME: Final = ".gateway"
 FOLDER: Final = f"{HOME}/output"
@@ -120,7 +120,7 @@ def _remove(workspace: Workspace, given: dict[str, Any]) -> bytes:
     return b"{}"
 
 
-def _folder(tree: Tree) -> int:
+def _folder(tree: Root) -> int:
     try:
         return tree.open_real(FOLDER, _DIRECTORY)
     except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import re2
 
 from gateway.errors import GatewayError
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.root import Root
 
 GLOB_MAX = 2000  # characters of one glob
 _RULES_MAX = 2000  # rules of one ignore file
@@ -360,7 +360,7 @@ class _State:
 class Sought:
     """Chooses files as ripgrep does: globs, then ignore files (in a repository), then the type."""
 
-    def __init__(self, tree: Tree, start: str, globs: Globs, types: Globs | None) -> None:
+    def __init__(self, tree: Root, start: str, globs: Globs, types: Globs | None) -> None:
         self._tree = tree
         self._base = start + "/" if start else ""
         self._globs = globs

@@ -15,7 +15,7 @@ from zlib import crc32
 import orjson
 
 from gateway.errors import GatewayError, TooLarge
-from gateway.rootfs.tree import etag, read_all, show
+from gateway.rootfs.root import etag, read_all, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, outside
 from gateway.tools.texts import Text, decode

@@ -17,7 +17,7 @@ from zlib import crc32
 import re2
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.operations import SCANNED, SIFTED_MAX, Workspace
+from gateway.rootfs.operation import SCANNED, SIFTED_MAX, Workspace
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call

@@ -22,8 +22,8 @@ import re2
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Limits
-from gateway.rootfs.tree import Tree, show
+from gateway.rootfs.operation import Limits
+from gateway.rootfs.root import Root, show
 from gateway.rootfs.walk import Walk, forget, settled
 from gateway.tools import outputs
 from gateway.tools.answer import Answer, ToolFailure, text
@@ -211,7 +211,7 @@ def _bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolF
 _VERBS = {"Glob": "search", "Grep": "read"}
 
 
-def _exists(tree: Tree, path: str) -> bool:
+def _exists(tree: Root, path: str) -> bool:
     try:
         tree.status(path)
     except GatewayError:
@@ -285,7 +285,7 @@ def _around(given: dict[str, Any]) -> list[tuple[str, int]]:
     return [(name, given[name]) for name in ("-B", "-A") if name in given]
 
 
-def _kind(tree: Tree, path: str) -> tuple[os.stat_result, bool]:
+def _kind(tree: Root, path: str) -> tuple[os.stat_result, bool]:
     """Return the status of what `path` leads to, and whether that is a regular file."""
     descriptor = tree.open(path, kernel.O_PATH or os.O_RDONLY | os.O_NONBLOCK)
     try:

@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
-from gateway.rootfs.operations import Workspace
+from gateway.rootfs.operation import Workspace
 from gateway.rootfs.worker import receive_request
 from gateway.tools.call import Call
 from gateway.tools.schemas import checked

@@ -29,14 +29,14 @@ from gateway.errors import (
 )
 from gateway.events import Bus
 from gateway.files.files import file_written
-from gateway.receipts import Key, Receipts
+from gateway.idempotency import Idempotency, Key
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TenantRuntime
 from gateway.settings import Settings
-from gateway.store import StoreFailed
+from gateway.storage.store import StoreFailed
 from gateway.tasks import begin
-from gateway.tools.files import FileTools, ToolResult
+from gateway.tools.file_tools import FileTools, ToolResult
 from gateway.tools.schemas import SHELL_TOOLS, descriptions
 from gateway.tools.session import Background, Sessions, ToolSession
 
@@ -159,7 +159,7 @@ class ShellTools(Background, Protocol):
 
 
 class Toolbox:
-    """The tools of every tenant, their sessions and their receipts. Used from the event loop only.
+    """The tools of every tenant, their sessions and their idempotency. Used from the event loop only.
 
     Use as an async context manager, which is that of its sessions too.
     """
@@ -170,7 +170,7 @@ class Toolbox:
         workers: Workers,
         shells: ShellTools,
         bus: Bus,
-        receipts: Receipts,
+        idempotency: Idempotency,
         settings: Settings,
     ) -> None:
         self._runtime = runtime
@@ -178,7 +178,7 @@ class Toolbox:
         self._files = FileTools(workers, settings)
         self._bus = bus
         self._settings = settings
-        self._receipts = receipts
+        self._idempotency = idempotency
         self._running: dict[Key, _Running] = {}
         self.sessions = Sessions(shells, settings)
 
@@ -235,7 +235,7 @@ class Toolbox:
         key: Key = (tenant, "call", call_id)
         running = self._running.get(key)
         if running is None:
-            known = await self._receipts.result(key, digest)
+            known = await self._idempotency.result(key, digest)
             if known is not None:
                 return ToolResult.unpacked(known)
             running = self._running.get(key)  # another may have come first meanwhile
@@ -261,21 +261,21 @@ class Toolbox:
         tenant, _, call_id = key
         if name not in _LASTING:
             result = await self._call(tenant, session, name, arguments, by, call_id)
-            self._receipts.keep(key, digest, result.packed())
+            self._idempotency.keep(key, digest, result.packed())
             return result
-        await self._receipts.begin(key, digest)
+        await self._idempotency.begin(key, digest)
         try:
             result = await self._call(tenant, session, name, arguments, by, call_id)
         except asyncio.CancelledError:
-            await asyncio.shield(self._receipts.fence(key))  # some of it may have happened
+            await asyncio.shield(self._idempotency.fence(key))  # some of it may have happened
             raise
         except (Unavailable, Timeout):
             raise  # whether it happened nobody knows: it stays begun
         except GatewayError:
-            await self._receipts.forget(key)  # it did not happen: it may be made again
+            await self._idempotency.forget(key)  # it did not happen: it may be made again
             raise
         try:
-            await self._receipts.finish(key, digest, result.packed())
+            await self._idempotency.finish(key, digest, result.packed())
         except StoreFailed as failed:
             log.error("the result of a call of %s will not outlive this process: %s", tenant, failed.message)
         return result
@@ -290,7 +290,7 @@ class Toolbox:
     async def fence(self, tenant: str, call_id: str) -> None:
         """Cancel whatever is asked for under this id, also where it comes only later."""
         await self.give_up(tenant, call_id)
-        await self._receipts.fence((tenant, "call", call_id))
+        await self._idempotency.fence((tenant, "call", call_id))
 
     async def _call(
         self,

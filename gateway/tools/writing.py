@@ -8,7 +8,7 @@ import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
-from gateway.rootfs.tree import FOLDER, Made, etag, refusal, show
+from gateway.rootfs.root import FOLDER, Made, etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, meant, outside
 from gateway.tools.reading import missing

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from gateway.events import Bus, Filter, StoredJournal, sse
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 
 # of each end of each connection: the kernel's own would take a whole burst, and nobody would ever stall
 _BUFFER: Final = 64 << 10

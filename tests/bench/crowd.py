@@ -22,9 +22,9 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.capacity import host_memory
 from gateway.host import HostError
 from gateway.incus import Incus
+from gateway.limits.capacity import host_memory
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 

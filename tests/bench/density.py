@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from gateway.capacity import host_memory
 from gateway.host import HostError
+from gateway.limits.capacity import host_memory
 from tests.bench.crowd import MiB, at_rest, crowd_of, events, lists, of_the_network, told
 from tests.integration.sites import Hosting
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.rootfs import FilesystemRoot, IdMap, Workers, kernel
-from gateway.rootfs.tenants import Folders, found_by
+from gateway.rootfs.locations import Folders, found_by
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings, load
 from gateway.tools import FileTools, ToolSession
@@ -225,7 +225,7 @@ async def memory(settings: Settings, home: Path) -> dict[str, Any]:
         for path in (home / str(number), home / str(number) / "ten.txt"):
             os.chown(path, settings.workspace_uid, settings.workspace_uid)
     places = Folders(str(home), "", settings.workspace_uid, idmap)
-    async with Workers(settings, places.told()) as workers:
+    async with Workers(settings, places.to_dict()) as workers:
         tools = FileTools(workers, settings)
         for number in range(WORKERS):
             one, session = FilesystemRoot(str(number), "/"), ToolSession()

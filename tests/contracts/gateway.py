@@ -19,8 +19,9 @@ import orjson
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from gateway import auth, protocol
-from gateway.editor import STATIC
+from gateway import protocol
+from gateway.api.editor import STATIC
+from gateway.auth import tokens
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.live import SECRET, LiveGateway, RpcFailure, Wire
 
@@ -64,7 +65,7 @@ class ConnectionContract:
         token = gateway.token(tenant)
         for headers in (
             {"Authorization": f"Bearer {token}"},
-            {"Cookie": f"other=1; {auth.COOKIE}={token}"},
+            {"Cookie": f"other=1; {tokens.COOKIE}={token}"},
         ):
             async with gateway.raw(tenant, Wire, **headers) as wire:
                 assert (await wire.call("initialize", client={}))["tenant"] == tenant
@@ -81,7 +82,7 @@ class ConnectionContract:
                 token = gateway.token(tenant, ttl=1)
                 await asyncio.sleep(1.1)  # a token's time is the wall clock's
             case _:
-                token = auth.issue(SECRET[::-1], "x", [tenant], ["exec"], 60)
+                token = tokens.issue(SECRET[::-1], "x", [tenant], ["exec"], 60)
         headers = {"Authorization": f"Bearer {token}"} if where == "header" else {}
         async with gateway.raw(tenant, Wire, **headers) as wire:
             if where == "initialize":

@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from gateway import auth
-from tests.contracts.life import ask
+from gateway.auth import tokens
+from tests.contracts.lifecycle import ask
 from tests.contracts.processes import mark
 from tests.live import SECRET, LiveGateway
 
@@ -24,7 +24,7 @@ class OperatorContract:
     ) -> None:
         """Its sockets, event streams and requests; another token of the same subject goes on."""
         raw = disposable.token(tenant)
-        id_, headers = auth.verify(SECRET, raw).id, {"Authorization": f"Bearer {raw}"}
+        id_, headers = tokens.verify(SECRET, raw).id, {"Authorization": f"Bearer {raw}"}
         async with (
             disposable.raw(tenant, Authorization=f"Bearer {raw}") as wire,
             disposable.raw(tenant) as late,

@@ -19,7 +19,7 @@ from gateway.errors import (
     TenantNotRunning,
     TooLarge,
 )
-from gateway.rootfs.tenants import found_by
+from gateway.rootfs.locations import found_by
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
 from gateway.runtime.sizes import SIZES
 from tests.contracts.processes import Tree, alive, mark, until

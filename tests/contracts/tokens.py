@@ -12,8 +12,8 @@ import aiohttp
 import jwt
 import pytest
 
-from gateway import auth
-from tests.contracts.life import ask
+from gateway.auth import tokens
+from tests.contracts.lifecycle import ask
 from tests.contracts.operator import operator
 from tests.contracts.processes import Tree, mark
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, RpcFailure, Wire
@@ -177,7 +177,7 @@ class TokensContract:
             await wire.call("session/renew", token=second)
 
             async def revoke(token: str) -> int:
-                body = {"id": auth.verify(SECRET, token).id}
+                body = {"id": tokens.verify(SECRET, token).id}
                 closed: int = (await ask(admin, "POST", "/v1/revocations", body))["closed"]
                 return closed
 
@@ -194,9 +194,9 @@ class TokensContract:
     ) -> None:
         cases: Iterable[tuple[str, str]] = (
             ("not a token", "unauthorized"),
-            (auth.issue(SECRET[::-1], "test", [tenant], ["exec"], 60), "unauthorized"),
-            (auth.issue(SECRET, "somebody", [tenant], EVERY_SCOPE, 60), "forbidden"),
-            (auth.issue(SECRET, "test", ["t-other"], EVERY_SCOPE, 60), "forbidden"),
+            (tokens.issue(SECRET[::-1], "test", [tenant], ["exec"], 60), "unauthorized"),
+            (tokens.issue(SECRET, "somebody", [tenant], EVERY_SCOPE, 60), "forbidden"),
+            (tokens.issue(SECRET, "test", ["t-other"], EVERY_SCOPE, 60), "forbidden"),
         )
         async with gateway.wire(tenant) as wire:
             for token, code in cases:
@@ -286,9 +286,9 @@ class TokensContract:
             for number in range(12):
                 body = {"token": gateway.token(tenant), "slot": f"s{number}"}
                 await ask(http, "POST", "/v1/session", body)
-                assert len(jar) <= auth.MOST_SLOTS
+                assert len(jar) <= tokens.MOST_SLOTS
             await ask(http, "GET", "/v1/session?slot=s11")
-            assert len(jar) == auth.MOST_SLOTS
+            assert len(jar) == tokens.MOST_SLOTS
 
     async def test_by_https_only_a_cookie_of_this_host_is_taken(
         self, gateway: LiveGateway, tenant: str

@@ -17,7 +17,7 @@ from playwright.async_api import (
     expect,
 )
 
-from gateway import auth
+from gateway.auth import tokens
 
 DEADLINE = 30_000
 """For each thing that a person would wait for, in milliseconds; many times what it takes."""
@@ -51,7 +51,7 @@ class Watched:
 
     async def sign_in(self, token: str) -> None:
         """Take the cookie as the page would, without the page."""
-        cookie = {"name": auth.COOKIE, "value": token, "url": self.address, "httpOnly": True}
+        cookie = {"name": tokens.COOKIE, "value": token, "url": self.address, "httpOnly": True}
         await self.context.add_cookies([cast(Any, {**cookie, "sameSite": "Strict"})])
 
     async def page(self) -> Page:

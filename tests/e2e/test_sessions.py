@@ -8,7 +8,7 @@ import time
 import pytest
 from playwright.async_api import BrowserContext, Locator, expect
 
-from gateway import auth
+from gateway.auth import tokens
 from tests.e2e.conftest import ADDRESS, OpenEditor
 from tests.e2e.editor import Editor
 from tests.e2e.test_editor import run
@@ -17,7 +17,7 @@ from tests.live import EVERY_SCOPE, SECRET
 
 
 def token(*tenants: str, subject: str = "ann", ttl: int = 600) -> str:
-    return auth.issue(SECRET, subject, tenants, EVERY_SCOPE, ttl)
+    return tokens.issue(SECRET, subject, tenants, EVERY_SCOPE, ttl)
 
 
 @pytest.fixture(scope="session")

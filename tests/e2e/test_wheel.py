@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gateway.editor import STATIC
+from gateway.api.editor import STATIC
 from tests.live import LiveGateway
 
 CHECKOUT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from gateway.auth import Token
+from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
 from gateway.settings import Settings
 from tests.integration import environment

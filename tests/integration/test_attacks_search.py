@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import FilesystemRoot, Workers
-from gateway.rootfs.operations import Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession, scanning
@@ -157,7 +157,7 @@ async def test_without_a_worker(tenant: Container, careful: bool, monkeypatch: p
     site = environment.rootfs(tenant.name, environment.settings().pool) / "srv/site"
     if not careful:
         monkeypatch.setattr(scanning, "_FLAGS", scanning._FLAGS & ~os.O_NOFOLLOW)
-    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     asked = {"input": {"pattern": "host-secret"}, "cwd": "/srv/site", "share": [0, 1]}
 
     def leaks() -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from gateway.errors import NotFound, Unavailable
-from gateway.host.front import Front
+from gateway.host.caddy_service import CaddyService
 from gateway.host.setup import setup
-from gateway.rootfs import FilesystemRoot, Workers, trees
+from gateway.rootfs import FilesystemRoot, Workers, process_tree
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
@@ -133,7 +133,7 @@ async def test_ports(gateway: LiveGateway, make_tenant: MakeTenant) -> None:
 
 async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """`setup` gives it the folders of the routes; Caddy's admin API stays closed to it."""
-    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     http, https, ask = free_ports(3)
     folder = place.folder / "caddy"
     changes = {
@@ -168,7 +168,7 @@ async def test_deploys_by_a_caddy_that_root_started(place: Place, monkeypatch: p
     assert changed - {"disk quotas"} == {
         "folders of Caddy's routes"
     }  # other tests may end the kernel's count
-    front = Front(host.settings)
+    front = CaddyService(host.settings)
     front.start(CHECKOUT / "deploy")
     try:
         assert (folder / "admin").owner() == "caddy"
@@ -198,8 +198,8 @@ async def test_ends_trees_by_the_broker(
     def never(*_: object) -> None:
         raise AssertionError("not by this process")
 
-    for step in trees.STEPS:
-        monkeypatch.setitem(trees.STEPS, step, never)
+    for step in process_tree.STEPS:
+        monkeypatch.setitem(process_tree.STEPS, step, never)
     monkeypatch.setattr(Commands, "kill_inside", never)
     async with IncusRuntime(place.settings) as runtime:
         tree = Tree()
@@ -259,7 +259,7 @@ async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, fo
 
     for name in (foreign.name, f"../{foreign.name}", f"{tenant.name}/../{foreign.name}", "", "/"):
         await refused(**(spawn | {"tenant": name}))
-        for step in trees.STEPS:
+        for step in process_tree.STEPS:
             await refused(do="tree", tenant=name, group="own/x", step=step)
         for what in ("relieve", "reserve"):
             await refused(do=what, tenant=name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.capacity import host_memory
+from gateway.limits.capacity import host_memory
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.sites import hosting

@@ -13,12 +13,12 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
-from gateway.domains import Domains
 from gateway.errors import Unavailable
 from gateway.events import Bus, MemoryJournal
+from gateway.ownership.domains import Domains
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, settings_for
 

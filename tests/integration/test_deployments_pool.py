@@ -16,7 +16,7 @@ import pytest
 from gateway.caddy import shipped
 from gateway.settings import Settings
 from tests.contracts.gateway import sse
-from tests.contracts.life import ask
+from tests.contracts.lifecycle import ask
 from tests.integration import environment
 from tests.integration.sites import hosting
 

@@ -19,12 +19,12 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
-from gateway.domains import Domains
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
+from gateway.ownership.domains import Domains
 from gateway.runtime.incus import IncusRuntime, IncusSites, sites
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, filled, hosting, settings_for
@@ -72,7 +72,7 @@ class Desk:
         assert domains.held() == set()
         events = [event for event in (await journal.read(0, 10_000)).events if event.deployment == record.id]
         assert [event.type for event in events][-2:] == ["deployment.failed", "deployment.rolledback"]
-        answer = json.loads(json.dumps(record.told()["error"]))
+        answer = json.loads(json.dumps(record.to_dict()["error"]))
         assert all(event.data["error"] == answer for event in events[-2:])
         assert str(environment.INCUS_DIR) not in answer["message"]
         assert str(settings.state_dir) not in answer["message"]

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.rootfs.trees import PARENT, of_init, pids
+from gateway.rootfs.process_tree import PARENT, of_init, pids
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, alive, mark, until
 from tests.integration import environment

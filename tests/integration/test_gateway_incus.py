@@ -16,12 +16,12 @@ import pytest
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.idempotency import ReceiptsContract
 from tests.contracts.input import InputContract
-from tests.contracts.life import FULL, TIGHT, LifeContract, ask
+from tests.contracts.lifecycle import FULL, TIGHT, LifeContract, ask
 from tests.contracts.mcp import McpContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import Tree, alive, mark, until
-from tests.contracts.receipts import ReceiptsContract
 from tests.contracts.tokens import TokensContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from gateway.caddy import Caddy
-from gateway.host import front
+from gateway.host import caddy_service
 from gateway.host.doctor import doctor
 from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
 from gateway.settings import Settings
-from gateway.state import close
+from gateway.storage.state_dir import close
 from tests.integration import environment
 from tests.live import free_ports
 
@@ -32,7 +32,7 @@ CHECKOUT = Path(__file__).parents[2]
 def quickstart(incus_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quickstart]:
     # Here as everywhere: the detached process, not the machine's systemd unit.
     monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
-    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     listen, http, https, ask_port = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="gw-quick-") as place:
         Path(place).chmod(0o755)  # it is closed, whatever it was; Caddy is no root
@@ -97,7 +97,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert quickstart.front.pid() == caddy
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
 
-    other = front.Front(quickstart.settings.model_copy(update={"wake_timeout": 31.0}))
+    other = caddy_service.CaddyService(quickstart.settings.model_copy(update={"wake_timeout": 31.0}))
     assert other.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {caddy}"
     assert '"try_duration": 31000000000' in json.dumps(other.running())  # nanoseconds
 
@@ -126,7 +126,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
 
 def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an upgrade does it: then the state dir is closed, and Caddy comes up again from where it is."""
-    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     http, https, ask_port, site = free_ports(4)
     serve = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(site)]
     with tempfile.TemporaryDirectory(prefix="gw-move-") as place, tempfile.TemporaryDirectory() as pages:
@@ -140,9 +140,9 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             caddy_https=https,
             caddy_ask=ask_port,
         )
-        before = front.Front(old)
-        new = old.model_copy(update=front.chosen(old))
-        after = front.Front(new)
+        before = caddy_service.CaddyService(old)
+        new = old.model_copy(update=caddy_service.chosen(old))
+        after = caddy_service.CaddyService(new)
         answers: list[int | str] = []
         ended = threading.Event()
 
@@ -171,10 +171,10 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
                 time.sleep(0.05)
             visitor.start()
             assert new.caddy_dir == Path(f"{place}-caddy")
-            front.move_out(new)
+            caddy_service.move_out(new)
             assert after.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {pid}"
             assert close(new) == "mode 700"
-            front.move_out(new)  # again, as the next start does
+            caddy_service.move_out(new)  # again, as the next start does
             assert after.start(CHECKOUT / "deploy") == f"runs already, pid {pid}"
             seen_by_then = len(answers)
             while len(answers) < seen_by_then + 20 and visitor.is_alive():
@@ -183,7 +183,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             visitor.join()
             assert set(answers) == {200}, (len(answers), set(answers))
             assert (state / "caddy").readlink() == new.caddy_dir
-            assert front.chosen(new) == {} and before.running() is None
+            assert caddy_service.chosen(new) == {} and before.running() is None
             Caddy(new).set("site.localhost", f"127.0.0.1:{http + 1 if http + 1 != site else http + 2}")
             assert visit() == 502  # what is written there now is what is served
             assert "a visitor's own" not in after.log.read_text()
@@ -204,11 +204,11 @@ def test_without_incus_the_same_site_is_served(
 ) -> None:
     """The local runtime serves it, where Caddy was found a port; it has the same after another start."""
     monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
-    monkeypatch.setattr("gateway.host.front.systemd_runs", lambda: False)
-    monkeypatch.setattr("gateway.host.front._user", lambda: None)  # pytest's folders are one user's alone
+    monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.caddy_service._user", lambda: None)  # pytest's folders are one user's
     listen, *others = free_ports(4)
-    usual = dict(zip(front._PORTS, [(port, port) for port in others], strict=True))
-    monkeypatch.setattr("gateway.host.front._PORTS", usual)  # another run may be looking for the real ones
+    usual = dict(zip(caddy_service._PORTS, [(port, port) for port in others], strict=True))
+    monkeypatch.setattr("gateway.host.caddy_service._PORTS", usual)  # others look for the real ones
     settings = Settings(runtime="local", state_dir=tmp_path, listen=f"127.0.0.1:{listen}")
     quickstart = Quickstart(settings, CHECKOUT, "stamp", environment.variables(settings))
     try:

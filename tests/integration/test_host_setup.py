@@ -13,7 +13,7 @@ from gateway.host.daemon import Daemon
 from gateway.host.doctor import Finding, doctor
 from gateway.host.incus import Incus, Missing
 from gateway.host.setup import acl_name, setup
-from gateway.rootfs.tenants import MANAGED
+from gateway.rootfs.locations import MANAGED
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import MakeTenant

@@ -24,7 +24,7 @@ import pytest
 
 from gateway.errors import Conflict
 from gateway.host import HostError
-from gateway.migration import Migration, Wanted, door, opened
+from gateway.migration import Migration, Wanted, opened, shifted_mount
 from gateway.migration.service import Systemctl, Unit
 from gateway.runtime.incus import migrations
 from gateway.settings import Settings
@@ -123,7 +123,7 @@ async def domain(host: Hosting) -> AsyncIterator[str]:
     yield domain
     tenant = domain.replace(".", "-")
     environment.incus("delete", "--force", tenant, check=False)
-    door.close_door(tenant)
+    shifted_mount.close_door(tenant)
 
 
 @contextlib.asynccontextmanager
@@ -219,7 +219,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
     async with migrating(host, domain, old, said) as migration:
         plan = await migration.plan(domain, wanted)
         assert plan.stops == () and not plan.read_only
-        assert "quoted" not in "\n".join([*plan.lines(), str(plan.told())])
+        assert "quoted" not in "\n".join([*plan.lines(), str(plan.to_dict())])
         assert environment.incus("info", tenant, check=False).returncode != 0
         assert await migration.forward(domain, wanted, "attach") == "attached"
         assert (await told(host, domain))["where"] == str(old.folder)
@@ -266,7 +266,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         assert (await told(host, domain))["where"] == "/srv/site"
         found = next(entry for entry in environment.instances() if entry["name"] == tenant)
         assert not [key for key in found["config"] if key.startswith(migrations.STATE)]
-        assert "migrate" not in found["devices"] and not door.is_open(tenant)
+        assert "migrate" not in found["devices"] and not shifted_mount.is_open(tenant)
     the_real_systemd(tenant)
 
 
@@ -283,7 +283,7 @@ def container_root_has_no_power(tenant: str, folder: Path) -> None:
         inside(tenant, "cp /bin/true /srv/site/mine && chmod 4755 /srv/site/mine", user=1000)
         assert (folder / "mine").stat().st_uid == OWNER
         inside(tenant, "mount -t tmpfs none /srv/site && touch /srv/site/over; umount /srv/site")
-        assert not (folder / "over").exists() and not (door.place(tenant) / "over").exists()
+        assert not (folder / "over").exists() and not (shifted_mount.place(tenant) / "over").exists()
         assert {path.lstat().st_uid for path in folder.rglob("*")} == {OWNER, 0}
     finally:
         (folder / "roots").unlink()

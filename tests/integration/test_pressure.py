@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import memory, reserve, trees
+from gateway.rootfs import memory, process_tree, reserve
 from gateway.rootfs.memory import Place
 from gateway.settings import Settings
 from tests.archives import archive
@@ -56,9 +56,9 @@ if (isMainThread) {
 
 def stalled() -> float:
     """Return the seconds that commands have waited for memory until now."""
-    mount = trees.mount_point()
+    mount = process_tree.mount_point()
     assert mount is not None
-    return memory.stalled(Place(mount / f"lxc.payload.{TENANT}" / trees.PARENT, None)) or 0.0
+    return memory.stalled(Place(mount / f"lxc.payload.{TENANT}" / process_tree.PARENT, None)) or 0.0
 
 
 async def events(host: Hosting, kind: str) -> AsyncGenerator[dict[str, Any]]:
@@ -87,7 +87,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         environment.incus("exec", TENANT, "--", "systemctl", "daemon-reload")
         first = (await host.visit(DOMAIN))[1]
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
-            mount = trees.mount_point()
+            mount = process_tree.mount_point()
             assert mount is not None
             container = mount / f"lxc.payload.{TENANT}"
             async with asyncio.timeout(30):

@@ -11,7 +11,7 @@ import pytest
 from gateway.audit import Audit, Entry
 from gateway.events import Bus, StoredJournal
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 
 KEPT = 30
 

@@ -13,7 +13,7 @@ from typing import Any
 import jwt
 import pytest
 
-from gateway import auth
+from gateway.auth import tokens
 from gateway.errors import Forbidden, InvalidParams, Unauthorized, Unavailable
 from gateway.settings import Settings
 
@@ -39,7 +39,7 @@ def signed(**changes: Any) -> str:
 
 def test_a_token_says_what_was_issued() -> None:
     before = int(time.time())
-    token = auth.verify(SECRET, auth.issue(SECRET, "ann", ["shop", "blog"], ["exec", "events"], 60))
+    token = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop", "blog"], ["exec", "events"], 60))
     assert (token.subject, token.tenants, token.scopes) == (
         "ann",
         frozenset({"shop", "blog"}),
@@ -50,8 +50,8 @@ def test_a_token_says_what_was_issued() -> None:
 
 
 def test_two_tokens_have_two_ids() -> None:
-    raws = [auth.issue(SECRET, "ann", ["*"], ["exec"], 60) for _ in range(2)]
-    first, second = (auth.verify(SECRET, raw) for raw in raws)
+    raws = [tokens.issue(SECRET, "ann", ["*"], ["exec"], 60) for _ in range(2)]
+    first, second = (tokens.verify(SECRET, raw) for raw in raws)
     assert first.id != second.id
 
 
@@ -73,25 +73,25 @@ def test_two_tokens_have_two_ids() -> None:
 )
 def test_nonsense_is_not_issued(tenants: list[str], scopes: list[str], ttl: int, subject: str) -> None:
     with pytest.raises(InvalidParams):
-        auth.issue(SECRET, subject, tenants, scopes, ttl)
+        tokens.issue(SECRET, subject, tenants, scopes, ttl)
 
 
 def test_a_token_says_which_domains_it_may_give() -> None:
     given = ["*.Sites.example.com", "shop.example.com."]
-    token = auth.verify(SECRET, auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60, given))
+    token = tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop"], ["deploy"], 60, given))
     assert token.domains == frozenset({"*.sites.example.com", "shop.example.com"})
-    assert auth.verify(SECRET, auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60)).domains is None
+    assert tokens.verify(SECRET, tokens.issue(SECRET, "ann", ["shop"], ["deploy"], 60)).domains is None
     for wrong in ("*", "shop", "https://shop.example.com", "*.*.com"):
         with pytest.raises(InvalidParams):
-            auth.issue(SECRET, "ann", ["shop"], ["deploy"], 60, [wrong])
+            tokens.issue(SECRET, "ann", ["shop"], ["deploy"], 60, [wrong])
     for claim in ("shop.example.com", [1], {"a": 1}):
         with pytest.raises(Unauthorized):
-            auth.verify(SECRET, signed(domains=claim))
+            tokens.verify(SECRET, signed(domains=claim))
 
 
 def test_a_short_secret_signs_nothing() -> None:
     with pytest.raises(InvalidParams):
-        auth.issue("short", "ann", ["shop"], ["exec"], 60)
+        tokens.issue("short", "ann", ["shop"], ["exec"], 60)
 
 
 def _unsigned() -> str:
@@ -123,7 +123,7 @@ def _tampered() -> str:
         pytest.param(signed(scope=["exec"]), id="scope is a list"),
         pytest.param(signed(jti=""), id="empty jti"),
         pytest.param(signed(nbf=int(time.time()) + 600), id="not yet"),
-        pytest.param(signed(sub="x" * auth.MAX_TOKEN), id="huge"),
+        pytest.param(signed(sub="x" * tokens.MAX_TOKEN), id="huge"),
         pytest.param("a.b.c", id="no jwt"),
         pytest.param("ü.ü.ü", id="not ascii"),
         pytest.param("\udc80", id="lone surrogate"),
@@ -131,37 +131,37 @@ def _tampered() -> str:
 )
 def test_a_bad_token_is_invalid_and_no_more_is_said(raw: str) -> None:
     with pytest.raises(Unauthorized) as caught:
-        auth.verify(SECRET, raw)
+        tokens.verify(SECRET, raw)
     assert caught.value.message == "this token is not valid"
     assert caught.value.facts == {}
 
 
 def test_the_base_of_the_bad_ones_is_good() -> None:
-    assert auth.verify(SECRET, signed()).subject == "ann"
+    assert tokens.verify(SECRET, signed()).subject == "ann"
 
 
 @pytest.mark.parametrize("raw", [None, ""])
 def test_no_token_says_how_to_send_one(raw: str | None) -> None:
     with pytest.raises(Unauthorized, match="Bearer"):
-        auth.verify(SECRET, raw)
+        tokens.verify(SECRET, raw)
 
 
 def test_expired_says_so_but_only_to_who_has_a_real_token() -> None:
     with pytest.raises(Unauthorized, match="expired"):
-        auth.verify(SECRET, signed(exp=int(time.time()) - 1))
+        tokens.verify(SECRET, signed(exp=int(time.time()) - 1))
     forged = jwt.encode(claims(exp=1), OTHER, algorithm="HS256")
     with pytest.raises(Unauthorized, match="not valid"):
-        auth.verify(SECRET, forged)
+        tokens.verify(SECRET, forged)
 
 
 def test_a_revoked_id_is_refused() -> None:
-    assert auth.verify(SECRET, signed(jti="j2"), {"j1"}.__contains__).id == "j2"
+    assert tokens.verify(SECRET, signed(jti="j2"), {"j1"}.__contains__).id == "j2"
     with pytest.raises(Unauthorized):
-        auth.verify(SECRET, signed(jti="j1"), {"j1"}.__contains__)
+        tokens.verify(SECRET, signed(jti="j1"), {"j1"}.__contains__)
 
 
 def test_covers_compares_whole_names() -> None:
-    token = auth.verify(SECRET, signed(tenants=["shop"]))
+    token = tokens.verify(SECRET, signed(tenants=["shop"]))
     assert token.covers("shop")
     for twin in ("shop-2", "sho", "shop.", "SHOP", "", "*"):
         assert not token.covers(twin)
@@ -169,21 +169,21 @@ def test_covers_compares_whole_names() -> None:
 
 
 def test_the_star_covers_every_tenant_and_no_pattern_does() -> None:
-    everyone = auth.verify(SECRET, signed(tenants=["*"]))
+    everyone = tokens.verify(SECRET, signed(tenants=["*"]))
     assert everyone.covers("any")
     assert everyone.coverage is None
-    assert not auth.verify(SECRET, signed(tenants=["sh*"])).covers("shop")
+    assert not tokens.verify(SECRET, signed(tenants=["sh*"])).covers("shop")
 
 
 def test_require_wants_the_very_scope_and_admin_implies_all() -> None:
-    token = auth.verify(SECRET, signed(scope="files:read later:thing"))
+    token = tokens.verify(SECRET, signed(scope="files:read later:thing"))
     token.require("files:read")
     assert token.scopes == {"files:read"}
     for scope in ("files:write", "exec", "admin"):
         with pytest.raises(Forbidden):
             token.require(scope)
-    admin = auth.verify(SECRET, signed(scope="admin"))
-    for scope in auth.SCOPES:
+    admin = tokens.verify(SECRET, signed(scope="admin"))
+    for scope in tokens.SCOPES:
         admin.require(scope)
 
 
@@ -200,13 +200,13 @@ def test_require_wants_the_very_scope_and_admin_implies_all() -> None:
     ],
 )
 def test_ttl(text: str, seconds: int) -> None:
-    assert auth.parse_ttl(text) == seconds
+    assert tokens.parse_ttl(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "0d", "-1", "1y", "1.5h", "h", "1h30m", "٣", "99999d", "9" * 5000])
 def test_ttl_refused(text: str) -> None:
     with pytest.raises(InvalidParams):
-        auth.parse_ttl(text)
+        tokens.parse_ttl(text)
 
 
 def settings(folder: Path, **values: Any) -> Settings:
@@ -214,20 +214,20 @@ def settings(folder: Path, **values: Any) -> Settings:
 
 
 def test_a_configured_secret_is_used_and_nothing_written(tmp_path: Path) -> None:
-    assert auth.load_secret(settings(tmp_path / "s", secret=SECRET)) == SECRET
+    assert tokens.load_secret(settings(tmp_path / "s", secret=SECRET)) == SECRET
     assert not (tmp_path / "s").exists()
 
 
 def test_a_short_configured_secret_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidParams, match="at least 32"):
-        auth.load_secret(settings(tmp_path, secret="x" * 31))
+        tokens.load_secret(settings(tmp_path, secret="x" * 31))
 
 
 def test_the_made_secret_is_private_and_stays(tmp_path: Path) -> None:
     state = tmp_path / "deep" / "state"
-    made = auth.load_secret(settings(state))
+    made = tokens.load_secret(settings(state))
     assert len(made) == 64
-    assert auth.load_secret(settings(state)) == made
+    assert tokens.load_secret(settings(state)) == made
     assert stat.S_IMODE((state / "secret").stat().st_mode) == 0o600
     assert [entry.name for entry in state.iterdir()] == ["secret"]
 
@@ -239,7 +239,7 @@ def test_a_kept_secret_that_is_readable_or_short_is_refused(tmp_path: Path, cont
     (tmp_path / "secret").write_text(content)
     (tmp_path / "secret").chmod(mode)
     with pytest.raises(InvalidParams):
-        auth.load_secret(settings(tmp_path))
+        tokens.load_secret(settings(tmp_path))
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -247,12 +247,12 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").chmod(0o600)
     (tmp_path / "secret").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Unavailable):
-        auth.load_secret(settings(tmp_path))
+        tokens.load_secret(settings(tmp_path))
 
 
 def _load(folder: str, barrier: Any, answers: Any) -> None:
     barrier.wait(30)
-    answers.put(auth.load_secret(settings(Path(folder))))
+    answers.put(tokens.load_secret(settings(Path(folder))))
 
 
 def test_processes_that_start_together_agree(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
     ],
 )
 def test_where_a_token_is_found(authorization: str | None, cookie: str | None, raw: str | None) -> None:
-    assert auth.raw_token(authorization, cookie) == raw
+    assert tokens.raw_token(authorization, cookie) == raw
 
 
 @pytest.mark.parametrize(
@@ -306,15 +306,15 @@ def test_where_a_token_is_found(authorization: str | None, cookie: str | None, r
     ],
 )
 def test_which_cookie_is_taken(cookie: str, slot: str | None, secure: bool, raw: str | None) -> None:
-    assert auth.cookie_token(cookie, slot, secure=secure) == raw
+    assert tokens.cookie_token(cookie, slot, secure=secure) == raw
 
 
 def test_two_cookies_of_one_name_are_refused() -> None:
     twice = "gateway_session=first; gateway_session=second"
     with pytest.raises(Unauthorized, match="delete this site's cookies"):
-        auth.raw_token(None, twice)
-    assert auth.raw_token("Bearer abc", twice) == "abc"
-    assert auth.raw_token(None, f"{twice}; gateway_session_x=b", "x") == "b"
+        tokens.raw_token(None, twice)
+    assert tokens.raw_token("Bearer abc", twice) == "abc"
+    assert tokens.raw_token(None, f"{twice}; gateway_session_x=b", "x") == "b"
 
 
 @pytest.mark.parametrize(
@@ -349,4 +349,4 @@ def test_two_cookies_of_one_name_are_refused() -> None:
 )
 def test_origins(origin: str | None, host: str | None, scheme: str, proto: str | None, allowed: bool) -> None:
     listed = ("https://listed.example", "*", "null")
-    assert auth.origin_allowed(origin, host, scheme, listed, proto) is allowed
+    assert tokens.origin_allowed(origin, host, scheme, listed, proto) is allowed

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.budget import SMALL, Budget, Lease, Places, Share, Turns
 from gateway.errors import RateLimited
+from gateway.limits.budget import SMALL, Budget, Lease, Places, Share, Turns
 from gateway.settings import Settings
-from gateway.websocket import LARGE, Lengths
+from gateway.transport.websocket import LARGE, Lengths
 
 MiB = 1 << 20
 

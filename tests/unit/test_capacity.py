@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.capacity import Capacity, Memory, limit_of
 from gateway.errors import GatewayError, RateLimited, Unavailable
+from gateway.limits.capacity import Capacity, Memory, limit_of
 from gateway.runtime import Tenant, TenantRuntime
 from gateway.settings import Settings
 

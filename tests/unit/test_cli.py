@@ -13,7 +13,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from gateway import auth
+from gateway.auth import tokens
 from tests.contracts.gateway import no_traceback
 from tests.contracts.processes import alive, mark, until
 from tests.live import SECRET, LiveGateway
@@ -54,7 +54,7 @@ async def run(gateway: LiveGateway, *words: str, stdin: bytes = b"") -> tuple[in
 async def test_a_token_is_printed_alone(gateway: LiveGateway) -> None:
     words = ("token", "--tenant", "shop", "--scope", "exec", "--scope", "events", "--ttl", "5m")
     code, out, _ = await run(gateway, *words)
-    token = auth.verify(SECRET, out.decode().strip())
+    token = tokens.verify(SECRET, out.decode().strip())
     assert code == 0
     assert (set(token.tenants), set(token.scopes)) == ({"shop"}, {"exec", "events"})
 
@@ -207,11 +207,11 @@ async def test_a_token_is_taken_back_with_a_gateway_and_without(tmp_path: Path) 
     gateway = LiveGateway(
         {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(tmp_path)}, tmp_path / "gateway.log"
     )
-    tokens = [(await run(gateway, "token", "--tenant", "shop"))[1].decode().strip() for _ in range(2)]
-    assert (await run(gateway, "token", "--revoke", tokens[0]))[0] == 0
+    raws = [(await run(gateway, "token", "--tenant", "shop"))[1].decode().strip() for _ in range(2)]
+    assert (await run(gateway, "token", "--revoke", raws[0]))[0] == 0
     await gateway.start()
-    assert (await run(gateway, "token", "--revoke", auth.verify(SECRET, tokens[1]).id))[0] == 0
-    for raw in tokens:
+    assert (await run(gateway, "token", "--revoke", tokens.verify(SECRET, raws[1]).id))[0] == 0
+    for raw in raws:
         code, _, said = await run(gateway, "list", "--token", raw)
         assert (code, said) == (1, "incus-gateway: this token is not valid\n")
     _, out, _ = await run(gateway, "audit", "--json")

@@ -19,7 +19,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from gateway import auth, protocol
+from gateway import protocol
+from gateway.auth import tokens
 from gateway_client import Change, Client, Disconnected, TokenUnavailable, claude, credentials, errors, sync
 from gateway_client.credentials import Credentials
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, local_gateway
@@ -296,7 +297,7 @@ class Tokens:
     def __call__(self) -> str:
         if self.failing:
             raise ConnectionError("the tokens' service is away")
-        self.given.append(auth.issue(SECRET, "test", ["shop"], self.scopes, self.life))
+        self.given.append(tokens.issue(SECRET, "test", ["shop"], self.scopes, self.life))
         return self.given[-1]
 
 
@@ -452,23 +453,23 @@ async def test_a_renewal_for_which_there_is_no_room_is_asked_again() -> None:
 
 
 async def test_a_revoked_token_is_replaced_once(gateway: LiveGateway) -> None:
-    tokens = Tokens(600)
+    source = Tokens(600)
     async with (
         asyncio.timeout(60),
         Client(gateway.url, token=gateway.token("*", scopes=("admin",))) as admin,
-        Client(gateway.url, token=tokens) as client,
+        Client(gateway.url, token=source) as client,
     ):
         shop = client.tenant("shop")
         async with shop.exec("read line; echo $line", stdin=True) as run:
-            await admin.revoke(auth.verify(SECRET, tokens.given[0]).id)
+            await admin.revoke(tokens.verify(SECRET, source.given[0]).id)
             await shop.ping()
             await run.write(b"goes on\n")
             assert await run.stdout.read() == b"goes on\n"
-        assert len(tokens.given) == 2
+        assert len(source.given) == 2
 
 
 async def test_a_token_that_is_revoked_and_given_again_is_refused(gateway: LiveGateway) -> None:
-    token = auth.issue(SECRET, "test", ["shop"], EVERY_SCOPE, 600)
+    token = tokens.issue(SECRET, "test", ["shop"], EVERY_SCOPE, 600)
     async with (
         asyncio.timeout(60),
         Client(gateway.url, token=gateway.token("*", scopes=("admin",))) as admin,
@@ -476,7 +477,7 @@ async def test_a_token_that_is_revoked_and_given_again_is_refused(gateway: LiveG
     ):
         shop = client.tenant("shop")
         async with shop.exec("sleep 60") as run:
-            await admin.revoke(auth.verify(SECRET, token).id)
+            await admin.revoke(tokens.verify(SECRET, token).id)
             with pytest.raises(errors.Unauthorized):
                 await run.wait()
             with pytest.raises(errors.Unauthorized):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import auth
+from gateway.auth import tokens
 from gateway_client import Client, Disconnected, Exit, GatewayError, Retry, Tenant, errors
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ async def serving(
                 os.chown(path, 1000, 1000)
         server = await run("serve")
         try:
-            token = auth.issue(SECRET, "test", ["shop"], SCOPES, 600)
+            token = tokens.issue(SECRET, "test", ["shop"], SCOPES, 600)
             async with Client(f"unix:{folder}/socket", token=token, retry=retry) as client:
                 while True:
                     try:

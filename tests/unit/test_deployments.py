@@ -12,16 +12,16 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from gateway.auth import Token
+from gateway.auth.tokens import Token
 from gateway.deployments import Deployments, Record, Request
 from gateway.deployments import record as records
 from gateway.deployments.verify import Subject
-from gateway.domains import Domains
 from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
+from gateway.ownership.domains import Domains
 from gateway.runtime.sites import Exposure, Recipe
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 
 OPERATOR = Token("me", frozenset({"*"}), frozenset({"admin"}), 0, "id")
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.auth import Token
+from gateway.auth.tokens import Token
+from gateway.deployments.queue import DeploymentQueue, Owner, uploader
 from gateway.deployments.template import uploaded
-from gateway.deployments.turns import Owner, Turns, uploader
 from gateway.deployments.warming import Warming
 from gateway.errors import Unavailable
-from gateway.room import Room
+from gateway.limits.disk import DiskSpace
 from gateway.runtime import Space
 from gateway.runtime.incus.uploads import Upload, freeing, number, surplus
 from gateway.runtime.sites import Prepared, Recipe
@@ -140,14 +140,14 @@ async def test_copies_are_given_up_before_anything_is_refused_for_want_of_room()
 
     nothing = cast(Any, None)
     settings = Settings(pool_reserve=0.1)
-    await Room(cast(Any, Pool(10)), nothing, nothing, settings, spare).admit()
+    await DiskSpace(cast(Any, Pool(10)), nothing, nothing, settings, spare).admit()
     assert wanted == []
-    await Room(cast(Any, Pool(6)), nothing, nothing, settings, spare).admit()
+    await DiskSpace(cast(Any, Pool(6)), nothing, nothing, settings, spare).admit()
     assert wanted == [4]
     with pytest.raises(Unavailable):
-        await Room(cast(Any, Pool(5)), nothing, nothing, settings, spare).admit()
+        await DiskSpace(cast(Any, Pool(5)), nothing, nothing, settings, spare).admit()
     with pytest.raises(Unavailable):  # not for another copy
-        await Room(cast(Any, Pool(6)), nothing, nothing, settings, spare).spacious()
+        await DiskSpace(cast(Any, Pool(6)), nothing, nothing, settings, spare).spacious()
     assert wanted == [4, 5]
 
 
@@ -166,16 +166,16 @@ def recipe(key: str, owner: str, size: int = 1) -> Recipe:
 
 
 @pytest.fixture
-async def warming() -> AsyncIterator[tuple[Warming, Kitchen, Turns]]:
+async def warming() -> AsyncIterator[tuple[Warming, Kitchen, DeploymentQueue]]:
     settings, kitchen = Settings(upload_copies_waiting=100, max_deployments=4), Kitchen()
-    turns = Turns(settings)
+    turns = DeploymentQueue(settings)
     made = Warming(cast(Any, kitchen), turns, None, settings)
     yield made, kitchen, turns
     await made.aclose()
 
 
 async def test_copies_are_made_one_at_a_time_the_newest_of_each_owner(
-    warming: tuple[Warming, Kitchen, Turns],
+    warming: tuple[Warming, Kitchen, DeploymentQueue],
 ) -> None:
     made, kitchen, _ = warming
     made.want(recipe("a1", "a"), "small")
@@ -193,7 +193,9 @@ async def test_copies_are_made_one_at_a_time_the_newest_of_each_owner(
     assert seen == ["b1", "a4"]
 
 
-async def test_no_copy_is_begun_while_others_deploy(warming: tuple[Warming, Kitchen, Turns]) -> None:
+async def test_no_copy_is_begun_while_others_deploy(
+    warming: tuple[Warming, Kitchen, DeploymentQueue],
+) -> None:
     made, kitchen, turns = warming
     owner = Owner(None, "me")
     async with turns.turn(owner), turns.turn(owner):
@@ -204,7 +206,9 @@ async def test_no_copy_is_begun_while_others_deploy(warming: tuple[Warming, Kitc
         assert (await kitchen.begun.get())[0] == "a"
 
 
-async def test_what_waits_for_its_copy_is_bounded_in_memory(warming: tuple[Warming, Kitchen, Turns]) -> None:
+async def test_what_waits_for_its_copy_is_bounded_in_memory(
+    warming: tuple[Warming, Kitchen, DeploymentQueue],
+) -> None:
     made, _, turns = warming
     async with turns.turn(Owner(None, "me")), turns.turn(Owner(None, "me")):
         async with turns.turn(Owner(None, "me")):
@@ -217,7 +221,9 @@ async def test_what_waits_for_its_copy_is_bounded_in_memory(warming: tuple[Warmi
             assert sum(len(wish.recipe.archive) for wish in made._wishes.values()) <= 100
 
 
-async def test_an_end_in_the_midst_of_it_leaves_nothing(warming: tuple[Warming, Kitchen, Turns]) -> None:
+async def test_an_end_in_the_midst_of_it_leaves_nothing(
+    warming: tuple[Warming, Kitchen, DeploymentQueue],
+) -> None:
     made, kitchen, _ = warming
     made.want(recipe("a", "a"), "small")
     _, prepared = await kitchen.begun.get()

@@ -19,7 +19,7 @@ from gateway.deployments import verify
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.verify import Subject, Verifier, Way, unsteady
 from gateway.errors import ExecFailed, Timeout
-from gateway.runtime.incus import service
+from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
 from gateway.runtime.sites import Exposure, Recipe, Service
 from gateway.settings import Settings
@@ -98,17 +98,19 @@ def test_a_service_is_read_from_what_its_container_tells() -> None:
         "OomKills=1\nComputed=1500000\nListen=0100007F:1F40\nListen=" + "0" * 24 + "01000000:0BB8\n"
     )
     listens = {Listener("127.0.0.1", 8000), Listener("::1", 3000)}
-    assert service.read(said) == Service("running", 2, 13351.533966, 1, 1.5, frozenset(listens))
-    waits = service.read("ActiveState=activating\nSubState=auto-restart\n")
+    assert unit_status.read(said) == Service("running", 2, 13351.533966, 1, 1.5, frozenset(listens))
+    waits = unit_status.read("ActiveState=activating\nSubState=auto-restart\n")
     assert waits is not None and waits.state == "ended"
-    assert service.read("") is None
-    assert service.read("ActiveState=\x1b[2J\nNRestarts=" + "9" * 5000 + "\nListen=x\n") == Service("ended")
+    assert unit_status.read("") is None
+    assert unit_status.read("ActiveState=\x1b[2J\nNRestarts=" + "9" * 5000 + "\nListen=x\n") == Service(
+        "ended"
+    )
 
 
 @given(strategies.text())
 def test_whatever_a_container_tells_is_a_service_or_none(said: str) -> None:
-    service.read(said)
-    service.read(f"ActiveState={said}\nNRestarts={said}\nListen={said}")
+    unit_status.read(said)
+    unit_status.read(f"ActiveState={said}\nNRestarts={said}\nListen={said}")
     listener(said)
 
 

@@ -11,14 +11,14 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.auth import Token
-from gateway.domains import Domains
+from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound, Unavailable
 from gateway.events import Bus
+from gateway.ownership.domains import Domains
 from gateway.runtime import Tenant
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
-from gateway.store import Store, StoreFailed
+from gateway.storage.store import Store, StoreFailed
 
 SHOP = "shop.example.com"
 

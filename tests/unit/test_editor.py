@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from gateway import editor
+from gateway.api import editor
 from gateway.errors import NotFound
 
 INDEX = (

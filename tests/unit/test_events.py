@@ -37,7 +37,7 @@ from gateway.events import (
 )
 from gateway.events.bus import BATCH
 from gateway.events.event import numbered
-from gateway.store import FILE, Store
+from gateway.storage.store import FILE, Store
 from tests.unit.test_store import Held
 
 ALL = Filter()
@@ -320,7 +320,7 @@ async def test_losses_of_many_tenants_are_told_in_bounded_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was lost longest ago is then taken for everybody's: a gap too many, never one too few."""
-    monkeypatch.setattr("gateway.events.shares._LOSSES", 20)
+    monkeypatch.setattr("gateway.events.retention._LOSSES", 20)
     async with Store(tmp_path) as store, stored(store, kept=10) as journal:
         bus = Bus(journal, "t")
         first = bus.publish("first", "t0")
@@ -654,7 +654,7 @@ import asyncio, sys
 from dataclasses import replace
 from pathlib import Path
 from gateway.events import Bus, Filter, StoredJournal
-from gateway.store import Store
+from gateway.storage.store import Store
 
 async def main():
     async with Store(Path(sys.argv[1])) as store:

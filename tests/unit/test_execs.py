@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from gateway.budget import Budget, Share
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
 from gateway.execs.exec import Cursor, Pace, Past, Reading, Stream
-from gateway.receipts import Receipts
+from gateway.idempotency import Idempotency
+from gateway.limits.budget import Budget, Share
 from gateway.runtime import ExecSpec, Process, StreamName
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 from tests.contracts.processes import alive, mark, until
 
 Make = Callable[..., Awaitable[Execs]]
@@ -37,7 +37,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         runtime = await LocalRuntime(settings).__aenter__()
         await runtime.create("demo")
         store = await Store(tmp_path / "records").__aenter__()
-        receipts = await Receipts.opened(store, settings)
+        receipts = await Idempotency.opened(store, settings)
         execs = Execs(runtime, Bus(MemoryJournal(1000)), receipts, settings)
         opened.extend((runtime, store, execs))
         return execs
@@ -119,7 +119,7 @@ async def test_what_ran_in_an_earlier_life_is_lost_and_told_once(make: Make, tmp
     running.process.started_at -= 3600  # it runs for an hour
     began = running.process.started_at
     await until(lambda: len(noted(execs)) == 1)
-    again = Execs(execs._runtime, Bus(MemoryJournal(1000)), execs._receipts, execs._settings)
+    again = Execs(execs._runtime, Bus(MemoryJournal(1000)), execs._idempotency, execs._settings)
     seen = again._bus.subscribe(Filter(), 0)
     async with again:
         found = again.get("demo", running.id)
@@ -142,8 +142,8 @@ async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:
 
 
 def noted(execs: Execs) -> list[Any]:
-    shelf = execs._receipts._shelf(("demo", "exec", ""))
-    return [receipt for receipt in shelf.receipts.values() if receipt.size]
+    shelf = execs._idempotency._shelf(("demo", "exec", ""))
+    return [receipt for receipt in shelf.records.values() if receipt.size]
 
 
 async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gateway.budget import Budget
 from gateway.execs.input import Input, Spools
+from gateway.limits.budget import Budget
 
 KiB = 1 << 10
 

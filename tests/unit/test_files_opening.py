@@ -11,18 +11,18 @@ import orjson
 import pytest
 
 from gateway.errors import Conflict, NotFound
-from gateway.files import opening, operations, sweeping
+from gateway.files import handlers, opening, sweeping
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Limits, Passing, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Passing, Workspace
+from gateway.rootfs.root import Root
 
-OPERATIONS = operations.OPERATIONS | opening.OPERATIONS | sweeping.OPERATIONS
+OPERATIONS = handlers.OPERATIONS | opening.OPERATIONS | sweeping.OPERATIONS
 
 
 class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        tree = Tree(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+        tree = Root(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
         self.workspace = Workspace(tree, Limits())
 
     def call(self, name: str, **given: Any) -> Any:

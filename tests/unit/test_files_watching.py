@@ -19,8 +19,8 @@ from gateway.errors import NotFound, RateLimited, Unavailable
 from gateway.files.watches import Watch
 from gateway.files.watching import Watcher
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.root import Root
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="inotify is Linux's")
 
@@ -30,7 +30,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     """A workspace with `a/b`; this process stands in for a worker, whose working directory moves."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site" / "a" / "b").mkdir(parents=True)
-    tree = Tree(os.open(tmp_path / "site", os.O_RDONLY), "/srv/site")
+    tree = Root(os.open(tmp_path / "site", os.O_RDONLY), "/srv/site")
     yield Workspace(tree, Limits(watch_folders=4, watch_changes=3))
     tree.close()
 

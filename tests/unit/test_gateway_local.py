@@ -13,13 +13,13 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from tests.contracts.files import FilesContract
 from tests.contracts.gateway import QUICK, GatewayContract, no_traceback
+from tests.contracts.idempotency import ReceiptsContract
 from tests.contracts.input import InputContract
-from tests.contracts.life import FULL, TIGHT, LifeContract
+from tests.contracts.lifecycle import FULL, TIGHT, LifeContract
 from tests.contracts.mcp import SESSIONLESS, McpContract, mcp, text
 from tests.contracts.operator import OperatorContract
 from tests.contracts.pace import PaceContract
 from tests.contracts.processes import mark
-from tests.contracts.receipts import ReceiptsContract
 from tests.contracts.tokens import SHORT, TokensContract, connected
 from tests.live import LiveGateway, local_gateway
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gateway import grants as module
-from gateway.auth import Token
-from gateway.grants import EXPIRED, REVOKED, Grants
+from gateway.auth import grants as module
+from gateway.auth.grants import EXPIRED, REVOKED, Grants
+from gateway.auth.tokens import Token
 
 
 def token(id: str, expires: float = 1 << 40) -> Token:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gateway.host import Change, HostError, Steps, bun, doctor, run
+from gateway.host.caddy_service import hand_over
 from gateway.host.daemon import Daemon, _only_options
-from gateway.host.front import hand_over
 from gateway.host.image import (
     PROPERTY,
     Artefact,
@@ -23,7 +23,7 @@ from gateway.host.image import (
 )
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
-from gateway.rootfs.tenants import MANAGED
+from gateway.rootfs.locations import MANAGED
 from gateway.settings import Settings
 
 GiB = 1 << 30

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, front, quickstart
+from gateway.host import HostError, caddy_service, quickstart
 from gateway.host.quickstart import (
     Quickstart,
     ask,
@@ -229,16 +229,16 @@ def test_caddy_gets_ports_that_are_free_unless_they_were_said(tmp_path: Path) ->
     with socket.create_server(("", 0)) as other:
         taken = other.getsockname()[1]
         said = Settings(state_dir=tmp_path, caddy_https=taken, caddy_admin="http://127.0.0.1:1")
-        choice = front.chosen(said)
+        choice = caddy_service.chosen(said)
         choice.pop("caddy_dir", None)  # only where Caddy is to be another user
         assert choice.keys() == {"caddy_http", "caddy_ask"}
         assert len({*choice.values()}) == 2
-        assert [front.in_use(port) for port in choice.values()] == [None, None]
-        assert front.in_use(taken) is not None
-        settings = said.model_copy(update=front.chosen(said))
-        assert front.chosen(settings) == {}, "once chosen they stay"
+        assert [caddy_service.in_use(port) for port in choice.values()] == [None, None]
+        assert caddy_service.in_use(taken) is not None
+        settings = said.model_copy(update=caddy_service.chosen(said))
+        assert caddy_service.chosen(settings) == {}, "once chosen they stay"
         with pytest.raises(HostError, match=rf"port {taken}.*GATEWAY_CADDY_HTTPS=\d+ deploy/quickstart"):
-            front.Front(settings)._check_ports()
+            caddy_service.CaddyService(settings)._check_ports()
 
 
 @pytest.mark.parametrize(("user", "folder"), [(None, "/run/gw/caddy"), ("caddy", "/run/gw-caddy")])
@@ -246,16 +246,16 @@ def test_caddy_is_reached_by_a_socket_in_its_folder_if_the_path_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None, folder: str
 ) -> None:
     """It is beside the state dir where that is closed to Caddy's user; a choice of before moves along."""
-    monkeypatch.setattr("gateway.host.front._user", lambda: user)
+    monkeypatch.setattr("gateway.host.caddy_service._user", lambda: user)
     short, long = Path("/run/gw"), tmp_path / ("x" * 100)
-    chosen = front.chosen(Settings(state_dir=short))
+    chosen = caddy_service.chosen(Settings(state_dir=short))
     assert chosen["caddy_admin"] == f"{folder}/admin/caddy.sock"
     assert chosen.get("caddy_dir") == (Path(folder) if user else None)
-    assert "caddy_admin" not in front.chosen(Settings(state_dir=long))
+    assert "caddy_admin" not in caddy_service.chosen(Settings(state_dir=long))
     before = Settings(state_dir=short, caddy_admin="/run/gw/caddy/admin/admin.sock")
-    assert front.chosen(before).get("caddy_admin") == (chosen["caddy_admin"] if user else None)
+    assert caddy_service.chosen(before).get("caddy_admin") == (chosen["caddy_admin"] if user else None)
     elsewhere = Settings(state_dir=short, caddy_dir=tmp_path, caddy_admin="/run/gw/caddy/admin/admin.sock")
-    assert not front.chosen(elsewhere).keys() & {"caddy_dir", "caddy_admin"}
+    assert not caddy_service.chosen(elsewhere).keys() & {"caddy_dir", "caddy_admin"}
 
 
 _PACKAGES = """\
@@ -336,8 +336,8 @@ def test_caddys_folder_moves_whatever_a_killed_run_left(tmp_path: Path, left: st
         case "moved":  # where the system cannot exchange
             (state / "caddy").rename(beside)
         case "done":
-            front.move_out(Settings(state_dir=state, caddy_dir=beside))
-    front.move_out(Settings(state_dir=state, caddy_dir=beside))
+            caddy_service.move_out(Settings(state_dir=state, caddy_dir=beside))
+    caddy_service.move_out(Settings(state_dir=state, caddy_dir=beside))
     assert (beside / "routes").is_dir() and not beside.is_symlink()
     assert (state / "caddy").readlink() == beside
 
@@ -346,7 +346,7 @@ def test_caddys_folder_stays_where_it_was_said_to_be(tmp_path: Path) -> None:
     state = tmp_path / "state"
     (state / "caddy").mkdir(parents=True)
     for settings in (Settings(state_dir=state), Settings(state_dir=state, caddy_dir=tmp_path / "other")):
-        front.move_out(settings)
+        caddy_service.move_out(settings)
     assert (state / "caddy").is_dir() and not (state / "caddy").is_symlink()
     assert not (tmp_path / "state-caddy").exists() and not (tmp_path / "other").exists()
 
@@ -367,7 +367,7 @@ def test_caddys_unit_names_its_folder_and_closes_the_state_dir(
     state: str, folder: str, closed: list[str]
 ) -> None:
     settings = Settings(state_dir=Path(state), caddy_dir=Path(folder))
-    text = front.Front(settings)._unit("/opt/caddy", CHECKOUT / "deploy")
+    text = caddy_service.CaddyService(settings)._unit("/opt/caddy", CHECKOUT / "deploy")
     lines = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
     assert lines["ExecStart"] == f"/opt/caddy run --config {folder}/Caddyfile --adapter caddyfile"
     assert lines["ReadWritePaths"] == f"{folder}/data {folder}/admin"

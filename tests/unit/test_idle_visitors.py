@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.errors import RateLimited
-from gateway.idle import Idle
+from gateway.lifecycle.idle import Idle
 from gateway.settings import Settings
 
 

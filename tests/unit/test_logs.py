@@ -13,7 +13,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
-from gateway import auth, protocol
+from gateway import protocol
+from gateway.auth import tokens
 from tests.contracts.gateway import no_traceback
 from tests.contracts.mcp import HANDSHAKE, SESSIONLESS, mcp
 from tests.live import SECRET, LiveGateway, local_gateway
@@ -34,8 +35,8 @@ def every_token(gateway: LiveGateway) -> dict[str, str]:
     head, body, signature = good.split(".")
     return {
         "good": good,
-        "of another secret": auth.issue(SECRET[::-1], "test", ["demo"], ["exec"], 60),
-        "ended": auth.issue(SECRET, "test", ["demo"], ["exec"], 1),
+        "of another secret": tokens.issue(SECRET[::-1], "test", ["demo"], ["exec"], 60),
+        "ended": tokens.issue(SECRET, "test", ["demo"], ["exec"], 1),
         "of another tenant": gateway.token("t-other"),
         "cut": good[:-3],
         "not base64": f"{head}.{body[:-1]}!.{signature}",

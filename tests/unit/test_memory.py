@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.rootfs import memory, trees
+from gateway.rootfs import memory, process_tree
 from gateway.rootfs.memory import Place
 
 # as read on Linux 6.18 with v1 controllers, of a tenant that thrashed
@@ -118,7 +118,7 @@ def test_v1_is_found_by_the_kernels_word(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "lxc.payload.shop-3").mkdir()
     monkeypatch.setattr(memory, "_memory_mount", lambda: "/v1")
     monkeypatch.setattr(memory, "text", lambda path: told.encode())
-    monkeypatch.setattr(trees, "of_init", lambda pid: tmp_path / "lxc.payload.shop-3")
+    monkeypatch.setattr(process_tree, "of_init", lambda pid: tmp_path / "lxc.payload.shop-3")
     assert memory.place(1) == Place(tmp_path / "lxc.payload.shop-3", Path("/v1/lxc.payload.shop-3"))
     monkeypatch.setattr(memory, "_memory_mount", lambda: None)
     assert memory.place(1) == Place(tmp_path / "lxc.payload.shop-3", None)
@@ -133,7 +133,7 @@ SMALL, LARGE = 8, 64  # MiB
 @pytest.fixture
 def container() -> Iterator[Path]:
     """A group of this machine that is laid out as a container's, with a site and a command."""
-    mount = trees.mount_point()
+    mount = process_tree.mount_point()
     if mount is None or os.getuid() != 0:
         pytest.skip("control groups are made by root")
     path = mount / f"lxc.payload.test-memory-{os.getpid()}"
@@ -177,9 +177,9 @@ def test_only_the_sites_biggest_process_is_ended(container: Path) -> None:
 def test_a_namespaces_first_process_is_left_alone(container: Path) -> None:
     words = ("sh", "-c", 'echo $$ >"$1/cgroup.procs"; exec unshare --pid --fork sleep 60', "sh")
     with subprocess.Popen((*words, str(container / memory.SITE))) as process:
-        while len(trees.pids(container / memory.SITE)) < 2:
+        while len(process_tree.pids(container / memory.SITE)) < 2:
             assert process.poll() is None
-        sleeper = max(trees.pids(container / memory.SITE))
+        sleeper = max(process_tree.pids(container / memory.SITE))
         assert Path(f"/proc/{sleeper}/status").read_text().count("\nNSpid:") == 1
         assert memory.relieve(container) is None
         (container / "cgroup.kill").write_text("1")

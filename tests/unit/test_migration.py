@@ -10,12 +10,12 @@ import pytest
 
 from gateway.host import HostError
 from gateway.migration import service
-from gateway.migration.door import Owner, inside
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import Moving, keys
 from gateway.migration.route import drained, own_block, waits
 from gateway.migration.scan import Found, scan
 from gateway.migration.service import Old, Unit, bus_label, in_tenant
+from gateway.migration.shifted_mount import Owner, inside
 from gateway.runtime.incus.migrations import FOLDER, OLD, STATE, old_service
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
@@ -48,7 +48,7 @@ def test_a_folder_is_looked_through_and_nothing_is_followed(tmp_path: Path) -> N
     assert found.native.first == ["node_modules/x/bind.node"]
     assert found.setuid.first == found.unreadable.first == ["a.txt"]
     assert found.foreign.count == found.mounts.count == 0
-    assert "left/inner" not in str(found.told())
+    assert "left/inner" not in str(found.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_stands_in_the_way_is_said_with_what_to_do() -> None:
 
 def test_no_value_of_a_variable_is_told() -> None:
     made = plan()
-    said = "\n".join([*made.lines(), str(made.told())])
+    said = "\n".join([*made.lines(), str(made.to_dict())])
     assert "TOKEN" in said and "hush" not in said
 
 

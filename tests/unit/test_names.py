@@ -12,10 +12,10 @@ import pytest
 
 from gateway.errors import NotFound, Unavailable
 from gateway.events import Bus, Filter, StoredJournal
-from gateway.names import Names
+from gateway.ownership.names import Names
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.storage.store import Store
 
 SHOP = frozenset({"shop"})
 LIMITED, ALL = Filter(SHOP), Filter()
@@ -309,7 +309,7 @@ async def test_a_destroyed_tenant_is_over_once_that_was_noticed(
         await asyncio.wait_for(over, 30)
         await life.until("2")
         await life.names.over("shop", "1")  # that one is no more
-        monkeypatch.setattr("gateway.names._TOLD", 0.01)
+        monkeypatch.setattr("gateway.ownership.names._TOLD", 0.01)
         await life.names.over("shop", "2")  # nobody tells of it: it is not waited for for ever
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.pressure import Course, Step, Window, advice, larger, window
+from gateway.limits.pressure import Course, Step, Window, advice, larger, window
 from gateway.rootfs.memory import Sample
 
 SHORT = Window(2.0, 0.6, 100_000)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import Workers, kernel
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolResult, ToolSession, scanning
 from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
@@ -602,7 +602,7 @@ async def test_naive_scan_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(scanning, "_FLAGS", scanning._FLAGS & ~os.O_NOFOLLOW)
     else:
         monkeypatch.setattr(
-            Tree,
+            Root,
             "open_real",
             lambda tree, path, flags: os.open(path or ".", flags, dir_fd=tree.descriptor),
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import NotFound, Unavailable
-from gateway.rootfs import FilesystemRoot, Workers, trees
+from gateway.rootfs import FilesystemRoot, Workers, process_tree
 from gateway.rootfs.workers import BrokerClient
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
@@ -191,8 +191,8 @@ async def test_refuses(broker: Running, request_: dict[str, object]) -> None:
 def test_only_commands_groups() -> None:
     """Of a container's cgroups only those of commands, and of one gateway's commands, are touched."""
     container = Path("/cgroup/lxc.payload.shop")
-    assert trees.of_command(container, "own/exec1") == container / "gateway/own/exec1"
-    assert trees.of_command(container, "own") == container / "gateway/own"
+    assert process_tree.of_command(container, "own/exec1") == container / "gateway/own/exec1"
+    assert process_tree.of_command(container, "own") == container / "gateway/own"
     for bad in (
         "",
         ".",
@@ -207,7 +207,7 @@ def test_only_commands_groups() -> None:
         "a\0",
     ):
         with pytest.raises(ValueError, match="cgroup"):
-            trees.of_command(container, bad)
+            process_tree.of_command(container, bad)
 
 
 @needs_root

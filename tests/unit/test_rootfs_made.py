@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from gateway.rootfs import kernel
-from gateway.rootfs.tree import FOLDER, Tree
+from gateway.rootfs.root import FOLDER, Root
 
 
 @pytest.fixture(params=["openat2", "portable"])
-def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
+def tree(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Root]:
     if request.param == "portable":
         monkeypatch.setattr(kernel, "HAS_OPENAT2", False)
     (tmp_path / "site" / "there").mkdir(parents=True)
-    made = Tree(os.open(tmp_path / "site", FOLDER), "/srv/site")
+    made = Root(os.open(tmp_path / "site", FOLDER), "/srv/site")
     yield made
     made.close()
 
 
-def fails(tree: Tree, meanwhile: Callable[[], object]) -> None:
+def fails(tree: Root, meanwhile: Callable[[], object]) -> None:
     """Have folders made for a file, something happen, and then the file fail."""
     with pytest.raises(OSError, match="full"), tree.taking_back() as made:
         directory, name = tree.parent("there/a/b/c/file", create=True, made=made)
@@ -36,7 +36,7 @@ def left(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_what_was_made_goes_and_what_was_there_stays(tree: Tree, tmp_path: Path) -> None:
+def test_what_was_made_goes_and_what_was_there_stays(tree: Root, tmp_path: Path) -> None:
     fails(tree, lambda: None)
     assert left(tmp_path / "site") == ["there"]
     with tree.taking_back() as made:
@@ -44,14 +44,14 @@ def test_what_was_made_goes_and_what_was_there_stays(tree: Tree, tmp_path: Path)
     assert left(tmp_path / "site") == ["there", "there/a"]
 
 
-def test_what_the_tenant_put_into_one_stays(tree: Tree, tmp_path: Path) -> None:
+def test_what_the_tenant_put_into_one_stays(tree: Root, tmp_path: Path) -> None:
     site = tmp_path / "site"
     fails(tree, (site / "there" / "a" / "b" / "mine").touch)
     assert left(site) == ["there", "there/a", "there/a/b", "there/a/b/mine"]
 
 
 @pytest.mark.parametrize("what", ["moved", "replaced", "a link outside", "a link to a twin", "removed"])
-def test_what_the_tenant_put_in_its_place_stays(tree: Tree, tmp_path: Path, what: str) -> None:
+def test_what_the_tenant_put_in_its_place_stays(tree: Root, tmp_path: Path, what: str) -> None:
     """Also where a link leads to an empty folder of the same name."""
     there, outside = tmp_path / "site" / "there", tmp_path / "outside"
     (outside / "b" / "c").mkdir(parents=True)

@@ -17,7 +17,7 @@ import orjson
 
 from gateway.errors import TooLarge
 from gateway.rootfs import kernel
-from gateway.rootfs.operations import SCAN, SCANNED, Workspace
+from gateway.rootfs.operation import SCAN, SCANNED, Workspace
 from gateway.rootfs.worker import TOLD, frame
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import walk
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.tools.patterns import Globs, Named, Sought
 
@@ -47,7 +47,7 @@ def site(tmp_path: Path) -> Iterator[Path]:
 
 
 def seen(site: Path, maximum: int = 1000) -> list[str]:
-    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     try:
         looked = Walk(tree, "", All(), maximum=maximum, deadline=time.monotonic() + 5, ordered=True)
         return [name for name, _ in looked]
@@ -115,7 +115,7 @@ def test_change_of_an_ignore_file_is_seen(site: Path, name: str) -> None:
     time.sleep(walk._SETTLED * 1.1e-9)
 
     def sought() -> list[str]:
-        tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+        tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
         try:
             chooser = Sought(tree, "", Globs(["!.git"]), None)
             deadline = time.monotonic() + 5
@@ -138,13 +138,13 @@ def test_other_questions_get_other_answers(site: Path) -> None:
     """Of one remembered folder many choosers are answered, each by what it goes by."""
     for _ in range(2):
         for pattern, found in (("*.ts", EVERYTHING), ("c.ts", EVERYTHING[2:]), ("src/*", EVERYTHING[1:2])):
-            tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+            tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
             named = Named(Globs([pattern]), "", None, None)
             walked = Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True)
             assert [path for path, _ in walked] == found
             tree.close()
     for number in range(20):
-        tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+        tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
         named = Named(Globs([f"*{number}"]), "", None, None)
         assert not list(Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True))
         tree.close()
@@ -179,13 +179,13 @@ def test_nothing_is_looked_into_beyond_the_bound(tmp_path: Path, monkeypatch: py
     for number in range(50):
         (tmp_path / str(number)).mkdir()
     opened: list[str] = []
-    monkeypatch.setattr(Tree, "open_real", _noting(Tree.open_real, opened))
+    monkeypatch.setattr(Root, "open_real", _noting(Root.open_real, opened))
     assert seen(tmp_path, maximum=30) == []
     assert opened == [""]
 
 
 def _noting(real: Callable[..., int], opened: list[str]) -> Callable[..., int]:
-    def open_real(tree: Tree, path: str, flags: int) -> int:
+    def open_real(tree: Root, path: str, flags: int) -> int:
         opened.append(path)
         return real(tree, path, flags)
 

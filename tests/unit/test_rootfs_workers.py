@@ -18,8 +18,8 @@ import pytest
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
 from gateway.rootfs.broker import Spawn
-from gateway.rootfs.operations import SIFTED_MAX, Limits
-from gateway.rootfs.tenants import Folders
+from gateway.rootfs.locations import Folders
+from gateway.rootfs.operation import SIFTED_MAX, Limits
 from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
@@ -51,7 +51,7 @@ class LaidRoot(FilesystemRoot):
 def folders(home: Path, below: str = "") -> Mapping[str, Any]:
     """Return where a broker finds the tenants that `make_root` laid in `home`."""
     idmap = (IdMap(True, True, 0, 1_000_000, 65_536),)
-    return Folders(str(home), below, 1000, idmap).told() if MAPPED else Folders(str(home), below).told()
+    return Folders(str(home), below, 1000, idmap).to_dict() if MAPPED else Folders(str(home), below).to_dict()
 
 
 def make_root(folder: Path, tenant: str = "one") -> LaidRoot:
@@ -774,7 +774,7 @@ async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: File
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
     """Also one that nothing confines ends when the gateway lets go of it, and so with a gateway alone."""
-    told = Folders(str(root.path.parent), "", 0).told() if MAPPED else folders(root.path.parent)
+    told = Folders(str(root.path.parent), "", 0).to_dict() if MAPPED else folders(root.path.parent)
     async with Workers(Settings(), told, PROBES) as workers:
         first = await pid_of(workers, root)
         assert workers.layers(root.tenant) == ()

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
 from gateway.errors import ExecFailed
-from gateway.rootfs.trees import MARKER, PARENT
+from gateway.rootfs.process_tree import MARKER, PARENT
 from gateway.runtime import Killed
 from gateway.runtime.wrapper import (
     DRAIN_SCRIPT,

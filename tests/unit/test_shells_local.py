@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.budget import Budget
+from gateway.limits.budget import Budget
 from gateway.shells import _Unread
 from tests.contracts import claude
 from tests.contracts.gateway import no_traceback

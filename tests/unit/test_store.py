@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway import ledger
-from gateway import store as store_module
 from gateway.errors import Unavailable
-from gateway.ledger import NOTE_MAX
-from gateway.store import FILE, MIGRATIONS, Store, StoreFailed
+from gateway.storage import ledger
+from gateway.storage import store as store_module
+from gateway.storage.ledger import NOTE_MAX
+from gateway.storage.store import FILE, MIGRATIONS, Store, StoreFailed
 
 
 def make(connection: sqlite3.Connection) -> None:
@@ -409,7 +409,7 @@ def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
 _FILLER = """
 import sys, time
 from pathlib import Path
-from gateway.ledger import Ledger
+from gateway.storage.ledger import Ledger
 book, end = Ledger.opened(Path(sys.argv[1])), time.monotonic() + 1.5
 print(flush=True)
 while time.monotonic() < end:
@@ -498,7 +498,7 @@ async def test_without_memory_of_ours_a_note_is_waited_for(
 _WRITER = """
 import asyncio, sys
 from pathlib import Path
-from gateway.store import Store
+from gateway.storage.store import Store
 from tests.unit.test_store import add, insert, make, numbers
 
 async def main():

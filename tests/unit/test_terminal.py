@@ -18,7 +18,8 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 
-from gateway import cli, terminal
+from gateway import terminal
+from gateway.cli import main as cli
 from tests.live import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -249,7 +250,7 @@ ENDLESS = {"events"}
 
 _ALL = """
 import contextlib, json, sys
-from gateway import cli
+from gateway.cli import main as cli
 for words in json.loads(sys.argv[1]):
     sys.argv[1:] = words
     for output in (sys.stdout, sys.stderr):

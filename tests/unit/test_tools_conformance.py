@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 from gateway.rootfs import FilesystemRoot, Workers
-from gateway.rootfs.operations import SCAN, SCANNED, Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools import FILE_TOOLS, FileTools, ToolSession
 from gateway.tools.answer import ToolFailure
-from gateway.tools.operations import OPERATIONS
 from gateway.tools.reading import SCALE
+from gateway.tools.worker_operations import OPERATIONS
 from tests.unit.test_rootfs_workers import MAPPED, USER, folders
 
 WORKSPACE = "/srv/site"
@@ -59,7 +59,7 @@ class HereWorkers:
     def __init__(self, folder: Path, *, large: bool = False) -> None:
         self._large = large
         self.scanned: bytes | None = None  # what the last look through a large tree named
-        self._tree = Tree(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
+        self._tree = Root(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), WORKSPACE)
         self._workspace = Workspace(self._tree, Limits())
 
     def close(self) -> None:

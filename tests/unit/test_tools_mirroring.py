@@ -12,8 +12,8 @@ import pytest
 
 from gateway.deployments.template import uploaded
 from gateway.errors import InvalidParams, Timeout, TooLarge
-from gateway.rootfs.operations import Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools.mirroring import KEPT, LOST, OPERATIONS
 from tests.archives import Member, archive, link
@@ -40,7 +40,7 @@ def put(live: Path, *paths: str) -> None:
 
 def told(live: Path, operation: str, given: dict[str, Any], **limits: Any) -> list[str]:
     descriptor = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
-    tree = Tree(descriptor, "/srv/site")
+    tree = Root(descriptor, "/srv/site")
     try:
         reply = OPERATIONS[operation](Workspace(tree, Limits(**limits)), given)
     finally:

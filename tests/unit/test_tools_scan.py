@@ -12,14 +12,14 @@ import orjson
 import pytest
 
 from gateway.errors import Timeout
-from gateway.rootfs.operations import SCAN, SCANNED, Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure, decode
-from gateway.tools.operations import OPERATIONS
 from gateway.tools.regexes import PatternError, translate
 from gateway.tools.scanning import needles
 from gateway.tools.searching import compiled
+from gateway.tools.worker_operations import OPERATIONS
 
 LIMITS = Limits()
 FORM = b"one form\n"
@@ -71,7 +71,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def ask(site: Path, operation: str, asked: dict[str, Any], limits: Limits) -> bytes:
-    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site", depth=limits.depth_max)
+    tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site", depth=limits.depth_max)
     try:
         reply = OPERATIONS[operation](Workspace(tree, limits), asked)
     finally:

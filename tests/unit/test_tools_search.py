@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from gateway.rootfs import FilesystemRoot, walk
-from gateway.rootfs.operations import Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession, searching
-from gateway.tools.operations import OPERATIONS
 from gateway.tools.patterns import Glob, GlobError, Globs, Sought
+from gateway.tools.worker_operations import OPERATIONS
 from tests.unit.test_tools_conformance import HereWorkers
 
 
@@ -259,7 +259,7 @@ async def test_ignore_files_leave_out_of_many_what_they_do_of_one(site: Path, ru
     (site / "src/ui").mkdir(parents=True)
     (site / ".git").mkdir()
     (site / ".gitignore").write_text(rules)
-    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     names = ["a.ts", "b.ts", "b.log", ".c", "c", "ui", "a.ts.log"]
     sought = Sought(tree, start, Globs(["!d.ts"]), Globs(["*.ts", "*.log", "c"]))
     untyped = Sought(tree, start, Globs(["!d.ts"]), None)
@@ -286,7 +286,7 @@ async def test_ignore_files_leave_out_of_many_what_they_do_of_one(site: Path, ru
 def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, object]) -> None:
     """Not by the end of the worker, which knows no words for it."""
     (site / "a.txt").write_text("a" * (8 << 20))
-    tree = Tree(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     asked = {"input": given, "cwd": "/srv/site", "seen": None, "read_first": False}
     try:
         began = time.monotonic()

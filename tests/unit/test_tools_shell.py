@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.rootfs.operations import Limits, Workspace
-from gateway.rootfs.tree import Tree
+from gateway.rootfs.operation import Limits, Workspace
+from gateway.rootfs.root import Root
 from gateway.tools import shell
 from gateway.tools.outputs import OPERATIONS
 
@@ -77,7 +77,7 @@ def test_a_cut_of_the_latest_output_says_so() -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Workspace]:
-    tree = Tree(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
+    tree = Root(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     yield Workspace(tree, Limits())
     tree.close()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.web import InParts
+from gateway.api.http import InParts
 
 
 class Client:

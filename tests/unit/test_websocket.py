@@ -10,7 +10,7 @@ import uvicorn
 from uvicorn.server import ServerState
 from websockets.frames import Frame, Opcode
 
-from gateway.websocket import _SMALL, _WAITING, WebSocketProtocol
+from gateway.transport.websocket import _SMALL, _WAITING, WebSocketProtocol
 
 
 class Transport:

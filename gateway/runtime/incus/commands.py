@@ -21,12 +21,12 @@ from typing import Final
 from gateway.bounds import Flood, first
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, Timeout, Unavailable
 from gateway.incus import ExecSockets, Incus, IncusError, Lost, Operation
-from gateway.rootfs.cgroups import Cgroup, lives, of_init
-from gateway.rootfs.trees import Member, of_command
+from gateway.rootfs.command_cgroup import CommandCgroup, lives, of_init
+from gateway.rootfs.process_tree import Member, of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
-from gateway.runtime.incus.refusals import translated
-from gateway.runtime.standby import Standbys
+from gateway.runtime.incus.errors import translated
+from gateway.runtime.warm_shells import WarmShells
 from gateway.runtime.wrapper import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
@@ -88,7 +88,7 @@ class Commands:
         self._incus = incus
         self._init_pid = init_pid
         self._broker = BrokerClient(at=settings.broker_socket) if settings.broker_socket else None
-        self._standbys = Standbys(
+        self._standbys = WarmShells(
             self._stand_by,
             wanted={False: settings.standby_pipes, True: settings.standby_terminals},
             maximum=settings.standby_max,
@@ -256,12 +256,12 @@ class Commands:
         """Let go of the shells that wait in a tenant to which something happened, or of all."""
         self._standbys.drop(name)
 
-    def cgroup(self, name: str, container: Path, group: str) -> Cgroup:
+    def cgroup(self, name: str, container: Path, group: str) -> CommandCgroup:
         """Return a group of commands below a container's, ended by the broker where there is one."""
         path, broker = of_command(container, group), self._broker
         if broker is None:
-            return Cgroup(path)
-        return Cgroup(path, lambda step, _: broker.on_tree(name, group, step))
+            return CommandCgroup(path)
+        return CommandCgroup(path, lambda step, _: broker.on_tree(name, group, step))
 
 
 class IncusProcess:
@@ -273,7 +273,7 @@ class IncusProcess:
         tenant: str,
         exec_id: str,
         sockets: ExecSockets,
-        cgroup: Cgroup | None,
+        cgroup: CommandCgroup | None,
     ) -> None:
         self.tenant = tenant
         self.pid = 0
@@ -424,7 +424,7 @@ class IncusProcess:
                     await cgroup.kill(0, limit)
         await self.aclose()
 
-    def _cgroup(self) -> Cgroup | None:
+    def _cgroup(self) -> CommandCgroup | None:
         if self._preamble.ready and self._preamble.method != "cgroup":
             return None
         return self._group

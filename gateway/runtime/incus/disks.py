@@ -10,8 +10,8 @@ from gateway.errors import Conflict, NotFound
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.runtime import Snapshot
-from gateway.runtime.incus.making import STATIC
-from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.creation import STATIC
+from gateway.runtime.incus.errors import translated
 from gateway.runtime.sizes import size_of
 from gateway.settings import Settings
 

@@ -21,8 +21,8 @@ from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.making import WHOLE, Making
-from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.creation import WHOLE, Creation
+from gateway.runtime.incus.errors import translated
 from gateway.runtime.sites import lines
 from gateway.runtime.sizes import SITE_SHARE, SIZES, MiB, size_of
 from gateway.settings import Settings
@@ -50,7 +50,7 @@ _STAT_MAX: Final = 64 << 10
 class Resizing:
     """The sizes of one Incus project's instances. Nothing here looks whether an instance is a tenant."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Making, commands: Commands) -> None:
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
         self._settings, self._incus = settings, incus
         self._making, self._commands = making, commands
 

@@ -22,14 +22,14 @@ from gateway.errors import ExecFailed, GatewayError, Unavailable
 from gateway.hostnames import plain
 from gateway.incus import IncusError
 from gateway.incus.client import instance_path
-from gateway.rootfs.tenants import MANAGED
-from gateway.rootfs.tree import show
+from gateway.rootfs.locations import MANAGED
+from gateway.rootfs.root import show
 from gateway.runtime import ExecSpec, Process
-from gateway.runtime.incus import service
+from gateway.runtime.incus import unit_status
 from gateway.runtime.incus.commands import Commands
-from gateway.runtime.incus.making import has_fixed_address, is_ours, leased
+from gateway.runtime.incus.creation import has_fixed_address, is_ours, leased
+from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.migrations import old_service
-from gateway.runtime.incus.refusals import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.resizing import UPDATING
 from gateway.runtime.incus.stock import ROLE, UNMARKED, Stock, owner
 from gateway.runtime.incus.tenants import (
@@ -508,7 +508,7 @@ class IncusSites:
     async def service(self, tenant: str, side: Side) -> Service | None:
         unit = "site.service" if side == "live" else "site-next.service"
         try:
-            return service.read(await self._root(tenant, service.SCRIPT, unit, seconds=_LOOK))
+            return unit_status.read(await self._root(tenant, unit_status.SCRIPT, unit, seconds=_LOOK))
         except (GatewayError, TimeoutError):
             return None
 

@@ -24,9 +24,9 @@ from uuid import uuid4
 from gateway.errors import GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
-from gateway.rootfs.tenants import MANAGED
-from gateway.runtime.incus.making import Making, identity_of, is_ours
-from gateway.runtime.incus.refusals import translated
+from gateway.rootfs.locations import MANAGED
+from gateway.runtime.incus.creation import Creation, identity_of, is_ours
+from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.uploads import (
     BASE,
     BYTES,
@@ -80,7 +80,7 @@ class _Member:
 class Stock:
     """The golden copies and the pool of one gateway."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Making, fill: Fill, keyed: Keyed) -> None:
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, fill: Fill, keyed: Keyed) -> None:
         self._settings, self._incus, self._making = settings, incus, making
         self._fill, self._keyed = fill, keyed
         self._owner = owner(settings)

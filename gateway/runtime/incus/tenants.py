@@ -28,8 +28,8 @@ from gateway.hostnames import plain
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.tenants import MANAGED, Instances, is_tenant
-from gateway.rootfs.tree import show
+from gateway.rootfs.locations import MANAGED, Instances, is_tenant
+from gateway.rootfs.root import show
 from gateway.runtime import (
     TENANT_NAME,
     ExecSpec,
@@ -43,11 +43,11 @@ from gateway.runtime import (
     unheard,
 )
 from gateway.runtime.incus.commands import Commands, is_ours
+from gateway.runtime.incus.creation import Creation, identity_of, leased
 from gateway.runtime.incus.disks import Disks
-from gateway.runtime.incus.making import Making, identity_of, leased
+from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import STATE as MIGRATION
-from gateway.runtime.incus.ooms import ooms
-from gateway.runtime.incus.refusals import translated
+from gateway.runtime.incus.oom_kills import ooms
 from gateway.runtime.incus.resizing import Resizing
 from gateway.runtime.sites import ALLOWED
 from gateway.runtime.visits import Place, visited
@@ -119,10 +119,10 @@ class IncusRuntime:
     def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
         self._settings = settings
         self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
-        self.making = Making(settings, self._incus, removed)
+        self.making = Creation(settings, self._incus, removed)
         self.tenants: Mapping[str, Any] = Instances(
             str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
-        ).told()
+        ).to_dict()
         self._located: dict[str, _Located] = {}
         self._watching = False
         self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last

@@ -1,0 +1,108 @@
+"""Knows the browser editor's built files: which there are, what a browser keeps, what its page may do.
+
+`deploy/build-web` makes them from `clients/web` into `static/` beside this module; a wheel brings them along.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, Response
+
+from gateway.errors import NotFound
+
+STATIC: Final = Path(__file__).parents[1] / "static"
+
+_ENCODINGS: Final = (("br", ".br"), ("gzip", ".gz"))  # what we prefer first
+_TYPES: Final = {
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
+}
+_NONCE: Final = '<meta name="csp-nonce" content="'
+
+# Nothing from elsewhere, no inline script, no eval. CodeMirror and xterm.js add their styles by script: the
+# nonce lets them, and nothing else that would find its way into the page. Only the preview shows what is not
+# ours: the tenant's site, whose address nobody knows beforehand, in a sandboxed frame of another origin.
+_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self' 'nonce-{nonce}'",
+        "img-src 'self' blob: data:",
+        "font-src 'self'",
+        "connect-src 'self'",
+        "frame-src http: https:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    )
+)
+_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+}
+
+_ABSENT: Final = """\
+<!doctype html>
+<html lang="en">
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width">
+  <title>incus-gateway</title>
+  <h1>The editor is not built</h1>
+  <p>The gateway works; its API is under <code>/v1</code>. Only the browser editor is missing here.</p>
+  <p>In a checkout run <code>deploy/build-web</code>, then load this page again.</p>
+</html>
+"""
+
+
+async def page(request: Request) -> Response:
+    """Answer the editor's page, under a policy of its own for each answer."""
+    nonce = secrets.token_urlsafe(16)
+    headers = {
+        **_HEADERS,
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": _POLICY.format(nonce=nonce),
+    }
+    try:
+        text = (STATIC / "index.html").read_text("utf-8")
+    except FileNotFoundError:
+        return HTMLResponse(_ABSENT, 503, headers=headers)
+    return HTMLResponse(text.replace(_NONCE, _NONCE + nonce, 1), headers=headers)
+
+
+async def asset(request: Request) -> Response:
+    """Answer one built file, compressed as it lies there where the browser takes that. Raises `NotFound`."""
+    # names hold a digest of their content, so that a browser need never ask again
+    name = request.path_params["name"]
+    return _file(request, STATIC / "assets" / name, name, "public, max-age=31536000, immutable")
+
+
+async def icon(request: Request) -> Response:
+    return _file(request, STATIC / "favicon.svg", "favicon.svg", "public, max-age=86400")
+
+
+def _file(request: Request, path: Path, name: str, kept: str) -> Response:
+    kind = _TYPES.get(path.suffix)
+    # a route's `{name}` has no slash, so nothing leads out; dots alone are no suffix that we know
+    if kind is None or not path.is_file():
+        raise NotFound(f"no file {name[:100]}")
+    headers = {**_HEADERS, "Cache-Control": kept, "Vary": "Accept-Encoding"}
+    taken = {
+        part.partition(";")[0].strip().lower()
+        for part in request.headers.get("accept-encoding", "").split(",")
+        if part.replace(" ", "").lower().rpartition(";q=")[2] not in ("0", "0.0")
+    }
+    for encoding, suffix in _ENCODINGS:
+        if encoding in taken and (smaller := path.with_name(path.name + suffix)).is_file():
+            return FileResponse(smaller, headers={**headers, "Content-Encoding": encoding}, media_type=kind)
+    return FileResponse(path, headers=headers, media_type=kind)

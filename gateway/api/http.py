@@ -1,0 +1,344 @@
+"""Knows the forms of HTTP: bodies in, JSON and problems out, the request's id, and whose bytes they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import orjson
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from gateway import protocol
+from gateway.bounds import aside
+from gateway.errors import (
+    Cancelled,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    RateLimited,
+    Timeout,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.files.http import UnsatisfiableRange
+from gateway.hostnames import Misdirected, host_allowed, own_hosts
+from gateway.limits.budget import REQUEST, SMALL, Share
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_MS: Final = 2000
+# in an ASGI scope: the uses of tenants that end with its answer
+USES: Final = "gateway.uses"
+# there too: the share of who asks, once that is known
+SHARE: Final = "gateway.share"
+_SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
+_WEIGHING: Final = 30.0  # seconds until it is known what a large body holds; the largest takes a moment
+_REQUEST_ID: Final = "x-request-id"
+
+
+async def unless_gone(request: Request, work: Any) -> Any:
+    """Return what `work` returns; cancel it where the client hangs up first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        await end(working)
+        await end(leaving)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it is over, whatever it ends with."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def read_json(request: Request, limit: int, patience: float) -> Any:
+    """Return the JSON body. Raises what `read_body` raises, and `InvalidParams`."""
+    body = await read_body(request, limit, patience)
+    await weighed(request, body)
+    try:
+        return orjson.loads(body)
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
+
+
+async def weighed(request: Request, body: bytes) -> None:
+    """Return if a body of JSON may be parsed. Raises `TooLarge`."""
+    if len(body) > protocol.LIGHT:
+        await aside(request.path_params.get("tenant", ""), _WEIGHING, protocol.weigh, body)
+
+
+async def read_body(request: Request, limit: int, patience: float) -> bytes:
+    """Return the body, which counts as in flight until the request is answered.
+
+    Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the share of who
+    asks has room for, `Timeout` where nothing comes for `patience` seconds. Of who has shown no token the
+    whole body comes within that.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+    known = SHARE in request.scope
+    held = int(declared) if declared.isdigit() else 0
+    if known:
+        hold(request.scope, held)
+    body, stream = bytearray(), request.stream()
+    until = asyncio.get_running_loop().time() + patience
+    while True:
+        try:
+            async with asyncio.timeout(patience) if known else asyncio.timeout_at(until):
+                body += await anext(stream)
+        except StopAsyncIteration:
+            return bytes(body)
+        except TimeoutError:
+            raise Timeout(f"the body did not come: nothing for {patience:.0f} s") from None
+        if len(body) > limit:
+            raise TooLarge(f"the body has over {limit} bytes", limit=limit)
+        if known and len(body) > held:
+            hold(request.scope, step := max(SMALL, len(body) - held))
+            held += step
+
+
+def ask(scope: Scope, share: Share) -> None:
+    """Count a request in the share of who asks, until it is answered. Raises `RateLimited`."""
+    if SHARE not in scope:
+        scope[SHARE] = share
+        hold(scope, REQUEST)
+
+
+def hold(scope: Scope, size: int) -> None:
+    """Count bytes of a request, or of its answer, until it is answered. Raises `RateLimited`."""
+    scope[USES].enter_context(scope[SHARE].lease(size))
+
+
+def address(connection: HTTPConnection) -> str:
+    """Return whose a connection is. Our own proxy says so; anybody else's word for it is worth nothing."""
+    client, told = connection.client, connection.headers.getlist("x-forwarded-for")
+    peer = "" if client is None else client.host
+    if told and _near(connection.scope):
+        peer = told[-1].rpartition(",")[2].strip()[:64]
+    try:
+        found = ip_address(peer)
+    except ValueError:
+        return peer
+    if isinstance(found, IPv6Address):
+        return str(found.ipv4_mapped or ip_network((found, 64), strict=False))  # what one host is given
+    return peer
+
+
+class _AnyPath(PathConvertor):
+    """A path of any bytes: a name may have a line break, which `.` of the router's own does not match."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any", _AnyPath())
+
+
+def file_path(request: Request) -> str:
+    """Return the path after `/files/`, which must be UTF-8 once its escapes are undone."""
+    raw: bytes = request.scope["raw_path"]
+    parts = raw.split(b"/", 5)  # "", v1, tenants, the tenant, files: escaped or not
+    if len(parts) < 6:
+        raise NotFound("no such route")
+    try:
+        return unquote_to_bytes(parts[5]).decode() or "."
+    except UnicodeDecodeError:
+        raise InvalidParams("the path is not UTF-8") from None
+
+
+def as_json(value: Mapping[str, Any]) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+class InParts(Response):
+    """An answer of JSON that is made part by part as its client takes it; one that is small goes out whole.
+
+    Where nothing is taken for `patience` seconds the connection is cut.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, parts: Iterator[bytes], patience: float) -> None:
+        begun, size = list[bytes](), 0
+        for part in parts:
+            begun.append(part)
+            if (size := size + len(part)) > _SLICE:
+                break
+        self._rest: Iterator[bytes] | None = parts if size > _SLICE else None
+        self._patience = patience
+        super().__init__(b"".join(begun))
+        if self._rest is not None:
+            del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._rest is None:
+            await super().__call__(scope, receive, send)
+            return
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start)
+        for part in itertools.chain((bytes(self.body),), self._rest):
+            try:
+                async with asyncio.timeout(self._patience):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            except TimeoutError:
+                log.info("an answer was not taken for %.0f s", self._patience)
+                return  # without the rest of the body the server cuts the connection
+            await asyncio.sleep(0)  # also where it takes all at once, or has gone: others have their turn
+        await send({"type": "http.response.body", "body": b""})
+
+
+def problem(error: GatewayError, status: int | None = None) -> Response:
+    """Return `error` as `application/problem+json` (RFC 9457) with our `code` and its facts."""
+    status = error.http_status if status is None else status
+    body = {**error.facts, "type": "about:blank", "title": error.code, "status": status}
+    body |= {"detail": error.message, "code": error.code}
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsatisfiableRange):
+        headers["Content-Range"] = f"bytes */{error.facts['size']}"
+    if isinstance(error, Unavailable | RateLimited):
+        headers["Retry-After"] = str(math.ceil(error.facts.get("retry_after", RETRY_AFTER_MS / 1000)))
+    return Response(orjson.dumps(body), status, headers=headers, media_type="application/problem+json")
+
+
+async def problem_handler(request: Request, error: Exception) -> Response:
+    match error:
+        case GatewayError():
+            return problem(error)
+        case HTTPException():
+            told: GatewayError = InvalidParams(error.detail)
+            headers = dict(error.headers or {})
+            if error.status_code == 404:
+                told = NotFound("no such route")
+            elif error.status_code == 405:
+                headers["Allow"] = _allowed(request)
+                told = InvalidParams(f"{request.method} is not served here; there are {headers['Allow']}")
+            response = problem(told, error.status_code)
+            response.headers.update(headers)
+            return response
+        case ClientDisconnect():
+            return problem(Cancelled("the client went away"))
+        case _:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            return problem(Unavailable("the gateway failed; its log says why"), 500)
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods of a request's path: the router tells those of the first of its routes alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
+
+
+def for_own_hosts(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Refuse what asks for a host that is not ours with 421, a websocket before its upgrade.
+
+    Caddy asks `/v1/wake` with the `Host` of the site that a visitor asked for.
+    """
+    own = own_hosts(settings)
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            host, near = Headers(scope=scope).get("host"), _near(scope)
+            by_caddy = near and scope["path"] == "/v1/wake"
+            if not by_caddy and not host_allowed(host, own, near=near):
+                error = Misdirected(
+                    f"this gateway is not {(host or '')[:100]!r}: ask it by its address, or list the name in "
+                    "GATEWAY_HOSTS"
+                )
+                if scope["type"] == "http":
+                    await problem(error)(scope, receive, send)
+                else:
+                    await WebSocket(scope, receive, send).send_denial_response(problem(error))
+                return
+        await app(scope, receive, send)
+
+    return wrapped
+
+
+def _near(scope: Scope) -> bool:
+    """Say whether a request came from this machine."""
+    client, server = scope.get("client"), scope.get("server")
+    if client is None:  # by a unix socket
+        return True
+    try:
+        address = ip_address(client[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    # who asks a machine by an address of its own has that address too
+    return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
+
+
+def with_request_id(app: ASGIApp, patience: float) -> ASGIApp:
+    """Echo `X-Request-Id`, or make one, on every HTTP answer.
+
+    A large answer is handed over in parts: what the client has not taken counts as in flight, and where it
+    takes nothing for `patience` seconds the connection is cut.
+    """
+
+    async def send_parts(scope: Scope, message: Message, send: Send) -> None:
+        body = message["body"]
+        with contextlib.ExitStack() as held:
+            if SHARE in scope:
+                held.enter_context(scope[SHARE].lease()).hold(len(body))
+            for start in range(0, len(body), _SLICE):
+                part = {**message, "body": body[start : start + _SLICE], "more_body": True}
+                try:
+                    async with asyncio.timeout(patience):
+                        await send(part)
+                except TimeoutError:
+                    # without the rest of the body the server cuts the connection
+                    log.info("an answer was not taken for %.0f s", patience)
+                    return
+        await send({**message, "body": b""})
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(_REQUEST_ID, "")
+        request_id = asked if 0 < len(asked) <= 128 and asked.isprintable() else secrets.token_hex(8)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            elif len(message.get("body", b"")) > _SLICE and not message.get("more_body"):
+                await send_parts(scope, message, send)
+                return
+            await send(message)
+
+        with contextlib.ExitStack() as scope[USES]:
+            await app(scope, receive, send_with_id)
+
+    return wrapped

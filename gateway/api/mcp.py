@@ -1,0 +1,277 @@
+"""Knows the MCP endpoint of a tenant: the toolbox's tools over streamable HTTP, by the package `mcp`.
+
+Nothing is kept between two requests. A client of the protocol 2026-07-28 has no session at all: it cancels
+a call by dropping the response. One of the handshake protocols (2025-11-25 and before) is given a random
+session id, which only names things: its tool session, and its calls, so that it can cancel one by a
+notification.
+
+Imported only where a gateway serves MCP: `mcp` is an extra.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import anyio
+import mcp_types as types
+import orjson
+from mcp.server import Server
+from mcp.server.context import ServerRequestContext
+from mcp.server.streamable_http import REQUEST_CANCELLED
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.shared.exceptions import MCPError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway import __version__
+from gateway.api.http import hold
+from gateway.auth.tokens import Token
+from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.limits.budget import SMALL
+from gateway.protocol import switch
+from gateway.settings import Settings
+from gateway.tools.toolbox import Toolbox, ToolResult
+
+_CALLER: Final = "gateway.api.mcp.caller"
+_SESSION: Final = "mcp-session-id"
+# what Claude Code sends with a call: the model's own id of it, which stays the same where a call is repeated
+_CALL_ID: Final = "claudecode/toolUseId"
+_FACTS: Final = "incus-gateway/facts"
+_READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
+# Claude Code puts a longer result than this into a file of its own host, which no tool of ours can read.
+# Without the mark it does so from 50 000 characters on.
+_RESULT_MAX: Final = 500_000
+# of an embedded file: Claude Code would keep it on its own host and tell its model a path there, and most
+# other clients show nothing at all
+_UNSHOWN: Final = (
+    "A PDF cannot be shown by this gateway: its pages come as images once whoever runs it has installed the "
+    "extra `pdf`. Until then a program in the container may read it, if there is one."
+)
+_INSTRUCTIONS: Final = (
+    "These tools work in a Linux container of its own, not on this machine. Its project lies in {workspace}; "
+    "paths are absolute there or relative to it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asks: one request's tenant and token, and the tool session that its calls belong to."""
+
+    tenant: str
+    token: Token
+    session: str | None
+    read_before_write: bool
+    structured: bool
+    handshake: str | None
+
+    @classmethod
+    def of(cls, tenant: str, token: Token, headers: Mapping[str, str]) -> _Caller:
+        handshake = headers.get(_SESSION)
+        if handshake is not None and not 0 < len(handshake) <= 64:
+            raise InvalidParams("this is no Mcp-Session-Id that a gateway gave")
+        named = headers.get("x-tool-session")
+        if named is None and handshake is not None:
+            named = _tool_session(handshake)
+        careful, structured = (
+            switch(headers, name) for name in ("x-read-before-write", "x-structured-content")
+        )
+        return cls(tenant, token, named, careful, structured, handshake)
+
+
+def _tool_session(handshake: str) -> str:
+    return f"mcp-{handshake}"
+
+
+class Mcp:
+    """The endpoint of all tenants. Use as an async context manager, from the event loop only."""
+
+    def __init__(self, toolbox: Toolbox, settings: Settings) -> None:
+        self._toolbox = toolbox
+        self._settings = settings
+        self._tools = [_tool(description) for description in toolbox.descriptions()]
+        schemas = {tool.name: tool.input_schema for tool in self._tools}
+        server: Server[Any] = Server(
+            "incus-gateway",
+            version=__version__,
+            instructions=_INSTRUCTIONS.format(workspace=settings.workspace),
+            on_list_tools=self._list,
+            on_call_tool=self._call,
+            get_tool_input_schema=schemas.get,
+        )
+        self._manager = StreamableHTTPSessionManager(
+            server, stateless=True, max_request_body_size=settings.max_body
+        )
+        self._running = self._manager.run()
+        # calls that a notification may cancel, by tenant, session id and request id
+        self._calls: dict[tuple[str, str, types.RequestId], asyncio.Task[ToolResult]] = {}
+
+    async def __aenter__(self) -> Mcp:
+        await self._running.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._running.__aexit__(kind, error, trace)
+
+    async def serve(
+        self, tenant: str, token: Token, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer one request of a verified caller whose body was read already. Raises `InvalidParams`."""
+        caller = _Caller.of(tenant, token, Headers(scope=scope))
+        match scope["method"]:
+            case "POST":
+                await self._post(caller, body, scope, receive, send)
+            case "DELETE" if caller.handshake is not None:
+                await self._toolbox.sessions.end_named(tenant, _tool_session(caller.handshake))
+                await Response(status_code=204)(scope, receive, send)
+            case _:  # nothing is ever sent that was not asked for: a GET stream would stay silent
+                await Response(status_code=405, headers={"Allow": "POST, DELETE"})(scope, receive, send)
+
+    async def _post(self, caller: _Caller, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        message = _message(body)
+        method = message.get("method")
+        if method == "notifications/cancelled" and caller.handshake is not None:
+            # it comes on a connection of its own, where the package would find no call to cancel
+            self._cancel(caller.tenant, caller.handshake, message.get("params"))
+        given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return given.pop() if given else await receive()
+
+        async def send_with_session(answer: Message) -> None:
+            if answer["type"] == "http.response.start" and answer["status"] == 200:
+                MutableHeaders(scope=answer)[_SESSION] = secrets.token_hex(16)
+            await send(answer)
+
+        scope = {**scope, _CALLER: caller}
+        # only a handshake protocol knows this method
+        sending = send_with_session if method == "initialize" else send
+        await self._manager.handle_request(scope, replay, sending)
+
+    def _cancel(self, tenant: str, handshake: str, params: object) -> None:
+        asked = params.get("requestId") if isinstance(params, dict) else None
+        if isinstance(asked, str | int) and (work := self._calls.get((tenant, handshake, asked))) is not None:
+            work.cancel()
+
+    async def _list(
+        self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=self._tools)
+
+    async def _call(
+        self, context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        """Run a tool; end it, and what it runs, where the request ends first."""
+        assert context.request is not None and context.request_id is not None
+        caller: _Caller = context.request.scope[_CALLER]
+        try:
+            caller.token.require(self._toolbox.scope(params.name))
+            session = self._toolbox.sessions.open(caller.tenant, caller.session, caller.read_before_write)
+        except NotFound as error:
+            raise MCPError(types.INVALID_PARAMS, error.message) from None
+        except GatewayError as error:
+            return _refusal(error)
+        call_id = _call_id(context.meta)
+        work = asyncio.create_task(
+            self._toolbox.call(
+                caller.tenant,
+                session,
+                params.name,
+                params.arguments or {},
+                by=caller.token.subject,
+                call_id=call_id,
+            )
+        )
+        key = (caller.tenant, caller.handshake or "", context.request_id)
+        if caller.handshake is not None:
+            self._calls[key] = work
+        try:
+            await self._wait(context, params.name, work)
+            if work.cancelled():
+                raise MCPError(REQUEST_CANCELLED, "Request cancelled")
+            result = work.result()
+            if len(result.encoded) > SMALL:  # of what only reads
+                hold(context.request.scope, len(result.encoded))
+            return _answer(result, caller.structured)
+        except GatewayError as error:
+            return _refusal(error)
+        finally:
+            if self._calls.get(key) is work:
+                del self._calls[key]
+            work.cancel()
+            # a cancelled scope of anyio cancels whatever is awaited in it: only behind a shield can one wait
+            # until nothing is left of the command
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([work])
+                if call_id is not None:
+                    await self._toolbox.give_up(caller.tenant, call_id)
+
+    async def _wait(
+        self, context: ServerRequestContext[Any, Any], name: str, work: asyncio.Task[ToolResult]
+    ) -> None:
+        """Return when `work` is done; report progress meanwhile, or the client would give up."""
+        began = time.monotonic()
+        while not (await asyncio.wait([work], timeout=self._settings.mcp_progress))[0]:
+            seconds = round(time.monotonic() - began, 1)
+            await context.session.report_progress(seconds, None, f"{name} has run for {seconds:.0f} s")
+
+
+def _tool(description: Mapping[str, Any]) -> types.Tool:
+    name: str = description["name"]
+    read_only = name in _READ_ONLY
+    return types.Tool(
+        name=name,
+        description=description["description"],
+        input_schema=description["inputSchema"],
+        # read-only ones run at the same time, all others one after another
+        annotations=types.ToolAnnotations(
+            read_only_hint=read_only, destructive_hint=not read_only, open_world_hint=name == "Bash"
+        ),
+        _meta={"anthropic/maxResultSizeChars": _RESULT_MAX},
+    )
+
+
+def _call_id(meta: Mapping[str, Any] | None) -> str | None:
+    given = (meta or {}).get(_CALL_ID)
+    return given if isinstance(given, str) and 0 < len(given) <= 200 else None
+
+
+def _answer(result: ToolResult, structured: bool) -> types.CallToolResult:
+    """Return a result as MCP has it.
+
+    The facts of a success come under `_meta` unless the caller asked for structuredContent: clients take that
+    for the same as the text, and Claude Code shows a model nothing else (seen with 2.1.331).
+    """
+    answer = types.CallToolResult.model_validate_json(result.encoded, by_name=False)
+    if any(isinstance(part, types.EmbeddedResource) for part in answer.content):
+        return _refusal(Unavailable(_UNSHOWN))
+    if not answer.is_error and not structured:
+        answer.meta = {_FACTS: answer.structured_content}
+        answer.structured_content = None
+    return answer
+
+
+def _refusal(error: GatewayError) -> types.CallToolResult:
+    """Return what the gateway refuses as a failed call: of the protocol's errors a model learns nothing."""
+    return types.CallToolResult(
+        content=[types.TextContent(text=error.message)],
+        is_error=True,
+        structured_content={**error.facts, "code": error.code},
+    )
+
+
+def _message(body: bytes) -> dict[str, Any]:
+    """Return a request's message, empty where it is none: the package says what is wrong with it."""
+    try:
+        message = orjson.loads(body)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}

@@ -1,0 +1,1 @@
+"""Who may do what: tokens, what is open under each, and which were revoked."""

@@ -1,0 +1,151 @@
+"""Knows whose deployment is next: each owner has a share of those that run and of those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from gateway.auth.tokens import Token
+from gateway.errors import RateLimited
+from gateway.settings import Settings
+
+# seconds after which one of those that wait may have begun
+_RETRY_AFTER: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who a deployment is counted for: a token's tenants together, or, for every tenant, its subject."""
+
+    tenants: frozenset[str] | None
+    subject: str
+
+    @classmethod
+    def of(cls, token: Token) -> Owner:
+        return cls(token.coverage, token.subject if token.coverage is None else "")
+
+
+def uploader(token: Token, ended: Callable[[str], float]) -> str:
+    """Name who uploads with a token: of what it brings copies are kept for its equals alone.
+
+    That is narrower than `Owner`: the subject counts always, and whoever is given a tenant's name that was
+    another's before is somebody else.
+    """
+    names = None if token.coverage is None else [(name, ended(name)) for name in sorted(token.coverage)]
+    return hashlib.sha256(orjson.dumps([token.subject, names])).hexdigest()[:32]
+
+
+class DeploymentQueue:
+    """Lets `max_deployments` run at once and `waiting_deployments` wait. Used from the event loop only.
+
+    An owner with tenants by name never has more than half of the places to run. Who covers every tenant
+    leaves one, and takes no more than half while another waits. Of those that wait the owners take turns. Of
+    the places to wait, and of the bytes that uploads take meanwhile, no owner has more than half.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._running: Counter[Owner] = Counter()
+        self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
+        self._admitted: Counter[Owner] = Counter()
+        self._bytes: Counter[Owner] = Counter()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Return once nobody waits and half of the places are free."""
+        await self._quiet.wait()
+
+    def admit(self, owner: Owner, size: int) -> None:
+        """Count one more that runs or waits, with an upload of so many bytes. Raises `RateLimited`."""
+        many, room = self._settings.waiting_deployments, self._settings.waiting_bytes
+        if self._admitted.total() >= many or self._admitted[owner] >= _half(many):
+            raise RateLimited(
+                "too many deployments wait; ask again when some have ended",
+                limit=_half(many),
+                retry_after=_RETRY_AFTER,
+            )
+        # one alone is never too large: the limit of a body holds for it
+        full = self._bytes.total() + size > room and self._bytes.total() > 0
+        if full or (self._bytes[owner] + size > room // 2 and self._bytes[owner] > 0):
+            raise RateLimited(
+                "the uploads of deployments that wait are too large together; ask again when some have ended",
+                limit=room // 2,
+                retry_after=_RETRY_AFTER,
+            )
+        self._admitted[owner] += 1
+        self._bytes[owner] += size
+
+    def leave(self, owner: Owner, size: int) -> None:
+        """Take back what `admit` counted."""
+        _less(self._admitted, owner, 1)
+        _less(self._bytes, owner, size)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: Owner) -> AsyncIterator[None]:
+        """Wait for a place to run, and hold it while the context is open."""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(owner, deque()).append(mine)
+        self._next()
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self._end(owner)
+            else:
+                self._waiting[owner].remove(mine)
+                self._tidy(owner)
+                self._next()
+            raise
+        try:
+            yield
+        finally:
+            self._end(owner)
+
+    def _end(self, owner: Owner) -> None:
+        _less(self._running, owner, 1)
+        self._next()
+
+    def _next(self) -> None:
+        """Let those begin whose turn it is."""
+        most = self._settings.max_deployments
+        while self._running.total() < most:
+            owner = next((owner for owner in self._waiting if self._may(owner)), None)
+            if owner is None:
+                break
+            mine = self._waiting[owner].popleft()
+            self._waiting.move_to_end(owner)
+            self._tidy(owner)
+            self._running[owner] += 1
+            mine.set_result(None)
+        if not self._waiting and self._running.total() <= most // 2:
+            self._quiet.set()
+        else:
+            self._quiet.clear()
+
+    def _may(self, owner: Owner) -> bool:
+        most, has = self._settings.max_deployments, self._running[owner]
+        if owner.tenants is None and len(self._waiting) == 1:
+            return has < max(1, most - 1)
+        return has < _half(most)
+
+    def _tidy(self, owner: Owner) -> None:
+        if not self._waiting[owner]:
+            del self._waiting[owner]
+
+
+def _half(many: int) -> int:
+    return max(1, many // 2)
+
+
+def _less(counter: Counter[Owner], owner: Owner, by: int) -> None:
+    counter[owner] -= by
+    if not counter[owner]:
+        del counter[owner]

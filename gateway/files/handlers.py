@@ -1,0 +1,417 @@
+"""Knows the editor's operations on single files and folders, as a worker serves them.
+
+Each takes the parameters of the method of the same name and returns its result as JSON. Paths in results
+are relative to the workspace, which itself is ".". A last link is never followed by what changes something.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import orjson
+
+from gateway.errors import (
+    Conflict,
+    InvalidParams,
+    IsADirectory,
+    NotAFile,
+    NotFound,
+    Timeout,
+    TooLarge,
+)
+from gateway.files import removing
+from gateway.rootfs import kernel
+from gateway.rootfs.operation import Operation, Workspace
+from gateway.rootfs.root import Made, Root, etag, refusal, show, unfinished
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+_NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools
+_ATTEMPTS = 5  # to put a file in place whose folder the tenant keeps changing
+
+
+def locate(workspace: Workspace, path: str) -> str:
+    """Return the relative path that a client's `path` names."""
+    return workspace.tree.locate(path, workspace.tree.workspace)
+
+
+def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
+    """Return what is told of a file: `mode` the permission bits, `mtime` in seconds since the epoch.
+
+    A link has a `target`: what it points to, or None where that is outside. A name that is not UTF-8 cannot
+    be sent back: it is shown escaped, and `escaped` says so.
+    """
+    found: dict[str, Any] = {
+        "path": path or ".",
+        "type": _kind(status.st_mode),
+        "size": status.st_size,
+        "mode": stat.S_IMODE(status.st_mode),
+        "mtime": status.st_mtime_ns / 1e9,
+        "etag": etag(status),
+    }
+    if not _sendable(path):
+        found |= {"path": show(path), "escaped": True}
+    if found["type"] == "symlink":
+        target = tree.link_target(path)
+        found["target"] = None if target is None else (show(target) if target else ".")
+    return found
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "symlink" if stat.S_ISLNK(mode) else "other"
+
+
+def _sendable(path: str) -> bool:
+    if path.isprintable():
+        return True
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def stale(now: os.stat_result | None) -> Conflict:
+    """Return the error for a file that is not the one which the client knows, with the present etag."""
+    if now is None:
+        return Conflict("the file is not there any more", reason="stale", etag=None)
+    return Conflict("the file is another than the client knows", reason="stale", etag=etag(now))
+
+
+def check(now: os.stat_result | None, given: Mapping[str, Any]) -> None:
+    """Hold the file that is there, if any, against a client's conditions. Raises `Conflict`.
+
+    `ifMatch` and `ifNoneMatch` are each an etag, a list of them, or "*", which is any file.
+    """
+    if_match, if_none_match = given.get("ifMatch"), given.get("ifNoneMatch")
+    if if_match is not None and (now is None or not _among(etag(now), if_match)):
+        raise stale(now)
+    if if_none_match is not None and now is not None and _among(etag(now), if_none_match):
+        raise Conflict("the file exists", reason="exists", etag=etag(now))
+
+
+def _among(tag: str, wanted: str | list[str]) -> bool:
+    return tag in wanted or "*" in wanted if isinstance(wanted, list) else wanted in ("*", tag)
+
+
+def present(directory: int, name: str) -> os.stat_result | None:
+    """Return the status of the regular file `name`, None where there is nothing.
+
+    Raises `IsADirectory` and `NotAFile`, also for a link: nothing is written through one.
+    """
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectory("is a directory", reason="directory")
+    if stat.S_ISLNK(status.st_mode):
+        raise NotAFile("is a symbolic link; name its target instead", reason="link")
+    if not stat.S_ISREG(status.st_mode):
+        raise NotAFile("not a regular file", reason="special")
+    return status
+
+
+# --- the methods --------------------------------------------------------------------------------------
+
+
+def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    path = locate(workspace, given["path"])
+    return entry(workspace.tree, path, workspace.tree.status(path))
+
+
+def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    """List folder by folder, so that what is cut off at a limit is the deepest."""
+    tree, limits = workspace.tree, workspace.limits
+    start = locate(workspace, given["path"])
+    deadline = time.monotonic() + limits.tool_timeout
+    found: list[dict[str, Any]] = []
+    room, truncated, skipped = limits.write_max, False, 0
+    top = tree.open(start, _FOLDER)
+    below = Root(top, tree.workspace)
+    try:
+        queue = deque([("", 1)])
+        while queue:
+            folder, depth = queue.popleft()
+            if len(found) >= limits.list_max or room < 0:
+                truncated = True
+                break
+            try:
+                entries, more = _scan(below, folder, limits.list_max - len(found))
+            except OSError as error:
+                if not folder:
+                    raise
+                # one that went away meanwhile is none that could not be read
+                skipped += error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+                continue
+            truncated |= more
+            for name, status in entries:
+                relative = f"{folder}/{name}" if folder else name
+                told = entry(tree, f"{start}/{relative}" if start else relative, status)
+                room -= len(told["path"]) * 2 + 200
+                if room < 0:
+                    truncated = True
+                    break
+                found.append(told)
+                if told["type"] == "directory" and depth < given["depth"]:
+                    queue.append((relative, depth + 1))
+            if time.monotonic() > deadline:
+                raise Timeout("listing took too long; ask for a smaller depth", reason="timeout")
+    finally:
+        below.close()
+    return {"path": start or ".", "entries": found, "truncated": truncated, "skipped": skipped}
+
+
+def _scan(tree: Root, folder: str, maximum: int) -> tuple[list[tuple[str, os.stat_result]], bool]:
+    """Return at most `maximum` names and statuses of a folder, sorted, and whether there are more."""
+    descriptor = tree.open_real(folder, _FOLDER)
+    found = []
+    try:
+        with os.scandir(descriptor) as entries:
+            listed = [item for item in islice(entries, maximum + 1) if not unfinished(item.name)]
+            for item in sorted(listed[:maximum], key=lambda item: item.name):
+                try:
+                    found.append((item.name, item.stat(follow_symlinks=False)))
+                except FileNotFoundError:
+                    continue
+    finally:
+        os.close(descriptor)
+    return found, len(listed) > maximum
+
+
+def _read(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    path = locate(workspace, given["path"])
+    try:
+        data, status = workspace.tree.read_file(path, workspace.limits.write_max)
+    except TooLarge as error:
+        raise TooLarge("the file is too large to be read whole; GET streams it", **error.facts) from None
+    found: dict[str, Any] = {"etag": etag(status), "size": len(data), "mode": stat.S_IMODE(status.st_mode)}
+    text = _text(data)
+    if text is None:
+        return {"data": base64.b64encode(data).decode("ascii"), **found, "encoding": "base64"}
+    return {"text": text, **found, "encoding": "utf-8"}
+
+
+def _text(data: bytes) -> str | None:
+    """Return a file's text; None for binary ones, and for those that would swell up as JSON."""
+    if data.find(b"\0", 0, _NUL_WINDOW) >= 0:
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    # a control character takes six bytes
+    return text if len(orjson.dumps(text)) <= 2 * len(data) + 64 else None
+
+
+def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    tree, limit = workspace.tree, workspace.limits.write_max
+    path = locate(workspace, given["path"])
+    if given.get("text") is not None:
+        data = given["text"].encode()
+    else:
+        try:
+            data = base64.b64decode(given["data"], validate=True)
+        except (ValueError, binascii.Error):
+            raise InvalidParams("data: not base64", field="data") from None
+    if len(data) > limit:
+        raise TooLarge(
+            "too large for files/write; PUT streams it", reason="too_large", size=len(data), limit=limit
+        )
+    with tree.taking_back() as made:
+        return _put(tree, path, data, given, made)
+
+
+def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[Made]) -> dict[str, Any]:
+    if_match = given.get("ifMatch")
+    directory, name = parent(tree, path, given, made)
+    try:
+        for attempt in range(_ATTEMPTS):
+            old = present(directory, name)
+            check(old, given)
+            mode = 0o644 if old is None else old.st_mode
+            try:
+                status = tree.replace(directory, name, data, mode, expected=old if if_match else None)
+            except (Conflict, NotFound) as error:
+                # it changed between the look and the rename: look again, the condition decides
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                if error.facts.get("reason") not in ("changed", "missing"):
+                    raise
+                continue
+            return {"etag": etag(status), "size": len(data), "created": old is None}
+        raise AssertionError("unreachable")
+    finally:
+        os.close(directory)
+
+
+def parent(tree: Root, path: str, given: dict[str, Any], made: list[Made] | None = None) -> tuple[int, str]:
+    """Open the folder of a file to be written; a condition that no file can meet makes no folder."""
+    create = bool(given.get("createDirs")) and given.get("ifMatch") is None
+    try:
+        return tree.parent(path, create=create, made=made)
+    except NotFound:
+        if given.get("ifMatch") is not None:
+            raise stale(None) from None
+        raise
+
+
+def _move(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    tree = workspace.tree
+    source, target = locate(workspace, given["from"]), locate(workspace, given["to"])
+    if not source or not target:
+        raise InvalidParams("the workspace itself cannot be moved or replaced", reason="invalid")
+    if target.startswith(source + "/") and stat.S_ISDIR(tree.status(source).st_mode):
+        raise InvalidParams("a folder cannot be moved into itself", reason="invalid")
+    source_folder, source_name = tree.parent(source)
+    try:
+        with tree.taking_back() as made:
+            create = bool(given.get("createDirs"))
+            target_folder, target_name = tree.parent(target, create=create, made=made)
+            try:
+                if given.get("overwrite"):
+                    os.rename(source_name, target_name, src_dir_fd=source_folder, dst_dir_fd=target_folder)
+                else:
+                    _move_new(source_folder, source_name, target_folder, target_name)
+                return entry(tree, target, os.stat(target_name, dir_fd=target_folder, follow_symlinks=False))
+            finally:
+                os.close(target_folder)
+    finally:
+        os.close(source_folder)
+
+
+def _move_new(source_folder: int, source: str, target_folder: int, target: str) -> None:
+    try:
+        kernel.rename_new(source_folder, os.fsencode(source), target_folder, os.fsencode(target))
+    except FileExistsError:
+        now = os.stat(target, dir_fd=target_folder, follow_symlinks=False)
+        raise Conflict("the target exists", reason="exists", etag=etag(now)) from None
+
+
+def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    tree = workspace.tree
+    path = locate(workspace, given["path"])
+    if not path:
+        raise InvalidParams("the workspace itself cannot be removed", reason="invalid")
+    directory, name = tree.parent(path)
+    try:
+        now = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        check(now, given)
+        if not stat.S_ISDIR(now.st_mode):
+            os.unlink(name, dir_fd=directory)
+            return {"removed": 1}
+        removed = 0
+        if given.get("recursive"):
+            folder = Root(directory, tree.workspace).open_real(name, _FOLDER)
+            try:
+                deadline = time.monotonic() + workspace.limits.tool_timeout
+                removed = removing.empty(folder, tree.workspace, deadline)
+            finally:
+                os.close(folder)
+        os.rmdir(name, dir_fd=directory)
+        return {"removed": removed + 1}
+    except FileNotFoundError:
+        if given.get("ifMatch") is not None:
+            raise stale(None) from None
+        raise
+    finally:
+        os.close(directory)
+
+
+def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    tree = workspace.tree
+    path = locate(workspace, given["path"])
+    if not path:
+        raise Conflict("the workspace exists", reason="exists")
+    with tree.taking_back() as made:
+        directory, name = tree.parent(path, create=given.get("createDirs", True), made=made)
+        try:
+            os.mkdir(name, 0o755, dir_fd=directory)
+            return entry(tree, path, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        finally:
+            os.close(directory)
+
+
+def _moved_away() -> Conflict:
+    # not a 404: what is missing is the upload itself, its folder or the workspace was replaced
+    return Conflict("the upload's folder was replaced meanwhile; send it again", reason="changed")
+
+
+def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    """Put an upload in its place: the last step of what `opening` began.
+
+    Here and not there, so that it comes in turn with every other write of the tenant. `temporary` in
+    `folder` must still be the file with `inode`: the tenant may have put another there.
+    """
+    tree = workspace.tree
+    path = locate(workspace, given["path"])
+    try:
+        source = tree.open(given["folder"], kernel.O_PATH | os.O_DIRECTORY)
+    except NotFound:
+        raise _moved_away() from None
+    try:
+        try:
+            new = os.stat(given["temporary"], dir_fd=source, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _moved_away() from None
+        if not stat.S_ISREG(new.st_mode) or new.st_ino != given["inode"]:
+            raise Conflict("the upload was replaced meanwhile", reason="changed")
+        with tree.taking_back() as made:
+            directory, name = parent(tree, path, given, made)
+            try:
+                old = present(directory, name)
+                check(old, given)
+                os.rename(given["temporary"], name, src_dir_fd=source, dst_dir_fd=directory)
+            finally:
+                os.close(directory)
+    finally:
+        os.close(source)
+    return {"etag": etag(new), "size": new.st_size, "created": old is None}
+
+
+_METHODS: dict[str, Callable[[Workspace, dict[str, Any]], dict[str, Any]]] = {
+    "files/stat": _stat,
+    "files/list": _list,
+    "files/read": _read,
+    "files/write": _write,
+    "files/move": _move,
+    "files/remove": _remove,
+    "files/mkdir": _mkdir,
+    "files/commit": _commit,
+}
+
+
+def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) -> Operation:
+    def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+        try:
+            return orjson.dumps(method(workspace, arguments))
+        except OSError as error:
+            raise refusal(error) from None
+
+    return run
+
+
+def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
+    """Bring to the disk what was written, so that it is counted there."""
+    kernel.settle(workspace.tree.descriptor)
+    return b"{}"
+
+
+OPERATIONS: dict[str, Operation] = {
+    **{name: _operation(method) for name, method in _METHODS.items()},
+    "files/settle": _settle,
+}
+
+__all__ = ["OPERATIONS", "check", "entry", "locate", "parent", "present", "stale"]

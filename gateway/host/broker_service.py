@@ -1,0 +1,76 @@
+"""Knows how the broker runs as a service: whom it serves, where, and which chores of the host it does.
+
+The broker itself is `gateway.rootfs.broker`, which knows no settings. It is run in an interpreter of its own:
+workers are forks of it, and nothing of the settings, the secret among them, may be in their memory.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import orjson
+
+from gateway import settings as settings_module
+from gateway.host import HostError, Report
+from gateway.rootfs.locations import Instances
+from gateway.rootfs.workers import BOOT
+from gateway.settings import Settings
+
+OPERATIONS = "gateway.tools.worker_operations"
+
+
+def run(settings: Settings, report: Report) -> NoReturn:
+    """Become a broker that serves until SIGTERM. Raises `HostError` where it cannot.
+
+    The folder of the socket is made, root's alone to write, so that nobody else puts a socket there.
+    """
+    path = settings.broker_socket
+    if path is None:
+        raise HostError("GATEWAY_BROKER_SOCKET is not set: set it for this command and for `serve`")
+    if sys.platform != "linux" or os.geteuid() != 0:
+        raise HostError("the broker needs root on Linux; without it leave GATEWAY_BROKER_SOCKET unset")
+    uids, gid = [], 0
+    try:
+        user = pwd.getpwnam(settings.broker_user)
+        uids, gid = [user.pw_uid], user.pw_gid
+    except KeyError:
+        report(f"there is no user {settings.broker_user}: only root is served")
+    try:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{path.parent} cannot be made: {error.strerror}") from None
+    imports = "\n".join(folder or str(Path.cwd()) for folder in sys.path)
+    told = {
+        "path": str(path),
+        "operations": OPERATIONS,
+        "program": str(settings.ripgrep),
+        "tenants": Instances(
+            str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
+        ).to_dict(),
+        "uids": uids,
+        "gid": gid,
+        "chores": {"pin": [sys.executable, "-ISBc", BOOT, imports, "gateway.host.broker_service:pin"]},
+        "environment": {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
+            "GATEWAY_INCUS_PROJECT": settings.incus_project,
+            "GATEWAY_NETWORK": settings.network,
+        },
+    }
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
+    if "NOTIFY_SOCKET" in os.environ:
+        environment["NOTIFY_SOCKET"] = os.environ["NOTIFY_SOCKET"]
+    report(f"serving gateways of {', '.join(['root', *([settings.broker_user] if uids else [])])} at {path}")
+    words = (sys.executable, "-ISBc", BOOT, imports, "gateway.rootfs.broker:listening", orjson.dumps(told))
+    os.execve(sys.executable, words, environment)  # noqa: S606 - our own interpreter with our own words
+
+
+def pin(arguments: list[str]) -> None:
+    """Do the chore of that name: see `host.setup.pin`."""
+    from gateway.host.setup import pin as pin_ports
+
+    pin_ports(settings_module.load())

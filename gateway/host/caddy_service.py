@@ -1,0 +1,366 @@
+"""Runs the Caddy in front of all sites on this host: which ports it takes, its start and its end.
+
+Its configuration is `gateway.caddy`'s. Where it is started by root it runs as the user `caddy` of Debian's
+package, with the one right to take ports below 1024: it reads what hostile sites answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.caddy import Caddy, CaddyFailed, socket_of
+from gateway.host import HostError, run
+from gateway.host.daemon import systemd_runs
+from gateway.settings import Settings
+from gateway.storage.state_dir import exchange, private
+
+UNIT: Final = "incus-gateway-caddy.service"
+_UNITS: Final = Path("/etc/systemd/system")
+USER: Final = "caddy"
+START_TIMEOUT: Final = 60.0  # seconds
+POLL: Final = 0.05
+UNDER_WAY: Final = 1.0  # seconds within which a request that was taken has looked for its route
+_UNIX_PATH: Final = 100  # bytes of a unix socket's path that every system takes, and some over
+_ROOT: Final = 1024  # ports below are root's
+_BIND: Final = "+net_bind_service"
+# not as it was called in the state dir: a Caddy that moved removes that one by its old path, which leads here
+_ADMIN: Final = "caddy.sock"
+# the usual port, and the first of those that are tried where another has it
+_PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_ask": (2020, 2021)}
+
+
+def chosen(settings: Settings) -> dict[str, Any]:
+    """Return where a new Caddy can listen, for the settings that nobody made."""
+    found: dict[str, Any] = {}
+    for name, (usual, more) in _PORTS.items():
+        if name not in settings.model_fields_set:
+            taken = {*found.values(), *(getattr(settings, other) for other in _PORTS if other != name)}
+            first = () if usual < _ROOT and os.geteuid() != 0 else (usual,)
+            for port in (*first, *range(more, more + 200)):
+                if port not in taken - {usual} and not in_use(port):
+                    found[name] = port
+                    break
+    if "caddy_dir" not in settings.model_fields_set and _user() is not None:
+        found["caddy_dir"] = _beside(settings)  # the state dir is closed to that user
+    moved = "caddy_dir" in found and settings.caddy_admin == _old_admin(settings)
+    if moved or "caddy_admin" not in settings.model_fields_set:
+        path = found.get("caddy_dir", settings.caddy_folder.absolute()) / "admin" / _ADMIN
+        if len(os.fsencode(path)) < _UNIX_PATH:
+            found["caddy_admin"] = str(path)
+    return found
+
+
+def _beside(settings: Settings) -> Path:
+    state = settings.state_dir.absolute()
+    return state.with_name(f"{state.name}-caddy")
+
+
+def _inside(settings: Settings) -> Path:
+    return settings.state_dir.absolute() / "caddy"
+
+
+def _old_admin(settings: Settings) -> str:
+    return str(_inside(settings) / "admin" / "admin.sock")
+
+
+def move_out(settings: Settings) -> None:
+    """Have Caddy's folder beside the state dir, if it is to be there, and a link to it in the old place.
+
+    A Caddy that runs goes on: what it looks for is to be found by its old path all the while.
+    """
+    before, folder = _inside(settings), settings.caddy_folder.absolute()
+    if folder != _beside(settings):
+        return
+    if folder.is_symlink() and not folder.exists():  # of a run that was killed below
+        folder.unlink()
+    if before.is_dir() and not before.is_symlink() and not folder.exists():
+        folder.symlink_to(folder)  # what it names is there once both have changed places
+        try:
+            exchange(before, folder)
+        except OSError:
+            folder.unlink()
+            before.rename(folder)
+    folder.mkdir(mode=0o755, exist_ok=True)
+    if not before.exists():
+        before.symlink_to(folder)
+
+
+def hand_over(settings: Settings) -> str | None:
+    """Give the folders of the routes to the user of a gateway without root; say what was changed.
+
+    What another user had in them goes: its gateway makes the routes anew. Where there is no such user the
+    broker serves root's gateway alone, and nothing is changed.
+    """
+    try:
+        user = pwd.getpwnam(settings.broker_user)
+    except KeyError:
+        return None
+    folder = Caddy(settings).folder.absolute()
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if folder.stat().st_uid == user.pw_uid:
+        return None
+    changed = False
+    for name in ("routes", "targets", "sockets", "away"):
+        place = folder / name
+        if place.exists() and place.stat().st_uid == user.pw_uid:
+            continue
+        if name != "sockets":  # of which the running ones cannot be made anew
+            shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(mode=0o755, exist_ok=True)
+        os.chown(place, user.pw_uid, user.pw_gid)
+        changed = True
+    return f"given to {user.pw_name}" if changed else None
+
+
+def in_use(port: int, host: str = "") -> str | None:
+    """Say why nobody can listen on a port now, or None."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+class CaddyService:
+    """The Caddy process of one gateway's state dir."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.caddy = Caddy(settings)
+        self.folder = self.caddy.folder.absolute()
+        self.config = self.folder / "Caddyfile"
+        # a running one may still be known by where its folder was
+        self._configs = (self.config, _inside(settings) / "Caddyfile")
+        self.log = self.folder / "caddy.log"
+
+    @property
+    def admin(self) -> str:
+        return self.settings.caddy_admin
+
+    def pid(self) -> int | None:
+        """Return the pid of the Caddy that runs this configuration; asked of the process table."""
+        if not Path("/proc/self/stat").exists():
+            said = subprocess.run(
+                ["ps", "-axo", "pid=,command="], check=False, capture_output=True, text=True
+            )
+            configs = tuple(f"run --config {config}" for config in self._configs)
+            found = [line for line in said.stdout.splitlines() if any(config in line for config in configs)]
+            return int(found[0].split()[0]) if found else None
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and self._is_ours(int(entry.name)):
+                return int(entry.name)
+        return None
+
+    def _is_ours(self, pid: int) -> bool:
+        process = Path("/proc") / str(pid)
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        named = words[0].rpartition(b"/")[2] == b"caddy"  # not the one that is about to become it
+        ours = any(words[1:4] == [b"run", b"--config", os.fsencode(config)] for config in self._configs)
+        return named and ours and state not in "ZX"
+
+    def others(self) -> bool:
+        """Say whether a Caddy that is not ours answers where the settings say that Caddy is."""
+        return "caddy_admin" in self.settings.model_fields_set and self.pid() is None and self.answers()
+
+    def answers(self) -> bool:
+        """Say whether the admin API answers."""
+        return self.running() is not None
+
+    def running(self, admin: str | None = None) -> dict[str, Any] | None:
+        """Return what the Caddy at the admin API runs, or None where nobody answers."""
+        admin = admin or self.admin
+        path = socket_of(admin)
+        host, _, port = admin.split("://")[-1].rstrip("/").rpartition(":")
+        try:
+            connection = http.client.HTTPConnection(host or "127.0.0.1", int(port) if path is None else 80, 5)
+            with contextlib.closing(connection):
+                if path is not None:
+                    connection.sock = socket.socket(socket.AF_UNIX)
+                    connection.sock.settimeout(5)
+                    connection.sock.connect(path)
+                # on a unix socket Caddy takes any host, and wants no origin
+                connection.request("GET", "/config/", headers={} if path is None else {"Host": ""})
+                answer = connection.getresponse()
+                found = json.loads(answer.read()) if answer.status == 200 else None
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+        # one that was started without a configuration says null
+        return found if isinstance(found, dict) else {} if answer.status == 200 else None
+
+    def taken(self) -> dict[int, str]:
+        """Return of those of its ports at which it could not listen now why not."""
+        found = {port: in_use(port) for port in (getattr(self.settings, name) for name in _PORTS)}
+        return {port: reason for port, reason in found.items() if reason is not None}
+
+    def start(self, units: Path) -> str:
+        """Have it run with the configuration of now; say what was done. Raises `HostError`.
+
+        `units` is the folder of the systemd unit.
+        """
+        running = self.pid()
+        program = shutil.which("caddy")
+        if program is None:
+            raise HostError("caddy is not installed; install it: apt-get install caddy")
+        by_unit = systemd_runs() and os.geteuid() == 0
+        unit_is_new = by_unit and _text(_UNITS / UNIT) != self._unit(program, units)
+        if running is not None and not unit_is_new and (admin := self._answering()) is not None:
+            # loaded, not restarted: no request fails
+            loaded = asyncio.run(self._load(admin))
+            if admin != self.admin:
+                # what was asked before it still looks for its route by the old path, which is closed next
+                time.sleep(UNDER_WAY)
+            return f"{'was given its new configuration' if loaded else 'runs already'}, pid {running}"
+        if running is not None:
+            self.stop()
+        self._check_ports()
+        self._lay()
+        if by_unit:
+            self._start_unit(self._unit(program, units))
+            process = None
+        else:
+            process = self._start_process(program)
+        self._await(process)
+        return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
+
+    def _lay(self) -> None:
+        """Write the configuration, and give Caddy what it writes itself."""
+        self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.caddy.write()
+        for name in ("admin", "data"):
+            place = self.folder / name
+            place.mkdir(mode=0o700, exist_ok=True)
+            if (user := _user()) is not None:
+                shutil.chown(place, user, user)
+
+    def _answering(self) -> str | None:
+        """Return where the Caddy that runs answers: where it should, or as before its folder moved."""
+        places = (self.admin, _old_admin(self.settings))
+        return next((admin for admin in places if self.running(admin) is not None), None)
+
+    async def _load(self, admin: str) -> bool:
+        try:
+            async with Caddy(self.settings, admin) as caddy:
+                return await caddy.ensure()
+        except CaddyFailed as error:
+            raise HostError(f"{error.message}; the old configuration goes on") from error
+
+    def _unit(self, program: str, units: Path) -> str:
+        text = (units / UNIT).read_text()
+        state = self.settings.state_dir.absolute()
+        if state in self.folder.parents:  # as where Caddy is no other user
+            text = text.replace(" -/var/lib/incus-gateway\n", "\n")
+        text = re.sub("/var/lib/incus-gateway-caddy(?![-\\w])", lambda _: str(self.folder), text)
+        text = re.sub(" -/var/lib/incus-gateway\n", lambda _: f" -{state}\n", text)
+        text = text.replace("/usr/bin/caddy", program)
+        return text if _user() is not None else re.sub("^(User|Group)=.*\n", "", text, flags=re.MULTILINE)
+
+    def _start_unit(self, text: str) -> None:
+        target = _UNITS / UNIT
+        if _text(target) != text:
+            target.write_text(text)
+            run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
+        run(["systemctl", "enable", "--quiet", UNIT], fix=f"see: journalctl -u {UNIT}")
+        run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
+
+    def _start_process(self, program: str) -> subprocess.Popen[bytes]:
+        words = [program, "run", "--config", str(self.config), "--adapter", "caddyfile"]
+        if _user() is not None:
+            who = ("--reuid", USER, "--regid", USER, "--init-groups")
+            words = ["setpriv", *who, "--inh-caps", _BIND, "--ambient-caps", _BIND, "--", *words]
+        home = str(self.folder / "data")
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "XDG_CONFIG_HOME": home}
+        with open(self.log, "ab", opener=private) as log:
+            return subprocess.Popen(
+                words,
+                env={**environment, "XDG_DATA_HOME": home},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def _check_ports(self) -> None:
+        for name in _PORTS:
+            port = getattr(self.settings, name)
+            reason = in_use(port)
+            if reason is not None:
+                raise HostError(
+                    f"Caddy cannot listen on port {port}: {reason}; free it, or choose another: "
+                    f"GATEWAY_{name.upper()}={port + 1 if port > _ROOT else port + 8000} deploy/quickstart"
+                )
+
+    def _await(self, process: subprocess.Popen[bytes] | None) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.answers() or self.pid() is None:
+            ended = process is not None and process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                raise HostError(f"Caddy does not start; {self.last_words()}")
+            time.sleep(POLL)
+        if process is not None:
+            process.returncode = 0  # it outlives us: Popen must neither wait for it nor warn of it
+
+    def last_words(self) -> str:
+        """Say where its log is, and how it ends where it is a file."""
+        if systemd_runs() and os.geteuid() == 0:
+            return f"see: journalctl -u {UNIT}"
+        lines = [line for line in (_text(self.log) or "").splitlines() if line.strip()]
+        return f"its log {self.log} ends: {' | '.join(lines[-2:]) or 'nothing'}"
+
+    def stop(self) -> bool:
+        """Stop it; return whether it ran."""
+        pid = self.pid()
+        if systemd_runs() and os.geteuid() == 0 and (_UNITS / UNIT).exists():
+            run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
+        if pid is None:
+            return False
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            deadline = time.monotonic() + 10.0
+            while self._runs(pid) and time.monotonic() < deadline:
+                time.sleep(POLL)
+            if not self._runs(pid):
+                break
+        return True
+
+    def _runs(self, pid: int) -> bool:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)  # one that this very process started
+        return self.pid() == pid
+
+
+def _user() -> str | None:
+    """Return the user that Caddy runs as where root starts it, or None where it runs as who starts it."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        return None
+    try:
+        return pwd.getpwnam(USER).pw_name
+    except KeyError:
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None

@@ -1,0 +1,277 @@
+"""Knows which calls and commands were asked for by an id, and what came of each: none is made twice.
+
+A call that may change something is noted in the store before it begins and again with its result, before
+that is told: what a killed gateway had begun and not finished is known as such to the next one. What only
+reads is kept in memory: made again, it does no harm.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, Literal
+
+from gateway.errors import Cancelled, Conflict, Gone
+from gateway.settings import Settings
+from gateway.storage.store import Statement, Store
+
+Kind = Literal["call", "exec"]
+Key = tuple[str, Kind, str]  # tenant, kind, the caller's id
+
+# what one record costs beside its result, in memory and on disk
+_OVERHEAD: Final = 500
+
+
+@dataclass(slots=True)
+class IdempotencyRecord:
+    """What is known of one id. `result` is None where it lies in the store, or is none.
+
+    Of what is begun it is what `note` kept.
+    """
+
+    digest: bytes
+    at: float
+    state: Literal["begun", "done", "fenced"]
+    size: int = 0
+    result: bytes | None = None
+
+
+class _Shelf:
+    """Records in the order in which they were put, bounded; the oldest fall out."""
+
+    def __init__(self, kept: int, kept_bytes: int, age: float) -> None:
+        self.records: OrderedDict[Key, IdempotencyRecord] = OrderedDict()
+        self._kept, self._kept_bytes, self._age = kept, kept_bytes, age
+        self.bytes = 0
+
+    def put(self, key: Key, record: IdempotencyRecord) -> None:
+        self.take(key)
+        self.records[key] = record
+        self.bytes += _OVERHEAD + record.size
+
+    def take(self, key: Key) -> IdempotencyRecord | None:
+        record = self.records.pop(key, None)
+        if record is not None:
+            self.bytes -= _OVERHEAD + record.size
+        return record
+
+    def drop(self) -> None:
+        """Drop the oldest."""
+        self.take(next(iter(self.records)))
+
+    def trim(self) -> list[Key]:
+        """Drop what is too much or too old, and return it."""
+        born, gone = time.time() - self._age, list[Key]()
+        while self.records:
+            key, record = next(iter(self.records.items()))
+            full = len(self.records) > self._kept or self.bytes > self._kept_bytes
+            if not full and record.at >= born:
+                break
+            self.take(key)
+            gone.append(key)
+        return gone
+
+
+class Idempotency:
+    """The latest records of each tenant. Make it by `opened`; used from the event loop only.
+
+    Kept of one tenant in the store are `receipts_kept` with at most `receipts_bytes`, for `receipts_age`
+    seconds; in memory, of calls that only read, the latest of all tenants in `receipts_memory` bytes: where
+    there are more, whoever has most loses its oldest.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._stored: dict[str, _Shelf] = {}  # of each tenant: none can push out another's
+        self._reads: dict[str, _Shelf] = {}
+        self._reads_bytes = 0
+
+    @classmethod
+    async def opened(cls, store: Store, settings: Settings) -> Idempotency:
+        """Take over what earlier lives left; what they had begun and not finished is `begun` still."""
+        self = cls(store, settings)
+        await store.settled()
+        for key, record in await store.read(_all):
+            self._shelf(key).put(key, record)
+        gone = [key for shelf in self._stored.values() for key in shelf.trim()]
+        await store.note(*map(_delete, gone))
+        return self
+
+    async def result(self, key: Key, digest: bytes) -> bytes | None:
+        """Return the result under that id, None where the call is to be made.
+
+        Raises `Conflict` where the id stands for another input, `Cancelled` where it was cancelled, `Gone`
+        where it was begun and nobody knows how it ended.
+        """
+        record = self._find(key)
+        if record is None:
+            return None
+        id_ = key[2]
+        if record.state == "fenced":
+            raise Cancelled(f"{id_} was cancelled; use a new id to do it after all", id=id_)
+        if record.digest != digest:
+            raise Conflict(f"{id_} was used with another input", id=id_)
+        if record.state == "begun":
+            raise Gone(
+                f"{id_} was begun, and how it ended is not known: look at what it did, then use a new id",
+                id=id_,
+                reason="unknown_outcome",
+            )
+        if record.result is not None:
+            return record.result
+        return await self._store.read(lambda connection: _result(connection, key))
+
+    async def begin(self, key: Key, digest: bytes) -> None:
+        """Note that a call which may change something begins. Raises `StoreFailed`: then it must not."""
+        record = IdempotencyRecord(digest, time.time(), "begun")
+        self._shelf(key).put(key, record)
+        try:
+            await self._store.note(_insert(key, record))
+        except BaseException:
+            self._shelf(key).take(key)
+            raise
+
+    async def note(self, key: Key, digest: bytes, facts: bytes) -> None:
+        """Keep facts of a call that has begun: the next life's `earlier` has them. Raises `StoreFailed`."""
+        record = IdempotencyRecord(digest, time.time(), "begun", len(facts), facts)
+        noted = _insert(key, record)
+        record.result = None  # of no use to this life
+        self._shelf(key).put(key, record)
+        await self._store.note(noted)
+
+    async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
+        """Keep the result of a call that began.
+
+        Raises `StoreFailed` where it can only be kept in memory; for this life it is.
+        """
+        record = IdempotencyRecord(digest, time.time(), "done", len(result), result)
+
+        def written() -> None:
+            record.result = None  # asked for so seldom that the store may hold it alone
+
+        await self._put(key, record, written)
+
+    def keep(self, key: Key, digest: bytes, result: bytes) -> None:
+        """Keep the result of a call that only read, for a while, in memory."""
+        settings = self._settings
+        shelf = self._reads.get(key[0])
+        if shelf is None:
+            shelf = _Shelf(1 << 20, settings.receipts_memory, settings.receipts_age)
+            self._reads[key[0]] = shelf
+        before = shelf.bytes
+        shelf.put(key, IdempotencyRecord(digest, time.time(), "done", len(result), result))
+        shelf.trim()
+        self._reads_bytes += shelf.bytes - before
+        if self._reads_bytes > settings.receipts_memory:
+            self._lighten(settings.receipts_memory // 10 * 9)
+
+    def _lighten(self, most: int) -> None:
+        """Drop what was only read, of whoever has most of it, until there are no more bytes than `most`."""
+        heap = [(-shelf.bytes, tenant) for tenant, shelf in self._reads.items()]
+        heapq.heapify(heap)
+        while heap and self._reads_bytes > most:
+            _, tenant = heapq.heappop(heap)
+            shelf = self._reads[tenant]
+            before = shelf.bytes
+            shelf.drop()
+            self._reads_bytes -= before - shelf.bytes
+            if shelf.records:
+                heapq.heappush(heap, (-shelf.bytes, tenant))
+            else:
+                del self._reads[tenant]
+
+    async def forget(self, key: Key) -> None:
+        """Take back what `begin` noted: the call did not happen, and may be made again."""
+        if self._shelf(key).take(key) is not None:
+            await self._store.note(_delete(key))
+
+    async def fence(self, key: Key) -> None:
+        """See to it that nothing is made under this id any more, be it unheard of or begun."""
+        known = self._find(key)
+        if known is not None and known.state == "done":
+            return
+        await self._put(key, IdempotencyRecord(b"", time.time(), "fenced"))
+
+    async def forget_tenant(self, tenant: str) -> None:
+        """Forget a tenant that is destroyed: another of its name begins anew."""
+        self._stored.pop(tenant, None)
+        if (reads := self._reads.pop(tenant, None)) is not None:
+            self._reads_bytes -= reads.bytes
+        await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
+
+    async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
+        """Return what earlier lives left of one kind, with the results; for the start."""
+        await self._store.settled()
+        found = [
+            (key, record)
+            for shelf in self._stored.values()
+            for key, record in shelf.records.items()
+            if key[1] == kind and record.state != "fenced"
+        ]
+        return [
+            (key, replace(record, result=await self._store.read(partial(_result, key=key))))
+            for key, record in found
+        ]
+
+    def _find(self, key: Key) -> IdempotencyRecord | None:
+        shelves = (self._stored.get(key[0]), self._reads.get(key[0]))
+        found = (shelf.records.get(key) for shelf in shelves if shelf is not None)
+        return next((record for record in found if record is not None), None)
+
+    def _shelf(self, key: Key) -> _Shelf:
+        shelf = self._stored.get(key[0])
+        if shelf is None:
+            settings = self._settings
+            shelf = _Shelf(settings.receipts_kept, settings.receipts_bytes, settings.receipts_age)
+            self._stored[key[0]] = shelf
+        return shelf
+
+    async def _put(
+        self, key: Key, record: IdempotencyRecord, written: Callable[[], None] | None = None
+    ) -> None:
+        """Keep a record, and drop in the same breath what is too much."""
+        shelf = self._shelf(key)
+        shelf.put(key, record)
+        await self._store.note(_insert(key, record), *map(_delete, shelf.trim()), written=written)
+
+
+# --- statements -----------------------------------------------------------------------------------------
+
+
+def _all(connection: sqlite3.Connection) -> list[tuple[Key, IdempotencyRecord]]:
+    rows = connection.execute(
+        "SELECT tenant, kind, id, digest, at, state, coalesce(length(result), 0) FROM receipts ORDER BY at"
+    )
+    return [
+        ((tenant, kind, id_), IdempotencyRecord(digest, at, state, size))
+        for tenant, kind, id_, digest, at, state, size in rows
+    ]
+
+
+def _result(connection: sqlite3.Connection, key: Key) -> bytes | None:
+    row = connection.execute(
+        "SELECT result FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", key
+    ).fetchone()
+    found: bytes | None = None if row is None else row[0]
+    return found
+
+
+def _insert(key: Key, record: IdempotencyRecord) -> Statement:
+    return _INSERT, (*key, record.digest, record.at, record.state, record.result)
+
+
+def _delete(key: Key) -> Statement:
+    return "DELETE FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", key
+
+
+# not REPLACE, which deletes the row and makes it anew in every index
+_INSERT: Final = (
+    "INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+    " digest = excluded.digest, at = excluded.at, state = excluded.state, result = excluded.result"
+)

@@ -1,0 +1,1 @@
+"""A tenant's lifecycle as clients ask for it, and sleep while nobody does."""

@@ -1,0 +1,319 @@
+"""Knows which tenants nobody uses: puts those to sleep, and wakes them for whoever asks first.
+
+A tenant is used by requests and websockets of the gateway, by its running commands, and by whoever is
+connected to its site. One that is asleep is stopped and marked in Incus, and its route leads to us first.
+The order makes that nothing is lost: first the mark and the route, so that who comes from then on waits
+here; then a last look for those who came before; then the stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Final
+
+from gateway.caddy import Caddy, asleep
+from gateway.errors import GatewayError, NotFound, RateLimited, Timeout
+from gateway.lifecycle.lifecycle import Lifecycle
+from gateway.ownership.domains import Domains
+from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.runtime.probe import HostRefused, answer
+from gateway.runtime.sites import Site, Sites
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# seconds in which a request that Caddy had looked the route up for has become a connection
+_ON_THE_WAY: Final = 0.5
+
+_RETRY_AFTER: Final = 5
+_HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+
+
+class Idle:
+    """The sleep of one gateway's tenants. Use as an async context manager, from the event loop only.
+
+    `running` says how many commands run in a tenant.
+    """
+
+    def __init__(
+        self,
+        runtime: TenantRuntime,
+        sites: Sites,
+        caddy: Caddy,
+        domains: Domains,
+        life: Lifecycle,
+        running: Callable[[str], int],
+        settings: Settings,
+    ) -> None:
+        self._runtime, self._sites, self._caddy, self._life = runtime, sites, caddy, life
+        self._domains = domains
+        self._running, self._settings = running, settings
+        self._uses: Counter[str] = Counter()
+        self._last: dict[str, float] = {}  # when each running tenant was last used, by the monotonic clock
+        self._asleep: set[str] | None = None  # or about to be; None until Incus has been asked
+        self._stops: set[str] = set()  # tenants whose last stop was ours
+        self._starts: set[str] = set()  # tenants whose next start is ours
+        self._waking: dict[str, _Waking] = {}
+        self._visitors: Counter[str] = Counter()  # those that wait, by domain
+        self._slots = asyncio.Semaphore(settings.wakes_at_once)
+        self._dozing: dict[str, asyncio.Task[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Idle:
+        self._looking = asyncio.create_task(self._watch(), name="idle")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [waking.task for waking in self._waking.values()] + [*self._dozing.values()]
+        tasks += [] if self._looking is None else [self._looking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- use ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self, tenant: str) -> Iterator[None]:
+        """Count as a use of the tenant while the context is open."""
+        self._uses[tenant] += 1
+        try:
+            yield
+        finally:
+            self._uses[tenant] -= 1
+            if not self._uses[tenant]:
+                del self._uses[tenant]
+            self._last[tenant] = time.monotonic()
+
+    async def awake(self, tenant: str) -> None:
+        """Return once a tenant that was asleep runs, at once for every other. Raises what a start raises."""
+        if tenant in self._asleep if self._asleep is not None else (await self._runtime.get(tenant)).asleep:
+            await self._within(asyncio.shield(self._wake(tenant).started))
+
+    @contextlib.asynccontextmanager
+    async def use(self, tenant: str) -> AsyncIterator[None]:
+        """Keep a tenant awake while the context is open; one that there is not yet, too."""
+        with self.using(tenant):
+            with contextlib.suppress(NotFound):
+                await self.awake(tenant)
+            yield
+
+    async def visit(self, domain: str) -> None:
+        """Return once the site at a domain answers, for a visitor who waits in Caddy.
+
+        Raises `NotFound`, and what a start raises.
+        """
+        domain = domain.lower().removesuffix(".")
+        # before Incus is asked for every made-up name
+        if not _HOST.fullmatch(domain) or self._caddy.get(domain) is None:
+            raise NotFound("there is no site at this address")
+        if not self._caddy.sleeps(domain):
+            return
+        most, own = self._settings.wakes_waiting, max(1, self._settings.wakes_waiting // 4)
+        if self._visitors.total() >= most or self._visitors[domain] >= own:
+            raise RateLimited("too many wait for sleeping sites", limit=own, retry_after=_RETRY_AFTER)
+        self._visitors[domain] += 1
+        try:
+            tenant = await self._domains.owner(domain)
+            if tenant is None:
+                raise NotFound("there is no site at this address")
+            with self.using(tenant):
+                await self._within(asyncio.shield(self._wake(tenant).task))
+        finally:
+            self._visitors[domain] -= 1
+            if not self._visitors[domain]:
+                del self._visitors[domain]
+
+    async def _within(self, waking: asyncio.Future[None]) -> None:
+        try:
+            async with asyncio.timeout(self._settings.wake_timeout):
+                await waking
+        except TimeoutError:
+            raise Timeout(
+                "the tenant was asleep and is not awake yet; ask again soon", reason="waking"
+            ) from None
+
+    # --- waking -------------------------------------------------------------------------------------
+
+    def _wake(self, tenant: str) -> _Waking:
+        waking = self._waking.get(tenant)
+        if waking is None:
+            started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(self._woken(tenant, started), name=f"wake {tenant}")
+            waking = self._waking[tenant] = _Waking(started, task)
+            task.add_done_callback(partial(self._over, self._waking, tenant))
+        return waking
+
+    async def _woken(self, tenant: str, started: asyncio.Future[None]) -> None:
+        """Start a tenant that is asleep, see its site answer, and lead its domain there again."""
+        began = time.monotonic()
+        try:
+            async with self._slots, self._life.alone(tenant):
+                found = await self._runtime.get(tenant)
+                if found.status != "running" and found.asleep:
+                    self._starts.add(tenant)
+                    async with self._life.capacity.promise(tenant):
+                        await self._runtime.start(tenant)
+                self._last[tenant] = time.monotonic()
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+                started.exception()  # nobody need wait for it
+            raise
+        started.set_result(None)
+        if not found.asleep:  # somebody stopped it meanwhile, to stay so, or started it
+            self._asleep = (self._asleep or set()) - {tenant}
+            return
+        site = await self._site(tenant)
+        if site is not None and site.exposure is not None:
+            where = site.exposure
+            try:
+                limit = self._settings.wake_timeout
+                await answer(where.address, where.port, site.health, limit, host=site.domain)
+            except HostRefused:
+                log.warning("the site of %s refuses its domain since it was woken", tenant)
+            except TimeoutError:
+                # what comes to it finds out itself
+                log.warning("the site of %s does not answer since it was woken", tenant)
+        await self._unmark(tenant)
+        log.info("woke %s in %d ms", tenant, (time.monotonic() - began) * 1000)
+
+    async def _unmark(self, tenant: str) -> None:
+        async with self._caddy.changing:
+            await self._runtime.mark_asleep(tenant, False)
+            site = await self._served(tenant)
+            if site is not None and site.exposure is not None and self._caddy.sleeps(site.domain):
+                self._caddy.set(site.domain, site.exposure.target)
+        if self._asleep is not None:
+            self._asleep.discard(tenant)
+
+    async def _site(self, tenant: str) -> Site | None:
+        return next((site for site in await self._sites.listed() if site.tenant == tenant), None)
+
+    async def _served(self, tenant: str) -> Site | None:
+        """Return a tenant's site where the domain that it carries is its own."""
+        site = await self._site(tenant)
+        return site if site is not None and self._domains.serves(site.domain, tenant) else None
+
+    # --- going to sleep -----------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except GatewayError as error:
+                log.info("it is not known who uses which tenant: %s", error.message)
+            except Exception:
+                log.exception("it is not known who uses which tenant")
+            await asyncio.sleep(self._settings.idle_look)
+
+    async def _look(self) -> None:
+        moving = self._dozing.keys() | self._waking.keys()
+        tenants = await self._runtime.list()
+        # those under way, then or now, are known better here than there
+        moving |= self._dozing.keys() | self._waking.keys()
+        known = self._asleep or set()
+        self._asleep = {t.name for t in tenants if t.asleep and t.name not in moving} | (known & moving)
+        limits = {tenant.name: self._limit(tenant) for tenant in tenants if tenant.status == "running"}
+        now = time.monotonic()
+        self._last = {name: self._last.get(name, now) for name in limits}
+        watched = [tenant for tenant in tenants if limits.get(tenant.name)]
+        visited = await self._runtime.visited(watched) if watched else {}
+        for tenant in watched:
+            name = tenant.name
+            if self._in_use(name):
+                self._last[name] = now
+            elif name in visited:
+                self._last[name] = max(self._last[name], now - visited[name])
+            if now - self._last[name] >= limits[name] and name not in moving:
+                task = asyncio.create_task(self._put_to_sleep(name, limits[name]), name=f"{name} to sleep")
+                self._dozing[name] = task
+                task.add_done_callback(partial(self._over, self._dozing, name))
+
+    @staticmethod
+    def _over(tasks: dict[str, Any], name: str, task: asyncio.Task[None]) -> None:
+        del tasks[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            known = isinstance(error, GatewayError | TimeoutError)
+            log.warning("%s: %s", task.get_name(), error, exc_info=None if known else error)
+
+    def _limit(self, tenant: Tenant) -> float:
+        return self._settings.idle_stop if tenant.idle_stop is None else tenant.idle_stop
+
+    def _in_use(self, tenant: str) -> bool:
+        return bool(self._uses[tenant] or self._running(tenant))
+
+    async def _put_to_sleep(self, name: str, limit: float) -> None:
+        async with self._slots, self._life.alone(name):
+            if self._in_use(name) or (await self._runtime.get(name)).status != "running":
+                return
+            assert self._asleep is not None
+            self._asleep.add(name)  # from now on whoever asks for it waits, and wakes it
+            await self._doze(name, limit)
+
+    async def _doze(self, name: str, limit: float) -> None:
+        """Mark a tenant, look once more, stop it. A mark left on one that runs is undone by a wake."""
+        async with self._caddy.changing:
+            await self._runtime.mark_asleep(name, True)
+            site = await self._served(name)
+            target = None if site is None else self._caddy.get(site.domain)
+            if site is not None and target is not None:
+                self._caddy.set(site.domain, asleep(target))
+        await asyncio.sleep(_ON_THE_WAY)  # what Caddy does in between is nothing that could be waited on
+        tenant = await self._runtime.get(name)
+        visited = (await self._runtime.visited([tenant])).get(name)
+        if name in self._waking or self._in_use(name) or (visited is not None and visited < limit):
+            await self._unmark(name)
+            log.info("%s is used after all", name)
+            return
+        await self._life.let_go(name)
+        self._stops.add(name)
+        try:
+            await self._runtime.stop(name)
+        except GatewayError:
+            self._stops.discard(name)
+            raise
+        log.info("%s is asleep", name)
+
+    # --- what others do and see ---------------------------------------------------------------------
+
+    def explained(self, event: TenantEvent) -> Mapping[str, Any]:
+        """Return an event's facts, with the `reason` of a stop or a start that is ours."""
+        if event.type == "tenant.stopped" and event.tenant in self._stops:
+            if "resync" not in event.data:  # else Incus's own word may still come
+                self._stops.discard(event.tenant)
+            return {**event.data, "reason": "idle"}
+        if event.type == "tenant.started" and event.tenant in self._starts:
+            return {**event.data, "reason": "wake"}
+        return event.data
+
+    def noticed(self, event: TenantEvent) -> None:
+        """Take notice of what happened to a tenant, whoever did it."""
+        name = event.tenant
+        if name is None:
+            return
+        if event.type in ("tenant.started", "tenant.restarted"):
+            self._last[name] = time.monotonic()
+            self._starts.discard(name)
+            if self._asleep is not None and name in self._asleep:
+                self._wake(name)  # somebody else started it
+        elif event.type == "tenant.destroyed":
+            self._stops.discard(name)
+            if self._asleep is not None:
+                self._asleep.discard(name)
+
+
+class _Waking:
+    """A tenant that is being woken: `started` once it runs, `task` ends once its site answers."""
+
+    def __init__(self, started: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+        self.started, self.task = started, task

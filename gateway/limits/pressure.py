@@ -1,0 +1,371 @@
+"""Watches which tenants are short of memory, tells it, and ends a site that thrashes for too long.
+
+At its limit a tenant drops pages that it needs again at once: it reads them back from the disk for minutes,
+the kernel kills nothing, and hardly anything in it gets on. `Course` decides from what was measured in one
+tenant; `Pressure` looks at all of them, in a thread, and does what was decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Literal, Protocol
+
+from gateway.bounds import aside
+from gateway.errors import GatewayError
+from gateway.events import Bus
+from gateway.rootfs import memory, reserve
+from gateway.rootfs.memory import SITE, Place, Process, Sample
+from gateway.rootfs.root import show
+from gateway.runtime import ExecSpec, TenantEvent
+from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.sizes import SIZES, size_of
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Root(Protocol):
+    """What takes root, see `BrokerClient`."""
+
+    async def relieve(self, tenant: str) -> tuple[str, int] | None: ...
+
+    async def reserve(self, tenant: str) -> None: ...
+
+
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_SHARE: Final = 0.2  # of the time in which some process waited for memory, from which on it is pressure
+# read back in a second. Who writes or reads much for once waits for memory too, but reads nothing again.
+_AGAIN: Final = 4 << 20
+_AGAIN_ALONE: Final = 32 << 20  # where the kernel does not count how long processes wait
+_BEGINS: Final = 2  # looks in a row with pressure until it is told
+_ENDS: Final = 3  # looks in a row without it until it is over
+_STILL: Final = 0.02  # share of a look in which there was too little waiting to look any closer
+_TELL: Final = 60.0  # seconds between two words about one tenant
+_LOOK: Final = 10.0  # seconds of one look at all tenants; it takes milliseconds
+_LOGGING: Final = 20.0  # seconds in which a line must have come into a site's log
+_STARTS: Final = ("tenant.started", "tenant.restarted", "tenant.created", "gateway.resynced")
+_MOVES: Final = (*_STARTS, "tenant.stopped", "tenant.destroyed", "tenant.renamed")
+
+# Root's word about the site's unit is in its log: journalctl(1) --unit. $1 is the line.
+_NOTE: Final = (
+    "printf '%s\\n' \"MESSAGE=$1\" PRIORITY=3 SYSLOG_IDENTIFIER=incus-gateway "
+    "OBJECT_SYSTEMD_UNIT=site.service | logger --journald"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What went on in a group between two looks: the share of time waited, None where nobody counts it."""
+
+    seconds: float
+    share: float | None
+    refaults: float  # pages a second
+
+    @property
+    def reads(self) -> int:
+        """Bytes that were read back in a second, at least."""
+        return int(self.refaults * _PAGE)
+
+    @property
+    def pressed(self) -> bool:
+        if self.share is None:
+            return self.reads >= _AGAIN_ALONE
+        return self.share >= _SHARE and self.reads >= _AGAIN
+
+
+def window(before: Sample | None, now: Sample | None) -> Window | None:
+    """Return what went on between two samples; None where one is missing or the counters began anew."""
+    if before is None or now is None or now.at <= before.at or now.refaults < before.refaults:
+        return None
+    seconds = now.at - before.at
+    share = None
+    if now.stalled is not None and before.stalled is not None:
+        share = min(1.0, max(0.0, now.stalled - before.stalled) / seconds)
+    return Window(seconds, share, (now.refaults - before.refaults) / seconds)
+
+
+Step = Literal["tell", "relieve", "over", "reserve"]
+
+
+@dataclass(slots=True)
+class Course:
+    """How the pressure of one tenant has gone on. `patience` is in seconds, 0 for no end to it."""
+
+    patience: float
+    looks: int = 0  # with pressure in a row
+    calm: int = 0  # without, in a row
+    site_calm: int = 0
+    since: float | None = None  # when the pressure began that is now
+    site_since: float | None = None  # when that of its site did
+    told: float | None = None
+    telling: bool = False  # the pressure that is now was told
+
+    def step(self, at: float, tenant: Window | None, site: Window | None) -> tuple[Step, ...]:
+        """Take what went on until `at`, and return what is to be done now."""
+        pressed = tenant is not None and tenant.pressed
+        if not pressed:
+            return self._calm()
+        assert tenant is not None
+        self.looks, self.calm = self.looks + 1, 0
+        if self.since is None:
+            self.since = at - tenant.seconds
+        if site is not None and site.pressed:
+            self.site_calm = 0
+            if self.site_since is None:
+                self.site_since = at - site.seconds
+        else:
+            self.site_calm += 1
+            if self.site_calm >= _ENDS:
+                self.site_since = None
+        if self.looks < _BEGINS:
+            return ()
+        steps: list[Step] = []
+        if self.told is None or at - self.told >= _TELL:
+            self.told, self.telling = at, True
+            steps.append("tell")
+        if self.patience and self.site_since is not None and at - self.site_since >= self.patience:
+            self.site_since = None  # what comes next has as long
+            steps.append("relieve")
+        return tuple(steps)
+
+    def _calm(self) -> tuple[Step, ...]:
+        self.looks, self.calm = 0, self.calm + 1
+        if self.calm < _ENDS:
+            return ()
+        self.since = self.site_since = None
+        over, self.telling = self.telling, False
+        return ("over",) if over else ()
+
+
+@dataclass(slots=True)
+class _Watched:
+    place: Place
+    course: Course
+    stalled: float | None = None  # of the tenant at the last look
+    tenant: Sample | None = None
+    site: Sample | None = None
+    first: int = 0  # process of the site, for whose commands CPU is kept
+    unreserved: bool = False  # without root no CPU can be kept for its commands
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a look found of a tenant with which something is to be done."""
+
+    steps: tuple[Step, ...]
+    sample: Sample | None = None
+    window: Window | None = None
+    biggest: Process | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the gateway's metrics show of this."""
+
+    pressed: int = 0
+
+
+class Pressure:
+    """The watch of all running tenants. Use as an async context manager.
+
+    A tenant at rest costs one small file each `pressure_interval`.
+    """
+
+    def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus, settings: Settings) -> None:
+        self._runtime, self._root, self._bus, self._settings = runtime, root, bus, settings
+        self._watched: dict[str, _Watched] = {}
+        self._stale = asyncio.Event()
+        self._acting: dict[tuple[str, Step], asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self.counts = Counts()
+
+    async def __aenter__(self) -> Pressure:
+        self._stale.set()
+        self._watching = asyncio.create_task(self._watch(), name="pressure")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._watching, *self._acting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def noticed(self, event: TenantEvent) -> None:
+        """Take notice of what happened to a tenant."""
+        if event.type in _MOVES:
+            if event.tenant is not None:
+                self._watched.pop(event.tenant, None)
+            self._stale.set()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.pressure_interval)
+            try:
+                if self._stale.is_set():
+                    self._stale.clear()
+                    await self._renew()
+                found = await aside("pressure", _LOOK, _look, dict(self._watched))
+                self._act(found)
+            except GatewayError as error:
+                self._stale.set()
+                log.info("the tenants' memory could not be looked at: %s", error.message)
+            except TimeoutError:
+                self._watched.clear()  # a thread may still look at these
+                self._stale.set()
+                log.warning("the tenants' memory could not be looked at in %g s", _LOOK)
+            except Exception:
+                self._stale.set()
+                log.exception("the tenants' memory could not be looked at")
+
+    async def _renew(self) -> None:
+        """Find out which tenants run, and where the kernel counts for those that are new."""
+        running = {one.name for one in await self._runtime.list() if one.status == "running"}
+        for gone in self._watched.keys() - running:
+            del self._watched[gone]
+        for name in running - self._watched.keys():
+            try:
+                pid = await self._runtime.init_pid(name)
+            except GatewayError:
+                self._stale.set()  # it has just gone, or Incus is away
+                continue
+            place = await aside("pressure", _LOOK, memory.place, pid) if pid else None
+            if place is None:
+                self._stale.set()  # it has just begun
+            else:
+                self._watched[name] = _Watched(place, Course(self._settings.pressure_patience))
+
+    def _act(self, found: Mapping[str, _Found]) -> None:
+        self.counts.pressed = sum(one.course.since is not None for one in self._watched.values())
+        for name, one in found.items():
+            if self._watched.get(name) is None:
+                continue  # something happened to it meanwhile
+            since = self._watched[name].course.since
+            if "tell" in one.steps:
+                self._bus.publish("tenant.pressure", name, self._facts(name, one, since))
+            if "over" in one.steps:
+                self._bus.publish("tenant.pressure.ended", name, {})
+            work = {"relieve": self._end, "reserve": self._reserve}
+            for step in one.steps:
+                if step in work and (name, step) not in self._acting:
+                    task = asyncio.create_task(work[step](name), name=f"{step} in {name}")
+                    self._acting[name, step] = task
+                    task.add_done_callback(partial(self._acted, (name, step)))
+
+    def _acted(self, what: tuple[str, Step], task: asyncio.Task[None]) -> None:
+        del self._acting[what]
+
+    async def _reserve(self, name: str) -> None:
+        """Keep some of a tenant's CPU for commands."""
+        try:
+            await self._root.reserve(name)
+        except GatewayError as error:
+            if (one := self._watched.get(name)) is not None:
+                one.unreserved = True
+            log.info("no CPU is kept for commands in %s: %s", name, error.message)
+
+    def _facts(self, name: str, one: _Found, since: float | None) -> dict[str, Any]:
+        sample, went = one.sample, one.window
+        assert sample is not None and went is not None
+        size = larger(sample.limit)
+        return {
+            "usage": sample.usage,
+            "limit": sample.limit,
+            "refaults": round(went.refaults),
+            "stalled": None if went.share is None else round(went.share, 3),
+            "reads": went.reads,
+            "seconds": 0 if since is None else round(sample.at - since, 1),
+            "process": None if one.biggest is None else show(one.biggest.name),
+            "size": size,
+            "advice": advice(name, sample.limit, size),
+        }
+
+    async def _end(self, name: str) -> None:
+        """End the biggest process of a site, so that its systemd starts it anew, and say why in its log."""
+        patience = self._settings.pressure_patience
+        try:
+            ended = await self._root.relieve(name)
+            if ended is None:
+                return
+            process, size = show(ended[0]), ended[1]
+            facts = {"process": process, "bytes": size, "seconds": patience}
+            self._bus.publish("tenant.pressure.killed", name, facts)
+            line = (
+                f"short of memory for {patience:g} s: the gateway ended {process} ({size >> 20} MiB), the "
+                "biggest process of the site, so that it starts anew; it needs a larger size, or less memory"
+            )
+            log.warning("%s: %s", name, line)
+            await self._note(name, line)
+        except (GatewayError, TimeoutError) as error:
+            log.warning("what thrashes in %s could not be ended, or its log not be told: %s", name, error)
+        except Exception:
+            log.exception("what thrashes in %s could not be ended, or its log not be told", name)
+
+    async def _note(self, name: str, line: str) -> None:
+        """Write a line into the log of a tenant's site."""
+        async with asyncio.timeout(_LOGGING):
+            spec = ExecSpec(("/bin/sh", "-c", _NOTE, "sh", line), cwd="/", user="root")
+            process = await self._runtime.exec(name, spec)
+            try:
+                await process.wait()
+            except BaseException:
+                await asyncio.shield(process.kill(0))
+                raise
+            finally:
+                await process.aclose()
+
+
+def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
+    """Look at all tenants, and return those of which there is something to do."""
+    found = {}
+    for name, one in watched.items():
+        alone: tuple[Step, ...] = ()
+        # a site that was started anew has another first process
+        if not one.unreserved and (first := reserve.first(one.place.unified)) != one.first:
+            if first and reserve.lacks(one.place.unified, first):
+                alone = ("reserve",)
+            else:
+                one.first = first
+        before, one.stalled = one.stalled, memory.stalled(one.place)
+        quiet = before is not None and one.stalled is not None and one.stalled - before < _STILL
+        if quiet and one.tenant is None and one.course.since is None:
+            if alone:
+                found[name] = _Found(alone)
+            continue
+        now, site = memory.sample(one.place), memory.sample(one.place.below(SITE))
+        went = window(one.tenant, now)
+        steps: tuple[Step, ...] = ()
+        if now is not None:
+            steps = one.course.step(now.at, went, window(one.site, site))
+        # nothing is kept of a quiet one, so that its next look is a short one again
+        rests = quiet and one.course.since is None and not one.course.telling
+        one.tenant, one.site = (None, None) if rests else (now, site)
+        if steps or alone:
+            who = memory.biggest(one.place) if "tell" in steps else None
+            found[name] = _Found((*steps, *alone), now, went, who)
+    return found
+
+
+def larger(limit: int | None) -> str | None:
+    """Return the smallest size with more memory than so many bytes; None where there is none."""
+    sizes = [(size_of(size["memory"]), name) for name, size in SIZES.items() if "memory" in size]
+    more = [(has, name) for has, name in sizes if limit is not None and has > limit]
+    return min(more)[1] if more else None
+
+
+def advice(name: str, limit: int | None, size: str | None) -> str:
+    """Say what a tenant that is short of memory needs, and how it gets it."""
+    has = "its memory" if limit is None else f"its {limit >> 20} MiB of memory"
+    if size is None:
+        return f"{name} needs more than {has}, and there is no larger size: have it use less"
+    return (
+        f"{name} needs more than {has}: give it the size {size} (incus-gateway resize {name} {size}, or "
+        f'PATCH /v1/tenants/{name} {{"size": "{size}"}}), or have it use less'
+    )

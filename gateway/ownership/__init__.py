@@ -1,0 +1,1 @@
+"""Whose each name and each domain is."""

@@ -1,0 +1,221 @@
+"""Knows whose each tenant's name is now: one that is destroyed and made anew is another.
+
+Events, receipts, deployments and tokens go by the name, which may be another customer's by now. Incus tells
+instances of one name apart; which had it last is kept here, so that a gateway that was away knows too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from gateway.errors import GatewayError, NotFound
+from gateway.events import Bus, Event, Span
+from gateway.runtime import Tenant, TenantEvent, TenantRuntime
+from gateway.settings import Settings
+from gateway.storage.store import Store, StoreFailed, Work
+
+log = logging.getLogger(__name__)
+
+# a name may have come to another instance
+_MADE: Final = ("tenant.created", "tenant.renamed")
+# nothing told of it, as in the runtime's own differences
+_MISSED: Final = {"resync": True}
+_RETRY: Final = 1.0
+# how long a destroyed tenant's end is waited for: where Incus's events are interrupted it is found out later
+_TOLD: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who has a name: `instance`, "" for nobody.
+
+    `ended` is the id of the event that told of the last one's end and `at` its time, `begun` that of the
+    first event of this one; each 0 where there was none.
+    """
+
+    instance: str = ""
+    ended: int = 0
+    begun: int = 0
+    at: float = 0.0
+
+
+class Names:
+    """The names of all tenants there are, and of the latest that were. Make it by `opened`."""
+
+    def __init__(self, store: Store, bus: Bus, settings: Settings) -> None:
+        self._store = store
+        self._bus = bus
+        # a name whose end is longer ago has no event and no deployment left
+        self._kept = settings.events_kept + settings.deployments_kept
+        self._holders: dict[str, _Holder] = {}  # those of nobody in the order in which they ended
+        self._changed = asyncio.Event()
+
+    @classmethod
+    async def opened(cls, store: Store, bus: Bus, settings: Settings) -> Names:
+        """Take over what the last life knew; who asks for names' earlier events waits for `watch`."""
+        self = cls(store, bus, settings)
+        next_ = bus.last + 1  # what was not written may have had an id that another event gets
+        for tenant, instance, ended, begun, at in await store.read(_all):
+            self._holders[tenant] = _Holder(instance, min(ended, next_), min(begun, next_), at)
+        bus.part(None)
+        return self
+
+    async def watch(self, runtime: TenantRuntime) -> AsyncIterator[TenantEvent]:
+        """Yield what happens to tenants as the runtime does, and what became of names while nobody looked.
+
+        For each event that was published `took` is called before the next one is asked for.
+        """
+        async for event in runtime.watch():
+            if event.type == "gateway.resynced":
+                for missed in await self._missed(runtime):
+                    yield missed
+                self._bus.part(self._spans)
+            elif event.tenant is not None and event.type in _MADE and self.holder(event.tenant):
+                there = await _found(runtime, event.tenant)
+                if there is not None and self._is_another(there):
+                    yield TenantEvent("tenant.destroyed", there.name, _MISSED)
+            yield event
+
+    async def took(self, runtime: TenantRuntime, event: TenantEvent, told: Event) -> None:
+        """Take notice of what happened, once all that is to be forgotten of a name is forgotten."""
+        if event.ended is not None:
+            await self._end(event.ended, told)
+        name = event.tenant
+        if name is not None and name != event.ended and not self.holder(name):
+            there = await _found(runtime, name)
+            if there is not None:
+                await self._begin(there, told.id)
+
+    def holder(self, name: str) -> str:
+        """Return what tells the name's present instance from all others, "" where it is nobody's."""
+        return self._holders.get(name, _NOBODY).instance
+
+    def ended(self, name: str) -> float:
+        """Return when the last one of that name ended, 0 where there was none."""
+        return self._holders.get(name, _NOBODY).at
+
+    def is_present(self, name: str, at: float) -> bool:
+        """Say whether what began at that time is of who has the name now, or comes to have it."""
+        return at >= self.ended(name)
+
+    async def over(self, name: str, instance: str) -> None:
+        """Wait until it is noticed that this instance was destroyed; a while at most."""
+        try:
+            async with asyncio.timeout(_TOLD):
+                while instance and self.holder(name) == instance:
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning("the end of %s is not told yet", name)
+
+    def _spans(self, names: Iterable[str]) -> Mapping[str, Span]:
+        found = {name: self._holders[name] for name in names if name in self._holders}
+        after = self._bus.last + 1
+        return {name: Span(of.ended, of.begun if of.instance else after, of.at) for name, of in found.items()}
+
+    def _is_another(self, tenant: Tenant) -> bool:
+        return tenant.instance not in (None, self.holder(tenant.name))
+
+    async def _missed(self, runtime: TenantRuntime) -> Sequence[TenantEvent]:
+        """Return the ends and beginnings that nothing told of, and take note of tenants that are new here."""
+        now = {tenant.name: tenant for tenant in await _listed(runtime)}
+        missed = list[TenantEvent]()
+        for name in [name for name in self._holders if self.holder(name)]:
+            # a list may leave out one that is just changing
+            try:
+                there = now.get(name) or await runtime.get(name)
+            except NotFound:
+                missed.append(TenantEvent("tenant.destroyed", name, _MISSED))
+                continue
+            except GatewayError:
+                continue
+            except Exception:  # see `_found`
+                log.exception("what is said of %s cannot be understood", name)
+                continue
+            if self._is_another(there):
+                kinds = ["tenant.destroyed", "tenant.created"]
+                kinds += ["tenant.started"] if there.status == "running" else []
+                missed += [TenantEvent(kind, name, _MISSED) for kind in kinds]
+        for tenant in now.values():
+            if not self.holder(tenant.name):
+                # one that was never heard of may have been there before this record was kept
+                known = self._holders.get(tenant.name, _NOBODY).ended
+                await self._begin(tenant, self._bus.last + 1 if known else 0)
+        return missed
+
+    async def _begin(self, tenant: Tenant, begun: int) -> None:
+        if tenant.instance is not None:
+            before = self._holders.get(tenant.name, _NOBODY)
+            await self._keep(tenant.name, _Holder(tenant.instance, before.ended, begun, before.at))
+
+    async def _end(self, name: str, told: Event) -> None:
+        self._holders.pop(name, None)
+        await self._keep(name, _Holder("", told.id, 0, told.time))
+        nobodys = [name for name, holder in self._holders.items() if not holder.instance]
+        for old in nobodys[: max(0, len(nobodys) - self._kept)]:
+            del self._holders[old]
+            await self._write(partial(_delete, tenant=old))
+
+    async def _keep(self, name: str, holder: _Holder) -> None:
+        self._holders[name] = holder
+        self._changed.set()
+        self._changed = asyncio.Event()
+        await self._write(partial(_insert, tenant=name, holder=holder))
+
+    async def _write(self, work: Work[None]) -> None:
+        try:
+            await self._store.write(work)
+        except StoreFailed as failed:
+            # for this life it is known; the next one finds another instance than the one on record
+            log.warning("who has which name cannot be written down: %s", failed.message)
+
+
+_NOBODY: Final = _Holder()
+
+
+async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
+    """Return a tenant, None where there is none or where that cannot be known now."""
+    try:
+        return await runtime.get(name)
+    except GatewayError:
+        return None
+    except Exception:
+        # one odd answer must not end the watch for ever
+        log.exception("what is said of %s cannot be understood", name)
+        return None
+
+
+async def _listed(runtime: TenantRuntime) -> Sequence[Tenant]:
+    while True:
+        try:
+            return await runtime.list()
+        except GatewayError as error:
+            log.warning("whether tenants are others by now is not known yet: %s", error.message)
+        except Exception:  # see `_found`
+            log.exception("the list of tenants cannot be understood")
+        await asyncio.sleep(_RETRY)  # nothing else tells when Incus answers again
+
+
+# --- statements: each is a work of the store -----------------------------------------------------------
+
+
+def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, int, int, float]]:
+    return connection.execute(
+        "SELECT tenant, instance, ended, begun, at FROM names ORDER BY ended"
+    ).fetchall()
+
+
+def _insert(connection: sqlite3.Connection, tenant: str, holder: _Holder) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?)",
+        (tenant, holder.instance, holder.ended, holder.begun, holder.at),
+    )
+
+
+def _delete(connection: sqlite3.Connection, tenant: str) -> None:
+    connection.execute("DELETE FROM names WHERE tenant = ?", (tenant,))

@@ -1,0 +1,479 @@
+"""Knows how to open, list and change files below one directory that a hostile tenant controls.
+
+Everything starts from one descriptor of the workspace, and every open is `openat2` with RESOLVE_BENEATH,
+NO_MAGICLINKS and NO_XDEV: whatever the tenant swaps meanwhile, the kernel never leaves the tree. Paths
+here are relative, without `.`, `..` or empty parts; "" is the workspace itself. Text of names is UTF-8 with
+surrogate escapes, as Python gives it.
+
+Where the kernel has no openat2 (no Linux; the `local` runtime), the same paths are walked part by part
+with O_NOFOLLOW.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import NamedTuple
+
+from gateway.errors import (
+    Conflict,
+    Forbidden,
+    GatewayError,
+    InvalidParams,
+    IsADirectory,
+    NotAFile,
+    NotFound,
+    OutsideWorkspace,
+    TooLarge,
+    Unavailable,
+)
+from gateway.rootfs import kernel
+
+NAME_MAX = 255  # bytes of one name, limits.h
+PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its final NUL
+DEPTH_MAX = 256  # folders of one path, where nobody says else
+LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
+TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
+_UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
+
+_BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
+_REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+
+# errno -> error, `reason` (a fact that tells errors of one code apart) and words without any path
+_REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
+    errno.ENOENT: (NotFound, "missing", "no such file or directory"),
+    errno.EXDEV: (OutsideWorkspace, "outside", "the path leads out of the workspace"),
+    errno.ELOOP: (OutsideWorkspace, "loop", "too many symbolic links"),
+    errno.ENOTDIR: (NotAFile, "through_file", "not a directory"),
+    errno.EISDIR: (IsADirectory, "directory", "is a directory"),
+    errno.ENXIO: (NotAFile, "special", "not a regular file"),
+    errno.ENODEV: (NotAFile, "special", "not a regular file"),
+    errno.EACCES: (Forbidden, "denied", "permission denied"),
+    errno.EPERM: (Forbidden, "denied", "operation not permitted"),
+    errno.EOVERFLOW: (Forbidden, "denied", "the owner of the folder is not known here"),
+    errno.EROFS: (Forbidden, "denied", "read-only file system"),
+    errno.ENAMETOOLONG: (InvalidParams, "too_long", "file name too long"),
+    errno.EINVAL: (InvalidParams, "invalid", "invalid path"),
+    errno.ENOSPC: (
+        TooLarge,
+        "no_space",
+        "no space left on the disk of the workspace; make room there, or give it a larger one",
+    ),
+    errno.EDQUOT: (
+        TooLarge,
+        "no_space",
+        "disk quota exceeded; make room in the workspace, or give the tenant a larger disk",
+    ),
+    errno.EFBIG: (TooLarge, "too_large", "file too large"),
+    errno.ENOTEMPTY: (Conflict, "not_empty", "directory not empty"),
+    errno.EEXIST: (Conflict, "exists", "file exists"),
+    errno.EAGAIN: (Conflict, "busy", "the path keeps changing"),
+    errno.ETXTBSY: (Conflict, "busy", "file is busy"),
+    errno.EBUSY: (Conflict, "busy", "file is busy"),
+}
+
+
+def refusal(error: OSError) -> GatewayError:
+    """Map a kernel error onto the gateway's, with the fact `reason`; never with a path."""
+    kind, reason, words = _REFUSALS.get(error.errno or 0, (Unavailable, "io", "the file system failed"))
+    return kind(words, reason=reason)
+
+
+def show(name: str) -> str:
+    """Return a tenant's name as printable, JSON-safe text: controls and invalid UTF-8 are escaped."""
+    if name.isprintable():  # surrogates and controls are not
+        return name
+    out = []
+    for char in name:
+        if char.isprintable():
+            out.append(char)
+        elif 0xDC80 <= ord(char) <= 0xDCFF:
+            out.append(f"\\x{ord(char) - 0xDC00:02x}")
+        else:
+            out.append(char.encode("unicode_escape").decode("ascii"))
+    return "".join(out)
+
+
+def etag(status: os.stat_result) -> str:
+    """Return a short mark that changes whenever a file is replaced or written: inode, mtime, size in hex."""
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def unfinished(name: str) -> bool:
+    """Tell whether a name is one that only we give; others that begin so are the tenant's own."""
+    return name.startswith(TEMPORARY) and _UNFINISHED.fullmatch(name) is not None
+
+
+def locate(path: str, cwd: str, workspace: str) -> str:
+    """Return what `path` names as a path relative to `workspace`, by its text alone.
+
+    `path` is absolute as the tenant sees it, or relative to `cwd`, which is absolute. `..` is taken off by
+    text, as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
+    """
+    if not path or "\0" in path:
+        raise InvalidParams("the path is empty or has a NUL", reason="invalid")
+    full = path if path.startswith("/") else f"{cwd}/{path}"
+    if "//" in full or "/." in full or full.endswith("/"):
+        full = "/" + os.path.normpath(full).lstrip("/")
+    prefix = workspace.rstrip("/") + "/"
+    if full == workspace:
+        return ""
+    if not full.startswith(prefix):
+        raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
+    found = full[len(prefix) :]
+    if len(found) > NAME_MAX // 4:  # four bytes are the most that one character takes
+        try:
+            encoded = os.fsencode(found)
+        except UnicodeEncodeError:
+            raise InvalidParams("the path is not valid text", reason="invalid") from None
+        if len(encoded) > PATH_MAX or any(len(part) > NAME_MAX for part in encoded.split(b"/")):
+            raise InvalidParams("file name too long", reason="too_long")
+    return found
+
+
+class Made(NamedTuple):
+    """A folder that was made for a file: its relative path and its inode."""
+
+    path: str
+    inode: int
+
+
+class Root:
+    """The workspace behind one directory descriptor, which it owns.
+
+    `workspace` is the absolute path that the tenant knows it by: absolute links below it are followed.
+    `nodev` says that the mount refuses device nodes; without it every file is looked at before it is opened.
+    `depth` bounds the folders of a client's paths, and of walks.
+    """
+
+    def __init__(
+        self, descriptor: int, workspace: str, *, nodev: bool = False, depth: int = DEPTH_MAX
+    ) -> None:
+        self.descriptor = descriptor
+        self.workspace = workspace
+        self._prefix = workspace.rstrip("/") + "/"
+        self._nodev = nodev
+        self.depth = depth
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    # paths
+
+    def locate(self, path: str, cwd: str) -> str:
+        """Return the relative path that `path` names, see the function `locate`."""
+        found = locate(path, cwd, self.workspace)
+        if found.count("/") > self.depth:
+            raise InvalidParams(
+                f"the path goes down more than {self.depth} folders", reason="too_deep", limit=self.depth
+            )
+        return found
+
+    def absolute(self, path: str) -> str:
+        """Return the tenant's own absolute name of a relative path."""
+        return self._prefix + path if path else self.workspace
+
+    # opening
+
+    def open(self, path: str, flags: int) -> int:
+        """Open `path`, following links that stay inside. Raises this module's refusals."""
+        try:
+            return self._open(path, flags)
+        except OSError as error:
+            raise refusal(error) from None
+
+    def _open(self, path: str, flags: int) -> int:
+        if kernel.HAS_OPENAT2:
+            try:
+                return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _BENEATH)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        # An absolute link is EXDEV to RESOLVE_BENEATH, but may name a file of the workspace.
+        for _ in range(4):
+            try:
+                return self.open_real(self._real(path), flags)
+            except OSError as error:
+                if error.errno != errno.ELOOP or flags & os.O_NOFOLLOW:
+                    raise
+                last = error  # what was no link a moment ago is one now
+        raise last
+
+    def open_real(self, path: str, flags: int) -> int:
+        """Open `path`, none of whose parts may be a link (a last one gives ELOOP)."""
+        if kernel.HAS_OPENAT2:
+            return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _REAL)
+        directory = os.dup(self.descriptor)
+        folder, _, name = path.rpartition("/")
+        try:
+            for part in folder.split("/") if folder else ():
+                following = os.open(part, FOLDER | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                os.close(directory)
+                directory = following
+            return os.open(name or ".", flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+    def _real(self, path: str) -> str:
+        """Return `path` with every link resolved by hand; what is missing stays as it is.
+
+        Raises `OSError`: EXDEV where a link leads outside, ELOOP after `LINKS_MAX` links.
+        """
+        real: list[str] = []
+        todo = path.split("/")[::-1] if path else []
+        links = 0
+        while todo:
+            part = todo.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                if not real:
+                    raise OSError(errno.EXDEV, "outside")
+                real.pop()  # right by text alone, since no part of `real` is a link
+                continue
+            target = self._link("/".join(real), part)
+            if target is None:
+                real.append(part)
+                continue
+            links += 1
+            if links > LINKS_MAX:
+                raise OSError(errno.ELOOP, "links")
+            if target.startswith("/"):
+                if not (target + "/").startswith(self._prefix):
+                    raise OSError(errno.EXDEV, "outside")
+                target = target[len(self._prefix) :]
+                real = []
+            todo.extend(target.split("/")[::-1])
+        return "/".join(real)
+
+    def _link(self, folder: str, name: str) -> str | None:
+        """Return the target of the link `name`, or None where it is none or is missing."""
+        try:
+            directory = self.open_real(folder, kernel.O_PATH | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.readlink(name, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return None
+            raise
+        finally:
+            os.close(directory)
+
+    def open_file(self, path: str) -> tuple[int, os.stat_result]:
+        """Open a regular file for reading; return descriptor and status.
+
+        Raises `NotAFile` for FIFOs, sockets and devices at once: none is waited for, no driver entered.
+        """
+        try:
+            descriptor = self._open(path, _READ) if self._nodev else self._open_looked_at(path)
+        except OSError as error:
+            raise refusal(error) from None
+        return descriptor, self._regular(descriptor)
+
+    def _open_looked_at(self, path: str) -> int:
+        """Open by way of an O_PATH descriptor: what is opened is the very inode that was looked at."""
+        if not kernel.O_PATH:
+            return self._open(path, _READ)
+        handle = self._open(path, kernel.O_PATH)
+        try:
+            mode = os.fstat(handle).st_mode
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO, "not regular")
+            return os.open(f"/proc/self/fd/{handle}", _READ | os.O_CLOEXEC)
+        finally:
+            os.close(handle)
+
+    @staticmethod
+    def _regular(descriptor: int) -> os.stat_result:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            return status
+        os.close(descriptor)
+        raise refusal(OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENXIO, "not regular"))
+
+    def read_file(self, path: str, maximum: int) -> tuple[bytes, os.stat_result]:
+        """Return a whole regular file. Raises `TooLarge`, with the facts size and limit, over `maximum`."""
+        descriptor, status = self.open_file(path)
+        try:
+            if status.st_size > maximum:
+                raise TooLarge("file too large", reason="too_large", size=status.st_size, limit=maximum)
+            return read_all(descriptor, status.st_size, maximum), status
+        finally:
+            os.close(descriptor)
+
+    # folders
+
+    def parent(self, path: str, *, create: bool = False, made: list[Made] | None = None) -> tuple[int, str]:
+        """Open the folder of `path`; return its descriptor and the last name.
+
+        With `create`, missing folders are made, and put into `made`. Links on the way are followed where they
+        stay inside; a folder is never made through a link.
+        """
+        folder, _, name = path.rpartition("/")
+        if not name:
+            raise IsADirectory("is a directory", reason="directory")
+        flags = kernel.O_PATH | os.O_DIRECTORY
+        try:
+            return self._open(folder, flags), name
+        except FileNotFoundError as error:
+            if not create:
+                raise refusal(error) from None
+        except OSError as error:
+            raise refusal(error) from None
+        try:
+            return self._make_folders(folder, [] if made is None else made), name
+        except OSError as error:
+            raise refusal(error) from None
+
+    def _make_folders(self, folder: str, made: list[Made]) -> int:
+        """Open `folder`, making what of it is missing, never through a link that leads nowhere."""
+        flags = kernel.O_PATH | os.O_DIRECTORY
+        parts = folder.split("/")
+        directory = os.dup(self.descriptor)
+        try:
+            for i, part in enumerate(parts):
+                try:
+                    following = self._open("/".join(parts[: i + 1]), flags)
+                except FileNotFoundError:
+                    ours = False
+                    # Made meanwhile, by whomever: the open below decides what it is.
+                    with suppress(FileExistsError):
+                        os.mkdir(part, 0o755, dir_fd=directory)
+                        ours = True
+                    following = Root(directory, self.workspace).open_real(part, flags)
+                    if ours:
+                        made.append(Made("/".join(parts[: i + 1]), os.fstat(following).st_ino))
+                os.close(directory)
+                directory = following
+        except BaseException:
+            os.close(directory)
+            raise
+        return directory
+
+    @contextmanager
+    def taking_back(self) -> Iterator[list[Made]]:
+        """Give a list for `parent` of the folders that it makes; an error takes them back.
+
+        Only where they are empty, the same, and still where they were made: what the tenant moved, filled or
+        put in their place stays.
+        """
+        made: list[Made] = []
+        try:
+            yield made
+        except BaseException:
+            for path, inode in reversed(made):
+                with suppress(OSError, GatewayError):
+                    directory, name = self.parent(path)
+                    try:
+                        if os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino == inode:
+                            os.rmdir(name, dir_fd=directory)
+                    finally:
+                        os.close(directory)
+            raise
+
+    def status(self, path: str) -> os.stat_result:
+        """Return the status of `path`, of the link itself where the last part is one."""
+        if not path:
+            return os.fstat(self.descriptor)
+        directory, name = self.parent(path)
+        try:
+            return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except OSError as error:
+            raise refusal(error) from None
+        finally:
+            os.close(directory)
+
+    def link_target(self, path: str) -> str | None:
+        """Return where the link `path` points, as a relative path; None where that is outside or no link."""
+        directory, name = self.parent(path)
+        try:
+            target = os.readlink(name, dir_fd=directory)
+        except OSError:
+            return None
+        finally:
+            os.close(directory)
+        try:
+            return self.locate(target, self.absolute(path.rpartition("/")[0]))
+        except GatewayError:
+            return None
+
+    def names(self, path: str, maximum: int) -> list[str]:
+        """Return at most `maximum` names of a folder, in no order."""
+        descriptor = self.open(path, FOLDER)
+        try:
+            with os.scandir(descriptor) as entries:
+                return [entry.name for entry in islice(entries, maximum)]
+        except OSError as error:
+            raise refusal(error) from None
+        finally:
+            os.close(descriptor)
+
+    # changing
+
+    def replace(
+        self, directory: int, name: str, data: bytes, mode: int, *, expected: os.stat_result | None
+    ) -> os.stat_result:
+        """Put a file in place atomically: written beside, then renamed over `name`; return its status.
+
+        A hard link is broken, a link replaced, an old reader keeps the old file, a crash leaves one of the
+        two whole. Set-uid, set-gid and sticky bits are dropped. `expected` is the file that the new content
+        was made from: where another took its place, or it was written to, this raises `Conflict`. Between
+        that look and the rename lie a few microseconds in which a process of the tenant can still write to
+        the old file; writers of the gateway are serialised by its caller.
+        """
+        temporary = f"{TEMPORARY}{os.getpid():x}-{os.urandom(6).hex()}"
+        try:
+            descriptor = os.open(
+                temporary,
+                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+                dir_fd=directory,
+            )
+        except OSError as error:
+            raise refusal(error) from None
+        try:
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                os.fchmod(descriptor, mode & 0o777)
+                status = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            if expected is not None:
+                now = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if etag(now) != etag(expected):
+                    raise Conflict("the file changed meanwhile", reason="changed")
+            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException as error:
+            with suppress(FileNotFoundError):  # the tenant may have removed it
+                os.unlink(temporary, dir_fd=directory)
+            if isinstance(error, OSError):
+                raise refusal(error) from None
+            raise
+        return status
+
+
+def read_all(descriptor: int, size: int, maximum: int) -> bytes:
+    """Read a file from its start to its end, at most `maximum` bytes: it may grow while it is read."""
+    data = os.pread(descriptor, size + 1, 0)
+    if len(data) <= size:
+        return data
+    chunks = [data]
+    done = len(data)
+    while done < maximum:
+        chunk = os.pread(descriptor, min(1 << 20, maximum - done), done)
+        if not chunk:
+            break
+        chunks.append(chunk)
+        done += len(chunk)
+    return b"".join(chunks)

@@ -1,0 +1,45 @@
+"""Read what `service.sh`, run in a container, tells of a unit. Its tenant may have it tell anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from gateway.runtime.listening import listener
+from gateway.runtime.sites import Service, ServiceState
+
+SCRIPT: Final = Path(__file__).with_name("unit_status.sh").read_text()
+
+_DIGITS: Final = 18
+_STATES: Final[dict[str, ServiceState]] = {
+    "active": "running",
+    "reloading": "running",
+    "activating": "starting",
+}
+
+
+def read(said: str) -> Service | None:
+    """Return how the unit does; None where systemd did not say."""
+    facts, listens = dict[str, str](), set()
+    for line in said.splitlines():
+        name, _, value = line.partition("=")
+        if name == "Listen":
+            listens.add(listener(value))
+        else:
+            facts.setdefault(name, value)
+    if "ActiveState" not in facts:
+        return None
+    # it waits to be started again
+    waits = facts.get("SubState") in ("auto-restart", "auto-restart-queued")
+    return Service(
+        "ended" if waits else _STATES.get(facts["ActiveState"], "ended"),
+        restarts=_number(facts.get("NRestarts")),
+        started=_number(facts.get("ExecMainStartTimestampMonotonic")) / 1e6,
+        oom_kills=_number(facts.get("OomKills")),
+        cpu=_number(facts.get("Computed")) / 1e6,
+        listens=frozenset(one for one in listens if one is not None),
+    )
+
+
+def _number(said: str | None) -> int:
+    return int(said) if said and said.isascii() and said.isdecimal() and len(said) <= _DIGITS else 0

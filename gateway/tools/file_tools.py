@@ -1,0 +1,131 @@
+"""Knows the gateway's side of the file tools: which worker is asked, and what a session learns."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.errors import GatewayError, NotFound, Timeout
+from gateway.rootfs import FilesystemRoot
+from gateway.rootfs.root import locate
+from gateway.rootfs.workers import Workers
+from gateway.settings import Settings
+from gateway.tools.answer import Answer, Seen, decode
+from gateway.tools.call import meant, timed_out
+from gateway.tools.schemas import FILE_TOOLS
+from gateway.tools.session import ToolSession
+
+_SEARCHES = frozenset({"Glob", "Grep"})
+_CORES = os.cpu_count() or 1
+_THREADS_MAX = 4  # of one search, or as many processes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """One finished tool call.
+
+    `encoded` is the JSON of `{content, isError, structuredContent}`, to be spliced into a reply as it is.
+    `code` is a wire code where the tool failed.
+    """
+
+    encoded: bytes
+    is_error: bool
+    code: str | None = None
+
+    @classmethod
+    def of(cls, answer: Answer) -> ToolResult:
+        head, body = decode(answer.encode())
+        return cls(body, head["is_error"], head["code"])
+
+    def packed(self) -> bytes:
+        """Return the result as one value to be kept; `unpacked` undoes it."""
+        return orjson.dumps([self.is_error, self.code]) + b"\n" + self.encoded
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> ToolResult:
+        head, _, encoded = packed.partition(b"\n")
+        is_error, code = orjson.loads(head)
+        return cls(encoded, is_error, code)
+
+    def data(self) -> dict[str, Any]:
+        """Return the result as data, for the few who must look into it."""
+        found: dict[str, Any] = orjson.loads(self.encoded)
+        return found
+
+
+class FileTools:
+    """Read, Write, Edit, Glob and Grep on a tenant's workspace. Nothing of it runs in the container."""
+
+    def __init__(self, workers: Workers, settings: Settings) -> None:
+        self._workers = workers
+        self._settings = settings
+
+    async def call(
+        self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
+    ) -> ToolResult:
+        """Run one tool. What the tool itself refuses is a result.
+
+        Raises `NotFound` for an unknown tool, `InvalidParams` for input that is not JSON, and `Unavailable`,
+        `RateLimited` or `Timeout` of the worker.
+        """
+        if name not in FILE_TOOLS:
+            raise NotFound(f"no such tool: {str(name)[:100]}")
+        session.last_used = time.monotonic()
+        cwd = session.cwd or root.workspace
+        path = _named(arguments, cwd, root.workspace)
+        seen = session.seen(path) if path is not None else None
+        given = {
+            "input": arguments,
+            "cwd": cwd,
+            "seen": seen.wire() if seen else None,
+            "read_first": session.read_before_write,
+            "brief": name in _SEARCHES,
+            "sifted": None,
+        }
+        if name in _SEARCHES:
+            return await self._search(root, name, given)
+        # a document takes long to be drawn, and must hold up no other read
+        apart = name == "Read" and (path or "").lower().endswith(".pdf")
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
+        if path is not None and head["seen"] is not None:
+            session.remember(path, Seen(*head["seen"]))
+        return ToolResult(body, head["is_error"], head["code"])
+
+    async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
+        # Most searches are over at once. The worker that does the other calls is awake and warm for them;
+        # what takes longer goes to the one that holds up nobody.
+        apart = not self._workers.rests(root.tenant)
+        head, body = decode(await self._workers.call(root, name, given, search=apart))
+        if head["code"] == "timeout":
+            given["brief"] = False
+            if name == "Grep":
+                try:
+                    sifted = await self._sifted(root, {"input": given["input"], "cwd": given["cwd"]})
+                except Timeout:
+                    return ToolResult.of(timed_out(self._settings.tool_timeout).answer())
+                given["sifted"] = None if sifted is None else sifted.decode("latin-1")
+            head, body = decode(await self._workers.call(root, name, given, search=True))
+        return ToolResult(body, head["is_error"], head["code"])
+
+    async def _sifted(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
+        """Return the names of the files in a large tree that a Grep is to look into; None for all."""
+        # a core for each thread or process where nobody else needs one: a second on two cores left none to
+        # the neighbours, the p99 of their reads tripled
+        cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _THREADS_MAX)
+        found = await self._workers.scan(root, asked, cores)
+        return await self._workers.sift(root, {**asked, "threads": cores}) if found is None else found
+
+
+def _named(arguments: object, cwd: str, workspace: str) -> str | None:
+    """Return the relative path of the file that a call names, None where it names none of the workspace."""
+    given = arguments.get("file_path") if isinstance(arguments, dict) else None
+    if not isinstance(given, str):
+        return None
+    try:
+        return locate(meant(given), cwd, workspace)
+    except GatewayError:
+        return None

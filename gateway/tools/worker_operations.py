@@ -1,0 +1,102 @@
+"""The file tools' and the editor's operations, as a worker serves them. See `gateway.rootfs.operation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gateway.errors import GatewayError
+from gateway.files import handlers, opening, sweeping, watching
+from gateway.rootfs.operation import SCAN, SIFT, Limits, Loop, Operation, Workspace
+from gateway.rootfs.root import refusal
+from gateway.tools import mirroring, outputs
+from gateway.tools.answer import Answer, ToolFailure
+from gateway.tools.call import Call, failure
+from gateway.tools.reading import read
+from gateway.tools.scanning import scan
+from gateway.tools.schemas import checked
+from gateway.tools.searching import brief, glob, grep, idle
+from gateway.tools.sifting import sift
+from gateway.tools.writing import edit, write
+
+_TOOLS: dict[str, Callable[[Call], Answer]] = {
+    "Read": read,
+    "Write": write,
+    "Edit": edit,
+    "Glob": glob,
+    "Grep": grep,
+}
+
+
+_SEARCHES = ("Glob", "Grep")
+
+
+def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
+    """Hold an input to the limits of searches; all that there is becomes as much as is returned at once."""
+    for field in ("pattern", "glob", "type"):
+        if len(given.get(field, "")) > limits.pattern_max:
+            words = f"The parameter `{field}` has over {limits.pattern_max} characters."
+            raise ToolFailure("too_large", words, limit=limits.pattern_max)
+    if tool == "Grep":
+        asked = given.get("head_limit", 250)
+        if asked == 0 or asked > limits.matches_max:
+            given["head_limit"] = limits.matches_max
+
+
+def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:
+    """Return the reply of a search, or one that says that it is too large."""
+    room = 3 * limits.result_max  # what was found is in it as text and as data, with JSON's own escapes
+    if len(reply) <= room:
+        return reply
+    words = f"The result exceeds {limits.result_max} bytes. Narrow the search, or ask for less by head_limit."
+    return ToolFailure("too_large", words, tagged=False, limit=limits.result_max).answer().encode()
+
+
+def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
+    def run(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+        try:
+            given = checked(name, arguments["input"])
+            _bound(name, given, workspace.limits)
+            hurried = arguments["brief"]
+            if hurried:
+                workspace = Workspace(workspace.tree, brief(workspace.limits))
+            call = Call(
+                name,
+                workspace,
+                given,
+                arguments["cwd"],
+                arguments["seen"],
+                arguments["read_first"],
+                brief=hurried,
+                sifted=arguments["sifted"],
+            )
+            answer = tool(call)
+            if name in _SEARCHES:
+                return _bounded(name, answer.encode(), workspace.limits)
+        except ToolFailure as error:
+            answer = error.answer()
+        except GatewayError as error:
+            answer = failure(name, error).answer()
+        except OSError as error:
+            # A descriptor that failed after it was opened: the disk, a quota, a folder taken away.
+            answer = failure(name, refusal(error)).answer()
+        return answer.encode()
+
+    return run
+
+
+# One table, because one worker of a tenant does all its writes, the tools' and the editor's, in turn.
+OPERATIONS: dict[str, Operation] = {
+    **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
+    **handlers.OPERATIONS,
+    **opening.OPERATIONS,
+    **sweeping.OPERATIONS,
+    **outputs.OPERATIONS,
+    **mirroring.OPERATIONS,
+    SCAN: scan,
+}
+
+LOOPS: dict[str, Loop] = {**watching.LOOPS, SIFT: sift}
+BECOMING = frozenset({SIFT})
+
+__all__ = ["BECOMING", "LOOPS", "OPERATIONS", "idle"]

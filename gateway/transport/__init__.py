@@ -1,0 +1,1 @@
+"""What uvicorn's connections lack: bytes in parts, back-pressure on input, time limits."""

@@ -1,0 +1,104 @@
+"""Knows how long uvicorn's HTTP connections may be silent, and how many may be.
+
+uvicorn waits for a request's head for ever, and reads the rest of a body that nobody wants for as long as
+something comes. Whose body is awaited the application knows, and when it gives up on one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any, Final
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gateway.settings import Settings
+from gateway.transport.websocket import drop
+
+# in a scope's state: cuts the connection, for an answer that must end and is not read
+ABORT: Final = "gateway.abort"
+
+
+class Silent:
+    """The connections of which a request's head is awaited, or the rest of a body that is refused.
+
+    Those that last for `head_timeout` are cut, and the oldest of more than `max_silent`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._patience = settings.head_timeout
+        self._most = settings.max_silent
+        self._since: dict[HttpProtocol, float] = {}  # in the order in which they fell silent
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: HttpProtocol) -> None:
+        """Count the time from now on, unless it is counted already."""
+        if connection in self._since:
+            return
+        now = connection.loop.time()
+        self._since[connection] = now
+        if len(self._since) > self._most:
+            self._cut(next(iter(self._since)))
+        if self._timer is None:
+            self._timer = connection.loop.call_at(now + self._patience, self._look)
+
+    def discard(self, connection: HttpProtocol) -> None:
+        self._since.pop(connection, None)
+
+    def _look(self) -> None:
+        self._timer = None
+        for connection, since in list(self._since.items()):
+            loop = connection.loop
+            if loop.time() < since + self._patience:
+                self._timer = loop.call_at(since + self._patience, self._look)
+                return
+            self._cut(connection)
+
+    def _cut(self, connection: HttpProtocol) -> None:
+        self.discard(connection)
+        connection.transport.abort()
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's own, which is cut where it is silent for too long."""
+
+    silent: Silent
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: partial(drop, transport)}
+        self.silent.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.silent.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._listen()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._listen()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self.silent.discard(self)
+        super().handle_websocket_upgrade(event)
+
+    def _listen(self) -> None:
+        """Count the time of a connection on which nothing is being answered."""
+        if self.transport.get_protocol() is not self:
+            return  # a websocket
+        if self.cycle is None or self.cycle.response_complete:
+            # one that rests between two requests uvicorn ends by itself
+            if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+                self.silent.add(self)
+        else:
+            self.silent.discard(self)
+
+
+def protocol(settings: Settings) -> type[HttpProtocol]:
+    """Return the class of one server's connections."""
+    kind: dict[str, Any] = {"silent": Silent(settings)}
+    return type("HttpProtocol", (HttpProtocol,), kind)

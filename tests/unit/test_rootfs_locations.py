@@ -1,0 +1,218 @@
+"""What the broker makes of what incusd says: whose disk is opened, with which ids, and whose is not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.rootfs.locations import Disk, Instances, found_by
+from tests.unit.incusd import IDMAP, answering, instance
+
+WORKSPACE = "/srv/site"
+
+
+class Host:
+    """A folder with a fake incusd, its answers, and the broker's view of it."""
+
+    def __init__(self, folder: Path, table: dict[str, dict[str, Any]], asked: list[str]) -> None:
+        self.folder = folder
+        self.table = table
+        self.asked = asked
+        self.tenants = Instances(str(folder / "unix.socket"), "default", WORKSPACE, 1000)
+
+    def has(self, name: str, **changes: Any) -> None:
+        self.table[f"/1.0/instances/{name}"] = instance(name, **changes)
+
+    def disk_with(self, **device: str) -> Disk:
+        """Return the workspace's disk of a tenant with one more device."""
+        devices = {"root": {"type": "disk", "path": "/", "pool": "pool"}, "more": {"type": "disk", **device}}
+        self.has("shop", expanded_devices=devices)
+        return self.tenants.disk("shop", WORKSPACE)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    table: dict[str, dict[str, Any]] = {}
+    with answering(tmp_path / "unix.socket", table) as asked:
+        yield Host(tmp_path, table, asked)
+
+
+def test_found(host: Host) -> None:
+    """A marked container's workspace lies in its pool, with the ids that Incus gave it; one GET tells."""
+    host.has("shop")
+    disk = host.tenants.disk("shop", WORKSPACE)
+    assert disk.path == f"{host.folder}/storage-pools/pool/containers/shop/rootfs"
+    assert (disk.inside, disk.shifted, disk.read_only, disk.covered) == ("srv/site", False, False, ())
+    assert disk.outside(1000, 1000) == (1_001_000, 1_001_000)
+    with pytest.raises(ValueError, match="not mapped"):
+        disk.outside(70_000, 0)
+    assert len(host.asked) == 1
+    again = found_by(host.tenants.to_dict())
+    assert again.disk("shop", WORKSPACE) == disk
+
+
+def test_other_project(tmp_path: Path) -> None:
+    """Names are looked up in the configured project alone, whose folders carry its name."""
+    with answering(tmp_path / "unix.socket", {"/1.0/instances/shop": instance("shop")}) as asked:
+        tenants = Instances(str(tmp_path / "unix.socket"), "sites", WORKSPACE, 1000)
+        disk = tenants.disk("shop", WORKSPACE)
+    assert disk.path.endswith("/containers/sites_shop/rootfs")
+    assert "project=sites" in asked[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expanded_config": {}},
+        {"expanded_config": None},
+        {"expanded_config": {"user.gateway.managed": "false"}},
+        {"config": {"user.gateway.managed": "true"}, "expanded_config": {}},
+        {"type": "virtual-machine"},
+        {"name": "other"},
+    ],
+)
+def test_none_of_ours(host: Host, changes: dict[str, Any]) -> None:
+    """What Incus does not call a container of ours answers like what is not there."""
+    host.table["/1.0/instances/shop"] = instance("shop") | changes
+    for name in ("shop", "absent"):
+        with pytest.raises(NotFound) as caught:
+            host.tenants.disk(name, WORKSPACE)
+        assert caught.value.message == f"no tenant {name}"
+        with pytest.raises(NotFound):
+            host.tenants.group(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "shop/",
+        "../shop",
+        "shop/snapshots/a",
+        "shop?project=other",
+        "shop%2f..",
+        "a\r\nX: y",
+        "a" * 64,
+    ],
+)
+def test_no_instance_s_name(host: Host, name: str) -> None:
+    """A name that no instance can have is not even asked for."""
+    with pytest.raises(NotFound):
+        host.tenants.disk(name, WORKSPACE)
+    assert host.asked == []
+
+
+def test_another_folder_than_the_workspace(host: Host) -> None:
+    """Only the workspace is served, whatever folder a gateway asks for."""
+    host.has("shop")
+    for folder in ("/", "/root", "/srv", "/srv/site/..", "/srv/site/", "srv/site"):
+        with pytest.raises(Unavailable):
+            host.tenants.disk("shop", folder)
+
+
+def test_a_name_of_incus_that_is_no_part_of_a_path(host: Host) -> None:
+    """Not even Incus's own words lead out of its pools."""
+    for pool in ("..", "a/../..", ""):
+        host.has("shop", expanded_devices={"root": {"type": "disk", "path": "/", "pool": pool}})
+        with pytest.raises(GatewayError):
+            host.tenants.disk("shop", WORKSPACE)
+
+
+def test_incus_is_away(host: Host, tmp_path: Path) -> None:
+    """Without an answer of incusd nothing is opened, and the client learns no path."""
+    for tenants in (
+        Instances(str(tmp_path / "no.socket"), "default", WORKSPACE, 1000),
+        Instances(str(tmp_path), "default", WORKSPACE, 1000),
+    ):
+        with pytest.raises(Unavailable) as caught:
+            tenants.disk("shop", WORKSPACE)
+        assert str(tmp_path) not in caught.value.message
+
+
+def test_shifted(host: Host) -> None:
+    """A rootfs whose ids Incus shifted on disk is told by its last map."""
+    host.has("shop", config={"volatile.idmap.current": IDMAP, "volatile.last_state.idmap": IDMAP})
+    assert host.tenants.disk("shop", WORKSPACE).shifted
+    host.has("shop", config={"volatile.idmap.next": IDMAP})  # it never ran
+    assert host.tenants.disk("shop", WORKSPACE).idmap
+
+
+@pytest.mark.parametrize(
+    ("device", "inside", "shifted", "read_only"),
+    [
+        ({"path": "/srv/site", "source": "/data/shop"}, "", True, False),
+        ({"path": "srv/site/", "source": "/data/shop", "shift": "true"}, "", False, False),
+        ({"path": "/srv", "source": "/data/shop", "readonly": "true"}, "site", True, True),
+    ],
+)
+def test_a_folder_of_the_host(
+    host: Host, device: dict[str, str], inside: str, shifted: bool, read_only: bool
+) -> None:
+    """A workspace on a disk device is opened at the device's source, no part of whose path is a link."""
+    disk = host.disk_with(**device)
+    assert (disk.path, disk.inside, disk.real) == ("/data/shop", inside, True)
+    assert (disk.shifted, disk.read_only) == (shifted, read_only)
+
+
+@pytest.mark.parametrize(("last", "shifted"), [(IDMAP, True), ("[]", False)])
+def test_a_custom_volume(host: Host, last: str, shifted: bool) -> None:
+    """A workspace on a custom volume is opened in its pool, whichever project owns it."""
+    (host.folder / "storage-pools/slow/custom/default_data").mkdir(parents=True)
+    host.table["/1.0/storage-pools/slow/volumes/custom/data"] = {
+        "project": "default",
+        "content_type": "filesystem",
+        "config": {"volatile.idmap.last": last},
+    }
+    disk = host.disk_with(path=WORKSPACE, pool="slow", source="data")
+    assert disk.path == f"{host.folder}/storage-pools/slow/custom/default_data"
+    assert (disk.inside, disk.shifted) == ("", shifted)
+
+
+@pytest.mark.parametrize(
+    ("device", "volume"),
+    [
+        ({"source": "ceph:pool/volume"}, None),
+        ({"source": "tmpfs:"}, None),
+        ({"source": "relative"}, None),
+        ({"pool": "slow", "source": "absent"}, None),
+        ({"pool": "slow", "source": "data/below"}, None),
+        ({"pool": "slow", "source": "data"}, {"content_type": "block"}),
+        ({"pool": "slow", "source": "data"}, {"content_type": "filesystem", "project": "elsewhere"}),
+        ({"pool": "slow", "source": "data"}, {"config": {"security.unmapped": "true"}}),
+    ],
+)
+def test_a_disk_that_cannot_be_opened(
+    host: Host, device: dict[str, str], volume: dict[str, Any] | None
+) -> None:
+    """What the broker cannot find is an error that names the device, never the folder below it."""
+    if volume is not None:
+        told = {"project": "default", "content_type": "filesystem", "config": {}} | volume
+        host.table["/1.0/storage-pools/slow/volumes/custom/data"] = told
+    with pytest.raises(Unavailable) as caught:
+        host.disk_with(path=WORKSPACE, **device)
+    assert caught.value.facts["device"] == "more"
+    assert "Bash" in caught.value.message and str(host.folder) not in caught.value.message
+
+
+def test_disks_elsewhere(host: Host) -> None:
+    """A disk beside the workspace changes nothing; one below it is closed off."""
+    assert host.disk_with(path="/srv/site-data", source="/data").covered == ()
+    assert host.disk_with(path="/srv/site/public/up", source="/data").covered == ("public/up",)
+
+
+def test_group(host: Host) -> None:
+    """A container's control group is its first process's own, and only if that bears its name."""
+    host.has("shop", state={"pid": os.getpid()})  # a process that is no container's
+    for name in ("shop", "absent"):
+        with pytest.raises(NotFound):
+            host.tenants.group(name)
+    host.has("shop", state=None)
+    with pytest.raises(NotFound):
+        host.tenants.group("shop")

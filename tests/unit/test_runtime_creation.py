@@ -1,0 +1,74 @@
+"""The addresses of instances that are made at the same time: each gets one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import Unavailable
+from gateway.incus import Incus, IncusError
+from gateway.runtime.incus.creation import Creation
+from gateway.settings import Settings
+
+
+class Full(Incus):
+    """An Incus that takes an address once, and shows an instance only when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), "default", 1.0)
+        self.addresses: list[str] = []
+        self.refused = 0
+
+    async def get(self, path: str, **query: str) -> Any:
+        await asyncio.sleep(0)
+        return {"devices": {"root": {}, "eth0": {}}} if "/profiles/" in path else []
+
+    async def instances(
+        self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> list[dict[str, Any]]:
+        found = [{"devices": {"eth0": {"ipv4.address": address}}} for address in self.addresses]
+        await asyncio.sleep(0)
+        return found
+
+    async def operate(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = 0,
+        if_match: str | None = None,
+    ) -> Any:
+        assert body is not None
+        address = body["devices"]["eth0"]["ipv4.address"]
+        if address in self.addresses:
+            self.refused += 1
+            raise IncusError(f'IP address "{address}" already defined on another NIC', 400)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if address in self.addresses:
+            self.refused += 1
+            raise IncusError(f'IP address "{address}" already defined on another NIC', 400)
+        self.addresses.append(address)
+
+
+async def make(making: Creation, number: int) -> None:
+    await making.make(f"t-{number}", {}, {}, {}, start=False)
+
+
+async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_path: Path) -> None:
+    """Incus refuses a second one, and what is left of it stands in the way of another try."""
+    incus = Full()
+    making = Creation(Settings(state_dir=tmp_path, network_ipv4="10.9.8.1/28"), incus)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(make(making, number) for number in range(13)))
+        assert (len(set(incus.addresses)), incus.refused) == (13, 0)
+        assert "10.9.8.1" not in incus.addresses
+        with pytest.raises(Unavailable, match="every address"):
+            await make(making, 13)
+        # what was not made after all is free again
+        assert not making._promised
