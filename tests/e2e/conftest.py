@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.async_api import Browser, async_playwright, expect
@@ -59,7 +60,8 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         (folder / "templates" / name).mkdir(parents=True)
         (folder / "templates" / name / "site.toml").write_text(SITE.format(install=install))
     templates = folder / "templates"
-    async with hosting(incus_settings, folder / "state", domain=ADDRESS, templates_dir=templates) as host:
+    settings: dict[str, Any] = {"domain": ADDRESS, "templates_dir": templates, "verify_timeout": 150.0}
+    async with hosting(incus_settings, folder / "state", **settings) as host:
         yield host
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from statistics import median
 
+import pytest
 from playwright.async_api import Browser
 
+from tests.archives import folder
 from tests.bench.vite import TEMPLATES, edits
 from tests.integration.sites import Hosting
 
@@ -34,3 +37,31 @@ async def test_an_edit_shows_on_a_real_domain_over_https(browser: Browser, host:
     finally:
         await context.close()
         assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.localhost"}))[0] == 200
+
+NEXT = """\
+install = ["sh", "make.sh"]
+start = ["bun", "--bun", "next", "dev", "--hostname", "0.0.0.0", "--port", "$PORT"]
+"""
+MAKE = b"""\
+set -e
+bunx create-next-app@16.4.3 made --yes --js --app --empty --no-eslint --no-tailwind --no-src-dir \\
+  --no-react-compiler --use-bun --skip-install --disable-git
+mv made/* . && rm -r made && bun install
+"""
+
+
+@pytest.mark.timeout(300)
+async def test_an_edit_shows_in_a_page_of_next_on_a_real_domain(browser: Browser, host: Hosting) -> None:
+    """Its dev server allows `localhost` alone, and its configuration says nothing of the domain."""
+    domain = "next.example.com"
+    packed = {"archive": base64.b64encode(folder(NEXT, ("make.sh", MAKE))).decode()}
+    record = await host.deploy(domain, packed, size="large")
+    assert record["state"] == "succeeded", record["error"]
+    context = await browser.new_context(ignore_https_errors=True)
+    try:
+        url = f"https://{domain}:{host.settings.caddy_https}/"
+        file = ("app/page.js", "Hello World!")
+        assert len(await edits(context, host, url, record["tenant"], file, 2)) == 2
+    finally:
+        await context.close()
+        await host.call("DELETE", f"/v1/tenants/{record['tenant']}")

@@ -23,7 +23,9 @@ async def caddy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealC
     """A Caddy that leads both domains to a server which says what it was asked for."""
 
     async def say(request: web.Request) -> web.Response:
-        return web.Response(text=f"site {request.host}")
+        return web.Response(
+            text=f"site {request.host}", headers={"Seen": request.headers.get("Origin", "none")}
+        )
 
     app = web.Application()
     app.router.add_get("/{path:.*}", say)
@@ -70,6 +72,18 @@ async def ask(
         return answer.status, answer.headers.get("Location") or await answer.text()
 
 
+async def origin_seen(caddy: RealCaddy, path: str, origin: str | None) -> str:
+    """Return the origin that the public site sees of a request of that one."""
+    port = caddy.settings.caddy_https
+    headers = {"Host": f"{PUBLIC}:{port}"} | ({} if origin is None else {"Origin": origin})
+    url = f"https://127.0.0.1:{port}{path}"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url, headers=headers, server_hostname=PUBLIC, ssl=False) as answer,
+    ):
+        return answer.headers["Seen"]
+
+
 async def test_sites_of_this_machine_are_served_on_it(caddy: RealCaddy) -> None:
     status, text = await ask(caddy, "127.0.0.1", SITE)
     assert (status, text) == (200, f"site {SITE}:{caddy.settings.caddy_http}")
@@ -98,6 +112,39 @@ async def test_a_name_is_one_name_however_it_is_spelled(caddy: RealCaddy, outsid
 async def test_a_public_name_is_one_name_too(caddy: RealCaddy, outside: str, spelled: str) -> None:
     port = caddy.settings.caddy_https
     assert await ask(caddy, outside, spelled, https=True, sni=PUBLIC) == (200, f"site {PUBLIC}:{port}")
+
+
+@pytest.mark.parametrize(
+    "path", ["/_next/hmr", "/docs/_next/webpack-hmr?id=1", "/__nextjs_original-stack-frames"]
+)
+@pytest.mark.parametrize(
+    ("origin", "seen"),
+    [
+        ("https://{host}", "https://localhost"),
+        ("http://{host}", "as it came"),
+        ("https://other.example.com:{port}", "as it came"),
+        ("https://{host}.example.net", "as it came"),
+        ("https://example.com", "as it came"),
+        ("https://{host}:1", "as it came"),
+        ("https://x@{host}", "as it came"),
+        ("null", "as it came"),
+        ("*", "as it came"),
+    ],
+)
+async def test_a_dev_server_of_next_sees_its_own_pages_come_from_this_machine(
+    caddy: RealCaddy, path: str, origin: str, seen: str
+) -> None:
+    """It refuses its hot reload to all others, where nobody configured them; who is foreign stays it."""
+    port = caddy.settings.caddy_https
+    origin = origin.format(host=f"{PUBLIC}:{port}", port=port)
+    assert await origin_seen(caddy, path, origin) == (origin if seen == "as it came" else seen)
+
+
+async def test_other_paths_and_requests_without_an_origin_stay_as_they_are(caddy: RealCaddy) -> None:
+    own = f"https://{PUBLIC}:{caddy.settings.caddy_https}"
+    for path in ("/", "/next/hmr", "/api?to=/_next/hmr", "/_nextjs"):
+        assert await origin_seen(caddy, path, own) == own
+    assert await origin_seen(caddy, "/_next/hmr", None) == "none"
 
 
 async def test_other_sites_are_served_to_everybody(caddy: RealCaddy, outside: str) -> None:
