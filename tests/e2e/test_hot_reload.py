@@ -38,6 +38,7 @@ async def test_an_edit_shows_on_a_real_domain_over_https(browser: Browser, host:
         await context.close()
         assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.localhost"}))[0] == 200
 
+
 NEXT = """\
 install = ["sh", "make.sh"]
 start = ["bun", "--bun", "next", "dev", "--hostname", "0.0.0.0", "--port", "$PORT"]
