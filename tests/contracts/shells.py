@@ -224,12 +224,17 @@ class ShellContract:
     async def test_bash_output_returns_each_part_once(self, gateway: LiveGateway, tenant: str) -> None:
         """Also a character whose bytes come apart, and filtered lines that come in halves."""
         name = f"part-{mark()}"
-        wait = f"while [ ! -e {name}-%s ]; do sleep 0.02; done"
-        command = f"printf 'a\\303'; {wait % 1}; printf '\\251b\\nyes 1\\nye'; {wait % 2}; echo s 2"
+        # each part in one write: a shell's own `printf` writes line by line
+        part = f"until [ -e {name}-%d ]; do sleep 0.02; done; cat {name}-%d"
+        command = f"printf 'a\\303'; {part % (1, 1)}; {part % (2, 2)}"
+
+        async def give(number: int, text: str) -> None:
+            await shell(wire, f"printf '{text}' >{name}; mv {name} {name}-{number}")
+
         async with gateway.wire(tenant) as wire:
             one = await background(wire, command)
             assert "<stdout>\na\n</stdout>" in await printed(wire, one, "a\n")
-            await shell(wire, f": > {name}-1")
+            await give(1, "\\251b\\nyes 1\\nye")
             assert "<stdout>\néb\nyes 1\nye\n</stdout>" in await printed(wire, one, "ye\n")
             two = await background(wire, command)
             given = {"bash_id": two, "filter": "YES"}
@@ -238,7 +243,7 @@ class ShellContract:
                 while "yes 1" not in text:
                     text = (await call(wire, "BashOutput", given))[1]
             assert "<stdout>\nyes 1\n</stdout>" in text
-            await shell(wire, f": > {name}-2")
+            await give(2, "s 2\\n")
             async with asyncio.timeout(10):
                 while "completed" not in text:
                     text += (await call(wire, "BashOutput", given))[1]
