@@ -61,7 +61,7 @@ def alive(mark: str) -> int:
     return found
 
 
-async def until(condition: object, deadline: float = 15.0) -> None:
+async def until(condition: object, deadline: float = 30.0) -> None:
     """Wait until `condition()` holds; for what only /proc tells, which nothing can wait on."""
     assert callable(condition)
     end = time.monotonic() + deadline

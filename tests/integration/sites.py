@@ -53,10 +53,18 @@ class RealCaddy:
     def folder(self) -> Path:
         return self.settings.state_dir / "caddy"
 
-    async def start(self, instead: str | None = None) -> None:
-        """Start it, with another configuration where there is one, and return once it answers."""
+    async def start(self, instead: str | None = None, head: int | None = None) -> None:
+        """Start it and return once it answers.
+
+        `instead` is another configuration; `head` is how many seconds a head may take, where the shipped 10
+        are too long to wait for.
+        """
         async with Caddy(self.settings) as caddy:
             main = caddy.write()
+        if head is not None:
+            shipped = main.read_text()
+            assert shipped.count("read_header 10s") == 1
+            main.write_text(shipped.replace("read_header 10s", f"read_header {head}s"))
         if instead is not None:
             main = self.folder / "Caddyfile.other"
             main.write_text(f"{{\n\tadmin unix/{self.settings.caddy_admin}\n}}\n{instead}")

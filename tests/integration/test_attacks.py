@@ -2,8 +2,8 @@
 
 By websocket through a live gateway, on a pool with idmapped mounts as the tenants' own and on one of
 plain folders. `tests/unit/test_rootfs_attacks.py` has what can be laid into a workspace layer by layer; here
-are the races, which need the real mounts, ids and kernel paths, and with those of `test_attacks_editor` take
-more than a minute. GATEWAY_TEST_RACE_SECONDS sets the seconds of each of them.
+are the races, which need the real mounts, ids and kernel paths. GATEWAY_TEST_RACE_SECONDS sets the seconds
+of each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.integration.conftest import Container, MakeTenant
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure, Wire
 
-SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "2.1"))
+SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 SECRET = "host-secret-9d1f"
 DEADLINE = 5.0  # seconds in which every call must answer
 

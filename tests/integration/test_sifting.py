@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("incus_settings")
 SETTINGS = Settings(ripgrep=incus_settings().ripgrep)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> LaidRoot:
-    """More than a brief search looks at, with all that searches treat in their own way."""
-    root = make_root(tmp_path)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> LaidRoot:
+    """More than a brief search looks at, with all that searches treat in their own way; nobody changes it."""
+    root = make_root(tmp_path_factory.mktemp("sifting"))
     site = root.path / "srv" / "site"
     for number in range(1200):
         (site / f"plain{number:04}.txt").write_text("nothing here\n")
@@ -64,9 +63,16 @@ def root(tmp_path: Path) -> LaidRoot:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def workers(root: LaidRoot) -> AsyncIterator[Workers]:
     async with Workers(SETTINGS, folders(root.path.parent)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def walking(root: LaidRoot) -> AsyncIterator[Workers]:
+    """Workers without ripgrep."""
+    async with Workers(NO_RIPGREP, folders(root.path.parent)) as running:
         yield running
 
 
@@ -93,7 +99,12 @@ GREPS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("way", ["scan", "sift"])
 @pytest.mark.parametrize("given", GREPS, ids=lambda given: " ".join(map(str, given.values())))
 async def test_answers_as_without(
-    workers: Workers, root: LaidRoot, given: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+    workers: Workers,
+    walking: Workers,
+    root: LaidRoot,
+    given: dict[str, Any],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a sieve or without it, in every mode, the answer is the same to the letter."""
 
@@ -108,8 +119,7 @@ async def test_answers_as_without(
         assert await workers.sift(root, asked) is not None
         monkeypatch.setattr(workers, "scan", nothing)
     with_sieve = await FileTools(workers, SETTINGS).call(root, ToolSession(), "Grep", given)
-    async with Workers(NO_RIPGREP, folders(root.path.parent)) as without:
-        expected = await FileTools(without, NO_RIPGREP).call(root, ToolSession(), "Grep", given)
+    expected = await FileTools(walking, NO_RIPGREP).call(root, ToolSession(), "Grep", given)
     ours, theirs = with_sieve.data(), expected.data()
     if way == "sift" and given["pattern"] not in ("form", "FORM", "^form$"):
         # large files are counted where they are met, and the sieve knows that nothing in this one matches
