@@ -30,7 +30,7 @@ from gateway.settings import Settings
 
 SECRET = "a secret of the tests, long enough to sign with"
 EVERY_SCOPE = tuple(sorted(tokens.SCOPES - {"admin"}))
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 class RpcFailure(Exception):
