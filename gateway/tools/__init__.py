@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "FILE_TOOLS": "schemas",
-    "FileTools": "files",
-    "ToolResult": "files",
+    "FileTools": "file_tools",
+    "ToolResult": "file_tools",
     "ToolSession": "session",
     "descriptions": "schemas",
 }
