@@ -28,6 +28,8 @@ _SYSTEMDS: Final = re.compile(
     r"|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|(RUNTIME|STATE|CACHE|LOGS|CONFIGURATION|CREDENTIALS)_DIRECTORY|MAINPID"
 )
 _TENANTS: Final = frozenset({"PORT", "HOST", "HOSTNAME"})
+_SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh"})
+_USERS: Final = frozenset({"sudo", "su", "runuser", "doas"})
 _HOSTS: Final = re.compile(r"(?P<before>(?:--?[A-Za-z-]+=)?)(?:127\.0\.0\.1|localhost|::1)")
 
 
@@ -127,7 +129,8 @@ def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
     """Return what listens and was started in a folder, with the variables `names`. Raises `HostError`."""
     inside = started_in(folder)
     listening = {pid for pid in inside for _ in listens((pid,))}
-    heads = {_head(pid, set(inside)) for pid in listening}
+    ours = set(_above(os.getpid()))
+    heads = {_head(pid, set(inside) - ours) for pid in listening}
     if not heads:
         raise HostError(
             f"nothing that listens was started in {folder}; start the old service, or name its unit with "
@@ -138,7 +141,7 @@ def of_folder(folder: Path, port: int | None, names: Sequence[str] = ()) -> Old:
     if len(heads) != 1:
         raise HostError(f"{len(heads)} services run in {folder}; say by --port which is the site")
     head = heads.pop()
-    found = _old(head, tuple(below(head)), port, ())
+    found = _old(_unwrapped(head), tuple(below(head)), port, ())
     kept = {key: value for key, value in found.environment.items() if key in names}
     return Old(found.words, found.folder, found.uid, found.pids, found.address, found.port, kept)
 
@@ -184,9 +187,7 @@ def below(pid: int) -> Iterator[int]:
     """Yield a process and all that it started and that still run."""
     children: dict[int, list[int]] = {}
     for other in _pids():
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = (_PROC / str(other) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(other)
+        children.setdefault(_parent_and_group(other)[0], []).append(other)
     pending = [pid]
     while pending:
         yield (one := pending.pop())
@@ -240,16 +241,47 @@ def _within(path: Path, folder: Path) -> bool:
 
 
 def _head(pid: int, among: set[int]) -> int:
-    """Return the highest ancestor of a process that is among those."""
+    """Return the outermost process of a process group that is among those.
+
+    A terminal's shell starts each of its commands in a group of its own, so that it is none of them.
+    """
+    parent, group = _parent_and_group(pid)
+    while parent in among and _parent_and_group(parent)[1] == group:
+        pid, (parent, _) = parent, _parent_and_group(parent)
+    return pid
+
+
+def _above(pid: int) -> Iterator[int]:
+    """Yield a process and all that it comes from."""
+    while pid:
+        yield pid
+        pid = _parent_and_group(pid)[0]
+
+
+def _unwrapped(pid: int) -> int:
+    """Return the process that a shell's line, or a change of users, does nothing but start.
+
+    The tenant has another user, and other addresses to listen on than such a line says.
+    """
     while True:
-        try:
-            fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return pid
-        parent = int(fields[1])
-        if parent not in among:
-            return pid
-        pid = parent
+        with contextlib.suppress(OSError):
+            program, *words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+            name = os.fsdecode(program).rpartition("/")[2].removeprefix("-")
+            children = [one for one in below(pid) if _parent_and_group(one)[0] == pid]
+            line = name in _SHELLS and re.fullmatch(rb"-[a-z]*c", words[0])
+            if len(children) == 1 and (line or name in _USERS):
+                pid = children[0]
+                continue
+        return pid
+
+
+def _parent_and_group(pid: int) -> tuple[int, int]:
+    """Return two fields of /proc/PID/stat (proc(5)); zeros for a process that has ended."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(fields[1]), int(fields[2])
+    except (OSError, IndexError, ValueError):
+        return 0, 0
 
 
 def _pids() -> list[int]:

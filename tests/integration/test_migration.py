@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -313,12 +314,16 @@ def the_real_systemd(tenant: str) -> None:
 
 
 async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, domain: str) -> None:
-    """By the command line, without a unit, in a folder of root: killed while visitors wait, and run again."""
+    """By the command line, without a unit, in a folder of root: killed while visitors wait, and run again.
+
+    A shell's line starts the old service, and its words name loopback; the tenant starts the server itself.
+    """
     old.stop("")
     for path in (old.folder, *old.folder.iterdir()):
         os.chown(path, 0, 0)
     tenant, config = domain.replace(".", "-"), {**os.environ, **environment.variables(host.settings)}
-    process = subprocess.Popen(old.words, cwd=old.folder)
+    line = f"{shlex.join(old.words)}; echo ended"
+    process = subprocess.Popen(("sh", "-c", line), cwd=old.folder, start_new_session=True)
     words = (*host.gateway.program, "migrate", domain)
 
     async def migrate(*more: str) -> tuple[int, str]:
@@ -352,5 +357,5 @@ async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, doma
         code, text = await migrate("--finish", "--json")
         assert (code, json.loads(text)["state"]) == (0, None)
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()

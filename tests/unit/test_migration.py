@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -186,6 +191,66 @@ def test_a_process_is_found_by_where_it_was_started_and_listens(tmp_path: Path) 
     assert "PATH" not in found.environment and found.uid == os.geteuid()
     with pytest.raises(HostError, match="say by --port"):
         service.of_unit(Unit(os.getpid(), (), True), "shop.service", 1)
+
+
+# says that it listens, and ends with its input
+LISTENS = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(flush=True)
+sys.stdin.read()
+"""
+# starts a command as a shell at a terminal does, in a process group of its own
+STARTS = "import subprocess, sys; subprocess.run(sys.argv[1:], process_group=0)"
+
+
+@contextlib.contextmanager
+def running(folder: Path, *words: str) -> Iterator[int]:
+    """Run something in a folder that comes to listen."""
+    with subprocess.Popen(words, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+
+
+@pytest.mark.parametrize("wrapped", ["{}", "{}; echo ended", "cd . && {} && echo ended"])
+def test_a_shell_around_a_server_is_paused_with_it_and_not_started_in_the_tenant(
+    tmp_path: Path, wrapped: str
+) -> None:
+    server = (sys.executable, "-c", LISTENS)
+    with running(tmp_path, "sh", "-c", wrapped.format(shlex.join(server))) as shell:
+        found = service.of_folder(tmp_path, None)
+    assert found.words == server
+    assert shell in found.pids
+
+
+def test_a_shell_that_does_more_than_start_a_server_is_the_service(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text(f"{shlex.join((sys.executable, '-c', LISTENS))}; echo ended")
+    with running(tmp_path, "sh", "run.sh") as shell:
+        found = service.of_folder(tmp_path, None)
+    assert found.words == ("sh", "run.sh")
+    assert found.pids[0] == shell
+    two = f"sleep 60 & {shlex.join((sys.executable, '-c', LISTENS))}; kill $!"
+    with running(tmp_path, "sh", "-c", two):
+        found = service.of_folder(tmp_path, None)
+    assert found.words == ("sh", "-c", two)
+
+
+def test_the_terminal_that_a_server_was_started_at_is_no_part_of_it(tmp_path: Path) -> None:
+    server = (sys.executable, "-c", LISTENS)
+    with running(tmp_path, sys.executable, "-c", STARTS, *server) as terminal:
+        found = service.of_folder(tmp_path, None)
+    assert found.words == server
+    assert terminal not in found.pids
+
+
+def test_who_migrates_is_no_part_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be paused with the service, for good."""
+    monkeypatch.chdir(tmp_path)
+    server = (sys.executable, "-c", LISTENS)
+    with running(tmp_path, *server) as pid:
+        found = service.of_folder(tmp_path, None)
+    assert (found.words, found.pids) == (server, (pid,))
 
 
 def test_bus_paths_are_spelled_as_systemd_does() -> None:
