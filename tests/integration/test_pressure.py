@@ -20,6 +20,8 @@ import pytest
 
 from gateway.rootfs import memory, process_tree, reserve
 from gateway.rootfs.memory import Place
+from gateway.runtime.incus.resizing import APPLY
+from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import Settings
 from tests.archives import archive
 from tests.integration import environment
@@ -54,11 +56,26 @@ if (isMainThread) {
 """
 
 
-def stalled() -> float:
-    """Return the seconds that commands have waited for memory until now."""
+def place() -> Place:
+    """Return where the tenant's counters are."""
     mount = process_tree.mount_point()
     assert mount is not None
-    return memory.stalled(Place(mount / f"lxc.payload.{TENANT}" / process_tree.PARENT, None)) or 0.0
+    init = (mount / f"lxc.payload.{TENANT}" / "init.scope" / "cgroup.procs").read_text()
+    found = memory.place(int(init.split()[0]))
+    assert found is not None
+    return found
+
+
+def stalled() -> float:
+    """Return the seconds that commands have waited for memory until now."""
+    return memory.stalled(place().below(process_tree.PARENT)) or 0.0
+
+
+def allowed() -> int:
+    """Return the bytes of memory that the kernel lets the site have."""
+    found = memory.sample(place().below(memory.SITE))
+    assert found is not None and found.limit is not None
+    return found.limit
 
 
 async def events(host: Hosting, kind: str) -> AsyncGenerator[dict[str, Any]]:
@@ -77,14 +94,14 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
 ) -> None:
     """It is told with numbers and advice; commands start all the while; its site starts anew and says why."""
     template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
-    looks = {"pressure_interval": 0.5, "pressure_patience": 6.0}
+    looks = {"pressure_interval": 1.0, "pressure_patience": 6.0}
     async with hosting(incus_settings, tmp_path / "state", **looks) as host:  # type: ignore[arg-type]
         for domain, what in ((DOMAIN, template), (NEXT_DOMAIN, "static")):
             record = await host.deploy(domain, what)
             assert record["state"] == "succeeded", record["error"]
         environment.configure(TENANT, "limits.memory", f"{MEMORY}MiB")
-        # as a deployment of that size: the share of the site is worked out when its unit is read
-        environment.incus("exec", TENANT, "--", "systemctl", "daemon-reload")
+        environment.incus("exec", TENANT, "--", "sh", "-c", APPLY)  # as resizing does
+        assert allowed() <= (MEMORY << 20) * SITE_SHARE // 100
         first = (await host.visit(DOMAIN))[1]
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
             mount = process_tree.mount_point()
@@ -107,7 +124,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
             listening = group.create_task(listen())
             command = await agent.call("exec/start", argv=["sleep", "600"])
             async with asyncio.timeout(60), reading(host.gateway, NEXT_DOOR, "index.html") as beside:
-                await host.visit(DOMAIN, "/thrash")
+                visiting = group.create_task(host.visit(DOMAIN, "/thrash"))  # it may never be answered
                 event = await told.get()
                 waits, seconds, waited = [], -time.monotonic(), -stalled()
                 ended = None
@@ -120,6 +137,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
                         ended = next_ if (next_ := told.get_nowait())["type"].endswith(".killed") else ended
                 seconds, waited = seconds + time.monotonic(), waited + stalled()
             listening.cancel()
+            visiting.cancel()
 
             assert event["type"] == "tenant.pressure", event
             facts = event["data"]

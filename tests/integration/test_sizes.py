@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.rootfs import memory, process_tree
+from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import MiB, Settings
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
@@ -17,6 +20,7 @@ from tests.integration.sites import Hosting, hosting
 pytestmark = pytest.mark.timeout(200)
 DOMAIN, TENANT = "grows.test", "grows-test"
 URL = f"/v1/tenants/{TENANT}"
+PAGE = os.sysconf("SC_PAGE_SIZE")
 SMALL = {"cpu": "1", "memory": "512MiB", "disk": "2GiB"}
 MEDIUM = {"cpu": "2", "memory": "1GiB", "disk": "8GiB"}
 # with what else runs in the tenant more than a site may have of 512 MiB (85 %), and less than all of it
@@ -48,23 +52,33 @@ def kernels() -> dict[str, int]:
     root = Path("/sys/fs/cgroup")
     v1 = (root / "memory").is_dir()
     group = f"lxc.payload.{TENANT}"
-    memory = root / ("memory" if v1 else "") / group / ("memory.limit_in_bytes" if v1 else "memory.max")
+    limit = root / ("memory" if v1 else "") / group / ("memory.limit_in_bytes" if v1 else "memory.max")
     cpus = root / ("cpuset" if v1 else "") / group / "cpuset.cpus"
     first, _, last = cpus.read_text().strip().partition("-")
     shown = json.loads(environment.incus("query", f"/1.0/instances/{TENANT}/state").stdout)
     return {
-        "memory": int(memory.read_text()),
+        "memory": int(limit.read_text()),
         "cpus": int(last or first) - int(first) + 1,
         "disk": shown["disk"]["root"]["total"],
     }
 
 
-async def limited(memory: int, cpus: int, disk: int) -> None:
+def site() -> int | None:
+    """Return the memory that the kernel lets the site have."""
+    mount = process_tree.mount_point()
+    assert mount is not None
+    init = int((mount / f"lxc.payload.{TENANT}" / "init.scope" / "cgroup.procs").read_text().split()[0])
+    place = memory.place(init)
+    found = None if place is None else memory.sample(place.below(memory.SITE))
+    return None if found is None else found.limit
+
+
+async def limited(mib: int, cpus: int, disk: int) -> None:
     """Return once the kernel has these limits; Incus deals out the CPUs a moment after the others."""
-    wanted = {"memory": memory * MiB, "cpus": cpus, "disk": disk * MiB}
+    wanted = {"memory": mib * MiB, "cpus": cpus, "disk": disk * MiB}
     assert {**kernels(), "cpus": cpus} == wanted
     async with asyncio.timeout(10):
-        while kernels() != wanted:
+        while kernels() != wanted or site() != mib * MiB * SITE_SHARE // 100 // PAGE * PAGE:
             await asyncio.sleep(0.1)  # nobody tells
 
 

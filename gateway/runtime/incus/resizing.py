@@ -33,6 +33,15 @@ log = logging.getLogger(__name__)
 UPDATING: Final = "user.gateway.memory"
 """Says that an update has doubled the memory: what it was, `-` for the profile's, and the double."""
 
+# Shares are worked out when a unit is read, and those of a site that runs reach the kernel only when they are
+# set (systemd 257).
+APPLY: Final = f"""\
+systemctl daemon-reload
+[ ! -f /etc/systemd/system/site.service ] ||
+  exec systemctl set-property --runtime site.service MemoryMax={SITE_SHARE}% TasksMax={SITE_SHARE}%
+"""
+"""Has the systemd of a container take shares of its new limits for those of the site, for root's shell."""
+
 _KEYS: Final = ("cpu", "memory", "processes")
 _USED: Final = Path(__file__).with_name("used.sh").read_text()
 _LOOKING: Final = 120.0  # seconds of a look through a whole disk
@@ -163,11 +172,9 @@ class Resizing:
     async def _applied(self, name: str) -> None:
         """Have the instance's systemd take shares of the new limits for those of its services."""
         try:
-            await self._root(name, "exec systemctl daemon-reload", _APPLYING)
+            await self._root(name, APPLY, _APPLYING)
         except (GatewayError, TimeoutError) as error:
-            log.warning(
-                "services of %s keep shares of its old limits until they are reloaded: %s", name, error
-            )
+            log.warning("the site of %s keeps shares of its old limits until it restarts: %s", name, error)
 
     async def _root(self, name: str, script: str, seconds: float) -> str:
         spec = ExecSpec(("/bin/sh", "-c", script), cwd="/", user="root", merged=True)
