@@ -1,4 +1,4 @@
-"""Knows who did what to tenants and tokens: a record for the operator, kept longer than events.
+"""The audit log: who did what to tenants and tokens, kept longer than events.
 
 What a client asks of a tenant's life is noted where it is done. What tools, commands and deployments do is
 taken over from the events, which name who asked, from where the last life left off. Contents, command lines

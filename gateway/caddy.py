@@ -1,4 +1,4 @@
-"""Knows the Caddy in front of all sites: its configuration, and the routes that it looks up.
+"""The Caddy in front of all sites: its configuration, and the routes that it looks up.
 
 A route is a link, `routes/DOMAIN` to a folder with one file that is named by where the site answers. Caddy
 looks for it at each request, so that changing one is a rename: nothing is reloaded, which would cut every

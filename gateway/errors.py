@@ -1,4 +1,4 @@
-"""Knows every way in which the gateway refuses or fails, each with its wire code.
+"""Every error of the gateway, each with its wire code.
 
 One tree. Foreign errors (aiohttp, OSError, pylxd) are mapped into it once, at the border where they
 appear. A client gets `code`, `message` and `facts`; the log gets the traceback; neither gets a secret

@@ -1,4 +1,4 @@
-"""Knows how domains are spelled: which are valid, which are nobody's to take, which a pattern allows.
+"""Host names: which are valid, which are reserved, which a pattern allows.
 
 Two spellings of one name compare equal only once both are `normalized`.
 """

@@ -1,4 +1,4 @@
-"""Knows which calls and commands were asked for by an id, and what came of each: none is made twice.
+"""Calls and commands by their caller's id, with their results, so that none is made twice.
 
 A call that may change something is noted in the store before it begins and again with its result, before
 that is told: what a killed gateway had begun and not finished is known as such to the next one. What only

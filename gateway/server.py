@@ -1,4 +1,4 @@
-"""Knows how the application is served: the listening socket, uvicorn, signals, the log's form."""
+"""Serves the application: the listening socket, uvicorn, signals, the log's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how a task begins without waiting for its turn, how one is carried through, and how one lasts."""
+"""Tasks: begin one at once, carry one through a cancel, keep one running."""
 
 from __future__ import annotations
 

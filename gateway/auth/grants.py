@@ -1,4 +1,4 @@
-"""Knows what is open under which token, and ends it when the token ends: at its `exp`, or when it is revoked.
+"""Ends what is open under a token when the token ends: at its `exp`, or when it is revoked.
 
 Whoever opens something that outlasts its request holds a `Grant` for as long: a websocket, an event stream, a
 followed log. What is merely answered needs none; see docs/protocol.md.

@@ -1,4 +1,4 @@
-"""Knows which tokens were taken back before their time."""
+"""Tokens that were revoked before their `exp`."""
 
 from __future__ import annotations
 

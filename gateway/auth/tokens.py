@@ -1,4 +1,4 @@
-"""Knows who may do what: tokens, the secret that signs them, sessions, and which pages may ask.
+"""Authentication: tokens, the secret that signs them, browser sessions, allowed origins.
 
 A token is a JWT signed with HS256. Everything here is plain functions over values; only `load_secret`
 touches the disk, once at the start.

@@ -1,4 +1,4 @@
-"""Knows how a deployment looks to who waits for it at a terminal, and follows one to its end."""
+"""Shows a deployment at a terminal and follows it to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how deployments and templates look over HTTP: bodies in, answers out."""
+"""Deployments and templates over HTTP: bodies in, answers out."""
 
 from __future__ import annotations
 

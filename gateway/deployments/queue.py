@@ -1,4 +1,4 @@
-"""Knows whose deployment is next: each owner has a share of those that run and of those that wait."""
+"""The queue of deployments: each owner has a share of the running and of the waiting ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what is kept of a deployment, as it is stored and as it is told."""
+"""The record of a deployment, as stored and as shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what a template is: a folder with a manifest, `site.toml`, as plain entries that can harm nobody.
+"""Reads templates: a folder with a manifest, `site.toml`, into entries that are safe to unpack.
 
 A template may come from whoever deploys, so nothing of it is believed: not its names, not its links, not its
 sizes. What is accepted is packed anew, and unpacked only inside the tenant's container, as its own user.

@@ -1,4 +1,4 @@
-"""Knows what happened: the journal that keeps events, the bus that hands them on, their SSE form.
+"""Events: the journal that stores them, the bus that delivers them, Server-Sent Events.
 
 From outside use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. A publisher calls
 `Bus.publish` and forgets; a subscriber holds a cursor on the journal and nothing else.

@@ -1,4 +1,4 @@
-"""Knows who listens: publishing to the journal, and subscriptions that follow it."""
+"""Publishes events to the journal, and follows it for subscribers."""
 
 from __future__ import annotations
 

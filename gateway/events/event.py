@@ -1,4 +1,4 @@
-"""Knows one event: its fields, its CloudEvents form, and who may and wants to see it."""
+"""One event: its fields, its CloudEvents form, and filters by permission and interest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how events are kept: the interface of a journal, one in the store, and one that lives in memory."""
+"""Stores events: the interface of a journal, one in SQLite, one in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows whose events are kept: the shares of a journal's room, and whose events are lost up to where."""
+"""Retention of events: each tenant's share of the journal, and up to which id each has lost some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how events look as Server-Sent Events: one HTTP response that follows the bus."""
+"""One HTTP response of Server-Sent Events that follows the bus."""
 
 from __future__ import annotations
 

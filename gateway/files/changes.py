@@ -1,4 +1,4 @@
-"""Knows how changes of files are put together until they are told, and which a client wants. No IO."""
+"""Merges changes of files until they are sent, and filters them for each client. No IO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the gateway's side of the editor's calls: which worker is asked, and who is told of a write."""
+"""The gateway's side of the editor's file calls: picks the worker and publishes writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the editor's operations on single files and folders, as a worker serves them.
+"""The editor's operations on single files and folders, run inside a worker.
 
 Each takes the parameters of the method of the same name and returns its result as JSON. Paths in results
 are relative to the workspace, which itself is ".". A last link is never followed by what changes something.

@@ -1,4 +1,4 @@
-"""Knows files over HTTP: conditions and ranges of RFC 9110, and a body that is sent from a disk.
+"""Files over HTTP: conditions and ranges of RFC 9110, and bodies sent from disk.
 
 The tenant's bytes are served from the gateway's own origin, so they must never run there: every answer is an
 octet stream that a browser does not sniff, in a sandbox.

@@ -1,4 +1,4 @@
-"""Knows how a worker opens files for the gateway: regular ones to read, new ones to write.
+"""Opens files in a worker for the gateway: regular ones to read, new ones to write.
 
 Bytes of any size go through the descriptor that is passed back, not through the worker. That keeps both
 honest: the worker alone walks the tenant's paths, in its confinement, and the gateway gets no name and no

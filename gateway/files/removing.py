@@ -1,4 +1,4 @@
-"""Knows how to empty a folder that a tenant changes meanwhile, whatever its depth and breadth."""
+"""Empties a folder of any depth and breadth while its tenant changes it."""
 
 from __future__ import annotations
 

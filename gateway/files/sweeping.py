@@ -1,4 +1,4 @@
-"""Knows how a worker removes unfinished files that nobody will finish: a killed process could not.
+"""Removes unfinished files that a killed process left behind. Runs in a worker.
 
 Writes and edits are renamed into place within a millisecond of being made, uploads too where the kernel lets
 a file be without a name until then. What a SIGKILL catches in between stays under a name that only we give.

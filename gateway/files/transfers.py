@@ -1,4 +1,4 @@
-"""Knows how a file's bytes get from a workspace to a client and back, at any size.
+"""Copies a file of any size between a workspace and a client.
 
 A worker opens the file and passes its descriptor (see `opening`). The bytes are copied by threads of this
 room alone, so that a slow disk holds up neither the event loop nor anybody else's threads. Nothing holds more

@@ -1,4 +1,4 @@
-"""Knows the gateway's side of watching: whose watches there are, what waits to be told, how they end."""
+"""The gateway's side of file watching: the watches, what waits to be sent, how they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how a worker watches a workspace by inotify and tells what changed.
+"""Watches a workspace by inotify and reports what changed. Runs in a worker.
 
 One inotify instance for all watches of a tenant, one watch of the kernel for each folder that somebody wants.
 A folder is opened by the safe paths of `tree` and watched through that descriptor, before it is listed: so

@@ -1,4 +1,4 @@
-"""Knows how the broker runs as a service: whom it serves, where, and which chores of the host it does.
+"""Runs the broker as a service: its socket, its client, its chores on the host.
 
 The broker itself is `gateway.rootfs.broker`, which knows no settings. It is run in an interpreter of its own:
 workers are forks of it, and nothing of the settings, the secret among them, may be in their memory.

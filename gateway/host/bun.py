@@ -1,4 +1,4 @@
-"""Knows which Bun tenants get, and keeps it in a cache: for the image, and to build the browser editor."""
+"""Fetches the pinned Bun into a cache, for the image and to build the browser editor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how incusd is found, started, awaited and stopped, with systemd or without.
+"""Finds, starts, awaits and stops incusd, with systemd or without.
 
 A daemon is named by its folder (INCUS_DIR), so that tests run one of their own beside the operator's.
 """

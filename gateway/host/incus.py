@@ -1,4 +1,4 @@
-"""Knows how the host's preparation talks to incusd: pylxd's raw API, its errors mapped to ours.
+"""Talks to incusd while a host is prepared: pylxd's raw API, with its errors mapped to ours.
 
 pylxd's models lack network ACLs and warn about fields that Incus added, its raw nodes have neither fault.
 """

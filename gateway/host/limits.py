@@ -1,4 +1,4 @@
-"""Knows the kernel's limits that hosts with many containers run into, and raises them for good.
+"""Raises the kernel limits that hosts with many containers run into, permanently.
 
 What all containers of a host use of inotify is counted together, against the owner of their user namespaces:
 of the kernel's 128 instances the systemd and the bundlers of a few dozen tenants take all.

@@ -1,4 +1,4 @@
-"""Knows how one file of a package is taken from the npm registry, with its integrity checked.
+"""Fetches one file of an npm package and checks its integrity.
 
 Needs nothing but Python, so that a host needs neither Node nor npm.
 """

@@ -1,4 +1,4 @@
-"""Knows where the gateway's own ripgrep comes from: one static program, run only inside file workers."""
+"""Fetches the gateway's own ripgrep: one static program, run only inside file workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows Incus's REST conventions: sync and async answers, operations, the event stream.
+"""Incus's REST conventions: sync and async answers, operations, the event stream.
 
 Facts about incusd that shape this module (measured on 6.0.4):
 

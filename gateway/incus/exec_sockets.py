@@ -1,4 +1,4 @@
-"""Knows the websockets of one Incus exec.
+"""Opens the websockets of one Incus exec.
 
 Facts about incusd that shape this module (measured on 6.0.4):
 

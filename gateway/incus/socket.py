@@ -1,4 +1,4 @@
-"""Knows one websocket of an Incus exec: bytes of a stream in, bytes of a stream out.
+"""One websocket of an Incus exec: bytes of a stream in, bytes of a stream out.
 
 A reader of our own, because a stream is all that these sockets carry and each general library hands over a
 message at a time: at incusd's 32 KiB a message that cost more than half of the gateway's CPU while a command

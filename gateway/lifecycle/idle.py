@@ -1,4 +1,4 @@
-"""Knows which tenants nobody uses: puts those to sleep, and wakes them for whoever asks first.
+"""Puts tenants to sleep that nobody uses, and wakes them for the first request.
 
 A tenant is used by requests and websockets of the gateway, by its running commands, and by whoever is
 connected to its site. One that is asleep is stopped and marked in Incus, and its route leads to us first.

@@ -1,4 +1,4 @@
-"""Knows a tenant's life as clients ask for it: start to destroy, snapshots, clones, the site's log.
+"""A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, the site's log.
 
 It takes what HTTP asked for as values and answers with values; `app` knows who may ask. A change of one
 tenant waits for the one before it.

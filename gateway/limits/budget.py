@@ -1,4 +1,4 @@
-"""Knows how much is held for whom: bytes in flight of a socket, of a tenant and in all, and sockets.
+"""Budgets: bytes in flight for each socket, each tenant and in all, and numbers of sockets.
 
 It counts and says no; it holds nothing itself. It is asked at the edge, before what is counted is there, and
 gets it back once an answer has been handed to its socket. Who asks for a little is let in or refused at once.

@@ -1,4 +1,4 @@
-"""Knows how much of the storage pool is left, and how much of it a tenant's snapshots may hold.
+"""Disk space: what is left of the storage pool, and what a tenant's snapshots may hold of it.
 
 A snapshot costs nothing when it is made, and later what the tenant has changed or removed since. What it can
 cost at most is what no earlier one holds of the disk when it is made, and that is counted. Incus tells of a

@@ -1,4 +1,4 @@
-"""Knows the old service of a site: what systemd and the kernel say of it, how it is stopped and started."""
+"""The old service of a site: its state by systemd and the kernel, how it is stopped and started."""
 
 from __future__ import annotations
 

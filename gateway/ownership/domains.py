@@ -1,4 +1,4 @@
-"""Knows whose each domain is: the one authority that all ask who give a domain, take it or lead it somewhere.
+"""Domain ownership: the one authority for giving a domain, taking it and routing it.
 
 Incus says which tenants carry a domain (`user.gateway.domain`), and more than one may: an operator copies an
 instance, or writes the key by hand. Which of them has it is kept here, with the instance's own id, so that it

@@ -1,4 +1,4 @@
-"""Knows whose each tenant's name is now: one that is destroyed and made anew is another.
+"""Name ownership: a tenant that is destroyed and made again under its name is another.
 
 Events, receipts, deployments and tokens go by the name, which may be another customer's by now. Incus tells
 instances of one name apart; which had it last is kept here, so that a gateway that was away knows too.

@@ -1,4 +1,4 @@
-"""Knows how something is noted at once so that it outlives this process, until it is on the disk.
+"""Notes that outlive a killed process at once, until they are on the disk.
 
 A file in a file system in memory is mapped: what is copied into it stays, whatever ends the process, and no
 disk is waited for. It does not outlive the machine. It has two halves that are used in turn: while what

@@ -1,4 +1,4 @@
-"""Knows how long uvicorn's HTTP connections may be silent, and how many may be.
+"""Limits on uvicorn's HTTP connections: how long each may be silent, and how many may be.
 
 uvicorn waits for a request's head for ever, and reads the rest of a body that nobody wants for as long as
 something comes. Whose body is awaited the application knows, and when it gives up on one.

@@ -1,4 +1,4 @@
-"""Knows how uvicorn's websocket sends bytes in parts, and how it asks before it takes in much.
+"""uvicorn's websocket with bytes in parts, and with a budget that is asked before input is buffered.
 
 The ASGI message `websocket.send` may carry `parts`, a list of bytes that make one binary message, where the
 scope has the extension `PARTS`. A command that prints a gigabyte costs a third less of the gateway's CPU so.

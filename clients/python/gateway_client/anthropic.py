@@ -1,4 +1,4 @@
-"""Knows how the Messages API's own client works in a tenant: tools for its `tool_runner`.
+"""The Messages API's own client in a tenant: tools for its `tool_runner`.
 
     shop = client.tenant("shop")
     async with anthropic.bash(shop) as bash:

@@ -1,4 +1,4 @@
-"""Knows how Claude's Agent SDK works in a tenant: options that give an agent its tools, nothing of this host.
+"""Claude's Agent SDK in a tenant: options that give an agent the tenant's tools and nothing of this host.
 
     async with Client("https://gateway.example", token=…) as client:
         async with ClaudeSDKClient(claude.options(client.tenant("shop"))) as agent:

@@ -1,4 +1,4 @@
-"""Knows one websocket to the gateway: calls and their answers, and the bytes of one command.
+"""One websocket to the gateway: calls with answers, and the bytes of one command.
 
 Requests run concurrently. The bytes of a command go to the connection's one `Receiver`; while that has
 no room, nothing is read from the socket, so that pressure reaches the gateway and the command. This is

@@ -1,4 +1,4 @@
-"""Knows the client's token: who gives it, when the next one is due, and what to do where none comes."""
+"""The client's token: its source, when the next one is due, what happens if none comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how failures reach a client: the gateway's own tree, rebuilt from the wire codes."""
+"""Errors: the gateway's own tree, rebuilt from the wire codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows when to try again: how long to wait after each failure, when to give up, and who is told."""
+"""Retries: how long to wait after each failure, when to give up, whom to tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how the client looks without asyncio: the same names, methods that wait and plain iterators.
+"""The client without asyncio: the same names, blocking methods and plain iterators.
 
     with Client("http://127.0.0.1:8080", token=…) as client:
         shop = client.tenant("shop")

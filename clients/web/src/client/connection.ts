@@ -1,4 +1,4 @@
-/** Knows one websocket to a tenant: calls and their answers, frames by channel. It never reconnects. */
+/** One websocket to a tenant: calls with answers, frames by channel. It never reconnects. */
 
 import { cancelled, Disconnected, fatalClose, GatewayError } from "./errors.js";
 import type { ServerInfo } from "./types.js";

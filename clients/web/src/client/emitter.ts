@@ -1,4 +1,4 @@
-/** Knows who listens: typed events with functions as listeners, delivered at once and in order. */
+/** A typed event emitter. Listeners are called at once and in order. */
 
 export class Emitter<Events extends object> {
   readonly #listeners = new Map<keyof Events, Set<(value: never) => void>>();

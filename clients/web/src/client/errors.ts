@@ -1,4 +1,4 @@
-/** Knows how failures reach a client: one class with the wire's code words, and one for a broken connection. */
+/** Errors: one class with the wire's codes, one for a broken connection. */
 
 export const ERROR_CODES = [
   "unauthorized",

@@ -1,4 +1,4 @@
-/** Knows one running command: its output, its input, its end, and how it goes on after a broken connection. */
+/** One running command: output, input, end, and resumption after a broken connection. */
 
 import type { Connection } from "./connection.js";
 import { Emitter } from "./emitter.js";

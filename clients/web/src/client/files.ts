@@ -1,4 +1,4 @@
-/** Knows a tenant's files as an editor has them. Paths are absolute, or relative to the workspace. */
+/** A tenant's files for an editor. Paths are absolute, or relative to the workspace. */
 
 import { Disconnected, GatewayError } from "./errors.js";
 import type { Link } from "./link.js";

@@ -1,4 +1,4 @@
-/** Knows how to stay connected to one tenant: back-off, what is asked again, and what the state is. */
+/** Stays connected to one tenant: back-off, repeated requests, connection state. */
 
 import { Connection, type SocketConstructor } from "./connection.js";
 import type { Credential } from "./credential.js";

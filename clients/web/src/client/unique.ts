@@ -1,4 +1,4 @@
-/** Knows names that nobody else makes. `crypto.randomUUID` is not there on plain http from another machine. */
+/** Unique ids. `crypto.randomUUID` is missing on plain http from another machine. */
 
 /** Returns 32 random hex digits. */
 export function unique(): string {

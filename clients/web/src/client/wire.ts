@@ -1,4 +1,4 @@
-/** Knows the wire of `gateway.v1` at the client's end: frames and JSON-RPC texts, without IO. */
+/** The client's end of `gateway.v1`: frames and JSON-RPC texts, without IO. */
 
 import { type ErrorCode, type Facts, GatewayError } from "./errors.js";
 

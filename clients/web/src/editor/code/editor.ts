@@ -1,4 +1,4 @@
-/** Knows CodeMirror: what a document's state is made of, and how a text from outside comes into it. */
+/** Builds CodeMirror states for documents and applies texts from outside to them. */
 
 import {
   autocompletion,

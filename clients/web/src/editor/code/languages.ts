@@ -1,4 +1,4 @@
-/** Knows the language of a file by its name, and loads what highlights it when it is first needed. */
+/** Finds a file's language by its name and loads its highlighter on first use. */
 
 import { type LanguageSupport, StreamLanguage } from "@codemirror/language";
 

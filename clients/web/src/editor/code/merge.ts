@@ -1,4 +1,4 @@
-/** Knows two versions of a file side by side: theirs to look at, mine to change. */
+/** The merge view: their version to read, mine to edit. */
 
 import { defaultKeymap, history, historyKeymap } from "@codemirror/commands";
 import { MergeView } from "@codemirror/merge";

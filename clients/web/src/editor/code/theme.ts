@@ -1,4 +1,4 @@
-/** Knows how code looks: all colours are the page's own variables, so light and dark need no second theme. */
+/** The code theme. All colours are the page's CSS variables, so light and dark need no second theme. */
 
 import { HighlightStyle, syntaxHighlighting } from "@codemirror/language";
 import { EditorView } from "@codemirror/view";

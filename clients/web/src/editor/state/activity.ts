@@ -1,4 +1,4 @@
-/** Knows what happens in a tenant as it happens: tool calls of agents, commands, files, its life. */
+/** The tenant's activity as events report it: tool calls, commands, files, lifecycle. */
 
 import { signal } from "@preact/signals";
 import type { GatewayEvent } from "../../client/index.js";

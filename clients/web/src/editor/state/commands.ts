@@ -1,4 +1,4 @@
-/** Knows every command of the editor, its key, and when it can be given. */
+/** Every command of the editor, its key, and when it is available. */
 
 import { signal } from "@preact/signals";
 

@@ -1,4 +1,4 @@
-/** Knows deployments as their events tell them: phases, times, the log, how they ended. */
+/** Deployments as their events report them: phases, times, log, outcome. */
 
 import { signal } from "@preact/signals";
 import {

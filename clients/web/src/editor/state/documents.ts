@@ -1,4 +1,4 @@
-/** Knows the open files: their text, what is unsaved, and what others did to them meanwhile. */
+/** The open files: their text, unsaved changes, and changes by others. */
 
 import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { signal } from "@preact/signals";

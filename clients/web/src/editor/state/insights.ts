@@ -1,4 +1,4 @@
-/** Knows what a tenant uses, sampled while somebody looks, and what its site logs. */
+/** A tenant's metrics, sampled while they are visible, and its site's log. */
 
 import { signal } from "@preact/signals";
 import { GatewayError, type Tenant, type Usage } from "../../client/index.js";

@@ -1,4 +1,4 @@
-/** Knows how the window is divided, and what of that is remembered. */
+/** The window's layout, and which part of it is remembered. */
 
 import { effect, type Signal, signal } from "@preact/signals";
 

@@ -1,4 +1,4 @@
-/** Knows paths of the workspace: relative, with "." for the workspace itself. */
+/** Workspace paths: relative, with "." for the workspace itself. */
 
 export function parent(path: string): string {
   const at = path.lastIndexOf("/");

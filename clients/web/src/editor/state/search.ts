@@ -1,4 +1,4 @@
-/** Knows how to find things: text by Grep, files by Glob. */
+/** Searches text by Grep and files by Glob. */
 
 import { signal } from "@preact/signals";
 import type { Entry, Tenant, ToolResult } from "../../client/index.js";

@@ -1,4 +1,4 @@
-/** Knows the terminals of this window: commands in the tenant that outlive the page, and their screens. */
+/** The terminals of this window: commands that outlive the page, and their screens. */
 
 import { signal } from "@preact/signals";
 import {

@@ -1,4 +1,4 @@
-/** Knows the short messages that come and go in a corner. */
+/** Toasts: short messages in a corner. */
 
 import { signal } from "@preact/signals";
 

@@ -1,4 +1,4 @@
-/** Knows the file tree: which folders are read, which are open, and how both follow the watcher. */
+/** The file tree's state: which folders are read and open, kept current by the watcher. */
 
 import { computed, signal } from "@preact/signals";
 import type { Entry, FileChanges, Tenant } from "../../client/index.js";

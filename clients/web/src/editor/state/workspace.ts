@@ -1,4 +1,4 @@
-/** Knows the tenant that is open: its connection, and all that is shown of it. */
+/** The open tenant: its connection and everything shown of it. */
 
 import { effect, signal, untracked } from "@preact/signals";
 import {

@@ -1,4 +1,4 @@
-/** Knows xterm.js: one terminal's screen, in the page's colours and within its content security policy. */
+/** One xterm.js screen, in the page's colours and within its content security policy. */
 
 import { FitAddon } from "@xterm/addon-fit";
 import { Terminal as Xterm } from "@xterm/xterm";

@@ -1,4 +1,4 @@
-/** Knows how the work of agents and colleagues is shown while it happens. */
+/** Shows the work of agents and colleagues as it happens. */
 
 import { useEffect, useState } from "preact/hooks";
 import type { Item } from "../state/activity.js";

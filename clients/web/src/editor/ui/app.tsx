@@ -1,4 +1,4 @@
-/** Knows how the parts stand together, on a desk and on a phone. */
+/** The page's layout, on desktops and phones. */
 
 import { keysOf, palette } from "../state/commands.js";
 import {

@@ -1,4 +1,4 @@
-/** Knows how a conflict is settled: both versions side by side, and one of three ends. */
+/** The conflict dialog: both versions side by side, with three ways to settle. */
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Comparison } from "../code/merge.js";

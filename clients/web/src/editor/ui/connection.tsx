@@ -1,4 +1,4 @@
-/** Knows how the state of the connection is told: always, honestly, in words. */
+/** Shows the state of the connection, in words. */
 
 import { useEffect, useState } from "preact/hooks";
 import type { LinkStatus } from "../../client/index.js";

@@ -1,4 +1,4 @@
-/** Knows how a deployment is asked for and watched to its end. */
+/** The deploy panel: start a deployment and watch it to its end. */
 
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows the tabs, the one view in which files are edited, and what is said of a file over it. */
+/** Tabs, the editor view, and the notices above it. */
 
 import type { EditorView } from "@codemirror/view";
 import { effect, signal } from "@preact/signals";

@@ -1,4 +1,4 @@
-/** Knows how the file tree looks and is driven by keys. */
+/** The file tree, with its keyboard control. */
 
 import { signal } from "@preact/signals";
 import { useLayoutEffect, useRef } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows how what a tenant uses, and what its site logs, is drawn. */
+/** Draws what a tenant uses and what its site logs. */
 
 import { signal } from "@preact/signals";
 import { useEffect, useRef, useState } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows the field in the middle: files by name, commands, tenants. */
+/** The palette: open files by name, run commands, switch tenants. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { available, palette, shown } from "../state/commands.js";

@@ -1,4 +1,4 @@
-/** Knows the terminals at the bottom: their tabs, and the one that is shown. */
+/** The terminal panel: tabs and the visible terminal. */
 
 import { effect, signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows the small parts that everything else is made of. */
+/** Buttons, fields, menus and other small components. */
 
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";

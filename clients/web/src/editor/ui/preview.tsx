@@ -1,4 +1,4 @@
-/** Knows the frame that shows the tenant's site, which is another origin and stays one. */
+/** The preview: a frame with the tenant's site, on the site's own origin. */
 
 import { signal } from "@preact/signals";
 import { useEffect, useState } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows how searching through all files looks. */
+/** The search panel. */
 
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";

@@ -1,4 +1,4 @@
-/** Knows the bar at the top: which tenant, how the connection is, who one is. */
+/** The top bar: tenant, connection, user. */
 
 import { signal } from "@preact/signals";
 import { keysOf, palette } from "../state/commands.js";

@@ -1,4 +1,4 @@
-/** Knows long lists of rows of one height: only those in sight are in the page. */
+/** A virtual list: only visible rows of a fixed height are in the page. */
 
 import type { ComponentChildren } from "preact";
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
