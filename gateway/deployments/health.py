@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, Final
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
+from gateway.runtime.links import packets
 from gateway.runtime.probe import HostRefused, Silent, answer, ask, refusal
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
@@ -21,6 +23,8 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 32
+_PARTS: Final = 10  # of an interval, in each of which some sites are looked at
+_ANSWERS: Final = 12  # packets that a site sends at most to be asked by us; a visitor gets four of his own
 _STARTS: Final = ("tenant.started", "tenant.restarted")
 
 
@@ -29,7 +33,8 @@ class Health:
 
     A site that has just been started is looked at until it answers, which is told as `tenant.healthy` with
     the milliseconds it took; after that each by itself, so that one that hangs holds up no look at another.
-    What is well when the gateway starts is not news.
+    One that was well and has answered nobody since is looked at every second time. What is well when the
+    gateway starts is not news.
     """
 
     def __init__(
@@ -38,10 +43,15 @@ class Health:
         bus: Bus,
         settings: Settings,
         excuse: Callable[[str, bool], None] = lambda domain, away: None,
+        packets: Callable[[], Mapping[str, int]] = packets,
     ) -> None:
-        """`excuse` has visitors of a domain answered by a page while its site hangs."""
+        """`excuse` has visitors of a domain answered by a page while its site hangs.
+
+        `packets` counts what came from each site's `link`.
+        """
         self._sites, self._bus, self._settings = sites, bus, settings
-        self._excuse = excuse
+        self._excuse, self._packets = excuse, packets
+        self._sent: dict[str, int] = {}  # by tenants that were looked at in the last interval
         self._away: dict[str, str] = {}  # domains that are excused, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
@@ -131,17 +141,23 @@ class Health:
             )
 
     async def _watch(self) -> None:
+        pause = self._settings.health_interval / _PARTS
         while True:
-            await asyncio.sleep(self._settings.health_interval)
+            parts: Sequence[Sequence[Site]] = ()
             try:
-                self._look(await self._sites.listed())
+                parts = self._due(await self._sites.listed())
             except GatewayError as error:
                 log.info("sites could not be looked at: %s", error.message)
             except Exception:
                 log.exception("sites could not be looked at")
+            # one part after another: many at once would hold up whoever else waits for the loop
+            for part in range(_PARTS):
+                for site in parts[part] if parts else ():
+                    self._look(site)
+                await asyncio.sleep(pause)
 
-    def _look(self, sites: Sequence[Site]) -> None:
-        """Begin to look at every site at which nobody looks yet."""
+    def _due(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+        """Return the sites to be looked at now, part by part; let go of what is kept of others."""
         watched = {
             site.tenant: site
             for site in sites
@@ -153,11 +169,26 @@ class Health:
             self._hangs(gone, None)
         for gone in [tenant for tenant in self._looks if tenant not in watched]:
             self._look_no_more(gone)
+        counts, before, self._sent = self._packets(), self._sent, {}
+        parts: list[list[Site]] = [[] for _ in range(_PARTS)]
         for tenant, site in watched.items():
-            if tenant not in self._starting and tenant not in self._looks:
-                task = asyncio.create_task(self._one(site), name=f"look at {tenant}")
-                self._looks[tenant] = task
-                task.add_done_callback(partial(self._looked, tenant))
+            count = counts.get(site.link or "")
+            well = self._failures.get(tenant) == 0 and tenant not in self._unhealthy
+            silent = count is not None and tenant in before and 0 <= count - before[tenant] <= _ANSWERS
+            if well and silent:
+                continue  # not in `_sent` now, so looked at next time
+            if count is not None:
+                self._sent[tenant] = count
+            parts[zlib.crc32(tenant.encode()) % _PARTS].append(site)  # at the same moment of each interval
+        return parts
+
+    def _look(self, site: Site) -> None:
+        """Begin to look at a site, if nobody looks at it yet."""
+        tenant = site.tenant
+        if tenant not in self._starting and tenant not in self._looks:
+            task = asyncio.create_task(self._one(site), name=f"look at {tenant}")
+            self._looks[tenant] = task
+            task.add_done_callback(partial(self._looked, tenant))
 
     def _looked(self, tenant: str, task: asyncio.Task[None]) -> None:
         if self._looks.get(tenant) is task:

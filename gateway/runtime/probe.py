@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import math
+import os
 import re
 import socket
 import ssl
@@ -133,31 +135,102 @@ async def _exchange(
     """Ask once; return the first line, and up to `most` bytes of the body. Raises the same as `ask`."""
     version = "1.0" if most else "1.1"  # whose bodies come in no chunks
     request = f"GET {path} HTTP/{version}\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
-    body = b""
     with socket.socket() as own:
         own.setblocking(False)
         own.bind(("", 0))  # so that its port is known before anybody sees the connection
         mine = own.getsockname()[1]
         _ports[mine] = math.inf
         try:
+            if tls is None and not most:
+                return await _Asking(own, request, answer).line((address, port), connect), b""
             await asyncio.wait_for(asyncio.get_running_loop().sock_connect(own, (address, port)), connect)
-            try:
-                async with asyncio.timeout(answer):
-                    reader, writer = await asyncio.open_connection(
-                        sock=own, limit=_HEAD, ssl=tls, server_hostname=None if tls is None else host
-                    )
-                    try:
-                        writer.write(request)
-                        line = await reader.readline()
-                        if most:
-                            body = await _body(reader, most)
-                    finally:
-                        writer.transport.abort()  # no word more, and no wait for one
-            except TimeoutError:
-                raise Silent from None
+            return await _streamed(own, request, answer, host, tls, most)
         finally:
             _ended(mine)
+
+
+async def _streamed(
+    own: socket.socket,
+    request: bytes,
+    answer: float,
+    host: str | None,
+    tls: ssl.SSLContext | None,
+    most: int,
+) -> tuple[bytes, bytes]:
+    body = b""
+    try:
+        async with asyncio.timeout(answer):
+            reader, writer = await asyncio.open_connection(
+                sock=own, limit=_HEAD, ssl=tls, server_hostname=None if tls is None else host
+            )
+            try:
+                writer.write(request)
+                line = await reader.readline()
+                if most:
+                    body = await _body(reader, most)
+            finally:
+                writer.transport.abort()  # no word more, and no wait for one
+    except TimeoutError:
+        raise Silent from None
     return line, body
+
+
+class _Asking:
+    """One request on a socket of its own, up to the first line of its answer.
+
+    Each site is asked every few seconds. So this is done by callbacks: a stream takes twice the time.
+    """
+
+    def __init__(self, own: socket.socket, request: bytes, answer: float) -> None:
+        self._own, self._request, self._answer = own, request, answer
+        self._loop = asyncio.get_running_loop()
+        self._line: asyncio.Future[bytes] = self._loop.create_future()
+        self._said = b""
+        self._late: asyncio.TimerHandle
+
+    async def line(self, place: tuple[str, int], connect: float) -> bytes:
+        """Connect and ask; return at most `_HEAD` bytes. Raises `OSError`, so `TimeoutError` and `Silent`."""
+        failed = self._own.connect_ex(place)
+        if failed not in (0, errno.EINPROGRESS):
+            raise OSError(failed, os.strerror(failed))
+        self._late = self._loop.call_later(connect, self._fail, TimeoutError())
+        self._loop.add_writer(self._own, self._connected)
+        try:
+            return await self._line
+        finally:
+            self._late.cancel()
+            self._loop.remove_writer(self._own)
+            self._loop.remove_reader(self._own)
+
+    def _connected(self) -> None:
+        self._late.cancel()
+        self._loop.remove_writer(self._own)
+        try:
+            if failed := self._own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(failed, os.strerror(failed))
+            self._own.send(self._request)  # a new connection has room for all of it
+        except OSError as error:
+            self._fail(error)
+            return
+        self._late = self._loop.call_later(self._answer, self._fail, Silent())
+        self._loop.add_reader(self._own, self._heard)
+
+    def _heard(self) -> None:
+        try:
+            piece = self._own.recv(_HEAD)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        self._said += piece
+        line, end, _ = self._said.partition(b"\n")
+        if (end or not piece or len(self._said) >= _HEAD) and not self._line.done():
+            self._line.set_result(line + end)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._line.done():
+            self._line.set_exception(error)
 
 
 async def _body(reader: asyncio.StreamReader, most: int) -> bytes:

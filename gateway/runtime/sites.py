@@ -122,6 +122,7 @@ class Site:
     Where another instance has the same address (`shares_address`), the younger one has no exposure: it would
     show the elder's site.
     Where a `loose` one is will not be known any more once it is stopped: `Sites.anchor` it before.
+    Whoever visits it is answered through `link`, an interface of this host, if that is known.
     """
 
     tenant: str
@@ -135,6 +136,7 @@ class Site:
     created: str | None = None
     shares_address: bool = False
     loose: bool = False
+    link: str | None = None
 
 
 class Sites(Protocol):

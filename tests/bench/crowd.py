@@ -1,6 +1,7 @@
 """Deploys many static sites on the tests' Incus, four at a time, and measures the gateway with all of them.
 
 Every deployment must succeed; no time passes or fails, but each that has a goal is shown as a ratio of it.
+Times grow with whatever else the machine does; the CPU seconds of a deployment, by whose they are, hardly do.
 Tenants beyond `--awake` are stopped, the eldest first, where memory asks for it. It ends after `--minutes`
 whatever is done by then, says how far it came, and removes what it made.
 """
@@ -14,24 +15,29 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import aiohttp
 import orjson
 
 from gateway.host import HostError
-from gateway.incus import Incus
+from gateway.incus import Incus, IncusError
+from gateway.incus.client import instance_path
 from gateway.limits.capacity import host_memory
 from tests.integration import environment
-from tests.integration.sites import Hosting, hosting
+from tests.integration.sites import ENDED, Hosting, hosting
 
 MiB: Final = 1 << 20
 _EACH: Final = 80 * MiB  # memory of one that is awake, with room
 _HERTZ: Final = os.sysconf("SC_CLK_TCK")
 _TOUCHES: Final = 40
+_TOLD: Final = 20  # deployments, or removals, between two lines of progress
+_LONGEST: Final = 300.0  # seconds of one of either
+_REMOVALS: Final = 8  # at once
 
 
 def at(values: Sequence[float], share: float) -> float:
@@ -49,8 +55,7 @@ def told(what: str, values: Sequence[float], goal: float | None = None) -> str:
 
 def cpu(pid: int) -> float:
     """Return the CPU seconds of a process and of its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / _HERTZ
+    return sum(_times(pid))
 
 
 def own_cpu(host: Hosting) -> float:
@@ -59,22 +64,57 @@ def own_cpu(host: Hosting) -> float:
     return cpu(host.gateway.process.pid)
 
 
+def spent(host: Hosting) -> dict[str, float]:
+    """Return the CPU seconds so far of what has a part in a deployment, but for the tenants themselves."""
+    assert host.caddy.process is not None
+    own, ended = _times(int(environment.daemon().pidfile.read_text()))
+    return {
+        "incusd": own,
+        "its commands": ended,
+        "gateway": own_cpu(host),
+        "Caddy": cpu(host.caddy.process.pid),
+        "this": sum(os.times()[:4]),
+    }
+
+
+def _times(pid: int) -> tuple[float, float]:
+    """Return the CPU seconds of a process, and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / _HERTZ, sum(map(int, fields[13:15])) / _HERTZ
+
+
 class Crowd:
     """Tenants that one gateway deploys; `names` has them in the order of their making."""
 
-    def __init__(self, host: Hosting, awake: int, at_once: int = 4) -> None:
-        self.host, self._awake, self._slots = host, awake, asyncio.Semaphore(at_once)
+    def __init__(self, host: Hosting, client: aiohttp.ClientSession, awake: int, at_once: int = 4) -> None:
+        self.host, self._client = host, client
+        self._awake, self._slots = awake, asyncio.Semaphore(at_once)
         self.names: list[str] = []
         self._next = 0
         self._running: deque[str] = deque()
         self.times: list[float] = []
+        self.spent: list[dict[str, float]] = []  # CPU seconds so far, at the end of each deployment
         self.sources: Counter[str] = Counter()
         self.failed: list[Any] = []
+        self._ends: defaultdict[str, asyncio.Future[None]] = defaultdict(
+            asyncio.get_running_loop().create_future
+        )
+
+    async def hear(self, subscribed: asyncio.Event) -> None:
+        """Hear how deployments end. To ask for it again and again would cost what is measured here."""
+        async with self._client.get("/v1/events?type=deployment.*") as stream:
+            subscribed.set()
+            async for line in stream.content:
+                if line.startswith(b"data:"):
+                    event = orjson.loads(line[5:])
+                    if event["type"].rpartition(".")[2] in ENDED:
+                        self._ends[event["data"]["deployment"]].set_result(None)
 
     async def make(self, count: int, deadline: float, template: str = "static") -> None:
         """Deploy so many, or as many as are begun before the deadline."""
         numbers = range(self._next, self._next + count)
         self._next += count
+        self.spent.append(spent(self.host))
         await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
 
     async def _one(self, number: int, deadline: float, template: str) -> None:
@@ -82,8 +122,9 @@ class Crowd:
             if time.monotonic() > deadline:
                 return
             began = time.monotonic()
-            record = await self.host.deploy(f"crowd{number}.test", template)
+            record = await self._deployed({"domain": f"crowd{number}.test", "template": template})
             self.times.append((time.monotonic() - began) * 1000)
+            self.spent.append(spent(self.host))
             self.sources[record["source"]] += 1
             if record["state"] != "succeeded":
                 self.failed.append(record["error"])
@@ -91,8 +132,22 @@ class Crowd:
                 return
             self.names.append(record["tenant"])
             self._running.append(record["tenant"])
+            if len(self.names) % _TOLD == 0:
+                last = f"of the last {_TOLD} p50 {median(self.times[-_TOLD:]):.0f} ms"
+                print(f"{len(self.names)} tenants; {last}; {costs(self.spent[-_TOLD - 1 :])}", flush=True)
             while len(self._running) > self._awake:
                 await self.host.call("POST", f"/v1/tenants/{self._running.popleft()}/stop")
+
+    async def _deployed(self, request: dict[str, str]) -> dict[str, Any]:
+        """Deploy, and return the record once it is over."""
+        async with self._client.post("/v1/deployments", json=request) as answer:
+            begun = await answer.json()
+            assert answer.status == 202, begun
+        async with asyncio.timeout(_LONGEST):
+            await self._ends[begun["id"]]
+        async with self._client.get(f"/v1/deployments/{begun['id']}") as answer:
+            record: dict[str, Any] = await answer.json()
+            return record
 
     @property
     def awake(self) -> list[str]:
@@ -104,6 +159,15 @@ class Crowd:
         print(f"{len(self.names)} tenants, {len(self._running)} awake; {len(self.failed)} failed")
         print(told("deployment", self.times, 2000), dict(self.sources))
         print(f"first quarter p50 {first:.0f} ms, last {last:.0f} ms: {last / first:.2f} times as long")
+        print(f"first quarter: {costs(self.spent[: quarter + 1])}")
+        print(f"last quarter:  {costs(self.spent[-quarter - 1 :])}", flush=True)
+
+
+def costs(spent: Sequence[dict[str, float]]) -> str:
+    """Return the CPU seconds of a deployment between the first and the last of these."""
+    count = max(1, len(spent) - 1)
+    parts = {who: (spent[-1][who] - spent[0][who]) / count for who in spent[0]}
+    return f"CPU s each {sum(parts.values()):.2f}: " + ", ".join(f"{w} {s:.3f}" for w, s in parts.items())
 
 
 async def lists(host: Hosting, count: int = 50) -> list[float]:
@@ -180,7 +244,39 @@ async def crowd_of(awake: int | None, **changes: Any) -> AsyncIterator[Crowd]:
         fields = {"golden": True, "warm_pool": 2, **changes}
         async with hosting(environment.settings(state_dir=state), state, **fields) as host:
             room = host_memory().available // 2 // _EACH
-            yield Crowd(host, room if awake is None else awake)
+            async with host.gateway.http("*", ttl=86400) as client:
+                crowd, subscribed = Crowd(host, client, room if awake is None else awake), asyncio.Event()
+                hearing = asyncio.create_task(crowd.hear(subscribed))
+                try:
+                    await asyncio.wait_for(subscribed.wait(), 60)
+                    yield crowd
+                finally:
+                    hearing.cancel()
+                    await asyncio.gather(hearing, return_exceptions=True)
+                    await _destroy(crowd)
+
+
+async def _destroy(crowd: Crowd) -> None:
+    """Destroy the tenants, some at a time: incusd does hardly more of them at once."""
+    assert crowd.host.gateway.process is not None
+    await crowd.host.gateway.stop()  # it would look after each of them
+    began, slots, left = time.monotonic(), asyncio.Semaphore(_REMOVALS), len(crowd.names)
+
+    async def one(incus: Incus, name: str) -> None:
+        nonlocal left
+        path = instance_path(name)
+        async with slots:
+            with contextlib.suppress(IncusError):
+                stop = {"action": "stop", "timeout": -1, "force": True}
+                await incus.operate("PUT", f"{path}/state", stop, timeout=_LONGEST)
+            with contextlib.suppress(IncusError):
+                await incus.operate("DELETE", path, timeout=_LONGEST)
+            left -= 1
+            if left % _TOLD == 0:
+                print(f"{left} tenants to destroy, {time.monotonic() - began:.0f} s", flush=True)
+
+    async with Incus(crowd.host.settings.incus_socket) as incus:
+        await asyncio.gather(*(one(incus, name) for name in crowd.names))
 
 
 def of_the_network(wanted: int) -> int:

@@ -85,6 +85,7 @@ async def run(options: argparse.Namespace) -> int:
         await asyncio.sleep(20)
         before = _beside_cache()
         crowd.times.clear()
+        crowd.spent.clear()
         await crowd.make(count - 1, deadline, options.template)
         await asyncio.sleep(10)
         made = len(crowd.names) - 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, strategies
 
 from gateway.deployments.health import Health
 from gateway.events import Bus
+from gateway.runtime.links import packets
 from gateway.runtime.probe import status_of
 from gateway.runtime.sites import Exposure, Site, Sites
 from gateway.settings import Settings
@@ -31,21 +33,26 @@ class Told:
 
 
 class Listed:
+    """Sites by their ports; the interface of each has its tenant's name."""
+
     def __init__(self, ports: dict[str, int]) -> None:
         self.ports = ports
 
     async def listed(self) -> Sequence[Site]:
         return [
-            Site(tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port, f"127.0.0.1:{port}"))
+            Site(
+                tenant, f"{tenant}.test", True, Exposure("127.0.0.1", port, f"127.0.0.1:{port}"), link=tenant
+            )
             for tenant, port in self.ports.items()
         ]
 
 
 class Server:
-    """A site that answers with `said`, and waits for ever where that is None."""
+    """A site that answers with `said`, and waits for ever where that is None; `asked` counts."""
 
     def __init__(self, said: bytes | None) -> None:
         self.said = said
+        self.asked = 0
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
@@ -53,6 +60,7 @@ class Server:
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readline()
+            self.asked += 1
             if self.said is None:
                 await ended.wait()
             else:
@@ -66,9 +74,14 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def watching(told: Told, ports: dict[str, int], **changes: Any) -> AsyncIterator[Health]:
+async def watching(
+    told: Told,
+    ports: dict[str, int],
+    packets: Callable[[], Mapping[str, int]] = dict[str, int],
+    **changes: Any,
+) -> AsyncIterator[Health]:
     settings = Settings(health_interval=0.02, **changes)
-    async with Health(cast(Sites, Listed(ports)), cast(Bus, told), settings) as health:
+    async with Health(cast(Sites, Listed(ports)), cast(Bus, told), settings, packets=packets) as health:
         yield health
 
 
@@ -106,6 +119,64 @@ async def test_a_site_that_says_nothing_for_long_is_unhealthy_at_once() -> None:
         assert (kind, data["failures"], data["why"]) == ("tenant.unhealthy", 1, "no answer in 0.2 s")
         hanging.said = b"HTTP/1.1 404 Not Found\r\n\r\n"
         assert (await told.events.get())[0] == "tenant.healthy"
+
+
+async def test_a_site_that_is_well_and_answers_nobody_is_looked_at_every_second_time() -> None:
+    """One that answers visitors, or whose interface is another by now, is looked at each time."""
+    good = b"HTTP/1.1 200 OK\r\n\r\n"
+    silent, visited, renewed = Server(good), Server(good), Server(good)
+    rounds, over = 0, asyncio.Event()
+
+    def packets() -> dict[str, int]:
+        nonlocal rounds
+        rounds += 1
+        if rounds > 40:
+            over.set()
+        return {"silent": 5000 + 8 * rounds, "visited": 20 * rounds, "renewed": 9000 - rounds}
+
+    async with (
+        asyncio.timeout(DEADLINE),
+        silent.serving() as one,
+        visited.serving() as two,
+        renewed.serving() as three,
+        watching(Told(), {"silent": one, "visited": two, "renewed": three}, packets),
+    ):
+        await over.wait()
+        asked = (silent.asked, visited.asked, renewed.asked)
+    assert 0 < asked[0] <= 0.6 * min(asked[1:]), asked
+
+
+async def test_a_silent_site_that_fails_is_looked_at_each_time() -> None:
+    told, failing = Told(), Server(b"HTTP/1.1 200 OK\r\n\r\n")
+    rounds = 0
+
+    def packets() -> dict[str, int]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 10:
+            failing.said = b"HTTP/1.1 502 Bad Gateway\r\n\r\n"
+        return {"fails": 1}
+
+    async with (
+        asyncio.timeout(DEADLINE),
+        failing.serving() as fails,
+        watching(told, {"fails": fails}, packets),
+    ):
+        kind, _, data = await told.events.get()
+        # seen at the second of those at most, and three in a row
+        assert (kind, data["failures"], rounds <= 10 + 5) == ("tenant.unhealthy", 3, True)
+
+
+def test_packets_are_those_that_came_from_a_tenant(tmp_path: Path) -> None:
+    table = tmp_path / "dev"
+    table.write_text(
+        "Inter-|   Receive                                                |  Transmit\n"
+        " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop\n"
+        "    lo:  2776      31    0    0    0     0          0         0     2776      31    0    0\n"
+        "veth1f2a: 90210 1234    0    0    0     0          0         0  1234567    4321    0    0\n"
+    )
+    assert packets(table) == {"lo": 31, "veth1f2a": 1234}
+    assert packets(tmp_path / "away") == {}
 
 
 @given(strategies.binary(max_size=80))

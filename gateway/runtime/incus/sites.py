@@ -67,6 +67,7 @@ from gateway.tasks import whole
 log = logging.getLogger(__name__)
 
 HEALTH: Final = "user.gateway.health"
+LINK: Final = "volatile.eth0.host_name"
 
 _GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _INSTALLS: Final = 3  # runs of an install command until it has failed
@@ -313,6 +314,8 @@ class IncusSites:
                     created=instance.get("created_at"),
                     shares_address=len(home) > 1,
                     loose=port.isdigit() and not has_fixed_address(instance),
+                    # through a proxy its answers take another way
+                    link=config.get(LINK) if self._settings.expose == "address" else None,
                 )
             )
         return sites
