@@ -15,7 +15,7 @@ from typing import Any, Final
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.runtime import TenantEvent
-from gateway.runtime.links import packets
+from gateway.runtime.packets import packets
 from gateway.runtime.probe import HostRefused, Silent, answer, ask, refusal
 from gateway.runtime.sites import Site, Sites
 from gateway.settings import Settings
