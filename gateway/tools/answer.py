@@ -1,4 +1,4 @@
-"""Knows what a tool's answer is: content blocks, whether it is an error, the same facts as data.
+"""A tool's answer: content blocks, whether it is an error, the same facts as data.
 
 A worker encodes the answer once; the gateway splices the bytes into its reply. What the gateway must know
 of it travels in front: a u32 length (big-endian), then a JSON object with `is_error`, `code` and `seen`.
@@ -6,6 +6,7 @@ of it travels in front: a u32 length (big-endian), then a JSON object with `is_e
 
 from __future__ import annotations
 
+import binascii
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,3 +81,16 @@ class ToolFailure(Exception):
         return Answer(
             [{"type": "text", "text": self.words}], {"code": self.code, **self.facts}, True, self.code
         )
+
+
+def base64(data: bytes) -> str:
+    """Return bytes as content blocks carry them."""
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def size_words(size: int) -> str:
+    """Return a size as Claude Code writes it: 256KB, 574.2KB."""
+    for unit, factor in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f}".removesuffix(".0") + unit
+    return f"{size} bytes"

@@ -1,4 +1,4 @@
-"""Knows one call of a file tool inside a worker: its input, its session's part, the words for refusals."""
+"""One call of a file tool inside a worker: its input, its session's part, the words for refusals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from gateway.rootfs.operation import Workspace
 from gateway.rootfs.root import show
 from gateway.tools.answer import Seen, ToolFailure
 
+_NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
+
 
 class Call:
     """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file.
 
     A `brief` one holds up others: it ends with `Timeout` where it would take long. `sifted` are the names
-    that `gateway.tools.sifting` found, each a Latin-1 character for a byte and with a NUL after it.
+    that `gateway.tools.search.ripgrep` found, each a Latin-1 character for a byte and with a NUL after it.
     """
 
     def __init__(
@@ -104,3 +106,36 @@ def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailur
     else:
         why = f"it is outside the workspace {call.tree.workspace}, which is all that the file tools serve."
     return ToolFailure(error.code, f"Refusing to {verb} {show(path[:1000])}: {why}", tagged=False)
+
+
+def missing(call: Call, path: str) -> str:
+    """Return the words for a missing file, with a guess at what was meant."""
+    words = f"File does not exist. {call.where}"
+    guess = below_cwd(call, path) or _similar(call, path)
+    return f"{words} Did you mean {guess}?" if guess else words
+
+
+def _similar(call: Call, path: str) -> str | None:
+    """Return the name of a file beside it that differs in its extension alone."""
+    folder, _, name = path.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    try:
+        names = call.tree.names(folder, _NAMES_MAX)
+    except GatewayError:
+        return None
+    found = [other for other in names if other != name and (other.rpartition(".")[0] or other) == stem]
+    return show(min(found)) if found else None
+
+
+def below_cwd(call: Call, path: str) -> str | None:
+    """Return the file of that path below the working directory, where its name was left out."""
+    absolute = call.tree.absolute(path)
+    above = call.cwd.rpartition("/")[0] + "/"
+    if not absolute.startswith(above) or absolute.startswith(call.cwd + "/"):
+        return None
+    candidate = f"{call.cwd}/{absolute[len(above) :]}"
+    try:
+        call.tree.status(call.locate(candidate))
+    except GatewayError:
+        return None
+    return show(candidate)

@@ -1,4 +1,4 @@
-"""Knows the gateway's side of the file tools: which worker is asked, and what a session learns."""
+"""The gateway's side of the file tools: it asks a worker, and tells the session what was seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what of a workspace a folder that is to take its place does not have, as a worker finds it out.
+"""Finds what a workspace has and the folder that is to take its place does not; runs inside workers.
 
 The folder's own ignore files and the patterns of its manifest say what stays. They are the tenant's, and so
 are the names: they are matched here and not in the gateway.
@@ -15,7 +15,8 @@ from typing import Any, Final, Literal
 from gateway.errors import Timeout, TooLarge
 from gateway.rootfs.operation import Operation, Workspace
 from gateway.rootfs.root import Root
-from gateway.tools.patterns import Glob, GlobError, Rules, rules
+from gateway.tools.search.globs import Glob, GlobError
+from gateway.tools.search.ignore_files import Rules, rules
 
 Kind = Literal["file", "folder", "link"]
 LOST: Final = "workspace/lost"

@@ -1,4 +1,4 @@
-"""Knows where commands' outputs lie in a workspace, and how they get there, as a worker serves it.
+"""Writes commands' outputs into files of the workspace; runs inside workers.
 
 They lie in `.gateway/output` of the workspace, because what the file tools serve is the workspace and
 nothing else: a model reads there what its result had no room for, by Read and Grep, and so does an editor.

@@ -1,4 +1,4 @@
-"""Knows the forms in which text lies in a file: byte order marks, UTF-8 and UTF-16, line ends, NULs."""
+"""The forms in which text lies in a file: byte order marks, UTF-8 and UTF-16, line ends, NULs."""
 
 from __future__ import annotations
 

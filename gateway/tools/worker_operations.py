@@ -7,16 +7,21 @@ from typing import Any
 
 from gateway.errors import GatewayError
 from gateway.files import handlers, opening, sweeping, watching
+from gateway.rootfs import walk
 from gateway.rootfs.operation import SCAN, SIFT, Limits, Loop, Operation, Workspace
 from gateway.rootfs.root import refusal
 from gateway.tools import mirroring, outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure
-from gateway.tools.reading import read
-from gateway.tools.scanning import scan
+from gateway.tools.reading.read import read
 from gateway.tools.schemas import checked
-from gateway.tools.searching import brief, glob, grep, idle
-from gateway.tools.sifting import sift
+from gateway.tools.search import contents
+from gateway.tools.search.glob import glob
+from gateway.tools.search.grep import grep
+from gateway.tools.search.matcher import compiled
+from gateway.tools.search.ripgrep import sift
+from gateway.tools.search.scan import scan
+from gateway.tools.search.scope import brief
 from gateway.tools.writing import edit, write
 
 _TOOLS: dict[str, Callable[[Call], Answer]] = {
@@ -83,6 +88,13 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
         return answer.encode()
 
     return run
+
+
+def idle() -> None:
+    """Let go of what is kept between calls. Called by a worker after a while without one."""
+    contents.forget()
+    walk.forget()
+    compiled.cache_clear()
 
 
 # One table, because one worker of a tenant does all its writes, the tools' and the editor's, in turn.

@@ -1,17 +1,16 @@
-"""Knows Claude Code's Write and Edit; texts and quirks are those of version 2.1.331."""
+"""Claude Code's Write and Edit; texts and quirks are those of version 2.1.331."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
 from gateway.rootfs.root import FOLDER, Made, etag, refusal, show
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
-from gateway.tools.call import Call, failure, meant, outside
-from gateway.tools.reading import missing
+from gateway.tools.call import Call, failure, meant, missing, outside
+from gateway.tools.replacing import STALE, replaced
 from gateway.tools.texts import Text, decode, trimmed
 
 _CURRENT = " (file state is current in your context — no need to Read it back)"
@@ -27,15 +26,7 @@ _KEPT_FORM = (
     "-Encoding), or ask the user whether to convert it to UTF-8 first. To replace the whole file with new"
     " UTF-8 text anyway, delete it first, then Write it."
 )
-_SWAPPED = (
-    "\n(note: Edit also tried swapping \\uXXXX escapes and their characters; neither form matched, so the "
-    "mismatch is likely elsewhere in old_string. Re-read the file and copy the exact surrounding text.)"
-)
 _UNREAD = "File has not been read yet. Read it first before writing to it."
-_STALE = (
-    "File has been modified since read, either by the user or by a linter. Read it again before attempting "
-    "to write it."
-)
 _ATTEMPTS = 5  # of an edit whose file the tenant keeps changing
 _PLAIN = Text("", b"", "utf-8", False, True, False)
 
@@ -191,7 +182,7 @@ def _write(call: Call, given: str, path: str, content: str, made: list[Made]) ->
             # What is there decides the form of what is written, unless it is too large to be looked at.
             data = target.read() if old.st_size <= call.limits.write_max else None
             if _modified(call, old, data):
-                raise ToolFailure("stale_read", _STALE)
+                raise ToolFailure("stale_read", STALE)
             if data is not None:
                 form = decode(data)
                 _refuse_binary(form, tagged=False)
@@ -270,7 +261,7 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, shorter: str, m
         if before is None:
             result, count = new, 1
         else:
-            result, count = _replaced(call, form, old, shorter, modified=modified)
+            result, count = replaced(call, form, old, shorter, modified=modified)
         encoded = form.encode(result)
         status = target.put(encoded, expected=before)
     finally:
@@ -284,101 +275,6 @@ def _edit(call: Call, given: str, path: str, old: str, new: str, shorter: str, m
     if known or call.seen is not None:
         seen = Seen(etag(status), crc32(encoded), known)
     return text(words, facts, seen=seen)
-
-
-def _replaced(call: Call, form: Text, old: str, new: str, *, modified: bool) -> tuple[str, int]:
-    """Return the new text and how many places changed."""
-    text = form.text
-    if not old:
-        return new, 1
-    old, found, new = _named(text, old, new)
-    count = text.count(found) if found is not None else 0
-    every = call.given.get("replace_all")
-    if modified and count != 1 and not (count and every):
-        raise ToolFailure("stale_read", _STALE)
-    if found is None or not count:
-        note = "" if old.isascii() else _SWAPPED
-        raise ToolFailure("no_match", f"String to replace not found in file.\nString: {old}{note}")
-    if count > 1 and not every:
-        raise ToolFailure(
-            "ambiguous_match",
-            f"Found {count} matches of the string to replace, but replace_all is false. To replace all "
-            "occurrences, set replace_all to true. To replace only one occurrence, please provide more "
-            f"context to uniquely identify the instance.\nString: {old}",
-            matches=count,
-        )
-    if new == found:  # it differed from what was asked for in its quotes or escapes alone
-        words = "String not found in file. Failed to apply edit."
-        raise ToolFailure("no_match", words, tagged=False)
-    if form.crlf:
-        new = new.replace("\r\n", "\n")  # as the text has it; the file gets its own line ends back
-    if not new and not found.endswith("\n") and found + "\n" in text:
-        found += "\n"  # a line that is emptied is taken out with its end
-    return text.replace(found, new), count
-
-
-def _named(text: str, old: str, new: str) -> tuple[str, str | None, str]:
-    """Return what `old` means, the part of `text` that it names, and `new` in the form of that part.
-
-    A character and its escape `\\uXXXX` are taken for each other where only the other one is there.
-    """
-    found = _find(text, old)
-    if found is None and (plain := _unescaped(old)) != old:
-        old, new = plain, _unescaped(new)
-        found = _find(text, old)
-    if found is not None:
-        return old, found, new if found == old else _curled(new, found)
-    for digits in () if old.isascii() else ("04x", "04X"):
-        if (escaped := _escaped(old, digits)) in text:
-            return old, escaped, _escaped(new, digits)
-    return old, None, new
-
-
-_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
-_ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
-
-
-def _unescaped(text: str) -> str:
-    def characters(escapes: re.Match[str]) -> str:
-        return bytes.fromhex(escapes[0].replace("\\u", "")).decode("utf-16-be", "replace")
-
-    return _ESCAPES.sub(characters, text)
-
-
-def _escaped(text: str, digits: str) -> str:
-    """Return the text in ASCII, each unit of UTF-16 beyond as an escape with its number in `digits`."""
-    found = []
-    for char in text:
-        units = char.encode("utf-16-be", "surrogatepass")
-        numbers = [int.from_bytes(units[i : i + 2]) for i in range(0, len(units), 2)]
-        found.append(char if char.isascii() else "".join(f"\\u{number:{digits}}" for number in numbers))
-    return "".join(found)
-
-
-def _find(text: str, old: str) -> str | None:
-    """Return the part of `text` that `old` names, taking straight quotes for curly ones where needed."""
-    if old in text:
-        return old
-    straight = old.translate(_STRAIGHT)
-    at = text.translate(_STRAIGHT).find(straight)  # one character for one: positions stay
-    return text[at : at + len(old)] if at >= 0 else None
-
-
-def _curled(new: str, found: str) -> str:
-    """Curl the straight quotes of `new` where the replaced text had curly ones."""
-    double = "“" in found or "”" in found
-    single = "‘" in found or "’" in found
-    out = []
-    for i, char in enumerate(new):
-        opening = i == 0 or new[i - 1] in " \t\n\r([{—–"
-        if char == '"' and double:
-            out.append("“" if opening else "”")
-        elif char == "'" and single:
-            inner = 0 < i < len(new) - 1 and new[i - 1].isalpha() and new[i + 1].isalpha()
-            out.append("‘" if opening and not inner else "’")
-        else:
-            out.append(char)
-    return "".join(out)
 
 
 def _refused(call: Call, given: str, path: str, error: GatewayError) -> ToolFailure:

@@ -22,7 +22,8 @@ from gateway.rootfs.operation import Limits, Workspace
 from gateway.rootfs.root import Root
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession, scanning
+from gateway.tools import FileTools, ToolSession
+from gateway.tools.search import scan
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
 from tests.integration.test_attacks import SECONDS, SECRET, pool
@@ -156,12 +157,12 @@ async def test_without_a_worker(tenant: Container, careful: bool, monkeypatch: p
     """As the host's root, who may read all of it, our way of opening alone keeps out; any other leaks."""
     site = environment.rootfs(tenant.name, environment.settings().pool) / "srv/site"
     if not careful:
-        monkeypatch.setattr(scanning, "_FLAGS", scanning._FLAGS & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(scan, "_FLAGS", scan._FLAGS & ~os.O_NOFOLLOW)
     tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     asked = {"input": {"pattern": "host-secret"}, "cwd": "/srv/site", "share": [0, 1]}
 
     def leaks() -> bool:
-        named = scanning.scan(Workspace(tree, Limits()), asked)
+        named = scan.scan(Workspace(tree, Limits()), asked)
         assert b"many/f77.txt" in named
         return b"quiet" in named
 

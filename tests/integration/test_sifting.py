@@ -16,7 +16,7 @@ from gateway.errors import Timeout
 from gateway.rootfs import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
-from gateway.tools.scanning import needles
+from gateway.tools.search.scan import needles
 from tests.integration.environment import settings as incus_settings
 from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root, workers_below
 

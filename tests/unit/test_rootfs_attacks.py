@@ -25,7 +25,8 @@ import pytest
 from gateway.rootfs import Workers, kernel
 from gateway.rootfs.root import Root
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolResult, ToolSession, scanning
+from gateway.tools import FileTools, ToolResult, ToolSession
+from gateway.tools.search import scan
 from tests.unit.test_rootfs_workers import USER, LaidRoot, folders, make_root, needs_root
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -599,7 +600,7 @@ async def test_naive_scan_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     target = Target(tmp_path, root, FileTools(here, Settings()))  # type: ignore[arg-type]  # stand-in
     lair(target)
     if without == "O_NOFOLLOW":
-        monkeypatch.setattr(scanning, "_FLAGS", scanning._FLAGS & ~os.O_NOFOLLOW)
+        monkeypatch.setattr(scan, "_FLAGS", scan._FLAGS & ~os.O_NOFOLLOW)
     else:
         monkeypatch.setattr(
             Root,

@@ -13,7 +13,8 @@ import pytest
 from gateway.rootfs import walk
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
-from gateway.tools.patterns import Globs, Named, Sought
+from gateway.tools.search.filters import GlobFilter, GrepFilter
+from gateway.tools.search.globs import Globs
 
 
 class All:
@@ -117,7 +118,7 @@ def test_change_of_an_ignore_file_is_seen(site: Path, name: str) -> None:
     def sought() -> list[str]:
         tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
         try:
-            chooser = Sought(tree, "", Globs(["!.git"]), None)
+            chooser = GrepFilter(tree, "", Globs(["!.git"]), None)
             deadline = time.monotonic() + 5
             looked = Walk(
                 tree, "", chooser, state=chooser.above(), maximum=100, deadline=deadline, ordered=True
@@ -139,13 +140,13 @@ def test_other_questions_get_other_answers(site: Path) -> None:
     for _ in range(2):
         for pattern, found in (("*.ts", EVERYTHING), ("c.ts", EVERYTHING[2:]), ("src/*", EVERYTHING[1:2])):
             tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
-            named = Named(Globs([pattern]), "", None, None)
+            named = GlobFilter(Globs([pattern]), "", None, None)
             walked = Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True)
             assert [path for path, _ in walked] == found
             tree.close()
     for number in range(20):
         tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
-        named = Named(Globs([f"*{number}"]), "", None, None)
+        named = GlobFilter(Globs([f"*{number}"]), "", None, None)
         assert not list(Walk(tree, "", named, maximum=100, deadline=time.monotonic() + 5, ordered=True))
         tree.close()
     assert all(len(listing._choices) <= walk._KEPT_CHOICES for listing in walk._kept.values())

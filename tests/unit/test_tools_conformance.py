@@ -26,7 +26,7 @@ from gateway.rootfs.root import Root
 from gateway.settings import Settings
 from gateway.tools import FILE_TOOLS, FileTools, ToolSession
 from gateway.tools.answer import ToolFailure
-from gateway.tools.reading import SCALE
+from gateway.tools.reading.image import SCALE
 from gateway.tools.worker_operations import OPERATIONS
 from tests.unit.test_rootfs_workers import MAPPED, USER, folders
 

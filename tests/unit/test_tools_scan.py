@@ -16,9 +16,9 @@ from gateway.rootfs.operation import SCAN, SCANNED, Limits, Workspace
 from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure, decode
-from gateway.tools.regexes import PatternError, translate
-from gateway.tools.scanning import needles
-from gateway.tools.searching import compiled
+from gateway.tools.search.matcher import compiled
+from gateway.tools.search.regexes import PatternError, translate
+from gateway.tools.search.scan import needles
 from gateway.tools.worker_operations import OPERATIONS
 
 LIMITS = Limits()
@@ -287,7 +287,7 @@ def test_takes_nothing_out_of_a_new_pipe(site: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names_are_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.tools.scanning.SIFTED_MAX", 100)
+    monkeypatch.setattr("gateway.tools.search.scan.SIFTED_MAX", 100)
     assert scan(site, {"pattern": "form"}, 0, 1) is None
     assert scan(site, {"pattern": "nowhere"}, 0, 1) == [b"large.ts"]
 

@@ -14,8 +14,10 @@ from gateway.rootfs import FilesystemRoot, walk
 from gateway.rootfs.operation import Limits, Workspace
 from gateway.rootfs.root import Root
 from gateway.settings import Settings
-from gateway.tools import FileTools, ToolSession, searching
-from gateway.tools.patterns import Glob, GlobError, Globs, Sought
+from gateway.tools import FileTools, ToolSession
+from gateway.tools.search import contents
+from gateway.tools.search.filters import GrepFilter
+from gateway.tools.search.globs import Glob, GlobError, Globs
 from gateway.tools.worker_operations import OPERATIONS
 from tests.unit.test_tools_conformance import HereWorkers
 
@@ -261,9 +263,9 @@ async def test_ignore_files_leave_out_of_many_what_they_do_of_one(site: Path, ru
     (site / ".gitignore").write_text(rules)
     tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
     names = ["a.ts", "b.ts", "b.log", ".c", "c", "ui", "a.ts.log"]
-    sought = Sought(tree, start, Globs(["!d.ts"]), Globs(["*.ts", "*.log", "c"]))
-    untyped = Sought(tree, start, Globs(["!d.ts"]), None)
-    taken = Sought(tree, start, Globs(["a.*"]), None)
+    sought = GrepFilter(tree, start, Globs(["!d.ts"]), Globs(["*.ts", "*.log", "c"]))
+    untyped = GrepFilter(tree, start, Globs(["!d.ts"]), None)
+    taken = GrepFilter(tree, start, Globs(["a.*"]), None)
     above = sought.above() if start else sought.enter("", {".git", ".gitignore"}, sought.above())
     assert any(above.stacks)
     for prefix in ("", "ui/", "x/ui/"):
@@ -301,9 +303,9 @@ def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, ob
 @pytest.fixture
 def kept() -> Iterator[Callable[[], int]]:
     """Say how many files' contents are kept for the next search."""
-    searching.idle()
-    yield lambda: len(searching._cache)
-    searching.idle()
+    contents.forget()
+    yield lambda: len(contents._cache)
+    contents.forget()
 
 
 async def test_keeps_what_is_settled(

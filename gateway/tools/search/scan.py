@@ -1,7 +1,7 @@
-"""Knows how workers look through a large tree themselves: which files hold a pattern, each for its share.
+"""Names the files of a large tree that hold a pattern, in several workers, each for its share of the folders.
 
 Most patterns have a literal in all that they match. A file without it costs three system calls and a look:
-less than in ripgrep, which `sifting` starts for all other patterns. As there, only names come back; what an
+less than in ripgrep, which `ripgrep` starts for all other patterns. As there, only names come back; what an
 answer says of the files stays Grep's.
 """
 
@@ -21,10 +21,14 @@ from gateway.rootfs.operation import SCANNED, SIFTED_MAX, Workspace
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call
-from gateway.tools.patterns import Sought
-from gateway.tools.regexes import PatternError, translate
 from gateway.tools.schemas import checked
-from gateway.tools.searching import FILE_MAX, Find, Search, compiled, filters, finder, start_of
+from gateway.tools.search.contents import FILE_MAX
+from gateway.tools.search.filters import GrepFilter
+from gateway.tools.search.matcher import Find, compiled, finder
+from gateway.tools.search.query import filters
+from gateway.tools.search.regexes import PatternError, translate
+from gateway.tools.search.scope import start_of
+from gateway.tools.search.search import Search
 
 _NOT_HERE: Final = b"-"
 # How many folders down a whole one is one worker's, from the workspace and from the start at least: what npm
@@ -41,7 +45,7 @@ _FIRST_ODD = 0xEF  # the lowest byte that a mark of another encoding begins with
 class Share:
     """Chooses as another chooser does, of all folders those that are `number`'s of `count`."""
 
-    def __init__(self, chooser: Sought, base: str, number: int, count: int) -> None:
+    def __init__(self, chooser: GrepFilter, base: str, number: int, count: int) -> None:
         self._chooser = chooser
         self._base = base
         self._number = number
@@ -104,8 +108,8 @@ def _found(
     given = {**given, "output_mode": "files_with_matches"}
     call = Call("Grep", workspace, given, arguments["cwd"], None, False)
     start = start_of(call, given.get("path") or ".")
-    search = Search(call, start, *compiled(given["pattern"], False, bool(given.get("multiline"))))
-    chooser = Sought(call.tree, start, *filters(given, start))
+    search = Search(call, *compiled(given["pattern"], False, bool(given.get("multiline"))))
+    chooser = GrepFilter(call.tree, start, *filters(given, start))
     base = start + "/" if start else ""
     walk = Walk(
         call.tree,

@@ -1,4 +1,4 @@
-"""Knows the syntax of ripgrep's patterns: what is wrong with one, in its words, and what RE2 takes for it.
+"""The syntax of ripgrep's patterns: what is wrong with one, in its words, and the same in RE2's.
 
 Rust's regular expressions are nearly those of RE2. What only they have (operations on classes, the flag `x`,
 the boundaries of words `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here and Unicode there.

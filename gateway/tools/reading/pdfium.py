@@ -1,4 +1,4 @@
-"""Knows how to show pages of a PDF as images. Needs pypdfium2 and Pillow (the extra `pdf`).
+"""Draws the pages of a PDF as images. Needs pypdfium2 and Pillow (the extra `pdf`).
 
 PDFium is a large parser of hostile input: it runs in the tenant's confined worker alone. It finds no fonts of
 the host there; its own stand in for those that a document does not bring along.

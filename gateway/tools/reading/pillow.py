@@ -1,4 +1,4 @@
-"""Knows how to scale an image down to what models take. Needs Pillow (the extra `images`)."""
+"""Scales an image down to what models take. Needs Pillow (the extra `images`)."""
 
 from __future__ import annotations
 

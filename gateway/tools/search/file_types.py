@@ -1,4 +1,4 @@
-"""Knows the file types of ripgrep 14.1 (crates/ignore/src/default_types.rs) and the globs of each."""
+"""The file types of ripgrep 14.1 (crates/ignore/src/default_types.rs) and the globs of each."""
 
 from __future__ import annotations
 

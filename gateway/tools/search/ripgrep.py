@@ -1,4 +1,4 @@
-"""Knows ripgrep as a sieve: in large trees it names the files that Grep then looks into.
+"""Has ripgrep name the files of a large tree that Grep then looks into.
 
 It is faster at leaving out what does not match; what an answer says of the rest stays Grep's own. It runs
 as a worker does, in the tenant's workspace alone, and only names come back from it.
@@ -16,7 +16,7 @@ from gateway.rootfs.operation import Workspace
 from gateway.rootfs.worker import receive_request
 from gateway.tools.call import Call
 from gateway.tools.schemas import checked
-from gateway.tools.searching import overrides, type_globs
+from gateway.tools.search.query import overrides, type_globs
 
 _FLAGS: Final = (
     *("--no-config", "--no-messages", "--color=never", "--files-with-matches", "--null"),

@@ -1,0 +1,65 @@
+"""A Grep's pattern, compiled by RE2.
+
+Patterns are RE2's, nearly those of ripgrep: neither has look-around or back-references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from gateway.tools.search.regexes import PatternError, translate
+from gateway.tools.search.scope import rejected
+
+PATTERN_MAX = 4000  # characters
+_MEMORY = 8 << 20  # bytes; with re2's own 64 MB default a worker grew to 114 MB
+Find = Callable[[bytes | memoryview, int], tuple[int, int]]
+
+
+@lru_cache(8)
+def compiled(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]:
+    """Compile a pattern of Grep, and say whether a match of it may span lines.
+
+    Without `multiline` nothing in it matches a line end, not even `\\s`.
+    """
+    if len(pattern) > PATTERN_MAX:
+        raise rejected("regex parse error:\nerror: the pattern is too long")
+    try:
+        translated = translate(pattern, multiline=multiline)
+    except PatternError as error:
+        raise rejected(error.words) from None
+    if translated.names_line_end and not multiline:
+        raise rejected(
+            'the literal "\\n" is not allowed in a regex\n\nConsider enabling multiline mode with the '
+            "--multiline flag (or -U for short).\nWhen multiline mode is enabled, new line characters can be "
+            "matched."
+        )
+    options = re2.Options()
+    options.max_mem = _MEMORY
+    options.log_errors = False
+    options.case_sensitive = not ignore_case
+    options.dot_nl = multiline
+    options.never_nl = not multiline
+    try:
+        regex = re2.compile(b"(?m)" + translated.text.encode(), options)
+    except re2.error as error:
+        raise rejected(PatternError.of(pattern, str(error)).words) from None
+    return regex, multiline and translated.meets_line_end
+
+
+def finder(regex: Any) -> Find:
+    """Return what finds the next match from a position on: its start and end, -1 where there is none.
+
+    The wrapper's `search` makes a generator and an object for each match, which takes longer than the search
+    of a usual file; what it calls itself has no other name.
+    """
+    match, unanchored = regex._regexp.Match, re2._Anchor.UNANCHORED
+
+    def find(data: bytes | memoryview, at: int) -> tuple[int, int]:
+        span: tuple[int, int] = match(unanchored, data, at, len(data))[0]
+        return span
+
+    return find
