@@ -1,7 +1,7 @@
 """A site that lives in a folder of the host, with a real Node server, moves into a tenant while visitors ask.
 
-systemd is not PID 1 here: the unit is a process that the test starts and stops in its place, and what is read
-of systemd itself is tried with the real one of a container.
+Its unit is a real one where systemd is PID 1. Elsewhere the test starts and stops a process in its place, and
+what is read of systemd itself is tried with the real one of a container.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pytest
 
 from gateway.errors import Conflict
 from gateway.host import HostError
+from gateway.host.daemon import systemd_runs
 from gateway.migration import Migration, Wanted, opened, shifted_mount
 from gateway.migration.service import Systemctl, Unit
 from gateway.runtime.incus import migrations
@@ -60,10 +61,15 @@ class OldService:
         (folder / "server.js").write_text(SERVER)
         (folder / "text.txt").write_text("first")
         (folder / "notes.txt").write_text("")
+        self.name = f"gw-migration-{self.port}@shop.service"
         for path in (folder, *folder.iterdir()):
             os.chown(path, OWNER, OWNER)
         self.process: subprocess.Popen[bytes] | None = None
         self.start("")
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -101,6 +107,71 @@ class OldService:
     def enable(self, name: str, on: bool) -> None:
         self.enabled = on
 
+    def remove(self) -> None:
+        self.stop("")
+
+
+class SystemdService(OldService):
+    """The unit of an old site under the systemd of this machine, and its user."""
+
+    UNIT = """\
+[Service]
+User={name}
+WorkingDirectory={folder}
+Environment=PORT={port} "SECRET=a \\"quoted\\" $ecret"
+ExecStart={words}
+Restart=always
+[Install]
+WantedBy=multi-user.target
+"""
+    systemctl = Systemctl()
+
+    @property
+    def file(self) -> Path:
+        return Path("/etc/systemd/system", self.name.replace("@shop", "@"))
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.systemctl.unit(self.name).pid)
+
+    @property
+    def user(self) -> str:
+        return f"gw-migration-{self.port}"
+
+    def start(self, name: str) -> None:
+        if not self.file.exists():
+            words = ("useradd", "--no-create-home", f"--uid={OWNER}", self.user)
+            subprocess.run(words, check=True, capture_output=True)
+            unit = self.UNIT.format(
+                name=self.user, folder=self.folder, port=self.port, words=" ".join(self.words)
+            )
+            self.file.write_text(unit)
+            subprocess.run(["systemctl", "daemon-reload"], check=True)
+            self.systemctl.enable(self.name, True)
+        self.systemctl.start(self.name)
+        self.wait()
+
+    def unit(self, name: str) -> Unit:
+        found = self.systemctl.unit(name)
+        self.enabled = found.enabled
+        return found
+
+    def stop(self, name: str) -> None:
+        if self.refuses:
+            raise HostError("systemd refuses")
+        self.systemctl.stop(self.name)
+
+    def enable(self, name: str, on: bool) -> None:
+        self.systemctl.enable(name, on)
+        self.unit(name)
+
+    def remove(self) -> None:
+        self.stop("")
+        self.systemctl.enable(self.name, False)
+        self.file.unlink()
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
+        subprocess.run(["userdel", self.user], check=True, capture_output=True)
+
 
 @pytest.fixture(scope="module")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
@@ -112,9 +183,9 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def old() -> Iterator[OldService]:
     folder = Path(tempfile.mkdtemp(prefix="gw-migration-", dir="/srv"))
-    service = OldService(folder)
+    service = SystemdService(folder) if systemd_runs() else OldService(folder)
     yield service
-    service.stop("")
+    service.remove()
     shutil.rmtree(folder)
 
 
@@ -216,7 +287,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
 ) -> None:
     """Nobody is refused, and nothing that was written is lost; tools work in every state."""
     tenant, said = domain.replace(".", "-"), list[str]()
-    wanted = Wanted(old.folder, unit="site@moved.service")
+    wanted = Wanted(old.folder, unit=old.name)
     async with migrating(host, domain, old, said) as migration:
         plan = await migration.plan(domain, wanted)
         assert plan.stops == () and not plan.read_only
@@ -251,7 +322,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
         }  # fmt: skip
         notes = inside(tenant, "cat /srv/site/notes.txt").split()
         assert set(visitors.noted) <= set(notes) and len(notes) == len(set(notes))
-        assert old.process is None and old.enabled and seen(old.folder) == left
+        assert not old.runs and old.enabled and seen(old.folder) == left
         assert "second" in (await tool(host, tenant, "Read", file_path="text.txt"))[1]["content"][0]["text"]
 
         assert await migration.back(domain, sure=False) == "attached"
@@ -263,7 +334,7 @@ async def test_a_site_moves_in_and_back_while_visitors_ask(
             await migration.back(domain, sure=False)
 
         assert await migration.forward(domain, None, "finish") == ""
-        assert not old.enabled and old.process is None
+        assert not old.enabled and not old.runs
         assert (await told(host, domain))["where"] == "/srv/site"
         found = next(entry for entry in environment.instances() if entry["name"] == tenant)
         assert not [key for key in found["config"] if key.startswith(migrations.STATE)]
