@@ -27,8 +27,7 @@ from gateway.host.permissions import loose, modes, swaps
 from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.locations import MANAGED
-from gateway.runtime.incus.sites import prepared_key
-from gateway.runtime.incus.stock import GOLDEN_SNAPSHOT, golden_name
+from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
 

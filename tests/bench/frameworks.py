@@ -205,7 +205,7 @@ def command(line: str, *, seconds: float, root: bool = False) -> str:
 
 
 def start(line: str, mode: str) -> None:
-    """Start a site as its unit does (`gateway.runtime.incus.sites`)."""
+    """Start a site as its unit does (`gateway/runtime/incus/site.service`)."""
     properties = "User=site WorkingDirectory=/srv/site MemoryHigh=90% TasksMax=85% OOMScoreAdjust=300"
     options = " ".join(f"--property={entry}" for entry in [*properties.split(), "OOMPolicy=continue"])
     variables = f"PORT={PORT} HOST=0.0.0.0 NODE_ENV={mode} NEXT_TELEMETRY_DISABLED=1"

@@ -22,7 +22,7 @@ from gateway.deployments import Deployments, Record, Request
 from gateway.errors import GatewayError
 from gateway.events import Bus, MemoryJournal
 from gateway.ownership.domains import Domains
-from gateway.runtime.incus import IncusRuntime, IncusSites, sites
+from gateway.runtime.incus import IncusRuntime, IncusSites, ports
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.archives import folder
@@ -173,10 +173,10 @@ async def test_a_full_pool(desk: Desk) -> None:
 async def test_a_port_that_is_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a program of this host: that was there, or that came in between, which incusd finds out."""
     (port,) = free_ports(1)
-    monkeypatch.setattr(sites, "_FAILURES", 1)  # each takes incusd seconds
+    monkeypatch.setattr(ports, "_FAILURES", 1)  # each takes incusd seconds
     with socket.create_server(("127.0.0.1", port)):
-        for unused in (sites._unused, lambda ports: next(iter(ports), None)):
-            monkeypatch.setattr(sites, "_unused", unused)
+        for unused in (ports._unused, lambda ports: next(iter(ports), None)):
+            monkeypatch.setattr(ports, "_unused", unused)
             said = await desk.refused(expose="port", expose_ports=f"{port}-{port}")
             assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "port_taken", "expose")
             assert "GATEWAY_EXPOSE_PORTS" in said["message"]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from gateway.deployments.template import named
 from gateway.host.doctor import doctor
-from gateway.runtime.incus.sites import prepared_key
-from gateway.runtime.incus.stock import GOLDEN_SNAPSHOT, golden_name
+from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import free_ports

@@ -21,6 +21,7 @@ from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime import Removal, Removed, unheard
+from gateway.runtime.incus.addresses import Instance, fixed, leased
 from gateway.runtime.incus.errors import translated
 from gateway.settings import Settings
 from gateway.tasks import whole
@@ -48,7 +49,6 @@ _STOPS: Final = 5  # stops of an instance that somebody starts again, until it i
 WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
 _PAUSE: Final = 0.2  # Incus has no word for "when it is no longer busy"
 
-Instance = Mapping[str, Any]
 Which = Callable[[Instance], bool]
 
 
@@ -276,7 +276,7 @@ class Creation:
     async def placed(self, name: str) -> Instance:
         """Return an instance with its `state` only where that alone tells its address."""
         with translated(name):
-            return await self._incus.instance(name, state=lambda one: not has_fixed_address(one))
+            return await self._incus.instance(name, state=lambda one: fixed(one) is None)
 
     async def devices(self, size: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
         """Return the devices in which an instance of a size differs from the tenants' profile."""
@@ -311,21 +311,6 @@ class Creation:
                 except IncusError as error:
                     if error.status != 412 or attempt == _TRIES - 1:  # somebody else changed it meanwhile
                         raise
-
-
-def has_fixed_address(instance: Instance) -> bool:
-    """Say whether an instance has an address while it is stopped, too."""
-    devices = instance["expanded_devices"].values()
-    return any(device.get("type") == "nic" and device.get("ipv4.address") for device in devices)
-
-
-def leased(instance: Instance) -> str | None:
-    """Return the address that a running instance has now."""
-    for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
-        for address in () if name == "lo" else interface["addresses"]:
-            if address["family"] == "inet" and address["scope"] == "global":
-                return str(address["address"])
-    return None
 
 
 def _neighbours() -> set[str]:

@@ -1,4 +1,4 @@
-"""Gives an Incus container another size while it runs, all limits at once or none.
+"""Give an Incus container another size while it runs, all limits at once or none.
 
 What must never happen is a limit below what is in use. A btrfs pool takes a disk quota below it, says that it
 failed, and then refuses every other one, a larger too (measured with Incus 6.0.4). Less memory than is in use
@@ -10,7 +10,6 @@ kernel gives it back.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,10 @@ from typing import Any, Final
 from gateway.errors import Conflict, GatewayError, TenantNotRunning, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
-from gateway.runtime import ExecSpec, Process
+from gateway.runtime import scripts
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import WHOLE, Creation
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.sites import lines
 from gateway.runtime.sizes import SITE_SHARE, SIZES, MiB, size_of
 from gateway.settings import Settings
 from gateway.tasks import whole
@@ -33,17 +31,13 @@ log = logging.getLogger(__name__)
 UPDATING: Final = "user.gateway.memory"
 """Says that an update has doubled the memory: what it was, `-` for the profile's, and the double."""
 
-# Shares are worked out when a unit is read, and those of a site that runs reach the kernel only when they are
-# set (systemd 257).
-APPLY: Final = f"""\
-systemctl daemon-reload
-[ ! -f /etc/systemd/system/site.service ] ||
-  exec systemctl set-property --runtime site.service MemoryMax={SITE_SHARE}% TasksMax={SITE_SHARE}%
-"""
-"""Has the systemd of a container take shares of its new limits for those of the site, for root's shell."""
+_APPLY: Final = Path(__file__).with_name("apply_limits.sh").read_text()
+APPLY: Final = ("/bin/sh", "-c", _APPLY, "sh", f"{SITE_SHARE}%")
+"""Has the systemd of a container take shares of its new limits for those of the site; run it as root."""
 
 _KEYS: Final = ("cpu", "memory", "processes")
-_USED: Final = Path(__file__).with_name("used.sh").read_text()
+# bytes on the disk of a container, its image's among them; other file systems count for nothing
+_USED: Final = ("du", "--summarize", "--one-file-system", "--block-size=1", "/")
 _LOOKING: Final = 120.0  # seconds of a look through a whole disk
 _PRINTED: Final = 64 << 10
 _DISK_MARGIN: Final = 64 * MiB  # that is written between the look and the change, and what no file shows
@@ -176,24 +170,13 @@ class Resizing:
         except (GatewayError, TimeoutError) as error:
             log.warning("the site of %s keeps shares of its old limits until it restarts: %s", name, error)
 
-    async def _root(self, name: str, script: str, seconds: float) -> str:
-        spec = ExecSpec(("/bin/sh", "-c", script), cwd="/", user="root", merged=True)
-        process: Process = await self._commands.exec(name, spec)
+    async def _root(self, name: str, argv: tuple[str, ...], seconds: float) -> str:
+        """Run a command as the container's root and return the end of what it printed, whatever its exit."""
         try:
-            async with asyncio.timeout(seconds):
-                said = await lines(process, None, 0, _PRINTED)
-                await process.wait()
+            ended = await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
         except TimeoutError:
             raise Unavailable(f"tenant {name} does not answer in time; ask again later") from None
-        finally:
-            await asyncio.shield(_over(process))
-        return said
-
-
-async def _over(process: Process) -> None:
-    with contextlib.suppress(GatewayError, TimeoutError):
-        await process.kill(0)
-    await process.aclose()
+        return ended.said
 
 
 def private_memory(pid: int, cgroups: Path = _CGROUPS) -> int | None:

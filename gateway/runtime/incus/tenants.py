@@ -42,8 +42,9 @@ from gateway.runtime import (
     TenantEvent,
     unheard,
 )
+from gateway.runtime.incus.addresses import address_of
 from gateway.runtime.incus.commands import Commands, is_ours
-from gateway.runtime.incus.creation import Creation, identity_of, leased
+from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import STATE as MIGRATION
@@ -530,7 +531,7 @@ def _tenant(instance: Mapping[str, Any]) -> Tenant:
         name=instance["name"],
         status=_STATUS.get(instance["status"], "error"),
         domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,
-        address=_address(instance),
+        address=address_of(instance),
         port=int(port) if port.isdigit() else None,
         created=instance.get("created_at"),
         instance=instance["config"].get("volatile.uuid"),
@@ -567,14 +568,7 @@ def _seconds(text: str | None) -> float | None:
 
 def lacks_address(instance: Mapping[str, Any]) -> bool:
     """Say whether the address of a tenant is known from its state alone."""
-    return is_tenant(instance) and instance["status"] == "Running" and _address(instance) is None
-
-
-def _address(instance: Mapping[str, Any]) -> str | None:
-    for device in instance["expanded_devices"].values():
-        if device.get("type") == "nic" and device.get("ipv4.address"):
-            return str(device["ipv4.address"])
-    return leased(instance)
+    return is_tenant(instance) and instance["status"] == "Running" and address_of(instance) is None
 
 
 def _disk_state(instance: Mapping[str, Any]) -> str:

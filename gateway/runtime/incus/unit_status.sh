@@ -1,5 +1,5 @@
 # Tells how a unit does: what systemd says of it, what its control group counts, and where its processes listen.
-# Its name is the first word. All that is printed is short, whatever the tenant does: see `service.py`.
+# Its name is the first word. All that is printed is short, whatever the tenant does: see `unit_status.py`.
 facts=$(systemctl show \
   --property=ActiveState,SubState,NRestarts,ExecMainStartTimestampMonotonic,ControlGroup "$1") || exit
 printf '%s\n' "$facts" | head -c 1000

@@ -1,4 +1,4 @@
-"""Keeps what is made before it is asked for: golden copies of recipes, and the instances of the pool.
+"""Keep what is made before it is asked for: golden copies of recipes, and the instances of the pool.
 
 Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are no tenants
 yet, `user.gateway.owner` which gateway made them.
@@ -25,6 +25,7 @@ from gateway.errors import GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
+from gateway.runtime.incus import service_unit
 from gateway.runtime.incus.creation import Creation, identity_of, is_ours
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.uploads import (
@@ -53,17 +54,13 @@ GOLDEN_SNAPSHOT: Final = "ready"
 UNMARKED: Final = dict.fromkeys((OWNER, KEY, BASE, BYTES, UPLOADER, USED), "")
 """Set in the configuration of a tenant that is a copy, which takes over what is not said."""
 
+_GENERATION: Final = 2  # of golden copies; a higher one where they are made in another way
 _NOTHING: Final = Recipe(b"", ("true",), 3000)
 _LIMITS: Final = ("cpu", "memory")
 _REFUSED: Final = 1000  # uploads of which no copy can be made that are known by heart
 
-Fill = Callable[[str, Recipe], Awaitable[int]]
-"""Makes a running instance the site, at rest after its first work, without what copies must not share.
-
-Returns the bytes of its files."""
-
-Keyed = Callable[[Recipe, str], str]
-"""Names what a recipe becomes on the image of a fingerprint."""
+Bake = Callable[[str, Recipe], Awaitable[int]]
+"""Makes a running instance what copies begin with, and returns the bytes of its files: `Baking.bake`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +74,12 @@ class _Member:
         return identity_of(instance) == self.identity
 
 
-class Stock:
+class GoldenCopies:
     """The golden copies and the pool of one gateway."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Creation, fill: Fill, keyed: Keyed) -> None:
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, bake: Bake) -> None:
         self._settings, self._incus, self._making = settings, incus, making
-        self._fill, self._keyed = fill, keyed
+        self._bake = bake
         self._owner = owner(settings)
         # Incus shows an instance, and a snapshot, that is still being made: these were seen to be whole
         self._pool: dict[str, list[_Member]] = {}  # by key
@@ -112,7 +109,7 @@ class Stock:
             return ""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        return self._keyed(recipe, alias["target"])
+        return prepared_key(self._settings, recipe, alias["target"])
 
     async def claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
         """Make an instance of the pool the tenant; say whether there was one.
@@ -219,7 +216,7 @@ class Stock:
                 marks |= {UPLOADER: recipe.owner, CONTENT: recipe.key, USED: f"{time.time():.0f}"}
                 marks[BASE] = await self._base()
             await self._making.make(name, source, marks | limits, {}, start=True, identity=identity)
-            held = await self._fill(name, recipe)
+            held = await self._bake(name, recipe)
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
                 await self._operate("PUT", instance_path(name, "state"), body)
@@ -309,7 +306,7 @@ class Stock:
         """Name what a copy is made on now."""
         with translated(""):
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
-        return self._keyed(_NOTHING, alias["target"])
+        return prepared_key(self._settings, _NOTHING, alias["target"])
 
     # --- whole --------------------------------------------------------------------------------------
 
@@ -367,6 +364,13 @@ class Stock:
 
     async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         await self._making.operate(method, path, body)
+
+
+def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
+    """Name what a recipe becomes on the image of that fingerprint, for one gateway."""
+    unit = service_unit.unit(settings, recipe, "live")
+    facts = f"{_GENERATION} {recipe.key} {image} {owner(settings)} {unit}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 
 def golden_name(key: str) -> str:

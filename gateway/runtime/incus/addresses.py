@@ -1,0 +1,59 @@
+"""Read from an instance's record which address it has, and where its site answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gateway.runtime.sites import Exposure
+
+Instance = Mapping[str, Any]
+
+
+def fixed(instance: Instance) -> str | None:
+    """Return the address that an instance has while it is stopped, too."""
+    for device in instance["expanded_devices"].values():
+        if device.get("type") == "nic" and device.get("ipv4.address"):
+            return str(device["ipv4.address"])
+    return None
+
+
+def leased(instance: Instance) -> str | None:
+    """Return the address that a running instance has now."""
+    for name, interface in ((instance.get("state") or {}).get("network") or {}).items():
+        for address in () if name == "lo" else interface["addresses"]:
+            if address["family"] == "inet" and address["scope"] == "global":
+                return str(address["address"])
+    return None
+
+
+def address_of(instance: Instance) -> str | None:
+    """Return the address of an instance, None while it has none."""
+    return fixed(instance) or leased(instance)
+
+
+def exposure(instance: Instance, port: int, device: str = "site") -> Exposure | None:
+    """Return where an instance's site answers: through the proxy device where it has one, else directly."""
+    address = address_of(instance)
+    if address is None:
+        return None
+    listen = (instance["expanded_devices"].get(device) or {}).get("listen", "")
+    if listen.startswith("unix:"):
+        return Exposure(address, port, listen.rpartition("/")[2])
+    if listen.startswith("tcp:"):
+        return Exposure(address, port, listen.removeprefix("tcp:"))
+    return Exposure(address, port, f"{address}:{port}")
+
+
+def sharers(instances: Sequence[Instance]) -> Mapping[str, Sequence[str]]:
+    """Return for each address the instances that have it, the eldest first.
+
+    More than one has it after `incus copy`, which takes the address over; Incus then starts neither of them.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda one: str(one.get("created_at"))):
+        address = address_of(instance)
+        if address is not None:
+            found[address].append(instance["name"])
+    return found

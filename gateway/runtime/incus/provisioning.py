@@ -1,0 +1,229 @@
+"""Provision a site inside its container: files, install command, service, and the exchange of two sites."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from gateway.errors import ExecFailed, GatewayError, Unavailable
+from gateway.incus import Incus
+from gateway.rootfs.root import show
+from gateway.runtime import ExecSpec, scripts
+from gateway.runtime.incus import service_unit, unit_status
+from gateway.runtime.incus.addresses import exposure
+from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.creation import Creation
+from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
+from gateway.runtime.incus.uploads import number
+from gateway.runtime.probe import network_up
+from gateway.runtime.sites import (
+    ALLOWED,
+    Recipe,
+    Say,
+    Service,
+    Side,
+    disk_was_full,
+    lines,
+    quota_was_reached,
+)
+from gateway.settings import Settings
+
+_INSTALLS: Final = 3  # runs of an install command until it has failed
+# one file system of all: a tenant that reaches its own end there hears of a quota
+_SHARED: Final = ("btrfs", "dir", "zfs")
+_EMPTY: Final = 0.5  # used of a pool that a command cannot have filled, even if it cleaned up after itself
+_PATH_SHOWN: Final = 500
+_SIZE: Final = 12  # characters of the size that sealing says
+_PRINTED: Final = 4 << 20  # bytes that a script of ours may print; it says a few lines
+_LOOK: Final = 10.0  # seconds of one that only looks
+_UNREADABLE: Final = "\ncannot be read: "  # as stage.sh says it
+
+
+def _script(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.sh").read_text()
+
+
+_STAGE: Final = _script("stage")
+_DISCARD: Final = _script("discard")
+_UNPACK: Final = _script("unpack")
+_CARRY: Final = _script("carry")
+_KEEP_ENVIRONMENT: Final = _script("keep_environment")
+_START_SERVICE: Final = _script("start_service")
+_ALLOW_DOMAIN: Final = _script("allow_domain")
+_SETTLE: Final = _script("settle")
+_UNSETTLE: Final = _script("unsettle")
+_CLEAR: Final = _script("clear")
+_SEAL: Final = _script("seal")
+
+
+class Provisioning:
+    """The sites inside the containers of one Incus project; the methods are those of `Sites`."""
+
+    def __init__(self, settings: Settings, incus: Incus, making: Creation, commands: Commands) -> None:
+        self._settings, self._incus = settings, incus
+        self._making, self._commands = making, commands
+        self._uid = str(settings.workspace_uid)
+        self._live, self._next = settings.workspace, service_unit.beside(settings, "next")
+        self._places = (self._live, self._next, service_unit.beside(settings, "before"))
+
+    # --- files --------------------------------------------------------------------------------------
+
+    async def push(
+        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
+    ) -> None:
+        if side == "next":
+            await self._script(tenant, _STAGE, self._live, self._next, self._uid)
+            if lost:
+                await self._script(tenant, _DISCARD, self._next, self._uid, given=lost)
+        await self._script(tenant, _UNPACK, self._folder(side), self._uid, given=recipe.archive)
+        if env is not None:
+            # by standard input: it may hold secrets, and a command line shows on the host
+            text = service_unit.environment_file(env).encode()
+            await self._script(tenant, _KEEP_ENVIRONMENT, service_unit.environment_path(side), given=text)
+
+    async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        if not recipe.install:
+            return
+        await self.reachable(tenant)
+        for left in reversed(range(_INSTALLS)):
+            try:
+                await self._install(tenant, side, recipe, say)
+                return
+            except ExecFailed as error:
+                # registries and name servers fail now and then; what was fetched is kept
+                if not left or "exit_code" not in error.facts:
+                    raise
+                say(f"the install command ended with {error.facts['exit_code']}, trying again")
+
+    async def _install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
+        process = await self._commands.exec(
+            tenant, ExecSpec(recipe.install, cwd=self._folder(side), env={"CI": "1"}, merged=True)
+        )
+        try:
+            async with asyncio.timeout(self._settings.install_timeout):
+                tail = await lines(process, say, self._settings.install_log, self._settings.install_output)
+                exit_ = await process.wait()
+        except BaseException as error:
+            await asyncio.shield(process.kill(0))
+            if isinstance(error, TimeoutError):
+                raise ExecFailed(
+                    f"the install command did not end within {self._settings.install_timeout:.0f} s; "
+                    "GATEWAY_INSTALL_TIMEOUT allows more",
+                    reason="install_failed",
+                ) from error
+            raise
+        finally:
+            await process.aclose()
+        if exit_.code != 0:
+            await self._if_full(tail)
+            raise ExecFailed(
+                f"the install command {' '.join(recipe.install)} ended with {exit_.code}: {tail[-1000:]}",
+                reason="install_failed",
+                exit_code=exit_.code,
+            )
+
+    async def reachable(self, name: str) -> None:
+        """Return once the container's network is up."""
+        found = exposure(await self._making.placed(name), 9)
+        if found is not None:
+            await network_up(found.address, self._settings.verify_timeout)
+
+    # --- service ------------------------------------------------------------------------------------
+
+    async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
+        words = (service_unit.unit_path(side), side, service_unit.NAMES[side])
+        unit = service_unit.unit(self._settings, recipe, side).encode()
+        await self._script(tenant, _START_SERVICE, *words, given=unit)
+
+    async def restart(self, tenant: str) -> None:
+        await self._run(tenant, ("systemctl", "restart", service_unit.NAMES["live"]))
+
+    async def allow(self, tenant: str, domain: str) -> None:
+        await self._script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_LOOK)
+
+    async def service(self, tenant: str, side: Side) -> Service | None:
+        try:
+            said = await self._script(tenant, unit_status.SCRIPT, service_unit.NAMES[side], seconds=_LOOK)
+            return unit_status.read(said)
+        except (GatewayError, TimeoutError):
+            return None
+
+    async def log(self, tenant: str, side: Side) -> str:
+        unit = f"--unit={service_unit.NAMES[side]}"
+        try:
+            argv = ("journalctl", unit, "--lines=20", "--output=cat", "--no-pager")
+            return await self._run(tenant, argv, seconds=_LOOK)
+        except (GatewayError, TimeoutError):
+            return ""
+
+    # --- the exchange -------------------------------------------------------------------------------
+
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
+        if kept:
+            await self._script(tenant, _CARRY, self._live, self._next, self._uid, given=kept)
+        unit = service_unit.unit(self._settings, recipe, "live").encode()
+        await self._script(tenant, _SETTLE, *self._places, given=unit)
+
+    async def unsettle(self, tenant: str) -> None:
+        await self._script(tenant, _UNSETTLE, *self._places)
+
+    async def clear(self, tenant: str) -> None:
+        await self._script(tenant, _CLEAR, *self._places)
+
+    async def seal(self, name: str) -> int:
+        """End a site and remove what two copies must not share; return the bytes of the container's files."""
+        said = (await self._script(name, _SEAL))[-_SIZE:].strip()
+        return number(said) << 10
+
+    # --- in the container ---------------------------------------------------------------------------
+
+    def _folder(self, side: Side) -> str:
+        return self._live if side == "live" else self._next
+
+    async def _script(
+        self, name: str, script: str, *words: str, given: bytes = b"", seconds: float | None = None
+    ) -> str:
+        return await self._run(name, ("/bin/sh", "-c", script, "sh", *words), given=given, seconds=seconds)
+
+    async def _run(
+        self, name: str, argv: tuple[str, ...], *, given: bytes = b"", seconds: float | None = None
+    ) -> str:
+        """Run a command as the container's root; return the end of what it printed. Raises `ExecFailed`."""
+        limit = seconds or self._settings.install_timeout
+        ended = await scripts.run(
+            self._commands.exec, name, argv, given=given, seconds=limit, printed=_PRINTED
+        )
+        if ended.code == 0:
+            return ended.said
+        await self._if_full(ended.said)
+        _, unreadable, path = ended.said.rpartition(_UNREADABLE)
+        if unreadable:
+            where = f"{self._live}/{show(path[:_PATH_SHOWN])}"
+            raise ExecFailed(
+                f"{where} cannot be read by the site's user, so that an update would lose it; "
+                "give it to that user (chown, chmod) or remove it",
+                reason="unreadable",
+            )
+        raise ExecFailed(
+            f"preparing tenant {name} failed: {ended.said.strip()[-500:]}", reason="script_failed"
+        )
+
+    async def _if_full(self, said: str) -> None:
+        """Raise what is right where a command that failed had no room: on its tenant's disk, or in the pool.
+
+        It may also have filled a file system in memory, such as /tmp, which is its own affair.
+        """
+        if quota_was_reached(said):
+            raise Unavailable(DISK_FULL, reason="disk_full")
+        if not disk_was_full(said):
+            return
+        pool = (await self._making.profile())["devices"]["root"]["pool"]
+        with translated(""):
+            driver = (await self._incus.get(f"/1.0/storage-pools/{pool}"))["driver"]
+            space = (await self._incus.get(f"/1.0/storage-pools/{pool}/resources"))["space"]
+        if driver not in _SHARED:
+            raise Unavailable(DISK_FULL, reason="disk_full")
+        if space["used"] > space["total"] * _EMPTY:
+            raise Unavailable(POOL_FULL, reason="disk_full")

@@ -1,0 +1,26 @@
+# Takes back what settle.sh did: folders, environment and unit are what they were, and the old site is started.
+#
+# Usage:  sh -c "$(cat unsettle.sh)" sh LIVE NEXT NOTE
+#   LIVE, NEXT, NOTE  as for settle.sh; without the NOTE there is nothing to take back
+# Input:  none.
+# Output: nothing but what fails.
+# Exit:   0 once all is as it was. It may be called again, however far it came.
+set -eu
+live="$1" next="$2" note="$3" unit=/etc/systemd/system/site.service
+[ -e "$note" ] || exit 0
+# right after a container's start its systemd does not listen yet
+for _ in $(seq 400); do
+  [ -S /run/systemd/private ] && break
+  sleep 0.05
+done
+if [ "$(stat -c %i "$live")" != "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
+if [ -f /etc/site.env.old ]; then mv /etc/site.env.old /etc/site.env; else rm -f /etc/site.env; fi
+if [ -f $unit.old ]; then
+  cp $unit.old $unit
+  systemctl daemon-reload
+  systemctl restart site.service
+else
+  systemctl --quiet disable --now site.service || :
+  rm -f $unit
+fi
+rm -f "$note" $unit.old

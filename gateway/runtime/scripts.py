@@ -1,0 +1,64 @@
+"""Run shell scripts of ours in a tenant. They lie beside the code that uses them.
+
+They run inside the container: what a site put in their way can harm only its own tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.errors import GatewayError
+from gateway.runtime import ExecSpec, Process
+from gateway.runtime.sites import lines
+
+_PIECE: Final = 1 << 18  # bytes of input that are written at once
+
+Exec = Callable[[str, ExecSpec], Awaitable[Process]]
+"""Starts a command in a tenant, as `TenantRuntime.exec`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The exit code of a script, and the end of what it printed on both outputs."""
+
+    code: int
+    said: str
+
+
+async def run(
+    exec_: Exec, tenant: str, argv: Sequence[str], *, given: bytes = b"", seconds: float, printed: int
+) -> Ended:
+    """Run a command as the tenant's root with `given` as its input; end its whole tree where this fails.
+
+    Raises `TimeoutError` after so many `seconds`, and `ExecFailed` where it does not start or prints over
+    `printed` bytes.
+    """
+    spec = ExecSpec(tuple(argv), cwd="/", user="root", stdin=True, merged=True)
+    process = await exec_(tenant, spec)
+    try:
+        async with asyncio.timeout(seconds):
+            feeding = asyncio.create_task(_feed(process, given))
+            try:
+                said = await lines(process, None, 0, printed)
+            finally:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+            exit_ = await process.wait()
+    except BaseException:
+        with contextlib.suppress(GatewayError, TimeoutError):
+            await asyncio.shield(process.kill(0))
+        raise
+    finally:
+        await process.aclose()
+    return Ended(exit_.code, said)
+
+
+async def _feed(process: Process, data: bytes) -> None:
+    view = memoryview(data)
+    for start in range(0, len(view), _PIECE):
+        await process.write(bytes(view[start : start + _PIECE]))
+    await process.close_stdin()
