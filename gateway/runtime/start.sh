@@ -12,50 +12,56 @@
 # Input:  is left to wait.sh.
 # Output: on standard error "\001E user" where there is no such user, else what wait.sh says.
 # Exit:   126 where there is no such user, else as wait.sh.
-looks=$2
+
+# A shell hands on what it sets of a variable that it was given, and whoever runs the host may give any name to
+# commands (`environment.…` of an instance): so all that this and wait.sh set begins with `_gateway_`.
+_gateway_looks=$2
 while
-  tree=/sys/fs/cgroup/unified # where a hybrid host mounts it; a pure one does at the top
-  [ -d "$tree" ] || tree=/sys/fs/cgroup
-  [ ! -e "$tree/cgroup.procs" ] && [ "$looks" -gt 0 ]
+  _gateway_tree=/sys/fs/cgroup/unified # where a hybrid host mounts it; a pure one does at the top
+  [ -d "$_gateway_tree" ] || _gateway_tree=/sys/fs/cgroup
+  [ ! -e "$_gateway_tree/cgroup.procs" ] && [ "$_gateway_looks" -gt 0 ]
 do
-  looks=$((looks - 1))
+  _gateway_looks=$((_gateway_looks - 1))
   sleep 0.05
 done
-group=$tree/gateway/$1
-how=scan
-{ mkdir -p "$group" && echo 0 >"$group/cgroup.procs" && how=cgroup; } 2>/dev/null
+_gateway_group=$_gateway_tree/gateway/$1
+_gateway_how=scan
+{ mkdir -p "$_gateway_group" && echo 0 >"$_gateway_group/cgroup.procs" && _gateway_how=cgroup; } 2>/dev/null
 export GATEWAY_EXEC="$1"
 
-terminal='' modes=''
+_gateway_terminal='' _gateway_modes=''
 if [ -n "$3" ]; then
   export TERM=xterm-256color
-  modes=$(stty -g) terminal=$(tty)
+  _gateway_modes=$(stty -g) _gateway_terminal=$(tty)
   # the line must not be echoed, nor end at the 4096 bytes that a terminal takes of one
   stty raw -echo
 fi
 
-wait_script=$4 name=$5 uid=$6 gid=$7 home=$8 shell=/bin/bash groups=--init-groups
-if [ -n "$name" ] && [ -z "$uid" ]; then
-  if entry=$(getent passwd "$name"); then
-    IFS=: read -r name _ uid gid _ home shell <<ENTRY
-$entry
+_gateway_wait=$4 _gateway_name=$5 _gateway_uid=$6 _gateway_gid=$7 _gateway_home=$8
+_gateway_shell=/bin/bash _gateway_groups=--init-groups
+if [ -n "$_gateway_name" ] && [ -z "$_gateway_uid" ]; then
+  if _gateway_entry=$(getent passwd "$_gateway_name"); then
+    IFS=: read -r _gateway_name _ _gateway_uid _gateway_gid _ _gateway_home _gateway_shell <<ENTRY
+$_gateway_entry
 ENTRY
-    shell=${shell:-/bin/sh}
+    _gateway_shell=${_gateway_shell:-/bin/sh}
   else
-    case $name in
+    case $_gateway_name in
       *[!0-9]*)
         printf '\001E user\n' >&2
         exit 126
         ;;
     esac
-    uid=$name gid=$name home=/ shell=/bin/sh groups=--clear-groups
+    _gateway_uid=$_gateway_name _gateway_gid=$_gateway_name _gateway_home=/
+    _gateway_shell=/bin/sh _gateway_groups=--clear-groups
   fi
 fi
-set -- "$how" "$terminal" "$modes"
-if [ -n "$name" ]; then
-  export HOME="$home" USER="$name" LOGNAME="$name" SHELL="$shell"
-  if [ "$uid" != 0 ]; then
-    exec setpriv "--reuid=$uid" "--regid=$gid" "$groups" -- /bin/sh -c "$wait_script" sh "$@"
+set -- "$_gateway_how" "$_gateway_terminal" "$_gateway_modes"
+if [ -n "$_gateway_name" ]; then
+  export HOME="$_gateway_home" USER="$_gateway_name" LOGNAME="$_gateway_name" SHELL="$_gateway_shell"
+  if [ "$_gateway_uid" != 0 ]; then
+    exec setpriv "--reuid=$_gateway_uid" "--regid=$_gateway_gid" "$_gateway_groups" -- \
+      /bin/sh -c "$_gateway_wait" sh "$@"
   fi
 fi
-eval "$wait_script"
+eval "$_gateway_wait"

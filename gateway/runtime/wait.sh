@@ -13,43 +13,43 @@
 # Exit:   0 where the input ends without a line, 126 or 127 after an E, else as the command.
 
 enter() { # FOLDER PROGRAM PATH: goes to the folder and looks whether the program can be run
-  [ -z "$_modes" ] || stty "$_modes"
+  [ -z "$_gateway_modes" ] || stty "$_gateway_modes"
   cd -- "$1" 2>/dev/null || {
     printf '\001E cwd\n' >&2
     exit 126
   }
   unset OLDPWD
-  _found=127
+  _gateway_found=127
   case $2 in
     */*)
-      [ ! -e "$2" ] || _found=126
-      [ ! -f "$2" ] || [ ! -x "$2" ] || _found=0
+      [ ! -e "$2" ] || _gateway_found=126
+      [ ! -f "$2" ] || [ ! -x "$2" ] || _gateway_found=0
       ;;
     *)
-      _path=$3: # an empty folder at its end counts too
+      _gateway_path=$3: # an empty folder at its end counts too
       IFS=:
       set -f
-      for _folder in $_path; do
-        [ -f "${_folder:-.}/$2" ] || continue
-        _found=126
-        [ ! -x "${_folder:-.}/$2" ] || { _found=0 && break; }
+      for _gateway_folder in $_gateway_path; do
+        [ -f "${_gateway_folder:-.}/$2" ] || continue
+        _gateway_found=126
+        [ ! -x "${_gateway_folder:-.}/$2" ] || { _gateway_found=0 && break; }
       done
       unset IFS
       set +f
       ;;
   esac
-  [ "$_found" = 0 ] || {
-    printf '\001E %s\n' "$_found" >&2
-    exit "$_found"
+  [ "$_gateway_found" = 0 ] || {
+    printf '\001E %s\n' "$_gateway_found" >&2
+    exit "$_gateway_found"
   }
 }
 
 # for this shell alone: bash takes some bytes that are not UTF-8 for others where it expects that
 [ -n "${LC_ALL+set}" ] || LC_ALL=C
 printf '\001R %s %s %s\n' "$$" "$1" "$2" >&2
-IFS= read -r _line || exit 0
-_modes=$3
+IFS= read -r _gateway_line || exit 0
+_gateway_modes=$3
 # the line says "$1" for a newline: no variable of the command's environment has that name
 set -- '
 '
-eval "$_line"
+eval "$_gateway_line"

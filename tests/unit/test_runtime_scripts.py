@@ -122,9 +122,9 @@ ODD = ("\n", "'", '"', "\\", "$", "`", "-n", "-", "*", "~", "%s", "\x01", "\x7f"
 BYTES = strategies.binary(max_size=8).map(lambda data: os.fsdecode(data.replace(b"\0", b"")))
 TEXTS = strategies.lists(strategies.sampled_from(ODD) | BYTES, max_size=6).map("".join)
 MEANT: Final = """
-    __n _line _path _folder _found _modes _0 _1 _ a IFS PS4 ENV BASH_ENV PWD OLDPWD LINENO RANDOM UID
-    EUID PPID SHLVL SHELLOPTS BASHOPTS OPTIND OPTARG SECONDS LC_ALL LANG CDPATH TMOUT POSIXLY_CORRECT
-    HOME
+    __n _gateway_line _gateway_path _gateway_folder _gateway_found _gateway_modes _0 _1 _ a IFS PS4 ENV
+    BASH_ENV PWD OLDPWD LINENO RANDOM UID EUID PPID SHLVL SHELLOPTS BASHOPTS OPTIND OPTARG SECONDS LC_ALL
+    LANG CDPATH TMOUT POSIXLY_CORRECT HOME
 """
 NAMES = strategies.sampled_from(MEANT.split()) | strategies.from_regex(
     r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True
@@ -252,11 +252,17 @@ def test_a_shell_whose_input_ends_without_a_line_ends(shell: tuple[str, ...]) ->
 # --- start.sh -----------------------------------------------------------------------------------------
 
 
-def started(shell: tuple[str, ...], account: Account | None, *argv: str) -> tuple[Preamble, bytes]:
+def started(
+    shell: tuple[str, ...], account: Account | None, *argv: str, env: Mapping[str, str] | None = None
+) -> tuple[Preamble, bytes]:
+    """Return what the shells said, and the output of a command; `env` is what Incus starts them with."""
     exec_id = f"test-{secrets.token_hex(8)}"
     command = start_command(exec_id, account, looks=0, terminal=False)
     line = command_line(argv, cwd="/", env={})
-    made = subprocess.run([*shell, *command[1:]], input=line, env=BASE, capture_output=True, timeout=30)
+    environment = {**BASE, **(env or {})}
+    made = subprocess.run(
+        [*shell, *command[1:]], input=line, env=environment, capture_output=True, timeout=30
+    )
     for group in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")):
         if (group / PARENT / exec_id).is_dir():
             (group / PARENT / exec_id).rmdir()
@@ -287,6 +293,32 @@ def test_a_command_is_its_users(shell: tuple[str, ...], account: Account, said: 
     script = 'echo $(id -u) $(id -g) "$HOME" "$USER" "$LOGNAME" "$SHELL"'
     preamble, out = started(shell, account, "sh", "-c", script)
     assert (preamble.started, out.decode()) == (True, f"{said}\n")
+
+
+def names_in(script: str) -> set[str]:
+    """Return the variables that a script sets."""
+    set_ = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", script)
+    for words in re.findall(r"\bread -r ([\w ]+)|\bfor (\w+) in", script):
+        set_ += "".join(words).split()
+    return {name for name in set_ if name not in ("IFS", "_")}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize(
+    "account", [Account("root", 0, 0, "/root"), Account("nobody")], ids=["root", "looked up"]
+)
+def test_no_variable_of_the_scripts_takes_the_place_of_one_that_incus_sets(
+    shell: tuple[str, ...], account: Account
+) -> None:
+    """As by `incus config set TENANT environment.name=…`: each name that start.sh and wait.sh use."""
+    ours = {"GATEWAY_EXEC", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "LC_ALL"}
+    names = {"name", "home", "group", *names_in(START_SCRIPT), *names_in(WAIT_SCRIPT)} - ours
+    assert len(names) > 10
+    env = {name: f"the operator's {name}" for name in names if not name.startswith("_gateway_")}
+    preamble, out = started(shell, account, "cat", "/proc/self/environ", env=env)
+    assert preamble.started
+    given = variables(out)
+    assert {name: given.get(name.encode()) for name in env} == {name: env[name].encode() for name in env}
 
 
 def test_a_user_that_is_none_is_told(shell: tuple[str, ...]) -> None:
@@ -394,4 +426,5 @@ def test_a_script_says_how_it_is_called(script: str) -> None:
 
 def test_the_scripts_and_the_gateway_find_a_command_by_the_same_names() -> None:
     for script in (START_SCRIPT, KILL_SCRIPT):
-        assert f"group=$tree/{PARENT}/$1\n" in script and f'{MARKER}=$1"' in script.replace('="$1', "=$1")
+        plain = script.replace("_gateway_", "").replace('="$1', "=$1")
+        assert f"group=$tree/{PARENT}/$1\n" in plain and f'{MARKER}=$1"' in plain
