@@ -1,4 +1,12 @@
-# Makes the folder $2 what $1 is, as the user $3 and with no more than its rights; further words are rsync's.
+# Makes a folder what another is, as the site's user and with no more than its rights.
+#
+# Usage:  sh -c "$(cat mirror.sh)" mirror FROM TO UID WORD…
+#   UID   the site's user and group
+#   WORD  rsync's, such as --exclude=…
+# Input:  none.
+# Output: nothing but what fails.
+# Exit:   0 once TO has all of it, else 1.
+#
 # Times are compared by nanoseconds: what changed within the second of the last look is seen.
 set -eu
 from="$1" to="$2" uid="$3"

@@ -267,7 +267,7 @@ class Migration:
         await asyncio.to_thread(self._rest, moving)
         await self._mirror(moving)
         await self._runtime.making.remove_device(moving.tenant, _DEVICE)
-        await self._inside(moving.tenant, "settle", self._settings.workspace, self._next)
+        await self._inside(moving.tenant, "move_in", self._settings.workspace, self._next)
         await self._sites.start(moving.tenant, "live", moving.recipe)
         self._say(f"  the old service rested {time.monotonic() - began:.2f} s until the copy was started")
 
@@ -296,7 +296,7 @@ class Migration:
             await self._runtime.start(tenant)
             uid = str(self._settings.workspace_uid)
             places = (self._settings.workspace, self._next, self._kept, uid)
-            kept = await self._inside(tenant, "unsettle", *places)
+            kept = await self._inside(tenant, "move_out", *places)
             if kept:
                 self._say(f"  what the tenant had since the switch is kept in it as {kept}")
         await self._show_folder(moving)

@@ -1,5 +1,10 @@
-# Tells how a unit does: what systemd says of it, what its control group counts, and where its processes listen.
-# Its name is the first word. All that is printed is short, whatever the tenant does: see `unit_status.py`.
+# Tells how a unit does. All that is printed is short, whatever the tenant does.
+#
+# Usage:  sh -c "$(cat unit_status.sh)" sh UNIT
+# Input:  none.
+# Output: NAME=VALUE, one a line: what systemd says of it, what its control group counts (OomKills, Computed), and
+#         Listen for each address where its processes listen, as the kernel writes it.
+# Exit:   means nothing.
 facts=$(systemctl show \
   --property=ActiveState,SubState,NRestarts,ExecMainStartTimestampMonotonic,ControlGroup "$1") || exit
 printf '%s\n' "$facts" | head -c 1000

@@ -1,0 +1,327 @@
+"""The shell scripts that provision a site, under each shell that a tenant's image may call `sh`.
+
+Those that touch /etc, /run and /var see folders of the test there, in a mount namespace of their own, and a
+`systemctl` that only notes what it is asked.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies
+
+import gateway
+from gateway.runtime.incus import provisioning
+
+SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
+SCRIPTS: Final = sorted(Path(gateway.__file__).parent.rglob("*.sh"))
+INCUS: Final = Path(provisioning.__file__).parent
+UID: Final = 65534
+NAMES: Final = (
+    strategies.sampled_from(["-n", "-rf", "a b", "\n", "a\nb", "'", '"', "$HOME", "*", "\udc81", "é", " "])
+    | strategies.binary(min_size=1, max_size=8).map(
+        lambda data: os.fsdecode(data.replace(b"\0", b"0").replace(b"/", b"."))
+    )
+).filter(lambda name: name not in (".", ".."))
+
+# mounts first, and nothing else where one of them fails: the scripts change what lies there
+INSIDE: Final = """
+set -e
+for place in etc run var; do mount --bind "$1/$place" "/$place"; done
+PATH=$1/bin:$PATH
+shift
+exec "$@"
+"""
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("unshare") is None, reason="only root mounts, and becomes another"
+    ),
+    pytest.mark.timeout(60),
+]
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    found: tuple[str, ...] = SHELLS[request.param]
+    if shutil.which(found[0]) is None:
+        pytest.skip(f"there is no {found[0]} here")
+    return found
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that other users may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def run(
+    shell: tuple[str, ...], name: str, *words: str | Path, given: bytes = b"", within: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a script as the gateway does, both outputs in one."""
+    argv = [*within, *shell, "-c", (INCUS / f"{name}.sh").read_text(), "sh", *words]
+    return subprocess.run(
+        argv, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", timeout=30
+    )
+
+
+def owned(folder: Path, files: dict[str, str]) -> Path:
+    """Make a folder with files of the site's user."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+        os.chown(folder / name, UID, UID)
+    os.chown(folder, UID, UID)
+    return folder
+
+
+def held(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+class Machine:
+    """What the scripts see of a container, and what they asked of its systemd."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        for folder in ("etc/systemd/system", "run/systemd/system", "var/log/journal", "bin"):
+            (place / folder).mkdir(parents=True)
+        (place / "var/lib/systemd").mkdir(parents=True)
+        fakes = {"systemctl": f'echo "$*" >>{place}/asked', "sync": "", "du": r"printf '123\t/\n'"}
+        for name, body in fakes.items():
+            (place / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+            (place / "bin" / name).chmod(0o755)
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(place / "run/systemd/private"))
+        self.live = owned(place / "live", {"page": "old"})
+        self.next = owned(place / "next", {"page": "new"})
+        self.note = place / "before"
+        self.unit = place / "etc/systemd/system/site.service"
+        self.environment = place / "etc/site.env"
+        self.sides = (self.live, self.next, self.note)
+
+    def run(self, shell: tuple[str, ...], name: str, *words: str | Path, given: bytes = b"") -> bytes:
+        """Run a script inside; return what it printed."""
+        within = ("unshare", "--mount", "/bin/sh", "-c", INSIDE, "sh", str(self.place))
+        ended = run(shell, name, *words, given=given, within=within)
+        assert ended.returncode == 0, ended.stdout
+        return ended.stdout
+
+    def asked(self) -> list[str]:
+        """Return what systemd was asked since the last call."""
+        asked = self.place / "asked"
+        words = asked.read_text().splitlines() if asked.exists() else []
+        asked.unlink(missing_ok=True)
+        return words
+
+    def state(self) -> dict[str, str]:
+        """Return what of a site an undo must bring back."""
+        files = {path.name: path.read_text() for path in (self.unit, self.environment) if path.exists()}
+        return files | {"page": (self.live / "page").read_text()}
+
+    def close(self) -> None:
+        self._listening.close()
+
+
+@pytest.fixture
+def machine(place: Path) -> Iterator[Machine]:
+    made = Machine(place)
+    yield made
+    made.close()
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(strategies.sets(NAMES, min_size=1, max_size=6), strategies.integers(0, 5))
+@example({"-n", "a\nb", "$HOME"}, 1)
+def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
+    shell: tuple[str, ...], names: set[str], count: int
+) -> None:
+    """Whatever the files are called; what is written meanwhile goes along where it is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        live = owned(Path(folder, "live"), dict.fromkeys(names, "old"))
+        following = Path(folder, "next")
+        assert run(shell, "stage", live, following, str(UID)).returncode == 0
+        assert held(following) == dict.fromkeys(names, "old")
+        assert (following.stat().st_uid, following.stat().st_gid) == (UID, UID)
+
+        lost = sorted(names)[:count]
+        said = b"".join(os.fsencode(name) + b"\0" for name in lost)
+        assert run(shell, "discard", following, str(UID), given=said).returncode == 0
+        left = dict.fromkeys(names - {*lost}, "old")
+        assert held(following) == left
+
+        kept = sorted(names)[-1]
+        (live / kept).write_text("written meanwhile")
+        os.utime(live / kept, (4e9, 4e9))
+        said = os.fsencode(kept) + b"\0gone meanwhile\0"
+        assert run(shell, "carry", live, following, str(UID), given=said).returncode == 0
+        assert held(following) == left | {kept: "written meanwhile"}
+
+
+def test_what_the_sites_user_cannot_read_is_named(shell: tuple[str, ...], place: Path) -> None:
+    live = owned(place / "live", {"a": "", "roots own\n%s": "secret"})
+    secret = live / "roots own\n%s"
+    os.chown(secret, 0, 0)
+    secret.chmod(0o600)
+    ended = run(shell, "stage", live, place / "next", str(UID))
+    _, named, path = ended.stdout.decode().rpartition(provisioning._UNREADABLE)
+    assert (ended.returncode, bool(named), path) == (1, True, secret.name)
+
+
+@pytest.mark.parametrize("script", ["discard", "carry"])
+def test_nothing_is_touched_where_the_folder_is_missing(
+    shell: tuple[str, ...], place: Path, script: str
+) -> None:
+    """They would go on in /."""
+    outside = owned(place / "outside", {"file": "kept"})
+    target = owned(place / "target", {})
+    words = {"discard": (place / "none", str(UID)), "carry": (place / "none", target, str(UID))}
+    path = os.fsencode(outside.relative_to("/") / "file") + b"\0"
+    assert run(shell, script, *words[script], given=path).returncode != 0
+    assert held(outside) == {"file": "kept"} and not held(target)
+
+
+def test_an_archive_becomes_the_sites_users(shell: tuple[str, ...], place: Path) -> None:
+    folder = owned(place / "site", {"index.html": "old", "other": "stays"})
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        entry = tarfile.TarInfo("index.html")
+        entry.size, entry.uid, entry.mode = 3, 0, 0o644
+        archive.addfile(entry, io.BytesIO(b"new"))
+    assert run(shell, "unpack", folder, str(UID), given=packed.getvalue()).returncode == 0
+    assert held(folder) == {"index.html": "new", "other": "stays"}
+    assert (folder / "index.html").stat().st_uid == UID
+    assert run(shell, "unpack", folder, str(UID), given=b"no archive").returncode != 0
+
+
+@pytest.mark.parametrize("text", [b"", b'A="b\\$c"\n' * 20_000, b"\xff\0\n\n"], ids=["none", "long", "odd"])
+def test_an_environment_is_roots_alone_and_byte_for_byte(
+    shell: tuple[str, ...], place: Path, text: bytes
+) -> None:
+    assert run(shell, "keep_environment", place / "site.env", given=text).returncode == 0
+    assert (place / "site.env").read_bytes() == text
+    assert (place / "site.env").stat().st_mode & 0o777 == 0o600
+
+
+# --- service ------------------------------------------------------------------------------------------
+
+UNIT: Final = "[Service]\nExecStart=\"a\\nb\" '%%' $$\n\n\n"
+RESTARTED: Final = ["daemon-reload", "--quiet enable site.service", "restart site.service"]
+
+
+def test_a_live_service_is_enabled_and_a_next_one_only_started(
+    shell: tuple[str, ...], machine: Machine
+) -> None:
+    words = ("/etc/systemd/system/site.service", "live", "site.service")
+    machine.run(shell, "start_service", *words, given=UNIT.encode())
+    assert machine.unit.read_text() == UNIT
+    assert machine.asked() == RESTARTED
+    words = ("/run/systemd/system/site-next.service", "next", "site-next.service")
+    machine.run(shell, "start_service", *words, given=UNIT.encode())
+    assert (machine.place / words[0].lstrip("/")).read_text() == UNIT
+    assert machine.asked() == ["daemon-reload", "restart site-next.service"]
+
+
+def test_both_services_are_told_the_domain(shell: tuple[str, ...], machine: Machine) -> None:
+    machine.run(shell, "allow_domain", "NAME=shop.example")
+    for side in ("site", "site-next"):
+        told = machine.place / f"run/systemd/system/{side}.service.d/domain.conf"
+        assert told.read_text() == '[Service]\nEnvironment="NAME=shop.example"\n'
+    assert machine.asked() == ["daemon-reload"]
+
+
+def test_a_sealed_container_shares_no_id_and_no_log(shell: tuple[str, ...], machine: Machine) -> None:
+    gone = [machine.place / path for path in ("var/log/journal/a", "var/lib/systemd/random-seed")]
+    machine_id = machine.place / "etc/machine-id"
+    for path in (*gone, machine_id):
+        path.write_text("x")
+    assert machine.run(shell, "seal")[-12:] == b"         123"
+    assert not any(path.exists() for path in gone) and machine_id.read_bytes() == b""
+    assert machine.asked()[0] == "stop site.service"
+
+
+# --- the exchange -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [{}, {"unit": "old\n", "environment": "A=old\n"}], ids=["first", "later"])
+@pytest.mark.parametrize("environment", [None, "A=new\n"], ids=["same", "changed"])
+def test_an_exchange_is_idempotent_and_so_is_its_undo(
+    shell: tuple[str, ...], machine: Machine, before: dict[str, str], environment: str | None
+) -> None:
+    for name, text in before.items():
+        getattr(machine, name).write_text(text)
+    if environment is not None:
+        (machine.place / "etc/site-next.env").write_text(environment)
+    was = machine.state()
+    expected = was | {"site.service": UNIT, "page": "new"}
+    if environment is not None:
+        expected["site.env"] = environment
+    for _ in range(2):
+        machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+        assert machine.state() == expected
+        assert machine.asked() == RESTARTED
+    for _ in range(2):
+        machine.run(shell, "unsettle", *machine.sides)
+        assert machine.state() == was
+    again = ["daemon-reload", "restart site.service"]
+    assert machine.asked() == (again if before else ["--quiet disable --now site.service"])
+
+
+def test_an_exchange_that_was_cut_off_after_the_note_is_finished_or_undone(
+    shell: tuple[str, ...], machine: Machine
+) -> None:
+    """The note says which folder was live; whether they were exchanged is seen."""
+    machine.unit.write_text("old\n")
+    shutil.copy(machine.unit, f"{machine.unit}.old")
+    machine.note.write_text(f"{machine.live.stat().st_ino}\n")
+    machine.run(shell, "unsettle", *machine.sides)
+    assert machine.state() == {"site.service": "old\n", "page": "old"}
+
+    machine.note.write_text(f"{machine.live.stat().st_ino}\n")
+    machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+    assert machine.state() == {"site.service": UNIT, "page": "new"}
+
+
+def test_nothing_of_an_exchange_is_left_once_it_is_cleared(shell: tuple[str, ...], machine: Machine) -> None:
+    before = {path for path in machine.place.rglob("*") if path.is_file()} | {machine.unit}
+    machine.unit.write_text("old\n")
+    machine.environment.write_text("A=old\n")
+    (machine.place / "etc/site-next.env").write_text("A=new\n")
+    words = ("/run/systemd/system/site-next.service", "next", "site-next.service")
+    machine.run(shell, "start_service", *words, given=UNIT.encode())
+    machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+    machine.asked()
+    for _ in range(2):
+        machine.run(shell, "clear", *machine.sides)
+        assert machine.asked() == ["stop site-next.service", "daemon-reload"]
+        left = {path for path in machine.place.rglob("*") if path.is_file()}
+        assert left - before == {machine.environment} and not machine.next.exists()
+    assert machine.state() == {"site.service": UNIT, "site.env": "A=new\n", "page": "new"}
+
+
+# --- the files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_says_how_it_is_called(script: Path) -> None:
+    header = re.match(r"(#.*\n)*", script.read_text())
+    assert header is not None
+    for word in ("Usage:", "Input:", "Output:", "Exit:"):
+        assert word in header[0]
