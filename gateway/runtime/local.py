@@ -47,8 +47,7 @@ from gateway.runtime import (
     TenantEvent,
     unheard,
 )
-from gateway.runtime.visits import Place, visited
-from gateway.runtime.wrapper import (
+from gateway.runtime.launcher import (
     KILL_SCRIPT,
     Preamble,
     check_size,
@@ -56,6 +55,7 @@ from gateway.runtime.wrapper import (
     killed,
     start_command,
 )
+from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 
 _CHUNK: Final = 64 * 1024

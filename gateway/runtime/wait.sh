@@ -4,7 +4,7 @@
 #   HOW       how the command's processes can be found: "cgroup" or "scan"
 #   TERMINAL  the terminal on standard input, or empty
 #   MODES     what `stty -g` said of it before it became raw, or empty
-# Input:  one line, made by `wrapper.command_line`: it calls `enter`, exports the environment, says "\001K" on
+# Input:  one line, made by `launcher.command_line`: it calls `enter`, exports the environment, says "\001K" on
 #         standard error, and becomes the command. A long one has its rest read by `head`, since `read` asks
 #         the kernel for each byte. The command's own input must not come before "\001K" was said.
 # Output: on standard error "\001R PID HOW TERMINAL" once it waits; "\001E cwd", "\001E 127" (no such program) or

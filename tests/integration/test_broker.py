@@ -224,7 +224,7 @@ async def foreign(incus_settings: Settings) -> AsyncIterator[Container]:
     environment.incus("delete", "--force", container.name)
 
 
-# Stays in a group of its own, as `runtime.wrapper` makes them, until it is killed.
+# Stays in a group of its own, as `runtime.launcher` makes them, until it is killed.
 STAY = """
 for try in $(seq 100); do
   g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 from gateway.errors import ExecFailed
 from gateway.rootfs.process_tree import MARKER, PARENT
 from gateway.runtime import Killed
-from gateway.runtime.wrapper import (
+from gateway.runtime.launcher import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
     START_SCRIPT,

@@ -1,6 +1,6 @@
 """Starts commands in Incus containers, follows them, and ends the whole tree of each.
 
-Every command is an Incus exec of a shell that becomes it (`gateway.runtime.wrapper`), in a cgroup of its own
+Every command is an Incus exec of a shell that becomes it (`gateway.runtime.launcher`), in a cgroup of its own
 inside the container's tree.
 """
 
@@ -26,8 +26,7 @@ from gateway.rootfs.process_tree import Member, of_command
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Process, Pty, StreamName
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.warm_shells import WarmShells
-from gateway.runtime.wrapper import (
+from gateway.runtime.launcher import (
     DRAIN_SCRIPT,
     KILL_SCRIPT,
     KILLED_MAX,
@@ -39,6 +38,7 @@ from gateway.runtime.wrapper import (
     killed,
     start_command,
 )
+from gateway.runtime.warm_shells import WarmShells
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)

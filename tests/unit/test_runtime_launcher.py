@@ -11,7 +11,7 @@ from hypothesis import given, strategies
 
 from gateway.errors import ExecFailed, Unavailable
 from gateway.runtime import Killed
-from gateway.runtime.wrapper import KILLED_MAX, PID_MAX, Preamble, killed
+from gateway.runtime.launcher import KILLED_MAX, PID_MAX, Preamble, killed
 
 SAID = b"\x01R 7 cgroup \n\x01K\n"
 
