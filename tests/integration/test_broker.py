@@ -25,7 +25,7 @@ from gateway.rootfs import FilesystemRoot, Workers, process_tree
 from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.inside import Inside
 from gateway.settings import Settings
 from tests.contracts.processes import Tree, until
 from tests.integration import environment
@@ -200,7 +200,7 @@ async def test_ends_trees_by_the_broker(
 
     for step in process_tree.STEPS:
         monkeypatch.setitem(process_tree.STEPS, step, never)
-    monkeypatch.setattr(Commands, "kill_inside", never)
+    monkeypatch.setattr(Inside, "kill", never)
     async with IncusRuntime(place.settings) as runtime:
         tree = Tree()
         process = await runtime.exec(tenant.name, ExecSpec(("bash", "-c", tree.script)))

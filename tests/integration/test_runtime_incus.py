@@ -88,7 +88,7 @@ class TestIncus(RuntimeContract):
         process = await runtime.exec(name, ExecSpec(("bash", "-c", tree.script)))
         await tree.grown()
         exec_id = process._exec_id  # type: ignore[attr-defined]  # no other way to choose the way
-        killed = await runtime.commands.kill_inside(name, exec_id, 0.5)
+        killed = await runtime.commands.inside.kill(name, exec_id, 0.5)
         assert (killed.survivors, tree.alive()) == (0, 0)
         await finish(process)
 
@@ -126,7 +126,7 @@ class TestIncus(RuntimeContract):
         process = await runtime.exec(name, ExecSpec(("sh", "-c", script + "wait"), user="root"))
         await until(lambda: alive(seconds) >= grown - 1)
         if inside:
-            killed = await runtime.commands.kill_inside(name, process._exec_id, 0)  # type: ignore[attr-defined]
+            killed = await runtime.commands.inside.kill(name, process._exec_id, 0)  # type: ignore[attr-defined]
         else:
             killed = await process.kill(0.0)
         assert (killed.survivors, alive(seconds)) == (0, 0)
@@ -230,12 +230,12 @@ async def expecting(runtime: IncusRuntime, tenant: Container) -> AsyncIterator[s
     with runtime.expect(tenant.name):
         await standing_by(runtime, tenant.name)
         yield tenant.name
-    runtime.commands._standbys.drop(tenant.name)
+    runtime.commands._warm_shells.drop(tenant.name)
 
 
 async def standing_by(runtime: IncusRuntime, name: str) -> dict[bool, int]:
     """Wait for a shell of each kind and return the pids of those that are taken first, by kind."""
-    waiting = runtime.commands._standbys.waiting
+    waiting = runtime.commands._warm_shells.waiting
     await until(lambda: waiting(name, False) and waiting(name, True))
     shells = {kind: waiting(name, kind)[0] for kind in (False, True)}
     return {kind: shell._preamble.pid for kind, shell in shells.items()}  # type: ignore[attr-defined]
@@ -311,7 +311,7 @@ class TestStandby:
             with runtime.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
                 await asyncio.to_thread(environment.incus, "pause", tenant.name)
-                await until(lambda: not runtime.commands._standbys._waiting)
+                await until(lambda: not runtime.commands._warm_shells._waiting)
                 with pytest.raises(TenantNotRunning):
                     await runtime.exec(tenant.name, ExecSpec(("true",)))
                 await runtime.start(tenant.name)

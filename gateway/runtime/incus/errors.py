@@ -1,4 +1,4 @@
-"""Knows incusd's ways to say no, and what they are in our words."""
+"""Turn what incusd refuses, and what it does not do in time, into our errors."""
 
 from __future__ import annotations
 
@@ -80,3 +80,13 @@ def translated(name: str) -> Iterator[None]:
                 f"tenant {name} cannot start a process: its process limit is reached"
             ) from error
         raise Unavailable(f"Incus failed with tenant {name}; the gateway's log says why") from error
+
+
+@contextlib.contextmanager
+def in_time(name: str, stage: str) -> Iterator[None]:
+    """Turn a passed deadline of a start into our error; the log keeps what was waited for."""
+    try:
+        yield
+    except TimeoutError as error:
+        log.warning("a command of %s did not start in time: waited for the %s", name, stage)
+        raise Timeout("the command did not start in time; the tenant may be overloaded") from error

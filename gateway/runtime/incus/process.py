@@ -1,0 +1,212 @@
+"""Follow one command in an Incus container, and end its whole tree."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.errors import GatewayError, Unavailable
+from gateway.incus import ExecSockets, IncusError, Lost, Operation
+from gateway.rootfs.command_cgroup import CommandCgroup
+from gateway.rootfs.process_tree import Member
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, StreamName
+from gateway.runtime.incus.inside import Inside
+from gateway.runtime.launcher import Account, Preamble, command_line
+
+_LOOK: Final = 0.002  # seconds between two looks at what nothing tells of
+_FULL: Final = 0.3  # seconds after which the end of a terminal's command is not merely late
+# seconds that incusd has for what it took from its socket, but not yet put into a terminal
+_IN_HAND: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a waiting shell is to become."""
+
+    spec: ExecSpec
+    account: Account
+    cwd: str
+
+    def line(self) -> bytes:
+        """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
+        spec = self.spec
+        terminal = spec.pty is not None
+        return command_line(
+            spec.argv, cwd=self.cwd, env=spec.env, merged=spec.merged and not terminal, terminal=terminal
+        )
+
+
+class IncusProcess:
+    """One command in a container; see `gateway.runtime.Process`."""
+
+    def __init__(
+        self,
+        inside: Inside,
+        limit: float,
+        tenant: str,
+        exec_id: str,
+        sockets: ExecSockets,
+        cgroup: CommandCgroup | None,
+    ) -> None:
+        self.tenant = tenant
+        self.pid = 0
+        self.started_at = 0.0
+        self.streams: tuple[StreamName, ...] = ("stdout",)
+        self.report = b""
+        self._merged = False
+        self._inside, self._limit = inside, limit
+        self._exec_id = exec_id
+        self._sockets = sockets
+        self._preamble = Preamble()
+        self._group = cgroup
+        self._first = b""  # the command's own output that came with the preamble
+        self._broken = False
+
+    @property
+    def _preamble_stream(self) -> str:
+        return "0" if self._sockets.terminal else "2"
+
+    async def ready(self) -> None:
+        """Return once the shell waits for its line."""
+        await self._feed(until_ready=True)
+
+    async def begin(self, order: Assignment) -> None:
+        """Hand over the command and return once it runs. Raises `ExecFailed`."""
+        preamble, spec = self._preamble, order.spec
+        preamble.asked(spec.argv[0][:200], order.cwd[:200], order.account.name[:200])
+        self._merged = spec.merged and spec.pty is None
+        if spec.pty is None and not spec.merged:
+            self.streams = ("stdout", "stderr")
+        if spec.pty is not None:  # before it is ready, the terminal would echo the line
+            await self.ready()
+            await self.resize(spec.pty.cols, spec.pty.rows)
+        await self._sockets.write(order.line())
+        if not spec.stdin and spec.pty is None:
+            await self._sockets.close_stdin()
+        await self._feed(until_ready=False)
+        self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
+
+    async def _feed(self, *, until_ready: bool) -> None:
+        preamble = self._preamble
+        while not (preamble.ready if until_ready else preamble.started):
+            try:
+                data = await self._sockets.read(self._preamble_stream)
+            except Lost:
+                raise Unavailable("the command's start was lost: the tenant or Incus went away") from None
+            if not data:
+                raise preamble.ended()
+            preamble.feed(data)
+
+    async def read(self, stream: StreamName) -> bytes:
+        """See `Process`; of a merged command stderr is the report, which `wait` reads."""
+        name = "0" if self._sockets.terminal else ("1" if stream == "stdout" else "2")
+        if name == self._preamble_stream and self._first:
+            first, self._first = self._first, b""
+            return first
+        try:
+            return await self._sockets.read(name)
+        except Lost:
+            self._broken = True
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        await self._sockets.write(data)
+
+    @property
+    def unsent(self) -> int:
+        return self._sockets.unsent
+
+    async def flush(self) -> None:
+        async with self._inside.draining(self.tenant, self._preamble.terminal):
+            while self.unsent:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_IN_HAND)
+
+    async def close_stdin(self) -> None:
+        await self._sockets.close_stdin()
+
+    async def resize(self, cols: int, rows: int) -> None:
+        # incusd wants the numbers as strings
+        size = {"width": str(cols), "height": str(rows)}
+        await self._sockets.control({"command": "window-resize", "args": size})
+
+    async def signal(self, number: int) -> None:
+        await self._sockets.control({"command": "signal", "signal": number})
+
+    async def wait(self) -> Exit:
+        if self._merged:
+            while said := await self.read("stderr"):
+                self.report = (self.report + said)[:REPORT_MAX]
+        try:
+            operation = await self._result()
+        except IncusError as error:
+            raise Unavailable("the command's exit was lost: Incus went away") from error
+        code = operation.metadata.get("return")
+        if self._broken or not isinstance(code, int) or code < 0:
+            raise Unavailable("the command's exit was lost: the tenant went away")
+        await self._tidy()
+        return Exit.of(code)
+
+    async def _result(self) -> Operation:
+        """Return the ended operation, also where incusd still stands before a full terminal."""
+        ending = asyncio.ensure_future(self._sockets.result())
+        try:
+            if self._sockets.terminal:
+                await asyncio.wait([ending], timeout=_FULL)
+            if not ending.done() and self._sockets.terminal:
+                with contextlib.suppress(GatewayError):
+                    async with self._inside.draining(self.tenant, self._preamble.terminal):
+                        await asyncio.wait([ending], timeout=_FULL * 10)
+            return await ending
+        finally:
+            ending.cancel()
+
+    async def kill(self, grace: float) -> Killed:
+        cgroup = self._cgroup()
+        try:
+            if cgroup is not None and await cgroup.reachable():
+                ended = await cgroup.kill(grace, self._limit)
+                return Killed(ended.killed, ended.escalated, ended.survivors)
+            return await self._inside.kill(self.tenant, self._exec_id, grace)
+        finally:
+            # a leader that left its cgroup, or whose tenant does not say what it ended; else it has ended
+            await self.signal(signal.SIGKILL)
+
+    async def left(self) -> Sequence[Member] | None:
+        cgroup = self._cgroup()
+        return None if cgroup is None else await cgroup.members()
+
+    async def aclose(self) -> None:
+        await self._sockets.aclose()
+
+    async def abandon(self) -> None:
+        """End a command that did not start properly: nothing of it may stay.
+
+        The shell first, so that it goes no further, then what it may have become meanwhile.
+        """
+        cgroup = self._cgroup()
+        with contextlib.suppress(GatewayError, TimeoutError):
+            async with asyncio.timeout(self._limit):
+                await self.signal(signal.SIGKILL)
+                if cgroup is not None:
+                    await cgroup.kill(0, self._limit)  # also lets go of the outputs that delay the end
+                await self._sockets.result()
+                if cgroup is not None:
+                    await cgroup.kill(0, self._limit)
+        await self.aclose()
+
+    def _cgroup(self) -> CommandCgroup | None:
+        if self._preamble.ready and self._preamble.method != "cgroup":
+            return None
+        return self._group
+
+    async def _tidy(self) -> None:
+        cgroup = self._cgroup()
+        if cgroup is not None:
+            with contextlib.suppress(Unavailable):  # of a broker; the next start removes it
+                await cgroup.remove()
