@@ -28,7 +28,7 @@ from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key
-from gateway.runtime.incus.tenants import DEPLOYMENT, DOMAIN
+from gateway.runtime.incus.records import DEPLOYMENT, DOMAIN
 from gateway.settings import Settings
 
 GiB: Final = 1 << 30

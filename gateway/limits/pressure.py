@@ -23,7 +23,7 @@ from gateway.rootfs import memory, reserve
 from gateway.rootfs.memory import SITE, Place, Process, Sample
 from gateway.rootfs.root import show
 from gateway.runtime import ExecSpec, TenantEvent
-from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
 

@@ -14,8 +14,8 @@ from gateway.migration.shifted_mount import Owner
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.golden_copies import ROLE
 from gateway.runtime.incus.migrations import FACTS, FOLDER, OLD, STATE, UNIT
+from gateway.runtime.incus.records import DOMAIN, IDLE_STOP, PORT
 from gateway.runtime.incus.sites import HEALTH
-from gateway.runtime.incus.tenants import DOMAIN, IDLE_STOP, PORT
 from gateway.runtime.sites import Recipe
 from gateway.runtime.sizes import SIZES
 

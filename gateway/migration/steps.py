@@ -41,8 +41,8 @@ from gateway.migration.shifted_mount import inside as mapped
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import FOLDER, STATE
+from gateway.runtime.incus.records import ASLEEP
 from gateway.runtime.incus.service_unit import environment_file
-from gateway.runtime.incus.tenants import ASLEEP
 from gateway.runtime.probe import answer
 from gateway.runtime.sites import Exposure
 from gateway.runtime.sizes import SIZES

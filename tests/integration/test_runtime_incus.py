@@ -307,7 +307,7 @@ class TestStandby:
     async def test_a_pause_or_stop_gives_them_up(self, incus_settings: Settings, tenant: Container) -> None:
         async with IncusRuntime(incus_settings) as runtime:
             watching = asyncio.create_task(collect(runtime, []))
-            await until(lambda: runtime._watching)
+            await until(lambda: runtime._watch.standing)
             with runtime.expect(tenant.name):
                 await standing_by(runtime, tenant.name)
                 await asyncio.to_thread(environment.incus, "pause", tenant.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.runtime import Status
-from gateway.runtime.incus.tenants import differences
+from gateway.runtime.incus.watch import differences
 
 
 def seen(known: dict[str, Status], now: dict[str, Status]) -> list[tuple[str, str | None]]:

@@ -37,8 +37,8 @@ class Slow(Incus):
 
 async def test_a_cancel_while_instances_are_listed_is_not_lost(tmp_path: Path) -> None:
     """Else the gateway would never have ended."""
-    runtime = IncusRuntime(Settings(state_dir=tmp_path, reconcile_interval=0.01))
-    runtime._incus = slow = Slow()
+    slow = Slow()
+    runtime = IncusRuntime(Settings(state_dir=tmp_path, reconcile_interval=0.01), incus=slow)
 
     async def watch() -> None:
         async for _ in runtime.watch():
@@ -78,8 +78,7 @@ class Passing(Incus):
 
 async def test_the_end_of_the_first_tenant_is_told(tmp_path: Path) -> None:
     """There was none when the watch began; that it is gone when its end is told is no reason to be silent."""
-    runtime = IncusRuntime(Settings(state_dir=tmp_path))
-    runtime._incus = Passing()
+    runtime = IncusRuntime(Settings(state_dir=tmp_path), incus=Passing())
     told = []
     async with asyncio.timeout(30):
         async for event in runtime.watch():

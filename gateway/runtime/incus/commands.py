@@ -38,13 +38,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _CGROUP_LOOKS: Final = 40  # two seconds, for a container that is just booting
-_LOOK: Final = 0.002  # seconds between two looks at what nothing tells of
-_FULL: Final = 0.3  # seconds after which the end of a terminal's command is not merely late
-_IN_HAND: Final = (
-    0.05  # seconds that incusd has for what it took from its socket, but not yet put into a terminal
-)
 _MAX_ID: Final = (1 << 31) - 1
-_KILL_STARTS: Final = 5.0  # seconds until a script that ends a command has begun
 _OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
 

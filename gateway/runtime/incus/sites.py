@@ -22,15 +22,15 @@ from gateway.runtime.incus.headroom import Headroom
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.ports import DEVICES, Ports
 from gateway.runtime.incus.provisioning import Provisioning
-from gateway.runtime.incus.tenants import (
+from gateway.runtime.incus.records import (
     ASLEEP,
     DEPLOYMENT,
     DOMAIN,
     PORT,
-    IncusRuntime,
     domain_config,
     lacks_address,
 )
+from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
 from gateway.runtime.sites import (
     Exposure,

@@ -1,4 +1,4 @@
-"""Runs tenants as Incus system containers.
+"""Run tenants as Incus system containers.
 
 Incus is the database: which instances are tenants, their state, domain and port are read from it. An
 instance is a tenant where `user.gateway.managed` is true in its expanded configuration, which the tenant
@@ -10,100 +10,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import logging
-import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final
 
-import orjson
-
-from gateway.errors import Conflict, GatewayError, NotFound, Unavailable
-from gateway.hostnames import plain
+from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import MANAGED, Instances, is_tenant
-from gateway.rootfs.root import show
 from gateway.runtime import (
-    TENANT_NAME,
     ExecSpec,
     Process,
     Removed,
     Snapshot,
     Space,
-    Status,
     Tenant,
     TenantEvent,
     unheard,
 )
-from gateway.runtime.incus.addresses import address_of
-from gateway.runtime.incus.commands import Commands, is_ours
+from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.migrations import STATE as MIGRATION
-from gateway.runtime.incus.oom_kills import ooms
+from gateway.runtime.incus.records import ASLEEP, PORT, disk_state, domain_config, lacks_address, tenant_of
 from gateway.runtime.incus.resizing import Resizing
-from gateway.runtime.sites import ALLOWED
+from gateway.runtime.incus.watch import Watch
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
 from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
-DOMAIN: Final = "user.gateway.domain"
-_ALLOWED: Final = f"environment.{ALLOWED}"
-PORT: Final = "user.gateway.port"
-DEPLOYMENT: Final = "user.gateway.deployment"
-ASLEEP: Final = "user.gateway.asleep"
-IDLE_STOP: Final = "user.gateway.idle_stop"  # the operator's, in the place of the setting of that name
-
-_STATUS: Final[Mapping[str, Status]] = {
-    "Running": "running",
-    "Ready": "running",
-    "Stopped": "stopped",
-    "Frozen": "frozen",
-    "Freezing": "frozen",
-    "Starting": "starting",
-    "Stopping": "stopping",
-    "Aborting": "stopping",
-}
-
-# Incus's lifecycle actions that have a name of their own in our events
-_LIFECYCLE: Final[Mapping[str, str]] = {
-    "instance-created": "tenant.created",
-    "instance-started": "tenant.started",
-    "instance-stopped": "tenant.stopped",
-    "instance-shutdown": "tenant.stopped",
-    "instance-restarted": "tenant.restarted",
-    "instance-deleted": "tenant.destroyed",
-    "instance-renamed": "tenant.renamed",
-    "instance-snapshot-created": "tenant.snapshot.created",
-    "instance-snapshot-deleted": "tenant.snapshot.deleted",
-}
-# a snapshot's events name it in their source alone
-_SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
-# destroyed tenants of which a late event is still known to be theirs, not of a new tenant of the same name
-_ENDS: Final = 1000
-
-# what a tenant is after an action, where that tells
-_AFTER: Final[Mapping[str, Status]] = {
-    "instance-started": "running",
-    "instance-restarted": "running",
-    "instance-stopped": "stopped",
-    "instance-shutdown": "stopped",
-}
-
 _INTERFACES: Final = 64  # of a tenant, who may make thousands, that its metrics tell of
-
-# actions that change nothing of where a tenant's files and processes are
-_LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +59,15 @@ class _Located:
 class IncusRuntime:
     """The tenants of one Incus project. Use as an async context manager."""
 
-    def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
+    def __init__(self, settings: Settings, removed: Removed = unheard, incus: Incus | None = None) -> None:
         self._settings = settings
-        self._incus = Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
+        self._incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
         self.making = Creation(settings, self._incus, removed)
         self.tenants: Mapping[str, Any] = Instances(
             str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
         ).to_dict()
         self._located: dict[str, _Located] = {}
-        self._watching = False
-        self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
+        self._watch = Watch(settings, self._incus, self, self._changed)
         self.commands = Commands(settings, self._incus, self.init_pid)
         self._disks = Disks(settings, self._incus)
         self._resizing = Resizing(settings, self._incus, self.making, self.commands)
@@ -151,14 +92,14 @@ class IncusRuntime:
     async def list(self) -> list[Tenant]:
         with translated(""):
             instances = await self._incus.instances(state=lacks_address)
-        return [_tenant(instance) for instance in instances if is_tenant(instance)]
+        return [tenant_of(instance) for instance in instances if is_tenant(instance)]
 
     async def get(self, name: str) -> Tenant:
         with translated(name):
             instance = await self._incus.instance(name, state=lacks_address)
         if not is_tenant(instance):
             raise NotFound(f"no tenant {name}")
-        return _tenant(instance)
+        return tenant_of(instance)
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
         await self.making.free(name)
@@ -320,7 +261,7 @@ class IncusRuntime:
     async def ready(self) -> None:
         with translated(""):
             await self._incus.get("/1.0")
-        if not self._watching:
+        if not self._watch.standing:
             raise Unavailable("the Incus event stream is not up yet")
 
     # --- commands -----------------------------------------------------------------------------------
@@ -346,119 +287,15 @@ class IncusRuntime:
 
     # --- events -------------------------------------------------------------------------------------
 
-    async def watch(self) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants, for ever.
+    def watch(self) -> AsyncIterator[TenantEvent]:
+        return self._watch.events()
 
-        Incus replays nothing: after each gap the instances are listed and the differences published,
-        then `gateway.resynced`. The same look is taken every `reconcile_interval`, since Incus drops a
-        slow reader's events and a deleted profile key tells nobody.
-        """
-        known: dict[str, Status] | None = None
-        pause = 0.1
-        while True:
-            try:
-                stream = self._incus.events("lifecycle")
-                ticks = _with_ticks(stream, self._settings.reconcile_interval)
-                # both: while one waits for the other that one cannot be closed, and a cancel would be lost
-                async with contextlib.aclosing(stream), contextlib.aclosing(ticks):
-                    async for event in ticks:
-                        if event is None or event["type"] == "connected":
-                            changes, known = await self._differences(known)
-                            for change in changes:
-                                yield change
-                            if event is not None:
-                                pause, self._watching = 0.1, True
-                                yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
-                            continue
-                        if known is None:  # it is connected first, or there would be no events
-                            continue
-                        async for change in self._lifecycle(event, known):
-                            yield change
-                raise IncusError("the event stream ended", 0)
-            except (GatewayError, IncusError) as error:
-                if self._watching:
-                    log.warning("Incus event stream lost: %s", error)
-            except Exception:
-                # one odd answer must not end the watch for ever: look again from the start
-                log.exception("an Incus event could not be understood")
-            self._watching = False
-            self._changed(None)
-            await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
-            pause = min(pause * 2, 5.0)
-
-    async def starved(self) -> AsyncGenerator[TenantEvent]:
+    def starved(self) -> AsyncGenerator[TenantEvent]:
         """Yield `tenant.oom` where the kernel killed processes of a tenant for want of memory, for ever.
 
         It ends at once where the kernel's log, which is root's, cannot be read.
         """
-        project = self._settings.incus_project
-        prefix = "" if project == "default" else f"{project}_"
-        async with contextlib.aclosing(ooms()) as told:
-            async for container, process, count in told:
-                name = container.removeprefix(prefix)
-                # only names of other projects have an underscore
-                if container.startswith(prefix) and TENANT_NAME.fullmatch(name):
-                    with contextlib.suppress(GatewayError):  # none of ours, or Incus is away
-                        await self.get(name)
-                        yield TenantEvent("tenant.oom", name, {"process": show(process), "killed": count})
-
-    async def _differences(
-        self, known: dict[str, Status] | None
-    ) -> tuple[Sequence[TenantEvent], dict[str, Status]]:
-        now = {tenant.name: tenant.status for tenant in await self.list()}
-        changes = [] if known is None else differences(known, now)
-        for change in changes:
-            self._changed(change.tenant or "")
-        return changes, now
-
-    async def _lifecycle(
-        self, event: Mapping[str, Any], known: dict[str, Status]
-    ) -> AsyncIterator[TenantEvent]:
-        metadata = event.get("metadata") or {}
-        action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
-        context, facts = metadata.get("context") or {}, dict[str, str]()
-        if action.startswith("instance-snapshot-"):
-            if (source := _SNAPSHOT.match(str(metadata.get("source", "")))) is None:
-                return
-            name, facts["snapshot"] = source[1], source[2]
-        if not action.startswith("instance-") or not name or "/" in name:
-            return
-        at = _moment(event)
-        if at < self._ends.get(name, at):
-            return  # of one that was destroyed: Incus sends events in any order
-        if action == "instance-exec":
-            if is_ours(context.get("command") or []):
-                return  # our own, told as exec.started
-        elif not action.startswith(_LOOKS):
-            self._changed(name)
-        old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
-        self._changed(old)
-        if name not in known and old not in known:
-            try:
-                await self.get(name)  # is it ours?
-            except NotFound:
-                return
-        requestor = metadata.get("requestor") or {}
-        by = requestor.get("username") or requestor.get("protocol") or "guest"
-        data = {"action": action, **facts, "by": by}
-        if old:
-            known.pop(old, None)
-            data["from"] = old
-        if action == "instance-deleted":
-            self._ends.pop(name, None)
-            self._ends[name] = at
-            while len(self._ends) > _ENDS:
-                del self._ends[next(iter(self._ends))]
-            if known.pop(name, "stopped") != "stopped":  # told late, or lost: it did stop
-                yield TenantEvent("tenant.stopped", name, {"action": "instance-stopped", "by": by})
-        else:
-            before: Status = "stopped" if action == "instance-created" else "running"
-            known[name] = _AFTER.get(action, known.get(name, before))
-        # an exec's command line is the tenant's own: only that it happened is told
-        yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
-        if action == "instance-restored" and (snapshot := str(context.get("snapshot", ""))):
-            data = {"action": action, "snapshot": snapshot.rpartition("/")[2], "by": by}
-            yield TenantEvent("tenant.snapshot.restored", name, data)
+        return self._watch.starved()
 
     # --- Incus --------------------------------------------------------------------------------------
 
@@ -481,11 +318,11 @@ class IncusRuntime:
         located = self._located.get(name)
         if located is not None:
             return located
-        watching = self._watching  # a change during the look-up must not be kept
+        watching = self._watch.standing  # a change during the look-up must not be kept
         instance = await self._instance(name)
-        root = FilesystemRoot(name, self._settings.workspace, _disk_state(instance))
+        root = FilesystemRoot(name, self._settings.workspace, disk_state(instance))
         located = _Located(root, int(instance["state"].get("pid") or 0))
-        if watching and self._watching:
+        if watching and self._watch.standing:
             self._located[name] = located
         return located
 
@@ -507,110 +344,3 @@ class IncusRuntime:
 
     async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         await self._incus.operate(method, path, body, timeout=self._settings.lifecycle_timeout)
-
-
-def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:
-    """Return what must have happened between two looks, marked `resync`: no event told of it."""
-    data = {"resync": True}
-    changes: list[TenantEvent] = []
-    for name, status in now.items():
-        if name not in known:
-            changes.append(TenantEvent("tenant.created", name, data))
-        if known.get(name) != status and status in ("running", "stopped"):
-            kind = "tenant.started" if status == "running" else "tenant.stopped"
-            if name in known or status == "running":
-                changes.append(TenantEvent(kind, name, data))
-    changes += [TenantEvent("tenant.destroyed", name, data) for name in known if name not in now]
-    return changes
-
-
-def _tenant(instance: Mapping[str, Any]) -> Tenant:
-    config, devices = instance["expanded_config"], instance["expanded_devices"]
-    port = config.get(PORT, "")
-    return Tenant(
-        name=instance["name"],
-        status=_STATUS.get(instance["status"], "error"),
-        domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,
-        address=address_of(instance),
-        port=int(port) if port.isdigit() else None,
-        created=instance.get("created_at"),
-        instance=instance["config"].get("volatile.uuid"),
-        location=None if instance.get("location") in (None, "", "none") else instance["location"],
-        limits={
-            "cpu": config.get("limits.cpu"),
-            "memory": config.get("limits.memory"),
-            "processes": config.get("limits.processes"),
-            "disk": devices.get("root", {}).get("size"),
-        },
-        asleep=config.get(ASLEEP) == "true",
-        deployment=config.get(DEPLOYMENT) or None,
-        migration=config.get(MIGRATION) or None,
-        idle_stop=_seconds(config.get(IDLE_STOP)),
-    )
-
-
-def _moment(event: Mapping[str, Any]) -> datetime:
-    """Return when an event was sent; one that does not say so, now."""
-    try:
-        return datetime.fromisoformat(str(event.get("timestamp"))).astimezone(UTC)
-    except ValueError:
-        return datetime.now(UTC)
-
-
-def _seconds(text: str | None) -> float | None:
-    """Return what an operator wrote; what is no number is as if it was not there."""
-    try:
-        seconds = float(text or "")
-    except ValueError:
-        return None
-    return seconds if seconds >= 0 else None
-
-
-def lacks_address(instance: Mapping[str, Any]) -> bool:
-    """Say whether the address of a tenant is known from its state alone."""
-    return is_tenant(instance) and instance["status"] == "Running" and address_of(instance) is None
-
-
-def _disk_state(instance: Mapping[str, Any]) -> str:
-    """Return what changes with an instance's disks, their ids or their content as a whole."""
-    config, devices = instance["config"], instance["expanded_devices"]
-    keys = ("uuid.generation", "idmap.current", "idmap.next", "last_state.idmap")
-    disks = {name: device for name, device in devices.items() if device.get("type") == "disk"}
-    facts = [[config.get(f"volatile.{key}") for key in keys], disks]
-    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
-
-
-async def _with_ticks(
-    stream: AsyncIterator[dict[str, Any]], interval: float
-) -> AsyncGenerator[dict[str, Any] | None]:
-    """Yield the stream's items, and None whenever `interval` seconds passed without a look."""
-    pending: asyncio.Task[dict[str, Any]] | None = None
-    due = time.monotonic() + interval
-    try:
-        while True:
-            if pending is None:
-                pending = asyncio.ensure_future(anext(stream))
-            await asyncio.wait([pending], timeout=max(0.0, due - time.monotonic()))
-            if time.monotonic() >= due:
-                due = time.monotonic() + interval
-                yield None
-            if pending.done():
-                task, pending = pending, None
-                try:
-                    item = task.result()
-                except StopAsyncIteration:
-                    return
-                yield item
-    finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-
-
-def domain_config(domain: str | None) -> dict[str, str]:
-    """Return the keys that give an instance a domain, or none: Incus takes an empty value for none.
-
-    Its first process is told it at its next start, and the site's unit passes that on, so that golden
-    copies can share the unit.
-    """
-    return {DOMAIN: domain or "", _ALLOWED: domain or ""}

@@ -1,0 +1,92 @@
+"""Read a tenant from Incus's record of its instance, and write what the gateway keeps there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Final
+
+import orjson
+
+from gateway.hostnames import plain
+from gateway.rootfs.locations import is_tenant
+from gateway.runtime import Status, Tenant
+from gateway.runtime.incus.addresses import Instance, address_of
+from gateway.runtime.incus.migrations import STATE as MIGRATION
+from gateway.runtime.sites import ALLOWED
+
+DOMAIN: Final = "user.gateway.domain"
+_ALLOWED: Final = f"environment.{ALLOWED}"
+PORT: Final = "user.gateway.port"
+DEPLOYMENT: Final = "user.gateway.deployment"
+ASLEEP: Final = "user.gateway.asleep"
+IDLE_STOP: Final = "user.gateway.idle_stop"  # the operator's, in the place of the setting of that name
+
+_STATUS: Final[Mapping[str, Status]] = {
+    "Running": "running",
+    "Ready": "running",
+    "Stopped": "stopped",
+    "Frozen": "frozen",
+    "Freezing": "frozen",
+    "Starting": "starting",
+    "Stopping": "stopping",
+    "Aborting": "stopping",
+}
+
+
+def tenant_of(instance: Instance) -> Tenant:
+    """Return the tenant that an instance is."""
+    config, devices = instance["expanded_config"], instance["expanded_devices"]
+    port = config.get(PORT, "")
+    return Tenant(
+        name=instance["name"],
+        status=_STATUS.get(instance["status"], "error"),
+        domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,
+        address=address_of(instance),
+        port=int(port) if port.isdigit() else None,
+        created=instance.get("created_at"),
+        instance=instance["config"].get("volatile.uuid"),
+        location=None if instance.get("location") in (None, "", "none") else instance["location"],
+        limits={
+            "cpu": config.get("limits.cpu"),
+            "memory": config.get("limits.memory"),
+            "processes": config.get("limits.processes"),
+            "disk": devices.get("root", {}).get("size"),
+        },
+        asleep=config.get(ASLEEP) == "true",
+        deployment=config.get(DEPLOYMENT) or None,
+        migration=config.get(MIGRATION) or None,
+        idle_stop=_seconds(config.get(IDLE_STOP)),
+    )
+
+
+def domain_config(domain: str | None) -> dict[str, str]:
+    """Return the keys that give an instance a domain, or none: Incus takes an empty value for none.
+
+    Its first process is told it at its next start, and the site's unit passes that on, so that golden
+    copies can share the unit.
+    """
+    return {DOMAIN: domain or "", _ALLOWED: domain or ""}
+
+
+def lacks_address(instance: Instance) -> bool:
+    """Say whether the address of a tenant is known from its state alone."""
+    return is_tenant(instance) and instance["status"] == "Running" and address_of(instance) is None
+
+
+def disk_state(instance: Instance) -> str:
+    """Return what changes with an instance's disks, their ids or their content as a whole."""
+    config, devices = instance["config"], instance["expanded_devices"]
+    keys = ("uuid.generation", "idmap.current", "idmap.next", "last_state.idmap")
+    disks = {name: device for name, device in devices.items() if device.get("type") == "disk"}
+    facts = [[config.get(f"volatile.{key}") for key in keys], disks]
+    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return what an operator wrote; what is no number is as if it was not there."""
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 else None

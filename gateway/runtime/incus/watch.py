@@ -1,0 +1,238 @@
+"""Watch an Incus project, and tell what happens to its tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+from gateway.errors import GatewayError, NotFound
+from gateway.incus import Incus, IncusError
+from gateway.rootfs.root import show
+from gateway.runtime import TENANT_NAME, Status, Tenant, TenantEvent
+from gateway.runtime.incus.commands import is_ours
+from gateway.runtime.incus.oom_kills import ooms
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# Incus's lifecycle actions that have a name of their own in our events
+_LIFECYCLE: Final[Mapping[str, str]] = {
+    "instance-created": "tenant.created",
+    "instance-started": "tenant.started",
+    "instance-stopped": "tenant.stopped",
+    "instance-shutdown": "tenant.stopped",
+    "instance-restarted": "tenant.restarted",
+    "instance-deleted": "tenant.destroyed",
+    "instance-renamed": "tenant.renamed",
+    "instance-snapshot-created": "tenant.snapshot.created",
+    "instance-snapshot-deleted": "tenant.snapshot.deleted",
+}
+# a snapshot's events name it in their source alone
+_SNAPSHOT: Final = re.compile(r"/1\.0/instances/([^/?]+)/snapshots/([^/?]+)")
+# destroyed tenants of which a late event is still known to be theirs, not of a new tenant of the same name
+_ENDS: Final = 1000
+
+# what a tenant is after an action, where that tells
+_AFTER: Final[Mapping[str, Status]] = {
+    "instance-started": "running",
+    "instance-restarted": "running",
+    "instance-stopped": "stopped",
+    "instance-shutdown": "stopped",
+}
+
+# actions that change nothing of where a tenant's files and processes are
+_LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "instance-console")
+
+
+class Tenants(Protocol):
+    """Who says which instances are tenants: `IncusRuntime`."""
+
+    async def list(self) -> list[Tenant]: ...
+
+    async def get(self, name: str) -> Tenant: ...
+
+
+class Watch:
+    """The events of one Incus project.
+
+    `changed` is called with the name of each tenant to which something may have happened, and with None where
+    it may have happened to any. `standing` says that the event stream stands that would tell of a change.
+    """
+
+    def __init__(
+        self, settings: Settings, incus: Incus, tenants: Tenants, changed: Callable[[str | None], None]
+    ) -> None:
+        self._settings, self._incus = settings, incus
+        self._tenants, self._changed = tenants, changed
+        self.standing = False
+        self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
+
+    async def events(self) -> AsyncIterator[TenantEvent]:
+        """Yield what happens to tenants, for ever.
+
+        Incus replays nothing: after each gap the instances are listed and the differences published,
+        then `gateway.resynced`. The same look is taken every `reconcile_interval`, since Incus drops a
+        slow reader's events and a deleted profile key tells nobody.
+        """
+        known: dict[str, Status] | None = None
+        pause = 0.1
+        while True:
+            try:
+                stream = self._incus.events("lifecycle")
+                ticks = _with_ticks(stream, self._settings.reconcile_interval)
+                # both: while one waits for the other that one cannot be closed, and a cancel would be lost
+                async with contextlib.aclosing(stream), contextlib.aclosing(ticks):
+                    async for event in ticks:
+                        if event is None or event["type"] == "connected":
+                            changes, known = await self._differences(known)
+                            for change in changes:
+                                yield change
+                            if event is not None:
+                                pause, self.standing = 0.1, True
+                                yield TenantEvent("gateway.resynced", None, {"tenants": len(known)})
+                            continue
+                        if known is None:  # it is connected first, or there would be no events
+                            continue
+                        async for change in self._lifecycle(event, known):
+                            yield change
+                raise IncusError("the event stream ended", 0)
+            except (GatewayError, IncusError) as error:
+                if self.standing:
+                    log.warning("Incus event stream lost: %s", error)
+            except Exception:
+                # one odd answer must not end the watch for ever: look again from the start
+                log.exception("an Incus event could not be understood")
+            self.standing = False
+            self._changed(None)
+            await asyncio.sleep(pause)  # back-off of a reconnect, not coordination
+            pause = min(pause * 2, 5.0)
+
+    async def starved(self) -> AsyncGenerator[TenantEvent]:
+        """Yield `tenant.oom` where the kernel killed processes of a tenant for want of memory, for ever.
+
+        It ends at once where the kernel's log, which is root's, cannot be read.
+        """
+        project = self._settings.incus_project
+        prefix = "" if project == "default" else f"{project}_"
+        async with contextlib.aclosing(ooms()) as told:
+            async for container, process, count in told:
+                name = container.removeprefix(prefix)
+                # only names of other projects have an underscore
+                if container.startswith(prefix) and TENANT_NAME.fullmatch(name):
+                    with contextlib.suppress(GatewayError):  # none of ours, or Incus is away
+                        await self._tenants.get(name)
+                        yield TenantEvent("tenant.oom", name, {"process": show(process), "killed": count})
+
+    async def _differences(
+        self, known: dict[str, Status] | None
+    ) -> tuple[Sequence[TenantEvent], dict[str, Status]]:
+        now = {tenant.name: tenant.status for tenant in await self._tenants.list()}
+        changes = [] if known is None else differences(known, now)
+        for change in changes:
+            self._changed(change.tenant or "")
+        return changes, now
+
+    async def _lifecycle(
+        self, event: Mapping[str, Any], known: dict[str, Status]
+    ) -> AsyncIterator[TenantEvent]:
+        metadata = event.get("metadata") or {}
+        action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
+        context, facts = metadata.get("context") or {}, dict[str, str]()
+        if action.startswith("instance-snapshot-"):
+            if (source := _SNAPSHOT.match(str(metadata.get("source", "")))) is None:
+                return
+            name, facts["snapshot"] = source[1], source[2]
+        if not action.startswith("instance-") or not name or "/" in name:
+            return
+        at = _moment(event)
+        if at < self._ends.get(name, at):
+            return  # of one that was destroyed: Incus sends events in any order
+        if action == "instance-exec":
+            if is_ours(context.get("command") or []):
+                return  # our own, told as exec.started
+        elif not action.startswith(_LOOKS):
+            self._changed(name)
+        old = str(context.get("old_name", "")) if action == "instance-renamed" else ""
+        self._changed(old)
+        if name not in known and old not in known:
+            try:
+                await self._tenants.get(name)  # is it ours?
+            except NotFound:
+                return
+        requestor = metadata.get("requestor") or {}
+        by = requestor.get("username") or requestor.get("protocol") or "guest"
+        data = {"action": action, **facts, "by": by}
+        if old:
+            known.pop(old, None)
+            data["from"] = old
+        if action == "instance-deleted":
+            self._ends.pop(name, None)
+            self._ends[name] = at
+            while len(self._ends) > _ENDS:
+                del self._ends[next(iter(self._ends))]
+            if known.pop(name, "stopped") != "stopped":  # told late, or lost: it did stop
+                yield TenantEvent("tenant.stopped", name, {"action": "instance-stopped", "by": by})
+        else:
+            before: Status = "stopped" if action == "instance-created" else "running"
+            known[name] = _AFTER.get(action, known.get(name, before))
+        # an exec's command line is the tenant's own: only that it happened is told
+        yield TenantEvent(_LIFECYCLE.get(action, f"incus.{action}"), name, data)
+        if action == "instance-restored" and (snapshot := str(context.get("snapshot", ""))):
+            data = {"action": action, "snapshot": snapshot.rpartition("/")[2], "by": by}
+            yield TenantEvent("tenant.snapshot.restored", name, data)
+
+
+def differences(known: Mapping[str, Status], now: Mapping[str, Status]) -> list[TenantEvent]:
+    """Return what must have happened between two looks, marked `resync`: no event told of it."""
+    data = {"resync": True}
+    changes: list[TenantEvent] = []
+    for name, status in now.items():
+        if name not in known:
+            changes.append(TenantEvent("tenant.created", name, data))
+        if known.get(name) != status and status in ("running", "stopped"):
+            kind = "tenant.started" if status == "running" else "tenant.stopped"
+            if name in known or status == "running":
+                changes.append(TenantEvent(kind, name, data))
+    changes += [TenantEvent("tenant.destroyed", name, data) for name in known if name not in now]
+    return changes
+
+
+def _moment(event: Mapping[str, Any]) -> datetime:
+    """Return when an event was sent; one that does not say so, now."""
+    try:
+        return datetime.fromisoformat(str(event.get("timestamp"))).astimezone(UTC)
+    except ValueError:
+        return datetime.now(UTC)
+
+
+async def _with_ticks(
+    stream: AsyncIterator[dict[str, Any]], interval: float
+) -> AsyncGenerator[dict[str, Any] | None]:
+    """Yield the stream's items, and None whenever `interval` seconds passed without a look."""
+    pending: asyncio.Task[dict[str, Any]] | None = None
+    due = time.monotonic() + interval
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(anext(stream))
+            await asyncio.wait([pending], timeout=max(0.0, due - time.monotonic()))
+            if time.monotonic() >= due:
+                due = time.monotonic() + interval
+                yield None
+            if pending.done():
+                task, pending = pending, None
+                try:
+                    item = task.result()
+                except StopAsyncIteration:
+                    return
+                yield item
+    finally:
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
