@@ -35,13 +35,17 @@ class Misplaced:
         """Take what a look found at `now`, a monotonic time; return where it listens in vain, if it does."""
         rests = self._rests(service.cpu, now)
         self._since = {one: self._since.get(one, now) for one in service.listens}
-        if any(one.port == self._port and one.address in self._right for one in service.listens):
+        if self.reached(service):
             return None
         for one in self.suspects(service):
             certain = one.port == self._port or one.port in self._usual
             if (certain or rests) and now - self._since[one] >= _GRACE:
                 return one
         return None
+
+    def reached(self, service: Service) -> bool:
+        """Say whether it listens where it must."""
+        return any(one.port == self._port and one.address in self._right for one in service.listens)
 
     def suspects(self, service: Service) -> list[Listener]:
         """Return where it listens and may be thought to serve, the likeliest first."""

@@ -40,6 +40,7 @@ _LAST: Final = 2.0  # seconds of a last answer, which may be just being prevente
 _WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
 _KILLED: Final = "status=9/KILL"  # as systemd puts it
 _SMALL: Final = "give it a larger `size`, or have it need less"
+_LISTEN: Final = "it must listen on 0.0.0.0 and $PORT"
 _SAID: Final = 1000  # characters of what it said last
 
 
@@ -129,22 +130,26 @@ class Verifier:
                         reason="wrong_address",
                     )
                 if service.restarts >= _RESTARTS:
-                    why = "the site ends again and again"
+                    why = f"the site ends again and again; {_LISTEN}"
                     break
             else:
                 with contextlib.suppress(TimeoutError, HostRefused):
                     return await answering
                 if answering.done() and isinstance(refused := answering.exception(), HostRefused):
                     raise host_refused(site.domain, refused) from None
-                why = f"the site did not answer {health} on port {where.port}"
-                if service is not None and (found := misplaced.suspects(service)):
-                    why += f"; it listens on {', '.join(map(str, found[:5]))}"
+                if service is not None and misplaced.reached(service):
+                    why = (
+                        f"the site listens where it must, but does not answer {health} within {limit:g} s "
+                        "(GATEWAY_VERIFY_TIMEOUT)"
+                    )
+                else:
+                    found = misplaced.suspects(service) if service is not None else ()
+                    there = f"; it listens on {', '.join(map(str, found[:5]))}" if found else ""
+                    why = f"the site did not answer {health} on port {where.port}{there}; {_LISTEN}"
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
-        raise Timeout(
-            f"{why}; it must listen on 0.0.0.0 and $PORT. {await self._said(site)}", reason="never_healthy"
-        )
+        raise Timeout(f"{why}. {await self._said(site)}", reason="never_healthy")
 
     async def seen(self, site: Subject) -> None:
         """Wait until it answers through Caddy under its domain. Raises `Timeout`, `never_healthy`."""

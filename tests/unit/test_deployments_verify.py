@@ -174,14 +174,14 @@ class Rig:
         writer.close()
 
     @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[tuple[Verifier, Subject]]:
+    async def opened(self, **settings: Any) -> AsyncIterator[tuple[Verifier, Subject]]:
         async def service(tenant: str, side: str) -> Service | None:
             return self.service
 
         server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         sites = cast(Any, SimpleNamespace(service=service, log=self.log))
-        verifier = Verifier(sites, cast(Any, self), Settings(caddy_ask=port))
+        verifier = Verifier(sites, cast(Any, self), Settings(caddy_ask=port, **settings))
         where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
         async with server, asyncio.timeout(30):
             yield verifier, Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
@@ -194,6 +194,25 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setattr(verify, "_MISSING", 0.2)
     monkeypatch.setattr(verify, "_STEADY_LOOK", 0.05)
     return Rig()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("0.0.0.0", "listens where it must, but does not answer / within 0.4 s (GATEWAY_VERIFY_TIMEOUT)"),
+        ("10.9.9.9", "it must listen on 0.0.0.0 and $PORT"),
+    ],
+)
+async def test_a_site_that_is_slow_is_not_told_to_listen_elsewhere(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, address: str, said: str
+) -> None:
+    monkeypatch.setattr(verify, "_LOOK", 0.05)
+    rig.status = "503 Service Unavailable"
+    async with rig.opened(verify_timeout=0.4) as (verifier, site):
+        rig.service = Service("running", listens=frozenset({Listener(address, site.exposure.port)}))
+        with pytest.raises(Timeout) as caught:
+            await verifier.answering(site)
+        assert said in caught.value.message
 
 
 async def test_a_site_that_stays_settles(rig: Rig) -> None:
