@@ -23,7 +23,9 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 32
-_PARTS: Final = 10  # of an interval, in each of which some sites are looked at
+# looks that are begun at once: to wake for each by itself costs more than the look, hundreds hold up the loop
+_TOGETHER: Final = 32
+_LEISURE: Final = 0.01  # of an interval, in which nearly all have answered
 _ANSWERS: Final = 12  # packets that a site sends at most to be asked by us; a visitor gets four of his own
 _STARTS: Final = ("tenant.started", "tenant.restarted")
 
@@ -141,20 +143,18 @@ class Health:
             )
 
     async def _watch(self) -> None:
-        pause = self._settings.health_interval / _PARTS
         while True:
-            parts: Sequence[Sequence[Site]] = ()
+            parts: Sequence[Sequence[Site]] = [()]
             try:
                 parts = self._due(await self._sites.listed())
             except GatewayError as error:
                 log.info("sites could not be looked at: %s", error.message)
             except Exception:
                 log.exception("sites could not be looked at")
-            # one part after another: many at once would hold up whoever else waits for the loop
-            for part in range(_PARTS):
-                for site in parts[part] if parts else ():
+            for part in parts:
+                for site in part:
                     self._look(site)
-                await asyncio.sleep(pause)
+                await asyncio.sleep(self._settings.health_interval / len(parts))
 
     def _due(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
         """Return the sites to be looked at now, part by part; let go of what is kept of others."""
@@ -170,7 +170,7 @@ class Health:
         for gone in [tenant for tenant in self._looks if tenant not in watched]:
             self._look_no_more(gone)
         counts, before, self._sent = self._packets(), self._sent, {}
-        parts: list[list[Site]] = [[] for _ in range(_PARTS)]
+        parts: list[list[Site]] = [[] for _ in range(1 + len(watched) // _TOGETHER)]
         for tenant, site in watched.items():
             count = counts.get(site.link or "")
             well = self._failures.get(tenant) == 0 and tenant not in self._unhealthy
@@ -179,7 +179,8 @@ class Health:
                 continue  # not in `_sent` now, so looked at next time
             if count is not None:
                 self._sent[tenant] = count
-            parts[zlib.crc32(tenant.encode()) % _PARTS].append(site)  # at the same moment of each interval
+            # at the same moment of each interval
+            parts[zlib.crc32(tenant.encode()) % len(parts)].append(site)
         return parts
 
     def _look(self, site: Site) -> None:
@@ -204,8 +205,10 @@ class Health:
         assert site.exposure is not None
         tenant, where, why, silent = site.tenant, site.exposure, "", False
         try:
-            limit = self._settings.health_timeout
-            status = await ask(where.address, where.port, site.health, 1.0, limit, host=site.domain)
+            limit, leisure = self._settings.health_timeout, self._settings.health_interval * _LEISURE
+            status = await ask(
+                *(where.address, where.port, site.health, 1.0, limit), host=site.domain, leisure=leisure
+            )
             why = f"status {status}" if status >= 500 else ""
             if said := await refusal(where.address, where.port, site.health, site.domain, status):
                 why = f"it refuses its domain: {said}"

@@ -111,13 +111,15 @@ async def ask(
     *,
     host: str | None = None,
     tls: ssl.SSLContext | None = None,
+    leisure: float = 0.0,
 ) -> int:
     """Ask once; return the status. Raises `OSError`, so `TimeoutError` and `Silent`, and `ValueError`.
 
     `connect` and `answer` are the seconds that each of the two may take. Of the answer, which may be anything
-    and never end, the first line alone is taken.
+    and never end, the first line alone is taken. It may be read so many seconds later as there is `leisure`,
+    so that many are read at once.
     """
-    line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls)
+    line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls, leisure=leisure)
     return status_of(line)
 
 
@@ -131,6 +133,7 @@ async def _exchange(
     host: str | None = None,
     tls: ssl.SSLContext | None = None,
     most: int = 0,
+    leisure: float = 0.0,
 ) -> tuple[bytes, bytes]:
     """Ask once; return the first line, and up to `most` bytes of the body. Raises the same as `ask`."""
     version = "1.0" if most else "1.1"  # whose bodies come in no chunks
@@ -142,7 +145,7 @@ async def _exchange(
         _ports[mine] = math.inf
         try:
             if tls is None and not most:
-                return await _Asking(own, request, answer).line((address, port), connect), b""
+                return await _Asking(own, request, answer).line((address, port), connect, leisure), b""
             await asyncio.wait_for(asyncio.get_running_loop().sock_connect(own, (address, port)), connect)
             return await _streamed(own, request, answer, host, tls, most)
         finally:
@@ -178,7 +181,9 @@ async def _streamed(
 class _Asking:
     """One request on a socket of its own, up to the first line of its answer.
 
-    Each site is asked every few seconds. So this is done by callbacks: a stream takes twice the time.
+    Each site is asked every few seconds. So this is done by callbacks: a stream takes twice the time. And to
+    wake for each answer by itself costs more than the rest: with some `leisure`, in seconds, the answers to
+    what is asked at the same time are read at the same time.
     """
 
     def __init__(self, own: socket.socket, request: bytes, answer: float) -> None:
@@ -186,47 +191,70 @@ class _Asking:
         self._loop = asyncio.get_running_loop()
         self._line: asyncio.Future[bytes] = self._loop.create_future()
         self._said = b""
-        self._late: asyncio.TimerHandle
+        self._timers: list[asyncio.TimerHandle] = []
 
-    async def line(self, place: tuple[str, int], connect: float) -> bytes:
+    async def line(self, place: tuple[str, int], connect: float, leisure: float) -> bytes:
         """Connect and ask; return at most `_HEAD` bytes. Raises `OSError`, so `TimeoutError` and `Silent`."""
         failed = self._own.connect_ex(place)
         if failed not in (0, errno.EINPROGRESS):
             raise OSError(failed, os.strerror(failed))
-        self._late = self._loop.call_later(connect, self._fail, TimeoutError())
-        self._loop.add_writer(self._own, self._connected)
         try:
+            # between two ends on one machine a connection is there at once
+            if not self._sent(leisure):
+                self._timers.append(self._loop.call_later(connect, self._fail, TimeoutError()))
+                self._loop.add_writer(self._own, self._connected, leisure)
             return await self._line
         finally:
-            self._late.cancel()
+            self._cancel()
             self._loop.remove_writer(self._own)
             self._loop.remove_reader(self._own)
 
-    def _connected(self) -> None:
-        self._late.cancel()
+    def _connected(self, leisure: float) -> None:
         self._loop.remove_writer(self._own)
+        if failed := self._own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._fail(OSError(failed, os.strerror(failed)))
+        else:
+            self._cancel()
+            self._sent(leisure)
+
+    def _sent(self, leisure: float) -> bool:
+        """Send the request; return whether it was connected."""
         try:
-            if failed := self._own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(failed, os.strerror(failed))
             self._own.send(self._request)  # a new connection has room for all of it
+        except BlockingIOError:
+            return False
         except OSError as error:
             self._fail(error)
-            return
-        self._late = self._loop.call_later(self._answer, self._fail, Silent())
-        self._loop.add_reader(self._own, self._heard)
+            return True
+        self._timers = [self._loop.call_later(self._answer, self._fail, Silent())]
+        if leisure:
+            # with all others that are asked in the same moment
+            moment = (self._loop.time() // leisure + 2) * leisure
+            self._timers.append(self._loop.call_at(moment, self._heard))
+        else:
+            self._loop.add_reader(self._own, self._heard)
+        return True
 
     def _heard(self) -> None:
         try:
             piece = self._own.recv(_HEAD)
         except BlockingIOError:
+            self._loop.add_reader(self._own, self._heard)
             return
         except OSError as error:
             self._fail(error)
             return
         self._said += piece
         line, end, _ = self._said.partition(b"\n")
-        if (end or not piece or len(self._said) >= _HEAD) and not self._line.done():
-            self._line.set_result(line + end)
+        if end or not piece or len(self._said) >= _HEAD:
+            if not self._line.done():
+                self._line.set_result(line + end)
+        else:
+            self._loop.add_reader(self._own, self._heard)
+
+    def _cancel(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
 
     def _fail(self, error: OSError) -> None:
         if not self._line.done():

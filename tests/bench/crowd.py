@@ -100,7 +100,7 @@ class Crowd:
             asyncio.get_running_loop().create_future
         )
 
-    async def hear(self, subscribed: asyncio.Event) -> None:
+    async def _hear(self, subscribed: asyncio.Event) -> None:
         """Hear how deployments end. To ask for it again and again would cost what is measured here."""
         async with self._client.get("/v1/events?type=deployment.*") as stream:
             subscribed.set()
@@ -114,8 +114,15 @@ class Crowd:
         """Deploy so many, or as many as are begun before the deadline."""
         numbers = range(self._next, self._next + count)
         self._next += count
-        self.spent.append(spent(self.host))
-        await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
+        subscribed = asyncio.Event()
+        hearing = asyncio.create_task(self._hear(subscribed))
+        try:
+            await asyncio.wait_for(subscribed.wait(), _LONGEST)
+            self.spent.append(spent(self.host))
+            await asyncio.gather(*(self._one(number, deadline, template) for number in numbers))
+        finally:
+            hearing.cancel()
+            await asyncio.gather(hearing, return_exceptions=True)
 
     async def _one(self, number: int, deadline: float, template: str) -> None:
         async with self._slots:
@@ -245,14 +252,10 @@ async def crowd_of(awake: int | None, **changes: Any) -> AsyncIterator[Crowd]:
         async with hosting(environment.settings(state_dir=state), state, **fields) as host:
             room = host_memory().available // 2 // _EACH
             async with host.gateway.http("*", ttl=86400) as client:
-                crowd, subscribed = Crowd(host, client, room if awake is None else awake), asyncio.Event()
-                hearing = asyncio.create_task(crowd.hear(subscribed))
+                crowd = Crowd(host, client, room if awake is None else awake)
                 try:
-                    await asyncio.wait_for(subscribed.wait(), 60)
                     yield crowd
                 finally:
-                    hearing.cancel()
-                    await asyncio.gather(hearing, return_exceptions=True)
                     await _destroy(crowd)
 
 

@@ -223,7 +223,7 @@ async def test_an_odd_answer_is_unhealthy_and_the_next_look_is_taken(said: bytes
 async def test_what_nobody_foresaw_of_one_site_is_told_and_ends_no_watch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def fail(*words: Any) -> int:
+    async def fail(*words: Any, **more: Any) -> int:
         raise IndexError("odd")
 
     told, well = Told(), Server(b"HTTP/1.1 200 OK\r\n\r\n")
