@@ -145,7 +145,7 @@ class ConnectionContract:
 
     async def test_without_initialize_the_socket_closes(self, quick: LiveGateway, tenant: str) -> None:
         async with quick.raw(tenant) as wire:
-            assert await wire.closed(5) == 4401
+            assert await wire.closed() == 4401
 
     async def test_anything_before_initialize_is_a_protocol_error(
         self, gateway: LiveGateway, tenant: str
@@ -761,20 +761,16 @@ asyncio.run(main())
                 async with http.post(url, json={"pattern": "*"}, headers=headers) as response:
                     assert response.status == 200
             wires = [
-                await stack.enter_async_context(
-                    quick.raw(tenant, Authorization=f"Bearer {quick.token(tenant)}")
-                )
-                for _ in range(share + 1)
+                await stack.enter_async_context(quick.wire(tenant, session=mark())) for _ in range(share)
             ]
-            for wire in wires[:-1]:
-                await wire.call("initialize", client={"name": "t", "version": "1"}, session=mark())
             with pytest.raises(RpcFailure) as caught:
-                await wires[-1].call("initialize", client={"name": "t", "version": "1"}, session=mark())
+                async with quick.wire(tenant, session=mark()):
+                    pass
             assert caught.value.code == "rate_limited"
             assert caught.value.data["retry_after"] > 0
             async with http.post(url, json={"pattern": "*"}, headers={"X-Tool-Session": mark()}) as response:
                 assert (response.status, (await response.json())["code"]) == (429, "rate_limited")
-            for wire in wires[:-1]:
+            for wire in wires:
                 assert await wire.call("ping") == {}
 
     async def test_a_slow_reader_slows_its_command_and_loses_nothing(
@@ -1078,7 +1074,7 @@ class GatewayContract(
 
 
 QUICK: Mapping[str, str] = {
-    "GATEWAY_INITIALIZE_TIMEOUT": "1",
+    "GATEWAY_INITIALIZE_TIMEOUT": "2",  # a busy machine takes one to connect
     "GATEWAY_MAX_FRAME": str(1 << 20),
     "GATEWAY_MAX_BODY": str(1 << 20),
     "GATEWAY_MAX_EXECS": "4",

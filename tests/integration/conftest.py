@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.host import HostError
+from gateway.host import HostError, quotas
 from gateway.host.daemon import Daemon
 from gateway.settings import Settings
 from tests.integration import environment
@@ -94,8 +94,10 @@ class Incusd:
         await asyncio.to_thread(self.daemon.kill)
 
     async def restart(self) -> None:
-        """Start it again, if it does not run, and return once it is ready."""
+        """Start it again, if it does not run, and return once it is ready, with disk quotas in force."""
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
+        # it may have mounted the pool anew, which is counted by the kernel's own rules then
+        await asyncio.to_thread(quotas.enforce, environment.settings())
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import io
 import re
 import tarfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import pytest
 from gateway.settings import Settings
 from tests.archives import archive, header
 from tests.integration import environment
-from tests.integration.conftest import Container, MakeTenant
+from tests.integration.conftest import Container, MakeTenant, make_containers, settle
 from tests.integration.test_gateway_incus import live
-from tests.live import LiveGateway, RpcFailure
+from tests.live import LiveGateway, RpcFailure, Wire
 from tests.neighbour import Beside, reading
 
 KEPT = 32 << 20  # bytes by which the gateway may be larger after an attack
@@ -122,8 +122,24 @@ async def lags(gateway: LiveGateway) -> dict[str, float]:
     return {bound: total - float(count) for bound, count in found}
 
 
+@pytest.fixture(scope="module")
+async def same_hostile(incus_settings: Settings) -> AsyncIterator[Container]:
+    async with make_containers("hostile", incus_settings, 1) as (container,):
+        await settle(container)
+        yield container
+
+
 @pytest.fixture
-async def hostile(make_tenant: MakeTenant) -> Container:
+def hostile(same_hostile: Container) -> Iterator[Container]:
+    """A tenant that attacks, which has its own shell again after the test, and nothing that still runs."""
+    yield same_hostile
+    same_hostile.run("ln", "-sf", "dash", "/usr/bin/sh")
+    same_hostile.run("pkill", "-KILL", "-x", "sleep|perl|yes|head|tr", check=False)
+
+
+@pytest.fixture
+async def crowded(make_tenant: MakeTenant) -> Container:
+    """A tenant of one test alone, for what stays in it, and what depends on which processes run there."""
     return await make_tenant(ready=True)
 
 
@@ -132,6 +148,11 @@ def replace_shell(tenant: Container, *, start: str = ":", kill: str = ":") -> No
     tenant.run("tee", "/usr/local/bin/evil", stdin=script.encode())
     tenant.run("chmod", "755", "/usr/local/bin/evil")
     tenant.run("ln", "-sf", "/usr/local/bin/evil", "/usr/bin/sh")
+
+
+async def listed(wire: Wire) -> list[str]:
+    """Return the ids of the commands that a tenant's list has."""
+    return [one["exec"] for one in (await wire.call("exec/list"))["execs"]]
 
 
 async def refused(call: Awaitable[Any]) -> RpcFailure:
@@ -168,9 +189,10 @@ async def test_a_shell_of_line_ends(
 
     async def attack() -> None:
         async with gateway.wire(hostile.name) as wire:
+            before = await listed(wire)
             failure = await refused(wire.call("exec/start", command="true"))
             assert failure.code == "exec_failed"
-            assert (await wire.call("exec/list"))["execs"] == []
+            assert await listed(wire) == before
 
     await held(gateway, shared_tenant, baseline, "line ends", attack)
 
@@ -197,9 +219,10 @@ async def test_a_process_number_that_no_kernel_gives(
 
     async def attack() -> None:
         async with gateway.wire(hostile.name) as wire:
-            failure = await refused(wire.call("exec/start", command="true", execId="phantom"))
+            before = await listed(wire)
+            failure = await refused(wire.call("exec/start", command="true", execId=f"phantom-{pid}"))
             assert failure.code in ("exec_failed", "timeout")
-            assert (await wire.call("exec/list"))["execs"] == []
+            assert await listed(wire) == before
             async with gateway.http(hostile.name) as http, http.get("/metrics") as response:
                 assert "\ngateway_execs 0.0\n" in await response.text()
 
@@ -212,13 +235,13 @@ async def test_a_process_number_that_no_kernel_gives(
     ids=["zeros", "endless", "odd", "negative"],
 )
 async def test_a_kill_script_that_floods_its_answer(
-    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside, kill: str
+    gateway: LiveGateway, shared_tenant: Container, crowded: Container, baseline: Beside, kill: str
 ) -> None:
     said = "printf '\\001R 7 scan \\n\\001K\\n' >&2; exec sleep 600"
-    replace_shell(hostile, start=said, kill=kill)
+    replace_shell(crowded, start=said, kill=kill)
 
     async def attack() -> None:
-        async with gateway.wire(hostile.name) as wire:
+        async with gateway.wire(crowded.name) as wire:
             started = await wire.call("exec/start", command="true")
             failure = await refused(wire.call("exec/cancel", exec=started["exec"], graceMs=0))
             assert failure.code in ("unavailable", "timeout")
@@ -277,28 +300,28 @@ async def test_messages_of_millions_of_values(
 
 
 async def test_thousands_of_addresses(
-    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside
+    gateway: LiveGateway, shared_tenant: Container, crowded: Container, baseline: Beside
 ) -> None:
     make = (
         "for a in $(seq 0 39); do for b in $(seq 1 250); do echo address add 10.9.$a.$b/32 dev lo; done; done"
     )
-    await asyncio.to_thread(hostile.sh, f"({make}) | ip -batch -", timeout=120)
+    await asyncio.to_thread(crowded.sh, f"({make}) | ip -batch -", timeout=120)
 
     async def attack() -> None:
-        async with gateway.http(hostile.name, shared_tenant.name) as http:
+        async with gateway.http(crowded.name, shared_tenant.name) as http:
             for _ in range(5):
                 async with http.get("/v1/tenants") as response:
                     assert response.status == 200
-                async with http.get(f"/v1/tenants/{hostile.name}/metrics") as response:
+                async with http.get(f"/v1/tenants/{crowded.name}/metrics") as response:
                     await response.read()
-        async with gateway.wire(hostile.name) as wire:
+        async with gateway.wire(crowded.name) as wire:
             assert (await wire.run(command="exit 3"))[0]["exitCode"] == 3
 
     await held(gateway, shared_tenant, baseline, "thousands of addresses", attack)
 
 
 async def test_thousands_of_groups_and_processes(
-    gateway: LiveGateway, shared_tenant: Container, hostile: Container, baseline: Beside
+    gateway: LiveGateway, shared_tenant: Container, crowded: Container, baseline: Beside
 ) -> None:
     """Commands that end at once leave hundreds of processes, and folders below their group."""
     leave = (
@@ -308,7 +331,7 @@ async def test_thousands_of_groups_and_processes(
     )
 
     async def attack() -> None:
-        async with gateway.wire(hostile.name) as wire:
+        async with gateway.wire(crowded.name) as wire:
             for _ in range(6):
                 ended, _, _ = await wire.run(argv=["/usr/bin/dash", "-c", leave], user="root")
                 assert ended["reason"] == "exited"
@@ -374,12 +397,12 @@ async def test_a_list_of_commands_with_enormous_arguments(
 
 
 async def test_groups_with_odd_names_do_not_end_the_watch(
-    incus_settings: Settings, tmp_path: Path, hostile: Container
+    incus_settings: Settings, tmp_path: Path, crowded: Container
 ) -> None:
     """What an earlier gateway left is looked for by names; a tenant makes groups with such names too."""
     log = tmp_path / "odd.log"
     async with live(incus_settings, log) as first:
-        async with first.wire(hostile.name) as wire:
+        async with first.wire(crowded.name) as wire:
             line = "sed -n 's/^0:://p' /proc/self/cgroup"
             _, own, _ = await wire.run(command=line, user="root")
             make = (
@@ -392,8 +415,8 @@ async def test_groups_with_odd_names_do_not_end_the_watch(
             assert ended["exitCode"] == 0 and int(said) > 200, (own, said)
         await first.stop()
         await first.start()
-        async with first.wire(hostile.name) as wire:
+        async with first.wire(crowded.name) as wire:
             await wire.call("events/subscribe", types=["tenant.*", "incus.*"])
-            hostile.run("true")
-            await asyncio.to_thread(environment.incus, "config", "set", hostile.name, "user.odd=1")
+            crowded.run("true")
+            await asyncio.to_thread(environment.incus, "config", "set", crowded.name, "user.odd=1")
             await wire.until(lambda: wire.notified("event"))

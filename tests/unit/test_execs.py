@@ -190,7 +190,7 @@ async def test_the_life_of_a_command_is_told_once(make: Make) -> None:
     exec_ = await execs.start("demo", ExecSpec(("sleep", "60")), by="me")
     for _ in range(2):
         await execs.cancel(exec_)
-    await until(lambda: exec_.state == "ended")
+    await exec_.ended  # a killed one's state says so before its exit is known
     await ended(execs, "true")
     execs._bus.close()
     told = [(event.type, event.data["exec"] == exec_.id) async for event in following]

@@ -34,14 +34,37 @@ SMALL = {
 }
 
 
-@pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[LiveGateway]:
-    gateway = await local_gateway(tmp_path, "a", "b", **SMALL)
+@contextlib.asynccontextmanager
+async def live(folder: Path) -> AsyncIterator[LiveGateway]:
+    gateway = await local_gateway(folder, "a", "b", **SMALL)
     await gateway.start()
     yield gateway
     assert await gateway.stop() == 0
     log = gateway.log.read_text()
     assert "Traceback" not in log, log[log.index("Traceback") :]
+
+
+@pytest.fixture(scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveGateway]:
+    async with live(tmp_path_factory.mktemp("budget")) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def gateway(shared: LiveGateway) -> AsyncIterator[LiveGateway]:
+    """A gateway that holds nothing for anybody any more when the test is over."""
+    yield shared
+    async with asyncio.timeout(30):
+        for name in ("connections", "connections_anonymous", "bytes_in_flight"):
+            while await gauge(shared, name) > 0:
+                await asyncio.sleep(0.05)  # nobody tells when a socket's end was noticed
+
+
+@pytest.fixture
+async def fresh(tmp_path: Path) -> AsyncIterator[LiveGateway]:
+    """A gateway whose memory no other test has made larger."""
+    async with live(tmp_path) as gateway:
+        yield gateway
 
 
 @contextlib.contextmanager
@@ -113,23 +136,28 @@ def post(path: str, length: int, token: str = "") -> bytes:
 # --- bytes -----------------------------------------------------------------------------------------------
 
 
-async def test_large_writes_on_one_socket_come_in_as_others_are_done(gateway: LiveGateway) -> None:
+async def test_large_writes_on_one_socket_come_in_as_others_are_done(fresh: LiveGateway) -> None:
     """Sixty of 8 MB at once: all are done, the gateway stays small, and another tenant's calls go on."""
     text = "x" * (8 * MiB - 1)
-    async with gateway.wire("a") as wire, gateway.wire("b") as other:
+    async with fresh.wire("a") as wire, fresh.wire("b") as other:
         await other.call("files/write", path="small", text="1")
-        with growth(gateway) as grown:
+        with growth(fresh) as grown:
+
+            async def read() -> float:
+                began = time.perf_counter()
+                await other.call("files/read", path="small")
+                return time.perf_counter() - began
+
+            usual = max([await read() for _ in range(10)])
             writing = asyncio.create_task(_write(wire, text, 60))
             slowest = 0.0
             while not writing.done():
-                began = time.perf_counter()
-                await other.call("files/read", path="small")
-                slowest = max(slowest, time.perf_counter() - began)
+                slowest = max(slowest, await read())
             assert await writing == 60
             # the share, once as text and once parsed, and of one what it is made into for its worker
             assert grown() < 16 * MiB * 3 + 4 * 8 * MiB + SLACK
-        assert slowest < 2
-    assert await gauge(gateway, "bytes_in_flight") < MiB
+        assert slowest < max(2, 20 * usual), usual
+    assert await gauge(fresh, "bytes_in_flight") < MiB
 
 
 async def _write(wire: Wire, text: str, count: int) -> int:
@@ -156,12 +184,12 @@ async def test_a_cancel_comes_through_where_the_share_is_full(gateway: LiveGatew
                 await asyncio.wait_for(reply, 20)
 
 
-async def test_unfinished_messages_hold_their_tenants_share_and_end(gateway: LiveGateway) -> None:
+async def test_unfinished_messages_hold_their_tenants_share_and_end(fresh: LiveGateway) -> None:
     """Of ten sockets that announce 15 MiB one is let in, the others are not read; all end in time."""
     async with contextlib.AsyncExitStack() as stack:
-        wires = [await stack.enter_async_context(gateway.wire("a")) for _ in range(10)]
-        other = await stack.enter_async_context(gateway.wire("b"))
-        with growth(gateway) as grown:
+        wires = [await stack.enter_async_context(fresh.wire("a")) for _ in range(10)]
+        other = await stack.enter_async_context(fresh.wire("b"))
+        with growth(fresh) as grown:
             for wire in wires:
                 head = bytes([0x81, 0xFF]) + (15 * MiB).to_bytes(8, "big") + b"mask"
                 transport = wire.socket.transport
@@ -175,16 +203,16 @@ async def test_unfinished_messages_hold_their_tenants_share_and_end(gateway: Liv
             wire.socket.transport.abort()
 
 
-async def test_answers_that_nobody_takes_are_bounded(gateway: LiveGateway) -> None:
+async def test_answers_that_nobody_takes_are_bounded(fresh: LiveGateway) -> None:
     """A client that asks for 7 MiB a hundred times and reads nothing is served no further."""
 
-    async with gateway.wire("b") as other:
+    async with fresh.wire("b") as other:
         await other.call("files/write", path="small", text="1")
-        async with gateway.wire("a") as wire:
+        async with fresh.wire("a") as wire:
             await wire.call("files/write", path="large", text="z" * (7 * MiB))
-        async with gateway.wire("a") as deaf:
+        async with fresh.wire("a") as deaf:
             deaf.socket.transport.pause_reading()
-            with growth(gateway) as grown:
+            with growth(fresh) as grown:
                 for number in range(2, 102):
                     await deaf.send(protocol.request(number, "files/read", {"path": "large"}))
                 await asyncio.sleep(2)
@@ -211,13 +239,13 @@ async def test_a_request_that_finds_its_share_full_is_told_when_to_ask_again(gat
             assert other.status == 200
 
 
-async def test_bodies_without_a_token_are_not_taken(gateway: LiveGateway) -> None:
+async def test_bodies_without_a_token_are_not_taken(fresh: LiveGateway) -> None:
     """Two dozen that announce 16 MiB, with a length or in chunks, to every route that takes a body."""
     routes = [
         *("/v1/session", "/v1/deployments", "/v1/revocations", "/v1/tenants/a/exec", "/v1/tenants/a/mcp"),
         *("/v1/tenants/a/tools/Read", "/v1/tenants/a/clone", "/v1/tenants/a/start"),
     ]
-    with connections(gateway, 3 * len(routes)) as opened, growth(gateway) as grown:
+    with connections(fresh, 3 * len(routes)) as opened, growth(fresh) as grown:
         for number, one in enumerate(opened):
             path = routes[number % len(routes)]
             if number // len(routes) % 2:
