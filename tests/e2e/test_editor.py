@@ -8,7 +8,7 @@ import re
 from playwright.async_api import expect
 
 from tests.e2e.conftest import OpenEditor
-from tests.e2e.editor import DEADLINE
+from tests.e2e.editor import DEADLINE, Editor
 from tests.integration import environment
 from tests.integration.sites import Hosting
 
@@ -264,22 +264,16 @@ async def test_a_full_screen_program_follows_the_window_and_survives_a_reload(
     await window.command("nano src/app.tsx")
     await expect(window.screen).to_contain_text("GNU nano")
     await expect(window.screen).to_contain_text("lucide-react")
-    rows = await window.screen_rows()
-    assert re.search(r"\^X\s*Exit", rows[-1] + rows[-2])
+    small = len(await drawn(window, site))
     await page.set_viewport_size({"width": 1200, "height": 1000})
+    taller = len(await drawn(window, site, more_than=small))
     edge = await page.get_by_role("separator", name="Height of the terminals").bounding_box()
     assert edge is not None
     await page.mouse.move(edge["x"] + 200, edge["y"])
     await page.mouse.down()
     await page.mouse.move(edge["x"] + 200, edge["y"] - 130)
     await page.mouse.up()
-
-    async def fills_the_window() -> None:
-        now = await window.screen_rows()
-        assert len(now) > len(rows) and re.search(r"\^X\s*Exit", now[-1] + now[-2]), "drawn for the new size"
-
-    await window.until(fills_the_window)
-    before = await window.screen_rows()
+    before = await drawn(window, site, more_than=taller)
     await page.reload()
     await window.connected()
 
@@ -294,16 +288,36 @@ async def test_a_full_screen_program_follows_the_window_and_survives_a_reload(
     await expect(window.screen).to_contain_text(re.compile(rf"{len(before)}x\d+"))
 
 
+async def drawn(window: Editor, site: str, more_than: int = 0) -> list[str]:
+    """Return nano's screen once it has over so many rows, all of them drawn, and nano knows of them."""
+    found: list[str] = []
+
+    async def whole() -> None:
+        rows = await window.screen_rows()
+        assert len(rows) > more_than and re.search(r"\^X\s*Exit", rows[-1] + rows[-2])
+        size = ("sh", "-c", "stty size -F /dev/$(ps -o tty= -C nano)")  # as root: it is the command's alone
+        told = await asyncio.to_thread(environment.incus, "exec", site, "--", *size)
+        assert int(told.stdout.split()[0]) == len(rows)
+        assert await window.screen_rows() == rows, "more of it came meanwhile"
+        found[:] = rows
+
+    await window.until(whole)
+    return found
+
+
 async def test_two_windows_share_one_terminal(editor: OpenEditor) -> None:
     """What is typed in either shows in both, and it is one shell."""
     first, second = await editor(), await editor()
     await first.load_connected()
     await first.prompt()
-    await first.command("mine=value-of-$((40 + 2))")
+    await first.command("mine=value-of-$((40 + 2)); echo pid-$$")
+    await expect(first.screen).to_contain_text(re.compile(r"pid-\d+"))
+    (pid,) = re.findall(r"pid-(\d+)", "\n".join(await first.screen_rows()))
     await second.load_connected()
     await second.prompt()
     await second.page.get_by_role("button", name="Show a terminal that runs elsewhere").click()
-    await second.page.get_by_role("menuitem").filter(has_text="1 viewer").click()
+    # by its number: what another test's window has just left may still count as viewed
+    await second.page.get_by_role("menuitem").filter(has_text=f"pid {pid}, 1 viewer").click()
     await expect(second.screen).to_contain_text("value-of-")  # attached: what is typed before goes nowhere
     await second.command("echo this is $mine")
     await expect(second.screen).to_contain_text("this is value-of-42")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 
 import pytest
-from playwright.async_api import BrowserContext, Locator, expect
+from playwright.async_api import BrowserContext, Locator, Page, expect
 
 from gateway.auth import tokens
 from tests.e2e.conftest import ADDRESS, OpenEditor
-from tests.e2e.editor import Editor
+from tests.e2e.editor import DEADLINE, Editor
 from tests.e2e.test_editor import run
 from tests.integration.sites import Hosting
 from tests.live import EVERY_SCOPE, SECRET
@@ -200,14 +201,30 @@ async def test_unsaved_text_is_asked_about_before_a_tab_signs_in_for_another_ten
 # --- the end of a session ---------------------------------------------------------------------------------
 
 
-async def typing(window: Editor, until: Locator, text: str = "") -> str:
-    """Type words into the file that is open until something is in view; return all that was typed."""
-    deadline = time.monotonic() + 40
-    while not await until.is_visible():
-        assert time.monotonic() < deadline
+_SHOWN = """wanted => new Promise(done => {
+  const look = () => {
+    const labels = [...document.querySelectorAll("output")].map(output => output.ariaLabel);
+    const text = document.body.textContent + labels;
+    if (wanted.every(pattern => new RegExp(pattern).test(text))) done();
+  };
+  const all = {subtree: true, childList: true, characterData: true, attributes: true};
+  new MutationObserver(look).observe(document, all);
+  look();
+})"""
+
+
+def shown(page: Page, *patterns: str) -> asyncio.Task[object]:
+    """Return a task that ends once the page shows all of these at once, for however short a time."""
+    return asyncio.ensure_future(asyncio.wait_for(page.evaluate(_SHOWN, patterns), 2 * DEADLINE / 1000))
+
+
+async def typing(window: Editor, until: asyncio.Task[object], text: str = "") -> str:
+    """Type words into the file that is open until something was in view; return all that was typed."""
+    while not until.done():
         word = f"word{len(text)} "
         await window.page.keyboard.type(word)
         text += word
+    await until
     return text
 
 
@@ -218,17 +235,17 @@ async def test_a_session_that_ends_while_somebody_types_loses_no_letter(
     window = await editor(signed_in=False)
     window.watched.expected.append("401")
     page = window.page
-    await window.load(f"token={token(site, ttl=15)}&tenant={site}")
+    await window.load(f"token={token(site)}&tenant={site}")
     await window.connected()
     await window.open_file("public/long.txt")
     await window.prompt()
     await window.command("kept=by-the-shell")
+    # the page is there: now its session is to end
+    soon = shown(page, "This session ends at", "Connection: Connected")
+    ended = shown(page, "The session has ended. Your text stays here")
+    await led_to(window, token(site, ttl=15), site)
     await window.text.click()
-    soon = page.get_by_text("This session ends at")
-    ended = page.get_by_text("The session has ended. Your text stays here")
-    text = await typing(window, soon)
-    await expect(page.get_by_label("Connection: Connected")).to_be_visible()
-    text = await typing(window, ended, text)
+    text = await typing(window, ended, await typing(window, soon))
     await expect(page.get_by_label("Connection: Signed out")).to_be_visible()
     await window.save()
     saved = text
@@ -317,9 +334,10 @@ async def test_who_has_a_wrong_clock_is_asked_by_that_of_the_gateway(editor: Ope
     await page.reload()
     await window.connected()
     assert await page.get_by_label("New access token").count() == 0
+    soon = shown(page, r"This session ends at .*, in \d+ s")
     await led_to(window, token(site, ttl=20), site)
+    await soon
     await expect(page.get_by_label("New access token")).to_be_visible()
-    await expect(page.get_by_text(re.compile(r"This session ends at .*, in \d+ s"))).to_be_visible()
     await expect(page.get_by_role("dialog", name="The session has ended")).to_be_visible()
 
 
