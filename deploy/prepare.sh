@@ -118,6 +118,19 @@ ensure_python() { # sets $python
   die "no Python 3.11 or newer with venv was found; install one (Debian, Ubuntu: apt-get install python3-venv)"
 }
 
+ensure_uv() { # sets $uv; where there is none it is fetched for this run alone
+  local place
+  uv=$(command -v uv 2>/dev/null) && return 0
+  [ -n "${python:-}" ] || ensure_python
+  place=$(mktemp -d)
+  # shellcheck disable=SC2064 # this folder
+  trap "rm -rf '$place'" EXIT
+  { "$python" -m venv "$place" && "$place/bin/pip" install --quiet --disable-pip-version-check uv; } ||
+    die "uv cannot be installed; check that this machine reaches the package index"
+  # shellcheck disable=SC2034 # for the script that sources this
+  uv=$place/bin/uv
+}
+
 good_node() { # what Vite and the web tests need: Node 20.19 or newer, and npm
   command -v npm >/dev/null 2>&1 && node -e '
     const [major, minor] = process.versions.node.split(".").map(Number);
