@@ -1,4 +1,4 @@
-"""Knows the browser editor's built files: which there are, what a browser keeps, what its page may do.
+"""Serves the browser editor's built files, with what a browser may keep of them and what its page may do.
 
 `deploy/build-web` makes them from `clients/web` into `static/` beside this module; a wheel brings them along.
 """
@@ -11,6 +11,7 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.routing import Route
 
 from gateway.errors import NotFound
 
@@ -106,3 +107,10 @@ def _file(request: Request, path: Path, name: str, kept: str) -> Response:
         if encoding in taken and (smaller := path.with_name(path.name + suffix)).is_file():
             return FileResponse(smaller, headers={**headers, "Content-Encoding": encoding}, media_type=kind)
     return FileResponse(path, headers=headers, media_type=kind)
+
+
+ROUTES: Final = (
+    Route("/", page),
+    Route("/assets/{name}", asset),
+    Route("/favicon.svg", icon),
+)

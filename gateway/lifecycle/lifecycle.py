@@ -86,21 +86,6 @@ class CloneBody(protocol.Params):
 class Lifecycle:
     """The lives of all tenants. Used from the event loop only."""
 
-    # method, path below the tenant's, scope, handler, status
-    ROUTES: Final = (
-        ("POST", "/start", "deploy", "start", 200),
-        ("POST", "/stop", "deploy", "stop", 200),
-        ("POST", "/restart", "deploy", "restart", 200),
-        ("DELETE", "", "deploy", "destroy", 204),
-        ("PATCH", "", "deploy", "rename", 200),
-        ("POST", "/clone", "deploy", "clone", 201),
-        ("GET", "/snapshots", None, "snapshots", 200),
-        ("POST", "/snapshots", "deploy", "snapshot", 201),
-        ("POST", "/snapshots/{snapshot}/restore", "deploy", "restore", 200),
-        ("DELETE", "/snapshots/{snapshot}", "deploy", "delete_snapshot", 204),
-        ("GET", "/logs", "files:read", "logs", 200),
-    )
-
     def __init__(
         self,
         runtime: TenantRuntime,
@@ -123,11 +108,6 @@ class Lifecycle:
         self._following: dict[Following, str] = {}  # the tenant of each
         # who asked for a snapshot's change of which the event is still to come
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
-
-    @staticmethod
-    def named(handler: str, body: Any) -> str:
-        """Return the handler of what was asked for: a PATCH names by its body what is to be changed."""
-        return "resize" if handler == "rename" and isinstance(body, dict) and "size" in body else handler
 
     # --- start to destroy ---------------------------------------------------------------------------
 
@@ -341,7 +321,7 @@ class Lifecycle:
 
     # --- the site's log -----------------------------------------------------------------------------
 
-    async def logs(self, ask: Ask) -> Response:
+    async def logs(self, ask: Ask) -> Following:
         """Return the response that prints the last lines, and with `follow=1` what comes until it is left."""
         lines = ask.query.get("lines", "100")
         if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:

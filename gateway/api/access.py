@@ -1,0 +1,172 @@
+"""Checks who asks by HTTP: origin, token, tenant and scope; a token that ends while its request goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import orjson
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection, Request
+
+from gateway.api.http import RETRY_AFTER_MS, USES, ask, read_body, read_json, weighed
+from gateway.api.services import services
+from gateway.auth import tokens
+from gateway.auth.tokens import Token
+from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized, Unavailable
+from gateway.runtime import TENANT_NAME
+from gateway.transport.http1 import ABORT
+
+_LINGER: Final = 5.0  # seconds that an answer which must end may take to be read
+
+
+def check_origin(asked: HTTPConnection) -> None:
+    """Return if the page that asks may. Raises `Forbidden`."""
+    headers = Headers(scope=asked.scope)
+    if not tokens.origin_allowed(
+        headers.get("origin"),
+        headers.get("host"),
+        asked.scope["scheme"],
+        services(asked).settings.origins,
+        headers.get("x-forwarded-proto"),
+    ):
+        raise Forbidden("this origin may not ask; list it in GATEWAY_ORIGINS")
+
+
+def secure(asked: HTTPConnection) -> bool:
+    """Say whether a browser asked by https, going by the proxy that terminates TLS."""
+    scheme = asked.headers.get("x-forwarded-proto", asked.url.scheme)
+    return scheme.partition(",")[0].strip().lower() in ("https", "wss")
+
+
+def slot(asked: HTTPConnection) -> str | None:
+    """Return the session slot that is asked for; websockets, links and EventSource can send no header."""
+    return asked.headers.get("x-session-slot") or asked.query_params.get("slot") or None
+
+
+def raw_token(asked: HTTPConnection) -> str | None:
+    """Return the token of the header or else of the cookie, unverified; None without one."""
+    headers = asked.headers
+    return tokens.raw_token(
+        headers.get("authorization"), headers.get("cookie"), slot(asked), secure=secure(asked)
+    )
+
+
+def sharer(token: Token) -> str:
+    """Return whose share a request counts in that names no tenant: the token's only one, or its subject's."""
+    coverage = token.coverage
+    return next(iter(coverage)) if coverage is not None and len(coverage) == 1 else f"sub {token.subject}"
+
+
+def with_token(request: Request, scope: str | None) -> Token:
+    """Return the token of a request that names no tenant. Raises `Forbidden` and `Unauthorized`.
+
+    Its bytes in flight count in the share of `sharer` from now on.
+    """
+    token = _known(request)
+    if scope is not None:
+        token.require(scope)
+    ask(request.scope, services(request).budget.tenant(sharer(token)))
+    return token
+
+
+def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
+    """Return the tenant of the path and the token, if that covers it and has `scope`.
+
+    Raises `Forbidden`, `NotFound` and `Unauthorized`.
+    """
+    token = _known(request)
+    name: str = request.path_params["tenant"]
+    check_covered(token, name)
+    if scope is not None:
+        token.require(scope)
+    ask(request.scope, services(request).budget.tenant(name))
+    return name, token
+
+
+async def using_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
+    """Do as `for_tenant`, and keep the tenant awake until the answer to this request has been sent."""
+    name, token = for_tenant(request, scope)
+    idle = services(request).idle
+    request.scope[USES].enter_context(idle.using(name))
+    await idle.awake(name)
+    return name, token
+
+
+def as_operator(request: Request) -> Token:
+    """Return the token of an operator, which has the scope admin for every tenant. Raises `Forbidden`."""
+    token = with_token(request, "admin")
+    if not token.operates:
+        raise Forbidden("this needs a token with the scope admin for every tenant")
+    return token
+
+
+def check_covered(token: Token | None, tenant: str) -> None:
+    """Raise `NotFound` for a tenant that `token` does not cover: exactly as for one that does not exist."""
+    if not TENANT_NAME.fullmatch(tenant) or (token is not None and not token.covers(tenant)):
+        raise NotFound(f"no tenant {tenant[:63]}")
+
+
+def check_serving(request: Request) -> None:
+    """Raise `Unavailable` while the gateway drains: it takes no new work."""
+    if services(request).draining:
+        raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
+
+
+def check_live(request: Request, token: Token) -> None:
+    """Return if a token that was good still is. Raises `Unauthorized`."""
+    if ended := services(request).grants.ended(token):
+        raise Unauthorized(ended)
+
+
+async def json_body(request: Request, token: Token) -> Any:
+    """Return the JSON body, if the token has not ended until it was all here."""
+    settings = services(request).settings
+    body = await read_json(request, settings.max_body, settings.body_timeout)
+    check_live(request, token)
+    return body
+
+
+async def raw_body(request: Request, token: Token) -> bytes:
+    """Return the body, which may be parsed as JSON, if the token has not ended until it was all here."""
+    settings = services(request).settings
+    body = await read_body(request, settings.max_body, settings.body_timeout)
+    await weighed(request, body)
+    check_live(request, token)
+    return body
+
+
+async def optional_json(request: Request, token: Token) -> Any:
+    """Return the JSON body, `{}` where there is none. Raises `InvalidParams`."""
+    text = await raw_body(request, token)
+    try:
+        return orjson.loads(text) if text else {}
+    except ValueError:
+        raise InvalidParams("the body is not JSON") from None
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the caller's id of this call, None without one. Raises `InvalidParams`."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= 200:
+        raise InvalidParams("an Idempotency-Key has 1 to 200 characters")
+    return key
+
+
+def end_with(request: Request, token: Token, end: Callable[[], None]) -> None:
+    """End the answer to this request, which has no end of its own, when its token ends."""
+    uses = request.scope[USES]
+
+    def over(why: str) -> None:
+        end()
+        # who reads nothing would keep the connection for ever
+        cut = request.scope.get("state", {}).get(ABORT, lambda: None)
+        uses.callback(asyncio.get_running_loop().call_later(_LINGER, cut).cancel)
+
+    uses.enter_context(services(request).grants.hold(token, over))
+
+
+def _known(request: Request) -> Token:
+    check_origin(request)
+    return services(request).verify(raw_token(request))

@@ -1,0 +1,141 @@
+"""Runs what goes on as long as the gateway: the watch of tenants and what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, Final
+
+from gateway.api.http import end
+from gateway.api.services import Services
+from gateway.errors import GatewayError
+from gateway.host.setup import pin
+from gateway.rootfs.workers import BrokerClient
+from gateway.runtime import TenantEvent
+from gateway.runtime.incus import IncusRuntime
+from gateway.storage.store import StoreFailed
+from gateway.tasks import apart, lasting
+
+log = logging.getLogger(__name__)
+
+# after these a tenant's files may be others, or must no longer be held
+_MOVED: Final = frozenset(
+    {
+        "tenant.stopped",
+        "tenant.restarted",
+        "tenant.destroyed",
+        "tenant.renamed",
+        "incus.instance-restored",
+        "incus.instance-updated",
+    }
+)
+
+# a tenant of this name is new; one that waited for it was renamed
+_MADE: Final = frozenset({"tenant.created", "tenant.renamed"})
+
+_STARTED: Final = frozenset({"tenant.started", "tenant.restarted", "gateway.resynced"})
+
+
+@contextlib.asynccontextmanager
+async def running(services: Services) -> AsyncIterator[None]:
+    """Run all background work; what breaks off begins again, and all of it ends with the block."""
+    async with contextlib.AsyncExitStack() as stack:
+        for name, work in _Background(services).jobs().items():
+            task = asyncio.create_task(lasting(name, work), name=name)
+            stack.push_async_callback(end, task)
+        yield
+
+
+class _Background:
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._started = asyncio.Event()  # some tenant was, since its address was last bound to its port
+        self._resynced = asyncio.Event()  # the tenants there are have been seen once
+
+    def jobs(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
+        """Return each work by the name that the log has for it."""
+        services = self._services
+        jobs: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "the watch of tenants": self._watch,
+            "the count of events": partial(services.metrics.follow, services.bus),
+            "the measure of the loop": services.metrics.sample_lag,
+            "the recovery of deployments": self._recover,
+            "the watch of tokens": services.grants.watch,
+        }
+        if isinstance(services.runtime, IncusRuntime):
+            jobs["the watch of addresses"] = self._pin_ports
+            jobs["the kernel's word of memory"] = partial(self._tell_starved, services.runtime)
+        return jobs
+
+    async def _watch(self) -> None:
+        """Publish what happens to tenants, and let go of the files of those that changed."""
+        services = self._services
+        notices = [services.deployments.noticed, services.health.noticed, services.idle.noticed]
+        if services.pressure is not None:
+            notices.append(services.pressure.noticed)
+        swept = False
+        async for event in services.names.watch(services.runtime):
+            if event.type == "gateway.resynced" and not swept:
+                swept = True
+                with apart("the look for what an earlier gateway left"):
+                    await services.runtime.sweep()
+            with apart(f"letting go of what changed with {event.type} of {event.tenant}"):
+                await self._let_go(event)
+            if event.type in _STARTED:
+                self._started.set()
+            facts = services.idle.explained(services.lifecycle.explained(event))
+            for notice in notices:
+                with apart(f"taking notice of {event.type} of {event.tenant}"):
+                    notice(event)
+            if event.type == "gateway.resynced":
+                self._resynced.set()
+            told = services.bus.publish(event.type, event.tenant, facts)
+            await services.names.took(services.runtime, event, told)
+
+    async def _let_go(self, event: TenantEvent) -> None:
+        services = self._services
+        if event.tenant is not None and event.type in _MOVED:
+            await services.workers.forget(event.tenant)
+            if event.type == "incus.instance-updated":
+                await services.files.recheck(event.tenant)  # mostly a mere setting
+            else:
+                await services.files.forget(event.tenant, event.type.rpartition(".")[2])
+        if event.ended is not None:
+            services.toolbox.sessions.forget(event.ended)
+            try:
+                await services.idempotency.forget_tenant(event.ended)
+            except StoreFailed as failed:
+                log.warning("receipts of %s are kept: %s", event.ended, failed.message)
+            await services.lifecycle.forget(event.ended)
+        # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
+        if event.tenant is not None and event.type in _MADE:
+            services.execs.forget_tenant(event.tenant)
+
+    async def _recover(self) -> None:
+        """Finish or undo what deployments of an earlier life left, once Incus answers."""
+        await self._resynced.wait()
+        await self._services.deployments.recover()
+
+    async def _tell_starved(self, runtime: IncusRuntime) -> None:
+        async with contextlib.aclosing(runtime.starved()) as told:
+            async for event in told:
+                self._services.bus.publish(event.type, event.tenant, event.data)
+
+    async def _pin_ports(self) -> None:
+        """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""
+        settings = self._services.settings
+        at = settings.broker_socket
+        while True:
+            await self._started.wait()
+            self._started.clear()
+            try:
+                if at is None:
+                    await asyncio.to_thread(pin, settings)
+                else:  # by a connection of its own, for which no file call waits
+                    async with contextlib.aclosing(BrokerClient(at=at)) as broker:
+                        await broker.request({"do": "chore", "name": "pin"})
+            except GatewayError as error:
+                log.warning("tenants' addresses could not be bound to their ports: %s", error.message)

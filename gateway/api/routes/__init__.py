@@ -1,0 +1,35 @@
+"""The routes of the application: a module for each family, and all of them as `ROUTES`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.routing import BaseRoute
+
+from gateway.api import editor
+from gateway.api.routes import (
+    deployments,
+    events,
+    files,
+    lifecycle,
+    operator,
+    process,
+    session,
+    tenants,
+    tools,
+    websocket,
+)
+
+ROUTES: Final[tuple[BaseRoute, ...]] = (
+    *editor.ROUTES,
+    *process.ROUTES,
+    *session.ROUTES,
+    *tenants.ROUTES,
+    *lifecycle.ROUTES,
+    *tools.ROUTES,
+    *files.ROUTES,
+    *deployments.ROUTES,
+    *events.ROUTES,
+    *operator.ROUTES,
+    *websocket.ROUTES,
+)

@@ -1,0 +1,71 @@
+"""Routes of deployments and of the templates that can be deployed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import protocol
+from gateway.api.access import check_serving, idempotency_key, json_body, with_token
+from gateway.api.http import as_json
+from gateway.api.services import services
+from gateway.deployments import Record
+from gateway.deployments import http as deploying
+from gateway.errors import NotFound
+
+
+async def templates(request: Request) -> Response:
+    with_token(request, "deploy")
+    found = await asyncio.to_thread(deploying.templates, services(request).settings)
+    return as_json({"templates": found})
+
+
+async def deploy(request: Request) -> Response:
+    token = with_token(request, "deploy")
+    check_serving(request)
+    body = protocol.validate(deploying.DeployBody, await json_body(request, token))
+    key = idempotency_key(request)
+    wanted = await asyncio.to_thread(body.request)
+    record, new = await services(request).deployments.begin(wanted, token, key=key)
+    response = as_json({"id": record.id, "tenant": record.tenant, "state": record.state})
+    response.status_code = 202 if new or not record.over else 200
+    response.headers["Location"] = f"/v1/deployments/{record.id}"
+    return response
+
+
+async def index(request: Request) -> Response:
+    gateway, token = services(request), with_token(request, "deploy")
+    found = await gateway.deployments.recent(token.coverage)
+    if token.coverage is not None:
+        found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
+    return as_json({"deployments": [record.to_dict() for record in found]})
+
+
+async def show(request: Request) -> Response:
+    return as_json((await _covered(request)).to_dict())
+
+
+async def cancel(request: Request) -> Response:
+    record = await _covered(request)
+    return as_json((await services(request).deployments.cancel(record.id)).to_dict())
+
+
+async def _covered(request: Request) -> Record:
+    token = with_token(request, "deploy")
+    record = await services(request).deployments.get(request.path_params["deployment"])
+    if not token.covers(record.tenant):
+        raise NotFound("no such deployment")
+    return record
+
+
+ROUTES: Final = (
+    Route("/v1/templates", templates),
+    Route("/v1/deployments", index),
+    Route("/v1/deployments", deploy, methods=["POST"]),
+    Route("/v1/deployments/{deployment}", show),
+    Route("/v1/deployments/{deployment}", cancel, methods=["DELETE"]),
+)

@@ -1,0 +1,61 @@
+"""Routes of a tenant's single files: raw bytes both ways, with RFC 9110's conditions."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import protocol
+from gateway.api.access import check_live, using_tenant
+from gateway.api.http import as_json, file_path
+from gateway.api.services import services
+from gateway.errors import Conflict
+from gateway.files import http
+
+
+async def get(request: Request) -> Response:
+    gateway = services(request)
+    name, _ = await using_tenant(request, "files:read")
+    async with contextlib.AsyncExitStack() as stack:
+        source = await stack.enter_async_context(gateway.files.read(name, file_path(request)))
+        return http.Sending(request, source, stack, gateway.settings.transfer_stall)
+
+
+async def put(request: Request) -> Response:
+    gateway = services(request)
+    name, token = await using_tenant(request, "files:write")
+    settings, path = gateway.settings, file_path(request)
+    conditions = http.conditions(request.headers)
+    still = partial(check_live, request, token)
+    body = http.received(request, settings.upload_max, settings.transfer_stall, still)
+    try:
+        result = await gateway.files.write(name, path, body, conditions, by=token.subject)
+    except Conflict as error:
+        raise http.failed_condition(error) from None
+    response = as_json(result)
+    response.status_code = 201 if result["created"] else 200
+    response.headers["ETag"] = f'"{result["etag"]}"'
+    return response
+
+
+async def delete(request: Request) -> Response:
+    name, token = await using_tenant(request, "files:write")
+    recursive = protocol.switch(request.query_params, "recursive")
+    given = {"path": file_path(request), "recursive": recursive, **http.conditions(request.headers)}
+    try:
+        await services(request).files.call(name, "files/remove", given, by=token.subject)
+    except Conflict as error:
+        raise http.failed_condition(error) from None
+    return Response(status_code=204)
+
+
+ROUTES: Final = (
+    Route("/v1/tenants/{tenant}/files/{path:any}", get),
+    Route("/v1/tenants/{tenant}/files/{path:any}", put, methods=["PUT"]),
+    Route("/v1/tenants/{tenant}/files/{path:any}", delete, methods=["DELETE"]),
+)

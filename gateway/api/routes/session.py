@@ -1,0 +1,78 @@
+"""Routes of a browser's session: its token in a cookie, one for each slot."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Final
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway import protocol
+from gateway.api.access import check_origin, secure, slot, with_token
+from gateway.api.http import as_json, read_json
+from gateway.api.services import services
+from gateway.auth import tokens
+
+_MAX: Final = 32 << 10  # bytes of a body that anybody may send
+
+
+class SessionBody(protocol.Params):
+    token: Annotated[str, Field(max_length=tokens.MAX_TOKEN)]
+    slot: Annotated[str, Field(pattern=f"^{tokens.SLOT}$")] | None = None
+
+
+async def show(request: Request) -> Response:
+    token = with_token(request, None)
+    by_header = tokens.bearer_token(request.headers.get("authorization")) is not None
+    return as_json(_granted(token, None if by_header else slot(request)))
+
+
+async def open(request: Request) -> Response:
+    """Put a token into the cookie of its slot; where there are too many slots the others go."""
+    gateway = services(request)
+    check_origin(request)
+    body = protocol.validate(SessionBody, await read_json(request, _MAX, gateway.settings.body_timeout))
+    token = gateway.verify(body.token)
+    response = as_json(_granted(token, body.slot))
+    name = tokens.cookie_name(body.slot, secure=secure(request))
+    _set_cookie(request, response, name, body.token, max(0, int(token.expires - time.time())))
+    if body.slot is not None:
+        others = [one for one in tokens.slots(request.headers.get("cookie")) if one != name]
+        for one in others[: max(0, len(others) + 1 - tokens.MOST_SLOTS)]:
+            _set_cookie(request, response, one, "", 0)
+    return response
+
+
+async def close(request: Request) -> Response:
+    check_origin(request)
+    response = Response(status_code=204)
+    _set_cookie(request, response, tokens.cookie_name(slot(request), secure=secure(request)), "", 0)
+    return response
+
+
+def _granted(token: tokens.Token, slot: str | None) -> dict[str, Any]:
+    return {
+        "subject": token.subject,
+        "scopes": sorted(token.scopes),
+        "tenants": sorted(token.tenants),
+        "expires": token.expires,
+        "id": token.id,
+        "slot": slot,
+        "domains": None if token.domains is None else sorted(token.domains),
+    }
+
+
+def _set_cookie(request: Request, response: Response, name: str, value: str, age: int) -> None:
+    response.set_cookie(
+        name, value, max_age=age, httponly=True, samesite="strict", secure=secure(request), path="/"
+    )
+
+
+ROUTES: Final = (
+    Route("/v1/session", show),
+    Route("/v1/session", open, methods=["POST"]),
+    Route("/v1/session", close, methods=["DELETE"]),
+)

@@ -1,0 +1,92 @@
+"""Routes that do work in a tenant: tools, MCP, and commands that one request waits for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from gateway import protocol
+from gateway.api.access import (
+    check_serving,
+    for_tenant,
+    idempotency_key,
+    json_body,
+    raw_body,
+    using_tenant,
+)
+from gateway.api.http import SHARE, USES, InParts, hold, problem, unless_gone
+from gateway.api.oneshot import ExecBody, run
+from gateway.api.services import services
+from gateway.auth.tokens import Token
+from gateway.errors import InvalidParams, NotFound
+from gateway.limits.budget import SMALL
+
+if TYPE_CHECKING:
+    from gateway.api.mcp import Mcp
+
+
+async def call(request: Request) -> Response:
+    toolbox, tool = services(request).toolbox, request.path_params["tool"]
+    name, token = await using_tenant(request, toolbox.scope(tool))
+    arguments = await json_body(request, token)
+    if not isinstance(arguments, dict):
+        raise InvalidParams("the body is a JSON object: the tool's input")
+    session = toolbox.sessions.open(
+        name,
+        request.headers.get("x-tool-session"),
+        protocol.switch(request.headers, "x-read-before-write"),
+    )
+    call_id = idempotency_key(request)
+    linger_ms = request.headers.get("x-call-linger")
+    if linger_ms is not None and not (linger_ms.isdecimal() and len(linger_ms) < 16):
+        raise InvalidParams("X-Call-Linger is a number of milliseconds")
+    linger = None if linger_ms is None else int(linger_ms) / 1000
+    work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id, linger=linger)
+    result = await unless_gone(request, work)
+    if len(result.encoded) > SMALL:  # of what only reads
+        hold(request.scope, len(result.encoded))
+    return Response(result.encoded, media_type="application/json")
+
+
+async def mcp(request: Request) -> Response:
+    gateway = services(request)
+    name, token = for_tenant(request, None)
+    if gateway.mcp is None:
+        missing = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
+        return problem(missing, 501)
+    await gateway.runtime.get(name)
+    await using_tenant(request, None)
+    return _McpAnswer(gateway.mcp, name, token, await raw_body(request, token))
+
+
+class _McpAnswer(Response):
+    """What the MCP endpoint answers, written by it."""
+
+    def __init__(self, endpoint: Mcp, tenant: str, token: Token, body: bytes) -> None:
+        self._answer = partial(endpoint.serve, tenant, token, body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope, receive, send)
+
+
+async def exec(request: Request) -> Response:
+    gateway = services(request)
+    name, token = await using_tenant(request, "exec")
+    check_serving(request)
+    body = protocol.validate(ExecBody, await json_body(request, token))
+    room = request.scope[USES].enter_context(request.scope[SHARE].lease())
+    with gateway.runtime.expect(name):  # who asks once, asks again
+        work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
+        return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
+
+
+ROUTES: Final = (
+    Route("/v1/tenants/{tenant}/tools/{tool}", call, methods=["POST"]),
+    Route("/v1/tenants/{tenant}/exec", exec, methods=["POST"]),
+    Route("/v1/tenants/{tenant}/mcp", mcp, methods=["GET", "POST", "DELETE"]),
+)

@@ -1,0 +1,52 @@
+"""Route of a tenant's websocket: who may open one, and the close code of who may not."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
+
+from gateway import protocol
+from gateway.api.access import check_covered, check_origin, raw_token
+from gateway.api.connection import CLOSE_CODES, Connection
+from gateway.api.http import address
+from gateway.api.services import services
+from gateway.errors import Forbidden, GatewayError, RateLimited
+from gateway.protocol import CloseCode
+
+
+async def connect(websocket: WebSocket) -> None:
+    gateway = services(websocket)
+    try:
+        check_origin(websocket)
+    except Forbidden:
+        await websocket.close()  # before the accept: the handshake is answered with 403
+        return
+    name: str = websocket.path_params["tenant"]
+    try:
+        raw = raw_token(websocket)
+        if gateway.draining:
+            await _refuse(websocket, CloseCode.DRAINING, "draining")
+            return
+        token = None if raw is None else gateway.verify(raw)
+        check_covered(token, name)
+        if token is not None:
+            await gateway.runtime.get(name)
+    except GatewayError as error:
+        await _refuse(websocket, CLOSE_CODES.get(type(error), 1011), error.message)
+        return
+    try:
+        await Connection(websocket, name, token, gateway, address(websocket)).run()
+    except RateLimited as full:
+        await _refuse(websocket, CloseCode.TOO_MANY, full.message)
+
+
+async def _refuse(websocket: WebSocket, code: int, reason: str) -> None:
+    # a browser sees a close code only of a connection that was accepted
+    offered = websocket.scope.get("subprotocols") or []
+    await websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
+    await websocket.close(code, reason[:100])
+
+
+ROUTES: Final = (WebSocketRoute("/v1/tenants/{tenant}/ws", connect),)

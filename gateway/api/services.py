@@ -1,0 +1,196 @@
+"""Builds each service of a gateway once, in the order of their needs, and closes them in reverse."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import HTTPConnection
+
+from gateway.api.connection import Connection, Hub
+from gateway.api.metrics import Metrics
+from gateway.audit import Audit
+from gateway.auth import tokens
+from gateway.auth.grants import Grants
+from gateway.auth.revocations import Revocations
+from gateway.caddy import Caddy
+from gateway.deployments import Deployments, Health
+from gateway.events import Bus, StoredJournal
+from gateway.execs import Execs
+from gateway.files.files import Files
+from gateway.idempotency import Idempotency
+from gateway.lifecycle.idle import Idle
+from gateway.lifecycle.lifecycle import Lifecycle
+from gateway.limits.budget import Budget, Places
+from gateway.limits.capacity import Capacity
+from gateway.limits.disk import DiskSpace
+from gateway.limits.pressure import Pressure
+from gateway.ownership.domains import Domains
+from gateway.ownership.names import Names
+from gateway.rootfs.workers import Workers
+from gateway.runtime import Removal
+from gateway.runtime.incus import IncusRuntime, IncusSites
+from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local_sites import LocalSites
+from gateway.runtime.sites import Sites
+from gateway.settings import Settings
+from gateway.shells import Shells
+from gateway.storage.store import Store
+from gateway.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from gateway.api.mcp import Mcp
+
+
+@dataclass(kw_only=True)
+class Services(Hub):
+    """Everything that lives as long as the gateway; a websocket sees the part that is in `Hub`.
+
+    `pressure` is None on the local runtime, `mcp` where that extra is not installed.
+    """
+
+    journal: StoredJournal
+    idempotency: Idempotency
+    revocations: Revocations
+    names: Names
+    audit: Audit
+    workers: Workers
+    domains: Domains
+    lifecycle: Lifecycle
+    health: Health
+    deployments: Deployments
+    pressure: Pressure | None
+    metrics: Metrics
+    mcp: Mcp | None
+    draining: bool = False
+
+
+def services(asked: HTTPConnection) -> Services:
+    """Return the services of the gateway that a request or a websocket came to."""
+    found: Services = asked.app.state.services
+    return found
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
+    """Build and open everything on `store`, which is open; close it in reverse."""
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        secret = tokens.load_secret(settings)
+        journal = await enter(
+            StoredJournal(
+                store,
+                kept=settings.events_kept,
+                kept_bytes=settings.events_bytes,
+                age=settings.events_age,
+                waiting=settings.events_waiting,
+            )
+        )
+        bus = Bus(journal)
+        idempotency = await Idempotency.opened(store, settings)
+        revocations = await Revocations.opened(store)
+        grants = Grants(revocations.__contains__)
+        names = await Names.opened(store, bus, settings)
+        audit = await enter(Audit(store, bus, settings))
+
+        async def removed(removal: Removal) -> None:
+            await _note_removal(audit, removal)
+
+        runtime: IncusRuntime | LocalRuntime = await enter(
+            IncusRuntime(settings, removed)
+            if settings.runtime == "incus"
+            else LocalRuntime(settings, removed)
+        )
+        workers = await enter(Workers(settings, tenants=runtime.tenants))
+        execs = await enter(Execs(runtime, bus, idempotency, settings))
+        shells = await enter(Shells(execs, workers, settings))
+        toolbox = await enter(Toolbox(runtime, workers, shells, bus, idempotency, settings))
+        files = await enter(Files(runtime, workers, bus, settings))
+        sites: Sites = await enter(
+            IncusSites(settings, runtime)
+            if isinstance(runtime, IncusRuntime)
+            else LocalSites(settings, runtime)
+        )
+        caddy = await enter(Caddy(settings))
+        caddy.lead_home()
+        caddy.excuse_nobody()
+        domains = await Domains.opened(runtime, store, bus, settings)
+        room = DiskSpace(runtime, workers, store, settings, sites.spare)
+        capacity = Capacity(runtime, settings)
+        lifecycle = Lifecycle(runtime, sites, caddy, domains, workers, bus, names, room, capacity, settings)
+        idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, execs.running_in, settings))
+        health = await enter(Health(sites, bus, settings, caddy.excuse))
+        deployments = await enter(
+            Deployments(
+                *(runtime, sites, caddy, domains, store, bus, settings),
+                use=idle.use,
+                admit=room.admit,
+                spacious=room.spacious,
+                promise=capacity.promise,
+                ended=names.ended,
+                workers=workers,
+                unwell=health.unwell,
+            )
+        )
+        pressure = None
+        if isinstance(runtime, IncusRuntime):
+            pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
+        budget, places = Budget(settings.bytes_in_flight, settings.tenant_bytes), Places(settings)
+        stack.callback(bus.close)
+        mcp = None
+        if importlib.util.find_spec("mcp") is not None:
+            from gateway.api.mcp import Mcp  # an extra, and a second of start-up
+
+            mcp = await enter(Mcp(toolbox, settings))
+
+        def verify(raw: str | None) -> tokens.Token:
+            return tokens.verify(secret, raw, revocations.__contains__)
+
+        connections: set[Connection] = set()
+        metrics = Metrics(
+            lambda: len(connections),
+            lambda: execs.running,
+            lambda: domains.contested,
+            lambda: domains.shared,
+            budget,
+            places,
+        )
+        if pressure is not None:
+            metrics.show_pressure(pressure.counts)
+        yield Services(
+            runtime=runtime,
+            execs=execs,
+            toolbox=toolbox,
+            files=files,
+            bus=bus,
+            idle=idle,
+            settings=settings,
+            budget=budget,
+            places=places,
+            verify=verify,
+            grants=grants,
+            connections=connections,
+            journal=journal,
+            idempotency=idempotency,
+            revocations=revocations,
+            names=names,
+            audit=audit,
+            workers=workers,
+            domains=domains,
+            lifecycle=lifecycle,
+            health=health,
+            deployments=deployments,
+            pressure=pressure,
+            metrics=metrics,
+            mcp=mcp,
+        )
+
+
+async def _note_removal(audit: Audit, removal: Removal) -> None:
+    """Record what the gateway removed by itself: an undo, or what it had made ready."""
+    action = "instance.removed" if removal.tenant is None else "tenant.removed"
+    facts: dict[str, Any] = {"reason": removal.reason, "instance": removal.instance, "name": removal.name}
+    await audit.note("gateway", action, removal.tenant, **facts)
