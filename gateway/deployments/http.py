@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway.deployments.deployments import Request
+from gateway.deployments.request import Request
 from gateway.deployments.template import MANIFEST, checked, names, read_folder
 from gateway.errors import GatewayError, InvalidParams
 from gateway.settings import Settings

@@ -129,7 +129,7 @@ async def nothing_is_left(rig: Rig) -> AsyncIterator[None]:
             environment.incus("delete", "--force", name)
     async with asyncio.timeout(20):
         while rig.host.leavings()["routes"] != before["routes"]:
-            await rig.deployments._reconcile()
+            await rig.deployments._reconciler.reconcile()
 
 
 async def test_a_new_site_that_breaks_anywhere_leaves_nothing(rig: Rig) -> None:

@@ -84,7 +84,7 @@ async def ended(deployments: Deployments, record: Record) -> None:
     async with asyncio.timeout(120):
         while (await deployments.get(record.id)).state not in ("succeeded", "rolledback"):
             await asyncio.sleep(0.05)
-        while record.id in deployments._running:
+        while record.id in deployments._register.running:
             await asyncio.sleep(0.01)
 
 

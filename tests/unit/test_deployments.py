@@ -15,6 +15,8 @@ import pytest
 from gateway.auth.tokens import Token
 from gateway.deployments import Deployments, Record, Request
 from gateway.deployments import record as records
+from gateway.deployments.context import Context
+from gateway.deployments.phases import unsteady
 from gateway.deployments.verify import Subject
 from gateway.errors import Conflict, NotFound, RateLimited
 from gateway.events import Bus
@@ -79,7 +81,7 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
     rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployments, _ = rig
-    ending, written, save = asyncio.Event(), asyncio.Event(), deployments._save
+    ending, written, save = asyncio.Event(), asyncio.Event(), deployments._register.save
 
     async def slow(record: Record) -> None:
         ending.set()
@@ -88,7 +90,7 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
 
     first, _ = await deployments.begin(asked("a"), token("a"))
     await asyncio.sleep(0)  # until it waits
-    monkeypatch.setattr(deployments, "_save", slow)
+    monkeypatch.setattr(deployments._register, "save", slow)
     cancelled = asyncio.create_task(deployments.cancel(first.id))
     await ending.wait()
     assert (await deployments.get(first.id)).state == "rolledback"
@@ -105,8 +107,8 @@ async def test_one_that_ends_during_a_look_is_not_ended_again(
     """What was read of it before its end is not what it is."""
     deployments, told = rig
     record, _ = await deployments.begin(asked("a"), token("a"))
-    assert await deployments._left() == []
-    read = deployments._store.read
+    assert await deployments._register.left() == []
+    read = deployments._register._store.read
 
     async def late(work: Any) -> Any:
         found = await read(work)
@@ -114,8 +116,8 @@ async def test_one_that_ends_during_a_look_is_not_ended_again(
             await cancel(deployments, record.id)
         return found
 
-    monkeypatch.setattr(deployments._store, "read", late)
-    assert await deployments._left() == []
+    monkeypatch.setattr(deployments._register._store, "read", late)
+    assert await deployments._register.left() == []
     assert told.of("deployment.rolledback")
 
 
@@ -124,7 +126,7 @@ async def test_one_of_a_killed_gateway_says_where_it_stood(rig: tuple[Deployment
     record = Record("shop", "shop.example.com", "https://shop.example.com", "static", "me", state="running")
     for phase, state in zip(record.phases, ("done", "done", "running"), strict=False):
         phase.state = cast(Any, state)
-    await deployments._recover_one(record)
+    await deployments._recovery.recover(record)
     said = told.of("deployment.failed")
     assert (said["phase"], said["index"], said["of"]) == ("push", 2, 8)
     assert told.of("deployment.rolledback")["error"]["message"] == "the gateway ended"
@@ -208,7 +210,7 @@ class Places:
         self.gates = dict[str, asyncio.Event]()
         self._changed = asyncio.Condition()
         self.deployments._recovered.set()
-        monkeypatch.setattr(self.deployments, "_attempt", self._attempt)
+        monkeypatch.setattr(self.deployments._runner, "_attempt", self._attempt)
 
     async def _attempt(self, running: Any, held: Any) -> None:
         name = running.record.tenant
@@ -272,7 +274,11 @@ async def test_one_that_is_cancelled_gives_its_place(places: Places) -> None:
     await places.begin(token("a", "b", "c", "d"), *"abcd")
     await places.are("a", "b")
     waiting, runs = (
-        next(one.record.id for one in places.deployments._running.values() if one.record.tenant == name)
+        next(
+            one.record.id
+            for one in places.deployments._register.running.values()
+            if one.record.tenant == name
+        )
         for name in "ca"
     )
     await cancel(places.deployments, waiting)
@@ -306,12 +312,8 @@ async def test_waiting_has_a_share_too(tmp_path: Path) -> None:
         await deployments.end()
 
 
-async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there(
-    rig: tuple[Deployments, Told], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deployments, _ = rig
+async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there() -> None:
     unwell = list[tuple[str, int, str, str]]()
-    monkeypatch.setattr(deployments, "_unwell", lambda *told: unwell.append(told))
     tenants = [SimpleNamespace(status="running", instance="i-1")]
 
     async def get(tenant: str) -> Any:
@@ -319,15 +321,16 @@ async def test_a_site_that_does_not_stay_is_told_while_its_tenant_is_there(
             raise NotFound("gone")
         return tenants[0]
 
-    monkeypatch.setattr(deployments, "_runtime", SimpleNamespace(get=get))
+    runtime = SimpleNamespace(get=get)
+    context = cast(Context, SimpleNamespace(runtime=runtime, unwell=lambda *told: unwell.append(told)))
     record = Record("shop", "shop.test", "https://shop.test", "static", "me", instance="i-1")
     where = Exposure("10.0.0.2", 3000, "10.0.0.2:3000")
     site = Subject("shop", "live", "shop.test", Recipe(b"", ("x",), 3000), where)
-    await deployments._unsteady(record, site, "it ended")
+    await unsteady(context, record, site, "it ended")
     assert unwell == [("shop", 3000, "/", "it ended")]
     for status, instance in (("stopped", "i-1"), ("running", "i-2")):
         tenants[0] = SimpleNamespace(status=status, instance=instance)
-        await deployments._unsteady(record, site, "it ended")
+        await unsteady(context, record, site, "it ended")
     tenants.clear()
-    await deployments._unsteady(record, site, "it ended")
+    await unsteady(context, record, site, "it ended")
     assert len(unwell) == 1

@@ -1,0 +1,47 @@
+"""What the work of every deployment is done with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from gateway.caddy import Caddy
+from gateway.deployments.record import Record
+from gateway.deployments.register import Register
+from gateway.deployments.verify import Verifier
+from gateway.errors import NotFound
+from gateway.ownership.domains import Domains
+from gateway.rootfs.workers import Workers
+from gateway.runtime import TenantRuntime
+from gateway.runtime.sites import Sites
+from gateway.settings import Settings
+
+Promise = Callable[[str, str | None], contextlib.AbstractAsyncContextManager[None]]
+"""Has memory for a tenant, by name and limit, that starts to run while the context is open, or refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The services that phases and recovery share; for the functions see `Deployments`."""
+
+    runtime: TenantRuntime
+    sites: Sites
+    caddy: Caddy
+    domains: Domains
+    register: Register
+    verifier: Verifier
+    workers: Workers | None
+    settings: Settings
+    use: Callable[[str], contextlib.AbstractAsyncContextManager[None]]
+    admit: Callable[[], Awaitable[None]]
+    promise: Promise
+    unwell: Callable[[str, int, str, str], None]
+
+    async def is_there(self, record: Record) -> bool:
+        """Say whether a deployment's tenant is still the one that it was about."""
+        try:
+            there = await self.runtime.get(record.tenant)
+        except NotFound:
+            return False
+        return record.instance in (None, there.instance)

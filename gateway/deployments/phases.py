@@ -1,0 +1,326 @@
+"""The phases of one deployment. Each pushes its undo before it does what is to be undone.
+
+A new tenant is built and destroyed as a whole. An update builds the next site beside the live one, leads the
+domain to it, sees it answer, and only then puts its files in the live one's place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from gateway.bounds import aside
+from gateway.deployments.context import Context
+from gateway.deployments.frameworks import Framework, listening, shortage
+from gateway.deployments.progress import place
+from gateway.deployments.record import Record
+from gateway.deployments.register import Running
+from gateway.deployments.request import Request
+from gateway.deployments.template import Template, named, uploaded
+from gateway.deployments.verify import Subject
+from gateway.errors import Conflict, GatewayError, RateLimited
+from gateway.rootfs.root import show
+from gateway.runtime import sizes
+from gateway.runtime.sites import Exposure, Order, Recipe, Side
+from gateway.settings import Settings
+from gateway.storage.store import StoreFailed
+from gateway.tools.mirroring import KEPT, LOST
+
+log = logging.getLogger(__name__)
+
+_NAMED: Final = 20  # paths that an update removes and names
+_ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
+
+Step = Callable[[], Awaitable[Mapping[str, Any] | None]]
+"""Does a phase; returns what its event tells."""
+
+
+class Phases:
+    """The work of one deployment, from `validate` to `verify`.
+
+    What is to be undone on failure is pushed to `undo`; what is held until the end is entered into `held`.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        running: Running,
+        undo: contextlib.AsyncExitStack,
+        held: contextlib.AsyncExitStack,
+    ) -> None:
+        self._context, self._running, self._undo, self._held = context, running, undo, held
+        self._record, self._request, self._progress = running.record, running.request, running.progress
+        self._runtime, self._sites, self._caddy = context.runtime, context.sites, context.caddy
+        self._verifier, self._register, self._settings = context.verifier, context.register, context.settings
+        self._answered = 0.0  # when its first answer came
+        self._template: Template
+        self._recipe: Recipe
+        self._framework: tuple[Framework | None, tuple[str, ...]]
+        self._exposure: Exposure
+        self._side: Side = "live"
+        self._prepared = False
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Each phase's work, in the order of `record.PHASES`."""
+        return (
+            self.validate,
+            self.create,
+            self.push,
+            self.install,
+            self.start,
+            self.expose,
+            self.route,
+            self.verify,
+        )
+
+    @property
+    def _order(self) -> Order:
+        record = self._record
+        return Order(record.id, record.domain, self._recipe, self._request.size)
+
+    @property
+    def _copied(self) -> bool:
+        """Whether the tenant is a copy, with nothing of its own, of one whose site was seen to work."""
+        return self._prepared and self._request.env is None
+
+    async def validate(self) -> dict[str, Any]:
+        record, settings = self._record, self._settings
+        template = self._template = await template_of(self._request, record.tenant, settings)
+        self._framework = await asyncio.to_thread(template.framework)
+        self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
+        self._running.upload = self._recipe if self._recipe.owner else None
+        record.port, record.health = self._recipe.port, self._recipe.health
+        domains = self._context.domains
+        async with domains.deciding():
+            found = await self._runtime.list()
+            await domains.confirm(record.domain, record.tenant, record.id, found)
+        tenants = {tenant.name: tenant for tenant in found}
+        there = tenants.get(record.tenant)
+        if there is None:
+            if len(tenants) >= settings.max_tenants:
+                raise RateLimited(
+                    f"{len(tenants)} tenants are the limit; raise GATEWAY_MAX_TENANTS",
+                    reason="quota",
+                )
+            memory = sizes.SIZES[self._request.size].get("memory", settings.tenant_memory)
+            record.warnings = self._short(memory)
+            await self._held.enter_async_context(self._context.promise(record.tenant, memory))
+            await self._context.admit()
+        else:
+            if there.domain not in (None, record.domain):
+                raise Conflict(
+                    f"tenant {record.tenant} has another domain; deploy that one to update it, or name "
+                    "another tenant for this site by `tenant`",
+                    reason="domain_owned",
+                )
+            if there.migration:
+                raise Conflict(
+                    f"the site of {record.tenant} is being moved in from a folder of the host; whoever runs "
+                    "the gateway ends that first (incus-gateway migrate)",
+                    reason="migrating",
+                )
+            record.kind, self._side = "update", "next"
+            record.warnings = self._short(there.limits.get("memory") or settings.tenant_memory)
+        await self._caddy.ensure()
+        return {"kind": record.kind} | ({"warnings": record.warnings} if record.warnings else {})
+
+    def _short(self, memory: str) -> list[str]:
+        """Return a warning where a framework is known to need more than the tenant's memory."""
+        if self._settings.runtime != "incus":  # others limit none
+            return []
+        known = sizes.size_of(memory)  # 0 for a share of the host's
+        said = shortage(*self._framework, known) if known else ""
+        return [said] if said else []
+
+    async def create(self) -> dict[str, Any]:
+        record = self._record
+        if record.kind == "update":
+            record.source = "tenant"
+            there = await self._runtime.get(record.tenant)
+            record.instance = there.instance
+            await self._register.save(record)
+            if there.status != "running":
+                await self._held.enter_async_context(self._context.promise(record.tenant, None))
+                self._unless_another(self._runtime.stop)
+                await self._runtime.start(record.tenant)
+            return {"from": "tenant"}
+        self._undo.push_async_callback(self._sites.remove, record.id)
+        await self._register.save(record)
+        record.source = source = await self._sites.create(record.tenant, self._order)
+        record.instance = (await self._runtime.get(record.tenant)).instance
+        self._prepared = source in ("pool", "golden")
+        return {"from": source}
+
+    async def push(self) -> dict[str, Any]:
+        record = self._record
+        if record.kind == "update":
+            self._unless_another(self._sites.clear)
+        if self._copied:
+            return {}
+        lost = b""
+        if record.kind == "update":
+            lost = await self._lost()
+        await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, lost)
+        if not lost:
+            return {}
+        names = lost.split(b"\0")[:-1]
+        for name in names[:_NAMED]:
+            self._progress.say("push")(f"removed {show(os.fsdecode(name))}")
+        self._progress.flush("push")
+        return {"removed": len(names)}
+
+    async def _lost(self) -> bytes:
+        """Return what the live site has and a folder that takes its place does not, each path with a NUL.
+
+        What is deployed by a template's name is the operator's, and what was made of it since stays.
+        """
+        workers = self._context.workers
+        if workers is None or self._template.shared:
+            return b""
+        root = await self._runtime.filesystem(self._record.tenant)
+        given = await asyncio.to_thread(self._template.stays)
+        return await workers.call(root, LOST, given, search=True)
+
+    async def _kept(self) -> bytes:
+        """Return what the live site has now of what its next one's manifest says to keep."""
+        workers = self._context.workers
+        if workers is None or not self._template.manifest.keep:
+            return b""
+        root = await self._runtime.filesystem(self._record.tenant)
+        given = await asyncio.to_thread(self._template.stays)
+        return await workers.call(root, KEPT, given, search=True)
+
+    async def install(self) -> None:
+        if not self._prepared:
+            say = self._progress.say("install")
+            await self._sites.install(self._record.tenant, self._side, self._recipe, say)
+            self._progress.flush()
+
+    async def start(self) -> None:
+        record = self._record
+        if self._side == "next":
+            await self._sites.allow(record.tenant, record.domain)
+        if not self._copied:
+            await self._sites.start(record.tenant, self._side, self._recipe)
+
+    async def expose(self) -> dict[str, Any]:
+        self._exposure = await self._sites.expose(self._record.tenant, self._side, self._recipe)
+        return {"address": self._exposure.address, "port": self._recipe.port}
+
+    async def route(self) -> dict[str, Any]:
+        self._answered = await self._answering(self._side, self._exposure)
+        if self._record.kind == "create":  # an update leads its visitors there once it has settled
+            self._lead()
+        return {"url": self._record.url}
+
+    def _lead(self) -> None:
+        domain = self._record.domain
+        before = self._caddy.get(domain)
+        self._undo.callback(self._lead_back, before)
+        self._caddy.set(domain, self._exposure.target)
+
+    def _lead_back(self, before: str | None) -> None:
+        """Have the domain lead where it did before, unless somebody else leads it elsewhere by now."""
+        domain = self._record.domain
+        if self._caddy.get(domain) != self._exposure.target:
+            return
+        if before is None:
+            self._caddy.unset(domain)
+        else:
+            self._caddy.set(domain, before)
+
+    def _unless_another(self, undo: Callable[[str], Awaitable[None]]) -> None:
+        """Undo something of the tenant later, unless its name is another's by then, or nobody's."""
+
+        async def undone() -> None:
+            if await self._context.is_there(self._record):
+                await undo(self._record.tenant)
+
+        self._undo.push_async_callback(undone)
+
+    async def verify(self) -> dict[str, Any]:
+        record, sites, facts = self._record, self._sites, dict[str, Any]()
+        live, site = self._exposure, self._subject(self._side, self._exposure)
+        # what was seen to stay up is watched once it is told
+        seconds = 0.0 if self._copied else self._settings.settle_time
+        if record.kind == "create":
+            await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
+        else:
+            await self._verifier.settled(site, "direct", self._answered, seconds)
+            self._lead()
+            await self._verifier.seen(site)
+            live = await self._settle()
+        record.settled = True
+        try:
+            await self._register.save(record)
+        except StoreFailed:  # what is not on record is undone by the next life, so by this one too
+            record.settled = False
+            raise
+        self._undo.pop_all()
+        self._caddy.set(record.domain, live.target)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sites.finish(record.tenant, self._order))
+            if self._settings.caddy_issuer == "internal":
+                group.create_task(self._certify(facts))
+        if record.kind == "update":
+            await sites.clear(record.tenant)
+        if self._copied or record.kind == "update":
+            site = self._subject("live", live)
+            told = partial(unsteady, self._context, record, site)
+            self._verifier.watch(site, self._settings.settle_time, told)
+        return facts
+
+    async def _certify(self, facts: dict[str, Any]) -> None:
+        facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
+
+    async def _settle(self) -> Exposure:
+        """Put the next site in the live one's place; the domain leads to the next one all the while."""
+        record, sites = self._record, self._sites
+        self._unless_another(sites.unsettle)
+        kept = await self._kept()
+        await sites.settle(record.tenant, self._recipe, kept)
+        live = await sites.expose(record.tenant, "live", self._recipe)
+        answered = await self._answering("live", live)
+        # as the world will, which is not led there yet
+        await self._verifier.settled(self._subject("live", live), "direct", answered, 0.0)
+        return live
+
+    async def _answering(self, side: Side, exposure: Exposure) -> float:
+        answered = await self._verifier.answering(self._subject(side, exposure), copied=self._copied)
+        phase = next(phase.name for phase in self._record.phases if phase.state == "running")
+        self._progress.tell("phase.progress", {**place(phase), "opened": exposure.port})
+        return answered
+
+    def _subject(self, side: Side, exposure: Exposure) -> Subject:
+        record = self._record
+        framework, words = self._framework
+        return Subject(
+            *(record.tenant, side, record.domain, self._recipe, exposure),
+            usual=frozenset() if framework is None else framework.ports,
+            advice=listening(framework, words),
+        )
+
+
+async def template_of(request: Request, tenant: str, settings: Settings) -> Template:
+    """Read the template that a request names or brings. Raises `GatewayError` for one that is broken."""
+    template = request.template
+    if isinstance(template, str):
+        return await asyncio.to_thread(named, template, settings)
+    return await aside(tenant, _ARCHIVE, uploaded, template, settings)
+
+
+async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
+    """Tell that a site did not stay up after its deployment, if its tenant is there and awake."""
+    try:
+        there = await context.runtime.get(site.tenant)
+    except GatewayError:
+        return
+    if there.status == "running" and record.instance in (None, there.instance):
+        log.warning("the site of %s did not stay up: %s", site.tenant, why)
+        context.unwell(site.tenant, site.exposure.port, site.recipe.health, why)

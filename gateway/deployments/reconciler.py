@@ -1,0 +1,120 @@
+"""Keeps the routes as Incus says that they are, whatever happens to Caddy, to files or to tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.caddy import asleep
+from gateway.deployments.context import Context
+from gateway.deployments.recovery import Recovery
+from gateway.errors import GatewayError, NotFound
+from gateway.runtime.sites import Site
+from gateway.tasks import apart
+
+log = logging.getLogger(__name__)
+
+_ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started
+_ADDRESS_LOOKS: Final = 20
+
+
+class Reconciler:
+    """Looks at all sites every `reconcile_interval` seconds, and soon after `look_soon`."""
+
+    def __init__(self, context: Context, recovery: Recovery) -> None:
+        self._context, self._recovery = context, recovery
+        self._domains, self._caddy, self._sites = context.domains, context.caddy, context.sites
+        self._register = context.register
+        self._moved = asyncio.Event()
+        self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet
+        self._looks = 0  # for these, one after another
+
+    def look_soon(self) -> None:
+        """Have the next look now: something happened to a tenant."""
+        self._moved.set()
+
+    async def follow(self) -> None:
+        """Reconcile for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), self._context.settings.reconcile_interval)
+            self._moved.clear()
+            try:
+                await self.reconcile()
+            except GatewayError as error:
+                log.warning("routes could not be looked after: %s", error.message)
+            except Exception:
+                log.exception("routes could not be looked after")
+
+    async def reconcile(self) -> None:
+        """Recover what was left, put the routes right, and remove what belongs to nothing."""
+        await self._register.write_down()
+        await self._recovery.recover_all()
+        await self._anchor()
+        left = await self._register.unfinished()
+        async with self._domains.deciding(), self._caddy.changing:
+            found = await self._sites.listed()
+            deploying = [running.record for running in self._register.running.values()]
+            serving = {
+                site.tenant
+                for site in found
+                if site.exposure is not None and self._target(site.domain) == site.exposure.target
+            }
+            await self._domains.look(found, serving, left | self._register.running.keys())
+            busy = self._domains.held()
+            sockets = {f"{site.tenant}.sock" for site in found}
+            sockets |= {f"{record.tenant}{side}.sock" for record in deploying for side in ("", ".next")}
+            wanted = {
+                site.domain: asleep(site.exposure.target) if site.asleep else site.exposure.target
+                for site in found
+                if site.exposure is not None
+                and site.deployment is None
+                and self._domains.serves(site.domain, site.tenant)
+            }
+            changed = await asyncio.to_thread(self._caddy.reconcile, wanted, busy, sockets)
+        self._look_again(found)
+        if changed:
+            log.info("routes put right: %s", ", ".join(changed))
+        for site in found:
+            await self._remove_left(site)
+        with apart("the removal of copies that nobody needs"):
+            await self._sites.tidy()
+        if wanted or busy:
+            await self._caddy.ensure()
+
+    def _target(self, domain: str) -> str:
+        """Return where a domain is led now, asleep or not."""
+        return (self._caddy.get(domain) or "").removeprefix(asleep(""))
+
+    async def _remove_left(self, site: Site) -> None:
+        """Remove a site made by a request that was still under way when its gateway died."""
+        if site.deployment is None or site.deployment in self._register.running:
+            return
+        with apart(f"the removal of what deployment {site.deployment} left"):
+            with contextlib.suppress(NotFound):
+                if (await self._register.get(site.deployment)).over:
+                    await self._sites.remove(site.deployment)
+
+    def _look_again(self, found: Sequence[Site]) -> None:
+        """See to it that a site which has just been started is led to once it has its address."""
+        unplaced = frozenset(
+            site.tenant
+            for site in found
+            if site.running and site.exposure is None and site.deployment is None and not site.shares_address
+        )
+        self._looks = self._looks + 1 if unplaced == self._unplaced else 0
+        self._unplaced = unplaced
+        if unplaced and self._looks < _ADDRESS_LOOKS:
+            asyncio.get_running_loop().call_later(_ADDRESS_LOOK, self._moved.set)
+
+    async def _anchor(self) -> None:
+        """Give the tenants of sites an address that they keep: one that sleeps has a route by it alone."""
+        for site in await self._sites.listed():
+            if site.loose and site.deployment is None:
+                try:
+                    await self._sites.anchor(site.tenant)
+                except GatewayError as error:
+                    log.warning("tenant %s has no address that it keeps: %s", site.tenant, error.message)

@@ -1,0 +1,87 @@
+"""Finishes or undoes what a gateway that was killed left half done."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from gateway.deployments.context import Context
+from gateway.deployments.progress import Progress, place
+from gateway.deployments.record import PHASES, Record
+from gateway.errors import GatewayError
+from gateway.events import Bus
+from gateway.runtime.sites import Order, Recipe
+from gateway.tasks import apart
+
+log = logging.getLogger(__name__)
+
+
+class Recovery:
+    """What was seen to work is finished, all else is undone."""
+
+    def __init__(self, context: Context, bus: Bus) -> None:
+        self._context, self._bus = context, bus
+
+    async def recover_all(self) -> None:
+        """Look after every deployment that nobody runs any more; what cannot be done yet stays on record."""
+        for record in await self._context.register.left():
+            with apart(f"the recovery of deployment {record.id}"):
+                await self.recover(record)
+
+    async def recover(self, record: Record) -> None:
+        """Finish one deployment, or undo it."""
+        context, began = self._context, time.monotonic()
+        progress = Progress(record, self._bus, context.settings.install_log)
+        try:
+            if record.settled:
+                await self._finish(record)
+            else:
+                await self._undo(record, progress)
+            await context.register.end(record, progress, began - (time.time() - record.created))
+        except GatewayError as error:
+            log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
+
+    async def _finish(self, record: Record) -> None:
+        """Tidy up after a site that works: only this was not written down."""
+        sites = self._context.sites
+        order = Order(record.id, record.domain, Recipe(b"", (), record.port, record.health))
+        if await self._context.is_there(record):
+            await sites.finish(record.tenant, order)
+            if record.kind == "update":
+                await sites.clear(record.tenant)
+        record.phases[-1].state = "done"
+
+    async def _undo(self, record: Record, progress: Progress) -> None:
+        context = self._context
+        if record.error is None:
+            at = _at(record)
+            record.error = {"code": "unavailable", "message": "the gateway ended", "phase": at}
+            progress.tell("failed", {**place(at), "error": record.error})
+        if record.kind == "create":
+            if context.domains.serves(record.domain, record.tenant):
+                context.caddy.unset(record.domain)
+            await context.sites.remove(record.id)
+        elif await context.is_there(record):
+            await self._undo_update(record.tenant)
+        for phase in record.phases:
+            if phase.state in ("done", "running"):
+                phase.state = "undone" if phase.state == "done" else "failed"
+
+    async def _undo_update(self, tenant: str) -> None:
+        """Undo an update in its container, which is started for it where somebody stopped it since."""
+        runtime, sites = self._context.runtime, self._context.sites
+        async with self._context.use(tenant):
+            stopped = (await runtime.get(tenant)).status != "running"
+            if stopped:
+                await runtime.start(tenant)
+            try:
+                await sites.unsettle(tenant)
+                await sites.clear(tenant)
+            finally:
+                if stopped:
+                    await runtime.stop(tenant)
+
+
+def _at(record: Record) -> str:
+    """Return the phase in which a deployment was."""
+    return next((phase.name for phase in record.phases if phase.state in ("running", "failed")), PHASES[0])

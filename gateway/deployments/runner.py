@@ -1,0 +1,177 @@
+"""Carries one deployment from its turn to its end: phase after phase, or back through what was done.
+
+Once the site was seen to work there is no way back: what fails then is finished later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any, Final
+
+from gateway.caddy import CaddyFailed
+from gateway.deployments.context import Context
+from gateway.deployments.phases import Phases, Step, template_of
+from gateway.deployments.progress import milliseconds, place
+from gateway.deployments.queue import DeploymentQueue
+from gateway.deployments.record import PHASES
+from gateway.deployments.register import Running
+from gateway.deployments.warming import Warming
+from gateway.errors import GatewayError, Timeout, Unavailable
+from gateway.events import Bus
+from gateway.storage.store import StoreFailed
+
+log = logging.getLogger(__name__)
+
+_UNDO_TIMEOUT: Final = 120.0
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+# Caddy's own words may name folders of this host; they are in the log
+_CADDY: Final = {
+    "caddy_down": "Caddy does not answer; whoever runs the gateway starts it (incus-gateway doctor says how)",
+    "caddy_foreign": "the Caddy of this host serves something else; incus-gateway doctor says what to do",
+    "caddy_refused": "Caddy refuses the gateway's configuration; the gateway's log says why",
+}
+
+
+class Runner:
+    """Runs deployments, each when it is its turn and once `recovered` is set."""
+
+    def __init__(
+        self, context: Context, turns: DeploymentQueue, warming: Warming, recovered: asyncio.Event, bus: Bus
+    ) -> None:
+        self._context, self._register = context, context.register
+        self._turns, self._warming, self._recovered, self._bus = turns, warming, recovered, bus
+        self._unprepared: set[str] = set()  # names of templates
+
+    async def run(self, running: Running) -> None:
+        """Run one to its end. What breaks off without one is looked after by recovery."""
+        record, progress, began = running.record, running.progress, time.monotonic()
+        try:
+            async with self._turns.turn(running.owner):
+                await self._recovered.wait()
+                record.state = "running"
+                progress.tell("started", {"domain": record.domain, "template": record.template})
+                async with contextlib.AsyncExitStack() as held:
+                    await self._attempt(running, held)
+            await _whatever_comes(self._register.end(record, progress, began))
+            if record.error is None:
+                await self._prepare(running)
+        except asyncio.CancelledError:
+            if record.state == "waiting":  # it had not begun
+                record.error = {"code": "cancelled", "message": "the deployment was cancelled"}
+                progress.tell("cancelled", {**place(PHASES[0]), "error": record.error})
+                await _whatever_comes(self._register.end(record, progress, began))
+        except Exception:
+            log.exception("deployment %s is broken off; it is looked after again soon", record.id)
+        finally:
+            self._register.running.pop(record.id, None)
+
+    async def _prepare(self, running: Running) -> None:
+        """Have the next deployment of a template that worked begin with a copy."""
+        request, record = running.request, running.record
+        if isinstance(request.template, str):
+            with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
+                template = await template_of(request, record.tenant, self._context.settings)
+                recipe = await asyncio.to_thread(template.recipe)
+                await self._context.admit()
+                told = partial(self._prepared, template.name)
+                self._context.sites.prepare(recipe, told, request.size, self._turns.quiet)
+        elif record.source == "image" and running.upload is not None:
+            self._warming.want(running.upload, request.size)
+
+    def _prepared(self, template: str, error: GatewayError | None) -> None:
+        """Say that nothing could be made ready of a template, whose tenants take longer so; or now could."""
+        if error is not None:
+            log.warning("template %s could not be made ready: %s", template, error.message)
+            self._unprepared.add(template)
+            # no message: this is told to everybody, and a template's output is for the operator
+            facts = {"code": error.code, "reason": error.facts.get("reason")}
+            self._bus.publish("gateway.template.failed", None, {"template": template, **facts})
+        elif template in self._unprepared:
+            self._unprepared.discard(template)
+            self._bus.publish("gateway.template.ready", None, {"template": template})
+
+    async def _attempt(self, running: Running, held: contextlib.AsyncExitStack) -> None:
+        """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so.
+
+        The tenant is kept awake until `held` is closed.
+        """
+        undo = contextlib.AsyncExitStack()
+        current = PHASES[0]
+        phases = Phases(self._context, running, undo, held)
+        try:
+            await held.enter_async_context(self._context.use(running.record.tenant))
+            for index, (current, step) in enumerate(zip(PHASES, phases.steps, strict=True)):
+                await self._phase(running, index, current, step)
+        except (Exception, asyncio.CancelledError) as error:
+            if running.record.settled:
+                raise
+            await _whatever_comes(self._undo(running, undo, current, error))
+
+    async def _phase(self, running: Running, index: int, name: str, step: Step) -> None:
+        record, progress = running.record, running.progress
+        phase = record.phases[index]
+        phase.state = "running"
+        progress.tell("phase.started", place(name))
+        began = time.monotonic()
+        try:
+            await self._register.save(record)
+            facts = await step() or {}
+        except BaseException:
+            phase.state, phase.ms = "failed", milliseconds(began)
+            raise
+        phase.state, phase.ms = "done", milliseconds(began)
+        progress.tell("phase.finished", {**place(name), "ms": phase.ms, **facts})
+
+    async def _undo(
+        self, running: Running, undo: contextlib.AsyncExitStack, phase: str, error: BaseException
+    ) -> None:
+        record, progress = running.record, running.progress
+        if isinstance(error, asyncio.CancelledError):
+            record.error = {"code": "cancelled", "message": "the deployment was cancelled", "phase": phase}
+            if not running.cancelled:
+                record.error["message"] = "the gateway was stopped"
+            kind = "cancelled"
+        else:
+            record.failed(_known(error), phase)
+            kind = "failed"
+        record.state = "undoing"
+        progress.flush()
+        progress.tell(kind, {**place(phase), "error": record.error})
+        with contextlib.suppress(StoreFailed):  # of a full disk: all the more is undone
+            await self._register.save(record)
+        async with asyncio.timeout(_UNDO_TIMEOUT):
+            await undo.aclose()
+        for done in record.phases:
+            if done.state == "done":
+                done.state = "undone"
+
+
+async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
+    """Carry `work` through, also where this task is cancelled meanwhile; it bounds itself."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
+
+
+def _known(error: BaseException) -> GatewayError:
+    """Return an error as one of ours; what nobody foresaw is in the log."""
+    if isinstance(error, CaddyFailed) and error.facts.get("reason") in _CADDY:
+        log.warning("a deployment failed: %s", error.message)
+        return CaddyFailed(_CADDY[error.facts["reason"]], **error.facts)
+    if isinstance(error, GatewayError):
+        return error
+    if isinstance(error, TimeoutError):
+        return Timeout("a step took too long; the gateway's log says more")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        log.warning("a deployment failed: %s", error)
+        return Unavailable("the disk of the state dir is full; free some space there", reason="disk_full")
+    log.error("a deployment failed", exc_info=error)
+    return Unavailable("the deployment failed; the gateway's log says why")
