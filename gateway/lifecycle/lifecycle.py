@@ -1,6 +1,6 @@
 """A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, the site's log.
 
-It takes what HTTP asked for as values and answers with values; `app` knows who may ask. A change of one
+It takes what HTTP asked for as values and answers with values; `api.access` says who may ask. A change of one
 tenant waits for the one before it.
 """
 

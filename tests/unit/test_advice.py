@@ -17,7 +17,7 @@ ANOTHER = re.compile(
     r"\b(choose|raise|set|give|enlarge|make room|move|take|name|ask|chmod|stop|save|look)\b", re.I
 )
 # what says a tool of Claude Code word for word, asks for a confirmation, or describes a setting
-NOT_OURS = ("gateway/tools/schemas.py", "gateway/cli/main.py", "gateway/settings.py")
+NOT_OURS = ("gateway/tools/schemas.py", "gateway/cli/tenants.py", "gateway/settings.py")
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,141 @@
+"""Runs a command in a tenant as if it ran here: streams, signals, terminal size, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Coroutine, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.options import TenantName, TokenOption, Url, assignment
+from gateway.errors import NotFound
+from gateway.terminal import copy
+from gateway_client import Exec
+
+
+def exec(
+    tenant: TenantName,
+    command: Annotated[list[str], typer.Argument(metavar="[--] CMD…", help="The program and its arguments")],
+    terminal: Annotated[bool, typer.Option("-t", "--tty", help="Run it on a terminal")] = False,
+    cwd: Annotated[str | None, typer.Option(help="Folder; default: the workspace")] = None,
+    user: Annotated[str | None, typer.Option(help="User; default: the workspace's owner")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; may be repeated")] = None,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Run a command in a tenant: streams both ways, forwards signals, ends with its exit code."""
+    argv = command[1:] if command and command[0] == "--" else command
+    if not argv:
+        raise typer.BadParameter("name a command after --")
+    variables = dict(assignment(entry) for entry in env or ())
+    pty = _terminal_size() if terminal else None
+
+    async def run() -> int:
+        async with (
+            client_of(url, token) as client,
+            client.tenant(tenant).exec(
+                argv, cwd=cwd, user=user, env=variables, pty=pty, stdin=True
+            ) as process,
+        ):
+            return await _attend(process, terminal)
+
+    with _raw_terminal() if terminal else contextlib.nullcontext():
+        code = run_to_end(run())
+    sys.exit(code)
+
+
+async def _attend(process: Exec, terminal: bool) -> int:
+    """Copy standard input, output and signals between us and the command; return its exit code."""
+    loop = asyncio.get_running_loop()
+    waiting: set[asyncio.Task[Any]] = set()
+
+    def later(work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
+
+    interrupts = 0
+
+    def interrupted(name: str) -> None:
+        # the second Ctrl-C means it: the whole tree goes
+        nonlocal interrupts
+        interrupts += 1
+        later(process.signal(name) if interrupts == 1 else process.cancel())
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, interrupted, number.name.removeprefix("SIG"))
+    if terminal and sys.stdin.isatty():
+
+        def resized() -> None:
+            later(process.resize(*_terminal_size()))
+
+        loop.add_signal_handler(signal.SIGWINCH, resized)
+
+    async def copy_output() -> None:
+        async for name, chunk in process.output():
+            # a pipe that nobody reads holds us back, and so the command
+            await asyncio.to_thread(copy, chunk, to_stderr=name == "stderr")
+
+    feeding = asyncio.create_task(_feed(process))
+    try:
+        await copy_output()
+        exit_ = await process.wait()
+    finally:
+        for task in (feeding, *waiting):
+            task.cancel()
+        await asyncio.gather(feeding, *waiting, return_exceptions=True)
+    if exit_.reason == "lost" or exit_.code is None:
+        raise NotFound("the command's exit was lost: the tenant or Incus went away")
+    return exit_.code
+
+
+async def _feed(process: Exec) -> None:
+    """Give the command our standard input until its end."""
+    loop = asyncio.get_running_loop()
+    descriptor = sys.stdin.fileno()
+    while True:
+        readable = asyncio.Event()
+        try:
+            loop.add_reader(descriptor, readable.set)
+        except OSError:  # a plain file is always readable, and epoll refuses it
+            readable.set()
+        try:
+            await readable.wait()
+        finally:
+            with contextlib.suppress(OSError):
+                loop.remove_reader(descriptor)
+        data = os.read(descriptor, 65536)
+        if not data:
+            await process.close_stdin()
+            return
+        await process.write(data)
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    tty.setraw(sys.stdin, termios.TCSADRAIN)  # what was typed ahead stays
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _terminal_size() -> tuple[int, int]:
+    """Return our terminal's columns and rows; the usual ones where it has none."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stdin.fileno())
+    except OSError:
+        return 80, 24
+    return columns or 80, rows or 24

@@ -1,0 +1,86 @@
+"""Commands for tokens and for the record of who did what."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gateway.auth import tokens
+from gateway.auth.revocations import Revocations
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.options import Json, TokenOption, Url
+from gateway.settings import load
+from gateway.storage.store import Store
+from gateway.terminal import out
+from gateway_client import Disconnected
+
+
+def token(
+    tenant: Annotated[
+        list[str] | None, typer.Option(help="A tenant it covers; repeat for more; * for all.")
+    ] = None,
+    scope: Annotated[
+        list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(tokens.SCOPES)))
+    ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
+    ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
+    subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain its tenants may be given, or *.suffix; repeat for more."),
+    ] = None,
+    revoke: Annotated[
+        str | None, typer.Option(metavar="ID", help="Take one back instead: its jti, or the token itself")
+    ] = None,
+    url: Url = None,
+    own: TokenOption = None,
+) -> None:
+    """Print a token. The tenants need not exist."""
+    if (tenant is None) == (revoke is None):
+        raise typer.BadParameter("give --tenant, or --revoke")
+    if revoke is not None:
+        run_to_end(_revoke(tokens.token_id(revoke), url, own))
+        return
+    secret = tokens.load_secret(load())
+    scopes = " ".join(scope).replace(",", " ").split()
+    out.say(tokens.issue(secret, subject, tenant or (), scopes, tokens.parse_ttl(ttl), domain or None))
+
+
+async def _revoke(id_: str, url: str | None, own: str | None) -> None:
+    try:
+        async with client_of(url, own) as client:
+            await client.revoke(id_)
+    except Disconnected:
+        if url is not None:
+            raise
+        # no gateway runs here: the next one will know
+        async with Store(load().state_dir) as store:
+            await (await Revocations.opened(store)).add(id_, os.environ.get("USER", "operator"))
+
+
+def audit(
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant")] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, max=1000, help="How many")] = 50,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Show who did what, the latest last."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            entries = (await client.audit(tenant, limit=lines))[::-1]
+        if as_json:
+            out.json(entries, indent=True)
+            return
+        table = Table("time", "who", "did", "tenant", "", box=None, pad_edge=False)
+        for entry in entries:
+            at = datetime.fromtimestamp(entry["time"]).isoformat(" ", "seconds")
+            facts = " ".join(f"{key}={value}" for key, value in entry["facts"].items())
+            table.add_row(at, entry["who"], entry["action"], entry["tenant"] or "-", facts)
+        out.print(table)
+
+    run_to_end(run())

@@ -1,0 +1,119 @@
+"""Commands that bring a site into a tenant: deploy and migrate."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.confirming import Failed
+from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
+from gateway.cli.progress import Progress, follow, template_argument
+from gateway.settings import load
+from gateway.terminal import out
+from gateway_client import DeploymentRecord
+
+
+class Step(StrEnum):
+    ATTACH = "attach"
+    COPY = "copy"
+    SWITCH = "switch"
+    FINISH = "finish"
+
+
+def deploy(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
+    template: Annotated[str, typer.Option(help="A folder with a site.toml, or the name of a template")],
+    size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
+    tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it."""
+    what = template_argument(template, load())
+    variables = dict(assignment(entry) for entry in env) if env else None
+
+    async def run() -> DeploymentRecord:
+        async with client_of(url, token) as client:
+            begun = await client.deploy(domain, what, size=size.value, env=variables, tenant=tenant)
+            if as_json:
+                return await follow(begun, out.json)
+            with Progress(out, domain) as progress:
+                return await follow(begun, progress.told)
+
+    record = run_to_end(run())
+    if record.error is not None:
+        where = record.error.facts.get("phase", "deploy")
+        raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
+    if not as_json:
+        out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
+
+
+def migrate(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="FOLDER", help="Where the site lives; to begin with")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="The systemd unit that runs it")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; change nothing")] = False,
+    until: Annotated[Step, typer.Option(help="The step to stop after")] = Step.SWITCH,
+    finish: Annotated[bool, typer.Option("--finish", help="As --until finish: no way back after it")] = False,
+    back: Annotated[bool, typer.Option("--back", help="Undo the last step instead")] = False,
+    port: Annotated[int | None, typer.Option(help="Where it listens, if at more than one")] = None,
+    size: Annotated[Size, typer.Option(help="Of the tenant")] = Size.SMALL,
+    start: Annotated[str | None, typer.Option(help="Its command in the tenant; default: as it runs")] = None,
+    install: Annotated[
+        str | None, typer.Option(help="A command that makes node_modules anew, such as 'bun install'")
+    ] = None,
+    health: Annotated[str, typer.Option(help="The path that must answer")] = "/",
+    env: Annotated[list[str] | None, typer.Option(help="A variable to take over; without --unit")] = None,
+    leave: Annotated[list[str] | None, typer.Option(help="A path in the folder that is not copied")] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Move a site from a folder of this host into a tenant: attach, copy, switch, finish. Root's."""
+    from gateway.migration import Wanted, opened
+
+    def words(text: str | None) -> tuple[str, ...]:
+        return tuple(shlex.split(text or ""))
+
+    wanted = None
+    if from_ is not None:
+        wanted = Wanted(
+            *(from_, unit, port, size.value, words(start), words(install), health),
+            tuple(env or ()),
+            tuple(path.strip("/") for path in leave or ()),
+        )
+    if plan and wanted is None:
+        raise typer.BadParameter("--plan takes --from FOLDER")
+
+    async def run() -> None:
+        async with opened(load(), domain, _silent if as_json else out.say) as migration:
+            if plan and wanted is not None:
+                made = await migration.plan(domain, wanted)
+                if as_json:
+                    out.json(made.to_dict(), indent=True)
+                else:
+                    for line in made.lines():
+                        out.say(line)
+                return
+            last = "finish" if finish else until.value
+            state = await (
+                migration.back(domain, sure=yes) if back else migration.forward(domain, wanted, last)
+            )
+            if as_json:
+                out.json({"domain": domain, "state": state or None})
+            else:
+                out.say(f"{domain}: {state or ('nothing of it is left' if back else 'moved')}")
+
+    run_to_end(run())
+
+
+def _silent(line: str) -> None:
+    pass

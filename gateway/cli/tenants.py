@@ -1,0 +1,228 @@
+"""Commands for one tenant, or for all: create to destroy, snapshots, clones, domain and size."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.confirming import confirm, somebody_is_there
+from gateway.cli.options import Json, Size, TenantName, TokenOption, Url, Yes
+from gateway.errors import InvalidParams
+from gateway.hostnames import DomainReserved, normalized, own_names, reserved
+from gateway.runtime import TENANT_NAME
+from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.local import LocalRuntime
+from gateway.settings import load
+from gateway.terminal import err, out
+
+
+def create(
+    tenant: TenantName,
+    domain: Annotated[str | None, typer.Option(help="The domain of its site")] = None,
+) -> None:
+    """Create a tenant from the base image and start it."""
+    if not TENANT_NAME.fullmatch(tenant):
+        raise InvalidParams(
+            f"{tenant!r} is no tenant name: lower-case letters, digits and dashes, 63 at most"
+        )
+    settings = load()
+    given = None if domain is None else normalized(domain)
+    if given is not None and reserved(given, own_names(settings)):
+        raise DomainReserved(given)
+
+    async def run() -> None:
+        runtime_type = IncusRuntime if settings.runtime == "incus" else LocalRuntime
+        async with runtime_type(settings) as runtime:
+            made = await runtime.create(tenant, domain=given)
+        out.say(f"{made.name} is {made.status}")
+
+    asyncio.run(run())
+
+
+def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
+    """List the tenants."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            found = await client.tenants()
+        if as_json:
+            out.json([info.all for info in found], indent=True)
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("tenant", "status", "address", "domain", "memory", "created"):
+            table.add_column(column)
+        for info in found:
+            memory, created = info.all["limits"].get("memory"), info.all["created"] or ""
+            table.add_row(
+                info.name,
+                "asleep" if info.all["asleep"] else info.status,
+                *(info.address or "-", info.domain or "-"),
+                memory or "-",
+                created[:19],
+            )
+        out.print(table)
+
+    run_to_end(run())
+
+
+def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
+    """Start a tenant."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).start()
+
+    run_to_end(run())
+
+
+def stop(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
+    """Stop a tenant."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).stop()
+
+    run_to_end(run())
+
+
+def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
+    """Restart a tenant."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).restart()
+
+    run_to_end(run())
+
+
+def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
+    """Destroy a tenant and everything of it. Asks first; where nobody can be asked it wants --yes."""
+    if not yes and not somebody_is_there():
+        err.say(
+            f"incus-gateway: nothing was destroyed: there is no terminal to ask at; to destroy {tenant} with "
+            f"all its files and snapshots, say it: incus-gateway destroy {tenant} --yes"
+        )
+        raise typer.Exit(2)
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            target = client.tenant(tenant)
+            if not yes:
+                domain = (await target.info())["domain"]
+                kept = len(await target.snapshots())
+                what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
+                question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
+                await asyncio.to_thread(confirm, question, "nothing was destroyed")
+            await target.delete()
+
+    run_to_end(run())
+
+
+SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
+
+
+def snapshot(
+    tenant: TenantName,
+    name: Annotated[str | None, typer.Argument(help="Its name; default: the time")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List what there is instead")] = False,
+    delete: Annotated[str | None, typer.Option(metavar="SNAPSHOT", help="Delete one instead")] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Keep a tenant's disk as it is now."""
+    if (name is not None) + list_ + (delete is not None) > 1:
+        raise typer.BadParameter("NAME, --list and --delete exclude one another")
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            target = client.tenant(tenant)
+            if delete is not None:
+                await target.delete_snapshot(delete)
+                return
+            kept = await target.snapshots() if list_ else [await target.snapshot(name)]
+        if as_json:
+            out.json(kept if list_ else kept[0], indent=True)
+        elif list_:
+            table = Table("snapshot", "created", box=None, pad_edge=False)
+            for entry in kept:
+                table.add_row(entry["name"], (entry["created"] or "")[:19])
+            out.print(table)
+        else:
+            out.say(kept[0]["name"])
+
+    run_to_end(run())
+
+
+def restore(
+    tenant: TenantName,
+    snapshot: SnapshotName,
+    yes: Yes = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Make a tenant's disk what it was; stops the tenant, and starts it again if it ran.
+
+    At a terminal it asks first.
+    """
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            if not yes and somebody_is_there():
+                question = f"Make the disk of {tenant} what it was at {snapshot}? What it has since is gone."
+                await asyncio.to_thread(confirm, question, "nothing was changed")
+            await client.tenant(tenant).restore(snapshot)
+
+    run_to_end(run())
+
+
+def clone(
+    tenant: TenantName,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new tenant's name")],
+    snapshot: Annotated[str | None, typer.Option(help="Of this snapshot, not of the disk as it is")] = None,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Make a tenant whose disk is a copy of another's; it has no domain until it is given one."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).clone(new, snapshot)
+
+    run_to_end(run())
+
+
+def rename(
+    tenant: TenantName,
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The new domain; - for none")],
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Give a tenant another domain; its name stays."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).rename(None if domain == "-" else domain)
+
+    run_to_end(run())
+
+
+def resize(
+    tenant: TenantName,
+    size: Annotated[Size, typer.Argument(metavar="SIZE", help="small, medium or large")],
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Give a tenant the limits of another size, up or down, while it runs."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            now = await client.tenant(tenant).resize(size.value)
+        limits = " ".join(f"{name} {value}" for name, value in now["limits"].items() if value)
+        out.say(f"{tenant} is {size.value}: {limits}")
+
+    run_to_end(run())
