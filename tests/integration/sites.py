@@ -200,7 +200,8 @@ def settings_for(base: Settings, state: Path, **changes: Any) -> Settings:
         "verify_timeout": 30.0,
         "settle_time": 0.2,
     }
-    return environment.settings(**(fields | changes))
+    given = {name: getattr(base, name) for name in base.model_fields_set}
+    return environment.settings(**(given | fields | changes))
 
 
 @contextlib.asynccontextmanager
