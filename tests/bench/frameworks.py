@@ -37,7 +37,7 @@ PORT: Final = 3000
 NATURAL: Final = 3072  # MiB
 STEPS: Final = (128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048)  # MiB
 ROOT: Final = Path(__file__).resolve().parents[2]
-PATIENCE: Final = 180.0  # without a limit: of a first page, and of a build
+PATIENCE: Final = 600.0  # without a limit: of a first page, and of a build
 SLOWER: Final = 3.0  # times as long as without a limit is no life
 LEAST: Final = 30.0
 SECOND_SECONDS: Final = 5.0  # a page that was shown before
@@ -70,6 +70,11 @@ def package(**dependencies: str) -> str:
 VITE: Final = "bun --bun vite --host 0.0.0.0 --port $PORT"
 PREVIEW: Final = "bun --bun vite preview --host 0.0.0.0 --port $PORT"
 INSTALL: Final = "bun install"
+# Next's own without the fonts that it asks a server of Google for while it builds
+LAYOUT: Final = (
+    'import "./globals.css"; export default function Layout({ children }: { children: React.ReactNode }) '
+    '{ return <html lang="en"><body>{children}</body></html> }'
+)
 STARTERS: Final[Mapping[str, Starter]] = {
     "vite": Starter(
         f"bunx create-vite@9.3.0 site --template react-ts --no-interactive && mv site/* . && {INSTALL}",
@@ -86,7 +91,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
     ),
     "next": Starter(
         "bunx create-next-app@16.4.3 site --yes --use-bun --skip-install --disable-git && mv site/* . && "
-        + INSTALL,
+        f"printf '%s' '{LAYOUT}' > app/layout.tsx && {INSTALL}",
         "bun --bun next dev --hostname 0.0.0.0 --port $PORT",
         "bun --bun next build",
         "bun --bun next start --hostname 0.0.0.0 --port $PORT",

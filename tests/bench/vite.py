@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,8 @@ import aiohttp
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from gateway.host import HostError
+from gateway.host.setup import setup
+from gateway.settings import Settings
 from tests.bench.bench import percentile
 from tests.bench.deploy import Wrong, ready
 from tests.integration import environment
@@ -199,6 +201,16 @@ def unwell(tenant: str) -> str:
     return "" if restarts == "0" and not ooms else f"{restarts} restarts, {ooms or 'no OOM'}"
 
 
+def last_said(tenant: str, log: Path) -> str:
+    """Return what a tenant's site and Caddy said last, and how much memory the tenant had left."""
+    script = (
+        "journalctl --unit=site --lines=15 --output=short-precise --no-pager; grep -E '^Mem' /proc/meminfo; "
+        "systemctl show --property=NRestarts,ActiveEnterTimestamp,Result site.service"
+    )
+    said = environment.incus("exec", tenant, "--", "sh", "-c", script, check=False).stdout.decode()
+    return "\n".join((said, *log.read_text(errors="replace").splitlines()[-5:]))
+
+
 async def measure(host: Hosting, browser: Browser, name: str, words: argparse.Namespace) -> dict[str, Any]:
     folder, path, text = TEMPLATES[name]
     template: Any = name if name != "full" else packed(folder)
@@ -223,7 +235,11 @@ async def measure(host: Hosting, browser: Browser, name: str, words: argparse.Na
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=6)) as session:
             for _ in range(words.loads):
                 began = time.perf_counter()
-                requests += await load(session, domain, host.settings.caddy_http)
+                try:
+                    requests += await load(session, domain, host.settings.caddy_http)
+                except Wrong as error:
+                    said = await asyncio.to_thread(last_said, tenant, host.caddy.folder / "log")
+                    raise Wrong(f"load {len(loads)}: {error}; {unwell(tenant)}\n{said}") from None
                 loads.append(time.perf_counter() - began)
         for _ in range(words.windows):
             page = await browser.new_page()
@@ -255,6 +271,21 @@ def _spread(samples: Sequence[float], digits: int = 0) -> dict[str, float]:
     return found | {"max": round(max(samples), digits)}
 
 
+@contextlib.asynccontextmanager
+async def shipped() -> AsyncIterator[Settings]:
+    """Give settings of the tests' Incus whose tenants are as large as an operator's are by default."""
+    default = {name: Settings.model_fields[name].default for name in ("tenant_memory", "tenant_disk")}
+    settings = environment.settings(profile="gwbench-vite", **default)
+    await asyncio.to_thread(setup, settings, lambda line: None)
+    try:
+        yield settings
+    finally:
+        for entry in environment.instances():
+            if settings.profile in entry["profiles"]:
+                environment.incus("delete", "--force", entry["name"], check=False)
+        environment.incus("profile", "delete", settings.profile, check=False)
+
+
 async def run(words: argparse.Namespace) -> list[dict[str, Any]]:
     await asyncio.to_thread(environment.up, lambda line: print(line, file=sys.stderr))
     results = []
@@ -262,11 +293,14 @@ async def run(words: argparse.Namespace) -> list[dict[str, Any]]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(flags))
         with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
-            async with hosting(
-                environment.settings(),
-                Path(folder) / "state",
-                **{"golden": True, "warm_pool": words.pool, "verify_timeout": 120.0},
-            ) as host:
+            async with (
+                shipped() as settings,
+                hosting(
+                    settings,
+                    Path(folder) / "state",
+                    **{"golden": True, "warm_pool": words.pool, "verify_timeout": 120.0},
+                ) as host,
+            ):
                 for name in words.template:
                     results.append(await measure(host, browser, name, words))
                     if not words.json:
