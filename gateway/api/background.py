@@ -13,7 +13,7 @@ from gateway.api.http import end
 from gateway.api.services import Services
 from gateway.errors import GatewayError
 from gateway.host.setup import pin
-from gateway.rootfs.workers import BrokerClient
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
 from gateway.storage.store import StoreFailed

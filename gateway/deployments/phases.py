@@ -24,7 +24,7 @@ from gateway.deployments.request import Request
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
 from gateway.errors import Conflict, GatewayError, RateLimited
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.runtime import sizes
 from gateway.runtime.sites import Exposure, Order, Recipe, Side
 from gateway.settings import Settings

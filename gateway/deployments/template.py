@@ -34,7 +34,7 @@ from pydantic_core import PydanticCustomError
 from gateway.caddy import shipped
 from gateway.deployments.frameworks import Framework, Project, expanded, project, recognise
 from gateway.errors import InvalidParams, NotFound, TooLarge, Unavailable
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 from gateway.tools.mirroring import Kind, understood

@@ -31,7 +31,9 @@ from gateway.errors import (
 from gateway.files import removing
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Workspace
-from gateway.rootfs.root import Made, Root, etag, refusal, show, unfinished
+from gateway.rootfs.paths import show, unfinished
+from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import Made, Root, etag
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools

@@ -20,7 +20,9 @@ from gateway.errors import IsADirectory, NotFound, RateLimited
 from gateway.files.handlers import check, locate, present, stale
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Passing, Workspace
-from gateway.rootfs.root import TEMPORARY, etag, refusal
+from gateway.rootfs.paths import TEMPORARY
+from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import etag
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from itertools import islice
 
 from gateway.errors import Timeout
 from gateway.rootfs import kernel
-from gateway.rootfs.root import TEMPORARY, Root
+from gateway.rootfs.paths import TEMPORARY
+from gateway.rootfs.root import Root
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
 _BATCH = 4096  # names of one look at a folder, which may hold millions

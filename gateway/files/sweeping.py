@@ -16,7 +16,7 @@ import orjson
 
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Workspace
-from gateway.rootfs.root import unfinished
+from gateway.rootfs.paths import unfinished
 from gateway.rootfs.walk import Walk
 
 _FOLDER = kernel.O_PATH | os.O_DIRECTORY

@@ -21,7 +21,7 @@ import orjson
 from gateway.errors import GatewayError, RateLimited, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.links import Link, Links
-from gateway.rootfs.root import refusal
+from gateway.rootfs.refusals import refusal
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 

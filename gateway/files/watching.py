@@ -24,7 +24,8 @@ from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.files.changes import Change, Changes, Wish
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Workspace
-from gateway.rootfs.root import refusal, show, unfinished
+from gateway.rootfs.paths import show, unfinished
+from gateway.rootfs.refusals import refusal
 from gateway.rootfs.worker import TOLD, answer, frame, receive_request
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW

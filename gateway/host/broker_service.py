@@ -16,8 +16,8 @@ import orjson
 
 from gateway import settings as settings_module
 from gateway.host import HostError, Report
+from gateway.rootfs.broker_client import BOOT
 from gateway.rootfs.locations import Instances
-from gateway.rootfs.workers import BOOT
 from gateway.settings import Settings
 
 OPERATIONS = "gateway.tools.worker_operations"
@@ -65,7 +65,14 @@ def run(settings: Settings, report: Report) -> NoReturn:
     if "NOTIFY_SOCKET" in os.environ:
         environment["NOTIFY_SOCKET"] = os.environ["NOTIFY_SOCKET"]
     report(f"serving gateways of {', '.join(['root', *([settings.broker_user] if uids else [])])} at {path}")
-    words = (sys.executable, "-ISBc", BOOT, imports, "gateway.rootfs.broker:listening", orjson.dumps(told))
+    words = (
+        sys.executable,
+        "-ISBc",
+        BOOT,
+        imports,
+        "gateway.rootfs.broker_listener:listening",
+        orjson.dumps(told),
+    )
     os.execve(sys.executable, words, environment)  # noqa: S606 - our own interpreter with our own words
 
 

@@ -21,7 +21,7 @@ from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.rootfs import memory, reserve
 from gateway.rootfs.memory import SITE, Place, Process, Sample
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, TenantEvent
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 
 _NAMED: Final = 10  # paths of each kind that are named
 _SECRETS: Final = re.compile(

@@ -3,10 +3,10 @@
 `FilesystemRoot` names a tenant's files; `Workers` runs operations on them, each tenant's in processes of its
 own. Where they lie on the host, only the broker knows.
 
-Parts: `kernel` (raw calls), `tree` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
-`tenants` (whose files lie where), `broker` (starts workers), `workers` (the gateway's side). All but the last
-run inside a worker too, so nothing here imports more than it needs, and `Workers` is loaded when it is first
-asked for.
+Parts: `kernel` (raw calls), `root` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
+`locations` (whose files lie where), `broker` and `zygote` (start workers), `broker_client`, `workers` and
+`links` (the gateway's side). All but the gateway's side run inside a worker too, so nothing here imports more
+than it needs, and `Workers` is loaded when it is first asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Knows how to open, list and change files below one directory that a hostile tenant controls.
+"""Opens, lists and changes files below one directory that a hostile tenant controls.
 
 Everything starts from one descriptor of the workspace, and every open is `openat2` with RESOLVE_BENEATH,
 NO_MAGICLINKS and NO_XDEV: whatever the tenant swaps meanwhile, the kernel never leaves the tree. Paths
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,120 +21,27 @@ from typing import NamedTuple
 
 from gateway.errors import (
     Conflict,
-    Forbidden,
     GatewayError,
     InvalidParams,
     IsADirectory,
-    NotAFile,
-    NotFound,
-    OutsideWorkspace,
     TooLarge,
-    Unavailable,
 )
 from gateway.rootfs import kernel
+from gateway.rootfs.paths import TEMPORARY, locate
+from gateway.rootfs.refusals import refusal
 
-NAME_MAX = 255  # bytes of one name, limits.h
-PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its final NUL
 DEPTH_MAX = 256  # folders of one path, where nobody says else
 LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
-TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
-_UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
 
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV
 _REAL = _BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 
-# errno -> error, `reason` (a fact that tells errors of one code apart) and words without any path
-_REFUSALS: dict[int, tuple[type[GatewayError], str, str]] = {
-    errno.ENOENT: (NotFound, "missing", "no such file or directory"),
-    errno.EXDEV: (OutsideWorkspace, "outside", "the path leads out of the workspace"),
-    errno.ELOOP: (OutsideWorkspace, "loop", "too many symbolic links"),
-    errno.ENOTDIR: (NotAFile, "through_file", "not a directory"),
-    errno.EISDIR: (IsADirectory, "directory", "is a directory"),
-    errno.ENXIO: (NotAFile, "special", "not a regular file"),
-    errno.ENODEV: (NotAFile, "special", "not a regular file"),
-    errno.EACCES: (Forbidden, "denied", "permission denied"),
-    errno.EPERM: (Forbidden, "denied", "operation not permitted"),
-    errno.EOVERFLOW: (Forbidden, "denied", "the owner of the folder is not known here"),
-    errno.EROFS: (Forbidden, "denied", "read-only file system"),
-    errno.ENAMETOOLONG: (InvalidParams, "too_long", "file name too long"),
-    errno.EINVAL: (InvalidParams, "invalid", "invalid path"),
-    errno.ENOSPC: (
-        TooLarge,
-        "no_space",
-        "no space left on the disk of the workspace; make room there, or give it a larger one",
-    ),
-    errno.EDQUOT: (
-        TooLarge,
-        "no_space",
-        "disk quota exceeded; make room in the workspace, or give the tenant a larger disk",
-    ),
-    errno.EFBIG: (TooLarge, "too_large", "file too large"),
-    errno.ENOTEMPTY: (Conflict, "not_empty", "directory not empty"),
-    errno.EEXIST: (Conflict, "exists", "file exists"),
-    errno.EAGAIN: (Conflict, "busy", "the path keeps changing"),
-    errno.ETXTBSY: (Conflict, "busy", "file is busy"),
-    errno.EBUSY: (Conflict, "busy", "file is busy"),
-}
-
-
-def refusal(error: OSError) -> GatewayError:
-    """Map a kernel error onto the gateway's, with the fact `reason`; never with a path."""
-    kind, reason, words = _REFUSALS.get(error.errno or 0, (Unavailable, "io", "the file system failed"))
-    return kind(words, reason=reason)
-
-
-def show(name: str) -> str:
-    """Return a tenant's name as printable, JSON-safe text: controls and invalid UTF-8 are escaped."""
-    if name.isprintable():  # surrogates and controls are not
-        return name
-    out = []
-    for char in name:
-        if char.isprintable():
-            out.append(char)
-        elif 0xDC80 <= ord(char) <= 0xDCFF:
-            out.append(f"\\x{ord(char) - 0xDC00:02x}")
-        else:
-            out.append(char.encode("unicode_escape").decode("ascii"))
-    return "".join(out)
-
 
 def etag(status: os.stat_result) -> str:
     """Return a short mark that changes whenever a file is replaced or written: inode, mtime, size in hex."""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
-
-
-def unfinished(name: str) -> bool:
-    """Tell whether a name is one that only we give; others that begin so are the tenant's own."""
-    return name.startswith(TEMPORARY) and _UNFINISHED.fullmatch(name) is not None
-
-
-def locate(path: str, cwd: str, workspace: str) -> str:
-    """Return what `path` names as a path relative to `workspace`, by its text alone.
-
-    `path` is absolute as the tenant sees it, or relative to `cwd`, which is absolute. `..` is taken off by
-    text, as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
-    """
-    if not path or "\0" in path:
-        raise InvalidParams("the path is empty or has a NUL", reason="invalid")
-    full = path if path.startswith("/") else f"{cwd}/{path}"
-    if "//" in full or "/." in full or full.endswith("/"):
-        full = "/" + os.path.normpath(full).lstrip("/")
-    prefix = workspace.rstrip("/") + "/"
-    if full == workspace:
-        return ""
-    if not full.startswith(prefix):
-        raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
-    found = full[len(prefix) :]
-    if len(found) > NAME_MAX // 4:  # four bytes are the most that one character takes
-        try:
-            encoded = os.fsencode(found)
-        except UnicodeEncodeError:
-            raise InvalidParams("the path is not valid text", reason="invalid") from None
-        if len(encoded) > PATH_MAX or any(len(part) > NAME_MAX for part in encoded.split(b"/")):
-            raise InvalidParams("file name too long", reason="too_long")
-    return found
 
 
 class Made(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.errors import GatewayError, InvalidParams
 from gateway.rootfs.operation import Workspace
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.tools.answer import Seen, ToolFailure
 
 _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"

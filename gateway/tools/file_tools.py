@@ -11,7 +11,7 @@ import orjson
 
 from gateway.errors import GatewayError, NotFound, Timeout
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.root import locate
+from gateway.rootfs.paths import locate
 from gateway.rootfs.workers import Workers
 from gateway.settings import Settings
 from gateway.tools.answer import Answer, Seen, decode

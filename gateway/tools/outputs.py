@@ -21,7 +21,8 @@ import re2
 
 from gateway.errors import Conflict, GatewayError
 from gateway.rootfs.operation import Operation, Workspace
-from gateway.rootfs.root import Root, refusal
+from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import Root
 
 HOME: Final = ".gateway"
 FOLDER: Final = f"{HOME}/output"

@@ -9,7 +9,7 @@ from gateway.errors import GatewayError
 from gateway.files import handlers, opening, sweeping, watching
 from gateway.rootfs import walk
 from gateway.rootfs.operation import SCAN, SIFT, Limits, Loop, Operation, Workspace
-from gateway.rootfs.root import refusal
+from gateway.rootfs.refusals import refusal
 from gateway.tools import mirroring, outputs
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import Call, failure

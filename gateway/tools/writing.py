@@ -7,7 +7,9 @@ import stat
 from zlib import crc32
 
 from gateway.errors import Conflict, GatewayError, OutsideWorkspace, TooLarge
-from gateway.rootfs.root import FOLDER, Made, etag, refusal, show
+from gateway.rootfs.paths import show
+from gateway.rootfs.refusals import refusal
+from gateway.rootfs.root import FOLDER, Made, etag
 from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call, failure, meant, missing, outside
 from gateway.tools.replacing import STALE, replaced

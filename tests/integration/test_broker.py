@@ -22,7 +22,7 @@ from gateway.errors import NotFound, Unavailable
 from gateway.host.caddy_service import CaddyService
 from gateway.host.setup import setup
 from gateway.rootfs import FilesystemRoot, Workers, process_tree
-from gateway.rootfs.workers import BrokerClient
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.inside import Inside

@@ -16,7 +16,7 @@ import pytest
 
 from gateway.errors import NotFound, Unavailable
 from gateway.rootfs import FilesystemRoot, Workers, process_tree
-from gateway.rootfs.workers import BrokerClient
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.incusd import answering, instance
@@ -62,7 +62,7 @@ class Running:
             },
         )
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            for _ in range(500):
+            for _ in range(6000):  # a minute, on a busy machine
                 with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                     probe.connect(str(self.socket))
                     return

@@ -17,9 +17,9 @@ import pytest
 
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
-from gateway.rootfs.broker import Spawn
 from gateway.rootfs.locations import Folders
 from gateway.rootfs.operation import SIFTED_MAX, Limits
+from gateway.rootfs.spawn import Spawn
 from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession

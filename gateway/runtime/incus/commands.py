@@ -17,9 +17,9 @@ from typing import Final
 
 from gateway.errors import ExecFailed, InvalidParams, Unavailable
 from gateway.incus import Incus
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.command_cgroup import CommandCgroup, lives, of_init
 from gateway.rootfs.process_tree import of_command
-from gateway.rootfs.workers import BrokerClient
 from gateway.runtime import ExecSpec, Process, Pty
 from gateway.runtime.incus.errors import in_time, translated
 from gateway.runtime.incus.inside import Inside

@@ -20,7 +20,6 @@ UNIT: Final = "user.gateway.migrate.unit"
 FACTS: Final = "user.gateway.migrate.facts"  # of the old service, as JSON, without values of variables
 
 BEFORE_SWITCH: Final = frozenset({"attaching", "attached", "copied", "returning"})
-STATES: Final = BEFORE_SWITCH | {"switching", "switched"}
 
 _PLACE: Final = re.compile(r"([0-9.]{7,15}):([1-9][0-9]{0,4})")
 

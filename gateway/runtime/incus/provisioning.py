@@ -9,7 +9,7 @@ from typing import Final
 
 from gateway.errors import ExecFailed, GatewayError, Unavailable
 from gateway.incus import Incus
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.runtime import ExecSpec, scripts
 from gateway.runtime.incus import service_unit, unit_status
 from gateway.runtime.incus.addresses import exposure

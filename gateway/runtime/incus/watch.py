@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from gateway.errors import GatewayError, NotFound
 from gateway.incus import Incus, IncusError
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.runtime import TENANT_NAME, Status, Tenant, TenantEvent
 from gateway.runtime.incus.commands import is_ours
 from gateway.runtime.incus.oom_kills import ooms

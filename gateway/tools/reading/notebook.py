@@ -9,7 +9,8 @@ from zlib import crc32
 import orjson
 
 from gateway.errors import TooLarge
-from gateway.rootfs.root import etag, read_all, show
+from gateway.rootfs.paths import show
+from gateway.rootfs.root import etag, read_all
 from gateway.tools.answer import Answer, Seen, ToolFailure
 from gateway.tools.call import Call, failure
 

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from gateway.errors import TooLarge
-from gateway.rootfs.root import etag, read_all, show
+from gateway.rootfs.paths import show
+from gateway.rootfs.root import etag, read_all
 from gateway.tools.answer import Answer, ToolFailure, base64, size_words
 from gateway.tools.call import Call, failure
 from gateway.tools.reading.image import IMAGE_SIDE_MAX

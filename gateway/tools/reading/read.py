@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from gateway.errors import GatewayError
-from gateway.rootfs.root import show
+from gateway.rootfs.paths import show
 from gateway.tools.answer import Answer, ToolFailure, size_words
 from gateway.tools.call import Call, failure, missing, outside
 from gateway.tools.reading.image import image

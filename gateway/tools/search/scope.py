@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from gateway.errors import GatewayError, Timeout
 from gateway.rootfs.operation import Limits
-from gateway.rootfs.root import Root, show
+from gateway.rootfs.paths import show
+from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.tools import outputs
 from gateway.tools.answer import ToolFailure

@@ -1,0 +1,206 @@
+"""The gateway's end of the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gateway import errors
+from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.rootfs.spawn import MESSAGE_MAX
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT = 10.0  # seconds of one request
+
+# -c, not -m: the broker's import path must be this process' own, whatever the environment says.
+BOOT = (
+    "import sys, importlib; sys.path[:] = sys.argv[1].split('\\n'); "
+    "module, _, name = sys.argv[2].partition(':'); "
+    "getattr(importlib.import_module(module), name)(sys.argv[3:])"
+)
+
+# by wire code
+REFUSALS: dict[str, type[GatewayError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, GatewayError) and kind is not GatewayError
+}
+
+
+class BrokerClient:
+    """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
+
+    The broker is started with the first request and again where it has died; `tenants` describes where it
+    finds them (see `gateway.rootfs.locations`), `program` is one that workers may become. With `at`, one that
+    listens there is connected to instead, and knows all of that itself.
+    """
+
+    def __init__(
+        self,
+        operations: str = "",
+        tenants: Mapping[str, Any] | None = None,
+        program: Path | None = None,
+        *,
+        at: Path | None = None,
+    ) -> None:
+        self._at = at
+        self._program = program
+        self._operations = operations
+        self._tenants = orjson.dumps(tenants).decode()
+        self._lock = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: socket.socket | None = None
+        self._readable: asyncio.Future[None] | None = None
+
+    async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send one request; return the answer and the descriptors that came with it.
+
+        Raises what the broker refuses with, and `Unavailable` where it fails or cannot be reached; its words
+        go to the log alone then.
+        """
+        async with self._lock:
+            # A task of its own that is waited for however often the caller is cancelled: its answer, with the
+            # descriptor of a tenant's worker, must not be left to the next one.
+            exchange = asyncio.ensure_future(self._exchange(message))
+            cancelled: asyncio.CancelledError | None = None
+            while not exchange.done():
+                try:
+                    await asyncio.wait([exchange])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if cancelled is not None:
+                if not exchange.cancelled() and exchange.exception() is None:
+                    for descriptor in exchange.result()[1]:
+                        os.close(descriptor)
+                raise cancelled
+            answer, descriptors = exchange.result()
+        if "refused" in answer:
+            raise REFUSALS.get(answer["refused"], Unavailable)(answer["message"], **answer["facts"])
+        if "error" in answer:
+            _log.warning("the broker refused to %s: %s", message["do"], answer["error"])
+            raise Unavailable("the file service could not open the workspace")
+        return answer, descriptors
+
+    async def on_tree(self, tenant: str, group: str, step: str) -> None:
+        """Do one of `process_tree.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
+
+        What the broker does not find any more has ended with its container.
+        """
+        with suppress(NotFound):
+            await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
+
+    async def relieve(self, tenant: str) -> tuple[str, int] | None:
+        """Kill the biggest process of a tenant's site; return its name and bytes, None where there was none.
+
+        Raises `Unavailable`, and `NotFound` for a tenant that does not run.
+        """
+        answer, _ = await self.request({"do": "relieve", "tenant": tenant})
+        return (str(answer["process"]), int(answer["bytes"])) if answer else None
+
+    async def reserve(self, tenant: str) -> None:
+        """Keep a part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
+        await self.request({"do": "reserve", "tenant": tenant})
+
+    async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                connection = self._socket or await (self._connect() if self._at else self._start())
+                connection.send(orjson.dumps(message))
+                await self._until_readable(connection)
+                data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_MAX, 1)
+                for descriptor in descriptors:  # recv_fds leaves them to children
+                    os.set_inheritable(descriptor, False)
+        except (OSError, TimeoutError) as error:
+            await self.aclose()
+            raise Unavailable("the file service did not answer; try again") from error
+        except asyncio.CancelledError:  # by the end of the loop alone
+            self._hang_up()
+            raise
+        if not data:
+            await self.aclose()
+            raise Unavailable("the file service ended; try again")
+        answer: dict[str, Any] = orjson.loads(data)
+        return answer, descriptors
+
+    async def _connect(self) -> socket.socket:
+        assert self._at is not None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, str(self._at))
+        except BaseException:
+            connection.close()
+            raise
+        self._socket = connection
+        return connection
+
+    async def _start(self) -> socket.socket:
+        kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours.setblocking(False)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-ISBc",
+                BOOT,
+                "\n".join(path or str(Path.cwd()) for path in sys.path),
+                "gateway.rootfs.broker:main",
+                str(theirs.fileno()),
+                self._operations,
+                self._tenants,
+                str(self._program or ""),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        self._socket = ours
+        return ours
+
+    async def _until_readable(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._readable = readable = loop.create_future()
+        loop.add_reader(connection, _resolve, readable)
+        try:
+            await readable
+        finally:
+            if self._readable is readable:
+                loop.remove_reader(connection)
+                self._readable = None
+
+    def _hang_up(self) -> None:
+        if self._socket is not None:
+            if self._readable is not None:
+                # before its number is another's: the loop would serve that one by what it knows of this
+                asyncio.get_running_loop().remove_reader(self._socket)
+                _resolve(self._readable)
+                self._readable = None
+            self._socket.close()
+            self._socket = None
+
+    async def aclose(self) -> None:
+        """End the broker and with it all workers. Idempotent."""
+        self._hang_up()
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                async with asyncio.timeout(2):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

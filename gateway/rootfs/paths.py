@@ -1,0 +1,60 @@
+"""Names and paths as text: what a client's path names, and how a tenant's name is shown."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from gateway.errors import InvalidParams, OutsideWorkspace
+
+NAME_MAX = 255  # bytes of one name, limits.h
+PATH_MAX = 4000  # bytes of one path; the kernel's own limit is 4096 with its final NUL
+TEMPORARY = ".gateway-"  # how the names of our unfinished files begin
+_UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{1,8}}-([0-9a-f]{{12}}|[0-9a-f]{{16}})")
+
+
+def show(name: str) -> str:
+    """Return a tenant's name as printable, JSON-safe text: controls and invalid UTF-8 are escaped."""
+    if name.isprintable():  # surrogates and controls are not
+        return name
+    out = []
+    for char in name:
+        if char.isprintable():
+            out.append(char)
+        elif 0xDC80 <= ord(char) <= 0xDCFF:
+            out.append(f"\\x{ord(char) - 0xDC00:02x}")
+        else:
+            out.append(char.encode("unicode_escape").decode("ascii"))
+    return "".join(out)
+
+
+def unfinished(name: str) -> bool:
+    """Tell whether a name is one that only we give; others that begin so are the tenant's own."""
+    return name.startswith(TEMPORARY) and _UNFINISHED.fullmatch(name) is not None
+
+
+def locate(path: str, cwd: str, workspace: str) -> str:
+    """Return what `path` names as a path relative to `workspace`, by its text alone.
+
+    `path` is absolute as the tenant sees it, or relative to `cwd`, which is absolute. `..` is taken off by
+    text, as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
+    """
+    if not path or "\0" in path:
+        raise InvalidParams("the path is empty or has a NUL", reason="invalid")
+    full = path if path.startswith("/") else f"{cwd}/{path}"
+    if "//" in full or "/." in full or full.endswith("/"):
+        full = "/" + os.path.normpath(full).lstrip("/")
+    prefix = workspace.rstrip("/") + "/"
+    if full == workspace:
+        return ""
+    if not full.startswith(prefix):
+        raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
+    found = full[len(prefix) :]
+    if len(found) > NAME_MAX // 4:  # four bytes are the most that one character takes
+        try:
+            encoded = os.fsencode(found)
+        except UnicodeEncodeError:
+            raise InvalidParams("the path is not valid text", reason="invalid") from None
+        if len(encoded) > PATH_MAX or any(len(part) > NAME_MAX for part in encoded.split(b"/")):
+            raise InvalidParams("file name too long", reason="too_long")
+    return found

@@ -1,0 +1,234 @@
+"""Forks workers: everything that one needs is imported before, so that it starts in milliseconds.
+
+A worker shares this process' memory until it writes. Of each kind that was asked for one is forked ahead, and
+has entered its control group when it learns whose it is to be: the kernel takes some ten milliseconds to move
+a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import orjson
+
+from gateway.rootfs import kernel
+from gateway.rootfs.confine import Plan, confine, end_with_parent
+from gateway.rootfs.operation import Loop, Workspace
+from gateway.rootfs.root import Root
+from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
+from gateway.rootfs.worker import BROKEN, READY, frame, serve
+from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchies
+
+_SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
+_UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
+_PROGRAM_TASKS = 8  # threads that a program may have
+_BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h: no program's word for anything else
+_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nobody would end one that waits
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A forked process that waits at `control` to be told what worker it is."""
+
+    number: int
+    pid: int
+    control: socket.socket
+    group: WorkerCgroup
+
+
+class Zygote:
+    """Forks workers of which a parent tells what they are. Of each kind that was asked for one waits ahead.
+
+    `operations` is the module with what workers do, `program` the path of one that they may become, or
+    nothing. A worker without a plan closes `connection`, the broker's own.
+    """
+
+    def __init__(self, connection: socket.socket, operations: str, program: str, *, privileged: bool) -> None:
+        self._connection = connection
+        self._groups = WorkerCgroups(hierarchies() if privileged else [])
+        self._spares: dict[bool, Forked | None] = {}  # by `search`, of the kinds that were asked for
+        self._number = time.time_ns() // 1_000_000  # so that no number is one of a broker's that crashed
+        module = importlib.import_module(operations)
+        self._operations = module.OPERATIONS
+        self._idle = module.idle
+        self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
+        self._becoming: Collection[str] = getattr(module, "BECOMING", ())
+        self._program = _program(program, privileged)
+
+    def close(self) -> None:
+        """End what waits ahead."""
+        for spare in self._spares.values():
+            if spare is not None:
+                self._drop(spare)
+        self._groups.close()
+
+    @property
+    def lacking(self) -> bool:
+        """Whether a worker is to be forked ahead."""
+        return _ENDS_WITH_PARENT and None in self._spares.values()
+
+    def program(self, loop: str) -> int | None:
+        """Return the program that a loop becomes, None for the others. Raises `ValueError` without one."""
+        if loop not in self._becoming:
+            return None
+        if self._program is None:
+            raise ValueError("no program to become")
+        return self._program
+
+    def start(
+        self, spawn: Spawn, plan: Plan | None, ours: socket.socket, theirs: socket.socket, folder: int
+    ) -> Forked:
+        """Have a forked process be the worker at `theirs`, and return it. `ours` is the gateway's end."""
+        tasks = 1 if plan is None or plan.program is None else _PROGRAM_TASKS
+        passed = [theirs.fileno(), folder]
+        told = None
+        if plan is not None:
+            told = {name: getattr(plan, name) for name in Plan.__slots__}
+            if plan.namespace is not None:
+                passed.append(plan.namespace)
+        while True:
+            ahead = self._spares.get(spawn.search)
+            spare = ahead or self._fork(search=spawn.search, others=ours)
+            self._spares[spawn.search] = None
+            message = {"spawn": spawn.wire(), "plan": told, "bounded": spare.group.bound(spawn.memory, tasks)}
+            try:
+                with spare.control:
+                    socket.send_fds(spare.control, [orjson.dumps(message)], passed)
+            except OSError:  # it was just killed, by a full machine or a person
+                self._drop(spare)
+                if ahead is None:
+                    raise
+            else:
+                return spare
+
+    def fork_ahead(self) -> None:
+        """Fork what is lacking."""
+        for search, spare in self._spares.items():
+            if spare is None:
+                with contextlib.suppress(OSError):  # of a machine that is full; whose turn it is will be told
+                    self._spares[search] = self._fork(search=search)
+
+    def reap(self) -> None:
+        """Take note of those ahead that have ended."""
+        for search, spare in self._spares.items():
+            if spare is not None and os.waitpid(spare.pid, os.WNOHANG)[0]:
+                spare.control.close()
+                spare.group.remove()
+                self._spares[search] = None
+
+    def _fork(self, *, search: bool, others: socket.socket | None = None) -> Forked:
+        """Fork a process that waits to be told what worker it is. It does not keep the socket of `others`."""
+        self._number += 1
+        group = self._groups.new(self._number, search=search)
+        ours, theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
+        )
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                group.remove()
+                raise
+            if pid == 0:
+                ours.close()
+                if others is not None:
+                    others.close()
+                for spare in self._spares.values():
+                    if spare is not None:
+                        spare.control.close()
+                self._become(theirs, group, search=search)
+        return Forked(self._number, pid, ours, group)
+
+    def _drop(self, spare: Forked) -> None:
+        spare.control.close()
+        os.kill(spare.pid, signal.SIGKILL)
+        os.waitpid(spare.pid, 0)
+        spare.group.remove()
+
+    def _become(self, control: socket.socket, group: WorkerCgroup, *, search: bool) -> NoReturn:
+        """Be a worker, in the forked child, of whom `control` tells; never return."""
+        connection, code = None, _BROKEN_WORKER
+        try:
+            if _ENDS_WITH_PARENT:
+                end_with_parent()
+            signal.set_wakeup_fd(-1)
+            kernel.take_turns(nice=_SEARCH_NICE if search else 0, short=not search)
+            entered = group.enter()
+            message, passed, _, _ = socket.recv_fds(control, MESSAGE_MAX, 3)
+            if not message:
+                raise EOFError
+            for descriptor in passed:  # recv_fds leaves them to programs
+                os.set_inheritable(descriptor, False)
+            connection, folder = socket.socket(fileno=passed[0]), passed[1]
+            told = orjson.loads(message)
+            spawn = Spawn.of(told["spawn"])
+            held = [name for name in entered if name in told["bounded"]]
+            layers: tuple[str, ...] = ()
+            if told["plan"] is not None:
+                namespace = passed[2] if len(passed) > 2 else None
+                plan = Plan(**{**told["plan"], "folder": folder, "namespace": namespace})
+                if "memory" in held:
+                    plan = replace(plan, memory=plan.memory + _UNTOUCHED)
+                layers = (*(f"{name} group" for name in held), *confine(plan, keep=connection.fileno()))
+                folder = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                control.close()
+                self._connection.close()
+            depth = spawn.limits.depth_max
+            root = Root(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
+            connection.sendall(frame(READY, orjson.dumps(layers)))
+            program = self._program if spawn.loop in self._becoming else None
+            workspace = Workspace(root, spawn.limits, program)
+            if spawn.loop:
+                self._loops[spawn.loop](connection, workspace)
+            else:
+                serve(connection, workspace, self._operations, self._idle)
+            code = 0
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = 0
+        except BaseException as error:
+            words = f"{type(error).__name__}: {error}"
+            try:
+                if connection is not None:
+                    connection.sendall(frame(BROKEN, words.encode("utf-8", "replace")))
+            except OSError:
+                code = 2
+        finally:
+            os._exit(code)
+
+
+def _program(path: str, privileged: bool) -> int | None:
+    """Open the program that workers may become, None where there is none that can be trusted."""
+    if not path:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    trusted = not privileged or (status.st_uid == 0 and not status.st_mode & 0o022)
+    if stat.S_ISREG(status.st_mode) and trusted:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def preload() -> None:
+    """Import what is otherwise imported on first use: a confined worker sees no file of Python's."""
+    for name in ("ascii", "latin_1", "utf_8", "utf_16", "utf_16_le", "utf_16_be", "unicode_escape", "idna"):
+        importlib.import_module(f"encodings.{name}")
+        if name != "idna":
+            "é".encode(name, "replace")
+    for name in ("linecache", "traceback", "tokenize"):
+        importlib.import_module(name)
