@@ -53,7 +53,6 @@ class CloseCode(IntEnum):
 
 _HEADER = struct.Struct("!BI")
 HEADER_SIZE: Final = _HEADER.size
-MAX_CHANNEL: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
