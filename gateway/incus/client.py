@@ -35,6 +35,7 @@ _ANSWER_MAX = 256 << 20  # bytes; a thousand instances take ten million
 # bytes of one instance with its state, in which are all the network interfaces and addresses that its tenant
 # makes: ten thousand are a million, which takes 5 ms to parse
 _STATE_MAX = 1 << 20
+_PIDS = 4096  # instances of which the first process is kept
 _BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
 
 
@@ -70,6 +71,7 @@ class Incus:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._session: aiohttp.ClientSession | None = None
         self._inventory = Inventory(self._list, self._find)
+        self._pids: dict[str, tuple[str, int]] = {}  # by instance: which start of it, and its first process
 
     async def __aenter__(self) -> Incus:
         # limit=0: the default pool of 100 connections would be eaten by 25 commands of 4 sockets each
@@ -158,6 +160,32 @@ class Incus:
             # its first process has ended, and Incus does not know it yet ("Invalid PID"), or it is too much
             found = await self.get(path)
         return {**found, "state": found.get("state") or {}}
+
+    async def profile(self, name: str) -> dict[str, Any]:
+        """Return a profile. The answer is shared: do not change it. Raises `IncusError`."""
+        return await self._inventory.profile(name, lambda: self.get(f"/1.0/profiles/{quote(name, safe='')}"))
+
+    async def started(self, name: str) -> tuple[dict[str, Any], int]:
+        """Return an instance, and the host's pid of its first process, 0 where it does not run.
+
+        The `state` that has the pid is asked for once a start: to tell it costs incusd two processes and a
+        look through the quotas of all disks. Raises `IncusError`.
+        """
+        found: dict[str, Any] = await self.get(instance_path(name))
+        if found.get("config") is None:  # it stops
+            return await self.instance(name), 0
+        if found["status"] == "Stopped":
+            return found, 0
+        # incusd notes when an instance is started before it starts it
+        start = f"{found['config'].get('volatile.uuid')} {found.get('last_used_at')}"
+        known, pid = self._pids.get(name, ("", 0))
+        if known != start:
+            pid = int((await self.instance(name))["state"].get("pid") or 0)
+            if pid and found["status"] == "Running":
+                self._pids[name] = start, pid
+                while len(self._pids) > _PIDS:
+                    del self._pids[next(iter(self._pids))]
+        return found, pid
 
     async def busy(self) -> set[str]:
         """Return the names of the instances on which an operation runs, such as the copy that makes one."""

@@ -38,6 +38,7 @@ class Inventory:
         self._changed: set[str] = set()
         self._heard = False
         self._refreshing = asyncio.Lock()
+        self._profiles: dict[str, tuple[float, dict[str, Any]]] = {}  # and since when
 
     async def all(self) -> list[dict[str, Any]]:
         """Return every instance, as it is once all that was noted before this call is taken in."""
@@ -59,6 +60,15 @@ class Inventory:
                     kept[name] = entry
             return [*kept.values()]
 
+    async def profile(self, name: str, fetch: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        """Return a profile, which incusd answers with a list of all instances that use it."""
+        began, profiles = time.monotonic(), self._profiles
+        since, kept = profiles.get(name, (0.0, {}))
+        if not kept or not self._heard or began - since > _AGE:
+            kept = await fetch()
+            profiles[name] = began, kept  # where it was changed meanwhile nobody looks there any more
+        return kept
+
     async def _ask_for_all(self) -> list[dict[str, Any]]:
         before, self._changed = self._changed, set()
         began = time.monotonic()
@@ -79,14 +89,14 @@ class Inventory:
     def listening(self, heard: bool) -> None:
         """Begin or end to rely on `noted`: without events nobody tells what others do."""
         self._heard = heard
-        self._kept = None
+        self._kept, self._profiles = None, {}
 
     def noted(self, event: Mapping[str, Any]) -> None:
         """Take in one lifecycle event of incusd."""
         metadata = event.get("metadata") or {}
         action, name = str(metadata.get("action", "")), str(metadata.get("name", ""))
         if action.startswith("profile-"):
-            self._kept = None  # what an instance inherits may be anything now
+            self._kept, self._profiles = None, {}  # what an instance inherits may be anything now
         elif action.startswith("instance-") and not action.startswith(_LOOKS) and name:
             old = (metadata.get("context") or {}).get("old_name")
             self.touched(name.partition("/")[0], *([str(old)] if old else []))

@@ -152,3 +152,31 @@ async def test_after_the_events_were_interrupted_all_are_asked_for(table: Table)
 )
 def test_what_a_request_changes(path: str, body: Mapping[str, Any] | None, names: list[str]) -> None:
     assert touched_by(path, body) == names
+
+
+async def test_a_profile_is_asked_for_once_a_change_while_events_are_heard(table: Table) -> None:
+    asked: list[int] = []
+
+    async def fetch() -> dict[str, Any]:
+        asked.append(len(asked))
+        return {"n": len(asked)}
+
+    for _ in range(3):
+        assert (await table.inventory.profile("small", fetch))["n"] == 1
+    table.inventory.noted(lifecycle("profile-updated", "small"))
+    assert (await table.inventory.profile("small", fetch))["n"] == 2
+    table.inventory.listening(False)
+    for number in (3, 4):
+        assert (await table.inventory.profile("small", fetch))["n"] == number
+
+
+async def test_a_profile_that_is_changed_while_it_is_asked_for_is_asked_for_again(table: Table) -> None:
+    async def overtaken() -> dict[str, Any]:
+        table.inventory.noted(lifecycle("profile-updated", "small"))
+        return {"n": 1}
+
+    async def fetch() -> dict[str, Any]:
+        return {"n": 2}
+
+    await table.inventory.profile("small", overtaken)
+    assert (await table.inventory.profile("small", fetch))["n"] == 2

@@ -22,8 +22,10 @@ class Full(Incus):
         super().__init__(Path("/nowhere"), "default", 1.0)
         self.addresses: list[str] = []
         self.refused = 0
+        self.asked: list[str] = []
 
     async def get(self, path: str, **query: str) -> Any:
+        self.asked.append(path)
         await asyncio.sleep(0)
         return {"devices": {"root": {}, "eth0": {}}} if "/profiles/" in path else []
 
@@ -72,3 +74,5 @@ async def test_instances_that_are_made_at_once_have_addresses_of_their_own(tmp_p
             await make(making, 13)
         # what was not made after all is free again
         assert not making._promised
+    # DHCP's are asked for together, and the profile, which nobody hears of here, for each
+    assert sum(path.endswith("/leases") for path in incus.asked) == 1

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -44,6 +45,7 @@ take it back to 0, not below.
 
 _STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ipv4.gateway = {gateway}\n"
 _NIC: Final = "eth0"
+_LEASES: Final = 5.0  # seconds for which those of DHCP are believed
 _TRIES: Final = 20  # addresses that are tried until one is free
 _STOPS: Final = 5  # stops of an instance that somebody starts again, until it is left alone
 WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
@@ -73,6 +75,8 @@ class Creation:
         self._removed = removed
         self._choosing = asyncio.Lock()
         self._promised: set[str] = set()  # addresses of instances that are being made
+        self._leases: set[str] = set()
+        self._lease_look = 0.0  # when they are asked for again
 
     # --- made ---------------------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class Creation:
 
         Where its site is must be known while it sleeps, too.
         """
-        now = await self.instance(name)
+        now = await self.placed(name)
         nic = now["expanded_devices"].get(_NIC)
         if nic is None or nic.get("ipv4.address"):
             return
@@ -233,9 +237,7 @@ class Creation:
             # of these the instances may be made after all are listed, and before the choice
             taken = {str(bridge.ip), *self._promised}
             instances = await self.instances()
-            with translated(""):
-                leases = await self._incus.get(f"/1.0/networks/{settings.network}/leases")
-            taken |= {str(lease["address"]) for lease in leases}
+            taken |= await self._leased()
             for instance in instances:
                 taken |= {
                     device["ipv4.address"]
@@ -263,6 +265,18 @@ class Creation:
         finally:
             self._promised.discard(address)
 
+    async def _leased(self) -> set[str]:
+        """Return the addresses that DHCP has given away, as incusd told them some seconds ago at most.
+
+        It looks through all instances for them. One that is given away since shows among the neighbours.
+        """
+        now = time.monotonic()
+        if now >= self._lease_look:
+            with translated(""):
+                leases = await self._incus.get(f"/1.0/networks/{self._settings.network}/leases")
+            self._leases, self._lease_look = {str(lease["address"]) for lease in leases}, now + _LEASES
+        return self._leases
+
     # --- Incus --------------------------------------------------------------------------------------
 
     async def instances(self) -> Sequence[Instance]:
@@ -270,8 +284,9 @@ class Creation:
             return await self._incus.instances()
 
     async def instance(self, name: str) -> Instance:
+        """Return an instance without its `state`."""
         with translated(name):
-            return await self._incus.instance(name)
+            return await self._incus.instance(name, state=lambda one: False)
 
     async def placed(self, name: str) -> Instance:
         """Return an instance with its `state` only where that alone tells its address."""
@@ -287,8 +302,7 @@ class Creation:
     async def profile(self) -> dict[str, Any]:
         """Return the tenants' profile."""
         with translated(""):
-            found: dict[str, Any] = await self._incus.get(f"/1.0/profiles/{self._settings.profile}")
-        return found
+            return await self._incus.profile(self._settings.profile)
 
     async def operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
         """Do an operation, and see its end also where this is cancelled: nothing happens after an undo."""

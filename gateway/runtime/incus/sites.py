@@ -76,7 +76,9 @@ class IncusSites:
         await self._commands.aclose()
 
     async def _init_pid(self, name: str) -> int:
-        return int((await self._making.instance(name))["state"].get("pid") or 0)
+        with translated(name):
+            _, init_pid = await self._incus.started(name)
+        return init_pid
 
     # --- instances ----------------------------------------------------------------------------------
 

@@ -319,9 +319,12 @@ class IncusRuntime:
         if located is not None:
             return located
         watching = self._watch.standing  # a change during the look-up must not be kept
-        instance = await self._instance(name)
+        with translated(name):
+            instance, init_pid = await self._incus.started(name)
+        if not is_tenant(instance):
+            raise NotFound(f"no tenant {name}")
         root = FilesystemRoot(name, self._settings.workspace, disk_state(instance))
-        located = _Located(root, int(instance["state"].get("pid") or 0))
+        located = _Located(root, init_pid)
         if watching and self._watch.standing:
             self._located[name] = located
         return located
