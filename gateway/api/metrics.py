@@ -74,7 +74,7 @@ class Metrics:
 
         self._lag = Histogram(
             "gateway_loop_lag_seconds",
-            "How late the event loop is, 20 times a second: what everybody waits beside their own work.",
+            "How late the event loop is, sampled twice a second: what a client waits beside its own work.",
             buckets=_LAG_BUCKETS,
             registry=registry,
         )

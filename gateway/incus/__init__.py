@@ -5,8 +5,9 @@ yields the daemon's events. Failures are `IncusError` with incusd's own words, w
 the runtime translates them before a client sees them.
 """
 
-from gateway.incus.client import Incus, IncusError, Operation
+from gateway.incus.client import Incus, IncusError
 from gateway.incus.exec_sockets import ExecSockets
+from gateway.incus.operation import Operation
 from gateway.incus.socket import Lost
 
 __all__ = ["ExecSockets", "Incus", "IncusError", "Lost", "Operation"]

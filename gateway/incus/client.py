@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +25,7 @@ from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
 from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
+from gateway.incus.operation import Operation
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,6 @@ class IncusError(GatewayError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One ended operation: `ok`, incusd's error text where not, and its metadata."""
-
-    ok: bool
-    error: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Incus:

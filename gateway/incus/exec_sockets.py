@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import orjson
 
+from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
-
-if TYPE_CHECKING:
-    from gateway.incus.client import Operation
 
 
 async def connect(socket: Path, operation: str, fds: dict[str, str]) -> dict[str, StreamSocket]:
