@@ -83,9 +83,9 @@ def test_a_script_is_looked_up(start: str, words: str) -> None:
 
 def test_scripts_that_run_each_other_come_to_an_end() -> None:
     scripts = {"a": "bun run b " * 200, "b": "bun run a " * 200}
-    began = time.monotonic()
+    began = time.process_time()
     assert len(expanded(["bun", "run", "a"], Project(scripts=scripts))) <= 256
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_manifest_is_read() -> None:
@@ -114,9 +114,9 @@ def test_a_manifest_is_read() -> None:
     ],
 )
 def test_what_is_no_manifest_says_nothing(manifest: bytes | None) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert project(manifest) == Project()
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_manifest_of_many_names_is_read_in_part() -> None:

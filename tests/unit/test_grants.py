@@ -73,7 +73,7 @@ async def test_a_clock_that_is_set_is_noticed(grants: Grants, clock: Clock) -> N
     await asyncio.sleep(0)
     clock.ahead, began = 3601, time.monotonic()
     assert await one.why() == EXPIRED
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30  # not an hour
 
 
 async def test_what_has_ended_by_now_is_ended_at_once(grants: Grants) -> None:
