@@ -165,6 +165,11 @@ class Settings(BaseSettings):
         5.0, gt=0, description="seconds without an answer after which a site is unhealthy at once"
     )
     health_failures: int = Field(3, gt=0, description="failed looks after which a site is unhealthy")
+    hang_timeout: float = Field(
+        4.0,
+        ge=0,
+        description="seconds after which who visits a site that reads no request is shown a page; 0: never",
+    )
 
     pressure_interval: float = Field(
         2.0, gt=0, description="seconds between two looks at how short of memory the tenants are"

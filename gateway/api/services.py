@@ -17,7 +17,7 @@ from gateway.auth import tokens
 from gateway.auth.grants import Grants
 from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
-from gateway.deployments import Deployments, Health
+from gateway.deployments import Deployments, Hangs, Health
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
@@ -137,6 +137,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         )
         pressure = None
         if isinstance(runtime, IncusRuntime):
+            await enter(Hangs(runtime, sites, workers.broker, health.hangs, settings))
             pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
         budget, places = Budget(settings.bytes_in_flight, settings.tenant_bytes), Places(settings)
         stack.callback(bus.close)

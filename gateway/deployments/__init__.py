@@ -4,8 +4,9 @@ From outside: `Deployments`, `Request`, and what `template` says of templates.
 """
 
 from gateway.deployments.deployments import Deployments
+from gateway.deployments.hangs import Hangs
 from gateway.deployments.health import Health
 from gateway.deployments.record import Record
 from gateway.deployments.request import Request
 
-__all__ = ["Deployments", "Health", "Record", "Request"]
+__all__ = ["Deployments", "Hangs", "Health", "Record", "Request"]

@@ -116,6 +116,11 @@ class Health:
                 "tenant.unhealthy", tenant, {"port": port, "path": path, "failures": 1, "why": why}
             )
 
+    def hangs(self, site: Site, why: str) -> None:
+        """Take the word of somebody else that a site hangs; the next look at it tells otherwise."""
+        self._hangs(site.tenant, site.domain)
+        self._failed(site, self._failures.get(site.tenant, 0) + 1, why, at_once=True)
+
     async def _started(self, tenant: str) -> None:
         began = time.monotonic()
         with contextlib.suppress(GatewayError):

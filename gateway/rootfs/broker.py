@@ -11,6 +11,7 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 | `{"do": "tree", "tenant", "group", "step"}` | `{}`: did `process_tree.STEPS[step]` on a command's cgroup |
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
+| `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections of which it reads nothing |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
 
 No request carries a path of the host, an id or a pid: whose files and groups lie where, `locations` finds
@@ -37,7 +38,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.rootfs import kernel, memory, process_tree, reserve
+from gateway.rootfs import kernel, memory, process_tree, reserve, tcp
 from gateway.rootfs.confine import Namespaces, Plan
 from gateway.rootfs.locations import Disk, Tenants, found_by
 from gateway.rootfs.root import Root
@@ -156,6 +157,10 @@ class Broker:
                 case "reserve":
                     reserve.reserve(self._tenants.group(str(request["tenant"])))
                     answer = {}
+                case "break_off":
+                    pid, address = self._tenants.network(str(request["tenant"]))
+                    leave = frozenset(map(int, request["leave"]))
+                    answer = {"ended": tcp.break_off(pid, address, int(request["port"]), leave)}
                 case "chore":
                     if self._chores is None:
                         raise ValueError("no chores")

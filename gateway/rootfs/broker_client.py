@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,15 @@ class BrokerClient:
     async def reserve(self, tenant: str) -> None:
         """Keep a part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
         await self.request({"do": "reserve", "tenant": tenant})
+
+    async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
+        """Break off this machine's connections to a tenant's port of which nothing is read; return how many.
+
+        Those from the ports `leave` stay. Raises as `relieve`.
+        """
+        request = {"do": "break_off", "tenant": tenant, "port": port, "leave": [*leave]}
+        answer, _ = await self.request(request)
+        return int(answer["ended"])
 
     async def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         try:

@@ -76,6 +76,10 @@ class Tenants(Protocol):
         """Return the control group (v2) of a running tenant's container."""
         ...
 
+    def network(self, tenant: str) -> tuple[int, str]:
+        """Return a process in the network of a running tenant's container, and its IPv4 address there."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Folders:
@@ -107,6 +111,9 @@ class Folders:
 
     def group(self, tenant: str) -> Path:
         raise NotFound("a tenant without a container has no control group")
+
+    def network(self, tenant: str) -> tuple[int, str]:
+        raise NotFound("a tenant without a container has no network")
 
 
 class Instances:
@@ -190,6 +197,15 @@ class Instances:
             self._groups.clear()
         self._groups[tenant] = _Group(path, pid, began, time.monotonic() + _GROUP_AGE)
         return path
+
+    def network(self, tenant: str) -> tuple[int, str]:
+        self.group(tenant)  # it runs, and is ours
+        devices = self._instance(tenant)["expanded_devices"].values()
+        nics = (device.get("ipv4.address", "") for device in devices if device.get("type") == "nic")
+        address = next(filter(None, nics), None)
+        if address is None:
+            raise NotFound(f"tenant {tenant} has no address of its own")
+        return self._groups[tenant].pid, str(address)
 
     def _folder(self, tenant: str) -> str:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"

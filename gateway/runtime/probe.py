@@ -52,6 +52,11 @@ def ours(port: int) -> bool:
     return _ports.get(port, 0.0) > time.monotonic()
 
 
+def own_ports() -> frozenset[int]:
+    """Return the ports of this machine from which this process asks just now."""
+    return frozenset(port for port, until in _ports.items() if until == math.inf)
+
+
 async def network_up(address: str, timeout: float) -> None:
     """Return once an address refuses or takes a connection. Raises `TimeoutError`."""
     async with asyncio.timeout(timeout):

@@ -263,11 +263,14 @@ async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, fo
             await refused(do="tree", tenant=name, group="own/x", step=step)
         for what in ("relieve", "reserve"):
             await refused(do=what, tenant=name)
+        await refused(do="break_off", tenant=name, port=80, leave=[])
     for group in ("..", "../init.scope", "own/../..", f"../../lxc.payload.{foreign.name}/gateway/own", ""):
         await refused(do="tree", tenant=tenant.name, group=group, step="end")
     for folder in ("/", "/etc", "/srv/site/../../etc"):
         await refused(**(spawn | {"workspace": folder}))
     assert await broker.relieve(tenant.name) is None  # no site, and a command is none
+    for port, leave in (("x", []), (80, ["x"]), (80, None)):
+        await refused(do="break_off", tenant=tenant.name, port=port, leave=leave)
     assert foreign.sh("pgrep -c sleep").strip() == "1"
     assert tenant.sh("pgrep -c sleep").strip() == "1"
 

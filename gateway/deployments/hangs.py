@@ -1,0 +1,126 @@
+"""Finds sites that take no request while somebody waits, and has their visitors answered by a page."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Final, Protocol
+
+from gateway.bounds import aside
+from gateway.errors import GatewayError
+from gateway.rootfs import tcp
+from gateway.runtime.incus.tenants import IncusRuntime
+from gateway.runtime.probe import ask, own_ports
+from gateway.runtime.sites import Site, Sites
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_LOOK: Final = 5.0  # seconds of one look at the kernel's tables; it takes a millisecond
+_CONNECT: Final = 1.0
+_ROUNDS: Final = 10  # of breaking off: Caddy sends some requests once more
+_PAUSE: Final = 0.1
+
+
+class Root(Protocol):
+    """What takes root, see `BrokerClient`."""
+
+    async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int: ...
+
+
+class Hangs:
+    """The watch for sites that hang. Use as an async context manager.
+
+    A site that has not read a request for a quarter of `hang_timeout` is asked by us. Where it says nothing
+    for half of that time it hangs: `told` is called with the reason, and the connections of which it has read
+    nothing are broken off, so that Caddy answers their visitors. A request that it has read is never cut, for
+    an answer may take long. A site without visitors costs nothing.
+    """
+
+    def __init__(
+        self,
+        runtime: IncusRuntime,
+        sites: Sites,
+        root: Root,
+        told: Callable[[Site, str], None],
+        settings: Settings,
+    ) -> None:
+        self._runtime, self._sites, self._root, self._told = runtime, sites, root, told
+        self._settings = settings
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Hangs:
+        if self._settings.hang_timeout:
+            self._watching = asyncio.create_task(self._watch(), name="sites that hang")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._watching, *self._asking.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        step = self._settings.hang_timeout / 4
+        while True:
+            await asyncio.sleep(step)
+            try:
+                found = await aside("hangs", _LOOK, tcp.waiting, self._settings.network_ipv4, step)
+                if found:
+                    await self._look(found)
+            except (GatewayError, OSError) as error:
+                log.info("who waits for a site could not be seen: %s", error)
+            except Exception:
+                log.exception("who waits for a site could not be seen")
+
+    async def _look(self, found: Sequence[tcp.Connection]) -> None:
+        """Begin to ask each site that has not read what one of these sent."""
+        own = own_ports()
+        visitors = {(one.local, one.remote) for one in found if one.local[1] not in own}
+        ends = {remote for _, remote in visitors}
+        for site in await self._sites.listed():
+            where = site.exposure
+            if where is None or site.deployment is not None or site.tenant in self._asking:
+                continue
+            end = (socket.inet_aton(where.address), where.port)
+            if end not in ends or not (pid := await self._runtime.init_pid(site.tenant)):
+                continue
+            unread = await aside("hangs", _LOOK, tcp.unread, pid, end)
+            if any((local, end) in visitors for local in unread):
+                task = asyncio.create_task(self._asked(site), name=f"does {site.tenant} hang")
+                self._asking[site.tenant] = task
+                task.add_done_callback(partial(self._over, site.tenant))
+
+    def _over(self, tenant: str, task: asyncio.Task[None]) -> None:
+        del self._asking[tenant]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("whether a site hangs could not be seen", exc_info=error)
+
+    async def _asked(self, site: Site) -> None:
+        where, limit = site.exposure, self._settings.hang_timeout
+        assert where is not None
+        try:
+            await ask(where.address, where.port, site.health, _CONNECT, limit / 2, host=site.domain)
+        except TimeoutError:
+            self._told(site, f"it has read no request for {limit * 3 / 4:g} s")
+            await self._break_off(site.tenant, where.port)
+        except (OSError, ValueError):
+            return  # it refuses, or answers something
+
+    async def _break_off(self, tenant: str, port: int) -> None:
+        try:
+            for _ in range(_ROUNDS):
+                if not await self._root.break_off(tenant, port, own_ports()):
+                    break
+                await asyncio.sleep(_PAUSE)  # nobody tells when Caddy asks again
+        except GatewayError as error:
+            log.info(
+                "visitors of %s who came before it was seen to hang wait for it: %s", tenant, error.message
+            )

@@ -1,0 +1,158 @@
+"""Finds TCP connections of this machine to a container where nobody reads what was sent, and breaks them off.
+
+That is a request at a process that hangs: its kernel has taken it, so to the sender all is well. The sender's
+end is asked for by sock_diag(7), the other one looked up in the container's own table (proc(5)). That is as
+long as its tenant wants, so it is read up to a limit.
+
+Looking takes no root; `break_off` does.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import struct
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+End = tuple[bytes, int]
+"""An IPv4 address in the network's order, and a port."""
+
+_OLD: Final = 60.0  # seconds; what has waited for longer is a websocket's rest, or was looked at before
+_TABLE: Final = 1 << 20  # bytes of a container's table: 7 000 connections
+_WAIT: Final = 5.0  # seconds for the kernel; it takes a millisecond
+_FRAME: Final = 1 << 18  # bytes of one answer; the kernel's are of 32 KiB at most
+
+# linux/sock_diag.h, linux/inet_diag.h, linux/netlink.h
+_SOCK_DIAG: Final = 4
+_BY_FAMILY, _DESTROY = 20, 21
+_ERROR, _DONE = 2, 3
+_REQUEST, _ACK, _DUMP = 1, 4, 0x300
+_FILTER, _INFO, _REMOTE_IS, _ANY_PORT = 1, 2, 8, -1
+_ESTABLISHED: Final = 1
+_HEADER: Final = struct.Struct("=IHHII")
+_REQUESTED: Final = struct.Struct("=BBBxI")
+_SOCKET: Final = struct.Struct("!HH16s16s12s")  # ports, addresses, interface and cookie
+_CONDITION: Final = struct.Struct("=BBHBBxxi4s")
+_FOUND: Final = 72  # bytes of a `struct inet_diag_msg`, which begins with 4 of others and the socket
+_ATTRIBUTE: Final = struct.Struct("=HH")
+# of a `struct tcp_info`: ms since data was sent and since some was received
+_SINCE: Final = struct.Struct("=44xI4xI")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One that waits for an answer: of `seconds` now. `key` names it to the kernel."""
+
+    local: End
+    remote: End
+    seconds: float
+    key: bytes
+
+
+def waiting(network: str, seconds: float) -> list[Connection]:
+    """Return this machine's connections into a network that have waited for an answer for so long.
+
+    What has waited for over a minute is left out. Raises `OSError`.
+    """
+    found = ipaddress.IPv4Network(network, strict=False)
+    condition = _CONDITION.pack(
+        *(_REMOTE_IS, _CONDITION.size, _CONDITION.size + 4),  # past the end where it does not hold
+        *(socket.AF_INET, found.prefixlen, _ANY_PORT, found.network_address.packed),
+    )
+    wanted = _REQUESTED.pack(socket.AF_INET, socket.IPPROTO_TCP, 1 << (_INFO - 1), 1 << _ESTABLISHED)
+    wanted += bytes(_SOCKET.size) + _ATTRIBUTE.pack(4 + len(condition), _FILTER) + condition
+    told = (_connection(said) for said in _asked(_BY_FAMILY, _REQUEST | _DUMP, wanted))
+    return [one for one in told if one is not None and seconds <= one.seconds < _OLD]
+
+
+def unread(pid: int, end: End) -> set[End]:
+    """Return who is connected to `end`, in the network of a process, and has sent what is not read yet.
+
+    Of a table that is too long the begin counts.
+    """
+    found = set()
+    for line in _lines(pid):
+        words = line.split(None, 5)
+        if len(words) < 5 or words[4].endswith(b":00000000") or _end(words[1]) != end:
+            continue
+        if int(words[3], 16) == _ESTABLISHED:
+            found.add(_end(words[2]))
+    return found
+
+
+def break_off(pid: int, address: str, port: int, leave: Collection[int]) -> int:
+    """Break off this machine's connections to a container's port of which nothing is read; return how many.
+
+    Those from the ports `leave` are left alone. Takes root; raises `OSError`.
+    """
+    end = (socket.inet_aton(address), port)
+    lost = unread(pid, end)
+    found = [one for one in waiting(f"{address}/32", 0.0) if one.remote == end and one.local in lost]
+    return sum(_broken(one) for one in found if one.local[1] not in leave)
+
+
+def _broken(one: Connection) -> bool:
+    wanted = _REQUESTED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 1 << _ESTABLISHED) + one.key
+    try:
+        for _ in _asked(_DESTROY, _REQUEST | _ACK, wanted):
+            pass
+    except FileNotFoundError:  # it has just ended
+        return False
+    return True
+
+
+def _asked(kind: int, flags: int, message: bytes) -> Iterator[memoryview]:
+    """Ask the kernel, and yield what it says. Raises `OSError`."""
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _SOCK_DIAG) as own:
+        own.settimeout(_WAIT)
+        own.send(_HEADER.pack(_HEADER.size + len(message), kind, flags, 1, 0) + message)
+        while True:
+            said = memoryview(own.recv(_FRAME))
+            while said:
+                length, answer, *_ = _HEADER.unpack_from(said)
+                if answer == _ERROR:
+                    (code,) = struct.unpack_from("=i", said, _HEADER.size)
+                    if code:
+                        raise OSError(-code, os.strerror(-code))
+                if answer in (_ERROR, _DONE):
+                    return
+                yield said[_HEADER.size : length]
+                said = said[(length + 3) & ~3 :]
+
+
+def _connection(said: memoryview) -> Connection | None:
+    """Return what the kernel tells of one, None where it waits for nothing."""
+    key = bytes(said[4 : 4 + _SOCKET.size])
+    from_, to, here, there, _ = _SOCKET.unpack(key)
+    at = _FOUND
+    while at + _ATTRIBUTE.size <= len(said):
+        length, kind = _ATTRIBUTE.unpack_from(said, at)
+        if kind == _INFO and length >= _ATTRIBUTE.size + _SINCE.size:
+            sent, received = _SINCE.unpack_from(said, at + _ATTRIBUTE.size)
+            # of one that has received nothing yet the second is as old as it is itself
+            if sent > received:
+                return None
+            return Connection((here[:4], from_), (there[:4], to), sent / 1000, key)
+        at += max((length + 3) & ~3, _ATTRIBUTE.size)
+    return None
+
+
+def _lines(pid: int) -> Iterable[bytes]:
+    for family in ("tcp", "tcp6"):  # a server that listens on both has an IPv4 address written as IPv6
+        try:
+            with open(f"/proc/{pid}/net/{family}", "rb") as table:
+                yield from table.read(_TABLE).splitlines()[1:]
+        except OSError:
+            continue  # its process has just ended
+
+
+def _end(written: bytes) -> End:
+    address, _, port = written.rpartition(b":")
+    return int(address[-8:], 16).to_bytes(4, sys.byteorder), int(port, 16)

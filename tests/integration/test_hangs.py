@@ -1,0 +1,166 @@
+"""Sites that take no request: their visitors get a page in time, and none is cut off that is just slow."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gateway.rootfs import memory, process_tree
+from gateway.settings import Settings
+from tests.archives import archive
+from tests.integration.sites import Hosting, hosting
+
+pytestmark = pytest.mark.timeout(200)
+TENANT, DOMAIN = "hangs-test", "hangs.test"
+SLOW = 10  # seconds of silence before the first byte
+PAGE = 5  # seconds in which a visitor of a site that hangs is answered
+
+SITE = (
+    b"""\
+Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", idleTimeout: 60, fetch: async (request) => {
+  const path = new URL(request.url).pathname;
+  if (path === "/slow") await Bun.sleep(%d000);
+  if (path === "/spin") for (const end = Date.now() + 15_000; Date.now() < end; );
+  return new Response("here");
+} });
+"""
+    % SLOW
+)
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
+    async with hosting(incus_settings, tmp_path_factory.mktemp("hangs") / "state") as host:
+        record = await host.deploy(DOMAIN, template)
+        assert record["state"] == "succeeded", record["error"]
+        yield host
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        yield session
+
+
+async def visit(
+    host: Hosting, browser: aiohttp.ClientSession, path: str = "/", method: str = "GET"
+) -> tuple[int, str, Mapping[str, str], float]:
+    """Ask the site through Caddy; return status, text, headers and the seconds it took."""
+    began = time.monotonic()
+    url = f"http://127.0.0.1:{host.settings.caddy_ask}{path}"
+    async with browser.request(method, url, headers={"Host": DOMAIN, "Accept": "text/html"}) as answer:
+        return answer.status, await answer.text(), answer.headers, time.monotonic() - began
+
+
+def processes() -> list[int]:
+    mount = process_tree.mount_point()
+    assert mount is not None
+    return process_tree.pids(mount / f"lxc.payload.{TENANT}" / memory.SITE)
+
+
+@contextlib.contextmanager
+def stopped() -> Any:
+    """Have no process of the site run while the context is open."""
+    pids = processes()
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def told_health(host: Hosting) -> AsyncIterator[AsyncGenerator[tuple[str, Any]]]:
+    """Give what is told of the site's health from now on."""
+    async with (
+        host.gateway.http("*") as session,
+        session.get("/v1/events", params={"tenant": TENANT, "type": "tenant.*"}) as stream,
+    ):
+
+        async def events() -> AsyncGenerator[tuple[str, Any]]:
+            async for line in stream.content:
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    if event["type"].endswith("healthy"):
+                        yield event["type"], event["data"]
+
+        yield events()
+
+
+async def answers(host: Hosting, browser: aiohttp.ClientSession) -> None:
+    """Return once the site answers again."""
+    async with asyncio.timeout(20):
+        while (await visit(host, browser))[0] != 200:
+            await asyncio.sleep(0.1)  # nobody tells a visitor
+
+
+def is_page(seen: tuple[int, str, Mapping[str, str], float]) -> None:
+    status, text, headers, _ = seen
+    assert (status, headers["Retry-After"]) == (503, "5"), seen
+    assert "Back in a moment" in text and "10." not in text and TENANT not in text, text
+
+
+async def test_who_comes_right_after_a_site_froze_gets_the_page_in_time(
+    host: Hosting, browser: aiohttp.ClientSession
+) -> None:
+    """On a new connection as on a kept one, whatever the method; the site comes back by itself."""
+    await answers(host, browser)
+    async with asyncio.timeout(60), told_health(host) as told:
+        await visit(host, browser)  # so that Caddy keeps a connection
+        with stopped():
+            seen = await asyncio.gather(
+                *(visit(host, browser, method="POST") for _ in range(2)),
+                *(visit(host, browser) for _ in range(3)),
+            )
+            print("\npages after", sorted(round(one[3], 2) for one in seen))
+            for one in seen:
+                is_page(one)
+            assert max(one[3] for one in seen) < PAGE, seen
+            kind, facts = await anext(told)
+            assert kind == "tenant.unhealthy" and "read no request" in facts["why"], facts
+            at_once = await visit(host, browser)
+            is_page(at_once)
+            assert at_once[3] < 1, at_once
+        assert (await anext(told))[0] == "tenant.healthy"
+    await answers(host, browser)
+
+
+async def test_who_waits_for_a_slow_answer_gets_it(host: Hosting, browser: aiohttp.ClientSession) -> None:
+    """The site answers others meanwhile; and where it has frozen for a while, what it had read goes on."""
+    await answers(host, browser)
+    status, _, _, seconds = await visit(host, browser, "/slow")
+    assert status == 200 and seconds >= SLOW
+    slow = asyncio.ensure_future(visit(host, browser, "/slow"))
+    await asyncio.sleep(1)  # it has been read: nothing else tells
+    with stopped():
+        is_page(await visit(host, browser))
+        assert not slow.done()
+    assert (await slow)[0] == 200
+
+
+async def test_a_site_that_only_computes_is_answered_for(
+    host: Hosting, browser: aiohttp.ClientSession
+) -> None:
+    """Who came first gets the answer, late; who comes meanwhile gets the page in time."""
+    await answers(host, browser)
+    first = asyncio.ensure_future(visit(host, browser, "/spin"))
+    await asyncio.sleep(0.5)
+    second = await visit(host, browser)
+    is_page(second)
+    assert second[3] < PAGE, second
+    assert (await first)[0] == 200
+    await answers(host, browser)
