@@ -35,6 +35,7 @@ _MISSING: Final = 3.0  # seconds after which what a page names and the site does
 _FOLLOWING: Final = 15.0  # seconds of asking for what scripts import
 _AFTER: Final = 1.0  # seconds that a site must stay after a page's look, which makes it work hardest
 _STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
+_OVER_LOOK: Final = 3.0  # where nobody waits for it: each tells all that happened, and costs a command
 _REFUSED: Final = 3  # such looks, one after another, at which nothing listened: more than a reload takes
 _LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
 _WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
@@ -169,7 +170,7 @@ class Verifier:
         try:
             await self._while_up(site, answered, self._whole(site, way, follow=follow))
             if seconds > 0:
-                await self._stays(site, way, await before, answered, seconds)
+                await self._stays(site, way, await before, answered, seconds, _STEADY_LOOK)
         finally:
             before.cancel()
             await asyncio.gather(before, return_exceptions=True)
@@ -252,20 +253,26 @@ class Verifier:
             before = await self._sites.service(site.tenant, site.side)
             async with self._browser(site, "caddy") as browser:
                 await browser.follow((await _look(browser)).scripts, _FOLLOWING)
-            await self._stays(site, "caddy", before, began, seconds)
+            await self._stays(site, "caddy", before, began, seconds, _OVER_LOOK)
         except Unsteady as error:
             await tell(error.why)
         except GatewayError as error:
             log.info("the site of %s could not be watched: %s", site.tenant, error.message)
 
     async def _stays(
-        self, site: Subject, way: Way, before: Service | None, answered: float, seconds: float
+        self,
+        site: Subject,
+        way: Way,
+        before: Service | None,
+        answered: float,
+        seconds: float,
+        pause: float,
     ) -> None:
         until = max(answered + seconds, time.monotonic() + min(_AFTER, seconds))
         why, ended = "", False
         while not why and (ended or time.monotonic() < until):
             left = until - time.monotonic()
-            await asyncio.sleep(min(_STEADY_LOOK, left) if left > 0 else _AGAIN)
+            await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
             service = await self._sites.service(site.tenant, site.side)
             why = unsteady(before, service, answered)
             # once, and somebody may just be starting it again

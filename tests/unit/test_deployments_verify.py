@@ -21,7 +21,7 @@ from gateway.deployments.verify import Subject, Verifier, Way, unsteady
 from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
-from gateway.runtime.sites import Exposure, Recipe, Service
+from gateway.runtime.sites import Exposure, Recipe, Service, Side
 from gateway.settings import Settings
 
 PORT, AT = 3000, "10.83.3.7"
@@ -193,6 +193,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setattr(verify, "_LAST", 0.2)
     monkeypatch.setattr(verify, "_MISSING", 0.2)
     monkeypatch.setattr(verify, "_STEADY_LOOK", 0.05)
+    monkeypatch.setattr(verify, "_OVER_LOOK", 0.4)
     return Rig()
 
 
@@ -289,3 +290,20 @@ async def test_one_that_is_over_is_watched_on_until_its_tenant_ends(rig: Rig) ->
         for number in range(100):
             verifier.watch(replace(site, tenant=f"t{number}"), 60.0, rig.tell)
         assert len(verifier._watching) == 64
+
+
+async def test_one_that_is_over_is_looked_at_before_and_after_its_time(rig: Rig) -> None:
+    """Each look is a command in the container: hundreds of deployments are not to wait for those."""
+    asked: list[str] = []
+    async with rig.opened() as (verifier, site):
+        look = verifier._sites.service
+
+        async def counted(tenant: str, side: Side) -> Service | None:
+            asked.append(tenant)
+            return await look(tenant, side)
+
+        rig.service = Service("running", started=0.0)
+        verifier._sites.service = counted  # type: ignore[method-assign] # a rig's, and to be counted
+        verifier.watch(site, 0.4, rig.tell)
+        await asyncio.wait([*verifier._watching.values()])
+    assert asked == ["shop", "shop"]
