@@ -6,6 +6,7 @@ from its package.json, which is whatever a tenant wrote: a bounded part of it, a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal
 import orjson
 
 Mode = Literal["dev", "production"]
+Work = Literal["dev", "production", "build"]
 
 _MANIFEST_MAX: Final = 256 << 10  # bytes of a package.json that are read; larger ones are none
 _PACKAGES: Final = 2000  # that one may name
@@ -30,6 +32,12 @@ _WORD: Final = re.compile(r"[^\s;&|()'\"]+")
 _OTHER: Final = frozenset(
     ("add", "build", "check", "export", "generate", "info", "lint", "optimize", "prepare", "preview")
 ) | {"serve", "start", "sync", "telemetry", "typegen"}
+_BUILDS: Final = frozenset({"build", "generate"})
+_WORKS: Final[Mapping[Work, str]] = {
+    "dev": "the dev server of",
+    "production": "a site made with",
+    "build": "building",
+}
 
 _HOST_AND_PORT: Final = "--host 0.0.0.0 --port $PORT"
 _VITE: Final = frozenset({5173, 4173})  # its dev server's, its preview's
@@ -52,7 +60,7 @@ class Framework:
     serving: frozenset[str] = frozenset()
     ports: frozenset[int] = frozenset()
     listen: str = _HOST_AND_PORT
-    needs: Mapping[Mode, int] = field(default_factory=dict)
+    needs: Mapping[Work, int] = field(default_factory=dict)
 
 
 # what is a plugin of another, and started by its program, stands before it
@@ -70,21 +78,21 @@ TABLE: Final[tuple[Framework, ...]] = (
         ("nuxt", "nuxi"),
         frozenset({"nuxt"}),
         ports=frozenset({3000}),
-        needs={"dev": 640, "production": 128},
+        needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
         "sveltekit",
         ("svelte-kit", "vite"),
         frozenset({"@sveltejs/kit"}),
         ports=_VITE,
-        needs={"dev": 704, "production": 256},
+        needs={"dev": 704, "production": 256, "build": 448},
     ),
     Framework(
         "astro",
         ("astro",),
         frozenset({"astro"}),
         ports=frozenset({4321}),
-        needs={"dev": 512, "production": 128},
+        needs={"dev": 512, "production": 128, "build": 256},
     ),
     Framework(
         "react-router",
@@ -99,7 +107,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"vite"}),
         serving=frozenset({"serve"}),
         ports=_VITE,
-        needs={"dev": 256},
+        needs={"dev": 256, "build": 192},
     ),
     Framework("bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
     Framework("node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
@@ -176,18 +184,30 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
     return "production"
 
 
-def shortage(framework: Framework | None, start: Sequence[str], memory: int) -> str:
-    """Say that a tenant of so many bytes is too small for a site that these words start; "" if it is not."""
+def builds(framework: Framework, install: Sequence[str]) -> bool:
+    """Say whether the words that install a site (`expanded`) build it, too."""
+    return any(
+        _program(word) in framework.programs and command in _BUILDS
+        for word, command in itertools.pairwise(install)
+    )
+
+
+def shortage(
+    framework: Framework | None, start: Sequence[str], memory: int, install: Sequence[str] = ()
+) -> str:
+    """Say that a tenant of so many bytes is too small to start a site by these words, or to build it."""
     if framework is None:
         return ""
-    of, has = mode(framework, start), memory >> 20
-    needs = framework.needs.get(of, 0)
+    works: list[Work] = [mode(framework, start)]
+    if framework.packages and builds(framework, install):
+        works.append("build")
+    work = max(works, key=lambda one: framework.needs.get(one, 0))
+    needs, has = framework.needs.get(work, 0), memory >> 20
     if has >= needs:
         return ""
-    what = "the dev server of" if of == "dev" else "a site made with"
     return (
-        f"{what} {framework.name} is known to need {needs} MiB, and the tenant has {has}: the kernel may end "
-        "it; give the tenant a larger size"
+        f"{_WORKS[work]} {framework.name} is known to need {needs} MiB, and the tenant has {has}: the kernel "
+        "may end it; give the tenant a larger size"
     )
 
 

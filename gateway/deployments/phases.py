@@ -60,7 +60,7 @@ class Phases:
         self._answered = 0.0  # when its first answer came
         self._template: Template
         self._recipe: Recipe
-        self._framework: tuple[Framework | None, tuple[str, ...]]
+        self._framework: tuple[Framework | None, tuple[str, ...], tuple[str, ...]]
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
@@ -135,7 +135,8 @@ class Phases:
         if self._settings.runtime != "incus":  # others limit none
             return []
         known = sizes.size_of(memory)  # 0 for a share of the host's
-        said = shortage(*self._framework, known) if known else ""
+        framework, start, install = self._framework
+        said = shortage(framework, start, known, install) if known else ""
         return [said] if said else []
 
     async def create(self) -> dict[str, Any]:
@@ -299,11 +300,11 @@ class Phases:
 
     def _subject(self, side: Side, exposure: Exposure) -> Subject:
         record = self._record
-        framework, words = self._framework
+        framework, start, _ = self._framework
         return Subject(
             *(record.tenant, side, record.domain, self._recipe, exposure),
             usual=frozenset() if framework is None else framework.ports,
-            advice=listening(framework, words),
+            advice=listening(framework, start),
         )
 
 

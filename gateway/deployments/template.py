@@ -167,11 +167,11 @@ class Template:
         manifest = self.entries.get("package.json")
         return project(None if manifest is None else manifest.content)
 
-    def framework(self) -> tuple[Framework | None, tuple[str, ...]]:
-        """Return what it is made with, if that is known, and the words that start it, scripts included."""
+    def framework(self) -> tuple[Framework | None, tuple[str, ...], tuple[str, ...]]:
+        """Return its framework, if that is known, and the words that start and install it."""
         said = self.project()
-        words = expanded(self.manifest.start, said)
-        return recognise(words, said.packages), words
+        start, install = (expanded(words, said) for words in (self.manifest.start, self.manifest.install))
+        return recognise(start, said.packages), start, install
 
     def recipe(self, owner: str = "") -> Recipe:
         """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""

@@ -163,6 +163,29 @@ def test_who_is_too_small_is_told_so(name: str, start: list[str], memory: int, s
     assert shortage(None, start, memory << 20) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "install", "memory", "said"),
+    [
+        ("nuxt", "node .output/server/index.mjs", "bun install && bun run build", 512, "building nuxt"),
+        ("nuxt", "node .output/server/index.mjs", "bun install && bunx nuxt generate", 512, "building nuxt"),
+        ("nuxt", "node .output/server/index.mjs", "bun install && bun run build", 640, ""),
+        ("nuxt", "node .output/server/index.mjs", "bun install", 512, ""),
+        ("nuxt", "node .output/server/index.mjs", "bun run build", 64, "building nuxt is known to need 640"),
+        ("sveltekit", "vite dev", "bun run build", 512, "the dev server of sveltekit"),
+        ("bun", "bun build.ts", "bun build index.ts", 16, ""),
+    ],
+)
+def test_a_build_that_will_not_fit_is_told(
+    name: str, start: str, install: str, memory: int, said: str
+) -> None:
+    """Of what the install command builds and what then runs, the one that needs more."""
+    framework = next(one for one in TABLE if one.name == name)
+    scripts = {"build": f"{framework.programs[-1]} build"}
+    words = expanded(["sh", "-c", install], Project(scripts=scripts))
+    found = shortage(framework, start.split(), memory << 20, words)
+    assert said in found and bool(found) is bool(said)
+
+
 def test_what_a_shell_is_given_is_looked_at() -> None:
     scripts = {"dev": "vite dev"}
     for line in ("node migrate.js && exec vite dev", "node migrate.js; bun run dev"):
