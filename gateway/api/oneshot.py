@@ -11,7 +11,7 @@ import orjson
 from pydantic import Field
 
 from gateway import protocol
-from gateway.api.connection import spec_of
+from gateway.api.exec_spec import exec_spec
 from gateway.errors import InvalidParams, RateLimited, Unavailable
 from gateway.execs import Attachment, Ended, Execs
 from gateway.limits.budget import Lease
@@ -46,7 +46,7 @@ async def run(
         raise InvalidParams("give either argv or command")
     exec_ = await execs.start(
         tenant,
-        spec_of(body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None),
+        exec_spec(body.argv, body.command, body.cwd, body.env, body.user, None, body.stdin is not None),
         timeout=settings.exec_timeout if body.timeout_ms is None else body.timeout_ms / 1000,
         by=by,
     )

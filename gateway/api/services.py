@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import HTTPConnection
 
-from gateway.api.connection import Connection, Hub
+from gateway.api.connection import Hub, Peer
 from gateway.api.metrics import Metrics
 from gateway.audit import Audit
 from gateway.auth import tokens
@@ -150,7 +150,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         def verify(raw: str | None) -> tokens.Token:
             return tokens.verify(secret, raw, revocations.__contains__)
 
-        connections: set[Connection] = set()
+        connections: set[Peer] = set()
         metrics = Metrics(
             lambda: len(connections),
             lambda: execs.running,

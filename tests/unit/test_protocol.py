@@ -22,8 +22,8 @@ def message(method: str, params: Any = None, id: Any = 1) -> str:
 
 @pytest.fixture
 def wire() -> ServerWire:
-    wire = ServerWire()
-    wire.initialized = True
+    wire = ServerWire(max_requests=3)
+    wire.initialize()
     return wire
 
 
@@ -34,7 +34,7 @@ def refusal(event: protocol.ServerEvent) -> dict[str, Any]:
 
 
 def test_initialize_is_taken_with_its_parameters() -> None:
-    event = ServerWire().receive_text(
+    event = ServerWire(max_requests=1).receive_text(
         message(
             "initialize", {"client": {"name": "x", "version": "1"}, "token": "t", "readBeforeWrite": True}
         )
@@ -46,10 +46,10 @@ def test_initialize_is_taken_with_its_parameters() -> None:
 
 def test_nothing_is_served_before_initialize() -> None:
     for frame in (message("ping"), "not json", "[]"):
-        event = ServerWire().receive_text(frame)
+        event = ServerWire(max_requests=1).receive_text(frame)
         assert isinstance(event, protocol.Close) and event.code is CloseCode.PROTOCOL_ERROR
         assert event.reply is not None
-    binary = ServerWire().receive_binary(protocol.pack_frame(0, 1, b""))
+    binary = ServerWire(max_requests=1).receive_binary(protocol.pack_frame(0, 1, b""))
     assert isinstance(binary, protocol.Close)
 
 
@@ -117,9 +117,47 @@ def test_notifications_are_never_answered(wire: ServerWire) -> None:
         assert isinstance(wire.receive_text(text), protocol.Ignored)
 
 
-def test_cancel_names_the_pending_request(wire: ServerWire) -> None:
-    event = wire.receive_text('{"jsonrpc":"2.0","method":"$/cancelRequest","params":{"id":"seven"}}')
-    assert event == protocol.CancelPending("seven")
+def test_a_cancel_is_told_once_and_of_a_pending_request_alone(wire: ServerWire) -> None:
+    cancel = protocol.cancel_request
+    assert wire.receive_text(cancel("seven")) == protocol.Ignored()
+    wire.receive_text(message("ping", id="seven"))
+    assert wire.receive_text(cancel(7)) == protocol.Ignored()
+    assert not wire.cancelled("seven")
+    assert wire.receive_text(cancel("seven")) == protocol.CancelPending("seven")
+    assert wire.cancelled("seven")
+    assert wire.receive_text(cancel("seven")) == protocol.Ignored()
+    wire.settle("seven")
+    assert not wire.cancelled("seven")
+    assert wire.receive_text(cancel("seven")) == protocol.Ignored()
+
+
+def test_an_id_is_taken_until_its_request_has_an_answer(wire: ServerWire) -> None:
+    wire.receive_text(message("ping"))
+    error = refusal(wire.receive_text(message("exec/list")))
+    assert (error["data"]["code"], error["message"]) == ("invalid_params", "request 1 is still pending")
+    assert isinstance(wire.receive_text(message("ping", id="1")), protocol.Request)  # another id
+    wire.settle(1)
+    assert isinstance(wire.receive_text(message("ping")), protocol.Request)
+
+
+def test_a_request_is_in_flight_until_its_answer_is_sent(wire: ServerWire) -> None:
+    """One that wants no answer until it is done; one that is refused never is."""
+    for number in (1, 2):
+        assert isinstance(wire.receive_text(message("ping", id=number)), protocol.Request)
+    wire.receive_text(message("nope", id=3))
+    notified = '{"jsonrpc":"2.0","method":"ping"}'
+    assert wire.receive_text(notified) == protocol.Request(None, "ping", protocol.NoParams())
+    error = refusal(wire.receive_text(message("ping", id=3)))["data"]
+    assert (error["code"], error["limit"], error["retry_after"]) == ("rate_limited", 3, 1)
+    assert wire.receive_text(notified) == protocol.Ignored()
+    wire.settle(1)
+    assert isinstance(wire.receive_text(message("ping", id=1)), protocol.Refused)
+    wire.sent(1)
+    assert isinstance(wire.receive_text(message("ping", id=1)), protocol.Request)
+    wire.settle(None)
+    wire.sent(None)
+    assert isinstance(wire.receive_text(message("ping", id=4)), protocol.Request)
+    assert isinstance(wire.receive_text(message("ping", id=5)), protocol.Refused)
 
 
 def test_input_goes_to_an_open_channel_only(wire: ServerWire) -> None:
@@ -184,8 +222,9 @@ def check(wire: ServerWire, event: protocol.ServerEvent) -> None:
 
 @given(st.booleans(), st.text() | requests.map(lambda value: orjson_or_text(value)))
 def test_any_text_is_an_event(initialized: bool, text: str) -> None:
-    wire = ServerWire()
-    wire.initialized = initialized
+    wire = ServerWire(max_requests=1)
+    if initialized:
+        wire.initialize()
     check(wire, wire.receive_text(text))
 
 
@@ -198,8 +237,9 @@ def orjson_or_text(value: Any) -> str:
 
 @given(st.booleans(), st.binary(max_size=64))
 def test_any_bytes_are_an_event(initialized: bool, data: bytes) -> None:
-    wire = ServerWire()
-    wire.initialized = initialized
+    wire = ServerWire(max_requests=1)
+    if initialized:
+        wire.initialize()
     wire.open_channel()
     check(wire, wire.receive_binary(data))
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies
 
 from gateway import protocol
 from gateway.errors import TooLarge
+from gateway.protocol import weight
 
 VALUES = strategies.recursive(
     strategies.none() | strategies.integers() | strategies.text(',:[]{}"\\ aé\n', max_size=30),
@@ -42,7 +43,7 @@ def test_what_is_counted_is_the_values_and_names_wherever_it_is_cut(
     text = json.dumps(value, ensure_ascii=escaped)
     count = structure(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "_SLICE", cut)
+        patch.setattr(weight, "_SLICE", cut)
         patch.setattr(protocol, "VALUES_MAX", count)
         protocol.weigh(text)
         protocol.weigh(text.encode())
@@ -71,10 +72,10 @@ def test_a_large_text_that_looks_like_values_passes(row: str) -> None:
 
 
 def test_who_asked_is_answered_where_the_id_comes_first() -> None:
-    wire = protocol.ServerWire()
+    wire = protocol.ServerWire(max_requests=1)
     error = TooLarge("too many")
     assert isinstance(wire.refuse_heavy('{"jsonrpc":"2.0","id":7,"method":"x"', error), protocol.Close)
-    wire.initialized = True
+    wire.initialize()
     for text, said in (
         ('{"jsonrpc":"2.0","id":7,"method":"x"', 7),
         ('{ "jsonrpc": "2.0", "id": "a-b", "method"', "a-b"),

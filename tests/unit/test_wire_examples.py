@@ -37,8 +37,8 @@ def test_what_is_no_frame_is_refused(text: str) -> None:
 def test_a_server_takes_the_requests(example: dict[str, Any]) -> None:
     made = protocol.request(example["id"], example["method"], example["params"])
     assert orjson.loads(made) == example["message"]
-    wire = protocol.ServerWire()
-    wire.initialized = True
+    wire = protocol.ServerWire(max_requests=1)
+    wire.initialize()
     event = wire.receive_text(made)
     assert isinstance(event, protocol.Request), event
     assert (event.id, event.method) == (example["id"], example["method"])

@@ -1,0 +1,17 @@
+"""One websocket of `gateway.v1`, from accept to close.
+
+```
+Connection ─ reads ─► ClientSocket ─► ServerWire (gateway.protocol): event ─► Requests ─► a family's method
+           ◄───────── ClientSocket ◄──────────────────────────────── answer, notifications, output
+```
+
+`Connection` joins the parts. `ClientSocket` moves messages at the client's pace. `ServerWire` decides by
+values what each means. `Requests` runs calls, each as a task with one answer. `Peer` is the client: tenant,
+token, tasks. The families answer: session, exec, tools, files, watches, events. Other rooms use what is named
+here.
+"""
+
+from gateway.api.connection.connection import Connection
+from gateway.api.connection.peer import CLOSE_CODES, Hub, Peer
+
+__all__ = ["CLOSE_CODES", "Connection", "Hub", "Peer"]

@@ -1,0 +1,164 @@
+"""The client's websocket: messages in once there is room for them, out at the client's pace, and its close.
+
+It moves messages and gives them no meaning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.types import Message
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from gateway import protocol
+from gateway.limits.budget import Lease, Share
+from gateway.protocol import CloseCode
+from gateway.settings import Settings
+from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE
+
+_SLOWEST: Final = 16 << 10  # bytes a second that a client takes of a large answer, at least
+_GONE: Final = frozenset({1005, 1006})  # RFC 6455, 7.1.5: there is nobody to say a code to
+_FAREWELL: Final = 2.0  # seconds that a close may take
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """One message of the client: `data` where it is binary, else `text`. `lease` is of its bytes."""
+
+    text: str
+    data: bytes | None
+    size: int
+    lease: Lease
+
+
+class Closed(Exception):
+    """The connection is to be closed with this code."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class ClientSocket:
+    """One client's websocket. `share` counts the bytes in flight on it."""
+
+    def __init__(self, websocket: WebSocket, share: Share, settings: Settings) -> None:
+        extensions = websocket.scope.get("extensions", {})
+        self.share = share
+        self._websocket = websocket
+        self._settings = settings
+        self._parts = PARTS in extensions
+        self._flow: Mapping[str, Callable[[], Any]] = extensions.get(FLOW, {})
+        self._arriving: deque[Lease] = deque()  # of large messages that are on their way
+        # since when output of a channel, or a large answer, waits for the client
+        self._waiting: dict[object, float] = {}
+        self.closing: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
+
+    async def accept(self) -> None:
+        """Complete the handshake, with our subprotocol where the client offers it."""
+        offered = self._websocket.scope.get("subprotocols") or []
+        await self._websocket.accept(protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in offered else None)
+
+    # --- what comes ---------------------------------------------------------------------------------
+
+    async def receive(self, *, large: bool) -> Arrived:
+        """Return the next message; `large` says whether one over `LARGE` bytes may come.
+
+        Raises `WebSocketDisconnect`, and `Closed` for a message that may not come or stands still.
+        """
+        while True:
+            message = await (self._rest() if self._arriving else self._websocket.receive())
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1005))
+            if COMING in message:
+                await self._admit(message[COMING], large)
+                continue
+            size = message.get(SIZE, 0)
+            lease = self._arriving.popleft() if size > LARGE and self._arriving else Lease(self.share)
+            return Arrived(message.get("text", ""), message.get("bytes"), size, lease)
+
+    async def _admit(self, size: int, large: bool) -> None:
+        """Let a large message come once there is room for it; nothing more is read until then."""
+        if not large:
+            raise Closed(CloseCode.FRAME_TOO_LARGE, f"before initialize a message has at most {LARGE} bytes")
+        self._arriving.append(await self.share.wait(size))
+        self._flow["admit"]()
+
+    async def _rest(self) -> Message:
+        """Return the next message, the rest of which must keep coming."""
+        patience = self._settings.body_timeout
+        while True:
+            received = self._flow["received"]()
+            try:
+                async with asyncio.timeout(patience):
+                    return await self._websocket.receive()
+            except TimeoutError:
+                if self._flow["received"]() == received:
+                    raise Closed(
+                        CloseCode.TOO_MANY, f"nothing came of a message for {patience:.0f} s"
+                    ) from None
+
+    # --- what goes ----------------------------------------------------------------------------------
+
+    async def send(self, text: str) -> None:
+        """Send one text message; one to a client that is gone ends the connection."""
+        await self._send({"type": "websocket.send", "text": text})
+
+    async def send_answer(self, text: str) -> None:
+        """Send an answer. A large one that the client does not take in time ends the connection."""
+        if len(text) <= LARGE:
+            await self.send(text)
+            return
+        key = object()
+        self._waiting[key] = asyncio.get_running_loop().time() + len(text) / _SLOWEST
+        await self.send(text)
+        self._waiting.pop(key, None)
+
+    async def send_output(self, channel: int, *parts: bytes) -> None:
+        """Send one binary message made of `parts`: output of a channel. It must be taken in time too."""
+        self._waiting.setdefault(channel, asyncio.get_running_loop().time())
+        whole = {"parts": parts} if self._parts else {"bytes": b"".join(parts)}
+        await self._send({"type": "websocket.send", **whole})
+        self._waiting.pop(channel, None)
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await self._websocket.send(message)
+        except (WebSocketDisconnect, RuntimeError):
+            # starlette raises RuntimeError for a send after the close was seen
+            self.close(1006, "")
+
+    async def watch_stalls(self) -> None:
+        """End the connection where a send that must be taken in time has not returned for too long."""
+        stall, loop = self._settings.exec_stall, asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(stall / 4)
+            if any(loop.time() - since > stall for since in self._waiting.values()):
+                # nothing can be said to a socket that takes nothing; the client resumes from its offset
+                self.close(CloseCode.TOO_MANY, f"no output taken for {stall:.0f} s")
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def close(self, code: int, reason: str) -> None:
+        """Have the connection end with this code, soon: `closing` is done. The first reason counts."""
+        if not self.closing.done():
+            self.closing.set_result(Closed(code, reason))
+
+    async def say_goodbye(self, code: int, reason: str) -> None:
+        """Close the websocket, where anybody is still there."""
+        if code in _GONE:
+            return
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it is gone already
+            async with asyncio.timeout(_FAREWELL):
+                await self._websocket.close(code=code, reason=reason[:100])
+
+    def release(self) -> None:
+        """Count no more what was still on its way."""
+        for lease in self._arriving:
+            lease.end()

@@ -1,0 +1,159 @@
+"""The client at the other end of a websocket, and what all connections share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from gateway import protocol
+from gateway.api.connection.client_socket import ClientSocket
+from gateway.auth.grants import Grant, Grants
+from gateway.auth.tokens import Token
+from gateway.errors import (
+    Forbidden,
+    GatewayError,
+    NotFound,
+    RateLimited,
+    Timeout,
+    Unauthorized,
+    Unavailable,
+)
+from gateway.events import Bus, Subscription
+from gateway.execs import Execs
+from gateway.files.files import Files
+from gateway.lifecycle.idle import Idle
+from gateway.limits.budget import Budget, Places
+from gateway.protocol import CloseCode
+from gateway.runtime import TenantRuntime
+from gateway.settings import Settings
+from gateway.tasks import begin
+from gateway.tools.toolbox import Toolbox, ToolSession
+
+log = logging.getLogger(__name__)
+
+CLOSE_CODES: Final[Mapping[type[GatewayError], int]] = {
+    Unauthorized: CloseCode.UNAUTHORIZED,
+    Forbidden: CloseCode.FORBIDDEN,
+    NotFound: CloseCode.UNKNOWN_TENANT,
+    RateLimited: CloseCode.TOO_MANY,
+    Unavailable: CloseCode.TRY_LATER,
+    Timeout: CloseCode.TRY_LATER,
+}
+
+
+@dataclass
+class Hub:
+    """What every connection shares. `verify` turns a raw token into a `Token` or raises `Unauthorized`."""
+
+    runtime: TenantRuntime
+    execs: Execs
+    toolbox: Toolbox
+    files: Files
+    bus: Bus
+    idle: Idle
+    settings: Settings
+    budget: Budget
+    places: Places
+    verify: Callable[[str | None], Token]
+    grants: Grants
+    connections: set[Peer] = field(default_factory=set)
+
+
+class Peer:
+    """One client of one tenant: its token, its place among all sockets, its tasks, and what it is told."""
+
+    def __init__(
+        self, hub: Hub, tenant: str, token: Token | None, address: str, socket: ClientSocket
+    ) -> None:
+        """`address` is whose the socket is, as long as no `token` says so."""
+        self.hub = hub
+        self.tenant = tenant
+        self.token = token
+        self.session: ToolSession | None = None
+        self.subscriptions: dict[int, Subscription] = {}  # to events, which count for the whole tenant
+        self.socket = socket
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._address = address
+        self._leave: Callable[[], None] = lambda: None  # gives its place back
+        self._grant: Grant | None = None
+
+    # --- who it is ----------------------------------------------------------------------------------
+
+    def take_place(self) -> None:
+        """Take a place among all sockets, by the token if there is one. Raises `RateLimited`."""
+        if self.token is None:
+            self._leave = self.hub.places.stranger(self._address, self._displaced)
+        else:
+            self._leave = self.hub.places.customer(self.tenant)
+
+    def _displaced(self) -> None:
+        self.close(CloseCode.TOO_MANY, "too many connections without a token; say initialize sooner")
+
+    def become(self, token: Token) -> None:
+        """Be who `token` says. Raises `RateLimited` where a client that was nobody gets no place."""
+        if self.token is None:
+            place = self.hub.places.customer(self.tenant)
+            self._leave()
+            self._leave = place
+        self.token = token
+
+    def go_by(self, token: Token) -> None:
+        """Have the socket closed when this token ends, and not when the one before does."""
+        if self._grant is None:
+            self._grant = self.hub.grants.hold(token, partial(self.close, CloseCode.UNAUTHORIZED))
+        else:
+            self._grant.renew(token)
+
+    def require(self, scope: str) -> Token:
+        """Return the token. Raises `Forbidden` where it lacks the scope."""
+        assert self.token is not None  # initialize came first: the wire sees to it
+        self.token.require(scope)
+        return self.token
+
+    def leave(self) -> None:
+        """Give its place back, and be closed by no token any more."""
+        if self._grant is not None:
+            self._grant.close()
+        self._leave()
+
+    # --- what it is told ----------------------------------------------------------------------------
+
+    async def tell(self, method: str, params: Mapping[str, Any] | bytes) -> None:
+        """Send a notification; `params` as bytes is JSON already."""
+        await self.socket.send(protocol.notification(method, params))
+
+    def tell_soon(self, texts: Sequence[str]) -> None:
+        """Send notifications in their order, from a task."""
+        if texts:
+            self.spawn(self._send_all(texts))
+
+    async def _send_all(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            await self.socket.send(text)
+
+    def announce_draining(self, retry_after_ms: int) -> None:
+        """Tell the client that the gateway is about to end."""
+        self.tell_soon([protocol.notification("server/draining", {"retryAfterMs": retry_after_ms})])
+
+    def close(self, code: int, reason: str) -> None:
+        """End the connection with this code, soon. The first reason counts."""
+        self.socket.close(code, reason)
+
+    # --- its tasks ----------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin a task that ends with the connection; one that fails ends it."""
+        task = begin(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of a websocket of %s failed", self.tenant, exc_info=error)
+            self.close(1011, "internal error")

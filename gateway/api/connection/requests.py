@@ -1,0 +1,133 @@
+"""The requests of one connection that are being served."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gateway import protocol
+from gateway.api.connection.client_socket import ClientSocket
+from gateway.api.connection.family import Method
+from gateway.api.connection.peer import CLOSE_CODES, Peer
+from gateway.errors import Cancelled, GatewayError, RateLimited
+from gateway.limits.budget import REQUEST, RETRY_AFTER, Lease, Turns
+from gateway.protocol import RequestId, ServerWire
+
+log = logging.getLogger(__name__)
+
+
+class _Running:
+    """One request's task. Before it has started a cancel must leave it alone: it would never answer."""
+
+    __slots__ = ("started", "task")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.started = False
+
+
+class Requests:
+    """Runs each request as a task that ends in one answer. The wire counts them and takes their cancels."""
+
+    def __init__(
+        self, peer: Peer, socket: ClientSocket, wire: ServerWire, methods: Mapping[str, Method]
+    ) -> None:
+        self._peer = peer
+        self._socket = socket
+        self._wire = wire
+        self._methods = methods
+        self._turns = Turns(peer.hub.settings.socket_bytes)
+        self._running: dict[object, _Running] = {}  # by id; one that wants no answer by itself
+
+    async def start(self, request: protocol.Request, size: int, lease: Lease) -> None:
+        """Begin to serve a request of `size` bytes; `lease` is of these, and ended with the answer."""
+        try:
+            lease.grow(REQUEST if lease.size else REQUEST + size)
+        except RateLimited as full:
+            lease.end()
+            self._wire.settle(request.id)
+            if request.id is not None:
+                await self._socket.send(protocol.failure(request.id, full))
+            self._wire.sent(request.id)
+            return
+        running = _Running()
+        key = running if request.id is None else request.id
+        self._running[key] = running
+        running.task = self._peer.spawn(self._serve(request, key, running, lease))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a pending request, as the wire has found it cancelled."""
+        running = self._running.get(request_id)
+        if running is not None and running.started and running.task is not None:
+            running.task.cancel()
+
+    async def settled(self) -> None:
+        """Wait until every request so far has its outcome."""
+        await asyncio.gather(*[one.task for one in self._running.values() if one.task is not None])
+
+    async def _serve(self, request: protocol.Request, key: object, running: _Running, lease: Lease) -> None:
+        """Do what is asked and answer it. `lease` is of what it brought, and then of the answer."""
+        running.started = True
+        request_id, method = request.id, self._methods[request.method]
+        most = method.most(request.params)
+        turn, then = 0, None
+        refused: GatewayError | None = None
+        try:
+            try:
+                if self._wire.cancelled(request_id):
+                    await self._fence(method, request.params)
+                    raise Cancelled("the request was cancelled before it began")
+                turn = await self._turns.enter(most) if most else 0
+                reply, then = await self._answer(request, method, most)
+            except GatewayError as error:
+                reply, refused = protocol.failure(request_id, error), error
+            except asyncio.CancelledError:
+                if not self._wire.cancelled(request_id):  # the connection ends: nobody reads an answer
+                    raise
+                await self._fence(method, request.params)
+                reply = protocol.failure(request_id, Cancelled("the request was cancelled"))
+            except Exception:
+                log.exception("%s of tenant %s failed", request.method, self._peer.tenant)
+                reply = protocol.error_reply(
+                    request_id, -32603, "the gateway failed; its log says why", "unavailable"
+                )
+            finally:
+                self._running.pop(key, None)
+                self._wire.settle(request_id)
+            del request  # the answer may take long to go out
+            lease.hold(REQUEST + len(reply) - lease.size)
+            decided = refused if method.decisive else None
+            if request_id is not None or decided is not None:
+                await self._socket.send_answer(reply)
+            self._wire.sent(request_id)
+            if decided is not None:
+                self._socket.close(CLOSE_CODES.get(type(decided), 1011), decided.message)
+        finally:
+            lease.end()
+            self._turns.leave(turn)
+        if then is not None:
+            then()
+
+    async def _answer(
+        self, request: protocol.Request, method: Method, most: int
+    ) -> tuple[str, Callable[[], None] | None]:
+        answer = await method.answer(request.params)
+        reply = protocol.result(request.id or 0, answer.value)
+        if most and (full := self._socket.share.above.full(len(reply))) is not None:
+            raise RateLimited(
+                f"{full.name} has no room for an answer of {len(reply)} bytes; take those that wait, "
+                "then ask again",
+                limit=full.limit,
+                retry_after=RETRY_AFTER,
+            )
+        return reply, answer.then
+
+    async def _fence(self, method: Method, params: Any) -> None:
+        if method.fence is None:
+            return
+        try:
+            await method.fence(params)
+        except GatewayError as error:
+            log.warning("a cancel of tenant %s could not be noted: %s", self._peer.tenant, error.message)

@@ -1,0 +1,278 @@
+"""The parameters of every method, as models that check what a client sends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from signal import Signals
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from gateway.errors import InvalidParams
+
+
+class Params(BaseModel):
+    """Base of all parameters: camelCase on the wire, no coercion, unknown names refused."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", strict=True, frozen=True)
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+class NoParams(Params):
+    pass
+
+
+class ClientInfo(Params):
+    # other facts that a client tells of itself are its own business
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    name: Annotated[str, Field(max_length=200)] = "unknown"
+    version: Annotated[str, Field(max_length=200)] = ""
+
+
+_Token = Annotated[str, Field(max_length=16384)]
+
+
+class Initialize(Params):
+    client: ClientInfo = ClientInfo()
+    token: _Token | None = None
+    session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    read_before_write: bool = False
+
+
+class SessionRenew(Params):
+    token: _Token
+
+
+MAX_EXEC_ID: Final = 128
+NUMBER: Final = re.compile(r"[0-9]{1,18}")  # in a header or query: one that SQLite and JSON can hold
+CallId: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class ToolsCall(Params):
+    name: Annotated[str, Field(max_length=200)]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    call_id: CallId | None = None
+    linger_ms: Annotated[int, Field(ge=0)] | None = None
+
+
+class ToolsCancel(Params):
+    call_id: CallId
+
+
+class PtySize(Params):
+    cols: Annotated[int, Field(ge=1, le=65535)] = 80
+    rows: Annotated[int, Field(ge=1, le=65535)] = 24
+
+
+_ExecId = Annotated[str, Field(min_length=1, max_length=MAX_EXEC_ID, pattern=r"^[A-Za-z0-9._:-]+$")]
+
+
+Encoding = Literal["binary", "utf-8"]
+
+
+class Reader(Params):
+    """How who attaches wants the output. `window` says that it acknowledges, and how far it may be behind."""
+
+    acks: bool = False
+    window: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    encoding: Encoding = "binary"
+
+
+class ExecStart(Reader):
+    """`argv` runs a program, `command` a line by bash: one of the two."""
+
+    argv: Annotated[list[str], Field(min_length=1, max_length=65536)] | None = None
+    command: Annotated[str, Field(min_length=1)] | None = None
+    cwd: str | None = None
+    env: dict[str, str] = Field(default_factory=dict)
+    user: str | int | None = None
+    pty: PtySize | None = None
+    stdin: bool = False
+    timeout_ms: Annotated[int, Field(gt=0, le=7 * 86_400_000)] | None = None
+    linger_ms: Annotated[int, Field(ge=-1, le=7 * 86_400_000)] | None = None
+    exec_id: _ExecId | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExecStart:
+        if (self.argv is None) == (self.command is None):
+            raise ValueError("give either argv or command")
+        return self
+
+
+class Offsets(Params):
+    stdout: Annotated[int, Field(ge=0)] = 0
+    stderr: Annotated[int, Field(ge=0)] = 0
+
+
+class ExecAttach(Reader):
+    exec: str
+    from_: Offsets = Field(default_factory=Offsets, alias="from")
+    resume: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+class ExecAck(Offsets):
+    exec: str
+
+
+class ExecRef(Params):
+    exec: str
+
+
+class ExecResize(ExecRef):
+    cols: Annotated[int, Field(ge=1, le=65535)]
+    rows: Annotated[int, Field(ge=1, le=65535)]
+
+
+def _signal_number(named: object) -> int:
+    """Return the number of `INT`, `SIGINT` or 2."""
+    if isinstance(named, str) and (name := "SIG" + named.upper().removeprefix("SIG")) in Signals.__members__:
+        return Signals[name].value
+    if isinstance(named, int) and not isinstance(named, bool) and 1 <= named <= 64:
+        return named
+    raise ValueError("there is no such signal; name one, such as INT, or give its number")
+
+
+class ExecSignal(ExecRef):
+    signal: Annotated[int, PlainValidator(_signal_number)]
+
+
+class ExecCancel(ExecRef):
+    grace_ms: Annotated[int, Field(ge=0, le=60_000)] | None = None
+
+
+class EventsSubscribe(Params):
+    types: Annotated[list[str], Field(max_length=64)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+
+
+class EventsUnsubscribe(Params):
+    subscription: int
+
+
+_Path = Annotated[str, Field(min_length=1, max_length=4096)]
+_Name = Annotated[str, Field(min_length=1, max_length=255)]
+_Etag = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class FilesPath(Params):
+    path: _Path
+
+
+class FilesList(Params):
+    path: _Path = "."
+    depth: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class FilesWrite(Params):
+    """`text` is written as UTF-8, `data` is base64: one of the two."""
+
+    path: _Path
+    text: str | None = None
+    data: str | None = None
+    if_match: _Etag | None = None
+    if_none_match: _Etag | None = None
+    create_dirs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> FilesWrite:
+        if (self.text is None) == (self.data is None):
+            raise ValueError("give either text or data")
+        return self
+
+
+class FilesMove(Params):
+    from_: _Path = Field(alias="from")
+    to: _Path
+    overwrite: bool = False
+    create_dirs: bool = False
+
+
+class FilesRemove(Params):
+    path: _Path
+    recursive: bool = False
+    if_match: _Etag | None = None
+
+
+class FilesWatch(Params):
+    """`ignore` are names, at any depth; None stands for the gateway's own list."""
+
+    paths: Annotated[list[_Path], Field(min_length=1, max_length=64)]
+    ignore: Annotated[list[_Name], Field(max_length=64)] | None = None
+
+
+class FilesUnwatch(Params):
+    watch: int
+
+
+class FilesMkdir(Params):
+    path: _Path
+    create_dirs: bool = True
+
+
+class CancelRequest(Params):
+    id: str | int
+
+
+METHODS: Final[Mapping[str, type[Params]]] = {
+    "initialize": Initialize,
+    "ping": NoParams,
+    "tools/list": NoParams,
+    "tools/call": ToolsCall,
+    "tools/cancel": ToolsCancel,
+    "session/end": NoParams,
+    "session/renew": SessionRenew,
+    "exec/start": ExecStart,
+    "exec/attach": ExecAttach,
+    "exec/ack": ExecAck,
+    "exec/detach": ExecRef,
+    "exec/closeStdin": ExecRef,
+    "exec/resize": ExecResize,
+    "exec/signal": ExecSignal,
+    "exec/cancel": ExecCancel,
+    "exec/list": NoParams,
+    "exec/wait": ExecRef,
+    "files/stat": FilesPath,
+    "files/list": FilesList,
+    "files/read": FilesPath,
+    "files/write": FilesWrite,
+    "files/move": FilesMove,
+    "files/remove": FilesRemove,
+    "files/mkdir": FilesMkdir,
+    "files/watch": FilesWatch,
+    "files/unwatch": FilesUnwatch,
+    "events/subscribe": EventsSubscribe,
+    "events/unsubscribe": EventsUnsubscribe,
+}
+
+
+def validate(model: type[P], params: object) -> P:
+    """Return `params` as `model`. Raises `InvalidParams` that names the first wrong field."""
+    try:
+        return model.model_validate(params)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        # in a union pydantic names the type that it tried last
+        where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":
+            message = "this is an object, with names and values" if where else "params is an object"
+        raise InvalidParams(f"{where}: {message}" if where else message, field=where) from None
+
+
+def switch(given: Mapping[str, str], name: str) -> bool:
+    """Tell whether a header, or a member of the query, turns something on; off where it is not there.
+
+    Raises `InvalidParams` for a word that is neither: who asks for a rule must not go without it unawares.
+    """
+    match given.get(name, "").strip().lower():
+        case "1" | "true":
+            return True
+        case "" | "0" | "false":
+            return False
+        case _:
+            raise InvalidParams(f"{name} is 1 or 0", field=name)
