@@ -150,8 +150,8 @@ async def test_a_session_and_its_background_outlast_a_cut_and_end_with_the_clien
     async with cut(gateway, shared_tenant.name, 1, 10**9, 10**9) as (shop, _):
         await shop.tool("Bash", {"command": f"mkdir -p d{name} && cd d{name}"})
         started = await shop.tool("Bash", {"command": f"sleep {name}", "run_in_background": True})
-        assert shop._main is not None
-        shop._main._socket.transport.abort()
+        assert shop._connections._main is not None
+        shop._connections._main._socket.transport.abort()
         said = await shop.tool("Bash", {"command": "basename $PWD"})
         assert said.text == f"d{name}"
         output = await shop.tool("BashOutput", {"bash_id": started.structured["shellId"]})

@@ -388,7 +388,7 @@ async def test_the_state_is_told_while_it_changes_and_at_last_it_gives_up() -> N
         assert shop.state == "idle"
         await shop.ping()
         await shop.ping()  # asked again after the gateway has come back
-        shop._client.retry = few
+        shop._http.retry = few
         with pytest.raises(Disconnected, match="Incus does not answer"):
             await shop.ping()
         assert shop.state == "idle"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway_client import anthropic
-from gateway_client.tenant import ToolResult
+from gateway_client.results import ToolResult
 
 
 def test_a_whole_pdf_is_a_document_for_the_messages_api() -> None:

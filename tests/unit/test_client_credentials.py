@@ -331,7 +331,7 @@ async def test_a_command_goes_on_through_the_ends_of_five_tokens(gateway: LiveGa
             shop.exec(counting(seconds)) as run,
             shop.exec("cat", pty=(80, 24)) as terminal,
         ):
-            connections = set(shop._open)
+            connections = set(shop._connections._open)
             printed = await run.stdout.read()
             assert printed.split() == [b"%d" % (n + 1) for n in range(seconds)]
             assert ((await run.wait()).code, run.stdout.lost) == (0, 0)
@@ -341,7 +341,7 @@ async def test_a_command_goes_on_through_the_ends_of_five_tokens(gateway: LiveGa
             told = await anext(watch)
             assert any(path == "renewed.txt" for path, _ in told.changes) and not told.overflow
             assert (await anext(events)).data["path"] == "renewed.txt"
-            assert connections <= shop._open
+            assert connections <= shop._connections._open
         assert len(tokens.given) >= 5
     # an event stream has no other way than to come back, after its last event
     assert {change.state for change in changes if change.tenant == "shop"} <= {"connected", "closed"}
@@ -444,7 +444,7 @@ async def test_a_renewal_for_which_there_is_no_room_is_asked_again() -> None:
 
     async with scripted(script) as shop:
         await shop.ping()
-        (connection,) = shop._open
+        (connection,) = shop._connections._open
         connection.renew("b", lambda error: None)
         while len(said) < 2:
             await asyncio.sleep(0)

@@ -37,7 +37,7 @@ def environment(folder: Path) -> dict[str, str]:
 @contextlib.asynccontextmanager
 async def serving(
     folder: Path, retry: Retry | None = RETRY
-) -> AsyncIterator[tuple[Tenant, asyncio.subprocess.Process]]:
+) -> AsyncIterator[tuple[Client, asyncio.subprocess.Process]]:
     """Run `incus-gateway serve` with one tenant; end it by SIGTERM, which must be orderly."""
 
     async def run(*arguments: str) -> asyncio.subprocess.Process:
@@ -65,7 +65,7 @@ async def serving(
                     except GatewayError:
                         assert server.returncode is None, (folder / "log").read_text()
                         await asyncio.sleep(0.05)  # nobody tells when a socket begins to answer
-                yield client.tenant("shop"), server
+                yield client, server
         finally:
             if server.returncode is None:
                 server.send_signal(signal.SIGTERM)
@@ -73,9 +73,14 @@ async def serving(
 
 
 @pytest.fixture
-async def shop(tmp_path: Path) -> AsyncIterator[Tenant]:
-    async with serving(tmp_path) as (tenant, _):
-        yield tenant
+async def client(tmp_path: Path) -> AsyncIterator[Client]:
+    async with serving(tmp_path) as (client, _):
+        yield client
+
+
+@pytest.fixture
+def shop(client: Client) -> Tenant:
+    return client.tenant("shop")
 
 
 async def test_what_is_too_large_for_the_wire_is_refused_and_harms_nothing_else(shop: Tenant) -> None:
@@ -94,9 +99,8 @@ async def test_what_is_too_large_for_the_wire_is_refused_and_harms_nothing_else(
     assert (await shop.files.stat("big.bin")).size == 13 << 20
 
 
-async def test_files_commands_and_events(shop: Tenant) -> None:
+async def test_files_commands_and_events(client: Client, shop: Tenant) -> None:
     """One session as the README shows it: write, read, run, watch."""
-    client = shop._client
     assert [info.name for info in await client.tenants()] == ["shop"]
     async with client.events(tenant="shop", types=["exec.*", "file.*"]) as stream:
         await shop.write("notes/a.txt", "one\ntwo\n")
@@ -181,8 +185,7 @@ async def test_text_comes_in_whole_characters(shop: Tenant) -> None:
             assert [chunk.decode() async for chunk in again.stdout] == [text]
 
 
-async def test_refusals_have_their_types(shop: Tenant) -> None:
-    client = shop._client
+async def test_refusals_have_their_types(client: Client, shop: Tenant) -> None:
     with pytest.raises(errors.ExecFailed):
         async with shop.exec(["/no/such/program"]):
             pytest.fail("never entered")
@@ -203,8 +206,9 @@ async def test_refusals_have_their_types(shop: Tenant) -> None:
 
 
 async def test_a_gateway_that_ends_says_so_to_everybody(tmp_path: Path) -> None:
-    async with serving(tmp_path, retry=None) as (shop, server):
-        async with shop._client.events(types="gateway.draining") as stream:
+    async with serving(tmp_path, retry=None) as (client, server):
+        shop = client.tenant("shop")
+        async with client.events(types="gateway.draining") as stream:
             async with shop.exec("echo up; sleep 600") as run:
                 assert await anext(run.stdout) == b"up\n"
                 server.send_signal(signal.SIGTERM)

@@ -19,8 +19,9 @@ from gateway_client.errors import Disconnected, GatewayError, TokenUnavailable
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Exit, Killed, Output
 from gateway_client.files import Changed, Content, Entry, Files, Watch
+from gateway_client.results import RunResult, ShellResult, ToolResult
 from gateway_client.retry import Change, Retry
-from gateway_client.tenant import RunResult, ShellResult, Tenant, ToolResult
+from gateway_client.tenant import Tenant
 
 __all__ = [
     "Change",

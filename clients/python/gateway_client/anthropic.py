@@ -25,7 +25,8 @@ from anthropic.lib.tools import BetaAsyncBuiltinFunctionTool, ToolError
 
 from gateway_client.errors import Conflict, GatewayError, NotFound
 from gateway_client.execution import Exec
-from gateway_client.tenant import Tenant, ToolResult
+from gateway_client.results import ToolResult
+from gateway_client.tenant import Tenant
 
 __all__ = ["Bash", "TextEditor", "Tool", "bash", "text_editor", "tools"]
 

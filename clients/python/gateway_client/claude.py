@@ -28,7 +28,8 @@ from mcp.server.context import ServerRequestContext
 
 from gateway_client.errors import GatewayError
 from gateway_client.events import EventStream
-from gateway_client.tenant import Tenant, ToolResult
+from gateway_client.results import ToolResult
+from gateway_client.tenant import Tenant
 
 __all__ = ["Printed", "options", "server"]
 

@@ -1,32 +1,28 @@
-"""Knows one gateway from outside: its address, the token, its tenants and events."""
+"""One gateway from outside: its address, the token, its tenants and events."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal
 from urllib.parse import urlencode
 
-import aiohttp
-import orjson
-from yarl import URL
-
-from gateway_client.connection import Address, refusal
+from gateway_client.connection import Address
+from gateway_client.connections import Connections
 from gateway_client.credentials import Credentials, Token
 from gateway_client.deployments import Deployment, DeploymentRecord, template_body
-from gateway_client.errors import Disconnected, TokenUnavailable
-from gateway_client.events import EventStream
+from gateway_client.errors import TokenUnavailable
+from gateway_client.events import EventStream, event_query
+from gateway_client.http_client import HttpClient
 from gateway_client.retry import OnChange, Retry
 from gateway_client.tenant import Tenant
 
 # seconds after which the clock is looked at again: it may be set, and a machine may sleep
 _LOOK: Final = 5.0
-# a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +61,12 @@ class Client:
         retry: Retry | None = Retry(),  # noqa: B008 - immutable
         on_change: OnChange | None = None,
     ) -> None:
-        self.retry = retry
-        self.on_change = on_change
         self.address = Address.parse(url)
         self.credentials = Credentials(token, self._renewed)
+        self._http = HttpClient(self.address, self.credentials, retry, on_change)
         self._keeping: asyncio.Task[None] | None = None
-        self.identity = {"name": name, "version": "1"}
-        self.closed = False
-        self._session: aiohttp.ClientSession | None = None
+        self._identity = {"name": name, "version": "1"}
+        self._connections: list[Connections] = []  # of all tenants
         self._tenants: dict[tuple[str, str | None, bool, float | None], Tenant] = {}
 
     async def __aenter__(self) -> Client:
@@ -85,29 +79,14 @@ class Client:
 
     async def close(self) -> None:
         """End every connection. Idempotent. Commands that were left running linger in the gateway."""
-        self.closed = True
+        self._http.shut()
         self.credentials.close()
         if self._keeping is not None:
             self._keeping.cancel()
         try:
-            await asyncio.gather(*(tenant.close() for tenant in self._tenants.values()))
+            await asyncio.gather(*(connections.close() for connections in self._connections))
         finally:
-            if self._session is not None:
-                await self._session.close()
-
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        """The HTTP session, made on first use."""
-        if self.closed:
-            raise Disconnected("this client was closed")
-        if self._session is None:
-            unix = self.address.unix
-            self._session = aiohttp.ClientSession(
-                # event streams and waiting execs hold their connections: no limit of ours may block them
-                connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
-                timeout=_TIMEOUT,
-            )
-        return self._session
+            await self._http.close()
 
     def _keep(self) -> None:
         """See to it that open connections get a newer token before theirs ends."""
@@ -116,20 +95,20 @@ class Client:
 
     async def _keep_renewed(self) -> None:
         try:
-            while tenants := [tenant for tenant in self._tenants.values() if tenant._connected]:
+            while standing := [one for one in self._connections if one.connected]:
                 await asyncio.sleep(min(self.credentials.pause, _LOOK))
                 if self.credentials.pause == 0:
                     try:
                         await self.credentials.next()
                     except TokenUnavailable as error:
-                        for tenant in tenants:
-                            tenant._not_renewed(error)
+                        for connections in standing:
+                            connections.not_renewed(error)
         finally:
             self._keeping = None
 
     def _renewed(self) -> None:
-        for tenant in self._tenants.values():
-            tenant._renew()
+        for connections in self._connections:
+            connections.renew()
 
     def tenant(
         self,
@@ -148,7 +127,17 @@ class Client:
         """
         key = name, session, read_before_write, linger
         if key not in self._tenants:
-            self._tenants[key] = Tenant(self, name, session, read_before_write, linger)
+            initialize = {
+                "client": self._identity,
+                "readBeforeWrite": read_before_write,
+                # one without a name would end with its connection, and not outlast a break
+                "session": session or f"client-{secrets.token_hex(16)}",
+            }
+            connections = Connections(
+                self._http, name, initialize, ends_session=session is None, keep=self._keep
+            )
+            self._connections.append(connections)
+            self._tenants[key] = Tenant(self._http, connections, name, linger, self.tenant)
         return self._tenants[key]
 
     async def tenants(self) -> list[TenantInfo]:
@@ -179,11 +168,11 @@ class Client:
         body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
         body |= {name: wish for name, wish in wishes.items() if wish is not None}
         headers = {} if key is None else {"Idempotency-Key": key}
-        return Deployment(self, (await self.http("POST", "/v1/deployments", body, headers))["id"])
+        return Deployment(self._http, (await self.http("POST", "/v1/deployments", body, headers))["id"])
 
     def deployment(self, deployment_id: str) -> Deployment:
         """Return a deployment by its id, without asking whether it exists."""
-        return Deployment(self, deployment_id)
+        return Deployment(self._http, deployment_id)
 
     async def deployments(self) -> list[DeploymentRecord]:
         """Return the newest deployments of the tenants that the token covers."""
@@ -215,54 +204,8 @@ class Client:
         last_event_id: int | None = None,
     ) -> EventStream:
         """Return the stream of events, filtered; `types` may end in `*`. See `EventStream`."""
-        wishes = {"tenant": tenant, "deployment": deployment, "type": types}
-        query = {
-            name: wish if isinstance(wish, str) else ",".join(wish)
-            for name, wish in wishes.items()
-            if wish is not None
-        }
-        return EventStream(self, query, last_event_id)
-
-    async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
-        """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
-        timeout = aiohttp.ClientTimeout(total=None)
-        try:
-            async with await self._ask("GET", self.address.url + path, timeout=timeout) as response:
-                if response.status >= 400:
-                    raise refusal(response.status, await response.read())
-                async for piece in response.content.iter_any():
-                    yield piece
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Disconnected(f"GET {path}: {error}") from error
-
-    async def _ask(
-        self,
-        method: str,
-        url: str | URL,
-        *,
-        headers: Mapping[str, str] | None = None,
-        data: Callable[[], Any] | None = None,
-        repeatable: bool = True,
-        **options: Any,
-    ) -> aiohttp.ClientResponse:
-        """Send one request and return its answer, which the caller closes. Raises what aiohttp raises.
-
-        Where the token is refused and there is another, it is sent again, if it is `repeatable`.
-        """
-
-        async def asked(token: str) -> aiohttp.ClientResponse:
-            given = {**(headers or {}), "Authorization": f"Bearer {token}"}
-            body = None if data is None else data()
-            return await self.session.request(method, url, headers=given, data=body, **options)
-
-        token = await self.credentials.current()
-        response = await asked(token)
-        self.credentials.learn(token, None, response.headers.get("Date"))
-        if response.status == 401 and repeatable and self.credentials.renewable:
-            await response.read()
-            if (newer := await self.credentials.after(token)) is not None:
-                return await asked(newer)
-        return response
+        query = event_query(tenant=tenant, deployment=deployment, types=types)
+        return EventStream(self._http, query, last_event_id)
 
     async def http(
         self,
@@ -272,19 +215,4 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
-        # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
-        text = None if body is None else orjson.dumps(body)
-        data = None if text is None else lambda: io.BytesIO(text)
-        headers = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
-        url = self.address.url + path
-        try:
-            async with await self._ask(method, url, data=data, headers=headers) as response:
-                content = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Disconnected(f"{method} {path}: {error}") from error
-        if response.status >= 400:
-            raise refusal(response.status, content)
-        try:
-            return orjson.loads(content) if content else None
-        except ValueError:
-            raise Disconnected(f"{method} {path} did not answer with JSON") from None
+        return await self._http.json(method, path, body, headers)

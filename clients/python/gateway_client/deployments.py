@@ -1,4 +1,4 @@
-"""Knows one deployment from the client's side: what happens in it, how it ended."""
+"""One deployment from the client's side: what happens in it, how it ended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import tarfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from gateway_client.errors import GatewayError, from_wire
-from gateway_client.events import Event
-
-if TYPE_CHECKING:
-    from gateway_client.client import Client
+from gateway_client.events import Event, EventStream, event_query
+from gateway_client.http_client import HttpClient
 
 # what ends a deployment, and nothing of it comes after
 _ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
@@ -78,18 +76,18 @@ class Deployment:
     It runs in the gateway, whether anybody looks or not.
     """
 
-    def __init__(self, client: Client, deployment_id: str) -> None:
+    def __init__(self, http: HttpClient, deployment_id: str) -> None:
         self.id = deployment_id
-        self._client = client
+        self._http = http
         self._path = f"/v1/deployments/{deployment_id}"
 
     async def record(self) -> DeploymentRecord:
         """Return how it stands now."""
-        return DeploymentRecord.parse(await self._client.http("GET", self._path))
+        return DeploymentRecord.parse(await self._http.json("GET", self._path))
 
     async def cancel(self) -> DeploymentRecord:
         """Cancel it and return once it is undone; one that has ended stays as it is."""
-        return DeploymentRecord.parse(await self._client.http("DELETE", self._path))
+        return DeploymentRecord.parse(await self._http.json("DELETE", self._path))
 
     async def wait(self) -> DeploymentRecord:
         """Return how it ended, once it did. Raises the typed error of what failed, once all is undone."""
@@ -108,7 +106,8 @@ class Deployment:
         begun = False
         missing: Event | None = None  # a gap, until it is known to be one: before the first event is nothing
         deadline: float | None = None
-        async with self._client.events(types="deployment.*", deployment=self.id, last_event_id=0) as stream:
+        query = event_query(types="deployment.*", deployment=self.id)
+        async with EventStream(self._http, query, last_event_id=0) as stream:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):

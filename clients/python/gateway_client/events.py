@@ -1,24 +1,22 @@
-"""Knows the event stream: Server-Sent Events parsed without IO, and the stream over HTTP."""
+"""The event stream: Server-Sent Events parsed without IO, and the stream over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import aiohttp
 import orjson
 
 from gateway_client.connection import refusal
 from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable
+from gateway_client.http_client import HttpClient
 from gateway_client.retry import Change, Patience, State
-
-if TYPE_CHECKING:
-    from gateway_client.client import Client
 
 MiB = 1 << 20
 MAX_EVENT: Final = 16 * MiB
@@ -112,6 +110,21 @@ class Event:
         )
 
 
+def event_query(
+    *,
+    tenant: str | Iterable[str] | None = None,
+    deployment: str | Iterable[str] | None = None,
+    types: str | Iterable[str] | None = None,
+) -> dict[str, str]:
+    """Return the query that filters `/v1/events`; None is no filter."""
+    wishes = {"tenant": tenant, "deployment": deployment, "type": types}
+    return {
+        name: wish if isinstance(wish, str) else ",".join(wish)
+        for name, wish in wishes.items()
+        if wish is not None
+    }
+
+
 class EventStream:
     """Events as they happen: `async with` it, then `async for`. Iterating alone opens it too.
 
@@ -122,13 +135,13 @@ class EventStream:
     says whether the stream stands.
     """
 
-    def __init__(self, client: Client, query: Mapping[str, str], last_event_id: int | None) -> None:
-        self._client, self._query = client, query
+    def __init__(self, http: HttpClient, query: Mapping[str, str], last_event_id: int | None) -> None:
+        self._http, self._query = http, query
         self.last_event_id = last_event_id
         self._parser = Parser()
         self._ready: deque[ServerSent] = deque()
         self._response: aiohttp.ClientResponse | None = None
-        self._patience = Patience(client.retry)
+        self._patience = Patience(http.retry)
         self.state: State = "idle"
 
     async def __aenter__(self) -> EventStream:
@@ -144,10 +157,8 @@ class EventStream:
             headers["Last-Event-ID"] = last
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
         try:
-            url = self._client.address.url + "/v1/events"
-            response = await self._client._ask(
-                "GET", url, params=self._query, headers=headers, timeout=timeout
-            )
+            url = self._http.address.url + "/v1/events"
+            response = await self._http.ask("GET", url, params=self._query, headers=headers, timeout=timeout)
             if response.status != 200:
                 raise refusal(response.status, await response.read())
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -181,7 +192,7 @@ class EventStream:
                     continue
             except (aiohttp.ClientError, TimeoutError) as broken:
                 error = Disconnected(f"the event stream broke: {broken}")
-            if self.state == "closed" or (error is None and self._client.retry is None):
+            if self.state == "closed" or (error is None and self._http.retry is None):
                 await self.close()
                 raise StopAsyncIteration
             await self._reopen(error or Disconnected("the gateway ended the event stream"))
@@ -209,5 +220,5 @@ class EventStream:
 
     def _tell(self, state: State, error: GatewayError | None = None) -> None:
         changed, self.state = state != self.state or error is not None, state
-        if changed and self._client.on_change is not None:
-            self._client.on_change(Change(None, state, error))
+        if changed and self._http.on_change is not None:
+            self._http.on_change(Change(None, state, error))

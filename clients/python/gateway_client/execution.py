@@ -1,4 +1,4 @@
-"""Knows one running command from the client's side: its output, its input, its end."""
+"""One running command from the client's side: its output, its input, its end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from gateway import protocol
+from gateway_client.connection import Connection
+from gateway_client.connections import Connections
 from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimited, Unavailable, from_wire
-
-if TYPE_CHECKING:
-    from gateway_client.connection import Connection
-    from gateway_client.tenant import Tenant
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -170,14 +168,14 @@ class Exec:
 
     def __init__(
         self,
-        tenant: Tenant,
+        connections: Connections,
         method: Literal["exec/start", "exec/attach"],
         params: Mapping[str, Any],
         buffer: int,
         encoding: Encoding,
     ) -> None:
         self._reading = {"acks": True, "encoding": encoding} if encoding != "binary" else {"acks": True}
-        self._tenant, self._method, self._params = tenant, method, {**params, **self._reading}
+        self._connections, self._method, self._params = connections, method, {**params, **self._reading}
         self._connection: Connection | None = None
         self._channel: int | None = None
         self._attachment: str | None = None
@@ -198,20 +196,20 @@ class Exec:
         self.started_at: Any = None
 
     async def __aenter__(self) -> Exec:
-        async with self._tenant._patience() as patience:
+        async with self._connections.patience() as patience:
             again = False
             while True:
-                connection = await self._tenant._acquire(patience, fresh=again)
+                connection = await self._connections.acquire(patience, fresh=again)
                 try:
                     await self._begin(connection, again)
                 except Unavailable as error:
                     connection.receiver = None
-                    await self._tenant._release(connection, good=error is not connection.failure)
+                    await self._connections.release(connection, good=error is not connection.failure)
                     if error is not connection.failure:
                         raise
                     # an idle connection may have died unseen: that one is replaced whatever `Retry` says
                     if again:
-                        await self._tenant._pause(patience, error)
+                        await self._connections.pause(patience, error)
                     again = True
                 except BaseException as error:
                     connection.receiver = None
@@ -220,7 +218,7 @@ class Exec:
                         with contextlib.suppress(GatewayError, TimeoutError):
                             async with asyncio.timeout(END_TIMEOUT):
                                 await self.cancel()
-                    await self._tenant._release(connection, good=isinstance(error, GatewayError))
+                    await self._connections.release(connection, good=isinstance(error, GatewayError))
                     if isinstance(error, TimeoutError):
                         raise Disconnected("the gateway does not start the command") from None
                     raise
@@ -266,7 +264,7 @@ class Exec:
             connection.receiver = None
             self._mark(Disconnected("the command was left"))
             await self._stop()
-            await self._tenant._release(connection, good=ended)
+            await self._connections.release(connection, good=ended)
 
     # --- talking to it --------------------------------------------------------------------------------
 
@@ -316,11 +314,11 @@ class Exec:
 
     async def resize(self, cols: int, rows: int) -> None:
         """Tell the terminal its new size."""
-        await self._tenant.request("exec/resize", {"exec": self.id, "cols": cols, "rows": rows})
+        await self._connections.request("exec/resize", {"exec": self.id, "cols": cols, "rows": rows})
 
     async def signal(self, signal: str | int) -> None:
         """Send one signal, such as `INT`, to the command itself."""
-        await self._tenant.request("exec/signal", {"exec": self.id, "signal": signal})
+        await self._connections.request("exec/signal", {"exec": self.id, "signal": signal})
 
     async def cancel(self, grace: float | None = None) -> Killed:
         """End the whole tree: TERM, `grace` seconds, KILL. Returns when nothing of it is left."""
@@ -328,7 +326,7 @@ class Exec:
         if grace is not None:
             params["graceMs"] = round(grace * 1000)
         # not on our own connection: its answers stand behind output that nobody may be reading
-        answer = await self._tenant.request("exec/cancel", params)
+        answer = await self._connections.request("exec/cancel", params)
         return Killed(int(answer["killed"]), bool(answer["escalated"]), int(answer["survivors"]))
 
     async def wait(self, *, discard: bool = False) -> Exit:
@@ -353,7 +351,7 @@ class Exec:
         connection.receiver = None
         self._mark(Disconnected("detached from this command"))
         # closing is detaching, and it needs no answer from behind unread output
-        await self._tenant._release(connection, good=False)
+        await self._connections.release(connection, good=False)
 
     async def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
         """Yield the chunks of both streams with their names, as they come. Nobody else may read then."""
@@ -383,11 +381,11 @@ class Exec:
     async def _resume(self, broken: Connection, error: GatewayError) -> None:
         """Attach anew where the output stands; end both streams with the failure where that cannot be."""
         try:
-            async with self._tenant._patience() as patience:
+            async with self._connections.patience() as patience:
                 while True:
-                    await self._tenant._release(broken, good=False)
-                    await self._tenant._pause(patience, error)
-                    broken = await self._tenant._connect(patience, patient=True)
+                    await self._connections.release(broken, good=False)
+                    await self._connections.pause(patience, error)
+                    broken = await self._connections.connect(patience, patient=True)
                     before = self.stdout.offset + self.stderr.offset
                     try:
                         await self._take_place(broken)
@@ -402,7 +400,7 @@ class Exec:
                         patience.restore()
         except GatewayError as final:
             broken.receiver = None
-            await self._tenant._release(broken, good=False)
+            await self._connections.release(broken, good=False)
             self._mark(final)
         except TimeoutError:
             self._mark(Disconnected("the gateway does not let us attach to the command again"))
@@ -513,7 +511,7 @@ class Exec:
             return  # who starts, resumes or leaves sees it for itself
         # a reader that stood still for too long was put off, and may come back too
         passing = isinstance(error, Unavailable | RateLimited)
-        if passing and not self._exit.done() and self._tenant._client.retry is not None:
+        if passing and not self._exit.done() and self._connections.http.retry is not None:
             self._resuming = asyncio.create_task(self._resume(self._connection, error))
         else:
             self._mark(error)

@@ -1,4 +1,4 @@
-"""Knows a tenant's files as an editor sees them: bytes, etags, and what changes."""
+"""A tenant's files as an editor sees them: bytes, etags, and what changes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import asyncio
 import base64
 import io
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any, Final, Literal
+from typing import IO, Any, Final, Literal
 from urllib.parse import quote
 
 import aiohttp
 from yarl import URL
 
 from gateway import protocol
-from gateway_client.connection import refusal
+from gateway_client.connection import Connection, refusal
+from gateway_client.connections import Connections
 from gateway_client.errors import Disconnected, GatewayError, Unavailable
 from gateway_client.retry import Patience
-
-if TYPE_CHECKING:
-    from gateway_client.connection import Connection
-    from gateway_client.tenant import Tenant
 
 CHUNK: Final = 1 << 18
 # notifications that wait for a slow reader; more are dropped, and that is an overflow
@@ -83,20 +80,20 @@ class Files:
     hold the present etag.
     """
 
-    def __init__(self, tenant: Tenant) -> None:
-        self._tenant = tenant
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
 
     async def stat(self, path: str) -> Entry:
-        return Entry.parse(await self._tenant.request("files/stat", {"path": path}))
+        return Entry.parse(await self._connections.request("files/stat", {"path": path}))
 
     async def list(self, path: str = ".", *, depth: int = 1) -> tuple[Sequence[Entry], bool]:
         """Return what is in a folder, and whether the gateway's limit cut it off."""
-        answer = await self._tenant.request("files/list", {"path": path, "depth": depth})
+        answer = await self._connections.request("files/list", {"path": path, "depth": depth})
         return [Entry.parse(entry) for entry in answer["entries"]], bool(answer["truncated"])
 
     async def read(self, path: str) -> Content:
         """Return a whole file, up to 8 MiB; `download` has no limit."""
-        answer = await self._tenant.request("files/read", {"path": path})
+        answer = await self._connections.request("files/read", {"path": path})
         data = answer["text"].encode() if "text" in answer else base64.b64decode(answer["data"])
         return Content(data, answer["etag"])
 
@@ -119,21 +116,21 @@ class Files:
             params["ifMatch"] = if_match
         if new:
             params["ifNoneMatch"] = "*"
-        return str((await self._tenant.request("files/write", params))["etag"])
+        return str((await self._connections.request("files/write", params))["etag"])
 
     async def move(self, source: str, target: str, *, overwrite: bool = False) -> Entry:
         params = {"from": source, "to": target, "overwrite": overwrite}
-        return Entry.parse(await self._tenant.request("files/move", params))
+        return Entry.parse(await self._connections.request("files/move", params))
 
     async def remove(self, path: str, *, recursive: bool = False, if_match: str | None = None) -> None:
         params: dict[str, Any] = {"path": path, "recursive": recursive}
         if if_match is not None:
             params["ifMatch"] = if_match
-        await self._tenant.request("files/remove", params)
+        await self._connections.request("files/remove", params)
 
     async def mkdir(self, path: str) -> Entry:
         """Make a folder, with those above it."""
-        return Entry.parse(await self._tenant.request("files/mkdir", {"path": path}))
+        return Entry.parse(await self._connections.request("files/mkdir", {"path": path}))
 
     async def upload(
         self, path: str, body: bytes | IO[bytes] | AsyncIterable[bytes], *, if_match: str | None = None
@@ -143,7 +140,7 @@ class Files:
         again = isinstance(body, bytes)  # what else there is is read but once
         data = lambda: io.BytesIO(body) if isinstance(body, bytes) else body  # noqa: E731
         try:
-            async with await self._ask(
+            async with await self._connections.http.ask(
                 "PUT", self._url(path), data=data, headers=headers, repeatable=again
             ) as response:
                 answer = await response.read()
@@ -157,7 +154,7 @@ class Files:
         """Yield a file's bytes from `start` at the reader's pace. Raises `Disconnected` if they break off."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         try:
-            async with await self._ask("GET", self._url(path), headers=headers) as response:
+            async with await self._connections.http.ask("GET", self._url(path), headers=headers) as response:
                 if response.status >= 400:
                     raise refusal(response.status, await response.read())
                 async for chunk in response.content.iter_chunked(CHUNK):
@@ -174,22 +171,18 @@ class Files:
         params: dict[str, Any] = {"paths": list(paths) or ["."]}
         if ignore is not None:
             params["ignore"] = list(ignore)
-        watch = Watch(self._tenant, params)
+        watch = Watch(self._connections, params)
         try:
-            async with self._tenant._patience() as patience:
+            async with self._connections.patience() as patience:
                 await watch._begin(patience)
             yield watch
         finally:
             await watch._end()
 
-    @property
-    def _ask(self) -> Callable[..., Awaitable[aiohttp.ClientResponse]]:
-        return self._tenant._client._ask
-
     def _url(self, path: str) -> URL:
         # encoded by us alone: a library would take what looks like an escape for one
-        base = self._tenant._client.address.url
-        return URL(f"{base}/v1/tenants/{self._tenant.name}/files/{quote(path)}", encoded=True)
+        base = self._connections.http.address.url
+        return URL(f"{base}/v1/tenants/{self._connections.tenant}/files/{quote(path)}", encoded=True)
 
 
 class Watch:
@@ -199,9 +192,9 @@ class Watch:
     what changed meanwhile was missed. `unwatched` folders could not be watched.
     """
 
-    def __init__(self, tenant: Tenant, params: Mapping[str, Any]) -> None:
+    def __init__(self, connections: Connections, params: Mapping[str, Any]) -> None:
         self.unwatched = 0
-        self._tenant, self._params = tenant, params
+        self._connections, self._params = connections, params
         self._connection: Connection | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._number: int | None = None
@@ -211,13 +204,13 @@ class Watch:
         self._grown = asyncio.Event()
 
     async def _begin(self, patience: Patience) -> None:
-        connection = await self._tenant._connect(patience, patient=False)
+        connection = await self._connections.connect(patience, patient=False)
         connection.receiver = self
         try:
             await connection.request("files/watch", self._params, self._begun)
         except BaseException:
             connection.receiver = None
-            await self._tenant._release(connection, good=False)
+            await self._connections.release(connection, good=False)
             raise
         self._connection = connection
         if connection.failure is not None:  # at once again, before it was ours
@@ -229,10 +222,10 @@ class Watch:
     async def _resume(self, broken: Connection, error: GatewayError) -> None:
         self._connection = None
         try:
-            async with self._tenant._patience() as patience:
-                await self._tenant._release(broken, good=False)
+            async with self._connections.patience() as patience:
+                await self._connections.release(broken, good=False)
                 while self._connection is None:
-                    await self._tenant._pause(patience, error)
+                    await self._connections.pause(patience, error)
                     try:
                         await self._begin(patience)
                     except Unavailable as again:
@@ -248,7 +241,7 @@ class Watch:
             await asyncio.wait([self._resuming])
         if self._connection is not None:
             self._connection.receiver = None
-            await self._tenant._release(self._connection, good=False)
+            await self._connections.release(self._connection, good=False)
 
     def __aiter__(self) -> Watch:
         return self
@@ -286,7 +279,7 @@ class Watch:
     def broken(self, error: GatewayError) -> None:
         if self._connection is None:
             return  # who begins sees it for itself
-        if isinstance(error, Unavailable) and self._tenant._client.retry is not None:
+        if isinstance(error, Unavailable) and self._connections.http.retry is not None:
             self._resuming = asyncio.create_task(self._resume(self._connection, error))
         else:
             self._failure = error

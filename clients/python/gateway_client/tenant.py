@@ -1,102 +1,19 @@
-"""Knows one tenant: its tools, its commands, its life."""
+"""One tenant: its tools, its commands, its life."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import secrets
-import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from gateway_client.connection import Connection
-from gateway_client.errors import Disconnected, GatewayError, Unauthorized, Unavailable, from_wire
+from gateway_client.connections import Connections
+from gateway_client.events import EventStream, event_query
 from gateway_client.execution import BUFFER, Encoding, Exec
 from gateway_client.files import Files
-from gateway_client.retry import Change, Patience, State
-
-if TYPE_CHECKING:
-    from gateway_client.client import Client
-    from gateway_client.events import EventStream
-
-log = logging.getLogger(__name__)
-
-# connections kept for the next command: opening one costs more than starting the command
-IDLE: Final = 4
-# a connection that lasted so many seconds was a good one
-LASTED: Final = 5.0
-CLOSE_TIMEOUT: Final = 5.0
-# what may be asked twice, because it changes nothing or the same; a tool call may with its id
-_REPEATABLE: Final = frozenset(
-    {
-        *("ping", "tools/list", "exec/list", "exec/wait", "exec/cancel", "exec/resize"),
-        *("files/stat", "files/list", "files/read"),
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolResult:
-    """What a tool answered, in the shape of an MCP tool result. `structured` holds the same facts as data."""
-
-    content: Sequence[Mapping[str, Any]]
-    is_error: bool = False
-    structured: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        """The text parts, joined by newlines."""
-        return "\n".join(str(part["text"]) for part in self.content if part.get("type") == "text")
-
-    @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> ToolResult:
-        return cls(value.get("content", ()), bool(value.get("isError")), value.get("structuredContent") or {})
-
-
-class ShellResult(ToolResult):
-    """What Bash and BashOutput answered. An exit code other than 0 is a result, not an error."""
-
-    @property
-    def status(self) -> Literal["running", "completed", "failed", "killed"]:
-        found: Literal["running", "completed", "failed", "killed"] = self.structured["status"]
-        return found
-
-    @property
-    def exit_code(self) -> int | None:
-        """What the command ended with; None while it runs."""
-        return self.structured.get("exitCode")
-
-    @property
-    def exec(self) -> str:
-        """The id of the command, for `Tenant.attach`."""
-        return str(self.structured["exec"])
-
-    @property
-    def shell_id(self) -> str | None:
-        """The id of a command in the background, for `bash_output` and `kill_shell`."""
-        return self.structured.get("shellId")
-
-    @property
-    def output_file(self) -> str | None:
-        """Where all of the output lies, for `read`, where the text is not all."""
-        return self.structured.get("outputFile")
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """A command that was run and waited for over HTTP. `reason` tells a timeout from an exit."""
-
-    exec: str
-    exit_code: int | None
-    signal: str | None
-    stdout: str
-    stderr: str
-    truncated: bool
-    duration_ms: int
-    reason: str = "exited"
+from gateway_client.http_client import HttpClient
+from gateway_client.results import RunResult, ShellResult, ToolResult, failure
+from gateway_client.retry import State
 
 
 class Tenant:
@@ -110,30 +27,19 @@ class Tenant:
 
     def __init__(
         self,
-        client: Client,
+        http: HttpClient,
+        connections: Connections,
         name: str,
-        session: str | None = None,
-        read_before_write: bool = False,
-        linger: float | None = None,
+        linger: float | None,
+        other: Callable[[str], Tenant],
     ) -> None:
+        """Made by `Client.tenant`; `other` returns another tenant of the same client by its name."""
         self.name = name
-        self._client = client
+        self._http = http
+        self._connections = connections
         self._linger = linger
-        self._own_session = session is None
-        self._initialize: dict[str, Any] = {
-            "client": client.identity,
-            "readBeforeWrite": read_before_write,
-            # one without a name would end with its connection, and not outlast a break
-            "session": session or f"client-{secrets.token_hex(16)}",
-        }
-        self._met = False  # whether the gateway was ever reached
-        self._troubled: set[Patience] = set()
-        self._told: State = "idle"
-        self._main: Connection | None = None
-        self._opening = asyncio.Lock()
-        self._idle: list[Connection] = []
-        self._open: set[Connection] = set()
-        self.files = Files(self)
+        self._other = other
+        self.files = Files(connections)
 
     @property
     def _path(self) -> str:
@@ -142,53 +48,14 @@ class Tenant:
     @property
     def state(self) -> State:
         """Whether there is a connection to this tenant: `idle` where none was needed yet, or none is kept."""
-        if self._client.closed:
-            return "closed"
-        if self._troubled:
-            return "reconnecting"
-        return "connected" if self._connected else "idle"
+        return self._connections.state
 
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
 
         Where the connection breaks, what may be asked twice is asked again.
         """
-        repeatable = method in _REPEATABLE or (method == "tools/call" and "callId" in (params or {}))
-        broken: GatewayError | None = None
-        connection = self._main
-        if connection is not None and connection.alive:  # as nearly always: no patience is needed
-            try:
-                return await connection.request(method, params)
-            except Unavailable as error:
-                if not repeatable or error is not connection.failure:
-                    raise
-                broken = error
-        async with self._patience() as patience:
-            if broken is not None:
-                await self._pause(patience, broken)
-            while True:
-                connection = await self._talk(patience)
-                began = time.monotonic()
-                try:
-                    return await connection.request(method, params)
-                except Unavailable as error:
-                    if not repeatable or error is not connection.failure:
-                        raise
-                    if time.monotonic() - began > LASTED:
-                        patience.restore()
-                    await self._pause(patience, error)
-
-    async def _talk(self, patience: Patience) -> Connection:
-        """Return the connection for tools and control messages."""
-        connection = self._main
-        if connection is None or not connection.alive:
-            async with self._opening:
-                connection = self._main
-                if connection is None or not connection.alive:
-                    if connection is not None:
-                        await self._release(connection, good=False)
-                    connection = self._main = await self._connect(patience, patient=False)
-        return connection
+        return await self._connections.request(method, params)
 
     async def ping(self) -> None:
         await self.request("ping")
@@ -316,13 +183,13 @@ class Tenant:
     async def _shell(self, name: str, /, **arguments: Any) -> ShellResult:
         result = await self.tool(name, _given(arguments))
         if result.is_error and not {"exec", "status"} <= result.structured.keys():  # nothing has run
-            raise _failure(result)
+            raise failure(result)
         return ShellResult(result.content, result.is_error, result.structured)
 
     async def _tool(self, name: str, /, **arguments: Any) -> ToolResult:
         result = await self.tool(name, _given(arguments))
         if result.is_error:
-            raise _failure(result)
+            raise failure(result)
         return result
 
     # --- commands -------------------------------------------------------------------------------------
@@ -362,7 +229,7 @@ class Tenant:
             params["timeoutMs"] = round(timeout * 1000)
         if linger is not None:
             params["lingerMs"] = -1 if linger < 0 else round(linger * 1000)
-        return Exec(self, "exec/start", params, buffer, encoding)
+        return Exec(self._connections, "exec/start", params, buffer, encoding)
 
     def attach(
         self,
@@ -375,7 +242,7 @@ class Tenant:
     ) -> Exec:
         """Return a command that runs already, for an `async with`: its output from these byte offsets on."""
         params = {"exec": exec_id, "from": {"stdout": stdout, "stderr": stderr}}
-        return Exec(self, "exec/attach", params, buffer, encoding)
+        return Exec(self._connections, "exec/attach", params, buffer, encoding)
 
     async def execs(self) -> list[Mapping[str, Any]]:
         """Return the tenant's commands, those that ended a while ago included."""
@@ -396,85 +263,85 @@ class Tenant:
             body["stdin"] = stdin
         if timeout is not None:
             body["timeout_ms"] = round(timeout * 1000)
-        answer = await self._client.http("POST", f"{self._path}/exec", body)
+        answer = await self._http.json("POST", f"{self._path}/exec", body)
         return RunResult(**{name: answer[name] for name in RunResult.__slots__ if name in answer})
 
     def events(
         self, *, types: str | Iterable[str] | None = None, last_event_id: int | None = None
     ) -> EventStream:
         """Return the stream of this tenant's events; see `Client.events`."""
-        return self._client.events(tenant=self.name, types=types, last_event_id=last_event_id)
+        return EventStream(self._http, event_query(tenant=self.name, types=types), last_event_id)
 
     # --- its life -------------------------------------------------------------------------------------
 
     async def info(self) -> Mapping[str, Any]:
         """Return what is known of the tenant."""
-        answer: Mapping[str, Any] = await self._client.http("GET", self._path)
+        answer: Mapping[str, Any] = await self._http.json("GET", self._path)
         return answer
 
     async def metrics(self) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = await self._client.http("GET", f"{self._path}/metrics")
+        answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/metrics")
         return answer
 
     async def site(self) -> Mapping[str, Any]:
         """Return whether the tenant's site answers now: `answers`, None where it has none or sleeps."""
-        answer: Mapping[str, Any] = await self._client.http("GET", f"{self._path}/site")
+        answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/site")
         return answer
 
     async def start(self) -> None:
-        await self._client.http("POST", f"{self._path}/start")
+        await self._http.json("POST", f"{self._path}/start")
 
     async def stop(self) -> None:
-        await self._client.http("POST", f"{self._path}/stop")
+        await self._http.json("POST", f"{self._path}/stop")
 
     async def restart(self) -> None:
-        await self._client.http("POST", f"{self._path}/restart")
+        await self._http.json("POST", f"{self._path}/restart")
 
     async def rename(self, domain: str | None) -> None:
         """Give the tenant another domain, or none; its name stays."""
-        await self._client.http("PATCH", self._path, {"domain": domain})
+        await self._http.json("PATCH", self._path, {"domain": domain})
 
     async def resize(self, size: Literal["small", "medium", "large"]) -> Mapping[str, Any]:
         """Give the tenant the limits of another size while it runs, and return it as it is then.
 
         Raises `Conflict` where it uses more disk or memory than that size has.
         """
-        answer: Mapping[str, Any] = await self._client.http("PATCH", self._path, {"size": size})
+        answer: Mapping[str, Any] = await self._http.json("PATCH", self._path, {"size": size})
         return answer
 
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
         """Make another tenant of this one's disk, or of a snapshot of it; it has no domain yet."""
         body = {"tenant": tenant} if snapshot is None else {"tenant": tenant, "snapshot": snapshot}
-        await self._client.http("POST", f"{self._path}/clone", body)
-        return self._client.tenant(tenant)
+        await self._http.json("POST", f"{self._path}/clone", body)
+        return self._other(tenant)
 
     async def snapshots(self) -> list[Mapping[str, Any]]:
         """Return name, time and size of each, oldest first."""
-        return list((await self._client.http("GET", f"{self._path}/snapshots"))["snapshots"])
+        return list((await self._http.json("GET", f"{self._path}/snapshots"))["snapshots"])
 
     async def snapshot(self, name: str | None = None) -> Mapping[str, Any]:
         """Keep the disk as it is now; without a name by the time."""
         body = {} if name is None else {"name": name}
-        answer: Mapping[str, Any] = await self._client.http("POST", f"{self._path}/snapshots", body)
+        answer: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/snapshots", body)
         return answer
 
     async def restore(self, snapshot: str) -> None:
         """Make the disk what it was: stops the tenant, and starts it again if it ran."""
-        await self._client.http("POST", f"{self._path}/snapshots/{snapshot}/restore")
+        await self._http.json("POST", f"{self._path}/snapshots/{snapshot}/restore")
 
     async def delete_snapshot(self, snapshot: str) -> None:
-        await self._client.http("DELETE", f"{self._path}/snapshots/{snapshot}")
+        await self._http.json("DELETE", f"{self._path}/snapshots/{snapshot}")
 
     async def logs(self, lines: int = 100, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the last lines of the site's log in pieces, and with `follow` what comes, until left."""
         path = f"{self._path}/logs?lines={lines}&follow={int(follow)}"
-        async with contextlib.aclosing(self._client.stream(path)) as pieces:
+        async with contextlib.aclosing(self._http.stream(path)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def delete(self) -> None:
         """Destroy the tenant and everything of it."""
-        await self._client.http("DELETE", self._path)
+        await self._http.json("DELETE", self._path)
 
     # --- connections ----------------------------------------------------------------------------------
 
@@ -484,122 +351,11 @@ class Tenant:
         Ends what Bash runs in the background, unless the tool session has a name of yours; other commands
         are left to their linger.
         """
-        main, self._main = self._main, None
-        if self._own_session and main is not None and main.alive:
-            with contextlib.suppress(GatewayError, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await main.request("session/end")
-        self._idle.clear()
-        await asyncio.gather(*(self._release(connection, good=False) for connection in list(self._open)))
-        self._tell(None)
-
-    @contextlib.asynccontextmanager
-    async def _patience(self) -> AsyncIterator[Patience]:
-        """Give the attempts of one operation, for as long as it lasts."""
-        patience = Patience(self._client.retry)
-        try:
-            yield patience
-        finally:
-            self._troubled.discard(patience)
-            self._tell(None)
-
-    async def _pause(self, patience: Patience, error: GatewayError) -> None:
-        """Wait before the next attempt. Raises `error` where there is none."""
-        pause = patience.pause() if self._met and not self._client.closed else None
-        if pause is None:
-            raise error.with_traceback(None)
-        self._troubled.add(patience)
-        self._tell(error)
-        await asyncio.sleep(pause)
-
-    async def _connect(self, patience: Patience, *, patient: bool) -> Connection:
-        """Open a connection; as often as `patience` has it where the gateway cannot be reached."""
-        while True:
-            try:
-                connection = await self._opened(patient)
-            except Unavailable as error:
-                await self._pause(patience, error)
-            else:
-                if self._client.closed:  # meanwhile: nobody would close it any more
-                    await connection.close()
-                    raise Disconnected("this client was closed")
-                self._met = True
-                self._open.add(connection)
-                self._troubled.discard(patience)
-                self._client._keep()
-                self._renew()  # it took its time to open
-                self._tell(None)
-                return connection
-
-    async def _opened(self, patient: bool) -> Connection:
-        """Open a connection by the present token, and by another one where the gateway refuses that."""
-        credentials = self._client.credentials
-        token = await credentials.current()
-        open_ = partial(
-            Connection.open,
-            *(self._client.address, self.name),
-            initialize=self._initialize,
-            patient=patient,
-            renewable=credentials.renewable,
-        )
-        try:
-            connection = await open_(token=token)
-        except Unauthorized:
-            newer = await credentials.after(token)
-            if newer is None:
-                raise
-            connection = await open_(token=newer)
-        credentials.learn(connection.token, connection.server.get("expires"), connection.date)
-        return connection
-
-    @property
-    def _connected(self) -> bool:
-        return any(connection.alive for connection in self._open)
-
-    def _renew(self) -> None:
-        """Have all connections go on by the client's present token."""
-        token = self._client.credentials.token
-        for connection in self._open:
-            if token is not None and connection.token != token and connection.alive:
-                connection.renew(token, self._not_renewed)
-
-    def _not_renewed(self, error: GatewayError) -> None:
-        """Tell that there is no newer token; the connections stand until the present one ends."""
-        log.warning("the token for tenant %s could not be renewed: %s", self.name, error.message)
-        self._tell(error)
-
-    def _tell(self, error: GatewayError | None) -> None:
-        state, tell = self.state, self._client.on_change
-        if tell is not None and (state != self._told or error is not None):
-            self._told = state
-            tell(Change(self.name, state, error))
-
-    async def _acquire(self, patience: Patience, *, fresh: bool = False) -> Connection:
-        """Return a connection for one command."""
-        while self._idle and not fresh:
-            connection = self._idle.pop()
-            if connection.alive:
-                return connection
-            await self._release(connection, good=False)
-        return await self._connect(patience, patient=True)
-
-    async def _release(self, connection: Connection, *, good: bool) -> None:
-        """Take a connection back: keep it for the next command where it is `good`, else close it."""
-        if good and connection.alive and len(self._idle) < IDLE and not self._client.closed:
-            self._idle.append(connection)
-            return
-        self._open.discard(connection)
-        with contextlib.suppress(OSError):
-            await connection.close()
+        await self._connections.close()
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _failure(result: ToolResult) -> GatewayError:
-    facts = {name: fact for name, fact in result.structured.items() if name != "code"}
-    return from_wire(str(result.structured.get("code", "")), result.text, facts)
 
 
 def _command(command: str | Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:

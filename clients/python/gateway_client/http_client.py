@@ -1,0 +1,126 @@
+"""A gateway over HTTP, by the client's present token; what everything in the client asks by."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, Final
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from gateway_client.connection import Address, refusal
+from gateway_client.credentials import Credentials
+from gateway_client.errors import Disconnected
+from gateway_client.retry import OnChange, Retry
+
+# a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=15)
+
+
+class HttpClient:
+    """One gateway's address, the token for it, and one HTTP session, which is made on first use.
+
+    `retry` and `on_change` are the client's: how what is connected comes back, and whom it tells.
+    """
+
+    def __init__(
+        self, address: Address, credentials: Credentials, retry: Retry | None, on_change: OnChange | None
+    ) -> None:
+        self.address = address
+        self.credentials = credentials
+        self.retry = retry
+        self.on_change = on_change
+        self.closed = False
+        self._session: aiohttp.ClientSession | None = None
+
+    def shut(self) -> None:
+        """Begin nothing more. What is under way goes on until `close`."""
+        self.closed = True
+
+    async def close(self) -> None:
+        """End every request. Idempotent."""
+        self.shut()
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The HTTP session. Raises `Disconnected` after `close`."""
+        if self.closed:
+            raise Disconnected("this client was closed")
+        if self._session is None:
+            unix = self.address.unix
+            self._session = aiohttp.ClientSession(
+                # event streams and waiting execs hold their connections: no limit of ours may block them
+                connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
+                timeout=_TIMEOUT,
+            )
+        return self._session
+
+    async def ask(
+        self,
+        method: str,
+        url: str | URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        data: Callable[[], Any] | None = None,
+        repeatable: bool = True,
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
+        """Send one request and return its answer, which the caller closes. Raises what aiohttp raises.
+
+        Where the token is refused and there is another, it is sent again, if it is `repeatable`.
+        """
+
+        async def asked(token: str) -> aiohttp.ClientResponse:
+            given = {**(headers or {}), "Authorization": f"Bearer {token}"}
+            body = None if data is None else data()
+            return await self.session.request(method, url, headers=given, data=body, **options)
+
+        token = await self.credentials.current()
+        response = await asked(token)
+        self.credentials.learn(token, None, response.headers.get("Date"))
+        if response.status == 401 and repeatable and self.credentials.renewable:
+            await response.read()
+            if (newer := await self.credentials.after(token)) is not None:
+                return await asked(newer)
+        return response
+
+    async def json(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
+        # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
+        text = None if body is None else orjson.dumps(body)
+        data = None if text is None else lambda: io.BytesIO(text)
+        headers = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
+        url = self.address.url + path
+        try:
+            async with await self.ask(method, url, data=data, headers=headers) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"{method} {path}: {error}") from error
+        if response.status >= 400:
+            raise refusal(response.status, content)
+        try:
+            return orjson.loads(content) if content else None
+        except ValueError:
+            raise Disconnected(f"{method} {path} did not answer with JSON") from None
+
+    async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
+        """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        try:
+            async with await self.ask("GET", self.address.url + path, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise refusal(response.status, await response.read())
+                async for piece in response.content.iter_any():
+                    yield piece
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Disconnected(f"GET {path}: {error}") from error
