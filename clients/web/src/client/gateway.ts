@@ -1,8 +1,9 @@
-/** Knows a gateway as a whole: who we are to it, its tenants, deployments and event stream. */
+/** A gateway as a whole: who we are to it, its tenants, deployments and event stream. */
 
 import type { SocketConstructor } from "./connection.js";
 import { Credential, type TokenSource } from "./credential.js";
-import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
+import { GatewayError } from "./errors.js";
+import { HttpClient } from "./http.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
 import type { DeploymentInfo, GatewayEvent, Session, TemplateInfo, TenantInfo } from "./types.js";
 import { unique } from "./unique.js";
@@ -41,95 +42,21 @@ export interface DeploymentRequest {
   readonly tenant?: string;
 }
 
-interface HttpOptions {
-  readonly body?: BodyInit | undefined;
-  readonly headers?: Readonly<Record<string, string>>;
-  readonly signal?: AbortSignal | undefined;
-}
-
 // a comment comes every 15 s; four of them missing is a dead connection
 const SILENCE = 60_000;
 
-export class Gateway {
-  readonly url: string;
+export class Gateway extends HttpClient {
   readonly identity: { readonly name: string; readonly version: string };
-  /** @internal */
-  readonly credential: Credential;
-  /** Which of the browser's sessions is meant; null for the one without a name. */
-  slot: string | null;
   readonly #socket: SocketConstructor | undefined;
-  readonly #fetch: typeof fetch;
 
   /** `url` is `https://HOST` or `http://HOST:PORT`; in a browser it may be left out for the page's own. */
   constructor(url = globalThis.location?.origin, options: GatewayOptions = {}) {
     if (!/^https?:\/\/[^/]/.test(url ?? ""))
       throw new TypeError(`a gateway's address is http(s)://…, not ${url}`);
-    this.url = url.replace(/\/+$/, "");
-    this.credential = new Credential(options.token);
-    this.slot = options.slot ?? null;
+    const credential = new Credential(options.token);
+    super(url.replace(/\/+$/, ""), credential, options.slot ?? null, options.fetch);
     this.identity = options.client ?? { name: "@incus-gateway/client", version: "0.1.0" };
     this.#socket = options.WebSocket;
-    this.#fetch = options.fetch ?? ((...args) => fetch(...args));
-  }
-
-  // --- HTTP ------------------------------------------------------------------------------------------------
-
-  /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` where nobody answers. */
-  async http(method: string, path: string, options: HttpOptions = {}): Promise<Response> {
-    const token = await this.credential.current();
-    let response = await this.#send(method, path, options, token);
-    // a stream is spent by now; all else can be sent again, as what is refused was not done
-    if (
-      response.status === 401 &&
-      this.credential.renewable &&
-      !(options.body instanceof ReadableStream) &&
-      !options.signal?.aborted
-    ) {
-      await response.body?.cancel();
-      response = await this.#send(method, path, options, await this.credential.renewed(token));
-    }
-    if (!response.ok) {
-      const error = refusal(response.status, await response.text().catch(() => ""));
-      const nobody = error.code === "unauthorized" && this.credential.absent && path !== "/v1/session";
-      throw nobody ? signedOut() : error;
-    }
-    return response;
-  }
-
-  async #send(method: string, path: string, options: HttpOptions, token: string | null): Promise<Response> {
-    const headers: Record<string, string> = { ...options.headers };
-    if (token !== null) headers.Authorization = `Bearer ${token}`;
-    if (this.slot !== null) headers["X-Session-Slot"] = this.slot;
-    try {
-      return await this.#fetch(this.url + path, {
-        method,
-        headers,
-        cache: "no-store",
-        ...(options.body === undefined ? {} : { body: options.body }),
-        ...(options.signal === undefined ? {} : { signal: options.signal }),
-      });
-    } catch (error) {
-      if (options.signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
-      throw new Disconnected(
-        `no gateway answers at ${this.url}: ${error instanceof Error ? error.message : error}`,
-      );
-    }
-  }
-
-  /** Sends JSON and returns the JSON of the answer, null where it has none. */
-  async json<Result>(
-    method: string,
-    path: string,
-    value?: unknown,
-    options: HttpOptions = {},
-  ): Promise<Result> {
-    const body = value === undefined ? undefined : JSON.stringify(value);
-    const headers = {
-      ...options.headers,
-      ...(body === undefined ? {} : { "Content-Type": "application/json" }),
-    };
-    const response = await this.http(method, path, { ...options, headers, body });
-    return (response.status === 204 ? null : await response.json()) as Result;
   }
 
   // --- who we are ------------------------------------------------------------------------------------------
@@ -163,7 +90,7 @@ export class Gateway {
   /** Returns a tenant to work with; it connects when something is asked, and each has its own connection. */
   tenant(name: string, options: TenantOptions = {}): Tenant {
     const path = `/v1/tenants/${encodeURIComponent(name)}/ws`;
-    return new Tenant(this, name, options, {
+    return new Tenant(this, name, this.identity, options, {
       address: this.url,
       url: () => `ws${this.url.slice(4)}${path}${this.slot === null ? "" : `?slot=${this.slot}`}`,
       socket: () => this.#socketKind(),

@@ -1,10 +1,10 @@
-/** Knows one tenant: its tools, files, commands and events over one connection that heals itself. */
+/** One tenant: its tools, files, commands and events over one connection that heals itself. */
 
 import type { Connection } from "./connection.js";
 import { Disconnected, GatewayError } from "./errors.js";
 import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
 import { Files } from "./files.js";
-import type { Gateway } from "./gateway.js";
+import type { HttpClient } from "./http.js";
 import { Link, type LinkOptions, type LinkStatus, type RequestOptions, type Resumable } from "./link.js";
 import type {
   ExecInfo,
@@ -49,25 +49,26 @@ export interface Logs {
 export class Tenant implements Disposable {
   readonly name: string;
   readonly files: Files;
-  readonly #gateway: Gateway;
+  readonly #http: HttpClient;
   readonly #link: Link;
   #events: TenantEvents | null = null;
 
   /** @internal Use `Gateway.tenant`. */
   constructor(
-    gateway: Gateway,
+    http: HttpClient,
     name: string,
+    client: { readonly name: string; readonly version: string },
     options: TenantOptions,
     link: Pick<LinkOptions, "address" | "url" | "socket">,
   ) {
     this.name = name;
-    this.#gateway = gateway;
+    this.#http = http;
     this.#link = new Link({
       ...link,
       ...options,
-      credential: gateway.credential,
+      credential: http.credential,
       initialize: (token) => ({
-        client: gateway.identity,
+        client,
         ...(options.session === undefined ? {} : { session: options.session }),
         ...(options.readBeforeWrite === undefined ? {} : { readBeforeWrite: options.readBeforeWrite }),
         ...(token === null ? {} : { token }),
@@ -189,28 +190,28 @@ export class Tenant implements Disposable {
   // --- over HTTP -------------------------------------------------------------------------------------------
 
   info(): Promise<TenantInfo> {
-    return this.#gateway.json("GET", this.#path(""));
+    return this.#http.json("GET", this.#path(""));
   }
 
   metrics(signal?: AbortSignal): Promise<Usage> {
-    return this.#gateway.json("GET", this.#path("/metrics"), undefined, { signal });
+    return this.#http.json("GET", this.#path("/metrics"), undefined, { signal });
   }
 
   /** Asks whether the tenant's site answers now; `answers` is null where it has none or is asleep. */
   site(signal?: AbortSignal): Promise<SiteAnswer> {
-    return this.#gateway.json("GET", this.#path("/site"), undefined, { signal });
+    return this.#http.json("GET", this.#path("/site"), undefined, { signal });
   }
 
   start(): Promise<TenantInfo> {
-    return this.#gateway.json("POST", this.#path("/start"));
+    return this.#http.json("POST", this.#path("/start"));
   }
 
   stop(): Promise<TenantInfo> {
-    return this.#gateway.json("POST", this.#path("/stop"));
+    return this.#http.json("POST", this.#path("/stop"));
   }
 
   restart(): Promise<TenantInfo> {
-    return this.#gateway.json("POST", this.#path("/restart"));
+    return this.#http.json("POST", this.#path("/restart"));
   }
 
   /** Yields the lines of the site's journal, the last `lines` first; ends when it does not follow. */
@@ -219,7 +220,7 @@ export class Tenant implements Disposable {
       lines: String(options.lines ?? 200),
       follow: options.follow ? "1" : "0",
     });
-    const response = await this.#gateway.http("GET", this.#path(`/logs?${query}`), {
+    const response = await this.#http.http("GET", this.#path(`/logs?${query}`), {
       signal: options.signal,
     });
     yield* lines(response);

@@ -1,0 +1,84 @@
+/** A gateway over HTTP, by the present token or the browser's cookie. */
+
+import type { Credential } from "./credential.js";
+import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
+
+export interface HttpOptions {
+  readonly body?: BodyInit | undefined;
+  readonly headers?: Readonly<Record<string, string>>;
+  readonly signal?: AbortSignal | undefined;
+}
+
+export class HttpClient {
+  readonly url: string;
+  /** @internal */
+  readonly credential: Credential;
+  /** Which of the browser's sessions is meant; null for the one without a name. */
+  slot: string | null;
+  readonly #fetch: typeof fetch;
+
+  constructor(url: string, credential: Credential, slot: string | null, fetching?: typeof fetch) {
+    this.url = url;
+    this.credential = credential;
+    this.slot = slot;
+    this.#fetch = fetching ?? ((...args) => fetch(...args));
+  }
+
+  /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` where nobody answers. */
+  async http(method: string, path: string, options: HttpOptions = {}): Promise<Response> {
+    const token = await this.credential.current();
+    let response = await this.#send(method, path, options, token);
+    // a stream is spent by now; all else can be sent again, as what is refused was not done
+    if (
+      response.status === 401 &&
+      this.credential.renewable &&
+      !(options.body instanceof ReadableStream) &&
+      !options.signal?.aborted
+    ) {
+      await response.body?.cancel();
+      response = await this.#send(method, path, options, await this.credential.renewed(token));
+    }
+    if (!response.ok) {
+      const error = refusal(response.status, await response.text().catch(() => ""));
+      const nobody = error.code === "unauthorized" && this.credential.absent && path !== "/v1/session";
+      throw nobody ? signedOut() : error;
+    }
+    return response;
+  }
+
+  async #send(method: string, path: string, options: HttpOptions, token: string | null): Promise<Response> {
+    const headers: Record<string, string> = { ...options.headers };
+    if (token !== null) headers.Authorization = `Bearer ${token}`;
+    if (this.slot !== null) headers["X-Session-Slot"] = this.slot;
+    try {
+      return await this.#fetch(this.url + path, {
+        method,
+        headers,
+        cache: "no-store",
+        ...(options.body === undefined ? {} : { body: options.body }),
+        ...(options.signal === undefined ? {} : { signal: options.signal }),
+      });
+    } catch (error) {
+      if (options.signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
+      throw new Disconnected(
+        `no gateway answers at ${this.url}: ${error instanceof Error ? error.message : error}`,
+      );
+    }
+  }
+
+  /** Sends JSON and returns the JSON of the answer, null where it has none. */
+  async json<Result>(
+    method: string,
+    path: string,
+    value?: unknown,
+    options: HttpOptions = {},
+  ): Promise<Result> {
+    const body = value === undefined ? undefined : JSON.stringify(value);
+    const headers = {
+      ...options.headers,
+      ...(body === undefined ? {} : { "Content-Type": "application/json" }),
+    };
+    const response = await this.http(method, path, { ...options, headers, body });
+    return (response.status === 204 ? null : await response.json()) as Result;
+  }
+}
