@@ -1,8 +1,9 @@
-"""Builds the base image of tenants and imports it: Debian, systemd, the user `site`, Bun.
+"""Build the base image of tenants and import it: Debian, systemd, the user `site`, Bun.
 
-An image is the outcome of its definition: the text in this module, the settings that go into it, and the
-CA certificates of the host. The digest of that names the artefact in the cache and is written into the
-image's properties, so that a second daemon imports without a build, and a changed definition is rebuilt.
+An image is the outcome of its definition: what this module, `overlay/` and `finish_image.sh` say, the
+settings that go into it, and the CA certificates of the host. The digest of that names the artefact in the
+cache and is written into the image's properties, so that a second daemon imports without a build, and a
+changed definition is rebuilt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import tarfile
 import tempfile
@@ -59,102 +61,15 @@ PACKAGES = (
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-# For an instance that the gateway gave no address: see ADDRESSED.
-NETWORK = """\
-[Match]
-Name=eth0
-
-[Network]
-DHCP=ipv4
-KeepConfiguration=yes
-LinkLocalAddressing=no
-IPv6AcceptRA=no
-LLMNR=no
-
-[DHCPv4]
-UseDomains=yes
-UseHostname=no
-"""
-
-JOURNAL = """\
-[Journal]
-Storage=persistent
-SystemMaxUse=64M
-RuntimeMaxUse=16M
-RateLimitIntervalSec=0
-"""
-
-# A tenant has its address and route before its first process, and no use for DHCP: udev and networkd, which
-# waits for udev, took a third of the CPU time of its start. One without an address needs both: ADDRESS starts
-# them. The condition holds where an upgrade of their packages has each boot start them again.
-ADDRESSED = """\
-[Service]
-ExecCondition=/bin/sh -c '! grep -q ^eth0 /proc/net/route'
-"""
-
-# What networkd sees to where it runs. There is no IPv6 on the tenants' bridge.
-SYSCTL = """\
--net.ipv6.conf.eth0.disable_ipv6 = 1
-"""
-
-# Only the network: a container may not touch the other devices that it sees, each try would be logged.
-# What is triggered before udev listens is lost: its sockets are masked.
-TRIGGER = f"""\
-[Unit]
-After=systemd-udevd.service
-{ADDRESSED}ExecStart=
-ExecStart=-udevadm trigger --action=add --subsystem-match=net
-"""
-
-# Who has an address before its first process tells nobody. The host would go on for up to a minute with the
-# hardware address of who had it before, such as the original of a copy: a word to the bridge tells it.
-ADDRESS = """\
-[Unit]
-Description=Tell the bridge who has this address, or get one
-DefaultDependencies=no
-Conflicts=shutdown.target
-Before=shutdown.target
-
-[Service]
-EnvironmentFile=-/etc/default/bridge
-ExecStart=-/bin/sh -c '\\
-  if grep -q ^eth0 /proc/net/route; then exec ping -q -c 1 -W 1 "$BRIDGE"; fi; \\
-  exec systemctl --no-block start systemd-udevd systemd-udev-trigger systemd-networkd'
-
-[Install]
-WantedBy=sysinit.target
-"""
-
-# The root disk is there before systemd: journald writes to it at once, and no program has to tell it so. It
-# takes a file of this name for the word, and a socket may have a second name.
-FLUSHED = """\
-[Socket]
-Symlinks=/run/systemd/journal/flushed
-"""
-
-# Bun and Node bring their own certificates; these are the system's, with what the host trusts beside.
-ENVIRONMENT = """\
-[Manager]
-DefaultEnvironment=NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
-"""
-
-PROFILE = """\
-export NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
-export PATH="$HOME/.bun/bin:$PATH"
-"""
+_HERE = Path(__file__).parent
+_OVERLAY = _HERE / "overlay"
 
 FILES = {
-    "etc/systemd/network/10-eth0.network": NETWORK,
-    "etc/systemd/system/systemd-networkd.service.d/10-tenant.conf": ADDRESSED,
-    "etc/systemd/system/systemd-udevd.service.d/10-tenant.conf": ADDRESSED,
-    "etc/systemd/system/systemd-udev-trigger.service.d/10-tenant.conf": TRIGGER,
-    "etc/sysctl.d/10-tenant.conf": SYSCTL,
-    "etc/systemd/journald.conf.d/10-tenant.conf": JOURNAL,
-    "etc/systemd/system.conf.d/10-tenant.conf": ENVIRONMENT,
-    "etc/profile.d/10-tenant.sh": PROFILE,
-    "etc/systemd/system/announce-address.service": ADDRESS,
-    "etc/systemd/system/systemd-journald-dev-log.socket.d/10-tenant.conf": FLUSHED,
+    str(path.relative_to(_OVERLAY)): path.read_text()
+    for path in sorted(_OVERLAY.rglob("*"))
+    if path.is_file()
 }
+"""What is laid over Debian, by path: units, and what they read."""
 
 # What Incus fills in before an instance of the image starts for the first time, so that an image serves every
 # bridge. Never later: the tenant's root could lead what the daemon writes then to elsewhere.
@@ -207,32 +122,7 @@ GENERATORS = tuple(
     for name in ("debug", "getty", "gpt-auto", "hibernate-resume", "run", "ssh", "system-update", "tpm2")
 )
 
-FINISH = """\
-set -eu
-root="$1"
-chroot "$root" groupadd --gid {uid} {user}
-chroot "$root" useradd --uid {uid} --gid {uid} --create-home --home-dir /home/{user} --shell /bin/bash {user}
-install -d -m 0755 -o {uid} -g {uid} "$root{workspace}"
-install -D -m 0755 {bun} "$root/usr/local/bin/bun"
-ln -s bun "$root/usr/local/bin/bunx"
-ln -s bun "$root/usr/local/bin/node"
-install -d "$root/var/log/journal"
-chroot "$root" systemctl --quiet enable announce-address.service
-chroot "$root" systemctl --quiet mask {masked}
-install -d "$root/etc/systemd/system-generators" "$root/etc/tmpfiles.d"
-for name in {generators}; do ln -s /dev/null "$root/etc/systemd/system-generators/$name"; done
-ln -s /dev/null "$root/etc/tmpfiles.d/systemd-nologin.conf"
-# started by who asks for it, through its socket
-rm -f "$root/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
-rm -f "$root"/usr/lib/systemd/system/sysinit.target.wants/systemd-udev*.service
-rm -f "$root/etc/resolv.conf"
-chroot "$root" journalctl --update-catalog
-: > "$root/etc/machine-id"
-rm -f "$root/var/lib/dbus/machine-id" "$root/etc/hostname" "$root/etc/apt/apt.conf.d/99mmdebstrap"
-rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*.log "$root"/var/log/apt
-# nothing is left for a first start to bring up to date (systemd-update-done.service), as by ldconfig
-touch "$root/etc/.updated" "$root/var/.updated"
-"""
+FINISH = (_HERE / "finish_image.sh").read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,18 +282,11 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
         target.chmod(0o644)
-    finish = place / "finish"
-    finish.write_text(
-        FINISH.format(
-            uid=definition.uid,
-            user=definition.user,
-            workspace=definition.workspace,
-            bun=program,
-            masked=" ".join(MASKED),
-            generators=" ".join(GENERATORS),
-        )
-    )
-    hooks = [f'copy-in "{overlay}/etc" /', f'sh "{finish}" "$1"']
+    finish = place / "finish_image.sh"
+    finish.write_text(FINISH)
+    facts = (definition.uid, definition.user, definition.workspace, program)
+    words = " ".join(shlex.quote(str(word)) for word in (*facts, " ".join(MASKED), " ".join(GENERATORS)))
+    hooks = [f'copy-in "{overlay}/etc" /', f'sh "{finish}" "$1" {words}']
     if definition.certificates:
         # What the host trusts beside Debian's own, a guest behind the same network needs too.
         bundle = place / "ca-certificates.crt"

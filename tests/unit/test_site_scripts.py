@@ -25,7 +25,9 @@ import gateway
 from gateway.runtime.incus import provisioning
 
 SHELLS: Final = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
-SCRIPTS: Final = sorted(Path(gateway.__file__).parent.rglob("*.sh"))
+SCRIPTS: Final = [
+    path for path in sorted(Path(gateway.__file__).parent.rglob("*.sh")) if "overlay" not in path.parts
+]
 INCUS: Final = Path(provisioning.__file__).parent
 UID: Final = 65534
 NAMES: Final = (
