@@ -233,7 +233,7 @@ def in_tenant(words: Sequence[str], started: Path, folder: Path, workspace: str)
     if started == folder or not _within(started, folder):
         return changed
     below = f"{workspace}/{started.relative_to(folder)}"
-    return ("/bin/sh", "-c", 'cd "$0" && exec "$@"', below, *changed)
+    return ("/usr/bin/env", f"--chdir={below}", *changed)
 
 
 def _within(path: Path, folder: Path) -> bool:

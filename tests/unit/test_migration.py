@@ -68,7 +68,7 @@ def test_a_folder_is_looked_through_and_nothing_is_followed(tmp_path: Path) -> N
         (
             ("node", "x.js"),
             FOLDER_ / "user",
-            ("/bin/sh", "-c", 'cd "$0" && exec "$@"', "/srv/site/user", "node", "x.js"),
+            ("/usr/bin/env", "--chdir=/srv/site/user", "node", "x.js"),
         ),
     ],
 )

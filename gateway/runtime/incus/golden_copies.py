@@ -1,10 +1,6 @@
-"""Keep what is made before it is asked for: golden copies of recipes, and the instances of the pool.
+"""Keep golden copies: stopped instances of which tenants of a template, or of an upload, are made.
 
-Which instance is whose is in Incus: `user.gateway.role` says `golden` or `pool` for those that are no tenants
-yet, `user.gateway.owner` which gateway made them.
-
-An instance of the pool waits stopped: Incus renames no running one, and to stop it (0.8 s) costs more than to
-start it (0.15 s, and 0.5 s until its network is up). It costs no memory, and no copy of a disk is left to do.
+Incus says which instance is whose: see `marks`.
 """
 
 from __future__ import annotations
@@ -13,21 +9,20 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
-from uuid import uuid4
 
 from gateway.errors import GatewayError, NotFound, Timeout, Unavailable
 from gateway.incus import Incus
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus import service_unit
-from gateway.runtime.incus.creation import Creation, identity_of, is_ours
+from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.marks import KEY, OWNER, Marks, owner
+from gateway.runtime.incus.pool import Pool
 from gateway.runtime.incus.uploads import (
     BASE,
     BYTES,
@@ -41,13 +36,8 @@ from gateway.runtime.incus.uploads import (
 )
 from gateway.runtime.sites import Prepared, Quiet, Recipe, at_once
 from gateway.settings import Settings
-from gateway.tasks import whole
 
 log = logging.getLogger(__name__)
-
-ROLE: Final = "user.gateway.role"
-OWNER: Final = "user.gateway.owner"
-KEY: Final = "user.gateway.key"
 
 GOLDEN_SNAPSHOT: Final = "ready"
 
@@ -63,27 +53,16 @@ Bake = Callable[[str, Recipe], Awaitable[int]]
 """Makes a running instance what copies begin with, and returns the bytes of its files: `Baking.bake`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """An instance of the pool."""
-
-    name: str
-    identity: str
-
-    def is_it(self, instance: Mapping[str, Any]) -> bool:
-        return identity_of(instance) == self.identity
-
-
 class GoldenCopies:
-    """The golden copies and the pool of one gateway."""
+    """The golden copies of one gateway; its pool is filled from them."""
 
-    def __init__(self, settings: Settings, incus: Incus, making: Creation, bake: Bake) -> None:
+    def __init__(
+        self, settings: Settings, incus: Incus, making: Creation, marks: Marks, pool: Pool, bake: Bake
+    ) -> None:
         self._settings, self._incus, self._making = settings, incus, making
-        self._bake = bake
-        self._owner = owner(settings)
-        # Incus shows an instance, and a snapshot, that is still being made: these were seen to be whole
-        self._pool: dict[str, list[_Member]] = {}  # by key
-        self._golden: set[str] = set()  # by name
+        self._marks, self._pool, self._bake = marks, pool, bake
+        # Incus shows a snapshot that is still being made: these were seen to be whole
+        self._whole: set[str] = set()  # by name
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._copying: Counter[str] = Counter()  # golden copies, by name, that are just being copied
         self._used: dict[str, float] = {}  # those of uploads, since it was last written beside them
@@ -99,7 +78,7 @@ class GoldenCopies:
             await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 2):
-                await self._drain()
+                await self._pool.drain()
 
     # --- taken --------------------------------------------------------------------------------------
 
@@ -111,42 +90,14 @@ class GoldenCopies:
             alias = await self._incus.get(f"/1.0/images/aliases/{self._settings.image}")
         return prepared_key(self._settings, recipe, alias["target"])
 
-    async def claim(self, tenant: str, key: str, config: Mapping[str, str], size: Mapping[str, str]) -> bool:
-        """Make an instance of the pool the tenant; say whether there was one.
-
-        Incus lists an instance that is still being copied, and breaks where it is changed or renamed then: so
-        one is taken only of those that were seen to be whole.
-        """
-        while members := self._pool.get(key):
-            member = members.pop()
-            try:
-                change: dict[str, Any] = {"config": {**config, OWNER: "", KEY: ""}}
-                if devices := await self._making.devices(size):
-                    change["devices"] = devices
-                with translated(member.name):
-                    # marked first: from now on it belongs to the deployment, whatever it is called
-                    await self._operate("PATCH", instance_path(member.name), change)
-            except BaseException as error:
-                removing = self._making.remove(member.is_it, "it could not be taken from the pool")
-                await whole(removing)
-                if not isinstance(error, GatewayError):
-                    raise
-                log.warning("%s of the pool cannot be used: %s", member.name, error.message)
-                continue
-            with translated(tenant):
-                await self._operate("POST", instance_path(member.name), {"name": tenant})
-                await self._operate("PUT", instance_path(tenant, "state"), {"action": "start", "timeout": -1})
-            return True
-        return False
-
     @contextlib.asynccontextmanager
-    async def golden(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
+    async def source(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
         """Give what a copy of a key's golden copy is made from; None where there is none.
 
         It stays as long as the context is open.
         """
         name = golden_name(key)
-        if not key or name not in self._golden:
+        if not key or name not in self._whole:
             yield None
             return
         self._copying[name] += 1
@@ -187,14 +138,7 @@ class GoldenCopies:
                 return
             if not await self._golden_is_ready(golden):
                 await self._make_golden(golden, key, recipe, size)
-            members = self._pool.setdefault(key, [])
-            while len(members) < self._settings.warm_pool:
-                await quiet()
-                name = f"gateway-pool-{secrets.token_hex(6)}"
-                member = _Member(name, str(uuid4()))
-                marks = self._marks("pool", key)
-                await self._making.make(name, _copy(golden), marks, {}, start=False, identity=member.identity)
-                members.append(member)
+            await self._pool.fill(key, _copy(golden), quiet)
             prepared(None)
         except GatewayError as error:
             prepared(error)
@@ -206,12 +150,13 @@ class GoldenCopies:
 
     async def _make_golden(self, name: str, key: str, recipe: Recipe, size: Mapping[str, str]) -> None:
         await self._making.remove(
-            lambda one: one["name"] == name and self._is(one, "golden"), "a golden copy was not finished"
+            lambda one: one["name"] == name and self._marks.on(one, "golden"),
+            "a golden copy was not finished",
         )
         async with self._making.undone("the golden copy failed") as identity:
             source = {"type": "image", "alias": self._settings.image}
             limits = {f"limits.{what}": size[what] for what in _LIMITS if what in size}
-            marks = self._marks("golden", key)
+            marks = self._marks.of("golden", key)
             if recipe.owner:
                 marks |= {UPLOADER: recipe.owner, CONTENT: recipe.key, USED: f"{time.time():.0f}"}
                 marks[BASE] = await self._base()
@@ -219,16 +164,18 @@ class GoldenCopies:
             held = await self._bake(name, recipe)
             with translated(name):
                 body = {"action": "stop", "timeout": -1, "force": True}
-                await self._operate("PUT", instance_path(name, "state"), body)
+                await self._making.operate("PUT", instance_path(name, "state"), body)
                 # what a copy may have is asked for with it
                 change = dict.fromkeys(limits, "")
                 if recipe.owner:
                     disk = ((await self._incus.state(name)).get("disk") or {}).get("root") or {}
                     change[BYTES] = str(disk.get("usage") or held)
                 if change:
-                    await self._operate("PATCH", instance_path(name), {"config": change})
-                await self._operate("POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT})
-        self._golden.add(name)
+                    await self._making.operate("PATCH", instance_path(name), {"config": change})
+                await self._making.operate(
+                    "POST", instance_path(name, "snapshots"), {"name": GOLDEN_SNAPSHOT}
+                )
+        self._whole.add(name)
 
     # --- of uploads ---------------------------------------------------------------------------------
 
@@ -243,7 +190,7 @@ class GoldenCopies:
         except (GatewayError, TimeoutError):
             self._refuse(recipe.key)
             raise
-        if name not in self._golden:
+        if name not in self._whole:
             self._refuse(recipe.key)
             log.info("the golden copy of an upload went at once: it is too large, or its tenant has ended")
 
@@ -259,7 +206,7 @@ class GoldenCopies:
             if self._used.get(copy.name, 0.0) >= copy.used and not self._copying[copy.name]:
                 change = {"config": {USED: f"{self._used.pop(copy.name):.0f}"}}
                 with contextlib.suppress(GatewayError), translated(copy.name):
-                    await self._operate("PATCH", instance_path(copy.name), change)
+                    await self._making.operate("PATCH", instance_path(copy.name), change)
 
     async def spare(self, wanted: int) -> int:
         """Remove copies of uploads that hold so many bytes together, or all; return how many they held."""
@@ -287,19 +234,19 @@ class GoldenCopies:
         """Remove copies, but for those that a tenant is just made of; return how many bytes they held."""
         free = [copy for copy in copies if not self._copying[copy.name]]
         for copy in free:
-            self._golden.discard(copy.name)
+            self._whole.discard(copy.name)
             self._used.pop(copy.name, None)
         if free:
             identities = {copy.identity for copy in free}
             await self._making.remove(
-                lambda one: identity_of(one) in identities and self._is(one, "golden"), why
+                lambda one: identity_of(one) in identities and self._marks.on(one, "golden"), why
             )
         return sum(copy.bytes for copy in free)
 
     def _uploads(self, instances: Sequence[Mapping[str, Any]]) -> list[Upload]:
         """Return the copies of uploads that are whole."""
-        whole_ones = (one for one in instances if one["name"] in self._golden and self._is(one, "golden"))
-        found = (upload_of(one, self._used) for one in whole_ones)
+        golden = self._marks.among(instances, "golden")
+        found = (upload_of(one, self._used) for one in golden if one["name"] in self._whole)
         return [upload for upload in found if upload is not None]
 
     async def _base(self) -> str:
@@ -311,7 +258,7 @@ class GoldenCopies:
     # --- whole --------------------------------------------------------------------------------------
 
     async def _golden_is_ready(self, name: str) -> bool:
-        return name in self._golden and await self._has_snapshot(name)
+        return name in self._whole and await self._has_snapshot(name)
 
     async def _has_snapshot(self, name: str) -> bool:
         try:
@@ -330,40 +277,22 @@ class GoldenCopies:
         with translated(""):
             unfinished = await self._incus.busy()
         outdated = set()
-        for instance in [*await self._ours("golden"), *await self._ours("pool")]:
-            member = _Member(instance["name"], identity_of(instance))
-            key, pooled = instance["config"].get(KEY), self._is(instance, "pool")
-            ready = member.name not in unfinished and (pooled or await self._has_snapshot(member.name))
+        for instance in self._marks.among(await self._making.instances(), "golden", "pool"):
+            name, key = instance["name"], instance["config"].get(KEY)
+            pooled = self._marks.on(instance, "pool")
+            ready = name not in unfinished and (pooled or await self._has_snapshot(name))
             upload = upload_of(instance, {})
             wanted = key in keys if upload is None else bool(base) and upload.base == base
             if not wanted or not ready or instance["status"] != "Stopped":
-                outdated.add(member.identity)
+                outdated.add(identity_of(instance))
             elif pooled:
-                self._pool.setdefault(key, []).append(member)
+                self._pool.adopt(instance)
             else:
-                self._golden.add(member.name)
+                self._whole.add(name)
         await self._making.remove(
-            lambda one: identity_of(one) in outdated and (self._is(one, "golden") or self._is(one, "pool")),
+            lambda one: identity_of(one) in outdated and self._marks.on(one, "golden", "pool"),
             "it was made ready by an earlier life, for other templates",
         )
-
-    async def _drain(self) -> None:
-        self._pool.clear()
-        await self._making.remove(lambda one: self._is(one, "pool"), "the gateway ends")
-
-    def _marks(self, role: str, key: str) -> dict[str, str]:
-        return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
-
-    def _is(self, instance: Mapping[str, Any], role: str) -> bool:
-        """Say whether an instance is this gateway's, in that role, and not somebody's copy of one."""
-        config = instance["config"]
-        return bool(config.get(ROLE) == role and config.get(OWNER) == self._owner and is_ours(instance))
-
-    async def _ours(self, role: str) -> Sequence[Mapping[str, Any]]:
-        return [instance for instance in await self._making.instances() if self._is(instance, role)]
-
-    async def _operate(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        await self._making.operate(method, path, body)
 
 
 def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
@@ -376,11 +305,6 @@ def prepared_key(settings: Settings, recipe: Recipe, image: str) -> str:
 def golden_name(key: str) -> str:
     """Return the instance that is a key's golden copy once it has the snapshot `GOLDEN_SNAPSHOT`."""
     return f"gateway-golden-{key}"
-
-
-def owner(settings: Settings) -> str:
-    """Return what tells the instances of this gateway from another's on the same Incus."""
-    return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
 
 
 def _copy(golden: str) -> Mapping[str, str]:

@@ -17,9 +17,11 @@ from gateway.runtime.incus.baking import Baking
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import is_ours
 from gateway.runtime.incus.errors import translated
-from gateway.runtime.incus.golden_copies import ROLE, UNMARKED, GoldenCopies
+from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.headroom import Headroom
+from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
+from gateway.runtime.incus.pool import Pool
 from gateway.runtime.incus.ports import DEVICES, Ports
 from gateway.runtime.incus.provisioning import Provisioning
 from gateway.runtime.incus.records import (
@@ -64,7 +66,9 @@ class IncusSites:
         self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
         baking = Baking(settings, self._incus, self._making, self._provisioning)
-        self._golden = GoldenCopies(settings, self._incus, self._making, baking.bake)
+        marks = Marks(settings)
+        self._pool = Pool(settings, self._making, marks)
+        self._golden = GoldenCopies(settings, self._incus, self._making, marks, self._pool, baking.bake)
 
     async def __aenter__(self) -> IncusSites:
         return self
@@ -94,10 +98,10 @@ class IncusSites:
         size = SIZES[order.size]
         config |= {f"limits.{name}": size[name] for name in ("cpu", "memory") if name in size}
         key = await self._golden.key(order.recipe)
-        if key and await self._golden.claim(tenant, key, config, size):
+        if key and await self._pool.claim(tenant, key, config, size):
             return "pool"
         devices = await self._making.devices(size)
-        async with self._golden.golden(key) as golden:
+        async with self._golden.source(key) as golden:
             source = golden or {"type": "image", "alias": self._settings.image}
             config |= UNMARKED if golden else {}
             await self._making.make(tenant, source, config, devices, start=True)

@@ -1,0 +1,47 @@
+"""Mark the instances that are no tenants yet, so that each gateway knows its own.
+
+`user.gateway.role` says `golden` or `pool`, `user.gateway.owner` which gateway made it, and
+`user.gateway.key` what it was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from gateway.rootfs.locations import MANAGED
+from gateway.runtime.incus.addresses import Instance
+from gateway.runtime.incus.creation import is_ours
+from gateway.settings import Settings
+
+ROLE: Final = "user.gateway.role"
+OWNER: Final = "user.gateway.owner"
+KEY: Final = "user.gateway.key"
+
+Role = Literal["golden", "pool"]
+
+
+def owner(settings: Settings) -> str:
+    """Return what tells the instances of this gateway from another's on the same Incus."""
+    return hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
+
+
+class Marks:
+    """The marks of one gateway."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._owner = owner(settings)
+
+    def of(self, role: Role, key: str) -> dict[str, str]:
+        """Return the configuration that marks an instance."""
+        return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
+
+    def on(self, instance: Instance, *roles: Role) -> bool:
+        """Say whether an instance is this gateway's in one of these roles, and nobody's copy of one."""
+        config = instance["config"]
+        return bool(config.get(ROLE) in roles and config.get(OWNER) == self._owner and is_ours(instance))
+
+    def among(self, instances: Sequence[Instance], *roles: Role) -> Sequence[Instance]:
+        """Return those that are this gateway's in one of these roles."""
+        return [instance for instance in instances if self.on(instance, *roles)]
