@@ -22,7 +22,7 @@ from gateway.events import Bus
 from gateway.rootfs import memory, reserve
 from gateway.rootfs.memory import SITE, Place, Process, Sample
 from gateway.rootfs.paths import show
-from gateway.runtime import ExecSpec, TenantEvent
+from gateway.runtime import TenantEvent, scripts
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.sizes import SIZES, size_of
 from gateway.settings import Settings
@@ -52,11 +52,14 @@ _LOGGING: Final = 20.0  # seconds in which a line must have come into a site's l
 _STARTS: Final = ("tenant.started", "tenant.restarted", "tenant.created", "gateway.resynced")
 _MOVES: Final = (*_STARTS, "tenant.stopped", "tenant.destroyed", "tenant.renamed")
 
-# Root's word about the site's unit is in its log: journalctl(1) --unit. $1 is the line.
-_NOTE: Final = (
-    "printf '%s\\n' \"MESSAGE=$1\" PRIORITY=3 SYSLOG_IDENTIFIER=incus-gateway "
-    "OBJECT_SYSTEMD_UNIT=site.service | logger --journald"
-)
+_PRINTED: Final = 4096  # bytes that writing it may print
+# root's word about the site's unit is in its log: journalctl(1) --unit
+_NOTE: Final = """\
+MESSAGE={line}
+PRIORITY=3
+SYSLOG_IDENTIFIER=incus-gateway
+OBJECT_SYSTEMD_UNIT=site.service
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,16 +313,14 @@ class Pressure:
 
     async def _note(self, name: str, line: str) -> None:
         """Write a line into the log of a tenant's site."""
-        async with asyncio.timeout(_LOGGING):
-            spec = ExecSpec(("/bin/sh", "-c", _NOTE, "sh", line), cwd="/", user="root")
-            process = await self._runtime.exec(name, spec)
-            try:
-                await process.wait()
-            except BaseException:
-                await asyncio.shield(process.kill(0))
-                raise
-            finally:
-                await process.aclose()
+        await scripts.run(
+            self._runtime.exec,
+            name,
+            ("logger", "--journald"),
+            given=_NOTE.format(line=line).encode(),
+            seconds=_LOGGING,
+            printed=_PRINTED,
+        )
 
 
 def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:

@@ -1,4 +1,4 @@
-"""Moves a site that lives in a folder of the host into a tenant, step by step, each with a way back.
+"""Move a site from a folder of the host into a tenant, step by step, each with a way back.
 
 Run by the operator, as root, on the host. From outside `run` and `plan` are used, with their values.
 """

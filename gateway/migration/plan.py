@@ -1,4 +1,4 @@
-"""What a migration is to do, and what stands in its way: decided of values alone."""
+"""Decide what a migration is to do, and what stands in its way, from values alone."""
 
 from __future__ import annotations
 

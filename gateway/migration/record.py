@@ -1,4 +1,4 @@
-"""A migration that is under way, as the keys of its instance tell it: Incus is the database."""
+"""Read from an instance's keys how far a migration is. Incus is the database."""
 
 from __future__ import annotations
 

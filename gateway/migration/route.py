@@ -1,4 +1,4 @@
-"""Sees which way visitors come to a domain, and whether some are still being answered."""
+"""Find out which way visitors come to a domain, and whether some are still being answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks through a folder of the host before it moves: how large it is, and what of it needs an answer.
+"""Look through a folder of the host before it moves: its size, and what of it needs a decision.
 
 Nothing is followed, opened or changed; of files only names and `lstat` are read, never contents.
 """

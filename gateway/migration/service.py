@@ -1,4 +1,4 @@
-"""The old service of a site: its state by systemd and the kernel, how it is stopped and started."""
+"""Inspect, stop and start the old service of a site, by systemd and the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows a folder of the host to one tenant, by a mount that maps one owner and nobody else.
+"""Show a folder of the host to one tenant, by a mount that maps one owner and nobody else.
 
 Incus's own `shift=true` would map every id, root too: root in the container then writes into the folder as
 root of the host, and a set-uid file there is a way to it. Of this mount the folder's owner alone is the

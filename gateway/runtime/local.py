@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -42,6 +42,8 @@ from gateway.runtime.launcher import (
 from gateway.runtime.local_process import LocalProcess
 from gateway.runtime.visits import Place, visited
 from gateway.settings import Settings
+
+_LOG: Final = Path(__file__).with_name("local_log.sh").read_text()
 
 
 class LocalRuntime:
@@ -228,9 +230,7 @@ class LocalRuntime:
         return Space(found.total, found.used)
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
-        # beside the root, in which the tenant could put a link in its place
-        line = f'exec tail -n {lines} {"-F" if follow else ""} "${{PWD%/root/*}}/site.log" 2>/dev/null'
-        return ExecSpec(("sh", "-c", line))
+        return ExecSpec(("/bin/sh", "-c", _LOG, "sh", str(lines), *(["-F"] if follow else [])))
 
     def _kept(self, name: str, snapshot: str) -> Path:
         self._record(name)

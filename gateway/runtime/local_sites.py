@@ -1,4 +1,4 @@
-"""Makes sites of the `local` runtime: a folder each, and a process on loopback that is started again.
+"""Make sites of the `local` runtime: a folder each, and a process on loopback that is started again.
 
 Which port a site has is in its tenant's folder; its process ends with the gateway and comes again with it.
 """

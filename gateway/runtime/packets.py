@@ -1,4 +1,4 @@
-"""Counts the packets that this host's interfaces received, which tell whose site answers somebody.
+"""Count the packets that this host's interfaces received, which tell whose site answers somebody.
 
 One small file of the kernel's has them all, however many visitors there are.
 """

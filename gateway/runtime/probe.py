@@ -1,4 +1,4 @@
-"""Knows how to see from outside whether something in a tenant answers, without running anything in it."""
+"""See from outside whether something in a tenant answers, without running anything in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows who is, or was lately, connected to a site, from the kernel's tables of TCP connections.
+"""Tell who is, or was lately, connected to a site, from the kernel's tables of TCP connections.
 
 Requests that take a moment are seen as well as websockets that last for days, whichever Caddy serves them,
 at no cost to any: whoever ends a connection first keeps its trace for a minute (TIME_WAIT), and the table

@@ -1,4 +1,4 @@
-"""Knows which shells are kept waiting for a command, so that one starts without asking Incus.
+"""Keep shells waiting in tenants, so that a command starts without asking Incus.
 
 Starting a command through Incus's API costs several requests and a new process on the host; a shell that
 is already there takes a line and becomes it. For a tenant from which commands are expected some shells of

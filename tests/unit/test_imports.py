@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,19 @@ def test_every_room_has_a_level() -> None:
     rooms = {module.split(".")[1] for module, _ in modules() if module.startswith("gateway.")}
     assert rooms <= LEVEL.keys(), "give the new room its level here and in the architecture"
     assert {"auth", "events", "protocol"} <= rooms  # the walk really finds the source
+
+
+def test_no_package_is_a_house_of_its_own() -> None:
+    """None holds more than 12 % of the lines; one inside another counts for itself."""
+    sizes: Counter[Path] = Counter()
+    for module, path in modules():
+        if module.startswith("gateway."):
+            sizes[path.parent] += len(path.read_text().splitlines())
+    assert len(sizes) > 20
+    large = {
+        str(folder.relative_to(ROOT)): lines for folder, lines in sizes.items() if folder.name != "gateway"
+    }
+    assert {name for name, lines in large.items() if lines > 0.12 * sizes.total()} == set()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Makes instances, each with an address of its own, and removes those that came to nothing, and no others.
+"""Make instances, each with an address of its own, and remove those that came to nothing, and no others.
 
 Whoever makes an instance chooses its `volatile.uuid`. So what must be taken back is known before it is there,
 and never by its name alone, which may be another's by then.

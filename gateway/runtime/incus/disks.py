@@ -1,4 +1,4 @@
-"""Keeps, brings back and copies the disks of Incus containers: snapshots, restores, clones."""
+"""Snapshot, restore and clone the disks of Incus containers."""
 
 from __future__ import annotations
 

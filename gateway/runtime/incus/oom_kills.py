@@ -1,4 +1,4 @@
-"""Knows whose processes the kernel killed for want of memory: from its log, as it says so.
+"""Tell whose processes the kernel killed for want of memory, by its log.
 
 One log tells of all containers under either version of control groups, where their counters would have to be
 asked for again and again and go when a command's group does.
