@@ -90,8 +90,9 @@ def test_it_holds_everything_of_ours_that_is_read_at_run_time(wheel: Path) -> No
     for shipped in ("caddy", "deploy/templates"):
         assert {f"gateway/shipped/{shipped}/{path}" for path in files(CHECKOUT / shipped)} <= inside
     assert {f"gateway/shipped/caddy/{name}" for name in ("Caddyfile", "site.caddy")} <= inside
-    scripts = {path for path in files(CHECKOUT / "gateway") if path.suffix == ".sh"}
-    assert scripts and {f"gateway/{path}" for path in scripts} <= inside
+    read = {path for path in files(CHECKOUT / "gateway") if path.suffix not in (".py", ".pyc")}
+    assert {".sh", ".service", ".network", ".conf"} <= {path.suffix for path in read}
+    assert {f"gateway/{path}" for path in read} <= inside
     assert {"gateway/py.typed", "gateway_client/py.typed"} <= inside
     ours = {path for path in inside if ".dist-info/" not in path}
     assert {path.partition("/")[0] for path in ours} == {"gateway", "gateway_client"}
