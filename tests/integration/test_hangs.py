@@ -18,6 +18,7 @@ import pytest
 from gateway.rootfs import memory, process_tree
 from gateway.settings import Settings
 from tests.archives import archive
+from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(200)
@@ -136,6 +137,19 @@ async def test_who_comes_right_after_a_site_froze_gets_the_page_in_time(
             is_page(at_once)
             assert at_once[3] < 1, at_once
         assert (await anext(told))[0] == "tenant.healthy"
+    await answers(host, browser)
+
+
+async def test_a_tenant_that_is_paused_is_answered_for(host: Hosting, browser: aiohttp.ClientSession) -> None:
+    """By Incus: each process of the container stands still then."""
+    await answers(host, browser)
+    environment.incus("pause", TENANT)
+    try:
+        seen = await visit(host, browser)
+        is_page(seen)
+        assert seen[3] < PAGE, seen
+    finally:
+        environment.incus("resume", TENANT)
     await answers(host, browser)
 
 
