@@ -26,7 +26,9 @@ _AT_ONCE: Final = 32
 # looks that are begun at once: to wake for each by itself costs more than the look, hundreds hold up the loop
 _TOGETHER: Final = 32
 _LEISURE: Final = 0.01  # of an interval, in which nearly all have answered
-_ANSWERS: Final = 12  # packets that a site sends at most to be asked by us; a visitor gets four of his own
+_SKIPPED: Final = 3  # intervals in which a site that is well and answers nobody is not looked at
+_ANSWERS: Final = 12  # packets that a site sends at most to be asked by us
+_NOISE: Final = 2  # packets of an interval that are no answer to a visitor, who gets four
 _STARTS: Final = ("tenant.started", "tenant.restarted")
 
 
@@ -35,7 +37,7 @@ class Health:
 
     A site that has just been started is looked at until it answers, which is told as `tenant.healthy` with
     the milliseconds it took; after that each by itself, so that one that hangs holds up no look at another.
-    One that was well and has answered nobody since is looked at every second time. What is well when the
+    One that was well and has answered nobody since is looked at every fourth time. What is well when the
     gateway starts is not news.
     """
 
@@ -53,7 +55,8 @@ class Health:
         """
         self._sites, self._bus, self._settings = sites, bus, settings
         self._excuse, self._packets = excuse, packets
-        self._sent: dict[str, int] = {}  # by tenants that were looked at in the last interval
+        # by tenant: the packets that it has sent, and for how many intervals it may go without a look
+        self._sent: dict[str, tuple[int, int]] = {}
         self._away: dict[str, str] = {}  # domains that are excused, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
@@ -177,13 +180,14 @@ class Health:
         counts, before, self._sent = self._packets(), self._sent, {}
         parts: list[list[Site]] = [[] for _ in range(1 + len(watched) // _TOGETHER)]
         for tenant, site in watched.items():
-            count = counts.get(site.link or "")
             well = self._failures.get(tenant) == 0 and tenant not in self._unhealthy
-            silent = count is not None and tenant in before and 0 <= count - before[tenant] <= _ANSWERS
-            if well and silent:
-                continue  # not in `_sent` now, so looked at next time
-            if count is not None:
-                self._sent[tenant] = count
+            if (count := counts.get(site.link or "")) is not None:
+                last, left = before.get(tenant, (count + 1, 0))
+                silent = 0 <= count - last <= (_ANSWERS if left == _SKIPPED else _NOISE)
+                left = left if well and silent else 0
+                self._sent[tenant] = count, left - 1 if left else _SKIPPED
+                if left:
+                    continue
             # at the same moment of each interval
             parts[zlib.crc32(tenant.encode()) % len(parts)].append(site)
         return parts
