@@ -23,8 +23,8 @@ from gateway.host.caddy_service import CaddyService, in_use
 from gateway.host.daemon import Daemon
 from gateway.host.incus import Incus
 from gateway.host.limits import KERNEL, WANTED
+from gateway.host.local_gateway import ask
 from gateway.host.permissions import loose, modes, swaps
-from gateway.host.quickstart import ask
 from gateway.hostnames import own_hosts, own_names, plain, reserved
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.golden_copies import GOLDEN_SNAPSHOT, golden_name, prepared_key

@@ -8,22 +8,15 @@ Where Caddy listens is chosen once, and is then one of those settings.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import http.client
 import json
 import os
-import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,155 +26,24 @@ from gateway import settings as settings_module
 from gateway.caddy import shipped, site_url
 from gateway.host import HostError, caddy_service, image, run
 from gateway.host.caddy_service import CaddyService
-from gateway.host.daemon import Daemon, systemd_runs
+from gateway.host.daemon import Daemon
+from gateway.host.gateway_process import POLL, GatewayProcess
+from gateway.host.local_gateway import ask, base_url, expires
+from gateway.host.place import Place, format_environment, parse_environment, write_private
 from gateway.host.setup import pin, setup
 from gateway.settings import Settings
-from gateway.storage.state_dir import close, private
+from gateway.storage.state_dir import close
 from gateway.terminal import clean, out
 
 TENANT = "demo"
 DOMAIN = "demo.localhost"  # browsers resolve it to this machine
 TEMPLATE = "static"
-UNIT = "incus-gateway.service"
-UNITS = Path("/etc/systemd/system")
 SCOPES = "files:read files:write exec deploy events"
 TOKEN_DAYS = 30
 SITE_TIMEOUT = 30.0  # seconds in which a site that was deployed before must answer
-READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran before a reboot
-POLL = 0.1
 
 
 say = out.say
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The files of quickstart in the state dir."""
-
-    root: Path
-
-    @property
-    def pidfile(self) -> Path:
-        return self.root / "gateway.pid"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "gateway.log"
-
-    @property
-    def token(self) -> Path:
-        return self.root / "quickstart.token"
-
-    @property
-    def command(self) -> Path:
-        """`incus-gateway` with this gateway's settings, made by `deploy/quickstart`."""
-        return self.root / "incus-gateway"
-
-    @property
-    def environment(self) -> Path:
-        return self.root / "quickstart.env"
-
-    @property
-    def stamp(self) -> Path:
-        """What the running gateway was started from: code and settings."""
-        return self.root / "quickstart.stamp"
-
-    @property
-    def incus_is_ours(self) -> Path:
-        """Exists if quickstart started incusd, so that `stop` stops it."""
-        return self.root / "quickstart.incus"
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole, mode 0600 from its first byte."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
-
-
-def format_environment(variables: dict[str, str]) -> str:
-    """Write variables as systemd's EnvironmentFile wants them (systemd.exec(5)): quoted, one a line."""
-    lines = []
-    for key, value in sorted(variables.items()):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
-        lines.append(f'{key}="{escaped}"\n')
-    return "".join(lines)
-
-
-def parse_environment(text: str) -> dict[str, str]:
-    """Read what `format_environment` wrote."""
-    found = re.findall(r'^(\w+)="((?:[^"\\]|\\.)*)"$', text, re.MULTILINE | re.DOTALL)
-    return {key: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for key, value in found}
-
-
-class _Local(http.client.HTTPConnection):
-    """HTTP to the gateway's own address, past any proxy that the environment names."""
-
-    def __init__(self, listen: str, timeout: float) -> None:
-        host, _, port = listen.rpartition(":")
-        self._path = listen if "/" in listen else None
-        host = {"0.0.0.0": "127.0.0.1", "[::]": "::1", "": "127.0.0.1"}.get(host, host.strip("[]"))  # noqa: S104 - compared, not bound
-        super().__init__("localhost" if self._path else host, 80 if self._path else int(port), timeout)
-
-    def connect(self) -> None:
-        if self._path is None:
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-def ask(
-    listen: str,
-    method: str,
-    path: str,
-    token: str = "",
-    body: Any = None,
-    timeout: float = 30.0,
-    host: str = "",
-) -> tuple[int, Any]:
-    """Send one request to the gateway; return status and the JSON answer (its text where it is none).
-
-    Raises `OSError` where nobody answers, or not in HTTP.
-    """
-    connection = _Local(listen, timeout)
-    try:
-        headers = {"Content-Type": "application/json"}
-        if host:
-            headers["Host"] = host
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read()
-        try:
-            return answer.status, json.loads(text)
-        except ValueError:
-            return answer.status, text.decode(errors="replace")
-    except http.client.HTTPException as error:
-        raise OSError(f"not HTTP: {error!r}") from error
-    finally:
-        connection.close()
-
-
-def base_url(listen: str) -> str:
-    """Return the URL at which a browser on this machine finds the gateway."""
-    if "/" in listen:
-        return f"unix:{listen}"
-    host, _, port = listen.rpartition(":")
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]', '') else host}:{port}"  # noqa: S104 - compared, not bound
-
-
-def expires(token: str) -> float:
-    """Return when a JWT ends, in seconds since the epoch; 0 where it is none. Does not check it."""
-    try:
-        payload = token.split(".")[1]
-        return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
-    except (ValueError, IndexError, KeyError, TypeError):
-        return 0.0
 
 
 class Quickstart:
@@ -193,7 +55,8 @@ class Quickstart:
         self.place = Place(settings.state_dir)
         self.environment = environment
         self._code = stamp
-        self.command = Path(sys.executable).with_name("incus-gateway")
+        command = Path(sys.executable).with_name("incus-gateway")
+        self.gateway = GatewayProcess(settings, self.place, checkout, command, environment)
 
     @property
     def stamp(self) -> str:
@@ -218,7 +81,7 @@ class Quickstart:
         if served:
             self._step("Caddy", self._caddy)
         close(self.settings)  # now that no Caddy of another user looks for anything in it
-        self._step("gateway", self._gateway)
+        self._step("gateway", lambda: self.gateway.ensure(self.stamp))
         if served:
             self._step(f"site {DOMAIN}", self._site)
         else:
@@ -228,7 +91,7 @@ class Quickstart:
     def _settle_ports(self) -> None:
         """Choose where Caddy listens, once: what an earlier start chose is a setting by now."""
         choice = caddy_service.chosen(self.settings)
-        self.environment |= {f"GATEWAY_{name.upper()}": str(value) for name, value in choice.items()}
+        self.environment.update({f"GATEWAY_{name.upper()}": str(value) for name, value in choice.items()})
         self.settings = self.settings.model_copy(update=choice)
 
     def _served(self) -> bool:
@@ -261,174 +124,13 @@ class Quickstart:
             self.place.incus_is_ours.touch()
         return "started" if daemon.ensure(_indented) else "runs already"
 
-    def _gateway(self) -> str:
-        running = self._pid()
-        current = self.place.stamp.read_text() if self.place.stamp.exists() else ""
-        if running is not None and current == self.stamp:
-            self._await_ready()
-            return f"runs already, pid {running}"
-        if running is not None:
-            self._stop_gateway()
-        self._check_port()
-        self.place.stamp.unlink(missing_ok=True)
-        if systemd_runs() and os.geteuid() == 0:
-            self._start_unit()
-        else:
-            self._start_process()
-        self._await_ready()
-        write_private(self.place.stamp, self.stamp)
-        return f"{'restarted' if running is not None else 'started'}, pid {self._pid()}"
-
-    def _start_unit(self) -> None:
-        target = UNITS / UNIT
-        text = (self.checkout / "deploy" / UNIT).read_text()
-        text = text.replace("/var/lib/incus-gateway", str(self.place.root))
-        if not target.exists() or target.read_text() != text:
-            target.write_text(text)
-            run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
-        run(["systemctl", "enable", "--quiet", UNIT], fix=f"see: journalctl -u {UNIT}")
-        run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
-
-    def _start_process(self) -> None:
-        self._reap()
-        with open(self.place.log, "ab", opener=private) as log:
-            process = subprocess.Popen(
-                [str(self.command), "serve"],
-                env=self._child_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                start_new_session=True,
-            )
-        self.place.pidfile.write_text(f"{process.pid}\n")
-        self._process = process
-
-    _process: subprocess.Popen[bytes] | None = None
-
-    def _reap(self, seconds: float = 0.0) -> None:
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
-
-    def _child_environment(self) -> dict[str, str]:
-        return {**os.environ, **self.environment}
-
-    def _await_ready(self) -> None:
-        deadline = time.monotonic() + READY_TIMEOUT
-        reason: object = "no answer"
-        while time.monotonic() < deadline:
-            if self._process is not None and self._process.poll() is not None:
-                break
-            try:
-                status, reason = ask(self.settings.listen, "GET", "/readyz", timeout=5.0)
-                if status == 200:
-                    return
-            except OSError as error:
-                reason = error
-            time.sleep(POLL)
-        detail = reason.get("detail", reason) if isinstance(reason, dict) else reason
-        raise HostError(f"the gateway is not ready: {detail}; {self.last_words()}")
-
-    def last_words(self) -> str:
-        """Say where the gateway's log is, and how it ends where it is a file."""
-        if systemd_runs() and os.geteuid() == 0:
-            return f"see: journalctl -u {UNIT}"
-        try:
-            lines = [line for line in self.place.log.read_text(errors="replace").splitlines() if line.strip()]
-        except OSError:
-            lines = []
-        return f"its log {self.place.log} ends: {' | '.join(lines[-3:]) or 'nothing'}"
-
-    def _check_port(self) -> None:
-        """Refuse an address that something else serves, before the gateway fails on it."""
-        listen = self.settings.listen
-        if "/" in listen:
-            return
-        host, _, port = listen.rpartition(":")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host.strip("[]"), int(port)))
-            except (OSError, ValueError) as error:
-                other = f"GATEWAY_LISTEN=127.0.0.1:{int(port) + 1 if port.isdigit() else 8081}"
-                raise HostError(
-                    f"cannot listen on {listen}: {error}; free it, "
-                    f"or choose another: {other} deploy/quickstart"
-                ) from error
-
-    def _pid(self) -> int | None:
-        """Return the pid of the gateway that serves this state dir, or None.
-
-        Asked of the process table, not of the pid file alone: that may be stale, or be missing where a run
-        was killed right after it started the gateway.
-        """
-        with contextlib.suppress(OSError, ValueError):
-            recorded = int(self.place.pidfile.read_text())
-            if self._is_ours(recorded):
-                return recorded
-        if Path("/proc/self/stat").exists():
-            for entry in Path("/proc").iterdir():
-                if entry.name.isdigit() and self._is_ours(int(entry.name)):
-                    return int(entry.name)
-        return self._unit_pid()
-
-    def _unit_pid(self) -> int | None:
-        """Return the pid of the unit's gateway; a drop-in may have given it another user and state dir."""
-        try:
-            ours = f"{self.place.root}/" in (UNITS / UNIT).read_text()
-        except OSError:
-            return None
-        if not ours or not systemd_runs() or os.geteuid() != 0:
-            return None
-        show = ["systemctl", "show", "--property=MainPID", "--value", UNIT]
-        said = subprocess.run(show, check=False, capture_output=True, text=True).stdout.strip()
-        return int(said) if said.isdigit() and said != "0" else None
-
-    def _is_ours(self, pid: int) -> bool:
-        if not Path("/proc/self/stat").exists():  # not Linux: ps knows the command
-            said = subprocess.run(
-                ["ps", "-o", "command=", "-p", str(pid)], check=False, capture_output=True, text=True
-            )
-            return f"{self.command} serve" in said.stdout
-        process = Path("/proc") / str(pid)
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if os.fsencode(self.command) not in words or b"serve" not in words:
-                return False
-            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
-            variables = (process / "environ").read_bytes().split(b"\0")
-            of_parent = (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return False
-        # The same command may serve another state dir; and a fork of the gateway (which has its command
-        # line too) is not the gateway.
-        place = next((v[18:] for v in variables if v.startswith(b"GATEWAY_STATE_DIR=")), b"")
-        return (
-            state not in "ZX"
-            and place == os.fsencode(self.place.root)
-            and os.fsencode(self.command) not in of_parent
-        )
-
     def _cli(self, *words: str, timeout: float = 120.0) -> str:
         return run(
-            [self.command, *words],
-            env=self._child_environment() | self._moved(),
-            fix=f"try it by hand: {self.command.name} {' '.join(words)}",
+            [self.gateway.command, *words],
+            env=self.gateway.variables() | self.gateway.folders(),
+            fix=f"try it by hand: {self.gateway.command.name} {' '.join(words)}",
             timeout=timeout,
         )
-
-    def _moved(self) -> dict[str, str]:
-        """Return which folders the gateway was given: as a user of its own it has a state dir of its own."""
-        try:
-            variables = (Path("/proc") / str(self._pid()) / "environ").read_bytes().split(b"\0")
-        except OSError:
-            return {}
-        places = [
-            os.fsdecode(v) for v in variables if v.startswith((b"GATEWAY_STATE_DIR=", b"GATEWAY_CADDY_DIR="))
-        ]
-        return dict(place.split("=", 1) for place in places)
 
     def _tenant(self) -> str:
         listed = json.loads(self._cli("list", "--json") or "[]")
@@ -523,7 +225,7 @@ class Quickstart:
             token = None
         url = base_url(self.settings.listen)
         return {
-            "running": running and self._pid() is not None,
+            "running": running and self.gateway.pid() is not None,
             "runtime": self.settings.runtime,
             "url": url,
             # a fragment stays in the browser; the editor takes the token out of the address at once
@@ -536,7 +238,7 @@ class Quickstart:
     def stop(self) -> list[str]:
         """Stop the gateway, its Caddy, and incusd with its tenants where quickstart started it; say what."""
         stopped = []
-        if self._stop_gateway():
+        if self.gateway.stop():
             stopped.append("gateway")
         if self.front.stop():
             stopped.append("Caddy")
@@ -545,25 +247,6 @@ class Quickstart:
                 stopped.append("Incus with its tenants")
             self.place.incus_is_ours.unlink(missing_ok=True)
         return stopped
-
-    def _stop_gateway(self) -> bool:
-        pid = self._pid()
-        if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
-            run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
-        if pid is not None:
-            limit = self.settings.shutdown_timeout + 5.0
-            for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, 10.0)):
-                if not self._is_ours(pid):
-                    break
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-                deadline = time.monotonic() + seconds
-                while self._is_ours(pid) and time.monotonic() < deadline:
-                    time.sleep(POLL)
-        # it may have let go of its environment, by which it is known, a moment before it is gone
-        self._reap(POLL * 100)
-        self.place.pidfile.unlink(missing_ok=True)
-        return pid is not None
 
 
 def _indented(line: str) -> None:
@@ -650,7 +333,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
             elif state["running"]:
                 say(farewell(state, command_word(quickstart.place), script))
             else:
-                say(f"not running; start it with deploy/quickstart; {quickstart.last_words()}")
+                say(f"not running; start it with deploy/quickstart; {quickstart.gateway.last_words()}")
             return 0 if state["running"] else 1
         case "token":
             token = quickstart.status()["token"]

@@ -19,7 +19,9 @@ import pytest
 from gateway.caddy import Caddy
 from gateway.host import caddy_service
 from gateway.host.doctor import doctor
-from gateway.host.quickstart import TENANT, Quickstart, ask, parse_environment
+from gateway.host.local_gateway import ask
+from gateway.host.place import parse_environment
+from gateway.host.quickstart import TENANT, Quickstart
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from tests.integration import environment
@@ -31,7 +33,7 @@ CHECKOUT = Path(__file__).parents[2]
 @pytest.fixture
 def quickstart(incus_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quickstart]:
     # Here as everywhere: the detached process, not the machine's systemd unit.
-    monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.gateway_process.systemd_runs", lambda: False)
     monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     listen, http, https, ask_port = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="gw-quick-") as place:
@@ -73,7 +75,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert state["running"] is True
     assert (state["runtime"], state["tenant"]) == ("incus", TENANT)
     assert quickstart.place.token.stat().st_mode & 0o777 == 0o600
-    pid, token = quickstart._pid(), state["token"]
+    pid, token = quickstart.gateway.pid(), state["token"]
     listen = quickstart.settings.listen
     assert ask(listen, "GET", f"/v1/tenants/{TENANT}", token)[1]["status"] == "running"
     assert "Your site is up." in seen(quickstart)
@@ -93,7 +95,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     begun = time.monotonic()
     quickstart.start()
     assert time.monotonic() - begun < 10
-    assert (quickstart._pid(), quickstart.status()["token"]) == (pid, token)
+    assert (quickstart.gateway.pid(), quickstart.status()["token"]) == (pid, token)
     assert quickstart.front.pid() == caddy
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
 
@@ -114,7 +116,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     environment.incus("stop", "--force", TENANT)
     quickstart.start()
     assert quickstart.status()["running"] is True
-    assert quickstart._pid() not in (None, pid)
+    assert quickstart.gateway.pid() not in (None, pid)
     assert quickstart.front.pid() not in (None, caddy)
     assert "Your site is up." in seen(quickstart)
 
@@ -203,7 +205,7 @@ def test_without_incus_the_same_site_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The local runtime serves it, where Caddy was found a port; it has the same after another start."""
-    monkeypatch.setattr("gateway.host.quickstart.systemd_runs", lambda: False)
+    monkeypatch.setattr("gateway.host.gateway_process.systemd_runs", lambda: False)
     monkeypatch.setattr("gateway.host.caddy_service.systemd_runs", lambda: False)
     monkeypatch.setattr("gateway.host.caddy_service._user", lambda: None)  # pytest's folders are one user's
     listen, *others = free_ports(4)

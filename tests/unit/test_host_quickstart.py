@@ -18,17 +18,10 @@ from typing import Any
 
 import pytest
 
-from gateway.host import HostError, caddy_service, quickstart
-from gateway.host.quickstart import (
-    Quickstart,
-    ask,
-    base_url,
-    expires,
-    farewell,
-    format_environment,
-    parse_environment,
-    write_private,
-)
+from gateway.host import HostError, caddy_service, gateway_process, quickstart
+from gateway.host.local_gateway import ask, base_url, expires
+from gateway.host.place import format_environment, parse_environment, write_private
+from gateway.host.quickstart import Quickstart, farewell
 from gateway.settings import Settings
 from tests.live import free_ports
 
@@ -120,14 +113,14 @@ def test_nobody_there_is_an_os_error(tmp_path: Path) -> None:
 def test_port_of_another_is_refused_with_the_setting(gateway: str, tmp_path: Path) -> None:
     """Quickstart says which address is taken and how to choose another."""
     with pytest.raises(HostError, match=r"GATEWAY_LISTEN=127\.0\.0\.1:\d+ deploy/quickstart"):
-        made(tmp_path, listen=gateway)._check_port()
+        made(tmp_path, listen=gateway).gateway._check_port()
 
 
 def test_stale_pid_file_is_not_believed(tmp_path: Path) -> None:
     """A pid that belongs to another process now is not taken for the gateway, and stop leaves it alone."""
     start = made(tmp_path)
     start.place.pidfile.write_text(f"{os.getpid()}\n")
-    assert start._pid() is None
+    assert start.gateway.pid() is None
     assert start.stop() == []
     assert not start.place.pidfile.exists()
 
@@ -142,35 +135,35 @@ def test_gateway_of_the_unit_is_found_whatever_its_state_dir(
     (bin_ / "systemctl").write_text(f'#!/bin/sh\n[ "$1" != show ] || echo {os.getpid()}\n')
     (bin_ / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
-    monkeypatch.setattr(quickstart, "systemd_runs", lambda: True)
+    monkeypatch.setattr(gateway_process, "systemd_runs", lambda: True)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(quickstart, "UNITS", units)
+    monkeypatch.setattr(gateway_process, "UNITS", units)
     start = made(tmp_path / "here")
-    assert start._pid() is None
-    (units / quickstart.UNIT).write_text(f"ExecStart={start.place.root}/venv/bin/incus-gateway serve\n")
-    assert start._pid() == os.getpid()
-    assert made(tmp_path / "there")._pid() is None
-    assert start._stop_gateway()  # by the unit alone: a pid that is another's by then is left alone
+    assert start.gateway.pid() is None
+    (units / gateway_process.UNIT).write_text(f"ExecStart={start.place.root}/venv/bin/incus-gateway serve\n")
+    assert start.gateway.pid() == os.getpid()
+    assert made(tmp_path / "there").gateway.pid() is None
+    assert start.gateway.stop()  # by the unit alone: a pid that is another's by then is left alone
 
 
 def test_gateway_without_a_pid_file_is_found_and_stopped(tmp_path: Path) -> None:
     """A run that was killed right after it started the gateway does not leave it behind for ever."""
     start = made(tmp_path)
-    start.command = tmp_path / "incus-gateway"
-    start.command.write_text(f"#!{sys.executable}\nimport time\nprint('up', flush=True)\ntime.sleep(60)\n")
-    start.command.chmod(0o755)
+    command = start.gateway.command = tmp_path / "incus-gateway"
+    command.write_text(f"#!{sys.executable}\nimport time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    command.chmod(0o755)
     environment = {**os.environ, "GATEWAY_STATE_DIR": str(tmp_path)}
-    with subprocess.Popen([start.command, "serve"], env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([command, "serve"], env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         other = made(tmp_path / "other")
-        other.command = start.command
+        other.gateway.command = command
         process.stdout.readline()
-        assert (start._pid(), other._pid()) == (process.pid, None)
+        assert (start.gateway.pid(), other.gateway.pid()) == (process.pid, None)
         reaper = threading.Thread(target=process.wait)
         reaper.start()
         assert start.stop() == ["gateway"]
         reaper.join()
-    assert start._pid() is None
+    assert start.gateway.pid() is None
 
 
 def test_status_of_nothing(tmp_path: Path) -> None:

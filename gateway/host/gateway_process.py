@@ -1,0 +1,222 @@
+"""The gateway that quickstart runs: a unit where systemd is, else a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from gateway.host import HostError, run
+from gateway.host.daemon import systemd_runs
+from gateway.host.local_gateway import ask
+from gateway.host.place import Place, write_private
+from gateway.settings import Settings
+from gateway.storage.state_dir import private
+
+UNIT = "incus-gateway.service"
+UNITS = Path("/etc/systemd/system")
+READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran before a reboot
+POLL = 0.1
+
+
+class GatewayProcess:
+    """The gateway of one state dir: started, found, and stopped."""
+
+    def __init__(
+        self, settings: Settings, place: Place, checkout: Path, command: Path, environment: dict[str, str]
+    ) -> None:
+        """`command` is the installed `incus-gateway`; `environment` are the settings that it is given."""
+        self.command = command
+        self._settings, self._place, self._checkout = settings, place, checkout
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ensure(self, stamp: str) -> str:
+        """Have the gateway of these settings run and be ready; say how that came about.
+
+        One that was started from another `stamp` is restarted. Raises `HostError`.
+        """
+        running = self.pid()
+        current = self._place.stamp.read_text() if self._place.stamp.exists() else ""
+        if running is not None and current == stamp:
+            self._await_ready()
+            return f"runs already, pid {running}"
+        if running is not None:
+            self.stop()
+        self._check_port()
+        self._place.stamp.unlink(missing_ok=True)
+        if systemd_runs() and os.geteuid() == 0:
+            self._start_unit()
+        else:
+            self._start_process()
+        self._await_ready()
+        write_private(self._place.stamp, stamp)
+        return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
+
+    def stop(self) -> bool:
+        """Stop the gateway; say whether one ran."""
+        pid = self.pid()
+        if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
+            run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
+        if pid is not None:
+            limit = self._settings.shutdown_timeout + 5.0
+            for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, 10.0)):
+                if not self._is_ours(pid):
+                    break
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                deadline = time.monotonic() + seconds
+                while self._is_ours(pid) and time.monotonic() < deadline:
+                    time.sleep(POLL)
+        # it may have let go of its environment, by which it is known, a moment before it is gone
+        self._reap(POLL * 100)
+        self._place.pidfile.unlink(missing_ok=True)
+        return pid is not None
+
+    def pid(self) -> int | None:
+        """Return the pid of the gateway that serves this state dir, or None.
+
+        Asked of the process table, not of the pid file alone: that may be stale, or be missing where a run
+        was killed right after it started the gateway.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            recorded = int(self._place.pidfile.read_text())
+            if self._is_ours(recorded):
+                return recorded
+        if Path("/proc/self/stat").exists():
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit() and self._is_ours(int(entry.name)):
+                    return int(entry.name)
+        return self._unit_pid()
+
+    def last_words(self) -> str:
+        """Say where the gateway's log is, and how it ends where it is a file."""
+        if systemd_runs() and os.geteuid() == 0:
+            return f"see: journalctl -u {UNIT}"
+        try:
+            lines = [
+                line for line in self._place.log.read_text(errors="replace").splitlines() if line.strip()
+            ]
+        except OSError:
+            lines = []
+        return f"its log {self._place.log} ends: {' | '.join(lines[-3:]) or 'nothing'}"
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment of a process with this gateway's settings."""
+        return {**os.environ, **self._environment}
+
+    def folders(self) -> dict[str, str]:
+        """Return which folders the gateway was given: as a user of its own it has a state dir of its own."""
+        try:
+            variables = (Path("/proc") / str(self.pid()) / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return {}
+        places = [
+            os.fsdecode(v) for v in variables if v.startswith((b"GATEWAY_STATE_DIR=", b"GATEWAY_CADDY_DIR="))
+        ]
+        return dict(place.split("=", 1) for place in places)
+
+    def _start_unit(self) -> None:
+        target = UNITS / UNIT
+        text = (self._checkout / "deploy" / UNIT).read_text()
+        text = text.replace("/var/lib/incus-gateway", str(self._place.root))
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
+            run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
+        run(["systemctl", "enable", "--quiet", UNIT], fix=f"see: journalctl -u {UNIT}")
+        run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
+
+    def _start_process(self) -> None:
+        self._reap()
+        with open(self._place.log, "ab", opener=private) as log:
+            process = subprocess.Popen(
+                [str(self.command), "serve"],
+                env=self.variables(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        self._place.pidfile.write_text(f"{process.pid}\n")
+        self._process = process
+
+    def _reap(self, seconds: float = 0.0) -> None:
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT
+        reason: object = "no answer"
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                break
+            try:
+                status, reason = ask(self._settings.listen, "GET", "/readyz", timeout=5.0)
+                if status == 200:
+                    return
+            except OSError as error:
+                reason = error
+            time.sleep(POLL)
+        detail = reason.get("detail", reason) if isinstance(reason, dict) else reason
+        raise HostError(f"the gateway is not ready: {detail}; {self.last_words()}")
+
+    def _check_port(self) -> None:
+        """Refuse an address that something else serves, before the gateway fails on it."""
+        listen = self._settings.listen
+        if "/" in listen:
+            return
+        host, _, port = listen.rpartition(":")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+            except (OSError, ValueError) as error:
+                other = f"GATEWAY_LISTEN=127.0.0.1:{int(port) + 1 if port.isdigit() else 8081}"
+                raise HostError(
+                    f"cannot listen on {listen}: {error}; free it, "
+                    f"or choose another: {other} deploy/quickstart"
+                ) from error
+
+    def _unit_pid(self) -> int | None:
+        """Return the pid of the unit's gateway; a drop-in may have given it another user and state dir."""
+        try:
+            ours = f"{self._place.root}/" in (UNITS / UNIT).read_text()
+        except OSError:
+            return None
+        if not ours or not systemd_runs() or os.geteuid() != 0:
+            return None
+        show = ["systemctl", "show", "--property=MainPID", "--value", UNIT]
+        said = subprocess.run(show, check=False, capture_output=True, text=True).stdout.strip()
+        return int(said) if said.isdigit() and said != "0" else None
+
+    def _is_ours(self, pid: int) -> bool:
+        if not Path("/proc/self/stat").exists():  # not Linux: ps knows the command
+            said = subprocess.run(
+                ["ps", "-o", "command=", "-p", str(pid)], check=False, capture_output=True, text=True
+            )
+            return f"{self.command} serve" in said.stdout
+        process = Path("/proc") / str(pid)
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(self.command) not in words or b"serve" not in words:
+                return False
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            variables = (process / "environ").read_bytes().split(b"\0")
+            of_parent = (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        # The same command may serve another state dir; and a fork of the gateway (which has its command
+        # line too) is not the gateway.
+        place = next((v[18:] for v in variables if v.startswith(b"GATEWAY_STATE_DIR=")), b"")
+        return (
+            state not in "ZX"
+            and place == os.fsencode(self._place.root)
+            and os.fsencode(self.command) not in of_parent
+        )

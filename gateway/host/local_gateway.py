@@ -1,0 +1,77 @@
+"""Asks the gateway of this machine by HTTP, past any proxy."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import socket
+from typing import Any
+
+
+class _Local(http.client.HTTPConnection):
+    """HTTP to the gateway's own address, past any proxy that the environment names."""
+
+    def __init__(self, listen: str, timeout: float) -> None:
+        host, _, port = listen.rpartition(":")
+        self._path = listen if "/" in listen else None
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "::1", "": "127.0.0.1"}.get(host, host.strip("[]"))  # noqa: S104 - compared, not bound
+        super().__init__("localhost" if self._path else host, 80 if self._path else int(port), timeout)
+
+    def connect(self) -> None:
+        if self._path is None:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(
+    listen: str,
+    method: str,
+    path: str,
+    token: str = "",
+    body: Any = None,
+    timeout: float = 30.0,
+    host: str = "",
+) -> tuple[int, Any]:
+    """Send one request to the gateway; return status and the JSON answer (its text where it is none).
+
+    Raises `OSError` where nobody answers, or not in HTTP.
+    """
+    connection = _Local(listen, timeout)
+    try:
+        headers = {"Content-Type": "application/json"}
+        if host:
+            headers["Host"] = host
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        text = answer.read()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, text.decode(errors="replace")
+    except http.client.HTTPException as error:
+        raise OSError(f"not HTTP: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def base_url(listen: str) -> str:
+    """Return the URL at which a browser on this machine finds the gateway."""
+    if "/" in listen:
+        return f"unix:{listen}"
+    host, _, port = listen.rpartition(":")
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]', '') else host}:{port}"  # noqa: S104 - compared, not bound
+
+
+def expires(token: str) -> float:
+    """Return when a JWT ends, in seconds since the epoch; 0 where it is none. Does not check it."""
+    try:
+        payload = token.split(".")[1]
+        return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
+    except (ValueError, IndexError, KeyError, TypeError):
+        return 0.0

@@ -1,0 +1,70 @@
+"""The files of quickstart in the state dir."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The files of quickstart in the state dir."""
+
+    root: Path
+
+    @property
+    def pidfile(self) -> Path:
+        return self.root / "gateway.pid"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "gateway.log"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "quickstart.token"
+
+    @property
+    def command(self) -> Path:
+        """`incus-gateway` with this gateway's settings, made by `deploy/quickstart`."""
+        return self.root / "incus-gateway"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "quickstart.env"
+
+    @property
+    def stamp(self) -> Path:
+        """What the running gateway was started from: code and settings."""
+        return self.root / "quickstart.stamp"
+
+    @property
+    def incus_is_ours(self) -> Path:
+        """Exists if quickstart started incusd, so that `stop` stops it."""
+        return self.root / "quickstart.incus"
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file as a whole, mode 0600 from its first byte."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def format_environment(variables: dict[str, str]) -> str:
+    """Write variables as systemd's EnvironmentFile wants them (systemd.exec(5)): quoted, one a line."""
+    lines = []
+    for key, value in sorted(variables.items()):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
+        lines.append(f'{key}="{escaped}"\n')
+    return "".join(lines)
+
+
+def parse_environment(text: str) -> dict[str, str]:
+    """Read what `format_environment` wrote."""
+    found = re.findall(r'^(\w+)="((?:[^"\\]|\\.)*)"$', text, re.MULTILINE | re.DOTALL)
+    return {key: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for key, value in found}
