@@ -17,7 +17,7 @@ ANOTHER = re.compile(
     r"\b(choose|raise|set|give|enlarge|make room|move|take|name|ask|chmod|stop|save|look)\b", re.I
 )
 # what says a tool of Claude Code word for word, asks for a confirmation, or describes a setting
-NOT_OURS = ("gateway/tools/schemas.py", "gateway/cli/tenants.py", "gateway/settings.py")
+NOT_OURS = ("gateway/tools/schemas.py", "gateway/cli/tenants.py", "gateway/settings/")
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:
@@ -62,7 +62,7 @@ def test_no_error_advises_a_loss_first() -> None:
         f"{place}:{line} {text}"
         for folder in ("gateway", "clients/python/gateway_client")
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if (place := str(path.relative_to(ROOT))) not in NOT_OURS
+        if not (place := str(path.relative_to(ROOT))).startswith(NOT_OURS)
         for line, text in messages(path.read_text())
         if wrong(text)
     ]
