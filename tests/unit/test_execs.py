@@ -15,7 +15,8 @@ import pytest
 from gateway.errors import Cancelled, NotFound
 from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
-from gateway.execs.exec import Cursor, Pace, Past, Reading, Stream
+from gateway.execs.ended import Past
+from gateway.execs.streams import Cursor, Pace, Reading, Stream
 from gateway.idempotency import Idempotency
 from gateway.limits.budget import Budget, Share
 from gateway.runtime import ExecSpec, Process, StreamName
@@ -137,7 +138,7 @@ async def test_what_has_ended_by_then_is_not_noted(make: Make) -> None:
     execs = await make()
     exec_ = await ended(execs, "true")
     await until(lambda: not execs._tasks)
-    await execs._note_start(exec_, once=False)
+    await execs._notes.start(exec_, once=False)
     assert noted(execs) == []
 
 
@@ -416,7 +417,7 @@ async def test_ended_commands_of_one_tenant_push_out_their_own_output_first(make
     theirs = await execs.start("other", ExecSpec(("sh", "-c", "printf %02000d 1")))
     await theirs.ended
     mine = [await ended(execs, "sh", "-c", "printf %050000d 1") for _ in range(4)]
-    await until(lambda: mine[-1] in execs._whole)
-    assert theirs in execs._whole
-    assert sum(one in execs._whole for one in mine) == 1
+    await until(lambda: mine[-1] in execs._kept._whole)
+    assert theirs in execs._kept._whole
+    assert sum(one in execs._kept._whole for one in mine) == 1
     assert execs.held <= 100_000

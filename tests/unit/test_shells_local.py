@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.limits.budget import Budget
-from gateway.shells import _Unread
+from gateway.shells.printed import Unread
 from tests.contracts import claude
 from tests.contracts.gateway import no_traceback
 from tests.contracts.shells import QUICK, ShellContract
@@ -76,7 +76,7 @@ class TestLocal(ShellContract):
 def test_output_that_nobody_asked_for_is_in_the_tenants_share() -> None:
     """Hundreds of commands that ended unread keep a little each where it is full, and it goes with them."""
     share = Budget(1 << 30, 1 << 20).tenant("demo")
-    kept = [_Unread(share) for _ in range(300)]
+    kept = [Unread(share) for _ in range(300)]
     for one in kept:
         for _ in range(50):
             one.add(b"line\n" * 1000)

@@ -8,27 +8,25 @@ whole tree. One in the background belongs to its session.
 from __future__ import annotations
 
 import asyncio
-import base64
-import codecs
 import contextlib
 import logging
 import secrets
 import time
-import weakref
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import orjson
 
 from gateway.errors import ExecFailed, GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
-from gateway.execs import Attachment, Cursor, Ended, Exec, Execs
-from gateway.limits.budget import Lease, Share
+from gateway.execs import Execs
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.workers import Workers
-from gateway.runtime import ExecSpec, Killed, StreamName
+from gateway.runtime import ExecSpec, Killed
 from gateway.settings import Settings
-from gateway.tools import outputs, shell
+from gateway.shells.printed import OutputFile
+from gateway.shells.shell_command import Shell
+from gateway.tools import shell
 from gateway.tools.answer import Answer, ToolFailure
 from gateway.tools.call import failure
 from gateway.tools.file_tools import ToolResult
@@ -36,209 +34,6 @@ from gateway.tools.schemas import checked
 from gateway.tools.session import ToolSession
 
 log = logging.getLogger(__name__)
-
-_LITTLE: Final = 8 << 10  # bytes where the tenant's share is full
-_UNREAD: Final = 4 * shell.RESULT_MAX  # bytes of each stream kept for the next BashOutput
-
-
-class _File:
-    """One output file of a workspace, written through the tenant's worker, up to `limit` bytes.
-
-    `path` is None until it exists, and again where it could not be written: then nothing more is.
-    """
-
-    def __init__(self, workers: Workers, root: FilesystemRoot, name: str, settings: Settings) -> None:
-        self.path: str | None = None
-        self.broken = False
-        self._workers = workers
-        self._root = root
-        self._name = name
-        self._settings = settings
-        self._room = min(settings.bash_output_max, settings.write_max)
-
-    async def create(self, data: bytes) -> None:
-        await self._ask("create", data, age=int(self._settings.bash_outputs_age), room=self._others)
-        if not self.broken:
-            self.path = outputs.path_of(self._name, self._root.workspace)
-
-    async def append(self, data: bytes) -> None:
-        if self._room > 0 and not self.broken:
-            await self._ask("append", data)
-
-    async def remove(self) -> None:
-        if self.path is not None:
-            self.path = None
-            with contextlib.suppress(GatewayError):
-                await self._workers.call(self._root, "output/remove", {"name": self._name})
-
-    @property
-    def _others(self) -> int:
-        return max(0, self._settings.bash_outputs_max - self._room)
-
-    async def _ask(self, what: str, data: bytes, **facts: Any) -> None:
-        data = data[: self._room]
-        self._room -= len(data)
-        given = {"name": self._name, "data": base64.b64encode(data).decode(), **facts}
-        try:
-            await self._workers.call(self._root, f"output/{what}", given)
-        except GatewayError as error:
-            # a full disk, or a tenant that took the folder away: the command itself must not suffer
-            log.info("output file of %s not written: %s", self._root.tenant, error.message)
-            self.path, self.broken = None, True
-
-
-class _Unread:
-    """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much.
-
-    It is in the tenant's share of what commands keep. Where that is full a little is kept.
-    """
-
-    def __init__(self, share: Share) -> None:
-        self._share = share
-        self._lease = Lease(share)
-        weakref.finalize(self, self._lease.end)  # it goes with its shell, which nobody closes
-        self._data = bytearray()
-        self._start = 0  # offsets count the stream's bytes
-        self._taken = 0
-
-    def add(self, data: bytes) -> None:
-        self._data += data
-        most = _UNREAD if self._share.full(len(data)) is None else _LITTLE
-        if len(self._data) > 2 * most:  # not at each chunk: it moves what stays
-            self._drop(len(self._data) - most)
-        self._lease.hold(len(self._data) - self._lease.size)
-
-    def look(self, *, final: bool, lines: bool) -> tuple[str, int, int]:
-        """Return what is there as text, the offset after it, and the bytes lost before it.
-
-        Unless `final`, half a character, and with `lines` half a line, stays for the next time.
-        """
-        self._drop(len(self._data) - _UNREAD)
-        end = self._data.rfind(b"\n") + 1 if lines and not final else len(self._data)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(bytes(self._data[:end]), final)
-        return text, self._start + end - len(decoder.getstate()[0]), self._start - self._taken
-
-    def taken(self, offset: int) -> None:
-        """Forget what lies before `offset`: it was returned."""
-        self._drop(offset - self._start)
-        self._taken = max(self._taken, offset)
-
-    def _drop(self, number: int) -> None:
-        if number > 0:
-            del self._data[:number]
-            self._start += number
-            self._lease.hold(len(self._data) - self._lease.size)
-
-
-class Shell:
-    """One command of Bash, in front or in the background, and what it has printed.
-
-    `ended` tells how it ended once all its output was taken over; nothing of the exec is kept after that.
-    """
-
-    def __init__(self, shell_id: str, command: str, exec_: Exec, file: _File, limit: int) -> None:
-        self.id = shell_id
-        self.command = command
-        self.tenant = exec_.tenant
-        self.exec_id = exec_.id
-        self.file = file
-        self.over = exec_.ended
-        self.ended: Ended | None = None
-        self.report = b""
-        self.flooded = False
-        self.unread: dict[StreamName, _Unread] = {name: _Unread(exec_.share) for name in exec_.streams}
-        self.timer: asyncio.TimerHandle | None = None
-        self._limit = limit
-        self._size = 0
-        self._characters = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._head = bytearray()
-        self._tail = bytearray()
-        self._showing = True
-        self._writing = asyncio.Lock()
-        self.task = asyncio.create_task(self._carry(exec_, exec_.attach()), name=f"shell {exec_.id}")
-
-    async def _carry(self, exec_: Exec, attachment: Attachment) -> None:
-        """Take all output over, then how the command ended."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for name, cursor in attachment.cursors.items():
-                    group.create_task(self._take(exec_, self.unread[name], cursor))
-            self.ended = await asyncio.shield(exec_.ended)
-            self.report = exec_.process.report
-        finally:
-            attachment.close()
-            if self.timer is not None:
-                self.timer.cancel()
-
-    async def _take(self, exec_: Exec, unread: _Unread, cursor: Cursor) -> None:
-        while parts := await cursor.next():
-            data = b"".join(parts)
-            async with self._writing:
-                beyond = self._keep(data)
-                unread.add(data)
-                if self.file.path is not None:
-                    await self.file.append(data)
-                elif beyond and not self.file.broken:  # from here on not all of it is in memory
-                    await self.file.create(bytes(self._head) + beyond)
-            cursor.taken(parts)
-            if self._size > self._limit and not self.flooded:
-                self.flooded = True
-                exec_.end("cancelled", 0)
-
-    def _keep(self, data: bytes) -> bytes:
-        """Keep what belongs to the beginning and the end; return what is no part of the beginning."""
-        self._size += len(data)
-        self._characters += len(self._decoder.decode(data))
-        if not self._showing:
-            return b""
-        beyond = data[shell.KEPT - len(self._head) :]
-        self._head += data[: len(data) - len(beyond)]
-        self._tail += data
-        if len(self._tail) > 2 * shell.KEPT:  # not at each chunk: it moves what stays
-            del self._tail[: -shell.KEPT]
-        return beyond
-
-    async def save(self) -> None:
-        """Have the output in a file from now on; nothing where it is already, or could not be."""
-        async with self._writing:
-            if self.file.path is None and not self.file.broken:
-                await self.file.create(bytes(self._head))
-
-    def let_go(self) -> None:
-        """Keep no beginning and no end any more: of a command in the background only the unread is shown."""
-        self._showing = False
-        self._head.clear()
-        self._tail.clear()
-
-    def printed(self) -> shell.Printed:
-        return shell.Printed(
-            self._size,
-            self._characters,
-            self._head.decode("utf-8", "replace"),
-            self._tail[-shell.KEPT :].decode("utf-8", "replace"),
-            self._size == len(self._head),
-            self.file.path,
-        )
-
-    @property
-    def status(self) -> Literal["running", "completed", "failed", "killed"]:
-        ended = self.ended
-        if ended is None:
-            return "failed" if self.task.done() else "running"
-        if ended.reason in ("cancelled", "timeout"):
-            return "killed"
-        return "completed" if ended.code == 0 else "failed"
-
-    def facts(self) -> dict[str, Any]:
-        """Return what `structuredContent` tells of every command."""
-        ended = self.ended
-        facts: dict[str, Any] = {"exec": self.exec_id, "status": self.status}
-        if ended is not None:
-            facts |= {"exitCode": ended.code, "signal": ended.signal, "reason": ended.reason}
-            facts |= {"durationMs": ended.duration_ms, "left": ended.left}
-        return facts
 
 
 class Shells:
@@ -367,7 +162,7 @@ class Shells:
             shell_id,
             command,
             exec_,
-            _File(self._workers, root, f"{shell_id}.txt", self._settings),
+            OutputFile(self._workers, root, f"{shell_id}.txt", self._settings),
             self._settings.bash_printed_max,
         )
         self._all.add(started.task)

@@ -1,0 +1,81 @@
+"""How a command ended, and the process of one that ended in an earlier life of the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.errors import Unavailable
+from gateway.rootfs.process_tree import Member
+from gateway.runtime import Exit, Killed, StreamName
+
+Reason = Literal["exited", "cancelled", "timeout", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended. `code` and `signal` are None where no wait status was seen.
+
+    `left` is how many processes of its tree ran on, None where that is not known.
+    """
+
+    reason: Reason
+    code: int | None
+    signal: str | None
+    duration_ms: int
+    offsets: Mapping[str, int]
+    left: int | None = None
+
+    def on_wire(self, exec_id: str) -> dict[str, Any]:
+        return {
+            "exec": exec_id,
+            "exitCode": self.code,
+            "signal": self.signal,
+            "reason": self.reason,
+            "durationMs": self.duration_ms,
+            "offsets": dict(self.offsets),
+            "left": self.left,
+        }
+
+
+class Past:
+    """The process of a command that ended in an earlier life of the gateway: nothing is left to do."""
+
+    streams: tuple[StreamName, ...] = ("stdout", "stderr")
+    report = b""
+    unsent = 0
+
+    def __init__(self, pid: int, started_at: float) -> None:
+        self.pid = pid
+        self.started_at = started_at
+
+    async def read(self, stream: StreamName) -> bytes:
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        pass
+
+    async def close_stdin(self) -> None:
+        pass
+
+    async def resize(self, cols: int, rows: int) -> None:
+        pass
+
+    async def signal(self, number: int) -> None:
+        pass
+
+    async def flush(self) -> None:
+        pass
+
+    async def wait(self) -> Exit:
+        raise Unavailable("the command ended before this gateway began")
+
+    async def kill(self, grace: float) -> Killed:
+        return Killed(0, False, 0)
+
+    async def left(self) -> Sequence[Member]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass

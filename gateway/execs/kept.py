@@ -1,0 +1,89 @@
+"""Commands that have ended and are kept for a while, within limits of time, number and bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from gateway.execs.exec import Exec, shortened
+from gateway.execs.notes import SHORT
+from gateway.settings import Settings
+
+
+class Kept:
+    """Ended commands of all tenants. `forgotten` is called with each that is kept no longer."""
+
+    def __init__(self, settings: Settings, forgotten: Callable[[Exec], None]) -> None:
+        self._settings = settings
+        self._forgotten = forgotten
+        self._of: dict[str, dict[str, Exec]] = {}  # of each tenant, first ended first
+        self._whole: dict[Exec, int] = {}  # those of which more than the end is kept: its bytes
+        self._held = 0  # their sum
+        self._looks: set[asyncio.Task[None]] = set()
+
+    def add(self, exec_: Exec) -> None:
+        """Keep an ended command for a while; where there are many, of the first ended their end alone.
+
+        One of whose tree something runs on is kept until that has ended, so that it can be listed and
+        ended, unless there are too many of these too.
+        """
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        exec_.keeping = loop.call_later(settings.exec_keep, self._forget_in_time, exec_)
+        of_tenant = self._of.setdefault(exec_.tenant, {})
+        of_tenant[exec_.id] = exec_
+        self._whole[exec_] = exec_.kept_bytes
+        self._held += exec_.kept_bytes
+        whole = [other for other in of_tenant.values() if other in self._whole]
+        for other in whole[: max(0, len(whole) - settings.exec_keep_count)]:
+            self._shed(other)
+        while self._held > settings.exec_keep_bytes:
+            held = Counter[str]()
+            for other, size in self._whole.items():
+                held[other.tenant] += size
+            most = held.most_common(1)[0][0]
+            self._shed(next(other for other in self._whole if other.tenant == most))
+        if len(of_tenant) > settings.exec_keep_exits:
+            first = sorted(of_tenant.values(), key=lambda other: other.lasting)
+            for other in first[: len(first) - settings.exec_keep_exits]:
+                self.forget(other)
+
+    def _shed(self, exec_: Exec) -> None:
+        self._held -= self._whole.pop(exec_)
+        exec_.shed(shortened(exec_.spec, SHORT))
+
+    def _forget_in_time(self, exec_: Exec) -> None:
+        if exec_.lasting:
+            task = asyncio.create_task(self._forget_unless_it_lasts(exec_), name=f"look at {exec_.id}")
+            self._looks.add(task)
+            task.add_done_callback(self._looks.discard)
+        else:
+            self.forget(exec_)
+
+    async def _forget_unless_it_lasts(self, exec_: Exec) -> None:
+        await exec_.look()
+        if exec_.lasting:
+            loop = asyncio.get_running_loop()
+            exec_.keeping = loop.call_later(self._settings.exec_keep, self._forget_in_time, exec_)
+        else:
+            self.forget(exec_)
+
+    def forget(self, exec_: Exec) -> None:
+        """Keep it no longer."""
+        if exec_.keeping is not None:
+            exec_.keeping.cancel()  # until it is due it would hold the command, with all its output
+        self._held -= self._whole.pop(exec_, 0)
+        exec_.release()
+        of_tenant = self._of.get(exec_.tenant, {})
+        if of_tenant.get(exec_.id) is exec_:
+            del of_tenant[exec_.id]
+            if not of_tenant:
+                del self._of[exec_.tenant]
+        self._forgotten(exec_)
+
+    async def close(self) -> None:
+        """Look at none any more."""
+        for task in self._looks:
+            task.cancel()
+        await asyncio.gather(*self._looks, return_exceptions=True)

@@ -1,0 +1,288 @@
+"""The registry of commands of all tenants: started once, read by many, ended completely."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from types import TracebackType
+from typing import Any
+
+from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
+from gateway.events import Bus
+from gateway.execs.exec import Exec
+from gateway.execs.input import Spools
+from gateway.execs.kept import Kept
+from gateway.execs.notes import SHORT, Notes
+from gateway.execs.streams import Pace
+from gateway.idempotency import Idempotency
+from gateway.limits.budget import Budget
+from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Execs:
+    """All commands of this gateway. Use as an async context manager: leaving it ends every one."""
+
+    def __init__(
+        self, runtime: TenantRuntime, bus: Bus, idempotency: Idempotency, settings: Settings
+    ) -> None:
+        self._runtime = runtime
+        self._idempotency = idempotency
+        self._notes = Notes(idempotency)
+        self._bus = bus
+        self._settings = settings
+        self._budget = Budget(settings.exec_bytes, settings.exec_tenant_bytes)
+        self._spools = Spools(settings.state_dir, settings.exec_stdin_spool, settings.exec_stdin_spools)
+        self._execs: dict[str, dict[str, Exec]] = {}
+        self._starting: dict[tuple[str, str], asyncio.Future[Exec]] = {}
+        self._kept = Kept(settings, self._forgotten)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Execs:
+        """Take over how commands of earlier lives ended, as far as it is noted; what ran then is lost."""
+        for earlier in await self._notes.earlier():
+            exec_ = self._made(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
+            exec_.ended_before(earlier.asked, earlier.ended)
+            if earlier.lost or earlier.age < self._settings.exec_keep:
+                self._execs.setdefault(exec_.tenant, {})[exec_.id] = exec_
+                self._kept.add(exec_)
+            if earlier.lost:
+                self._bus.publish("exec.exited", exec_.tenant, earlier.ended.on_wire(exec_.id))
+                await self._notes.end(exec_)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.end_all()
+
+    @property
+    def held(self) -> int:
+        """Bytes of output and input of commands in memory, of all tenants."""
+        return self._budget.held
+
+    @property
+    def running(self) -> int:
+        """How many commands run now, of all tenants."""
+        return sum(exec_.state == "running" for execs in self._execs.values() for exec_ in execs.values())
+
+    def running_in(self, tenant: str) -> int:
+        """How many commands run, or are being started, in one tenant now."""
+        running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
+        return running + sum(key[0] == tenant for key in self._starting)
+
+    async def start(
+        self,
+        tenant: str,
+        spec: ExecSpec,
+        *,
+        exec_id: str | None = None,
+        timeout: float | None = None,
+        linger: float | None = None,
+        by: str = "",
+        once: bool = False,
+    ) -> Exec:
+        """Start a command, or return the one that was started under `exec_id` before.
+
+        With `once` the id is the caller's own, and holds across a restart of the gateway too. Raises
+        `Conflict` where that one is another command, `RateLimited` where the tenant has too many,
+        and what the runtime raises where it cannot start.
+        """
+        known = exec_id or f"x-{secrets.token_hex(8)}"
+        found = await self._known(tenant, known)
+        if found is None and once:
+            if await self._idempotency.result((tenant, "exec", known), spec.digest()) is not None:
+                raise Gone(f"exec {known} ended and is no longer kept; use a new id", exec=known)
+            found = await self._known(tenant, known)  # another start may have come first meanwhile
+        if found is not None:
+            if found.asked != spec.digest():
+                raise Conflict(f"exec {known} was started with another command", exec=known)
+            return found
+        running = self.running_in(tenant)
+        if running >= self._settings.max_execs:
+            raise RateLimited(
+                f"the tenant runs {running} commands, the most it may; end one first",
+                limit=self._settings.max_execs,
+            )
+        promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
+        self._starting[tenant, known] = promise
+        try:
+            if once:
+                await self._idempotency.begin((tenant, "exec", known), spec.digest())
+            try:
+                exec_ = await self._start(tenant, known, spec, timeout, linger, by, once)
+            except BaseException:
+                if once:  # nothing of it was left: it may be started again
+                    await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
+                raise
+        except BaseException as error:
+            # who waits for the same start was not cancelled itself
+            gone = isinstance(error, asyncio.CancelledError)
+            promise.set_exception(Cancelled("the start was cancelled by who asked first") if gone else error)
+            promise.exception()  # seen, also where nobody else waits for it
+            raise
+        else:
+            promise.set_result(exec_)
+            return exec_
+        finally:
+            del self._starting[tenant, known]
+
+    async def _known(self, tenant: str, exec_id: str) -> Exec | None:
+        """Return the command that was started under an id, or is about to be."""
+        starting = self._starting.get((tenant, exec_id))
+        if starting is not None:
+            return await asyncio.shield(starting)
+        return self._execs.get(tenant, {}).get(exec_id)
+
+    async def fence(self, tenant: str, exec_id: str) -> Exec | None:
+        """See to it that nothing starts under an id that is not known; return what was just being started."""
+        with contextlib.suppress(GatewayError):  # whose start failed is not there either
+            if (found := await self._known(tenant, exec_id)) is not None:
+                return found
+        await self._idempotency.fence((tenant, "exec", exec_id))
+        return None
+
+    def _made(
+        self, exec_id: str, tenant: str, spec: ExecSpec, process: Process, linger: float | None
+    ) -> Exec:
+        settings = self._settings
+        return Exec(
+            exec_id,
+            tenant,
+            spec,
+            process,
+            tail=settings.exec_tail,
+            pace=Pace(
+                window=settings.exec_window,
+                patience=settings.exec_patience,
+                lag=settings.exec_lag,
+                unacked=settings.exec_unacked,
+            ),
+            stdin_buffer=settings.exec_stdin_buffer,
+            spools=self._spools,
+            share=self._budget.tenant(tenant),
+            linger=settings.exec_linger if linger is None else linger,
+            grace=settings.cancel_grace,
+            kill_left=settings.exec_left == "kill",
+        )
+
+    async def _start(
+        self,
+        tenant: str,
+        exec_id: str,
+        spec: ExecSpec,
+        timeout: float | None,
+        linger: float | None,
+        by: str,
+        once: bool,
+    ) -> Exec:
+        exec_ = self._made(exec_id, tenant, spec, await self._runtime.exec(tenant, spec), linger)
+        self._execs.setdefault(tenant, {})[exec_id] = exec_
+        # whatever becomes of this call, from here on it is carried to its end
+        task = asyncio.create_task(self._carry(exec_, timeout, once), name=f"exec {exec_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        started: dict[str, Any] = {
+            "exec": exec_id,
+            "pid": exec_.process.pid,
+            "command": _short(spec),
+            "by": by,
+        }
+        try:
+            self._bus.publish("exec.started", tenant, started)
+        except BaseException:
+            exec_.end("cancelled", 0)
+            raise
+        return exec_
+
+    async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
+        timer = None
+        noting = asyncio.create_task(self._notes.start(exec_, once), name=f"note {exec_.id}")
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(timeout, exec_.end, "timeout", self._settings.cancel_grace)
+        try:
+            await exec_.run()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            try:
+                if once:
+                    await self._notes.end(exec_)  # before anybody is told
+            finally:
+                exec_.tell_end()
+            ended = exec_.ended.result()
+            data = ended.on_wire(exec_.id)
+            self._kept.add(exec_)
+            self._bus.publish("exec.exited", exec_.tenant, data)
+            log.info(
+                "exec %s of %s: %s, code %s, %d ms, %s bytes",
+                exec_.id,
+                exec_.tenant,
+                ended.reason,
+                ended.code,
+                ended.duration_ms,
+                sum(ended.offsets.values()),
+            )
+            await noting
+            if not once:  # the events are written later: none is told as exited and then as lost
+                await self._notes.forget(exec_)
+
+    def get(self, tenant: str, exec_id: str) -> Exec:
+        """Return a command that runs or ended not long ago. Raises `NotFound`."""
+        try:
+            return self._execs[tenant][exec_id]
+        except KeyError:
+            raise NotFound(f"no exec {exec_id}; it ended long ago or never was", exec=exec_id) from None
+
+    def list(self, tenant: str) -> list[Exec]:
+        return list(self._execs.get(tenant, {}).values())
+
+    async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
+        """End a command's whole tree; return when nothing of it is left."""
+        grace = self._settings.cancel_grace if grace is None else grace
+        ran = exec_.state == "running"
+        began = exec_.end("cancelled", grace)
+        killed = await exec_.cancel(grace)
+        if not began or (not ran and not killed.killed):
+            return killed  # nothing happened that is not told by another
+        data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
+        self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
+        return killed
+
+    async def end_all(self) -> None:
+        """End every command and what ended ones left behind, all at once."""
+        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values()]
+        kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
+        for failure in await asyncio.gather(*kills, return_exceptions=True):
+            # with its container a command has ended
+            if isinstance(failure, BaseException) and not isinstance(failure, (NotFound, TenantNotRunning)):
+                log.warning("a command could not be ended: %s", failure)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await self._kept.close()
+
+    def _forgotten(self, exec_: Exec) -> None:
+        of_tenant = self._execs.get(exec_.tenant, {})
+        if of_tenant.get(exec_.id) is exec_:
+            del of_tenant[exec_.id]
+            if not of_tenant:
+                del self._execs[exec_.tenant]
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Forget the ended commands of an earlier tenant of this name: they are none of the new one's."""
+        for exec_ in self.list(tenant):
+            if exec_.ended.done():
+                self._kept.forget(exec_)
+
+
+def _short(spec: ExecSpec) -> str:
+    line = " ".join(spec.shown or spec.argv)
+    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"

@@ -1,0 +1,5 @@
+"""The tools Bash, BashOutput and KillShell, on `execs` and `tools`. Other rooms use `Shells`."""
+
+from gateway.shells.shells import Shells
+
+__all__ = ["Shells"]
