@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -149,6 +149,56 @@ def test_no_package_is_a_house_of_its_own() -> None:
         str(folder.relative_to(ROOT)): lines for folder, lines in sizes.items() if folder.name != "gateway"
     }
     assert {name for name, lines in large.items() if lines > 0.12 * sizes.total()} == set()
+
+
+def circles(imports: Mapping[str, Iterable[str]]) -> list[set[str]]:
+    """Return the groups of modules that import each other in a loop."""
+    order, seen = list[str](), set[str]()
+
+    def visit(module: str, edges: Mapping[str, Iterable[str]], found: list[str]) -> None:
+        seen.add(module)
+        for other in edges.get(module, ()):
+            if other not in seen:
+                visit(other, edges, found)
+        found.append(module)
+
+    for module in imports:
+        if module not in seen:
+            visit(module, imports, order)
+    importers: dict[str, list[str]] = {}
+    for module, others in imports.items():
+        for other in others:
+            importers.setdefault(other, []).append(module)
+    seen.clear()
+    groups = []
+    for module in reversed(order):
+        if module not in seen:
+            group = list[str]()
+            visit(module, importers, group)
+            groups.append(set(group))
+    return [group for group in groups if len(group) > 1]
+
+
+def test_no_modules_import_each_other_in_a_loop() -> None:
+    """Those for types alone are imports too: what must know another's type belongs below or beside it."""
+    known = {module for module, _ in modules()}
+    imports = {
+        module: {
+            name if name in known else name.rpartition(".")[0]
+            for _, name in imported(path.read_text(), module, path.name == "__init__.py")
+        }
+        & known - {module}
+        for module, path in modules()
+    }
+    for package in (module for module, path in modules() if path.name == "__init__.py"):
+        # it hands on what is in its modules, and these may use what it defines
+        imports[package] = {name for name in imports[package] if not name.startswith(f"{package}.")}
+    assert imports["gateway_client.tenant"] >= {"gateway_client.connections", "gateway_client.files"}
+    assert circles(imports) == []
+
+
+def test_a_loop_is_found() -> None:
+    assert circles({"a": ["b"], "b": ["c"], "c": ["b", "d"], "d": []}) == [{"b", "c"}]
 
 
 @pytest.mark.parametrize(
