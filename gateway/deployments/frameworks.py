@@ -71,7 +71,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"next"}),
         ports=frozenset({3000}),
         listen="--hostname 0.0.0.0 --port $PORT",
-        needs={"dev": 640},
+        needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
         "nuxt",

@@ -152,7 +152,9 @@ def test_each_is_told_in_its_own_way_where_to_listen(start: list[str], packages:
         ("sveltekit", ["node", "build"], 512, ""),
         ("sveltekit", ["node", "build"], 128, "a site made with sveltekit"),
         ("next", ["next", "dev"], 512, "the dev server of next"),
-        ("next", ["next", "start"], 128, ""),  # nobody knows
+        ("next", ["next", "start"], 64, "a site made with next"),
+        ("next", ["next", "start"], 128, ""),
+        ("remix", ["remix-serve"], 16, ""),  # nobody knows
         ("bun", ["bun", "server.ts"], 16, ""),
     ],
 )
@@ -171,6 +173,7 @@ def test_who_is_too_small_is_told_so(name: str, start: list[str], memory: int, s
         ("nuxt", "node .output/server/index.mjs", "bun install && bun run build", 640, ""),
         ("nuxt", "node .output/server/index.mjs", "bun install", 512, ""),
         ("nuxt", "node .output/server/index.mjs", "bun run build", 64, "building nuxt is known to need 640"),
+        ("next", "next start", "bun run build", 512, "building next is known to need 640 MiB"),
         ("sveltekit", "vite dev", "bun run build", 512, "the dev server of sveltekit"),
         ("bun", "bun build.ts", "bun build index.ts", 16, ""),
     ],
