@@ -47,7 +47,6 @@ def run(settings: Settings, report: Report) -> NoReturn:
     told = {
         "path": str(path),
         "operations": OPERATIONS,
-        "program": str(settings.ripgrep),
         "tenants": Instances(
             str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
         ).to_dict(),

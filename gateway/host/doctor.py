@@ -86,7 +86,6 @@ def doctor(settings: Settings) -> list[Finding]:
             ("domains", lambda: _domains(settings)),
             ("addresses", lambda: _addresses(settings)),
             ("limits of inotify", _limits),
-            ("ripgrep", lambda: _ripgrep(settings)),
             ("broker", lambda: _broker(settings)),
         ]
     checks += [
@@ -251,11 +250,6 @@ def _limits() -> None:
     low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
     if low:
         raise HostError(f"{', '.join(low)} low; {_SETUP}")
-
-
-def _ripgrep(settings: Settings) -> None:
-    if not os.access(settings.ripgrep, os.X_OK):
-        raise HostError(f"{settings.ripgrep} is missing, many searches in large trees are slow; {_SETUP}")
 
 
 def _broker(settings: Settings) -> str:

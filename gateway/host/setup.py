@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, quotas, ripgrep, run
+from gateway.host import Change, HostError, Report, Steps, quotas, run
 from gateway.host.caddy_service import hand_over
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
@@ -78,7 +78,6 @@ def setup(settings: Settings, report: Report) -> list[Change]:
         steps.run("disk quotas", lambda: quotas.enforce(settings), unchanged="in force")
     steps.run(f"profile {settings.profile}", lambda: _profile(incus, settings))
     steps.run(f"ports of {settings.network}", lambda: pin(settings))
-    steps.run("ripgrep for large searches", lambda: ripgrep.ensure(settings))
     return steps.changes
 
 

@@ -7,7 +7,7 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 |---|---|
 | `{"do": "spawn", …}` as `Spawn` | `{"worker": number}` and the worker's socket |
 | `{"do": "same", "worker": n}` | `{"same": bool}`: is the workspace still the folder that it was? |
-| `{"do": "kill", "worker": n}` | `{"status": …}` once the process has ended: of a program its exit status |
+| `{"do": "kill", "worker": n}` | `{}` once the process has ended |
 | `{"do": "tree", "tenant", "group", "step"}` | `{}`: did `process_tree.STEPS[step]` on a command's cgroup |
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
@@ -47,7 +47,6 @@ from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
 
 _CHORE_WAIT = 8.0  # seconds, less than a gateway waits for an answer
-_STATUSES_MAX = 256
 _AHEAD = 0.05  # seconds without a request after which a worker is forked ahead
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
@@ -58,7 +57,6 @@ class _Child:
     disk: Disk
     inode: tuple[int, int]
     group: WorkerCgroup
-    program: bool
 
 
 class Chores:
@@ -91,7 +89,6 @@ class Broker:
         connection: socket.socket,
         operations: str,
         tenants: Tenants,
-        program: str = "",
         chores: Chores | None = None,
     ) -> None:
         self._chores = chores
@@ -100,8 +97,7 @@ class Broker:
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
         self._namespaces = Namespaces()
         self._children: dict[int, _Child] = {}
-        self._zygote = Zygote(connection, operations, program, privileged=self._privileged)
-        self._statuses: dict[int, int] = {}  # of programs that ended, until they are asked for
+        self._zygote = Zygote(connection, operations, privileged=self._privileged)
 
     def run(self) -> None:
         """Serve until the gateway closes its end; then end every worker."""
@@ -142,7 +138,7 @@ class Broker:
                     answer = {"same": self._same(int(request["worker"]))}
                 case "kill":
                     self._kill(int(request["worker"]))
-                    answer = {"status": self._statuses.pop(int(request["worker"]), None)}
+                    answer = {}
                 case "tree":
                     step = process_tree.STEPS[request["step"]]
                     step(
@@ -207,7 +203,6 @@ class Broker:
         return (status.st_dev, status.st_ino) == child.inode
 
     def _spawn(self, spawn: Spawn) -> tuple[int, int]:
-        program = self._zygote.program(spawn.loop)
         disk = self._tenants.disk(spawn.tenant, spawn.workspace)
         folder = self._open(disk)
         try:
@@ -222,7 +217,6 @@ class Broker:
                     *(folder, namespace, uid, gid, spawn.memory, file),
                     read_only=disk.read_only or spawn.looks,
                     covered=disk.covered,
-                    program=program,
                 )
             ours, theirs = socket.socketpair()
             with theirs:
@@ -230,7 +224,7 @@ class Broker:
         finally:
             os.close(folder)
         inode = (status.st_dev, status.st_ino)
-        self._children[worker.number] = _Child(worker.pid, disk, inode, worker.group, program is not None)
+        self._children[worker.number] = _Child(worker.pid, disk, inode, worker.group)
         return worker.number, ours.detach()
 
     def _kill(self, number: int) -> None:
@@ -246,24 +240,15 @@ class Broker:
 
     def _reap(self) -> None:
         for number, child in list(self._children.items()):
-            pid, status = os.waitpid(child.pid, os.WNOHANG)
-            if pid:
+            if os.waitpid(child.pid, os.WNOHANG)[0]:
                 del self._children[number]
                 child.group.remove()
-                if child.program:
-                    while len(self._statuses) >= _STATUSES_MAX:
-                        del self._statuses[next(iter(self._statuses))]
-                    self._statuses[number] = os.waitstatus_to_exitcode(status)
         self._zygote.reap()
 
 
 def main(arguments: list[str]) -> None:
-    """Run the broker: its arguments are a socket's descriptor, the operations' module, tenants, a program.
-
-    The tenants are JSON for `found_by`. The program, a path or nothing, is what workers of the module's
-    `BECOMING` loops turn into.
-    """
-    descriptor, operations, told, program = arguments
+    """Run the broker. Its arguments: a socket's descriptor, the operations' module, JSON for `found_by`."""
+    descriptor, operations, told = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the gateway, which then closes the socket
     connection = socket.socket(fileno=int(descriptor))
-    Broker(connection, operations, found_by(orjson.loads(told)), program).run()
+    Broker(connection, operations, found_by(orjson.loads(told))).run()

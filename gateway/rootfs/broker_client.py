@@ -41,7 +41,7 @@ class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
     The broker is started with the first request and again where it has died; `tenants` describes where it
-    finds them (see `gateway.rootfs.locations`), `program` is one that workers may become. With `at`, one that
+    finds them (see `gateway.rootfs.locations`). With `at`, one that
     listens there is connected to instead, and knows all of that itself.
     """
 
@@ -49,12 +49,10 @@ class BrokerClient:
         self,
         operations: str = "",
         tenants: Mapping[str, Any] | None = None,
-        program: Path | None = None,
         *,
         at: Path | None = None,
     ) -> None:
         self._at = at
-        self._program = program
         self._operations = operations
         self._tenants = orjson.dumps(tenants).decode()
         self._lock = asyncio.Lock()
@@ -167,7 +165,6 @@ class BrokerClient:
                 str(theirs.fileno()),
                 self._operations,
                 self._tenants,
-                str(self._program or ""),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={"PATH": os.defpath, "LANG": "C.UTF-8"},

@@ -29,7 +29,7 @@ def listening(arguments: list[str]) -> NoReturn:
     """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
 
     The one argument is a JSON object: `path` of the socket, which will be `gid`'s with mode 0660, in a folder
-    that only root may write; `operations`, `tenants`, `program`, `uids`; `chores`, command lines by name,
+    that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name,
     which get `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is
     told when connections are taken. Raises `OSError`.
     """
@@ -70,7 +70,7 @@ def listening(arguments: list[str]) -> NoReturn:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _serve_one(connection, listener, operations, tenants, str(told["program"]), chores)
+                    _serve_one(connection, listener, operations, tenants, chores)
                 children.add(pid)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -91,7 +91,6 @@ def _serve_one(
     listener: socket.socket,
     operations: str,
     tenants: Tenants,
-    program: str,
     chores: Chores,
 ) -> NoReturn:
     """Be the broker of one gateway, in the forked child; never return."""
@@ -102,7 +101,7 @@ def _serve_one(
         end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Broker(connection, operations, tenants, program, chores).run()
+        Broker(connection, operations, tenants, chores).run()
         code = 0
     except BaseException:
         traceback.print_exc()

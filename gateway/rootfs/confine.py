@@ -46,8 +46,7 @@ class Plan:
     """What a worker becomes: `folder` its `/`, `namespace` a user namespace for the ids of its mount.
 
     `uid` and `gid` are the host's. `memory` is in bytes of address space, `file` in bytes of the largest file
-    that it may write. `covered` are folders below that are closed to it. `program` is the descriptor of the
-    one program that it may become; None: of none.
+    that it may write. `covered` are folders below that are closed to it.
     """
 
     folder: int
@@ -58,7 +57,6 @@ class Plan:
     file: int
     read_only: bool = False
     covered: tuple[str, ...] = ()
-    program: int | None = None
 
 
 class Namespaces:
@@ -118,14 +116,14 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     end_with_parent()
     tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)
     _enter(tree, plan.covered)
-    _close_all({keep} if plan.program is None else {keep, plan.program})
+    _close_all({keep})
     _hold_standard()
     _limit(plan)
     _drop(plan.uid, plan.gid)
     layers = ["mount", "namespaces", "limits", "uid"]
     if _landlock(plan):
         layers.append("landlock")
-    if _seccomp(_ALLOWED if plan.program is None else {**_ALLOWED, **_OF_PROGRAMS}):
+    if _seccomp(_ALLOWED):
         layers.append("seccomp")
     return tuple(layers)
 
@@ -242,7 +240,7 @@ _FS_CHANGES = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 def _landlock(plan: Plan) -> bool:
     """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock.
 
-    Executing is forbidden but for the plan's program, and where that is read-only every change of a file.
+    Executing is forbidden, and where the plan is read-only every change of a file.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
@@ -255,8 +253,6 @@ def _landlock(plan: Plan) -> bool:
     root = os.open("/", (kernel.O_PATH or 0) | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         allowed = [] if plan.read_only else [(_FS_ALLOWED, root)]
-        if plan.program is not None:
-            allowed.append((_FS_EXECUTE, plan.program))
         for may in allowed:
             # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
             checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", *may), 0), "landlock")
@@ -338,27 +334,6 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "statx": (332, 291),
     "rseq": (334, 293),
     "openat2": (437, 437),
-}
-# What a static program needs beside them: to begin, and threads of its own.
-_OF_PROGRAMS: dict[str, tuple[int | None, int | None]] = {
-    "open": (2, None),
-    "ioctl": (16, 29),
-    "access": (21, None),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "nanosleep": (35, 101),
-    "clone": (56, 220),
-    "execve": (59, 221),
-    "uname": (63, 160),
-    "getcwd": (79, 17),
-    "readlink": (89, None),
-    "arch_prctl": (158, None),
-    "sched_getaffinity": (204, 123),
-    "set_tid_address": (218, 96),
-    "set_robust_list": (273, 99),
-    "prlimit64": (302, 261),
-    "execveat": (322, 281),
-    "membarrier": (324, 283),
 }
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ, |JGE, BPF_RET

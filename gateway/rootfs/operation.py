@@ -15,8 +15,7 @@ from gateway.rootfs.root import DEPTH_MAX, Root
 
 SCAN: Final = "scan"  # the operation that names what holds a pattern, for a share of the folders
 SCANNED: Final = b"+"  # what its reply begins with, unless that is to be found out in another way
-SIFTED_MAX: Final = 8 << 20  # bytes of names that a search of a large tree goes on with
-SIFT: Final = "sift"  # the loop of a worker that becomes the program
+NAMED_MAX: Final = 8 << 20  # bytes of names that a search of a large tree goes on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What an operation works on. `program` is the descriptor of a program that a loop may become."""
+    """What an operation works on."""
 
     tree: Root
     limits: Limits
-    program: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

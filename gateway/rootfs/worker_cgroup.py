@@ -83,8 +83,8 @@ class WorkerCgroup:
                 entered += hierarchy.controllers
         return entered
 
-    def bound(self, memory: int, tasks: int) -> list[str]:
-        """Allow at most `memory` bytes and `tasks` processes and threads; return what is bounded.
+    def bound(self, memory: int) -> list[str]:
+        """Allow at most `memory` bytes and one process without threads; return what is bounded.
 
         What cannot be is left out: the worker's other limits hold without it.
         """
@@ -99,7 +99,7 @@ class WorkerCgroup:
                 if _write(f"{folder}/{limit[0]}", str(limit[1])):
                     bounded.append("memory")
                     _write(f"{folder}/{swap[0]}", str(swap[1]))  # absent in a kernel that does not count swap
-            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", str(tasks)):
+            if "pids" in hierarchy.controllers and _write(f"{folder}/pids.max", "1"):
                 bounded.append("pids")
         return bounded
 

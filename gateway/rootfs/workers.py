@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakValueDictionary
 
 import orjson
 
 from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker_client import REFUSALS, BrokerClient
-from gateway.rootfs.operation import SCAN, SCANNED, SIFT, SIFTED_MAX, Limits
+from gateway.rootfs.operation import NAMED_MAX, SCAN, SCANNED, Limits
 from gateway.rootfs.spawn import Spawn
-from gateway.rootfs.worker import BROKEN, DONE, HEAD, LENGTH, PASSED, READY, REFUSED, REPLY_MAX
+from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, READY, REFUSED, REPLY_MAX
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -36,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 _SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
-_SIFTING_MAX = max(2, os.cpu_count() or 1)  # programs at once
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _CHANGES = -1  # the lane of what takes long and changes something
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
@@ -174,10 +171,7 @@ class Workers:
         self._memory = settings.worker_memory
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
-        self.broker = BrokerClient(operations, tenants, settings.ripgrep, at=settings.broker_socket)
-        self._sifts = settings.ripgrep.exists()
-        self._sifting = asyncio.Semaphore(_SIFTING_MAX)
-        self._sifting_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
         self._slots: dict[tuple[str, int], _Slot] = {}
@@ -276,48 +270,8 @@ class Workers:
                 scan.cancel()
             await asyncio.gather(*scans, return_exceptions=True)  # none asks the broker for anything later
         names = b"".join(one.removeprefix(SCANNED) for one in found)
-        whole = all(one.startswith(SCANNED) for one in found) and len(names) <= SIFTED_MAX
+        whole = all(one.startswith(SCANNED) for one in found) and len(names) <= NAMED_MAX
         return names if whole else None
-
-    async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
-        """Have the program name the files worth a search, each with a NUL after it; None where it cannot.
-
-        It is confined as a worker is, and runs once. Raises `Timeout`, and `NotFound` for no tenant.
-        """
-        if not self._sifts:
-            return None
-        # One is left to others: who leases a file has each search of it wait until its timeout, for nothing.
-        own = self._sifting_of.setdefault(root.tenant, asyncio.Semaphore(_SIFTING_MAX - 1))
-        try:
-            async with asyncio.timeout(self._limits.tool_timeout), own, self._sifting:
-                return await self._sift(
-                    self.spawn(root, SIFT, search=True, looks=True), orjson.dumps(arguments)
-                )
-        except TimeoutError:
-            raise Timeout("the search took too long and was ended; try a more specific path") from None
-        except Unavailable:
-            return None  # the broker may trust no such program; of all else a walk will tell
-
-    async def _sift(self, spawn: Spawn, request: bytes) -> bytes | None:
-        answer, descriptors = await self.broker.request(spawn.wire())
-        reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=descriptors[0]))
-        names, whole = bytearray(), False
-        try:
-            length, status = HEAD.unpack(await reader.readexactly(HEAD.size))
-            await reader.readexactly(length - 1)
-            if status == READY:
-                writer.write(LENGTH.pack(len(request)) + request)
-                while len(names) <= SIFTED_MAX and (chunk := await reader.read(1 << 16)):
-                    names += chunk
-                whole = len(names) <= SIFTED_MAX
-        except (OSError, EOFError):
-            whole = False
-        finally:
-            writer.close()
-            ending = asyncio.ensure_future(self.broker.request({"do": "kill", "worker": answer["worker"]}))
-            ended, _ = await asyncio.shield(ending)
-        # 1 is ripgrep's word for nothing found
-        return bytes(names) if whole and ended["status"] in (0, 1) else None
 
     async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
         try:

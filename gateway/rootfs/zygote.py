@@ -12,10 +12,8 @@ import importlib
 import os
 import signal
 import socket
-import stat
 import sys
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -31,8 +29,7 @@ from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchie
 
 _SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
 _UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
-_PROGRAM_TASKS = 8  # threads that a program may have
-_BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h: no program's word for anything else
+_BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h
 _ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nobody would end one that waits
 
 
@@ -49,11 +46,11 @@ class Forked:
 class Zygote:
     """Forks workers of which a parent tells what they are. Of each kind that was asked for one waits ahead.
 
-    `operations` is the module with what workers do, `program` the path of one that they may become, or
-    nothing. A worker without a plan closes `connection`, the broker's own.
+    `operations` is the module with what workers do. A worker without a plan closes `connection`, the broker's
+    own.
     """
 
-    def __init__(self, connection: socket.socket, operations: str, program: str, *, privileged: bool) -> None:
+    def __init__(self, connection: socket.socket, operations: str, *, privileged: bool) -> None:
         self._connection = connection
         self._groups = WorkerCgroups(hierarchies() if privileged else [])
         self._spares: dict[bool, Forked | None] = {}  # by `search`, of the kinds that were asked for
@@ -62,8 +59,6 @@ class Zygote:
         self._operations = module.OPERATIONS
         self._idle = module.idle
         self._loops: dict[str, Loop] = getattr(module, "LOOPS", {})
-        self._becoming: Collection[str] = getattr(module, "BECOMING", ())
-        self._program = _program(program, privileged)
 
     def close(self) -> None:
         """End what waits ahead."""
@@ -77,19 +72,10 @@ class Zygote:
         """Whether a worker is to be forked ahead."""
         return _ENDS_WITH_PARENT and None in self._spares.values()
 
-    def program(self, loop: str) -> int | None:
-        """Return the program that a loop becomes, None for the others. Raises `ValueError` without one."""
-        if loop not in self._becoming:
-            return None
-        if self._program is None:
-            raise ValueError("no program to become")
-        return self._program
-
     def start(
         self, spawn: Spawn, plan: Plan | None, ours: socket.socket, theirs: socket.socket, folder: int
     ) -> Forked:
         """Have a forked process be the worker at `theirs`, and return it. `ours` is the gateway's end."""
-        tasks = 1 if plan is None or plan.program is None else _PROGRAM_TASKS
         passed = [theirs.fileno(), folder]
         told = None
         if plan is not None:
@@ -100,7 +86,7 @@ class Zygote:
             ahead = self._spares.get(spawn.search)
             spare = ahead or self._fork(search=spawn.search, others=ours)
             self._spares[spawn.search] = None
-            message = {"spawn": spawn.wire(), "plan": told, "bounded": spare.group.bound(spawn.memory, tasks)}
+            message = {"spawn": spawn.wire(), "plan": told, "bounded": spare.group.bound(spawn.memory)}
             try:
                 with spare.control:
                     socket.send_fds(spare.control, [orjson.dumps(message)], passed)
@@ -188,8 +174,7 @@ class Zygote:
             depth = spawn.limits.depth_max
             root = Root(folder, spawn.workspace, nodev=told["plan"] is not None, depth=depth)
             connection.sendall(frame(READY, orjson.dumps(layers)))
-            program = self._program if spawn.loop in self._becoming else None
-            workspace = Workspace(root, spawn.limits, program)
+            workspace = Workspace(root, spawn.limits)
             if spawn.loop:
                 self._loops[spawn.loop](connection, workspace)
             else:
@@ -206,22 +191,6 @@ class Zygote:
                 code = 2
         finally:
             os._exit(code)
-
-
-def _program(path: str, privileged: bool) -> int | None:
-    """Open the program that workers may become, None where there is none that can be trusted."""
-    if not path:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    status = os.fstat(descriptor)
-    trusted = not privileged or (status.st_uid == 0 and not status.st_mode & 0o022)
-    if stat.S_ISREG(status.st_mode) and trusted:
-        return descriptor
-    os.close(descriptor)
-    return None
 
 
 def preload() -> None:

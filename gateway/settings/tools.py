@@ -25,10 +25,6 @@ class ToolSettings(BaseModel):
         description="unix socket of `incus-gateway broker`; unset: the gateway starts a broker of its own",
     )
     broker_user: str = Field("incus-gateway", description="the user, beside root, whom that broker serves")
-    ripgrep: Path = Field(
-        Path("/usr/local/lib/incus-gateway/rg"),
-        description="static ripgrep for large searches of what has no literal; `setup` puts it there",
-    )
     worker_idle: float = Field(300.0, gt=0, description="seconds after which an idle file worker ends")
     worker_memory: int = Field(512 * MiB, gt=0, description="bytes of a file worker, the page cache included")
     max_workers: int = Field(256, gt=0, description="file workers of this gateway")

@@ -16,8 +16,8 @@ _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
 class Call:
     """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file.
 
-    A `brief` one holds up others: it ends with `Timeout` where it would take long. `sifted` are the names
-    that `gateway.tools.search.ripgrep` found, each a Latin-1 character for a byte and with a NUL after it.
+    A `brief` one holds up others: it ends with `Timeout` where it would take long. `named` are the names
+    that `gateway.tools.search.scan` found, each a Latin-1 character for a byte and with a NUL after it.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class Call:
         read_first: bool,
         *,
         brief: bool = False,
-        sifted: str | None = None,
+        named: str | None = None,
     ) -> None:
         self.tool = tool
         self.tree = workspace.tree
         self.limits = workspace.limits
         self.brief = brief
-        self.sifted = sifted
+        self.named = named
         self.given = given
         self.cwd = cwd
         self.seen = Seen(*seen) if seen else None

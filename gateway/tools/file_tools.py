@@ -21,7 +21,7 @@ from gateway.tools.session import ToolSession
 
 _SEARCHES = frozenset({"Glob", "Grep"})
 _CORES = os.cpu_count() or 1
-_THREADS_MAX = 4  # of one search, or as many processes
+_PROCESSES_MAX = 4  # of one search
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class FileTools:
             "seen": seen.wire() if seen else None,
             "read_first": session.read_before_write,
             "brief": name in _SEARCHES,
-            "sifted": None,
+            "named": None,
         }
         if name in _SEARCHES:
             return await self._search(root, name, given)
@@ -104,20 +104,19 @@ class FileTools:
             given["brief"] = False
             if name == "Grep":
                 try:
-                    sifted = await self._sifted(root, {"input": given["input"], "cwd": given["cwd"]})
+                    named = await self._named(root, {"input": given["input"], "cwd": given["cwd"]})
                 except Timeout:
                     return ToolResult.of(timed_out(self._settings.tool_timeout).answer())
-                given["sifted"] = None if sifted is None else sifted.decode("latin-1")
+                given["named"] = None if named is None else named.decode("latin-1")
             head, body = decode(await self._workers.call(root, name, given, search=True))
         return ToolResult(body, head["is_error"], head["code"])
 
-    async def _sifted(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
-        """Return the names of the files in a large tree that a Grep is to look into; None for all."""
-        # a core for each thread or process where nobody else needs one: a second on two cores left none to
+    async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
+        """Return the names of the files in a large tree that match; None where a walk must tell."""
+        # a core for each process where nobody else needs one: a second on two cores left none to
         # the neighbours, the p99 of their reads tripled
-        cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _THREADS_MAX)
-        found = await self._workers.scan(root, asked, cores)
-        return await self._workers.sift(root, {**asked, "threads": cores}) if found is None else found
+        cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
+        return await self._workers.scan(root, asked, cores)
 
 
 def _named(arguments: object, cwd: str, workspace: str) -> str | None:

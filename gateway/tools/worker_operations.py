@@ -8,7 +8,7 @@ from typing import Any
 from gateway.errors import GatewayError
 from gateway.files import handlers, opening, sweeping, watching
 from gateway.rootfs import walk
-from gateway.rootfs.operation import SCAN, SIFT, Limits, Loop, Operation, Workspace
+from gateway.rootfs.operation import SCAN, Limits, Loop, Operation, Workspace
 from gateway.rootfs.refusals import refusal
 from gateway.tools import mirroring, outputs
 from gateway.tools.answer import Answer, ToolFailure
@@ -19,7 +19,6 @@ from gateway.tools.search import contents
 from gateway.tools.search.glob import glob
 from gateway.tools.search.grep import grep
 from gateway.tools.search.matcher import compiled
-from gateway.tools.search.ripgrep import sift
 from gateway.tools.search.scan import scan
 from gateway.tools.search.scope import brief
 from gateway.tools.writing import edit, write
@@ -73,7 +72,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
                 arguments["seen"],
                 arguments["read_first"],
                 brief=hurried,
-                sifted=arguments["sifted"],
+                named=arguments["named"],
             )
             answer = tool(call)
             if name in _SEARCHES:
@@ -108,7 +107,6 @@ OPERATIONS: dict[str, Operation] = {
     SCAN: scan,
 }
 
-LOOPS: dict[str, Loop] = {**watching.LOOPS, SIFT: sift}
-BECOMING = frozenset({SIFT})
+LOOPS: dict[str, Loop] = {**watching.LOOPS}
 
-__all__ = ["BECOMING", "LOOPS", "OPERATIONS", "idle"]
+__all__ = ["LOOPS", "OPERATIONS", "idle"]

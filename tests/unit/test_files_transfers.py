@@ -9,7 +9,8 @@ import pytest
 from gateway.errors import Unavailable
 from gateway.files.transfers import Transfers
 from gateway.rootfs import Workers
-from tests.unit.test_rootfs_workers import NO_RIPGREP, folders, make_root
+from gateway.settings import Settings
+from tests.unit.test_rootfs_workers import folders, make_root
 
 
 @pytest.mark.parametrize("upload", [True, False])
@@ -18,8 +19,8 @@ async def test_one_that_is_being_opened_when_all_are_ended_ends_too(
 ) -> None:
     """Nobody would end it any more: it would go on until the gateway is killed."""
     root = make_root(tmp_path)
-    async with Workers(NO_RIPGREP, folders(tmp_path)) as workers:
-        async with Transfers(workers, NO_RIPGREP) as transfers:
+    async with Workers(Settings(), folders(tmp_path)) as workers:
+        async with Transfers(workers, Settings()) as transfers:
             open_ = transfers._open
 
             async def opened(*given: object) -> object:

@@ -100,7 +100,7 @@ def test_none_can_be_made(tmp_path: Path) -> None:
     for mount in (tmp_path, tmp_path / "missing"):
         groups = WorkerCgroups([Hierarchy(str(mount), ("memory", "pids"), unified=True)])
         group = groups.new(1, search=False)
-        assert group.bound(64 * MiB, 1) == []
+        assert group.bound(64 * MiB) == []
         assert group.enter() == []
         group.remove()
         groups.close()
@@ -142,7 +142,7 @@ def test_v2_files(tmp_path: Path) -> None:
     for name in ("memory.max", "memory.swap.max", "pids.max"):
         (worker / name).touch()
     group = groups.new(4, search=True)
-    assert group.bound(64 * MiB, 1) == ["memory", "pids"]
+    assert group.bound(64 * MiB) == ["memory", "pids"]
     assert {file.name: file.read_text() for file in worker.iterdir()} == {
         "memory.max": str(64 * MiB),
         "memory.swap.max": "0",

@@ -18,14 +18,13 @@ import pytest
 from gateway.errors import InvalidParams, NotFound, RateLimited, Timeout, TooLarge, Unavailable
 from gateway.rootfs import FilesystemRoot, IdMap, Workers
 from gateway.rootfs.locations import Folders
-from gateway.rootfs.operation import SIFTED_MAX, Limits
+from gateway.rootfs.operation import NAMED_MAX, Limits
 from gateway.rootfs.spawn import Spawn
 from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit import test_rootfs_probes as probes
 
-NO_RIPGREP = Settings(ripgrep=Path("/nonexistent"))
 PROBES = "tests.unit.test_rootfs_probes"
 # what picks a worker of its own
 LANES: list[dict[str, Any]] = [
@@ -252,12 +251,6 @@ async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot
     await gone(pid)
 
 
-async def test_sifts_by_no_program_that_the_broker_does_not_trust(root: LaidRoot, tmp_path: Path) -> None:
-    """A gateway that has ripgrep searches without it where its broker has none."""
-    async with Workers(Settings(ripgrep=tmp_path), folders(tmp_path)) as workers:
-        assert await workers.sift(root, {"input": {"pattern": "alpha"}, "cwd": "/srv/site"}) is None
-
-
 async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
     """What an operation refuses arrives as the same error with its facts."""
     with pytest.raises(TooLarge) as caught:
@@ -477,7 +470,7 @@ async def test_small_search_needs_no_worker_of_its_own(root: LaidRoot) -> None:
     """A search that is over at once is done by the worker that does the other calls."""
     site = root.path / "srv" / "site"
     (site / "a.ts").write_text("form\n")
-    async with Workers(NO_RIPGREP, folders(root.path.parent)) as workers:
+    async with Workers(Settings(), folders(root.path.parent)) as workers:
         tools = FileTools(workers, Settings())
         for tool, given in (("Glob", {"pattern": "*.ts"}), ("Grep", {"pattern": "form"})):
             result = await tools.call(root, ToolSession(), tool, given)
@@ -493,7 +486,7 @@ async def test_large_search_is_whole_and_apart(root: LaidRoot, much: str) -> Non
     names = [f"{number:04}.ts" for number in range(1500 if much == "files" else 5)]
     for name in names:
         (site / name).write_text("form\n" if much == "files" else "." * (400 << 10) + "\nform\n")
-    async with Workers(NO_RIPGREP, folders(root.path.parent)) as workers:
+    async with Workers(Settings(), folders(root.path.parent)) as workers:
         tools = FileTools(workers, Settings())
         given = {"pattern": "form", "output_mode": "count"}
         result = await tools.call(root, ToolSession(), "Grep", given)
@@ -593,29 +586,6 @@ async def test_answers_too_much(root: LaidRoot) -> None:
         assert await echo(workers, root) == "hi"
 
 
-async def test_no_tenant_takes_every_program(
-    workers: Workers, root: FilesystemRoot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those whose searches by the program stand still, others' do not have to wait."""
-    ended = asyncio.Event()
-
-    async def sift(spawn: Spawn, request: bytes) -> bytes:
-        if spawn.tenant == root.tenant:
-            await ended.wait()
-        return b"names"
-
-    monkeypatch.setattr(workers, "_sifts", True)
-    monkeypatch.setattr(workers, "_sift", sift)
-    monkeypatch.setattr(workers, "_limits", Settings())
-    held = [asyncio.ensure_future(workers.sift(root, {})) for _ in range(2 * (os.cpu_count() or 1) + 2)]
-    await asyncio.sleep(0)
-    async with asyncio.timeout(30):
-        assert await workers.sift(LaidRoot("other", "/srv/site"), {}) == b"names"
-        assert not any(one.done() for one in held)
-        ended.set()
-        assert set(await asyncio.gather(*held)) == {b"names"}
-
-
 def test_an_older_gateway_is_understood() -> None:
     """A broker that was upgraded first has workers for a gateway that knows of none that only look."""
     spawn = Spawn("one", "/srv/site", Limits(), 1 << 20, "", True, True)
@@ -691,9 +661,9 @@ async def test_scan_with_a_broken_share(hasty: Workers, root: FilesystemRoot, en
 
 async def test_scan_of_too_many_names(workers: Workers, root: FilesystemRoot) -> None:
     """Names that the shares may each have, but not together, are not passed on."""
-    found = await workers.scan(root, {"bytes": SIFTED_MAX // 2 - 1}, 2)
-    assert found is not None and len(found) == SIFTED_MAX - 2
-    assert await workers.scan(root, {"bytes": SIFTED_MAX // 2 + 1}, 2) is None
+    found = await workers.scan(root, {"bytes": NAMED_MAX // 2 - 1}, 2)
+    assert found is not None and len(found) == NAMED_MAX - 2
+    assert await workers.scan(root, {"bytes": NAMED_MAX // 2 + 1}, 2) is None
 
 
 async def forked_ahead(workers: Workers, busy: list[int]) -> int:

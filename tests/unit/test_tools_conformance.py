@@ -75,9 +75,6 @@ class HereWorkers:
         self.scanned = named if all(one.startswith(SCANNED) for one in found) else None
         return self.scanned
 
-    async def sift(self, root: FilesystemRoot, arguments: dict[str, Any]) -> bytes | None:
-        return None
-
     def rests(self, tenant: str) -> bool:
         return False
 

@@ -15,9 +15,7 @@ from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
 
-NO_PROGRAM = Path("/nonexistent")  # ripgrep, where it is there, is bounded by time alone
 SETTINGS = Settings(
-    ripgrep=NO_PROGRAM,
     read_max=1000,
     write_max=2000,
     result_max=3000,
@@ -169,7 +167,7 @@ async def test_list_max(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tool", "given"), [("Glob", {"pattern": "*.none"}), ("Grep", {"pattern": "none"})])
 async def test_tool_timeout(tmp_path: Path, tool: str, given: dict[str, Any]) -> None:
     """A search ends by itself after `tool_timeout` seconds, in words that say so."""
-    settings = Settings(tool_timeout=0.001, ripgrep=NO_PROGRAM)
+    settings = Settings(tool_timeout=0.001)
     async with Workers(settings, folders(tmp_path)) as workers:
         root = make_root(tmp_path)
         for number in range(600):
@@ -192,4 +190,4 @@ def test_defaults() -> None:
     settings = Settings()
     assert settings.tool_timeout == 10.0
     bounded: Callable[[str], bool] = lambda name: 0 < getattr(settings, name) < 1 << 40  # noqa: E731
-    assert all(bounded(name) for name in SETTINGS.model_fields_set - {"ripgrep"})
+    assert all(bounded(name) for name in SETTINGS.model_fields_set)

@@ -104,13 +104,16 @@ def scan(
         {"pattern": "\\bform\\b|nothing"},
         {"pattern": "form$\\n", "multiline": True},
         {"pattern": "form$", "output_mode": "content", "head_limit": 1},
+        {"pattern": "FORM", "-i": True},
+        {"pattern": "\\w+"},
+        {"pattern": "^.?$"},
     ],
     ids=lambda given: " ".join(map(str, given.values())),
 )
 def test_finds_what_a_walk_finds(site: Path, given: dict[str, Any], count: int) -> None:
     listed = {**given, "output_mode": "files_with_matches", "head_limit": 10_000}
     asked = {"input": listed, "cwd": "/srv/site", "seen": None, "read_first": False}
-    _, body = decode(ask(site, "Grep", {**asked, "brief": False, "sifted": None}, LIMITS))
+    _, body = decode(ask(site, "Grep", {**asked, "brief": False, "named": None}, LIMITS))
     told = orjson.loads(body)["structuredContent"]
     shares = [scan(site, given, number, count) for number in range(count)]
     found = [name for share in shares if share is not None for name in share]
@@ -119,8 +122,8 @@ def test_finds_what_a_walk_finds(site: Path, given: dict[str, Any], count: int) 
     if len(found) > 20:
         assert all(shares)
     # of one that is too large nobody knows
-    sifted = b"".join(name + b"\0" for name in found).decode("latin-1")
-    _, body = decode(ask(site, "Grep", {**asked, "brief": False, "sifted": sifted}, LIMITS))
+    named_before = b"".join(name + b"\0" for name in found).decode("latin-1")
+    _, body = decode(ask(site, "Grep", {**asked, "brief": False, "named": named_before}, LIMITS))
     assert orjson.loads(body)["structuredContent"] == told
     assert told["files"]
 
@@ -136,7 +139,7 @@ def test_finds_what_a_walk_finds(site: Path, given: dict[str, Any], count: int) 
         ({"pattern": "Größe"}, ["Größe"]),
     ],
 )
-def test_is_for_what_has_a_literal(given: dict[str, Any], wanted: list[str]) -> None:
+def test_needles(given: dict[str, Any], wanted: list[str]) -> None:
     assert list(needles(given)) == wanted
 
 
@@ -240,7 +243,6 @@ def test_what_matches_has_a_literal() -> None:
 @pytest.mark.parametrize(
     ("given", "limits"),
     [
-        ({"pattern": "\\w+"}, LIMITS),
         ({"pattern": "form("}, LIMITS),
         ({"pattern": "form", "path": "nowhere"}, LIMITS),
         ({"pattern": "form", "path": "../../etc"}, LIMITS),
@@ -261,7 +263,7 @@ def test_takes_nothing_out_of_a_pipe(site: Path, operation: str) -> None:
     pipe = os.open(site / "fifo.ts", os.O_RDWR | os.O_NONBLOCK)
     os.write(pipe, FORM)
     asked = {"input": {"pattern": "form"}, "cwd": "/srv/site", "share": [0, 1]}
-    ask(site, operation, {**asked, "seen": None, "read_first": False, "brief": False, "sifted": None}, LIMITS)
+    ask(site, operation, {**asked, "seen": None, "read_first": False, "brief": False, "named": None}, LIMITS)
     assert os.read(pipe, 100) == FORM
     os.close(pipe)
 
@@ -287,7 +289,7 @@ def test_takes_nothing_out_of_a_new_pipe(site: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names_are_bounded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.tools.search.scan.SIFTED_MAX", 100)
+    monkeypatch.setattr("gateway.tools.search.scan.NAMED_MAX", 100)
     assert scan(site, {"pattern": "form"}, 0, 1) is None
     assert scan(site, {"pattern": "nowhere"}, 0, 1) == [b"large.ts"]
 

@@ -293,7 +293,7 @@ def test_a_line_of_megabytes_is_given_up_in_time(site: Path, given: dict[str, ob
     try:
         began = time.monotonic()
         workspace = Workspace(tree, Limits(tool_timeout=0.5))
-        reply = OPERATIONS["Grep"](workspace, {**asked, "brief": False, "sifted": None})
+        reply = OPERATIONS["Grep"](workspace, {**asked, "brief": False, "named": None})
         assert time.monotonic() - began < 30
     finally:
         tree.close()

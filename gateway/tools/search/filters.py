@@ -140,7 +140,7 @@ class GrepFilter:
         """Return what Claude Code's ripgrep 14 tells rules from above the start: that and the name.
 
         The folders between the two are lost, and a dot in front of a name at the start, by an oversight that
-        the newer one of `ripgrep` does not have: in large trees such rules are taken as git takes them.
+        newer ones do not have.
         """
         _, below, name = path.rpartition("/")
         return self._base + (name if below else name.removeprefix("."))

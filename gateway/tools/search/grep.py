@@ -32,8 +32,8 @@ def grep(call: Call) -> Answer:
             search.file(start, start, status, explicit=True)
         else:
             prefix = start + "/" if start else ""
-            if call.sifted is not None:
-                search.named(prefix, call.sifted)
+            if call.named is not None:
+                search.named(prefix, call.named)
                 return search.output.answer()
             chooser = GrepFilter(call.tree, start, globs, types)
             walk = Walk(

@@ -1,8 +1,7 @@
 """Names the files of a large tree that hold a pattern, in several workers, each for its share of the folders.
 
-Most patterns have a literal in all that they match. A file without it costs three system calls and a look:
-less than in ripgrep, which `ripgrep` starts for all other patterns. As there, only names come back; what an
-answer says of the files stays Grep's.
+A file costs three system calls and a look by RE2: first for a literal, which most patterns have in all that
+they match. Only names come back; what an answer says of the files stays Grep's.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from zlib import crc32
 import re2
 
 from gateway.errors import GatewayError, Timeout
-from gateway.rootfs.operation import SCANNED, SIFTED_MAX, Workspace
+from gateway.rootfs.operation import NAMED_MAX, SCANNED, Workspace
 from gateway.rootfs.walk import Walk
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call
@@ -39,6 +38,7 @@ _LOOK = 256  # files between two looks at the clock
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEEDLE_MIN = 3  # characters; what is shorter is in too many files
 _COMMON = " etrnosaicpdlumfhg.,(=;\"'"  # what source code has most of; what is not here is rarer
+_LINE_END = 0x0A
 _FIRST_ODD = 0xEF  # the lowest byte that a mark of another encoding begins with
 
 
@@ -87,13 +87,12 @@ def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     """Return the names of the files below a Grep's start that match, of one share of the folders.
 
     They are relative to the start, in no order, each with a NUL after it and all after `SCANNED`. Files that
-    are too large to be looked into are among them. Without that mark it is to be asked in another way,
-    where errors find their words. Raises `Timeout`.
+    are too large to be looked into are among them. Without that mark a walk is to answer, which has words for
+    what is wrong. Raises `Timeout`.
     """
     try:
         given = checked("Grep", arguments["input"])
-        sought = needles(given)
-        found = _found(workspace, given, arguments, sought) if sought else None
+        found = _found(workspace, given, arguments)
     except Timeout:
         raise
     except (GatewayError, ToolFailure, PatternError):
@@ -101,14 +100,13 @@ def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     return _NOT_HERE if found is None else SCANNED + found
 
 
-def _found(
-    workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any], sought: tuple[str, ...]
-) -> bytearray | None:
+def _found(workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any]) -> bytearray | None:
     number, count = arguments["share"]
     given = {**given, "output_mode": "files_with_matches"}
     call = Call("Grep", workspace, given, arguments["cwd"], None, False)
     start = start_of(call, given.get("path") or ".")
-    search = Search(call, *compiled(given["pattern"], False, bool(given.get("multiline"))))
+    regex = compiled(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
+    search = Search(call, *regex)
     chooser = GrepFilter(call.tree, start, *filters(given, start))
     base = start + "/" if start else ""
     walk = Walk(
@@ -120,15 +118,15 @@ def _found(
         deadline=call.deadline,
         ordered=False,
     )
-    literals = [_literal(needle) for needle in sought]
+    literals = [_literal(needle) for needle in needles(given)]
     found = bytearray()
     for path, folder, names in walk.folders():
         prefix = path + "/" if path else ""
         for name in _holding(search, literals, base + prefix, folder, names, call.deadline):
             found += os.fsencode(prefix + name) + b"\0"
-        if len(found) > SIFTED_MAX:
+        if len(found) > NAMED_MAX:
             return None
-    # what it would leave out ripgrep does not
+    # of what is left out a walk has words to tell
     return None if walk.truncated or walk.deep else found
 
 
@@ -158,7 +156,7 @@ def _holding(
 ) -> list[str]:
     """Return which of the names in a folder are those of files that match."""
     found = []
-    room, views, first, others = _buffer, [_view], literals[0], literals[1:]
+    room, views, find = _buffer, [_view], search.find
     for i, name in enumerate(names):
         if not i % _LOOK and time.monotonic() > deadline:
             raise Timeout("the search took too long", reason="timeout")
@@ -175,9 +173,11 @@ def _holding(
             os.close(descriptor)
         if length < _ROOM and room[0] < _FIRST_ODD:
             data = _view[:length]
-            if first(data, 0)[0] < 0 and all(find(data, 0)[0] < 0 for find in others):
+            if literals and all(holds(data, 0)[0] < 0 for holds in literals):
                 continue
-            if search.find(data, 0)[0] < 0:
+            at, _ = find(data, 0)
+            # an empty match after the last line end is on no line
+            if at < 0 or (at == length and (not length or room[length - 1] == _LINE_END)):
                 continue
             if room.find(b"\0", 0, length) < 0:
                 found.append(name)

@@ -82,14 +82,13 @@ class Search:
             where = "" if explicit else f"{self._call.shown(path)}:"
             self.output.row(f'{where}binary file matches (found "\\0" byte around offset {nul})')
 
-    def named(self, prefix: str, sifted: str) -> None:
+    def named(self, prefix: str, found: str) -> None:
         """Search the files that were named, in the order of a walk.
 
-        Where only names are asked for nothing is searched again: that they match is known already, or
-        ripgrep's word, which Claude Code goes by.
+        Where only names are asked for nothing is searched again: that they match is known already.
         """
         root, deadline = self._call.tree, self._call.deadline
-        names = [os.fsdecode(name).removeprefix("./") for name in sifted.encode("latin-1").split(b"\0")[:-1]]
+        names = [os.fsdecode(name).removeprefix("./") for name in found.encode("latin-1").split(b"\0")[:-1]]
         names.sort()
         for name in names:
             path = prefix + name

@@ -1,28 +1,17 @@
-"""Searches in large trees: workers in shares, and ripgrep as a confined sieve, put there by `setup`.
-
-Both find what our walk finds.
-"""
+"""Searches in large trees by real workers, each with its share: they find what one worker's walk finds."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from gateway.errors import Timeout
 from gateway.rootfs import Workers
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
-from gateway.tools.search.scan import needles
-from tests.integration.environment import settings as incus_settings
-from tests.unit.test_rootfs_workers import NO_RIPGREP, LaidRoot, folders, make_root, workers_below
-
-pytestmark = pytest.mark.usefixtures("incus_settings")
-
-SETTINGS = Settings(ripgrep=incus_settings().ripgrep)
+from tests.unit.test_rootfs_workers import LaidRoot, folders, make_root
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> LaidRoot:
         "dir.ts": b"form\n",
         "of-no-type": b"form\n",
         "run.sh": b"form\n",
-        ".env": b"form\n",  # a shell's, to ripgrep 15
+        ".env": b"form\n",
     }
     for name, text in texts.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> LaidRoot:
 
 @pytest.fixture(scope="module")
 async def workers(root: LaidRoot) -> AsyncIterator[Workers]:
-    async with Workers(SETTINGS, folders(root.path.parent)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def walking(root: LaidRoot) -> AsyncIterator[Workers]:
-    """Workers without ripgrep."""
-    async with Workers(NO_RIPGREP, folders(root.path.parent)) as running:
+    async with Workers(Settings(), folders(root.path.parent)) as running:
         yield running
 
 
@@ -96,68 +78,39 @@ GREPS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("way", ["scan", "sift"])
 @pytest.mark.parametrize("given", GREPS, ids=lambda given: " ".join(map(str, given.values())))
-async def test_answers_as_without(
-    workers: Workers,
-    walking: Workers,
-    root: LaidRoot,
-    given: dict[str, Any],
-    way: str,
-    monkeypatch: pytest.MonkeyPatch,
+async def test_answers_as_a_walk(
+    workers: Workers, root: LaidRoot, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a sieve or without it, in every mode, the answer is the same to the letter."""
+    """Shared or by one worker, in every mode, the answer is the same to the letter."""
+    tools = FileTools(workers, Settings())
+    assert await workers.scan(root, {"input": given, "cwd": "/srv/site"}, 2) is not None
+    shared = await tools.call(root, ToolSession(), "Grep", given)
 
     async def nothing(*_: object) -> None:
         return None
 
-    asked = {"input": given, "cwd": "/srv/site"}
-    if way == "scan":
-        assert (await workers.scan(root, asked, 2) is not None) == bool(needles(given))
-        monkeypatch.setattr(workers, "sift", nothing)
-    else:
-        assert await workers.sift(root, asked) is not None
-        monkeypatch.setattr(workers, "scan", nothing)
-    with_sieve = await FileTools(workers, SETTINGS).call(root, ToolSession(), "Grep", given)
-    expected = await FileTools(walking, NO_RIPGREP).call(root, ToolSession(), "Grep", given)
-    ours, theirs = with_sieve.data(), expected.data()
-    if way == "sift" and given["pattern"] not in ("form", "FORM", "^form$"):
-        # large files are counted where they are met, and the sieve knows that nothing in this one matches
-        assert "skippedLargeFiles" not in ours["structuredContent"]
-        theirs["structuredContent"].pop("skippedLargeFiles", None)
-    assert ours["structuredContent"] == theirs["structuredContent"]
-    assert ours["content"] == theirs["content"]
+    monkeypatch.setattr(workers, "scan", nothing)
+    walked = await tools.call(root, ToolSession(), "Grep", given)
+    assert shared.data() == walked.data()
 
 
 async def test_names_nothing_outside(workers: Workers, root: LaidRoot) -> None:
     """Links out of the workspace lead nowhere, as a start no more than on the way."""
-    found = await workers.sift(root, {"input": {"pattern": "root"}, "cwd": "/srv/site"})
-    assert found == b""
+    assert b"host" not in (
+        await workers.scan(root, {"input": {"pattern": "root"}, "cwd": "/srv/site"}, 2) or b""
+    )
     for path in ("host", "/etc", "../../etc"):
         given = {"pattern": "root", "path": path}
-        assert await workers.sift(root, {"input": given, "cwd": "/srv/site"}) is None
+        assert await workers.scan(root, {"input": given, "cwd": "/srv/site"}, 2) is None
 
 
 async def test_refuses_to_be_misled(workers: Workers, root: LaidRoot) -> None:
-    """Input that is not Grep's, and a pattern that ripgrep refuses, is left to the walk, which says why."""
+    """Input that is not Grep's, and a pattern that is none, is left to the walk, which says why."""
     for given in (
         {"pattern": "("},
         {"pattern": 7},
         {"pattern": "a", "--pre": "/bin/sh"},
         {"pattern": "a", "type": "no"},
     ):
-        assert await workers.sift(root, {"input": given, "cwd": "/srv/site"}) is None
-
-
-async def test_ends_in_time(root: LaidRoot) -> None:
-    """A sieve that takes too long is killed, and nothing of it stays."""
-    async with Workers(
-        SETTINGS.model_copy(update={"tool_timeout": 0.001}), folders(root.path.parent)
-    ) as workers:
-        with pytest.raises(Timeout):
-            await workers.sift(root, {"input": {"pattern": "form"}, "cwd": "/srv/site"})
-        broker = workers.broker._process
-        assert broker is not None
-        async with asyncio.timeout(5):
-            while workers_below(broker.pid):
-                await asyncio.sleep(0.01)
+        assert await workers.scan(root, {"input": given, "cwd": "/srv/site"}, 2) is None
