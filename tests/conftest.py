@@ -5,9 +5,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from gateway.storage import ledger, store
+
+# how long an example takes, and how long it is to be made, is the machine's affair
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure() -> None:

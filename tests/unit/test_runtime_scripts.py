@@ -134,7 +134,7 @@ FOLDERS = TEXTS.map(lambda text: os.fsencode(text.replace("/", "."))[:200]).filt
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     strategies.lists(TEXTS.filter(lambda text: text != "-"), max_size=4),
     strategies.dictionaries(NAMES, TEXTS, max_size=5),

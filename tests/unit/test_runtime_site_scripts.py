@@ -148,7 +148,7 @@ def machine(place: Path) -> Iterator[Machine]:
 # --- files --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(strategies.sets(NAMES, min_size=1, max_size=6), strategies.integers(0, 5))
 @example({"-n", "a\nb", "$HOME"}, 1)
 def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
