@@ -1,4 +1,4 @@
-"""Knows commands that are asked for and waited for in one HTTP request."""
+"""Commands that are asked for and waited for in one HTTP request."""
 
 from __future__ import annotations
 

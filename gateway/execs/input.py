@@ -1,4 +1,4 @@
-"""Knows what waits for a command's standard input: in memory, then on disk, each within a limit.
+"""What waits for a command's standard input: in memory, then on disk, each within a limit.
 
 Who reads a websocket must not stand still because one command does not read: a cancel may come behind the
 bytes. A client that keeps to its window never has more here than the memory's part. One that does not is held

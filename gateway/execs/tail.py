@@ -1,4 +1,4 @@
-"""Knows the last bytes of one output stream, by absolute offset. No IO."""
+"""The last bytes of one output stream, by absolute offset. No IO."""
 
 from __future__ import annotations
 
