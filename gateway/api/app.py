@@ -81,7 +81,7 @@ async def _drain(services: Services) -> None:
         log.warning("commands did not end in time")
     await services.deployments.end()
     services.files.end_transfers()
-    services.lifecycle.end()
+    services.site_logs.end()
     for connection in list(services.connections):
         connection.close(CloseCode.DRAINING, "draining")
     services.bus.close()

@@ -24,6 +24,7 @@ from gateway.files.files import Files
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
+from gateway.lifecycle.site_logs import SiteLogs
 from gateway.limits.budget import Budget, Places
 from gateway.limits.capacity import Capacity
 from gateway.limits.disk import DiskSpace
@@ -60,6 +61,7 @@ class Services(Hub):
     workers: Workers
     domains: Domains
     lifecycle: Lifecycle
+    site_logs: SiteLogs
     health: Health
     deployments: Deployments
     pressure: Pressure | None
@@ -182,6 +184,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
             workers=workers,
             domains=domains,
             lifecycle=lifecycle,
+            site_logs=SiteLogs(runtime, settings),
             health=health,
             deployments=deployments,
             pressure=pressure,

@@ -1,4 +1,4 @@
-"""A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, the site's log.
+"""A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, domain and size.
 
 It takes what HTTP asked for as values and answers with values; `api.access` says who may ask. A change of one
 tenant waits for the one before it.
@@ -17,8 +17,6 @@ from typing import Annotated, Any, Final
 from weakref import WeakValueDictionary
 
 from pydantic import Field
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from gateway import protocol
 from gateway.auth.tokens import Token
@@ -34,7 +32,6 @@ from gateway.rootfs.workers import Workers
 from gateway.runtime import (
     SNAPSHOT_NAME,
     TENANT_NAME,
-    Process,
     Snapshot,
     Tenant,
     TenantEvent,
@@ -105,7 +102,6 @@ class Lifecycle:
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._following: dict[Following, str] = {}  # the tenant of each
         # who asked for a snapshot's change of which the event is still to come
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
@@ -318,82 +314,6 @@ class Lifecycle:
             return event
         by = self._asked.pop((event.tenant, event.type, event.data["snapshot"]), None)
         return event if by is None else replace(event, data={**event.data, "by": by})
-
-    # --- the site's log -----------------------------------------------------------------------------
-
-    async def logs(self, ask: Ask) -> Following:
-        """Return the response that prints the last lines, and with `follow=1` what comes until it is left."""
-        lines = ask.query.get("lines", "100")
-        if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:
-            raise InvalidParams(f"lines is a number up to {self._settings.logs_max}", field="lines")
-        follow = ask.query.get("follow", "0")
-        if follow not in ("0", "1"):
-            raise InvalidParams("follow is 0 or 1", field="follow")
-        open_ = sum(tenant == ask.tenant for tenant in self._following.values())
-        if open_ >= self._settings.max_followers:
-            raise RateLimited("the tenant's log is followed by as many as may", limit=open_)
-        process = await self._runtime.exec(ask.tenant, self._runtime.logs(int(lines), follow == "1"))
-        following = Following(process, self._following.pop)
-        self._following[following] = ask.tenant
-        return following
-
-    def end(self) -> None:
-        """End the logs that are being followed."""
-        for following in list(self._following):
-            following.end()
-
-
-class Following(Response):
-    """Sends what a command prints until it ends or the client leaves; nothing of it runs on after that."""
-
-    media_type = "text/plain"
-
-    def __init__(self, process: Process, over: Callable[[Following], Any]) -> None:
-        super().__init__()
-        del self.headers["content-length"]
-        self._process = process
-        self._over = over
-        self._ended = asyncio.Event()
-
-    __hash__ = object.__hash__
-
-    def end(self) -> None:
-        """End the response soon."""
-        self._ended.set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        ends = (sending, asyncio.ensure_future(_left(receive)), asyncio.ensure_future(self._ended.wait()))
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in ends:
-                task.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
-            await asyncio.shield(self._close())
-        if not sending.cancelled():
-            sending.result()
-        with contextlib.suppress(OSError):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while data := await self._process.read("stdout"):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _close(self) -> None:
-        self._over(self)
-        try:
-            await self._process.kill(0)
-        except (GatewayError, TimeoutError) as error:
-            log.warning("a log that was followed could not be ended: %s", error)
-        finally:
-            await self._process.aclose()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:

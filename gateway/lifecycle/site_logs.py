@@ -1,0 +1,104 @@
+"""Sends a site's log: its last lines, and what comes while somebody follows it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway import protocol
+from gateway.errors import GatewayError, InvalidParams, RateLimited
+from gateway.runtime import Process, TenantRuntime
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class SiteLogs:
+    """The logs that are being read, `max_followers` of one tenant at a time."""
+
+    def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
+        self._runtime, self._settings = runtime, settings
+        self._following: dict[Following, str] = {}  # the tenant of each
+
+    async def open(self, tenant: str, query: Mapping[str, str]) -> Following:
+        """Return the response that prints the last `lines`, and with `follow=1` what comes until it is left.
+
+        Raises `InvalidParams` and `RateLimited`.
+        """
+        lines = query.get("lines", "100")
+        if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:
+            raise InvalidParams(f"lines is a number up to {self._settings.logs_max}", field="lines")
+        follow = query.get("follow", "0")
+        if follow not in ("0", "1"):
+            raise InvalidParams("follow is 0 or 1", field="follow")
+        open_ = sum(one == tenant for one in self._following.values())
+        if open_ >= self._settings.max_followers:
+            raise RateLimited("the tenant's log is followed by as many as may", limit=open_)
+        process = await self._runtime.exec(tenant, self._runtime.logs(int(lines), follow == "1"))
+        following = Following(process, self._following.pop)
+        self._following[following] = tenant
+        return following
+
+    def end(self) -> None:
+        """End the logs that are being followed."""
+        for following in list(self._following):
+            following.end()
+
+
+class Following(Response):
+    """Sends what a command prints until it ends or the client leaves; nothing of it runs on after that."""
+
+    media_type = "text/plain"
+
+    def __init__(self, process: Process, over: Callable[[Following], Any]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._process = process
+        self._over = over
+        self._ended = asyncio.Event()
+
+    __hash__ = object.__hash__
+
+    def end(self) -> None:
+        """End the response soon."""
+        self._ended.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        ends = (sending, asyncio.ensure_future(_left(receive)), asyncio.ensure_future(self._ended.wait()))
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+            await asyncio.shield(self._close())
+        if not sending.cancelled():
+            sending.result()
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while data := await self._process.read("stdout"):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _close(self) -> None:
+        self._over(self)
+        try:
+            await self._process.kill(0)
+        except (GatewayError, TimeoutError) as error:
+            log.warning("a log that was followed could not be ended: %s", error)
+        finally:
+            await self._process.aclose()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
