@@ -156,7 +156,6 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
             # how long they wait for memory is no matter of who else computes
             assert waited < 0.3 * seconds, waited
             assert sorted(waits)[len(waits) // 2] < 3 and max(waits) < (1 if STRICT else 10), waits
-            assert beside.p99 < (before.p99 * 1.5 if STRICT else max(0.1, before.p99 * 3)), str(beside)
 
             async with asyncio.timeout(30):
                 while (again := await host.visit(DOMAIN))[0] != 200:
@@ -169,6 +168,10 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
                         session.get(f"/v1/tenants/{TENANT}/logs") as logs,
                     ):
                         said = await logs.text()
+            async with reading(host.gateway, NEXT_DOOR, "index.html") as after:
+                await asyncio.sleep(2)
+            calm = max(before.p99, after.p99)  # the machine has others too, who come and go
+            assert beside.p99 < (calm * 1.5 if STRICT else max(0.1, calm * 3)), f"{beside}; after {after}"
             assert again[1] != first, "the site goes on as it was"
             listed = await agent.call("exec/list")
             assert [e["state"] for e in listed["execs"] if e["exec"] == command["exec"]] == ["running"]
