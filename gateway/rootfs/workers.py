@@ -62,7 +62,7 @@ class _Worker(asyncio.Protocol):
         self.closed = False
         self.answers = True
         self._loop = asyncio.get_running_loop()
-        self._caller: asyncio.Future[bytes] = self._loop.create_future()
+        self._caller: asyncio.Future[memoryview] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
 
@@ -72,7 +72,7 @@ class _Worker(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         if not buffer and len(data) >= 4 and len(data) == 4 + LENGTH.unpack_from(data)[0]:
-            self._done(data[4:])  # the usual case: one reply, whole
+            self._done(memoryview(data)[4:])  # the usual case: one reply, whole
             return
         buffer += data
         length = LENGTH.unpack_from(buffer)[0] if len(buffer) >= 4 else 0
@@ -85,7 +85,7 @@ class _Worker(asyncio.Protocol):
             self._fail(TimeoutError())
         elif length and len(buffer) >= 4 + length:
             self._buffer = bytearray()
-            self._done(bytes(buffer[4:]))
+            self._done(memoryview(buffer)[4:])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -93,7 +93,7 @@ class _Worker(asyncio.Protocol):
         if not self._caller.cancelled():
             self._caller.exception()  # seen, also where nobody waits any more
 
-    def _done(self, reply: bytes) -> None:
+    def _done(self, reply: memoryview) -> None:
         self.answers = False
         if not self._caller.done():
             self._caller.set_result(reply)
@@ -102,7 +102,7 @@ class _Worker(asyncio.Protocol):
         if not self._caller.done():
             self._caller.set_exception(error)
 
-    async def reply(self, seconds: float) -> bytes:
+    async def reply(self, seconds: float) -> memoryview:
         """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` where none will."""
         if self._caller.cancelled():
             self._caller = self._loop.create_future()
@@ -273,7 +273,7 @@ class Workers:
         whole = all(one.startswith(SCANNED) for one in found) and len(names) <= NAMED_MAX
         return names if whole else None
 
-    async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> bytes:
+    async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> memoryview:
         try:
             reply = await worker.reply(self._limits.tool_timeout + _GRACE)
         except TimeoutError:
@@ -339,7 +339,7 @@ class Workers:
             raise
         if reply[0] != READY:
             self._end(slot, worker)
-            said = reply[1:].decode("utf-8", "replace")
+            said = bytes(reply[1:]).decode("utf-8", "replace")
             _log.error("a file worker of %s did not start: %s", root.tenant, said)
             raise Unavailable("a file worker could not be started")
         worker.layers = tuple(orjson.loads(reply[1:]))
@@ -423,16 +423,17 @@ class Workers:
         self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
 
 
-def result_of(operation: str, reply: bytes) -> bytes:
+def result_of(operation: str, reply: bytes | memoryview) -> bytes:
     """Return what a reply carries, or raise what it refuses with."""
     match reply[0]:
         case status if status in (DONE, PASSED):
-            return reply[1:]
+            return bytes(reply[1:])
         case status if status == REFUSED:
             told = orjson.loads(reply[1:])
             raise REFUSALS.get(told["code"], Unavailable)(told["message"], **told["facts"])
         case status if status == BROKEN:
-            _log.error("the file operation %s broke at %s", operation, reply[1:].decode("utf-8", "replace"))
+            where = bytes(reply[1:]).decode("utf-8", "replace")
+            _log.error("the file operation %s broke at %s", operation, where)
             raise Unavailable("the file operation failed; it was logged")
         case _:
             raise Unavailable("the file worker spoke out of turn")
