@@ -1,4 +1,4 @@
-"""Knows how to end a command's tree through its cgroup, from the host.
+"""Ends a command's tree through its cgroup, from the host.
 
 Each exec runs in a cgroup v2 of its own, made inside the container's delegated tree. Whatever its
 processes do (`setsid`, double fork, a cleared environment, a fork bomb), they stay in it, and one write

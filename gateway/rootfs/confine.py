@@ -1,4 +1,4 @@
-"""Knows how a worker gives up everything but one folder.
+"""Confines a worker to one folder.
 
 In this order, each step with what the last one left: a detached clone of the workspace's mount (nosuid,
 nodev, noexec, with the tenant's ids mapped), new mount, IPC, network and UTS namespaces with the clone as

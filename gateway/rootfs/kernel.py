@@ -1,4 +1,4 @@
-"""Knows the kernel calls that Python has no word for, by ctypes.
+"""Kernel calls that Python does not offer, by ctypes.
 
 Constants are those of `include/uapi/linux/openat2.h`, `fcntl.h` and `mount.h`; system calls from 424 on
 have one number on every architecture.

@@ -1,4 +1,4 @@
-"""Knows workers that are read as raw sockets: those that pass descriptors or tell things unasked.
+"""Workers that pass descriptors or send frames unasked; the gateway reads their sockets itself.
 
 They are kept apart from those of `workers`, whose calls they would hold up. One of a kind serves a tenant.
 """

@@ -1,4 +1,4 @@
-"""Knows which tenants there are, where their files lie on the host, and which control group is theirs.
+"""Finds the tenants, their files on the host, and their control groups.
 
 The broker takes nobody's word for it. A request names a tenant; what is opened, and with which ids, is what
 incusd itself says of an instance that carries the mark of ours, or what lies in the one folder of the `local`

@@ -1,4 +1,4 @@
-"""Knows how short of memory a container is, from its control groups, and ends its site's biggest process.
+"""Tells from its control groups how short of memory a container is, and ends its site's biggest process.
 
 A container that reads its own pages back from the disk again and again ("thrashes") is never out of memory
 to the kernel: no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree

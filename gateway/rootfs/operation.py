@@ -1,4 +1,4 @@
-"""Knows what an operation of a worker is: the values that it is given and the table it stands in.
+"""An operation of a worker: its type, the values that it is given, and their limits.
 
 The room that owns the semantics (`gateway.tools`) fills a module with `OPERATIONS`; a broker is started with
 that module's name, so this room imports nothing of it.

@@ -1,4 +1,4 @@
-"""Knows the steps on the cgroup of a command's tree that take root: signals to all, KILL to all, removing it.
+"""The steps on the cgroup of a command's tree that need root: signal all, kill all, remove it.
 
 They are apart from `cgroups`, which waits between them, so that the broker can do them for a gateway without
 root. Only groups that the gateway makes in containers are touched.

@@ -1,4 +1,4 @@
-"""Knows how to look at all files of a workspace, and remembers what it saw of folders that did not change."""
+"""Walks over the files of a workspace, and remembers the names in folders that did not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the loop of a worker: one request, one reply, over one stream socket, until its end.
+"""The loop of a worker: one request, one reply, over one stream socket, until the gateway closes it.
 
 A request is a u32 length (big-endian) and the JSON `[operation, arguments]`. A reply is a u32 length, a
 status byte and a payload: DONE and the operation's bytes, REFUSED and `{code, message, facts}` of a

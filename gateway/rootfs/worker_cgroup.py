@@ -1,4 +1,4 @@
-"""Knows the control groups that bound a worker: one for each, made by the broker, gone with the worker.
+"""The control groups that bound a worker: one for each, made by the broker, removed with the worker.
 
 `memory` bounds what rlimits do not see: the kernel's own memory for the folders and names that a tenant
 makes it look at, and the page cache. `pids` says once more that a worker is one process. Where one hierarchy

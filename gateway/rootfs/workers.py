@@ -1,4 +1,4 @@
-"""Knows the gateway's side of the workers: which there are, one call at a time each, and how they end.
+"""Runs calls in the tenants' workers: starts them, gives each one call at a time, and ends them.
 
 A tenant has few workers for calls, started when they are needed: one for those that are over at once, one for
 those that may take long, so that a heavy Grep holds up no Read, and more where a search is shared among

@@ -1,4 +1,4 @@
-"""Knows the tools' names, inputs and descriptions, and checks an input against its schema.
+"""The tools' names, inputs and descriptions; checks an input against its schema.
 
 Names, inputs and the words of the refusals are those of Claude Code 2.1; its leniency too: "2" is taken for
 2 and "true" for true, while unknown and missing parameters are errors.

@@ -1,4 +1,4 @@
-"""Knows tool sessions: how long each lives, its working directory, which files it has seen in which state."""
+"""Tool sessions: their lifetime, working directory, and the state in which each file was last seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows Claude Code's Bash, BashOutput and KillShell as far as that is plain words: texts, exit codes, cuts.
+"""The texts of Claude Code's Bash, BashOutput and KillShell: results, exit codes, cuts.
 
 Texts and quirks of Bash are those of version 2.1.331, those of the two others of 2.0.50, the last that had
 them. What runs the commands is `gateway.shells`.

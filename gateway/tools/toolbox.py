@@ -1,4 +1,4 @@
-"""Knows all tools of the gateway: who may call which, in which session, exactly once, and who is told.
+"""Calls the tools: checks scopes, finds the session, makes each call once, and publishes events.
 
 Connection, HTTP and MCP call tools through it; it finds the tenant's files and hands the call to the room
 that runs it.

@@ -17,7 +17,7 @@ from tests.unit.test_rootfs_workers import LaidRoot, folders, make_root
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> LaidRoot:
     """More than a brief search looks at, with all that searches treat in their own way; nobody changes it."""
-    root = make_root(tmp_path_factory.mktemp("sifting"))
+    root = make_root(tmp_path_factory.mktemp("large"))
     site = root.path / "srv" / "site"
     for number in range(1200):
         (site / f"plain{number:04}.txt").write_text("nothing here\n")
