@@ -42,7 +42,7 @@ _ATTEMPTS = 5  # to put a file in place whose folder the tenant keeps changing
 
 def locate(workspace: Workspace, path: str) -> str:
     """Return the relative path that a client's `path` names."""
-    return workspace.tree.locate(path, workspace.tree.workspace)
+    return workspace.root.locate(path, workspace.root.workspace)
 
 
 def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
@@ -131,12 +131,12 @@ def present(directory: int, name: str) -> os.stat_result | None:
 
 def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     path = locate(workspace, given["path"])
-    return entry(workspace.tree, path, workspace.tree.status(path))
+    return entry(workspace.root, path, workspace.root.status(path))
 
 
 def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     """List folder by folder, so that what is cut off at a limit is the deepest."""
-    tree, limits = workspace.tree, workspace.limits
+    tree, limits = workspace.root, workspace.limits
     start = locate(workspace, given["path"])
     deadline = time.monotonic() + limits.tool_timeout
     found: list[dict[str, Any]] = []
@@ -196,7 +196,7 @@ def _scan(tree: Root, folder: str, maximum: int) -> tuple[list[tuple[str, os.sta
 def _read(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     path = locate(workspace, given["path"])
     try:
-        data, status = workspace.tree.read_file(path, workspace.limits.write_max)
+        data, status = workspace.root.read_file(path, workspace.limits.write_max)
     except TooLarge as error:
         raise TooLarge("the file is too large to be read whole; GET streams it", **error.facts) from None
     found: dict[str, Any] = {"etag": etag(status), "size": len(data), "mode": stat.S_IMODE(status.st_mode)}
@@ -219,7 +219,7 @@ def _text(data: bytes) -> str | None:
 
 
 def _write(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    tree, limit = workspace.tree, workspace.limits.write_max
+    tree, limit = workspace.root, workspace.limits.write_max
     path = locate(workspace, given["path"])
     if given.get("text") is not None:
         data = given["text"].encode()
@@ -271,7 +271,7 @@ def parent(tree: Root, path: str, given: dict[str, Any], made: list[Made] | None
 
 
 def _move(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    tree = workspace.tree
+    tree = workspace.root
     source, target = locate(workspace, given["from"]), locate(workspace, given["to"])
     if not source or not target:
         raise InvalidParams("the workspace itself cannot be moved or replaced", reason="invalid")
@@ -303,7 +303,7 @@ def _move_new(source_folder: int, source: str, target_folder: int, target: str) 
 
 
 def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    tree = workspace.tree
+    tree = workspace.root
     path = locate(workspace, given["path"])
     if not path:
         raise InvalidParams("the workspace itself cannot be removed", reason="invalid")
@@ -333,7 +333,7 @@ def _remove(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    tree = workspace.tree
+    tree = workspace.root
     path = locate(workspace, given["path"])
     if not path:
         raise Conflict("the workspace exists", reason="exists")
@@ -357,7 +357,7 @@ def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
     Here and not there, so that it comes in turn with every other write of the tenant. `temporary` in
     `folder` must still be the file with `inode`: the tenant may have put another there.
     """
-    tree = workspace.tree
+    tree = workspace.root
     path = locate(workspace, given["path"])
     try:
         source = tree.open(given["folder"], kernel.O_PATH | os.O_DIRECTORY)
@@ -407,7 +407,7 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
 
 def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Bring to the disk what was written, so that it is counted there."""
-    kernel.settle(workspace.tree.descriptor)
+    kernel.settle(workspace.root.descriptor)
     return b"{}"
 
 

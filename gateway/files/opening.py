@@ -45,7 +45,7 @@ _UNFINISHED_MAX = 64  # each takes three of a worker's 256 descriptors; the gate
 
 
 def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
-    descriptor, status = workspace.tree.open_file(locate(workspace, given["path"]))
+    descriptor, status = workspace.root.open_file(locate(workspace, given["path"]))
     return Passing(orjson.dumps({"etag": etag(status), "size": status.st_size}), descriptor)
 
 
@@ -56,7 +56,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
     """
     if len(_unfinished) >= _UNFINISHED_MAX:
         raise RateLimited("too many unfinished uploads", limit=_UNFINISHED_MAX)
-    tree = workspace.tree
+    tree = workspace.root
     path = locate(workspace, given["path"])
     if not path:
         raise IsADirectory("is a directory", reason="directory")
@@ -107,7 +107,7 @@ def _above(workspace: Workspace, folder: str) -> tuple[str, int]:
     while folder:
         folder = folder.rpartition("/")[0]
         try:
-            return folder, workspace.tree.open(folder, kernel.O_PATH | os.O_DIRECTORY)
+            return folder, workspace.root.open(folder, kernel.O_PATH | os.O_DIRECTORY)
         except NotFound:
             continue
     raise NotFound("no such file or directory", reason="missing")

@@ -43,7 +43,7 @@ def _sweep(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
     A tenant may have put anything under such a name: it loses what it put there, and nothing else is reached.
     """
-    tree, limits = workspace.tree, workspace.limits
+    tree, limits = workspace.root, workspace.limits
     deadline = time.monotonic() + limits.tool_timeout
     walk = Walk(tree, "", _Unfinished(), maximum=limits.visit_max, deadline=deadline, ordered=False)
     removed = 0

@@ -89,7 +89,7 @@ class Watcher:
 
     def __init__(self, workspace: Workspace) -> None:
         self.gone = False
-        self._tree = workspace.tree
+        self._tree = workspace.root
         self._limits = workspace.limits
         self._wishes: dict[int, Wish] = {}
         self._pending: dict[int, Changes] = {}

@@ -41,7 +41,7 @@ class Limits:
 class Workspace:
     """What an operation works on."""
 
-    tree: Root
+    root: Root
     limits: Limits
 
 

@@ -20,7 +20,7 @@ _LENGTH = struct.Struct(">I")
 class Seen:
     """The state in which a session last saw a file.
 
-    `etag` as in `rootfs.tree`, `checksum` the CRC-32 of its bytes (it only spares needless "modified since
+    `etag` as in `rootfs.root`, `checksum` the CRC-32 of its bytes (it only spares needless "modified since
     read" answers after a touch), `whole` whether the session has seen all of it.
     """
 

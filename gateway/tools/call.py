@@ -33,7 +33,7 @@ class Call:
         named: str | None = None,
     ) -> None:
         self.tool = tool
-        self.tree = workspace.tree
+        self.root = workspace.root
         self.limits = workspace.limits
         self.brief = brief
         self.named = named
@@ -45,23 +45,23 @@ class Call:
 
     def locate(self, path: str) -> str:
         """Return the relative path of a `path` of the input."""
-        return self.tree.locate(meant(path), self.cwd)
+        return self.root.locate(meant(path), self.cwd)
 
     def absolute(self, path: str) -> str:
         """Return a relative path as text, absolute."""
-        return show(self.tree.absolute(path))
+        return show(self.root.absolute(path))
 
     def shown(self, path: str) -> str:
         """Return a relative path as results list it: relative to the working directory where below it."""
-        if self.cwd == self.tree.workspace:
+        if self.cwd == self.root.workspace:
             return show(path or self.cwd)
-        absolute = self.tree.absolute(path)
+        absolute = self.root.absolute(path)
         cwd = self.cwd.rstrip("/") + "/"
         return show(absolute[len(cwd) :] if absolute.startswith(cwd) else absolute)
 
     def all_shown(self, paths: list[str]) -> list[str]:
         """Return each as `shown` does."""
-        if self.cwd == self.tree.workspace and "".join(paths).isprintable():  # the usual case, one look
+        if self.cwd == self.root.workspace and "".join(paths).isprintable():  # the usual case, one look
             return paths
         return [self.shown(path) for path in paths]
 
@@ -104,7 +104,7 @@ def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailur
             "or the links do not resolve)."
         )
     else:
-        why = f"it is outside the workspace {call.tree.workspace}, which is all that the file tools serve."
+        why = f"it is outside the workspace {call.root.workspace}, which is all that the file tools serve."
     return ToolFailure(error.code, f"Refusing to {verb} {show(path[:1000])}: {why}", tagged=False)
 
 
@@ -120,7 +120,7 @@ def _similar(call: Call, path: str) -> str | None:
     folder, _, name = path.rpartition("/")
     stem = name.rpartition(".")[0] or name
     try:
-        names = call.tree.names(folder, _NAMES_MAX)
+        names = call.root.names(folder, _NAMES_MAX)
     except GatewayError:
         return None
     found = [other for other in names if other != name and (other.rpartition(".")[0] or other) == stem]
@@ -129,13 +129,13 @@ def _similar(call: Call, path: str) -> str | None:
 
 def below_cwd(call: Call, path: str) -> str | None:
     """Return the file of that path below the working directory, where its name was left out."""
-    absolute = call.tree.absolute(path)
+    absolute = call.root.absolute(path)
     above = call.cwd.rpartition("/")[0] + "/"
     if not absolute.startswith(above) or absolute.startswith(call.cwd + "/"):
         return None
     candidate = f"{call.cwd}/{absolute[len(above) :]}"
     try:
-        call.tree.status(call.locate(candidate))
+        call.root.status(call.locate(candidate))
     except GatewayError:
         return None
     return show(candidate)

@@ -128,7 +128,7 @@ class _Look:
 
 def _look(workspace: Workspace, given: dict[str, Any]) -> _Look:
     return _Look(
-        workspace.tree,
+        workspace.root,
         time.monotonic() + workspace.limits.tool_timeout,
         _NAMES_MAX,
         workspace.limits.visit_max,

@@ -43,7 +43,7 @@ def path_of(name: str, workspace: str) -> str:
 def _create(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Begin the file `name` with `data` (base64), removing what is too old or too much of the others."""
     try:
-        home = _opened(workspace.tree.descriptor, HOME)
+        home = _opened(workspace.root.descriptor, HOME)
         try:
             with suppress(FileExistsError):
                 _put(os.open(".gitignore", _NEW, 0o600, dir_fd=home), b"*\n")
@@ -96,7 +96,7 @@ def _prune(folder: int, age: int, room: int) -> None:
 
 def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Put `data` (base64) at the end of the file `name`. Raises where it is no longer what it was."""
-    folder = _folder(workspace.tree)
+    folder = _folder(workspace.root)
     try:
         descriptor = os.open(given["name"], _MORE, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -113,7 +113,7 @@ def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
 def _remove(workspace: Workspace, given: dict[str, Any]) -> bytes:
     """Remove the file `name`, if it is there."""
     with suppress(GatewayError, OSError):
-        folder = _folder(workspace.tree)
+        folder = _folder(workspace.root)
         try:
             os.unlink(given["name"], dir_fd=folder)
         finally:

@@ -63,7 +63,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
             _bound(name, given, workspace.limits)
             hurried = arguments["brief"]
             if hurried:
-                workspace = Workspace(workspace.tree, brief(workspace.limits))
+                workspace = Workspace(workspace.root, brief(workspace.limits))
             call = Call(
                 name,
                 workspace,

@@ -39,7 +39,7 @@ class _Target:
     def __init__(self, call: Call, path: str, *, create: bool, made: list[Made]) -> None:
         self.call = call
         self.path = path
-        self.directory, self.name = call.tree.parent(path, create=create, made=made)
+        self.directory, self.name = call.root.parent(path, create=create, made=made)
         self.old: os.stat_result | None = None
         try:
             self.old = self._look()
@@ -74,7 +74,7 @@ class _Target:
         """Return the refusal for a link, which depends on what it leads to."""
         call, shown = self.call, self.call.absolute(self.path)
         try:
-            os.close(call.tree.open(self.path, FOLDER))
+            os.close(call.root.open(self.path, FOLDER))
             return _Directory()
         except GatewayError as error:
             match error.facts.get("reason"):
@@ -85,7 +85,7 @@ class _Target:
                     return ToolFailure("not_found", missing(call, self.path))
                 case _:
                     pass
-        target = call.tree.link_target(self.path)
+        target = call.root.link_target(self.path)
         if target is None:
             hint = "Its target is outside the workspace."
         else:
@@ -100,7 +100,7 @@ class _Target:
         if self.old.st_size > limit:
             words = f"the file has {self.old.st_size} bytes, more than the {limit} that can be edited"
             raise failure(self.call.tool, TooLarge(words, size=self.old.st_size, limit=limit))
-        data, status = self.call.tree.read_file(self.path, limit)
+        data, status = self.call.root.read_file(self.path, limit)
         if etag(status) != etag(self.old):
             raise Conflict("the file changed meanwhile", reason="changed")
         return data
@@ -111,7 +111,7 @@ class _Target:
             words = f"Content ({len(data)} bytes) exceeds maximum allowed size ({limit} bytes)."
             raise ToolFailure("too_large", words, size=len(data), limit=limit)
         mode = self.old.st_mode if self.old is not None else 0o644
-        return self.call.tree.replace(self.directory, self.name, data, mode, expected=expected)
+        return self.call.root.replace(self.directory, self.name, data, mode, expected=expected)
 
 
 class _Directory(Exception):
@@ -152,7 +152,7 @@ def write(call: Call) -> Answer:
     content = trimmed(given, content)
     for attempt in range(_ATTEMPTS):
         try:
-            with call.tree.taking_back() as made:
+            with call.root.taking_back() as made:
                 return _write(call, given, path, content, made)
         except _Directory:
             raise _is_directory(given) from None
@@ -222,7 +222,7 @@ def edit(call: Call) -> Answer:
         raise ToolFailure("too_large", words, limit=call.limits.write_max)
     for attempt in range(_ATTEMPTS):
         try:
-            with call.tree.taking_back() as made:
+            with call.root.taking_back() as made:
                 return _edit(call, given, path, old, new, shorter, made)
         except _Directory:
             raise _edit_directory() from None

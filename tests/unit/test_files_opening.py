@@ -44,7 +44,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
     site.call("files/releaseAll")
-    site.workspace.tree.close()
+    site.workspace.root.close()
 
 
 @pytest.mark.parametrize("nameless", [None, False])

@@ -378,7 +378,7 @@ async def test_crowded_folder(target: Target) -> None:
     here: Any = target.tools._workers
     if not isinstance(here, HereWorkers):
         pytest.skip("the bound is the same code; once is enough")
-    here._workspace = type(here._workspace)(here._workspace.tree, type(here._workspace.limits)(visit_max=500))
+    here._workspace = type(here._workspace)(here._workspace.root, type(here._workspace.limits)(visit_max=500))
     for i in range(1000):
         (target.site / f"f{i}").touch()
     result = await target.call("Glob", pattern="*")

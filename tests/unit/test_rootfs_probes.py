@@ -85,7 +85,7 @@ def _refuse(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _names(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    return orjson.dumps(sorted(workspace.tree.names("", 100)))
+    return orjson.dumps(sorted(workspace.root.names("", 100)))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -234,7 +234,7 @@ def _change_by_reading(workspace: Workspace, arguments: dict[str, Any]) -> bytes
     succeeded = []
     for name, change in _BY_READING.items():
         try:
-            _open(workspace.tree.descriptor, change)
+            _open(workspace.root.descriptor, change)
         except (OSError, ValueError):
             continue
         succeeded.append(name)
@@ -270,7 +270,7 @@ def _leave_by_moved(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
         with suppress(OSError):
             os.close(os.open(path, kernel.O_PATH))
             seen.append(path)
-    os.fchdir(workspace.tree.descriptor)
+    os.fchdir(workspace.root.descriptor)
     os.close(folder)
     return orjson.dumps(seen)
 
@@ -280,7 +280,7 @@ def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     succeeded = []
     for name, change in _CHANGES.items():
         try:
-            change(workspace.tree.descriptor)
+            change(workspace.root.descriptor)
         except OSError:
             continue
         succeeded.append(name)
@@ -308,7 +308,7 @@ def _descriptors(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
             written.append(os.write(descriptor, b"x"))
         except OSError as error:
             written.append(-(error.errno or 0))
-    return orjson.dumps([found, workspace.tree.descriptor, written])
+    return orjson.dumps([found, workspace.root.descriptor, written])
 
 
 OPERATIONS = {

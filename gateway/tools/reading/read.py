@@ -59,7 +59,7 @@ def read(call: Call) -> Answer:
             "the format.",
         )
     try:
-        descriptor, status = call.tree.open_file(path)
+        descriptor, status = call.root.open_file(path)
     except GatewayError as error:
         raise _refused(call, given, path, error) from None
     try:

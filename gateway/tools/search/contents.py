@@ -36,7 +36,7 @@ def content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
         return kept
     lasting = settled(status)
     try:
-        read, _ = call.tree.read_file(path, FILE_MAX)
+        read, _ = call.root.read_file(path, FILE_MAX)
     except GatewayError:
         return b"", -1
     data = _as_utf8(read)

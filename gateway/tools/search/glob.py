@@ -33,7 +33,7 @@ def glob(call: Call) -> Answer:
     except GlobError as error:
         raise rejected(str(error)) from None
     walk = Walk(
-        call.tree,
+        call.root,
         start,
         GlobFilter(globs, literal, _depth(pattern), hidden(start, pattern)),
         maximum=call.limits.visit_max,
@@ -79,9 +79,9 @@ def _split_absolute(pattern: str) -> tuple[str, str]:
 def _named_once(call: Call, start: str, pattern: str) -> str:
     """Return the glob without the folder that is searched, where it was named there once more."""
     parts = _literal_folder(pattern).split("/")[:-1]
-    above = call.tree.absolute(start).split("/")
+    above = call.root.absolute(start).split("/")
     for count in range(len(parts), 0, -1):
-        if above[-count:] == parts[:count] and not exists(call.tree, f"{start}/{parts[0]}".lstrip("/")):
+        if above[-count:] == parts[:count] and not exists(call.root, f"{start}/{parts[0]}".lstrip("/")):
             return "/".join(pattern.split("/")[count:])
     return pattern
 

@@ -27,7 +27,7 @@ def grep(call: Call) -> Answer:
     globs, types = filters(given, start)
     search = Search(call, regex, spanning)
     try:
-        status, file = _kind(call.tree, start)
+        status, file = _kind(call.root, start)
         if file:
             search.file(start, start, status, explicit=True)
         else:
@@ -35,9 +35,9 @@ def grep(call: Call) -> Answer:
             if call.named is not None:
                 search.named(prefix, call.named)
                 return search.output.answer()
-            chooser = GrepFilter(call.tree, start, globs, types)
+            chooser = GrepFilter(call.root, start, globs, types)
             walk = Walk(
-                call.tree,
+                call.root,
                 start,
                 chooser,
                 state=chooser.above(),

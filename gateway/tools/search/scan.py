@@ -107,10 +107,10 @@ def _found(workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any
     start = start_of(call, given.get("path") or ".")
     regex = compiled(given["pattern"], bool(given.get("-i")), bool(given.get("multiline")))
     search = Search(call, *regex)
-    chooser = GrepFilter(call.tree, start, *filters(given, start))
+    chooser = GrepFilter(call.root, start, *filters(given, start))
     base = start + "/" if start else ""
     walk = Walk(
-        call.tree,
+        call.root,
         start,
         Share(chooser, base, number, count),
         state=chooser.above(),

@@ -40,7 +40,7 @@ def bounded(walk: Walk, call: Call) -> str:
 
 
 def too_deep(call: Call) -> str:
-    return f"\n(Folders more than {call.tree.depth} deep were left out.)"
+    return f"\n(Folders more than {call.root.depth} deep were left out.)"
 
 
 def start_of(call: Call, path: str) -> str:
@@ -62,7 +62,7 @@ def bad_folder(call: Call, path: str, start: str, error: GatewayError) -> ToolFa
             return ToolFailure("not_found", words, tagged=False)
         case "through_file" | "special":
             words = f"Path is not a directory: {shown}"
-            if not exists(call.tree, start):
+            if not exists(call.root, start):
                 words = f"ENOTDIR: not a directory, stat '{call.absolute(start)}'"
             return ToolFailure("not_a_file", words, tagged=False)
         case "outside" | "loop":

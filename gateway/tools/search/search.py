@@ -87,7 +87,7 @@ class Search:
 
         Where only names are asked for nothing is searched again: that they match is known already.
         """
-        root, deadline = self._call.tree, self._call.deadline
+        root, deadline = self._call.root, self._call.deadline
         names = [os.fsdecode(name).removeprefix("./") for name in found.encode("latin-1").split(b"\0")[:-1]]
         names.sort()
         for name in names:
