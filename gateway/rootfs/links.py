@@ -22,7 +22,8 @@ import orjson
 from gateway.errors import GatewayError, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.worker import LENGTH, PASSED, READY, REPLY_MAX, TOLD
-from gateway.rootfs.workers import Workers, result_of
+from gateway.rootfs.worker_connection import result_of
+from gateway.rootfs.workers import Workers
 
 _log = logging.getLogger(__name__)
 

@@ -16,16 +16,17 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from gateway.errors import GatewayError, InvalidParams, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot, kernel
-from gateway.rootfs.broker_client import REFUSALS, BrokerClient
+from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.operation import NAMED_MAX, SCAN, SCANNED, Limits
 from gateway.rootfs.spawn import Spawn
-from gateway.rootfs.worker import BROKEN, DONE, LENGTH, PASSED, READY, REFUSED, REPLY_MAX
+from gateway.rootfs.worker import READY
+from gateway.rootfs.worker_connection import Forgotten, WorkerConnection, forgotten, result_of
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -37,101 +38,6 @@ _GRACE = 1.0  # seconds after its own deadline after which a worker that has not
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _CHANGES = -1  # the lane of what takes long and changes something
 _SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
-
-
-class _Forgotten(Unavailable):
-    """The worker of this call was ended with all others of its tenant, and is not to be replaced for it."""
-
-
-def _forgotten() -> _Forgotten:
-    return _Forgotten("the file worker ended during the call; try again")
-
-
-class _Worker(asyncio.Protocol):
-    """The gateway's end of one worker: at most one request is under way, the first is that it gets READY.
-
-    `answers` says whether its reply is still to come. A caller that gives up leaves it so: the reply is taken
-    off the stream before the next request.
-    """
-
-    def __init__(self, number: int, root: FilesystemRoot) -> None:
-        self.number = number
-        self.root = root
-        self.layers: tuple[str, ...] = ()
-        self.used = self.checked = time.monotonic()
-        self.closed = False
-        self.answers = True
-        self._loop = asyncio.get_running_loop()
-        self._caller: asyncio.Future[memoryview] = self._loop.create_future()
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-
-    def data_received(self, data: bytes) -> None:
-        buffer = self._buffer
-        if not buffer and len(data) >= 4 and len(data) == 4 + LENGTH.unpack_from(data)[0]:
-            self._done(memoryview(data)[4:])  # the usual case: one reply, whole
-            return
-        buffer += data
-        length = LENGTH.unpack_from(buffer)[0] if len(buffer) >= 4 else 0
-        if length > REPLY_MAX:
-            # This process serves all tenants: what is too much is as what does not come. Who asked, or asks
-            # next, ends the worker.
-            assert self._transport is not None
-            self._transport.pause_reading()
-            self._buffer = bytearray()
-            self._fail(TimeoutError())
-        elif length and len(buffer) >= 4 + length:
-            self._buffer = bytearray()
-            self._done(memoryview(buffer)[4:])
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed = True
-        self._fail(Unavailable("the file worker ended during the call; try again"))
-        if not self._caller.cancelled():
-            self._caller.exception()  # seen, also where nobody waits any more
-
-    def _done(self, reply: memoryview) -> None:
-        self.answers = False
-        if not self._caller.done():
-            self._caller.set_result(reply)
-
-    def _fail(self, error: Exception) -> None:
-        if not self._caller.done():
-            self._caller.set_exception(error)
-
-    async def reply(self, seconds: float) -> memoryview:
-        """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` where none will."""
-        if self._caller.cancelled():
-            self._caller = self._loop.create_future()
-        # cheaper than a timeout's scope around a shield: this is on the way of each Read
-        late = self._loop.call_later(seconds, self._fail, TimeoutError())
-        try:
-            return await self._caller
-        finally:
-            late.cancel()
-
-    def send(self, request: bytes) -> None:
-        assert self._transport is not None
-        self.answers = True
-        self._caller = self._loop.create_future()
-        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
-        # whosever it is next; `connection_lost` is about to end the call.
-        if not self._transport.is_closing():
-            self._transport.writelines((LENGTH.pack(len(request)), request))
-
-    def forget(self) -> None:
-        """Have the call that is under way, if there is one, end as one of a tenant that is forgotten."""
-        self._fail(_forgotten())
-        if not self._caller.cancelled():
-            self._caller.exception()
-
-    def close(self) -> None:
-        self.closed = True
-        if self._transport is not None:
-            self._transport.close()
 
 
 class _Slot:
@@ -148,7 +54,7 @@ class _Slot:
         self.lock = asyncio.Lock()
         self.starting: asyncio.Future[None] | None = None
         self.waiting = 0
-        self.worker: _Worker | None = None
+        self.worker: WorkerConnection | None = None
 
 
 class Workers:
@@ -261,7 +167,7 @@ class Workers:
         ]
         try:
             found = await asyncio.gather(*scans)
-        except _Forgotten:
+        except Forgotten:
             raise
         except (RateLimited, Unavailable):
             return None
@@ -273,7 +179,7 @@ class Workers:
         whole = all(one.startswith(SCANNED) for one in found) and len(names) <= NAMED_MAX
         return names if whole else None
 
-    async def _answer(self, slot: _Slot, worker: _Worker, *, search: bool) -> memoryview:
+    async def _answer(self, slot: _Slot, worker: WorkerConnection, *, search: bool) -> memoryview:
         try:
             reply = await worker.reply(self._limits.tool_timeout + _GRACE)
         except TimeoutError:
@@ -288,7 +194,7 @@ class Workers:
 
     async def _ready(
         self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool, helps: bool
-    ) -> _Worker:
+    ) -> WorkerConnection:
         """Return a worker that waits for a request, a new one where there is none."""
         worker = slot.worker
         if worker is not None and worker.answers and not worker.closed:
@@ -312,7 +218,9 @@ class Workers:
         self._make_room(helps=helps)
         return await self._spawn(slot, root, search=search, looks=looks)
 
-    async def _spawn(self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool) -> _Worker:
+    async def _spawn(
+        self, slot: _Slot, root: FilesystemRoot, *, search: bool, looks: bool
+    ) -> WorkerConnection:
         spawn = self.spawn(root, search=search, looks=looks)
         slot.forgotten = False
         slot.starting = starting = asyncio.get_running_loop().create_future()
@@ -320,11 +228,11 @@ class Workers:
             answer, descriptors = await self.broker.request(spawn.wire())
             connection = socket.socket(fileno=descriptors[0])
             connection.setblocking(False)
-            worker = _Worker(answer["worker"], root)
+            worker = WorkerConnection(answer["worker"], root)
             if slot.forgotten:
                 connection.close()
                 self._end(slot, worker)
-                raise _forgotten()
+                raise forgotten()
             slot.worker = worker
         finally:
             slot.starting = None
@@ -375,7 +283,7 @@ class Workers:
         assert oldest.worker is not None
         self._end(oldest, oldest.worker)
 
-    def _end(self, slot: _Slot, worker: _Worker) -> None:
+    def _end(self, slot: _Slot, worker: WorkerConnection) -> None:
         """Take a worker out of its slot and have it killed, without waiting for that."""
         if slot.worker is worker:
             slot.worker = None
@@ -384,7 +292,7 @@ class Workers:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _kill(self, worker: _Worker) -> None:
+    async def _kill(self, worker: WorkerConnection) -> None:
         try:
             await self.broker.request({"do": "kill", "worker": worker.number})
         except Unavailable:
@@ -421,19 +329,3 @@ class Workers:
             del self._slots[key]
         pause = min(self._idle / 4, 30.0)
         self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
-
-
-def result_of(operation: str, reply: bytes | memoryview) -> bytes:
-    """Return what a reply carries, or raise what it refuses with."""
-    match reply[0]:
-        case status if status in (DONE, PASSED):
-            return bytes(reply[1:])
-        case status if status == REFUSED:
-            told = orjson.loads(reply[1:])
-            raise REFUSALS.get(told["code"], Unavailable)(told["message"], **told["facts"])
-        case status if status == BROKEN:
-            where = bytes(reply[1:]).decode("utf-8", "replace")
-            _log.error("the file operation %s broke at %s", operation, where)
-            raise Unavailable("the file operation failed; it was logged")
-        case _:
-            raise Unavailable("the file worker spoke out of turn")
