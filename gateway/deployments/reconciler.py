@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,6 +18,10 @@ from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
+# A look goes through all sites while nobody else may give domains, and one deployment makes many events. So after
+# each the next one waits for this many times as long as it took, and a second at most.
+_REST: Final = 9.0
+_REST_MOST: Final = 1.0
 _ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started
 _ADDRESS_LOOKS: Final = 20
 
@@ -33,7 +38,7 @@ class Reconciler:
         self._looks = 0  # for these, one after another
 
     def look_soon(self) -> None:
-        """Have the next look now: something happened to a tenant."""
+        """Have the next look now, or a moment after the last one: something happened to a tenant."""
         self._moved.set()
 
     async def follow(self) -> None:
@@ -42,12 +47,15 @@ class Reconciler:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), self._context.settings.reconcile_interval)
             self._moved.clear()
+            took = -time.monotonic()
             try:
                 await self.reconcile()
             except GatewayError as error:
                 log.warning("routes could not be looked after: %s", error.message)
             except Exception:
                 log.exception("routes could not be looked after")
+            took += time.monotonic()
+            await asyncio.sleep(min(took * _REST, _REST_MOST))
 
     async def reconcile(self) -> None:
         """Recover what was left, put the routes right, and remove what belongs to nothing."""
