@@ -18,8 +18,8 @@ from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
-# A look goes through all sites while nobody else may give domains, and one deployment makes many events. So after
-# each the next one waits for this many times as long as it took, and a second at most.
+# A look at all routes keeps others from giving domains, and one deployment makes many events. So the next
+# waits for this many times as long as the last one took, and a second at most.
 _REST: Final = 9.0
 _REST_MOST: Final = 1.0
 _ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started

@@ -6,7 +6,6 @@ They are kept apart from those of `workers`, whose calls they would hold up. One
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import time
@@ -14,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,17 +21,14 @@ import orjson
 
 from gateway.errors import GatewayError, RateLimited, Timeout, Unavailable
 from gateway.rootfs import FilesystemRoot
-from gateway.rootfs.worker import LENGTH, PASSED, READY, REPLY_MAX, TOLD
+from gateway.rootfs.worker import LENGTH, PASSED, REPLY_MAX, TOLD
 from gateway.rootfs.worker_connection import result_of
+from gateway.rootfs.worker_processes import WorkerProcesses
 from gateway.rootfs.workers import Workers
-
-_log = logging.getLogger(__name__)
 
 _READ = 1 << 16  # bytes of one look at the socket
 _CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready
 _FAREWELL_TIMEOUT = 2.0  # seconds of what a worker does before it is ended
-_SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 Reply = tuple[bytes, int | None]
 
@@ -64,8 +61,13 @@ class Link:
         self._buffer = bytearray()
         self._passed: deque[int] = deque()
         self._loop = asyncio.get_running_loop()
-        self.ready = self._expect()
+        self._first = self._expect()
         self._loop.add_reader(connection, self._read)
+
+    async def ready(self) -> bytes:
+        """Return the worker's first reply, which answers no call."""
+        reply, _ = await self._first
+        return reply
 
     def _expect(self) -> asyncio.Future[Reply]:
         reply: asyncio.Future[Reply] = self._loop.create_future()
@@ -198,6 +200,7 @@ class Links:
         lost: Callable[[str], None] = lambda tenant: None,
     ) -> None:
         self._workers = workers
+        self._processes = WorkerProcesses(workers.broker)
         self._kind = loop
         self._maximum = maximum
         self._idle = idle
@@ -207,7 +210,6 @@ class Links:
         self._lost = lost
         self._links: dict[str, Link] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._ending: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Links:
@@ -221,14 +223,14 @@ class Links:
             self._sweeper.cancel()
         for tenant in list(self._links):
             self.end(tenant)
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._processes.ended()
 
     async def get(self, root: FilesystemRoot) -> Link:
         """Return the tenant's link, a new one where there is none or where its workspace is another."""
         lock = self._locks.setdefault(root.tenant, asyncio.Lock())
         async with lock:
             link = self._links.get(root.tenant)
-            if link is not None and not await self._serves(link, root):
+            if link is not None and not await self._processes.serves(link, root):
                 self._drop(link)
                 self._lost(root.tenant)
                 link = None
@@ -236,16 +238,6 @@ class Links:
                 link = await self._spawn(root)
             link.used = time.monotonic()
             return link
-
-    async def _serves(self, link: Link, root: FilesystemRoot) -> bool:
-        if link.closed or link.root != root:
-            return False
-        now = time.monotonic()
-        if now - link.checked < _SAME_INTERVAL:
-            return True
-        link.checked = now
-        answer, _ = await self._workers.broker.request({"do": "same", "worker": link.number})
-        return bool(answer["same"]) and not link.closed
 
     def current(self, tenant: str) -> Link | None:
         """Return the tenant's link, if it has one."""
@@ -257,7 +249,7 @@ class Links:
         if link is None:
             return True
         link.checked = 0.0
-        if await self._serves(link, root):
+        if await self._processes.serves(link, root):
             return True
         self.end(tenant)
         return False
@@ -265,9 +257,7 @@ class Links:
     async def _spawn(self, root: FilesystemRoot) -> Link:
         self._make_room()
         spawn = self._workers.spawn(root, self._kind, search=self._search)
-        answer, descriptors = await self._workers.broker.request(spawn.wire())
-        connection = socket.socket(fileno=descriptors[0])
-        connection.setblocking(False)
+        number, connection = await self._processes.start(spawn)
         tenant = root.tenant
 
         def lost() -> None:
@@ -275,21 +265,13 @@ class Links:
                 self._drop(link)
                 self._lost(tenant)
 
-        link = Link(answer["worker"], root, connection, lambda payload: self._told(tenant, payload), lost)
+        link = Link(number, root, connection, lambda payload: self._told(tenant, payload), lost)
         self._links[tenant] = link
         try:
-            async with asyncio.timeout(_SPAWN_TIMEOUT):
-                reply, _ = await link.ready
-        except BaseException as error:
+            await self._processes.ready(link, link.ready())
+        except BaseException:
             self._drop(link)
-            if isinstance(error, TimeoutError):
-                raise Unavailable("a file worker did not start in time") from None
             raise
-        if reply[0] != READY:
-            self._drop(link)
-            said = reply[1:].decode("utf-8", "replace")
-            _log.error("a file worker of %s did not start: %s", tenant, said)
-            raise Unavailable("a file worker could not be started")
         return link
 
     def _make_room(self) -> None:
@@ -303,21 +285,8 @@ class Links:
     def _drop(self, link: Link) -> None:
         if self._links.get(link.root.tenant) is link:
             del self._links[link.root.tenant]
-        if not self._farewell:
-            link.close()
-        task = asyncio.create_task(self._kill(link))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-
-    async def _kill(self, link: Link) -> None:
-        if self._farewell:
-            with suppress(GatewayError):  # it has ended by itself, or hangs
-                await link.call(self._farewell, {}, _FAREWELL_TIMEOUT)
-            link.close()
-        try:
-            await self._workers.broker.request({"do": "kill", "worker": link.number})
-        except Unavailable:
-            _log.info("worker ended with the broker")
+        last = partial(link.call, self._farewell, {}, _FAREWELL_TIMEOUT) if self._farewell else None
+        self._processes.end(link, last)
 
     def end(self, tenant: str) -> None:
         """End a tenant's worker, if it has one, without waiting for that; `lost` is not called."""
@@ -327,7 +296,7 @@ class Links:
 
     async def ended(self) -> None:
         """Return once the workers that were ended are gone."""
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._processes.ended()
 
     def _sweep(self) -> None:
         now = time.monotonic()

@@ -11,8 +11,6 @@ are in `links`.
 from __future__ import annotations
 
 import asyncio
-import logging
-import socket
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -25,19 +23,15 @@ from gateway.rootfs import FilesystemRoot, kernel
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.operation import NAMED_MAX, SCAN, SCANNED, Limits
 from gateway.rootfs.spawn import Spawn
-from gateway.rootfs.worker import READY
 from gateway.rootfs.worker_connection import Forgotten, WorkerConnection, forgotten, result_of
+from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, WorkerProcesses
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
 
-_log = logging.getLogger(__name__)
-
-_SPAWN_TIMEOUT = 10.0  # seconds until a new worker must be ready; it takes milliseconds
 _GRACE = 1.0  # seconds after its own deadline after which a worker that has not answered is killed
 _ALONE = 2.0  # seconds without a call of another tenant after which it is not reckoned with
 _CHANGES = -1  # the lane of what takes long and changes something
-_SAME_INTERVAL = 1.0  # seconds between two looks whether a workspace is still the same folder
 
 
 class _Slot:
@@ -78,11 +72,11 @@ class Workers:
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
         self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
+        self._processes = WorkerProcesses(self.broker)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
         self._slots: dict[tuple[str, int], _Slot] = {}
         self._sweeper: asyncio.TimerHandle | None = None
-        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Workers:
         kernel.take_turns(short=True)  # what passes an answer on is as pressed as what makes it
@@ -98,7 +92,7 @@ class Workers:
             if slot.worker is not None:
                 slot.worker.close()
         self._slots.clear()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._processes.ended()
         await self.broker.aclose()
 
     async def call(
@@ -203,15 +197,8 @@ class Workers:
                 await worker.reply(self._limits.tool_timeout + _GRACE)
             except (TimeoutError, GatewayError):
                 self._end(slot, worker)
-        if worker is not None and not worker.closed and worker.root != root:
-            self._end(slot, worker)
         if worker is not None and not worker.closed:
-            now = time.monotonic()
-            if now - worker.checked < _SAME_INTERVAL:
-                return worker
-            worker.checked = now
-            answer, _ = await self.broker.request({"do": "same", "worker": worker.number})
-            if answer["same"] and not worker.closed:
+            if await self._processes.serves(worker, root):
                 return worker
             self._end(slot, worker)
         slot.worker = None
@@ -225,10 +212,8 @@ class Workers:
         slot.forgotten = False
         slot.starting = starting = asyncio.get_running_loop().create_future()
         try:
-            answer, descriptors = await self.broker.request(spawn.wire())
-            connection = socket.socket(fileno=descriptors[0])
-            connection.setblocking(False)
-            worker = WorkerConnection(answer["worker"], root)
+            number, connection = await self._processes.start(spawn)
+            worker = WorkerConnection(number, root)
             if slot.forgotten:
                 connection.close()
                 self._end(slot, worker)
@@ -239,18 +224,11 @@ class Workers:
             starting.set_result(None)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
-            reply = await worker.reply(_SPAWN_TIMEOUT)
-        except BaseException as error:
+            said = await self._processes.ready(worker, worker.reply(SPAWN_TIMEOUT))
+        except BaseException:
             self._end(slot, worker)
-            if isinstance(error, TimeoutError):
-                raise Unavailable("a file worker did not start in time") from None
             raise
-        if reply[0] != READY:
-            self._end(slot, worker)
-            said = bytes(reply[1:]).decode("utf-8", "replace")
-            _log.error("a file worker of %s did not start: %s", root.tenant, said)
-            raise Unavailable("a file worker could not be started")
-        worker.layers = tuple(orjson.loads(reply[1:]))
+        worker.layers = tuple(orjson.loads(said))
         if not search:
             broke, slot.broke = slot.broke, False
             self.opened(root, broke)
@@ -287,16 +265,7 @@ class Workers:
         """Take a worker out of its slot and have it killed, without waiting for that."""
         if slot.worker is worker:
             slot.worker = None
-        worker.close()
-        task = asyncio.create_task(self._kill(worker))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-
-    async def _kill(self, worker: WorkerConnection) -> None:
-        try:
-            await self.broker.request({"do": "kill", "worker": worker.number})
-        except Unavailable:
-            _log.info("worker ended with the broker")
+        self._processes.end(worker)
 
     async def forget(self, tenant: str) -> None:
         """End a tenant's workers and return once they are gone: before a stop, destroy or restore.
@@ -314,8 +283,7 @@ class Workers:
                 starting.append(slot.starting)
         if starting:
             await asyncio.wait(starting)
-        if self._ending:
-            await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._processes.ended()
 
     def _sweep(self) -> None:
         """End what has been idle for too long; runs by itself a few times in that span."""

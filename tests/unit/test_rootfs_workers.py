@@ -606,7 +606,8 @@ async def test_a_crashed_brokers_numbers_are_nobodys(workers: Workers, root: Lai
         while pid is None:
             with suppress(Unavailable):  # a call or two, whose worker or broker is gone
                 pid = await pid_of(workers, root)
-    await workers._kill(old)
+    workers._processes.end(old)
+    await workers._processes.ended()
     assert await pid_of(workers, root) == pid
 
 
@@ -726,7 +727,7 @@ async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: s
     os.kill(waiting, ending)
     other = make_root(root.path.parent, "other")
     if ending is signal.SIGSTOP:
-        workers_timeout = "gateway.rootfs.workers._SPAWN_TIMEOUT"
+        workers_timeout = "gateway.rootfs.worker_processes.SPAWN_TIMEOUT"
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Unavailable):
             patch.setattr(workers_timeout, 0.3)
             await pid_of(workers, other)
