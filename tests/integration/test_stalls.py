@@ -134,7 +134,7 @@ def hostile(same_hostile: Container) -> Iterator[Container]:
     """A tenant that attacks, which has its own shell again after the test, and nothing that still runs."""
     yield same_hostile
     same_hostile.run("ln", "-sf", "dash", "/usr/bin/sh")
-    same_hostile.run("pkill", "-KILL", "-x", "sleep|perl|yes|head|tr", check=False)
+    same_hostile.run("pkill", "-KILL", "-x", "sh|dash|evil|sleep|perl|yes|head|tr", check=False)
 
 
 @pytest.fixture
@@ -148,6 +148,9 @@ def replace_shell(tenant: Container, *, start: str = ":", kill: str = ":") -> No
     tenant.run("tee", "/usr/local/bin/evil", stdin=script.encode())
     tenant.run("chmod", "755", "/usr/local/bin/evil")
     tenant.run("ln", "-sf", "/usr/local/bin/evil", "/usr/bin/sh")
+    tenant.run(
+        "pkill", "-KILL", "-x", "sh|dash", check=False
+    )  # those that wait for a command are its own still
 
 
 async def listed(wire: Wire) -> list[str]:

@@ -44,11 +44,11 @@ def test_what_is_counted_is_the_values_and_names_wherever_it_is_cut(
     count = structure(value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight, "_SLICE", cut)
-        patch.setattr(protocol, "VALUES_MAX", count)
+        patch.setattr(weight, "VALUES_MAX", count)
         protocol.weigh(text)
         protocol.weigh(text.encode())
         if count:
-            patch.setattr(protocol, "VALUES_MAX", count - 1)
+            patch.setattr(weight, "VALUES_MAX", count - 1)
             with pytest.raises(TooLarge):
                 protocol.weigh(text)
 
