@@ -91,13 +91,18 @@ async def run(words: argparse.Namespace) -> dict[str, Any]:
                 for kind in reads:
                     visiting = await thrash(host) if kind == "beside" else None
                     async with reading(host.gateway, NEXT_DOOR, "index.html") as seen:
-                        took[kind] += await commands(host, words.seconds)
+                        if words.reads:
+                            await asyncio.sleep(words.seconds)
+                        else:
+                            took[kind] += await commands(host, words.seconds)
                     reads[kind] += seen.seconds
                     if visiting is not None:
                         visiting.cancel()
                         await asyncio.gather(visiting, return_exceptions=True)
                         await calm(host)
-    found = {kind: {"reads": summary(reads[kind]), "commands": summary(took[kind])} for kind in reads}
+    found = {kind: {"reads": summary(reads[kind])} for kind in reads}
+    for kind, seconds in took.items():
+        found[kind] |= {"commands": summary(seconds)} if seconds else {}
     calm_, beside = found["calm"]["reads"], found["beside"]["reads"]
     ratio = {at: beside[at] / calm_[at] for at in ("p50", "p95", "p99")}
     return {**found, "ratio of reads": ratio}
@@ -117,6 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="of a calm phase and one with thrashing")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase")
+    parser.add_argument("--reads", action="store_true", help="start no commands, only read")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     try:
