@@ -16,6 +16,8 @@ VERSION: Final = 1
 CANCEL_REQUEST: Final = "$/cancelRequest"
 
 RequestId: TypeAlias = str | int
+Message: TypeAlias = str | tuple[bytes, ...]
+"""A text message, whole or as the parts of its UTF-8."""
 
 
 class CloseCode(IntEnum):
@@ -32,10 +34,24 @@ class CloseCode(IntEnum):
 # --- what a server sends ------------------------------------------------------------------------------
 
 
-def result(request_id: RequestId, value: Mapping[str, Any] | bytes) -> str:
-    """Return the answer to a request. `value` as bytes is JSON already and goes in as it is."""
-    body = orjson.Fragment(value) if isinstance(value, bytes) else value
-    return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "result": body}).decode()
+def result(request_id: RequestId, value: Mapping[str, Any]) -> str:
+    """Return the answer to a request."""
+    return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "result": value}).decode()
+
+
+def encoded_result(request_id: RequestId, value: bytes) -> Message:
+    """Return the answer to a request with a result that is JSON already, which is not copied.
+
+    Raises `UnicodeDecodeError` where it is no UTF-8, which would end the client's connection.
+    """
+    if not value.isascii():
+        value.decode()
+    return b'{"jsonrpc":"2.0","id":' + orjson.dumps(request_id) + b',"result":', value, b"}"
+
+
+def size(message: Message) -> int:
+    """Return how long a message is: the characters of a whole one, the bytes of parts."""
+    return len(message) if isinstance(message, str) else sum(map(len, message))
 
 
 def failure(request_id: RequestId | None, error: GatewayError) -> str:

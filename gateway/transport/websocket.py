@@ -1,7 +1,8 @@
 """uvicorn's websocket with bytes in parts, and with a budget that is asked before input is buffered.
 
-The ASGI message `websocket.send` may carry `parts`, a list of bytes that make one binary message, where the
-scope has the extension `PARTS`. A command that prints a gigabyte costs a third less of the gateway's CPU so.
+Where the scope has the extension `PARTS`, the ASGI message `websocket.send` may carry `parts`: bytes that
+make one binary message, or a text one where `TEXT` is true beside them. A command that prints a gigabyte
+costs a third less of the gateway's CPU so.
 
 Of a large message the application gets `{"type": "websocket.receive", COMING: SIZE}` as soon as its first
 frame's header is there. Nothing more is read of the client until the application has called `admit`, which is
@@ -24,6 +25,7 @@ PARTS: Final = "gateway.parts"
 FLOW: Final = "gateway.flow"
 COMING: Final = "coming"
 SIZE: Final = "size"
+TEXT: Final = "text parts"
 LARGE: Final = 64 << 10  # bytes of a message above which the application is asked first
 
 _WAITING: Final = 8  # messages that wait to be taken while more are read
@@ -170,14 +172,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         await self.writable.wait()
         if self.disconnected or self.close_sent or self.transport.is_closing():
             raise ClientDisconnected
-        length = sum(map(len, parts))
+        length, text = sum(map(len, parts)), message.get(TEXT, False)
+        kind = 0x81 if text else 0x82
         if length < 126:
-            head = struct.pack("!BB", 0x82, length)
+            head = struct.pack("!BB", kind, length)
         elif length < 1 << 16:
-            head = struct.pack("!BBH", 0x82, 126, length)
+            head = struct.pack("!BBH", kind, 126, length)
         else:
-            head = struct.pack("!BBQ", 0x82, 127, length)
+            head = struct.pack("!BBQ", kind, 127, length)
         self.transport.writelines([head, *parts])
+        if text and length > LARGE:
+            await self.writable.wait()  # until the client has taken it, it counts as in flight
 
 
 def drop(transport: asyncio.Transport) -> None:

@@ -185,7 +185,12 @@ def test_errors_carry_code_and_facts() -> None:
 
 
 def test_encoded_results_go_in_as_they_are() -> None:
-    assert orjson.loads(protocol.result("a", b'{"x":[1]}'))["result"] == {"x": [1]}
+    value = '{"x":["é"]}'.encode()
+    whole, parts = protocol.result("a", orjson.loads(value)), protocol.encoded_result("a", value)
+    assert b"".join(parts) == whole.encode() and any(part is value for part in parts)  # type: ignore[arg-type]
+    assert protocol.size(parts) == len(whole.encode()) and protocol.size(whole) == len(whole)
+    with pytest.raises(UnicodeDecodeError):  # a text message must be UTF-8, or its client ends the connection
+        protocol.encoded_result("a", b'{"x":"\xff"}')
 
 
 @given(st.integers(0, 2), st.integers(0, 0xFFFFFFFF), st.binary())

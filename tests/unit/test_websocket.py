@@ -8,9 +8,12 @@ from typing import Any, cast
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
+from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
+from websockets.protocol import OPEN
+from websockets.uri import parse_uri
 
-from gateway.transport.websocket import _SMALL, _WAITING, WebSocketProtocol
+from gateway.transport.websocket import _SMALL, _WAITING, TEXT, WebSocketProtocol
 
 
 class Transport:
@@ -28,6 +31,9 @@ class Transport:
 
     def is_closing(self) -> bool:
         return False
+
+    def writelines(self, parts: list[bytes]) -> None:
+        self.written = b"".join(parts)
 
 
 @pytest.fixture
@@ -74,3 +80,20 @@ async def test_large_message_is_held_back_at_once(socket: tuple[WebSocketProtoco
     assert not transport.reading
     await protocol.receive()
     assert transport.reading
+
+
+@pytest.mark.parametrize("size", [5, 200, 70_000])
+@pytest.mark.parametrize("text", [True, False])
+async def test_parts_make_one_message(
+    socket: tuple[WebSocketProtocol, Transport], size: int, text: bool
+) -> None:
+    """As the client's end of the websocket reads it: text or binary, of any length."""
+    protocol, transport = socket
+    protocol.writable.set()
+    await protocol.send({"type": "websocket.send", "parts": (b"ab", b"x" * size), TEXT: text})
+    client = ClientProtocol(parse_uri("ws://gateway/"), state=OPEN)
+    client.receive_data(transport.written)
+    (frame,) = client.events_received()
+    assert isinstance(frame, Frame)
+    assert frame.opcode is (Opcode.TEXT if text else Opcode.BINARY)
+    assert frame.data == b"ab" + b"x" * size

@@ -19,7 +19,7 @@ from gateway import protocol
 from gateway.limits.budget import Lease, Share
 from gateway.protocol import CloseCode
 from gateway.settings import Settings
-from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE
+from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
 
 _SLOWEST: Final = 16 << 10  # bytes a second that a client takes of a large answer, at least
 _GONE: Final = frozenset({1005, 1006})  # RFC 6455, 7.1.5: there is nobody to say a code to
@@ -110,14 +110,22 @@ class ClientSocket:
         """Send one text message; one to a client that is gone ends the connection."""
         await self._send({"type": "websocket.send", "text": text})
 
-    async def send_answer(self, text: str) -> None:
+    async def send_answer(self, answer: protocol.Message) -> None:
         """Send an answer. A large one that the client does not take in time ends the connection."""
-        if len(text) <= LARGE:
-            await self.send(text)
+        whole: Message = {"type": "websocket.send"}
+        if isinstance(answer, str):
+            whole["text"] = answer
+        elif self._parts:
+            whole["parts"], whole[TEXT] = answer, True
+        else:
+            whole["text"] = b"".join(answer).decode()
+        size = protocol.size(answer)
+        if size <= LARGE:
+            await self._send(whole)
             return
         key = object()
-        self._waiting[key] = asyncio.get_running_loop().time() + len(text) / _SLOWEST
-        await self.send(text)
+        self._waiting[key] = asyncio.get_running_loop().time() + size / _SLOWEST
+        await self._send(whole)
         self._waiting.pop(key, None)
 
     async def send_output(self, channel: int, *parts: bytes) -> None:

@@ -97,7 +97,7 @@ class Requests:
                 self._running.pop(key, None)
                 self._wire.settle(request_id)
             del request  # the answer may take long to go out
-            lease.hold(REQUEST + len(reply) - lease.size)
+            lease.hold(REQUEST + protocol.size(reply) - lease.size)
             decided = refused if method.decisive else None
             if request_id is not None or decided is not None:
                 await self._socket.send_answer(reply)
@@ -112,12 +112,18 @@ class Requests:
 
     async def _answer(
         self, request: protocol.Request, method: Method, most: int
-    ) -> tuple[str, Callable[[], None] | None]:
+    ) -> tuple[protocol.Message, Callable[[], None] | None]:
         answer = await method.answer(request.params)
-        reply = protocol.result(request.id or 0, answer.value)
-        if most and (full := self._socket.share.above.full(len(reply))) is not None:
+        number, value = request.id or 0, answer.value
+        reply: protocol.Message
+        if isinstance(value, bytes):
+            reply = protocol.encoded_result(number, value)
+        else:
+            reply = protocol.result(number, value)
+        size = protocol.size(reply)
+        if most and (full := self._socket.share.above.full(size)) is not None:
             raise RateLimited(
-                f"{full.name} has no room for an answer of {len(reply)} bytes; take those that wait, "
+                f"{full.name} has no room for an answer of {size} bytes; take those that wait, "
                 "then ask again",
                 limit=full.limit,
                 retry_after=RETRY_AFTER,
