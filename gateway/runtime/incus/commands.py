@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from gateway.errors import ExecFailed, InvalidParams, Unavailable
+from gateway.errors import ExecFailed, InvalidParams, TenantNotRunning, Timeout, Unavailable
 from gateway.incus import Incus
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.command_cgroup import CommandCgroup, lives, of_init
@@ -100,12 +100,22 @@ class Commands:
                 log.info("a warm shell of %s had died: starting another", name)
             except Unavailable:
                 log.info("a warm shell of %s was lost: starting another", name)
+            except Timeout:
+                await self._running(name)  # it may have been paused before we heard of it
+                raise
         process = await self._open(name, spec.pty, account)
         await self._hand_over(process, order)
         return process
 
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self._warm_shells.expect(name)
+
+    async def _running(self, name: str) -> None:
+        """Raise `TenantNotRunning` for a tenant that is paused or stopped."""
+        with translated(name):
+            found, _ = await self._incus.started(name)
+        if (status := str(found["status"]).lower()) != "running":
+            raise TenantNotRunning(f"tenant {name} is {status}; start it first", status=status)
 
     async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusProcess:
         """Start a shell that takes a command of `account`. Raises what Incus refuses, and `Timeout`."""
