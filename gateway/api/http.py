@@ -1,4 +1,4 @@
-"""Knows the forms of HTTP: bodies in, JSON and problems out, the request's id, and whose bytes they are."""
+"""HTTP helpers: bodies in, JSON and problems out, the request's id, and whose bytes they are."""
 
 from __future__ import annotations
 

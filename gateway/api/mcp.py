@@ -1,4 +1,4 @@
-"""Knows the MCP endpoint of a tenant: the toolbox's tools over streamable HTTP, by the package `mcp`.
+"""A tenant's MCP endpoint: the toolbox's tools over streamable HTTP, by the package `mcp`.
 
 Nothing is kept between two requests. A client of the protocol 2026-07-28 has no session at all: it cancels
 a call by dropping the response. One of the handshake protocols (2025-11-25 and before) is given a random

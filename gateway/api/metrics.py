@@ -1,4 +1,4 @@
-"""Knows the gateway's own numbers and their Prometheus form."""
+"""The gateway's metrics, in Prometheus' text format."""
 
 from __future__ import annotations
 

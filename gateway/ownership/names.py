@@ -1,7 +1,8 @@
 """Name ownership: a tenant that is destroyed and made again under its name is another.
 
-Events, receipts, deployments and tokens go by the name, which may be another customer's by now. Incus tells
-instances of one name apart; which had it last is kept here, so that a gateway that was away knows too.
+Events, records of calls, deployments and tokens go by the name, which may be another customer's by now.
+Incus tells instances of one name apart; which had it last is kept here, so that a gateway that was away
+knows too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Knows how the gateway's own records are kept: one SQLite file in the state dir, its schema, its threads.
+"""The gateway's own records: one SQLite file in the state dir, its schema and its threads.
 
-What concerns instances is Incus's to keep. Here is what Incus does not: events, deployments, receipts, names,
-domains, revoked tokens, the audit log. Each room brings its own statements; this one knows no table's
-meaning.
+What concerns instances is Incus's to keep. Here is what Incus does not: events, deployments, records of
+calls, names, domains, revoked tokens, the audit log. Each room brings its own statements; this one knows no
+table's meaning.
 
 The file is in WAL mode with `synchronous=NORMAL`: whatever ends the gateway, a SIGKILL included, leaves
 every write that was acknowledged, and a power cut leaves a whole file that may lack the last moments. A

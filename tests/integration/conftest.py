@@ -94,8 +94,13 @@ class Incusd:
         await asyncio.to_thread(self.daemon.kill)
 
     async def restart(self) -> None:
-        """Start it again, if it does not run, and return once it is ready, with disk quotas in force."""
+        """Start it again, if it does not run, and return once it is ready, with network and disk quotas."""
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
+        # where an interface went away just then, incusd has no network, and tries again only after a minute
+        network = f"/1.0/networks/{environment.settings().network}"
+        async with asyncio.timeout(90):
+            while b'"Created"' not in (await asyncio.to_thread(environment.incus, "query", network)).stdout:
+                await asyncio.sleep(0.5)
         # it may have mounted the pool anew, which is counted by the kernel's own rules then
         await asyncio.to_thread(quotas.enforce, environment.settings())
 

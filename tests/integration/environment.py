@@ -20,6 +20,7 @@ from typing import Any
 from gateway.host import HostError, Report, image
 from gateway.host.daemon import Daemon, cannot_run
 from gateway.host.setup import setup
+from gateway.rootfs import process_tree
 from gateway.settings import Settings
 
 _HOSTS = 100  # of the first workers; the second worker's are those above
@@ -132,6 +133,17 @@ def configure(name: str, key: str, value: str) -> None:
     """
     change = json.dumps({"config": {key: value}})
     incus("query", "--wait", "--request", "PATCH", "--data", change, f"/1.0/instances/{name}")
+
+
+def group(name: str) -> Path:
+    """Return a running instance's group in the v2 tree.
+
+    It is asked of its first process: where one of that name is left by an earlier run, LXC adds a number.
+    """
+    state = json.loads(incus("query", f"/1.0/instances/{name}/state").stdout)
+    found = process_tree.of_init(state["pid"])
+    assert found is not None, f"{name} has no group in the v2 tree"
+    return found
 
 
 def rootfs(name: str, pool: str = "gwtest") -> Path:

@@ -213,15 +213,21 @@ async def test_a_sleeping_tenants_new_domain_wakes_it(both: World) -> None:
     await both.gone("dozes")
 
 
+def rests_soon(of: World, tenant: str) -> None:
+    """Have a local tenant fall asleep after a second; its record is whole at each moment that it is read."""
+    record = of.host.settings.state_dir / "tenants" / tenant / "tenant.json"
+    fresh = record.with_suffix(".test")
+    fresh.write_text(json.dumps({**json.loads(record.read_text()), "idle_stop": 1.0}))
+    fresh.replace(record)
+
+
 async def sleeping(of: World, tenant: str, events: aiohttp.ClientResponse) -> None:
     """Make a tenant, and return once it sleeps."""
     await of.site(tenant)
     if of.runtime == "incus":
         environment.configure(tenant, "user.gateway.idle_stop", "1")
     else:
-        record = of.host.settings.state_dir / "tenants" / tenant / "tenant.json"
-        facts = json.loads(record.read_text())
-        record.write_text(json.dumps({**facts, "idle_stop": 1.0}))
+        rests_soon(of, tenant)
     while (await sse(events, 1, 40.0))[0]["data"]["data"].get("reason") != "idle":
         pass
     async with of.host.gateway.http(tenant) as http:
@@ -571,8 +577,7 @@ async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> N
     if both.runtime == "incus":
         environment.configure("race-3", "user.gateway.idle_stop", "1")
     else:
-        record = both.host.settings.state_dir / "tenants" / "race-3" / "tenant.json"
-        record.write_text(json.dumps({**json.loads(record.read_text()), "idle_stop": 1.0}))
+        rests_soon(both, "race-3")
     domains = [f"prize-{number}.test" for number in range(3)] + [f"race-{number}.test" for number in range(4)]
     visitors = [
         asyncio.create_task(race.visit(domain, 3.0 if domain == "race-3.test" else 0.05))

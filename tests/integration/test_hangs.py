@@ -65,9 +65,7 @@ async def visit(
 
 
 def processes() -> list[int]:
-    mount = process_tree.mount_point()
-    assert mount is not None
-    return process_tree.pids(mount / f"lxc.payload.{TENANT}" / memory.SITE)
+    return process_tree.pids(environment.group(TENANT) / memory.SITE)
 
 
 @contextlib.contextmanager

@@ -58,10 +58,7 @@ if (isMainThread) {
 
 def place() -> Place:
     """Return where the tenant's counters are."""
-    mount = process_tree.mount_point()
-    assert mount is not None
-    init = (mount / f"lxc.payload.{TENANT}" / "init.scope" / "cgroup.procs").read_text()
-    found = memory.place(int(init.split()[0]))
+    found = memory.place(int(environment.incus("list", TENANT, "-cp", "-fcsv").stdout))
     assert found is not None
     return found
 
@@ -104,9 +101,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         assert allowed() <= (MEMORY << 20) * SITE_SHARE // 100
         first = (await host.visit(DOMAIN))[1]
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
-            mount = process_tree.mount_point()
-            assert mount is not None
-            container = mount / f"lxc.payload.{TENANT}"
+            container = environment.group(TENANT)
             async with asyncio.timeout(30):
                 while reserve.lacks(container, reserve.first(container)):
                     await asyncio.sleep(0.1)  # until the next look

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.rootfs import memory, process_tree
+from gateway.rootfs import memory
 from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import MiB, Settings
 from tests.integration import environment
@@ -51,7 +51,7 @@ def kernels() -> dict[str, int]:
     """Return the limits in the kernel's own files, on hosts with one cgroup tree or with several."""
     root = Path("/sys/fs/cgroup")
     v1 = (root / "memory").is_dir()
-    group = f"lxc.payload.{TENANT}"
+    group = environment.group(TENANT).name
     limit = root / ("memory" if v1 else "") / group / ("memory.limit_in_bytes" if v1 else "memory.max")
     cpus = root / ("cpuset" if v1 else "") / group / "cpuset.cpus"
     first, _, last = cpus.read_text().strip().partition("-")
@@ -65,10 +65,7 @@ def kernels() -> dict[str, int]:
 
 def site() -> int | None:
     """Return the memory that the kernel lets the site have."""
-    mount = process_tree.mount_point()
-    assert mount is not None
-    init = int((mount / f"lxc.payload.{TENANT}" / "init.scope" / "cgroup.procs").read_text().split()[0])
-    place = memory.place(init)
+    place = memory.place(int(environment.incus("list", TENANT, "-cp", "-fcsv").stdout))
     found = None if place is None else memory.sample(place.below(memory.SITE))
     return None if found is None else found.limit
 

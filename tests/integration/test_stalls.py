@@ -412,9 +412,10 @@ async def test_groups_with_odd_names_do_not_end_the_watch(
                 "g=/sys/fs/cgroup/unified; [ -d $g ] || g=/sys/fs/cgroup; cd $g/gateway; "
                 "own=$(ls | head -n1); own=${own%%-*}; "
                 'mkdir "$own-x y" "$own-é" "$own-$(printf "\\033[2J")"; '
-                'for n in $(seq 200); do mkdir "$own-n$n"; done; ls | wc -l'
+                'for n in $(seq 250); do mkdir "$own-n$n"; done; ls | wc -l'
             )
             ended, said, _ = await wire.run(command=make, user="root")
+            # the gateway is ending what an earlier one left at the same time, up to 32 of them
             assert ended["exitCode"] == 0 and int(said) > 200, (own, said)
         await first.stop()
         await first.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Method:
     decisive: bool = False
 
 
-class Family:
+class Family(ABC):
     """Methods that belong together, and what they have opened on one connection."""
 
     def __init__(self, peer: Peer) -> None:
@@ -46,9 +47,9 @@ class Family:
         self._tenant = peer.tenant
 
     @property
+    @abstractmethod
     def methods(self) -> Mapping[str, Method]:
         """How each method is served, by its name on the wire."""
-        raise NotImplementedError
 
     def end_without(self, token: Token) -> list[str]:
         """End what `token` has no scope for; return the notifications that tell the client."""
@@ -59,5 +60,5 @@ class Family:
         assert self._peer.token is not None
         self._peer.tell_soon(self.end_without(self._peer.token))
 
-    def close(self, *, hold: bool) -> None:
+    def close(self, *, hold: bool) -> None:  # noqa: B027 - most families have nothing open
         """End what is open: the connection has ended. With `hold` the client may be back soon."""

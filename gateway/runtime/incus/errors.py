@@ -25,6 +25,11 @@ _CAUSES: Final = {
     "failed to create mount directory": ("no_pool", _POOL_AWAY),
     "requested profile": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
     "profile not found": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
+    # as after a start of incusd at which an interface of the bridge went away: it tries again each minute
+    "unavailable on this server": (
+        "no_network",
+        "the tenants' network is not up in Incus, which tries again each minute; see `incus network list`",
+    ),
     "image not provided": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image not found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image couldn't be found": ("no_image", "the base image is missing; run incus-gateway image build"),
