@@ -108,7 +108,9 @@ class _Background:
             try:
                 await services.idempotency.forget_tenant(event.ended)
             except StoreFailed as failed:
-                log.warning("the records of calls of %s are kept: %s", event.ended, failed.message)
+                log.warning(
+                    "the records of calls of %s could not be removed: %s", event.ended, failed.message
+                )
             await services.lifecycle.forget(event.ended)
         # not as soon as the old one is destroyed: its last clients may still ask how their commands ended
         if event.tenant is not None and event.type in _MADE:

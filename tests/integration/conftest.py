@@ -73,7 +73,7 @@ class Container:
     @property
     def pid(self) -> int:
         """The host's process id of the container's init."""
-        return int(json.loads(environment.incus("query", f"/1.0/instances/{self.name}/state").stdout)["pid"])
+        return environment.init_pid(self.name)
 
 
 MakeTenant = Callable[..., Awaitable[Container]]
@@ -99,8 +99,11 @@ class Incusd:
         # where an interface went away just then, incusd has no network, and tries again only after a minute
         network = f"/1.0/networks/{environment.settings().network}"
         async with asyncio.timeout(90):
-            while b'"Created"' not in (await asyncio.to_thread(environment.incus, "query", network)).stdout:
-                await asyncio.sleep(0.5)
+            while True:
+                shown = await asyncio.to_thread(environment.incus, "query", network)
+                if json.loads(shown.stdout)["status"] == "Created":
+                    break
+                await asyncio.sleep(0.5)  # incusd tells nobody when it is up
         # it may have mounted the pool anew, which is counted by the kernel's own rules then
         await asyncio.to_thread(quotas.enforce, environment.settings())
 

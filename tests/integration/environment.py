@@ -135,14 +135,18 @@ def configure(name: str, key: str, value: str) -> None:
     incus("query", "--wait", "--request", "PATCH", "--data", change, f"/1.0/instances/{name}")
 
 
-def group(name: str) -> Path:
-    """Return a running instance's group in the v2 tree.
+def init_pid(name: str) -> int:
+    """Return the host's process id of a running instance's first process."""
+    return int(json.loads(incus("query", f"/1.0/instances/{name}/state").stdout)["pid"])
+
+
+def cgroup(name: str) -> Path:
+    """Return a running instance's cgroup in the v2 tree.
 
     It is asked of its first process: where one of that name is left by an earlier run, LXC adds a number.
     """
-    state = json.loads(incus("query", f"/1.0/instances/{name}/state").stdout)
-    found = process_tree.of_init(state["pid"])
-    assert found is not None, f"{name} has no group in the v2 tree"
+    found = process_tree.of_init(init_pid(name))
+    assert found is not None, f"{name} has no cgroup in the v2 tree"
     return found
 
 

@@ -214,20 +214,20 @@ async def test_a_sleeping_tenants_new_domain_wakes_it(both: World) -> None:
 
 
 def rests_soon(of: World, tenant: str) -> None:
-    """Have a local tenant fall asleep after a second; its record is whole at each moment that it is read."""
+    """Have a tenant fall asleep after a second without visitors."""
+    if of.runtime == "incus":
+        environment.configure(tenant, "user.gateway.idle_stop", "1")
+        return
     record = of.host.settings.state_dir / "tenants" / tenant / "tenant.json"
     fresh = record.with_suffix(".test")
     fresh.write_text(json.dumps({**json.loads(record.read_text()), "idle_stop": 1.0}))
-    fresh.replace(record)
+    fresh.replace(record)  # at no moment may the gateway read half of it
 
 
 async def sleeping(of: World, tenant: str, events: aiohttp.ClientResponse) -> None:
     """Make a tenant, and return once it sleeps."""
     await of.site(tenant)
-    if of.runtime == "incus":
-        environment.configure(tenant, "user.gateway.idle_stop", "1")
-    else:
-        rests_soon(of, tenant)
+    rests_soon(of, tenant)
     while (await sse(events, 1, 40.0))[0]["data"]["data"].get("reason") != "idle":
         pass
     async with of.host.gateway.http(tenant) as http:
@@ -574,10 +574,7 @@ async def test_whatever_happens_at_once_a_domain_has_one_owner(both: World) -> N
     for name in race.names:
         race.begins(name, f"{name}.test", time.monotonic())
         await both.site(name)
-    if both.runtime == "incus":
-        environment.configure("race-3", "user.gateway.idle_stop", "1")
-    else:
-        rests_soon(both, "race-3")
+    rests_soon(both, "race-3")
     domains = [f"prize-{number}.test" for number in range(3)] + [f"race-{number}.test" for number in range(4)]
     visitors = [
         asyncio.create_task(race.visit(domain, 3.0 if domain == "race-3.test" else 0.05))

@@ -65,7 +65,7 @@ async def visit(
 
 
 def processes() -> list[int]:
-    return process_tree.pids(environment.group(TENANT) / memory.SITE)
+    return process_tree.pids(environment.cgroup(TENANT) / memory.SITE)
 
 
 @contextlib.contextmanager

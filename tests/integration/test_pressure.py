@@ -58,7 +58,7 @@ if (isMainThread) {
 
 def place() -> Place:
     """Return where the tenant's counters are."""
-    found = memory.place(int(environment.incus("list", TENANT, "-cp", "-fcsv").stdout))
+    found = memory.place(environment.init_pid(TENANT))
     assert found is not None
     return found
 
@@ -101,7 +101,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         assert allowed() <= (MEMORY << 20) * SITE_SHARE // 100
         first = (await host.visit(DOMAIN))[1]
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
-            container = environment.group(TENANT)
+            container = environment.cgroup(TENANT)
             async with asyncio.timeout(30):
                 while reserve.lacks(container, reserve.first(container)):
                     await asyncio.sleep(0.1)  # until the next look

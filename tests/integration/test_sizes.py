@@ -51,7 +51,7 @@ def kernels() -> dict[str, int]:
     """Return the limits in the kernel's own files, on hosts with one cgroup tree or with several."""
     root = Path("/sys/fs/cgroup")
     v1 = (root / "memory").is_dir()
-    group = environment.group(TENANT).name
+    group = environment.cgroup(TENANT).name
     limit = root / ("memory" if v1 else "") / group / ("memory.limit_in_bytes" if v1 else "memory.max")
     cpus = root / ("cpuset" if v1 else "") / group / "cpuset.cpus"
     first, _, last = cpus.read_text().strip().partition("-")
@@ -65,7 +65,7 @@ def kernels() -> dict[str, int]:
 
 def site() -> int | None:
     """Return the memory that the kernel lets the site have."""
-    place = memory.place(int(environment.incus("list", TENANT, "-cp", "-fcsv").stdout))
+    place = memory.place(environment.init_pid(TENANT))
     found = None if place is None else memory.sample(place.below(memory.SITE))
     return None if found is None else found.limit
 

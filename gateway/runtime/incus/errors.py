@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -13,23 +14,26 @@ from gateway.incus import IncusError
 DISK_FULL: Final = "the tenant's disk is full; give it a larger one, or make room on it"
 POOL_FULL: Final = "the storage pool is full; enlarge it, or make room in it"
 _POOL_AWAY: Final = "the storage pool cannot be used; see `incus storage list` and what its disk says"
+_NETWORK_AWAY: Final = (
+    "the tenants' network is down in Incus; if Incus has just started, ask again in a minute; otherwise see "
+    "`incus network list` and incusd's log"
+)
 _TAKEN: Final = "no port could be had for the site; set GATEWAY_EXPOSE_PORTS to ports that nobody else uses"
 
-# what incusd says, in lower case: which reason that is, and what to do
+# a pattern of what incusd says, in lower case: which reason that is, and what to do
 _CAUSES: Final = {
     "no space left": ("disk_full", POOL_FULL),
     "quota exceeded": ("disk_full", DISK_FULL),
     "storage pool not found": ("no_pool", "the storage pool is missing; run incus-gateway setup"),
     # its disk is away, or the folder or file that it is made of
-    "pool is unavailable": ("no_pool", _POOL_AWAY),
+    'storage pool (is|"[^"]*") unavailable': ("no_pool", _POOL_AWAY),
     "failed to create mount directory": ("no_pool", _POOL_AWAY),
     "requested profile": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
     "profile not found": ("no_pool", "the tenants' profile is missing; run incus-gateway setup"),
-    # as after a start of incusd at which an interface of the bridge went away: it tries again each minute
-    "unavailable on this server": (
-        "no_network",
-        "the tenants' network is not up in Incus, which tries again each minute; see `incus network list`",
-    ),
+    # incusd could not bring it up at its start, and tries again each minute
+    'network "[^"]*" unavailable': ("no_network", _NETWORK_AWAY),
+    # somebody removed the bridge while incusd runs
+    'parent device "[^"]*" doesn\'t exist': ("no_network", _NETWORK_AWAY),
     "image not provided": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image not found": ("no_image", "the base image is missing; run incus-gateway image build"),
     "image couldn't be found": ("no_image", "the base image is missing; run incus-gateway image build"),
@@ -65,8 +69,8 @@ def translated(name: str) -> Iterator[None]:
             raise Unavailable(
                 f"Incus cannot be reached; is incusd running? ({said})", reason="incus_down"
             ) from error
-        for words, (reason, advice) in _CAUSES.items():
-            if words in lowered:
+        for pattern, (reason, advice) in _CAUSES.items():
+            if re.search(pattern, lowered):
                 log.warning("Incus on tenant %s: %s", name, said)
                 raise _KINDS.get(reason, Unavailable)(advice, reason=reason) from error
         if "not running" in lowered or "is frozen" in lowered or "is stopped" in lowered:
