@@ -409,7 +409,8 @@ async def test_who_watches_hears_when_a_site_stops_answering_and_when_it_does_ag
         for number, kind in (("STOP", "tenant.unhealthy"), ("CONT", "tenant.healthy")):
             environment.incus("exec", tenant, "--", "systemctl", "kill", f"--signal={number}", "site.service")
             said = await hears(events, kind)
-            assert number == "CONT" or said["why"] == "no answer in 3 s"
+            # our look has no answer, or the other gateway's, which is a visitor here, is not read first
+            assert number == "CONT" or said["why"] in ("no answer in 3 s", "it has read no request for 3 s")
         begun = time.monotonic()
         async with session.post(f"/v1/tenants/{tenant}/restart") as answer:
             assert answer.status == 200
