@@ -28,10 +28,16 @@ _STATUS: Final[Mapping[str, Status]] = {
     "Stopped": "stopped",
     "Frozen": "frozen",
     "Freezing": "frozen",
+    "Thawed": "running",
     "Starting": "starting",
     "Stopping": "stopping",
     "Aborting": "stopping",
 }
+
+
+def status_of(instance: Instance) -> Status:
+    """Return the status of an instance, also of one that is just being paused or resumed."""
+    return _STATUS.get(instance["status"], "error")
 
 
 def tenant_of(instance: Instance) -> Tenant:
@@ -40,7 +46,7 @@ def tenant_of(instance: Instance) -> Tenant:
     port = config.get(PORT, "")
     return Tenant(
         name=instance["name"],
-        status=_STATUS.get(instance["status"], "error"),
+        status=status_of(instance),
         domain=plain(config.get(DOMAIN)) or config.get(DOMAIN) or None,
         address=address_of(instance),
         port=int(port) if port.isdigit() else None,

@@ -31,6 +31,7 @@ from gateway.runtime.incus.records import (
     PORT,
     domain_config,
     lacks_address,
+    status_of,
 )
 from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
@@ -143,7 +144,7 @@ class IncusSites:
                 Site(
                     tenant=instance["name"],
                     domain=plain(domain) or domain,
-                    running=instance["status"] in ("Running", "Frozen"),
+                    running=status_of(instance) in ("running", "frozen"),
                     exposure=old or (found if not same or same[0] == instance["name"] else None),
                     deployment=config.get(DEPLOYMENT) or None,
                     health=config.get(HEALTH) or "/",
