@@ -145,6 +145,8 @@ async def test_a_successor_that_came_while_the_gateway_was_away_is_told_apart(ga
         await runtime.destroy("demo")
         await runtime.create("demo")
     await gateway.start()
+    # it answers before it has looked: whose token is older than the end that it tells of gets a gap
+    await replayed(gateway, "*", first - 1, 1, type="tenant.destroyed")
     found = await replayed(gateway, "demo", first - 1, 3, type="exec.*,file.*,tenant.*")
     assert [(event["event"], event["data"]["data"]) for event in found] == [
         (f"tenant.{kind}", {"resync": True}) for kind in ("destroyed", "created", "started")
