@@ -9,6 +9,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -41,6 +42,7 @@ _TRIM_THRESHOLD: Final = (-1, 16 << 20)
 # seconds that a thread which computes keeps the interpreter while the loop has something to do; Python's own
 # 5 ms are more than all that a Read takes
 _SWITCH_INTERVAL: Final = 0.0005
+_DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` of deploy/incus-gateway.service
 
 
 class _Server(uvicorn.Server):
@@ -88,6 +90,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
     share()
+    raise_descriptors()
     close(settings)
     Caddy(settings).lay()
     listening = listen(settings.listen)
@@ -134,6 +137,17 @@ def share() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             mallopt(*setting)
+
+
+def raise_descriptors() -> None:
+    """Let this process have as many open files as it may ask for, up to what our unit gives it.
+
+    The usual 1024 are for programs that use select(2); each tenant takes some here, each command four.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(address: str) -> socket.socket:

@@ -20,7 +20,7 @@ from gateway.bounds import aside
 from gateway.errors import GatewayError
 from gateway.events import Bus
 from gateway.rootfs import memory, reserve
-from gateway.rootfs.memory import SITE, Place, Process, Sample
+from gateway.rootfs.memory import SITE, KernelFile, Place, Process, Sample
 from gateway.rootfs.paths import show
 from gateway.runtime import TenantEvent, scripts
 from gateway.runtime.incus import IncusRuntime
@@ -150,6 +150,8 @@ class Course:
 class _Watched:
     place: Place
     course: Course
+    stalls: KernelFile
+    processes: KernelFile  # of the site
     stalled: float | None = None  # of the tenant at the last look
     tenant: Sample | None = None
     site: Sample | None = None
@@ -177,7 +179,7 @@ class Counts:
 class Pressure:
     """The watch of all running tenants. Use as an async context manager.
 
-    A tenant at rest costs one small file each `pressure_interval`.
+    A tenant at rest costs two small reads each `pressure_interval`, and two descriptors.
     """
 
     def __init__(self, runtime: IncusRuntime, root: Root, bus: Bus, settings: Settings) -> None:
@@ -243,7 +245,10 @@ class Pressure:
             if place is None:
                 self._stale.set()  # it has just begun
             else:
-                self._watched[name] = _Watched(place, Course(self._settings.pressure_patience))
+                course = Course(self._settings.pressure_patience)
+                self._watched[name] = _Watched(
+                    place, course, memory.stalls(place), reserve.processes(place.unified)
+                )
 
     def _act(self, found: Mapping[str, _Found]) -> None:
         self.counts.pressed = sum(one.course.since is not None for one in self._watched.values())
@@ -329,12 +334,12 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
     for name, one in watched.items():
         alone: tuple[Step, ...] = ()
         # a site that was started anew has another first process
-        if not one.unreserved and (first := reserve.first(one.place.unified)) != one.first:
+        if not one.unreserved and (first := reserve.first(one.processes)) != one.first:
             if first and reserve.lacks(one.place.unified, first):
                 alone = ("reserve",)
             else:
                 one.first = first
-        before, one.stalled = one.stalled, memory.stalled(one.place)
+        before, one.stalled = one.stalled, memory.waited(one.stalls.read())
         quiet = before is not None and one.stalled is not None and one.stalled - before < _STILL
         if quiet and one.tenant is None and one.course.since is None:
             if alone:

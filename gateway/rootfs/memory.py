@@ -26,6 +26,7 @@ from gateway.rootfs.worker_cgroup import controller_mount
 SITE: Final = "system.slice/site.service"  # the site's unit, as systemd calls its group
 
 _TEXT: Final = 16 << 10  # bytes of a file of the kernel's
+_LINES: Final = 256  # bytes that hold the stall times, or some process ids
 _LOOKED_AT: Final = 2000  # processes of a container; it may have a few hundred
 _MEMORY: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?memory(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 _TOTAL: Final = re.compile(rb"^some .*\btotal=(\d{1,20})$", re.MULTILINE)
@@ -109,10 +110,54 @@ def text(path: str, limit: int = _TEXT) -> bytes:
     return found
 
 
+class KernelFile:
+    """A small file of the kernel's that is read at each look, by a descriptor that is kept open.
+
+    To open it costs several times what reading does. Where its group was made anew, as that of a unit which
+    was started again, it is opened again. The descriptor is closed with the object.
+    """
+
+    __slots__ = ("_descriptor", "_path")
+
+    def __init__(self, path: str) -> None:
+        self._path, self._descriptor = path, -1
+
+    def __del__(self) -> None:
+        self._close()
+
+    def read(self) -> bytes:
+        """Return its first line or two; nothing where its group is gone."""
+        if self._descriptor >= 0:
+            try:
+                return os.pread(self._descriptor, _LINES, 0)
+            except OSError:  # ENODEV: the group is not there any more
+                self._close()
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._descriptor, _LINES, 0)
+        except OSError:
+            return b""
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def stalls(of: Place) -> KernelFile:
+    """Return the file that says how long processes of a group waited for memory; see `waited`."""
+    return KernelFile(f"{of.unified}/memory.pressure")
+
+
+def waited(said: bytes) -> float | None:
+    """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
+    found = _TOTAL.search(said)
+    return None if found is None else int(found[1]) / 1e6
+
+
 def stalled(of: Place) -> float | None:
     """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
-    found = _TOTAL.search(text(f"{of.unified}/memory.pressure"))
-    return None if found is None else int(found[1]) / 1e6
+    return waited(text(f"{of.unified}/memory.pressure"))
 
 
 def sample(of: Place) -> Sample | None:

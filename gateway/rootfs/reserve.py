@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from gateway.rootfs import memory, process_tree
-from gateway.rootfs.memory import SITE
+from gateway.rootfs.memory import SITE, KernelFile
 from gateway.rootfs.worker_cgroup import controller_mount
 
 _NAME: Final = "site"
 _SHARES: Final = 512  # half of what one process of a command has: so a site still answers beside a command
-_NUMBER: Final = 32  # bytes that hold a number and its end
 _CPU: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?cpu(?:,[a-z_,]*)?:(/.*)$", re.MULTILINE)
 
 
@@ -31,11 +30,16 @@ def cpu_mount() -> str | None:
     return controller_mount("cpu")
 
 
-def first(container: Path) -> int:
+def processes(container: Path) -> KernelFile:
+    """Return the file that lists the processes of a container's site; see `first`."""
+    return KernelFile(f"{container}/{SITE}/cgroup.procs")
+
+
+def first(site: KernelFile) -> int:
     """Return a process of a container's site, 0 where it has none, or there is nothing to do."""
     if cpu_mount() is None:
         return 0
-    number = memory.text(f"{container}/{SITE}/cgroup.procs", _NUMBER).partition(b"\n")[0]
+    number = site.read().partition(b"\n")[0]
     return int(number) if number.isdigit() else 0
 
 
@@ -47,7 +51,7 @@ def lacks(container: Path, pid: int) -> bool:
 def reserve(container: Path) -> None:
     """Give a container's site a group of its own in v1's `cpu`. Takes root."""
     mount = cpu_mount()
-    if mount is None or not lacks(container, first(container)):
+    if mount is None or not lacks(container, first(processes(container))):
         return
     group = Path(mount, container.name, _NAME)
     group.mkdir(exist_ok=True)

@@ -103,7 +103,7 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
             container = environment.cgroup(TENANT)
             async with asyncio.timeout(30):
-                while reserve.lacks(container, reserve.first(container)):
+                while reserve.lacks(container, reserve.first(reserve.processes(container))):
                     await asyncio.sleep(0.1)  # until the next look
         async with reading(host.gateway, NEXT_DOOR, "index.html") as before:
             await asyncio.sleep(2)  # as many reads as tell a p99

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from gateway.rootfs import memory, process_tree
-from gateway.rootfs.memory import Place
+from gateway.rootfs.memory import KernelFile, Place
 
 # as read on Linux 6.18 with v1 controllers, of a tenant that thrashed
 PRESSURE = (
@@ -102,6 +103,37 @@ def test_a_group_that_is_gone_has_none(tmp_path: Path) -> None:
     assert memory.sample(Place(tmp_path / "gone", None)) is None
     assert memory.stalled(Place(tmp_path / "gone", tmp_path / "gone")) is None
     assert memory.biggest(Place(tmp_path / "gone", None)) is None
+
+
+def test_a_file_that_is_read_again_and_again_is_opened_once(tmp_path: Path) -> None:
+    """It says what is in it now, also of a group that was made anew, and its descriptor ends with it."""
+    file = tmp_path / "cgroup.procs"
+    held = KernelFile(str(file))
+    before = len(os.listdir("/proc/self/fd"))
+    assert held.read() == b""
+    file.write_bytes(b"12\n")
+    assert held.read() == b"12\n"
+    file.write_bytes(b"13\n14\n")
+    assert held.read() == b"13\n14\n"
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pread", gone := Gone(os.pread))
+        assert held.read() == b"13\n14\n" and gone.told
+    del held
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Gone:
+    """`os.pread` as of a descriptor whose group was removed meanwhile: it fails once."""
+
+    def __init__(self, pread: Callable[[int, int, int], bytes]) -> None:
+        self._pread, self.told = pread, False
+
+    def __call__(self, descriptor: int, length: int, offset: int) -> bytes:
+        if not self.told:
+            self.told = True
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return self._pread(descriptor, length, offset)
 
 
 @pytest.mark.parametrize(
