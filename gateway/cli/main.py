@@ -7,55 +7,54 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from gateway import __version__
-from gateway.cli import exec, host, operator, sites, tenants, watching
 from gateway.cli.confirming import Failed
+from gateway.cli.loading import STYLE, Command, Group, Table, group_of
 from gateway.errors import ExecFailed, GatewayError
 from gateway.terminal import err, out, set_in
 from gateway_client import Disconnected
 
+# by name, in the order in which `--help` lists them; each loads only itself
+COMMANDS: Final[Table] = {
+    "serve": Command("gateway.cli.host:serve", epilog="gateway.cli.host:settings_help"),
+    "broker": "gateway.cli.host:broker",
+    "setup": "gateway.cli.host:setup",
+    "doctor": "gateway.cli.host:doctor",
+    "capacity": "gateway.cli.host:capacity",
+    "image": Group("The tenants' base image.", {"build": "gateway.cli.host:image_build"}),
+    "token": "gateway.cli.operator:token",
+    "audit": "gateway.cli.operator:audit",
+    "create": "gateway.cli.tenants:create",
+    "deploy": "gateway.cli.sites:deploy",
+    "migrate": "gateway.cli.sites:migrate",
+    "list": "gateway.cli.tenants:list_tenants",
+    "start": "gateway.cli.tenants:start",
+    "stop": "gateway.cli.tenants:stop",
+    "restart": "gateway.cli.tenants:restart",
+    "destroy": "gateway.cli.tenants:destroy",
+    "snapshot": "gateway.cli.tenants:snapshot",
+    "restore": "gateway.cli.tenants:restore",
+    "clone": "gateway.cli.tenants:clone",
+    "rename": "gateway.cli.tenants:rename",
+    "resize": "gateway.cli.tenants:resize",
+    "logs": "gateway.cli.watching:logs",
+    "metrics": "gateway.cli.watching:metrics",
+    "events": "gateway.cli.watching:events",
+    "exec": Command("gateway.cli.exec:exec", settings={"allow_interspersed_args": False}),
+}
+
 app = typer.Typer(
     name="incus-gateway",
     help="One websocket in front of Incus tenant containers: commands, file tools, deploys, events.",
+    cls=group_of(COMMANDS),
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **STYLE,
 )
-image_app = typer.Typer(no_args_is_help=True, help="The tenants' base image.", rich_markup_mode=None)
-app.add_typer(image_app, name="image")
-
-# in the order in which `--help` lists them
-app.command(epilog=host.settings_help())(host.serve)
-app.command()(host.broker)
-app.command()(host.setup)
-app.command()(host.doctor)
-app.command()(host.capacity)
-image_app.command("build")(host.image_build)
-app.command()(operator.token)
-app.command()(operator.audit)
-app.command()(tenants.create)
-app.command()(sites.deploy)
-app.command()(sites.migrate)
-app.command("list")(tenants.list_tenants)
-app.command()(tenants.start)
-app.command()(tenants.stop)
-app.command()(tenants.restart)
-app.command()(tenants.destroy)
-app.command()(tenants.snapshot)
-app.command()(tenants.restore)
-app.command()(tenants.clone)
-app.command()(tenants.rename)
-app.command()(tenants.resize)
-app.command()(watching.logs)
-app.command()(watching.metrics)
-app.command()(watching.events)
-app.command(context_settings={"allow_interspersed_args": False})(exec.exec)
 
 
 def main() -> NoReturn:

@@ -262,13 +262,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def test_every_command_is_tried() -> None:
-    names = {
-        command.name or command.callback.__name__
-        for command in cli.app.registered_commands
-        if command.callback
-    }
-    names |= {group.name for group in cli.app.registered_groups if group.name}
-    assert names == COMMANDS.keys()
+    assert cli.COMMANDS.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["answers", "refuses"])

@@ -1,0 +1,105 @@
+"""Commands of which each loads only itself: a table of names, and click's groups and commands made of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function that is a command: its parameters are arguments and options, its docstring is the help."""
+
+    function: str
+    """`module:function`"""
+    epilog: str = ""
+    """`module:function` of one that returns what `--help` ends with"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of click's context."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands under one word."""
+
+    help: str
+    commands: Table
+
+
+Table = Mapping[str, str | Command | Group]
+"""Commands by name, in the order of the help; a string is the `function` of a `Command`."""
+
+STYLE: Final[dict[str, Any]] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+}
+
+
+def group_of(table: Table) -> type[TyperGroup]:
+    """Return the class of a group with the commands of a table, for `typer.Typer(cls=…)`."""
+
+    class OfTable(TyperGroup):
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__(**attributes)
+            self.commands.update({name: _entry(name, entry) for name, entry in table.items()})
+
+    return OfTable
+
+
+def _entry(name: str, entry: str | Command | Group) -> Any:
+    if isinstance(entry, Group):
+        about: dict[str, Any] = {"help": entry.help, "short_help": entry.help.removesuffix(".")}
+        return group_of(entry.commands)(name=name, **about, no_args_is_help=True, rich_markup_mode=None)
+    return _Unloaded(name, Command(entry) if isinstance(entry, str) else entry)
+
+
+class _Unloaded(TyperCommand):
+    """Stands for a command in lists and help; loads it when it is named."""
+
+    def __init__(self, name: str, command: Command) -> None:
+        super().__init__(name, rich_markup_mode=None)
+        self._command = command
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return self.loaded().make_context(info_name, args, parent, **extra)
+
+    def loaded(self) -> Any:
+        """Import the function and return click's command of it."""
+        command = self._command
+        alone = typer.Typer(**STYLE)
+        epilog = _named(command.epilog)() if command.epilog else None
+        alone.command(self.name, epilog=epilog, context_settings=dict(command.settings))(
+            _named(command.function)
+        )
+        return get_command(alone)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        self.short_help = self.short_help or summary(self._command.function)
+        return super().get_short_help_str(limit)
+
+
+def _named(function: str) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def summary(function: str) -> str:
+    """Return the first sentence of the docstring of a `module:function`, which is not imported."""
+    module, _, name = function.partition(":")
+    found = importlib.util.find_spec(module)
+    assert found is not None and found.origin is not None
+    for node in ast.parse(Path(found.origin).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            return first.partition(". ")[0].removesuffix(".")
+    raise LookupError(function)
