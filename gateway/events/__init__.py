@@ -6,7 +6,9 @@ From outside use `Bus`, `Filter`, `Event`, `StoredJournal` and `sse.response`. A
 
 from gateway.events.bus import Bus, Spans, Subscription
 from gateway.events.event import GAP, Draft, Event, Filter, Span
-from gateway.events.journal import Journal, MemoryJournal, StoredJournal, Stretch
+from gateway.events.journal import Journal, Stretch
+from gateway.events.memory_journal import MemoryJournal
+from gateway.events.stored_journal import StoredJournal
 
 __all__ = [
     "GAP",

@@ -31,9 +31,7 @@ from gateway.events import (
     MemoryJournal,
     StoredJournal,
     Subscription,
-)
-from gateway.events import (
-    journal as journal_module,
+    stored_journal,
 )
 from gateway.events.bus import BATCH
 from gateway.events.event import numbered
@@ -55,7 +53,7 @@ async def make(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Make]:
     """Return what makes an empty journal: of each kind, since the bus must not see a difference."""
-    monkeypatch.setattr(journal_module, "_RECENT", 32)  # so that most reads are of the disk
+    monkeypatch.setattr(stored_journal, "_RECENT", 32)  # so that most reads are of the disk
     async with AsyncExitStack() as stack:
 
         async def one(kept: int = 1000, kept_bytes: int = 1 << 26) -> Journal:

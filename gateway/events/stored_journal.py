@@ -1,0 +1,240 @@
+"""Keeps events in the gateway's store: writes them in groups, and lets go of the oldest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from gateway.events import journal_statements as statements
+from gateway.events.event import EVERYTHING, Draft, Event, Filter, numbered
+from gateway.events.journal import Stretch
+from gateway.events.memory_journal import Latest, clock
+from gateway.events.retention import ALL, NOBODYS, Entry, Losses, Shares, entry_of, losses_of
+from gateway.storage.store import Store, StoreFailed
+
+log = logging.getLogger(__name__)
+
+MiB = 1 << 20
+
+# what is kept in memory of a journal on disk, for whoever keeps up
+_RECENT, _RECENT_BYTES = 4096, 8 * MiB
+# events of one commit
+_GROUP: Final = 1024
+# seconds that events wait for others to share their commit, and the least between two commits: a commit every
+# 5 ms slows down the tool calls that the events report by a fifth (measured)
+_GATHER, _SPACING = 0.01, 0.05
+_RETRY: Final = 1.0
+# seconds between two searches for events that are too old
+_AGEING: Final = 600.0
+# how far ids jump after a power cut, which may undo the last commits and with them ids that clients saw:
+# far more than can be lost
+_JUMP: Final = 1_000_000
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class StoredJournal:
+    """A journal in the gateway's store, with its latest events also in memory. An async context manager.
+
+    It keeps the last `kept` events, at most `kept_bytes` of their JSON, shared by the tenants, and none older
+    than `age` seconds except the newest, whose id is where the next process goes on. While the store cannot
+    be written, up to `waiting` events of at most `kept_bytes` wait in memory, where nobody can read them.
+    Beyond that the tenant with most of them loses its oldest, and its subscribers get a gap. Meanwhile
+    `failed` holds the error; the journal tries again every second.
+    """
+
+    def __init__(self, store: Store, *, kept: int, kept_bytes: int, age: float, waiting: int) -> None:
+        self._store = store
+        self._age = age
+        self._last = self._newest = 0  # the last id given out, and the last one readable
+        self._shares, self._losses = Shares(kept, kept_bytes), Losses()
+        self._recent = Latest(1)
+        self._waiting: dict[int, Event] = {}  # oldest first
+        self._room = Shares(waiting, kept_bytes)
+        self._dropped: dict[str, int] = {}  # losses among those that waited, not stored yet
+        self._writing = False
+        self._appended = asyncio.Event()
+        self._grown: Callable[[], None] = lambda: None
+        self._writer: asyncio.Task[None] | None = None
+        self.failed: StoreFailed | None = None
+
+    async def __aenter__(self) -> StoredJournal:
+        """Go on where the last process ended. Raises `StoreFailed`."""
+        boot = _BOOT.read_text().strip()
+        whole = await self._store.write(
+            lambda connection: statements.begin_process(connection, boot, clock()), durable=True
+        )
+        rows, recent, losses = await self._store.read(
+            lambda connection: statements.read_kept(connection, _RECENT)
+        )
+        for id_, tenant, deployment, size, at in rows:
+            self._shares.add(tenant or NOBODYS, Entry(id_, size, at, deployment))
+        for key, upto, number in losses:
+            self._losses.put(key, upto, number)
+        self._last = self._newest = rows[-1][0] if rows else max(upto for _, upto, _ in losses)
+        if whole:
+            self._recent = Latest(recent[0].id if recent else self._newest + 1)
+            self._remember(recent)
+        else:
+            self._last += _JUMP
+            self._recent = Latest(self._last + 1)
+            self._dropped[ALL] = self._last
+        self._appended.set()  # removes at once what grew too old meanwhile
+        self._writer = asyncio.create_task(self._write(), name="journal")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Try once to write what waits; log how many events are lost if that fails."""
+        assert self._writer is not None
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+        try:
+            while self._waiting:
+                await self._flush()
+            await self._store.write(statements.end_process, durable=True)
+        except StoreFailed as failed:
+            log.error("%d events are lost: %s", len(self._waiting), failed.message)
+
+    @property
+    def oldest(self) -> int:
+        oldest = self._shares.oldest
+        return self._newest + 1 if oldest is None else oldest
+
+    @property
+    def newest(self) -> int:
+        return self._newest
+
+    @property
+    def last(self) -> int:
+        return self._last
+
+    @property
+    def losses(self) -> int:
+        return self._losses.number
+
+    @property
+    def settled(self) -> bool:
+        return self.failed is not None or not (self._waiting or self._writing)
+
+    def append(self, drafts: Sequence[Draft]) -> list[Event]:
+        events = [numbered(draft, self._last + n) for n, draft in enumerate(drafts, 1)]
+        if events:
+            self._last = events[-1].id
+            self._wait(events)
+            self._appended.set()
+        return events
+
+    async def read(self, after: int, limit: int, wanted: Filter = EVERYTHING) -> Stretch:
+        if after + 1 >= self._recent.first:
+            return self._recent.read(after, limit, wanted, self._losses.after(after, wanted))
+        newest = self.newest
+        return await self._store.read(
+            lambda connection: statements.read_stretch(connection, after, newest, limit, wanted)
+        )
+
+    def watch(self, grown: Callable[[], None]) -> None:
+        self._grown = grown
+
+    def _wait(self, events: Iterable[Event]) -> None:
+        """Queue events to be written, and drop what is more than their room."""
+        for event in events:
+            self._waiting[event.id] = event
+            self._room.add(event.tenant or NOBODYS, entry_of(event))
+        gone = self._room.excess(-1, 0.0)
+        for _, entry in gone:
+            del self._waiting[entry.id]
+        self._let_go(losses_of(gone))
+
+    def _let_go(self, lost: Mapping[str, int]) -> None:
+        for key, upto in lost.items():
+            self._dropped[key] = max(upto, self._dropped.get(key, -1))
+
+    def _remember(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._recent.add(event)
+        self._recent.trim(_RECENT, _RECENT_BYTES)
+
+    async def _write(self) -> None:
+        flushed = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._age, _AGEING)):
+                    await self._appended.wait()
+            await asyncio.sleep(max(_GATHER, flushed + _SPACING - time.monotonic()))
+            flushed = time.monotonic()
+            try:
+                await self._flush()
+            except StoreFailed as failed:
+                if self.failed is None:
+                    log.error("events cannot be written: %s", failed.message)
+                self.failed = failed
+                self._grown()
+                await asyncio.sleep(_RETRY)
+                self._appended.set()  # tries again even if no further event comes
+            except Exception:  # else no event would be seen any more
+                log.exception("events cannot be written")
+                await asyncio.sleep(_RETRY)
+                self._appended.set()
+            else:
+                if self.failed is not None:
+                    log.warning("events can be written again")
+                self.failed = None
+
+    async def _flush(self) -> None:
+        """Write what waits now, and remove what is too much or too old. Raises `StoreFailed`.
+
+        Events that come meanwhile are left for the next time: under steady load there would be no end.
+        """
+        self._appended.clear()
+        full = True
+        while full:
+            events = list(islice(self._waiting.values(), _GROUP))
+            full = len(events) == _GROUP
+            await self._keep(events)
+
+    async def _keep(self, events: Sequence[Event]) -> None:
+        """Write events, and remove what is then too much, in one transaction."""
+        coming = [(event.tenant or NOBODYS, entry_of(event)) for event in events]
+        for tenant, entry in coming:
+            self._shares.add(tenant, entry)
+        newest = events[-1].id if events else self._newest
+        gone = self._shares.excess(newest, time.time() - self._age)
+        dropped, self._dropped = self._dropped, {}
+        lost = dropped | {key: max(upto, dropped.get(key, -1)) for key, upto in losses_of(gone).items()}
+        change = statements.Change(events, [entry.id for _, entry in gone], lost)
+        if not (events or change.lost):
+            return
+        change.number = self._losses.number + 1
+        change.folded = self._losses.folded()
+        for tenant, entry in coming:
+            self._room.take(tenant)
+            del self._waiting[entry.id]
+        self._writing = True
+        try:
+            await self._store.write(change.write)
+        except BaseException:
+            self._shares.restore(gone)
+            for tenant, _ in reversed(coming):
+                self._shares.retract(tenant)
+            self._room.restore(coming)
+            self._waiting = {**{event.id: event for event in events}, **self._waiting}
+            self._let_go(dropped)
+            self._wait(())
+            raise
+        finally:
+            self._writing = False
+        for key, upto, number in change.losses():
+            self._losses.put(key, upto, number)
+        self._losses.forget(change.folded[0])
+        self._newest = newest
+        self._remember(events)
+        self._recent.remove(change.removed)
+        self._grown()
