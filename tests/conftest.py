@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from gateway.storage import ledger, store
+from gateway.storage import database, ledger
 
 # how long an example takes, and how long it is to be made, is the machine's affair
 hypothesis.settings.register_profile(
@@ -27,5 +27,5 @@ def no_notes_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Remove from memory what the gateways left there that tests killed."""
     yield
     for depth in range(1, 5):
-        for records in tmp_path_factory.getbasetemp().glob("*/" * depth + store.FILE):
+        for records in tmp_path_factory.getbasetemp().glob("*/" * depth + database.FILE):
             ledger.place(records.parent).unlink(missing_ok=True)

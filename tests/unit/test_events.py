@@ -35,7 +35,8 @@ from gateway.events import (
 )
 from gateway.events.bus import BATCH
 from gateway.events.event import numbered
-from gateway.storage.store import FILE, Store
+from gateway.storage.database import FILE
+from gateway.storage.store import Store
 from tests.unit.test_store import Held
 
 ALL = Filter()

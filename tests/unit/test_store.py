@@ -17,17 +17,18 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.storage import ledger
-from gateway.storage import store as store_module
+from gateway.storage import ledger, schema
+from gateway.storage.database import FILE
 from gateway.storage.ledger import NOTE_MAX
-from gateway.storage.store import FILE, MIGRATIONS, Store, StoreFailed
+from gateway.storage.schema import MIGRATIONS
+from gateway.storage.store import Statement, Store, StoreFailed, Work
 
 
 def make(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE TABLE t (n INTEGER PRIMARY KEY, body BLOB)")
 
 
-def add(number: int, body: bytes = b"") -> store_module.Work[int]:
+def add(number: int, body: bytes = b"") -> Work[int]:
     def work(connection: sqlite3.Connection) -> int:
         connection.execute("INSERT INTO t VALUES (?, ?)", (number, body))
         return number
@@ -208,11 +209,11 @@ async def test_an_upgrade_keeps_what_is_there_and_a_failing_one_changes_nothing(
         await store.write(make)
         await store.write(add(7))
     good = "ALTER TABLE t ADD COLUMN more TEXT DEFAULT 'x'"
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*MIGRATIONS, f"{good}; INSERT INTO nowhere VALUES (1)"))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, f"{good}; INSERT INTO nowhere VALUES (1)"))
     with pytest.raises(sqlite3.OperationalError):
         async with Store(tmp_path):
             pass
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*MIGRATIONS, good))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, good))
     async with Store(tmp_path) as store:
         rows = await store.read(lambda connection: connection.execute("SELECT n, more FROM t").fetchall())
         assert rows == [(7, "x")]
@@ -248,7 +249,7 @@ async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
         await store.write(add(2))
 
 
-def insert(number: int, body: bytes = b"") -> store_module.Statement:
+def insert(number: int, body: bytes = b"") -> Statement:
     return "INSERT INTO t VALUES (?, ?)", (number, body)
 
 

@@ -1,0 +1,116 @@
+"""Opens the SQLite file of a state dir: locks, checks and upgrades it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from gateway.storage import schema
+from gateway.storage.errors import ADVICE, StoreFailed, translated
+from gateway.storage.ledger import Ledger
+from gateway.storage.write_behind import replay
+
+FILE: Final = "gateway.db"
+
+
+class Database:
+    """The records' file in `folder`, and the ledger of the notes that it does not have yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock: int | None = None
+        self._ledger: Ledger | None = None
+
+    def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, Ledger]:
+        """Lock and open the file; return the connections to write and to read with, and the ledger.
+
+        Writes the notes that an earlier process left. Blocks on the disk. Raises `StoreFailed`; call `close`
+        in any case.
+        """
+        path = self._folder / FILE
+        with translated():
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._lock = _locked(self._folder / f"{FILE}.lock")
+                _make(path)
+            except OSError as error:
+                raise StoreFailed(
+                    f"the state dir cannot be used: {error.strerror}; GATEWAY_STATE_DIR names another",
+                    reason="io",
+                ) from error
+            with contextlib.ExitStack() as undo:
+                writing = undo.enter_context(contextlib.closing(_connect(path)))
+                # the file stays in this mode
+                writing.execute("PRAGMA journal_mode=WAL")
+                writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
+                if writing.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    raise StoreFailed(ADVICE["corrupt"], reason="corrupt")
+                ledger = undo.enter_context(contextlib.closing(Ledger.opened(self._folder)))
+                if schema.version_of(writing):
+                    replay(writing, ledger)  # notes of an earlier process are in its schema
+                for _ in (0, 1):  # both halves: what stands there belongs to no new file
+                    ledger.turn()
+                    ledger.clear()
+                schema.migrate(writing)
+                reading = undo.enter_context(contextlib.closing(_connect(path)))
+                reading.execute("PRAGMA query_only=1")
+                undo.pop_all()
+        self._ledger = ledger
+        return writing, reading, ledger
+
+    def close(self) -> None:
+        """Let another process have the file. The connections are closed by who uses them."""
+        if self._ledger is not None:
+            self._ledger.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(path: Path) -> int:
+    """Return the descriptor that locks the state dir for this gateway. Raises `StoreFailed`, `OSError`.
+
+    The lock has a file of its own: closing any descriptor of the database would drop its POSIX locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _hand_over(descriptor, path.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreFailed(
+            "another gateway uses this state dir; stop it, or give this one its own by GATEWAY_STATE_DIR",
+            reason="in_use",
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _make(path: Path) -> None:
+    """Create the file if it is not there; let only its owner read it. SQLite's other files take its mode."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        _hand_over(descriptor, path.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _hand_over(descriptor: int, folder: Path) -> None:
+    """Give a file that root creates to the owner of the state dir, who must be able to use it later."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # autocommit: transactions are ours. Opened by one thread and used by another, never by two at once.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    connection.execute("PRAGMA foreign_keys=ON")
+    return connection

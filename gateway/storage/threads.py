@@ -1,0 +1,142 @@
+"""Runs works on the records in threads that own one connection each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from gateway.errors import Unavailable
+from gateway.storage.errors import failure
+
+T = TypeVar("T")
+# what a thread runs: it must not keep its connection, nor end the transaction that it runs in
+Work = Callable[[sqlite3.Connection], T]
+
+# works that share one transaction: bounds how long the first of them waits for its commit
+_GROUP: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A work for a thread; `room` is released when it is done."""
+
+    work: Work[Any]
+    answer: asyncio.Future[Any]
+    durable: bool = False
+    room: asyncio.Semaphore | None = None
+
+
+class DatabaseThread:
+    """A thread that owns one connection. `run` executes a group of works on it and returns their results."""
+
+    def __init__(
+        self,
+        name: str,
+        room: asyncio.Semaphore,
+        run: Callable[[sqlite3.Connection, list[Asked]], list[Any]],
+    ) -> None:
+        self._name = name
+        self._room = room
+        self._run = run
+        self._asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()  # bounded by `_room`
+        self._thread: threading.Thread | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop, connection: sqlite3.Connection) -> None:
+        self._thread = threading.Thread(target=self._serve, args=(loop, connection), name=self._name)
+        self._thread.start()
+
+    async def ask(self, work: Work[T], durable: bool) -> T:
+        await self._room.acquire()  # released when the work is done, even if the caller is gone
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.put(Asked(work, answer, durable, self._room))
+        return await answer
+
+    def put(self, asked: Asked) -> None:
+        if self._thread is not None:
+            self._asked.put(asked)
+        else:
+            self._deliver([asked], [Unavailable("the gateway's records are closed")])
+
+    async def end(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._asked.put(None)
+            await asyncio.to_thread(thread.join)
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, connection: sqlite3.Connection) -> None:
+        with contextlib.closing(connection):
+            while (first := self._asked.get()) is not None:
+                group, last = [first], False
+                while len(group) < _GROUP and not last:
+                    try:
+                        asked = self._asked.get_nowait()
+                    except queue.Empty:
+                        break
+                    if asked is None:
+                        last = True
+                    else:
+                        group.append(asked)
+                try:
+                    results = self._run(connection, group)
+                except Exception as error:
+                    results = [failure(error)] * len(group)
+                loop.call_soon_threadsafe(self._deliver, group, results)
+                if last:
+                    return
+
+    def _deliver(self, group: list[Asked], results: list[Any]) -> None:
+        for asked, result in zip(group, results, strict=True):
+            if asked.room is not None:
+                asked.room.release()
+            if asked.answer.done():  # its caller was cancelled
+                continue
+            if isinstance(result, BaseException):
+                asked.answer.set_exception(result)
+            else:
+                asked.answer.set_result(result)
+
+
+def write_group(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:
+    """Run the works in one transaction; return what each returned, or the exception it raised."""
+    results: list[Any] = []
+    # of the connection, not the transaction; cheap to set, but not within one
+    durable = any(asked.durable for asked in group)
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if len(group) == 1:  # the usual case: the transaction alone undoes it
+            results.append(group[0].work(connection))
+        else:
+            for asked in group:
+                connection.execute("SAVEPOINT work")
+                try:
+                    results.append(asked.work(connection))
+                except Exception as error:
+                    if not connection.in_transaction:  # a full disk rolls back everything
+                        raise
+                    connection.execute("ROLLBACK TO work")
+                    results.append(failure(error))
+                connection.execute("RELEASE work")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return results
+
+
+def read_each(connection: sqlite3.Connection, group: list[Asked]) -> list[Any]:
+    """Run the works one by one; return what each returned, or the exception it raised."""
+    results: list[Any] = []
+    for asked in group:
+        try:
+            results.append(asked.work(connection))
+        except Exception as error:
+            results.append(failure(error))
+    return results
