@@ -20,7 +20,7 @@ from gateway.errors import WIRE_CODES, Conflict, StaleRead
 from gateway.protocol import StreamId
 from gateway_client import Change, Client, Disconnected, Exit, Killed, Tenant, errors
 from gateway_client.connection import Address
-from gateway_client.execution import BUFFER
+from gateway_client.output import BUFFER
 from gateway_client.retry import Patience, Retry
 
 
@@ -487,7 +487,8 @@ async def test_input_that_may_be_lost_is_refused_and_output_goes_on() -> None:
             assert await anext(run.stdout) == b"on"
             with pytest.raises(Disconnected, match="is not known"):
                 await run.write(b"more")
-            run._exit.set_result(Exit(None, None, "cancelled", 0))  # the scripted gateway tells none
+            # the scripted gateway tells none
+            run._attachment.exit.set_result(Exit(None, None, "cancelled", 0))
 
 
 async def test_a_command_that_is_gone_is_told() -> None:

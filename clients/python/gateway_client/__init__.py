@@ -12,13 +12,15 @@ Everything that fails raises a class of `gateway_client.errors`. `gateway_client
 asyncio.
 """
 
+from gateway_client.attachment import Exit
 from gateway_client.client import Client, TenantInfo
 from gateway_client.credentials import Token
 from gateway_client.deployments import Deployment, DeploymentRecord, Phase
 from gateway_client.errors import Disconnected, GatewayError, TokenUnavailable
 from gateway_client.events import Event, EventStream
-from gateway_client.execution import Exec, Exit, Killed, Output
+from gateway_client.execution import Exec, Killed
 from gateway_client.files import Changed, Content, Entry, Files, Watch
+from gateway_client.output import Output
 from gateway_client.results import RunResult, ShellResult, ToolResult
 from gateway_client.retry import Change, Retry
 from gateway_client.tenant import Tenant

@@ -23,7 +23,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, Asyn
 from types import TracebackType
 from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar
 
-from gateway_client import client, deployments, events, execution, files, tenant
+from gateway_client import client, deployments, events, execution, files, output, tenant
 from gateway_client.credentials import Token
 from gateway_client.errors import Disconnected
 from gateway_client.retry import OnChange, Retry, State
@@ -156,10 +156,10 @@ def _opens(
     return call
 
 
-class Output(_Facade[execution.Output]):
+class Output(_Facade[output.Output]):
     """One output stream of a command; see `gateway_client.Output`."""
 
-    read = _waits(execution.Output.read)
+    read = _waits(output.Output.read)
 
     def __iter__(self) -> Iterator[bytes]:
         return _each(self._loop, self._inner)
@@ -192,6 +192,10 @@ class Exec(_Facade[execution.Exec]):
     @property
     def pid(self) -> int | None:
         return self._inner.pid
+
+    @property
+    def started_at(self) -> Any:
+        return self._inner.started_at
 
     @property
     def stdout(self) -> Output:

@@ -7,11 +7,13 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from gateway_client.attachment import Encoding
 from gateway_client.connections import Connections
 from gateway_client.events import EventStream, event_query
-from gateway_client.execution import BUFFER, Encoding, Exec
+from gateway_client.execution import Exec
 from gateway_client.files import Files
 from gateway_client.http_client import HttpClient
+from gateway_client.output import BUFFER
 from gateway_client.results import RunResult, ShellResult, ToolResult, failure
 from gateway_client.retry import State
 
