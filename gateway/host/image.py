@@ -32,6 +32,7 @@ from gateway.settings import Settings
 
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
+KEPT = 3  # built images in the cache
 
 # What a web site's developer expects to find, and no more: each megabyte counts against every tenant's quota.
 PACKAGES = (
@@ -189,7 +190,8 @@ def build(
 
     Takes about a minute, or seconds from the cache. Safe to interrupt: the artefact appears in the cache
     in one rename, and the alias moves only to a complete image. `rebuild` builds in any case. Images of
-    older definitions are removed; tenants that were made from them do not notice.
+    older definitions are removed from Incus, and all but the latest from the cache; tenants that were made
+    from them do not notice.
     """
     definition = define(settings)
     steps = Steps(report)
@@ -205,11 +207,19 @@ def build(
         steps.run(
             f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
         )
-        for old in cache.glob("*.squashfs"):
-            if old != artefact.rootfs:
-                old.unlink(missing_ok=True)
-                old.with_suffix(".tar").unlink(missing_ok=True)
+        keep(cache, artefact)
     return steps.changes
+
+
+def keep(cache: Path, used: Artefact) -> None:
+    """Keep what was `used` now and the artefacts used last before it, `KEPT` in all; remove the others.
+
+    Gateways of different versions on one host build different definitions, from one cache.
+    """
+    os.utime(used.rootfs)
+    for old in sorted(cache.glob("*.squashfs"), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        old.with_suffix(".tar").unlink(missing_ok=True)  # first: it says that the other is whole
+        old.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

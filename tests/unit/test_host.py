@@ -20,6 +20,7 @@ from gateway.host.image import (
     Definition,
     define,
     image_metadata,
+    keep,
 )
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
@@ -181,6 +182,18 @@ def test_fingerprint_is_that_of_incus(tmp_path: Path) -> None:
     artefact.metadata.write_bytes(b"meta")
     artefact.rootfs.write_bytes(b"root")
     assert artefact.fingerprint == hashlib.sha256(b"metaroot").hexdigest()
+
+
+def test_built_images_of_other_definitions_stay_for_who_uses_them(tmp_path: Path) -> None:
+    """Of two gateways that build in turn each finds its own again; what was long unused goes, whole."""
+    made = [Artefact(tmp_path / f"{name}.tar", tmp_path / f"{name}.squashfs") for name in "abcde"]
+    for age, artefact in enumerate(reversed(made)):
+        for file in (artefact.metadata, artefact.rootfs):
+            file.touch()
+            os.utime(file, (1000 - age, 1000 - age))
+    keep(tmp_path, made[0])  # the oldest, used once more
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"{name}.{kind}" for name in "ade" for kind in ("squashfs", "tar")]
 
 
 def test_metadata_names_its_definition() -> None:
