@@ -1,186 +1,39 @@
 """Build the base image of tenants and import it: Debian, systemd, the user `site`, Bun.
 
-An image is the outcome of its definition: what this module, `overlay/` and `finish_image.sh` say, the
-settings that go into it, and the CA certificates of the host. The digest of that names the artefact in the
-cache and is written into the image's properties, so that a second daemon imports without a build, and a
-changed definition is rebuilt.
+An image is the outcome of its definition (`definition`). The digest of that names the artefact in the cache
+(`artefacts`) and is written into the image's properties, so that a second daemon imports without a build, and
+a changed definition is rebuilt.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
-import platform
 import re
 import shlex
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, bun, run
+from gateway.host import Change, Report, Steps, bun, run
+from gateway.host.artefacts import Artefact, alone, keep, workplace
+from gateway.host.definition import (
+    FILES,
+    FINISH,
+    GENERATORS,
+    MASKED,
+    PACKAGES,
+    PROPERTY,
+    SUITE,
+    TEMPLATES,
+    Definition,
+    define,
+)
 from gateway.host.incus import Incus
-from gateway.host.setup import BRIDGE, CA_BUNDLE
+from gateway.host.setup import CA_BUNDLE
 from gateway.settings import Settings
-
-PROPERTY = "incus-gateway.definition"
-SUITE = "trixie"
-KEPT = 3  # built images in the cache
-
-# What a web site's developer expects to find, and no more: each megabyte counts against every tenant's quota.
-PACKAGES = (
-    "bash-completion",
-    "ca-certificates",
-    "curl",
-    "dbus",
-    "file",
-    "git",
-    "iproute2",
-    "iputils-ping",
-    "jq",
-    "less",
-    "nano",
-    "openssh-client",
-    "patch",
-    "procps",
-    "psmisc",
-    "rsync",
-    "systemd-sysv",
-    "udev",
-    "unzip",
-    "util-linux",
-    "xz-utils",
-    "zip",
-)
-
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
-
-_HERE = Path(__file__).parent
-_OVERLAY = _HERE / "overlay"
-
-FILES = {
-    str(path.relative_to(_OVERLAY)): path.read_text()
-    for path in sorted(_OVERLAY.rglob("*"))
-    if path.is_file()
-}
-"""What is laid over Debian, by path: units, and what they read."""
-
-# What Incus fills in before an instance of the image starts for the first time, so that an image serves every
-# bridge. Never later: the tenant's root could lead what the daemon writes then to elsewhere.
-_BRIDGE = f"{{{{ config_get('{BRIDGE}', '') }}}}"
-TEMPLATES = {
-    "/etc/resolv.conf": f"nameserver {_BRIDGE}\n",
-    "/etc/default/bridge": f"BRIDGE={_BRIDGE}\n",
-}
-
-# Units of a real machine that a container has no use for; each would cost time, memory or log a failure.
-# Nobody logs in, so that logind has no sessions. The sockets of networkd and udev would start these again and
-# again where they are not needed; both do without.
-# Not udev itself: a container's /sys is writable, so networkd leaves eth0 alone until udev has seen it.
-MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "fstrim.timer",
-    "getty-static.service",
-    "modprobe@.service",
-    "systemd-modules-load.service",
-    "systemd-network-generator.service",
-    "systemd-remount-fs.service",
-    "systemd-udev-load-credentials.service",
-    "systemd-networkd-wait-online.service",
-    "sys-kernel-debug.mount",
-    "sys-kernel-tracing.mount",
-    "console-getty.service",
-    "getty@.service",
-    "systemd-logind.service",
-    "systemd-networkd-persistent-storage.service",
-    "systemd-networkd.socket",
-    "systemd-udevd-control.socket",
-    "systemd-udevd-kernel.socket",
-    # each a process more until the site starts: devices and /run/lock are there, /run/nologin never is
-    "dev-mqueue.mount",
-    "run-lock.mount",
-    "systemd-hibernate-clear.service",
-    "systemd-journal-flush.service",
-    "systemd-tmpfiles-setup-dev-early.service",
-    "systemd-tmpfiles-setup-dev.service",
-    "systemd-tpm2-setup-early.service",
-    "systemd-user-sessions.service",
-)
-
-# Programs that make units of what a machine has. Those for /etc/fstab, /etc/rc.local and /etc/init.d stay.
-GENERATORS = tuple(
-    f"systemd-{name}-generator"
-    for name in ("debug", "getty", "gpt-auto", "hibernate-resume", "run", "ssh", "system-update", "tpm2")
-)
-
-FINISH = (_HERE / "finish_image.sh").read_text()
-
-
-@dataclass(frozen=True, slots=True)
-class Definition:
-    """Everything that decides what is in the image."""
-
-    architecture: str  # Debian's word
-    bun: str  # the variant of @oven/bun-linux-…
-    user: str
-    uid: int
-    workspace: str
-    certificates: bytes
-
-    @property
-    def digest(self) -> str:
-        """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        program = (bun.VERSION, bun.INTEGRITY[self.bun])
-        parts = (SUITE, PACKAGES, *program, FILES, MASKED, GENERATORS, TEMPLATES, FINISH)
-        text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
-        return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
-
-
-def define(settings: Settings, machine: str = "", flags: str | None = None) -> Definition:
-    """Return the definition of the image for this host, or for another `machine` with CPU `flags`."""
-    machine = machine or platform.machine()
-    if machine not in MACHINES:
-        raise HostError(f"no base image for {machine}: Bun exists for {' and '.join(MACHINES)}")
-    if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.workspace_user):
-        raise HostError(f"GATEWAY_WORKSPACE_USER {settings.workspace_user!r} is not a user name")
-    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", settings.workspace) or ".." in settings.workspace.split("/"):
-        raise HostError(f"GATEWAY_WORKSPACE {settings.workspace!r} must be an absolute path of plain names")
-    return Definition(
-        architecture=MACHINES[machine],
-        bun=bun.variant(machine, flags),
-        user=settings.workspace_user,
-        uid=settings.workspace_uid,
-        workspace=settings.workspace,
-        certificates=CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b"",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Artefact:
-    """A built image on disk: Incus's split format."""
-
-    metadata: Path
-    rootfs: Path
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the fingerprint that Incus gives it: the SHA-256 over both files, metadata first."""
-        digest = hashlib.sha256()
-        for part in (self.metadata, self.rootfs):
-            with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
 
 
 def build(
@@ -199,66 +52,16 @@ def build(
     if not rebuild and _imported(incus, settings.image) == definition.digest:
         steps.run(f"image {settings.image}", lambda: None, unchanged=f"definition {definition.digest}")
         return steps.changes
-    with _alone(cache, report) as lock:
+    with alone(cache, report) as lock:
         artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
         if rebuild or not (artefact.metadata.exists() and artefact.rootfs.exists()):
-            with _workplace(cache) as place:
+            with workplace(cache) as place:
                 _build(definition, cache, place, steps, artefact, lock)
         steps.run(
             f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
         )
         keep(cache, artefact)
     return steps.changes
-
-
-def keep(cache: Path, used: Artefact) -> None:
-    """Keep what was `used` now and the artefacts used last before it, `KEPT` in all; remove the others.
-
-    Gateways of different versions on one host build different definitions, from one cache.
-    """
-    os.utime(used.rootfs)
-    for old in sorted(cache.glob("*.squashfs"), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
-        old.with_suffix(".tar").unlink(missing_ok=True)  # first: it says that the other is whole
-        old.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _alone(cache: Path, report: Report) -> Iterator[int]:
-    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact.
-
-    Yields the lock's descriptor for the programs of the build, which may outlive a killed builder.
-    """
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another build of the image to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
-@contextlib.contextmanager
-def _workplace(cache: Path) -> Iterator[Path]:
-    """Give an empty folder, removed afterwards; those of killed builds go first, with what they mounted."""
-    for left in cache.glob("build-*"):
-        _clear(left)
-    place = Path(tempfile.mkdtemp(prefix="build-", dir=cache))
-    # mmdebstrap drops its privileges to fetch, so the folder must be passable.
-    place.chmod(0o755)
-    try:
-        yield place
-    finally:
-        _clear(place)
-
-
-def _clear(place: Path) -> None:
-    # A killed mmdebstrap leaves proc and sys mounted in its tree: deleting through them would be a disaster.
-    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-        mount = Path(line.split()[1])
-        if mount != place and mount.is_relative_to(place):
-            run(["umount", "--lazy", mount], fix=f"unmount {mount} and run again")
-    shutil.rmtree(place)
 
 
 def _build(

@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 
 from gateway.host import Change, HostError, Steps, bun, doctor, run
+from gateway.host.artefacts import Artefact, keep
 from gateway.host.caddy_service import hand_over
 from gateway.host.daemon import Daemon, _only_options
-from gateway.host.image import (
-    PROPERTY,
-    Artefact,
-    Definition,
-    define,
-    image_metadata,
-    keep,
-)
+from gateway.host.definition import PROPERTY, Definition, define
+from gateway.host.image import image_metadata
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
