@@ -1,10 +1,10 @@
 import { readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { brotliCompressSync, constants, gzipSync } from "node:zlib";
-import type { Plugin } from "vite";
-import { defineConfig } from "vitest/config";
+import { defineConfig, type Plugin } from "vite";
 
 const OUT = new URL("../../gateway/static", import.meta.url).pathname;
+const CLIENT = new URL("../typescript/src", import.meta.url).pathname;
 
 /** Puts a .br and a .gz beside every text that gains by it: the gateway sends what the browser takes. */
 function compressed(): Plugin {
@@ -30,6 +30,7 @@ function compressed(): Plugin {
 
 export default defineConfig({
   plugins: [compressed()],
+  resolve: { alias: { "@incus-gateway/client": `${CLIENT}/index.ts` } },
   oxc: { jsx: { runtime: "automatic", importSource: "preact" } },
   build: {
     outDir: OUT,
@@ -46,6 +47,8 @@ export default defineConfig({
       },
     },
   },
-  server: { proxy: { "/v1": { target: process.env.GATEWAY_URL ?? "http://127.0.0.1:8080", ws: true } } },
-  test: { include: ["tests/**/*.test.ts"], testTimeout: 60_000, hookTimeout: 60_000 },
+  server: {
+    proxy: { "/v1": { target: process.env.GATEWAY_URL ?? "http://127.0.0.1:8080", ws: true } },
+    fs: { allow: [".", CLIENT] },
+  },
 });

@@ -68,7 +68,8 @@ def test_no_error_advises_a_loss_first() -> None:
     ]
     found += [
         f"{path.relative_to(ROOT)}:{line} {text.strip()}"
-        for path in sorted((ROOT / "clients/web/src").rglob("*.ts"))
+        for folder in ("clients/typescript/src", "clients/web/src")
+        for path in sorted((ROOT / folder).rglob("*.ts"))
         for line, text in enumerate(path.read_text().splitlines(), 1)
         for said in re.findall(r"\"([^\"]+)\"|'([^']+)'|`([^`]+)`", text)
         if wrong("".join(said))

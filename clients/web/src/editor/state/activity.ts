@@ -1,7 +1,7 @@
 /** The tenant's activity as events report it: tool calls, commands, files, lifecycle. */
 
+import type { GatewayEvent } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import type { GatewayEvent } from "../../client/index.js";
 import type { IconName } from "../ui/icons.js";
 import { basename, relative } from "./paths.js";
 import { OWN } from "./search.js";

@@ -1,13 +1,13 @@
 /** Deployments as their events report them: phases, times, log, outcome. */
 
-import { signal } from "@preact/signals";
 import {
   type Deployment,
   type DeploymentRequest,
   GatewayError,
   type GatewayEvent,
   type TemplateInfo,
-} from "../../client/index.js";
+} from "@incus-gateway/client";
+import { signal } from "@preact/signals";
 import { gateway, look, session, signedIn } from "./session.js";
 import { complain } from "./toasts.js";
 

@@ -1,8 +1,8 @@
 /** The open files: their text, unsaved changes, and changes by others. */
 
 import type { EditorState, TransactionSpec } from "@codemirror/state";
+import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import { Disconnected, type FileChanges, GatewayError, type Tenant } from "../../client/index.js";
 import { basename, parent, within } from "./paths.js";
 import { complain, say } from "./toasts.js";
 

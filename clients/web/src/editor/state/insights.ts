@@ -1,7 +1,7 @@
 /** A tenant's metrics, sampled while they are visible, and its site's log. */
 
+import { GatewayError, type Tenant, type Usage } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import { GatewayError, type Tenant, type Usage } from "../../client/index.js";
 import { look, signedIn } from "./session.js";
 
 export interface Sample {

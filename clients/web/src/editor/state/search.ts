@@ -1,8 +1,8 @@
 /** Searches text by Grep and files by Glob. */
 
+import type { Entry, Tenant, ToolResult } from "@incus-gateway/client";
+import { unique } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import type { Entry, Tenant, ToolResult } from "../../client/index.js";
-import { unique } from "../../client/unique.js";
 import { basename } from "./paths.js";
 
 export interface Match {

@@ -1,7 +1,7 @@
 /** Keeps who is signed in, and until when. The token itself is never kept: it becomes a cookie no script can read. */
 
+import { Gateway, GatewayError, type Session } from "@incus-gateway/client";
 import { computed, effect, signal } from "@preact/signals";
-import { Gateway, GatewayError, type Session } from "../../client/index.js";
 import { heed, now } from "./clock.js";
 import * as slots from "./slots.js";
 

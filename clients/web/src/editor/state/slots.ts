@@ -3,8 +3,8 @@
  * is no secret, and a cookie of its own that no script can read.
  */
 
-import type { Session } from "../../client/index.js";
-import { unique } from "../../client/unique.js";
+import type { Session } from "@incus-gateway/client";
+import { unique } from "@incus-gateway/client";
 import { now } from "./clock.js";
 
 export interface Kept extends Omit<Session, "id" | "slot"> {

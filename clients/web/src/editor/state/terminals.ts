@@ -1,6 +1,5 @@
 /** The terminals of this window: commands that outlive the page, and their screens. */
 
-import { signal } from "@preact/signals";
 import {
   Disconnected,
   type Exec,
@@ -8,8 +7,9 @@ import {
   type Exit,
   GatewayError,
   type Tenant,
-} from "../../client/index.js";
-import { unique } from "../../client/unique.js";
+  unique,
+} from "@incus-gateway/client";
+import { signal } from "@preact/signals";
 import type { Screen } from "../terminal/screen.js";
 import { complain } from "./toasts.js";
 

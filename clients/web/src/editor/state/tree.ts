@@ -1,7 +1,7 @@
 /** The file tree's state: which folders are read and open, kept current by the watcher. */
 
+import type { Entry, FileChanges, Tenant } from "@incus-gateway/client";
 import { computed, signal } from "@preact/signals";
-import type { Entry, FileChanges, Tenant } from "../../client/index.js";
 import { basename, join, parent, within } from "./paths.js";
 import { complain } from "./toasts.js";
 

@@ -1,13 +1,13 @@
 /** The open tenant: its connection and everything shown of it. */
 
-import { effect, signal, untracked } from "@preact/signals";
 import {
   GatewayError,
   type LinkStatus,
   type ServerInfo,
   type Tenant,
   type TenantInfo,
-} from "../../client/index.js";
+} from "@incus-gateway/client";
+import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
 import { Deploys } from "./deploys.js";
 import { Documents } from "./documents.js";

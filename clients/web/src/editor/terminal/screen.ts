@@ -3,7 +3,7 @@
 import { FitAddon } from "@xterm/addon-fit";
 import { Terminal as Xterm } from "@xterm/xterm";
 import "@xterm/xterm/css/xterm.css";
-import type { Size } from "../../client/index.js";
+import type { Size } from "@incus-gateway/client";
 import { nonce } from "../code/theme.js";
 
 export class Screen {

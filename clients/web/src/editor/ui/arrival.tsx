@@ -1,7 +1,7 @@
 /** Asks before a token in the address signs this tab in past another session. */
 
+import type { Session } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import type { Session } from "../../client/index.js";
 import { session } from "../state/session.js";
 import { Dialog, Names } from "./parts.js";
 

@@ -1,7 +1,7 @@
 /** Shows the state of the connection, in words. */
 
+import type { LinkStatus } from "@incus-gateway/client";
 import { useEffect, useState } from "preact/hooks";
-import type { LinkStatus } from "../../client/index.js";
 import { workspace } from "../state/workspace.js";
 import { Icon } from "./parts.js";
 

@@ -1,8 +1,8 @@
 /** Draws what a tenant uses and what its site logs. */
 
+import type { ExecInfo } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
 import { useEffect, useRef, useState } from "preact/hooks";
-import type { ExecInfo } from "../../client/index.js";
 import type { Sample } from "../state/insights.js";
 import { allows } from "../state/session.js";
 import { complain, say } from "../state/toasts.js";

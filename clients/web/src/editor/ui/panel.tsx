@@ -1,8 +1,8 @@
 /** The terminal panel: tabs and the visible terminal. */
 
+import type { ExecInfo } from "@incus-gateway/client";
 import { effect, signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import type { ExecInfo } from "../../client/index.js";
 import { keysOf } from "../state/commands.js";
 import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
 import { allows, session } from "../state/session.js";

@@ -23,3 +23,4 @@ export {
 export type { LinkState, LinkStatus } from "./link.js";
 export { Tenant, type TenantEvents, type TenantOptions, type ToolOptions, type Watch } from "./tenant.js";
 export type * from "./types.js";
+export { unique } from "./unique.js";

@@ -2,7 +2,7 @@
 
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
-import { ERROR_CODES, refusal } from "../src/client/errors.js";
+import { ERROR_CODES, refusal } from "../src/errors.js";
 import {
   cancelRequest,
   decodeServerText,
@@ -10,7 +10,7 @@ import {
   packFrame,
   request,
   unpackFrame,
-} from "../src/client/wire.js";
+} from "../src/wire.js";
 
 interface Examples {
   frames: { stream: number; channel: number; data: string; frame: string }[];

@@ -1,7 +1,7 @@
 /** The end of a token, as the client meets it at a live gateway. */
 
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { Gateway, type GatewayOptions, type LinkStatus, type Tenant } from "../src/client/index.js";
+import { Gateway, type GatewayOptions, type LinkStatus, type Tenant } from "../src/index.js";
 import { freePort, LiveGateway } from "./live.js";
 
 const live = new LiveGateway();

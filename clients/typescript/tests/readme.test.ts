@@ -18,7 +18,7 @@ async function run(page: string, words: Readonly<Record<string, string>>): Promi
   const text = await readFile(new URL(`../../../${page}`, import.meta.url), "utf8");
   let [, program] = /```ts\n(.*?)```/s.exec(text) ?? [];
   const all = {
-    "@incus-gateway/client": "../src/client/index.js",
+    "@incus-gateway/client": "../src/index.js",
     "http://127.0.0.1:8080": live.url,
     ...words,
   };

@@ -1,7 +1,7 @@
 /** The client against a live gateway of plain processes: everything is real but the isolation. */
 
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { type Exec, Gateway, type GatewayEvent, type LinkState, type Tenant } from "../src/client/index.js";
+import { type Exec, Gateway, type GatewayEvent, type LinkState, type Tenant } from "../src/index.js";
 import { LiveGateway, Wire } from "./live.js";
 
 const live = new LiveGateway();
