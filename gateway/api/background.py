@@ -12,10 +12,10 @@ from typing import Any, Final
 from gateway.api.http import end
 from gateway.api.services import Services
 from gateway.errors import GatewayError
-from gateway.host.setup import pin
 from gateway.rootfs.broker_client import BrokerClient
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
+from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
 from gateway.tasks import apart, lasting
 
@@ -135,9 +135,15 @@ class _Background:
             self._started.clear()
             try:
                 if at is None:
-                    await asyncio.to_thread(pin, settings)
+                    await asyncio.to_thread(_pin, settings)
                 else:  # by a connection of its own, for which no file call waits
                     async with contextlib.aclosing(BrokerClient(at=at)) as broker:
                         await broker.request({"do": "chore", "name": "pin"})
             except GatewayError as error:
                 log.warning("tenants' addresses could not be bound to their ports: %s", error.message)
+
+
+def _pin(settings: Settings) -> None:
+    from gateway.host.setup import pin  # with pylxd; a gateway beside a broker's service never needs it
+
+    pin(settings)

@@ -5,7 +5,7 @@ a call by dropping the response. One of the handshake protocols (2025-11-25 and 
 session id, which only names things: its tool session, and its calls, so that it can cancel one by a
 notification.
 
-Imported only where a gateway serves MCP: `mcp` is an extra.
+Imported only by `mcp_loading`: `mcp` is an extra, and large.
 """
 
 from __future__ import annotations

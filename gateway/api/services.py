@@ -6,11 +6,12 @@ import contextlib
 import importlib.util
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import HTTPConnection
 
 from gateway.api.connection import Hub, Peer
+from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.metrics import Metrics
 from gateway.audit import Audit
 from gateway.auth import tokens
@@ -42,9 +43,6 @@ from gateway.shells import Shells
 from gateway.storage.store import Store
 from gateway.tools.toolbox import Toolbox
 
-if TYPE_CHECKING:
-    from gateway.api.mcp import Mcp
-
 
 @dataclass(kw_only=True)
 class Services(Hub):
@@ -66,7 +64,7 @@ class Services(Hub):
     deployments: Deployments
     pressure: Pressure | None
     metrics: Metrics
-    mcp: Mcp | None
+    mcp: McpEndpoint | None
     draining: bool = False
 
 
@@ -145,9 +143,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         stack.callback(bus.close)
         mcp = None
         if importlib.util.find_spec("mcp") is not None:
-            from gateway.api.mcp import Mcp  # an extra, and a second of start-up
-
-            mcp = await enter(Mcp(toolbox, settings))
+            mcp = await enter(McpEndpoint(toolbox, settings))
 
         def verify(raw: str | None) -> tokens.Token:
             return tokens.verify(secret, raw, revocations.__contains__)

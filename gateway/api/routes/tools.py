@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,14 +20,12 @@ from gateway.api.access import (
     using_tenant,
 )
 from gateway.api.http import SHARE, USES, InParts, hold, problem, unless_gone
+from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.oneshot import ExecBody, run
 from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.errors import InvalidParams, NotFound
 from gateway.limits.budget import SMALL
-
-if TYPE_CHECKING:
-    from gateway.api.mcp import Mcp
 
 
 async def call(request: Request) -> Response:
@@ -67,7 +65,7 @@ async def mcp(request: Request) -> Response:
 class _McpAnswer(Response):
     """What the MCP endpoint answers, written by it."""
 
-    def __init__(self, endpoint: Mcp, tenant: str, token: Token, body: bytes) -> None:
+    def __init__(self, endpoint: McpEndpoint, tenant: str, token: Token, body: bytes) -> None:
         self._answer = partial(endpoint.serve, tenant, token, body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,73 @@
+"""Loads the MCP endpoint with its first request: the package `mcp` takes a third of a gateway's start."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from importlib import import_module
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.auth.tokens import Token
+from gateway.bounds import aside
+from gateway.errors import Unavailable
+from gateway.settings import Settings
+from gateway.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from gateway.api.mcp import Mcp
+
+_LOADING: Final = 60.0  # seconds
+
+
+class McpEndpoint:
+    """The endpoint of all tenants, see `gateway.api.mcp`. Use as an async context manager."""
+
+    def __init__(self, toolbox: Toolbox, settings: Settings) -> None:
+        self._toolbox, self._settings = toolbox, settings
+        self._ends = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._endpoint: asyncio.Future[Mcp]
+
+    async def __aenter__(self) -> McpEndpoint:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ends.set()
+        if self._task is not None:
+            await self._task
+
+    async def serve(
+        self, tenant: str, token: Token, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer one request of a verified caller whose body was read already.
+
+        Raises `InvalidParams`, and `Unavailable` where the package cannot be loaded.
+        """
+        if self._task is None or self._task.done():
+            self._endpoint = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._run(self._endpoint), name="mcp")
+        endpoint = await asyncio.shield(self._endpoint)
+        await endpoint.serve(tenant, token, body, scope, receive, send)
+
+    async def _run(self, endpoint: asyncio.Future[Mcp]) -> None:
+        """Hold the endpoint open; the task that opened it has to close it."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                module = await aside("mcp", _LOADING, import_module, "gateway.api.mcp")
+                # what has come stays, as at the gateway's start: no collection has to look through it
+                gc.freeze()
+                endpoint.set_result(
+                    await stack.enter_async_context(module.Mcp(self._toolbox, self._settings))
+                )
+            except (ImportError, TimeoutError) as error:
+                why = "in time" if isinstance(error, TimeoutError) else f"here: {error}"
+                endpoint.set_exception(Unavailable(f"the package mcp cannot be loaded {why}"))
+                endpoint.exception()  # seen, also where nobody waits any more
+                return
+            await self._ends.wait()
