@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.errors import GatewayError
-from gateway.files import handlers, opening, sweeping, watching
+from gateway.files import handlers, opening, sweeping, watch_loop
 from gateway.rootfs import walk
 from gateway.rootfs.operation import SCAN, Limits, Loop, Operation, Workspace
 from gateway.rootfs.refusals import refusal
@@ -107,6 +107,6 @@ OPERATIONS: dict[str, Operation] = {
     SCAN: scan,
 }
 
-LOOPS: dict[str, Loop] = {**watching.LOOPS}
+LOOPS: dict[str, Loop] = {**watch_loop.LOOPS}
 
 __all__ = ["LOOPS", "OPERATIONS", "idle"]

@@ -16,8 +16,8 @@ import orjson
 import pytest
 
 from gateway.errors import NotFound, RateLimited, Unavailable
+from gateway.files.watcher import Watcher
 from gateway.files.watches import Watch
-from gateway.files.watching import Watcher
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Limits, Workspace
 from gateway.rootfs.root import Root
