@@ -1,7 +1,7 @@
 """The editor's operations on single files and folders, run inside a worker.
 
-Each takes the parameters of the method of the same name and returns its result as JSON. Paths in results
-are relative to the workspace, which itself is ".". A last link is never followed by what changes something.
+Each takes the parameters of the method of the same name and returns its result as JSON. Paths in results are
+relative to the workspace, which is "." itself. What changes a file never follows a link at the path's end.
 """
 
 from __future__ import annotations
@@ -13,120 +13,25 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import orjson
 
-from gateway.errors import (
-    Conflict,
-    InvalidParams,
-    IsADirectory,
-    NotAFile,
-    NotFound,
-    Timeout,
-    TooLarge,
-)
+from gateway.errors import Conflict, InvalidParams, NotFound, Timeout, TooLarge
 from gateway.files import removing
+from gateway.files.conditions import check, present, stale
+from gateway.files.entries import entry, locate
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Workspace
-from gateway.rootfs.paths import show, unfinished
+from gateway.rootfs.paths import unfinished
 from gateway.rootfs.refusals import refusal
 from gateway.rootfs.root import Made, Root, etag
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as for the tools
-_ATTEMPTS = 5  # to put a file in place whose folder the tenant keeps changing
-
-
-def locate(workspace: Workspace, path: str) -> str:
-    """Return the relative path that a client's `path` names."""
-    return workspace.root.locate(path, workspace.root.workspace)
-
-
-def entry(tree: Root, path: str, status: os.stat_result) -> dict[str, Any]:
-    """Return what is told of a file: `mode` the permission bits, `mtime` in seconds since the epoch.
-
-    A link has a `target`: what it points to, or None where that is outside. A name that is not UTF-8 cannot
-    be sent back: it is shown escaped, and `escaped` says so.
-    """
-    found: dict[str, Any] = {
-        "path": path or ".",
-        "type": _kind(status.st_mode),
-        "size": status.st_size,
-        "mode": stat.S_IMODE(status.st_mode),
-        "mtime": status.st_mtime_ns / 1e9,
-        "etag": etag(status),
-    }
-    if not _sendable(path):
-        found |= {"path": show(path), "escaped": True}
-    if found["type"] == "symlink":
-        target = tree.link_target(path)
-        found["target"] = None if target is None else (show(target) if target else ".")
-    return found
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISREG(mode):
-        return "file"
-    if stat.S_ISDIR(mode):
-        return "directory"
-    return "symlink" if stat.S_ISLNK(mode) else "other"
-
-
-def _sendable(path: str) -> bool:
-    if path.isprintable():
-        return True
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def stale(now: os.stat_result | None) -> Conflict:
-    """Return the error for a file that is not the one which the client knows, with the present etag."""
-    if now is None:
-        return Conflict("the file is not there any more", reason="stale", etag=None)
-    return Conflict("the file is another than the client knows", reason="stale", etag=etag(now))
-
-
-def check(now: os.stat_result | None, given: Mapping[str, Any]) -> None:
-    """Hold the file that is there, if any, against a client's conditions. Raises `Conflict`.
-
-    `ifMatch` and `ifNoneMatch` are each an etag, a list of them, or "*", which is any file.
-    """
-    if_match, if_none_match = given.get("ifMatch"), given.get("ifNoneMatch")
-    if if_match is not None and (now is None or not _among(etag(now), if_match)):
-        raise stale(now)
-    if if_none_match is not None and now is not None and _among(etag(now), if_none_match):
-        raise Conflict("the file exists", reason="exists", etag=etag(now))
-
-
-def _among(tag: str, wanted: str | list[str]) -> bool:
-    return tag in wanted or "*" in wanted if isinstance(wanted, list) else wanted in ("*", tag)
-
-
-def present(directory: int, name: str) -> os.stat_result | None:
-    """Return the status of the regular file `name`, None where there is nothing.
-
-    Raises `IsADirectory` and `NotAFile`, also for a link: nothing is written through one.
-    """
-    try:
-        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectory("is a directory", reason="directory")
-    if stat.S_ISLNK(status.st_mode):
-        raise NotAFile("is a symbolic link; name its target instead", reason="link")
-    if not stat.S_ISREG(status.st_mode):
-        raise NotAFile("not a regular file", reason="special")
-    return status
-
-
-# --- the methods --------------------------------------------------------------------------------------
+_ATTEMPTS = 5  # to replace a file while the tenant keeps changing its folder
 
 
 def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +40,7 @@ def _stat(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    """List folder by folder, so that what is cut off at a limit is the deepest."""
+    """List folder by folder, so that a limit cuts off the deepest."""
     tree, limits = workspace.root, workspace.limits
     start = locate(workspace, given["path"])
     deadline = time.monotonic() + limits.tool_timeout
@@ -155,7 +60,7 @@ def _list(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
             except OSError as error:
                 if not folder:
                     raise
-                # one that went away meanwhile is none that could not be read
+                # a folder that was removed meanwhile does not count as unreadable
                 skipped += error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
                 continue
             truncated |= more
@@ -207,7 +112,7 @@ def _read(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(data: bytes) -> str | None:
-    """Return a file's text; None for binary ones, and for those that would swell up as JSON."""
+    """Return a file's text; None if it is binary, or would grow much as JSON."""
     if data.find(b"\0", 0, _NUL_WINDOW) >= 0:
         return None
     try:
@@ -247,7 +152,7 @@ def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[M
             try:
                 status = tree.replace(directory, name, data, mode, expected=old if if_match else None)
             except (Conflict, NotFound) as error:
-                # it changed between the look and the rename: look again, the condition decides
+                # it changed between the check and the rename: check again
                 if attempt == _ATTEMPTS - 1:
                     raise
                 if error.facts.get("reason") not in ("changed", "missing"):
@@ -260,7 +165,7 @@ def _put(tree: Root, path: str, data: bytes, given: dict[str, Any], made: list[M
 
 
 def parent(tree: Root, path: str, given: dict[str, Any], made: list[Made] | None = None) -> tuple[int, str]:
-    """Open the folder of a file to be written; a condition that no file can meet makes no folder."""
+    """Open the folder of a file to be written; create none if the condition needs a file to be there."""
     create = bool(given.get("createDirs")) and given.get("ifMatch") is None
     try:
         return tree.parent(path, create=create, made=made)
@@ -347,15 +252,15 @@ def _mkdir(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved_away() -> Conflict:
-    # not a 404: what is missing is the upload itself, its folder or the workspace was replaced
+    # not a 404: the target may be there; the upload is not, as its folder or the workspace was replaced
     return Conflict("the upload's folder was replaced meanwhile; send it again", reason="changed")
 
 
 def _commit(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    """Put an upload in its place: the last step of what `opening` began.
+    """Move an upload to its place: the last step of what `opening` began.
 
-    Here and not there, so that it comes in turn with every other write of the tenant. `temporary` in
-    `folder` must still be the file with `inode`: the tenant may have put another there.
+    It is done here so that it takes its turn with every other write of the tenant. `temporary` in `folder`
+    must still be the file with `inode`: the tenant may have put another one there.
     """
     tree = workspace.root
     path = locate(workspace, given["path"])
@@ -406,7 +311,7 @@ def _operation(method: Callable[[Workspace, dict[str, Any]], dict[str, Any]]) ->
 
 
 def _settle(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Bring to the disk what was written, so that it is counted there."""
+    """Flush what was written to the disk, so that the quota counts it."""
     kernel.settle(workspace.root.descriptor)
     return b"{}"
 
@@ -416,4 +321,4 @@ OPERATIONS: dict[str, Operation] = {
     "files/settle": _settle,
 }
 
-__all__ = ["OPERATIONS", "check", "entry", "locate", "parent", "present", "stale"]
+__all__ = ["OPERATIONS"]

@@ -17,7 +17,8 @@ from typing import Any
 import orjson
 
 from gateway.errors import IsADirectory, NotFound, RateLimited
-from gateway.files.handlers import check, locate, present, stale
+from gateway.files.conditions import check, present, stale
+from gateway.files.entries import locate
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Operation, Passing, Workspace
 from gateway.rootfs.paths import TEMPORARY

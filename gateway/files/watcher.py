@@ -16,6 +16,7 @@ import orjson
 
 from gateway.errors import RateLimited
 from gateway.files.changes import Change, Changes, Wish
+from gateway.files.entries import sendable
 from gateway.files.watched_folders import Folder, WatchedFolders
 from gateway.rootfs import kernel
 from gateway.rootfs.operation import Workspace
@@ -209,10 +210,4 @@ class Watcher:
 
 def show_path(path: str) -> str:
     """Return a path as it can be sent: as it is, or escaped if it is not UTF-8."""
-    if path.isprintable():
-        return path
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return show(path)
-    return path or "."
+    return path if sendable(path) else show(path)
