@@ -1,0 +1,12 @@
+"""The Caddy in front of all sites: the routes that it looks up, its configuration, its admin API.
+
+From outside use `Caddy`, its `CaddyFailed`, and the names below.
+"""
+
+from gateway.caddy.admin import socket_of
+from gateway.caddy.caddy import Caddy
+from gateway.caddy.configuration import shipped, site_url
+from gateway.caddy.errors import CaddyFailed
+from gateway.caddy.routes import TARGET, asleep
+
+__all__ = ["TARGET", "Caddy", "CaddyFailed", "asleep", "shipped", "site_url", "socket_of"]

@@ -1,0 +1,184 @@
+"""Sets the routes that Caddy looks up: which domain leads where, as links in a folder.
+
+A route is a link, `routes/DOMAIN`, to a folder with one file that is named after the site's address. Caddy
+looks for it at each request, so changing a route is a rename. Nothing is reloaded, which would cut every
+websocket at once (Caddy before 2.7 has no `stream_close_delay`). The route of a sleeping site says so, and
+Caddy asks the gateway before it hands a request on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from gateway.caddy.errors import CaddyFailed
+from gateway.errors import GatewayError
+from gateway.hostnames import PROBE, DomainReserved, normalized, own_names, plain, reserved
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TARGET: Final = re.compile(r"(?:asleep_)?(?:[0-9.]+:[0-9]+|[a-z0-9.-]+\.sock)")
+_ASLEEP: Final = "asleep_"  # no tenant, and so no socket, has an underscore in its name
+
+
+def asleep(target: str) -> str:
+    """Return the target of a site that is reached at `target` once the gateway has woken it."""
+    return _ASLEEP + target.removeprefix(_ASLEEP)
+
+
+class Routes:
+    """The routes of one gateway. Each change is one rename; safe between threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._own = own_names(settings)
+        self.folder = settings.caddy_folder
+        self.routes = self.folder / "routes"
+        self.sockets = self.folder / "sockets"
+        self.away = self.folder / "away"  # a file for each domain whose site hangs
+        self._targets = self.folder / "targets"
+        # a target is made before its route: in between nobody may find it unused and remove it
+        self._setting = threading.Lock()
+        # held by whoever decides what routes should be and then sets them
+        self.changing = asyncio.Lock()
+
+    def lead_home(self) -> None:
+        """Lead the gateway's own domain to the gateway."""
+        if self._settings.domain is not None and ":" in self._settings.listen:
+            self._lead(self._home(), self.gateway())
+
+    def lay(self) -> None:
+        """Create the folders of the routes. Raises `CaddyFailed` if this user may not write to them."""
+        for folder in (self.routes, self._targets, self.sockets, self.away):
+            try:
+                folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError
+            except PermissionError:
+                raise CaddyFailed(
+                    f"the gateway's user cannot write {folder}; `incus-gateway setup`, run as root with "
+                    "GATEWAY_BROKER_SOCKET and GATEWAY_BROKER_USER set, gives it to that user; or set "
+                    "GATEWAY_CADDY_DIR",
+                    reason="caddy_denied",
+                ) from None
+
+    def _home(self) -> str:
+        """Return the gateway's own domain as Caddy looks it up, "" for none."""
+        domain = self._settings.domain or ""
+        return plain(domain) or domain.lower()
+
+    def gateway(self) -> str:
+        """Return the address at which Caddy reaches the gateway itself."""
+        listen = self._settings.listen
+        if listen.startswith("/"):
+            return f"unix/{listen}"
+        host, _, port = listen.rpartition(":")
+        host = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
+        return f"{host}:{port}"
+
+    def set(self, domain: str, target: str) -> str | None:
+        """Lead a tenant's domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic.
+
+        Raises `DomainReserved` for a domain of the gateway's own.
+        """
+        if reserved(domain, self._own):
+            raise DomainReserved(domain)
+        if normalized(domain) != domain:
+            raise ValueError(f"{domain!r} is no domain as Caddy looks it up")
+        return self._lead(domain, target)
+
+    def _lead(self, domain: str, target: str) -> str | None:
+        if not TARGET.fullmatch(target):
+            raise ValueError(f"{target!r} is no target of a route")
+        with self._setting:
+            place = self._targets / target
+            place.mkdir(mode=0o755, exist_ok=True)
+            if not (place / target).exists():  # root may own it, from before the gateway had its own user
+                (place / target).touch(mode=0o644)
+            before = self.get(domain)
+            if before != target:
+                new = self._targets / f".new-{secrets.token_hex(6)}"
+                new.symlink_to(f"../targets/{target}")
+                new.replace(self.routes / domain)
+        return before
+
+    def get(self, domain: str) -> str | None:
+        """Return where a domain leads, or None."""
+        try:
+            return (self.routes / domain).readlink().name
+        except OSError:
+            return None
+
+    def unset(self, domain: str) -> None:
+        """Lead a domain nowhere. Idempotent."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.routes / domain).unlink()
+
+    def excuse(self, domain: str, away: bool) -> None:
+        """Answer new requests for a domain with a page instead of its site, or stop to do so. Idempotent.
+
+        Requests that have begun go on.
+        """
+        if plain(domain) != domain:  # somebody wrote it into Incus by hand
+            return
+        if away:
+            (self.away / domain).touch(mode=0o644)
+        else:
+            (self.away / domain).unlink(missing_ok=True)
+
+    def excuse_nobody(self) -> None:
+        """Remove all pages. A gateway that starts does so: it has seen no site hang yet."""
+        for place in list(self.away.iterdir()):
+            place.unlink(missing_ok=True)
+
+    def sleeps(self, domain: str) -> bool:
+        """Say whether Caddy asks the gateway before it hands on a request for this domain."""
+        return (self.get(domain) or "").startswith(_ASLEEP)
+
+    def listed(self) -> dict[str, str]:
+        """Return where each domain leads."""
+        found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != PROBE}
+        return {domain: target for domain, target in found.items() if target is not None}
+
+    def reconcile(
+        self, wanted: Mapping[str, str], leave: Collection[str], sockets: Collection[str]
+    ) -> list[str]:
+        """Make the routes as wanted, except for the domains in `leave`; return the domains that changed.
+
+        Removes all sockets that are not in `sockets`: Incus leaves the file of one that it no longer needs.
+        """
+        changed = []
+        leave = {*leave, self._home(), PROBE}
+        for domain, target in wanted.items():
+            healthy = self.get(domain) == target and (self._targets / target / target).exists()
+            if domain not in leave and not healthy:
+                try:
+                    self.set(domain, target)
+                except (GatewayError, ValueError) as error:
+                    log.warning("%r leads nowhere: %s", domain, error)
+                else:
+                    changed.append(domain)
+        for entry in list(self.routes.iterdir()):
+            if (entry.name not in wanted or reserved(entry.name, self._own)) and entry.name not in leave:
+                self.unset(entry.name)
+                changed.append(entry.name)
+        for entry in list(self.sockets.iterdir()):
+            if entry.name not in sockets:
+                entry.unlink(missing_ok=True)
+        with self._setting:
+            used = {*self.listed().values(), self.get(PROBE)}
+            for place in list(self._targets.iterdir()):
+                if place.is_symlink():  # left by a gateway that was killed before it became a route
+                    place.unlink()
+                elif place.name not in used:
+                    shutil.rmtree(place, ignore_errors=True)
+        return changed
