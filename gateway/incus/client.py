@@ -25,6 +25,7 @@ from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
 from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
+from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 
 log = logging.getLogger(__name__)
@@ -159,8 +160,8 @@ class Incus:
     async def started(self, name: str) -> tuple[dict[str, Any], int]:
         """Return an instance, and the host's pid of its first process, 0 where it does not run.
 
-        The `state` that has the pid is asked for once a start: to tell it costs incusd two processes and a
-        look through the quotas of all disks. Raises `IncusError`.
+        It is looked for once a start, on this host first and else in the instance's `state`, see `monitor`.
+        Raises `IncusError`.
         """
         found: dict[str, Any] = await self.get(instance_path(name))
         if found.get("config") is None:  # it stops
@@ -171,12 +172,19 @@ class Incus:
         start = f"{found['config'].get('volatile.uuid')} {found.get('last_used_at')}"
         known, pid = self._pids.get(name, ("", 0))
         if known != start:
-            pid = int((await self.instance(name))["state"].get("pid") or 0)
-            if pid and found["status"] == "Running":
+            runs = found["status"] == "Running"
+            since = found.get("last_used_at") or ""
+            pid = first_process(self.socket.parent, self._on_host(name), since) if runs else 0
+            pid = pid or int((await self.instance(name))["state"].get("pid") or 0)
+            if pid and runs:
                 self._pids[name] = start, pid
                 while len(self._pids) > _PIDS:
                     del self._pids[next(iter(self._pids))]
         return found, pid
+
+    def _on_host(self, name: str) -> str:
+        """Return how paths of the host have an instance's name."""
+        return name if self.project == "default" else f"{self.project}_{name}"
 
     async def busy(self) -> set[str]:
         """Return the names of the instances on which an operation runs, such as the copy that makes one."""

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import Conflict, ExecFailed, NotFound, TenantNotRunning, Unavailable
+from gateway.incus import Incus
+from gateway.incus.monitor import first_process
 from gateway.runtime import ExecSpec, Pty, Removal, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
@@ -562,3 +564,14 @@ class TestUndo:
 
 def uuid(name: str) -> str:
     return environment.incus("config", "get", name, "volatile.uuid").stdout.decode().strip()
+
+
+async def test_the_first_process_is_found_as_incus_tells_it(
+    shared_tenant: Container, incus_settings: Settings
+) -> None:
+    """By its monitor, without a look at the instance's state; another daemon's of that name is not taken."""
+    async with Incus(incus_settings.incus_socket) as incus:
+        found = await incus.instance(shared_tenant.name)
+    directory, pid = incus_settings.incus_socket.parent, found["state"]["pid"]
+    assert pid and first_process(directory, shared_tenant.name, found["last_used_at"]) == pid
+    assert first_process(directory / "other", shared_tenant.name, found["last_used_at"]) == 0
