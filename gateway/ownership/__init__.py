@@ -1,1 +1,1 @@
-"""Whose each name and each domain is."""
+"""Decides which instance has each tenant's name (`names`) and which tenant has each domain (`domains`)."""

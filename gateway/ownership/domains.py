@@ -1,98 +1,65 @@
-"""Domain ownership: the one authority for giving a domain, taking it and routing it.
+"""Decides which tenant has each domain: the one authority for giving, taking and routing a domain.
 
-Incus says which tenants carry a domain (`user.gateway.domain`), and more than one may: an operator copies an
-instance, or writes the key by hand. Which of them has it is kept here, with the instance's own id, so that it
-survives a restart and a rename. A deployment holds its domain from before it is on record until it is over.
+Incus says which tenants carry a domain (`user.gateway.domain`), and that may be several: an operator copies
+an instance, or writes the key by hand. The claims say which of them has it, by the id of its instance, so
+that a restart or a rename changes nothing. A deployment holds its domain from before it is recorded until it
+is over.
 
-A domain that two carry is contested: it stays with who has it until that one lets go of it, and each of them
-is told. Nobody else compares domains.
+A domain that two tenants carry is contested: the one that has it keeps it until it gives it up, and both are
+told. No other module compares domains.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import sqlite3
-from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gateway.auth.tokens import Token
 from gateway.errors import Conflict, Forbidden, GatewayError, NotFound
 from gateway.events import Bus
 from gateway.hostnames import DomainReserved, matches, own_names, plain, reserved
+from gateway.ownership.claims import Claim, Claims
+from gateway.ownership.contests import Carrier, Contest, Contests, carriers_of
 from gateway.runtime import Tenant, TenantRuntime
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
-from gateway.storage.store import Store, StoreFailed
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Who has a domain.
-
-    `instance` tells its tenant from any other of that name, "" until that has been seen. `deployment` is one
-    that is not over and holds the domain, "" for none; `confirmed` once Incus was asked on its behalf.
-    """
-
-    tenant: str
-    instance: str = ""
-    deployment: str = ""
-    confirmed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Carrier:
-    """A tenant that carries a domain in Incus."""
-
-    tenant: str
-    instance: str
-    created: str
-    deployment: str
+from gateway.storage.store import Store
 
 
 class Domains:
     """The domains of one gateway. Make it by `opened`; used from the event loop only."""
 
-    def __init__(self, runtime: TenantRuntime, store: Store, bus: Bus, settings: Settings) -> None:
-        self._runtime, self._store, self._bus, self._settings = runtime, store, bus, settings
+    def __init__(self, runtime: TenantRuntime, claims: Claims, bus: Bus, settings: Settings) -> None:
+        self._runtime, self._settings, self._claims = runtime, settings, claims
         self._own = own_names(settings)
-        self._claims: dict[str, Claim] = {}
-        self._unwritten: set[str] = set()  # domains of which the store tells otherwise
+        self._contests = Contests(bus)
         self._moving: set[str] = set()  # domains that a tenant is just being given
-        self._told: dict[tuple[str, str], bool] = {}  # contested: whether this tenant has this domain
-        self._sharing: frozenset[str] = frozenset()  # tenants that have one address with another instance
         self._deciding = asyncio.Lock()
 
     @classmethod
     async def opened(cls, runtime: TenantRuntime, store: Store, bus: Bus, settings: Settings) -> Domains:
-        """Take over what the last life knew, the holds of its deployments too."""
-        self = cls(runtime, store, bus, settings)
-        for domain, tenant, instance, deployment in await store.read(_all):
-            self._claims[domain] = Claim(tenant, instance, deployment)
-        return self
+        """Go on with the claims of the last process, and what its deployments hold. Raises `StoreFailed`."""
+        return cls(runtime, await Claims.opened(store), bus, settings)
 
     @property
     def contested(self) -> int:
-        """How many domains more than one tenant carries, or one that are the gateway's own."""
-        return len({domain for domain, _ in self._told})
+        """How many domains are carried by several tenants, or are the gateway's own and carried by one."""
+        return self._contests.domains
 
     @property
     def shared(self) -> int:
-        """How many tenants with a domain have their address with another instance."""
-        return len(self._sharing)
+        """How many tenants with a domain share their address with another instance."""
+        return self._contests.addresses
 
-    # --- who may ------------------------------------------------------------------------------------
+    # --- permission ---------------------------------------------------------------------------------
 
     async def permit(self, token: Token, domain: str) -> None:
         """Return if a token may give its tenants this domain. Raises `DomainReserved` and `Forbidden`.
 
-        It says nothing of whose the domain is, and looks at nothing but the token's own tenants.
+        Looks at no tenants but the token's own, so that the answer does not say whose the domain is.
         """
         if reserved(domain, self._own):
             raise DomainReserved(domain)
@@ -117,10 +84,10 @@ class Domains:
     # --- deployments --------------------------------------------------------------------------------
 
     async def hold(self, domain: str, tenant: str, deployment: str) -> bool:
-        """Keep a domain for a tenant until the deployment is over; say whether it could be kept.
+        """Hold a domain for a tenant until the deployment is over; say whether that was possible.
 
-        It cannot where it is another tenant's: `confirm` says so once it is that deployment's turn. Raises
-        `DomainReserved`, and `Conflict` where another deployment holds it.
+        It is not if the domain is another tenant's: `confirm` says so when it is the deployment's turn.
+        Raises `DomainReserved`, and `Conflict` if another deployment holds it.
         """
         if reserved(domain, self._own):
             raise DomainReserved(domain)
@@ -129,13 +96,13 @@ class Domains:
             if domain in self._moving or not await self._is_over(domain, claim):
                 return False
             if self._claims.get(domain) == claim:
-                del self._claims[domain]
+                self._claims.forget(domain)
             claim = self._claims.get(domain)
         if claim is not None and claim.deployment:
             raise Conflict(f"a deployment of {domain} runs already; wait for it", reason="domain_owned")
         if claim is not None and claim.tenant != tenant:
             return False
-        await self._keep(domain, replace(claim or Claim(tenant), deployment=deployment))
+        await self._claims.keep(domain, replace(claim or Claim(tenant), deployment=deployment))
         return True
 
     def holder(self, domain: str) -> str:
@@ -144,30 +111,30 @@ class Domains:
         return "" if claim is None else claim.deployment
 
     async def confirm(self, domain: str, tenant: str, deployment: str, tenants: Sequence[Tenant]) -> None:
-        """Make sure of what a deployment holds, by a look at all tenants of just now.
+        """Confirm what a deployment holds; `tenants` is a list of all tenants made just now.
 
-        Call it while `deciding` is held. Raises `Conflict` where the domain is another tenant's.
+        Call it while `deciding` is held. Raises `Conflict` if the domain is another tenant's.
         """
-        owner = await self._decide(domain, _carriers(tenants).get(domain, ()))
+        owner = await self._decide(domain, carriers_of(tenants).get(domain, ()))
         claim = self._claims.get(domain)
         if owner not in (None, tenant) or (claim is not None and claim.deployment not in ("", deployment)):
             raise _owned(domain)
-        await self._keep(
+        await self._claims.keep(
             domain, replace(claim or Claim(tenant), tenant=tenant, deployment=deployment, confirmed=True)
         )
 
     async def over(self, deployment: str) -> None:
-        """Let go of what a deployment held; a tenant that was seen to have the domain keeps it."""
-        for domain, claim in list(self._claims.items()):
+        """Release what a deployment held; a tenant that was seen to carry the domain keeps it."""
+        for domain, claim in self._claims.items():
             if claim.deployment == deployment:
                 await self._settle(domain, claim)
 
     async def retain(self, deployments: Collection[str]) -> None:
-        """Let go of what is held for any other deployment: an earlier life could not say that it was over."""
-        for domain, claim in list(self._claims.items()):
+        """Release what any other deployment holds: an earlier process was killed before it could do so."""
+        for domain, claim in self._claims.items():
             if claim.deployment and claim.deployment not in deployments:
                 kept = replace(claim, deployment="", confirmed=False)
-                await self._keep(domain, kept if kept.instance else None)
+                await self._claims.keep(domain, kept if kept.instance else None)
 
     async def _settle(self, domain: str, claim: Claim) -> None:
         instance = claim.instance
@@ -180,25 +147,25 @@ class Domains:
             except GatewayError:
                 pass  # the next look at all tenants finds out
         if self._claims.get(domain) is claim:
-            await self._keep(domain, Claim(claim.tenant, instance) if instance else None)
+            await self._claims.keep(domain, Claim(claim.tenant, instance) if instance else None)
 
     # --- a tenant gets another domain ---------------------------------------------------------------
 
     def deciding(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        """Keep others from deciding whose a domain is, while what all tenants carry is looked up."""
+        """Keep others from deciding about domains, while you look up what all tenants carry."""
         return self._deciding
 
     @contextlib.asynccontextmanager
     async def moving(self, name: str, domain: str | None) -> AsyncIterator[str | None]:
-        """Give a tenant a domain, or none, while the context is open in which Incus is told.
+        """Give a tenant a domain, or none. Tell Incus while the context is open.
 
-        Yields the domain that it carried. Raises `NotFound`, and `Conflict` where the new one is another's
-        or a deployment of the tenant runs.
+        Yields the domain that it carried. Raises `NotFound`, and `Conflict` if another tenant has the new one
+        or a deployment of this tenant runs.
         """
         async with self._deciding, contextlib.AsyncExitStack() as undo:
             tenant = await self._runtime.get(name)
             self.undisturbed(name)
-            carried = _carriers(await self._runtime.list())
+            carried = carriers_of(await self._runtime.list())
             before = plain(tenant.domain)
             if before is not None:
                 await self._decide(before, carried.get(before, ()))
@@ -207,13 +174,13 @@ class Domains:
             yield before
             undo.pop_all()
             self._moving.discard(domain or "")
-            for other, claim in list(self._claims.items()):
+            for other, claim in self._claims.items():
                 if claim.tenant == name and other != domain and not claim.deployment:
-                    await self._keep(other, None)
+                    await self._claims.keep(other, None)
 
     def undisturbed(self, name: str) -> None:
-        """Return where no deployment of a tenant runs. Raises `Conflict`."""
-        held = next((one for one in self._claims.values() if one.tenant == name and one.deployment), None)
+        """Return if no deployment of a tenant runs. Raises `Conflict`."""
+        held = next((one for _, one in self._claims.items() if one.tenant == name and one.deployment), None)
         if held is not None:
             raise Conflict(
                 "a deployment of this tenant runs; wait for it, or cancel it", deployment=held.deployment
@@ -227,65 +194,65 @@ class Domains:
             raise _owned(domain)
         self._moving.add(domain)  # from now on no deployment comes to hold it
         undo.callback(self._moving.discard, domain)
-        carriers = _carriers(await self._runtime.list()).get(domain, ())
+        carriers = carriers_of(await self._runtime.list()).get(domain, ())
         if await self._decide(domain, carriers) not in (None, tenant.name):
             raise _owned(domain)
-        undo.push_async_callback(self._keep, domain, self._claims.get(domain))
-        await self._keep(domain, Claim(tenant.name, tenant.instance or ""))
+        undo.push_async_callback(self._claims.keep, domain, self._claims.get(domain))
+        await self._claims.keep(domain, Claim(tenant.name, tenant.instance or ""))
 
     async def left(self, name: str) -> list[str]:
-        """Return the domains of a tenant that was just destroyed: they are nobody's from now on.
+        """Release the domains of a tenant that was just destroyed, and return those that are free now.
 
         Call it while `deciding` is held.
         """
         free = []
-        for domain, claim in list(self._claims.items()):
+        for domain, claim in self._claims.items():
             if claim.tenant == name and not claim.deployment and await self._is_over(domain, claim):
-                await self._keep(domain, None)
+                await self._claims.keep(domain, None)
                 if not self.holder(domain):
                     free.append(domain)
         return free
 
-    # --- who has it ---------------------------------------------------------------------------------
+    # --- the owner ----------------------------------------------------------------------------------
 
     def serves(self, domain: str, tenant: str) -> bool:
-        """Say whether a domain is this tenant's, so that it may lead there."""
+        """Say whether a domain is this tenant's, so that its route may lead there."""
         claim = self._claims.get(domain)
         return claim is not None and claim.tenant == tenant and not reserved(domain, self._own)
 
     def held(self) -> set[str]:
-        """Return the domains that deployments hold, whose routes are those deployments' affair."""
+        """Return the domains that deployments hold; those deployments set their routes."""
         return {domain for domain, claim in self._claims.items() if claim.deployment}
 
     async def owner(self, domain: str) -> str | None:
-        """Return the tenant that has a domain and carries it, by whatever name it goes now."""
+        """Return the present name of the tenant that has a domain and carries it."""
         name = plain(domain)
         claim = None if name is None else self._claims.get(name)
         if name is None:
             return None
         if claim is None or (not claim.deployment and await self._is_over(name, claim)):
-            async with self._deciding:  # not looked at yet, renamed by an operator, or gone
-                return await self._decide(name, _carriers(await self._runtime.list()).get(name, ()))
+            async with self._deciding:  # not seen yet, renamed by an operator, or gone
+                return await self._decide(name, carriers_of(await self._runtime.list()).get(name, ()))
         return claim.tenant
 
     async def look(self, sites: Sequence[Site], serving: Collection[str], alive: Collection[str]) -> None:
-        """Decide for every domain that a tenant carries whose it is, and tell what is contested.
+        """Decide which tenant has each domain, and report what is contested.
 
-        `serving` are tenants to which their domain leads now, and `alive` the deployments that are not over.
-        Call it while `deciding` is held, with what was listed since.
+        `serving` are tenants that their domain leads to now, and `alive` the deployments that are not over.
+        Call it while `deciding` is held, with a list made since.
         """
         await self.retain(alive)
-        for domain in list(self._unwritten):
-            await self._write(domain)
-        carried = _carriers(sites)
-        for domain in {*carried, *self._claims}:
+        await self._claims.store_again()
+        carried = carriers_of(sites)
+        for domain in {*carried, *(domain for domain, _ in self._claims.items())}:
             await self._decide(domain, carried.get(domain, ()), serving)
-        self._tell(carried, frozenset(site.tenant for site in sites if site.shares_address))
+        sharing = frozenset(site.tenant for site in sites if site.shares_address)
+        self._contests.tell(self._contested(carried), sharing)
 
     async def _decide(
-        self, domain: str, carriers: Sequence[_Carrier], serving: Collection[str] = ()
+        self, domain: str, carriers: Sequence[Carrier], serving: Collection[str] = ()
     ) -> str | None:
-        """Return whose a domain is, by who carries it now, and keep that; None for nobody's."""
+        """Decide and keep which of its carriers has a domain; return that tenant, or None."""
         if reserved(domain, self._own):
             return None
         claim = self._claims.get(domain)
@@ -299,26 +266,26 @@ class Domains:
             )
             found = next(same, None)
             if found is None and any(one.deployment == claim.deployment != "" for one in carriers):
-                return claim.tenant  # made under another name, which it gets rid of next
+                return claim.tenant  # the deployment made it under another name, and renames it next
             if found is not None:
-                await self._keep(domain, replace(claim, tenant=found.tenant, instance=found.instance))
+                await self._claims.keep(domain, replace(claim, tenant=found.tenant, instance=found.instance))
                 return found.tenant
-            # a list leaves out one that is just being changed
+            # a list leaves out an instance that is just being changed
             if not claim.deployment and not await self._is_over(domain, claim):
                 return claim.tenant
             claim = self._claims.get(domain)  # a deployment may hold it by now
         if carriers:
             first = min(carriers, key=lambda one: (one.tenant not in serving, one.created, one.tenant))
             deployment = claim.deployment if claim is not None and claim.tenant == first.tenant else ""
-            await self._keep(domain, Claim(first.tenant, first.instance, deployment))
+            await self._claims.keep(domain, Claim(first.tenant, first.instance, deployment))
             return first.tenant
         if claim is not None and claim.deployment:
             return claim.tenant
-        await self._keep(domain, None)
+        await self._claims.keep(domain, None)
         return None
 
     async def _is_over(self, domain: str, claim: Claim) -> bool:
-        """Say whether who had a domain carries it no longer; not where that cannot be known."""
+        """Say whether the tenant of a claim carries the domain no longer; False if that is not known."""
         try:
             tenant = await self._runtime.get(claim.tenant)
         except NotFound:
@@ -327,65 +294,19 @@ class Domains:
             return False
         return plain(tenant.domain) != domain or claim.instance not in ("", tenant.instance or "")
 
-    async def _keep(self, domain: str, claim: Claim | None) -> None:
-        before = self._claims.get(domain)
-        if claim == before:
-            return
-        if claim is None:
-            del self._claims[domain]
-        else:
-            self._claims[domain] = claim
-        await self._write(domain)
+    def _contested(self, carried: Mapping[str, Sequence[Carrier]]) -> dict[tuple[str, str], Contest]:
+        found = {}
+        for domain, carriers in carried.items():
+            for carrier in carriers:
+                keeps = self.serves(domain, carrier.tenant)
+                if (len(carriers) > 1 or not keeps) and not self._makes(domain, carrier):
+                    found[domain, carrier.tenant] = Contest(keeps, reserved(domain, self._own))
+        return found
 
-    async def _write(self, domain: str) -> None:
-        self._unwritten.discard(domain)
-        try:
-            await self._store.write(partial(_write, domain=domain, claim=self._claims.get(domain)))
-        except StoreFailed as failed:  # for this life it is known; there may be room at the next look
-            log.warning("whose %s is cannot be written down: %s", domain, failed.message)
-            self._unwritten.add(domain)
-
-    # --- what is contested --------------------------------------------------------------------------
-
-    def _tell(self, carried: dict[str, list[_Carrier]], sharing: frozenset[str]) -> None:
-        """Tell each tenant of its own contests, once; whose else a domain is it does not hear."""
-        contested = {
-            (domain, carrier.tenant): self.serves(domain, carrier.tenant)
-            for domain, carriers in carried.items()
-            for carrier in carriers
-            if len(carriers) > 1 or not self.serves(domain, carrier.tenant)
-            if not self._makes(domain, carrier)
-        }
-        for (domain, tenant), serves in contested.items():
-            if self._told.get((domain, tenant)) is not serves:
-                log.warning(
-                    "%s is contested; %s %s it", domain, tenant, "keeps" if serves else "is not given"
-                )
-                reason = "reserved" if reserved(domain, self._own) else "owned"
-                facts = {"domain": domain, "keeps": serves, "reason": reason}
-                self._bus.publish("tenant.domain.contested", tenant, facts)
-        self._told = contested
-        for tenant in sorted(sharing - self._sharing):
-            log.warning("%s has one address with another instance", tenant)
-            self._bus.publish("tenant.address.contested", tenant, {})
-        self._sharing = sharing
-
-    def _makes(self, domain: str, carrier: _Carrier) -> bool:
-        """Say whether a carrier is what the deployment that holds the domain is just making."""
+    def _makes(self, domain: str, carrier: Carrier) -> bool:
+        """Say whether the deployment that holds the domain is making this carrier."""
         claim = self._claims.get(domain)
         return claim is not None and carrier.deployment == claim.deployment != ""
-
-
-def _carriers(found: Iterable[Tenant | Site]) -> dict[str, list[_Carrier]]:
-    carried: dict[str, list[_Carrier]] = defaultdict(list)
-    for one in found:
-        domain = plain(one.domain)
-        if domain is not None:
-            tenant = one.tenant if isinstance(one, Site) else one.name
-            carried[domain].append(
-                _Carrier(tenant, one.instance or "", one.created or "", one.deployment or "")
-            )
-    return carried
 
 
 def _owned(domain: str) -> Conflict:
@@ -394,20 +315,3 @@ def _owned(domain: str) -> Conflict:
         "choose another domain",
         reason="domain_owned",
     )
-
-
-# --- statements: each is a work of the store -----------------------------------------------------------
-
-
-def _all(connection: sqlite3.Connection) -> Sequence[tuple[str, str, str, str]]:
-    return connection.execute("SELECT domain, tenant, instance, deployment FROM domains").fetchall()
-
-
-def _write(connection: sqlite3.Connection, domain: str, claim: Claim | None) -> None:
-    if claim is None:
-        connection.execute("DELETE FROM domains WHERE domain = ?", (domain,))
-    else:
-        connection.execute(
-            "INSERT OR REPLACE INTO domains VALUES (?, ?, ?, ?)",
-            (domain, claim.tenant, claim.instance, claim.deployment),
-        )
