@@ -9,19 +9,25 @@ from gateway.settings.units import MiB
 
 
 class EditorSettings(BaseModel):
-    list_max: int = Field(10_000, gt=0, description="entries of one files/list")
-    upload_max: int = Field(4096 * MiB, gt=0, description="bytes of one file that is uploaded by PUT")
-    max_transfers: int = Field(32, gt=0, description="uploads and downloads of one tenant at a time")
+    list_max: int = Field(10_000, gt=0, description="maximum number of entries in one files/list")
+    upload_max: int = Field(4096 * MiB, gt=0, description="maximum size of a file uploaded by PUT in bytes")
+    max_transfers: int = Field(
+        32, gt=0, description="maximum number of concurrent uploads and downloads of one tenant"
+    )
     transfer_stall: float = Field(
         60.0, gt=0, description="seconds without progress after which an upload or download is ended"
     )
-    max_watches: int = Field(16, gt=0, description="file watches of one websocket")
-    max_tenant_watches: int = Field(64, gt=0, description="file watches of one tenant")
-    watch_folders: int = Field(8192, gt=0, description="folders that the watches of one tenant cover")
-    watch_changes: int = Field(1000, gt=0, description="changed paths told at once; more are an overflow")
+    max_watches: int = Field(16, gt=0, description="maximum number of file watches of one websocket")
+    max_tenant_watches: int = Field(64, gt=0, description="maximum number of file watches of one tenant")
+    watch_folders: int = Field(
+        8192, gt=0, description="maximum number of folders that the watches of one tenant cover"
+    )
+    watch_changes: int = Field(
+        1000, gt=0, description="maximum number of changed paths in one message; more are an overflow"
+    )
     watch_ignore: Names = Field(
         (".git", "node_modules", ".gateway"),
-        description="names that a watch leaves out unless it says else, comma-separated",
+        description="names that a watch ignores unless it gives its own list, comma-separated",
     )
     # clients give up calls of which they hear nothing, some after half a minute
     mcp_progress: float = Field(

@@ -6,24 +6,31 @@ from pydantic import BaseModel, Field
 
 
 class LifecycleSettings(BaseModel):
-    incus_timeout: float = Field(30.0, gt=0, description="seconds of one Incus request that is not a wait")
-    lifecycle_timeout: float = Field(60.0, gt=0, description="seconds of a tenant's start, stop or destroy")
+    incus_timeout: float = Field(
+        30.0, gt=0, description="seconds that an Incus request may take, unless it waits for an operation"
+    )
+    lifecycle_timeout: float = Field(
+        60.0, gt=0, description="seconds that a tenant's start, stop or removal may take"
+    )
     stop_grace: float = Field(
         5.0,
         gt=0,
-        description="seconds in which a tenant may shut down before it is stopped by force",
+        description="seconds that a tenant has to shut down before it is stopped by force",
     )
-    max_snapshots: int = Field(20, gt=0, description="snapshots of one tenant")
+    max_snapshots: int = Field(20, gt=0, description="maximum number of snapshots of one tenant")
     snapshot_bytes: int = Field(
-        0, ge=0, description="bytes that one tenant's snapshots may hold; 0: as many as its disk"
+        0, ge=0, description="maximum size of one tenant's snapshots in bytes; 0: the size of its disk"
     )
     pool_reserve: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="share of the storage pool below which no snapshot, clone or new tenant is made",
+        description="share of the storage pool that must stay free for a snapshot, clone or new tenant to "
+        "be made",
     )
-    logs_max: int = Field(10_000, gt=0, description="lines of a site's log that are asked for at once")
-    max_followers: int = Field(8, gt=0, description="readers of one tenant's log at a time")
-    reconcile_interval: float = Field(30.0, gt=0, description="seconds between two looks at all instances")
-    shutdown_timeout: float = Field(20.0, gt=0, description="seconds from SIGTERM to the end, at most")
+    logs_max: int = Field(10_000, gt=0, description="maximum number of lines of a site's log in one answer")
+    max_followers: int = Field(8, gt=0, description="maximum number of readers that follow one tenant's log")
+    reconcile_interval: float = Field(30.0, gt=0, description="seconds between two checks of all instances")
+    shutdown_timeout: float = Field(
+        20.0, gt=0, description="seconds from SIGTERM until the gateway ends at the latest"
+    )

@@ -11,17 +11,27 @@ from gateway.settings.lists import Names, Origins
 
 
 class ServerSettings(BaseModel):
-    listen: str = Field("127.0.0.1:8080", description="HOST:PORT, or the path of a unix socket")
+    listen: str = Field(
+        "127.0.0.1:8080", description="address to listen on: HOST:PORT, or the path of a unix socket"
+    )
     runtime: Literal["incus", "local"] = Field(
-        "incus", description="where tenants live; `local` does not isolate"
+        "incus",
+        description="where tenants run: in Incus containers, or as `local` processes, which are not isolated",
     )
     incus_socket: Path = Field(Path("/var/lib/incus/unix.socket"), description="unix socket of incusd")
     incus_project: str = Field("default", description="Incus project of the tenants")
-    state_dir: Path = Field(Path("/var/lib/incus-gateway"), description="secret, records and local tenants")
-    secret: SecretStr | None = Field(None, description="signs tokens; made in the state dir where unset")
-    origins: Origins = Field((), description="allowed browser origins beside same-origin, comma-separated")
+    state_dir: Path = Field(
+        Path("/var/lib/incus-gateway"), description="folder for the secret, the records and local tenants"
+    )
+    secret: SecretStr | None = Field(
+        None, description="key that signs tokens; unset: one is created in the state dir"
+    )
+    origins: Origins = Field(
+        (), description="origins of web pages that may use the gateway besides its own, comma-separated"
+    )
     hosts: Names = Field(
         (),
-        description="names by which the gateway may be asked, beside addresses, `localhost`, GATEWAY_DOMAIN "
-        "and the hosts of GATEWAY_LISTEN and GATEWAY_ORIGINS; `*` for any",
+        description="host names that the gateway answers to besides IP addresses, `localhost`, "
+        "GATEWAY_DOMAIN and the hosts of GATEWAY_LISTEN and GATEWAY_ORIGINS, comma-separated; "
+        "`*` for any",
     )

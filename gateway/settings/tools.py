@@ -10,52 +10,72 @@ from gateway.settings.units import KiB, MiB
 
 
 class ToolSettings(BaseModel):
-    tool_timeout: float = Field(10.0, gt=0, description="seconds of one file tool call")
-    read_max: int = Field(256 * KiB, gt=0, description="bytes of a file that Read returns whole")
-    write_max: int = Field(8 * MiB, gt=0, description="bytes that Write and Edit accept")
-    result_max: int = Field(1 * MiB, gt=0, description="bytes of one tool result")
-    visit_max: int = Field(300_000, gt=0, description="files that one Glob or Grep visits")
-    matches_max: int = Field(10_000, gt=0, description="lines or files that one Grep returns")
-    depth_max: int = Field(256, gt=0, description="folders that a path or a search goes down")
-    pattern_max: int = Field(4000, gt=0, le=4000, description="characters of a pattern or glob")
-    pdf_max: int = Field(32 * MiB, gt=0, description="bytes of a PDF that Read shows")
-    pdf_pages: int = Field(20, gt=0, description="pages of a PDF that one Read shows")
+    tool_timeout: float = Field(10.0, gt=0, description="seconds that a file tool call may take")
+    read_max: int = Field(
+        256 * KiB, gt=0, description="maximum size of a file that Read returns whole in bytes"
+    )
+    write_max: int = Field(
+        8 * MiB, gt=0, description="maximum size of a file that Write and Edit accept in bytes"
+    )
+    result_max: int = Field(1 * MiB, gt=0, description="maximum size of a tool result in bytes")
+    visit_max: int = Field(300_000, gt=0, description="maximum number of files that a Glob or Grep visits")
+    matches_max: int = Field(10_000, gt=0, description="maximum number of lines or files that a Grep returns")
+    depth_max: int = Field(256, gt=0, description="maximum depth of a path or a search in folders")
+    pattern_max: int = Field(
+        4000, gt=0, le=4000, description="maximum length of a pattern or glob in characters"
+    )
+    pdf_max: int = Field(32 * MiB, gt=0, description="maximum size of a PDF that Read shows in bytes")
+    pdf_pages: int = Field(20, gt=0, description="maximum number of a PDF's pages that one Read shows")
     broker_socket: Path | None = Field(
         None,
-        description="unix socket of `incus-gateway broker`; unset: the gateway starts a broker of its own",
+        description="unix socket of `incus-gateway broker`; unset: the gateway starts its own broker",
     )
-    broker_user: str = Field("incus-gateway", description="the user, beside root, whom that broker serves")
+    broker_user: str = Field("incus-gateway", description="user that this broker serves besides root")
     worker_idle: float = Field(300.0, gt=0, description="seconds after which an idle file worker ends")
-    worker_memory: int = Field(512 * MiB, gt=0, description="bytes of a file worker, the page cache included")
-    max_workers: int = Field(256, gt=0, description="file workers of this gateway")
+    worker_memory: int = Field(
+        512 * MiB, gt=0, description="memory limit of a file worker in bytes, including page cache"
+    )
+    max_workers: int = Field(256, gt=0, description="maximum number of file workers")
     session_idle: float = Field(3600.0, gt=0, description="seconds after which an unused tool session ends")
-    max_sessions: int = Field(4096, gt=0, description="named tool sessions of this gateway")
-    max_tenant_sessions: int = Field(256, gt=0, description="named tool sessions of one tenant")
+    max_sessions: int = Field(4096, gt=0, description="maximum number of named tool sessions")
+    max_tenant_sessions: int = Field(
+        256, gt=0, description="maximum number of named tool sessions of one tenant"
+    )
     session_bytes: int = Field(
-        256 * KiB, gt=0, description="bytes of what one tool session remembers of the files that it read"
+        256 * KiB, gt=0, description="bytes that a tool session may use to remember the files that it read"
     )
     # Bash
     bash_timeout: float = Field(
-        120.0, gt=0, description="seconds of a Bash call that names none; then it goes to the background"
+        120.0,
+        gt=0,
+        description="seconds after which a Bash call that names no timeout goes to the background",
     )
-    bash_timeout_max: float = Field(600.0, gt=0, description="seconds that a Bash call may ask for")
+    bash_timeout_max: float = Field(600.0, gt=0, description="maximum timeout of a Bash call in seconds")
     bash_background_timeout: float = Field(
         1800.0, gt=0, description="seconds after which a background command without a timeout is ended"
     )
     bash_background_timeout_max: float = Field(
-        7200.0, gt=0, description="seconds that a background command may ask for"
+        7200.0, gt=0, description="maximum timeout of a background command in seconds"
     )
     bash_printed_max: int = Field(
         1024 * MiB, gt=0, description="bytes that a command may print before it is ended"
     )
     bash_output_max: int = Field(
-        8 * MiB, gt=0, description="bytes of one command's output file; write_max holds too"
+        8 * MiB,
+        gt=0,
+        description="maximum size of a command's output file in bytes; GATEWAY_WRITE_MAX applies too",
     )
     bash_outputs_max: int = Field(
-        128 * MiB, gt=0, description="bytes of all output files of a workspace; the oldest are removed"
+        128 * MiB,
+        gt=0,
+        description="maximum size of all output files of a workspace in bytes; the oldest are removed",
     )
     bash_outputs_age: float = Field(
         604_800.0, gt=0, description="seconds after which an output file is removed"
     )
-    max_shells: int = Field(16, gt=0, description="background commands of one tool session")
-    shells_kept: int = Field(32, gt=0, description="background commands kept of one session, ended ones too")
+    max_shells: int = Field(
+        16, gt=0, description="maximum number of running background commands of one tool session"
+    )
+    shells_kept: int = Field(
+        32, gt=0, description="number of background commands, running or ended, that one tool session keeps"
+    )
