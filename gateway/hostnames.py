@@ -40,9 +40,9 @@ def normalized(text: str) -> str:
         domain = ""
     labels = domain.split(".")
     if len(domain) > _MAX or len(labels) < 2 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise InvalidParams(f"{text[:100]!r} is no domain such as shop.example.com", field="domain")
+        raise InvalidParams(f"{text[:100]!r} is not a domain such as shop.example.com", field="domain")
     if labels[-1].isdigit():
-        raise InvalidParams(f"{text[:100]!r} is an address; a site needs a domain", field="domain")
+        raise InvalidParams(f"{text[:100]!r} is an IP address; a site needs a domain", field="domain")
     return domain
 
 
@@ -81,7 +81,7 @@ def pattern(text: str) -> str:
         return f"*.{normalized(f'x.{suffix}').removeprefix('x.')}"
     except InvalidParams:
         raise InvalidParams(
-            f"{text[:100]!r} is no domain, and no *.suffix of some", field="domains"
+            f"{text[:100]!r} is not a domain, nor a *.suffix of domains", field="domains"
         ) from None
 
 

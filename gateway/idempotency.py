@@ -114,12 +114,12 @@ class Idempotency:
             return None
         id_ = key[2]
         if record.state == "fenced":
-            raise Cancelled(f"{id_} was cancelled; use a new id to do it after all", id=id_)
+            raise Cancelled(f"{id_} was cancelled; use a new id to do it", id=id_)
         if record.digest != digest:
             raise Conflict(f"{id_} was used with another input", id=id_)
         if record.state == "begun":
             raise Gone(
-                f"{id_} was begun, and how it ended is not known: look at what it did, then use a new id",
+                f"{id_} was started, and how it ended is not known: check what it did, then use a new id",
                 id=id_,
                 reason="unknown_outcome",
             )

@@ -31,7 +31,7 @@ def check_origin(asked: HTTPConnection) -> None:
         services(asked).settings.origins,
         headers.get("x-forwarded-proto"),
     ):
-        raise Forbidden("this origin may not ask; list it in GATEWAY_ORIGINS")
+        raise Forbidden("requests from this origin are refused; list it in GATEWAY_ORIGINS")
 
 
 def secure(asked: HTTPConnection) -> bool:
@@ -111,7 +111,7 @@ def check_covered(token: Token | None, tenant: str) -> None:
 def check_serving(request: Request) -> None:
     """Raise `Unavailable` while the gateway drains: it takes no new work."""
     if services(request).draining:
-        raise Unavailable("the gateway is draining; ask again soon", retryAfterMs=RETRY_AFTER_MS)
+        raise Unavailable("the gateway is shutting down; try again soon", retryAfterMs=RETRY_AFTER_MS)
 
 
 def check_live(request: Request, token: Token) -> None:

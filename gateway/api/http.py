@@ -117,7 +117,7 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
         except StopAsyncIteration:
             return bytes(body)
         except TimeoutError:
-            raise Timeout(f"the body did not come: nothing for {patience:.0f} s") from None
+            raise Timeout(f"the body did not arrive: nothing came for {patience:.0f} s") from None
         if len(body) > limit:
             raise TooLarge(f"the body has over {limit} bytes", limit=limit)
         if known and len(body) > held:
@@ -240,7 +240,7 @@ async def problem_handler(request: Request, error: Exception) -> Response:
                 told = NotFound("no such route")
             elif error.status_code == 405:
                 headers["Allow"] = _allowed(request)
-                told = InvalidParams(f"{request.method} is not served here; there are {headers['Allow']}")
+                told = InvalidParams(f"{request.method} is not allowed here; allowed: {headers['Allow']}")
             response = problem(told, error.status_code)
             response.headers.update(headers)
             return response

@@ -75,7 +75,7 @@ class _Caller:
     def of(cls, tenant: str, token: Token, headers: Mapping[str, str]) -> _Caller:
         handshake = headers.get(_SESSION)
         if handshake is not None and not 0 < len(handshake) <= 64:
-            raise InvalidParams("this is no Mcp-Session-Id that a gateway gave")
+            raise InvalidParams("this Mcp-Session-Id was not issued by a gateway")
         named = headers.get("x-tool-session")
         if named is None and handshake is not None:
             named = _tool_session(handshake)

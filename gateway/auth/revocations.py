@@ -37,7 +37,9 @@ class Revocations:
         if token in self._revoked:
             return
         if len(self._revoked) >= MOST:
-            raise RateLimited(f"{MOST} tokens are revoked; change the secret, which ends all there are")
+            raise RateLimited(
+                f"{MOST} tokens are revoked, which is the limit; change the secret to revoke all tokens"
+            )
         at = time.time()
         await self._store.write(lambda connection: _insert(connection, token, at, by), durable=True)
         self._revoked.add(token)

@@ -104,19 +104,19 @@ def issue(
     """
     names, granted = sorted(set(tenants)), sorted(set(scopes))
     if not subject or len(subject) > 200:
-        raise InvalidParams("the subject of a token has 1 to 200 characters", field="subject")
+        raise InvalidParams("the subject of a token must have 1 to 200 characters", field="subject")
     if not names:
-        raise InvalidParams("a token names at least one tenant, or *", field="tenants")
+        raise InvalidParams("a token must name at least one tenant, or *", field="tenants")
     for name in names:
         if name != EVERY_TENANT and not _TENANT.fullmatch(name):
-            raise InvalidParams(f"{name[:80]!r} is no tenant name", field="tenants")
+            raise InvalidParams(f"{name[:80]!r} is not a tenant name", field="tenants")
     if not granted:
-        raise InvalidParams("a token has at least one scope", field="scopes")
+        raise InvalidParams("a token must have at least one scope", field="scopes")
     if unknown := [scope for scope in granted if scope not in SCOPES]:
         known = " ".join(sorted(SCOPES))
         raise InvalidParams(f"unknown scope {unknown[0][:80]!r}; known are {known}", field="scopes")
     if not 0 < ttl <= MAX_TTL:
-        raise InvalidParams("a token lives between one second and ten years", field="ttl")
+        raise InvalidParams("a token must be valid for one second to ten years", field="ttl")
     now = int(time.time())
     claims: dict[str, Any] = {
         "sub": subject,
@@ -139,7 +139,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
     that this version does not know grant nothing.
     """
     if not raw:
-        raise Unauthorized("a token is needed: send Authorization: Bearer TOKEN")
+        raise Unauthorized("a token is required: send Authorization: Bearer TOKEN")
     if len(raw) > MAX_TOKEN:
         raise Unauthorized("this token is not valid")
     try:
@@ -194,7 +194,7 @@ def parse_ttl(text: str) -> int:
     match = _TTL.fullmatch(text.strip())
     seconds = int(match[1]) * _TTL_UNITS[match[2]] if match else 0
     if not 0 < seconds <= MAX_TTL:
-        raise InvalidParams(f"{text[:40]!r} is no duration such as 15m, 12h or 30d (ten years at most)")
+        raise InvalidParams(f"{text[:40]!r} is not a duration such as 15m, 12h or 30d (ten years at most)")
     return seconds
 
 

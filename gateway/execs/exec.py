@@ -210,7 +210,9 @@ class Exec:
         """
         before = None if resume is None else self._places.pop(resume, None)
         if resume is not None and before is None:
-            raise NotFound(f"exec {self.id} has no attachment {resume}; attach anew", exec=self.id)
+            raise NotFound(
+                f"exec {self.id} has no attachment {resume}; attach again without it", exec=self.id
+            )
         # before the old one ends: nothing falls between
         attachment = Attachment(self, offsets or {}, before, reading)
         self._attachments.add(attachment)

@@ -122,7 +122,7 @@ class Execs:
         except BaseException as error:
             # who waits for the same start was not cancelled itself
             gone = isinstance(error, asyncio.CancelledError)
-            promise.set_exception(Cancelled("the start was cancelled by who asked first") if gone else error)
+            promise.set_exception(Cancelled("the first caller cancelled the start") if gone else error)
             promise.exception()  # seen, also where nobody else waits for it
             raise
         else:

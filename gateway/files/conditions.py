@@ -31,7 +31,9 @@ def stale(now: os.stat_result | None) -> Conflict:
     """Return the error for a file that the client does not know, with the present etag."""
     if now is None:
         return Conflict("the file is not there any more", reason="stale", etag=None)
-    return Conflict("the file is another than the client knows", reason="stale", etag=etag(now))
+    return Conflict(
+        "the file is not the version that you know; read it again", reason="stale", etag=etag(now)
+    )
 
 
 def present(directory: int, name: str) -> os.stat_result | None:

@@ -62,7 +62,7 @@ def tags(header: str | None, *, weak: bool) -> list[str] | None:
     while position < len(header):
         match = _TAG.match(header, position)
         if match is None:
-            raise InvalidParams("the condition is no list of etags")
+            raise InvalidParams("the condition is not a list of etags")
         if weak or not match[1]:
             found.append(match[2] if match[2] is not None else match[3])
         position = match.end()

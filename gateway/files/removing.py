@@ -47,7 +47,9 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
             os.close(folder)
         removed += gone
         if time.monotonic() > deadline:
-            raise Timeout("removing took too long; ask again to go on", reason="timeout", removed=removed)
+            raise Timeout(
+                "removing took too long; repeat the request to go on", reason="timeout", removed=removed
+            )
         if seen:
             stack.extend(below)  # then this folder is looked at again
         elif not path:

@@ -209,7 +209,9 @@ class Transfers:
     ) -> AsyncIterator[tuple[Link, dict[str, Any], _Held]]:
         tenant, limit = root.tenant, self._settings.max_transfers
         if self._count[tenant] >= limit:
-            raise RateLimited("too many uploads and downloads of this tenant", limit=limit)
+            raise RateLimited(
+                "this tenant has too many uploads and downloads; wait until some end", limit=limit
+            )
         self._count[tenant] += 1
         try:
             link = await self._links.get(root)

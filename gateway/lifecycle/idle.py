@@ -120,7 +120,9 @@ class Idle:
             return
         most, own = self._settings.wakes_waiting, max(1, self._settings.wakes_waiting // 4)
         if self._visitors.total() >= most or self._visitors[domain] >= own:
-            raise RateLimited("too many wait for sleeping sites", limit=own, retry_after=_RETRY_AFTER)
+            raise RateLimited(
+                "too many visitors wait for sleeping sites", limit=own, retry_after=_RETRY_AFTER
+            )
         self._visitors[domain] += 1
         try:
             tenant = await self._domains.owner(domain)
@@ -139,7 +141,7 @@ class Idle:
                 await waking
         except TimeoutError:
             raise Timeout(
-                "the tenant was asleep and is not awake yet; ask again soon", reason="waking"
+                "the tenant was asleep and is not awake yet; try again soon", reason="waking"
             ) from None
 
     # --- waking -------------------------------------------------------------------------------------

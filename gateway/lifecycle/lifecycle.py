@@ -132,7 +132,9 @@ class Lifecycle:
         """Copy a tenant under a new name; it has no domain until it is given one."""
         body = protocol.validate(CloneBody, ask.body)
         if not TENANT_NAME.fullmatch(body.tenant) or not ask.token.covers(body.tenant):
-            raise InvalidParams(f"{body.tenant!r} is no tenant name that this token covers", field="tenant")
+            raise InvalidParams(
+                f"{body.tenant!r} is not a tenant name that this token covers", field="tenant"
+            )
         await self._room.admit()
         limit = (await self._runtime.get(ask.tenant)).limits.get("memory") or self._settings.tenant_memory
         async with self.capacity.promise(body.tenant, limit):
@@ -240,7 +242,7 @@ class Lifecycle:
             async with asyncio.timeout(self._settings.lifecycle_timeout):
                 await lock.acquire()
         except TimeoutError:
-            raise Timeout(f"tenant {tenant} is busy with another change; ask again later") from None
+            raise Timeout(f"tenant {tenant} is busy with another change; try again later") from None
         try:
             yield
         finally:
@@ -260,13 +262,13 @@ class Lifecycle:
         body = protocol.validate(SnapshotBody, ask.body)
         name = body.name or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         if not SNAPSHOT_NAME.fullmatch(name):
-            raise InvalidParams("a snapshot's name has letters, digits, dots and dashes", field="name")
+            raise InvalidParams("a snapshot's name may have letters, digits, dots and dashes", field="name")
         async with self.alone(ask.tenant):
             kept = await self._runtime.snapshots(ask.tenant)
             if len(kept) >= self._settings.max_snapshots:
                 raise RateLimited(
                     f"the tenant has {len(kept)} snapshots, the most it may; raise "
-                    "GATEWAY_MAX_SNAPSHOTS, or delete one that nobody needs",
+                    "GATEWAY_MAX_SNAPSHOTS, or delete one",
                     limit=self._settings.max_snapshots,
                 )
             if any(one.name == name for one in kept):

@@ -33,13 +33,13 @@ class SiteLogs:
         """
         lines = query.get("lines", "100")
         if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:
-            raise InvalidParams(f"lines is a number up to {self._settings.logs_max}", field="lines")
+            raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
         follow = query.get("follow", "0")
         if follow not in ("0", "1"):
-            raise InvalidParams("follow is 0 or 1", field="follow")
+            raise InvalidParams("follow must be 0 or 1", field="follow")
         open_ = sum(one == tenant for one in self._following.values())
         if open_ >= self._settings.max_followers:
-            raise RateLimited("the tenant's log is followed by as many as may", limit=open_)
+            raise RateLimited("the tenant's log has as many followers as it may", limit=open_)
         process = await self._runtime.exec(tenant, self._runtime.logs(int(lines), follow == "1"))
         following = Following(process, self._following.pop)
         self._following[following] = tenant

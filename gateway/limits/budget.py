@@ -269,7 +269,7 @@ class Places:
         settings = self._settings
         if self._addresses[address] >= settings.max_anonymous_per_address:
             raise RateLimited(
-                "too many connections from this address without a token; send it with the handshake, or say "
+                "too many connections from this address without a token; send it with the handshake, or send "
                 "initialize sooner",
                 limit=settings.max_anonymous_per_address,
                 retry_after=RETRY_AFTER,

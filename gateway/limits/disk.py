@@ -63,7 +63,7 @@ class DiskSpace:
         if left < reserve:
             raise Unavailable(
                 f"the storage pool has {left // _MiB} MiB left, and {reserve // _MiB} are kept in reserve: "
-                "ask whoever runs the gateway for a larger pool, or delete snapshots that nobody needs",
+                "ask whoever runs the gateway for a larger pool, or delete snapshots",
                 reason="disk_full",
                 retry_after=_RETRY_AFTER,
             )
@@ -83,7 +83,7 @@ class DiskSpace:
             raise TooLarge(
                 f"the tenant's snapshots hold {held // _MiB} MiB, and this one would hold {more // _MiB} MiB "
                 f"beside them; {limit // _MiB} MiB are the most they may: raise GATEWAY_SNAPSHOT_BYTES, or "
-                "delete one that nobody needs",
+                "delete one",
                 reason="quota",
                 limit=limit,
                 held=held,

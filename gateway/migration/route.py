@@ -26,7 +26,7 @@ async def led(caddy: Caddy, domain: str, target: str | None) -> None:
     while caddy.get(domain) != target:
         if time.monotonic() > until:
             raise HostError(
-                f"the gateway does not lead {domain} to {target}: it must run, and the domain must be this "
+                f"the gateway has not routed {domain} to {target}: it must run, and the domain must be this "
                 "tenant's (incus-gateway doctor says what is wrong); run the command again then"
             )
         await asyncio.sleep(_LOOK)  # another process makes it so, and tells nobody

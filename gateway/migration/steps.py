@@ -385,7 +385,7 @@ def _real(folder: Path) -> Path:
     except OSError as error:
         raise InvalidParams(f"{folder} cannot be opened: {error.strerror}", field="from") from error
     if not real.is_dir() or len(real.parts) < 3 or str(real).startswith(("/proc/", "/sys/", "/dev/")):
-        raise InvalidParams(f"{folder} is no folder of a site", field="from")
+        raise InvalidParams(f"{folder} is not the folder of a site", field="from")
     return real
 
 

@@ -311,7 +311,7 @@ class Domains:
 
 def _owned(domain: str) -> Conflict:
     return Conflict(
-        f"{domain} is another tenant's; a deployment that names that one by `tenant` updates its site, else "
-        "choose another domain",
+        f"{domain} is another tenant's; name that one by `tenant` to update its site, or choose another "
+        "domain",
         reason="domain_owned",
     )

@@ -275,4 +275,4 @@ def switch(given: Mapping[str, str], name: str) -> bool:
         case "" | "0" | "false":
             return False
         case _:
-            raise InvalidParams(f"{name} is 1 or 0", field=name)
+            raise InvalidParams(f"{name} must be 1 or 0", field=name)

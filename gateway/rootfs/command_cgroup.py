@@ -58,7 +58,7 @@ async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwar
         return await aside(container, _STEP, work, *given, **more)
     except TimeoutError:
         raise Timeout(
-            "the tenant's processes could not be looked through in time; restart the tenant to end them"
+            "the tenant's processes could not be searched in time; restart the tenant to end them"
         ) from None
 
 

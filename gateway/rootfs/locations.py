@@ -142,7 +142,9 @@ class Instances:
 
     def disk(self, tenant: str, workspace: str) -> Disk:
         if workspace != self._workspace:
-            raise Unavailable("this is not the workspace that the broker serves: set GATEWAY_WORKSPACE alike")
+            raise Unavailable(
+                "this is not the workspace that the broker serves: give both the same GATEWAY_WORKSPACE"
+            )
         instance = self._instance(tenant)
         config = instance["config"]
         idmap = _idmap(config.get("volatile.idmap.current") or config.get("volatile.idmap.next"))
@@ -300,7 +302,7 @@ def _relative(path: str) -> str:
 
 def _part(name: object) -> str:
     if not isinstance(name, str) or not _PART.fullmatch(name) or name in (".", ".."):
-        raise Unavailable("Incus named a storage that is not understood")
+        raise Unavailable("Incus named a storage of an unknown kind")
     return name
 
 

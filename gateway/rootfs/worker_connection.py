@@ -123,6 +123,6 @@ def result_of(operation: str, reply: bytes | memoryview) -> bytes:
         case status if status == BROKEN:
             where = bytes(reply[1:]).decode("utf-8", "replace")
             _log.error("the file operation %s broke at %s", operation, where)
-            raise Unavailable("the file operation failed; it was logged")
+            raise Unavailable("the file operation failed; the gateway's log says why")
         case _:
-            raise Unavailable("the file worker spoke out of turn")
+            raise Unavailable("the file worker sent an unexpected reply")

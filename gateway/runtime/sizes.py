@@ -30,7 +30,7 @@ _UNITS: Final = {
 def known(name: str) -> str:
     """Return the name of a size. Raises `InvalidParams` for what is none."""
     if name not in SIZES:
-        raise InvalidParams(f"size is one of {', '.join(SIZES)}", field="size")
+        raise InvalidParams(f"size must be one of {', '.join(SIZES)}", field="size")
     return name
 
 

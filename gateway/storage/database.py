@@ -39,7 +39,7 @@ class Database:
                 _make(path)
             except OSError as error:
                 raise StoreFailed(
-                    f"the state dir cannot be used: {error.strerror}; GATEWAY_STATE_DIR names another",
+                    f"the state dir cannot be used: {error.strerror}; set another GATEWAY_STATE_DIR",
                     reason="io",
                 ) from error
             with contextlib.ExitStack() as undo:
@@ -83,7 +83,7 @@ def _locked(path: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise StoreFailed(
-            "another gateway uses this state dir; stop it, or give this one its own by GATEWAY_STATE_DIR",
+            "another gateway uses this state dir; stop it, or set another GATEWAY_STATE_DIR",
             reason="in_use",
         ) from None
     except OSError:

@@ -20,7 +20,7 @@ _REASONS: Final = {
 }
 ADVICE: Final = {
     "disk_full": "the disk of the state dir is full; free some space there",
-    "read_only": "the records in the state dir cannot be written; see who owns it and how it is mounted",
+    "read_only": "the records in the state dir cannot be written; check its owner and how it is mounted",
     "corrupt": "the records in the state dir are damaged; restore a backup of gateway.db, or move it away",
     "in_use": "another program holds the records in the state dir; end it",
     "io": "the records in the state dir cannot be read or written; see the kernel's log",

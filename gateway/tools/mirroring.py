@@ -73,9 +73,9 @@ class _Look:
             os.close(descriptor)
         self.visits -= len(names)
         if self.visits < 0:
-            raise TooLarge("the workspace has more files than an update looks at")
+            raise TooLarge("the workspace has more files than an update may compare")
         if time.monotonic() > self.deadline:
-            raise Timeout("looking at what an update removes took too long")
+            raise Timeout("finding out what an update removes took too long")
         return [(name, f"{folder}/{name}" if folder else name, is_folder) for name, is_folder in names]
 
     def kept(self, folder: str, depth: int, kept: list[bytes], *, within: bool = False) -> None:
@@ -122,7 +122,7 @@ class _Look:
         name = os.fsencode(path)
         self.room -= len(name) + 1
         if self.room < 0:
-            raise TooLarge("the names of what an update removes or keeps are too long together")
+            raise TooLarge("the names that an update removes or keeps are too long in total")
         names.append(name)
 
 

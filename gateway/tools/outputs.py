@@ -101,7 +101,7 @@ def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
         descriptor = os.open(given["name"], _MORE, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise Conflict("the output file is no regular file any more", reason="changed")
+            raise Conflict("the output file is not a regular file any more", reason="changed")
         _put(descriptor, base64.b64decode(given["data"]))
     except OSError as error:
         raise refusal(error) from None

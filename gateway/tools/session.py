@@ -112,7 +112,7 @@ class Sessions:
             life: Literal["call", "connection"] = "connection" if lasting else "call"
             return self._new(life, read_before_write)
         if not 0 < len(name) <= 128:
-            raise InvalidParams("a session's name has 1 to 128 characters")
+            raise InvalidParams("a session's name must have 1 to 128 characters")
         now = time.monotonic()
         found = self._of[tenant].get(name) if tenant in self._of else None
         if found is None or self._unused(found, now):
@@ -159,7 +159,7 @@ class Sessions:
         settings, mine = self._settings, len(self._of.get(tenant, ()))
         if mine >= settings.max_tenant_sessions and not self._drop(tenant):
             raise RateLimited(
-                "all tool sessions that the tenant may have are in use; end one by session/end",
+                "all tool sessions of this tenant are in use; end one by session/end",
                 limit=settings.max_tenant_sessions,
                 retry_after=_RETRY_AFTER,
             )

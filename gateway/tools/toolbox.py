@@ -135,12 +135,12 @@ def _check(arguments: Mapping[str, Any]) -> None:
         if isinstance(value, dict | list):
             left -= len(value)
             if left < 0:
-                raise InvalidParams(f"a tool's input has at most {_VALUES_MAX} values")
+                raise InvalidParams(f"a tool's input may have at most {_VALUES_MAX} values")
             inside += value.values() if isinstance(value, dict) else value
 
 
 def _given_up() -> Cancelled:
-    return Cancelled("the call was given up by who asked for it")
+    return Cancelled("the caller gave up the call")
 
 
 class ShellTools(Background, Protocol):

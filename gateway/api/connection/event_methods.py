@@ -44,12 +44,14 @@ class EventMethods(Family):
     async def _subscribe(self, params: protocol.EventsSubscribe) -> Answer:
         token = self._peer.require("events")
         if len(self._subscriptions) >= self._hub.settings.max_subscriptions:
-            raise RateLimited("too many subscriptions on this connection")
+            raise RateLimited(
+                "this connection has too many event subscriptions; end some by events/unsubscribe"
+            )
         # each is woken by whatever happens to anybody
         most, of = self._hub.settings.max_tenant_subscriptions, self._tenant
         if sum(len(peer.subscriptions) for peer in self._hub.connections if peer.tenant == of) >= most:
             raise RateLimited(
-                "too many event subscriptions of this tenant; end some by events/unsubscribe",
+                "this tenant has too many event subscriptions; end some by events/unsubscribe",
                 limit=most,
                 retry_after=RETRY_AFTER,
             )

@@ -42,7 +42,9 @@ class WatchMethods(Family):
         self._peer.require("files:read")
         limit = self._hub.settings.max_watches
         if len(self._watches) >= limit:
-            raise RateLimited("too many file watches on this connection", limit=limit)
+            raise RateLimited(
+                "this connection has too many file watches; end some by files/unwatch", limit=limit
+            )
         self._last += 1
         number = self._last
         self._watches[number] = None  # counts while it begins

@@ -41,7 +41,7 @@ async def audit(request: Request) -> Response:
         or not 0 < int(limit) <= 1000
         or not protocol.NUMBER.fullmatch(before or "0")
     ):
-        raise InvalidParams("limit is a number up to 1000, and before the id of an entry")
+        raise InvalidParams("limit must be a number up to 1000, and before the id of an entry")
     last = None if before is None else min(int(before), 1 << 62)
     found = await services(request).audit.entries(int(limit), query.get("tenant"), last)
     return as_json({"entries": found})

@@ -22,7 +22,7 @@ async def index(request: Request) -> Response:
     gateway, token = services(request), with_token(request, None)
     limit, after = request.query_params.get("limit"), request.query_params.get("after", "")
     if limit is not None and (not limit.isdecimal() or not 0 < int(limit[:6]) <= _PAGE):
-        raise InvalidParams(f"limit is a number from 1 to {_PAGE}", field="limit")
+        raise InvalidParams(f"limit must be a number from 1 to {_PAGE}", field="limit")
     tenants = sorted(
         (t for t in await gateway.runtime.list() if token.covers(t.name) and t.name > after),
         key=attrgetter("name"),

@@ -33,7 +33,7 @@ async def call(request: Request) -> Response:
     name, token = await using_tenant(request, toolbox.scope(tool))
     arguments = await json_body(request, token)
     if not isinstance(arguments, dict):
-        raise InvalidParams("the body is a JSON object: the tool's input")
+        raise InvalidParams("the body must be a JSON object, the tool's input")
     session = toolbox.sessions.open(
         name,
         request.headers.get("x-tool-session"),
@@ -42,7 +42,7 @@ async def call(request: Request) -> Response:
     call_id = idempotency_key(request)
     linger_ms = request.headers.get("x-call-linger")
     if linger_ms is not None and not (linger_ms.isdecimal() and len(linger_ms) < 16):
-        raise InvalidParams("X-Call-Linger is a number of milliseconds")
+        raise InvalidParams("X-Call-Linger must be a number of milliseconds")
     linger = None if linger_ms is None else int(linger_ms) / 1000
     work = toolbox.call(name, session, tool, arguments, by=token.subject, call_id=call_id, linger=linger)
     result = await unless_gone(request, work)

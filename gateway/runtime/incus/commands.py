@@ -165,7 +165,7 @@ class Commands:
                 raise InvalidParams(f"user {user} is out of range", field="user")
             return Account(str(user))
         if not user or len(user) > 256 or user.startswith("-") or not user.isprintable():
-            raise InvalidParams("user is a name or a number", field="user")
+            raise InvalidParams("user must be a name or a number", field="user")
         if user.isdecimal() and not 0 < int(user) <= _MAX_ID:
             raise InvalidParams(f"user {user} is out of range", field="user")
         return Account(user)

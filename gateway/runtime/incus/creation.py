@@ -191,7 +191,7 @@ class Creation:
             with translated(name):
                 await self.operate("PUT", instance_path(name, "state"), body)
         else:
-            raise Conflict(f"{name} is started again and again by somebody")
+            raise Conflict(f"{name} is started again and again by another program")
         asked[identity] = now
         with translated(name):
             await self.operate("DELETE", instance_path(name))

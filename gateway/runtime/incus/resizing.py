@@ -66,7 +66,7 @@ class Resizing:
                 found, tag = await self._incus.get_tagged(path)
             if UPDATING in found["config"]:
                 raise Conflict(
-                    "an update of this tenant is not over; change the size when it is", retry_after=5
+                    "an update of this tenant is running; change the size when it has ended", retry_after=5
                 )
             wanted = _sized(found, profile, SIZES[size])
             await self._fits(found, wanted, profile)
@@ -148,7 +148,7 @@ class Resizing:
         state = await self._state(name)
         own = int(((state.get("disk") or {}).get("root") or {}).get("usage") or 0)
         if not number or not number[0].isdecimal():
-            raise Unavailable(f"what the disk of tenant {name} holds cannot be seen; ask again later")
+            raise Unavailable(f"the disk usage of tenant {name} cannot be read; try again later")
         return max(int(number[0][:18]), own)
 
     async def _in_memory(self, name: str) -> int:
@@ -175,7 +175,7 @@ class Resizing:
         try:
             ended = await scripts.run(self._commands.exec, name, argv, seconds=seconds, printed=_PRINTED)
         except TimeoutError:
-            raise Unavailable(f"tenant {name} does not answer in time; ask again later") from None
+            raise Unavailable(f"tenant {name} does not answer in time; try again later") from None
         return ended.said
 
 

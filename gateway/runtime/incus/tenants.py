@@ -305,7 +305,7 @@ class IncusRuntime:
             tenant = await self.get(name)
             if tenant.instance == identity:
                 return tenant
-        raise Conflict(f"tenant {name} was destroyed by somebody while it was being made")
+        raise Conflict(f"tenant {name} was destroyed while it was being created")
 
     async def _instance(self, name: str) -> dict[str, Any]:
         with translated(name):
