@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
-import time
 from pathlib import Path
+
+from tests.waits import until as until  # for what only /proc tells, which nothing can wait on
 
 _numbers = itertools.count(os.getpid() * 1000 % 900_000_000 + 10_000_000)
 
@@ -59,12 +59,3 @@ def alive(mark: str) -> int:
                 continue
             found += len(words) == 3 and words[0].endswith(b"sleep") and words[1] == mark.encode()
     return found
-
-
-async def until(condition: object, deadline: float = 30.0) -> None:
-    """Wait until `condition()` holds; for what only /proc tells, which nothing can wait on."""
-    assert callable(condition)
-    end = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        await asyncio.sleep(0.02)

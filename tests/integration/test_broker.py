@@ -249,8 +249,8 @@ async def test_a_gateway_that_was_taken_over(place: Place, tenant: Container, fo
     ]
     broker = BrokerClient(at=place.settings.broker_socket)
     spawn = Workers(place.settings).spawn(FilesystemRoot(tenant.name, place.settings.workspace)).wire()
-    for container in (tenant, foreign):
-        await until(lambda container=container: "own/x" in container.sh("cat /proc/[0-9]*/cgroup; true"))
+    groups = "cat /proc/[0-9]*/cgroup; true"
+    await until(lambda: all("own/x" in container.sh(groups) for container in (tenant, foreign)))
 
     async def refused(**request: Any) -> None:
         with pytest.raises((NotFound, Unavailable)) as caught:

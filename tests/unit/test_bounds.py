@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, strategies
 
 from gateway.bounds import Flood, Lines, aside, first, part
+from tests.waits import turn
 
 
 def stream(*pieces: bytes) -> Callable[[], Awaitable[bytes]]:
@@ -89,6 +90,6 @@ async def test_what_fails_is_told_and_frees_its_place() -> None:
         with pytest.raises(ValueError, match="no"):
             await aside("one", 30, fail)
     waiting = asyncio.create_task(aside("one", 30, time.sleep, 0.05))
-    await asyncio.sleep(0)
+    await turn()
     waiting.cancel()
     assert await asyncio.gather(*(aside("one", 30, lambda: 1) for _ in range(10))) == [1] * 10

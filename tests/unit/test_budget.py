@@ -12,6 +12,7 @@ from gateway.errors import RateLimited
 from gateway.limits.budget import SMALL, Budget, Lease, Places, Share, Turns
 from gateway.settings import Settings
 from gateway.transport.websocket import LARGE, Lengths
+from tests.waits import turn
 
 MiB = 1 << 20
 
@@ -90,7 +91,7 @@ async def test_who_waits_gets_room_once_it_is_given_back(budget: Budget) -> None
     socket = budget.tenant("a").within(4 * MiB)
     first = await socket.wait(3 * MiB)
     waiting = asyncio.create_task(socket.wait(3 * MiB))
-    await asyncio.sleep(0)
+    await turn()
     assert not waiting.done() and budget.waiting == 1
     first.end()
     async with asyncio.timeout(5):
@@ -113,7 +114,7 @@ async def test_hundreds_who_wait_all_get_their_turn(budget: Budget) -> None:
 
     others = [asyncio.create_task(once(tenant)) for tenant in tenants[1:]]
     tenants[1].hold(1)  # so that its limit applies
-    await asyncio.sleep(0)
+    await turn()
     assert budget.waiting == 300
     all_.end()
     tenants[1].hold(-1)
@@ -129,9 +130,9 @@ async def test_cancelled_waiter_leaves_nothing(budget: Budget) -> None:
     socket = budget.tenant("a").within(2 * MiB)
     held = await socket.wait(2 * MiB)
     waiting = asyncio.create_task(socket.wait(MiB))
-    await asyncio.sleep(0)
+    await turn()
     held.end()
-    await asyncio.sleep(0)  # it has been let in, and has not run since
+    await turn()  # it has been let in, and has not run since
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert (budget.held, budget.waiting) == (0, 0)
@@ -145,14 +146,14 @@ async def test_turns_come_in_order_and_within_the_limit() -> None:
         held = await turns.enter(size)
         ran.append(number)
         most = max(most, 10 - turns._free)
-        await asyncio.sleep(0)
+        await turn()
         turns.leave(held)
 
     sizes = (6, 6, 1, 40, 3)
     tasks = [asyncio.create_task(one(number, size)) for number, size in enumerate(sizes)]
-    await asyncio.sleep(0)
+    await turn()
     gone = asyncio.create_task(turns.enter(5))
-    await asyncio.sleep(0)
+    await turn()
     gone.cancel()
     async with asyncio.timeout(5):
         await asyncio.gather(*tasks)

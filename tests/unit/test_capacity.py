@@ -12,6 +12,7 @@ from gateway.errors import GatewayError, RateLimited, Unavailable
 from gateway.limits.capacity import Capacity, Memory, limit_of
 from gateway.runtime import Tenant, TenantRuntime
 from gateway.settings import Settings
+from tests.waits import turn
 
 GiB = 1 << 30
 
@@ -23,7 +24,7 @@ class Tenants:
         self.of = {name: Tenant(name, "running", limits={"memory": limit}) for name, limit in memory.items()}
 
     async def list(self) -> list[Tenant]:
-        await asyncio.sleep(0)  # others have their turn in between, as while Incus is asked
+        await turn()  # others have their turn in between, as while Incus is asked
         return [*self.of.values()]
 
     def stop(self, name: str) -> None:

@@ -22,6 +22,7 @@ from gateway_client import Change, Client, Disconnected, Exit, Killed, Tenant, e
 from gateway_client.connection import Address
 from gateway_client.output import BUFFER
 from gateway_client.retry import Patience, Retry
+from tests.waits import until
 
 
 class Peer:
@@ -644,8 +645,7 @@ async def test_a_lagging_command_holds_up_no_other_call() -> None:
     async with gateway(command, main) as shop:
         async with shop.exec("x") as run:
             await anext(run.stdout)
-            while run.stdout.offset <= BUFFER:
-                await asyncio.sleep(0)
+            await until(lambda: run.stdout.offset > BUFFER, every=0)
             await shop.ping()
             assert len(await run.stdout.read()) == 39 * 100_000
 
@@ -677,8 +677,7 @@ async def test_a_stream_that_was_begun_is_waited_for_unless_discarded() -> None:
         async with shop.exec("x", buffer=5000) as run:
             await anext(run.stdout)
             waiting = asyncio.ensure_future(run.wait())
-            while run.stdout.offset < 6000:
-                await asyncio.sleep(0)
+            await until(lambda: run.stdout.offset >= 6000, every=0)
             assert not waiting.done()
             assert (await run.wait(discard=True)).code == 0
             await waiting

@@ -11,6 +11,7 @@ import pytest
 from gateway_client import Client, ToolResult, claude
 from gateway_client.errors import Unavailable
 from gateway_client.events import Event
+from tests.waits import turn
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ async def test_a_start_that_is_told_late_hands_nothing_over_twice() -> None:
         with live.awaiting("toolu_1"):
             await told.wait()
         await live.finish("toolu_1", ToolResult([], structured={"exec": "x-1", "status": "completed"}))
-        await asyncio.sleep(0)  # what was followed is forgotten
+        await turn()  # what was followed is forgotten
         late.set()
         await over.wait()
     assert followed == ["x-1"]

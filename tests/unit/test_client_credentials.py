@@ -26,6 +26,7 @@ from gateway_client.credentials import Credentials
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, local_gateway
 from tests.unit.test_client import Peer
 from tests.unit.test_client import gateway as scripted
+from tests.waits import until
 
 DEADLINE = 20.0
 
@@ -446,8 +447,7 @@ async def test_a_renewal_for_which_there_is_no_room_is_asked_again() -> None:
         await shop.ping()
         (connection,) = shop._connections._open
         connection.renew("b", lambda error: None)
-        while len(said) < 2:
-            await asyncio.sleep(0)
+        await until(lambda: len(said) == 2, every=0)
         connection.renew("c", lambda error: None)
         await over.wait()
 

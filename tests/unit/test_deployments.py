@@ -24,6 +24,7 @@ from gateway.ownership.domains import Domains
 from gateway.runtime.sites import Exposure, Recipe
 from gateway.settings import Settings
 from gateway.storage.store import Store
+from tests.waits import settled, turn, until
 
 OPERATOR = Token("me", frozenset({"*"}), frozenset({"admin"}), 0, "id")
 
@@ -69,7 +70,7 @@ async def test_one_that_is_cancelled_before_it_began_says_where_it_stood(
 ) -> None:
     deployments, told = rig  # not recovered yet, so that none begins
     record, _ = await deployments.begin(Request("shop.example.com", "static"), OPERATOR)
-    await asyncio.sleep(0)  # until it waits: a request's cancel never comes before that
+    await turn()  # until it waits: a request's cancel never comes before that
     ended = await deployments.cancel(record.id)
     assert ended.state == "rolledback"
     said = told.of("deployment.cancelled")
@@ -89,7 +90,7 @@ async def test_who_has_seen_the_end_may_begin_the_next_before_it_is_written_down
         await save(record)
 
     first, _ = await deployments.begin(asked("a"), token("a"))
-    await asyncio.sleep(0)  # until it waits
+    await turn()  # until it waits
     monkeypatch.setattr(deployments._register, "save", slow)
     cancelled = asyncio.create_task(deployments.cancel(first.id))
     await ending.wait()
@@ -142,7 +143,7 @@ def asked(tenant: str, template: str | bytes = "static") -> Request:
 
 
 async def cancel(deployments: Deployments, identity: str) -> None:
-    await asyncio.sleep(0)  # until it waits: a request's cancel never comes before that
+    await turn()  # until it waits: a request's cancel never comes before that
     await deployments.cancel(identity)
 
 
@@ -227,10 +228,10 @@ class Places:
             await self.deployments.begin(asked(tenant), who)
 
     async def are(self, *names: str) -> None:
-        async with asyncio.timeout(10):
-            while sorted(self.running) != sorted(names):
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)  # time for what must not happen
+        await until(lambda: sorted(self.running) == sorted(names), every=0)
+        for _ in range(3):  # whatever the store was asked for is written, and what follows from it was done
+            await self.deployments._register._store.settled()
+            await settled()
         assert sorted(self.running) == sorted(names)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from gateway.deployments.context import Context
 from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.recovery import Recovery
+from tests.waits import turn
 
 TOOK = 0.02  # seconds of one look
 
@@ -38,7 +39,7 @@ async def test_a_storm_of_events_leaves_most_of_the_time_to_others() -> None:
         async with asyncio.timeout(30):
             while len(looks.began) < 4:
                 looks.look_soon()
-                await asyncio.sleep(0)
+                await turn()
     finally:
         following.cancel()
     assert all(after - before >= 10 * TOOK for before, after in pairwise(looks.began))

@@ -20,6 +20,7 @@ from gateway.runtime.incus.uploads import Upload, freeing, number, surplus
 from gateway.runtime.sites import Prepared, Recipe
 from gateway.settings import Settings
 from tests.archives import archive, folder
+from tests.waits import settled, turn
 
 DAY = 86400.0
 pytestmark = pytest.mark.timeout(20)
@@ -182,7 +183,7 @@ async def test_copies_are_made_one_at_a_time_the_newest_of_each_owner(
     key, prepared = await kitchen.begun.get()
     for name in ("a2", "a3", "b1", "a4"):
         made.want(recipe(name, name[0]), "small")
-    await asyncio.sleep(0)
+    await turn()
     assert key == "a1" and kitchen.begun.empty()
     prepared(Unavailable("it failed"))  # the others' are made all the same
     seen = []
@@ -201,7 +202,7 @@ async def test_no_copy_is_begun_while_others_deploy(
     async with turns.turn(owner), turns.turn(owner):
         async with turns.turn(owner):
             made.want(recipe("a", "a"), "small")
-            await asyncio.sleep(0.01)
+            await settled()
             assert kitchen.begun.empty(), "three of four places are taken"
         assert (await kitchen.begun.get())[0] == "a"
 

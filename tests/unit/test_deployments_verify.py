@@ -23,6 +23,7 @@ from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
 from gateway.runtime.sites import Exposure, Recipe, Service, Side
 from gateway.settings import Settings
+from tests.waits import turn
 
 PORT, AT = 3000, "10.83.3.7"
 
@@ -280,7 +281,7 @@ async def test_one_that_is_over_is_watched_on_until_its_tenant_ends(rig: Rig) ->
     async with rig.opened() as (verifier, site):
         rig.service = Service("running", started=0.0)
         verifier.watch(site, 60.0, rig.tell)
-        await asyncio.sleep(0)
+        await turn()
         rig.service = Service("running", restarts=1, started=time.monotonic() + 1)
         assert "was started again" in await rig.told.get()
         verifier.watch(site, 60.0, rig.tell)

@@ -19,6 +19,7 @@ from gateway.runtime import Tenant
 from gateway.runtime.sites import Site
 from gateway.settings import Settings
 from gateway.storage.store import Store, StoreFailed
+from tests.waits import turn
 
 SHOP = "shop.example.com"
 
@@ -36,13 +37,13 @@ class Incus:
         )
 
     async def list(self) -> list[Tenant]:
-        await asyncio.sleep(0)
+        await turn()
         if self.down:
             raise Unavailable("it is away")
         return [*self.tenants.values()]
 
     async def get(self, name: str) -> Tenant:
-        await asyncio.sleep(0)
+        await turn()
         if self.down:
             raise Unavailable("it is away")
         if name not in self.tenants:
@@ -50,7 +51,7 @@ class Incus:
         return self.tenants[name]
 
     async def rename(self, name: str, domain: str | None) -> None:
-        await asyncio.sleep(0)
+        await turn()
         self.tenants[name] = replace(self.tenants[name], domain=domain)
 
     def sites(self) -> Sequence[Site]:

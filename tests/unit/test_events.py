@@ -31,6 +31,7 @@ from gateway.events import (
     MemoryJournal,
     StoredJournal,
     Subscription,
+    memory_journal,
     stored_journal,
 )
 from gateway.events.bus import BATCH
@@ -38,6 +39,7 @@ from gateway.events.event import numbered
 from gateway.storage.database import FILE
 from gateway.storage.store import Store
 from tests.unit.test_store import Held
+from tests.waits import settled, turn, until
 
 ALL = Filter()
 
@@ -78,9 +80,7 @@ def stored(
 
 async def settle(journal: Journal) -> None:
     """Wait until what was appended is readable."""
-    async with asyncio.timeout(10):
-        while not journal.settled:
-            await asyncio.sleep(0)
+    await until(lambda: journal.settled, every=0)
 
 
 async def read(journal: Journal, after: int, limit: int = 100) -> tuple[int, int, list[int]]:
@@ -207,11 +207,13 @@ async def test_a_long_stretch_that_nobody_wants_is_read_in_parts(make: Make) -> 
     assert parts[-1] == [made[-1].id] and not any(parts[:-1])
 
 
-def test_a_later_life_has_higher_ids() -> None:
+def test_a_later_life_has_higher_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the clock moves on: the very thing that the ids rely on."""
     before = MemoryJournal(10)
     before.append(drafts(1))
     assert time.time() * 1000 - 60_000 < before.newest < 2**53
-    time.sleep(0.003)  # the clock must have moved: the very thing that the ids rely on
+    later = memory_journal.clock() + 3
+    monkeypatch.setattr(memory_journal, "clock", lambda: later)
     assert MemoryJournal(10).newest > before.newest
 
 
@@ -384,7 +386,7 @@ async def test_a_subscriber_that_waits_is_woken(make: Make) -> None:
     bus = Bus(await make(4), "t")
     subscription = bus.subscribe(ALL)
     waiting = asyncio.ensure_future(take(subscription, 1))
-    await asyncio.sleep(0)
+    await turn()
     assert not waiting.done()
     published = bus.publish("a")
     assert await waiting == [published]
@@ -485,7 +487,7 @@ async def test_close_delivers_what_was_published_and_ends_all(make: Make) -> Non
     bus = Bus(await make(4), "t")
     waiting, late = bus.subscribe(ALL), bus.subscribe(ALL)
     task = asyncio.ensure_future(rest(waiting))
-    await asyncio.sleep(0)
+    await turn()
     last = bus.publish("gateway.draining")
     bus.close()
     bus.close()
@@ -500,7 +502,7 @@ async def test_one_subscription_can_be_closed_alone(make: Make) -> None:
     bus = Bus(await make(4), "t")
     one, two = bus.subscribe(ALL), bus.subscribe(ALL)
     tasks = [asyncio.ensure_future(rest(subscription)) for subscription in (one, two)]
-    await asyncio.sleep(0)
+    await turn()
     one.close()
     assert await tasks[0] == []
     assert bus.subscribers == 1
@@ -513,7 +515,7 @@ async def test_cancelling_a_waiting_reader_loses_nothing(make: Make) -> None:
     bus = Bus(await make(4), "t")
     subscription = bus.subscribe(ALL)
     task = asyncio.ensure_future(anext(subscription))
-    await asyncio.sleep(0)
+    await turn()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -541,7 +543,8 @@ async def test_nothing_is_seen_before_it_is_written(tmp_path: Path) -> None:
             before, made = journal.newest, [bus.publish("a"), bus.publish("b")]
             assert bus.subscribe(ALL).last_id == before  # no id that a crash would give to another event
             assert made[1].id == made[0].id + 1  # ids are there at once
-            await asyncio.sleep(0.05)  # time for what must not happen
+            await until(lambda: not store._writer._asked.empty())  # they are to be written next
+            await settled()
             assert not task.done() and not journal.settled
         assert await task == made
 
@@ -640,12 +643,6 @@ async def test_a_full_disk_does_not_hold_up_the_end(tmp_path: Path) -> None:
 async def rest_of(bus: Bus) -> list[Event]:
     bus.close()
     return await rest(bus.subscribe(ALL))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 _PUBLISHER = """

@@ -24,6 +24,7 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.contracts.processes import alive, mark, until
+from tests.waits import settled, turn
 
 Make = Callable[..., Awaitable[Execs]]
 
@@ -164,7 +165,7 @@ async def test_a_second_start_of_the_same_id_survives_the_first_ones_cancel(
     first = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
     await entered.wait()
     second = asyncio.create_task(execs.start("demo", ExecSpec(("true",)), exec_id="same"))
-    await asyncio.sleep(0)
+    await turn()
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
@@ -214,7 +215,7 @@ async def test_a_reader_of_text_gets_whole_characters_from_pieces_of_any_size() 
         cursor.taken(parts)
     assert read == text
     waiting = asyncio.create_task(cursor.next())
-    await asyncio.sleep(0)
+    await turn()
     assert not waiting.done()  # for more: an empty part is none
     waiting.cancel()
 
@@ -245,7 +246,7 @@ class Printing(Past):
         self.printed = 0
 
     async def read(self, stream: StreamName) -> bytes:
-        await asyncio.sleep(0)
+        await turn()
         if self.printed == self.chunks:
             return b""
         self.printed += 1
@@ -267,13 +268,12 @@ async def read(cursor: Cursor) -> bytes:
     return found
 
 
-async def settled(process: Printing) -> int:
+async def stopped(process: Printing) -> int:
     """Return how many chunks were printed once no more come."""
     before = -1
     while before != process.printed:
         before = process.printed
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await settled()
     return before
 
 
@@ -292,7 +292,7 @@ async def test_a_command_waits_for_its_only_reader_and_loses_nothing() -> None:
     stream, process = printing(patience=0)
     cursor, _ = stream.attach(0, Reading(viewer=True))
     pumping = asyncio.create_task(stream.pump(process))
-    assert await settled(process) == 4
+    assert await stopped(process) == 4
     async with asyncio.timeout(30):
         assert await read(cursor) == process.whole(100)
         await pumping
@@ -319,7 +319,7 @@ async def test_who_catches_up_counts_again() -> None:
     other, _ = stream.attach(0, Reading(viewer=True))
     pumping = asyncio.create_task(stream.pump(process))
     reading = asyncio.create_task(read(other))
-    assert await settled(process) == 100
+    assert await stopped(process) == 100
     assert slow.behind
     rest = await read(slow)
     assert len(rest) == 100 * CHUNK
@@ -335,7 +335,8 @@ async def test_two_that_both_move_lose_nothing_at_the_slower_ones_pace() -> None
     async def slowly(cursor: Cursor) -> bytes:
         found = b""
         while parts := await cursor.next():
-            await asyncio.sleep(0.002)
+            for _ in range(5):
+                await turn()
             cursor.taken(parts)
             found += b"".join(parts)
         return found
@@ -352,7 +353,7 @@ async def test_who_is_no_viewer_is_never_left_behind() -> None:
     viewer, _ = stream.attach(0, Reading(viewer=True))
     pumping = asyncio.create_task(stream.pump(process))
     reading = asyncio.create_task(read(viewer))
-    assert await settled(process) == 4
+    assert await stopped(process) == 4
     async with asyncio.timeout(30):
         assert await read(tool) == process.whole(100)
         await asyncio.gather(pumping, reading)
@@ -366,7 +367,7 @@ async def test_a_reader_with_a_window_is_sent_no_more_than_it_acknowledges() -> 
     async with asyncio.timeout(30):
         while len(found) < 100 * CHUNK:
             reading = asyncio.create_task(read(cursor))
-            await settled(process)
+            await stopped(process)
             sent = cursor.offset
             assert 0 < sent - len(found) <= 2 * CHUNK + 5
             reading.cancel()

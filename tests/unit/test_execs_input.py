@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from gateway.execs import input as module
 from gateway.execs.input import Input, Spools
 from gateway.limits.budget import Budget
+from tests.waits import settled, turn, until
 
 KiB = 1 << 10
 
@@ -24,7 +29,7 @@ class Slow:
     async def write(self, data: bytes) -> None:
         await self.open.wait()
         self.got += data
-        await asyncio.sleep(0)
+        await turn()
 
     async def close_stdin(self) -> None:
         self.closed = True
@@ -64,15 +69,14 @@ def spooled() -> int:
 async def test_bytes_keep_their_order_from_memory_over_the_disk_and_round_its_ring(tmp_path: Path) -> None:
     process, input_, spools, running = make(tmp_path, memory=10 * KiB, each=100 * KiB, limit=100 * KiB)
     by, sent, before = Sender(), bytearray(), spooled()
-    for turn in range(40):
-        piece = bytes([turn]) * (7 * KiB + turn)
+    for number in range(40):
+        piece = bytes([number]) * (7 * KiB + number)
         sent += piece
         await asyncio.wait_for(input_.put(piece, by), 5)
-        if turn % 8 == 7:
+        if number % 8 == 7:
             assert input_.waiting > 10 * KiB and spooled() == before + 1
             process.open.set()
-            while input_.waiting > 20 * KiB:
-                await asyncio.sleep(0)
+            await until(lambda: input_.waiting <= 20 * KiB, every=0)  # some of it is in a file
             process.open.clear()
     process.open.set()
     input_.end()
@@ -145,7 +149,7 @@ async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
         putting = asyncio.create_task(input_.put(b"b", by))
         await done.wait()
         for _ in range(turns):
-            await asyncio.sleep(0)
+            await turn()
         putting.cancel()
         await asyncio.gather(putting, return_exceptions=True)
         process.open.set()
@@ -155,14 +159,40 @@ async def test_a_cancel_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
         assert spools._free == 1 << 20
 
 
-async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(tmp_path: Path) -> None:
+async def test_a_sender_that_is_cancelled_leaves_no_half_of_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it waits for room, the disk is written, or that has just been."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    loop = asyncio.get_running_loop()
     process, input_, spools, running = make(tmp_path, memory=1, each=1 << 20, limit=1 << 20)
     by = Sender()
     await input_.put(b"a", by)
-    for pause in (0.0, 0.051, 0.0515, 0.052, 0.06):
+    write = input_._spool._write
+    for moment, turns in (("put", 1), ("begun", 0), ("begun", 1), ("done", 0), ("done", 1), ("done", 2)):
+        moments, may = {name: asyncio.Event() for name in ("put", "begun", "done")}, threading.Event()
+
+        def written(
+            data: bytes, at: int, moments: dict[str, asyncio.Event] = moments, may: threading.Event = may
+        ) -> None:
+            loop.call_soon_threadsafe(moments["begun"].set)
+            assert may.wait(30)
+            write(data, at)
+            loop.call_soon_threadsafe(moments["done"].set)
+
+        input_._spool._write = written  # type: ignore[method-assign]
+        moments["put"].set()
+        if moment != "begun":
+            may.set()
         putting = asyncio.create_task(input_.put(b"b" * 200 * KiB, by))
-        await asyncio.sleep(pause)  # the moment is what is tested
+        await asyncio.wait_for(moments[moment].wait(), 30)
+        for _ in range(turns):
+            await turn()
         putting.cancel()
+        if moment == "begun":
+            await settled()
+            assert not putting.done(), "the disk is still written"
+            may.set()
         await asyncio.gather(putting, return_exceptions=True)
     await input_.put(b"c", by)
     process.open.set()

@@ -11,6 +11,7 @@ import pytest
 from gateway.auth import grants as module
 from gateway.auth.grants import EXPIRED, REVOKED, Grants
 from gateway.auth.tokens import Token
+from tests.waits import turn
 
 
 def token(id: str, expires: float = 1 << 40) -> Token:
@@ -59,7 +60,7 @@ async def test_the_first_to_end_is_ended_first(grants: Grants) -> None:
     """Also where it came last, while a later end was waited for."""
     late, soon = Open(), Open()
     grants.hold(token("a"), late)
-    await asyncio.sleep(0)
+    await turn()
     ends = int(time.time()) + 1
     grants.hold(token("b", ends), soon)
     assert await soon.why() == EXPIRED
@@ -70,7 +71,7 @@ async def test_the_first_to_end_is_ended_first(grants: Grants) -> None:
 async def test_a_clock_that_is_set_is_noticed(grants: Grants, clock: Clock) -> None:
     one = Open()
     grants.hold(token("a", time.time() + 3600), one)
-    await asyncio.sleep(0)
+    await turn()
     clock.ahead, began = 3601, time.monotonic()
     assert await one.why() == EXPIRED
     assert time.monotonic() - began < 30  # not an hour

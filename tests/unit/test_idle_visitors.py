@@ -10,6 +10,7 @@ import pytest
 from gateway.errors import RateLimited
 from gateway.lifecycle.idle import Idle
 from gateway.settings import Settings
+from tests.waits import turn
 
 
 class Asleep:
@@ -30,13 +31,13 @@ async def test_visitors_of_one_site_are_a_quarter_at_most() -> None:
     asleep = cast(Any, Asleep())
     idle = Idle(asleep, asleep, asleep, asleep, asleep, asleep, Settings(wakes_waiting=8))
     waiting = [asyncio.ensure_future(idle.visit("greedy.example.com")) for _ in range(2)]
-    await asyncio.sleep(0)
+    await turn()
     for _ in range(2):
         with pytest.raises(RateLimited) as caught:
             await idle.visit("greedy.example.com")
         assert caught.value.facts["retry_after"] > 0
     waiting += [asyncio.ensure_future(idle.visit(f"site{n}.example.com")) for n in range(6)]
-    await asyncio.sleep(0)
+    await turn()
     assert not any(one.done() for one in waiting)
     with pytest.raises(RateLimited):
         await idle.visit("another.example.com")
@@ -44,7 +45,7 @@ async def test_visitors_of_one_site_are_a_quarter_at_most() -> None:
         one.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     late = asyncio.ensure_future(idle.visit("greedy.example.com"))
-    await asyncio.sleep(0)
+    await turn()
     assert not late.done()
     late.cancel()
     await asyncio.gather(late, return_exceptions=True)

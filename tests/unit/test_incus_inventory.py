@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.incus.inventory import Inventory, touched_by
+from tests.waits import settled
 
 
 class Table:
@@ -90,8 +91,8 @@ async def test_what_changes_while_it_is_asked_for_is_asked_for_again(table: Tabl
     table.held = asyncio.Event()
     table.inventory.touched("one")
     first = asyncio.create_task(table.names())
-    while "one" not in table.asked:
-        await asyncio.sleep(0)
+    await settled()
+    assert "one" in table.asked
     table.entries["one"]["n"] = 5
     table.inventory.touched("one")
     second = asyncio.create_task(table.names())
@@ -105,8 +106,8 @@ async def test_a_list_that_fails_forgets_no_change(table: Table) -> None:
     table.held = asyncio.Event()
     table.inventory.touched("one")
     failing = asyncio.create_task(table.names())
-    while "one" not in table.asked:
-        await asyncio.sleep(0)
+    await settled()
+    assert "one" in table.asked
     failing.cancel()
     await asyncio.gather(failing, return_exceptions=True)
     table.held = None

@@ -16,6 +16,7 @@ from gateway.ownership.names import Names
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
+from tests.waits import turn, until
 
 SHOP = frozenset({"shop"})
 LIMITED, ALL = Filter(SHOP), Filter()
@@ -259,7 +260,7 @@ async def test_a_replay_that_waits_ends_with_the_gateway(tmp_path: Path) -> None
     tenants.away = True
     async with gateway(tmp_path, tenants) as life:
         waiting = asyncio.ensure_future(life.bus.subscribe(LIMITED, 0).batch())
-        await asyncio.sleep(0)
+        await turn()
         life.bus.close()
         assert await asyncio.wait_for(waiting, 30) == ()
 
@@ -301,7 +302,7 @@ async def test_a_destroyed_tenant_is_over_once_that_was_noticed(
     async with gateway(tmp_path, tenants := Tenants(shop="1")) as life:
         await life.until("1")
         over = asyncio.ensure_future(life.names.over("shop", "1"))
-        await asyncio.sleep(0)
+        await turn()
         assert not over.done()
         tenants.instances["shop"] = "2"
         tenants.tell("tenant.destroyed")
@@ -344,13 +345,11 @@ async def test_an_answer_that_nobody_understands_ends_no_watch(tmp_path: Path) -
     tenants = Tenants(shop="1")
     tenants.odd = True
     async with gateway(tmp_path, tenants) as life, asyncio.timeout(30):
-        while not tenants.asked:
-            await asyncio.sleep(0.01)
+        await until(lambda: tenants.asked > 0)
         tenants.odd = False
         await life.until("1")
         tenants.odd, tenants.asked = True, 0
         tenants.tell("tenant.created", "new")
         tenants.tell("tenant.destroyed")
-        while "shop" not in life.ended:
-            await asyncio.sleep(0.01)
+        await until(lambda: "shop" in life.ended)
         assert tenants.asked

@@ -15,6 +15,7 @@ from gateway.rootfs.links import Links
 from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from tests.unit.test_rootfs_workers import PROBES, LaidRoot, folders, make_root
+from tests.waits import turn
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ async def test_a_descriptor_for_nobody_is_closed(links: Links, root: LaidRoot) -
     before = descriptors()
     for _ in range(20):
         opening = asyncio.ensure_future(link.call("files/open", {"path": "a.txt"}, 5))
-        await asyncio.sleep(0)
+        await turn()
         opening.cancel()
         await asyncio.gather(opening, return_exceptions=True)
     _, descriptor = await link.call("files/open", {"path": "a.txt"}, 5)

@@ -8,7 +8,6 @@ import mmap
 import os
 import socket
 import stat
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -25,9 +24,16 @@ def _echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     return str(arguments["text"]).encode()
 
 
-def _slow_echo(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    time.sleep(arguments["seconds"])
-    return str(arguments["text"]).encode()
+def _stop_at(workspace: Workspace, gate: str) -> None:
+    """Wait until the test that has seen us at its `Gate` opens it."""
+    at = os.open(gate, os.O_RDONLY, dir_fd=workspace.root.descriptor)
+    os.read(at, 1)
+    os.close(at)
+
+
+def _hold(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
+    _stop_at(workspace, "gate")
+    return str(arguments.get("text", "")).encode()
 
 
 def _pid(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
@@ -259,9 +265,7 @@ def _leave_by_moved(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
     """Hold a folder until it was moved out of the workspace; return what then can be opened from it."""
     folder = os.open("/leaving", os.O_RDONLY | os.O_DIRECTORY)
     os.fchdir(folder)
-    until = time.monotonic() + 5
-    while os.path.lexists("/leaving") and time.monotonic() < until:
-        time.sleep(0.01)
+    _stop_at(workspace, "gate")
     seen = []
     for path in ("..", "../..", "../a.txt", "../secret.txt", "../../../../../../etc/passwd", "../site/a.txt"):
         with suppress(OSError):
@@ -288,8 +292,9 @@ def _change(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
 
 
 def _scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Take long for one share of a search, in which each finds files of as many bytes of names."""
-    time.sleep(arguments.get("seconds", 0))
+    """Do one share of a search, in which each finds files of as many bytes of names."""
+    if arguments.get("held"):
+        _stop_at(workspace, f"gate{arguments['share'][0]}")
     return SCANNED + b"x" * int(arguments.get("bytes", 0))
 
 
@@ -331,7 +336,7 @@ OPERATIONS = {
     "refuse": _refuse,
     SCAN: _scan,
     "segfault": _segfault,
-    "slow_echo": _slow_echo,
+    "hold": _hold,
 }
 
 

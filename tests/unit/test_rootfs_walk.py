@@ -15,6 +15,7 @@ from gateway.rootfs.root import Root
 from gateway.rootfs.walk import Walk
 from gateway.tools.search.filters import GlobFilter, GrepFilter
 from gateway.tools.search.globs import Globs
+from tests.waits import until_true
 
 
 class All:
@@ -33,16 +34,45 @@ class All:
         return names
 
 
+class Clock:
+    """The clock by which folders are old enough to be remembered."""
+
+    def __init__(self) -> None:
+        self.ahead = 0
+        self.monotonic = time.monotonic
+
+    def time_ns(self) -> int:
+        return time.time_ns() + self.ahead
+
+    def settle(self, site: Path) -> None:
+        """Make it late enough to remember what is there; a later change has a later ctime."""
+        newest = max(path.stat().st_ctime_ns for path in (site, *site.rglob("*")))
+        tick = site.parent / "tick"
+
+        def ticked() -> bool:
+            tick.touch()
+            return tick.stat().st_ctime_ns > newest
+
+        until_true(ticked, every=0.001)
+        self.ahead = 2 * walk._SETTLED
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Path]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(walk, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def site(tmp_path: Path, clock: Clock) -> Iterator[Path]:
     """A workspace whose folders have been as they are for long enough to be remembered."""
+    tmp_path /= "site"
     walk.forget()
     for name in ("a.ts", "src/b.ts", "src/deep/c.ts"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    newest = max(folder.stat().st_ctime_ns for folder in (tmp_path, tmp_path / "src", tmp_path / "src/deep"))
-    while time.time_ns() - newest <= walk._SETTLED:
-        time.sleep(0.01)
+    clock.settle(tmp_path)
     yield tmp_path
     walk.forget()
 
@@ -109,11 +139,11 @@ def test_change_is_seen(site: Path, change: Callable[[Path], None], expected: li
 
 
 @pytest.mark.parametrize("name", [".gitignore", "src/.ignore", ".git/info/exclude"])
-def test_change_of_an_ignore_file_is_seen(site: Path, name: str) -> None:
+def test_change_of_an_ignore_file_is_seen(site: Path, clock: Clock, name: str) -> None:
     """What was chosen of a remembered folder is chosen anew where another rule holds in it."""
     (site / ".git/info").mkdir(parents=True)
     (site / name).write_text("c.ts\n")
-    time.sleep(walk._SETTLED * 1.1e-9)
+    clock.settle(site)
 
     def sought() -> list[str]:
         tree = Root(os.open(site, os.O_RDONLY | os.O_DIRECTORY), "/srv/site")
@@ -152,21 +182,24 @@ def test_other_questions_get_other_answers(site: Path) -> None:
     assert all(len(listing._choices) <= walk._KEPT_CHOICES for listing in walk._kept.values())
 
 
-def test_what_lies_in_a_moved_folder_is_found_there(site: Path) -> None:
+def test_what_lies_in_a_moved_folder_is_found_there(site: Path, clock: Clock) -> None:
     """A folder further down does not change when one above it moves; where it is does."""
     (site / "src/deep/down").mkdir()
     (site / "src/deep/down/d.ts").touch()
-    time.sleep(walk._SETTLED * 1.1e-9)
+    clock.settle(site)
     assert seen(site) == seen(site) == [*EVERYTHING, "src/deep/down/d.ts"]
     (site / "src").rename(site / "lib")
     assert seen(site) == ["a.ts", "lib/b.ts", "lib/deep/c.ts", "lib/deep/down/d.ts"]
 
 
-def test_young_folder_is_not_remembered(site: Path) -> None:
+def test_young_folder_is_not_remembered(site: Path, clock: Clock) -> None:
     """A folder that changed a moment ago may change once more with the same time: it is read again."""
-    (site / "src/new.ts").touch()
+    clock.ahead = (site / "src").stat().st_ctime_ns + walk._SETTLED - 1_000_000_000 - time.time_ns()
     seen(site)
-    assert len(walk._kept) == 2
+    assert len(walk._kept) == 0
+    clock.settle(site)
+    seen(site)
+    assert len(walk._kept) == 3
 
 
 def test_bound_holds_for_what_is_remembered(site: Path) -> None:

@@ -24,6 +24,7 @@ from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit import test_rootfs_probes as probes
+from tests.waits import turn, until
 
 PROBES = "tests.unit.test_rootfs_probes"
 # what picks a worker of its own
@@ -62,6 +63,33 @@ def make_root(folder: Path, tenant: str = "one") -> LaidRoot:
         for path in (site, site / "a.txt"):
             os.chown(path, USER, USER)
     return LaidRoot(tenant, "/srv/site", path=folder / tenant)
+
+
+class Gate:
+    """A FIFO in a workspace at which the probe `hold` stops: so a test sees a worker at work."""
+
+    def __init__(self, root: LaidRoot, name: str = "gate") -> None:
+        self._path = root.path / "srv/site" / name
+        os.mkfifo(self._path)
+        self._path.chmod(0o666)
+        self._end: int | None = None
+
+    async def reached(self) -> None:
+        """Return once a worker stands at it."""
+        opening = asyncio.get_running_loop().run_in_executor(None, os.open, self._path, os.O_WRONLY)
+        try:
+            async with asyncio.timeout(30):
+                self._end = await asyncio.shield(opening)
+        except BaseException:
+            os.close(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))  # or the thread would wait for ever
+            os.close(await opening)
+            raise
+
+    def open(self) -> None:
+        """Let the worker go on."""
+        assert self._end is not None
+        os.close(self._end)
+        self._end = None
 
 
 @pytest.fixture
@@ -113,9 +141,7 @@ def workers_below(broker: int) -> list[int]:
 
 async def gone(pid: int) -> None:
     """Return once the process has ended, which is at once but not in the same breath."""
-    async with asyncio.timeout(5):
-        while alive(pid):
-            await asyncio.sleep(0.005)
+    await until(lambda: not alive(pid), 20, every=0.005)
 
 
 async def pid_of(workers: Workers, root: FilesystemRoot, **options: Any) -> int:
@@ -160,9 +186,8 @@ async def test_alone(hasty: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyP
     await echo(hasty, one)
     assert hasty.alone("alone")
     asking = asyncio.ensure_future(hasty.call(two, "hang", {}))
-    while hasty.alone("alone"):
-        assert not asking.done()
-        await asyncio.sleep(0)
+    await turn()
+    assert not hasty.alone("alone")
     with pytest.raises(Timeout):
         await asking
     await echo(hasty, two)
@@ -183,8 +208,9 @@ async def test_hang_is_killed(hasty: Workers, root: FilesystemRoot) -> None:
 async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
     """While a search hangs, the same tenant's file calls and other tenants' calls are answered."""
     one, two = make_root(tmp_path, "busy"), make_root(tmp_path, "other")
-    hanging = asyncio.ensure_future(workers.call(one, "hang", {}, search=True))
-    await asyncio.sleep(0)
+    gate = Gate(one)
+    hanging = asyncio.ensure_future(workers.call(one, "hold", {}, search=True))
+    await gate.reached()
     assert await echo(workers, one) == "hi"
     assert await echo(workers, two) == "hi"
     assert await echo(workers, two, search=True) == "hi"
@@ -194,16 +220,19 @@ async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
         await hanging
 
 
-async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: FilesystemRoot) -> None:
+async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: LaidRoot) -> None:
     """After a cancelled call the next one gets its own answer, not that of the cancelled one."""
-    await echo(workers, root)
+    gate = Gate(root)
     for _ in range(3):
-        slow = asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.05, "text": "old"}))
-        await asyncio.sleep(0.01)
+        slow = asyncio.ensure_future(workers.call(root, "hold", {"text": "old"}))
+        await gate.reached()
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):
             await slow
-        assert await echo(workers, root, "new") == "new"
+        asked = asyncio.ensure_future(echo(workers, root, "new"))
+        await turn()
+        gate.open()
+        assert await asked == "new"
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -212,12 +241,10 @@ async def test_cancelled_start_leaves_no_worker_behind(workers: Workers, tmp_pat
     one, two = make_root(tmp_path, "first"), make_root(tmp_path, "second")
     (two.path / "srv/site/b.txt").touch()
     call = asyncio.ensure_future(workers.call(one, "names", {}))
-    async with asyncio.timeout(5):
-        while workers.broker._readable is None:
-            await asyncio.sleep(0)
+    await until(lambda: workers.broker._readable is not None, every=0)
     for _ in range(times):
         call.cancel()
-        await asyncio.sleep(0)
+        await turn()
     assert orjson.loads(await workers.call(two, "names", {})) == ["a.txt", "b.txt"]
     with pytest.raises(asyncio.CancelledError):
         await call
@@ -231,7 +258,7 @@ async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path
     for turns in range(0, 60, 6):
         scan = asyncio.ensure_future(workers.scan(one, {}, 3))
         for _ in range(turns):
-            await asyncio.sleep(0)
+            await turn()
         scan.cancel()
         with suppress(asyncio.CancelledError):
             await scan
@@ -239,16 +266,17 @@ async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path
         await workers.forget(two.tenant)
 
 
-async def test_cancelled_search_is_killed(workers: Workers, root: FilesystemRoot) -> None:
+async def test_cancelled_search_is_killed(workers: Workers, root: LaidRoot) -> None:
     """A search that nobody waits for does not go on."""
     pid = await pid_of(workers, root, search=True)
-    search = asyncio.ensure_future(workers.call(root, "hang", {}, search=True))
-    await asyncio.sleep(0.02)
+    gate = Gate(root)
+    search = asyncio.ensure_future(workers.call(root, "hold", {}, search=True))
+    await gate.reached()
     search.cancel()
     with pytest.raises(asyncio.CancelledError):
         await search
-    assert await echo(workers, root, search=True) == "hi"
     await gone(pid)
+    assert await echo(workers, root, search=True) == "hi"
 
 
 async def test_refusal_keeps_its_kind(workers: Workers, root: FilesystemRoot) -> None:
@@ -274,11 +302,11 @@ async def test_forget(workers: Workers, root: FilesystemRoot) -> None:
     assert await echo(workers, root) == "hi"
 
 
-async def test_forget_during_a_call(workers: Workers, root: FilesystemRoot) -> None:
+async def test_forget_during_a_call(workers: Workers, root: LaidRoot) -> None:
     """A call under way gets `unavailable` at once."""
-    await echo(workers, root)
-    call = asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 0.4, "text": ""}))
-    await asyncio.sleep(0.02)
+    gate = Gate(root)
+    call = asyncio.ensure_future(workers.call(root, "hold", {}))
+    await gate.reached()
     await workers.forget(root.tenant)
     with pytest.raises(Unavailable):
         await call
@@ -287,11 +315,12 @@ async def test_forget_during_a_call(workers: Workers, root: FilesystemRoot) -> N
 async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) -> None:
     """Calls that wait and calls that come later still share one worker: none is left over."""
     calls = [asyncio.ensure_future(pid_of(workers, root)) for _ in range(5)]
-    await asyncio.sleep(0)
-    for _ in range(3):
+    await turn()
+    for turns in (0, 1, 30):  # before the broker is asked for one, while it is, and in between
         await workers.forget(root.tenant)
         calls += [asyncio.ensure_future(pid_of(workers, root)) for _ in range(5)]
-        await asyncio.sleep(0.003)
+        for _ in range(turns):
+            await turn()
     answers = await asyncio.gather(*calls, return_exceptions=True)
     pids = {answer for answer in answers if isinstance(answer, int)}
     last = await pid_of(workers, root)
@@ -301,17 +330,16 @@ async def test_forget_with_many_waiting(workers: Workers, root: FilesystemRoot) 
 
 async def test_workspace_replaced(workers: Workers, root: LaidRoot) -> None:
     """Where the workspace became another folder, the next call after a second sees the new one."""
-    names = orjson.loads(await workers.call(root, "names", {}))
-    assert names == ["a.txt"]
+    assert orjson.loads(await workers.call(root, "names", {})) == ["a.txt"]
     site = root.path / "srv" / "site"
     site.rename(root.path / "srv" / "old")
     site.mkdir()
     (site / "new.txt").touch()
     site.chmod(0o755)
-    async with asyncio.timeout(5):
-        while names != ["new.txt"]:
-            await asyncio.sleep(0.1)
-            names = orjson.loads(await workers.call(root, "names", {}))
+    worker = workers._slots[root.tenant, 0].worker
+    assert worker is not None
+    worker.checked -= 1.0  # as if it were a second later
+    assert orjson.loads(await workers.call(root, "names", {})) == ["new.txt"]
 
 
 async def test_workspace_is_no_link(workers: Workers, root: LaidRoot, tmp_path: Path) -> None:
@@ -366,13 +394,13 @@ async def test_maximum(tmp_path: Path) -> None:
         await echo(workers, roots[2])
         await gone(first)
         assert alive(second)
-        busy = [
-            asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 1, "text": ""}))
-            for root in roots[1:]
-        ]
-        await asyncio.sleep(0.05)
+        gates = [Gate(root) for root in roots[1:]]
+        busy = [asyncio.ensure_future(workers.call(root, "hold", {})) for root in roots[1:]]
+        await asyncio.gather(*(gate.reached() for gate in gates))
         with pytest.raises(RateLimited):
             await echo(workers, roots[0])
+        for gate in gates:
+            gate.open()
         await asyncio.gather(*busy)
         assert await echo(workers, roots[0]) == "hi"
 
@@ -381,10 +409,14 @@ async def test_maximum_of_a_burst(tmp_path: Path) -> None:
     """Also of calls that come at once no more get a worker than may run."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(4)]
     async with Workers(Settings(max_workers=2), folders(tmp_path), PROBES) as workers:
-        calls = [workers.call(root, "slow_echo", {"seconds": 0.5, "text": "hi"}) for root in roots]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        assert answers[:2] == [b"hi"] * 2
-        assert all(isinstance(answer, RateLimited) for answer in answers[2:])
+        gates = [Gate(root) for root in roots[:2]]
+        calls = [asyncio.ensure_future(workers.call(root, "hold", {"text": "hi"})) for root in roots]
+        await asyncio.gather(*(gate.reached() for gate in gates))
+        refused = await asyncio.gather(*calls[2:], return_exceptions=True)
+        assert all(isinstance(answer, RateLimited) for answer in refused)
+        for gate in gates:
+            gate.open()
+        assert await asyncio.gather(*calls[:2]) == [b"hi"] * 2
 
 
 async def test_shares_leave_room(tmp_path: Path) -> None:
@@ -393,14 +425,14 @@ async def test_shares_leave_room(tmp_path: Path) -> None:
     async with Workers(Settings(max_workers=4), folders(tmp_path), PROBES) as workers:
         assert await workers.scan(roots[0], {}, 2) == b""
         await workers.forget(roots[0].tenant)
-        busy = [
-            asyncio.ensure_future(workers.call(root, "slow_echo", {"seconds": 1, "text": ""}))
-            for root in roots[1:]
-        ]
-        await asyncio.sleep(0.05)
+        gates = [Gate(root) for root in roots[1:]]
+        busy = [asyncio.ensure_future(workers.call(root, "hold", {})) for root in roots[1:]]
+        await asyncio.gather(*(gate.reached() for gate in gates))
         assert await workers.scan(roots[0], {}, 2) is None
         assert await echo(workers, roots[0]) == "hi"
         assert not any(call.done() for call in busy)
+        for gate in gates:
+            gate.open()
         await asyncio.gather(*busy)
         assert await workers.scan(roots[0], {}, 2) == b""
 
@@ -568,9 +600,11 @@ async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]
     (site.parent / "secret.txt").write_text("outside")
     async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
         await pid_of(workers, root, **lane)
+        gate = Gate(root)
         looking = asyncio.ensure_future(workers.call(root, "leave_by_moved", {}, **lane))
-        await asyncio.sleep(0.1)  # it begins with the open; later it would find nothing to open
+        await gate.reached()
         (site / "leaving").rename(site.parent / "left")
+        gate.open()
         assert orjson.loads(await looking) == []
 
 
@@ -622,9 +656,7 @@ async def test_shares_end_with_their_tenant(workers: Workers, root: FilesystemRo
 async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, lane: dict[str, Any]) -> None:
     """A worker that the broker is just starting is gone too when `forget` returns; its call is told so."""
     call = asyncio.ensure_future(echo(workers, root, **lane))
-    async with asyncio.timeout(5):
-        while workers.broker._readable is None:
-            await asyncio.sleep(0)
+    await until(lambda: workers.broker._readable is not None, every=0)
     await workers.forget(root.tenant)
     process = workers.broker._process
     assert process is not None and not workers_below(process.pid)
@@ -633,22 +665,24 @@ async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, la
     assert await echo(workers, root, **lane) == "hi"
 
 
-async def test_forget_during_a_scan(workers: Workers, root: FilesystemRoot) -> None:
+async def test_forget_during_a_scan(workers: Workers, root: LaidRoot) -> None:
     """A search in shares is over then: nobody looks on in another way at what is going away."""
     assert await workers.scan(root, {}, 2) == b""
-    scan = asyncio.ensure_future(workers.scan(root, {"seconds": 0.3}, 2))
-    await asyncio.sleep(0.05)
+    gates = [Gate(root, f"gate{share}") for share in (0, 1)]
+    scan = asyncio.ensure_future(workers.scan(root, {"held": True}, 2))
+    await asyncio.gather(*(gate.reached() for gate in gates))
     await workers.forget(root.tenant)
     with pytest.raises(Unavailable):
         await scan
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
-async def test_scan_with_a_broken_share(hasty: Workers, root: FilesystemRoot, ending: signal.Signals) -> None:
+async def test_scan_with_a_broken_share(hasty: Workers, root: LaidRoot, ending: signal.Signals) -> None:
     """One that ends leaves the search to another way, one that hangs is a `timeout`; none of it goes on."""
     pids = [await pid_of(hasty, root, search=True, share=share) for share in (0, 1)]
-    scan = asyncio.ensure_future(hasty.scan(root, {"seconds": 0.3}, 2))
-    await asyncio.sleep(0.05)
+    gates = [Gate(root, f"gate{share}") for share in (0, 1)]
+    scan = asyncio.ensure_future(hasty.scan(root, {"held": True}, 2))
+    await asyncio.gather(*(gate.reached() for gate in gates))
     os.kill(pids[1], ending)
     if ending is signal.SIGKILL:
         assert await scan is None
@@ -671,10 +705,9 @@ async def forked_ahead(workers: Workers, busy: list[int]) -> int:
     """Return the process that waits to become a worker; the broker forks it once nobody asks for anything."""
     process = workers.broker._process
     assert process is not None
-    async with asyncio.timeout(5):
-        while not (waiting := set(children_of(process.pid)) - set(busy)):
-            await asyncio.sleep(0.01)
-    (pid,) = waiting
+    broker = process.pid
+    await until(lambda: len(set(children_of(broker)) - set(busy)) > 0, every=0.01)
+    (pid,) = set(children_of(broker)) - set(busy)
     return pid
 
 
@@ -705,11 +738,9 @@ async def test_what_one_forked_ahead_holds(workers: Workers, root: LaidRoot) -> 
     waiting = await forked_ahead(workers, [first])
     assert workers.broker._process is not None
     broker = workers.broker._process.pid
-    async with asyncio.timeout(5):
-        # just forked: the broker holds that end too, and its group is still being entered
-        while len(more := held(waiting) - held(broker)) != 1:
-            await asyncio.sleep(0.01)
-    (control,) = more
+    # just forked: the broker holds that end too, and its group is still being entered
+    await until(lambda: len(held(waiting) - held(broker)) == 1, every=0.01)
+    (control,) = held(waiting) - held(broker)
     assert control.startswith("socket:")
     assert Path(f"/proc/{waiting}/status").read_text().count("\nUid:\t0\t0\t0\t0\n") == 1
     other = make_root(root.path.parent, "other")
@@ -735,18 +766,13 @@ async def test_one_forked_ahead_ends(workers: Workers, root: LaidRoot, ending: s
     assert await pid_of(workers, other) != waiting
 
 
-async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: FilesystemRoot) -> None:
+async def test_what_cannot_be_told_costs_no_process(workers: Workers, root: LaidRoot) -> None:
     """A bound that is no whole number is refused before a process is taken for it that nobody would tell."""
-    await echo(workers, root)
-    process = workers.broker._process
-    assert process is not None
-    await forked_ahead(workers, children_of(process.pid)[:1])
-    before = children_of(process.pid)
+    waiting = await forked_ahead(workers, [await pid_of(workers, root)])
     for memory in (1e30, 0.5, "1"):
         with pytest.raises(Unavailable):
             await workers.broker.request(workers.spawn(root).wire() | {"memory": memory})
-    await asyncio.sleep(0.1)  # for who would be forked ahead in the place of the one that was taken
-    assert children_of(process.pid) == before
+    assert await pid_of(workers, make_root(root.path.parent, "other")) == waiting
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -764,9 +790,8 @@ async def test_ends_with_its_socket(root: LaidRoot, ahead: bool) -> None:
         slot = workers._slots[other.tenant if ahead else root.tenant, 0]
         assert slot.worker is not None
         slot.worker.close()
-        async with asyncio.timeout(5):
-            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                await asyncio.sleep(0.005)
+        status = Path(f"/proc/{pid}/stat")
+        await until(lambda: status.read_text().rpartition(")")[2].split()[0] == "Z", every=0.005)
 
 
 @needs_root

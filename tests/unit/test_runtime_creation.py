@@ -13,6 +13,7 @@ from gateway.errors import Unavailable
 from gateway.incus import Incus, IncusError
 from gateway.runtime.incus.creation import Creation
 from gateway.settings import Settings
+from tests.waits import settled, turn
 
 
 class Full(Incus):
@@ -26,14 +27,14 @@ class Full(Incus):
 
     async def get(self, path: str, **query: str) -> Any:
         self.asked.append(path)
-        await asyncio.sleep(0)
+        await turn()
         return {"devices": {"root": {}, "eth0": {}}} if "/profiles/" in path else []
 
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[dict[str, Any]]:
         found = [{"devices": {"eth0": {"ipv4.address": address}}} for address in self.addresses]
-        await asyncio.sleep(0)
+        await turn()
         return found
 
     async def operate(
@@ -50,8 +51,7 @@ class Full(Incus):
         if address in self.addresses:
             self.refused += 1
             raise IncusError(f'IP address "{address}" already defined on another NIC', 400)
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await settled()
         if address in self.addresses:
             self.refused += 1
             raise IncusError(f'IP address "{address}" already defined on another NIC', 400)

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.runtime import probe
 from gateway.runtime.visits import Place, visited
+from tests.waits import until
 
 
 def _ages(port: int) -> float | None:
@@ -66,9 +67,7 @@ async def test_the_gateways_own_probes_are_no_visits() -> None:
     port = server.sockets[0].getsockname()[1]
     asking = asyncio.create_task(probe.ask("127.0.0.1", port, "/", 30, 30))
     async with server:
-        async with asyncio.timeout(10):
-            while not any(map(probe.ours, list(probe._ports))):
-                await asyncio.sleep(0)
+        await until(lambda: any(map(probe.ours, list(probe._ports))), every=0)
         assert _ages(port) is None
         answered.set()
         assert await asking == 200

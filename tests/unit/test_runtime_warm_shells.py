@@ -11,6 +11,7 @@ import pytest
 
 from gateway.errors import Unavailable
 from gateway.runtime.warm_shells import WarmShells
+from tests.waits import settled, turn
 
 
 class Shell:
@@ -51,8 +52,8 @@ class Maker:
     async def until(self, count: int) -> list[Shell]:
         async with asyncio.timeout(30), self._more:
             await self._more.wait_for(lambda: len(self.made) >= count)
-        await asyncio.sleep(0)  # the last one is put in its place
-        await asyncio.sleep(0)
+        await turn()  # the last one is put in its place
+        await turn()
         return self.made
 
     @property
@@ -72,7 +73,7 @@ def keeping(
     terminals: int = 1,
     maximum: int = 4,
     starts: int = 4,
-    delay: float = 0.001,
+    delay: float = 0.0,
     age: float = 60,
     idle: float = 60,
 ) -> WarmShells:
@@ -103,7 +104,7 @@ async def busy(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[W
 
 async def test_nothing_is_kept_for_whom_nothing_is_expected(standbys: WarmShells, maker: Maker) -> None:
     assert await standbys.take("a", False) is None
-    await asyncio.sleep(0)
+    await turn()
     assert maker.made == []
 
 
@@ -124,8 +125,7 @@ async def test_as_many_of_each_kind_are_kept_as_are_wanted(maker: Maker) -> None
         assert [await standbys.take("a", False) for _ in range(3)] == maker.made
         await maker.until(6)
         assert await standbys.take("a", True) is None
-        for _ in range(20):
-            await asyncio.sleep(0.001)
+        await settled()
         assert len(maker.made) == 6  # and no more than that
     await standbys.aclose()
 
@@ -174,8 +174,7 @@ async def test_who_waits_for_one_that_hangs_goes_on_alone(
 async def test_who_waits_for_one_of_a_tenant_that_changed_gets_none(busy: WarmShells, maker: Maker) -> None:
     maker.may.clear()
     waits = asyncio.ensure_future(busy.take("a", False))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await settled()
     busy.drop("a")
     assert await waits is None
 
@@ -209,8 +208,7 @@ async def test_one_that_is_given_up_before_it_begins_is_replaced_later(maker: Ma
 async def test_one_that_nobody_waits_for_any_more_is_kept(busy: WarmShells, maker: Maker, came: bool) -> None:
     maker.may.clear()
     waits = asyncio.ensure_future(busy.take("a", False))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await settled()
     kept = []
     if came:  # in the same breath
         claim = busy._filling[0].claim
@@ -233,14 +231,12 @@ async def test_of_one_tenant_one_is_started_at_a_time_and_of_all_a_few(maker: Ma
     with contextlib.ExitStack() as stack:
         stack.enter_context(standbys.expect("a"))
         stack.enter_context(standbys.expect("a"))
-        for _ in range(20):
-            await asyncio.sleep(0.001)
+        await settled()
         assert maker.most == 1
         others = [f"b{number}" for number in range(9)]
         for tenant in others:
             stack.enter_context(standbys.expect(tenant))
-        for _ in range(20):
-            await asyncio.sleep(0.001)
+        await settled()
         assert maker.most == 3
         maker.may.set()
         await maker.until(30)
@@ -253,8 +249,7 @@ async def test_a_limit_below_what_is_wanted_is_kept_to_without_end(maker: Maker)
     standbys = keeping(maker, pipes=3, maximum=2)
     with standbys.expect("a"):
         await maker.until(3)
-        for _ in range(20):
-            await asyncio.sleep(0.001)
+        await settled()
         assert len(maker.made) == 3  # the third took the place of the first, and none that of the second
         assert maker.left == maker.made[1:]
     await standbys.aclose()
@@ -272,7 +267,7 @@ async def test_the_shells_of_a_tenant_that_changed_are_replaced(standbys: WarmSh
     with standbys.expect("a"), standbys.expect("b"):
         before = list(await maker.until(4))
         standbys.drop("a")
-        await asyncio.sleep(0)
+        await turn()
         assert {shell.key[0] for shell in maker.left} == {"b"}
         assert not standbys.waiting("a", True)
         made = await maker.until(6)
@@ -311,8 +306,7 @@ async def test_a_failed_start_is_tried_again_with_the_next_command(
 ) -> None:
     maker.fails = True
     with standbys.expect("a"):
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await settled()
         maker.fails = False
         assert await standbys.take("a", False) is None
         await maker.until(1)
@@ -325,7 +319,7 @@ async def test_closing_gives_up_all_and_starts_no_more(standbys: WarmShells, mak
         await standbys.aclose()
         assert maker.left == []
         assert await standbys.take("a", False) is None
-        await asyncio.sleep(0)
+        await turn()
         assert len(maker.made) == 2
 
 
@@ -334,8 +328,7 @@ async def test_closing_waits_for_one_that_has_just_started(maker: Maker) -> None
     standbys = keeping(maker, terminals=0)
     with standbys.expect("a"):
         task = standbys._filling[0].task
-        assert task is not None
-        while not task.done():
-            await asyncio.sleep(0)
+        await turn()
+        assert task is not None and task.done() and standbys._filling
         await standbys.aclose()
     assert len(maker.made) == 1 and maker.left == []

@@ -22,6 +22,7 @@ from gateway.storage.database import FILE
 from gateway.storage.ledger import NOTE_MAX
 from gateway.storage.schema import MIGRATIONS
 from gateway.storage.store import Statement, Store, StoreFailed, Work
+from tests.waits import settled, turn
 
 
 def make(connection: sqlite3.Connection) -> None:
@@ -76,7 +77,7 @@ async def test_writes_that_wait_share_one_commit(tmp_path: Path) -> None:
         await store.write(lambda connection: connection.set_trace_callback(statements.append))
         async with Held(store):
             waiting = [asyncio.ensure_future(store.write(add(n))) for n in range(100)]
-            await asyncio.sleep(0)
+            await turn()
             statements.clear()
         assert await asyncio.gather(*waiting) == list(range(100))
         # the one that held them up, and theirs
@@ -92,7 +93,7 @@ async def test_a_work_that_raises_is_undone_alone(tmp_path: Path) -> None:
         await store.write(make)
         async with Held(store):
             waiting = [asyncio.ensure_future(store.write(work)) for work in (add(1), bad, add(1), add(2))]
-            await asyncio.sleep(0)
+            await turn()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert results[0] == 1
         assert isinstance(results[1], ValueError)
@@ -106,12 +107,10 @@ async def test_more_than_may_wait_is_held_up_outside(tmp_path: Path) -> None:
         await store.write(make)
         async with Held(store):
             waiting = [asyncio.ensure_future(store.write(add(n))) for n in range(10)]
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await settled()
             assert store._writer._asked.qsize() == 2
             waiting[0].cancel()  # its work was handed over: its room is not free before it is done
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await settled()
             assert store._writer._asked.qsize() == 2
         await asyncio.gather(*waiting[1:])
         assert await store.read(numbers) == list(range(10))
@@ -243,7 +242,7 @@ async def test_after_the_end_nothing_is_taken(tmp_path: Path) -> None:
     async with store:
         await store.write(make)
         last = asyncio.ensure_future(store.write(add(1)))
-        await asyncio.sleep(0)
+        await turn()
     assert await last == 1  # asked for before
     with pytest.raises(Unavailable):
         await store.write(add(2))
@@ -290,7 +289,7 @@ async def test_what_is_too_large_for_a_note_comes_before_those_after_it(tmp_path
         async with Held(store):
             await store.note(insert(1))
             large = [asyncio.ensure_future(store.note(insert(n, b"x" * NOTE_MAX))) for n in (2, 3)]
-            await asyncio.sleep(0)
+            await turn()
             large.pop().cancel()  # it counts all the same, as does the room that it takes
             await store.note(("DELETE FROM t", ()))
             await store.note(insert(4))
@@ -355,7 +354,7 @@ async def test_notes_for_which_there_is_no_disk_are_kept_and_others_refused(tmp_
             await store.note(insert(2))
         async with Held(store):
             waiting = [asyncio.ensure_future(store.note(insert(n))) for n in (2, 2, 2)]
-            await asyncio.sleep(0)
+            await turn()
         refused = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(error) for error in refused] == [StoreFailed] * 3  # those that came meanwhile too
         await pages(1 << 20)
@@ -373,7 +372,7 @@ async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_pat
         async with Held(store):
             await store.note(insert(1, b"x" * 10_000))
             first = asyncio.ensure_future(store.settled())
-            await asyncio.sleep(0)
+            await turn()
             await store.note(insert(2))
             assert len(left()) == 2
         with pytest.raises(StoreFailed):
@@ -382,7 +381,7 @@ async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_pat
         await store.write(lambda connection: connection.execute("PRAGMA max_page_count=1000").fetchall())
         async with Held(store):
             second = asyncio.ensure_future(store.settled())
-            await asyncio.sleep(0)
+            await turn()
             assert len(left()) == 2
         await second
         assert left() == []

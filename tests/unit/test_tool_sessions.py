@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from gateway.errors import RateLimited
 from gateway.settings import Settings
 from gateway.tools.answer import Seen
 from gateway.tools.session import Sessions, ToolSession
+from tests.waits import turn
 
 
 class Commands:
@@ -49,7 +49,7 @@ async def test_a_tenants_own_idle_session_makes_place() -> None:
     first, second = opened.open("greedy", "1", False), opened.open("greedy", "2", False)
     assert opened.open("greedy", "1", False) is first
     opened.open("greedy", "3", False)
-    await asyncio.sleep(0)
+    await turn()
     assert commands.ended == [second]
     assert opened.open("greedy", "1", False) is first
     assert opened.open("greedy", "2", False) is not second
@@ -68,7 +68,7 @@ async def test_a_session_in_use_makes_no_place() -> None:
     opened.open("other", "a", False)
     commands.running.clear()
     opened.open("greedy", "more", False)
-    await asyncio.sleep(0)
+    await turn()
     assert commands.ended == [busy]
     await opened.leave(held)
     opened.open("greedy", "and more", False)
@@ -79,7 +79,7 @@ async def test_whoever_has_most_makes_place_for_another() -> None:
     greedy = [opened.open("greedy", str(number), False) for number in range(3)]
     modest = opened.open("modest", "a", False)
     newcomer = opened.open("newcomer", "a", False)
-    await asyncio.sleep(0)
+    await turn()
     assert commands.ended == greedy[:1]
     assert opened.open("modest", "a", False) is modest
     assert opened.open("newcomer", "a", False) is newcomer

@@ -9,6 +9,7 @@ import pytest
 from gateway.errors import Cancelled, NotFound
 from gateway.tools.answer import Answer
 from gateway.tools.toolbox import ToolResult, _Running
+from tests.waits import settled, turn
 
 DONE = ToolResult.of(Answer([{"type": "text", "text": "done"}], {}))
 
@@ -26,7 +27,7 @@ async def test_all_are_told(ending: str) -> None:
 
     running = _Running(b"", work)
     waiting = [asyncio.ensure_future(running.result(60)) for _ in range(3)]
-    await asyncio.sleep(0)
+    await turn()
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
     if ending == "given up":
@@ -45,10 +46,13 @@ async def test_ends_when_nobody_waits() -> None:
     running = _Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
     for linger, ended in ((60.0, False), (0.01, True)):
         waiting = asyncio.ensure_future(running.result(linger))
-        await asyncio.sleep(0)
+        await turn()
         waiting.cancel()
         await asyncio.wait([waiting])
-        await asyncio.wait([running.work], timeout=0.5)
+        if ended:
+            await asyncio.wait([running.work], timeout=30)
+        else:
+            await settled()
         assert running.work.done() is ended
 
 
@@ -56,10 +60,10 @@ async def test_the_longest_linger_of_those_who_left_counts() -> None:
     """A client that leaves nothing behind takes nothing from another which joined the same call."""
     running = _Running(b"", asyncio.Event().wait)  # type: ignore[arg-type]  # it never ends by itself
     waiting = [asyncio.ensure_future(running.result(linger)) for linger in (60.0, 0.0)]
-    await asyncio.sleep(0)
+    await turn()
     for one in waiting:
         one.cancel()
         await asyncio.wait([one])
-    await asyncio.wait([running.work], timeout=0.2)
+    await settled()
     assert not running.work.done()
     running.work.cancel()

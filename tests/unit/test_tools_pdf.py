@@ -21,6 +21,7 @@ from gateway.tools import FileTools, ToolSession
 from gateway.tools.reading import pdfium
 from tests.unit.test_rootfs_workers import MAPPED, LaidRoot, folders, make_root
 from tests.unit.test_tools_conformance import HereWorkers
+from tests.waits import turn
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pypdfium2")
@@ -225,7 +226,7 @@ async def test_hostile(site: Site, name: str) -> None:
     """What a document asks for is bounded, and costs one call at most; another read goes on meanwhile."""
     (site.folder / "doc.pdf").write_bytes(HOSTILE[name]())
     drawn = asyncio.ensure_future(site.read(pages="1"))
-    await asyncio.sleep(0)
+    await turn()
     async with asyncio.timeout(2):
         assert "alpha" in (await site.read(name="a.txt"))["content"][0]["text"]
     try:

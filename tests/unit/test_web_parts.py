@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.api.http import InParts
+from tests.waits import turn
 
 
 class Client:
@@ -60,7 +61,7 @@ async def test_a_large_one_is_made_as_it_is_taken_and_others_have_their_turn() -
         nonlocal turns
         while True:
             turns += 1
-            await asyncio.sleep(0)
+            await turn()
 
     answer = InParts(parts(), 60)
     assert made < 10
