@@ -16,6 +16,8 @@ import {
 } from "./wire.js";
 
 const OPEN_TIMEOUT = 15_000;
+/** How long after an error the close that should follow is waited for. */
+const CLOSE_TIMEOUT = 1_000;
 /** Small enough for any gateway's frame limit, large enough to be quick. */
 const CHUNK = 256 * 1024;
 
@@ -76,7 +78,14 @@ export class Connection {
       await new Promise<void>((resolve, reject) => {
         timer = setTimeout(() => reject(new Disconnected("the gateway does not answer")), timeout);
         socket.onopen = () => resolve();
-        socket.onerror = () => {}; // a close follows, with all that may be known
+        // a close follows, with all that a browser may know; others say why here, and some say no more than that
+        let failed = "";
+        socket.onerror = (event?: { message?: string; error?: Error }) => {
+          failed = event?.error?.message || event?.message || "";
+          if (connection.server !== undefined) return;
+          clearTimeout(timer);
+          timer = setTimeout(() => reject(new Disconnected(failed || "it cannot be reached")), CLOSE_TIMEOUT);
+        };
         socket.onmessage = (event: { data: string | ArrayBuffer }) => connection.#receive(event.data);
         socket.onclose = (event: { code: number; reason: string }) => {
           const fatal = fatalClose(event.code, event.reason);
@@ -84,7 +93,7 @@ export class Connection {
           const ended = fatal?.code === "unauthorized" && connection.server !== undefined;
           const error = ended
             ? new Disconnected(fatal.message, "unauthorized")
-            : (fatal ?? new Disconnected(event.reason || `the connection broke (${event.code})`));
+            : (fatal ?? new Disconnected(event.reason || failed || `the connection broke (${event.code})`));
           connection.#fail(error);
           reject(error);
         };

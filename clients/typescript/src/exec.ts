@@ -3,7 +3,8 @@
 import type { Connection } from "./connection.js";
 import { Emitter } from "./emitter.js";
 import { Disconnected, GatewayError } from "./errors.js";
-import type { Link, Resumable } from "./link.js";
+import type { Link } from "./link.js";
+import { Output } from "./output.js";
 import type { Exit, Killed, Offsets, Size } from "./types.js";
 import { type Frame, type Notification, STDERR } from "./wire.js";
 
@@ -15,24 +16,26 @@ const SENT = 4 * MiB;
 export type StreamName = "stdout" | "stderr";
 
 export interface ExecOptions {
-  readonly cwd?: string;
-  readonly env?: Readonly<Record<string, string>>;
-  readonly user?: string | number;
+  readonly cwd?: string | undefined;
+  readonly env?: Readonly<Record<string, string>> | undefined;
+  readonly user?: string | number | undefined;
   /** A terminal of this size; brings `stdin`, and joins both outputs in `stdout`. */
-  readonly pty?: Size;
-  readonly stdin?: boolean;
-  readonly timeoutMs?: number;
+  readonly pty?: Size | undefined;
+  readonly stdin?: boolean | undefined;
+  readonly timeoutMs?: number | undefined;
   /** How long it lives on with nobody attached: 60 000 where left out, −1 for ever. */
-  readonly lingerMs?: number;
-  readonly execId?: string;
+  readonly lingerMs?: number | undefined;
+  readonly execId?: string | undefined;
   /** How many bytes may wait here for who reads them; see `Exec`. */
-  readonly buffer?: number;
+  readonly buffer?: number | undefined;
   /** With `"utf-8"` no chunk of the output ends inside a character; else it is cut anywhere. */
-  readonly encoding?: Encoding;
+  readonly encoding?: Encoding | undefined;
+  /** Ends a command that was started, with its whole tree, and detaches from one that was attached to. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** What an attachment needs beside the command. */
-export type AttachOptions = Pick<ExecOptions, "buffer" | "encoding">;
+export type AttachOptions = Pick<ExecOptions, "buffer" | "encoding" | "signal">;
 
 export type Encoding = "binary" | "utf-8";
 
@@ -54,111 +57,7 @@ interface Attached {
   readonly lost?: Offsets;
   readonly attachment?: string;
   /** How many bytes of the input of the attachment that this one resumes have arrived. */
-  readonly stdin?: number;
-}
-
-/** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
-export class Output implements AsyncIterable<Uint8Array> {
-  offset = 0;
-  /** Bytes that fell out of the gateway's buffer, or of ours, before anyone saw them. */
-  lost = 0;
-  /** @internal */ size = 0;
-  /** @internal */ begun = false;
-  /** @internal How much of it the gateway knows to be read. */ acked = 0;
-  readonly #chunks: Uint8Array[] = [];
-  readonly #taken: () => void;
-  #ended = false;
-  #error: GatewayError | null = null;
-  #wake: (() => void)[] = [];
-
-  /** @internal */
-  constructor(taken: () => void) {
-    this.#taken = taken;
-  }
-
-  async *[Symbol.asyncIterator](): AsyncIterator<Uint8Array> {
-    this.begun = true;
-    try {
-      for (;;) {
-        const chunk = this.take();
-        if (chunk !== undefined) yield chunk;
-        else if (this.#error !== null) throw this.#error;
-        else if (this.#ended) return;
-        else await this.changed();
-      }
-    } finally {
-      this.left();
-    }
-  }
-
-  /** Returns all that is left of it as text. Unbounded: for output that is known to be small. */
-  async text(): Promise<string> {
-    const decoder = new TextDecoder();
-    let text = "";
-    for await (const chunk of this) text += decoder.decode(chunk, { stream: true });
-    return text + decoder.decode();
-  }
-
-  /** @internal The offset up to which nothing waits for its reader. */
-  get taken(): number {
-    return this.begun ? this.offset - this.size : this.offset;
-  }
-
-  /** @internal */
-  take(): Uint8Array | undefined {
-    const chunk = this.#chunks.shift();
-    if (chunk !== undefined) {
-      this.size -= chunk.length;
-      this.#taken();
-    }
-    return chunk;
-  }
-
-  /** @internal Nobody reads it any more: it holds nothing up. */
-  left(): void {
-    this.begun = false;
-    this.#taken();
-  }
-
-  /** @internal */
-  changed(): Promise<void> {
-    return new Promise((resolve) => this.#wake.push(resolve));
-  }
-
-  /** @internal */
-  push(data: Uint8Array): void {
-    this.#chunks.push(data);
-    this.size += data.length;
-    this.wake();
-  }
-
-  /** @internal Drops the oldest chunks over `limit`. */
-  trim(limit: number): void {
-    while (this.size > limit) {
-      const chunk = this.#chunks.shift();
-      if (chunk === undefined) return;
-      this.size -= chunk.length;
-      this.lost += chunk.length;
-    }
-  }
-
-  /** @internal */
-  end(error: GatewayError | null): void {
-    if (this.#ended) return;
-    this.#ended = true;
-    this.#error = error;
-    this.wake();
-  }
-
-  /** @internal */
-  get ended(): boolean {
-    return this.#ended && this.#chunks.length === 0;
-  }
-
-  /** @internal */
-  wake(): void {
-    for (const wake of this.#wake.splice(0)) wake();
-  }
+  readonly stdin?: number | undefined;
 }
 
 /**
@@ -170,7 +69,7 @@ export class Output implements AsyncIterable<Uint8Array> {
  * command itself waits, as for a pipe. Nothing else does. Of a stream that nobody reads (any more) the last bytes
  * are kept, a quarter of `buffer` at least, and the command does not wait.
  */
-export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposable {
+export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   id: string;
   pid: number | null = null;
   startedAt: string | null = null;
@@ -184,6 +83,8 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   readonly #encoding: Encoding;
   /** How many bytes the gateway sends of a stream before it is told that some were read. */
   #window = 0;
+  readonly #signal: AbortSignal | undefined;
+  readonly #abort: () => Promise<unknown>;
   #start: object | null;
   #settle!: { resolve(exit: Exit): void; reject(error: GatewayError): void };
   #connection: Connection | null = null;
@@ -201,13 +102,12 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
     id: string,
     start: object | null,
     from: Partial<Offsets>,
-    {
-      buffer = 8 * MiB,
-      encoding = "binary",
-    }: { buffer?: number | undefined; encoding?: Encoding | undefined },
+    { buffer = 8 * MiB, encoding = "binary", signal }: AttachOptions,
   ) {
     super();
     this.id = id;
+    this.#signal = signal;
+    this.#abort = start === null ? () => this.detach() : () => this.cancel();
     this.#link = link;
     this.#start = start;
     this.#most = Math.max(1, Math.floor(buffer / 2));
@@ -235,7 +135,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   async begin(): Promise<this> {
     let asked = false;
     for (;;) {
-      const connection = await this.#link.opened();
+      const connection = await this.#link.opened(undefined, this.#signal);
       this.#link.add(this);
       try {
         if (this.#start === null) await this.#attach(connection);
@@ -244,14 +144,20 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
           await this.#started(connection, this.#start);
         } else await this.#startOrAttach(connection, this.#start);
         this.#start = null;
+        this.#signal?.addEventListener("abort", this.#aborted);
+        if (this.#signal?.aborted) this.#aborted();
         return this;
       } catch (error) {
         if (error instanceof Disconnected && this.#link.status.state !== "closed") continue;
+        // its start may have been too far to be given up
+        if (this.#signal?.aborted && this.#start !== null) this.#aborted();
         this.#over(error as GatewayError);
         throw error;
       }
     }
   }
+
+  readonly #aborted = (): void => void this.#abort().catch(() => {});
 
   /** The answer to a start was lost with its connection: it may run, and then its output is kept. */
   async #startOrAttach(connection: Connection, start: object): Promise<void> {
@@ -265,7 +171,8 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
 
   async #started(connection: Connection, start: object): Promise<void> {
     const params = { ...start, ...this.#reading() };
-    await connection.request<Attached>("exec/start", params, (result) => this.#attached(connection, result));
+    const begun = (result: Attached) => this.#attached(connection, result);
+    await connection.request<Attached>("exec/start", params, begun, this.#signal);
   }
 
   /** How the output is wanted: what waits here from before is none that the gateway may send anew. */
@@ -429,6 +336,7 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
   #close(error: GatewayError | null): void {
     this.#state = "over";
     this.#link.remove(this);
+    this.#signal?.removeEventListener("abort", this.#aborted);
     this.#connection?.channels.delete(this.#channel);
     this.stdout.end(error);
     this.stderr.end(error);
@@ -477,6 +385,14 @@ export class Exec extends Emitter<ExecEvents> implements Resumable, AsyncDisposa
       this.#connection,
       typeof data === "string" ? new TextEncoder().encode(data) : data.slice(),
     );
+  }
+
+  /** Its input as a stream, to pipe something into; closing it closes the input. */
+  get stdin(): WritableStream<Uint8Array | string> {
+    return new WritableStream({
+      write: (data) => this.write(data),
+      close: () => this.closeStdin(),
+    });
   }
 
   async closeStdin(): Promise<void> {

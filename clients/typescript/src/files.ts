@@ -1,23 +1,38 @@
 /** A tenant's files for an editor. Paths are absolute, or relative to the workspace. */
 
+import { base64 } from "./base64.js";
 import { Disconnected, GatewayError } from "./errors.js";
+import type { HttpClient } from "./http.js";
 import type { Link } from "./link.js";
 import type { Entry, FileContent, Listing, Written } from "./types.js";
 
 export interface WriteOptions {
   /** Refuse with `conflict` where the file is not in this state any more; facts hold its present `etag`. */
-  readonly ifMatch?: string;
+  readonly ifMatch?: string | undefined;
   /** `"*"`: refuse with `conflict` where there is one. */
-  readonly ifNoneMatch?: "*";
-  readonly createDirs?: boolean;
+  readonly ifNoneMatch?: "*" | undefined;
+  readonly createDirs?: boolean | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
+
+export interface UploadOptions {
+  readonly ifMatch?: string | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** What can be uploaded: a stream is sent at its own pace, and only once. */
+export type UploadBody = string | Uint8Array | Blob | ReadableStream<Uint8Array>;
 
 export class Files {
   readonly #link: Link;
+  readonly #http: HttpClient;
+  readonly #tenant: string;
 
   /** @internal */
-  constructor(link: Link) {
+  constructor(link: Link, http: HttpClient, tenant: string) {
     this.#link = link;
+    this.#http = http;
+    this.#tenant = tenant;
   }
 
   stat(path: string, signal?: AbortSignal): Promise<Entry> {
@@ -33,22 +48,26 @@ export class Files {
   }
 
   /**
-   * Writes a whole file. Where the connection breaks before the answer it is asked again, and a `conflict`
-   * with what we had written ourselves is no conflict.
+   * Writes a whole file of up to 8 MiB. Where the connection breaks before the answer it is asked again, and a
+   * `conflict` with what we had written ourselves is no conflict.
    */
-  async write(path: string, text: string, options: WriteOptions = {}): Promise<Written> {
+  async write(path: string, content: string | Uint8Array, options: WriteOptions = {}): Promise<Written> {
+    const { signal, ...conditions } = options;
+    const body = typeof content === "string" ? { text: content } : { data: base64(content) };
     let broken = false;
     for (;;) {
       try {
-        return await this.#link.request<Written>("files/write", { path, text, ...options });
+        return await this.#link.request<Written>("files/write", { path, ...body, ...conditions }, { signal });
       } catch (error) {
         if (error instanceof Disconnected && this.#link.status.state !== "closed" && !broken) {
           broken = true;
           continue;
         }
         if (!broken || !(error instanceof GatewayError) || error.code !== "conflict") throw error;
-        const present = await this.read(path);
-        if (present.text !== text) throw error;
+        const present = await this.read(path, signal);
+        const same =
+          typeof content === "string" ? present.text === content : encoded(present) === base64(content);
+        if (!same) throw error;
         return { etag: present.etag, size: present.size, created: options.ifNoneMatch === "*" };
       }
     }
@@ -57,19 +76,56 @@ export class Files {
   move(
     from: string,
     to: string,
-    options: { overwrite?: boolean; createDirs?: boolean } = {},
+    options: {
+      readonly overwrite?: boolean | undefined;
+      readonly createDirs?: boolean | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
   ): Promise<Entry> {
-    return this.#link.request("files/move", { from, to, ...options });
+    const { signal, ...wishes } = options;
+    return this.#link.request("files/move", { from, to, ...wishes }, { signal });
   }
 
   remove(
     path: string,
-    options: { recursive?: boolean; ifMatch?: string } = {},
+    options: {
+      readonly recursive?: boolean | undefined;
+      readonly ifMatch?: string | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
   ): Promise<{ removed: number }> {
-    return this.#link.request("files/remove", { path, ...options });
+    const { signal, ...wishes } = options;
+    return this.#link.request("files/remove", { path, ...wishes }, { signal });
   }
 
-  mkdir(path: string, createDirs = true): Promise<Entry> {
-    return this.#link.request("files/mkdir", { path, createDirs });
+  /** Makes a folder, with those above it. */
+  mkdir(path: string, createDirs?: boolean, signal?: AbortSignal): Promise<Entry> {
+    return this.#link.request("files/mkdir", { path, createDirs }, { signal });
   }
+
+  /** Puts a file of any size in place, all or nothing. `path` is relative to the workspace. */
+  async upload(path: string, body: UploadBody, options: UploadOptions = {}): Promise<Written> {
+    const headers = options.ifMatch === undefined ? {} : { "If-Match": `"${options.ifMatch}"` };
+    const sent = { body: body as NonNullable<RequestInit["body"]>, headers, signal: options.signal };
+    return (await (await this.#http.http("PUT", this.#path(path), sent)).json()) as Written;
+  }
+
+  /** Returns a file's bytes from `start` on, at the reader's pace. `path` is relative to the workspace. */
+  async download(
+    path: string,
+    options: { readonly start?: number | undefined; readonly signal?: AbortSignal | undefined } = {},
+  ): Promise<ReadableStream<Uint8Array>> {
+    const headers: Record<string, string> = options.start ? { Range: `bytes=${options.start}-` } : {};
+    const response = await this.#http.http("GET", this.#path(path), { headers, signal: options.signal });
+    return response.body ?? new Blob([]).stream();
+  }
+
+  #path(path: string): string {
+    const encoded = path.split("/").map(encodeURIComponent).join("/");
+    return `/v1/tenants/${encodeURIComponent(this.#tenant)}/files/${encoded}`;
+  }
+}
+
+function encoded(content: FileContent): string {
+  return content.data ?? base64(new TextEncoder().encode(content.text));
 }

@@ -2,10 +2,19 @@
 
 import type { SocketConstructor } from "./connection.js";
 import { Credential, type TokenSource } from "./credential.js";
+import { Deployment, type DeploymentRequest, templateBody } from "./deployment.js";
 import { GatewayError } from "./errors.js";
 import { HttpClient } from "./http.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
-import type { DeploymentInfo, GatewayEvent, Session, TemplateInfo, TenantInfo } from "./types.js";
+import type {
+  AuditEntry,
+  DeploymentRecord,
+  DeploymentStarted,
+  GatewayEvent,
+  Session,
+  TemplateInfo,
+  TenantInfo,
+} from "./types.js";
 import { unique } from "./unique.js";
 import { EventParser } from "./wire.js";
 
@@ -14,32 +23,26 @@ export interface GatewayOptions {
    * Sent as bearer and in `initialize`; a browser with the session's cookie needs none. A function is asked with each
    * new connection, before the end of the token that it gave last, and once more where the gateway refuses that one.
    */
-  readonly token?: TokenSource;
+  readonly token?: TokenSource | undefined;
   /** Names one of several sessions of a browser, each with a cookie of its own: `[a-z0-9]{1,32}`. */
-  readonly slot?: string;
-  readonly client?: { readonly name: string; readonly version: string };
+  readonly slot?: string | undefined;
+  readonly client?: { readonly name: string; readonly version: string } | undefined;
   /** A WebSocket for a runtime without one: Node 20, where `ws` is taken if it is installed. */
-  readonly WebSocket?: SocketConstructor;
-  readonly fetch?: typeof fetch;
+  readonly WebSocket?: SocketConstructor | undefined;
+  readonly fetch?: typeof fetch | undefined;
 }
 
 export interface EventFilter {
-  readonly tenants?: readonly string[];
-  readonly deployments?: readonly string[];
+  readonly tenants?: readonly string[] | undefined;
+  readonly deployments?: readonly string[] | undefined;
   /** May end in `*`. */
-  readonly types?: readonly string[];
-  readonly lastEventId?: string | number;
-  readonly signal?: AbortSignal;
+  readonly types?: readonly string[] | undefined;
+  readonly lastEventId?: string | number | undefined;
+  readonly signal?: AbortSignal | undefined;
   /** Called with false when the stream broke and with true when it is there again. */
-  readonly onConnected?: (connected: boolean) => void;
-}
-
-export interface DeploymentRequest {
-  readonly domain: string;
-  readonly template: string;
-  readonly size?: string;
-  readonly env?: Readonly<Record<string, string>>;
-  readonly tenant?: string;
+  readonly onConnected?: ((connected: boolean) => void) | undefined;
+  /** Go on trying where the first connection fails, rather than throw at once. */
+  readonly insist?: boolean | undefined;
 }
 
 // a comment comes every 15 s; four of them missing is a dead connection
@@ -78,13 +81,14 @@ export class Gateway extends HttpClient {
 
   // --- tenants ---------------------------------------------------------------------------------------------
 
-  async tenants(): Promise<readonly TenantInfo[]> {
-    return (await this.json<{ tenants: TenantInfo[] }>("GET", "/v1/tenants")).tenants;
+  /** Returns the tenants that the token covers. */
+  async tenants(signal?: AbortSignal): Promise<readonly TenantInfo[]> {
+    return (await this.#get<{ tenants: TenantInfo[] }>("/v1/tenants", signal)).tenants;
   }
 
   /** Returns what can be deployed by name; one with `error` cannot. */
-  async templates(): Promise<readonly TemplateInfo[]> {
-    return (await this.json<{ templates: TemplateInfo[] }>("GET", "/v1/templates")).templates;
+  async templates(signal?: AbortSignal): Promise<readonly TemplateInfo[]> {
+    return (await this.#get<{ templates: TemplateInfo[] }>("/v1/templates", signal)).templates;
   }
 
   /** Returns a tenant to work with; it connects when something is asked, and each has its own connection. */
@@ -94,6 +98,7 @@ export class Gateway extends HttpClient {
       address: this.url,
       url: () => `ws${this.url.slice(4)}${path}${this.slot === null ? "" : `?slot=${this.slot}`}`,
       socket: () => this.#socketKind(),
+      other: (other) => this.tenant(other, options),
     });
   }
 
@@ -115,15 +120,59 @@ export class Gateway extends HttpClient {
 
   // --- deployments -----------------------------------------------------------------------------------------
 
-  /** Starts a deployment. The same `idempotencyKey` again is the same deployment. */
-  async deploy(request: DeploymentRequest, idempotencyKey: string = unique()): Promise<Deployment> {
+  /**
+   * Begins to bring a domain to a site that answers, or to update it. The same `idempotencyKey` again is the same
+   * deployment.
+   */
+  async deploy(
+    request: DeploymentRequest,
+    idempotencyKey: string = unique(),
+    signal?: AbortSignal,
+  ): Promise<Deployment> {
     const headers = { "Idempotency-Key": idempotencyKey };
-    const info = await this.json<DeploymentInfo>("POST", "/v1/deployments", request, { headers });
-    return new Deployment(this, info);
+    const body = { ...request, template: templateBody(request.template) };
+    const started = await this.json<DeploymentStarted>("POST", "/v1/deployments", body, { headers, signal });
+    return new Deployment(this, started);
   }
 
-  async deployment(id: string): Promise<Deployment> {
-    return new Deployment(this, await this.json("GET", `/v1/deployments/${encodeURIComponent(id)}`));
+  /** Returns a deployment by its id. */
+  async deployment(id: string, signal?: AbortSignal): Promise<Deployment> {
+    return new Deployment(this, await this.#get(`/v1/deployments/${encodeURIComponent(id)}`, signal));
+  }
+
+  /** Returns the newest deployments of the tenants that the token covers. */
+  async deployments(signal?: AbortSignal): Promise<readonly DeploymentRecord[]> {
+    return (await this.#get<{ deployments: DeploymentRecord[] }>("/v1/deployments", signal)).deployments;
+  }
+
+  // --- what an operator does -------------------------------------------------------------------------------
+
+  /** Takes back the token with this `jti`; needs the scope `admin` for every tenant. */
+  async revoke(tokenId: string, signal?: AbortSignal): Promise<void> {
+    await this.json("POST", "/v1/revocations", { id: tokenId }, { signal });
+  }
+
+  /** Returns who did what, newest first; needs the scope `admin` for every tenant. */
+  async audit(
+    options: {
+      readonly tenant?: string | undefined;
+      /** 100 where left out, at most 1000. */
+      readonly limit?: number | undefined;
+      /** The id of an entry: those before it. */
+      readonly before?: number | undefined;
+      readonly signal?: AbortSignal | undefined;
+    } = {},
+  ): Promise<readonly AuditEntry[]> {
+    const { tenant, limit = 100, before, signal } = options;
+    const query = new URLSearchParams();
+    if (tenant !== undefined) query.set("tenant", tenant);
+    query.set("limit", String(limit));
+    if (before !== undefined) query.set("before", String(before));
+    return (await this.#get<{ entries: AuditEntry[] }>(`/v1/audit?${query}`, signal)).entries;
+  }
+
+  #get<Result>(path: string, signal: AbortSignal | undefined): Promise<Result> {
+    return this.json("GET", path, undefined, { signal });
   }
 
   // --- events ----------------------------------------------------------------------------------------------
@@ -139,6 +188,7 @@ export class Gateway extends HttpClient {
     if (filter.deployments) query.set("deployment", filter.deployments.join(","));
     if (filter.types) query.set("type", filter.types.join(","));
     let last = filter.lastEventId === undefined ? "" : String(filter.lastEventId);
+    let begun = filter.insist ?? false;
     for (let failures = 0; ; failures++) {
       if (filter.signal?.aborted) return;
       if (failures > 0)
@@ -163,6 +213,7 @@ export class Gateway extends HttpClient {
         if (response.body === null) return;
         const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
         const parser = new EventParser();
+        begun = true;
         filter.onConnected?.(true);
         for (;;) {
           const { done, value } = await reader.read();
@@ -176,7 +227,8 @@ export class Gateway extends HttpClient {
         }
       } catch (error) {
         if (filter.signal?.aborted) return;
-        if (error instanceof GatewayError && !error.retriable && error.code !== "cancelled") throw error;
+        if (!begun || (error instanceof GatewayError && !error.retriable && error.code !== "cancelled"))
+          throw error;
       } finally {
         clearTimeout(silence);
         filter.signal?.removeEventListener("abort", abort);
@@ -197,42 +249,4 @@ function pause(ms: number, signal?: AbortSignal): Promise<void> {
     const timer = setTimeout(end, ms);
     signal?.addEventListener("abort", end);
   });
-}
-
-/** What fails or is cancelled is undone first, and ends by that. */
-const ENDINGS = new Set(["deployment.succeeded", "deployment.rolledback"]);
-
-/** One attempt to bring a tenant to a site that answers. */
-export class Deployment {
-  readonly id: string;
-  readonly tenant: string;
-  readonly #gateway: Gateway;
-
-  /** @internal Use `Gateway.deploy` and `Gateway.deployment`. */
-  constructor(
-    gateway: Gateway,
-    readonly started: DeploymentInfo,
-  ) {
-    this.#gateway = gateway;
-    this.id = started.id;
-    this.tenant = started.tenant;
-  }
-
-  info(): Promise<DeploymentInfo> {
-    return this.#gateway.json("GET", `/v1/deployments/${encodeURIComponent(this.id)}`);
-  }
-
-  /** Cancels it and rolls back what was done. */
-  async cancel(): Promise<void> {
-    await this.#gateway.http("DELETE", `/v1/deployments/${encodeURIComponent(this.id)}`);
-  }
-
-  /** Yields its events from the first kept one on, and ends after the one that tells how it ended. */
-  async *events(signal?: AbortSignal): AsyncGenerator<GatewayEvent> {
-    const options = signal === undefined ? {} : { signal };
-    for await (const event of this.#gateway.events({ deployments: [this.id], lastEventId: 0, ...options })) {
-      yield event;
-      if (ENDINGS.has(event.type)) return;
-    }
-  }
 }

@@ -4,9 +4,17 @@ import type { Credential } from "./credential.js";
 import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
 
 export interface HttpOptions {
-  readonly body?: BodyInit | undefined;
+  readonly body?: RequestInit["body"] | undefined;
   readonly headers?: Readonly<Record<string, string>>;
   readonly signal?: AbortSignal | undefined;
+}
+
+/** Node says only "fetch failed", and why in the cause; of a name with two addresses in the causes of that. */
+function reason(error: unknown): string {
+  const cause = error instanceof Error ? error.cause : undefined;
+  const first = cause instanceof AggregateError ? (cause.errors[0] as unknown) : cause;
+  const words = [first, cause, error].find((one) => one instanceof Error && one.message !== "");
+  return words instanceof Error ? words.message : String(error);
 }
 
 export class HttpClient {
@@ -56,13 +64,13 @@ export class HttpClient {
         headers,
         cache: "no-store",
         ...(options.body === undefined ? {} : { body: options.body }),
+        // Node refuses a stream without it
+        ...(options.body instanceof ReadableStream ? { duplex: "half" } : {}),
         ...(options.signal === undefined ? {} : { signal: options.signal }),
       });
     } catch (error) {
       if (options.signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
-      throw new Disconnected(
-        `no gateway answers at ${this.url}: ${error instanceof Error ? error.message : error}`,
-      );
+      throw new Disconnected(`no gateway answers at ${this.url}: ${reason(error)}`);
     }
   }
 

@@ -1,7 +1,10 @@
 /** The client of incus-gateway: start at `Gateway`. */
 
+/// <reference lib="esnext.disposable" preserve="true" />
+
 export type { SocketConstructor, SocketLike } from "./connection.js";
 export type { TokenSource } from "./credential.js";
+export { Deployment, type DeploymentRequest } from "./deployment.js";
 export { Disconnected, type ErrorCode, type Facts, GatewayError } from "./errors.js";
 export {
   type AttachOptions,
@@ -9,18 +12,28 @@ export {
   Exec,
   type ExecEvents,
   type ExecOptions,
-  type Output,
   type StreamName,
 } from "./exec.js";
-export type { Files, WriteOptions } from "./files.js";
+export type { TenantEvents, Watch } from "./feed.js";
+export type { Files, UploadBody, UploadOptions, WriteOptions } from "./files.js";
+export { type EventFilter, Gateway, type GatewayOptions } from "./gateway.js";
+export type { LinkState, LinkStatus, RequestOptions } from "./link.js";
+export type { Output } from "./output.js";
 export {
-  Deployment,
-  type DeploymentRequest,
-  type EventFilter,
-  Gateway,
-  type GatewayOptions,
-} from "./gateway.js";
-export type { LinkState, LinkStatus } from "./link.js";
-export { Tenant, type TenantEvents, type TenantOptions, type ToolOptions, type Watch } from "./tenant.js";
+  type RunOptions,
+  Tenant,
+  type TenantEventOptions,
+  type TenantOptions,
+  type WatchOptions,
+} from "./tenant.js";
+export {
+  type BashOptions,
+  type GrepOptions,
+  type ReadOptions,
+  ShellResult,
+  type ToolContent,
+  type ToolOptions,
+  ToolResult,
+} from "./tools.js";
 export type * from "./types.js";
 export { unique } from "./unique.js";

@@ -1,56 +1,81 @@
 /** One tenant: its tools, files, commands and events over one connection that heals itself. */
 
-import type { Connection } from "./connection.js";
-import { Disconnected, GatewayError } from "./errors.js";
+import { GatewayError } from "./errors.js";
 import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
+import { TenantEvents, Watch } from "./feed.js";
 import { Files } from "./files.js";
 import type { HttpClient } from "./http.js";
-import { Link, type LinkOptions, type LinkStatus, type RequestOptions, type Resumable } from "./link.js";
+import { Link, type LinkOptions, type LinkStatus, type RequestOptions } from "./link.js";
+import { type ToolOptions, ToolResult, Tools } from "./tools.js";
 import type {
   ExecInfo,
-  FileChanges,
-  GatewayEvent,
   Offsets,
   Renewed,
+  RunResult,
   ServerInfo,
   SiteAnswer,
+  SnapshotInfo,
   TenantInfo,
-  ToolResult,
+  TenantSize,
+  ToolInfo,
   Usage,
 } from "./types.js";
 import { unique } from "./unique.js";
-import type { Notification } from "./wire.js";
 
 export interface TenantOptions {
   /** Names the tool session, which then outlives a broken connection: what was read, where Bash stands. */
-  readonly session?: string;
-  readonly readBeforeWrite?: boolean;
-  readonly patience?: number;
-  readonly heartbeat?: number;
-  readonly backoff?: LinkOptions["backoff"];
+  readonly session?: string | undefined;
+  readonly readBeforeWrite?: boolean | undefined;
+  /** `ToolOptions.lingerMs` of every call that has none of its own. */
+  readonly lingerMs?: number | undefined;
+  readonly patience?: number | undefined;
+  readonly heartbeat?: number | undefined;
+  readonly backoff?: LinkOptions["backoff"] | undefined;
   /** Go on trying where the first connection fails, rather than say so at once. */
-  readonly insist?: boolean;
+  readonly insist?: boolean | undefined;
 }
 
-export interface ToolOptions {
-  /** The same id and input again returns the recorded result. One is made up where left out. */
-  readonly callId?: string;
-  /** For how long the call goes on where the connection broke, so that it can be joined again; 30 s by default. */
-  readonly lingerMs?: number;
-  readonly signal?: AbortSignal;
+export interface RunOptions {
+  readonly cwd?: string | undefined;
+  readonly env?: Readonly<Record<string, string>> | undefined;
+  /** All of its input. */
+  readonly stdin?: string | undefined;
+  readonly timeoutMs?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
+
+export interface WatchOptions {
+  readonly ignore?: readonly string[] | undefined;
+  /** Ends it, as `close` does. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+export interface TenantEventOptions {
+  /** May end in `*`. */
+  readonly types?: readonly string[] | undefined;
+  readonly lastEventId?: number | undefined;
+  /** Ends it, as `close` does. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** How the gateway is reached, and what else it has. */
+export type Place = Pick<LinkOptions, "address" | "url" | "socket"> & {
+  readonly other: (name: string) => Tenant;
+};
 
 export interface Logs {
-  readonly lines?: number;
-  readonly signal?: AbortSignal;
+  readonly lines?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Connects when something is asked. All of it shares one connection; see `Exec` for what that means. */
-export class Tenant implements Disposable {
+export class Tenant extends Tools implements Disposable {
   readonly name: string;
   readonly files: Files;
   readonly #http: HttpClient;
   readonly #link: Link;
+  readonly #lingerMs: number | undefined;
+  readonly #other: (name: string) => Tenant;
   #events: TenantEvents | null = null;
 
   /** @internal Use `Gateway.tenant`. */
@@ -59,9 +84,12 @@ export class Tenant implements Disposable {
     name: string,
     client: { readonly name: string; readonly version: string },
     options: TenantOptions,
-    link: Pick<LinkOptions, "address" | "url" | "socket">,
+    { other, ...link }: Place,
   ) {
+    super();
     this.name = name;
+    this.#other = other;
+    this.#lingerMs = options.lingerMs;
     this.#http = http;
     this.#link = new Link({
       ...link,
@@ -74,7 +102,7 @@ export class Tenant implements Disposable {
         ...(token === null ? {} : { token }),
       }),
     });
-    this.files = new Files(this.#link);
+    this.files = new Files(this.#link, http, name);
   }
 
   // --- the connection ------------------------------------------------------------------------------------
@@ -124,6 +152,10 @@ export class Tenant implements Disposable {
     this.close();
   }
 
+  async ping(signal?: AbortSignal): Promise<void> {
+    await this.#link.request("ping", {}, { signal });
+  }
+
   /** Calls any method of `gateway.v1`. */
   request<Result>(method: string, params?: object, options?: RequestOptions): Promise<Result> {
     return this.#link.request(method, params, options);
@@ -135,31 +167,45 @@ export class Tenant implements Disposable {
    * Calls a tool. A failure in the tool's own terms is a result with `isError`. Where the connection breaks
    * before the answer it is asked again by its `callId`, and joins the call that still runs.
    */
-  tool(name: string, args: object, options: ToolOptions = {}): Promise<ToolResult> {
-    const callId = options.callId ?? unique();
-    return this.#link.request(
-      "tools/call",
-      { name, arguments: args, callId, lingerMs: options.lingerMs },
-      { again: true, signal: options.signal },
-    );
+  async tool(name: string, args: object, options: ToolOptions = {}): Promise<ToolResult> {
+    const { callId = unique(), lingerMs = this.#lingerMs, signal } = options;
+    const params = { name, arguments: args, callId, lingerMs };
+    return ToolResult.of(await this.#link.request("tools/call", params, { again: true, signal }));
+  }
+
+  /** Returns name, description and input schema of every tool. */
+  async tools(signal?: AbortSignal): Promise<readonly ToolInfo[]> {
+    return (await this.#link.request<{ tools: ToolInfo[] }>("tools/list", {}, { signal })).tools;
   }
 
   // --- commands ------------------------------------------------------------------------------------------
 
-  /** Starts a command: a line for bash, or a list of program and arguments. */
+  /** Starts a command: a line for bash, or a list of program and arguments. Aborting `signal` ends its whole tree. */
   exec(command: string | readonly string[], options: ExecOptions = {}): Promise<Exec> {
-    const { buffer, encoding, execId = unique(), ...rest } = options;
-    const what = typeof command === "string" ? { command } : { argv: command };
-    return new Exec(this.#link, execId, { ...what, ...rest, execId }, {}, { buffer, encoding }).begin();
+    const { buffer, encoding, signal, execId = unique(), ...rest } = options;
+    const start = { ...what(command), ...rest, execId };
+    return new Exec(this.#link, execId, start, {}, { buffer, encoding, signal }).begin();
   }
 
-  /** Attaches to a command by its id: its output from these byte offsets on, then live. */
+  /** Attaches to a command by its id: its output from these byte offsets on, then live. Aborting `signal` detaches. */
   attach(execId: string, from: Partial<Offsets> = {}, options: AttachOptions = {}): Promise<Exec> {
     return new Exec(this.#link, execId, null, from, options).begin();
   }
 
-  async execs(): Promise<readonly ExecInfo[]> {
-    return (await this.#link.request<{ execs: ExecInfo[] }>("exec/list")).execs;
+  /** Returns the tenant's commands, those that ended a while ago included. */
+  async execs(signal?: AbortSignal): Promise<readonly ExecInfo[]> {
+    return (await this.#link.request<{ execs: ExecInfo[] }>("exec/list", {}, { signal })).execs;
+  }
+
+  /** Runs a command over HTTP and waits for it. Aborting `signal` ends it with its tree. */
+  async run(command: string | readonly string[], options: RunOptions = {}): Promise<RunResult> {
+    const { timeoutMs: timeout_ms, signal, ...rest } = options;
+    const body = { ...what(command), ...rest, timeout_ms };
+    const answer = await this.#http.json<Record<string, unknown>>("POST", this.#path("/exec"), body, {
+      signal,
+    });
+    const { exit_code: exitCode, duration_ms: durationMs, ...same } = answer;
+    return { ...same, exitCode, durationMs } as unknown as RunResult;
   }
 
   // --- what happens ----------------------------------------------------------------------------------------
@@ -168,29 +214,31 @@ export class Tenant implements Disposable {
    * Watches files and folders, these with all below. After a broken connection, and where the gateway missed
    * something, comes a change with `overflow`: read anew what you show.
    */
-  async watch(paths: readonly string[], options: { ignore?: readonly string[] } = {}): Promise<Watch> {
-    return await new Watch(this.#link, { paths, ...options }).begin();
+  async watch(paths: readonly string[] = ["."], options: WatchOptions = {}): Promise<Watch> {
+    const { signal, ...rest } = options;
+    return await new Watch(this.#link, { paths, ...rest }).begin(signal);
   }
 
   /**
    * Follows the events of this tenant; after a broken connection it goes on where it stopped. Once at a time:
    * the gateway does not say to which subscription of a connection an event belongs.
    */
-  async events(options: { types?: readonly string[]; lastEventId?: number } = {}): Promise<TenantEvents> {
+  async events(options: TenantEventOptions = {}): Promise<TenantEvents> {
     if (this.#events?.open) {
       throw new GatewayError(
         "conflict",
         "the events are followed already; a second `gateway.tenant` can too",
       );
     }
-    this.#events = new TenantEvents(this.#link, options);
-    return await this.#events.begin();
+    const { signal, ...filter } = options;
+    this.#events = new TenantEvents(this.#link, filter);
+    return await this.#events.begin(signal);
   }
 
   // --- over HTTP -------------------------------------------------------------------------------------------
 
-  info(): Promise<TenantInfo> {
-    return this.#http.json("GET", this.#path(""));
+  info(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("GET", this.#path(), undefined, { signal });
   }
 
   metrics(signal?: AbortSignal): Promise<Usage> {
@@ -202,16 +250,65 @@ export class Tenant implements Disposable {
     return this.#http.json("GET", this.#path("/site"), undefined, { signal });
   }
 
-  start(): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/start"));
+  start(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("POST", this.#path("/start"), undefined, { signal });
   }
 
-  stop(): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/stop"));
+  stop(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("POST", this.#path("/stop"), undefined, { signal });
   }
 
-  restart(): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/restart"));
+  restart(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("POST", this.#path("/restart"), undefined, { signal });
+  }
+
+  /** Gives the tenant another domain, or none; its name stays. */
+  rename(domain: string | null, signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("PATCH", this.#path(), { domain }, { signal });
+  }
+
+  /** Gives the tenant the limits of another size while it runs. */
+  resize(size: TenantSize, signal?: AbortSignal): Promise<TenantInfo> {
+    return this.#http.json("PATCH", this.#path(), { size }, { signal });
+  }
+
+  /** Makes another tenant of this one's disk, or of a snapshot of it; it has no domain yet. */
+  async clone(
+    tenant: string,
+    options: { readonly snapshot?: string | undefined; readonly signal?: AbortSignal | undefined } = {},
+  ): Promise<Tenant> {
+    const { snapshot, signal } = options;
+    await this.#http.json("POST", this.#path("/clone"), { tenant, snapshot }, { signal });
+    return this.#other(tenant);
+  }
+
+  /** Returns the snapshots of the disk, oldest first. */
+  async snapshots(signal?: AbortSignal): Promise<readonly SnapshotInfo[]> {
+    const path = this.#path("/snapshots");
+    return (await this.#http.json<{ snapshots: SnapshotInfo[] }>("GET", path, undefined, { signal }))
+      .snapshots;
+  }
+
+  /** Keeps the disk as it is now; without a name by the time. */
+  snapshot(name?: string, signal?: AbortSignal): Promise<SnapshotInfo> {
+    return this.#http.json("POST", this.#path("/snapshots"), { name }, { signal });
+  }
+
+  /** Makes the disk what it was: stops the tenant, and starts it again if it ran. */
+  async restore(snapshot: string, signal?: AbortSignal): Promise<void> {
+    const path = this.#path(`/snapshots/${encodeURIComponent(snapshot)}/restore`);
+    await this.#http.json("POST", path, undefined, { signal });
+  }
+
+  async deleteSnapshot(snapshot: string, signal?: AbortSignal): Promise<void> {
+    const path = this.#path(`/snapshots/${encodeURIComponent(snapshot)}`);
+    await this.#http.json("DELETE", path, undefined, { signal });
+  }
+
+  /** Destroys the tenant and everything of it, and closes this connection. */
+  async delete(signal?: AbortSignal): Promise<void> {
+    await this.#http.json("DELETE", this.#path(), undefined, { signal });
+    this.close();
   }
 
   /** Yields the lines of the site's journal, the last `lines` first; ends when it does not follow. */
@@ -226,9 +323,13 @@ export class Tenant implements Disposable {
     yield* lines(response);
   }
 
-  #path(rest: string): string {
+  #path(rest = ""): string {
     return `/v1/tenants/${encodeURIComponent(this.name)}${rest}`;
   }
+}
+
+function what(command: string | readonly string[]): object {
+  return typeof command === "string" ? { command } : { argv: command };
 }
 
 async function* lines(response: Response): AsyncGenerator<string> {
@@ -246,206 +347,5 @@ async function* lines(response: Response): AsyncGenerator<string> {
     if (rest !== "") yield rest;
   } finally {
     await reader.cancel().catch(() => {});
-  }
-}
-
-/** How many undelivered values a feed keeps before it says that some were missed. */
-const FEED = 10_000;
-
-/** Something that the gateway tells again and again, as an async iterable; `close` ends it. */
-abstract class Feed<Value> implements Resumable, AsyncIterable<Value> {
-  readonly #ready: Value[] = [];
-  #wake: (() => void) | null = null;
-  #error: GatewayError | null = null;
-  #done = false;
-
-  constructor(
-    protected readonly link: Link,
-    protected readonly params: object,
-  ) {}
-
-  protected abstract readonly verbs: { begin: string; end: string; told: string };
-  protected abstract key(result: Record<string, unknown>): number;
-  protected abstract told(params: Readonly<Record<string, unknown>>): boolean;
-  protected number: number | null = null;
-
-  /** @internal */
-  async begin(): Promise<this> {
-    for (;;) {
-      const connection = await this.link.opened();
-      try {
-        await this.ask(connection);
-        this.link.add(this);
-        return this;
-      } catch (error) {
-        if (!(error instanceof Disconnected) || this.link.status.state === "closed") throw error;
-      }
-    }
-  }
-
-  protected async ask(connection: Connection): Promise<void> {
-    await connection.request<Record<string, unknown>>(this.verbs.begin, this.params, (result) => {
-      this.number = this.key(result);
-    });
-  }
-
-  /** @internal */
-  async resume(connection: Connection): Promise<void> {
-    try {
-      await this.ask(connection);
-    } catch (error) {
-      if (error instanceof GatewayError && !(error instanceof Disconnected)) this.end(error);
-    }
-  }
-
-  /** @internal */
-  interrupted(error: GatewayError, final: boolean): void {
-    this.number = null;
-    if (final) this.end(error);
-  }
-
-  /** @internal */
-  notified({ method, params }: Notification): void {
-    if (method === this.verbs.told) this.told(params);
-  }
-
-  protected push(value: Value): boolean {
-    if (this.#ready.length >= FEED) return false;
-    this.#ready.push(value);
-    this.#wake?.();
-    return true;
-  }
-
-  protected clear(): void {
-    this.#ready.length = 0;
-  }
-
-  protected end(error: GatewayError | null): void {
-    if (this.#done) return;
-    this.#done = true;
-    this.#error = error;
-    this.link.remove(this);
-    this.#wake?.();
-  }
-
-  get open(): boolean {
-    return !this.#done;
-  }
-
-  /** Ends it here and in the gateway. Idempotent. */
-  close(): void {
-    if (this.#done) return;
-    const [name, number] = [this.verbs.end === "files/unwatch" ? "watch" : "subscription", this.number];
-    this.end(null);
-    if (number !== null) {
-      void this.link.request(this.verbs.end, { [name]: number }, { patience: 0 }).catch(() => {});
-    }
-  }
-
-  async *[Symbol.asyncIterator](): AsyncIterator<Value> {
-    try {
-      for (;;) {
-        const value = this.#ready.shift();
-        if (value !== undefined) {
-          yield value;
-          continue;
-        }
-        if (this.#done) {
-          if (this.#error !== null) throw this.#error;
-          return;
-        }
-        await new Promise<void>((resolve) => {
-          this.#wake = resolve;
-        });
-      }
-    } finally {
-      this.close();
-    }
-  }
-}
-
-export class Watch extends Feed<FileChanges> {
-  protected override readonly verbs = { begin: "files/watch", end: "files/unwatch", told: "files/changed" };
-
-  protected override key(result: Record<string, unknown>): number {
-    return Number(result.watch);
-  }
-
-  /** @internal */
-  override async resume(connection: Connection): Promise<void> {
-    await super.resume(connection);
-    this.push({ changes: [], overflow: true });
-  }
-
-  protected override told(params: Readonly<Record<string, unknown>>): boolean {
-    if (params.watch !== this.number) return false;
-    const changes = params as unknown as FileChanges;
-    if (!this.push(changes)) {
-      this.clear();
-      this.push({ changes: [], overflow: true });
-    }
-    // the tenant or its folder is another now: watch that
-    if (changes.ended !== undefined) void this.#again();
-    return true;
-  }
-
-  async #again(): Promise<void> {
-    this.number = null;
-    for (
-      let wait = 250;
-      this.link.status.state === "open" && this.number === null;
-      wait = Math.min(wait * 2, 8000)
-    ) {
-      await new Promise((resolve) => setTimeout(resolve, wait));
-      try {
-        await this.ask(await this.link.opened(0));
-        this.push({ changes: [], overflow: true });
-      } catch (error) {
-        if (error instanceof GatewayError && ["not_found", "forbidden"].includes(error.code))
-          return this.end(error);
-      }
-    }
-  }
-}
-
-export class TenantEvents extends Feed<GatewayEvent> {
-  protected override readonly verbs = {
-    begin: "events/subscribe",
-    end: "events/unsubscribe",
-    told: "event",
-  };
-  #last: number | null = null;
-
-  protected override key(result: Record<string, unknown>): number {
-    if (this.#last === null) this.#last = Number(result.lastEventId);
-    return Number(result.subscription);
-  }
-
-  protected override async ask(connection: Connection): Promise<void> {
-    const params = this.#last === null ? this.params : { ...this.params, lastEventId: this.#last };
-    await connection.request<Record<string, unknown>>(this.verbs.begin, params, (result) => {
-      this.number = this.key(result);
-    });
-  }
-
-  /** @internal */
-  override notified(notification: Notification): void {
-    const { method, params } = notification;
-    if (method === "events/ended" && params.subscription === this.number) {
-      this.end(new GatewayError(String(params.reason), "the newer token does not open the events"));
-    } else super.notified(notification);
-  }
-
-  protected override told(params: Readonly<Record<string, unknown>>): boolean {
-    const event = params as unknown as GatewayEvent;
-    if (typeof event.type !== "string") return false;
-    const id = Number(event.id);
-    if (this.#last !== null && id <= this.#last && event.type !== "gap") return false;
-    this.#last = id;
-    if (!this.push(event)) {
-      this.clear();
-      this.push({ ...event, type: "gap", data: { oldest: id + 1 } });
-    }
-    return true;
   }
 }

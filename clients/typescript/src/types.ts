@@ -1,6 +1,6 @@
 /** What crosses the wire, as types: parameters and results of the methods, and what HTTP answers. */
 
-import type { Facts } from "./errors.js";
+import type { ErrorCode, Facts } from "./errors.js";
 
 export interface ServerInfo {
   readonly server: { readonly name: string; readonly version: string };
@@ -111,13 +111,43 @@ export interface FileChanges {
   readonly ended?: string;
 }
 
-export interface ToolResult {
-  readonly content: readonly (
-    | { readonly type: "text"; readonly text: string }
-    | { readonly type: "image"; readonly data: string; readonly mimeType: string }
-  )[];
-  readonly isError: boolean;
-  readonly structuredContent: Facts;
+export interface ToolInfo {
+  readonly name: string;
+  readonly description: string;
+  readonly inputSchema: Readonly<Record<string, unknown>>;
+}
+
+/** A command that was run and waited for over HTTP. */
+export interface RunResult {
+  readonly exec: string;
+  readonly exitCode: number | null;
+  readonly signal: string | null;
+  readonly reason: "exited" | "timeout" | "cancelled";
+  readonly stdout: string;
+  readonly stderr: string;
+  /** There was more than is here. */
+  readonly truncated: boolean;
+  readonly durationMs: number;
+  readonly left: number | null;
+}
+
+/** A tenant's disk at one moment; `size` is what nothing else holds, in bytes, null where that is not known. */
+export interface SnapshotInfo {
+  readonly name: string;
+  readonly created: string | null;
+  readonly size: number | null;
+}
+
+export type TenantSize = "small" | "medium" | "large";
+
+/** Who did what. */
+export interface AuditEntry {
+  readonly id: number;
+  readonly time: string;
+  readonly who: string;
+  readonly action: string;
+  readonly tenant: string | null;
+  readonly facts: Facts;
 }
 
 export interface Size {
@@ -179,17 +209,34 @@ export interface TemplateInfo {
 }
 
 export interface DeploymentPhase {
-  readonly phase: string;
-  readonly state?: string;
-  readonly ms?: number | null;
+  readonly name: string;
+  readonly state: "waiting" | "running" | "done" | "failed" | "undone";
+  readonly ms: number | null;
 }
 
-export interface DeploymentInfo {
+export type DeploymentState = "waiting" | "running" | "succeeded" | "undoing" | "rolledback";
+
+/** What is answered to the request of a deployment. */
+export interface DeploymentStarted {
   readonly id: string;
   readonly tenant: string;
-  readonly state: string;
-  readonly domain?: string | null;
-  readonly template?: string | null;
-  readonly phases?: readonly DeploymentPhase[];
-  readonly error?: { readonly code?: string; readonly message?: string } | string | null;
+  readonly state: DeploymentState;
+}
+
+/** A deployment as it stands. */
+export interface DeploymentRecord extends DeploymentStarted {
+  readonly domain: string;
+  readonly url: string;
+  readonly template: string;
+  readonly kind: "create" | "update";
+  readonly port: number;
+  readonly source: string | null;
+  /** In seconds since the epoch. */
+  readonly created: number;
+  readonly ended: number | null;
+  readonly ms: number | null;
+  readonly warnings: readonly string[];
+  readonly phases: readonly DeploymentPhase[];
+  /** What it failed with; `phase` and `reason` may be beside it. */
+  readonly error: (Facts & { readonly code: ErrorCode; readonly message: string }) | null;
 }

@@ -1,6 +1,11 @@
 /** The client against a live gateway of plain processes: everything is real but the isolation. */
 
+import { execFileSync } from "node:child_process";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { packed } from "../src/folder.js";
 import { type Exec, Gateway, type GatewayEvent, type LinkState, type Tenant } from "../src/index.js";
 import { LiveGateway, Wire } from "./live.js";
 
@@ -119,9 +124,53 @@ describe("files", () => {
     await client.files.write("watched/two", "2");
     expect((await next()).changes).toContainEqual({ path: "watched/two", change: "created" });
   });
+
+  test("of any size go up and down as streams, at their reader's pace", async () => {
+    const client = tenant();
+    const chunk = new Uint8Array(1 << 20).fill(97);
+    let left = 24; // more than a message of the websocket may have
+    const body = new ReadableStream<Uint8Array>({
+      pull: (stream) => (left-- > 0 ? stream.enqueue(chunk) : stream.close()),
+    });
+    const written = await client.files.upload("up/ä %41?.bin", body);
+    expect(written).toMatchObject({ size: 24 << 20, created: true });
+    const stale = client.files.upload("up/ä %41?.bin", "x", { ifMatch: "another" });
+    await expect(stale).rejects.toMatchObject({ code: "conflict" });
+    let size = 0;
+    for await (const part of await client.files.download("up/ä %41?.bin", { start: 1 << 20 }))
+      size += part.length;
+    expect(size).toBe(23 << 20);
+    await client.files.write("up/bytes", Uint8Array.of(0, 255, 128));
+    expect(await client.files.read("up/bytes")).toMatchObject({ encoding: "base64", data: "AP+A" });
+  });
 });
 
 describe("tools", () => {
+  test("have methods of their own, whose failures are thrown", async () => {
+    const client = tenant();
+    await client.write("typed/a.ts", "one\ntwo\n");
+    expect((await client.read("typed/a.ts", { limit: 1 })).text).toContain("1\tone");
+    await client.edit("typed/a.ts", "two", "three");
+    const found = await client.grep("THREE", { path: "typed", ignoreCase: true, outputMode: "content" });
+    expect(found.text).toBe("typed/a.ts:2:three");
+    expect((await client.glob("*.ts", { path: "typed" })).text).toBe("typed/a.ts");
+    await expect(client.read("typed/none")).rejects.toMatchObject({ code: "not_found" });
+    expect(await client.bash("echo out; exit 3")).toMatchObject({
+      status: "failed",
+      exitCode: 3,
+      isError: true,
+    });
+    const behind = await client.bash("echo begun; sleep 99", { background: true });
+    while (!(await client.bashOutput(behind.shellId ?? "")).text.includes("begun"));
+    expect((await client.killShell(behind.shellId ?? "")).text).toContain("Successfully killed");
+    expect(await client.run(["sh", "-c", "cat; exit 4"], { stdin: "in" })).toMatchObject({
+      exitCode: 4,
+      stdout: "in",
+    });
+    expect((await client.tools()).map(({ name }) => name)).toContain("KillShell");
+    await client.ping();
+  });
+
   test("answer in the shape of an MCP result, failures in their own terms included", async () => {
     const client = tenant();
     await client.tool("Write", { file_path: "t.txt", content: "needle\n" });
@@ -343,6 +392,35 @@ describe("commands", () => {
     expect((await exec.stdout.text()).endsWith("399999\n400000\n")).toBe(true);
   });
 
+  test("are piped from and into streams", async () => {
+    const exec = await tenant().exec("tr a-z A-Z", { stdin: true });
+    const input = new Blob(["made ", "large\n"]).stream();
+    const [out] = await Promise.all([new Response(exec.stdout.readable).text(), input.pipeTo(exec.stdin)]);
+    expect(out).toBe("MADE LARGE\n");
+    expect(await exec.exit).toMatchObject({ code: 0 });
+  });
+
+  test("end with their tree when the signal of who started them aborts", async () => {
+    const client = tenant();
+    const ending = new AbortController();
+    const exec = await client.exec("sleep 987 & echo begun; wait", { signal: ending.signal });
+    await until(exec, "begun");
+    const leaving = new AbortController();
+    const other = await tenant().attach(exec.id, {}, { signal: leaving.signal });
+    leaving.abort();
+    await expect(other.exit).rejects.toMatchObject({ name: "Disconnected" });
+    expect(exec.running).toBe(true);
+    ending.abort();
+    expect(await exec.exit).toMatchObject({ reason: "cancelled", left: 0 });
+    const never = client.exec("sleep 987", { signal: ending.signal });
+    await expect(never).rejects.toMatchObject({ code: "cancelled" });
+    const looking = new AbortController();
+    const watch = await client.watch(["."], { signal: looking.signal });
+    looking.abort();
+    for await (const _ of watch);
+    expect(watch.open).toBe(false);
+  });
+
   test("that cannot start are an error with a reason", async () => {
     await expect(tenant().exec(["/no/such"])).rejects.toMatchObject({ code: "exec_failed" });
   });
@@ -424,4 +502,30 @@ describe("the state of the connection", () => {
     while (client.status.latency === null) await new Promise((resolve) => setTimeout(resolve, 5));
     expect(client.status.latency).toBeGreaterThan(0);
   });
+});
+
+test("a folder is packed as a template, without what the gateway leaves out", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "gateway-folder-"));
+  try {
+    for (const place of ["src", "node_modules/a", "src/node_modules/b", ".git"])
+      mkdirSync(join(folder, place), { recursive: true });
+    for (const file of [
+      "site.toml",
+      "src/ä.ts",
+      "node_modules/a/x",
+      "src/node_modules/b/y",
+      ".git/HEAD",
+      ".env",
+    ])
+      writeFileSync(join(folder, file), file);
+    const listed = execFileSync("tar", ["-tzf", "-"], { input: await packed(folder), encoding: "utf8" });
+    const names = listed
+      .trim()
+      .split("\n")
+      .map((name) => name.replace("\\303\\244", "ä"));
+    expect(names.sort()).toEqual([".env", "site.toml", "src/", "src/ä.ts"]);
+    await expect(packed(join(folder, "none"))).rejects.toThrow("ENOENT");
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
 });

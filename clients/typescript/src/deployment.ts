@@ -1,0 +1,102 @@
+/** One deployment: what is asked for, what happens in it, how it ended. */
+
+import { base64 } from "./base64.js";
+import { GatewayError } from "./errors.js";
+import type { HttpClient } from "./http.js";
+import type { DeploymentRecord, DeploymentStarted, GatewayEvent } from "./types.js";
+
+export interface DeploymentRequest {
+  readonly domain: string;
+  /** The name of one of the gateway's, or a tar of a folder with a `site.toml`: `packed` of `…/folder` makes one. */
+  readonly template: string | Uint8Array;
+  readonly size?: string | undefined;
+  readonly env?: Readonly<Record<string, string>> | undefined;
+  /** Made of the domain where left out. */
+  readonly tenant?: string | undefined;
+}
+
+/** What fails or is cancelled is undone first, and ends by that. */
+const ENDINGS = new Set(["deployment.succeeded", "deployment.rolledback"]);
+/** How long the kept events of a deployment that has ended are waited for, in milliseconds. */
+const SETTLE = 5_000;
+
+/** What a deployment needs of `Gateway`. */
+interface Events extends HttpClient {
+  events(filter: object): AsyncGenerator<GatewayEvent>;
+}
+
+/** One attempt to bring a tenant to a site that answers. It runs in the gateway, whether anybody looks or not. */
+export class Deployment {
+  readonly id: string;
+  readonly tenant: string;
+  readonly #gateway: Events;
+
+  /** @internal Use `Gateway.deploy` and `Gateway.deployment`. */
+  constructor(
+    gateway: Events,
+    readonly started: DeploymentStarted,
+  ) {
+    this.#gateway = gateway;
+    this.id = started.id;
+    this.tenant = started.tenant;
+  }
+
+  /** Returns how it stands now. */
+  record(signal?: AbortSignal): Promise<DeploymentRecord> {
+    return this.#gateway.json("GET", this.#path, undefined, { signal });
+  }
+
+  /** Cancels it, and returns once what was done is undone. */
+  cancel(signal?: AbortSignal): Promise<DeploymentRecord> {
+    return this.#gateway.json("DELETE", this.#path, undefined, { signal });
+  }
+
+  /** Returns how it ended, once it did. Throws the error of what failed, once all is undone. Needs scope `events`. */
+  async wait(signal?: AbortSignal): Promise<DeploymentRecord> {
+    for (;;) {
+      const record = await this.record(signal);
+      if (record.error !== null && record.state === "rolledback") {
+        const { code, message, ...facts } = record.error;
+        throw new GatewayError(code, message, facts);
+      }
+      if (record.state === "succeeded" || record.state === "rolledback") return record;
+      for await (const _ of this.events(signal));
+      if (signal?.aborted) throw new GatewayError("cancelled", "the request was cancelled");
+    }
+  }
+
+  /**
+   * Yields its events from the first kept one on, and ends after the one that tells how it ended. Where that is no
+   * longer kept it ends some seconds after the others.
+   */
+  async *events(signal?: AbortSignal): AsyncGenerator<GatewayEvent> {
+    const ending = new AbortController();
+    const abort = () => ending.abort();
+    signal?.addEventListener("abort", abort);
+    if (signal?.aborted) abort();
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    try {
+      const filter = { deployments: [this.id], lastEventId: 0, insist: true, signal: ending.signal };
+      for await (const event of this.#gateway.events(filter)) {
+        if (event.type === "gap" && timer === undefined) {
+          const { state } = await this.record(ending.signal);
+          if (state === "succeeded" || state === "rolledback") timer = setTimeout(abort, SETTLE);
+        }
+        yield event;
+        if (ENDINGS.has(event.type)) return;
+      }
+    } finally {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", abort);
+    }
+  }
+
+  get #path(): string {
+    return `/v1/deployments/${encodeURIComponent(this.id)}`;
+  }
+}
+
+/** Returns a template as the gateway takes it: a name as it is, a tar as an archive. */
+export function templateBody(template: string | Uint8Array): string | { readonly archive: string } {
+  return typeof template === "string" ? template : { archive: base64(template) };
+}

@@ -1,0 +1,124 @@
+/** One output stream of a command: what came and was not read yet. */
+
+import type { GatewayError } from "./errors.js";
+
+/** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
+export class Output implements AsyncIterable<Uint8Array> {
+  offset = 0;
+  /** Bytes that fell out of the gateway's buffer, or of ours, before anyone saw them. */
+  lost = 0;
+  /** @internal */ size = 0;
+  /** @internal */ begun = false;
+  /** @internal How much of it the gateway knows to be read. */ acked = 0;
+  readonly #chunks: Uint8Array[] = [];
+  readonly #taken: () => void;
+  #ended = false;
+  #error: GatewayError | null = null;
+  #wake: (() => void)[] = [];
+
+  /** @internal */
+  constructor(taken: () => void) {
+    this.#taken = taken;
+  }
+
+  async *[Symbol.asyncIterator](): AsyncIterator<Uint8Array> {
+    this.begun = true;
+    try {
+      for (;;) {
+        const chunk = this.take();
+        if (chunk !== undefined) yield chunk;
+        else if (this.#error !== null) throw this.#error;
+        else if (this.#ended) return;
+        else await this.changed();
+      }
+    } finally {
+      this.left();
+    }
+  }
+
+  /** The same as a stream, to pipe it on; cancelling it is leaving it. */
+  get readable(): ReadableStream<Uint8Array> {
+    const iterator = this[Symbol.asyncIterator]();
+    this.begun = true;
+    return new ReadableStream<Uint8Array>(
+      {
+        pull: async (stream) => {
+          const { done, value } = await iterator.next();
+          if (done) stream.close();
+          else stream.enqueue(value);
+        },
+        cancel: () => this.left(),
+      },
+      { highWaterMark: 0 }, // what waits is bounded by `buffer` already
+    );
+  }
+
+  /** Returns all that is left of it as text. Unbounded: for output that is known to be small. */
+  async text(): Promise<string> {
+    const decoder = new TextDecoder();
+    let text = "";
+    for await (const chunk of this) text += decoder.decode(chunk, { stream: true });
+    return text + decoder.decode();
+  }
+
+  /** @internal The offset up to which nothing waits for its reader. */
+  get taken(): number {
+    return this.begun ? this.offset - this.size : this.offset;
+  }
+
+  /** @internal */
+  take(): Uint8Array | undefined {
+    const chunk = this.#chunks.shift();
+    if (chunk !== undefined) {
+      this.size -= chunk.length;
+      this.#taken();
+    }
+    return chunk;
+  }
+
+  /** @internal Nobody reads it any more: it holds nothing up. */
+  left(): void {
+    this.begun = false;
+    this.#taken();
+  }
+
+  /** @internal */
+  changed(): Promise<void> {
+    return new Promise((resolve) => this.#wake.push(resolve));
+  }
+
+  /** @internal */
+  push(data: Uint8Array): void {
+    this.#chunks.push(data);
+    this.size += data.length;
+    this.wake();
+  }
+
+  /** @internal Drops the oldest chunks over `limit`. */
+  trim(limit: number): void {
+    while (this.size > limit) {
+      const chunk = this.#chunks.shift();
+      if (chunk === undefined) return;
+      this.size -= chunk.length;
+      this.lost += chunk.length;
+    }
+  }
+
+  /** @internal */
+  end(error: GatewayError | null): void {
+    if (this.#ended) return;
+    this.#ended = true;
+    this.#error = error;
+    this.wake();
+  }
+
+  /** @internal */
+  get ended(): boolean {
+    return this.#ended && this.#chunks.length === 0;
+  }
+
+  /** @internal */
+  wake(): void {
+    for (const wake of this.#wake.splice(0)) wake();
+  }
+}

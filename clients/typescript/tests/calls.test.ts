@@ -1,0 +1,117 @@
+/** Each method of the client sends what tests/wire/calls.json says; Python's client is held by it too. */
+
+import { readFileSync } from "node:fs";
+import { describe, expect, test } from "vitest";
+import { Deployment, Exec, Gateway, type SocketConstructor, Tenant, ToolResult } from "../src/index.js";
+
+interface Call {
+  class: "Client" | "Tenant" | "Files" | "Deployment" | "Exec";
+  method: string | null;
+  typescript?: string | null;
+  args: unknown[];
+  typescriptArgs?: unknown[];
+  options?: Record<string, unknown>;
+  typescriptOptions?: Record<string, unknown>;
+  sends: Record<string, unknown>;
+  answer?: unknown;
+  live?: boolean;
+}
+const { calls } = JSON.parse(
+  readFileSync(new URL("../../../tests/wire/calls.json", import.meta.url), "utf8"),
+) as { calls: Call[] };
+
+const camel = (name: string) => name.replace(/_(.)/g, (_, letter: string) => letter.toUpperCase());
+const named = ({ method, typescript }: Call) => (typescript !== undefined ? typescript : camel(method ?? ""));
+
+/** A gateway that answers everything with `answer`, and what it was asked. */
+function scripted(answer: unknown): { gateway: Gateway; sent: Record<string, unknown>[] } {
+  const sent: Record<string, unknown>[] = [];
+  class Socket {
+    binaryType = "";
+    readyState = 1;
+    bufferedAmount = 0;
+    onopen: (() => void) | null = null;
+    onmessage: ((event: { data: string }) => void) | null = null;
+    onerror = null;
+    onclose = null;
+    constructor() {
+      queueMicrotask(() => this.onopen?.());
+    }
+    send(text: string): void {
+      const { id, method, params } = JSON.parse(text);
+      const { callId: _, ...rest } = params;
+      if (method !== "initialize") sent.push({ [method]: rest });
+      const result = method === "initialize" ? {} : answer;
+      queueMicrotask(() => this.onmessage?.({ data: JSON.stringify({ jsonrpc: "2.0", id, result }) }));
+    }
+    close(): void {}
+  }
+  const fetching = async (url: string, { method, body }: { method: string; body?: string }) => {
+    sent.push({
+      [`${method} ${url.slice("http://gateway".length)}`]: body === undefined ? null : JSON.parse(body),
+    });
+    return new Response(JSON.stringify(answer));
+  };
+  const options = { token: "t", WebSocket: Socket as unknown as SocketConstructor };
+  const gateway = new Gateway("http://gateway", { ...options, fetch: fetching as typeof fetch });
+  return { gateway, sent };
+}
+
+test.each(calls.filter((call) => !call.live && named(call) !== null))(
+  "of $class: $method sends this",
+  async (call) => {
+    const { gateway, sent } = scripted(call.answer ?? {});
+    const tenant = gateway.tenant("shop");
+    const deployment = new Deployment(gateway, { id: "d-1", tenant: "shop", state: "waiting" });
+    const objects = { Client: gateway, Tenant: tenant, Files: tenant.files, Deployment: deployment, Exec };
+    const camels = Object.entries(call.options ?? {}).map(([name, value]) => [camel(name), value]);
+    const options = call.typescriptOptions ?? Object.fromEntries(camels);
+    const args = [...(call.typescriptArgs ?? call.args)];
+    if (Object.keys(options).length > 0) args.push(options);
+    const object = objects[call.class] as unknown as Record<string, (...args: unknown[]) => Promise<unknown>>;
+    await object[named(call) ?? ""]?.(...args);
+    tenant.close();
+    expect(sent).toEqual([call.sends]);
+  },
+);
+
+describe("every method is in the table", () => {
+  const files = Object.getPrototypeOf(scripted({}).gateway.tenant("shop").files);
+  const tools = Object.getPrototypeOf(Tenant.prototype);
+  test.each([
+    ["Client", [Gateway.prototype, Object.getPrototypeOf(Gateway.prototype)]],
+    ["Tenant", [Tenant.prototype, tools]],
+    ["Files", [files]],
+    ["Deployment", [Deployment.prototype]],
+  ] as const)("of %s", (name, prototypes) => {
+    const found = new Set(prototypes.flatMap((one: object) => Object.getOwnPropertyNames(one)));
+    found.delete("constructor");
+    const listed = calls.filter((call) => call.class === name).map(named);
+    expect(found).toEqual(new Set(listed.filter((one) => one !== null)));
+  });
+
+  test("of a command", () => {
+    for (const call of calls.filter((call) => call.class === "Exec")) {
+      expect(Exec.prototype).toHaveProperty(named(call) ?? "");
+    }
+  });
+});
+
+test("a failure of a tool is thrown with its code, and an exit code is a result", async () => {
+  const text = { type: "text", text: "File does not exist." };
+  const missing = { content: [text], isError: true, structuredContent: { code: "not_found", path: "a" } };
+  const read = scripted(missing).gateway.tenant("shop").read("a");
+  await expect(read).rejects.toMatchObject({ code: "not_found", message: text.text, facts: { path: "a" } });
+  const structuredContent = { exec: "e-1", status: "failed", exitCode: 3 };
+  const failed = { content: [{ type: "text", text: "Exit code 3" }], isError: true, structuredContent };
+  const shell = await scripted(failed).gateway.tenant("shop").bash("exit 3");
+  expect(shell).toMatchObject({
+    status: "failed",
+    exitCode: 3,
+    exec: "e-1",
+    shellId: null,
+    outputFile: null,
+  });
+  expect(shell).toBeInstanceOf(ToolResult);
+  expect(shell.text).toBe("Exit code 3");
+});
