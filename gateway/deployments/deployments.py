@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
 from gateway.auth.tokens import Token
 from gateway.caddy import Caddy
+from gateway.deployments.changes import changed, chosen
 from gateway.deployments.context import Context, Promise
 from gateway.deployments.progress import Progress
 from gateway.deployments.queue import DeploymentQueue, Owner, uploader
@@ -21,7 +22,7 @@ from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.record import Record
 from gateway.deployments.recovery import Recovery
 from gateway.deployments.register import Register, Running
-from gateway.deployments.request import Request, check_env
+from gateway.deployments.request import Change, Request, Rollback, Variables, check_env
 from gateway.deployments.runner import Runner
 from gateway.deployments.template import named, names
 from gateway.deployments.verify import Verifier
@@ -32,7 +33,7 @@ from gateway.hostnames import normalized, tenant_name
 from gateway.ownership.domains import Domains
 from gateway.rootfs.workers import Workers
 from gateway.runtime import TENANT_NAME, TenantEvent, TenantRuntime, sizes
-from gateway.runtime.sites import Recipe, Sites
+from gateway.runtime.sites import Former, Recipe, Sites
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
@@ -72,7 +73,7 @@ class Deployments:
         remove nothing.
         """
         self._ended = ended or (lambda tenant: 0.0)
-        self._caddy, self._domains, self._sites = caddy, domains, sites
+        self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
         self._bus, self._settings = bus, settings
         self._register = Register(store, domains, settings)
         self._verifier = Verifier(sites, caddy, settings)
@@ -143,14 +144,17 @@ class Deployments:
             raise NotFound(
                 f"no template {request.template[:63]}; there are: {known}", reason="template_missing"
             )
-        template = request.template if isinstance(request.template, str) else "upload"
-        fresh = Record(tenant, domain, self._caddy.url(domain), template, by)
+        fresh = Record(tenant, domain, self._caddy.url(domain), _told(request), by)
+        if isinstance(request.template, Variables):
+            fresh.env = sorted(request.template.changes)
         if key is not None:
             begun = await self._register.keyed(by, key)
             # of another tenant's, or of one that had the name before, nothing may be told
             if told := [one for one in begun if self._knows(token, one[0])]:
                 return _same(told, request), False
         self._check_alone(tenant, domain, token)
+        fresh.template = await self._template_of_change(tenant, request) or fresh.template
+        self._check_alone(tenant, domain, token)  # one may have begun meanwhile
         owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
         self._turns.admit(owner, size)
         progress = Progress(fresh, self._bus, self._settings.install_log)
@@ -177,6 +181,38 @@ class Deployments:
                     f"a deployment of {other.record.domain} runs already; wait for it, or cancel it",
                     deployment=other.record.id,
                 )
+
+    async def change(
+        self, tenant: str, change: Change, token: Token, *, key: str | None = None
+    ) -> tuple[Record, bool]:
+        """Begin a deployment of a tenant that is there, which brings no files; see `begin`."""
+        domain = (await self._runtime.get(tenant)).domain
+        if domain is None:
+            raise Conflict(f"tenant {tenant} has no domain, and so no site; give it one first")
+        return await self.begin(Request(domain, change, tenant=tenant), token, key=key)
+
+    async def _template_of_change(self, tenant: str, request: Request) -> str:
+        """Return what a change leads to was made by; raise what can be told at once of one that cannot be."""
+        match request.template:
+            case Rollback():
+                former = self._sites.former
+                return (await former.recipe(tenant, await chosen(former, tenant, request.template))).template
+            case Variables():
+                await changed(self._sites.former, tenant, request.template)
+                _, recipe = await self._sites.former.live(tenant)
+                return recipe.template if recipe else ""
+        return ""
+
+    async def kept(self, tenant: str) -> tuple[str | None, Sequence[Former]]:
+        """Return the deployment of a tenant's live site, if known, and what it keeps, newest first."""
+        there, former = await self._runtime.get(tenant), self._sites.former
+        live, _ = await former.live(tenant)
+        return live or await self._register.maker(tenant, there.instance), await former.listed(tenant)
+
+    async def environment(self, tenant: str) -> Mapping[str, str]:
+        """Return the environment of a tenant's site. Raises `NotFound` and `Conflict`."""
+        await self._runtime.get(tenant)
+        return await self._sites.former.environment(tenant)
 
     def _uploader(self, token: Token) -> str:
         """Name whose upload it is; empty where no copy of an upload is ever kept."""
@@ -233,6 +269,16 @@ class Deployments:
             self._reconciler.look_soon()
         if event.type in _ENDS and event.tenant is not None:
             self._verifier.forget(event.tenant)
+
+
+def _told(request: Request) -> str:
+    """Return the template of a deployment as it is told; a change's is known when it is its turn."""
+    match request.template:
+        case str():
+            return request.template
+        case bytes():
+            return "upload"
+    return ""
 
 
 def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:

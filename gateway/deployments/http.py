@@ -46,6 +46,22 @@ class DeployBody(BaseModel):
         return Request(self.domain, template, self.size, self.env, self.tenant)
 
 
+class RollbackBody(BaseModel):
+    """What `POST /v1/tenants/{tenant}/rollback` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Annotated[str, Field(max_length=63)] | None = None
+
+
+class EnvironmentBody(BaseModel):
+    """What `PATCH /v1/tenants/{tenant}/env` takes: null removes a variable."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    env: Annotated[dict[str, str | None], Field(min_length=1, max_length=200)]
+
+
 def templates(settings: Settings) -> list[dict[str, Any]]:
     """Return the templates that can be deployed by name; a broken one with what is wrong."""
     told: list[dict[str, Any]] = []

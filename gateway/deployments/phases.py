@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from gateway.bounds import aside
 from gateway.deployments.context import Context
+from gateway.deployments.former import keep_former, live_one
 from gateway.deployments.frameworks import Framework, listening, shortage
 from gateway.deployments.progress import place
 from gateway.deployments.record import Record
@@ -26,7 +27,8 @@ from gateway.deployments.verify import Subject
 from gateway.errors import Conflict, GatewayError, RateLimited
 from gateway.rootfs.paths import show
 from gateway.runtime import sizes
-from gateway.runtime.sites import Exposure, Order, Recipe, Side
+from gateway.runtime.probe import HostRefused, answer
+from gateway.runtime.sites import Exchange, Exposure, Order, Recipe, Side
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
 from gateway.tools.mirroring import KEPT, LOST
@@ -34,6 +36,7 @@ from gateway.tools.mirroring import KEPT, LOST
 log = logging.getLogger(__name__)
 
 _NAMED: Final = 20  # paths that an update removes and names
+_RETURNS: Final = 10.0  # seconds that an undo waits for the old site
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 
 Step = Callable[[], Awaitable[Mapping[str, Any] | None]]
@@ -45,6 +48,10 @@ class Phases:
 
     What is to be undone on failure is pushed to `undo`; what is held until the end is entered into `held`.
     """
+
+    how: Exchange = "update"
+    known = False
+    """Whether the site was seen to stay up before, as a former one was."""
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class Phases:
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
+        self._restored: str | None = None  # where the old site is, after it was started again
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -91,10 +99,7 @@ class Phases:
 
     async def validate(self) -> dict[str, Any]:
         record, settings = self._record, self._settings
-        template = self._template = await template_of(self._request, record.tenant, settings)
-        self._framework = await asyncio.to_thread(template.framework)
-        self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
-        self._running.upload = self._recipe if self._recipe.owner else None
+        await self._read()
         record.port, record.health = self._recipe.port, self._recipe.health
         domains = self._context.domains
         async with domains.deciding():
@@ -130,6 +135,13 @@ class Phases:
         await self._caddy.ensure()
         return {"kind": record.kind} | ({"warnings": record.warnings} if record.warnings else {})
 
+    async def _read(self) -> None:
+        """Learn what the site is made of."""
+        template = self._template = await template_of(self._request, self._record.tenant, self._settings)
+        self._framework = await asyncio.to_thread(template.framework)
+        self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
+        self._running.upload = self._recipe if self._recipe.owner else None
+
     def _short(self, memory: str) -> list[str]:
         """Return a warning where a framework is known to need more than the tenant's memory."""
         if self._settings.runtime != "incus":  # others limit none
@@ -145,6 +157,7 @@ class Phases:
             record.source = "tenant"
             there = await self._runtime.get(record.tenant)
             record.instance = there.instance
+            record.former = await live_one(self._context, there)
             await self._register.save(record)
             if there.status != "running":
                 await self._held.enter_async_context(self._context.promise(record.tenant, None))
@@ -189,13 +202,16 @@ class Phases:
         return await workers.call(root, LOST, given, search=True)
 
     async def _kept(self) -> bytes:
-        """Return what the live site has now of what its next one's manifest says to keep."""
-        workers = self._context.workers
-        if workers is None or not self._template.manifest.keep:
+        """Return what the live site has now of what is to be kept, each path with a NUL."""
+        workers, given = self._context.workers, await self._lasting()
+        if workers is None or not given["keep"]:
             return b""
         root = await self._runtime.filesystem(self._record.tenant)
-        given = await asyncio.to_thread(self._template.stays)
         return await workers.call(root, KEPT, given, search=True)
+
+    async def _lasting(self) -> dict[str, Any]:
+        """Return what a worker asks to tell what of the live site is to be kept."""
+        return await asyncio.to_thread(self._template.stays)
 
     async def install(self) -> None:
         if not self._prepared:
@@ -231,6 +247,7 @@ class Phases:
         domain = self._record.domain
         if self._caddy.get(domain) != self._exposure.target:
             return
+        before = self._restored or before
         if before is None:
             self._caddy.unset(domain)
         else:
@@ -249,7 +266,7 @@ class Phases:
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live, site = self._exposure, self._subject(self._side, self._exposure)
         # what was seen to stay up is watched once it is told
-        seconds = 0.0 if self._copied else self._settings.settle_time
+        seconds = 0.0 if self._copied or self.known else self._settings.settle_time
         if record.kind == "create":
             await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
         else:
@@ -270,6 +287,7 @@ class Phases:
             if self._settings.caddy_issuer == "internal":
                 group.create_task(self._certify(facts))
         if record.kind == "update":
+            await keep_former(self._context, record)
             await sites.clear(record.tenant)
         if self._copied or record.kind == "update":
             site = self._subject("live", live)
@@ -283,14 +301,25 @@ class Phases:
     async def _settle(self) -> Exposure:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""
         record, sites = self._record, self._sites
-        self._unless_another(sites.unsettle)
+        self._unless_another(self._unsettle)
         kept = await self._kept()
-        await sites.settle(record.tenant, self._recipe, kept)
+        await sites.settle(record.tenant, self._recipe, kept, self.how)
         live = await sites.expose(record.tenant, "live", self._recipe)
         answered = await self._answering("live", live)
         # as the world will, which is not led there yet
         await self._verifier.settled(self._subject("live", live), "direct", answered, 0.0)
         return live
+
+    async def _unsettle(self, tenant: str) -> None:
+        """Take back the exchange, and wait a while for the old site: its visitors are led there next."""
+        sites, domain = self._sites, self._record.domain
+        await sites.unsettle(tenant)
+        with contextlib.suppress(GatewayError, OSError, HostRefused):
+            _, recipe = await sites.former.live(tenant)
+            if recipe is not None:
+                live = await sites.expose(tenant, "live", recipe)
+                self._restored = live.target
+                await answer(live.address, live.port, recipe.health, _RETURNS, host=domain)
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
         answered = await self._verifier.answering(self._subject(side, exposure), copied=self._copied)
@@ -313,6 +342,7 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
     template = request.template
     if isinstance(template, str):
         return await asyncio.to_thread(named, template, settings)
+    assert isinstance(template, bytes)  # a change has phases of its own
     return await aside(tenant, _ARCHIVE, uploaded, template, settings)
 
 

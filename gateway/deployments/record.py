@@ -40,6 +40,9 @@ class Record:
     health: str = "/"
     source: str | None = None  # what the tenant was made from
     instance: str | None = None  # tells the tenant from others of its name
+    rollback: str | None = None  # the deployment whose site it brings back
+    env: list[str] | None = None  # the variables that it changes
+    former: str | None = None  # the deployment whose site it takes the place of
     settled: bool = False  # of an update: the new files are the live ones, and only tidying is left
     state: State = "waiting"
     id: str = field(default_factory=lambda: f"d-{secrets.token_hex(8)}")
@@ -56,7 +59,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as HTTP answers it."""
-        hidden = {"by", "settled", "health", "instance"}
+        hidden = {"by", "settled", "health", "instance", "former"}
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def failed(self, error: GatewayError, phase: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 
 from gateway.deployments.context import Context
+from gateway.deployments.former import keep_former
 from gateway.deployments.progress import Progress, place
 from gateway.deployments.record import PHASES, Record
 from gateway.errors import GatewayError
@@ -48,6 +49,7 @@ class Recovery:
         if await self._context.is_there(record):
             await sites.finish(record.tenant, order)
             if record.kind == "update":
+                await keep_former(self._context, record)
                 await sites.clear(record.tenant)
         record.phases[-1].state = "done"
 

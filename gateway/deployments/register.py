@@ -106,6 +106,14 @@ class Register:
         newer = self._unwritten | {identity: running.record for identity, running in self.running.items()}
         return [newer.get(record.id, record) for record in found]
 
+    async def maker(self, tenant: str, instance: str | None) -> str | None:
+        """Return the deployment that made a tenant, where that is on record."""
+        found = await self._store.read(
+            lambda connection: records.recent(connection, [tenant], self._settings.deployments_kept)
+        )
+        made = (one for one in found if one.kind == "create" and one.state == "succeeded")
+        return next((one.id for one in made if one.instance in (None, instance)), None)
+
     async def keyed(self, by: str, key: str) -> list[tuple[Record, str]]:
         """Return what a subject began under a key, each with the digest of its request."""
         begun = await self._store.read(lambda connection: records.keyed(connection, by, key))

@@ -6,34 +6,70 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
 from gateway.errors import InvalidParams
+from gateway.runtime.sites import FORMER_ID
 
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ENV_MAX: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for. `template` is a name or an archive; `env` is kept nowhere but in the tenant.
+class Rollback:
+    """Bring back a site that a tenant keeps: that of a deployment, or the one that was live last."""
 
-    To make one of a large archive, whose digest is taken, takes a moment: do it off the loop.
+    to: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.to is not None and not FORMER_ID.fullmatch(self.to):
+            raise InvalidParams(f"{self.to[:40]!r} is no id of a deployment", field="to")
+
+
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """Change a site's environment: each name with its new value, None for one that goes."""
+
+    changes: Mapping[str, str | None] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_env({name: value or "" for name, value in self.changes.items()})
+        if not self.changes:
+            raise InvalidParams("env names no variable", field="env")
+
+
+Change = Rollback | Variables
+"""A deployment that brings no files of its own: of a tenant that is there, by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for; `template` is a name, an archive or a change.
+
+    `env` is kept nowhere but in the tenant. To make one of a large archive, whose digest is taken, takes a
+    moment: do it off the loop.
     """
 
     domain: str
-    template: str | bytes
+    template: str | bytes | Change
     size: str = "small"
     env: Mapping[str, str] | None = None
     tenant: str | None = None
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        template = (
-            self.template if isinstance(self.template, str) else hashlib.sha256(self.template).hexdigest()
-        )
+        template: Any
+        match self.template:
+            case bytes():
+                template = hashlib.sha256(self.template).hexdigest()
+            case Rollback(to):
+                template = ["rollback", to]
+            case Variables(changes):
+                template = ["environment", sorted(changes.items())]
+            case _:
+                template = self.template
         env = None if self.env is None else sorted(self.env.items())
         facts = [self.domain, template, self.size, env, self.tenant]
         object.__setattr__(self, "digest", hashlib.sha256(orjson.dumps(facts)).hexdigest())

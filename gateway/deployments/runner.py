@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.caddy import CaddyFailed
+from gateway.deployments.changes import phases_of
 from gateway.deployments.context import Context
-from gateway.deployments.phases import Phases, Step, template_of
+from gateway.deployments.phases import Step, template_of
 from gateway.deployments.progress import milliseconds, place
 from gateway.deployments.queue import DeploymentQueue
 from gateway.deployments.record import PHASES
@@ -103,7 +104,7 @@ class Runner:
         """
         undo = contextlib.AsyncExitStack()
         current = PHASES[0]
-        phases = Phases(self._context, running, undo, held)
+        phases = phases_of(running.request)(self._context, running, undo, held)
         try:
             await held.enter_async_context(self._context.use(running.record.tenant))
             for index, (current, step) in enumerate(zip(PHASES, phases.steps, strict=True)):

@@ -185,6 +185,8 @@ class Template:
             warm=manifest.warm,
             key=self._key(owner),
             owner="" if self.shared else owner,
+            keep=manifest.keep,
+            template=self.name,
         )
 
     def _key(self, owner: str) -> str:

@@ -195,6 +195,28 @@ class Incus:
             for path in (operation.get("resources") or {}).get("instances") or ()
         }
 
+    async def get_file(self, instance: str, path: str, most: int) -> bytes | None:
+        """Return a file in an instance, running or not; None where no file is there.
+
+        Raises `IncusError`, also for one of over `most` bytes.
+        """
+        params = {"project": self.project, "path": path}
+        try:
+            async with self.session.get(
+                _BASE + instance_path(instance, "files"), params=params, timeout=self._timeout
+            ) as response:
+                if response.status == 404:
+                    return None
+                kind = response.headers.get("X-Incus-type", "")
+                text = await first(response.content.readany, most, most=most)
+        except Flood:
+            raise IncusError(f"{path} has over {most} bytes", 413) from None
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _unreachable(error) from error
+        if response.status != 200:
+            raise IncusError(f"{path} cannot be read", response.status)
+        return text if kind == "file" else None
+
     async def put_file(self, instance: str, path: str, data: bytes, *, mode: int) -> None:
         """Write a file of root's in an instance, running or not. Raises `IncusError`."""
         headers = {

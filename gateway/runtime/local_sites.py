@@ -18,18 +18,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
-
-import orjson
+from typing import Final
 
 from gateway.bounds import aside
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process, Removal
 from gateway.runtime.listening import of_tree
 from gateway.runtime.local import LocalRuntime
+from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by
+from gateway.runtime.local_former import LocalFormerSites, remove
 from gateway.runtime.sites import (
     ALLOWED,
+    Exchange,
     Exposure,
+    FormerSites,
     Order,
     Prepared,
     Quiet,
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _TAIL: Final = 4000
 _LOOK: Final = 5.0  # seconds of a look at its processes
+_STAY: Final = (".git", ".gateway")  # what stays with the live site, whatever is rolled back
 _PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in its systemd unit
 
 
@@ -57,14 +60,15 @@ class LocalSites:
 
     def __init__(self, settings: Settings, runtime: LocalRuntime) -> None:
         self._settings, self._runtime = settings, runtime
-        self._home = settings.state_dir / "tenants"
+        self._folders = SiteFolders(settings)
+        self._former = LocalFormerSites(self._folders)
+        self.former: FormerSites = self._former
         self._services: dict[tuple[str, Side], _Service] = {}
 
     async def __aenter__(self) -> LocalSites:
         for site in await self.listed():
-            kept = self._kept(site.tenant)
-            if "start" in kept and site.deployment is None:
-                recipe = Recipe(b"", tuple(kept["start"]), int(kept["port"]))
+            recipe = recipe_of(self._folders.noted(site.tenant))
+            if recipe is not None and site.deployment is None:
                 await self.start(site.tenant, "live", recipe)
         return self
 
@@ -81,7 +85,7 @@ class LocalSites:
 
     async def remove(self, deployment: str) -> None:
         for tenant in await self._runtime.list():
-            if self._kept(tenant.name).get("deployment") != deployment:
+            if self._folders.noted(tenant.name).get("deployment") != deployment:
                 continue
             await self._stop(tenant.name, "live")
             if await self._runtime.remove(tenant.name, tenant.instance):
@@ -94,28 +98,25 @@ class LocalSites:
     async def push(
         self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
     ) -> None:
-        folder = self._folder(tenant, side)
+        folder = self._folders.of(tenant, side)
 
         def lay() -> None:
             if side == "next":
                 shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(self._folder(tenant, "live"), folder, symlinks=True)
-                for path in (folder / os.fsdecode(name) for name in lost.split(b"\0")[:-1]):
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink(missing_ok=True)
-            with tarfile.open(fileobj=io.BytesIO(recipe.archive)) as tar:
-                tar.extractall(folder, filter="data")
+                shutil.copytree(self._folders.of(tenant, "live"), folder, symlinks=True)
+                remove(folder, lost.split(b"\0")[:-1])
+            if recipe.archive:
+                with tarfile.open(fileobj=io.BytesIO(recipe.archive)) as tar:
+                    tar.extractall(folder, filter="data")
 
         await asyncio.to_thread(lay)
         if env is not None:
-            self._keep(tenant, **{f"env_{side}": dict(env)})
+            self._folders.note(tenant, **{f"env_{side}": dict(env)})
 
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
         if not recipe.install:
             return
-        spec = ExecSpec(recipe.install, cwd=str(self._folder(tenant, side)), env={"CI": "1"}, merged=True)
+        spec = ExecSpec(recipe.install, cwd=str(self._folders.of(tenant, side)), env={"CI": "1"}, merged=True)
         process = await self._runtime.exec(tenant, spec)
         try:
             async with asyncio.timeout(self._settings.install_timeout):
@@ -133,17 +134,18 @@ class LocalSites:
 
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
         await self._stop(tenant, side)
-        env = self._kept(tenant).get(f"env_{side}") or self._kept(tenant).get("env_live") or {}
+        facts = self._folders.noted(tenant)
+        env = facts.get(f"env_{side}", facts.get("env_live", {}))
         port = _free_port()
         told = {"PORT": str(port), "HOST": "127.0.0.1", "NODE_ENV": "development"}
         told = await self._allowed(tenant) | env | told
-        spec = ExecSpec(recipe.command(port), cwd=str(self._folder(tenant, side)), env=told, merged=True)
+        spec = ExecSpec(recipe.command(port), cwd=str(self._folders.of(tenant, side)), env=told, merged=True)
         service = _Service(self._runtime, tenant, spec, port)
         await service.start()
         self._services[tenant, side] = service
         if side == "live":
             self._runtime.set_site(tenant, port=port)
-            self._keep(tenant, start=list(recipe.start), port=recipe.port)
+            self._folders.note(tenant, **started_by(recipe))
 
     async def restart(self, tenant: str) -> None:
         service = self._services.get((tenant, "live"))
@@ -166,60 +168,58 @@ class LocalSites:
             raise NotFound(f"the site of {tenant} does not run")
         return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
 
-    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
-        live, next_, old = self._folder(tenant, "live"), self._folder(tenant, "next"), self._old(tenant)
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
+        live, following = (self._folders.of(tenant, side) for side in ("live", "next"))
+        old, facts = self._folders.beside(tenant, "old"), self._folders.noted(tenant)
         if kept:
-            carrying = await asyncio.create_subprocess_exec(
-                *(
-                    "xargs",
-                    "--null",
-                    "cp",
-                    "-a",
-                    "--update",
-                    "--parents",
-                    f"--target-directory={next_}",
-                    "--",
-                ),
-                cwd=live,
-                stdin=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            await carrying.communicate(kept)  # what goes or comes meanwhile is nobody's fault
-        if next_.exists() and not old.exists():
-            live.rename(old)
-        if next_.exists() and not live.exists():
-            next_.rename(live)
-        facts = self._kept(tenant)
+            self._folders.beside(tenant, "lasting").write_bytes(kept)
+            if how == "rollback":
+                await asyncio.to_thread(remove, following, kept.split(b"\0")[:-1])
+            if how != "environment":
+                await _carry(kept, live, following)
+        if "before" not in facts:
+            self._folders.note(tenant, before={**before(facts), "how": how})
+        if how != "environment":
+            if following.exists() and not old.exists():
+                live.rename(old)
+            if following.exists() and not live.exists():
+                following.rename(live)
+        if how == "rollback":
+            await asyncio.to_thread(_move, _STAY, old, live)
         if "env_next" in facts:
-            self._keep(tenant, env_old=facts.get("env_live"), env_live=facts.pop("env_next"))
-        self._keep(tenant, start_old=facts.get("start"), port_old=facts.get("port"))
+            self._folders.note(tenant, env_live=facts["env_next"], env_next=None)
         await self.start(tenant, "live", recipe)
 
     async def unsettle(self, tenant: str) -> None:
-        live, next_, old = self._folder(tenant, "live"), self._folder(tenant, "next"), self._old(tenant)
-        if not old.exists():
+        live, following = (self._folders.of(tenant, side) for side in ("live", "next"))
+        old, facts = self._folders.beside(tenant, "old"), self._folders.noted(tenant).get("before")
+        if facts is None:
             return
-        if live.exists():
-            shutil.rmtree(next_, ignore_errors=True)
-            live.rename(next_)
-        old.rename(live)
-        kept = self._kept(tenant)
-        if "env_old" in kept:
-            self._keep(tenant, env_live=kept["env_old"])
-        if kept.get("start_old"):
-            await self.start(tenant, "live", Recipe(b"", tuple(kept["start_old"]), int(kept["port_old"])))
+        if old.exists():
+            if live.exists():
+                if facts["how"] == "rollback":
+                    await asyncio.to_thread(_move, _STAY, live, old)
+                await asyncio.to_thread(shutil.rmtree, following, ignore_errors=True)
+                live.rename(following)
+            old.rename(live)
+        self._folders.note(tenant, **before(facts), before=None)
+        if (recipe := recipe_of(facts)) is not None:
+            await self.start(tenant, "live", recipe)
         else:
             await self._stop(tenant, "live")
 
     async def clear(self, tenant: str) -> None:
         await self._stop(tenant, "next")
-        for folder in (self._folder(tenant, "next"), self._old(tenant)):
+        self._former.put_back(tenant)
+        for folder in (self._folders.of(tenant, "next"), self._folders.beside(tenant, "old")):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        self._folders.beside(tenant, "lasting").unlink(missing_ok=True)
         with contextlib.suppress(NotFound):
-            self._keep(tenant, env_next=None, env_old=None, start_old=None, port_old=None)
+            self._folders.note(tenant, env_next=None, before=None, taken=None)
 
     async def finish(self, tenant: str, order: Order) -> None:
-        self._keep(tenant, deployment=None, domain=order.domain, health=order.recipe.health)
+        self._runtime.set_site(tenant, domain=order.domain)
+        self._folders.note(tenant, deployment=None, health=order.recipe.health)
 
     async def service(self, tenant: str, side: Side) -> Service | None:
         service = self._services.get((tenant, side))
@@ -238,7 +238,7 @@ class LocalSites:
             exposure = None
             if service is not None:
                 exposure = Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
-            kept = self._kept(tenant.name)
+            kept = self._folders.noted(tenant.name)
             sites.append(
                 Site(
                     tenant.name,
@@ -273,32 +273,25 @@ class LocalSites:
         if service is not None:
             await service.stop()
 
-    def _folder(self, tenant: str, side: Side) -> Path:
-        live = self._home / tenant / "root" / self._settings.workspace.lstrip("/")
-        return (live if side == "live" else live.with_name(f".{live.name}-next")).absolute()
 
-    def _old(self, tenant: str) -> Path:
-        live = self._folder(tenant, "live")
-        return live.with_name(f".{live.name}-old")
+async def _carry(kept: bytes, live: Path, following: Path) -> None:
+    """Copy what the live site wrote, where it is newer."""
+    words = ("-a", "--update", "--parents", f"--target-directory={following}", "--")
+    carrying = await asyncio.create_subprocess_exec(
+        *("xargs", "--null", "cp", *words),
+        cwd=live,
+        stdin=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    await carrying.communicate(kept)  # what goes or comes meanwhile is nobody's fault
 
-    def _kept(self, tenant: str) -> dict[str, Any]:
-        try:
-            kept: dict[str, Any] = orjson.loads((self._home / tenant / "site.json").read_bytes())
-        except OSError:
-            return {}
-        return kept
 
-    def _keep(self, tenant: str, **facts: Any) -> None:
-        if "domain" in facts:
-            self._runtime.set_site(tenant, domain=facts.pop("domain"))
-        kept = {name: value for name, value in {**self._kept(tenant), **facts}.items() if value is not None}
-        path = self._home / tenant / "site.json"
-        if not path.parent.is_dir():
-            raise NotFound(f"no tenant {tenant}")
-        new = path.with_suffix(".new")
-        new.touch(mode=0o600)
-        new.write_bytes(orjson.dumps(kept))
-        new.replace(path)
+def _move(names: Sequence[str], source: Path, target: Path) -> None:
+    """Move what there is of these names, over what is there."""
+    for name in names:
+        if (source / name).exists():
+            remove(target, [os.fsencode(name)])
+            (source / name).rename(target / name)
 
 
 class _Service:

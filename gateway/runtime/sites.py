@@ -27,6 +27,10 @@ _FULL: Final = ("no space left", "enospc", *_QUOTA)
 _PORT: Final = re.compile(r"(?<![\\$])\$(?:PORT(?![A-Za-z0-9_])|\{PORT\})")
 
 Side = Literal["live", "next"]
+Exchange = Literal["update", "rollback", "environment"]
+"""What takes the live site's place: the next one's files; those of a kept one, beside what belongs to no
+deployment; or, the files being what they are, its environment alone."""
+
 ServiceState = Literal["running", "starting", "ended"]
 Source = Literal["pool", "golden", "image", "folder"]
 Say = Callable[[str], None]
@@ -43,6 +47,7 @@ async def at_once() -> None:
     """Be a `Quiet` that waits for nothing."""
 
 
+FORMER_ID: Final = re.compile(r"d-[0-9a-f]{16}")
 ALLOWED: Final = "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"
 """The variable by which a site is told its domain, which Vite and what is built on it then answers to."""
 
@@ -54,7 +59,8 @@ class Recipe:
     `key` names what may be prepared ahead and shared between tenants; empty where nothing may be. `warm` are
     paths that are asked for while it is prepared, so that a dev server has done its first work. `owner` names
     whose upload it is, and is part of the key then: of an upload nothing is shared with anybody else.
-    Where it is `alone`, its two sides never run at the same time, and both have the one port.
+    Where it is `alone`, its two sides never run at the same time, and both have the one port. `keep` are the
+    patterns of what the site writes itself, `template` is what it was made by.
     """
 
     archive: bytes
@@ -66,6 +72,8 @@ class Recipe:
     key: str = ""
     owner: str = ""
     alone: bool = False
+    keep: tuple[str, ...] = ()
+    template: str = ""
 
     def listens(self, side: Side) -> int:
         """Return the port of a side: it is told to the site as PORT."""
@@ -139,8 +147,49 @@ class Site:
     link: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Former:
+    """A site that was live: the deployment that made it, and when it was `replaced`, since the epoch."""
+
+    id: str
+    replaced: float
+
+
+class FormerSites(Protocol):
+    """The sites that each tenant keeps of those that were live. Nothing here starts a tenant."""
+
+    async def listed(self, tenant: str) -> Sequence[Former]:
+        """Return what is kept, newest first."""
+        ...
+
+    async def live(self, tenant: str) -> tuple[str | None, Recipe | None]:
+        """Return the deployment of the live site, where that is noted, and how it is started, where known."""
+        ...
+
+    async def recipe(self, tenant: str, former: str) -> Recipe:
+        """Return how a kept site is started. Raises `NotFound` with the reason `not_kept`."""
+        ...
+
+    async def environment(self, tenant: str) -> Mapping[str, str]:
+        """Return the live site's environment. Raises `Conflict` for one that cannot be understood."""
+        ...
+
+    async def take(self, tenant: str, former: str) -> None:
+        """Make a kept site the next side; `Sites.clear` puts it back unless it became the live one."""
+        ...
+
+    async def put(self, tenant: str, former: str, live: str, most: int) -> None:
+        """Keep what `settle` put out of the live site's place as `former`, and note what is `live` now.
+
+        Of over `most` the oldest are removed. Idempotent.
+        """
+        ...
+
+
 class Sites(Protocol):
     """The sites of one runtime. Use as an async context manager."""
+
+    former: FormerSites
 
     async def __aenter__(self) -> Sites: ...
 
@@ -184,7 +233,7 @@ class Sites(Protocol):
         """Make a side reachable, and say where."""
         ...
 
-    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
         """Make the next site's files the live ones and start them; the next service runs on. Idempotent.
 
         What the live site wrote meanwhile below the `kept` paths, each with a NUL, goes along.
@@ -196,7 +245,7 @@ class Sites(Protocol):
         ...
 
     async def clear(self, tenant: str) -> None:
-        """Remove everything of the next side, and what `settle` kept. Idempotent."""
+        """Remove everything of the next side, and what `settle` kept; put back what was taken. Idempotent."""
         ...
 
     async def finish(self, tenant: str, order: Order) -> None:

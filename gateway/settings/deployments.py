@@ -25,6 +25,11 @@ class DeploymentSettings(BaseModel):
         description="maximum size in memory of their uploaded templates in bytes, half of it for one owner",
     )
     deployments_kept: int = Field(1000, gt=0, description="number of ended deployments that are kept")
+    rollbacks_kept: int = Field(
+        10,
+        ge=0,
+        description="number of former sites that each tenant keeps on its disk to roll back to; 0: none",
+    )
     install_timeout: float = Field(
         300.0, gt=0, description="seconds that a template's install command may take"
     )

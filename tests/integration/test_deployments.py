@@ -90,7 +90,7 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     ).stdout.decode()
     assert 'GREETING=a "b" $c\n' in seen
     assert "PORT=3000\n" in seen
-    assert seen.endswith("\nsite\n"), "no folder of the update is left"
+    assert seen.endswith("\n.site-kept\nsite\n"), "no folder of the update is left"
 
     hidden = """mkdir public/in && touch "public/in/it's\nmine" && chmod 0600 public/in/*"""
     environment.incus("exec", "live-example-com", "--cwd=/srv/site", "--", "sh", "-c", hidden)
@@ -98,7 +98,8 @@ async def test_an_update_serves_the_old_site_until_the_new_one_was_seen(host: Ho
     assert (record["state"], record["error"]["reason"]) == ("rolledback", "unreadable"), record["error"]
     assert "/srv/site/public/in/it's\\nmine cannot be read by the site's user" in record["error"]["message"]
     assert (await host.visit("live.example.com"))[0] == 200
-    assert environment.incus("exec", "live-example-com", "--", "ls", "-A", "/srv").stdout == b"site\n"
+    left = environment.incus("exec", "live-example-com", "--", "ls", "-A", "/srv").stdout
+    assert left == b".site-kept\nsite\n"
 
 
 async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host: Hosting) -> None:

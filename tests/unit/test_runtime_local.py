@@ -113,7 +113,7 @@ async def test_an_update_loses_what_it_says_and_carries_on_what_is_kept(
     sites = LocalSites(runtime._settings, runtime)
     recipe = Recipe(packed({"new": Entry(b"new")}), ("sleep", "600"), 3000)
     await sites.create(fresh, Order("d-1", "one.example.com", recipe))
-    live = sites._folder(fresh, "live")
+    live = sites._folders.of(fresh, "live")
     for path in ("gone/a", "gone.txt", "data/db", "stays"):
         (live / path).parent.mkdir(exist_ok=True)
         (live / path).write_text("old")

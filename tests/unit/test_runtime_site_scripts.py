@@ -113,6 +113,7 @@ class Machine:
         self.note = place / "before"
         self.unit = place / "etc/systemd/system/site.service"
         self.environment = place / "etc/site.env"
+        self.kept = place / "kept"
         self.sides = (self.live, self.next, self.note)
 
     def run(self, shell: tuple[str, ...], name: str, *words: str | Path, given: bytes = b"") -> bytes:
@@ -173,7 +174,9 @@ def test_a_next_site_has_all_of_the_live_one_but_what_is_lost(
         (live / kept).write_text("written meanwhile")
         os.utime(live / kept, (4e9, 4e9))
         said = os.fsencode(kept) + b"\0gone meanwhile\0"
-        assert run(shell, "carry", live, following, str(UID), given=said).returncode == 0
+        words = (live, following, str(UID), Path(folder, "note"), "update")
+        assert run(shell, "carry", *words, given=said).returncode == 0
+        assert Path(folder, "note.lasting").read_bytes() == said
         assert held(following) == left | {kept: "written meanwhile"}
 
 
@@ -194,7 +197,8 @@ def test_nothing_is_touched_where_the_folder_is_missing(
     """They would go on in /."""
     outside = owned(place / "outside", {"file": "kept"})
     target = owned(place / "target", {})
-    words = {"discard": (place / "none", str(UID)), "carry": (place / "none", target, str(UID))}
+    carry = (place / "none", target, str(UID), place / "note", "update")
+    words = {"discard": (place / "none", str(UID)), "carry": carry}
     path = os.fsencode(outside.relative_to("/") / "file") + b"\0"
     assert run(shell, script, *words[script], given=path).returncode != 0
     assert held(outside) == {"file": "kept"} and not held(target)
@@ -276,7 +280,7 @@ def test_an_exchange_is_idempotent_and_so_is_its_undo(
     if environment is not None:
         expected["site.env"] = environment
     for _ in range(2):
-        machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+        machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
         assert machine.state() == expected
         assert machine.asked() == RESTARTED
     for _ in range(2):
@@ -297,7 +301,7 @@ def test_an_exchange_that_was_cut_off_after_the_note_is_finished_or_undone(
     assert machine.state() == {"site.service": "old\n", "page": "old"}
 
     machine.note.write_text(f"{machine.live.stat().st_ino}\n")
-    machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+    machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
     assert machine.state() == {"site.service": UNIT, "page": "new"}
 
 
@@ -308,14 +312,113 @@ def test_nothing_of_an_exchange_is_left_once_it_is_cleared(shell: tuple[str, ...
     (machine.place / "etc/site-next.env").write_text("A=new\n")
     words = ("/run/systemd/system/site-next.service", "next", "site-next.service")
     machine.run(shell, "start_service", *words, given=UNIT.encode())
-    machine.run(shell, "settle", *machine.sides, given=UNIT.encode())
+    machine.run(shell, "settle", *machine.sides, "update", given=UNIT.encode())
     machine.asked()
     for _ in range(2):
-        machine.run(shell, "clear", *machine.sides)
+        machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
         assert machine.asked() == ["stop site-next.service", "daemon-reload"]
         left = {path for path in machine.place.rglob("*") if path.is_file()}
         assert left - before == {machine.environment} and not machine.next.exists()
     assert machine.state() == {"site.service": UNIT, "site.env": "A=new\n", "page": "new"}
+
+
+# --- former sites -------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = (f"d-{digit * 16}" for digit in "123")
+
+
+def put(shell: tuple[str, ...], machine: Machine, former: str, live: str, most: int = 10) -> None:
+    words = (*machine.sides, machine.kept, former, live, str(most), str(UID))
+    machine.run(shell, "put_former", *words)
+
+
+def updated(shell: tuple[str, ...], machine: Machine, page: str, former: str, live: str, most: int) -> None:
+    """Make another site the live one, and keep the one before."""
+    if not machine.next.exists():
+        owned(machine.next, {"page": page})
+    (machine.place / "etc/site-next.env").write_text(f"PAGE={page}\n")
+    machine.run(shell, "settle", *machine.sides, "update", given=f"{page}\n".encode())
+    for _ in range(2):
+        put(shell, machine, former, live, most)
+    machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
+
+
+def listed(machine: Machine) -> list[str]:
+    return [line.split()[0] for line in (machine.kept / "list").read_text().splitlines()]
+
+
+def test_former_sites_are_kept_up_to_a_number_and_the_oldest_go(
+    shell: tuple[str, ...], machine: Machine
+) -> None:
+    """With environment and unit, where root alone reads them; without what lives on with the live site."""
+    machine.unit.write_text("old\n")
+    machine.environment.write_text("PAGE=old\n")
+    (machine.live / "db").write_text("customers'")
+    Path(f"{machine.note}.lasting").write_bytes(b"db\0")
+    for folder in (machine.live, machine.next):
+        owned(folder / ".git", {"HEAD": folder.name})
+    updated(shell, machine, "new", FIRST, SECOND, 2)
+    kept = machine.kept / FIRST
+    assert held(kept / "site") == {"page": "old"}
+    assert (kept / "site.env").read_text() == "PAGE=old\n"
+    assert (kept / "site.service").read_text() == "old\n"
+    assert (machine.kept.stat().st_mode & 0o777, listed(machine)) == (0o700, [FIRST])
+    assert (machine.kept / "live").read_text() == SECOND
+    assert (machine.live / ".git/HEAD").read_text() == "next"
+    updated(shell, machine, "newer", SECOND, THIRD, 2)
+    assert listed(machine) == [FIRST, SECOND]
+    updated(shell, machine, "newest", THIRD, FIRST[:-1] + "4", 2)
+    assert listed(machine) == [SECOND, THIRD]
+    assert not kept.exists() and not machine.next.exists()
+    machine.run(shell, "drop_former", machine.kept)
+    assert listed(machine) == [THIRD] and not (machine.kept / SECOND).exists()
+    updated(shell, machine, "last", SECOND, THIRD, 0)
+    assert listed(machine) == [] and {path.name for path in machine.kept.iterdir()} == {"list", "live"}
+
+
+def test_a_former_site_comes_back_and_one_that_does_not_is_put_back(
+    shell: tuple[str, ...], machine: Machine
+) -> None:
+    """The repository stays with the live site; however often each step is made."""
+    machine.unit.write_text("old\n")
+    machine.environment.write_text("PAGE=old\n")
+    updated(shell, machine, "new", FIRST, SECOND, 2)
+    owned(machine.live / ".git", {"HEAD": "mine"})
+    live, before = machine.state(), sorted(machine.kept.rglob("*"))
+    for settles in (False, True):
+        machine.run(shell, "take_former", machine.next, machine.kept, FIRST)
+        assert held(machine.next) == {"page": "old"}
+        assert (machine.place / "etc/site-next.env").read_text() == "PAGE=old\n"
+        if settles:
+            for _ in range(2):
+                machine.run(shell, "settle", *machine.sides, "rollback", given=b"old\n")
+            assert machine.state() == {"site.service": "old\n", "site.env": "PAGE=old\n", "page": "old"}
+            assert (machine.live / ".git/HEAD").read_text() == "mine"
+        for _ in range(2):
+            machine.run(shell, "unsettle", *machine.sides)
+            machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
+        assert machine.state() == live
+        assert (machine.live / ".git/HEAD").read_text() == "mine"
+        assert sorted(machine.kept.rglob("*")) == before
+    machine.run(shell, "take_former", machine.next, machine.kept, FIRST)
+    machine.run(shell, "settle", *machine.sides, "rollback", given=b"old\n")
+    put(shell, machine, SECOND, THIRD)
+    machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
+    assert (listed(machine), held(machine.kept / SECOND / "site")) == ([SECOND], {"page": "new"})
+    assert (machine.live / ".git/HEAD").read_text() == "mine"
+    assert not (machine.kept / FIRST).exists() and not machine.next.exists()
+
+
+def test_an_environment_changes_without_an_exchange(shell: tuple[str, ...], machine: Machine) -> None:
+    machine.unit.write_text("old\n")
+    machine.environment.write_text("A=old\n")
+    (machine.place / "etc/site-next.env").write_text("A=new\n")
+    machine.run(shell, "settle", *machine.sides, "environment", given=b"old\n")
+    assert machine.state() == {"site.service": "old\n", "site.env": "A=new\n", "page": "old"}
+    put(shell, machine, FIRST, SECOND)
+    machine.run(shell, "clear", *machine.sides, machine.kept, str(UID))
+    assert machine.state() == {"site.service": "old\n", "site.env": "A=new\n", "page": "old"}
+    assert (machine.kept / FIRST / "site.env").read_text() == "A=old\n"
 
 
 # --- the files ----------------------------------------------------------------------------------------

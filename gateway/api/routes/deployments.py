@@ -10,11 +10,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway import protocol
-from gateway.api.access import check_serving, idempotency_key, json_body, with_token
+from gateway.api.access import (
+    check_serving,
+    for_tenant,
+    idempotency_key,
+    json_body,
+    optional_json,
+    with_token,
+)
 from gateway.api.http import as_json
 from gateway.api.services import services
+from gateway.auth.tokens import Token
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
+from gateway.deployments.request import Change, Rollback, Variables
 from gateway.errors import NotFound
 
 
@@ -31,10 +40,66 @@ async def deploy(request: Request) -> Response:
     key = idempotency_key(request)
     wanted = await asyncio.to_thread(body.request)
     record, new = await services(request).deployments.begin(wanted, token, key=key)
+    return _begun(record, new=new)
+
+
+def _begun(record: Record, *, new: bool) -> Response:
     response = as_json({"id": record.id, "tenant": record.tenant, "state": record.state})
     response.status_code = 202 if new or not record.over else 200
     response.headers["Location"] = f"/v1/deployments/{record.id}"
     return response
+
+
+async def rollback(request: Request) -> Response:
+    """Bring back a site that the tenant keeps, by a deployment of its own."""
+    name, token = for_tenant(request, "deploy")
+    check_serving(request)
+    body = protocol.validate(deploying.RollbackBody, await optional_json(request, token))
+    return await _change(request, name, token, Rollback(body.to))
+
+
+async def change_environment(request: Request) -> Response:
+    name, token = for_tenant(request, "deploy")
+    check_serving(request)
+    body = protocol.validate(deploying.EnvironmentBody, await json_body(request, token))
+    return await _change(request, name, token, Variables(body.env))
+
+
+async def _change(request: Request, tenant: str, token: Token, change: Change) -> Response:
+    key = idempotency_key(request)
+    record, new = await services(request).deployments.change(tenant, change, token, key=key)
+    return _begun(record, new=new)
+
+
+async def environment(request: Request) -> Response:
+    """Answer the names of the site's variables; their values to whom could read them by a command anyway."""
+    name, token = for_tenant(request, "deploy")
+    values = protocol.switch(request.query_params, "values")
+    if values:
+        token.require("exec")
+    gateway = services(request)
+    env = await gateway.deployments.environment(name)
+    if not values:
+        return as_json({"names": sorted(env)})
+    await gateway.audit.note(token.subject, "tenant.env.read", name, operator=token.operates)
+    return as_json({"names": sorted(env), "env": env})
+
+
+async def history(request: Request) -> Response:
+    """Answer a tenant's deployments, which of them is live and which are kept."""
+    name, token = for_tenant(request, "deploy")
+    gateway = services(request)
+    live, kept = await gateway.deployments.kept(name)
+    found = await gateway.deployments.recent(frozenset({name}))
+    if token.coverage is not None:
+        found = [one for one in found if gateway.names.is_present(one.tenant, one.created)]
+    return as_json(
+        {
+            "deployments": [record.to_dict() for record in found],
+            "live": live,
+            "kept": [{"id": one.id, "replaced": one.replaced} for one in kept],
+        }
+    )
 
 
 async def index(request: Request) -> Response:
@@ -67,5 +132,9 @@ ROUTES: Final = (
     Route("/v1/deployments", index),
     Route("/v1/deployments", deploy, methods=["POST"]),
     Route("/v1/deployments/{deployment}", show),
+    Route("/v1/tenants/{tenant}/deployments", history),
+    Route("/v1/tenants/{tenant}/rollback", rollback, methods=["POST"]),
+    Route("/v1/tenants/{tenant}/env", environment),
+    Route("/v1/tenants/{tenant}/env", change_environment, methods=["PATCH"]),
     Route("/v1/deployments/{deployment}", cancel, methods=["DELETE"]),
 )

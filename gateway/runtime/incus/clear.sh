@@ -1,13 +1,29 @@
 # Removes everything of the next site, and what settle.sh kept to take itself back.
 #
-# Usage:  sh -c "$(cat clear.sh)" sh LIVE NEXT NOTE
+# A kept site that was taken and did not become the live one goes back to where it was kept.
+#
+# Usage:  sh -c "$(cat clear.sh)" sh LIVE NEXT NOTE KEPT UID
 #   LIVE, NEXT, NOTE  as for settle.sh
+#   KEPT              the folder of the kept sites
+#   UID               the site's user and group
 # Input:  none.
 # Output: nothing but what fails.
 # Exit:   0 once the folder and the note are gone. It may be called again.
-next="$2" note="$3"
+next="$2" note="$3" kept="$4" uid="$5"
 systemctl stop site-next.service 2>/dev/null
 rm -f /run/systemd/system/site-next.service /etc/site-next.env /etc/site.env.old \
   /etc/systemd/system/site.service.old
 systemctl daemon-reload
-rm -rf "$next" "$note" "$note.new"
+if [ -f "$kept/taken" ]; then
+  back="$kept/$(cat "$kept/taken")"
+  if [ -d "$next" ] && [ -d "$back" ] && [ ! -e "$back/site" ]; then
+    # what was carried over is the live site's
+    if [ -f "$note.lasting" ]; then
+      (cd "$next" && setpriv --reuid="$uid" --regid="$uid" --clear-groups \
+        xargs --null --no-run-if-empty rm -rf --) <"$note.lasting"
+    fi
+    mv -T "$next" "$back/site"
+  fi
+  rm -f "$kept/taken"
+fi
+rm -rf "$next" "$note" "$note.new" "$note.moved" "$note.lasting"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from gateway.runtime.incus.uploads import number
 from gateway.runtime.probe import network_up
 from gateway.runtime.sites import (
     ALLOWED,
+    Exchange,
     Recipe,
     Say,
     Service,
@@ -56,6 +57,7 @@ _SETTLE: Final = _script("settle")
 _UNSETTLE: Final = _script("unsettle")
 _CLEAR: Final = _script("clear")
 _SEAL: Final = _script("seal")
+_DROP: Final = _script("drop_former")
 
 
 class Provisioning:
@@ -66,22 +68,30 @@ class Provisioning:
         self._making, self._commands = making, commands
         self._uid = str(settings.workspace_uid)
         self._live, self._next = settings.workspace, service_unit.beside(settings, "next")
-        self._places = (self._live, self._next, service_unit.beside(settings, "before"))
+        self._note = service_unit.beside(settings, "before")
+        self.places = (self._live, self._next, self._note)
+        self.kept = service_unit.beside(settings, "kept")
 
     # --- files --------------------------------------------------------------------------------------
 
     async def push(
         self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
     ) -> None:
+        await self._with_room(tenant, lambda: self._push(tenant, side, recipe, env, lost))
+
+    async def _push(
+        self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes
+    ) -> None:
         if side == "next":
-            await self._script(tenant, _STAGE, self._live, self._next, self._uid)
+            await self.script(tenant, _STAGE, self._live, self._next, self._uid)
             if lost:
-                await self._script(tenant, _DISCARD, self._next, self._uid, given=lost)
-        await self._script(tenant, _UNPACK, self._folder(side), self._uid, given=recipe.archive)
+                await self.script(tenant, _DISCARD, self._next, self._uid, given=lost)
+        if recipe.archive:
+            await self.script(tenant, _UNPACK, self._folder(side), self._uid, given=recipe.archive)
         if env is not None:
             # by standard input: it may hold secrets, and a command line shows on the host
             text = service_unit.environment_file(env).encode()
-            await self._script(tenant, _KEEP_ENVIRONMENT, service_unit.environment_path(side), given=text)
+            await self.script(tenant, _KEEP_ENVIRONMENT, service_unit.environment_path(side), given=text)
 
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
         if not recipe.install:
@@ -89,7 +99,7 @@ class Provisioning:
         await self.reachable(tenant)
         for left in reversed(range(_INSTALLS)):
             try:
-                await self._install(tenant, side, recipe, say)
+                await self._with_room(tenant, lambda: self._install(tenant, side, recipe, say))
                 return
             except ExecFailed as error:
                 # registries and name servers fail now and then; what was fetched is kept
@@ -135,17 +145,17 @@ class Provisioning:
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
         words = (service_unit.unit_path(side), side, service_unit.NAMES[side])
         unit = service_unit.unit(self._settings, recipe, side).encode()
-        await self._script(tenant, _START_SERVICE, *words, given=unit)
+        await self.script(tenant, _START_SERVICE, *words, given=unit)
 
     async def restart(self, tenant: str) -> None:
         await self._run(tenant, ("systemctl", "restart", service_unit.NAMES["live"]))
 
     async def allow(self, tenant: str, domain: str) -> None:
-        await self._script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_LOOK)
+        await self.script(tenant, _ALLOW_DOMAIN, f"{ALLOWED}={domain}", seconds=_LOOK)
 
     async def service(self, tenant: str, side: Side) -> Service | None:
         try:
-            said = await self._script(tenant, unit_status.SCRIPT, service_unit.NAMES[side], seconds=_LOOK)
+            said = await self.script(tenant, unit_status.SCRIPT, service_unit.NAMES[side], seconds=_LOOK)
             return unit_status.read(said)
         except (GatewayError, TimeoutError):
             return None
@@ -160,21 +170,22 @@ class Provisioning:
 
     # --- the exchange -------------------------------------------------------------------------------
 
-    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes, how: Exchange) -> None:
         if kept:
-            await self._script(tenant, _CARRY, self._live, self._next, self._uid, given=kept)
+            words = (self._live, self._next, self._uid, self._note, how)
+            await self.script(tenant, _CARRY, *words, given=kept)
         unit = service_unit.unit(self._settings, recipe, "live").encode()
-        await self._script(tenant, _SETTLE, *self._places, given=unit)
+        await self.script(tenant, _SETTLE, *self.places, how, given=unit)
 
     async def unsettle(self, tenant: str) -> None:
-        await self._script(tenant, _UNSETTLE, *self._places)
+        await self.script(tenant, _UNSETTLE, *self.places)
 
     async def clear(self, tenant: str) -> None:
-        await self._script(tenant, _CLEAR, *self._places)
+        await self.script(tenant, _CLEAR, *self.places, self.kept, self._uid)
 
     async def seal(self, name: str) -> int:
         """End a site and remove what two copies must not share; return the bytes of the container's files."""
-        said = (await self._script(name, _SEAL))[-_SIZE:].strip()
+        said = (await self.script(name, _SEAL))[-_SIZE:].strip()
         return number(said) << 10
 
     # --- in the container ---------------------------------------------------------------------------
@@ -182,7 +193,7 @@ class Provisioning:
     def _folder(self, side: Side) -> str:
         return self._live if side == "live" else self._next
 
-    async def _script(
+    async def script(
         self, name: str, script: str, *words: str, given: bytes = b"", seconds: float | None = None
     ) -> str:
         return await self._run(name, ("/bin/sh", "-c", script, "sh", *words), given=given, seconds=seconds)
@@ -207,8 +218,23 @@ class Provisioning:
                 reason="unreadable",
             )
         raise ExecFailed(
-            f"preparing tenant {name} failed: {ended.said.strip()[-500:]}", reason="script_failed"
+            f"preparing tenant {name} failed: {ended.said.strip()[-500:]}",
+            reason="script_failed",
+            exit_code=ended.code,
         )
+
+    async def _with_room(self, tenant: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what needs room on a tenant's disk; the oldest sites that it keeps go where there is none."""
+        while True:
+            try:
+                return await work()
+            except Unavailable as error:
+                if error.facts.get("reason") != "disk_full":
+                    raise
+                try:
+                    await self.script(tenant, _DROP, self.kept)
+                except GatewayError:  # none is left
+                    raise error from None
 
     async def _if_full(self, said: str) -> None:
         """Raise what is right where a command that failed had no room: on its tenant's disk, or in the pool.

@@ -17,6 +17,7 @@ from gateway.runtime.incus.baking import Baking
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import is_ours
 from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.former import IncusFormerSites
 from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.headroom import Headroom
 from gateway.runtime.incus.marks import ROLE, Marks
@@ -36,7 +37,9 @@ from gateway.runtime.incus.records import (
 from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
 from gateway.runtime.sites import (
+    Exchange,
     Exposure,
+    FormerSites,
     Order,
     Prepared,
     Quiet,
@@ -64,6 +67,7 @@ class IncusSites:
         # commands of ours in instances that are no tenants, too
         self._commands = Commands(settings, self._incus, self._init_pid)
         self._provisioning = Provisioning(settings, self._incus, self._making, self._commands)
+        self.former: FormerSites = IncusFormerSites(settings, self._incus, self._provisioning)
         self._headroom = Headroom(settings, self._incus, self._making)
         self._ports = Ports(settings, self._making)
         baking = Baking(settings, self._incus, self._making, self._provisioning)
@@ -188,8 +192,8 @@ class IncusSites:
     async def allow(self, tenant: str, domain: str) -> None:
         await self._provisioning.allow(tenant, domain)
 
-    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"") -> None:
-        await self._provisioning.settle(tenant, recipe, kept)
+    async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
+        await self._provisioning.settle(tenant, recipe, kept, how)
 
     async def unsettle(self, tenant: str) -> None:
         await self._provisioning.unsettle(tenant)

@@ -13,6 +13,7 @@ live="$1" next="$2" uid="$3"
 rm -rf "$next"
 install -d -m 0755 -o "$uid" -g "$uid" "$next"
 as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
+if [ -f /etc/site.env ]; then cp -p /etc/site.env /etc/site-next.env; fi
 as_site cp -a --reflink=auto "$live/." "$next/" && exit
 file=$(cd "$live" && as_site find . ! -type l '(' ! -readable -o -type d ! -executable ')' -printf %P -quit)
 [ -n "$file" ] || exit 1

@@ -13,6 +13,11 @@ for _ in $(seq 400); do
   [ -S /run/systemd/private ] && break
   sleep 0.05
 done
+if [ -f "$note.moved" ]; then
+  while read -r name; do
+    if [ -e "$live/$name" ] && [ ! -e "$next/$name" ]; then mv -T "$live/$name" "$next/$name"; fi
+  done <"$note.moved"
+fi
 if [ "$(stat -c %i "$live")" != "$(cat "$note")" ]; then mv --exchange -T "$next" "$live"; fi
 if [ -f /etc/site.env.old ]; then mv /etc/site.env.old /etc/site.env; else rm -f /etc/site.env; fi
 if [ -f $unit.old ]; then
@@ -23,4 +28,4 @@ else
   systemctl --quiet disable --now site.service || :
   rm -f $unit
 fi
-rm -f "$note" $unit.old
+rm -f "$note" "$note.moved" $unit.old

@@ -1,0 +1,116 @@
+"""The phases of deployments that bring no files: a rollback, and a change of the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gateway.deployments.phases import Phases
+from gateway.deployments.request import Request, Rollback, Variables, check_env
+from gateway.deployments.template import LEFT_OUT
+from gateway.errors import Conflict, InvalidParams, NotFound
+from gateway.runtime.sites import Exchange, FormerSites, Recipe
+
+
+class _Changed(Phases):
+    _lives: Recipe | None  # how the live site is started
+
+    async def _begin(self, recipe: Recipe) -> None:
+        self._recipe, self._framework = recipe, (None, recipe.start, ())
+        self._record.template = recipe.template
+
+    async def create(self) -> dict[str, Any]:
+        if self._record.kind != "update":
+            raise NotFound(f"tenant {self._record.tenant} is gone")
+        return await super().create()
+
+    async def install(self) -> None:
+        return
+
+    async def _lasting(self) -> dict[str, Any]:
+        return {"keep": self._lives.keep if self._lives else (), "left_out": [*LEFT_OUT]}
+
+
+class RollbackPhases(_Changed):
+    """Have a site that was live take the place of the live one, which is kept in turn."""
+
+    how: Exchange = "rollback"
+    known = True
+
+    async def _read(self) -> None:
+        assert isinstance(self._request.template, Rollback)
+        former, tenant = self._sites.former, self._record.tenant
+        self._record.rollback = await chosen(former, tenant, self._request.template)
+        _, self._lives = await former.live(tenant)
+        await self._begin(await former.recipe(tenant, self._record.rollback))
+
+    async def push(self) -> dict[str, Any]:
+        assert self._record.rollback is not None
+        self._unless_another(self._sites.clear)
+        await self._sites.former.take(self._record.tenant, self._record.rollback)
+        return {"rollback": self._record.rollback}
+
+
+class EnvironmentPhases(_Changed):
+    """Give the live site another environment. A copy of its files is served while it starts anew."""
+
+    how: Exchange = "environment"
+    _env: Mapping[str, str]
+
+    async def _read(self) -> None:
+        assert isinstance(self._request.template, Variables)
+        tenant = self._record.tenant
+        self._env = await changed(self._sites.former, tenant, self._request.template)
+        _, self._lives = await self._sites.former.live(tenant)
+        if self._lives is None:
+            raise Conflict(
+                f"how the site of {tenant} is started is not known; deploy it once more, then change its "
+                "environment"
+            )
+        await self._begin(self._lives)
+
+    async def push(self) -> dict[str, Any]:
+        self._unless_another(self._sites.clear)
+        await self._sites.push(self._record.tenant, "next", self._recipe, self._env)
+        return {"env": self._record.env}
+
+
+KINDS: Final[Mapping[type, type[Phases]]] = {Rollback: RollbackPhases, Variables: EnvironmentPhases}
+
+
+def phases_of(request: Request) -> type[Phases]:
+    """Return what does the work of a request."""
+    return KINDS.get(type(request.template), Phases)
+
+
+async def chosen(former: FormerSites, tenant: str, wanted: Rollback) -> str:
+    """Return the deployment whose site is to be live again. Raises `Conflict` and `NotFound`."""
+    kept = [one.id for one in await former.listed(tenant)]
+    if wanted.to is None:
+        if kept:
+            return kept[0]
+        raise NotFound(
+            f"tenant {tenant} keeps no earlier site; one is kept with each deployment after the first",
+            reason="not_kept",
+        )
+    if wanted.to in kept:
+        return wanted.to
+    live, _ = await former.live(tenant)
+    if wanted.to == live:
+        raise Conflict(f"{wanted.to} is live already")
+    raise NotFound(
+        f"tenant {tenant} keeps no site of {wanted.to}; it keeps {', '.join(kept) or 'none'}",
+        reason="not_kept",
+    )
+
+
+async def changed(former: FormerSites, tenant: str, wanted: Variables) -> dict[str, str]:
+    """Return a site's environment with what is changed. Raises `Conflict` and `InvalidParams`."""
+    env = dict(await former.environment(tenant))
+    for name, value in wanted.changes.items():
+        if value is not None:
+            env[name] = value
+        elif env.pop(name, None) is None:
+            raise InvalidParams(f"{name} is not set", field="env")
+    check_env(env)
+    return env

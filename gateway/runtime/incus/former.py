@@ -1,0 +1,88 @@
+"""Keep the sites of a container that were live; see `gateway.runtime.sites.FormerSites`.
+
+They lie in a folder of the container that is its root's, on the disk of the workspace. What is there is the
+tenant's, and is read as Incus reads files of a container, which need not run for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from gateway.errors import Conflict, ExecFailed, NotFound
+from gateway.incus import Incus
+from gateway.runtime.incus import service_unit
+from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.provisioning import Provisioning
+from gateway.runtime.sites import FORMER_ID, Former, Recipe
+from gateway.settings import Settings
+
+_TAKE: Final = Path(__file__).with_name("take_former.sh").read_text()
+_PUT: Final = Path(__file__).with_name("put_former.sh").read_text()
+_NONE: Final = 3  # exit of take_former.sh where no such site is kept
+_LIST_MAX: Final = 64 << 10  # bytes of what is read
+_UNIT_MAX: Final = 512 << 10
+_ENVIRONMENT_MAX: Final = 512 << 10
+_SINCE: Final = re.compile(r"[0-9]{1,12}")
+
+
+class IncusFormerSites:
+    def __init__(self, settings: Settings, incus: Incus, provisioning: Provisioning) -> None:
+        self._incus, self._provisioning = incus, provisioning
+        self._kept, self._uid = provisioning.kept, str(settings.workspace_uid)
+
+    async def listed(self, tenant: str) -> Sequence[Former]:
+        text = await self._read(tenant, f"{self._kept}/list", _LIST_MAX)
+        found = []
+        for line in (text or b"").decode("utf-8", "replace").splitlines():
+            identity, _, since = line.partition(" ")
+            if FORMER_ID.fullmatch(identity) and _SINCE.fullmatch(since):
+                found.append(Former(identity, float(since)))
+        return found[::-1]
+
+    async def live(self, tenant: str) -> tuple[str | None, Recipe | None]:
+        said = (await self._read(tenant, f"{self._kept}/live", _LIST_MAX) or b"").decode("utf-8", "replace")
+        unit = await self._read(tenant, service_unit.unit_path("live"), _UNIT_MAX)
+        identity = said if FORMER_ID.fullmatch(said) else None
+        return identity, None if unit is None else service_unit.recipe_of(unit)
+
+    async def recipe(self, tenant: str, former: str) -> Recipe:
+        unit = await self._read(tenant, f"{self._kept}/{former}/site.service", _UNIT_MAX)
+        recipe = None if unit is None else service_unit.recipe_of(unit)
+        if recipe is None:
+            raise _gone(tenant, former)
+        return recipe
+
+    async def environment(self, tenant: str) -> Mapping[str, str]:
+        path = service_unit.environment_path("live")
+        text = await self._read(tenant, path, _ENVIRONMENT_MAX)
+        try:
+            return service_unit.environment_of((text or b"").decode())
+        except ValueError:
+            raise Conflict(
+                f"{path} of tenant {tenant} was changed by hand and cannot be understood; write it as "
+                'NAME="value", one a line, or deploy the site with `env`, which writes it anew'
+            ) from None
+
+    async def take(self, tenant: str, former: str) -> None:
+        try:
+            words = (self._provisioning.places[1], self._kept, former)
+            await self._provisioning.script(tenant, _TAKE, *words)
+        except ExecFailed as error:
+            if error.facts.get("exit_code") == _NONE:
+                raise _gone(tenant, former) from None
+            raise
+
+    async def put(self, tenant: str, former: str, live: str, most: int) -> None:
+        words = (*self._provisioning.places, self._kept, former, live, str(most), self._uid)
+        await self._provisioning.script(tenant, _PUT, *words)
+
+    async def _read(self, tenant: str, path: str, most: int) -> bytes | None:
+        with translated(tenant):
+            return await self._incus.get_file(tenant, path, most)
+
+
+def _gone(tenant: str, former: str) -> NotFound:
+    return NotFound(f"tenant {tenant} keeps no deployment {former}; it has been removed", reason="not_kept")

@@ -1,0 +1,54 @@
+# Keeps the site whose place settle.sh gave to another, by a rename, and notes which one is live now.
+#
+# Usage:  sh -c "$(cat put_former.sh)" sh LIVE NEXT NOTE KEPT ID NOW MOST UID
+#   LIVE, NEXT, NOTE  as for settle.sh; without the NOTE there is nothing to keep
+#   KEPT              the folder of the kept sites, root's alone: each has its environment
+#   ID, NOW           the deployments that made the kept site and the live one
+#   MOST              how many sites are kept; the oldest of more are removed
+#   UID               the site's user and group
+# Input:  none.
+# Output: nothing but what fails.
+# Exit:   0 once it is kept. It may be called again, however far it came.
+set -eu
+live="$1" next="$2" note="$3" kept="$4" id="$5" now="$6" most="$7" uid="$8" unit=/etc/systemd/system/site.service.old
+as_site() { setpriv --reuid="$uid" --regid="$uid" --clear-groups "$@"; }
+[ -e "$note" ] || exit 0
+umask 077
+mkdir -p "$kept"
+systemctl stop site-next.service 2>/dev/null || :
+# what was taken is the live one now
+if [ -f "$kept/taken" ]; then
+  taken=$(cat "$kept/taken")
+  rm -f "$kept/taken"
+  if [ -n "$taken" ]; then rm -rf "${kept:?}/$taken"; fi
+fi
+touch "$kept/list"
+if [ "$most" -gt 0 ] && [ -f "$unit" ]; then
+  mkdir -p "$kept/$id"
+  if [ -d "$next" ]; then
+    # what lives on with the live site would only be had twice
+    if [ -f "$note.lasting" ]; then
+      (cd "$next" && as_site xargs --null --no-run-if-empty rm -rf --) <"$note.lasting" || :
+    fi
+    for name in .git .gateway; do
+      if [ -e "$live/$name" ]; then rm -rf "${next:?}/$name"; fi
+    done
+    rm -rf "$kept/$id/site"
+    mv -T "$next" "$kept/$id/site"
+  fi
+  if [ -f /etc/site.env.old ]; then mv /etc/site.env.old "$kept/$id/site.env"; fi
+  cp "$unit" "$kept/$id/site.service"
+fi
+# newest last; what is no longer there is no longer listed
+while read -r known since; do
+  if [ "$known" != "$id" ] && [ -d "$kept/$known/site" ]; then echo "$known $since"; fi
+done <"$kept/list" >"$kept/list.new"
+if [ -d "$kept/$id/site" ]; then echo "$id $(date +%s)" >>"$kept/list.new"; fi
+mv "$kept/list.new" "$kept/list"
+printf %s "$now" >"$kept/live"
+while [ "$(wc -l <"$kept/list")" -gt "$most" ]; do
+  read -r oldest _ <"$kept/list"
+  tail -n +2 "$kept/list" >"$kept/list.new"
+  mv "$kept/list.new" "$kept/list"
+  if [ -n "$oldest" ]; then rm -rf "${kept:?}/$oldest"; fi
+done

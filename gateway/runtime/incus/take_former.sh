@@ -1,0 +1,18 @@
+# Makes a kept site the next one, by a rename: nothing is copied.
+#
+# Usage:  sh -c "$(cat take_former.sh)" sh NEXT KEPT ID
+#   NEXT  the folder of the next site, which is made anew
+#   KEPT  the folder of the kept sites
+#   ID    which of them; it is noted before it is taken, so that clear.sh puts it back
+# Input:  none.
+# Output: nothing but what fails.
+# Exit:   0 once it is there; 3 where no such site is kept.
+set -eu
+next="$1" kept="$2" from="$2/$3"
+[ -d "$from/site" ] || exit 3
+rm -rf "$next"
+printf %s "$3" >"$kept/taken.new"
+mv "$kept/taken.new" "$kept/taken"
+mv -T "$from/site" "$next"
+umask 077
+if [ -f "$from/site.env" ]; then cat "$from/site.env"; fi >/etc/site-next.env

@@ -1,0 +1,76 @@
+"""Where the files of a site of the `local` runtime lie, and what is noted of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import NotFound
+from gateway.runtime.sites import Recipe, Side
+from gateway.settings import Settings
+
+_RECIPE: Final = ("start", "port", "health", "keep", "template")
+
+
+class SiteFolders:
+    """The folders of each tenant's site: the live one, those beside it, and the file with what is noted."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.home = settings.state_dir / "tenants"
+        self._workspace = settings.workspace.lstrip("/")
+
+    def of(self, tenant: str, side: Side) -> Path:
+        return self._live(tenant) if side == "live" else self.beside(tenant, "next")
+
+    def beside(self, tenant: str, what: str) -> Path:
+        live = self._live(tenant)
+        return live.with_name(f".{live.name}-{what}")
+
+    def _live(self, tenant: str) -> Path:
+        return (self.home / tenant / "root" / self._workspace).absolute()
+
+    def noted(self, tenant: str) -> dict[str, Any]:
+        return read(self.home / tenant / "site.json")
+
+    def note(self, tenant: str, **facts: Any) -> None:
+        """Note more of a site; what is None is noted no more. Raises `NotFound`."""
+        path = self.home / tenant / "site.json"
+        if not path.parent.is_dir():
+            raise NotFound(f"no tenant {tenant}")
+        write(path, {**self.noted(tenant), **facts})
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = orjson.loads(path.read_bytes())
+    except OSError:
+        return {}
+    return found
+
+
+def write(path: Path, facts: dict[str, Any]) -> None:
+    """Write what is noted, which may hold secrets, so that it is there whole or not at all."""
+    new = path.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.write_bytes(orjson.dumps({name: value for name, value in facts.items() if value is not None}))
+    new.replace(path)
+
+
+def started_by(recipe: Recipe) -> dict[str, Any]:
+    """Return what is noted of how a site is started."""
+    return {name: getattr(recipe, name) for name in _RECIPE}
+
+
+def recipe_of(facts: dict[str, Any]) -> Recipe | None:
+    """Return how a site is started, by what is noted of it."""
+    if "start" not in facts:
+        return None
+    more = {name: facts[name] for name in ("health", "template") if name in facts}
+    return Recipe(b"", tuple(facts["start"]), int(facts["port"]), keep=tuple(facts.get("keep", ())), **more)
+
+
+def before(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what another site takes the place of."""
+    return {name: facts.get(name) for name in (*_RECIPE, "env_live")}
