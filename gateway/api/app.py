@@ -79,6 +79,7 @@ async def _drain(services: Services) -> None:
             await services.execs.end_all()
     except TimeoutError:
         log.warning("commands did not end in time")
+    await services.history.close_turns()
     await services.deployments.end()
     services.files.end_transfers()
     services.site_logs.end()

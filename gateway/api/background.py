@@ -73,7 +73,12 @@ class _Background:
     async def _watch(self) -> None:
         """Publish what happens to tenants, and let go of the files of those that changed."""
         services = self._services
-        notices = [services.deployments.noticed, services.health.noticed, services.idle.noticed]
+        notices = [
+            services.deployments.noticed,
+            services.health.noticed,
+            services.idle.noticed,
+            services.history.noticed,
+        ]
         if services.pressure is not None:
             notices.append(services.pressure.noticed)
         swept = False

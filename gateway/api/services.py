@@ -22,6 +22,7 @@ from gateway.deployments import Deployments, Hangs, Health
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
+from gateway.history import History
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
@@ -107,7 +108,8 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         workers = await enter(Workers(settings, tenants=runtime.tenants))
         execs = await enter(Execs(runtime, bus, idempotency, settings))
         shells = await enter(Shells(execs, workers, settings))
-        toolbox = await enter(Toolbox(runtime, workers, shells, bus, idempotency, settings))
+        history = await enter(History(runtime, bus, settings))
+        toolbox = await enter(Toolbox(runtime, workers, shells, history, bus, idempotency, settings))
         files = await enter(Files(runtime, workers, bus, settings))
         sites: Sites = await enter(
             IncusSites(settings, runtime)
@@ -164,6 +166,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
             execs=execs,
             toolbox=toolbox,
             files=files,
+            history=history,
             bus=bus,
             idle=idle,
             settings=settings,

@@ -42,6 +42,8 @@ COMMANDS: Final[Table] = {
     "clone": "gateway.cli.tenants:clone",
     "rename": "gateway.cli.tenants:rename",
     "resize": "gateway.cli.tenants:resize",
+    "history": "gateway.cli.history:history",
+    "undo": "gateway.cli.history:undo",
     "logs": "gateway.cli.watching:logs",
     "metrics": "gateway.cli.watching:metrics",
     "events": "gateway.cli.watching:events",

@@ -214,6 +214,31 @@ class FilesMkdir(Params):
     create_dirs: bool = True
 
 
+_TurnId = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class TurnBegin(Params):
+    """`title` is what the agent was asked, `agent` its name; without one it is the token's subject."""
+
+    title: Annotated[str, Field(max_length=4000)] = ""
+    agent: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+
+class HistoryList(Params):
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    before: _TurnId | None = None
+
+
+class HistoryTurn(Params):
+    turn: _TurnId
+
+
+class HistoryRestore(HistoryTurn):
+    """`to` says which state: right `after` the turn, or as it was `before` it."""
+
+    to: Literal["after", "before"] = "after"
+
+
 class CancelRequest(Params):
     id: str | int
 
@@ -245,6 +270,11 @@ METHODS: Final[Mapping[str, type[Params]]] = {
     "files/mkdir": FilesMkdir,
     "files/watch": FilesWatch,
     "files/unwatch": FilesUnwatch,
+    "turn/begin": TurnBegin,
+    "turn/end": NoParams,
+    "history/list": HistoryList,
+    "history/diff": HistoryTurn,
+    "history/restore": HistoryRestore,
     "events/subscribe": EventsSubscribe,
     "events/unsubscribe": EventsUnsubscribe,
 }

@@ -44,6 +44,17 @@ class ToolSettings(BaseModel):
     session_bytes: int = Field(
         256 * KiB, gt=0, description="bytes that a tool session may use to remember the files that it read"
     )
+    # history
+    history: bool = Field(
+        True, description="whether git in the tenant records what each tool session changes"
+    )
+    turn_rest: float = Field(
+        60.0, gt=0, description="seconds without a tool call after which a session's turn ends"
+    )
+    turn_timeout: float = Field(60.0, gt=0, description="seconds that git may take for one request")
+    turn_file_max: int = Field(
+        8 * MiB, gt=0, description="size in bytes from which on a file is not recorded in the history"
+    )
     # Bash
     bash_timeout: float = Field(
         120.0,

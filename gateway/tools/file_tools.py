@@ -76,7 +76,7 @@ class FileTools:
             raise NotFound(f"no such tool: {str(name)[:100]}")
         session.last_used = time.monotonic()
         cwd = session.cwd or root.workspace
-        path = _named(arguments, cwd, root.workspace)
+        path = named_file(arguments, cwd, root.workspace)
         seen = session.seen(path) if path is not None else None
         given = {
             "input": arguments,
@@ -119,7 +119,7 @@ class FileTools:
         return await self._workers.scan(root, asked, cores)
 
 
-def _named(arguments: object, cwd: str, workspace: str) -> str | None:
+def named_file(arguments: object, cwd: str, workspace: str) -> str | None:
     """Return the relative path of the file that a call names, None where it names none of the workspace."""
     given = arguments.get("file_path") if isinstance(arguments, dict) else None
     if not isinstance(given, str):

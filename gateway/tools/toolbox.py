@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -158,6 +159,16 @@ class ShellTools(Background, Protocol):
     ) -> ToolResult: ...
 
 
+class Turns(Protocol):
+    """Keeps account of what calls may have changed; `gateway.history` does."""
+
+    def during(
+        self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
+    ) -> AbstractContextManager[Callable[[ToolResult], None]]:
+        """Note a call while it runs, and its result. Never waits, and refuses nothing."""
+        ...
+
+
 class Toolbox:
     """The tools of every tenant, their sessions and their idempotency. Used from the event loop only.
 
@@ -169,11 +180,13 @@ class Toolbox:
         runtime: TenantRuntime,
         workers: Workers,
         shells: ShellTools,
+        turns: Turns,
         bus: Bus,
         idempotency: Idempotency,
         settings: Settings,
     ) -> None:
         self._runtime = runtime
+        self._turns = turns
         self._shells = shells
         self._files = FileTools(workers, settings)
         self._bus = bus
@@ -315,10 +328,12 @@ class Toolbox:
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
             root = await self._runtime.filesystem(tenant)
-            if name in SHELL_TOOLS:
-                result = await self._shells.call(root, session, name, arguments, exec_id=exec_id, by=by)
-            else:
-                result = await self._files.call(root, session, name, arguments)
+            with self._turns.during(root, session, name, arguments, by) as note:
+                if name in SHELL_TOOLS:
+                    result = await self._shells.call(root, session, name, arguments, exec_id=exec_id, by=by)
+                else:
+                    result = await self._files.call(root, session, name, arguments)
+                note(result)
             outcome = {"isError": result.is_error, "code": result.code}
         except GatewayError as error:
             outcome["code"] = error.code

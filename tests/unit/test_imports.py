@@ -23,6 +23,7 @@ LEVELS = (
     {"deployments"},
     {"host"},
     {"lifecycle", "migration"},
+    {"history"},
     {"api"},
     {"server"},
     {"cli"},

@@ -26,7 +26,7 @@ CLOSE_TIMEOUT: Final = 5.0
 _REPEATABLE: Final = frozenset(
     {
         *("ping", "tools/list", "exec/list", "exec/wait", "exec/cancel", "exec/resize"),
-        *("files/stat", "files/list", "files/read"),
+        *("files/stat", "files/list", "files/read", "history/list", "history/diff"),
     }
 )
 

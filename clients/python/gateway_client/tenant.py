@@ -334,6 +334,52 @@ class Tenant:
     async def delete_snapshot(self, snapshot: str) -> None:
         await self._http.json("DELETE", f"{self._path}/snapshots/{snapshot}")
 
+    # --- history --------------------------------------------------------------------------------------
+
+    async def begin_turn(self, title: str = "", agent: str | None = None) -> Mapping[str, Any] | None:
+        """Begin a turn of this tool session; `title` is what the agent was asked, `agent` its name.
+
+        Return the turn before, which ends, where it changed anything.
+        """
+        asked = {"title": title} if agent is None else {"title": title, "agent": agent}
+        found: Mapping[str, Any] | None = (await self.request("turn/begin", asked))["before"]
+        return found
+
+    async def end_turn(self) -> Mapping[str, Any] | None:
+        """End this tool session's turn; return it as recorded, None where nothing changed."""
+        found: Mapping[str, Any] | None = (await self.request("turn/end"))["turn"]
+        return found
+
+    async def history(self, limit: int = 50, *, before: str | None = None) -> list[Mapping[str, Any]]:
+        """Return the turns of the tenant, latest first; `before` is the id of one, for those before it."""
+        asked: dict[str, Any] = {"limit": limit}
+        if before is not None:
+            asked["before"] = before
+        return list((await self.request("history/list", asked))["turns"])
+
+    async def turn(self, turn: str) -> Mapping[str, Any]:
+        """Return a turn with the files that it `changed` and its `diff`."""
+        found: Mapping[str, Any] = await self.request("history/diff", {"turn": turn})
+        return found
+
+    async def restore_turn(
+        self, turn: str, to: Literal["after", "before"] = "after"
+    ) -> Mapping[str, Any] | None:
+        """Make the files what they were right after a turn, or before it; return that as a turn of its own.
+
+        None where they are so already. Raises `Conflict` where something that is not recorded is in the way.
+        """
+        asked = {"turn": turn, "to": to}
+        found: Mapping[str, Any] | None = (await self.request("history/restore", asked))["turn"]
+        return found
+
+    async def undo(self) -> Mapping[str, Any] | None:
+        """Take back the last turn; return that as a turn of its own, None where there is none."""
+        last = await self.history(1)
+        return await self.restore_turn(last[0]["turn"], "before") if last else None
+
+    # --- its site's log -------------------------------------------------------------------------------
+
     async def logs(self, lines: int = 100, follow: bool = False) -> AsyncIterator[bytes]:
         """Yield the last lines of the site's log in pieces, and with `follow` what comes, until left."""
         path = f"{self._path}/logs?lines={lines}&follow={int(follow)}"

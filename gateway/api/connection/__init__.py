@@ -7,7 +7,8 @@ Connection ─ reads ─► ClientSocket ─► ServerWire (gateway.protocol): e
 
 `Connection` joins the parts. `ClientSocket` moves messages at the client's pace. `ServerWire` decides by
 values what each means. `Requests` runs calls, each as a task with one answer. `Peer` is the client: tenant,
-token, tasks. The families answer: session, exec, tools, files, watches, events. Other rooms use what is named
+token, tasks. The families answer: session, exec, tools, files, history,
+watches, events. Other rooms use what is named
 here.
 """
 

@@ -19,6 +19,7 @@ from gateway.api.connection.client_socket import Arrived, ClientSocket, Closed
 from gateway.api.connection.event_methods import EventMethods
 from gateway.api.connection.exec_methods import ExecMethods
 from gateway.api.connection.file_methods import FileMethods
+from gateway.api.connection.history_methods import HistoryMethods
 from gateway.api.connection.peer import Hub, Peer
 from gateway.api.connection.requests import Requests
 from gateway.api.connection.session_methods import SessionMethods
@@ -52,7 +53,7 @@ class Connection:
         self._execs = ExecMethods(peer, self._wire)
         opening = (self._execs, EventMethods(peer), WatchMethods(peer))
         session = SessionMethods(peer, self._wire, opening)
-        self._families = (*opening, session, ToolMethods(peer), FileMethods(peer))
+        self._families = (*opening, session, ToolMethods(peer), FileMethods(peer), HistoryMethods(peer))
         methods = {name: method for family in self._families for name, method in family.methods.items()}
         self._requests = Requests(peer, self._socket, self._wire, methods)
 
@@ -90,6 +91,7 @@ class Connection:
             await asyncio.gather(socket.say_goodbye(code, reason), ending)
             if peer.session is not None:
                 await self._hub.toolbox.sessions.leave(peer.session)
+                self._hub.history.leave(peer.tenant, peer.session)
             log.info("websocket of %s ended: %d, %d ms", peer.tenant, code, (time.monotonic() - began) * 1000)
 
     async def _end(self, tasks: list[asyncio.Task[Any]], *, hold: bool) -> None:

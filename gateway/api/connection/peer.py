@@ -25,6 +25,7 @@ from gateway.errors import (
 from gateway.events import Bus, Subscription
 from gateway.execs import Execs
 from gateway.files.files import Files
+from gateway.history import History
 from gateway.lifecycle.idle import Idle
 from gateway.limits.budget import Budget, Places
 from gateway.protocol import CloseCode
@@ -53,6 +54,7 @@ class Hub:
     execs: Execs
     toolbox: Toolbox
     files: Files
+    history: History
     bus: Bus
     idle: Idle
     settings: Settings

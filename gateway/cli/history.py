@@ -1,0 +1,132 @@
+"""Commands for what agents changed: the turns of a tenant, and the way back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.confirming import Failed, confirm, somebody_is_there
+from gateway.cli.options import Json, TenantName, TokenOption, Url, Yes
+from gateway.errors import NotFound
+from gateway.terminal import out
+from gateway_client import Tenant
+
+_SHORT = 8  # digits by which a turn is shown, and may be named
+_LOOKED = 200  # turns among which a short name is looked for
+
+
+def history(
+    tenant: TenantName,
+    turn: Annotated[str | None, typer.Argument(metavar="TURN", help="Show what this turn changed")] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, max=200, help="How many turns")] = 20,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """List what agents changed, turn by turn, latest first; or show one turn as a patch."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            asked = client.tenant(tenant)
+            if turn is None:
+                turns = await asked.history(lines)
+                if as_json:
+                    out.json(turns, indent=True)
+                else:
+                    _show_list(tenant, turns)
+                return
+            shown = await asked.turn(await _whole(asked, turn))
+        if as_json:
+            out.json(shown, indent=True)
+            return
+        out.say(f"{shown['turn']}  {shown['agent']}  {_when(shown['at'])}")
+        out.say(shown["title"])
+        for path in shown["leftOut"]:
+            out.say(f"left out: {path}")
+        out.say("")
+        out.say(shown["diff"].removesuffix("\n"))
+        if shown["truncated"]:
+            out.say("… the rest of the patch is too long to be shown")
+
+    run_to_end(run())
+
+
+def undo(
+    tenant: TenantName,
+    turn: Annotated[str | None, typer.Argument(metavar="TURN", help="The turn; default: the latest")] = None,
+    to: Annotated[
+        bool, typer.Option("--to", help="Go back to right after TURN, and not to before it")
+    ] = False,
+    yes: Yes = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Make the files what they were before a turn. That is a turn too, which can be undone."""
+    if to and turn is None:
+        raise typer.BadParameter("--to needs a TURN")
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            asked = client.tenant(tenant)
+            turns = await asked.history(_LOOKED)
+            if not turns:
+                raise Failed(f"{tenant} has no turns yet: there is nothing to undo")
+            wanted = turns[0]["turn"] if turn is None else await _whole(asked, turn, turns)
+            ids = [one["turn"] for one in turns]
+            later = ids.index(wanted) if wanted in ids else 0
+            if later and not yes and somebody_is_there():
+                word = "turn" if later == 1 else "turns"
+                question = f"That takes back {later} later {word} too. Go on?"
+                await asyncio.to_thread(confirm, question, "nothing was changed")
+            done = await asked.restore_turn(wanted, "after" if to else "before")
+        if done is None:
+            out.say("The files are so already.")
+            return
+        files = f"{done['files']} file{'' if done['files'] == 1 else 's'}"
+        out.say(f"{_first(done['title'])}: {files}. Back again: incus-gateway undo {tenant}")
+
+    run_to_end(run())
+
+
+async def _whole(tenant: Tenant, turn: str, turns: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """Return the id of a turn that is named by its first digits. Raises `NotFound`."""
+    if len(turn) == 40:
+        return turn
+    known = turns if turns is not None else await tenant.history(_LOOKED)
+    found = [str(one["turn"]) for one in known if str(one["turn"]).startswith(turn)]
+    if len(turn) < 4 or len(found) != 1:
+        raise NotFound(f"no turn {turn!r}; `incus-gateway history {tenant.name}` lists them")
+    return found[0]
+
+
+def _show_list(tenant: str, turns: Sequence[Mapping[str, Any]]) -> None:
+    if not turns:
+        out.say(f"{tenant} has no turns yet.")
+        return
+    table = Table("turn", "when", "agent", "files", "lines", "what", box=None, pad_edge=False)
+    for one in turns:
+        counts = f"+{one['added']} -{one['removed']}"
+        table.add_row(
+            one["turn"][:_SHORT],
+            _when(one["at"]),
+            one["agent"],
+            str(one["files"]),
+            counts,
+            _first(one["title"]),
+        )
+    out.print(table)
+
+
+def _when(at: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def _first(title: str) -> str:
+    line = title.partition("\n")[0]
+    return line if len(line) <= 60 else line[:59] + "…"

@@ -1,0 +1,95 @@
+# Records what changed in the workspace as one commit of the history, which is a repository of its own: nothing that is
+# in the site's, or wrong with it, matters here.
+#
+# Usage:  sh -c "$(cat commit.sh)" sh MODE MOST WAIT MESSAGE [TURN]
+#   MODE     all: whatever changed; only: what changed at the paths of the input; but: what changed elsewhere;
+#            begin: as but, where the history has nothing yet, also where there is nothing; before, after: what changed
+#            at the paths that going back to before TURN, or to right after it, would touch
+#   MOST     bytes; a file that has as many is left out
+#   WAIT     seconds to wait for another that writes this history
+#   MESSAGE  what the commit says
+#   GIT_DIR, GIT_WORK_TREE, GIT_AUTHOR_… and GIT_COMMITTER_… in the environment: the history, the workspace, whose turn
+# Input:  for only, paths below the workspace, each with a NUL; for but and begin, such pathspecs.
+# Output: nothing where nothing changed; else a line with the commit, one with the count of what changed, and the first
+#         of the paths that were left out, each with a NUL.
+# Exit:   0; 1 where it could not be recorded, 66 where there is no TURN, 67 where nothing was before it,
+#         69 without git, 75 where another still writes.
+set -u
+mode="$1" most="$2" wait="$3" message="$4"
+command -v git >/dev/null || exit 69
+cd "$GIT_WORK_TREE" || exit 1
+umask 077
+[ -d "${GIT_DIR%/*}" ] || mkdir -p "${GIT_DIR%/*}" || exit 1
+exec 9>>"$GIT_DIR.lock"
+flock -w "$wait" 9 || exit 75
+left="$GIT_DIR/turn.left" changed="$GIT_DIR/turn.changed" paths="$GIT_DIR/turn.paths" good="$GIT_DIR/turn.good"
+
+anew() {
+  # as the files are, byte for byte: whatever the workspace's own .gitattributes say
+  git init -q --template= --object-format=sha1 -b turns && mkdir -p "$GIT_DIR/info" &&
+    printf '%s\n' '* !text !eol !crlf !ident !filter !working-tree-encoding !diff' >"$GIT_DIR/info/attributes" &&
+    printf '%s\n' /.gateway/ '.gateway-*' node_modules/ __pycache__/ .venv/ .next/ .nuxt/ .svelte-kit/ .astro/ \
+      .cache/ '*.db' '*.db-*' '*.sqlite*' '*.log' >"$GIT_DIR/info/exclude"
+}
+
+names() {
+  case "$mode" in
+  only | before | after) xargs -0 -r git --literal-pathspecs ls-files -z "$@" --exclude-standard -- <"$paths" ;;
+  but | begin) xargs -0 -x git ls-files -z "$@" --exclude-standard -- . <"$paths" ;;
+  *) git ls-files -z "$@" --exclude-standard ;;
+  esac
+}
+
+record() {
+  names -m -o >"$changed" || return 1
+  [ -s "$changed" ] || [ "$mode" = begin ] || return 0
+  # what cannot be read, is no file, or too large keeps the state in which it was recorded last
+  # shellcheck disable=SC2185 # the names are in a file
+  find -files0-from "$changed" -maxdepth 0 ! -type l ! '(' -type f -size "-${most}c" -readable ')' \
+    -print0 >"$left" 2>/dev/null
+  if [ -s "$left" ]; then
+    # shellcheck disable=SC2185
+    find -files0-from "$changed" -maxdepth 0 '(' -type l -o -type f -size "-${most}c" -readable ')' \
+      -print0 >"$good" 2>/dev/null
+    names -d >>"$good" || return 1
+  else
+    good="$changed"
+  fi
+  git update-index -z --add --remove --replace --stdin <"$good" && tree=$(git write-tree) || return 1
+  parent='' before=''
+  # shellcheck disable=SC2046 # two words
+  if set -- $(git rev-parse -q turns 'turns^{tree}' -- 2>/dev/null) && [ $# = 3 ]; then parent="$1" before="$2"; fi
+  [ "$tree" != "$before" ] || return 0
+  turn=$(git commit-tree ${parent:+-p "$parent"} -m "$message" "$tree") || return 1
+  git update-ref refs/heads/turns "$turn" || return 1
+  echo "$turn"
+  git diff-tree --root --no-commit-id --no-renames --shortstat "$turn"
+  [ ! -s "$left" ] || head -c 2000 "$left"
+}
+
+if [ -e "$GIT_DIR/HEAD" ]; then
+  [ "$mode" != begin ] || exit 0
+  rm -f "$GIT_DIR/index.lock" "$GIT_DIR/refs/heads/turns.lock"
+else
+  anew || exit 1
+fi
+: >"$left"
+case "$mode" in
+only | but | begin) cat >"$paths" ;;
+before | after)
+  to=$(git rev-parse -q --verify "$5^{commit}") || exit 66
+  if [ "$mode" = before ]; then to=$(git rev-parse -q --verify "$to^") || exit 67; fi
+  git diff-tree -r -z --no-renames --name-only "$to" turns >"$paths" || exit 1
+  [ "$mode" = before ] || git ls-files -z -m >>"$paths"
+  ;;
+esac
+record && exit
+# what a killed git, or the tenant, left of the index is made anew from the last turn
+rm -f "$GIT_DIR/index" "$GIT_DIR/index.lock"
+git read-tree turns && record && exit
+# where that cannot be read either, the history begins again, and the broken one is kept for whoever wants to look
+! git ls-tree -r turns >/dev/null 2>&1 || exit 1
+rm -rf "$GIT_DIR.broken"
+mv "$GIT_DIR" "$GIT_DIR.broken" || exit 1
+mode=all good="$GIT_DIR/turn.good"
+anew && record

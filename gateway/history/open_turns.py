@@ -1,0 +1,97 @@
+"""Which turn a change belongs to: the open turns of each tenant, and the paths that each has written."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+Mode = Literal["all", "only", "but"]
+
+_PATHS: Final = 500  # that a turn remembers; one with more records whatever changed
+_BYTES: Final = 64 << 10  # of these paths
+
+
+@dataclass(eq=False, slots=True)
+class OpenTurn:
+    """What one session does until it ends its turn or rests.
+
+    `paths` are those that its file tools wrote; with `wide` it may have changed any other, by a command.
+    `made` are those that were not there before. `calls` of it run now.
+    """
+
+    key: Hashable
+    agent: str
+    by: str
+    title: str = ""
+    wide: bool = False
+    calls: int = 0
+    paths: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
+    _bytes: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything may have changed."""
+        return self.wide or bool(self.paths)
+
+    def wrote(self, path: str | None) -> None:
+        """Note a path below the workspace; None is any."""
+        if path is None:
+            self.wide = True
+        elif path not in self.paths:
+            self._bytes += len(path) + 1
+            if len(self.paths) >= _PATHS or self._bytes > _BYTES:
+                self.wide = True
+            else:
+                self.paths.add(path)
+
+
+class OpenTurns:
+    """The open turns of all tenants."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[Hashable, OpenTurn]] = {}
+
+    def get(self, tenant: str, key: Hashable) -> OpenTurn | None:
+        return self._of.get(tenant, {}).get(key)
+
+    def open(self, tenant: str, turn: OpenTurn) -> OpenTurn:
+        """Return the session's open turn; `turn` where it has none."""
+        return self._of.setdefault(tenant, {}).setdefault(turn.key, turn)
+
+    def take(self, tenant: str, key: Hashable) -> OpenTurn | None:
+        """Return the session's open turn, which is open no longer."""
+        of = self._of.get(tenant, {})
+        turn = of.pop(key, None)
+        if turn is not None and not of:
+            del self._of[tenant]
+        return turn
+
+    def forget(self, tenant: str) -> list[OpenTurn]:
+        """Return the tenant's open turns, which are open no longer."""
+        return list(self._of.pop(tenant, {}).values())
+
+    def all(self) -> Iterator[tuple[str, OpenTurn]]:
+        """Yield each open turn with its tenant."""
+        for tenant, of in list(self._of.items()):
+            for turn in list(of.values()):
+                yield tenant, turn
+
+    def made(self, tenant: str) -> list[str]:
+        """Return what open turns are known to have made anew."""
+        return sorted({path for turn in self._of.get(tenant, {}).values() for path in turn.made})
+
+    def share(self, tenant: str, turn: OpenTurn) -> tuple[Mode, list[str]]:
+        """Return which changes are `turn`'s: those of `only` these paths, of all `but` these, or `all`.
+
+        What another open turn is known to have written is that one's, unless both wrote it.
+        """
+        if not turn.wide:
+            return "only", sorted(turn.paths)
+        others = {
+            path for other in self._of.get(tenant, {}).values() if other is not turn for path in other.paths
+        }
+        if not (leave := others - turn.paths):
+            return "all", []
+        return "but", sorted(leave)

@@ -1,0 +1,136 @@
+"""What git printed in a tenant, taken apart. All of it is the tenant's to forge: it is text, and bounded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from gateway.rootfs.paths import show
+
+TITLE_MAX: Final = 4000  # characters
+_NAME_MAX: Final = 200
+_LEFT_MAX: Final = 20  # paths told of those that were left out
+
+KINDS: Final = frozenset({"turn", "outside", "restored", "first"})
+ID: Final = re.compile(r"[0-9a-f]{40}")
+_COUNTS: Final = re.compile(
+    rb"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One commit of the history. `added` and `removed` count lines, `at` is in seconds since the epoch.
+
+    `kind` is `turn`, `restored` for one that went back, `outside` for what was found changed before that, or
+    `first` for the workspace as it was found. `left_out` are paths that are too large, or no files.
+    """
+
+    id: str
+    kind: str
+    agent: str
+    by: str
+    title: str
+    at: int
+    files: int = 0
+    added: int = 0
+    removed: int = 0
+    left_out: tuple[str, ...] = ()
+
+    def on_wire(self) -> dict[str, Any]:
+        return {
+            "turn": self.id,
+            "kind": self.kind,
+            "agent": self.agent,
+            "by": self.by,
+            "title": self.title,
+            "at": self.at,
+            "files": self.files,
+            "added": self.added,
+            "removed": self.removed,
+            "leftOut": list(self.left_out),
+        }
+
+
+def said(text: str, most: int) -> str:
+    """Return text as a commit may have it: one that git keeps as it is, and without a control character."""
+    kept = "".join(char if char.isprintable() or char == "\n" else " " for char in text[:most])
+    return "\n".join(line.rstrip() for line in kept.split("\n")).strip()
+
+
+def name(text: str) -> str:
+    """Return a name as a commit may have it: without what git takes off, and never empty."""
+    kept = " ".join("".join(" " if char in "<>" else char for char in said(text, _NAME_MAX)).split())
+    return kept.strip(".,:;\"'\\ ") or "unknown"
+
+
+def committed(printed: bytes, turn: Turn) -> Turn | None:
+    """Return `turn` with what commit.sh or restore.sh printed of it; None where nothing changed."""
+    first, _, rest = printed.partition(b"\n")
+    found = first.decode("ascii", "replace")
+    if not ID.fullmatch(found):
+        return None
+    counts, _, left = rest.partition(b"\n")
+    names = [show(os.fsdecode(path)) for path in left.split(b"\0")[:-1][:_LEFT_MAX]]
+    return replace(_counted(turn, counts), id=found, left_out=tuple(names))
+
+
+def listed(printed: bytes) -> list[Turn]:
+    """Return the turns that list.sh printed."""
+    found = []
+    for record in printed.split(b"\x1e")[1:]:
+        fields = record.split(b"\0")
+        if len(fields) != 7:
+            continue
+        commit, kind, agent, by, at, message = (field.decode("utf-8", "replace") for field in fields[:6])
+        if not ID.fullmatch(commit) or not at.isdecimal() or len(at) > 12:
+            continue
+        turn = Turn(
+            commit,
+            kind if kind in KINDS else "turn",
+            said(agent, _NAME_MAX),
+            said(by, _NAME_MAX),
+            said(message, TITLE_MAX),
+            int(at),
+        )
+        found.append(_counted(turn, fields[6]))
+    return found
+
+
+def changes(printed: bytes, most: int) -> dict[str, Any] | None:
+    """Return the turn that diff.sh printed, with its files and its patch of `most` bytes."""
+    names, _, rest = printed.partition(b"\0\0")
+    head, _, patch = rest.partition(b"\x1d")
+    turns = listed(head)
+    if not turns:
+        return None
+    files = []
+    for entry in names.split(b"\0"):
+        added, _, more = entry.partition(b"\t")
+        removed, tab, path = more.partition(b"\t")
+        if not tab:
+            continue  # cut off
+        binary = not (added.isdigit() and removed.isdigit() and len(added) < 10 and len(removed) < 10)
+        files.append(
+            {
+                "path": show(os.fsdecode(path)),
+                "added": 0 if binary else int(added),
+                "removed": 0 if binary else int(removed),
+                "binary": binary,
+            }
+        )
+    return {
+        **turns[0].on_wire(),
+        "changed": files,
+        "diff": patch[:most].decode("utf-8", "replace"),
+        "truncated": len(patch) > most,
+    }
+
+
+def _counted(turn: Turn, counts: bytes) -> Turn:
+    if (told := _COUNTS.search(counts)) is None:
+        return turn
+    files, added, removed = (int(number or 0) for number in told.groups())
+    return replace(turn, files=files, added=added, removed=removed)

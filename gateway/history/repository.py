@@ -1,0 +1,221 @@
+"""Run git in a tenant: as the site's user, on a repository beside the site's own, within bounds.
+
+That repository and all that git reads is the tenant's, and may be broken or made to hang. So no git of the
+host ever sees it, every run has a deadline, and of what it prints only so much is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from gateway.bounds import Flood, first
+from gateway.errors import Conflict, NotFound, Timeout, Unavailable
+from gateway.history.open_turns import Mode
+from gateway.history.reading import Turn, committed, listed
+from gateway.history.reading import changes as changes_of
+from gateway.rootfs import FilesystemRoot
+from gateway.runtime import ExecSpec, Process, TenantRuntime
+from gateway.settings import Settings
+from gateway.settings.units import KiB
+
+log = logging.getLogger(__name__)
+
+_PLACE: Final = "/home/{user}/.local/state/incus-gateway/history.git"
+_SCRIPTS: Final = {
+    name: Path(__file__).with_name(f"{name}.sh").read_text() for name in ("commit", "restore", "list", "diff")
+}
+_CONFIG: Final = {
+    # nothing that the tenant's repository could name is run
+    "core.hooksPath": "/dev/null",
+    "core.fsmonitor": "false",
+    # what a crash of the host breaks begins anew: a turn is not worth waiting for the disk
+    "core.fsync": "none",
+    "core.looseCompression": "1",
+    "core.quotePath": "false",
+    # names that only other systems cannot have
+    "core.protectNTFS": "false",
+    "core.protectHFS": "false",
+    "gc.auto": "0",
+    "safe.directory": "*",
+    "log.showSignature": "false",
+}
+_ENVIRONMENT: Final = {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_PAGER": "cat",
+    "LC_ALL": "C.UTF-8",
+    "GIT_CONFIG_COUNT": str(len(_CONFIG)),
+    **{f"GIT_CONFIG_KEY_{number}": key for number, key in enumerate(_CONFIG)},
+    **{f"GIT_CONFIG_VALUE_{number}": value for number, value in enumerate(_CONFIG.values())},
+}
+_SAID: Final = 8 * KiB  # bytes kept of what git says beside its output, and of a commit's output
+_PRINTED: Final = 64 << 20  # bytes that git may print until it is ended
+_RECORD: Final = 16 * KiB  # bytes of one turn of a list, at most
+_NAMES: Final = 256 * KiB  # bytes of the names of a diff
+_NICE: Final = ("nice", "-n", "10", "/bin/sh", "-c")
+
+
+class Repository:
+    """The histories of all tenants, each in its container."""
+
+    def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
+        self._runtime = runtime
+        self._settings = settings
+
+    async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
+        """Record the workspace as it is, but for what was `made` since, where there is no history yet."""
+        return await self._commit(tenant, "begin", _excluded(made), turn)
+
+    async def commit(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
+        """Record what changed; None where nothing did."""
+        return await self._commit(tenant, mode, _excluded(paths) if mode == "but" else paths, turn)
+
+    async def restore(
+        self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
+    ) -> tuple[Turn | None, Turn | None]:
+        """Make the files what they were `before` a turn or `after` it, as `turn`; None where they are so.
+
+        What was changed there without a turn is recorded before, as `outside`, and returned too.
+        """
+        found = await self._commit(tenant, side, (), outside, to)
+        printed = await self._run(
+            tenant, "restore", (side, to, self._wait, turn.title), _identity(turn), _SAID, missing=to
+        )
+        return found, committed(printed, turn)
+
+    async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
+        """Return the turns before one, latest first."""
+        words = [str(most), *([before] if before else [])]
+        return listed(await self._run(tenant, "list", words, {}, most * _RECORD))
+
+    async def changes(self, tenant: str, turn: str) -> dict[str, object]:
+        """Return a turn with what it changed. Raises `NotFound`."""
+        most = self._settings.result_max
+        printed = await self._run(
+            tenant,
+            "diff",
+            (turn, str(_NAMES), str(most + 1)),
+            {},
+            _NAMES + _RECORD + most + 1,
+            missing=turn,
+        )
+        found = changes_of(printed, most)
+        if found is None:
+            raise NotFound(f"no turn {turn}")
+        return found
+
+    @property
+    def _wait(self) -> str:
+        return str(max(1, int(self._settings.turn_timeout / 2)))
+
+    async def _commit(
+        self, tenant: str, mode: str, given: Sequence[str], turn: Turn, of: str | None = None
+    ) -> Turn | None:
+        words = [mode, str(self._settings.turn_file_max), self._wait, turn.title, *([of] if of else [])]
+        input_ = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in given)
+        printed = await self._run(tenant, "commit", words, _identity(turn), _SAID, given=input_, missing=of)
+        return committed(printed, turn)
+
+    async def _run(
+        self,
+        tenant: str,
+        script: str,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        most: int,
+        *,
+        given: bytes = b"",
+        missing: str | None = None,
+    ) -> bytes:
+        """Run a script and return the first `most` bytes that it printed. Ends its whole tree in time."""
+        root = await self._runtime.filesystem(tenant)
+        spec = ExecSpec(
+            (*_NICE, _SCRIPTS[script], "sh", *words),
+            env={**_ENVIRONMENT, **self._places(root), **env},
+            stdin=True,
+            shown=("git", script),
+        )
+        seconds = self._settings.turn_timeout
+        process = await self._runtime.exec(tenant, spec)
+        try:
+            async with asyncio.timeout(seconds):
+                printed, complaint = await _talk(process, given, most)
+                code = (await process.wait()).code
+        except TimeoutError:
+            await asyncio.shield(process.kill(0))
+            raise Timeout(f"git took over {seconds:g} s in the workspace of {tenant} and was ended") from None
+        except Flood:
+            await asyncio.shield(process.kill(0))
+            raise Unavailable("git printed more than is read") from None
+        except BaseException:
+            await asyncio.shield(process.kill(0))
+            raise
+        finally:
+            await asyncio.shield(process.aclose())
+        if code != 0:
+            self._refuse(tenant, code, complaint, missing)
+        return printed
+
+    def _places(self, root: FilesystemRoot) -> dict[str, str]:
+        place = _PLACE.format(user=self._settings.workspace_user)
+        return {"GIT_DIR": root.prefix + place, "GIT_WORK_TREE": root.prefix + root.workspace}
+
+    def _refuse(self, tenant: str, code: int, complaint: str, turn: str | None) -> None:
+        last = complaint.strip().rpartition("\n")[2][:300]
+        match code:
+            case 65:
+                raise Conflict(
+                    "something that the history does not record is in the way; move it and ask again: "
+                    + _in_the_way(complaint)
+                )
+            case 66:
+                raise NotFound(f"no turn {turn}; history/list shows those there are")
+            case 67:
+                raise Conflict("nothing is recorded before this turn: it is the workspace as it was found")
+            case 69:
+                raise Unavailable(f"there is no git in {tenant}: history needs it", reason="no_git")
+            case 75:
+                raise Unavailable("the history is being written by somebody else; ask again")
+        raise Unavailable(f"git failed in {tenant}: {last}" if last else f"git failed in {tenant}: {code}")
+
+
+async def _talk(process: Process, given: bytes, most: int) -> tuple[bytes, str]:
+    async def feed() -> None:
+        if given:
+            await process.write(given)
+        await process.close_stdin()
+
+    printed, complaint, _ = await asyncio.gather(
+        first(lambda: process.read("stdout"), most, most=_PRINTED),
+        first(lambda: process.read("stderr"), _SAID, most=_PRINTED),
+        feed(),
+    )
+    return printed, complaint.decode("utf-8", "replace")
+
+
+def _excluded(paths: Sequence[str]) -> list[str]:
+    return [f":(exclude,top,literal){path}" for path in paths]
+
+
+def _identity(turn: Turn) -> dict[str, str]:
+    """Return whose commit it is, in git's words; its kind takes the committer's name."""
+    return {
+        "GIT_AUTHOR_NAME": turn.agent,
+        "GIT_AUTHOR_EMAIL": turn.by,
+        "GIT_AUTHOR_DATE": f"@{turn.at} +0000",
+        "GIT_COMMITTER_NAME": turn.kind,
+        "GIT_COMMITTER_EMAIL": "history",
+        "GIT_COMMITTER_DATE": f"@{turn.at} +0000",
+    }
+
+
+def _in_the_way(complaint: str) -> str:
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    return (lines[0] if lines else "")[:300]

@@ -1,0 +1,254 @@
+"""History by turns over a live gateway, which a subclass gives as in `contracts.gateway`.
+
+`tenant` is new for each test. `gateway` has turns that rest after a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.contracts.claude import call
+from tests.live import LiveGateway, RpcFailure, Wire
+
+QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "1", "GATEWAY_TURN_FILE_MAX": "100000"}
+
+
+HOSTILE = r"""set -e
+git init -q -b main .
+git config user.email a@b
+printf '#!/bin/sh\ntouch $PWD/hooked\n' > .git/hooks/reference-transaction
+cp .git/hooks/reference-transaction .git/hooks/post-index-change
+chmod +x .git/hooks/*
+printf '* text=auto eol=crlf filter=x ident\n' > .gitattributes
+git config filter.x.clean 'touch filtered; cat'
+printf 'a\r\nb\n$Id$\n' > mixed
+mkfifo fifo
+git init -q nested
+touch nested/n
+head -c 200000 /dev/zero > big
+touch -- '-rf' "$(printf 'a\nb')" '*'
+mkdir node_modules
+touch node_modules/x
+ln -s /etc up
+"""
+
+
+async def write(wire: Wire, path: str, text: str) -> None:
+    is_error, said = await call(wire, "Write", {"file_path": path, "content": text})
+    assert not is_error, said
+
+
+async def bash(wire: Wire, command: str) -> str:
+    is_error, said = await call(wire, "Bash", {"command": command})
+    assert not is_error, said
+    return said
+
+
+async def end(wire: Wire) -> dict[str, Any]:
+    turn: dict[str, Any] = (await wire.call("turn/end"))["turn"]
+    return turn
+
+
+async def text(wire: Wire, path: str) -> str:
+    found: str = (await wire.call("files/read", path=path))["text"]
+    return found
+
+
+def told(wire: Wire) -> list[Any]:
+    return [one.params["data"] for one in wire.notifications if one.params.get("type") == "turn.committed"]
+
+
+class HistoryContract:
+    async def test_a_turn_is_told_shown_undone_and_gone_back_to(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """What two turns did is listed with agent and prompt, shown as a patch, and both ways are open."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["turn.*"])
+            await write(wire, "page.html", "one\n")
+            await write(wire, "kept.css", "body {}\n")
+            await end(wire)
+            assert await wire.call("turn/begin", title="Make it\ngreen", agent="Claude <c@x>") == {
+                "before": None
+            }
+            await write(wire, "page.html", "two\n")
+            await write(wire, "new.html", "new\n")
+            turn = await end(wire)
+            assert (turn["title"], turn["agent"], turn["by"]) == ("Make it\ngreen", "Claude c@x", "test")
+            assert (turn["kind"], turn["files"], turn["added"], turn["removed"]) == ("turn", 2, 2, 1)
+            await wire.until(lambda: turn in told(wire))
+            listed = (await wire.call("history/list"))["turns"]
+            assert listed[0] == turn
+            assert (listed[1]["title"], listed[1]["files"]) == ("Untitled", 2)
+            shown = await wire.call("history/diff", turn=turn["turn"])
+            assert {"path": "page.html", "added": 1, "removed": 1, "binary": False} in shown["changed"]
+            assert "-one\n+two\n" in shown["diff"] and not shown["truncated"]
+
+            undone = (await wire.call("history/restore", turn=turn["turn"], to="before"))["turn"]
+            assert (undone["title"], undone["kind"]) == ("Undo: Make it", "restored")
+            assert await text(wire, "page.html") == "one\n"
+            with pytest.raises(RpcFailure) as caught:
+                await text(wire, "new.html")
+            assert caught.value.code == "not_found"
+            again = (await wire.call("history/restore", turn=turn["turn"]))["turn"]
+            assert again["title"] == "Restore: Make it"
+            assert (await text(wire, "page.html"), await text(wire, "new.html")) == ("two\n", "new\n")
+            assert await wire.call("history/restore", turn=turn["turn"]) == {"turn": None}
+
+    async def test_a_command_s_changes_are_its_session_s(self, gateway: LiveGateway, tenant: str) -> None:
+        """What another session at work wrote by a file tool is not in the turn of a Bash."""
+        async with gateway.wire(tenant) as one, gateway.wire(tenant) as other:
+            await write(one, "base", "base\n")
+            await end(one)
+            await write(one, "mine", "mine\n")
+            await bash(other, "rm base; mkdir deep; echo x > deep/theirs; ln -s nowhere link")
+            theirs, mine = await end(other), await end(one)
+            changed = {
+                entry["path"] for entry in (await one.call("history/diff", turn=theirs["turn"]))["changed"]
+            }
+            assert changed == {"base", "deep/theirs", "link"}
+            assert mine["files"] == 1
+
+    async def test_a_turn_ends_by_itself_once_its_session_rests(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """Neither a client that never heard of turns nor one that went away loses one."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["turn.committed"])
+            await write(wire, "rested", "x\n")
+            await wire.until(lambda: "Untitled" in [turn["title"] for turn in told(wire)])
+            async with gateway.wire(tenant) as gone:
+                await gone.call("turn/begin", title="went away")
+                await write(gone, "gone", "x\n")
+            await wire.until(lambda: "went away" in [turn["title"] for turn in told(wire)])
+
+    async def test_what_was_changed_without_a_turn_is_kept_when_one_is_undone(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """A person's change to the same file is a turn of its own, and other files stay as they are."""
+        async with gateway.wire(tenant) as wire:
+            await write(wire, "a", "before\n")
+            await end(wire)
+            await write(wire, "a", "agent\n")
+            turn = await end(wire)
+            await wire.call("files/write", path="a", text="person\n")
+            await wire.call("files/write", path="upload", text="a visitor's\n")
+            await wire.call("history/restore", turn=turn["turn"], to="before")
+            assert (await text(wire, "a"), await text(wire, "upload")) == ("before\n", "a visitor's\n")
+            listed = (await wire.call("history/list"))["turns"]
+            assert [one["kind"] for one in listed[:2]] == ["restored", "outside"]
+            await wire.call("history/restore", turn=listed[1]["turn"])
+            assert await text(wire, "a") == "person\n"
+
+    async def test_hostile_trees_and_repositories_do_not_matter(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """Hooks, filters, attributes and faults of the site's own repository are nothing to ours."""
+        async with gateway.wire(tenant) as wire:
+            await write(wire, "start", "x\n")
+            await end(wire)
+            await bash(wire, HOSTILE)
+            turn = await end(wire)
+            shown = await wire.call("history/diff", turn=turn["turn"])
+            names = {entry["path"] for entry in shown["changed"]}
+            assert {"-rf", "a\\nb", "*", "mixed", "up", ".gitattributes"} <= names
+            assert not names & {"fifo", "big", "node_modules/x", "nested/n", "hooked", "filtered"}
+            assert {"big", "nested/"} <= set(turn["leftOut"])
+            await bash(wire, "rm mixed; git checkout -q -b other; rm -rf .git/objects; echo > .git/HEAD")
+            broke = await end(wire)
+            await wire.call("history/restore", turn=broke["turn"], to="before")
+            found = await bash(wire, "base64 mixed; ls -a")
+            assert base64.b64encode(b"a\r\nb\n$Id$\n").decode() in found
+            assert "hooked" not in found and "filtered" not in found
+
+    async def test_a_broken_history_begins_again(self, gateway: LiveGateway, tenant: str) -> None:
+        """A tenant that breaks the record of its turns loses those before, and no turn after."""
+        async with gateway.wire(tenant) as wire:
+            await write(wire, "a", "1\n")
+            await end(wire)
+            place = await self.place(gateway, tenant)
+            breaks = "echo x > {}/index", "find {}/objects -type f -delete", "rm -rf {}/refs", "rm -rf {}"
+            for how in breaks:
+                await bash(wire, f"{how.format(place)}; date +%N > a")
+                turn = await end(wire)
+                assert (await wire.call("history/list"))["turns"][0] == turn
+
+    async def place(self, gateway: LiveGateway, tenant: str) -> str:
+        """Return where a tenant's commands find its history."""
+        return "/home/site/.local/state/incus-gateway/history.git"
+
+    async def test_bad_asks_are_refused_with_words(self, gateway: LiveGateway, tenant: str) -> None:
+        async with gateway.wire(tenant) as wire:
+            assert await wire.call("history/list") == {"turns": [], "more": False}
+            assert await wire.call("turn/end") == {"turn": None}
+            for method in ("history/diff", "history/restore"):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call(method, turn="0" * 40)
+                assert caught.value.code == "not_found"
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call(method, turn="HEAD")
+                assert caught.value.code == "invalid_params"
+            await write(wire, "a", "1\n")
+            await end(wire)
+            first = (await wire.call("history/list"))["turns"][-1]
+            with pytest.raises(RpcFailure) as caught:
+                await wire.call("history/restore", turn=first["turn"], to="before")
+            assert caught.value.code == "conflict"
+        reader = gateway.token(tenant, scopes=("files:read",))
+        async with gateway.wire(tenant, token=reader) as wire:
+            await wire.call("history/list")
+            for method in ("turn/begin", "turn/end"):
+                with pytest.raises(RpcFailure) as caught:
+                    await wire.call(method)
+                assert caught.value.code == "forbidden"
+            with pytest.raises(RpcFailure) as caught:
+                await wire.call("history/restore", turn=first["turn"])
+            assert caught.value.code == "forbidden"
+
+    async def test_http_has_the_same(self, gateway: LiveGateway, tenant: str) -> None:
+        base, session = f"/v1/tenants/{tenant}", {"X-Tool-Session": "agent"}
+        async with gateway.http(tenant) as http:
+            for content in ("one\n", "two\n"):
+                asked = {"title": f"Write {content.strip()}"}
+                async with http.post(f"{base}/turn", json=asked, headers=session) as answer:
+                    assert answer.status == 200, await answer.text()
+                body = {"file_path": "h", "content": content}
+                async with http.post(f"{base}/tools/Write", json=body, headers=session) as answer:
+                    assert answer.status == 200
+            async with http.delete(f"{base}/turn", headers=session) as answer:
+                turn = (await answer.json())["turn"]
+                assert turn["title"] == "Write two"
+            async with http.get(f"{base}/history?limit=1") as answer:
+                assert await answer.json() == {"turns": [turn], "more": True}
+            async with http.get(f"{base}/history?before={turn['turn']}") as answer:
+                assert (await answer.json())["turns"][0]["title"] == "Write one"
+            async with http.get(f"{base}/history/{turn['turn']}") as answer:
+                assert "+two" in (await answer.json())["diff"]
+            async with http.post(f"{base}/history/{turn['turn']}/restore", json={"to": "before"}) as answer:
+                assert (await answer.json())["turn"]["kind"] == "restored"
+            async with http.get(f"{base}/files/h") as answer:
+                assert await answer.text() == "one\n"
+        async with gateway.http("t-other") as http:
+            async with http.get(f"{base}/history") as answer:
+                assert answer.status == 404
+            async with http.post(f"{base}/turn") as answer:
+                assert answer.status == 404
+
+    async def test_calls_go_on_while_turns_are_recorded(self, gateway: LiveGateway, tenant: str) -> None:
+        """None of the changes is lost, whichever turn has it."""
+        async with gateway.wire(tenant) as wire:
+            ends = []
+            for number in range(10):
+                await write(wire, f"f{number}", "x\n")
+                ends.append((await wire.start_call("turn/end"))[1])
+            await asyncio.gather(*ends)
+            names = set()
+            for turn in (await wire.call("history/list"))["turns"]:
+                shown = await wire.call("history/diff", turn=turn["turn"])
+                names |= {entry["path"] for entry in shown["changed"]}
+            assert names == {f"f{number}" for number in range(10)}
