@@ -8,13 +8,13 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.host import Report, run
 
-KEPT = 3  # built images in the cache
+KEPT = 3  # of each kind of file in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,16 @@ def keep(cache: Path, used: Artefact) -> None:
     Gateways of different versions on one host build different definitions, from one cache.
     """
     os.utime(used.rootfs)
-    for old in sorted(cache.glob("*.squashfs"), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
-        old.with_suffix(".tar").unlink(missing_ok=True)  # first: it says that the other is whole
-        old.unlink(missing_ok=True)
+    for old in prune(cache.glob("*.squashfs")):
+        old.with_suffix(".tar").unlink(missing_ok=True)
+
+
+def prune(files: Iterable[Path]) -> list[Path]:
+    """Remove all but the `KEPT` files that changed last; return those that were removed."""
+    old = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return old
 
 
 @contextlib.contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 from gateway.host import HostError, npm
+from gateway.host.artefacts import prune
 
 VERSION = "1.4.5"
 # npm's dist.integrity of @oven/bun-linux-VARIANT at that version: `npm view NAME@VERSION dist.integrity`.
@@ -42,12 +45,15 @@ def ensure(kind: str, cache: Path) -> Path:
         return target
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bun-", dir=cache) as place:
-        fetched = Path(place) / "bun"
-        npm.fetch(f"@oven/bun-linux-{kind}@{VERSION}", INTEGRITY[kind], "package/bin/bun", fetched)
+        package, fetched = Path(place) / "bun.tgz", Path(place) / "bun"
+        npm.fetch(f"@oven/bun-linux-{kind}@{VERSION}", INTEGRITY[kind], package)
+        with tarfile.open(package) as archive, fetched.open("wb") as file:
+            program = archive.extractfile("package/bin/bun")
+            assert program is not None, "it was checked to be the one that holds it"
+            shutil.copyfileobj(program, file, 1 << 20)
+        fetched.chmod(0o755)
         fetched.replace(target)
-    for old in cache.glob(f"bun-*-{kind}"):
-        if old != target and old.is_file():
-            old.unlink(missing_ok=True)
+    prune(path for path in cache.glob(f"bun-*-{kind}") if path.is_file())
     return target
 
 

@@ -10,17 +10,18 @@ import hashlib
 import json
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gateway.host import HostError, bun
+from gateway.host import HostError, bun, toolchain
 from gateway.host.setup import BRIDGE, CA_BUNDLE
 from gateway.settings import Settings
 
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
 
-# What a web site's developer expects to find, and no more: each megabyte counts against every tenant's quota.
+# What a web site's developer and an agent expect to find, and no more: each megabyte counts against every
+# tenant's quota.
 PACKAGES = (
     "bash-completion",
     "ca-certificates",
@@ -32,19 +33,31 @@ PACKAGES = (
     "iputils-ping",
     "jq",
     "less",
+    "lsof",
+    "make",
     "nano",
     "openssh-client",
     "patch",
     "procps",
     "psmisc",
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "ripgrep",
     "rsync",
     "systemd-sysv",
+    "tree",
     "udev",
     "unzip",
     "util-linux",
+    "vim-tiny",
+    "wget",
     "xz-utils",
     "zip",
 )
+
+# What add-ons of Node and Python packages without a wheel are built with; larger than all of the above.
+COMPILER = ("g++", "libc6-dev", "python3-dev")
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -122,12 +135,19 @@ class Definition:
     uid: int
     workspace: str
     certificates: bytes
+    compiler: bool
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Return Debian's packages by name."""
+        return (*PACKAGES, *COMPILER) if self.compiler else PACKAGES
 
     @property
     def digest(self) -> str:
         """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
-        program = (bun.VERSION, bun.INTEGRITY[self.bun])
-        parts = (SUITE, PACKAGES, *program, FILES, MASKED, GENERATORS, TEMPLATES, FINISH)
+        archives = toolchain.archives(self.architecture, headers=self.compiler)
+        programs = [asdict(archive) for archive in archives], bun.VERSION, bun.INTEGRITY[self.bun]
+        parts = (SUITE, self.packages, *programs, FILES, MASKED, GENERATORS, TEMPLATES, FINISH)
         text = json.dumps([*parts, self.architecture, self.user, self.uid, self.workspace])
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
@@ -148,4 +168,5 @@ def define(settings: Settings, machine: str = "", flags: str | None = None) -> D
         uid=settings.workspace_uid,
         workspace=settings.workspace,
         certificates=CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b"",
+        compiler=settings.image_compiler,
     )

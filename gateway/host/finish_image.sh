@@ -1,24 +1,26 @@
-# Makes a Debian tree the base image of tenants: their user, their workspace, Bun, and no unit that a container has
-# no use for.
+# Makes a Debian tree the base image of tenants: their user, their workspace, and no unit that a container has no use
+# for.
 #
-# Usage:  sh finish_image.sh ROOT UID USER WORKSPACE BUN MASKED GENERATORS
+# Usage:  sh finish_image.sh ROOT UID USER WORKSPACE MASKED GENERATORS
 #   ROOT        the tree
 #   UID, USER   the workspace's user
 #   WORKSPACE   the folder that becomes that user's
-#   BUN         Bun's program
 #   MASKED      units, with blanks between them
 #   GENERATORS  programs that make units, with blanks between them
 # Input:  none.
 # Output: what the programs say.
 # Exit:   0 once all is done.
 set -eu
-root="$1" uid="$2" user="$3" workspace="$4" bun="$5" masked="$6" generators="$7"
+root="$1" uid="$2" user="$3" workspace="$4" masked="$5" generators="$6"
 chroot "$root" groupadd --gid "$uid" "$user"
 chroot "$root" useradd --uid "$uid" --gid "$uid" --create-home --home-dir "/home/$user" --shell /bin/bash "$user"
 install -d -m 0755 -o "$uid" -g "$uid" "$root$workspace"
-install -D -m 0755 "$bun" "$root/usr/local/bin/bun"
-ln -s bun "$root/usr/local/bin/bunx"
-ln -s bun "$root/usr/local/bin/node"
+ln -s /usr/bin/python3 "$root/usr/local/bin/python"
+ln -s /usr/bin/vim.tiny "$root/usr/local/bin/vim"
+# the build's own haste
+sed -i /^force-unsafe-io$/d "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
+# Nothing of Debian's is written in Python here, so `pip install` may do what is asked of it.
+rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 install -d "$root/var/log/journal"
 chroot "$root" systemctl --quiet enable announce-address.service
 # shellcheck disable=SC2086 # words

@@ -1,4 +1,4 @@
-"""Build the base image of tenants and import it: Debian, systemd, the user `site`, Bun.
+"""Build the base image of tenants and import it: Debian, systemd, the user `site`, Node, Bun, uv.
 
 An image is the outcome of its definition (`definition`). The digest of that names the artefact in the cache
 (`artefacts`) and is written into the image's properties, so that a second daemon imports without a build, and
@@ -13,18 +13,18 @@ import re
 import shlex
 import tarfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, Report, Steps, bun, run
+from gateway.host import Change, Report, Steps, bun, run, toolchain
 from gateway.host.artefacts import Artefact, alone, keep, workplace
 from gateway.host.definition import (
     FILES,
     FINISH,
     GENERATORS,
     MASKED,
-    PACKAGES,
     PROPERTY,
     SUITE,
     TEMPLATES,
@@ -67,15 +67,20 @@ def build(
 def _build(
     definition: Definition, cache: Path, place: Path, steps: Steps, artefact: Artefact, lock: int
 ) -> None:
-    tree = place / "tree"
+    tree, local = place / "tree", place / "local"
     made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
-    steps.run(f"Bun {bun.VERSION} ({definition.bun})", lambda: _fetch_bun(definition, cache))
     steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
-    steps.run(
-        f"Debian {SUITE}",
-        lambda: _bootstrap(definition, place, tree, bun.ensure(definition.bun, cache), lock),
-    )
-    steps.run("packing", lambda: _pack(definition, tree, made, lock))
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        programs = beside.submit(
+            toolchain.lay,
+            *(definition.architecture, definition.bun),
+            headers=definition.compiler,
+            cache=cache,
+            target=local,
+        )
+        steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, lock))
+        steps.run("programs", programs.result)
+    steps.run("packing", lambda: _pack(definition, tree, local, made, lock))
     # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
     for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
         with source.open("rb") as file:
@@ -83,12 +88,7 @@ def _build(
         source.replace(target)
 
 
-def _fetch_bun(definition: Definition, cache: Path) -> str:
-    size = bun.ensure(definition.bun, cache).stat().st_size
-    return f"{size >> 20} MiB, integrity checked when it was fetched"
-
-
-def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, lock: int) -> str:
+def _bootstrap(definition: Definition, place: Path, tree: Path, lock: int) -> str:
     overlay = place / "overlay"
     for name, text in FILES.items():
         target = overlay / name
@@ -97,9 +97,9 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
         target.chmod(0o644)
     finish = place / "finish_image.sh"
     finish.write_text(FINISH)
-    facts = (definition.uid, definition.user, definition.workspace, program)
+    facts = (definition.uid, definition.user, definition.workspace)
     words = " ".join(shlex.quote(str(word)) for word in (*facts, " ".join(MASKED), " ".join(GENERATORS)))
-    hooks = [f'copy-in "{overlay}/etc" /', f'sh "{finish}" "$1" {words}']
+    hooks = [f'copy-in "{overlay}/etc" "{overlay}/usr" /', f'sh "{finish}" "$1" {words}']
     if definition.certificates:
         # What the host trusts beside Debian's own, a guest behind the same network needs too.
         bundle = place / "ca-certificates.crt"
@@ -111,13 +111,16 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
             "--mode=root",
             "--variant=minbase",
             f"--architectures={definition.architecture}",
-            f"--include={','.join(PACKAGES)}",
+            f"--include={','.join(definition.packages)}",
             '--aptopt=Apt::Install-Recommends "false"',
             *(f"--aptopt={option}" for option in _apt_options()),
+            # the tree is made anew where anything goes wrong; what is flushed to the disk is the packed image
+            "--dpkgopt=force-unsafe-io",
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             "--dpkgopt=path-exclude=/usr/share/locale/*/LC_MESSAGES/*.mo",
+            "--dpkgopt=path-exclude=/usr/lib/udev/hwdb.d/*",  # a container has no hardware to be named
             *(f"--customize-hook={hook}" for hook in hooks),
             SUITE,
             tree,
@@ -127,7 +130,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, program: Path, l
         fix="check that this machine reaches a Debian mirror (apt-get update), then run again",
         timeout=1800.0,
     )
-    return f"{len(PACKAGES)} packages and what they need"
+    return f"{len(definition.packages)} packages and what they need"
 
 
 def _apt_options() -> list[str]:
@@ -138,7 +141,9 @@ def _apt_options() -> list[str]:
     return [line for line in lines if wanted.match(line) and not line.endswith('""')]
 
 
-def _pack(definition: Definition, tree: Path, made: Artefact, lock: int) -> str:
+def _pack(definition: Definition, tree: Path, local: Path, made: Artefact, lock: int) -> str:
+    # links: both are on one file system, and only read from here on
+    run(["cp", "--archive", "--link", f"{local}/.", tree / "usr/local"], fix="run again")
     run(
         [
             *("mksquashfs", tree, made.rootfs),
@@ -166,7 +171,7 @@ def image_metadata(definition: Definition) -> dict[str, Any]:
         "properties": {
             "os": "Debian",
             "release": SUITE,
-            "description": f"incus-gateway tenant: Debian {SUITE}, Bun {bun.VERSION}",
+            "description": f"incus-gateway tenant: Debian {SUITE}, Node {toolchain.NODE}, Bun {bun.VERSION}",
             PROPERTY: definition.digest,
         },
         "templates": {path: {"when": ["create"], "template": _template(path)} for path in TEMPLATES},

@@ -1,4 +1,4 @@
-"""Fetches one file of an npm package and checks its integrity.
+"""Fetches packages of npm and checks their integrity.
 
 Needs nothing but Python, so that a host needs neither Node nor npm.
 """
@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import ssl
-import tarfile
 import urllib.request
 from pathlib import Path
 from typing import Final
@@ -21,25 +20,19 @@ REGISTRY: Final = "https://registry.npmjs.org"
 _TIMEOUT: Final = 120.0  # seconds without a byte
 
 
-def fetch(package: str, integrity: str, member: str, target: Path) -> str:
-    """Put `member` of `NAME@VERSION` at `target`, executable; return what to tell of it.
+def fetch(package: str, integrity: str, target: Path) -> None:
+    """Put the archive of `NAME@VERSION` at `target`, which appears once it is whole.
 
-    The folder of `target` is used for what is needed on the way. `integrity` is npm's `dist.integrity`:
-    `npm view NAME@VERSION dist.integrity`. Raises `HostError`.
+    `integrity` is npm's `dist.integrity`: `npm view NAME@VERSION dist.integrity`. Raises `HostError`.
     """
     name, _, version = package.rpartition("@")
-    tarball = target.with_name(target.name + ".tgz")
-    _download(f"{registry()}/{name}/-/{name.rpartition('/')[2]}-{version}.tgz", tarball)
-    check_integrity(tarball, integrity)
-    with tarfile.open(tarball) as archive:
-        binary = archive.extractfile(member)
-        if binary is None:
-            raise HostError(f"{package} holds no {member}")
-        with target.open("wb") as file:
-            shutil.copyfileobj(binary, file)
-    target.chmod(0o755)
-    tarball.unlink()
-    return f"fetched, {target.stat().st_size >> 20} MiB, integrity checked"
+    new = target.with_name(f"{target.name}.{os.getpid()}.new")
+    try:
+        _download(f"{registry()}/{name}/-/{name.rpartition('/')[2]}-{version}.tgz", new, package)
+        check_integrity(new, integrity, package)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def registry() -> str:
@@ -52,7 +45,7 @@ def registry() -> str:
     return (said or REGISTRY).rstrip("/")
 
 
-def _download(url: str, target: Path) -> None:
+def _download(url: str, target: Path, package: str) -> None:
     # through the environment's proxies; a registry that is not https is one that the operator has named
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT, context=ssl.create_default_context()) as answer:  # noqa: S310
@@ -60,19 +53,19 @@ def _download(url: str, target: Path) -> None:
                 shutil.copyfileobj(answer, file, 1 << 20)
     except OSError as error:
         raise HostError(
-            f"{target.stem} cannot be fetched from the npm registry: {error}; check that this machine "
+            f"{package} cannot be fetched from the npm registry: {error}; check that this machine "
             "reaches it (npm_config_registry names a mirror), then run again"
         ) from error
 
 
-def check_integrity(file: Path, expected: str) -> None:
+def check_integrity(file: Path, expected: str, name: str = "") -> None:
     """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` where it differs."""
     algorithm, _, digest = expected.partition("-")
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, algorithm).digest()
     if found != base64.b64decode(digest):
         raise HostError(
-            f"{file.name} is not what was published: its {algorithm} is {base64.b64encode(found).decode()}, "
-            f"not {digest}; it was damaged or altered on the way: run again, and if it repeats, "
-            "do not use this registry"
+            f"{name or file.name} is not what was published: its {algorithm} is "
+            f"{base64.b64encode(found).decode()}, not {digest}; it was damaged or altered on the way: "
+            "run again, and if it repeats, do not use this registry"
         )

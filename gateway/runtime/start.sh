@@ -60,8 +60,11 @@ set -- "$_gateway_how" "$_gateway_terminal" "$_gateway_modes"
 if [ -n "$_gateway_name" ]; then
   export HOME="$_gateway_home" USER="$_gateway_name" LOGNAME="$_gateway_name" SHELL="$_gateway_shell"
   if [ "$_gateway_uid" != 0 ]; then
-    exec setpriv "--reuid=$_gateway_uid" "--regid=$_gateway_gid" "$_gateway_groups" -- \
-      /bin/sh -c "$_gateway_wait" sh "$@"
+    # Programs that the user installed, where npm, pip, uv, pnpm and bun put them, come first, but only once root
+    # has looked up its last.
+    exec setpriv "--reuid=$_gateway_uid" "--regid=$_gateway_gid" "$_gateway_groups" -- /bin/sh -c \
+      'PATH=$HOME/.local/bin:$HOME/.local/share/pnpm/bin:$HOME/.bun/bin:$PATH
+'"$_gateway_wait" sh "$@"
   fi
 fi
 eval "$_gateway_wait"

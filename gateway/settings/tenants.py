@@ -15,6 +15,9 @@ class TenantSettings(BaseModel):
     )
     profile: str = Field("gateway-tenant", description="Incus profile of every tenant")
     image: str = Field("gateway-base", description="alias of the base image")
+    image_compiler: bool = Field(
+        False, description="whether the base image has a C++ compiler, with the headers of Node and Python"
+    )
     network: str = Field("gatewaybr0", description="bridge of the tenants")
     network_ipv4: str = Field("10.82.0.1/20", description="IPv4 address and network of that bridge")
     pool: str = Field("gateway", description="storage pool of the tenants")

@@ -105,6 +105,7 @@ def definition(**changes: object) -> Definition:
         "uid": 1000,
         "workspace": "/srv/site",
         "certificates": b"",
+        "compiler": False,
     }
     return Definition(**{**fields, **changes})  # type: ignore[arg-type]  # a dict of mixed fields
 
@@ -118,6 +119,7 @@ def test_digest_changes_with_everything_that_decides_the_image() -> None:
         definition(uid=1001),
         definition(workspace="/srv/web"),
         definition(certificates=b"one more"),
+        definition(compiler=True),
     ]
     assert definition().digest == definition().digest
     assert len({definition().digest, *(other.digest for other in others)}) == len(others) + 1

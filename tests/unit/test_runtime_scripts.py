@@ -295,6 +295,23 @@ def test_a_command_is_its_users(shell: tuple[str, ...], account: Account, said: 
     assert (preamble.started, out.decode()) == (True, f"{said}\n")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_programs_that_a_user_installed_come_first_and_never_run_as_root(shell: tuple[str, ...]) -> None:
+    """A site's own `setpriv` is no way to become root, nor does root find any other program of its."""
+    with tempfile.TemporaryDirectory() as home:
+        programs = Path(home, ".local", "bin")
+        programs.mkdir(parents=True)
+        Path(home).chmod(0o755)
+        for name in ("setpriv", "sh", "mine"):
+            (programs / name).write_text(f"#!/bin/sh\necho {name} by $(id -u)\n")
+            (programs / name).chmod(0o755)
+        for word in ("mine", "setpriv"):
+            preamble, out = started(shell, Account("nobody", 65534, 65534, home), word)
+            assert (preamble.started, out.decode()) == (True, f"{word} by 65534\n")
+        preamble, out = started(shell, Account("root", 0, 0, home), "sh", "-c", "echo $PATH")
+        assert (preamble.started, out.decode()) == (True, f"{BASE['PATH']}\n")
+
+
 def names_in(script: str) -> set[str]:
     """Return the variables that a script sets."""
     set_ = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", script)
@@ -311,7 +328,7 @@ def test_no_variable_of_the_scripts_takes_the_place_of_one_that_incus_sets(
     shell: tuple[str, ...], account: Account
 ) -> None:
     """As by `incus config set TENANT environment.name=…`: each name that start.sh and wait.sh use."""
-    ours = {"GATEWAY_EXEC", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "LC_ALL"}
+    ours = {"GATEWAY_EXEC", "HOME", "PATH", "USER", "LOGNAME", "SHELL", "TERM", "LC_ALL"}
     names = {"name", "home", "group", *names_in(START_SCRIPT), *names_in(WAIT_SCRIPT)} - ours
     assert len(names) > 10
     env = {name: f"the operator's {name}" for name in names if not name.startswith("_gateway_")}

@@ -1,3 +1,4 @@
 # Bun and Node bring their own certificates: see system.conf.d.
 export NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
-export PATH="$HOME/.bun/bin:$PATH"
+# as every command of the gateway has it
+export PATH="$HOME/.local/bin:$HOME/.local/share/pnpm/bin:$HOME/.bun/bin:$PATH"
