@@ -49,12 +49,19 @@ def ready(source: str) -> bool:
     if source == "pool":
         # it is whole once it is listed: a copy that is being made has no configuration yet
         return any((e["config"] or {}).get("user.gateway.role") == "pool" for e in found)
-    return any(
-        (e["config"] or {}).get("user.gateway.role") == "golden"
-        and e["status"] == "Stopped"
-        and e["snapshots"]
-        for e in found
-    )
+    golden = [e for e in found if (e["config"] or {}).get("user.gateway.role") == "golden"]
+    return any(e["status"] == "Stopped" and e["snapshots"] for e in golden) and not _busy(golden)
+
+
+def _busy(instances: list[dict[str, Any]]) -> bool:
+    """Say whether something is done to one of them: Incus lists a snapshot that is still being made."""
+    said = json.loads(environment.incus("query", "/1.0/operations?recursion=1").stdout)
+    names = {path.rpartition("/")[2] for one in said.get("running") or () for path in _named(one)}
+    return any(e["name"] in names for e in instances)
+
+
+def _named(operation: dict[str, Any]) -> list[str]:
+    return (operation.get("resources") or {}).get("instances") or []
 
 
 async def one(host: Hosting, domain: str, template: str) -> tuple[float, dict[str, Any]]:
