@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 Token: TypeAlias = str | Callable[[], str | Awaitable[str]]
 """A token, or a function, asynchronous or not, that returns one."""
 
-# seconds before its end at which a token is renewed, at most; of a short one a tenth of its life
+# seconds before its end at which a token is renewed, at most; of a short one this share of its life
 MARGIN: Final = 60.0
+SHARE: Final = 0.1
 # seconds that the function may take
 TIMEOUT: Final = 30.0
 # seconds after a failure of the function: the first, and the longest
@@ -106,7 +107,7 @@ class Credentials:
 
     def _plan(self, expires: float) -> None:
         self._expires = expires
-        margin = min(MARGIN, max(0.0, expires - self._now()) / 10)
+        margin = min(MARGIN, max(0.0, expires - self._now()) * SHARE)
         # so that many clients do not ask at the same moment; no secret depends on it
         self._due = expires - margin * random.uniform(1.0, 2.0)  # noqa: S311
 
