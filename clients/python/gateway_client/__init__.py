@@ -15,7 +15,7 @@ asyncio.
 from gateway_client.attachment import Exit
 from gateway_client.client import Client, TenantInfo
 from gateway_client.credentials import Token
-from gateway_client.deployments import Deployment, DeploymentRecord, Phase
+from gateway_client.deployments import Deployment, DeploymentRecord, History, Phase
 from gateway_client.errors import Disconnected, GatewayError, TokenUnavailable
 from gateway_client.events import Event, EventStream
 from gateway_client.execution import Exec, Killed
@@ -40,6 +40,7 @@ __all__ = [
     "Exit",
     "Files",
     "GatewayError",
+    "History",
     "Killed",
     "Output",
     "Phase",

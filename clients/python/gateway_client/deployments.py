@@ -70,6 +70,24 @@ class DeploymentRecord:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """What was deployed to a tenant, newest first; `live` is what is served, `kept` what it can go back to.
+
+    `live` and `kept` are ids of deployments; `live` is None where it is not known.
+    """
+
+    deployments: Sequence[DeploymentRecord]
+    live: str | None
+    kept: Sequence[str]
+    all: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> History:
+        records = [DeploymentRecord.parse(record) for record in value["deployments"]]
+        return cls(records, value["live"], [one["id"] for one in value["kept"]], value)
+
+
 class Deployment:
     """One attempt to bring a tenant to a site that answers. Made by `Client.deploy` or `Client.deployment`.
 

@@ -244,6 +244,19 @@ class EventStream(_Facade[events.EventStream]):
         return self._inner.state
 
 
+class Deployment(_Facade[deployments.Deployment]):
+    """One deployment; see `gateway_client.Deployment`."""
+
+    record = _waits(deployments.Deployment.record)
+    wait = _waits(deployments.Deployment.wait)
+    cancel = _waits(deployments.Deployment.cancel)
+    events = _iterates(deployments.Deployment.events)
+
+    @property
+    def id(self) -> str:
+        return self._inner.id
+
+
 class Tenant(_Facade[tenant.Tenant]):
     """One tenant; see `gateway_client.Tenant`."""
 
@@ -280,6 +293,11 @@ class Tenant(_Facade[tenant.Tenant]):
     undo = _waits(tenant.Tenant.undo)
     delete = _waits(tenant.Tenant.delete)
     logs = _iterates(tenant.Tenant.logs)
+    deployments = _waits(tenant.Tenant.deployments)
+    variables = _waits(tenant.Tenant.variables)
+    environment = _waits(tenant.Tenant.environment)
+    rollback = _makes(tenant.Tenant.rollback, Deployment)
+    change_environment = _makes(tenant.Tenant.change_environment, Deployment)
     clone = _makes(tenant.Tenant.clone, lambda loop, made: Tenant(loop, made))
     exec = _opens(tenant.Tenant.exec, Exec)
     attach = _opens(tenant.Tenant.attach, Exec)
@@ -296,19 +314,6 @@ class Tenant(_Facade[tenant.Tenant]):
     @property
     def files(self) -> Files:
         return Files(self._loop, self._inner.files)
-
-
-class Deployment(_Facade[deployments.Deployment]):
-    """One deployment; see `gateway_client.Deployment`."""
-
-    record = _waits(deployments.Deployment.record)
-    wait = _waits(deployments.Deployment.wait)
-    cancel = _waits(deployments.Deployment.cancel)
-    events = _iterates(deployments.Deployment.events)
-
-    @property
-    def id(self) -> str:
-        return self._inner.id
 
 
 class Client(_Facade[client.Client]):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from gateway_client.attachment import Encoding
 from gateway_client.connections import Connections
+from gateway_client.deployments import Deployment, History
 from gateway_client.events import EventStream, event_query
 from gateway_client.execution import Exec
 from gateway_client.files import Files
@@ -310,6 +311,34 @@ class Tenant:
         """
         answer: Mapping[str, Any] = await self._http.json("PATCH", self._path, {"size": size})
         return answer
+
+    async def deployments(self) -> History:
+        """Return what was deployed to it, which of it is live, and which it can go back to."""
+        return History.parse(await self._http.json("GET", f"{self._path}/deployments"))
+
+    async def rollback(self, to: str | None = None, *, key: str | None = None) -> Deployment:
+        """Begin to serve a kept site again, the one that was live last or that of the deployment `to`."""
+        body = {} if to is None else {"to": to}
+        return await self._begun("POST", "rollback", body, key)
+
+    async def variables(self) -> list[str]:
+        """Return the names of the site's environment."""
+        return list((await self._http.json("GET", f"{self._path}/env"))["names"])
+
+    async def environment(self) -> dict[str, str]:
+        """Return the site's environment with its values; needs the scope `exec`, too."""
+        return dict((await self._http.json("GET", f"{self._path}/env?values=1"))["env"])
+
+    async def change_environment(
+        self, changes: Mapping[str, str | None], *, key: str | None = None
+    ) -> Deployment:
+        """Begin to start the site anew with other variables; None removes one."""
+        return await self._begun("PATCH", "env", {"env": dict(changes)}, key)
+
+    async def _begun(self, method: str, what: str, body: Mapping[str, Any], key: str | None) -> Deployment:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        answer = await self._http.json(method, f"{self._path}/{what}", body, headers)
+        return Deployment(self._http, answer["id"])
 
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
         """Make another tenant of this one's disk, or of a snapshot of it; it has no domain yet."""

@@ -1,0 +1,187 @@
+"""Commands around deployments that were: what there was, going back, and the environment by itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine, Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gateway.cli.asking import client_of, run_to_end
+from gateway.cli.confirming import Failed, somebody_is_there
+from gateway.cli.options import Json, TokenOption, Url
+from gateway.cli.progress import Progress, follow
+from gateway.terminal import line, out
+from gateway_client import Client, Deployment, DeploymentRecord, Tenant
+
+Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The site's domain, or its tenant")]
+
+
+class Action(StrEnum):
+    LIST = "list"
+    SET = "set"
+    UNSET = "unset"
+
+
+def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
+    """Show what was deployed to a site, which of it is live, and which can be rolled back to."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            history = await (await _tenant(client, domain)).deployments()
+        if as_json:
+            out.json(history.all, indent=True)
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("id", "created", "what", "state", ""):
+            table.add_column(column)
+        known = {record.id for record in history.deployments}
+        for record in history.deployments:
+            table.add_row(
+                *(record.id, _when(record.all["created"]), _what(record), record.state),
+                "live" if record.id == history.live else "kept" if record.id in history.kept else "",
+            )
+        for identity in history.kept:
+            if identity not in known:  # it is no longer on record, or was made under another name
+                table.add_row(identity, "", "", "", "kept")
+        out.print(table)
+
+    run_to_end(run())
+
+
+def rollback(
+    domain: Domain,
+    identity: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Of `deployments`; default: the one that was live last")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Serve a site again that was live before; the one that is live now is kept. Ctrl-C undoes it."""
+
+    async def run() -> DeploymentRecord:
+        async with client_of(url, token) as client:
+            begun = await (await _tenant(client, domain)).rollback(identity)
+            return await _followed(begun, domain, as_json=as_json)
+
+    record = _ended(run())
+    if not as_json:
+        out.say(f"{record.url} is {record.all['rollback']} again, after {(record.ms or 0) / 1000:.2f} s")
+
+
+def env(
+    domain: Domain,
+    action: Annotated[Action, typer.Argument(help="What to do")] = Action.LIST,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE … | NAME …]",
+            help="To set, or to unset; `set` without any reads lines of its input, as of a file .env",
+        ),
+    ] = None,
+    values: Annotated[bool, typer.Option("--values", help="List the values too.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """List, set or unset variables of a site; it starts anew with them, without a failed request."""
+    given = words or []
+    if action is Action.LIST:
+        if given:
+            raise typer.BadParameter("list takes no names")
+        run_to_end(_list(domain, values=values, as_json=as_json, url=url, token=token))
+        return
+    changes: Mapping[str, str | None]
+    if action is Action.SET:
+        changes = dict(_assignment(entry) for entry in given or _lines())
+    else:
+        changes = dict.fromkeys(given)
+    if not changes:
+        raise typer.BadParameter(f"{action} takes at least one variable")
+
+    async def run() -> DeploymentRecord:
+        async with client_of(url, token) as client:
+            begun = await (await _tenant(client, domain)).change_environment(changes)
+            return await _followed(begun, domain, as_json=as_json)
+
+    record = _ended(run())
+    if not as_json:
+        done = "has" if action is Action.SET else "has no more"
+        names = ", ".join(sorted(changes))
+        out.say(f"{record.url} {done} {line(names)}, after {(record.ms or 0) / 1000:.2f} s")
+
+
+async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, token: str | None) -> None:
+    async with client_of(url, token) as client:
+        tenant = await _tenant(client, domain)
+        found: Mapping[str, str | None]
+        if values:
+            found = await tenant.environment()
+        else:
+            found = dict.fromkeys(await tenant.variables())
+    if as_json:
+        out.json(found if values else list(found), indent=True)
+        return
+    for name, value in sorted(found.items()):
+        out.say(name if value is None else f"{name}={line(value)}")
+
+
+async def _tenant(client: Client, domain: str) -> Tenant:
+    """Return the tenant with a domain, or of that name. Raises `Failed`."""
+    wanted = domain.rstrip(".").lower()
+    found = await client.tenants()
+    for info in (
+        *(one for one in found if one.domain == wanted),
+        *(one for one in found if one.name == wanted),
+    ):
+        return client.tenant(info.name)
+    raise Failed(f"no tenant has the domain {domain}; `incus-gateway list` shows those that there are")
+
+
+async def _followed(begun: Deployment, domain: str, *, as_json: bool) -> DeploymentRecord:
+    if as_json:
+        return await follow(begun, out.json)
+    with Progress(out, domain) as progress:
+        return await follow(begun, progress.told)
+
+
+def _ended(work: Coroutine[Any, Any, DeploymentRecord]) -> DeploymentRecord:
+    record: DeploymentRecord = run_to_end(work)
+    if record.error is not None:
+        where = record.error.facts.get("phase", "deploy")
+        raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
+    return record
+
+
+def _lines() -> list[str]:
+    """Return the assignments of standard input: values on a command line show in the list of processes."""
+    if somebody_is_there():
+        raise typer.BadParameter("set takes NAME=VALUE, or lines of it by its input: env … set <.env")
+    found = (entry.strip() for entry in sys.stdin.read().splitlines())
+    return [entry.removeprefix("export ") for entry in found if entry and not entry.startswith("#")]
+
+
+def _assignment(entry: str) -> tuple[str, str]:
+    name, equals, value = entry.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"set takes NAME=VALUE, not {entry!r}")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return name.strip(), value[1:-1] if quoted else value
+
+
+def _what(record: DeploymentRecord) -> str:
+    said = record.all
+    if said["rollback"]:
+        return f"rollback to {said['rollback']}"
+    if said["env"]:
+        return line(f"env {', '.join(said['env'])}")
+    return str(said["template"])
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
