@@ -1,8 +1,8 @@
 """The audit log: who did what to tenants and tokens, kept longer than events.
 
-What a client asks of a tenant's life is noted where it is done. What tools, commands and deployments do is
-taken over from the events, which name who asked, from where the last life left off. Contents, command lines
-and secrets are in none of it.
+Changes of a tenant's lifecycle are recorded where they are made. What tools, commands and deployments do
+comes from the events, which name the caller, from where the last process stopped. No entry has contents,
+command lines or secrets.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FACT: Final = 500  # characters of one that are kept: a path may have thousands
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One deed. `event` is the id of the event it was taken from, 0 for none; `operator` says who did it."""
+    """One entry. `event` is the id of its event, 0 for none; `operator` says that an operator did it."""
 
     time: float
     who: str
@@ -53,10 +53,10 @@ class Entry:
 
 
 class Audit:
-    """The last `audit_kept` deeds. Use as an async context manager while the bus is open.
+    """The last `audit_kept` entries. Use as an async context manager while the bus is open.
 
-    The tenants share the room: where it is full, whoever has most loses its oldest. Operators' deeds have as
-    much room of their own.
+    The tenants share the room: when it is full, the tenant with most entries loses its oldest. Operators'
+    entries have as much room of their own.
     """
 
     def __init__(self, store: Store, bus: Bus, settings: Settings) -> None:
@@ -83,7 +83,7 @@ class Audit:
     async def note(
         self, who: str, action: str, tenant: str | None = None, *, operator: bool = False, **facts: Any
     ) -> None:
-        """Record what somebody did. Where it cannot be recorded the log says so, and the deed stays done."""
+        """Record what was done. If it cannot be recorded, the log says so; what was done stays."""
         try:
             await self._write([Entry(time.time(), who, action, tenant, facts, operator=operator)])
         except StoreFailed as failed:

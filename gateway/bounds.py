@@ -1,8 +1,8 @@
-"""Takes what others may make as large, or as slow, as they like: a part of it, in time, off the loop.
+"""Reads what others can make large or slow: only a part of it, within a time, off the event loop.
 
-`first` and `Lines` are for streams: they keep a part, drop the rest, and cost no more for a flood than for a
-word. `part` is for files of the kernel whose length is a tenant's. `aside` is for what takes more than a
-moment, or waits for the kernel: in a thread, under a deadline, with few threads for each tenant.
+`first` and `Lines` are for streams: they keep a part and drop the rest. `part` is for files of the kernel
+whose length a tenant controls. `aside` is for work that takes more than a moment, or waits for the kernel: it
+runs in a thread with a deadline, with few threads for each tenant.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def part(path: str | Path, limit: int) -> bytes:
 async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
     """Return what `work` returns in a thread of its own. Raises `TimeoutError` after `seconds`.
 
-    `of` is whose doing it is: each has a share of the threads, and its own wait behind each other. What has
-    not ended in time goes on until it does; it must be bounded, and change nothing that would matter then.
+    `of` names the tenant that the work is for: each has a share of the threads, and its work waits in turn.
+    Work that has not ended in time goes on until it does, so it must be bounded and change nothing.
     """
     share = _shares.get(of)
     if share is None:

@@ -110,11 +110,11 @@ def own_hosts(settings: Settings) -> frozenset[str]:
 
 
 def host_allowed(host: str | None, own: Collection[str], *, near: bool) -> bool:
-    """Say whether a request with this `Host` is for us: how DNS rebinding shows.
+    """Say whether a request with this `Host` is for us; DNS rebinding is refused by this.
 
-    `own` is what `own_hosts` says. A page that has its own name resolve to the gateway's address sends that
-    name; an address cannot be made to point elsewhere, and `localhost` not for who asks from this machine
-    (`near`). Whoever sends no `Host` is no browser.
+    `own` is the result of `own_hosts`. A page whose name resolves to the gateway's address sends that name.
+    An IP address cannot be redirected, nor can `localhost` for a client on this machine (`near`). A client
+    that sends no `Host` is not a browser.
     """
     name = _host(host)
     if not host or "*" in own or name in own:

@@ -80,9 +80,9 @@ class _Shelf:
 class Idempotency:
     """The latest records of each tenant. Make it by `opened`; used from the event loop only.
 
-    Kept of one tenant in the store are `receipts_kept` with at most `receipts_bytes`, for `receipts_age`
-    seconds; in memory, of calls that only read, the latest of all tenants in `receipts_memory` bytes: where
-    there are more, whoever has most loses its oldest.
+    The store keeps `receipts_kept` of one tenant, of at most `receipts_bytes`, for `receipts_age` seconds.
+    Memory keeps the latest of calls that only read, of all tenants, in `receipts_memory` bytes: if there are
+    more, the tenant with most loses its oldest.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -104,10 +104,10 @@ class Idempotency:
         return self
 
     async def result(self, key: Key, digest: bytes) -> bytes | None:
-        """Return the result under that id, None where the call is to be made.
+        """Return the result under that id, None if the call is to be made.
 
-        Raises `Conflict` where the id stands for another input, `Cancelled` where it was cancelled, `Gone`
-        where it was begun and nobody knows how it ended.
+        Raises `Conflict` if the id was used with another input, `Cancelled` if it was cancelled, `Gone` if it
+        was begun and it is not known how it ended.
         """
         record = self._find(key)
         if record is None:
@@ -172,7 +172,7 @@ class Idempotency:
             self._lighten(settings.receipts_memory // 10 * 9)
 
     def _lighten(self, most: int) -> None:
-        """Drop what was only read, of whoever has most of it, until there are no more bytes than `most`."""
+        """Drop results of reading calls, of the tenant with most of them, down to `most` bytes."""
         heap = [(-shelf.bytes, tenant) for tenant, shelf in self._reads.items()]
         heapq.heapify(heap)
         while heap and self._reads_bytes > most:
@@ -199,7 +199,7 @@ class Idempotency:
         await self._put(key, IdempotencyRecord(b"", time.time(), "fenced"))
 
     async def forget_tenant(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: another of its name begins anew."""
+        """Forget a tenant that is destroyed: the next one of its name has no records."""
         self._stored.pop(tenant, None)
         if (reads := self._reads.pop(tenant, None)) is not None:
             self._reads_bytes -= reads.bytes

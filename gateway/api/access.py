@@ -1,4 +1,4 @@
-"""Checks who asks by HTTP: origin, token, tenant and scope; a token that ends while its request goes on."""
+"""Checks each HTTP request: origin, token, tenant and scope, and a token that ends during the request."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def raw_token(asked: HTTPConnection) -> str | None:
 
 
 def sharer(token: Token) -> str:
-    """Return whose share a request counts in that names no tenant: the token's only one, or its subject's."""
+    """Return the share for a request without a tenant: of the token's only tenant, or of its subject."""
     coverage = token.coverage
     return next(iter(coverage)) if coverage is not None and len(coverage) == 1 else f"sub {token.subject}"
 

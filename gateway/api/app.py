@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 class Gateway:
     """One gateway process and the application that serves it.
 
-    Whoever serves `app` holds `store` open around it, so that records which cannot be used end the start
-    as one line.
+    Open `store` around serving `app`, so that records which cannot be used end the start with one line.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -132,7 +132,7 @@ class _Background:
                 self._services.bus.publish(event.type, event.tenant, event.data)
 
     async def _pin_ports(self) -> None:
-        """Bind the hardware address of each started tenant to its port, whoever started it; see `pin`."""
+        """Bind the hardware address of each tenant that starts to its port; see `pin`."""
         settings = self._services.settings
         at = settings.broker_socket
         while True:

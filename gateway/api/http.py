@@ -1,4 +1,4 @@
-"""HTTP helpers: bodies in, JSON and problems out, the request's id, and whose bytes they are."""
+"""Reads and answers HTTP: bodies in, JSON and problems out, the request's id, and the share it counts in."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ async def weighed(request: Request, body: bytes) -> None:
 async def read_body(request: Request, limit: int, patience: float) -> bytes:
     """Return the body, which counts as in flight until the request is answered.
 
-    Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the share of who
-    asks has room for, `Timeout` where nothing comes for `patience` seconds. Of who has shown no token the
-    whole body comes within that.
+    Raises `TooLarge` before more than `limit` bytes are read, `RateLimited` before more than the client's
+    share has room for, `Timeout` if nothing comes for `patience` seconds. Without a token the whole body must
+    come within that.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -126,7 +126,7 @@ async def read_body(request: Request, limit: int, patience: float) -> bytes:
 
 
 def ask(scope: Scope, share: Share) -> None:
-    """Count a request in the share of who asks, until it is answered. Raises `RateLimited`."""
+    """Count a request in its client's share until it is answered. Raises `RateLimited`."""
     if SHARE not in scope:
         scope[SHARE] = share
         hold(scope, REQUEST)
@@ -138,7 +138,7 @@ def hold(scope: Scope, size: int) -> None:
 
 
 def address(connection: HTTPConnection) -> str:
-    """Return whose a connection is. Our own proxy says so; anybody else's word for it is worth nothing."""
+    """Return the client's address. Only our own proxy is believed about it."""
     client, told = connection.client, connection.headers.getlist("x-forwarded-for")
     peer = "" if client is None else client.host
     if told and _near(connection.scope):

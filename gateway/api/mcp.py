@@ -62,7 +62,7 @@ _INSTRUCTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """Who asks: one request's tenant and token, and the tool session that its calls belong to."""
+    """The caller of one request: tenant, token, and the tool session that its calls belong to."""
 
     tenant: str
     token: Token
@@ -124,7 +124,7 @@ class Mcp:
     async def serve(
         self, tenant: str, token: Token, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Answer one request of a verified caller whose body was read already. Raises `InvalidParams`."""
+        """Answer one request whose caller was verified and whose body was read. Raises `InvalidParams`."""
         caller = _Caller.of(tenant, token, Headers(scope=scope))
         match scope["method"]:
             case "POST":

@@ -45,7 +45,7 @@ class McpEndpoint:
     async def serve(
         self, tenant: str, token: Token, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Answer one request of a verified caller whose body was read already.
+        """Answer one request whose caller was verified and whose body was read.
 
         Raises `InvalidParams`, and `Unavailable` where the package cannot be loaded.
         """

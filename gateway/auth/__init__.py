@@ -1,1 +1,1 @@
-"""Who may do what: tokens, what is open under each, and which were revoked."""
+"""Tokens: what each allows, what is open under it, and which were revoked."""

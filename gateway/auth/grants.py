@@ -1,7 +1,7 @@
 """Ends what is open under a token when the token ends: at its `exp`, or when it is revoked.
 
-Whoever opens something that outlasts its request holds a `Grant` for as long: a websocket, an event stream, a
-followed log. What is merely answered needs none; see docs/protocol.md.
+What outlasts its request holds a `Grant` for as long: a websocket, an event stream, a followed log. A request
+that is only answered needs none; see docs/protocol.md.
 """
 
 from __future__ import annotations

@@ -49,11 +49,11 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Who asks and what they may touch, as a verified token says.
+    """What a verified token says: the caller, and what it may touch.
 
-    `tenants` are names, or `*` for every one; `expires` and `issued` are in seconds since the epoch, this one
-    0 where the token does not say; `id` is the `jti` by which the token is revoked. `domains` are those that
-    its tenants may be given, `*.suffix` among them; None where the token says nothing of domains.
+    `tenants` are names, or `*` for all. `expires` and `issued` are in seconds since the epoch; `issued` is 0
+    if the token has none. `id` is the `jti` by which the token is revoked. `domains` are those that its
+    tenants may be given, with `*.suffix` for patterns; None if the token does not limit them.
     """
 
     subject: str
@@ -71,7 +71,7 @@ class Token:
 
     @property
     def operates(self) -> bool:
-        """Whether it is of who runs the gateway: for every tenant, with the scope `admin`."""
+        """Whether it is an operator's: for every tenant, with the scope `admin`."""
         return self.coverage is None and "admin" in self.scopes
 
     def covers(self, tenant: str) -> bool:
@@ -135,8 +135,8 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
     """Return what the token `raw` grants. Raises `Unauthorized`.
 
     `revoked` is asked with the `jti` of a token that is otherwise good. The message says only whether
-    a token is missing, expired or invalid: why it is invalid would help whoever forges one. Scopes
-    that this version does not know grant nothing.
+    a token is missing, expired or invalid: the reason would help to forge one. Unknown scopes grant
+    nothing.
     """
     if not raw:
         raise Unauthorized("a token is required: send Authorization: Bearer TOKEN")
@@ -181,7 +181,7 @@ def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None =
 
 
 def token_id(text: str) -> str:
-    """Return the `jti` of a token, whoever signed it, or `text` where it is no token but an id."""
+    """Return the `jti` of a token, its signature unchecked, or `text` if it is not a token but an id."""
     try:
         claims = jwt.decode(text, options={"verify_signature": False})
     except jwt.PyJWTError:
@@ -328,8 +328,9 @@ def origin_allowed(
     """Say whether a request with this `Origin` may be served: none at all, same-origin, or listed.
 
     `scheme` is the connection's (`http`, `https`, `ws` or `wss`) and `forwarded_proto` the proxy's
-    `X-Forwarded-Proto`, which wins. A page of another site cannot set that header, and a client that
-    is no browser needs no leave. `null` (sandboxed frames, files) is nobody's origin. `*` is no entry.
+    `X-Forwarded-Proto`, which wins. A page of another site cannot set that header, and other
+    clients than browsers need no permission. `null` (sandboxed frames, files) is never allowed. `*` is no
+    entry.
     """
     if origin is None:
         return True

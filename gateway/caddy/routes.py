@@ -52,7 +52,7 @@ class Routes:
         self.changing = asyncio.Lock()
 
     def lead_home(self) -> None:
-        """Lead the gateway's own domain to the gateway."""
+        """Route the gateway's own domain to the gateway."""
         if self._settings.domain is not None and ":" in self._settings.listen:
             self._lead(self._home(), self.gateway())
 
@@ -86,7 +86,7 @@ class Routes:
         return f"{host}:{port}"
 
     def set(self, domain: str, target: str) -> str | None:
-        """Lead a tenant's domain to `ADDRESS:PORT` or `NAME.sock`; return where it led before. Atomic.
+        """Route a tenant's domain to `ADDRESS:PORT` or `NAME.sock`; return its target before. Atomic.
 
         Raises `DomainReserved` for a domain of the gateway's own.
         """
@@ -112,14 +112,14 @@ class Routes:
         return before
 
     def get(self, domain: str) -> str | None:
-        """Return where a domain leads, or None."""
+        """Return the target of a domain, or None."""
         try:
             return (self.routes / domain).readlink().name
         except OSError:
             return None
 
     def unset(self, domain: str) -> None:
-        """Lead a domain nowhere. Idempotent."""
+        """Remove the route of a domain. Idempotent."""
         with contextlib.suppress(FileNotFoundError):
             (self.routes / domain).unlink()
 
@@ -145,7 +145,7 @@ class Routes:
         return (self.get(domain) or "").startswith(_ASLEEP)
 
     def listed(self) -> dict[str, str]:
-        """Return where each domain leads."""
+        """Return the target of each domain."""
         found = {entry.name: self.get(entry.name) for entry in self.routes.iterdir() if entry.name != PROBE}
         return {domain: target for domain, target in found.items() if target is not None}
 

@@ -20,7 +20,7 @@ Spans = Callable[[Iterable[str]], Mapping[str, Span]]
 
 
 class Bus:
-    """The gateway's events, from whoever publishes to whoever follows. Used from the event loop only.
+    """The gateway's events, from publishers to subscribers. Used from the event loop only.
 
     There are no queues. A subscription is a place in the journal, so a slow one costs no memory and
     loses nothing that the journal keeps; what it does not keep any more becomes a `gap`.
@@ -61,10 +61,10 @@ class Bus:
         data: Mapping[str, Any] | None = None,
         deployment: str | None = None,
     ) -> Event:
-        """Record that something happened and wake who follows. Never waits.
+        """Record an event and wake the subscribers. Never waits.
 
-        `data` must be JSON values, else `TypeError`; no secret, file content or host path may be among
-        them. After `close` events are still recorded.
+        `data` must be JSON values, else `TypeError`, without secrets, file contents or host paths.
+        After `close` events are still recorded.
         """
         body = dict(data or {})
         if deployment is not None:
@@ -76,20 +76,21 @@ class Bus:
         """Follow the events that `filter` lets through: from now on, or all after the id `after`.
 
         The place in the journal is taken now, not when iteration starts: subscribe first, read the
-        state after, and no change falls between. Where `after` is older than what is kept, or lies in
-        the future because it was given out by another life, a `gap` comes first and then all that is
-        kept.
+        state after, and no change falls between. If `after` is older than what is kept, or in the future
+        because another process gave it out, a `gap` comes first and then all that is kept.
 
-        Who covers names, not all, gets nothing of those that had them before; see `part`.
+        A subscriber that covers names, not all tenants, gets nothing of earlier tenants of these names; see
+        `part`.
         """
         subscription = Subscription(self, self._journal, filter, after)
         self._subscriptions.add(subscription)
         return subscription
 
     def part(self, spans: Spans | None) -> None:
-        """Take what tells where the events begin of the tenants that have these names now.
+        """Set the function that says where the events of the present tenants of names begin.
 
-        While that is None, not known, who covers names and asks for what was before waits.
+        While it returns None, for not known, a subscriber that covers names and asks for earlier events
+        waits.
         """
         self._spans = spans
         self._wake()

@@ -118,14 +118,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which events one subscriber gets: what its token covers, cut down to what it asked for.
+    """The events that one subscriber gets: those that its token covers and that it asked for.
 
-    `coverage` holds the names that the token covers, None for all. Events of no tenant (`gateway.*`)
-    are for everybody. `tenants`, `deployments` and `types` are what was asked for, None for no wish;
-    who names tenants or deployments gets no events of none. A type that ends in `*` is a prefix.
-    `names` holds where the events begin of covered names that others had before. Who knows a deployment's
-    id gets all of it: that it is undone ends the life of the tenant that it made. `since` is when the
-    subscriber's token was made.
+    `coverage` holds the names that the token covers, None for all. Events of no tenant (`gateway.*`) are for
+    everybody. `tenants`, `deployments` and `types` are what was asked for, None for all; with tenants or
+    deployments, events of no tenant are left out. A type that ends in `*` is a prefix. `names` says where the
+    events of covered names begin that earlier tenants had. A deployment's id gives all of its events, also
+    those after the end of the tenant that it made. `since` is when the subscriber's token was made.
     """
 
     coverage: frozenset[str] | None = None
@@ -149,9 +148,9 @@ class Filter:
         return self.types is None or any(_type_matches(wish, event.type) for wish in self.types)
 
     def hidden(self) -> int:
-        """Return up to which id events are hidden that the subscriber may have been there for.
+        """Return the last id of hidden events that the subscriber may have seen happen.
 
-        -1 for none: one whose token was made later has missed nothing.
+        -1 for none: a subscriber with a later token has missed nothing.
         """
         if self.deployments is not None:
             return -1

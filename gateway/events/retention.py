@@ -25,10 +25,10 @@ class Entry:
 
 
 class Shares:
-    """What is kept of each tenant's events, oldest first, and what is to go so that all have room.
+    """The kept events of each tenant, oldest first, and which to remove so that all have room.
 
-    Where there are more than `most`, or more bytes than `most_bytes`, the tenant that has most of them loses
-    its oldest: nobody loses anything to another who has more. The events of no tenant count as one's.
+    If there are more than `most`, or more bytes than `most_bytes`, the tenant with most of them loses its
+    oldest: none loses anything to one with more. The events of no tenant count as those of one.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
@@ -75,7 +75,7 @@ class Shares:
     def _lighten(
         self, newest: int, weight: Callable[[str], int], too_much: Callable[[], bool]
     ) -> Iterator[tuple[str, Entry]]:
-        """Take from the heaviest, of equals from the one whose oldest is the oldest."""
+        """Take from the heaviest tenant; of equal ones, from the one with the oldest event."""
         if not too_much():
             return
         heap = [(-weight(tenant), entries[0].id, tenant) for tenant, entries in self._of.items()]
@@ -161,7 +161,7 @@ def losses_of(gone: Iterable[tuple[str, Entry]]) -> dict[str, int]:
 
 
 def concerned(wanted: Filter) -> list[str] | None:
-    """Return of whom events may be wanted, None for anybody."""
+    """Return the keys of the events that may be wanted, None for all."""
     if wanted.deployments is not None:
         return [ALL, *map(_of_deployment, wanted.deployments)]
     if wanted.tenants is not None:

@@ -17,7 +17,7 @@ _SEPARATOR = "\n"
 
 
 class Streaming(EventSourceResponse):
-    """The answer to who follows events; it ends when its `subscription` does."""
+    """The answer to a follower of events; it ends when its `subscription` does."""
 
     def __init__(self, subscription: Subscription, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)

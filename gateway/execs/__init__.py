@@ -1,8 +1,8 @@
 """Commands of all tenants: started once, read by many, ended completely.
 
 `Execs` is the registry (`registry`). An `Exec` (`exec`) outlives those that read it by an `Attachment`,
-with a `Cursor` on each output (`streams`). It knows the runtime and the event bus, and nothing of websockets.
-Other rooms use what is named here.
+with a `Cursor` on each output (`streams`). It uses the runtime and the event bus, and no websockets. Other
+rooms use what is named here.
 """
 
 from gateway.execs.ended import Ended

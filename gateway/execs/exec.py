@@ -79,7 +79,7 @@ class Attachment:
         return None
 
     def hold(self, seconds: float) -> None:
-        """Keep the place for a reader whose connection broke: until it is resumed, or for so long."""
+        """Keep the place of a reader whose connection broke, until it is resumed or the time has passed."""
         if not self.closed:
             self._holding = asyncio.get_running_loop().call_later(seconds, self.close)
 
@@ -183,7 +183,7 @@ class Exec:
             self.over = Ended(self._reason, code, signal, duration, self._offsets(), left)
 
     async def _left(self) -> int | None:
-        """Return how many processes of the tree run on, once whoever ends it has done so, as we may."""
+        """Return how many processes of the tree run on, after a cancel that is under way."""
         killed = await self._tree.settle()
         if not killed and self._kill_left and await self._tree.members():
             with contextlib.suppress(GatewayError, TimeoutError):
@@ -205,8 +205,8 @@ class Exec:
     ) -> Attachment:
         """Start to read from the given offsets (default: the beginning).
 
-        `resume` is an attachment whose reader has lost it: it ends, whatever became of its connection, and
-        its input goes on here. Raises `NotFound` for one that there never was, or that is forgotten.
+        `resume` is an attachment whose reader has lost it: it ends, and its input goes on here. Raises
+        `NotFound` if there is no such attachment, or no longer.
         """
         before = None if resume is None else self._places.pop(resume, None)
         if resume is not None and before is None:
@@ -244,7 +244,7 @@ class Exec:
         await self._terminal.resize(cols, rows)
 
     def redraw(self) -> None:
-        """Have a program that fills its terminal draw it anew, for a reader who lacks what it drew before."""
+        """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""
         if not self.ended.done():
             self._terminal.redraw()
 
@@ -301,9 +301,9 @@ class Exec:
         return [{"pid": member.pid, "name": member.name} for member in await self.look()]
 
     def shed(self, words: Sequence[str]) -> None:
-        """Keep of an ended command its end and `words` alone.
+        """Keep only the end and `words` of an ended command.
 
-        Who reads its output reads on; who comes later is told that it is lost.
+        Present readers of its output read on; later ones are told that it is lost.
         """
         for name, stream in self.streams.items():
             stream.release()

@@ -1,9 +1,9 @@
 """What waits for a command's standard input: in memory, then on disk, each within a limit.
 
-Who reads a websocket must not stand still because one command does not read: a cancel may come behind the
-bytes. A client that keeps to its window never has more here than the memory's part. One that does not is held
-back for a moment at each piece, and what its command still has not read then goes to a file without a name.
-Only where that is full too does it wait.
+A websocket must be read even if one command does not read its input: a cancel may come behind the bytes. A
+client that keeps to its window never has more here than fits into memory. One that does not is delayed for a
+moment at each piece, and what its command has not read by then goes to a file without a name. Only when that
+is full too does the client wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PATIENCE: Final = 0.05  # seconds that a sender waits for a command that reads,
 
 
 class Sender(Protocol):
-    """Who sends input; it is told what became of it."""
+    """A sender of input; it hears what became of it."""
 
     closed: bool
 

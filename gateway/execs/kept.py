@@ -23,9 +23,9 @@ class Kept:
         self._looks: set[asyncio.Task[None]] = set()
 
     def add(self, exec_: Exec) -> None:
-        """Keep an ended command for a while; where there are many, of the first ended their end alone.
+        """Keep an ended command for a while; if there are many, only the end of those that ended first.
 
-        One of whose tree something runs on is kept until that has ended, so that it can be listed and
+        A command with processes that run on is kept until they have ended, so that it can be listed and
         ended, unless there are too many of these too.
         """
         settings = self._settings

@@ -1,4 +1,4 @@
-"""The terminal of one command: its size, a Ctrl-C that must get through, and drawing anew."""
+"""Controls the terminal of one command: its size, a Ctrl-C that must get through, redrawing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PtyControl:
         await self._process.resize(cols, rows)
 
     def redraw(self) -> None:
-        """Have a program that fills its terminal draw it anew, for a reader who lacks what it drew before."""
+        """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""
         if self._size is not None and self._redrawing is None:
             self._redrawing = asyncio.create_task(self._redraw(self._size), name=f"redraw {self._exec_id}")
 

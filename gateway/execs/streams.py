@@ -1,10 +1,10 @@
-"""The output streams of one command, and who reads them.
+"""The output streams of one command, and their readers.
 
-Output flows from the process into a `Stream`, one reader task each; readers are `Cursor`s on it. While
-anyone is attached the reader task stops when the slowest cursor lags by more than the window, so that
-the process itself is held back and nothing is lost. A viewer that stands still while another reads on is
-left behind after a moment, and told what it has missed. With nobody attached the tail drops its oldest bytes
-and the next attachment is told how many.
+Output flows from the process into a `Stream`, with one reader task each; readers are `Cursor`s on it. While
+anyone is attached, the reader task stops when the slowest cursor is more than the window behind, so that the
+process itself is held back and nothing is lost. A viewer that stops reading while another reads on is left
+behind after a moment, and told what it has missed. With nobody attached the tail drops its oldest bytes, and
+the next attachment is told how many.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LITTLE: Final = 64 << 10  # bytes kept of a stream where its tenant's share is 
 class Pace:
     """How far a command and its readers may be apart.
 
-    A reader may lag by `window` bytes. Who lags by more holds the command back, but a viewer beside which
-    others read on does so for `patience` seconds only; after that up to `lag` bytes are kept for it. Of what
-    was sent up to `unacked` bytes are kept until they are acknowledged, for a reader that does so.
+    A reader may be `window` bytes behind. One that is further behind holds the command back; a viewer does so
+    for `patience` seconds only if others read on, and then up to `lag` bytes are kept for it. Up to `unacked`
+    sent bytes are kept until they are acknowledged, for a reader that acknowledges.
     """
 
     window: int
@@ -43,8 +43,8 @@ class Reading:
     """How one reader wants the output.
 
     A `viewer` can be left behind. `acks` says that it acknowledges what has arrived; with a `window` it is
-    sent so many bytes beyond that and no more. A reader of `text` is given no part of a UTF-8 sequence whose
-    rest may come.
+    sent at most so many bytes beyond that. A reader of `text` gets no incomplete UTF-8 sequence whose rest
+    may still come.
     """
 
     viewer: bool = False
@@ -100,7 +100,7 @@ class Stream:
         self.progress()
 
     def progress(self) -> None:
-        """Let the reader task look again who has caught up."""
+        """Have the reader task check again which cursors have caught up."""
         self._progress.set()
 
     def drain(self) -> None:
@@ -112,7 +112,7 @@ class Stream:
         self.progress()
 
     def release(self) -> None:
-        """Count what is kept no more: it goes with whoever still reads it."""
+        """Stop counting what is kept: it goes with its last reader."""
         self._lease.end()
 
     def _floor(self, tight: bool) -> int | None:
@@ -134,7 +134,7 @@ class Stream:
         return slow if len(slow) == len(self._cursors) else [one for one in slow if not one.behind]
 
     async def _pause(self) -> None:
-        """Wait for progress; leave behind who makes none for too long while others have read all."""
+        """Wait for progress; leave behind a viewer that makes none while others have read all."""
         slow, now = self._slow(), asyncio.get_running_loop().time()
         until = None
         if all(cursor.viewer for cursor in slow) and len(slow) < len(self._cursors):

@@ -65,7 +65,7 @@ class Changes:
         found.change = "changed" if found.there else "created"
 
     def take(self) -> dict[str, Any]:
-        """Return `{changes: [{path, change}], overflow}` and begin anew."""
+        """Return `{changes: [{path, change}], overflow}` and start over."""
         changes = [{"path": path, "change": found.change} for path, found in self._found.items()]
         return self._taken(changes)
 

@@ -119,7 +119,7 @@ class Files:
         self._watches.remove(watch)
 
     async def forget(self, tenant: str, reason: str) -> None:
-        """Let go of a tenant's files, which are others now or going away. `reason` is told to who watches."""
+        """Let go of a tenant's files, which were replaced or are going away. Watches end with `reason`."""
         await self._transfers.forget(tenant)
         await self._watches.forget(tenant, reason)
         self._sweeps.end(tenant)
@@ -136,8 +136,8 @@ class Files:
     async def _sweep(self, root: FilesystemRoot) -> None:
         """Remove the unfinished files that killed gateways and workers left.
 
-        What was written to within `transfer_stall` may be another gateway's, which is just ending or serves
-        the tenant too: what is older is nobody's.
+        A file that was written to within `transfer_stall` may belong to another gateway, which is ending or
+        serves the tenant too; older ones belong to none.
         """
         stall = self._settings.transfer_stall
         async with self._sweeping:

@@ -1,10 +1,10 @@
 """Opens files in a worker for the gateway: regular ones to read, new ones to write.
 
-Bytes of any size go through the descriptor that is passed back, not through the worker. That keeps both
-honest: the worker alone walks the tenant's paths, in its confinement, and the gateway gets no name and no
-folder, only one regular file that can be read, or only be written. The gateway copies its bytes without
-looking at them, while the worker is free for the next call, whatever the size; and a download is of one state
-of the file, even where another takes its place meanwhile.
+Bytes of any size go through the descriptor that is passed back, not through the worker. So only the confined
+worker walks the tenant's paths, and the gateway gets no name and no folder, but one regular file that can
+only be read, or only be written. The gateway copies its bytes without looking at them, while the worker is
+free for the next call. A download is of one state of the file, even if another file takes its place
+meanwhile.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from gateway.rootfs.root import etag
 class _Upload:
     """An upload that is not finished: the folder and name of its file, and the file it is to replace.
 
-    `nameless` is the file itself where it gets its name only at the end: then nothing is left of it, whoever
-    is killed before. `old` only keeps that file alive until the end. To free a large one takes a tenth of a
-    second, and must happen here, not in the worker that does the tenant's other calls.
+    `nameless` is the file itself if it gets its name only at the end: then a kill leaves nothing of it. `old`
+    only keeps the replaced file alive until the end: freeing a large one takes a tenth of a second, and must
+    happen here, not in the worker that does the tenant's other calls.
     """
 
     directory: int
@@ -51,9 +51,9 @@ def _open(workspace: Workspace, given: dict[str, Any]) -> Passing:
 
 
 def _create(workspace: Workspace, given: dict[str, Any]) -> Passing:
-    """Make the file that an upload goes into, beside its target or in the nearest folder above it.
+    """Create the file that an upload goes into, next to its target or in the nearest folder above it.
 
-    Folders that are missing are made at the end, so that an upload that breaks off leaves nothing at all.
+    Missing folders are created at the end, so that an upload that breaks off leaves nothing.
     """
     if len(_unfinished) >= _UNFINISHED_MAX:
         raise RateLimited("too many unfinished uploads", limit=_UNFINISHED_MAX)

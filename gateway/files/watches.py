@@ -120,7 +120,7 @@ class Watches:
         return watch
 
     def remove(self, watch: Watch) -> None:
-        """End a watch that nobody reads any more. Idempotent."""
+        """End a watch that has no reader any more. Idempotent."""
         watch.close()
         watches = self._watches.get(watch.tenant, {})
         if watches.pop(watch.number, None) is None:

@@ -1,7 +1,7 @@
 """Runs the broker as a service: its socket, its client, its chores on the host.
 
-The broker itself is `gateway.rootfs.broker`, which knows no settings. It is run in an interpreter of its own:
-workers are forks of it, and nothing of the settings, the secret among them, may be in their memory.
+The broker itself is `gateway.rootfs.broker`, which reads no settings. It runs in an interpreter of its own:
+workers are forks of it, and no settings, above all not the secret, may be in their memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OPERATIONS = "gateway.tools.worker_operations"
 
 
 def run(settings: Settings, report: Report) -> NoReturn:
-    """Become a broker that serves until SIGTERM. Raises `HostError` where it cannot.
+    """Become a broker that serves until SIGTERM. Raises `HostError` if it cannot.
 
-    The folder of the socket is made, root's alone to write, so that nobody else puts a socket there.
+    Creates the folder of the socket so that only root may write to it: nobody else can put a socket there.
     """
     path = settings.broker_socket
     if path is None:

@@ -43,7 +43,7 @@ _PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_as
 
 
 def chosen(settings: Settings) -> dict[str, Any]:
-    """Return where a new Caddy can listen, for the settings that nobody made."""
+    """Return where a new Caddy can listen, for the settings that have no value."""
     found: dict[str, Any] = {}
     for name, (usual, more) in _PORTS.items():
         if name not in settings.model_fields_set:
@@ -101,8 +101,8 @@ def move_out(settings: Settings) -> None:
 def hand_over(settings: Settings) -> str | None:
     """Give the folders of the routes to the user of a gateway without root; say what was changed.
 
-    What another user had in them goes: its gateway makes the routes anew. Where there is no such user the
-    broker serves root's gateway alone, and nothing is changed.
+    Removes what another user had in them: that user's gateway sets its routes again. If there is no such
+    user, the broker serves only root's gateway, and nothing is changed.
     """
     try:
         user = pwd.getpwnam(settings.broker_user)
@@ -186,7 +186,7 @@ class CaddyService:
         return self.running() is not None
 
     def running(self, admin: str | None = None) -> dict[str, Any] | None:
-        """Return what the Caddy at the admin API runs, or None where nobody answers."""
+        """Return the configuration of the Caddy at the admin API, or None if there is no answer."""
         admin = admin or self.admin
         path = socket_of(admin)
         host, _, port = admin.split("://")[-1].rstrip("/").rpartition(":")
@@ -350,7 +350,7 @@ class CaddyService:
 
 
 def _user() -> str | None:
-    """Return the user that Caddy runs as where root starts it, or None where it runs as who starts it."""
+    """Return the user that Caddy runs as if root starts it; None if it runs as the user that starts it."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return None
     try:

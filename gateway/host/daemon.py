@@ -59,7 +59,7 @@ def _may(field: str, bit: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """One incusd by its folder. Holds no connection; every question is asked of the machine anew."""
+    """One incusd, known by its folder. Holds no connection and no state: asks the machine each time."""
 
     root: Path = DEFAULT_DIR
 
@@ -131,7 +131,7 @@ class Daemon:
         return Path(os.fsdecode(place)) == self.root
 
     def how(self) -> How:
-        """Say who runs this daemon: systemd only ever runs the default one."""
+        """Say whether systemd runs this daemon, as it does only the default one."""
         return "systemd" if systemd_runs() and self.root == DEFAULT_DIR else "process"
 
     def ensure(self, report: Report, timeout: float = 90.0) -> bool:

@@ -57,7 +57,7 @@ class Hint(Exception):
 
 
 class Looking(Incus):
-    """An Incus that is only looked at: whoever would change it is told that setup is due."""
+    """An Incus that is only read: a change to it is reported as a need for setup."""
 
     def _refuse(self, *path: str, **request: Any) -> NoReturn:
         raise HostError(f"it is missing or not as it should be; {_SETUP}")
@@ -237,7 +237,7 @@ def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _owners(settings: Settings) -> dict[str, str]:
-    """Return whose domains are, as the gateway has it on record; nothing where there is no record yet."""
+    """Return the tenant of each domain, from the records of the gateway; nothing if there are none yet."""
     database = settings.state_dir / "gateway.db"
     try:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:

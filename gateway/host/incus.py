@@ -21,7 +21,7 @@ from gateway.host import HostError
 
 
 class Missing(HostError):
-    """Incus knows no such object."""
+    """There is no such object in Incus."""
 
     code = "not_found"
     http_status = 404

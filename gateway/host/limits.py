@@ -25,8 +25,8 @@ _HEAD = "# Made by `incus-gateway setup`: many containers watch files.\n"
 def raise_limits(drop_in: Path = DROP_IN, kernel: Path = KERNEL) -> str | None:
     """Raise what is too low, now and after the next boot; return what was changed, or None.
 
-    Nothing is lowered, and what this host lets nobody set (as in a container) stays: who then watches more
-    than there is gets an error that names the limit. Raises `HostError` where the drop-in cannot be written.
+    Lowers nothing, and leaves what this host does not let it set (as in a container): a watch beyond the
+    limit then gets an error that names it. Raises `HostError` if the drop-in cannot be written.
     """
     raised: dict[str, str] = {}
     for name, wanted in WANTED.items():

@@ -36,9 +36,9 @@ def ask(
     timeout: float = 30.0,
     host: str = "",
 ) -> tuple[int, Any]:
-    """Send one request to the gateway; return status and the JSON answer (its text where it is none).
+    """Send one request to the gateway; return the status and the JSON of the answer, or else its text.
 
-    Raises `OSError` where nobody answers, or not in HTTP.
+    Raises `OSError` if nothing answers, or not in HTTP.
     """
     connection = _Local(listen, timeout)
     try:

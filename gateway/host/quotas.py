@@ -1,8 +1,8 @@
 """Keeps the disk quotas of a btrfs pool in force.
 
-Where a subvolume with a large tree is deleted, as that of a tenant is, the kernel may stop counting what each
-one uses (since Linux 6.1, from `drop_subtree_threshold` levels on; 3 by default). Then no tenant has a quota
-until all is counted anew, and nothing says so.
+When a subvolume with a large tree is deleted, such as a tenant's, the kernel may stop counting what each one
+uses (since Linux 6.1, from `drop_subtree_threshold` levels on; 3 by default). Then no tenant has a quota
+until everything is counted again, and nothing reports it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def in_force(settings: Settings, sysfs: Path = _SYSFS) -> bool:
 
 
 def enforce(settings: Settings, sysfs: Path = _SYSFS) -> str | None:
-    """Have the kernel go on counting, and count anew where it stopped; return what was changed."""
+    """Have the kernel count on, and count again if it had stopped; return what was changed."""
     counting = _counting(settings, sysfs)
     if counting is None:
         return None

@@ -1,4 +1,4 @@
-"""Talks to incusd over its unix socket, by aiohttp, and knows nothing of browsers.
+"""Talks to incusd over its unix socket, with aiohttp.
 
 `Incus` does requests and operations, `Incus.exec` opens the sockets of one command, `Incus.events`
 yields the daemon's events. Failures are `IncusError` with incusd's own words, which may name host paths:

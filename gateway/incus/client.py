@@ -264,8 +264,8 @@ class Incus:
     async def wait(self, operation: str, *, timeout: float | None) -> Operation:
         """Wait for the end of an operation. Call it at once: its record is gone 5 s after the end.
 
-        Raises `IncusError`, with status 0 where incusd went away, 404 where it knows no such operation
-        and 408 where `timeout` seconds passed.
+        Raises `IncusError`, with status 0 if incusd went away, 404 if there is no such operation, and 408
+        if `timeout` seconds passed.
         """
         path = f"/1.0/operations/{operation}/wait"
         seconds = -1 if timeout is None else max(1, int(timeout))
@@ -332,9 +332,9 @@ class Incus:
     async def events(self, *types: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.
 
-        Incus replays nothing and promises no order: whoever listens reads the state after subscribing. While
-        those of `lifecycle` are heard, `instances` goes by them, however slowly they are taken from here. Ten
-        thousand may wait to be taken; then the stream breaks.
+        Incus replays nothing and promises no order: read the state after subscribing. While events of
+        `lifecycle` come, `instances` follows them, however slowly they are taken from here. Ten thousand may
+        wait to be taken; then the stream breaks.
         """
         query = {"type": ",".join(types), "project": self.project}
         heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()

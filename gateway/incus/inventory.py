@@ -29,7 +29,7 @@ _LOOKS: Final = (
 
 
 class Inventory:
-    """The instances of one project. What it returns is shared: nobody changes it."""
+    """The instances of one project. What it returns is shared and must not be changed."""
 
     def __init__(self, fetch_all: Callable[[], Awaitable[list[dict[str, Any]]]], fetch: Fetch) -> None:
         self._fetch_all, self._fetch = fetch_all, fetch
@@ -87,7 +87,7 @@ class Inventory:
         self._changed.update(names)
 
     def listening(self, heard: bool) -> None:
-        """Begin or end to rely on `noted`: without events nobody tells what others do."""
+        """Start or stop to rely on `noted`: without events it is not known what others do."""
         self._heard = heard
         self._kept, self._profiles = None, {}
 

@@ -1,1 +1,1 @@
-"""A tenant's lifecycle as clients ask for it, and sleep while nobody does."""
+"""Changes tenants as clients ask, and puts unused ones to sleep."""

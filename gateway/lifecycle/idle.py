@@ -1,9 +1,9 @@
-"""Puts tenants to sleep that nobody uses, and wakes them for the first request.
+"""Puts unused tenants to sleep, and wakes them for the first request.
 
-A tenant is used by requests and websockets of the gateway, by its running commands, and by whoever is
-connected to its site. One that is asleep is stopped and marked in Incus, and its route leads to us first.
-The order makes that nothing is lost: first the mark and the route, so that who comes from then on waits
-here; then a last look for those who came before; then the stop.
+A tenant is in use by requests and websockets of the gateway, by its running commands, and by connections to
+its site. A tenant that is asleep is stopped and marked in Incus, and its route leads to the gateway first.
+The order ensures that nothing is lost: first the mark and the route, so that visitors from then on wait here;
+then a last check for earlier visitors; then the stop.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Idle:
             yield
 
     async def visit(self, domain: str) -> None:
-        """Return once the site at a domain answers, for a visitor who waits in Caddy.
+        """Return once the site at a domain answers, for a visitor that waits in Caddy.
 
         Raises `NotFound`, and what a start raises.
         """
@@ -299,7 +299,7 @@ class Idle:
         return event.data
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take notice of what happened to a tenant, whoever did it."""
+        """Take note of a change to a tenant, by anyone."""
         name = event.tenant
         if name is None:
             return

@@ -1,6 +1,6 @@
 """A tenant's lifecycle as clients ask for it: start to destroy, snapshots, clones, domain and size.
 
-It takes what HTTP asked for as values and answers with values; `api.access` says who may ask. A change of one
+Requests come as values and are answered with values; `api.access` checks the caller before. A change of a
 tenant waits for the one before it.
 """
 
@@ -179,7 +179,7 @@ class Lifecycle:
         return described(now, self._settings)
 
     async def _lead(self, tenant: str, domain: str | None) -> Site | None:
-        """Lead a tenant's domain where its site is, if that can be said yet; return the site."""
+        """Route a tenant's domain to its site, if that is known yet; return the site."""
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if domain is not None and site is not None and site.domain == domain and site.exposure is not None:
             target = site.exposure.target
@@ -199,10 +199,9 @@ class Lifecycle:
                         site = await self._lead(tenant, domain)
 
     async def _have_allowed(self, tenant: str, domain: str) -> None:
-        """Have a running site that refuses its tenant's new domain start again with what allows it.
+        """Restart a running site that refuses its tenant's new domain, with the setting that allows it.
 
-        Wait a while for it, so that whoever opens the domain next finds it. Whether that was enough is told
-        by the looks at its health.
+        Waits a while for it, so that the next visitor finds it. The health checks report whether that helped.
         """
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if site is None or not site.running or site.exposure is None or site.deployment is not None:
@@ -295,7 +294,7 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def _asking(self, ask: Ask, kind: str, snapshot: str) -> Iterator[None]:
-        """Have the event of this change say who asked for it."""
+        """Have the event of this change name the caller."""
         key = (ask.tenant, kind, snapshot)
         self._asked[key] = ask.token.subject
         while len(self._asked) > _ASKED:
@@ -307,11 +306,11 @@ class Lifecycle:
             raise
 
     async def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: another of its name begins anew."""
+        """Forget a tenant that is destroyed: the next one of its name starts from nothing."""
         await self._room.forget(tenant)
 
     def explained(self, event: TenantEvent) -> TenantEvent:
-        """Return an event with who asked for it, where that was a client: Incus knows the gateway alone."""
+        """Return an event with its caller, if that was a client: Incus only sees the gateway."""
         if event.tenant is None or "snapshot" not in event.data:
             return event
         by = self._asked.pop((event.tenant, event.type, event.data["snapshot"]), None)

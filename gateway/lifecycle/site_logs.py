@@ -1,4 +1,4 @@
-"""Sends a site's log: its last lines, and what comes while somebody follows it."""
+"""Sends a site's log: its last lines, and new ones to followers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Budgets: bytes in flight for each socket, each tenant and in all, and numbers of sockets.
 
-It counts and says no; it holds nothing itself. It is asked at the edge, before what is counted is there, and
-gets it back once an answer has been handed to its socket. Who asks for a little is let in or refused at once.
-Who asks for much may wait: its socket is not read meanwhile, so that TCP slows the client.
+It counts and refuses; it holds no bytes itself. It is asked at the edge, before the bytes are there, and they
+are given back once an answer has been handed to its socket. A small request is let in or refused at once. A
+large one may wait: its socket is not read meanwhile, so that TCP slows the client.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _OFFERS: Final = 16  # of those who wait, asked in one turn of the loop
 class Share:
     """Bytes held for one socket or one tenant, within a limit and within the share above.
 
-    What is large may take no more than it leaves to the others of the share above: whoever comes next finds
-    room, however many have taken theirs. One that holds little takes a message of any size. What is small
-    is held to the tenant's limit alone: a socket has a limit of requests besides.
+    A large message may take at most as much as it leaves to the others of the share above: so the next one
+    finds room, however many have taken theirs. A share that holds little takes a message of any size. Small
+    messages count only for the tenant's limit: a socket also has a limit of requests.
     """
 
     __slots__ = ("__weakref__", "_above", "_of_tenant", "held", "limit", "name")
@@ -189,7 +189,7 @@ class Budget:
             raise
 
     def _ask(self) -> None:
-        """Let in who fits now, each in turn and some at a time: there may be thousands."""
+        """Let in those that fit now, in turn and some at a time: there may be thousands."""
         for _ in range(min(_OFFERS, self._asked, len(self._waiting))):
             share, size, found = entry = self._waiting.popleft()
             self._asked -= 1
@@ -244,9 +244,10 @@ class Turns:
 
 
 class Places:
-    """Who has an open socket: customers in their tenant's share, and a few who have not said who they are.
+    """The open sockets: those of customers, in their tenant's share, and a few anonymous ones.
 
-    Where these are too many, the oldest of the address that has most makes room. A customer never does.
+    If there are too many anonymous ones, the oldest of the address with most makes room. A customer never
+    does.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -258,13 +259,14 @@ class Places:
 
     @property
     def anonymous(self) -> int:
-        """How many have not said who they are."""
+        """How many are anonymous."""
         return len(self._anonymous)
 
     def stranger(self, address: str, displaced: Callable[[], None]) -> Callable[[], None]:
-        """Give a place to who has shown no token; return what gives it back, which is idempotent.
+        """Give a place to a client without a token; return the function that gives it back, idempotent.
 
-        `displaced` is called where another needs it. Raises `RateLimited` for one address too many times.
+        `displaced` is called if another client needs the place. Raises `RateLimited` if the address has too
+        many.
         """
         settings = self._settings
         if self._addresses[address] >= settings.max_anonymous_per_address:

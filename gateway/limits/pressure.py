@@ -64,7 +64,7 @@ OBJECT_SYSTEMD_UNIT=site.service
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What went on in a group between two looks: the share of time waited, None where nobody counts it."""
+    """What happened in a group between two samples: the share of time waited, None if it is not counted."""
 
     seconds: float
     share: float | None
@@ -83,7 +83,7 @@ class Window:
 
 
 def window(before: Sample | None, now: Sample | None) -> Window | None:
-    """Return what went on between two samples; None where one is missing or the counters began anew."""
+    """Return what happened between two samples; None if one is missing or the counters were reset."""
     if before is None or now is None or now.at <= before.at or now.refaults < before.refaults:
         return None
     seconds = now.at - before.at
@@ -296,7 +296,7 @@ class Pressure:
         }
 
     async def _end(self, name: str) -> None:
-        """End the biggest process of a site, so that its systemd starts it anew, and say why in its log."""
+        """End the biggest process of a site, so that its systemd restarts it, and say why in its log."""
         patience = self._settings.pressure_patience
         try:
             ended = await self._root.relieve(name)

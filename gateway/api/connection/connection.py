@@ -44,7 +44,7 @@ class Connection:
     def __init__(
         self, websocket: WebSocket, tenant: str, token: Token | None, hub: Hub, address: str
     ) -> None:
-        """`address` is whose the socket is, as long as no `token` says so."""
+        """`address` is the client's, which the socket counts for until there is a `token`."""
         self._hub = hub
         share = hub.budget.tenant(tenant).within(hub.settings.socket_bytes)
         self._socket = ClientSocket(websocket, share, hub.settings)

@@ -177,7 +177,7 @@ class ExecMethods(Family):
         wanted: protocol.Reader,
         resume: str | None = None,
     ) -> tuple[int, Attachment]:
-        """Attach anew; the connection's earlier attachment of the same command ends."""
+        """Attach to a command; the connection's earlier attachment to it ends."""
         # more than can be had again after a break is not sent ahead
         unacked = self._hub.settings.exec_unacked
         window = None if wanted.window is None else max(1, min(wanted.window, unacked))

@@ -71,7 +71,7 @@ class Peer:
     def __init__(
         self, hub: Hub, tenant: str, token: Token | None, address: str, socket: ClientSocket
     ) -> None:
-        """`address` is whose the socket is, as long as no `token` says so."""
+        """`address` is the client's, which the socket counts for until there is a `token`."""
         self.hub = hub
         self.tenant = tenant
         self.token = token
@@ -96,7 +96,7 @@ class Peer:
         self.close(CloseCode.TOO_MANY, "too many connections without a token; say initialize sooner")
 
     def become(self, token: Token) -> None:
-        """Be who `token` says. Raises `RateLimited` where a client that was nobody gets no place."""
+        """Serve the client under `token`. Raises `RateLimited` if an anonymous client gets no place by it."""
         if self.token is None:
             place = self.hub.places.customer(self.tenant)
             self._leave()

@@ -1,4 +1,4 @@
-"""`initialize`, `ping` and `session/…`: who the client is, and under which token it goes on."""
+"""`initialize`, `ping` and `session/…`: the token of the client, and a new one in its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.errors import Forbidden, NotFound
 
 
 class SessionMethods(Family):
-    """`opening` are the families whose open things need a scope of the token."""
+    """`opening` are the families that keep things open, which need a scope of the token."""
 
     def __init__(self, peer: Peer, wire: protocol.ServerWire, opening: Sequence[Family]) -> None:
         super().__init__(peer)

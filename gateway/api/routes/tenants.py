@@ -53,7 +53,7 @@ async def site(request: Request) -> Response:
 
 
 async def wake(request: Request) -> Response:
-    """Wake the site at a domain. Caddy asks for its visitors, who need no token to see a site."""
+    """Wake the site at a domain. Caddy asks this for visitors; it needs no token."""
     try:
         await services(request).idle.visit(request.query_params.get("domain", ""))
     except GatewayError as error:

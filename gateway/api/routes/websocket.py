@@ -1,4 +1,4 @@
-"""Route of a tenant's websocket: who may open one, and the close code of who may not."""
+"""Route of a tenant's websocket: opens it, or refuses it with a close code."""
 
 from __future__ import annotations
 
