@@ -47,7 +47,7 @@ def normalized(text: str) -> str:
 
 
 def plain(text: str | None) -> str | None:
-    """Return a domain as `normalized` does, or None where it is none."""
+    """Return a domain as `normalized` does, or None if it is none."""
     try:
         return None if text is None else normalized(text)
     except InvalidParams:

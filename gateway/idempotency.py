@@ -29,7 +29,7 @@ _OVERHEAD: Final = 500
 
 @dataclass(slots=True)
 class IdempotencyRecord:
-    """What is known of one id. `result` is None where it lies in the store, or is none.
+    """What is known of one id. `result` is None if it lies in the store, or is none.
 
     Of what is begun it is what `note` kept.
     """
@@ -148,7 +148,7 @@ class Idempotency:
     async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that began.
 
-        Raises `StoreFailed` where it can only be kept in memory; for this life it is.
+        Raises `StoreFailed` if it can only be kept in memory; for this life it is.
         """
         record = IdempotencyRecord(digest, time.time(), "done", len(result), result)
 

@@ -82,7 +82,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, *, log_level: str = "info") -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises `Unavailable` where the address, the records or the folders of the routes cannot be had.
+    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had.
     """
     log_to_stderr(log_level)
     # tokens never travel in a URL, but tenants' names do: no access log

@@ -1,9 +1,9 @@
 """What the operator sees: the only way to print, and the form of the log.
 
 Tenants write names, log lines, file names and error texts. To a terminal some characters are commands: ESC
-moves the cursor, rewrites what was printed and types answers; others turn the reading order. Here they become
-visible escapes, whoever wrote them. Nothing else of the gateway writes to standard output, standard error or
-the log, but the bytes of `exec`, which belong to a command as those of ssh do.
+moves the cursor, rewrites what was printed and types answers; others reverse the reading order. Here they all
+become visible escapes. Nothing else of the gateway writes to standard output, standard error or the log,
+except the bytes of `exec`, which belong to a command, as with ssh.
 """
 
 from __future__ import annotations

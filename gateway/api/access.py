@@ -138,7 +138,7 @@ async def raw_body(request: Request, token: Token) -> bytes:
 
 
 async def optional_json(request: Request, token: Token) -> Any:
-    """Return the JSON body, `{}` where there is none. Raises `InvalidParams`."""
+    """Return the JSON body, `{}` if there is none. Raises `InvalidParams`."""
     text = await raw_body(request, token)
     try:
         return orjson.loads(text) if text else {}

@@ -59,7 +59,7 @@ class Gateway:
     async def drain(self) -> None:
         """Refuse new work, tell clients, end every command, close every stream. Idempotent.
 
-        Raises `Unavailable` where the gateway has not come up.
+        Raises `Unavailable` if the gateway has not come up.
         """
         if self._services is None:
             raise Unavailable("the gateway is starting")

@@ -269,7 +269,7 @@ def _refusal(error: GatewayError) -> types.CallToolResult:
 
 
 def _message(body: bytes) -> dict[str, Any]:
-    """Return a request's message, empty where it is none: the package says what is wrong with it."""
+    """Return a request's message, empty if it is none: the package says what is wrong with it."""
     try:
         message = orjson.loads(body)
     except ValueError:

@@ -47,7 +47,7 @@ class McpEndpoint:
     ) -> None:
         """Answer one request whose caller was verified and whose body was read.
 
-        Raises `InvalidParams`, and `Unavailable` where the package cannot be loaded.
+        Raises `InvalidParams`, and `Unavailable` if the package cannot be loaded.
         """
         if self._task is None or self._task.done():
             self._endpoint = asyncio.get_running_loop().create_future()

@@ -49,7 +49,7 @@ from gateway.tools.toolbox import Toolbox
 class Services(Hub):
     """Everything that lives as long as the gateway; a websocket sees the part that is in `Hub`.
 
-    `pressure` is None on the local runtime, `mcp` where that extra is not installed.
+    `pressure` is None on the local runtime, `mcp` if that extra is not installed.
     """
 
     journal: StoredJournal

@@ -32,7 +32,7 @@ class Revocations:
     async def add(self, token: str, by: str) -> None:
         """Take back the token with this `jti`. It is refused from now on, also after a power cut.
 
-        Raises `RateLimited` where there are too many, and `StoreFailed`: then it is not revoked.
+        Raises `RateLimited` if there are too many, and `StoreFailed`: then it is not revoked.
         """
         if token in self._revoked:
             return

@@ -206,7 +206,7 @@ def load_secret(settings: Settings) -> str:
 
     The kept one is made on first use, of 256 random bits, mode 0600. Two processes that start together
     agree: each writes a whole file of its own and links it to the name, which only one can. Raises
-    `InvalidParams` for a secret that is too short or that others can read, `Unavailable` where the
+    `InvalidParams` for a secret that is too short or that others can read, `Unavailable` if the
     state dir does not let us.
     """
     if settings.secret is not None:
@@ -271,7 +271,7 @@ def raw_token(
 
 
 def bearer_token(authorization: str | None) -> str | None:
-    """Return the token of `Authorization: Bearer TOKEN`; None where there is none (RFC 6750 §2.1)."""
+    """Return the token of `Authorization: Bearer TOKEN`; None if there is none (RFC 6750 §2.1)."""
     scheme, _, value = (authorization or "").strip().partition(" ")
     return value.strip() or None if scheme.lower() == "bearer" else None
 

@@ -54,7 +54,7 @@ class Event:
 
 
 def numbered(draft: Draft, number: int) -> Event:
-    """Return `draft` as the event with id `number`. Raises `TypeError` where its data is not JSON."""
+    """Return `draft` as the event with id `number`. Raises `TypeError` if its data is not JSON."""
     return Event(
         id=number,
         type=draft.type,

@@ -39,7 +39,7 @@ class Shares:
 
     @property
     def oldest(self) -> int | None:
-        """The id of the oldest event, None where there is none."""
+        """The id of the oldest event, None if there is none."""
         return min((entries[0].id for entries in self._of.values()), default=None)
 
     def add(self, tenant: str, entry: Entry) -> None:

@@ -67,7 +67,7 @@ def sent(event: Event) -> bytes:
 
 
 def parse_last_event_id(text: str | int | None) -> int | None:
-    """Return the id to resume after, None where there is none.
+    """Return the id to resume after, None if there is none.
 
     What is no id of ours comes from somewhere else and is taken as 0, before everything: the client
     then gets a `gap` and all that is kept, not silence and not a refusal that ends a browser's retries.

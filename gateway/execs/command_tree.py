@@ -34,7 +34,7 @@ class CommandTree:
         self._due = 0.0  # when it stops to be patient
 
     async def members(self) -> Sequence[Member] | None:
-        """Return what runs, None where that cannot be known."""
+        """Return what runs, None if that cannot be known."""
         try:
             return await self._process.left()
         except GatewayError as error:
@@ -76,7 +76,7 @@ class CommandTree:
         return killed
 
     async def settle(self) -> bool:
-        """Wait until a kill that is under way is over, whatever comes of it; False where there was none."""
+        """Wait until a kill that is under way is over, whatever comes of it; False if there was none."""
         if self._killing is None:
             return False
         await asyncio.wait([self._killing])

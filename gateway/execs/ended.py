@@ -15,9 +15,9 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended. `code` and `signal` are None where no wait status was seen.
+    """How a command ended. `code` and `signal` are None if no wait status was seen.
 
-    `left` is how many processes of its tree ran on, None where that is not known.
+    `left` is how many processes of its tree ran on, None if that is not known.
     """
 
     reason: Reason

@@ -190,7 +190,7 @@ class _Spool:
         return self._end - self._start
 
     async def put(self, data: bytes, by: Sender) -> bool:
-        """Keep `data`; False where there is no room for it now."""
+        """Keep `data`; False if there is no room for it now."""
         size = len(data)
         if self._broken or self.size + size > self._spools.each or not self._spools.take(size, self._tenant):
             return False

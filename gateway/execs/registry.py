@@ -89,7 +89,7 @@ class Execs:
         """Start a command, or return the one that was started under `exec_id` before.
 
         With `once` the id is the caller's own, and holds across a restart of the gateway too. Raises
-        `Conflict` where that one is another command, `RateLimited` where the tenant has too many,
+        `Conflict` if that one is another command, `RateLimited` if the tenant has too many,
         and what the runtime raises where it cannot start.
         """
         known = exec_id or f"x-{secrets.token_hex(8)}"

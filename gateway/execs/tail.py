@@ -39,9 +39,9 @@ class Tail:
             self.start += len(self._chunks.popleft())
 
     def read(self, offset: int, limit: int = READ) -> list[bytes]:
-        """Return what is kept from `offset` on, some `limit` bytes at most, none at the end.
+        """Return what is kept from `offset` on, at most some `limit` bytes, nothing at the end.
 
-        Raises `ValueError` where the offset is not kept.
+        Raises `ValueError` if the offset is not kept.
         """
         if not self.start <= offset <= self.end:
             raise ValueError(f"offset {offset} is not in {self.start}..{self.end}")

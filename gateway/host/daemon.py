@@ -35,7 +35,7 @@ def systemd_runs() -> bool:
 
 
 def cannot_run() -> str | None:
-    """Say in one line why Incus cannot run on this machine, or None where nothing speaks against it."""
+    """Say in one line why Incus cannot run on this machine, or None if nothing speaks against it."""
     if os.uname().sysname != "Linux":
         return f"Incus needs Linux, this is {os.uname().sysname}"
     if os.geteuid() != 0:

@@ -53,13 +53,13 @@ class Incus:
         return node
 
     def get(self, *path: str) -> dict[str, Any]:
-        """Return an object. Raises `Missing` where there is none."""
+        """Return an object. Raises `Missing` if there is none."""
         with _mapped(f"reading {'/'.join(path)}"):
             metadata: dict[str, Any] = self._node(*path).get().json()["metadata"]
             return metadata
 
     def find(self, *path: str) -> dict[str, Any] | None:
-        """Return an object, or None where there is none."""
+        """Return an object, or None if there is none."""
         try:
             return self.get(*path)
         except Missing:
@@ -96,7 +96,7 @@ class Incus:
             self._wait(self._node(*path).patch(**request))
 
     def delete(self, *path: str) -> None:
-        """Remove an object. Raises `Missing` where there is none."""
+        """Remove an object. Raises `Missing` if there is none."""
         with _mapped(f"removing {'/'.join(path)}"):
             self._wait(self._node(*path).delete())
 

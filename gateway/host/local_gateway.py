@@ -69,7 +69,7 @@ def base_url(listen: str) -> str:
 
 
 def expires(token: str) -> float:
-    """Return when a JWT ends, in seconds since the epoch; 0 where it is none. Does not check it."""
+    """Return when a JWT ends, in seconds since the epoch; 0 if it is none. Does not check it."""
     try:
         payload = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])

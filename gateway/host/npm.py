@@ -59,7 +59,7 @@ def _download(url: str, target: Path, package: str) -> None:
 
 
 def check_integrity(file: Path, expected: str, name: str = "") -> None:
-    """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` where it differs."""
+    """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` if it differs."""
     algorithm, _, digest = expected.partition("-")
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, algorithm).digest()

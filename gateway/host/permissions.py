@@ -117,7 +117,7 @@ def _memory() -> int:
 
 
 def _end_of_memory() -> int | None:
-    """Return the bytes that the gateway's unit may take, or None where nothing says so."""
+    """Return the bytes that the gateway's unit may take, or None if nothing says so."""
     if not systemd_runs():
         return None
     try:

@@ -47,7 +47,7 @@ def _path(settings: Settings) -> Path:
 
 
 def _counting(settings: Settings, sysfs: Path) -> Path | None:
-    """Return the kernel's folder of the pool's quotas, None where there is none."""
+    """Return the kernel's folder of the pool's quotas, None if there is none."""
     path = _path(settings)
     if not path.is_mount():
         return None

@@ -43,7 +43,7 @@ _BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs
 class IncusError(GatewayError):
     """incusd refused or failed, in its own words, which may name host paths.
 
-    `status` is its HTTP-like code; 0 where it could not be reached at all.
+    `status` is its HTTP-like code; 0 if it could not be reached at all.
     """
 
     code = "unavailable"
@@ -158,7 +158,7 @@ class Incus:
         return await self._inventory.profile(name, lambda: self.get(f"/1.0/profiles/{quote(name, safe='')}"))
 
     async def started(self, name: str) -> tuple[dict[str, Any], int]:
-        """Return an instance, and the host's pid of its first process, 0 where it does not run.
+        """Return an instance, and the host's pid of its first process, 0 if it does not run.
 
         It is looked for once a start, on this host first and else in the instance's `state`, see `monitor`.
         Raises `IncusError`.
@@ -196,7 +196,7 @@ class Incus:
         }
 
     async def get_file(self, instance: str, path: str, most: int) -> bytes | None:
-        """Return a file in an instance, running or not; None where no file is there.
+        """Return a file in an instance, running or not; None if no file is there.
 
         Raises `IncusError`, also for one of over `most` bytes.
         """
@@ -246,7 +246,7 @@ class Incus:
         timeout: float,
         if_match: str | None = None,
     ) -> Operation:
-        """Start an operation and return it ended. Raises `IncusError` where it failed or `timeout` passed.
+        """Start an operation and return it ended. Raises `IncusError` if it failed or `timeout` passed.
 
         With `if_match` it fails with status 412 where the thing is another than `get_tagged` said by then.
         """

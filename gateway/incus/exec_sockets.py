@@ -69,7 +69,7 @@ class ExecSockets:
         self._waiting = waiting
 
     async def read(self, fd: str) -> bytes:
-        """Return the next bytes of an output, b"" at its end. Raises `Lost` where it broke off."""
+        """Return the next bytes of an output, b"" at its end. Raises `Lost` if it broke off."""
         return await self._sockets[fd].read()
 
     async def write(self, data: bytes) -> None:
@@ -95,7 +95,7 @@ class ExecSockets:
     async def result(self) -> Operation:
         """Return the ended operation; call it after the outputs have ended.
 
-        Raises `IncusError` where incusd went away.
+        Raises `IncusError` if incusd went away.
         """
         if self.terminal:  # the operation goes on until we hang up
             self._sockets["0"].close()

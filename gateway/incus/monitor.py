@@ -22,7 +22,7 @@ _SLACK: Final = 0.1  # seconds by which the kernel's time of a start may be befo
 
 
 def first_process(directory: Path, container: str, since: str) -> int:
-    """Return the host's pid of a container's first process, 0 where it cannot be told for sure.
+    """Return the host's pid of a container's first process, 0 if it cannot be told for sure.
 
     `directory` is incusd's own, since others on this host may have a container of that name. `container` is
     with its project's name, as in the host's paths. `since` is when it was started, as Incus has it: an

@@ -60,7 +60,7 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     @classmethod
     async def connect(cls, socket: Path, path: str) -> StreamSocket:
-        """Open the websocket at `path`. Raises `OSError` where incusd does not take it."""
+        """Open the websocket at `path`. Raises `OSError` if incusd does not take it."""
         transport, stream = await asyncio.get_running_loop().create_unix_connection(cls, str(socket))
         key = base64.b64encode(secrets.token_bytes(16)).decode()
         transport.write(
@@ -75,7 +75,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         return stream
 
     async def read(self) -> bytes:
-        """Return the next bytes, b"" at the stream's end. Raises `Lost` where it broke off."""
+        """Return the next bytes, b"" at the stream's end. Raises `Lost` if it broke off."""
         while not self._arrived:
             if self._ended:
                 return b""

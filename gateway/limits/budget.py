@@ -50,7 +50,7 @@ class Share:
         self._above.hold(size)
 
     def full(self, size: int) -> Share | Budget | None:
-        """Return the share that has no room for `size` bytes more, None where there is room."""
+        """Return the share that has no room for `size` bytes more, None if there is room."""
         above, after = self._above, self.held + size
         if size <= SMALL:
             if after > self.limit and self._of_tenant:

@@ -61,7 +61,7 @@ class Capacity:
         """Have memory for a tenant, which starts to run, or gets a larger limit, while the context is open.
 
         `memory` is its limit as Incus takes it; None for what it has, and for one that is no more. Raises
-        `Unavailable`, with `capacity`, where this host has promised all, and `RateLimited` where there are
+        `Unavailable`, with `capacity`, where this host has promised all, and `RateLimited` if there are
         as many tenants as there may be.
         """
         if self._settings.runtime != "incus":  # others limit no memory
@@ -170,7 +170,7 @@ class Report:
 
 
 async def look(runtime: IncusRuntime, settings: Settings, host: Memory) -> Report:
-    """Measure this host and its tenants. Raises `GatewayError` where Incus cannot be asked."""
+    """Measure this host and its tenants. Raises `GatewayError` if Incus cannot be asked."""
     tenants = await runtime.list()
     running = [one.name for one in tenants if one.status == "running"]
     uses = await _measured(runtime, running)
@@ -225,7 +225,7 @@ async def _measured(runtime: IncusRuntime, names: Sequence[str]) -> list[Mapping
 
 
 async def _instances_left(runtime: IncusRuntime, settings: Settings) -> int | None:
-    """Return how many more instances the project's own limits allow; None where it has none."""
+    """Return how many more instances the project's own limits allow; None if it has none."""
     with contextlib.suppress(GatewayError):
         config = (await runtime.incus.get(f"/1.0/projects/{settings.incus_project}"))["config"]
         limits = [config.get("limits.instances"), config.get("limits.containers")]

@@ -72,7 +72,7 @@ class DiskSpace:
     async def snapshot(self, tenant: str, name: str) -> AsyncIterator[None]:
         """Have room for a new snapshot, which is made while the context is open.
 
-        Raises `TooLarge` where the tenant's would hold more than they may, and what `admit` and the store
+        Raises `TooLarge` if the tenant's would hold more than they may, and what `admit` and the store
         raise.
         """
         await self.admit()

@@ -360,7 +360,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
 
 
 def larger(limit: int | None) -> str | None:
-    """Return the smallest size with more memory than so many bytes; None where there is none."""
+    """Return the smallest size with more memory than so many bytes; None if there is none."""
     sizes = [(size_of(size["memory"]), name) for name, size in SIZES.items() if "memory" in size]
     more = [(has, name) for has, name in sizes if limit is not None and has > limit]
     return min(more)[1] if more else None

@@ -28,9 +28,9 @@ __all__ = ["STEPS", "Migration", "Plan", "Wanted", "opened"]
 async def opened(
     settings: Settings, domain: str, say: Report, units: Units | None = None
 ) -> AsyncIterator[Migration]:
-    """Give the migration of a domain, which nobody else runs while the context is open.
+    """Open the migration of a domain; no other process runs it while the context is open.
 
-    Raises `HostError` without root or Incus, `Conflict` where another run of the same is under way.
+    Raises `HostError` without root or Incus, `Conflict` if another run of it is under way.
     """
     if os.geteuid() != 0:
         raise HostError("to move a site in takes root: it stops services and mounts folders")

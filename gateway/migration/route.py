@@ -48,10 +48,9 @@ def own_block(running: Mapping[str, Any] | None, domain: str, ours: str) -> bool
 
 
 async def drained(address: str, port: int, listing: Callable[[str, int], str] | None = None) -> bool:
-    """Return once nobody waits for an answer of the old service; False where some still do after a while.
+    """Return once no client waits for an answer of the old service; False if some still do after a while.
 
-    Who keeps a connection without a request, as Caddy does, waits for nothing; a websocket is not told from
-    one.
+    A connection kept without a request, as by Caddy, waits for nothing; a websocket looks the same.
     """
     listing = listing or _connections
     until, quiet_since = time.monotonic() + _DRAIN, time.monotonic()
@@ -65,7 +64,7 @@ async def drained(address: str, port: int, listing: Callable[[str, int], str] | 
 
 
 def waits(line: str) -> bool:
-    """Say whether who asked sent something after what it received last, by a line of `ss -i`."""
+    """Say whether the client sent something after what it last received, by a line of `ss -i`."""
     times = {key: int(value) for key, value in _TIMES.findall(line)}
     sent, received = times.get("lastsnd"), times.get("lastrcv")
     return sent is not None and (received is None or sent < received)

@@ -63,7 +63,7 @@ class Found:
 
 
 def scan(folder: Path, leave: frozenset[str] = frozenset()) -> Found:
-    """Look through a folder but for the paths in `leave`. Raises `OSError` where it cannot be read."""
+    """Look through a folder but for the paths in `leave`. Raises `OSError` if it cannot be read."""
     found, top = Found(), folder.lstat()
     links: set[tuple[int, int]] = set()
     pending = [""]

@@ -18,7 +18,7 @@ async def inside(
 ) -> str:
     """Run the script of that name as the container's root; return the end of what it printed.
 
-    Raises `ExecFailed`, `Unavailable` where the disk is full, `TimeoutError` after `seconds`.
+    Raises `ExecFailed`, `Unavailable` if the disk is full, `TimeoutError` after `seconds`.
     """
     argv = ("/bin/sh", "-c", _HERE.joinpath(f"{script}.sh").read_text(), script, *words)
     ended = await scripts.run(runtime.exec, tenant, argv, given=given, seconds=seconds, printed=_PRINTED)

@@ -113,7 +113,7 @@ def bus_label(name: str) -> str:
 
 
 def of_unit(unit: Unit, name: str, port: int | None) -> Old:
-    """Return the old service that a unit runs. Raises `HostError` where it does not run."""
+    """Return the old service that a unit runs. Raises `HostError` if it does not run."""
     if not unit.pid:
         raise HostError(f"{name} does not run; start it: what it listens on is read from its processes")
     found = _old(unit.pid, tuple(below(unit.pid)), port, unit.words)

@@ -1,9 +1,10 @@
-"""Show a folder of the host to one tenant, by a mount that maps one owner and nobody else.
+"""Shows a folder of the host to one tenant, by a mount that maps its owner and no other id.
 
-Incus's own `shift=true` would map every id, root too: root in the container then writes into the folder as
-root of the host, and a set-uid file there is a way to it. Of this mount the folder's owner alone is the
-workspace's user inside. Everybody else is nobody: what root in the container makes is refused (EOVERFLOW),
-and others' files are others'. The mount is private, so that none of the container's mounts comes out.
+Incus's own `shift=true` would map every id, root too: root in the container could then write into the folder
+as root of the host, and a set-uid file there would be a way to become it. In this mount only the folder's
+owner is the workspace's user inside. All other ids are unmapped: what root in the container creates is
+refused (EOVERFLOW), and others' files stay others'. The mount is private, so no mount of the container comes
+out.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The steps of a migration, each with its way back. Where it stands is in the instance's keys alone.
+"""Takes the steps of a migration, each with its way back. Only the instance's keys say how far it is.
 
 | state | the domain leads to | the workspace is |
 |---|---|---|
 | attaching, attached | the old service | the folder of the host, by a disk device |
 | copied | the old service | the same; the copy lies beside it |
-| switching | who comes waits | as before, then the copy |
+| switching | visitors wait | as before, then the copy |
 | switched | the tenant | the tenant's own |
 | returning | the old service | the tenant's own, then the folder again |
 
-A run that was killed is gone on with by the next: a switch that was not finished is taken back first.
+The next run goes on where a killed one stopped: it first takes back a switch that was not finished.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class Migration:
         return moving.state
 
     async def back(self, domain: str, *, sure: bool) -> str:
-        """Undo the last step; return the state, "" where nothing of the migration is left.
+        """Undo the last step; return the state, "" if nothing of the migration is left.
 
-        Raises `Conflict` where something would be lost that nothing else has, unless `sure`.
+        Raises `Conflict` if something would be lost that nothing else has, unless `sure`.
         """
         moving = await self._moving(self._names(domain)[1])
         match moving.state:
@@ -146,7 +146,7 @@ class Migration:
         return plan
 
     async def _begin(self, plan: Plan) -> None:
-        """Make the tenant, stopped: from now on Incus knows, and its domain leads to the old service."""
+        """Create the tenant, stopped: from now on it is in Incus, and its domain leads to the old service."""
         making, devices, size = self._runtime.making, {}, SIZES[plan.wanted.size]
         if "disk" in size:
             root = (await making.profile())["devices"]["root"]
@@ -203,7 +203,7 @@ class Migration:
     # --- copy ---------------------------------------------------------------------------------------
 
     async def _copy(self, moving: Moving) -> None:
-        """Copy the folder, and see the copy's site answer beside the old one, which nobody notices."""
+        """Copy the folder, and check that the copy's site answers next to the old one, unseen by visitors."""
         tenant, recipe = moving.tenant, moving.recipe
         await self._mirror(moving)
         old = await asyncio.to_thread(self._old, moving.folder, moving.unit, recipe.port, moving.env)
@@ -259,7 +259,7 @@ class Migration:
         await self._switched(moving)
 
     async def _exchange(self, moving: Moving, exposure: Exposure) -> None:
-        """Stop the old service and start the copy, while who comes waits in Caddy for the gateway's word."""
+        """Stop the old service and start the copy, while visitors wait in Caddy for the gateway."""
         await led(self._caddy, moving.domain, asleep(exposure.target))
         if not await drained(*moving.listens):
             self._say("  some who had no answer of the old service yet, or a websocket, were cut off")
@@ -379,7 +379,7 @@ class Migration:
 
 
 def _real(folder: Path) -> Path:
-    """Return a folder by its real path. Raises `InvalidParams` where it is none that could be moved."""
+    """Return a folder by its real path. Raises `InvalidParams` if it is none that could be moved."""
     try:
         real = folder.resolve(strict=True)
     except OSError as error:

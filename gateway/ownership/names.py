@@ -1,8 +1,8 @@
-"""Name ownership: a tenant that is destroyed and made again under its name is another.
+"""Decides which instance has each name: a tenant that is destroyed and made again under its name is another.
 
 Events, records of calls, deployments and tokens go by the name, which may be another customer's by now.
-Incus tells instances of one name apart; which had it last is kept here, so that a gateway that was away
-knows too.
+Incus tells instances of one name apart. The last one is stored here, so that a gateway that was down finds a
+change too.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TOLD: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """Who has a name: `instance`, "" for nobody.
+    """The owner of a name: `instance`, "" for none.
 
-    `ended` is the id of the event that told of the last one's end and `at` its time, `begun` that of the
-    first event of this one; each 0 where there was none.
+    `ended` is the id of the event that ended the last owner, `at` its time, `begun` the id of the first event
+    of this one; each 0 if there was none.
     """
 
     instance: str = ""
@@ -59,7 +59,7 @@ class Names:
 
     @classmethod
     async def opened(cls, store: Store, bus: Bus, settings: Settings) -> Names:
-        """Take over what the last life knew; who asks for names' earlier events waits for `watch`."""
+        """Go on with the records of the last process; readers of names' earlier events wait for `watch`."""
         self = cls(store, bus, settings)
         next_ = bus.last + 1  # what was not written may have had an id that another event gets
         for tenant, instance, ended, begun, at in await store.read(_all):
@@ -68,9 +68,9 @@ class Names:
         return self
 
     async def watch(self, runtime: TenantRuntime) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants as the runtime does, and what became of names while nobody looked.
+        """Yield the runtime's events of tenants, and what became of names while no gateway watched.
 
-        For each event that was published `took` is called before the next one is asked for.
+        Call `took` for each event that was published before you ask for the next one.
         """
         async for event in runtime.watch():
             if event.type == "gateway.resynced":
@@ -94,15 +94,15 @@ class Names:
                 await self._begin(there, told.id)
 
     def holder(self, name: str) -> str:
-        """Return what tells the name's present instance from all others, "" where it is nobody's."""
+        """Return the id of the name's present instance, "" if there is none."""
         return self._holders.get(name, _NOBODY).instance
 
     def ended(self, name: str) -> float:
-        """Return when the last one of that name ended, 0 where there was none."""
+        """Return when the last one of that name ended, 0 if there was none."""
         return self._holders.get(name, _NOBODY).at
 
     def is_present(self, name: str, at: float) -> bool:
-        """Say whether what began at that time is of who has the name now, or comes to have it."""
+        """Say whether what began at that time belongs to the present owner of the name, or a coming one."""
         return at >= self.ended(name)
 
     async def over(self, name: str, instance: str) -> None:
@@ -180,7 +180,7 @@ _NOBODY: Final = _Holder()
 
 
 async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
-    """Return a tenant, None where there is none or where that cannot be known now."""
+    """Return a tenant, None if there is none, or that cannot be known now."""
     try:
         return await runtime.get(name)
     except GatewayError:

@@ -42,7 +42,7 @@ def pack_frame(stream: int, channel: int, data: bytes) -> bytes:
 
 
 def unpack_frame(frame: bytes) -> Frame:
-    """Return the parts of a frame. Raises `InvalidParams` where it is none."""
+    """Return the parts of a frame. Raises `InvalidParams` if it is none."""
     if len(frame) < HEADER_SIZE:
         raise InvalidParams(f"a binary frame has at least {HEADER_SIZE} bytes")
     stream, channel = _HEADER.unpack_from(frame)

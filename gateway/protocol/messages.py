@@ -42,7 +42,7 @@ def result(request_id: RequestId, value: Mapping[str, Any]) -> str:
 def encoded_result(request_id: RequestId, value: bytes) -> Message:
     """Return the answer to a request with a result that is JSON already, which is not copied.
 
-    Raises `UnicodeDecodeError` where it is no UTF-8, which would end the client's connection.
+    Raises `UnicodeDecodeError` if it is no UTF-8, which would end the client's connection.
     """
     if not value.isascii():
         value.decode()
@@ -115,7 +115,7 @@ def cancel_request(request_id: RequestId) -> str:
 
 
 def decode_server_text(text: str) -> Reply | Notification:
-    """Return what a server said. Raises `InvalidParams` where it does not speak this protocol."""
+    """Return what a server said. Raises `InvalidParams` if it does not speak this protocol."""
     try:
         message = orjson.loads(text)
         if "method" in message:

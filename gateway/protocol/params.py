@@ -76,7 +76,7 @@ Encoding = Literal["binary", "utf-8"]
 
 
 class Reader(Params):
-    """How who attaches wants the output. `window` says that it acknowledges, and how far it may be behind."""
+    """How a reader wants the output. `window` says that it acknowledges, and how far it may be behind."""
 
     acks: bool = False
     window: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
@@ -295,9 +295,9 @@ def validate(model: type[P], params: object) -> P:
 
 
 def switch(given: Mapping[str, str], name: str) -> bool:
-    """Tell whether a header, or a member of the query, turns something on; off where it is not there.
+    """Say whether a header, or a member of the query, turns something on; off if it is missing.
 
-    Raises `InvalidParams` for a word that is neither: who asks for a rule must not go without it unawares.
+    Raises `InvalidParams` for any other word: a client that asks for a rule must not silently go without it.
     """
     match given.get(name, "").strip().lower():
         case "1" | "true":

@@ -23,7 +23,7 @@ from gateway.protocol.weight import LIGHT
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A call with its parameters checked. `id` is None where the client wants no answer."""
+    """A call with its parameters checked. `id` is None if the client wants no answer."""
 
     id: RequestId | None
     method: str

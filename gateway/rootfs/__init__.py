@@ -1,12 +1,12 @@
 """Safe access to a workspace whose every byte and name a hostile tenant controls.
 
 `FilesystemRoot` names a tenant's files; `Workers` runs operations on them, each tenant's in processes of its
-own. Where they lie on the host, only the broker knows.
+own. Only the broker finds out where they are on the host.
 
 Parts: `kernel` (raw calls), `root` (safe paths), `worker` (the loop), `confine` (what a worker gives up),
-`locations` (whose files lie where), `broker` and `zygote` (start workers), `broker_client`, `workers` and
-`links` (the gateway's side). All but the gateway's side run inside a worker too, so nothing here imports more
-than it needs, and `Workers` is loaded when it is first asked for.
+`locations` (where each tenant's files are), `broker` and `zygote` (start workers), `broker_client`, `workers`
+and `links` (the gateway's side). All but the gateway's side run inside a worker too, so nothing here imports
+more than it needs, and `Workers` is loaded when it is first asked for.
 """
 
 from __future__ import annotations

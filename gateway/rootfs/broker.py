@@ -1,7 +1,8 @@
 """Starts workers on tenants' workspaces: the one part of the file tools that needs root.
 
-A small process beside the gateway. It holds no network socket and reads nothing that a tenant wrote: over one
-unix socket it takes a few typed requests, and answers each with one JSON object and at most one descriptor.
+A small process next to the gateway. It holds no network socket and reads nothing that a tenant wrote. Over
+one unix socket it takes a few typed requests, and answers each with one JSON object and at most one
+descriptor.
 
 | request | answer |
 |---|---|
@@ -14,10 +15,10 @@ unix socket it takes a few typed requests, and answers each with one JSON object
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections of which it reads nothing |
 | `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
 
-No request carries a path of the host, an id or a pid: whose files and groups lie where, `locations` finds
-out. A request that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message",
-"facts"}` for the client. Where it does not run as root (the `local` runtime on a laptop) a worker is a plain
-child on the folder, and nothing but the safe paths of `root` confines it.
+No request carries a host path, an id or a pid: `locations` finds the files and groups of a tenant. A request
+that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for
+the client. If the broker does not run as root (the `local` runtime on a laptop), a worker is a plain child on
+the folder, and only the safe paths of `root` confine it.
 
 Workers are forks of this process, see `zygote`. By `broker_listener` it is a service of its own.
 """
@@ -67,7 +68,7 @@ class Chores:
         self._environment = environment
 
     def do(self, name: str) -> None:
-        """Run one to its end. Raises `KeyError`, and `OSError` where it fails or takes too long."""
+        """Run one to its end. Raises `KeyError`, and `OSError` if it fails or takes too long."""
         command = self._commands[name]
         pid = os.posix_spawn(command[0], list(command), self._environment)
         until = time.monotonic() + _CHORE_WAIT

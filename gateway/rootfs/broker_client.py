@@ -40,9 +40,9 @@ REFUSALS: dict[str, type[GatewayError]] = {
 class BrokerClient:
     """The gateway's end of the socketpair: starts the broker, sends requests one at a time.
 
-    The broker is started with the first request and again where it has died; `tenants` describes where it
-    finds them (see `gateway.rootfs.locations`). With `at`, one that
-    listens there is connected to instead, and knows all of that itself.
+    The broker is started with the first request, and again if it has died. `tenants` describes where it finds
+    them (see `gateway.rootfs.locations`). With `at`, the client connects to a broker that listens there,
+    which has its own description.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BrokerClient:
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; return the answer and the descriptors that came with it.
 
-        Raises what the broker refuses with, and `Unavailable` where it fails or cannot be reached; its words
+        Raises what the broker refuses with, and `Unavailable` if it fails or cannot be reached; its words
         go to the log alone then.
         """
         async with self._lock:
@@ -98,7 +98,7 @@ class BrokerClient:
             await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
 
     async def relieve(self, tenant: str) -> tuple[str, int] | None:
-        """Kill the biggest process of a tenant's site; return its name and bytes, None where there was none.
+        """Kill the biggest process of a tenant's site; return its name and bytes, None if there was none.
 
         Raises `Unavailable`, and `NotFound` for a tenant that does not run.
         """

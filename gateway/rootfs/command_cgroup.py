@@ -2,8 +2,8 @@
 
 Each exec runs in a cgroup v2 of its own, made inside the container's delegated tree. Whatever its
 processes do (`setsid`, double fork, a cleared environment, a fork bomb), they stay in it, and one write
-to `cgroup.kill` ends all of them at once. Who moves itself out, which takes the tenant's root, is brought
-back as long as its environment, its parents or its session tell whose it is (`process_tree.catch`).
+to `cgroup.kill` ends all of them at once. A process that moves itself out, which takes the tenant's root, is
+moved back as long as its environment, its parents or its session show its command (`process_tree.catch`).
 
 Paths come from the kernel (`/proc/PID/cgroup`) and from names that the gateway made. A tenant cannot put
 links into cgroupfs.
@@ -42,7 +42,7 @@ async def here(step: str, path: Path) -> None:
 
 
 async def of_init(pid: int) -> Path | None:
-    """Return the root group of the container whose first process is `pid`; None where there is none."""
+    """Return the root group of the container whose first process is `pid`; None if there is none."""
     return await aside(pid, _STEP, process_tree.of_init, pid)
 
 

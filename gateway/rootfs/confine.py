@@ -109,9 +109,9 @@ def end_with_parent() -> None:
 
 
 def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
-    """Confine this process, whose descriptors but `keep` are closed; return the names of the layers.
+    """Confine this process, and close its descriptors except `keep`; return the names of the layers.
 
-    Afterwards `/` is the workspace. Raises `OSError` where a layer that must hold does not; the caller ends.
+    Afterwards `/` is the workspace. Raises `OSError` if a required layer fails; the caller must end then.
     """
     end_with_parent()
     tree = _clone(plan.folder, plan.namespace, read_only=plan.read_only)

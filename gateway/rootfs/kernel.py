@@ -160,7 +160,7 @@ def rename_new(source_folder: int, source: bytes, target_folder: int, target: by
 def open_nameless(directory: int, flags: int, probe: str) -> int:
     """Open a new file that lies in `directory` without a name, to be given one by `name_file`.
 
-    It goes with its last descriptor, whatever ends the process. Raises `OSError` where the file system cannot
+    It goes with its last descriptor, whatever ends the process. Raises `OSError` if the file system cannot
     or the kernel would not let us name it (Linux before 6.10), which is tried once, with the name `probe`.
     """
     global _names_files
@@ -215,9 +215,9 @@ _SHORT_SLICE = 100_000  # nanoseconds, the shortest that the kernel takes; its o
 def take_turns(*, nice: int = 0, short: bool = False) -> None:
     """Lower this thread's share by `nice`, and have it take `short` turns.
 
-    Who asks for short turns is run as soon as it has something to do, before one in a long turn, for no
-    larger share: a Read beside a busy search takes as long as without one. Children do not inherit it.
-    Where the kernel refuses, all stays as it was.
+    A thread with short turns runs as soon as it has something to do, before one in a long turn, without a
+    larger share: a Read next to a busy search takes as long as without it. Children do not inherit this. If
+    the kernel refuses, nothing changes.
     """
     number = _SCHED_SETATTR.get(os.uname().machine)
     if sys.platform != "linux" or number is None:

@@ -1,6 +1,6 @@
-"""Workers that pass descriptors or send frames unasked; the gateway reads their sockets itself.
+"""Runs workers that pass descriptors or send frames unasked; the gateway reads their sockets itself.
 
-They are kept apart from those of `workers`, whose calls they would hold up. One of a kind serves a tenant.
+They are separate from those of `workers`, whose calls they would hold up. One of a kind serves a tenant.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Link:
     """The gateway's end of one worker. Calls are answered in their order.
 
     `told` gets the payload of each frame that answers nothing; `lost` is called once when the worker ends by
-    itself. `holds` counts those for whom it must stay.
+    itself. `holds` counts its users; it stays while there are some.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class Link:
 class Links:
     """The links of one kind, `loop`, at most one of a tenant. Use as an async context manager.
 
-    At most `maximum` run; one that nobody holds makes room, else a new one is `RateLimited`. One that nobody
-    holds ends after `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose
-    worker ended by itself. `farewell` is an operation that a worker does before it is ended by us; others'
-    work goes before that of `search` ones.
+    At most `maximum` run; an unused one makes room, else a new one is `RateLimited`. An unused one ends after
+    `idle` seconds. `told` gets tenant and payload of unasked frames, `lost` the tenant whose worker ended by
+    itself. `farewell` is an operation that a worker does before we end it. With `search` they run with lower
+    priority than others.
     """
 
     def __init__(

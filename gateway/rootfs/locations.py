@@ -1,8 +1,8 @@
 """Finds the tenants, their files on the host, and their control groups.
 
-The broker takes nobody's word for it. A request names a tenant; what is opened, and with which ids, is what
-incusd itself says of an instance that carries the mark of ours, or what lies in the one folder of the `local`
-runtime. Errors are for clients: they name no path of the host.
+The broker trusts no request about that. A request names a tenant; incusd itself says what is opened, and with
+which ids, for an instance that carries our mark. For the `local` runtime it is a folder in the one folder of
+all tenants. Errors are for clients: they name no path of the host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
 class Disk:
     """What holds a workspace. `path` is trusted, `inside` is below it in the tenant's hands, "" for itself.
 
-    `uid` and `gid` are the workspace's user inside, `idmap` the tenant's user namespace; empty where there is
+    `uid` and `gid` are the workspace's user inside, `idmap` the tenant's user namespace; empty if there is
     none. On disk, files carry ids of the inside, or of the outside where `shifted`. `covered` are the folders
     below the workspace, relative to it, over which the tenant has other disks, which are not served. With
     `real`, no part of `path` may be a link.
@@ -83,9 +83,9 @@ class Tenants(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Tenants that are folders: `home`/TENANT/`below` is a tenant's `/`, owned by whom it belongs to.
+    """Tenants that are folders: `home`/TENANT/`below` is a tenant's `/`, with its files' owner.
 
-    With `idmap`, the workspace's user is `uid` inside, and files carry ids of the inside.
+    With `idmap`, the workspace's user is `uid` inside, and files have the ids of the inside.
     """
 
     home: str
@@ -222,7 +222,7 @@ class Instances:
         return found
 
     def _get(self, path: str, query: str = "") -> dict[str, Any] | None:
-        """Ask incusd; None where it knows no such thing. Raises `Unavailable`."""
+        """Ask incusd; None if there is no such object. Raises `Unavailable`."""
         connection = _Connection(self._socket)
         try:
             connection.request("GET", f"{path}?project={quote(self._project, safe='')}&{query}")

@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The counters of a group at one moment: `stalled` in seconds, None where the kernel does not count it.
+    """The counters of a group at one moment: `stalled` in seconds, None if the kernel does not count it.
 
     `refaults` are pages that had been dropped and were read back, `usage` and `limit` bytes, `limit` None for
     none. `ended` counts processes that the kernel killed.
@@ -74,7 +74,7 @@ class Process:
 
 
 def place(init: int) -> Place | None:
-    """Return where the counters of a container are, by its first process; None where it has none."""
+    """Return where the counters of a container are, by its first process; None if it has none."""
     unified = process_tree.of_init(init)
     if unified is None or not unified.is_dir():
         return None
@@ -111,10 +111,10 @@ def text(path: str, limit: int = _TEXT) -> bytes:
 
 
 class KernelFile:
-    """A small file of the kernel's that is read at each look, by a descriptor that is kept open.
+    """A small file of the kernel that is read again and again, by a descriptor that stays open.
 
-    To open it costs several times what reading does. Where its group was made anew, as that of a unit which
-    was started again, it is opened again. The descriptor is closed with the object.
+    Opening it costs several times what reading does. If its group was created again, such as that of a unit
+    that was restarted, the file is opened again. The descriptor is closed with the object.
     """
 
     __slots__ = ("_descriptor", "_path")
@@ -126,7 +126,7 @@ class KernelFile:
         self._close()
 
     def read(self) -> bytes:
-        """Return its first line or two; nothing where its group is gone."""
+        """Return its first line or two; nothing if its group is gone."""
         if self._descriptor >= 0:
             try:
                 return os.pread(self._descriptor, _LINES, 0)
@@ -150,18 +150,18 @@ def stalls(of: Place) -> KernelFile:
 
 
 def waited(said: bytes) -> float | None:
-    """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
+    """Return the seconds in which some process of a group waited for memory; None if it is not counted."""
     found = _TOTAL.search(said)
     return None if found is None else int(found[1]) / 1e6
 
 
 def stalled(of: Place) -> float | None:
-    """Return the seconds in which some process of a group waited for memory; None where nobody counts."""
+    """Return the seconds in which some process of a group waited for memory; None if it is not counted."""
     return waited(text(f"{of.unified}/memory.pressure"))
 
 
 def sample(of: Place) -> Sample | None:
-    """Return a group's counters; None where it is gone, or has none of its own."""
+    """Return a group's counters; None if it is gone, or has none of its own."""
     now = time.monotonic()
     if of.memory is None:
         facts = _facts(text(f"{of.unified}/memory.stat"))
@@ -182,13 +182,13 @@ def sample(of: Place) -> Sample | None:
 
 
 def biggest(of: Place) -> Process | None:
-    """Return the process of a container that holds most memory; None where it has none."""
+    """Return the process of a container that holds most memory; None if it has none."""
     found = _biggest(process_tree.pids(of.unified))
     return None if found is None else found[1]
 
 
 def relieve(container: Path) -> Process | None:
-    """Kill the biggest process of a container's site, and return it; None where it has none. Takes root.
+    """Kill the biggest process of a container's site, and return it; None if it has none. Takes root.
 
     Only what is in the group of the site's unit is looked at, so never a command; the container's first
     process is left out wherever its root has put it. A number that is another's by now is not touched: the

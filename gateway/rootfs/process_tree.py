@@ -60,7 +60,7 @@ def _mounted() -> Path:
 
 
 def of_init(pid: int) -> Path | None:
-    """Return the root group of the container whose first process is `pid`; None where there is none."""
+    """Return the root group of the container whose first process is `pid`; None if there is none."""
     mount = mount_point()
     if mount is None:
         return None
@@ -302,7 +302,7 @@ class Stat:
 
 
 def stat(pid: int) -> Stat | None:
-    """Return the facts of a process; None where it is gone."""
+    """Return the facts of a process; None if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return Stat(*map(int, file.read().rpartition(b")")[2].split()[1:4]))

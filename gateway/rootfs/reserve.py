@@ -1,9 +1,9 @@
-"""Keeps a part of a tenant's CPU for commands, where the tenant's own systemd cannot.
+"""Keeps a part of a tenant's CPU for commands, if the tenant's own systemd cannot.
 
-In v2 the site's unit and the commands are in groups of their own, whose weights the tenant's systemd sets
-(`CPUWeight=`), and so they are on most hybrid hosts. Where v1's `cpu` is mounted by itself, without
-`cpuacct`, a container's systemd has no use for it: all of a tenant is one group then, and a command waits for
-its turn behind each thread of the site. There the site gets a group of its own, from outside.
+In v2, and on most hybrid hosts, the site's unit and the commands have groups of their own, whose weights the
+tenant's systemd sets (`CPUWeight=`). If v1's `cpu` is mounted by itself, without `cpuacct`, a container's
+systemd does not use it: then a tenant is one group, and a command waits for its turn behind each thread of
+the site. There the site gets a group of its own, from outside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CPU: Final = re.compile(rb"^\d+:(?:[a-z_,]*,)?cpu(?:,[a-z_,]*)?:(/.*)$", re.MUL
 
 @functools.cache
 def cpu_mount() -> str | None:
-    """Return where v1's `cpu` is; None where there is nothing to do."""
+    """Return where v1's `cpu` is; None if there is nothing to do."""
     return controller_mount("cpu")
 
 
@@ -36,7 +36,7 @@ def processes(container: Path) -> KernelFile:
 
 
 def first(site: KernelFile) -> int:
-    """Return a process of a container's site, 0 where it has none, or there is nothing to do."""
+    """Return a process of a container's site, 0 if it has none, or there is nothing to do."""
     if cpu_mount() is None:
         return 0
     number = site.read().partition(b"\n")[0]
@@ -65,6 +65,6 @@ def reserve(container: Path) -> None:
 
 
 def _group(pid: int) -> str:
-    """Return the group of a process in v1's `cpu`; empty where it is gone."""
+    """Return the group of a process in v1's `cpu`; empty if it is gone."""
     found = _CPU.search(memory.text(f"/proc/{pid}/cgroup"))
     return "" if found is None else os.fsdecode(found[1])

@@ -54,7 +54,7 @@ class Made(NamedTuple):
 class Root:
     """The workspace behind one directory descriptor, which it owns.
 
-    `workspace` is the absolute path that the tenant knows it by: absolute links below it are followed.
+    `workspace` is its absolute path inside the tenant: absolute links below it are followed.
     `nodev` says that the mount refuses device nodes; without it every file is looked at before it is opened.
     `depth` bounds the folders of a client's paths, and of walks.
     """
@@ -113,7 +113,7 @@ class Root:
         raise last
 
     def open_real(self, path: str, flags: int) -> int:
-        """Open `path`, none of whose parts may be a link (a last one gives ELOOP)."""
+        """Open `path`, which may contain no link (one at the end gives ELOOP)."""
         if kernel.HAS_OPENAT2:
             return kernel.openat2(self.descriptor, os.fsencode(path or "."), flags, _REAL)
         directory = os.dup(self.descriptor)
@@ -160,7 +160,7 @@ class Root:
         return "/".join(real)
 
     def _link(self, folder: str, name: str) -> str | None:
-        """Return the target of the link `name`, or None where it is none or is missing."""
+        """Return the target of the link `name`, or None if it is none or is missing."""
         try:
             directory = self.open_real(folder, kernel.O_PATH | os.O_DIRECTORY)
         except FileNotFoundError:
@@ -299,7 +299,7 @@ class Root:
             os.close(directory)
 
     def link_target(self, path: str) -> str | None:
-        """Return where the link `path` points, as a relative path; None where that is outside or no link."""
+        """Return where the link `path` points, as a relative path; None if that is outside or no link."""
         directory, name = self.parent(path)
         try:
             target = os.readlink(name, dir_fd=directory)

@@ -41,7 +41,7 @@ class Spawn:
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Spawn:
-        """Check and take a request. Raises `ValueError`, `KeyError` or `TypeError` where it is malformed."""
+        """Check and take a request. Raises `ValueError`, `KeyError` or `TypeError` if it is malformed."""
         workspace = str(message["workspace"])
         if workspace != os.path.normpath(workspace) or not workspace.startswith("/") or "\0" in workspace:
             raise ValueError("a workspace is an absolute path")

@@ -1,10 +1,10 @@
-"""Finds TCP connections of this machine to a container where nobody reads what was sent, and breaks them off.
+"""Finds TCP connections of this machine to a container that does not read what was sent, and closes them.
 
-That is a request at a process that hangs: its kernel has taken it, so to the sender all is well. The sender's
-end is asked for by sock_diag(7), the other one looked up in the container's own table (proc(5)). That is as
-long as its tenant wants, so it is read up to a limit.
+Such a connection is a request to a process that hangs: the kernel has accepted it, so the sender sees no
+error. sock_diag(7) finds the sender's end, the container's own table (proc(5)) the other one. The tenant
+controls how long that table is, so it is read up to a limit.
 
-Looking takes no root; `break_off` does.
+Finding them needs no root; `break_off` does.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def waiting(network: str, seconds: float) -> list[Connection]:
 
 
 def unread(pid: int, end: End) -> set[End]:
-    """Return who is connected to `end`, in the network of a process, and has sent what is not read yet.
+    """Return the peers of `end`, in the network of a process, that have sent something not read yet.
 
-    Of a table that is too long the begin counts.
+    Reads only the beginning of a table that is too long.
     """
     found = set()
     for line in _lines(pid):
@@ -128,7 +128,7 @@ def _asked(kind: int, flags: int, message: bytes) -> Iterator[memoryview]:
 
 
 def _connection(said: memoryview) -> Connection | None:
-    """Return what the kernel tells of one, None where it waits for nothing."""
+    """Return what the kernel tells of one, None if it waits for nothing."""
     key = bytes(said[4 : 4 + _SOCKET.size])
     from_, to, here, there, _ = _SOCKET.unpack(key)
     at = _FOUND

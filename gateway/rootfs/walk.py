@@ -263,7 +263,7 @@ class Walk:
 
 
 def _with_status(path: str, folder: int, names: Collection[str]) -> list[tuple[str, os.stat_result]]:
-    """Return paths and status of the regular files of these names; closes `folder` where there are any."""
+    """Return paths and status of the regular files of these names; closes `folder` if there are any."""
     if not names:
         return []
     prefix, files = path + "/" if path else "", []

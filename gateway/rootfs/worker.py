@@ -4,7 +4,7 @@ A request is a u32 length (big-endian) and the JSON `[operation, arguments]`. A 
 status byte and a payload: DONE and the operation's bytes, REFUSED and `{code, message, facts}` of a
 `GatewayError`, BROKEN and text for the log. The first reply, READY, is unasked for and lists as JSON what
 confines the worker. PASSED is DONE with a descriptor (SCM_RIGHTS), TOLD a frame that answers nothing: only
-those who read the socket by `gateway.rootfs.links` get either.
+readers of the socket by `gateway.rootfs.links` get either.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def serve(
 
 
 def receive_request(connection: socket.socket) -> bytearray | None:
-    """Return the next request, which has begun to come, or None where the gateway closed the socket."""
+    """Return the next request, which has begun to come, or None if the gateway closed the socket."""
     head = connection.recv(4)
     return _first(connection, bytearray(head))[0] if head else None
 

@@ -38,7 +38,7 @@ class Hierarchy:
 def hierarchies(
     mountinfo: str = "/proc/self/mountinfo", wanted: tuple[str, ...] = _WANTED
 ) -> list[Hierarchy]:
-    """Return where the wanted controllers are: v1, v2 or some in each. None where nothing is mounted."""
+    """Return where the wanted controllers are: v1, v2 or some in each. None if nothing is mounted."""
     found: dict[str, Hierarchy] = {}
     try:
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:

@@ -81,7 +81,7 @@ class WorkerConnection(asyncio.Protocol):
             self._caller.set_exception(error)
 
     async def reply(self, seconds: float) -> memoryview:
-        """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` where none will."""
+        """Return the reply that is to come. Raises `TimeoutError`, and `Unavailable` if none will."""
         if self._caller.cancelled():
             self._caller = self._loop.create_future()
         # cheaper than a timeout's scope around a shield: this is on the way of each Read

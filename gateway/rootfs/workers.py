@@ -54,10 +54,10 @@ class _Slot:
 class Workers:
     """Runs operations in the tenants' workers. Use as an async context manager.
 
-    `tenants` describes where they are found, and may be left out where a broker listens that knows it.
-    `operations` names the module whose table the workers serve. At most `max_workers` run; where all are busy
-    a call for another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, with
-    `forget`, when its workspace is another folder than it was, and with the gateway. `opened` is called for
+    `tenants` describes where they are found; a broker that listens by itself has its own description.
+    `operations` names the module whose table the workers serve. At most `max_workers` run; if all are busy, a
+    call that needs another raises `RateLimited`. A worker ends after `worker_idle` seconds without a call, by
+    `forget`, when its workspace has become another folder, and with the gateway. `opened` is called for
     each new worker for single files; `broke` says whether the one before was ended in the middle of a call.
     """
 
@@ -109,7 +109,7 @@ class Workers:
 
         Such a one can change nothing, unless it `changes` what there is, and may be one `share` of several.
 
-        Raises what the operation refuses with; `Unavailable` where the worker ended meanwhile, `Timeout`
+        Raises what the operation refuses with; `Unavailable` if the worker ended meanwhile, `Timeout`
         where it did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
         `InvalidParams`.
         """
@@ -149,9 +149,9 @@ class Workers:
         )
 
     async def scan(self, root: FilesystemRoot, arguments: dict[str, Any], shares: int) -> bytes | None:
-        """Have workers name the files that match, each with a NUL after it; None where that is not for them.
+        """Have workers name the files that match, each with a NUL after it; None if that is not for them.
 
-        Raises `Timeout`, and `Unavailable` where the tenant's workers were ended by `forget`.
+        Raises `Timeout`, and `Unavailable` if the tenant's workers were ended by `forget`.
         """
         scans = [
             asyncio.ensure_future(
@@ -241,7 +241,7 @@ class Workers:
         return Spawn(root.tenant, root.workspace, self._limits, self._memory, loop, search, looks)
 
     def layers(self, tenant: str, *, search: bool = False) -> tuple[str, ...] | None:
-        """Return what confines a tenant's worker, or None where none runs."""
+        """Return what confines a tenant's worker, or None if none runs."""
         slot = self._slots.get((tenant, int(search)))
         return slot.worker.layers if slot and slot.worker and not slot.worker.closed else None
 

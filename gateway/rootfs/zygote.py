@@ -1,8 +1,8 @@
-"""Forks workers: everything that one needs is imported before, so that it starts in milliseconds.
+"""Forks workers from a process that has imported everything they need, so that they start in milliseconds.
 
-A worker shares this process' memory until it writes. Of each kind that was asked for one is forked ahead, and
-has entered its control group when it learns whose it is to be: the kernel takes some ten milliseconds to move
-a process.
+A worker shares this process's memory until it writes. One of each kind that was asked for is forked ahead. It
+has already entered its control group when it learns its tenant, since the kernel takes some ten milliseconds
+to move a process.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Zygote:
         spare.group.remove()
 
     def _become(self, control: socket.socket, group: WorkerCgroup, *, search: bool) -> NoReturn:
-        """Be a worker, in the forked child, of whom `control` tells; never return."""
+        """Become the worker that `control` describes, in the forked child; never return."""
         connection, code = None, _BROKEN_WORKER
         try:
             if _ENDS_WITH_PARENT:

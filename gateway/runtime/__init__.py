@@ -134,7 +134,7 @@ class Process(Protocol):
     async def wait(self) -> Exit:
         """Return the exit once the command has ended and its outputs were read.
 
-        Raises `Unavailable` where its status, or some of its output, is lost.
+        Raises `Unavailable` if its status, or some of its output, is lost.
         """
         ...
 
@@ -152,7 +152,7 @@ class Process(Protocol):
         ...
 
     async def left(self) -> Sequence[Member] | None:
-        """Return what runs of the tree, a hundred processes at most; None where that cannot be known."""
+        """Return what runs of the tree, a hundred processes at most; None if that cannot be known."""
         ...
 
     async def aclose(self) -> None:
@@ -179,7 +179,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class TenantEvent:
-    """Something happened to a tenant, whoever did it. `type` as in the SSE contract."""
+    """A change of a tenant, by anyone. `type` is as in the SSE contract."""
 
     type: str
     tenant: str | None
@@ -187,7 +187,7 @@ class TenantEvent:
 
     @property
     def ended(self) -> str | None:
-        """The name that is nobody's now: its tenant was destroyed, or is called otherwise."""
+        """The name that is free now: its tenant was destroyed or renamed."""
         match self.type:
             case "tenant.destroyed":
                 return self.tenant
@@ -210,7 +210,7 @@ Removed = Callable[[Removal], Awaitable[None]]
 
 
 async def unheard(removal: Removal) -> None:
-    """Take a removal of which nobody keeps a record."""
+    """Take a removal and record it nowhere."""
 
 
 class TenantRuntime(Protocol):
@@ -226,7 +226,7 @@ class TenantRuntime(Protocol):
     async def get(self, name: str) -> Tenant: ...
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        """Make a tenant from the base image. Raises `Conflict` where the name is taken.
+        """Make a tenant from the base image. Raises `Conflict` if the name is taken.
 
         What it made is removed where it fails or is cancelled, and nothing else.
         """
@@ -239,7 +239,7 @@ class TenantRuntime(Protocol):
     async def restart(self, name: str) -> None: ...
 
     async def mark_asleep(self, name: str, asleep: bool) -> None:
-        """Note that whoever asks for the tenant may wake it, or that this is over; stop nothing."""
+        """Note that requests may wake the tenant, or that they may not any more; stop nothing."""
         ...
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
@@ -260,8 +260,8 @@ class TenantRuntime(Protocol):
     async def resize(self, name: str, size: str) -> None:
         """Give the tenant the limits of a size of `sizes.SIZES`, all or none, without a restart.
 
-        Raises `Conflict` where it uses more disk or memory than these allow, or is being updated,
-        `TenantNotRunning` where what its disk holds cannot be seen, and `InvalidParams` where no limits are
+        Raises `Conflict` if it uses more disk or memory than these allow, or is being updated,
+        `TenantNotRunning` where what its disk holds cannot be seen, and `InvalidParams` if no limits are
         enforced here.
         """
         ...
@@ -269,10 +269,10 @@ class TenantRuntime(Protocol):
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
-        """Make a tenant whose disk is a copy of another's, or of a snapshot of it, and start it.
+        """Create a tenant whose disk is a copy of another's, or of a snapshot of it, and start it.
 
-        It has an address, a machine id and host uids of its own. Raises `Conflict` where the name is taken,
-        and `NotFound`. What it made is removed where it fails or is cancelled, and nothing else.
+        It has an address, a machine id and host uids of its own. Raises `Conflict` if the name is taken, and
+        `NotFound`. If it fails or is cancelled, it removes what it made and nothing else.
         """
         ...
 
@@ -281,7 +281,7 @@ class TenantRuntime(Protocol):
         ...
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
-        """Keep the disk as it is now. Raises `Conflict` where the snapshot's name is taken."""
+        """Keep the disk as it is now. Raises `Conflict` if the snapshot's name is taken."""
         ...
 
     async def restore(self, name: str, snapshot: str) -> None:
@@ -298,7 +298,7 @@ class TenantRuntime(Protocol):
         ...
 
     async def space(self) -> Space | None:
-        """Return how full the storage is, None where that cannot be known."""
+        """Return how full the storage is, None if that cannot be known."""
         ...
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:

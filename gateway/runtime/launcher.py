@@ -60,7 +60,7 @@ def killed(said: bytes) -> Killed:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who runs the command, as far as it is known without asking the container; ids None: look up."""
+    """The user that runs the command, as far as known without asking the container; ids None: look up."""
 
     name: str
     uid: int | None = None
@@ -79,7 +79,7 @@ def quote(text: str) -> str:
 
 
 def start_command(exec_id: str, account: Account | None, *, looks: int, terminal: bool) -> list[str]:
-    """Return the command that makes a shell of `account` wait for its line; None stays who it is.
+    """Return the command that makes a shell of `account` wait for its line; None keeps the user.
 
     `looks` is how often, 50 ms apart, it looks for a cgroup tree that is not mounted yet.
     """

@@ -258,7 +258,7 @@ class _End:
         return b""
 
     async def write(self, data: bytes) -> None:
-        """Write all of `data`; dropped where nobody reads any more. One writer at a time."""
+        """Write all of `data`; dropped if there is no reader any more. One writer at a time."""
         loop, view = asyncio.get_running_loop(), memoryview(data)
         while view and self.descriptor >= 0:
             try:
@@ -269,7 +269,7 @@ class _End:
                 return
 
     def close(self) -> None:
-        """Close it and wake who waits. Idempotent."""
+        """Close it and wake the waiting task. Idempotent."""
         descriptor, self.descriptor = self.descriptor, -1
         for waiting in self._waiting:
             if not waiting.done():

@@ -315,7 +315,7 @@ class _Service:
         self._spec = replace(self._spec, env={**self._spec.env, **env})
 
     async def start(self) -> None:
-        """Start it; raises `ExecFailed` where it cannot be started at all."""
+        """Start it; raises `ExecFailed` if it cannot be started at all."""
         self._restarts = 0
         process = await self._begin()
         self._task = asyncio.create_task(self._keep(process), name=f"site of {self._tenant}")

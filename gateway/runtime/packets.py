@@ -1,6 +1,6 @@
-"""Count the packets that this host's interfaces received, which tell whose site answers somebody.
+"""Counts the packets that this host's interfaces received, which show the sites that answer visitors.
 
-One small file of the kernel's has them all, however many visitors there are.
+One small file of the kernel has them all, however many visitors there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PACKETS: Final = 1
 
 
 def packets(table: Path = _TABLE) -> Mapping[str, int]:
-    """Return how many packets each interface has received; nothing where the kernel does not say."""
+    """Return how many packets each interface has received; nothing if the kernel does not say."""
     try:
         lines = table.read_text().splitlines()[2:]
     except OSError:

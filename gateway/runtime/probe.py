@@ -88,7 +88,7 @@ async def answer(address: str, port: int, path: str, timeout: float, *, host: st
 
 
 async def refusal(address: str, port: int, path: str, host: str, status: int) -> str:
-    """Return what a site says that answered `status` since it refuses the host; "" where that is not why.
+    """Return what a site says that answered `status` since it refuses the host; "" if that is not why.
 
     It is if the site answers at its own address, or says so. Raises as `ask` does.
     """
@@ -278,7 +278,7 @@ async def _body(reader: asyncio.StreamReader, most: int) -> bytes:
 
 
 def status_of(line: bytes) -> int:
-    """Return the status of an answer by its first line. Raises `ValueError` where it is none of HTTP."""
+    """Return the status of an answer by its first line. Raises `ValueError` if it is none of HTTP."""
     match = _STATUS.fullmatch(line)
     if match is None:
         raise ValueError("no HTTP")

@@ -34,7 +34,7 @@ async def run(
 ) -> Ended:
     """Run a command as the tenant's root with `given` as its input; end its whole tree where this fails.
 
-    Raises `TimeoutError` after so many `seconds`, and `ExecFailed` where it does not start or prints over
+    Raises `TimeoutError` after so many `seconds`, and `ExecFailed` if it does not start or prints over
     `printed` bytes.
     """
     spec = ExecSpec(tuple(argv), cwd="/", user="root", stdin=True, merged=True)

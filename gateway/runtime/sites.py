@@ -56,10 +56,10 @@ ALLOWED: Final = "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"
 class Recipe:
     """What a site is made of. `archive` is a tar of the workspace that holds nothing but plain entries.
 
-    `key` names what may be prepared ahead and shared between tenants; empty where nothing may be. `warm` are
-    paths that are asked for while it is prepared, so that a dev server has done its first work. `owner` names
-    whose upload it is, and is part of the key then: of an upload nothing is shared with anybody else.
-    Where it is `alone`, its two sides never run at the same time, and both have the one port. `keep` are the
+    `key` names what may be prepared ahead and shared between tenants; empty if nothing may. `warm` are paths
+    that are requested while it is prepared, so that a dev server has done its first work. `owner` names the
+    owner of an upload, and is part of the key then: nothing of an upload is shared with others. If it is
+    `alone`, its two sides never run at the same time, and both have the one port. `keep` are the
     patterns of what the site writes itself, `template` is what it was made by.
     """
 
@@ -107,10 +107,10 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How the service of one side does. One that waits to be started again has `ended`.
+    """The state of one side's service. One that waits to be restarted has `ended`.
 
-    `restarts` counts how often it was started by itself since somebody started it, and `started` is when that
-    was last, by `time.monotonic()`. `oom_kills` processes of it, since then, the kernel ended for want of
+    `restarts` counts its automatic restarts since it was started, and `started` is the time of the last one,
+    by `time.monotonic()`. `oom_kills` counts its processes that the kernel has killed since then for lack of
     memory. `cpu` is in seconds.
     """
 
@@ -253,11 +253,11 @@ class Sites(Protocol):
         ...
 
     async def service(self, tenant: str, side: Side) -> Service | None:
-        """Return how a side's service does; None where that cannot be had."""
+        """Return how a side's service does; None if that cannot be had."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:
-        """Return the last lines of a side's service; empty where they cannot be had."""
+        """Return the last lines of a side's service; empty if they cannot be had."""
         ...
 
     async def listed(self) -> Sequence[Site]:
@@ -274,7 +274,7 @@ class Sites(Protocol):
         ...
 
     async def tidy(self) -> None:
-        """Remove copies of uploads that nobody needs any more."""
+        """Remove copies of uploads that are not needed any more."""
         ...
 
     async def spare(self, wanted: int) -> int:
@@ -310,7 +310,7 @@ def quota_was_reached(said: str) -> bool:
 async def lines(process: Process, say: Say | None, most: int, limit: int) -> str:
     """Pass the first `most` lines of a merged command's output on; return the end of it all.
 
-    Raises `ExecFailed` where it prints over `limit` bytes.
+    Raises `ExecFailed` if it prints over `limit` bytes.
     """
     heard, size = Lines(0 if say is None else most, length=_LINE, tail=_TAIL), 0
     tell = say or (lambda line: None)

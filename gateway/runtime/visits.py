@@ -1,9 +1,8 @@
-"""Tell who is, or was lately, connected to a site, from the kernel's tables of TCP connections.
+"""Finds in the kernel's tables of TCP connections which sites have, or had lately, visitors.
 
-Requests that take a moment are seen as well as websockets that last for days, whichever Caddy serves them,
-at no cost to any: whoever ends a connection first keeps its trace for a minute (TIME_WAIT), and the table
-tells how much of that is left (proc_net_tcp.rst). Only a connection that was broken off by a reset leaves
-none.
+That shows short requests as well as websockets that last for days, whichever Caddy serves them, and costs the
+visitors nothing: the end that closes a connection first keeps its trace for a minute (TIME_WAIT), and the
+table says how much of that is left (proc_net_tcp.rst). Only a connection that was reset leaves no trace.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _connections(
 ) -> Iterator[tuple[bytes, bytes, float]]:
     """Yield both ends of each connection of which one is wanted, and how long ago it ended.
 
-    Raises `OverflowError` where a table has over `limit` bytes. What is not wanted costs half a microsecond.
+    Raises `OverflowError` if a table has over `limit` bytes. What is not wanted costs half a microsecond.
     """
     for family in ("tcp", "tcp6"):
         try:

@@ -115,7 +115,7 @@ class WarmShells:
     async def take(self, tenant: str, terminal: bool) -> Shell | None:
         """Return a shell, which is the caller's from now on; another is started for it.
 
-        None where none waits, nor will be ready sooner than one that the caller starts.
+        None if none waits, nor will be ready sooner than one that the caller starts.
         """
         key = tenant, terminal
         taken = next((one for one in self._waiting if one.key == key), None)
@@ -130,7 +130,7 @@ class WarmShells:
         return taken.shell
 
     async def _claimed(self, key: Key) -> Shell | None:
-        """Return the shell that is being started, once it is ready; None where it is not for this caller."""
+        """Return the shell that is being started, once it is ready; None if it is not for this caller."""
         tenant = key[0]
         if tenant in self._due:
             self._fill_now(tenant, burst=True)
@@ -231,7 +231,7 @@ class WarmShells:
         return None
 
     def _filled(self, filling: _Filling, task: asyncio.Task[Shell | None]) -> None:
-        """Give a shell that was started to who waits for it, or have it wait."""
+        """Give a shell that was started to the command that waits for it, or have it wait."""
         if filling in self._filling:  # else it was given up
             self._filling.remove(filling)
         shell = None if task.cancelled() else task.result()

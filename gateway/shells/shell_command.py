@@ -82,7 +82,7 @@ class Shell:
         return beyond
 
     async def save(self) -> None:
-        """Have the output in a file from now on; nothing where it is already, or could not be."""
+        """Have the output in a file from now on; nothing if it is already, or could not be."""
         async with self._writing:
             if self.file.path is None and not self.file.broken:
                 await self.file.create(bytes(self._head))

@@ -69,7 +69,7 @@ class Shells:
         """Run one of the three tools; what the tool itself refuses is a result.
 
         A Bash runs under `exec_id`. Raises what `Execs.start` raises where the tenant cannot run anything,
-        and `Unavailable` where a command's exit was lost.
+        and `Unavailable` if a command's exit was lost.
         """
         session.last_used = time.monotonic()
         try:
@@ -243,7 +243,7 @@ class Shells:
     # --- in the background ------------------------------------------------------------------------------
 
     def _make_room(self, session: ToolSession) -> None:
-        """Raise `ToolFailure` where the session may have no further shell; forget old ended ones."""
+        """Raise `ToolFailure` if the session may have no further shell; forget old ended ones."""
         if session.ended:
             raise ToolFailure("gone", "This tool session has ended; open a new one.")
         if session.life == "call":

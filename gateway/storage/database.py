@@ -63,7 +63,7 @@ class Database:
         return writing, reading, ledger
 
     def close(self) -> None:
-        """Let another process have the file. The connections are closed by who uses them."""
+        """Let another process have the file. The threads close their connections."""
         if self._ledger is not None:
             self._ledger.close()
         if self._lock is not None:

@@ -107,7 +107,7 @@ MIGRATIONS: Final = (
 
 
 def version_of(connection: sqlite3.Connection) -> int:
-    """Return how many of the steps the file has. Raises `StoreFailed` where a newer gateway wrote it."""
+    """Return how many of the steps the file has. Raises `StoreFailed` if a newer gateway wrote it."""
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise StoreFailed(

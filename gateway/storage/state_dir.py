@@ -1,7 +1,6 @@
-"""The state dir: what is in it is its gateway's alone.
+"""Creates the state dir, and keeps other users out of it.
 
-It holds the secret, the records and the logs, and no other user may enter it. What Caddy reads lies beside it
-where Caddy is another user.
+It holds the secret, the records and the logs. What Caddy reads is next to it if Caddy is another user.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _MAIN: Final = (Path("/"), Path("/var"))  # what lies in these belongs to more t
 
 
 def close(settings: Settings) -> str | None:
-    """Make the state dir if it is not there, and let nobody else in; say what was changed, or None.
+    """Create the state dir if it is not there, and let no other user in; say what was changed, or None.
 
-    One that is another user's stays as it is, and so do the main folders of a system. Whoever has to pass
-    may: a Caddy of another user whose folder is in there, a gateway's own user whose program is.
+    Leaves another user's folder as it is, and the main folders of a system. Those that must pass may: a Caddy
+    of another user whose folder is in there, a gateway's own user whose program is.
     """
     folder = settings.state_dir
     folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def private(path: str, flags: int) -> int:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Have two names in one file system change places at once. Raises `OSError` where the system cannot."""
+    """Have two names in one file system change places at once. Raises `OSError` if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

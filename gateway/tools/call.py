@@ -14,9 +14,9 @@ _NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
 
 
 class Call:
-    """One call. `cwd` is absolute as the tenant sees it, `seen` what the session knows of the named file.
+    """One call. `cwd` is absolute inside the tenant, `seen` what the session has seen of the named file.
 
-    A `brief` one holds up others: it ends with `Timeout` where it would take long. `named` are the names
+    A `brief` call holds up others: it ends with `Timeout` if it would take long. `named` are the names
     that `gateway.tools.search.scan` found, each a Latin-1 character for a byte and with a NUL after it.
     """
 

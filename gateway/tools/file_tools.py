@@ -52,7 +52,7 @@ class ToolResult:
         return cls(encoded, is_error, code)
 
     def data(self) -> dict[str, Any]:
-        """Return the result as data, for the few who must look into it."""
+        """Return the result as data, for the few callers that read it."""
         found: dict[str, Any] = orjson.loads(self.encoded)
         return found
 
@@ -112,7 +112,7 @@ class FileTools:
         return ToolResult(body, head["is_error"], head["code"])
 
     async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
-        """Return the names of the files in a large tree that match; None where a walk must tell."""
+        """Return the names of the files in a large tree that match; None if a walk must tell."""
         # a core for each process where nobody else needs one: a second on two cores left none to
         # the neighbours, the p99 of their reads tripled
         cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
@@ -120,7 +120,7 @@ class FileTools:
 
 
 def named_file(arguments: object, cwd: str, workspace: str) -> str | None:
-    """Return the relative path of the file that a call names, None where it names none of the workspace."""
+    """Return the relative path of the file that a call names, None if it names none of the workspace."""
     given = arguments.get("file_path") if isinstance(arguments, dict) else None
     if not isinstance(given, str):
         return None

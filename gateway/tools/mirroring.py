@@ -61,7 +61,7 @@ class _Look:
         return False
 
     def inside(self, folder: str) -> list[tuple[str, str, bool]] | None:
-        """Return name, path and whether it is a folder of all in one; None where it cannot be looked at."""
+        """Return name, path and whether it is a folder of all in one; None if it cannot be looked at."""
         try:
             descriptor = self.tree.open_real(folder, _FOLDER)
         except OSError:

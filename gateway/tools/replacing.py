@@ -97,7 +97,7 @@ def _find(text: str, old: str) -> str | None:
 
 
 def _curled(new: str, found: str) -> str:
-    """Curl the straight quotes of `new` where the replaced text had curly ones."""
+    """Curl the straight quotes of `new` if the replaced text had curly ones."""
     double = "“" in found or "”" in found
     single = "‘" in found or "’" in found
     out = []

@@ -249,7 +249,7 @@ _DIGITS = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def _taken(kind: str, value: object) -> Any:
-    """Return `value` as `kind`, leniently, or None where it is none."""
+    """Return `value` as `kind`, leniently, or None if it is none."""
     if kind == "string":
         return value if isinstance(value, str) else None
     if kind == "boolean":
@@ -272,7 +272,7 @@ def _taken(kind: str, value: object) -> Any:
 
 
 def _wanted(kind: str, value: object) -> str:
-    """Return the name of the type `kind` as it is told to who gave `value` for it."""
+    """Return the name of the type `kind` for the error about `value`."""
     if kind != "integer":
         return kind
     return "int" if isinstance(value, float) else "number"

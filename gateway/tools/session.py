@@ -63,7 +63,7 @@ class ToolSession:
 
 
 class Background(Protocol):
-    """What runs on between the calls of a session; `gateway.shells` knows it."""
+    """What runs on between the calls of a session: `gateway.shells` implements it."""
 
     def busy(self, session: ToolSession) -> bool:
         """Say whether something of a session runs."""
@@ -77,10 +77,10 @@ class Background(Protocol):
 class Sessions:
     """The tool sessions with a name, of all tenants. Used from the event loop only.
 
-    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. Where there is no room the one
-    that was used longest ago makes place, of the tenant itself or, for the gateway's limit, of whoever has
-    most; one that is in use never does. Use as an async context manager: what nobody uses any more ends while
-    it is open.
+    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. When there is no room, the
+    session used longest ago makes room: of the tenant itself or, for the gateway's limit, of the tenant with
+    most. One that is in use never does. Use as an async context manager: unused sessions end while it is
+    open.
     """
 
     def __init__(self, background: Background, settings: Settings) -> None:
@@ -106,7 +106,7 @@ class Sessions:
         """Return the tenant's session of that name, or one of its own for a caller without a name.
 
         Such a one is for a single call, or, where it is `lasting`, until its owner calls `leave`. Raises
-        `RateLimited` where there is no room for another with a name.
+        `RateLimited` if there is no room for another with a name.
         """
         if name is None:
             life: Literal["call", "connection"] = "connection" if lasting else "call"
@@ -126,7 +126,7 @@ class Sessions:
         return found
 
     async def leave(self, session: ToolSession) -> None:
-        """End a session with its connection; one with a name stays for others, until nobody uses it."""
+        """End a session with its connection; one with a name stays until it is unused for long."""
         if session.life == "named":
             session.holders -= 1
             session.last_used = time.monotonic()
@@ -134,7 +134,7 @@ class Sessions:
             await self._background.end(session)
 
     async def end(self, session: ToolSession) -> None:
-        """End a session; return when nothing of it runs. The next of its name begins anew."""
+        """End a session; return when nothing of it runs. The next one of its name is a new one."""
         for tenant, named in list(self._of.items()):
             for name in [name for name, one in named.items() if one is session]:
                 self._take(tenant, name)
@@ -146,7 +146,7 @@ class Sessions:
             await self.end(session)
 
     def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: another of its name starts anew."""
+        """Forget a tenant that is destroyed: the next one of its name has no sessions."""
         for name in list(self._of.get(tenant, ())):
             self._end(tenant, name)
 
@@ -189,7 +189,7 @@ class Sessions:
         self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
 
     def _expire(self, now: float) -> None:
-        """End the sessions that nobody has used for long."""
+        """End the sessions that were not used for long."""
         for tenant, named in list(self._of.items()):
             for name in [name for name, session in named.items() if self._unused(session, now)]:
                 self._end(tenant, name)

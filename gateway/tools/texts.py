@@ -24,7 +24,7 @@ class Text:
 
     @property
     def flaw(self) -> str:
-        """Return why nothing may be written to the file, as Claude Code says it; nothing where it may."""
+        """Return why nothing may be written to the file, as Claude Code says it; nothing if it may."""
         if self.mark == _UTF16_BIG_MARK:
             return "File is UTF-16 big-endian (it starts FE FF), which these tools cannot write"
         if self.has_nul:

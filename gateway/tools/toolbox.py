@@ -67,7 +67,7 @@ _LASTING: Final = _WRITES | {"Bash"}
 
 
 class _Running:
-    """A call under a `callId` that runs: what was asked, and who waits for it."""
+    """A running call under a `callId`: its input, and its waiting callers."""
 
     __slots__ = ("_asked", "_lingering", "_waiting", "digest", "work")
 
@@ -99,10 +99,10 @@ class _Running:
                 how(one)
 
     async def result(self, linger: float) -> ToolResult:
-        """Wait for the result. Work that nobody waits for any more ends `linger` seconds later.
+        """Wait for the result. `linger` seconds after its last caller has left, the work is ended.
 
-        Of several who left the one who may ask again longest counts. Raises what the work raises, and
-        `Cancelled` where it was given up.
+        Of several callers that left, the one with the longest `linger` counts. Raises what the work raises,
+        and `Cancelled` if it was given up.
         """
         if self.work.done():
             if self.work.cancelled():
@@ -233,13 +233,12 @@ class Toolbox:
         call_id: str | None = None,
         linger: float | None = None,
     ) -> ToolResult:
-        """Run one tool; with a `call_id` that was seen before, return what it returned, or will.
+        """Run one tool; with a `call_id` that was used before, return the result of that call.
 
-        A call with an id is not ended by the end of who asked: it goes on for `linger` seconds, at most and
-        by default `call_linger`, so that a client whose connection broke can ask again. `give_up` ends it.
-        Raises `Conflict` where that id stood for another input, `Cancelled` where it was cancelled, `Gone`
-        where an earlier life of the gateway ended during it, `StoreFailed` where it cannot be noted, and what
-        `FileTools.call` raises.
+        A call with an id outlives its caller by `linger` seconds, at most and by default `call_linger`, so
+        that a client whose connection broke can repeat it. `give_up` ends it. Raises `Conflict` if the id was
+        used with another input, `Cancelled` if it was cancelled, `Gone` if an earlier process of the gateway
+        ended during the call, `StoreFailed` if it cannot be recorded, and what `FileTools.call` raises.
         """
         _check(arguments)
         if call_id is None:

@@ -1,7 +1,7 @@
 """Limits on uvicorn's HTTP connections: how long each may be silent, and how many may be.
 
-uvicorn waits for a request's head for ever, and reads the rest of a body that nobody wants for as long as
-something comes. Whose body is awaited the application knows, and when it gives up on one.
+uvicorn waits for a request's head for ever, and reads the rest of an unwanted body for as long as something
+comes. The application itself limits how long it waits for a body that it reads.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(_LINGER, self._part)
 
     def _part(self, before: int | None = None) -> None:
-        """Drop a connection that is over, and whose peer does not take what is left for it."""
+        """Drop a connection that is over if its peer does not take what is left for it."""
         left = self.transport.get_write_buffer_size()
         if left and left == before:
             drop(self.transport)

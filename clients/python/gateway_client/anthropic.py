@@ -314,7 +314,7 @@ class Bash(BetaAsyncBuiltinFunctionTool):
             return f"{output}\n{note}"
 
     async def _until(self, mark: bytes) -> tuple[str, int | None]:
-        """Return what is printed before the mark and the number behind it; None where the shell ended."""
+        """Return what is printed before the mark and the number behind it; None if the shell ended."""
         assert self._shell is not None
         data, dropped, searched = bytearray(), 0, 0
         async for chunk in self._shell.stdout:

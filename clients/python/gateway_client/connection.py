@@ -204,7 +204,7 @@ class Connection:
         return None if self._socket.response is None else self._socket.response.headers.get("Date")
 
     def renew(self, token: str, refused: Callable[[GatewayError], None]) -> None:
-        """Go on by another token, soon; tell `refused` where the gateway does not take it.
+        """Go on by another token, soon; tell `refused` if the gateway does not take it.
 
         The answer may stand behind output that nobody reads, and is not waited for. Where the gateway has no
         room, it is asked again, unless there is a newer token by then.

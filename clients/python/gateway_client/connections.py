@@ -63,7 +63,7 @@ class Connections:
 
     @property
     def state(self) -> State:
-        """Whether there is a connection to this tenant: `idle` where none was needed yet, or none is kept."""
+        """Whether there is a connection to this tenant: `idle` if none was needed yet, or none is kept."""
         if self.http.closed:
             return "closed"
         if self._troubled:
@@ -141,7 +141,7 @@ class Connections:
             self._tell(None)
 
     async def pause(self, patience: Patience, error: GatewayError) -> None:
-        """Wait before the next attempt. Raises `error` where there is none."""
+        """Wait before the next attempt. Raises `error` if there is none."""
         pause = patience.pause() if self._met and not self.http.closed else None
         if pause is None:
             raise error.with_traceback(None)

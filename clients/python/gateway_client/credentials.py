@@ -73,7 +73,7 @@ class Credentials:
         return await asyncio.shield(self._ask())
 
     async def after(self, refused: str) -> str | None:
-        """Return another token than one that the gateway refused, None where there is none."""
+        """Return another token than one that the gateway refused, None if there is none."""
         if self._supply is None:
             return None
         if self.token != refused:  # it was renewed meanwhile
@@ -172,7 +172,7 @@ def _seen(task: asyncio.Task[str]) -> None:
 
 
 def _expires(token: str) -> float | None:
-    """Return the end of a token as it says itself, None where it is not to be read."""
+    """Return the end of a token as it says itself, None if it cannot be read."""
     try:
         part = token.split(".")[1]
         claims = orjson.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))

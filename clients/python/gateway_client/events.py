@@ -130,7 +130,7 @@ class EventStream:
 
     What happens after the block is entered is in the stream: enter first, read the state after. Where the
     connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
-    says, and goes on after the last event; `Disconnected` where that is in vain. Without a `Retry` it ends
+    says, and goes on after the last event; `Disconnected` if that fails. Without a `Retry` it ends
     when the gateway ends it. `last_event_id` resumes after the last event that was handed out; `state`
     says whether the stream stands.
     """

@@ -30,7 +30,7 @@ WAITING: Final = 100
 class Entry:
     """A file, folder or link. `mtime` is in seconds since the epoch, `mode` its permission bits.
 
-    `target` is where a link points to, None where that is outside. `escaped`: the name is not UTF-8, and
+    `target` is where a link points to, None if that is outside. `escaped`: the name is not UTF-8, and
     `path` only shows it.
     """
 

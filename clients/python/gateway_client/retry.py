@@ -51,7 +51,7 @@ class Patience:
         self._end = 0.0
 
     def pause(self) -> float | None:
-        """Return the seconds to wait before the next attempt, None where there is none."""
+        """Return the seconds to wait before the next attempt, None if there is none."""
         retry, now = self._retry, time.monotonic()
         if retry is None:
             return None

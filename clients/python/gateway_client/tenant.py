@@ -50,7 +50,7 @@ class Tenant:
 
     @property
     def state(self) -> State:
-        """Whether there is a connection to this tenant: `idle` where none was needed yet, or none is kept."""
+        """Whether there is a connection to this tenant: `idle` if none was needed yet, or none is kept."""
         return self._connections.state
 
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
@@ -287,7 +287,7 @@ class Tenant:
         return answer
 
     async def site(self) -> Mapping[str, Any]:
-        """Return whether the tenant's site answers now: `answers`, None where it has none or sleeps."""
+        """Return whether the tenant's site answers now: `answers`, None if it has none or sleeps."""
         answer: Mapping[str, Any] = await self._http.json("GET", f"{self._path}/site")
         return answer
 
@@ -307,7 +307,7 @@ class Tenant:
     async def resize(self, size: Literal["small", "medium", "large"]) -> Mapping[str, Any]:
         """Give the tenant the limits of another size while it runs, and return it as it is then.
 
-        Raises `Conflict` where it uses more disk or memory than that size has.
+        Raises `Conflict` if it uses more disk or memory than that size has.
         """
         answer: Mapping[str, Any] = await self._http.json("PATCH", self._path, {"size": size})
         return answer
@@ -375,7 +375,7 @@ class Tenant:
         return found
 
     async def end_turn(self) -> Mapping[str, Any] | None:
-        """End this tool session's turn; return it as recorded, None where nothing changed."""
+        """End this tool session's turn; return it as recorded, None if nothing changed."""
         found: Mapping[str, Any] | None = (await self.request("turn/end"))["turn"]
         return found
 
@@ -396,14 +396,14 @@ class Tenant:
     ) -> Mapping[str, Any] | None:
         """Make the files what they were right after a turn, or before it; return that as a turn of its own.
 
-        None where they are so already. Raises `Conflict` where something that is not recorded is in the way.
+        None if they are so already. Raises `Conflict` if something that is not recorded is in the way.
         """
         asked = {"turn": turn, "to": to}
         found: Mapping[str, Any] | None = (await self.request("history/restore", asked))["turn"]
         return found
 
     async def undo(self) -> Mapping[str, Any] | None:
-        """Take back the last turn; return that as a turn of its own, None where there is none."""
+        """Take back the last turn; return that as a turn of its own, None if there is none."""
         last = await self.history(1)
         return await self.restore_turn(last[0]["turn"], "before") if last else None
 

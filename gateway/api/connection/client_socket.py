@@ -28,7 +28,7 @@ _FAREWELL: Final = 2.0  # seconds that a close may take
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """One message of the client: `data` where it is binary, else `text`. `lease` is of its bytes."""
+    """One message of the client: `data` if it is binary, else `text`. `lease` is of its bytes."""
 
     text: str
     data: bytes | None

@@ -58,7 +58,7 @@ class Connection:
         self._requests = Requests(peer, self._socket, self._wire, methods)
 
     async def run(self) -> None:
-        """Serve the socket until either end closes it. Raises `RateLimited` where it has no place."""
+        """Serve the socket until either end closes it. Raises `RateLimited` if it has no place."""
         self._peer.take_place()
         try:
             await self._run()

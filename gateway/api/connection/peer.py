@@ -111,7 +111,7 @@ class Peer:
             self._grant.renew(token)
 
     def require(self, scope: str) -> Token:
-        """Return the token. Raises `Forbidden` where it lacks the scope."""
+        """Return the token. Raises `Forbidden` if it lacks the scope."""
         assert self.token is not None  # initialize came first: the wire sees to it
         self.token.require(scope)
         return self.token

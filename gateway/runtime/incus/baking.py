@@ -35,7 +35,7 @@ class Baking:
     async def bake(self, name: str, recipe: Recipe) -> int:
         """Make an instance the site, at rest after its first work, without what copies must not share.
 
-        Return the bytes of its files. Raises what installing and starting raise, and `ExecFailed` where the
+        Return the bytes of its files. Raises what installing and starting raise, and `ExecFailed` if the
         site does not stay up.
         """
         await self._provisioning.push(name, "live", recipe, None)

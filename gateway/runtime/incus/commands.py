@@ -50,7 +50,7 @@ def is_ours(command: list[str]) -> bool:
 class Commands:
     """The commands of one gateway in the containers of one Incus.
 
-    `init_pid` returns the host's pid of a container's first process, 0 where it does not run, and raises
+    `init_pid` returns the host's pid of a container's first process, 0 if it does not run, and raises
     `NotFound`.
     """
 
@@ -171,10 +171,10 @@ class Commands:
         return Account(user)
 
     async def sweep(self, name: str) -> int:
-        """End what commands of an earlier life of this gateway left in a running tenant; return how many.
+        """End what commands of an earlier process of this gateway left in a running tenant; return how many.
 
-        A gateway that was killed could not end them, and nobody can follow them any more. Commands of this
-        life, which may be there already, are told by their folder. Without access to the host's cgroups
+        A gateway that was killed could not end them, and they cannot be followed any more. Commands of this
+        process, which may be there already, are known by their folder. Without access to the host's cgroups
         nothing is found.
         """
         ended = 0

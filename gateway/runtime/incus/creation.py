@@ -1,7 +1,7 @@
-"""Make instances, each with an address of its own, and remove those that came to nothing, and no others.
+"""Creates instances, each with an address of its own, and removes those that failed, and no others.
 
-Whoever makes an instance chooses its `volatile.uuid`. So what must be taken back is known before it is there,
-and never by its name alone, which may be another's by then.
+The creator of an instance chooses its `volatile.uuid`. So it is known before it exists what an undo must
+remove, and never by its name alone, which may be another's by then.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class Creation:
         identity: str = "",
         profiles: Sequence[str] = (),
     ) -> None:
-        """Create an instance with an address of its own. Raises `Conflict` where the name is taken.
+        """Create an instance with an address of its own. Raises `Conflict` if the name is taken.
 
-        It is carried through where this is cancelled, so that whoever undoes it finds it.
+        A cancel does not stop the creation half-way, so that the undo finds the instance.
         """
         identity = identity or str(uuid4())
         nic = devices.get(_NIC) or (await self.profile())["devices"][_NIC]
@@ -169,7 +169,7 @@ class Creation:
                     await self._removed(Removal(tenant, gone["name"], identity, why))
 
     async def destroy(self, name: str, identity: str) -> None:
-        """Destroy the instance that has that name and identity. Raises `NotFound` where there is none."""
+        """Destroy the instance that has that name and identity. Raises `NotFound` if there is none."""
         asked: dict[str, Instance] = {}
         there = await self.instance(name)
         if identity_of(there) == identity:
@@ -230,7 +230,7 @@ class Creation:
 
     @contextlib.asynccontextmanager
     async def _free_address(self) -> AsyncIterator[IPv4Interface]:
-        """Choose an address that nobody has, and keep it from others here until its instance is made."""
+        """Choose a free address, and reserve it here until its instance is made."""
         settings = self._settings
         bridge = IPv4Interface(settings.network_ipv4)
         async with self._choosing:

@@ -21,7 +21,7 @@ _MACHINE_ID: Final = "/etc/machine-id"
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """What an instance is made of whose disk is to be another's. `unset` is not taken over."""
+    """The configuration for an instance with a copy of another's disk. Keys in `unset` are not copied."""
 
     source: Mapping[str, Any]
     unset: dict[str, str]

@@ -1,6 +1,6 @@
-"""Keep golden copies: stopped instances of which tenants of a template, or of an upload, are made.
+"""Keeps golden copies: stopped instances from which tenants of a template, or of an upload, are made.
 
-Incus says which instance is whose: see `marks`.
+Marks in Incus say which gateway an instance belongs to: see `marks`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class GoldenCopies:
         self._refused: dict[str, None] = {}
 
     async def aclose(self) -> None:
-        """Stop preparing and remove the pool: what nobody looks after any more."""
+        """Stop preparing, and remove the pool, which has no owner any more."""
         preparing = list(self._preparing.values())
         for task in preparing:
             task.cancel()
@@ -83,7 +83,7 @@ class GoldenCopies:
     # --- taken --------------------------------------------------------------------------------------
 
     async def key(self, recipe: Recipe) -> str:
-        """Name what a recipe becomes on the present image; empty where it must not be shared."""
+        """Name what a recipe becomes on the present image; empty if it must not be shared."""
         if not recipe.key or not self._settings.golden:
             return ""
         with translated(""):
@@ -92,7 +92,7 @@ class GoldenCopies:
 
     @contextlib.asynccontextmanager
     async def source(self, key: str) -> AsyncIterator[Mapping[str, str] | None]:
-        """Give what a copy of a key's golden copy is made from; None where there is none.
+        """Give what a copy of a key's golden copy is made from; None if there is none.
 
         It stays as long as the context is open.
         """
@@ -200,7 +200,7 @@ class GoldenCopies:
             del self._refused[next(iter(self._refused))]
 
     async def tidy(self) -> None:
-        """Remove the copies of uploads that nobody needs any more, and note when the others were used."""
+        """Remove the copies of uploads that are not needed any more, and note when the others were used."""
         await self._remove_surplus()
         for copy in self._uploads(await self._making.instances()):
             if self._used.get(copy.name, 0.0) >= copy.used and not self._copying[copy.name]:

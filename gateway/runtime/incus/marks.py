@@ -1,4 +1,4 @@
-"""Mark the instances that are no tenants yet, so that each gateway knows its own.
+"""Marks the instances that are not tenants yet, so that each gateway finds its own.
 
 `user.gateway.role` says `golden` or `pool`, `user.gateway.owner` which gateway made it, and
 `user.gateway.key` what it was made of.
@@ -38,7 +38,7 @@ class Marks:
         return {MANAGED: "false", ROLE: role, OWNER: self._owner, KEY: key}
 
     def on(self, instance: Instance, *roles: Role) -> bool:
-        """Say whether an instance is this gateway's in one of these roles, and nobody's copy of one."""
+        """Say whether an instance is this gateway's in one of these roles, and not a copy by an operator."""
         config = instance["config"]
         return bool(config.get(ROLE) in roles and config.get(OWNER) == self._owner and is_ours(instance))
 

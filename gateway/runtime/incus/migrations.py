@@ -1,7 +1,7 @@
-"""What an instance's keys say of a site that is being moved in from a folder of the host.
+"""Reads from an instance's keys how far its site was moved in from a folder of the host.
 
-`gateway.migration` writes them. They are read here so that the routes follow them, whoever asks: until the
-switch the tenant's domain leads to the old service.
+`gateway.migration` writes them. They are read here so that every route follows them: until the switch the
+tenant's domain leads to the old service.
 """
 
 from __future__ import annotations

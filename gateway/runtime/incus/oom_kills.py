@@ -1,7 +1,7 @@
-"""Tell whose processes the kernel killed for want of memory, by its log.
+"""Finds in the kernel's log which tenants' processes it killed for lack of memory.
 
-One log tells of all containers under either version of control groups, where their counters would have to be
-asked for again and again and go when a command's group does.
+One log covers all containers under either version of control groups. Their counters would have to be polled,
+and go when a command's group does.
 """
 
 from __future__ import annotations

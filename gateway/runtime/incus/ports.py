@@ -35,7 +35,7 @@ class Ports:
         self._settings, self._making = settings, making
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
-        """Make a side reachable, and say where. Raises `Unavailable` where no port is free."""
+        """Make a side reachable, and say where. Raises `Unavailable` if no port is free."""
         device, port = DEVICES[side], recipe.listens(side)
         if self._settings.expose != "address":
             await self._add_proxy(tenant, device, port)

@@ -58,7 +58,7 @@ class Resizing:
         self._making, self._commands = making, commands
 
     async def resize(self, name: str, size: str) -> None:
-        """Give an instance the limits of a size. Raises `Conflict` where it uses more than they allow."""
+        """Give an instance the limits of a size. Raises `Conflict` if it uses more than they allow."""
         path, limit = instance_path(name), self._settings.lifecycle_timeout
         profile = await self._making.profile()
         for attempt in range(_TRIES):
@@ -222,7 +222,7 @@ def _disk(devices: Mapping[str, Mapping[str, str]], profile: Mapping[str, Any]) 
 
 
 def _memory(instance: Mapping[str, Any], profile: Mapping[str, Any]) -> int:
-    """Return the bytes of memory that an instance is given; 0 where that is no number of bytes."""
+    """Return the bytes of memory that an instance is given; 0 if that is no number of bytes."""
     return size_of({**profile["config"], **instance["config"]}.get("limits.memory", ""))
 
 

@@ -83,7 +83,7 @@ def unit(settings: Settings, recipe: Recipe, side: Side) -> str:
 
 
 def recipe_of(text: bytes) -> Recipe | None:
-    """Return how the site of a unit is started; None where that does not say so. It is the tenant's."""
+    """Return how the site of a unit is started; None if that does not say so. It is the tenant's."""
     for line in text.split(b"\n"):
         if line.startswith(_RECIPE):
             try:

@@ -282,7 +282,7 @@ class IncusRuntime:
         return ended
 
     async def init_pid(self, name: str) -> int:
-        """Return the host's pid of the container's first process now; 0 where it does not run."""
+        """Return the host's pid of the container's first process now; 0 if it does not run."""
         return (await self._locate(name)).init_pid
 
     # --- events -------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class IncusRuntime:
         return self._watch.events()
 
     def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` where the kernel killed processes of a tenant for want of memory, for ever.
+        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, for ever.
 
         It ends at once where the kernel's log, which is root's, cannot be read.
         """
@@ -300,7 +300,7 @@ class IncusRuntime:
     # --- Incus --------------------------------------------------------------------------------------
 
     async def _made(self, name: str, identity: str) -> Tenant:
-        """Return the tenant that was just made. Raises `Conflict` where it is another's name by now."""
+        """Return the tenant that was just made. Raises `Conflict` if it is another's name by now."""
         with contextlib.suppress(NotFound):
             tenant = await self.get(name)
             if tenant.instance == identity:

@@ -1,8 +1,8 @@
-"""Decide which golden copies of uploads are kept.
+"""Decides which golden copies of uploads are kept.
 
-A copy belongs to one owner and one content, so that nobody is served from another's. It goes with the last
-tenant of that content, when it was not used for long, and when there are too many or too large ones: then
-the one that was used longest ago goes first. What is written here of a copy is in Incus, beside it.
+A copy belongs to one owner and one content, so no owner gets another's. It is removed with the last tenant of
+that content, when it was not used for long, and when there are too many or they are too large: then the one
+used longest ago goes first. The facts about a copy are stored with it, in Incus.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Upload:
 
 
 def upload_of(instance: Mapping[str, Any], used: Mapping[str, float]) -> Upload | None:
-    """Return a golden copy as one of an upload, None for a template's; `used` knows of later uses by name."""
+    """Return a golden copy as one of an upload, None for a template's; `used` has later uses by name."""
     config, name = instance["config"], instance["name"]
     if not config.get(UPLOADER):
         return None
@@ -83,7 +83,7 @@ def surplus(
 
 
 def freeing(copies: Collection[Upload], wanted: int) -> list[Upload]:
-    """Return the copies whose end gives so many bytes back, those used longest ago first."""
+    """Return copies whose removal frees so many bytes, those used longest ago first."""
     gone, freed = list[Upload](), 0
     for copy in sorted(copies, key=lambda one: one.used):
         if freed >= wanted:
@@ -105,5 +105,5 @@ def _over(newest_first: Sequence[Upload], count: int, room: int) -> list[Upload]
 
 
 def number(said: str | None) -> int:
-    """Return the number that was said, 0 where it is none."""
+    """Return the number that was said, 0 if it is none."""
     return int(said) if said and said.isdecimal() and len(said) < 20 else 0

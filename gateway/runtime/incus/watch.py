@@ -51,7 +51,7 @@ _LOOKS: Final = ("instance-file-", "instance-log-", "instance-metadata-", "insta
 
 
 class Tenants(Protocol):
-    """Who says which instances are tenants: `IncusRuntime`."""
+    """What says which instances are tenants: `IncusRuntime` does."""
 
     async def list(self) -> list[Tenant]: ...
 
@@ -77,8 +77,8 @@ class Watch:
         """Yield what happens to tenants, for ever.
 
         Incus replays nothing: after each gap the instances are listed and the differences published,
-        then `gateway.resynced`. The same look is taken every `reconcile_interval`, since Incus drops a
-        slow reader's events and a deleted profile key tells nobody.
+        then `gateway.resynced`. The same is done every `reconcile_interval`, since Incus drops events for a
+        slow reader, and sends none for a deleted profile key.
         """
         known: dict[str, Status] | None = None
         pause = 0.1
@@ -114,7 +114,7 @@ class Watch:
             pause = min(pause * 2, 5.0)
 
     async def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` where the kernel killed processes of a tenant for want of memory, for ever.
+        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, for ever.
 
         It ends at once where the kernel's log, which is root's, cannot be read.
         """

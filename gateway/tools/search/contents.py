@@ -28,7 +28,7 @@ def forget() -> None:
 
 
 def content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
-    """Return a file's bytes and where the first NUL is; nothing where it cannot be read."""
+    """Return a file's bytes and where the first NUL is; nothing if it cannot be read."""
     global _cached
     key = (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
     kept = _cache.get(key)

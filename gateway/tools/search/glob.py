@@ -109,7 +109,7 @@ def _below(pattern: str, literal: str) -> str:
 
 
 def _depth(pattern: str) -> int | None:
-    """Return how many folders a match has above it; None where that is open."""
+    """Return how many folders a match has above it; None if that is open."""
     if (
         pattern.startswith("!")
         or "/" not in pattern.strip("/")

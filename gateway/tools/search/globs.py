@@ -130,7 +130,7 @@ def _endings(text: str) -> tuple[str, ...] | None:
 class Glob:
     """One glob of an override or an ignore file: `negated`, `folders_only`, and whether it `matches`.
 
-    `name` is the one file name that it matches anywhere, None where it is not as simple.
+    `name` is the one file name that it matches anywhere, None if it is not as simple.
     """
 
     __slots__ = ("_endings", "_head", "_regex", "_tail", "folders_only", "name", "negated")

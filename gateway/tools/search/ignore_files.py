@@ -20,7 +20,7 @@ class Rules:
     digest: bytes
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
-        """Say whether a path, relative to the file's folder, is left out; None where no rule speaks of it."""
+        """Say whether a path, relative to the file's folder, is left out; None if no rule speaks of it."""
         for rule in self.rules:
             if (folder or not rule.folders_only) and rule.matches(path):
                 return not rule.negated

@@ -13,7 +13,7 @@ _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 
 def check_numbers(given: dict[str, Any]) -> None:
-    """Refuse numbers that count nothing, each in the words of who finds them in Claude Code."""
+    """Refuse numbers that count nothing, in the words of Claude Code."""
     for name, hint in (("head_limit", " Pass 0 for unlimited."), ("offset", "")):
         number = given.get(name, 0)
         if number < 0 or number != int(number):

@@ -63,7 +63,7 @@ class PatternError(Exception):
 class Translated(NamedTuple):
     """What RE2 takes for a pattern, whether that names a line end, and whether it may meet one otherwise.
 
-    `literals` are such that one of them is in all that matches, should case count; one is empty where nothing
+    `literals` are such that one of them is in all that matches, should case count; one is empty if nothing
     is known.
     """
 
