@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,9 +16,11 @@ import pytest
 from aiohttp import web
 
 from gateway.caddy import Caddy
+from gateway.rootfs import tcp
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
 from tests.live import LiveGateway, local_gateway
+from tests.waits import until
 
 SITE, GATEWAY = "site.localhost", "gateway.localhost"
 HEAD = 2  # seconds that a head may take here, as 10 elsewhere
@@ -115,14 +120,50 @@ async def test_what_has_begun_is_not_cut(caddy: RealCaddy) -> None:
             async with client.get("/talk") as answer:
                 return await answer.text()
 
-        async def socket() -> str:
+        async def echoed() -> str:
             async with client.ws_connect("/echo") as opened:
                 await asyncio.sleep(LONGER)
                 await opened.send_str("still")
                 return str((await opened.receive()).data)
 
-        said = tuple(await asyncio.gather(upload(), stream(), socket()))
+        said = tuple(await asyncio.gather(upload(), stream(), echoed()))
     assert said == ("27000", "data: first\n\ndata: last\n\n", "still")
+
+
+async def test_whom_the_gateway_cuts_off_from_a_site_that_hangs_is_told_to_come_again(
+    caddy: RealCaddy,
+) -> None:
+    """Also before it is noted that the site hangs. A site that breaks a request off itself is a bad one."""
+    domain, port = "hangs.localhost", caddy.settings.caddy_http
+
+    async def visit(client: aiohttp.ClientSession) -> tuple[int, str | None]:
+        async with client.get("/", headers={"Host": f"{domain}:{port}", "Accept": "text/html"}) as answer:
+            assert "Back in a moment" in await answer.text()
+            return answer.status, answer.headers.get("Retry-After")
+
+    with socket.socket() as hanging:
+        hanging.bind(("127.0.0.1", 0))
+        hanging.listen()
+        hanging.setblocking(False)
+        there = hanging.getsockname()[1]
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
+            Caddy(caddy.settings) as routes,
+            asyncio.timeout(60),
+        ):
+            routes.set(domain, f"127.0.0.1:{there}")
+            visiting = asyncio.ensure_future(visit(client))
+            await until(lambda: tcp.break_off(os.getpid(), "127.0.0.1", there, ()) == 1)
+            assert await visiting == (503, "5")
+
+            loop = asyncio.get_running_loop()
+            (await loop.sock_accept(hanging))[0].close()  # what is left of that
+            visiting = asyncio.ensure_future(visit(client))
+            taken, _ = await loop.sock_accept(hanging)
+            with taken:
+                await loop.sock_recv(taken, 1)
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            assert await visiting == (502, "5")
 
 
 async def test_strangers_are_told_apart_behind_caddy(caddy: RealCaddy, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""A command whose warm shell stands still: its tenant was paused, or something else holds it up."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import GatewayError, TenantNotRunning, Timeout
+from gateway.incus import Incus
+from gateway.runtime import ExecSpec
+from gateway.runtime.incus.commands import Commands
+from gateway.runtime.incus.process import Assignment, IncusProcess
+from gateway.settings import Settings
+
+
+class Incusd(Incus):
+    """An Incus with one tenant, in some status."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(Path("/nowhere"), "default", 1.0)
+        self.status = status
+
+    async def started(self, name: str) -> tuple[dict[str, Any], int]:
+        return {"status": self.status}, 0
+
+
+class Still(IncusProcess):
+    """A warm shell that takes no line."""
+
+    def __init__(self) -> None:
+        self.tenant = "shop"
+        self.abandoned = False
+
+    async def begin(self, order: Assignment) -> None:
+        await asyncio.Event().wait()
+
+    async def abandon(self) -> None:
+        self.abandoned = True
+
+
+@pytest.mark.parametrize(
+    ("status", "raised"), [("Frozen", TenantNotRunning), ("Stopped", TenantNotRunning), ("Running", Timeout)]
+)
+async def test_a_command_for_a_tenant_that_was_just_paused_says_so(
+    monkeypatch: pytest.MonkeyPatch, status: str, raised: type[GatewayError]
+) -> None:
+    """Though the gateway had not heard of it when it took a warm shell; that shell is given up."""
+
+    async def given(tenant: str) -> int:
+        raise AssertionError("no other shell is started")
+
+    shell = Still()
+
+    async def take(tenant: str, terminal: bool) -> IncusProcess:
+        return shell
+
+    commands = Commands(Settings(exec_start_timeout=0.01), Incusd(status), given)
+    monkeypatch.setattr(commands._warm_shells, "take", take)
+    with pytest.raises(raised) as caught:
+        await commands.exec("shop", ExecSpec(("true",)))
+    assert caught.value.facts.get("status") == (None if raised is Timeout else status.lower())
+    assert shell.abandoned
