@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
@@ -17,9 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.deployments.record import PHASES
-from gateway.deployments.template import MANIFEST, checked, packed, read_folder
-from gateway.errors import InvalidParams
-from gateway.settings import Settings
 from gateway.terminal import Console, line
 from gateway_client import Deployment, DeploymentRecord
 
@@ -34,21 +29,6 @@ _SAYS: Final = {
     "verify": "see it answer",
 }
 Told = Callable[[Mapping[str, Any]], None]
-
-
-def template_argument(given: str, settings: Settings) -> str | bytes:
-    """Return what `--template` means to the gateway: a name as it is, a folder as an archive of it."""
-    folder = Path(given)
-    if "/" not in given and not given.startswith(".") and not folder.is_dir():
-        return given
-    if not (folder / MANIFEST).is_file():
-        raise InvalidParams(f"{given} is no template: it has no {MANIFEST}")
-    try:
-        entries = read_folder(folder, settings)
-    except OSError as error:
-        raise InvalidParams(f"{error.filename or given} cannot be read: {error.strerror}") from error
-    checked(given, entries, settings, shared=False)  # what is wrong is said before anything is sent
-    return gzip.compress(packed(entries), 6, mtime=0)
 
 
 async def follow(deployment: Deployment, told: Told) -> DeploymentRecord:
@@ -82,6 +62,7 @@ class Progress:
     lines: dict[str, _Line] = field(default_factory=lambda: {name: _Line() for name in PHASES})
     last: str = ""
     undoing: bool = False
+    detected: list[str] = field(default_factory=list)
     _live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -110,8 +91,13 @@ class Progress:
                 phase.state, phase.ms = "done", event["ms"]
                 phase.note = _note(event)
                 self.last = ""
+                if (found := event.get("detected")) is not None:
+                    self.detected = [line(str(said)) for said in found["lines"]]
                 if self._live is None:
                     self.console.say(f"{event['phase']:9} {_seconds(phase.ms):>8}  {phase.note}")
+                    if event["phase"] == "validate":
+                        for said in self.detected:
+                            self.console.say(f"    {said}")
             case "failed" | "cancelled":
                 self.undoing = True
                 if phase is not None:
@@ -136,6 +122,9 @@ class Progress:
                 case _:
                     row = (" ", Text(name, "dim"), "", "")
             table.add_row(*row)
+            if name == "validate":
+                for said in self.detected:
+                    table.add_row("", "", "", Text(said, overflow="ellipsis", no_wrap=True))
         title = Text(f"Deploying {self.domain}", "bold")
         if self.undoing:
             return Group(title, table, Text("undoing what was done …", "yellow"))

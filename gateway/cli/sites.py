@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
+from gateway.cli import folders
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.confirming import Failed
 from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
-from gateway.cli.progress import Progress, follow, template_argument
+from gateway.cli.progress import Progress, follow
+from gateway.deployments.manifest import Overrides
 from gateway.settings import load
 from gateway.terminal import out
 from gateway_client import DeploymentRecord
@@ -27,7 +30,18 @@ class Step(StrEnum):
 
 def deploy(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
-    template: Annotated[str, typer.Option(help="A folder with a site.toml, or the name of a template")],
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="The site's folder; default: this one")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="The name of a template, or a folder")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Its command, as 'node server.js'; default: found")
+    ] = None,
+    install: Annotated[
+        str | None, typer.Option(help="The command before it; '' for none; default: found")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Where it listens; default: 3000")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Keep what was found as site.toml.")] = False,
     size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
     tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
@@ -35,13 +49,38 @@ def deploy(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it."""
-    what = template_argument(template, load())
+    """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it.
+
+    What the folder is, and how it is installed and started, is found out, unless its site.toml says so.
+    """
+    if folder is not None and template is not None:
+        raise typer.BadParameter("a FOLDER and --template are two sites; leave one out")
+    given = folder or template or "."
+    overrides = _overrides(start, install, port)
+    if template is not None and folders.named(template):
+        if overrides.said or write:
+            raise typer.BadParameter("--start, --install, --port and --write are for a folder")
+        what: str | bytes = template
+    else:
+        read = folders.read(Path(given), load(), overrides)
+        if write:
+            where = folders.write_manifest(Path(given), read)
+            if not as_json:
+                out.say(f"wrote {where}")
+        what = folders.archive(read)
     variables = dict(assignment(entry) for entry in env) if env else None
 
     async def run() -> DeploymentRecord:
         async with client_of(url, token) as client:
-            begun = await client.deploy(domain, what, size=size.value, env=variables, tenant=tenant)
+            begun = await client.deploy(
+                *(domain, what),
+                size=size.value,
+                env=variables,
+                tenant=tenant,
+                start=start,
+                install=install,
+                port=port,
+            )
             if as_json:
                 return await follow(begun, out.json)
             with Progress(out, domain) as progress:
@@ -53,6 +92,14 @@ def deploy(
         raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
     if not as_json:
         out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
+
+
+def _overrides(start: str | None, install: str | None, port: int | None) -> Overrides:
+    try:
+        return Overrides.model_validate({"start": start, "install": install, "port": port})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise typer.BadParameter(f"--{problem['loc'][0]}: {problem['msg']}") from None
 
 
 def migrate(

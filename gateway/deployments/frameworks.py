@@ -25,6 +25,7 @@ _SCRIPT: Final = 2000  # characters of a script that are looked at
 _WORDS: Final = 256  # of a command, once its scripts are looked up
 _DEPTH: Final = 4  # of scripts that run scripts
 _DEPENDENCIES: Final = ("dependencies", "devDependencies")
+_LINKS: Final = ("workspace:", "link:", "portal:", "file:..")  # versions of what lies outside of a folder
 _SHELLS: Final = frozenset({"sh", "bash", "dash"})
 _RUNNERS: Final = frozenset({"bun", "npm", "pnpm", "yarn"})
 _WORD: Final = re.compile(r"[^\s;&|()'\"]+")
@@ -45,7 +46,7 @@ _VITE: Final = frozenset({5173, 4173})  # its dev server's, its preview's
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """What is known of one framework.
+    """What is known of one framework. `title` is what people call it, `dev` starts its dev server.
 
     It is recognised by one of its `packages` and by the `programs` that start it, of which the first is its
     own and the others may start others too. `serving` are subcommands that start its dev server although
@@ -55,11 +56,13 @@ class Framework:
     """
 
     name: str
+    title: str
     programs: tuple[str, ...] = ()
     packages: frozenset[str] = frozenset()
     serving: frozenset[str] = frozenset()
     ports: frozenset[int] = frozenset()
     listen: str = _HOST_AND_PORT
+    dev: tuple[str, ...] = ()
     needs: Mapping[Work, int] = field(default_factory=dict)
 
 
@@ -67,80 +70,120 @@ class Framework:
 TABLE: Final[tuple[Framework, ...]] = (
     Framework(
         "next",
+        "Next.js",
         ("next",),
         frozenset({"next"}),
         ports=frozenset({3000}),
         listen="--hostname 0.0.0.0 --port $PORT",
+        dev=("next", "dev"),
         needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
         "nuxt",
+        "Nuxt",
         ("nuxt", "nuxi"),
         frozenset({"nuxt"}),
         ports=frozenset({3000}),
+        dev=("nuxt", "dev"),
         needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
         "sveltekit",
+        "SvelteKit",
         ("svelte-kit", "vite"),
         frozenset({"@sveltejs/kit"}),
         ports=_VITE,
+        dev=("vite", "dev"),
         needs={"dev": 704, "production": 256, "build": 448},
     ),
     Framework(
         "astro",
+        "Astro",
         ("astro",),
         frozenset({"astro"}),
         ports=frozenset({4321}),
+        dev=("astro", "dev"),
         needs={"dev": 512, "production": 128, "build": 256},
     ),
     Framework(
         "react-router",
+        "React Router",
         ("react-router", "react-router-serve", "vite"),
         frozenset({"@react-router/dev"}),
         ports=_VITE,
+        dev=("react-router", "dev"),
     ),
-    Framework("remix", ("remix", "remix-serve", "vite"), frozenset({"@remix-run/dev"}), ports=_VITE),
+    Framework(
+        "remix",
+        "Remix",
+        ("remix", "remix-serve", "vite"),
+        frozenset({"@remix-run/dev"}),
+        ports=_VITE,
+        dev=("remix", "vite:dev"),
+    ),
     Framework(
         "vite",
+        "Vite",
         ("vite",),
         frozenset({"vite"}),
         serving=frozenset({"serve"}),
         ports=_VITE,
+        dev=("vite",),
         needs={"dev": 256, "build": 192},
     ),
-    Framework("bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
-    Framework("node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
+    Framework("bun", "Bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
+    Framework("node", "Node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """What a package.json says: which packages it names, and its scripts."""
+    """What a package.json says: which packages it names, and its scripts.
+
+    `linked` are those of its packages that lie elsewhere in a larger tree, `manager` is its `packageManager`,
+    `workspaces` whether it is the top of such a tree. One that is not `readable` says nothing.
+    """
 
     packages: frozenset[str] = frozenset()
     scripts: Mapping[str, str] = field(default_factory=dict)
+    linked: frozenset[str] = frozenset()
+    manager: str = ""
+    main: str = ""
+    workspaces: bool = False
+    readable: bool = True
 
 
 def project(manifest: bytes | None) -> Project:
     """Read a package.json; what is missing, too large or no such thing says nothing. Do it off the loop."""
-    if manifest is None or len(manifest) > _MANIFEST_MAX:
+    if manifest is None:
         return Project()
+    if len(manifest) > _MANIFEST_MAX:
+        return Project(readable=False)
     try:
         said = orjson.loads(manifest)
     except orjson.JSONDecodeError:  # nesting included
-        return Project()
-    packages: set[str] = set()
+        return Project(readable=False)
+    packages, linked = set[str](), set[str]()
     for kind in _DEPENDENCIES:
-        for name, _ in _items(said, kind)[: _PACKAGES - len(packages)]:
+        for name, version in _items(said, kind)[: _PACKAGES - len(packages)]:
             if 0 < len(name) <= _NAME and name.isprintable():
                 packages.add(name)
+                if isinstance(version, str) and version.startswith(_LINKS):
+                    linked.add(name)
     scripts = {
         name: script[:_SCRIPT]
         for name, script in _items(said, "scripts")[:_SCRIPTS]
         if isinstance(script, str) and len(name) <= _NAME
     }
-    return Project(frozenset(packages), scripts)
+    return Project(
+        frozenset(packages),
+        scripts,
+        frozenset(linked),
+        _text(said, "packageManager"),
+        _text(said, "main"),
+        isinstance(said, dict) and "workspaces" in said,
+        isinstance(said, dict),
+    )
 
 
 def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
@@ -150,7 +193,7 @@ def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
     are those that a shell is given by `-c`.
     """
     words = list(start[:_WORDS])
-    if len(words) > 2 and _program(words[0]) in _SHELLS and words[1] == "-c":
+    if len(words) > 2 and program(words[0]) in _SHELLS and words[1] == "-c":
         words += _WORD.findall(words[2][:_SCRIPT])[: _WORDS - len(words)]
     at, left = 0, _DEPTH
     while left and (script := _script(words[at:], project)) is not None:
@@ -164,7 +207,7 @@ def recognise(start: Sequence[str], packages: Collection[str]) -> Framework | No
 
     One whose program starts it comes first; what a build made is started by a plain `bun` or `node`.
     """
-    programs = {_program(word) for word in start}
+    programs = {program(word) for word in start}
     named = [framework for framework in TABLE if not framework.packages.isdisjoint(packages)]
     started = [framework for framework in named if not programs.isdisjoint(framework.programs)]
     own = [framework for framework in TABLE if framework.programs[0] in programs]
@@ -176,7 +219,7 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
     """Say whether the words that start a site (`expanded`) start a dev server, or what was built before."""
     if framework.packages:
         for at, word in enumerate(start):
-            name = _program(word)
+            name = program(word)
             if name in framework.programs and not name.endswith("-serve"):
                 command = start[at + 1] if at + 1 < len(start) else ""
                 if command not in _OTHER or command in framework.serving:
@@ -187,7 +230,7 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
 def builds(framework: Framework, install: Sequence[str]) -> bool:
     """Say whether the words that install a site (`expanded`) build it, too."""
     return any(
-        _program(word) in framework.programs and command in _BUILDS
+        program(word) in framework.programs and command in _BUILDS
         for word, command in itertools.pairwise(install)
     )
 
@@ -216,12 +259,12 @@ def listening(framework: Framework | None, start: Sequence[str]) -> str:
     if framework is not None:
         if not framework.packages:
             return f"with {framework.name}, {framework.listen}"
-        if not {_program(word) for word in start}.isdisjoint(framework.programs):
+        if not {program(word) for word in start}.isdisjoint(framework.programs):
             return f"with {framework.name}, `{framework.listen}` behind its command in `start`"
     return "give it $PORT in `start`, or have it read the variable PORT"
 
 
-def _program(word: str) -> str:
+def program(word: str) -> str:
     """Return the program that a word may name: `vite` for `node_modules/vite/bin/vite.js`."""
     name = word[-_NAME:].rpartition("/")[2]
     return name.removesuffix(".js").removesuffix(".mjs")
@@ -230,11 +273,16 @@ def _program(word: str) -> str:
 def _script(words: Sequence[str], project: Project) -> str | None:
     """Return the script that the first words run: `bun run dev`, `npm start`, `yarn dev`."""
     for at, word in enumerate(words):
-        if _program(word) in _RUNNERS:
+        if program(word) in _RUNNERS:
             for name in words[at + 1 : at + 5]:
                 if name in project.scripts:
                     return project.scripts[name]
     return None
+
+
+def _text(said: Any, key: str) -> str:
+    found = said.get(key) if isinstance(said, dict) else None
+    return found[:_NAME] if isinstance(found, str) and found.isprintable() else ""
 
 
 def _items(said: Any, key: str) -> list[tuple[str, Any]]:

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gateway.deployments.entries import read_folder
+from gateway.deployments.manifest import MANIFEST, Install, Overrides, Port, Start
 from gateway.deployments.request import Request
-from gateway.deployments.template import MANIFEST, checked, names, read_folder
+from gateway.deployments.template import checked, names
 from gateway.errors import GatewayError, InvalidParams
 from gateway.settings import Settings
 
@@ -23,7 +25,7 @@ class Archive(BaseModel):
 
 
 class DeployBody(BaseModel):
-    """What `POST /v1/deployments` takes."""
+    """What `POST /v1/deployments` takes. `start`, `install` and `port` are for an archive."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,18 +34,26 @@ class DeployBody(BaseModel):
     size: str = "small"
     env: Annotated[dict[str, str], Field(max_length=200)] | None = None
     tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+    start: Start | None = None
+    install: Install | None = None
+    port: Port | None = None
 
     def request(self) -> Request:
         """Return what is asked for. Raises `InvalidParams` for an archive that is not base64."""
         template: str | bytes
+        overrides = Overrides(start=self.start, install=self.install, port=self.port)
         if isinstance(self.template, str):
             template = self.template
+            if overrides.said:
+                field = next(iter(overrides.said))
+                raise InvalidParams(f"{field} is for an archive; a template has its own", field=field)
         else:
             try:
                 template = base64.b64decode(self.template.archive, validate=True)
             except binascii.Error:
                 raise InvalidParams("template.archive is base64 of a tar", field="template") from None
-        return Request(self.domain, template, self.size, self.env, self.tenant)
+        said = overrides if overrides.said else None
+        return Request(self.domain, template, self.size, self.env, self.tenant, said)
 
 
 class RollbackBody(BaseModel):

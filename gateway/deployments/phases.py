@@ -133,7 +133,8 @@ class Phases:
             record.kind, self._side = "update", "next"
             record.warnings = self._short(there.limits.get("memory") or settings.tenant_memory)
         await self._caddy.ensure()
-        return {"kind": record.kind} | ({"warnings": record.warnings} if record.warnings else {})
+        told = {"warnings": record.warnings, "detected": record.detected}
+        return {"kind": record.kind} | {name: value for name, value in told.items() if value}
 
     async def _read(self) -> None:
         """Learn what the site is made of."""
@@ -141,6 +142,8 @@ class Phases:
         self._framework = await asyncio.to_thread(template.framework)
         self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
         self._running.upload = self._recipe if self._recipe.owner else None
+        if template.detected is not None:
+            self._record.detected = template.detected.to_dict(self._recipe.port)
 
     def _short(self, memory: str) -> list[str]:
         """Return a warning where a framework is known to need more than the tenant's memory."""
@@ -343,7 +346,7 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
     if isinstance(template, str):
         return await asyncio.to_thread(named, template, settings)
     assert isinstance(template, bytes)  # a change has phases of its own
-    return await aside(tenant, _ARCHIVE, uploaded, template, settings)
+    return await aside(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
 
 
 async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:

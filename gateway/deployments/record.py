@@ -51,6 +51,7 @@ class Record:
     ms: int | None = None
     error: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    detected: dict[str, Any] | None = None  # what a folder was found to be
     phases: list[Phase] = field(default_factory=lambda: [Phase(name) for name in PHASES])
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 
+from gateway.deployments.manifest import Overrides
 from gateway.errors import InvalidParams
 from gateway.runtime.sites import FORMER_ID
 
@@ -57,6 +58,7 @@ class Request:
     size: str = "small"
     env: Mapping[str, str] | None = None
     tenant: str | None = None
+    overrides: Overrides | None = None
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,8 @@ class Request:
             case _:
                 template = self.template
         env = None if self.env is None else sorted(self.env.items())
-        facts = [self.domain, template, self.size, env, self.tenant]
+        said = None if self.overrides is None else self.overrides.said
+        facts = [self.domain, template, self.size, env, self.tenant, said]
         object.__setattr__(self, "digest", hashlib.sha256(orjson.dumps(facts)).hexdigest())
 
 

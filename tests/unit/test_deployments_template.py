@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies
 
-from gateway.deployments.template import named, packed, read_folder, uploaded
+from gateway.deployments.entries import packed, read_folder
+from gateway.deployments.template import named, uploaded
 from gateway.errors import GatewayError, InvalidParams, NotFound, TooLarge, Unavailable
 from gateway.settings import Settings
 from tests.archives import MANIFEST, archive, header, link, sparse
@@ -262,11 +263,9 @@ def test_a_folder_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path)
     "data",
     [
         pytest.param(lambda: b"no tar", id="no tar"),
-        pytest.param(lambda: b"", id="nothing"),
         pytest.param(lambda: gzip.compress(archive())[:-30], id="half a gzip"),
         pytest.param(lambda: archive(("a", b"x" * 10_000))[:3000], id="half a tar"),
         pytest.param(lambda: long_names(3000), id="a chain of headers"),
-        pytest.param(lambda: archive(manifest=None), id="no manifest"),
         pytest.param(lambda: archive(link("site.toml", "other"), manifest=None), id="a link for a manifest"),
         pytest.param(
             lambda: archive(header("a", tarfile.REGTYPE, size="-1"), form=tarfile.PAX_FORMAT, manifest=b""),
@@ -299,7 +298,6 @@ def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[s
 @pytest.mark.parametrize(
     ("manifest", "told"),
     [
-        (b"", "start"),
         (b"start = []", "start"),
         (b"start = 1", "start: it is a list of words"),
         (b'start = ""', "start"),
@@ -354,7 +352,7 @@ def test_the_operators_templates_win_over_ours_and_a_broken_one_says_what_is_wro
     (tmp_path / "static" / "site.toml").unlink()
     (tmp_path / "static" / "site.toml").symlink_to("manifest")
     (tmp_path / "static" / "manifest").write_bytes(MANIFEST)
-    with pytest.raises(InvalidParams, match=r"needs a site\.toml"):
+    with pytest.raises(InvalidParams, match=r"site\.toml is a folder or a link"):
         named("static", settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_a_manifest_is_read() -> None:
 )
 def test_what_is_no_manifest_says_nothing(manifest: bytes | None) -> None:
     began = time.process_time()
-    assert project(manifest) == Project()
+    assert replace(project(manifest), readable=True) == Project()
     assert time.process_time() - began < 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.deployments.template import Entry, packed
+from gateway.deployments.entries import Entry, packed
 from gateway.errors import Conflict, NotFound, Unavailable
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_sites import LocalSites

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -23,6 +23,10 @@ from gateway_client.tenant import Tenant
 
 # seconds after which the clock is looked at again: it may be set, and a machine may sleep
 _LOOK: Final = 5.0
+
+
+def _command(said: str | Sequence[str] | None) -> str | list[str] | None:
+    return said if said is None or isinstance(said, str) else list(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +160,20 @@ class Client:
         size: Literal["small", "medium", "large"] | None = None,
         env: Mapping[str, str] | None = None,
         tenant: str | None = None,
+        start: str | Sequence[str] | None = None,
+        install: str | Sequence[str] | None = None,
+        port: int | None = None,
         key: str | None = None,
     ) -> Deployment:
         """Begin to bring a domain to a site that answers, or to update it; needs the scope `deploy`.
 
-        `template` is the name of one of the gateway's, the path of a folder with a `site.toml`, or a tar of
-        one; `tenant` is made of the domain where it is not given. Asking again with the same `key` gives the
-        same deployment. `Deployment.wait` and `.events` tell how it goes.
+        `template` is the name of one of the gateway's, the path of a folder, or a tar of one. What a folder
+        is, and how it is started, the gateway finds out unless its `site.toml`, or `start`, `install` and
+        `port`, say so. `tenant` is made of the domain where it is not given. Asking again with the same `key`
+        gives the same deployment. `Deployment.wait` and `.events` tell how it goes.
         """
-        wishes = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
+        wishes: dict[str, Any] = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
+        wishes |= {"start": _command(start), "install": _command(install), "port": port}
         body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
         body |= {name: wish for name, wish in wishes.items() if wish is not None}
         headers = {} if key is None else {"Idempotency-Key": key}

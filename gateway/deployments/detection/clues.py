@@ -1,0 +1,57 @@
+"""Take the part of a folder that tells what it is: names, and the beginnings of a few files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.deployments.entries import Entry
+
+_DEPTH: Final = 4  # folders below which nothing tells what a site is
+_NAMES: Final = 1 << 20  # bytes of names in all, those at the top first
+_TEXT: Final = 256 << 10  # bytes of one file; of a longer one nothing is taken
+_TEXTS: Final = 200  # files
+_ROOM: Final = 4 << 20  # bytes of them in all
+
+# the only ones that are looked into; all else, lockfiles too, tells by its name
+_MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt", "Procfile"})
+_SOURCES: Final = re.compile(
+    r"(?:[\w-]+/){0,2}(?:main|app|server|serve|index|api|asgi|wsgi|hello)\.(?:py|[mc]?[jt]s|tsx)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clues:
+    """The `names` of a folder's files, and the content of those that tell what it is.
+
+    `empty` is whether there is nothing at all in it.
+    """
+
+    names: frozenset[str]
+    texts: Mapping[str, bytes]
+    empty: bool = False
+
+    def text(self, name: str) -> str:
+        """Return the text of a file; empty where there is none."""
+        return self.texts.get(name, b"").decode("utf-8", "replace")
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Entry]) -> Clues:
+        """Take what tells of a folder. Nothing of it is parsed here."""
+        names, texts = set[str](), dict[str, bytes]()
+        named, room = _NAMES, _ROOM
+        for path, entry in sorted(entries.items(), key=lambda one: (one[0].count("/"), one[0])):
+            if path.count("/") >= _DEPTH or entry.content is None:
+                continue
+            named -= len(path.encode())
+            if named < 0:
+                break
+            names.add(path)
+            if path.rpartition("/")[2] in _MANIFESTS or _SOURCES.fullmatch(path):
+                size = len(entry.content)
+                if size <= min(_TEXT, room) and len(texts) < _TEXTS:
+                    texts[path] = entry.content
+                    room -= size
+        return cls(frozenset(names), texts, empty=all(entry.content is None for entry in entries.values()))

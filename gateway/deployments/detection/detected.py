@@ -1,0 +1,70 @@
+"""What was found of a folder, as a value and in words."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from typing import Any
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """What a folder is: `name` for programs, `title` for people, each choice with why it was made.
+
+    What cannot be started has no `start` and no `static`, but `trouble`: what whoever deploys is told.
+    `static` is a folder whose files are the site.
+    """
+
+    name: str
+    title: str
+    why: str
+    install: Command = ()
+    installed: str = ""
+    start: Command = ()
+    started: str = ""
+    static: str | None = None
+    trouble: str = ""
+
+    def told(self, start: Command | None, install: Command | None) -> Detected:
+        """Return it with what whoever deploys said instead."""
+        found = self
+        if start is not None:
+            found = replace(found, start=start, static=None, started="as the deployment says", trouble="")
+        if install is not None:
+            found = replace(found, install=install, installed="as the deployment says")
+        return found
+
+    def lines(self) -> tuple[str, str, str]:
+        """Return what was chosen and why, each in a line: what it is, its install, its start."""
+        if self.static is not None:
+            serves = "the files of the folder" if self.static == "." else f"the files of {self.static}/"
+        else:
+            serves = line_of(self.start)
+        return (
+            f"{self.title}: {self.why}",
+            f"install {line_of(self.install) or 'nothing'}: {self.installed}",
+            f"{'serve' if self.static is not None else 'start'} {serves}: {self.started}",
+        )
+
+    def to_dict(self, port: int) -> dict[str, Any]:
+        """Return it as a deployment's record tells it."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "install": line_of(self.install),
+            "start": line_of(self.start),
+            "static": self.static,
+            "port": port,
+            "lines": list(self.lines()),
+        }
+
+
+def line_of(command: Command) -> str:
+    """Return a command as the line that a manifest takes for it."""
+    if len(command) == 3 and command[:2] == ("sh", "-c"):
+        return command[2]
+    return " ".join(
+        word if word == "$PORT" or word.endswith(":$PORT") else shlex.quote(word) for word in command
+    )

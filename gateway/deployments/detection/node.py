@@ -1,0 +1,292 @@
+"""Tell how a project with a package.json, or a single server of JavaScript, is installed and started."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Final
+
+from gateway.deployments.detection.clues import Clues
+from gateway.deployments.detection.detected import Command, Detected
+from gateway.deployments.frameworks import (
+    TABLE,
+    Framework,
+    Project,
+    expanded,
+    mode,
+    program,
+    project,
+    recognise,
+)
+from gateway.rootfs.paths import show
+
+DEV_SERVERS: Final = frozenset(framework.name for framework in TABLE if framework.packages)
+
+# what serves by itself, in the order of who names it where there are two
+_SERVERS: Final = (
+    ("@nestjs/core", "NestJS"),
+    ("fastify", "Fastify"),
+    ("hono", "Hono"),
+    ("elysia", "Elysia"),
+    ("koa", "Koa"),
+    ("express", "Express"),
+)
+# by name alone, as Netlify's build-info has them; the first that is there counts
+_LOCKFILES: Final = (
+    ("bun.lock", "bun"),
+    ("bun.lockb", "bun"),
+    ("pnpm-lock.yaml", "pnpm"),
+    ("yarn.lock", "yarn"),
+    ("package-lock.json", "npm"),
+    ("npm-shrinkwrap.json", "npm"),
+)
+_MANAGERS: Final = frozenset(manager for _, manager in _LOCKFILES)
+_LOCKED: Final = {
+    "bun": ("bun", "install", "--frozen-lockfile"),
+    "npm": ("npm", "ci"),
+    "pnpm": ("pnpm", "install", "--frozen-lockfile"),
+    "yarn": ("yarn", "install", "--frozen-lockfile"),
+}
+_EXECUTE: Final = {"bun": ("bunx",), "npm": ("npx",), "pnpm": ("pnpm", "exec"), "yarn": ("yarn",)}
+_SCRIPTS: Final = ("dev", "start", "develop", "serve")
+_ENTRIES: Final = tuple(
+    f"{folder}{name}.{kind}"
+    for folder in ("", "src/")
+    for name in ("server", "serve", "index", "app", "main")
+    for kind in ("ts", "js", "mjs", "cjs", "tsx")
+)
+_SERVES: Final = re.compile(r"Bun\.serve\s*\(|\.listen\s*\(|\bcreateServer\s*\(|\bserve\s*\(")
+_BUN: Final = re.compile(r"\bBun\.|from [\"']bun[\"':]")
+_OPERATORS: Final = re.compile(r"[|&;<>()`$\n]")
+# of a script: what says where it listens, with how many words follow
+_WHERE: Final = {"--host": 1, "--port": 1, "--hostname": 1, "-p": 1, "-H": 1}
+_MADE: Final = re.compile(r"(?:^|[\s=\"'])(?:\./)?(dist|build|out|\.output|\.next|lib)/")
+_ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
+
+
+def project_of(clues: Clues) -> Project:
+    """Return what the folder's package.json says."""
+    if "package.json" in clues.names and "package.json" not in clues.texts:
+        return Project(readable=False)
+    return project(clues.texts.get("package.json"))
+
+
+def framework_of(said: Project) -> Framework | None:
+    """Return the framework with a dev server that a project's packages name."""
+    found = recognise((), said.packages)
+    return found if found is not None and found.packages else None
+
+
+def serves(said: Project) -> bool:
+    """Say whether a project names what serves a site: a framework or a server."""
+    return framework_of(said) is not None or any(package in said.packages for package, _ in _SERVERS)
+
+
+def title(said: Project) -> str:
+    """Return what people call what a project is made with."""
+    framework = framework_of(said)
+    if framework is not None:
+        return framework.title
+    return next((title for package, title in _SERVERS if package in said.packages), "Node")
+
+
+def detect(clues: Clues) -> Detected | None:
+    """Return how a project is installed and started; None where there is nothing of JavaScript."""
+    said = project_of(clues)
+    if not said.readable:
+        return Detected(
+            "node",
+            "Node",
+            "there is a package.json",
+            trouble="package.json is not JSON, or larger than 256 KiB: mend it",
+        )
+    manager, _ = manager_of(clues, said)
+    install, installed = install_of(clues, said)
+    if said.linked:
+        name = min(said.linked)
+        return Detected(
+            "node",
+            title(said),
+            "there is a package.json",
+            install,
+            installed,
+            trouble=f"package.json needs {show(name)} from outside of this folder: deploy the folder above, "
+            "and say how this app of it is started, as in `--start 'npm run dev --workspace apps/web'`",
+        )
+    framework = framework_of(said)
+    if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
+        start, started = found
+        package = min(framework.packages & said.packages)
+        return Detected(
+            framework.name,
+            framework.title,
+            f"package.json names {package}",
+            install,
+            installed,
+            start,
+            started,
+        )
+    return _server(clues, said, manager, install, installed)
+
+
+def _server(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
+    """Return how a server is started: by a script, or by the file that is one."""
+    package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
+    name = kind.lower()
+    why = f"package.json names {package}" if package else "there is a package.json"
+    script = next((script for script in _SCRIPTS if said.scripts.get(script, "").strip()), None)
+    if script is not None:
+        text = said.scripts[script]
+        lacks = _unbuilt(text, clues)
+        if lacks and "build" in said.scripts:
+            build = f"{shlex.join(_run(manager, 'build'))}"
+            install = ("sh", "-c", f"{shlex.join(install)} && {build}" if install else build)
+            installed += f", and `build`, since `{script}` needs {lacks}/"
+        return Detected(
+            name,
+            kind,
+            why,
+            install,
+            installed,
+            _run(manager, script),
+            f"its script `{script}` ({_short(text)})",
+        )
+    entry = _entry(clues, said, serving=package is not None)
+    if entry is not None:
+        text = clues.text(entry)
+        bun = entry.endswith(("ts", "tsx")) or bool(_BUN.search(text))
+        if package is None and "Bun.serve" in text:
+            name, kind, why = "bun", "Bun.serve", f"{entry} calls it"
+        elif package is None:
+            why = f"{entry} is a server"
+        return Detected(
+            name,
+            kind,
+            why,
+            install,
+            installed,
+            ("bun" if bun else "node", entry),
+            f"{entry}, as there is no script for it",
+        )
+    if "package.json" not in clues.names:
+        return None
+    others = ", ".join(show(script) for script in list(said.scripts)[:8]) or "none"
+    return Detected(
+        name,
+        kind,
+        why,
+        install,
+        installed,
+        trouble=f"package.json has no script `dev` or `start` (its scripts: {others}), and names no "
+        "framework that is known: add one, or say it by `start` (--start)",
+    )
+
+
+def manager_of(clues: Clues, said: Project) -> tuple[str, str]:
+    """Return the package manager, and why."""
+    named = said.manager.partition("@")[0]
+    found = [(file, manager) for file, manager in _LOCKFILES if file in clues.names]
+    if named in _MANAGERS:
+        return named, f"`packageManager` of package.json says {named}"
+    if found:
+        file, manager = found[0]
+        others = [other for other, kind in found[1:] if kind != manager]
+        return manager, f"there is {file}" + (
+            f" (and {', '.join(others)}, which is left aside)" if others else ""
+        )
+    return "bun", "there is no lockfile"
+
+
+def install_of(clues: Clues, said: Project) -> tuple[Command, str]:
+    """Return the command that installs a project's packages, and why it is that."""
+    if "package.json" not in clues.names:
+        return (), "there is no package.json"
+    if not said.packages and not said.workspaces:
+        return (), "package.json names no packages"
+    manager, why = manager_of(clues, said)
+    locked = any(file in clues.names for file, kind in _LOCKFILES if kind == manager)
+    if manager == "yarn" and (
+        ".yarnrc.yml" in clues.names or said.manager.startswith(("yarn@2", "yarn@3", "yarn@4"))
+    ):
+        return (("yarn", "install", "--immutable") if locked else ("yarn", "install")), why
+    return (_LOCKED[manager] if locked else (manager, "install")), why
+
+
+def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Command, str] | None:
+    """Return how a framework's dev server is started, and why; None where a script starts something else."""
+    listen = tuple(framework.listen.split())
+    for script in _SCRIPTS:
+        text = said.scripts.get(script, "")
+        words = expanded(("sh", "-c", text), said)
+        started = mode(framework, words) == "dev"
+        if not text or not started:
+            continue
+        told = f"its script `{script}` ({_short(text)})"
+        if not _plain(framework, text):
+            return _run(manager, script), f"{told}, as it is: it does more than start {framework.title}"
+        own = shlex.split(text)
+        if any(word.partition("=")[0] in _WHERE for word in own):
+            return (
+                *_EXECUTE[manager],
+                *_elsewhere(own),
+                *listen,
+            ), f"{told}, at the port that it is given here"
+        return _run(manager, script, *listen), f"{told}, told where to listen"
+    if any(script in said.scripts for script in ("dev", "start")):
+        return None
+    return (*_EXECUTE[manager], *framework.dev, *listen), "no script starts it, so its own command does"
+
+
+def _plain(framework: Framework, text: str) -> bool:
+    """Say whether a script is one command, and that the framework's own: arguments behind it are its."""
+    if _OPERATORS.search(text):
+        return False
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
+    return program(first) in framework.programs
+
+
+def _elsewhere(words: list[str]) -> tuple[str, ...]:
+    """Return the words of a command without those that say where it listens."""
+    kept, skip = list[str](), False
+    for at, word in enumerate(words):
+        if skip:
+            skip = False
+            continue
+        name, equals, _ = word.partition("=")
+        if name in _WHERE and not _ASSIGNED.fullmatch(word):
+            following = words[at + 1] if at + 1 < len(words) else "-"
+            skip = not equals and not following.startswith("-")
+            continue
+        kept.append(word)
+    first = next((at for at, word in enumerate(kept) if not _ASSIGNED.fullmatch(word)), 0)
+    return tuple(kept[first:])
+
+
+def _run(manager: str, script: str, *arguments: str) -> Command:
+    # npm alone takes what is behind a script for its own, up to `--`
+    between = ("--",) if arguments and manager == "npm" else ()
+    return (manager, "run", script, *between, *arguments)
+
+
+def _unbuilt(script: str, clues: Clues) -> str:
+    """Return the folder of what is built that a script needs and the project does not have."""
+    found = _MADE.search(script)
+    if found is None or any(name.startswith(f"{found[1]}/") for name in clues.names):
+        return ""
+    return found[1]
+
+
+def _entry(clues: Clues, said: Project, *, serving: bool) -> str | None:
+    main = said.main.removeprefix("./")
+    for name in (main, *_ENTRIES):
+        if name in clues.names and (serving or _SERVES.search(clues.text(name))):
+            return name
+    return None
+
+
+def _short(text: str) -> str:
+    return show(text if len(text) <= 60 else f"{text[:57]}…")

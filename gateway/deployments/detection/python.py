@@ -1,0 +1,128 @@
+"""Tell how a site of Python is installed and started."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from gateway.deployments.detection.clues import Clues
+from gateway.deployments.detection.detected import Command, Detected
+
+DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
+
+_MANIFESTS: Final = ("pyproject.toml", "requirements.txt")
+# a requirement, at the beginning of a line or in quotes: name and extras
+_NAMED: Final = re.compile(
+    r"(?:^|[\"'])[ \t]*([A-Za-z0-9][\w.-]{0,100}(?:\[[\w ,.-]{1,100}\])?)", re.MULTILINE
+)
+_APP: Final = re.compile(
+    r"^(\w{1,60})[ \t]*(?::[ \t]*[\w.]+[ \t]*)?=[ \t]*(?:\w+\.)?(FastAPI|Starlette|Flask)\(", re.MULTILINE
+)
+_FACTORY: Final = re.compile(r"^def create_app\(", re.MULTILINE)
+_SERVES: Final = re.compile(r"\b(?:HTTPServer|TCPServer|serve_forever|make_server|uvicorn\.run|\.run)\b")
+_RUN: Final = ".venv/bin"
+_LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the container
+
+
+def detect(clues: Clues) -> Detected | None:
+    """Return how a site is installed and started; None where there is nothing of Python."""
+    sources = sorted(name for name in clues.texts if name.endswith(".py"))
+    manifest = next((name for name in _MANIFESTS if name in clues.names), None)
+    if manifest is None and "manage.py" not in clues.names and not any("/" not in name for name in sources):
+        return None
+    packages = _packages(clues)
+    install, installed = _install(clues)
+    if "manage.py" in clues.names:
+        start = (*_program(install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
+        started = "manage.py starts its dev server"
+        return Detected("django", "Django", "there is a manage.py", install, installed, start, started)
+    for name in sorted(sources, key=lambda name: name.count("/")):
+        found = _APP.search(clues.text(name))
+        if found is not None and found[2] == "Flask":
+            return _flask(name, found[1], install, installed)
+        if found is not None:
+            return _asgi(name, found[1], found[2], packages, install, installed)
+    if "flask" in packages:
+        for name in sources:
+            if _FACTORY.search(clues.text(name)):
+                return _flask(name, "create_app", install, installed)
+    for name in sources:
+        if "/" not in name and _SERVES.search(clues.text(name)):
+            start = (*_program(install, "python"), name)
+            return Detected("python", "Python", f"{name} is a server", install, installed, start, "it is run")
+    if manifest is None:
+        return None
+    return Detected(
+        "python",
+        "Python",
+        f"there is {manifest}",
+        install,
+        installed,
+        trouble="no application of FastAPI, Flask or Django is found in main.py, app.py, server.py or the "
+        "like: say how it is started by `start` (--start), or in a Procfile",
+    )
+
+
+def _flask(name: str, app: str, install: Command, installed: str) -> Detected:
+    # no debugger: it would run what any visitor sends
+    words = ("run", *_LISTEN, "--reload", "--no-debugger")
+    start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
+    return Detected(
+        "flask", "Flask", f"{name} makes a Flask", install, installed, start, f"`{app}` of {name}"
+    )
+
+
+def _asgi(
+    name: str, app: str, kind: str, packages: frozenset[str], install: Command, installed: str
+) -> Detected:
+    module = name.removesuffix(".py").replace("/", ".")
+    inside: Command = ()
+    if module.startswith("src."):
+        module, inside = module.removeprefix("src."), ("--app-dir", "src")
+    start = (
+        *_program(install, "uvicorn"),
+        f"{module}:{app}",
+        *inside,
+        *_LISTEN,
+    )
+    # without watchfiles it would look at every file of .venv four times a second
+    if not packages.isdisjoint({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"}):
+        start += ("--reload",)
+    why = f"{name} makes a {kind}"
+    if packages.isdisjoint(
+        {"uvicorn", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]", "fastapi-cli"}
+    ):
+        return Detected(
+            *("fastapi", kind, why, install, installed),
+            trouble=f"{name} makes a {kind}, which is served by uvicorn, and no requirement names uvicorn: "
+            "add it, or say another way by `start` (--start)",
+        )
+    return Detected("fastapi", kind, why, install, installed, start, f"`{app}` of {name}, by uvicorn")
+
+
+def _packages(clues: Clues) -> frozenset[str]:
+    found = set[str]()
+    for manifest in _MANIFESTS:
+        for name in _NAMED.findall(clues.text(manifest)):
+            plain = name.lower().replace(" ", "")
+            found |= {plain, plain.partition("[")[0]}
+    return frozenset(found)
+
+
+def _install(clues: Clues) -> tuple[Command, str]:
+    """Return the command that makes `.venv` with all that is required, and why it is that."""
+    if "pyproject.toml" in clues.names and "[project]" in clues.text("pyproject.toml"):
+        if "uv.lock" in clues.names:
+            return ("uv", "sync", "--locked"), "there is uv.lock"
+        return ("uv", "sync"), "there is pyproject.toml, and no lockfile"
+    if "requirements.txt" in clues.names:
+        line = "uv venv --quiet --allow-existing && uv pip install -r requirements.txt"
+        return ("sh", "-c", line), "there is requirements.txt"
+    return (), "nothing tells of packages"
+
+
+def _program(install: Command, name: str) -> Command:
+    """Return the program of that name: of `.venv` where one is made."""
+    if install:
+        return (f"{_RUN}/{name}",)
+    return ("python3",) if name == "python" else ("python3", "-m", name)

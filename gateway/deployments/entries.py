@@ -1,0 +1,289 @@
+"""Read what a site is made of, a folder or a tar, into entries that are safe to unpack.
+
+Either may come from whoever deploys, so nothing of it is believed: not its names, not its links, not its
+sizes. What is accepted is packed anew, and unpacked only inside the tenant's container, as its own user.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gateway.errors import InvalidParams, TooLarge
+from gateway.rootfs.paths import show
+from gateway.settings import Settings
+
+LEFT_OUT: Final = frozenset({"node_modules", ".git", ".DS_Store"})  # made anew, or nobody else's business
+SHOWN: Final = 200  # characters of what a template says that an error repeats
+_DEPTH: Final = 32
+_PATH_MAX: Final = 1024
+_BLOCK: Final = 512  # bytes of a header of a tar; contents are filled up to as many
+_MORE_MAX: Final = 64 << 10  # bytes that a tar may say of one entry beside its header
+_FACTS_MAX: Final = 32  # facts that may be; bsdtar writes a dozen
+_EXTENDED: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG: Final = {tarfile.GNUTYPE_LONGNAME: "name", tarfile.GNUTYPE_LONGLINK: "linkname"}
+_TOLD_MAX: Final = 8  # of such headers before one entry; two are usual
+_FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_NAMES: Final = {b"path": "name", b"linkpath": "linkname"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file with its content, a link with where it leads, or (with neither) a folder."""
+
+    content: bytes | None = None
+    link: str | None = None
+    executable: bool = False
+
+
+def refused(why: str) -> InvalidParams:
+    return InvalidParams(f"this template is refused: {why}", reason="template_invalid")
+
+
+def too_many(settings: Settings) -> TooLarge:
+    limit = settings.template_files
+    return TooLarge(
+        f"a template has at most {limit} files and folders; leave some out, or raise GATEWAY_TEMPLATE_FILES",
+        reason="template_invalid",
+        limit=limit,
+    )
+
+
+def too_large(settings: Settings) -> TooLarge:
+    limit = settings.template_bytes
+    return TooLarge(
+        f"a template's files have at most {limit} bytes; leave some out, or raise GATEWAY_TEMPLATE_BYTES",
+        reason="template_invalid",
+        limit=limit,
+    )
+
+
+def folders_above(paths: Iterable[str]) -> set[str]:
+    """Return every folder that one of the paths lies in."""
+    found: set[str] = set()
+    for path in paths:
+        above, slash, _ = path.rpartition("/")
+        while slash and above not in found:
+            found.add(above)
+            above, slash, _ = above.rpartition("/")
+    return found
+
+
+def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
+    parts = path.split("/")
+    shown = show(path[:SHOWN])
+    # what is not printable may not be encodable either
+    if any(part in ("", ".", "..") for part in parts) or not path.isprintable():
+        raise refused(f"the path {shown} is not plain")
+    if len(path.encode()) > _PATH_MAX or len(parts) > _DEPTH or any(len(p.encode()) > 255 for p in parts):
+        raise refused(f"the path {shown} is too long")
+    for depth in range(1, len(parts)):
+        above = entries.get("/".join(parts[:depth]))
+        if above is not None and (above.content is not None or above.link is not None):
+            raise refused(f"{shown} lies below something that is no folder")
+    if entry.link is not None:
+        target = entry.link
+        if not target or not target.isprintable() or len(target) > _PATH_MAX or target.startswith("/"):
+            raise refused(f"the link {shown} leads out of the template")
+        steps = target.split("/")
+        up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
+        # `..` behind a name is above wherever that may lead, if it is a link itself
+        if up >= len(parts) or ".." in steps[up:]:
+            raise refused(f"the link {shown} leads out of the template")
+
+
+def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
+    """Read a folder, following nothing.
+
+    Raises `InvalidParams` for what is neither file, folder nor link, `TooLarge`, and `OSError`.
+    """
+    entries: dict[str, Entry] = {}
+    room = settings.template_bytes
+    pending = [""]
+    while pending:
+        at = pending.pop()
+        with os.scandir(folder / at) as listed:
+            for found in sorted(listed, key=lambda entry: entry.name):
+                if found.name in LEFT_OUT:
+                    continue
+                path = f"{at}/{found.name}" if at else found.name
+                if len(entries) >= settings.template_files:
+                    raise too_many(settings)
+                if found.is_symlink():
+                    entries[path] = Entry(link=str(Path(found.path).readlink()))
+                elif found.is_dir(follow_symlinks=False):
+                    if path.count("/") >= _DEPTH:
+                        raise refused(f"the path {show(path[:SHOWN])} is too long")
+                    entries[path] = Entry()
+                    pending.append(path)
+                elif found.is_file(follow_symlinks=False):
+                    entries[path] = entry = _read_file(Path(found.path), room)
+                    room -= len(entry.content or b"")
+                    if room < 0:
+                        raise too_large(settings)
+                else:
+                    raise refused(f"{show(path[:SHOWN])} is a device, a pipe or a socket")
+    return entries
+
+
+def _read_file(path: Path, room: int) -> Entry:
+    """Read a file, or just over `room` bytes of it."""
+    # not by its name again: what it is may have changed, and a pipe would hold us for ever
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise refused("a file changed into something else while it was read")
+        content = file.read(room + 1)
+    return Entry(content, executable=bool(mode & 0o100))
+
+
+class _Bounded:
+    """Unpacks gzip, and reads at most so many bytes: a bomb ends at the limit, not at the machine's."""
+
+    def __init__(self, data: bytes, settings: Settings) -> None:
+        self._settings = settings
+        self._data = memoryview(data)
+        self._gzip = zlib.decompressobj(31) if data[:2] == b"\x1f\x8b" else None
+        self._at = 0
+        # headers and padding take a block or two of each entry beside its content
+        self._left = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer at the end. Raises `TooLarge` and `EOFError`."""
+        self._left -= size
+        if self._left < 0:
+            raise too_large(self._settings)
+        if self._gzip is None:
+            piece = bytes(self._data[self._at : self._at + size])
+            self._at += len(piece)
+            return piece
+        pieces, wanted = list[bytes](), size
+        while wanted and not self._gzip.eof:
+            fed = self._gzip.unconsumed_tail or bytes(self._data[self._at : self._at + 65536])
+            if not self._gzip.unconsumed_tail:
+                self._at += len(fed)
+            more = self._gzip.decompress(fed, wanted)
+            if not more and not fed:
+                raise EOFError
+            wanted -= len(more)
+            pieces.append(more)
+        return b"".join(pieces)
+
+    def content(self, size: int) -> bytes:
+        """Return a content of `size` bytes, which is filled up to whole blocks. Raises the same."""
+        if size < 0:
+            raise ValueError
+        filled = self.read(-(-size // _BLOCK) * _BLOCK)
+        if len(filled) < size:
+            raise EOFError
+        return filled[:size]
+
+
+def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
+    """Read a tar, gzipped or not. Raises `InvalidParams` for what is neither file, folder nor link."""
+    entries: dict[str, Entry] = {}
+    source = _Bounded(archive, settings)
+    try:
+        for member in _members(source, settings):
+            path = member.name.rstrip("/").removeprefix("./")
+            content = source.content(member.size) if member.type in _FILES else None
+            if path in ("", ".") or LEFT_OUT.intersection(path.split("/")):
+                continue
+            if len(entries) >= settings.template_files:
+                raise too_many(settings)
+            if path in entries and entries[path] != Entry():
+                raise refused(f"{show(path[:SHOWN])} is there twice")
+            if content is not None:
+                entries[path] = Entry(content, executable=bool(member.mode & 0o100))
+            elif member.issym():
+                entries[path] = Entry(link=member.linkname)
+            elif member.isdir():
+                entries[path] = Entry()
+            else:
+                raise refused(f"{show(path[:SHOWN])} is a device, a pipe, a hard link or a sparse file")
+    except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
+        raise refused(f"it is no tar archive ({type(error).__name__})") from None
+    return entries
+
+
+def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
+    """Yield what a tar says of each entry; whoever takes it reads the content of a file before the next.
+
+    The headers alone are read by the standard library, which believes what it reads in what may follow them:
+    a map of holes makes gigabytes of a few bytes. Of that only names and sizes are taken here.
+    """
+    said: dict[str, str | int] = {}
+    told = 0  # headers of what follows, one after another
+    for _ in range(3 * settings.template_files + 1000):  # what is left out counts too, and what is told
+        block = source.read(_BLOCK)
+        if not block.strip(b"\0"):
+            return
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if member.type not in _EXTENDED and member.type not in _LONG:
+            for fact, value in said.items():
+                setattr(member, fact, value)
+            yield member
+            said, told = {}, 0
+            continue
+        told += 1
+        if told > _TOLD_MAX or member.size > _MORE_MAX:
+            raise refused("too much is told of one entry; pack it as a plain tar")
+        more = source.content(member.size)
+        if member.type in _LONG:
+            said[_LONG[member.type]] = _text(more)
+        elif member.type != tarfile.XGLTYPE:  # which tells of all: git's commit
+            said |= _facts(more)
+    raise too_many(settings)
+
+
+def _facts(more: bytes) -> dict[str, str | int]:
+    """Return what an extended header (pax) tells: records of `LENGTH KEY=VALUE`, each with a line end."""
+    found, at = dict[str, str | int](), 0
+    for _ in range(_FACTS_MAX):
+        if at >= len(more) or more[at] == 0:
+            return found
+        length, _, _ = more[at : at + 8].partition(b" ")
+        end = at + int(length)
+        key, equals, value = more[at + len(length) + 1 : end - 1].partition(b"=")
+        if end <= at + len(length) + 1 or not equals or more[end - 1 : end] != b"\n":
+            raise ValueError
+        if key in _NAMES:
+            found[_NAMES[key]] = _text(value)
+        elif key == b"size":
+            found["size"] = int(value)
+        elif key.startswith(b"GNU.sparse."):
+            raise refused("it holds a sparse file; pack it as a plain tar")
+        at = end
+    raise refused("too much is told of one entry; pack it as a plain tar")
+
+
+def _text(name: bytes) -> str:
+    return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def packed(entries: Mapping[str, Entry]) -> bytes:
+    """Return entries as a tar of nothing but plain files, folders and links, folders first."""
+    buffer = io.BytesIO()
+    folders = folders_above(entries) | {path for path, entry in entries.items() if entry == Entry()}
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for path in sorted(folders):
+            member = tarfile.TarInfo(path)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(member)
+        for path, entry in sorted(entries.items()):
+            member = tarfile.TarInfo(path)
+            if entry.link is not None:
+                member.type, member.linkname = tarfile.SYMTYPE, entry.link
+                tar.addfile(member)
+            elif entry.content is not None:
+                member.size, member.mode = len(entry.content), 0o755 if entry.executable else 0o644
+                tar.addfile(member, io.BytesIO(entry.content))
+    return buffer.getvalue()

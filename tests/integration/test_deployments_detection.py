@@ -1,0 +1,121 @@
+"""A folder without a manifest becomes a site: what it is was found, and each way to it is seen to work."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import Settings
+from tests.archives import archive
+from tests.integration.sites import Hosting, hosting
+
+pytestmark = pytest.mark.timeout(300)
+
+VITE = "8.0.5"
+NODE = """const http = require("http");
+http.createServer((request, answer) => answer.end("of node, by " + process.env.npm_lifecycle_event))
+  .listen(process.env.PORT);
+"""
+
+
+@pytest.fixture(scope="module")
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
+    async with hosting(incus_settings, tmp_path_factory.mktemp("detection") / "state") as host:
+        yield host
+
+
+def upload(files: Mapping[str, str]) -> dict[str, str]:
+    members = ((name, text.encode()) for name, text in files.items())
+    return {"archive": base64.b64encode(archive(*members, manifest=None)).decode()}
+
+
+async def deployed(host: Hosting, domain: str, files: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    record = await host.deploy(domain, upload(files), **more)
+    assert record["state"] == "succeeded", record["error"]
+    return record
+
+
+async def cli(host: Hosting, *words: str) -> tuple[int | None, str]:
+    """Return exit code and all that the command line said."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", *words),
+        env={**host.gateway.environment, "COLUMNS": "200"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 120)
+    return process.returncode, out.decode()
+
+
+async def test_a_folder_with_nothing_but_a_page_is_served(host: Hosting, tmp_path: Path) -> None:
+    """By one command, which says in three lines what it chose; hidden files are not served."""
+    (tmp_path / "index.html").write_text("<h1>mine</h1>")
+    (tmp_path / "about.html").write_text("about")
+    (tmp_path / ".env").write_text("SECRET=1")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.html").write_text("docs")
+    code, said = await cli(host, "deploy", "plain.test", str(tmp_path), "--write")
+    assert code == 0, said
+    for line in (
+        f"wrote {tmp_path}/site.toml",
+        "static files: there is index.html",
+        "install nothing: files need none",
+        "serve the files of the folder: the gateway's own file server",
+        "plain.test",
+    ):
+        assert line in said
+    assert 'static = "."' in (tmp_path / "site.toml").read_text()
+    answers = {
+        path: await host.visit("plain.test", path)
+        for path in ("/", "/about", "/docs", "/docs/", "/.env", "/%2e%2e/etc/passwd", "/site.toml", "/no")
+    }
+    assert answers["/"] == (200, "<h1>mine</h1>")
+    assert answers["/about"] == (200, "about")
+    assert answers["/docs"] == answers["/docs/"] == (200, "docs")
+    assert {answers[path][0] for path in ("/.env", "/%2e%2e/etc/passwd", "/site.toml", "/no")} == {404}
+    # the manifest that was written means the same
+    code, said = await cli(host, "deploy", "plain.test", str(tmp_path))
+    assert code == 0, said
+    assert await host.visit("plain.test") == (200, "<h1>mine</h1>")
+
+
+async def test_a_vite_app_is_served_by_its_dev_server(host: Hosting) -> None:
+    files = {
+        "package.json": json.dumps({"devDependencies": {"vite": VITE}, "scripts": {"dev": "vite"}}),
+        "index.html": '<!doctype html><script type=module src="/main.js"></script>',
+        "main.js": "document.body.textContent = 'x'",
+    }
+    record = await deployed(host, "vite.test", files)
+    assert record["detected"] == {
+        "name": "vite",
+        "title": "Vite",
+        "install": "bun install",
+        "start": "bun run dev --host 0.0.0.0 --port $PORT",
+        "static": None,
+        "port": 3000,
+        "lines": [
+            "Vite: package.json names vite",
+            "install bun install: there is no lockfile",
+            "start bun run dev --host 0.0.0.0 --port $PORT: its script `dev` (vite), told where to listen",
+        ],
+    }
+    status, page = await host.visit("vite.test")
+    assert status == 200 and "/@vite/client" in page
+
+
+async def test_a_node_server_is_started_by_its_script(host: Hosting) -> None:
+    files = {"package.json": json.dumps({"scripts": {"start": "node index.js"}}), "index.js": NODE}
+    record = await deployed(host, "node.test", files)
+    assert record["detected"]["start"] == "bun run start"
+    assert await host.visit("node.test") == (200, "of node, by start")
+    # what is given goes before what is found, also in an update
+    record = await deployed(host, "node.test", files, start="bun run --bun start", port=4000)
+    assert (record["port"], record["detected"]["start"]) == (4000, "bun run --bun start")
+    assert await host.visit("node.test") == (200, "of node, by start")

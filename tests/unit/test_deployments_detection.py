@@ -1,0 +1,311 @@
+"""Detection: what a folder without a manifest is, in the words that a person reads."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies
+
+from gateway.deployments.detection import Clues, Detected, detect
+from gateway.deployments.entries import Entry
+from gateway.deployments.manifest import Manifest, Overrides, written
+from gateway.deployments.template import uploaded
+from gateway.errors import InvalidParams
+from gateway.settings import Settings
+from tests.archives import archive
+
+Folder = Mapping[str, str]
+
+
+def package(*names: str, **more: Any) -> str:
+    """Return a package.json that names these packages."""
+    return json.dumps({"dependencies": dict.fromkeys(names, "1")} | more)
+
+
+def found(folder: Folder) -> Detected:
+    return detect(Clues.of({name: Entry(text.encode()) for name, text in folder.items()}))
+
+
+def scripts(**said: str) -> dict[str, Any]:
+    return {"scripts": said}
+
+
+VITE = package("vite", **scripts(dev="vite", build="vite build"))
+EXPRESS = package("express", **scripts(start="node index.js"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "lines"),
+    [
+        (
+            {"index.html": "", "style.css": ""},
+            (
+                "static files: there is index.html",
+                "install nothing: files need none",
+                "serve the files of the folder: the gateway's own file server",
+            ),
+        ),
+        (
+            {"package.json": VITE, "index.html": "", "package-lock.json": "{}"},
+            (
+                "Vite: package.json names vite",
+                "install npm ci: there is package-lock.json",
+                "start npm run dev -- --host 0.0.0.0 --port $PORT: its script `dev` (vite), told where to "
+                "listen",
+            ),
+        ),
+        (
+            {"package.json": EXPRESS, "index.js": "", "bun.lock": ""},
+            (
+                "Express: package.json names express",
+                "install bun install --frozen-lockfile: there is bun.lock",
+                "start bun run start: its script `start` (node index.js)",
+            ),
+        ),
+        (
+            {"package.json": json.dumps(scripts(start="node server.js")), "server.js": ""},
+            (
+                "Node: there is a package.json",
+                "install nothing: package.json names no packages",
+                "start bun run start: its script `start` (node server.js)",
+            ),
+        ),
+    ],
+)
+def test_three_lines_say_what_was_chosen_and_why(folder: Folder, lines: tuple[str, ...]) -> None:
+    assert found(folder).lines() == lines
+
+
+DEV = "--host 0.0.0.0 --port $PORT"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "start"),
+    [
+        ({"package.json": package("next", "react", **scripts(dev="next dev", start="next start"))}, "next",
+         "bun run dev --hostname 0.0.0.0 --port $PORT"),
+        ({"package.json": package("astro", **scripts(dev="astro dev")), "pnpm-lock.yaml": ""}, "astro",
+         f"pnpm run dev {DEV}"),
+        ({"package.json": package("vite", "@sveltejs/kit", **scripts(dev="vite dev")), "yarn.lock": ""},
+         "sveltekit", f"yarn run dev {DEV}"),
+        ({"package.json": package("nuxt", **scripts(dev="nuxt dev"))}, "nuxt", f"bun run dev {DEV}"),
+        ({"package.json": package("vite", "@react-router/dev", **scripts(dev="react-router dev"))},
+         "react-router", f"bun run dev {DEV}"),
+        ({"package.json": package("vite", "@remix-run/dev", **scripts(dev="remix vite:dev"))}, "remix",
+         f"bun run dev {DEV}"),
+        # what it is told of a port elsewhere would not be found
+        ({"package.json": package("vite", **scripts(dev="cross-env A=1 vite --port 8080 --host --open"))},
+         "vite",
+         f"bunx vite --open {DEV}"),
+        ({"package.json": package("next", **scripts(dev="next dev -p 4000")), "package-lock.json": ""},
+         "next", "npx next dev --hostname 0.0.0.0 --port $PORT"),
+        ({"package.json": package("vite", **scripts(dev="concurrently 'vite' 'tsc -w'"))}, "vite",
+         "bun run dev"),
+        ({"package.json": package("vite"), "index.html": ""}, "vite", f"bunx vite {DEV}"),
+        # a tool of theirs, and no site of it
+        ({"package.json": package("vite", "express", **scripts(start="node server.js"))}, "express",
+         "bun run start"),
+        ({"package.json": package("hono", **scripts(dev="bun run --hot src/index.ts"))}, "hono",
+         "bun run dev"),
+        ({"package.json": package("fastify", main="app.js"), "app.js": ""}, "fastify", "node app.js"),
+        ({"server.ts": "Bun.serve({fetch})"}, "bun", "bun server.ts"),
+        ({"package.json": "{}", "index.js": "http.createServer(x).listen(1)"}, "node", "node index.js"),
+        ({"package.json": package("express", **scripts(dev="nodemon a.js", start="node a.js"))}, "express",
+         "bun run dev"),
+        ({"package.json": "{}", "public/index.html": ""}, "static", ""),
+        ({"Procfile": "worker: x\nweb: ./serve $PORT\n"}, "procfile",
+         "PATH=node_modules/.bin:.venv/bin:$PATH; ./serve $PORT"),
+        ({"Procfile": "web: node x.js", "package.json": EXPRESS}, "procfile",
+         "PATH=node_modules/.bin:.venv/bin:$PATH; node x.js"),
+        ({"Procfile": "web: vite preview", "package.json": VITE}, "vite", f"bun run dev {DEV}"),
+        ({"main.py": "app = FastAPI()", "requirements.txt": "fastapi[standard]>=0.1\n"}, "fastapi",
+         ".venv/bin/uvicorn main:app --host 0.0.0.0 --port $PORT --reload"),
+        ({"src/main.py": "api: FastAPI = FastAPI()", "pyproject.toml":
+          '[project]\ndependencies = ["fastapi", "uvicorn"]', "uv.lock": ""}, "fastapi",
+         ".venv/bin/uvicorn main:api --app-dir src --host 0.0.0.0 --port $PORT"),
+        ({"app.py": "app = Flask(__name__)", "requirements.txt": "Flask"}, "flask",
+         ".venv/bin/flask --app app.py:app run --host 0.0.0.0 --port $PORT --reload --no-debugger"),
+        ({"manage.py": "", "requirements.txt": "django"}, "django",
+         ".venv/bin/python manage.py runserver 0.0.0.0:$PORT"),
+        ({"main.py": "HTTPServer(('', 1), X).serve_forever()"}, "python", "python3 main.py"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_known_by_its_files(folder: Folder, name: str, start: str) -> None:
+    """And what is written down of it as a manifest says the same."""
+    detected = found(folder)
+    assert (detected.name, detected.trouble) == (name, "")
+    assert detected.to_dict(3000)["start"] == start
+    read = Manifest.model_validate(tomllib.loads(written(detected, 3000)))
+    assert (read.start or ()) == detected.start and (read.install or ()) == detected.install
+    assert read.static == detected.static
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "install"),
+    [
+        ({"bun.lockb": ""}, {}, "bun install --frozen-lockfile"),
+        ({"package-lock.json": ""}, {}, "npm ci"),
+        ({"pnpm-lock.yaml": ""}, {}, "pnpm install --frozen-lockfile"),
+        ({"yarn.lock": ""}, {}, "yarn install --frozen-lockfile"),
+        ({"yarn.lock": "", ".yarnrc.yml": ""}, {}, "yarn install --immutable"),
+        ({}, {}, "bun install"),
+        ({}, {"packageManager": "pnpm@10.1.0"}, "pnpm install"),
+        ({"package-lock.json": "", "yarn.lock": ""}, {"packageManager": "npm@11"}, "npm ci"),
+    ],
+)
+def test_a_lockfile_names_the_package_manager(files: Folder, more: dict[str, Any], install: str) -> None:
+    text = package("vite", **scripts(dev="vite"), **more)
+    assert found({"package.json": text, **files}).to_dict(3000)["install"] == install
+
+
+def test_of_two_lockfiles_it_says_which_one_counts() -> None:
+    folder = {"package.json": VITE, "bun.lock": "", "package-lock.json": ""}
+    assert found(folder).installed == "there is bun.lock (and package-lock.json, which is left aside)"
+
+
+def test_what_start_needs_is_built() -> None:
+    """A script that starts what a build made has it made, where nothing else starts it."""
+    text = package("express", **scripts(build="tsc", start="node ./dist/index.js"))
+    detected = found({"package.json": text, "package-lock.json": ""})
+    assert detected.install == ("sh", "-c", "npm ci && npm run build")
+    assert "since `start` needs dist/" in detected.installed
+
+
+def test_requirements_are_installed_in_a_venv() -> None:
+    detected = found({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"})
+    line = "uv venv --quiet --allow-existing && uv pip install -r requirements.txt"
+    assert detected.to_dict(3000)["install"] == line
+    project = '[project]\nname = "x"\ndependencies = ["flask"]'
+    detected = found({"app.py": "app = Flask(__name__)", "pyproject.toml": project, "uv.lock": ""})
+    assert detected.install == ("uv", "sync", "--locked")
+
+
+APPS = {
+    "package.json": json.dumps({"workspaces": ["apps/*", "packages/*"], **scripts(dev="turbo run dev")}),
+    "apps/web/package.json": package("next", **scripts(dev="next dev")),
+    "apps/docs/package.json": package("astro", **scripts(dev="astro dev")),
+    "apps/api/package.json": EXPRESS,
+    "packages/ui/package.json": package("react", **scripts(dev="tsc -w")),
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ({}, "this folder has no files"),
+        (
+            APPS,
+            "this folder holds 3 apps: apps/api (Express), apps/docs (Astro), apps/web (Next.js); name one, "
+            "as in `incus-gateway deploy DOMAIN FOLDER/apps/api`",
+        ),
+        (
+            {"frontend/package.json": VITE, "backend/main.py": "app = FastAPI()",
+             "backend/requirements.txt": "fastapi\nuvicorn"},
+            "this folder holds 2 apps: backend (FastAPI), frontend (Vite); name one, as in "
+            "`incus-gateway deploy DOMAIN FOLDER/backend`",
+        ),
+        (
+            {"package.json": package(**scripts(build="tsc", test="vitest"))},
+            "package.json has no script `dev` or `start` (its scripts: build, test), and names no framework "
+            "that is known: add one, or say it by `start` (--start)",
+        ),
+        ({"package.json": "{"}, "package.json is not JSON, or larger than 256 KiB: mend it"),
+        (
+            {"package.json": json.dumps({"dependencies": {"next": "1", "@a/ui": "workspace:*"}})},
+            "package.json needs @a/ui from outside of this folder: deploy the folder above, and say how this "
+            "app of it is started, as in `--start 'npm run dev --workspace apps/web'`",
+        ),
+        (
+            {"notes.txt": "", "page.html": ""},
+            "this folder has no index.html, no package.json, no Python application and no Procfile, though "
+            "there is page.html: say how by `start` (--start), or write a site.toml",
+        ),
+        (
+            {"main.py": "app = FastAPI()", "requirements.txt": "fastapi"},
+            "main.py makes a FastAPI, which is served by uvicorn, and no requirement names uvicorn: add it, "
+            "or say another way by `start` (--start)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_says_what_to_do(folder: Folder, said: str) -> None:
+    data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
+    with pytest.raises(InvalidParams) as refused:
+        uploaded(data, Settings())
+    assert refused.value.message == said
+    assert refused.value.facts["reason"] == "undetected"
+
+
+def test_a_start_that_is_given_starts_whatever_it_is() -> None:
+    """What is given goes before what is found, and before the manifest; the rest is found."""
+    data = archive(("package.json", package("left-pad").encode()), ("package-lock.json", b""), manifest=None)
+    template = uploaded(data, Settings(), Overrides(start=("node", "x.js"), port=4000))
+    recipe = template.recipe()
+    assert (recipe.start, recipe.install, recipe.port) == (("node", "x.js"), ("npm", "ci"), 4000)
+    assert template.detected is not None
+    assert template.detected.lines()[2] == "start node x.js: as the deployment says"
+    manifest = archive(("index.html", b""), manifest=b'start = "bun a.ts"\nport = 5000\n')
+    template = uploaded(manifest, Settings(), Overrides(install=()))
+    assert (template.manifest.start, template.manifest.port, template.detected) == (
+        ("bun", "a.ts"),
+        5000,
+        None,
+    )
+    partly = archive(("index.html", b""), manifest=b'keep = ["data/"]\n')
+    template = uploaded(partly, Settings())
+    assert (template.manifest.static, template.manifest.keep) == (".", ("data/",))
+
+
+def test_copies_of_a_folder_that_is_started_in_two_ways_are_two() -> None:
+    data = archive(("index.html", b""), manifest=None)
+    ways = (None, Overrides(start=("bun", "x")), Overrides(port=4000))
+    assert len({uploaded(data, Settings(), way).recipe("me").key for way in ways}) == 3
+
+
+@pytest.mark.parametrize("folder", ["..", "/etc", "a/../..", "./a", ""])
+def test_only_a_folder_of_the_site_is_served(folder: str) -> None:
+    with pytest.raises(InvalidParams, match="static"):
+        uploaded(archive(("index.html", b""), manifest=f"static = {json.dumps(folder)}".encode()), Settings())
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.text(max_size=20),
+    lambda inner: strategies.lists(inner, max_size=4) | strategies.dictionaries(
+        strategies.sampled_from(
+            ("scripts", "dependencies", "dev", "start", "vite", "next", "express", "main", "workspaces", "x")
+        ), inner, max_size=4
+    ),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    JSON,
+    strategies.dictionaries(
+        strategies.sampled_from(("main.py", "Procfile", "requirements.txt", "index.js", "a/package.json")),
+        strategies.text(max_size=200),
+    ),
+)
+def test_whatever_a_folder_says_ends_in_an_answer(said: Any, files: Folder) -> None:
+    detected = found({"package.json": json.dumps(said), **files})
+    assert bool(detected.trouble) != bool(detected.start or detected.static)
+    assert all(line.isprintable() and len(line) < 4000 for line in detected.lines())
+
+
+def test_a_hostile_folder_takes_a_moment() -> None:
+    """Many, large and deep: what is looked at is bounded."""
+    hostile: dict[str, Entry] = {f"a{n}/package.json": Entry(VITE.encode()) for n in range(5000)}
+    hostile |= {f"{'d/' * 30}{n}": Entry(b"") for n in range(3000)}
+    hostile["package.json"] = Entry(b'{"scripts": {"dev": "' + b"vite " * 40_000 + b'"}}')
+    hostile["Procfile"] = Entry(b"web :" * 50_000)
+    hostile["main.py"] = Entry(b"app : a.b" * 25_000)
+    hostile["requirements.txt"] = Entry(b"'a[" * 80_000)
+    began = time.process_time()
+    detect(Clues.of(hostile))
+    hostile.pop("package.json")
+    detect(Clues.of(hostile))
+    assert time.process_time() - began < 5
