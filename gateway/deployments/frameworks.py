@@ -131,8 +131,9 @@ TABLE: Final[tuple[Framework, ...]] = (
         dev=("vite",),
         needs={"dev": 256, "build": 192},
     ),
-    Framework("bun", "Bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
+    # before Bun, which may only have run the script that starts it
     Framework("node", "Node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
+    Framework("bun", "Bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
 )
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.bounds import aside
+from gateway.deployments.causes import install_failed
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former, live_one
 from gateway.deployments.frameworks import Framework, listening, shortage
@@ -24,7 +25,7 @@ from gateway.deployments.register import Running
 from gateway.deployments.request import Request
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
-from gateway.errors import Conflict, GatewayError, RateLimited
+from gateway.errors import Conflict, ExecFailed, GatewayError, RateLimited
 from gateway.rootfs.paths import show
 from gateway.runtime import sizes
 from gateway.runtime.probe import HostRefused, answer
@@ -72,6 +73,7 @@ class Phases:
         self._side: Side = "live"
         self._prepared = False
         self._restored: str | None = None  # where the old site is, after it was started again
+        self._memory = 0  # bytes that the tenant has; 0 if nobody knows
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -149,7 +151,7 @@ class Phases:
         """Return a warning where a framework is known to need more than the tenant's memory."""
         if self._settings.runtime != "incus":  # others limit none
             return []
-        known = sizes.size_of(memory)  # 0 for a share of the host's
+        self._memory = known = sizes.size_of(memory)  # 0 for a share of the host's
         framework, start, install = self._framework
         said = shortage(framework, start, known, install) if known else ""
         return [said] if said else []
@@ -219,7 +221,10 @@ class Phases:
     async def install(self) -> None:
         if not self._prepared:
             say = self._progress.say("install")
-            await self._sites.install(self._record.tenant, self._side, self._recipe, say)
+            try:
+                await self._sites.install(self._record.tenant, self._side, self._recipe, say)
+            except ExecFailed as error:
+                raise install_failed(error, self._recipe.install, self._memory) from error
             self._progress.flush()
 
     async def start(self) -> None:
@@ -337,6 +342,7 @@ class Phases:
             *(record.tenant, side, record.domain, self._recipe, exposure),
             usual=frozenset() if framework is None else framework.ports,
             advice=listening(framework, start),
+            memory=self._memory,
         )
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from gateway.caddy import Caddy, CaddyFailed
+from gateway.deployments.causes import ended, last_words
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
 from gateway.errors import ExecFailed, GatewayError, Timeout
@@ -42,7 +43,6 @@ _WATCHED: Final = 64  # sites that are watched after their deployment; one more 
 _KILLED: Final = "status=9/KILL"  # as systemd puts it
 _SMALL: Final = "give it a larger `size`, or have it need less"
 _LISTEN: Final = "it must listen on 0.0.0.0 and $PORT"
-_SAID: Final = 1000  # characters of what it said last
 
 
 Way = Literal["caddy", "direct"]
@@ -62,6 +62,8 @@ class Subject:
     """Ports on which its framework serves where nobody says otherwise."""
     advice: str = ""
     """How it is told to listen where it must."""
+    memory: int = 0
+    """Bytes that its tenant has; 0 if nobody knows."""
 
 
 class Unsteady(ExecFailed):
@@ -72,8 +74,7 @@ class Unsteady(ExecFailed):
             why += f"; it was killed, as the kernel does for want of memory: {_SMALL}"
         self.why = why
         super().__init__(
-            f"the site answered, and then did not stay up: {why}. "
-            f"It last said: {said.strip()[-_SAID:] or 'nothing'}",
+            f"the site answered, and then did not stay up: {why}. {last_words(said)}",
             reason="unsteady",
         )
 
@@ -131,7 +132,8 @@ class Verifier:
                         reason="wrong_address",
                     )
                 if service.restarts >= _RESTARTS:
-                    why = f"the site ends again and again; {_LISTEN}"
+                    said = await self._sites.log(site.tenant, site.side)
+                    why = ended(said, site.recipe.start, site.memory)
                     break
             else:
                 with contextlib.suppress(TimeoutError, HostRefused):
@@ -315,8 +317,7 @@ class Verifier:
         return last
 
     async def _said(self, site: Subject) -> str:
-        said = (await self._sites.log(site.tenant, site.side)).strip()
-        return f"It last said: {said[-_SAID:] or 'nothing'}"
+        return last_words(await self._sites.log(site.tenant, site.side))
 
 
 def unsteady(before: Service | None, now: Service | None, answered: float) -> str:

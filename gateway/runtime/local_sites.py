@@ -23,6 +23,7 @@ from typing import Final
 from gateway.bounds import aside
 from gateway.errors import ExecFailed, GatewayError, NotFound, Unavailable
 from gateway.runtime import ExecSpec, Process, Removal
+from gateway.runtime.installs import failure
 from gateway.runtime.listening import of_tree
 from gateway.runtime.local import LocalRuntime
 from gateway.runtime.local_folders import SiteFolders, before, recipe_of, started_by
@@ -128,8 +129,12 @@ class LocalSites:
         if exit_.code != 0 and disk_was_full(said):
             raise Unavailable("this machine's disk is full; make room on it", reason="disk_full")
         if exit_.code != 0:
+            known = failure(exit_.code, said)
             raise ExecFailed(
-                f"the install command ended with {exit_.code}: {said[-1000:]}", reason="install_failed"
+                f"the install command ended with {exit_.code}: {said[-1000:]}",
+                reason="install_failed",
+                exit_code=exit_.code,
+                **({} if known is None else known.facts),
             )
 
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:

@@ -119,3 +119,46 @@ async def test_a_node_server_is_started_by_its_script(host: Hosting) -> None:
     record = await deployed(host, "node.test", files, start="bun run --bun start", port=4000)
     assert (record["port"], record["detected"]["start"]) == (4000, "bun run --bun start")
     assert await host.visit("node.test") == (200, "of node, by start")
+
+
+HOG = "const kept = []; for (;;) kept.push(Buffer.alloc(16 << 20, 1))"
+START = json.dumps({"scripts": {"start": "node index.js"}})
+
+
+async def test_what_does_not_come_up_says_why_and_what_to_do(host: Hosting) -> None:
+    """Each in the words that a person reads, once, and with nothing left."""
+    before = host.leavings()
+
+    async def said(name: str, files: Mapping[str, str], reason: str, **more: Any) -> str:
+        record = await host.deploy(f"{name}.test", upload(files), **more)
+        assert record["state"] == "rolledback"
+        assert record["error"]["reason"] == reason, record["error"]
+        return str(record["error"]["message"])
+
+    locked = {"package.json": json.dumps({"dependencies": {"is-odd": "3.0.1"}}), "index.js": NODE}
+    locked["bun.lock"] = '{"lockfileVersion": 1, "workspaces": {"": {"name": "x"}}, "packages": {}}'
+    ends, lockfile, memory, program, nowhere = await asyncio.gather(
+        said("ends", {"package.json": START, "index.js": "console.log('done')"}, "never_healthy"),
+        said("lockfile", locked, "install_failed"),
+        said("memory", {"index.js": NODE, "hog.js": HOG}, "install_failed", install="bun hog.js"),
+        said("program", {"index.html": ""}, "never_healthy", start="no-such-program $PORT"),
+        said(
+            "nowhere",
+            {"package.json": START, "index.js": NODE.replace("PORT", "PORT, '127.0.0.1'")},
+            "wrong_address",
+        ),
+    )
+    assert ends == (
+        "the site ends again and again: it ends by itself, without an error; a site's command must go on "
+        "running. It last said: $ node index.js\ndone"
+    )
+    assert lockfile.startswith("bun.lock does not fit what the folder requires: run `bun install` there")
+    assert memory.startswith(
+        "`bun hog.js` needs more memory than the tenant has (512 MiB): the size medium has 1024 MiB"
+    )
+    assert program.startswith(
+        "the tenant's image has no no-such-program, which `no-such-program $PORT` needs"
+    )
+    assert "it listens on 127.0.0.1:3000; it must listen on 0.0.0.0:$PORT" in nowhere
+    assert 'with node, server.listen(process.env.PORT, "0.0.0.0")' in nowhere
+    assert host.leavings() == before

@@ -17,6 +17,7 @@ from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation
 from gateway.runtime.incus.errors import DISK_FULL, POOL_FULL, translated
 from gateway.runtime.incus.uploads import number
+from gateway.runtime.installs import failure
 from gateway.runtime.probe import network_up
 from gateway.runtime.sites import (
     ALLOWED,
@@ -103,7 +104,7 @@ class Provisioning:
                 return
             except ExecFailed as error:
                 # registries and name servers fail now and then; what was fetched is kept
-                if not left or "exit_code" not in error.facts:
+                if not left or "exit_code" not in error.facts or "cause" in error.facts:
                     raise
                 say(f"the install command ended with {error.facts['exit_code']}, trying again")
 
@@ -128,10 +129,12 @@ class Provisioning:
             await process.aclose()
         if exit_.code != 0:
             await self._if_full(tail)
+            known = failure(exit_.code, tail)
             raise ExecFailed(
                 f"the install command {' '.join(recipe.install)} ended with {exit_.code}: {tail[-1000:]}",
                 reason="install_failed",
                 exit_code=exit_.code,
+                **({} if known is None else known.facts),
             )
 
     async def reachable(self, name: str) -> None:

@@ -1,0 +1,103 @@
+"""Say why an install or a site failed, and what to do, in a person's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.errors import ExecFailed
+from gateway.limits.pressure import larger
+from gateway.rootfs.paths import show
+from gateway.runtime.sizes import SIZES, size_of
+
+_SAID: Final = 1000  # characters of what a site said last
+_SHOWN: Final = 200  # characters of a command
+_LOCKFILES: Final = {
+    "bun": ("bun.lock", "bun install"),
+    "npm": ("package-lock.json", "npm install"),
+    "pnpm": ("pnpm-lock.yaml", "pnpm install"),
+    "yarn": ("yarn.lock", "yarn install"),
+    "uv": ("uv.lock", "uv lock"),
+}
+# what systemd says of a unit, between what its program says
+_SYSTEMD: Final = re.compile(r"(?:site(?:-next)?\.service: |(?:Started|Starting|Stopped|Stopping) site)")
+_BEGUN: Final = re.compile(r"^Started site.*$", re.MULTILINE)
+_EXITED: Final = re.compile(
+    r"Main process exited, code=\w+, status=(\d+)/(\w+)|site\S*\.service: (Deactivated successfully)"
+)
+_NO_PROGRAM: Final = re.compile(
+    r"^(?:/usr/bin/)?env: \W{0,3}([\w./@+-]{1,60})\W{0,3}: No such file", re.MULTILINE
+)
+_IMAGE: Final = (
+    "whoever runs the gateway makes one that has it by `incus-gateway image build`, or say other commands by "
+    "`start` and `install`"
+)
+
+
+def more_memory(memory: int) -> str:
+    """Say which size has more than so many bytes of memory, and how a tenant gets it."""
+    size = larger(memory)
+    if size is None:
+        return "there is no larger size: have it need less"
+    has = size_of(SIZES[size]["memory"]) >> 20
+    return (
+        f"the size {size} has {has} MiB: deploy with --size {size}, or give it to a tenant that is there by "
+        f"`incus-gateway resize TENANT {size}`"
+    )
+
+
+def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> ExecFailed:
+    """Return the error of an install command with why it failed and what to do, where that is known.
+
+    `memory` is what the tenant has, in bytes; 0 if nobody knows.
+    """
+    command = show(" ".join(install)[:_SHOWN])
+    if error.facts.get("reason") == "not_found":
+        program = show(install[0][:_SHOWN])
+        return ExecFailed(
+            f"the tenant's image has no {program}, which `{command}` needs: {_IMAGE}", **error.facts
+        )
+    match error.facts.get("cause"):
+        case "lockfile":
+            lockfile, update = _LOCKFILES[error.facts["of"]]
+            without = "uv sync" if update == "uv lock" else update
+            why = (
+                f"{lockfile} does not fit what the folder requires: run `{update}` there and deploy again, "
+                f"or install without it by --install '{without}'"
+            )
+        case "memory":
+            has = f"{memory >> 20} MiB" if memory else "its share of the machine's"
+            why = f"`{command}` needs more memory than the tenant has ({has}): {more_memory(memory)}"
+        case "program":
+            program = show(error.facts["of"])
+            why = f"the tenant's image has no {program}, which `{command}` needs: {_IMAGE}"
+        case _:
+            return error
+    return ExecFailed(f"{why}. {error.message}", **error.facts)
+
+
+def ended(said: str, command: Sequence[str], memory: int) -> str:
+    """Say why a site ends again and again, by the journal of its unit."""
+    line = show(" ".join(command)[:_SHOWN])
+    if (missing := _NO_PROGRAM.search(said)) is not None:
+        return f"the tenant's image has no {missing[1]}, which `{line}` needs: {_IMAGE}"
+    status, kind, clean = (_EXITED.findall(said) or [("", "", "")])[-1]
+    if clean:
+        how = "it ends by itself, without an error; a site's command must go on running"
+    elif kind == "KILL":
+        how = f"it is killed, as the kernel does for want of memory: {more_memory(memory)}"
+    else:
+        how = f"it ends with code {status}" if status else "it ends"
+    return f"the site ends again and again: {how}"
+
+
+def last_words(said: str) -> str:
+    """Return what a site's program itself said last: of its last run, if that said anything."""
+    runs = [_own(run) for run in _BEGUN.split(said)]
+    words = next((run for run in reversed(runs) if run), "")
+    return f"It last said: {words[-_SAID:] or 'nothing'}"
+
+
+def _own(said: str) -> str:
+    return "\n".join(line for line in said.splitlines() if line.strip() and not _SYSTEMD.match(line)).strip()

@@ -1,0 +1,103 @@
+"""Why an install or a site failed, in words that say what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.deployments.causes import ended, install_failed, last_words
+from gateway.errors import ExecFailed
+from gateway.runtime.installs import failure
+
+MiB = 1 << 20
+NPM = 'npm error [--workspaces]\nnpm error\nnpm error Run "npm help ci" for more info\n'
+
+
+def told(said: str, code: int, *install: str, memory: int = 512 * MiB) -> str:
+    message = f"the install command {' '.join(install)} ended with {code}: {said}"
+    known = failure(code, said)
+    assert known is not None
+    failed = ExecFailed(message, reason="install_failed", exit_code=code, **known.facts)
+    return install_failed(failed, install, memory).message
+
+
+@pytest.mark.parametrize(
+    ("said", "install", "first"),
+    [
+        ("error: lockfile had changes, but lockfile is frozen\n", ("bun", "install", "--frozen-lockfile"),
+         "bun.lock does not fit what the folder requires: run `bun install` there and deploy again, or "
+         "install without it by --install 'bun install'. the install"),
+        (NPM, ("npm", "ci"), "package-lock.json does not fit what the folder requires: run `npm install`"),
+        (" ERR_PNPM_OUTDATED_LOCKFILE  Cannot install", ("pnpm", "install"), "pnpm-lock.yaml does not fit"),
+        ("error: The lockfile at `uv.lock` needs to be updated, but `--locked` was provided.", ("uv", "sync"),
+         "uv.lock does not fit what the folder requires: run `uv lock` there and deploy again, or install "
+         "without it by --install 'uv sync'"),
+    ],
+)  # fmt: skip
+def test_a_lockfile_that_does_not_fit_is_named(said: str, install: tuple[str, ...], first: str) -> None:
+    assert told(said, 1, *install).startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "memory", "first"),
+    [
+        ("", 137, 512 * MiB,
+         "`bun run build` needs more memory than the tenant has (512 MiB): the size medium has 1024 MiB: "
+         "deploy with --size medium, or give it to a tenant that is there by `incus-gateway resize TENANT "
+         "medium`."),
+        ('error: script "build" was terminated by signal SIGKILL\nKilled\n', 1, 1024 * MiB,
+         "`bun run build` needs more memory than the tenant has (1024 MiB): the size large has 2048 MiB"),
+        ("FATAL ERROR: Reached heap limit Allocation failed - JavaScript heap out of memory", 134, 2048 * MiB,
+         "`bun run build` needs more memory than the tenant has (2048 MiB): there is no larger size"),
+    ],
+)  # fmt: skip
+def test_a_build_without_memory_names_the_size_that_does(
+    said: str, code: int, memory: int, first: str
+) -> None:
+    assert told(said, code, "bun", "run", "build", memory=memory).startswith(first)
+
+
+def test_a_program_that_the_image_lacks_is_named() -> None:
+    first = "the tenant's image has no uv, which `sh -c uv venv && uv pip install -r requirements.txt` needs"
+    words = ("sh", "-c", "uv venv && uv pip install -r requirements.txt")
+    assert told("sh: 1: uv: not found\n", 127, *words).startswith(first)
+    missing = ExecFailed("command not found: npm", reason="not_found", exitCode=127)
+    error = install_failed(missing, ("npm", "ci"), 0)
+    assert error.message.startswith("the tenant's image has no npm, which `npm ci` needs: whoever runs")
+    assert error.facts["reason"] == "not_found"
+
+
+def test_what_nothing_is_known_of_stays() -> None:
+    assert failure(1, "error: no such host") is None
+    failed = ExecFailed("the install command x ended with 1: no such host", exit_code=1)
+    assert install_failed(failed, ("x",), 0) is failed
+
+
+RUN = """site.service: Scheduled restart job, restart counter is at {n}.
+Started site.service - The site of this tenant.
+{said}
+{how}
+"""
+FAILED = (
+    "site.service: Main process exited, code=exited, status={}\nsite.service: Failed with result 'exit-code'."
+)
+CLEAN = "site.service: Deactivated successfully."
+
+
+@pytest.mark.parametrize(
+    ("said", "how", "why", "words"),
+    [
+        ("$ node index.js\nhello", CLEAN, "it ends by itself, without an error", "$ node index.js\nhello"),
+        ("Error: no port", FAILED.format("1/FAILURE"), "it ends with code 1", "Error: no port"),
+        ("", FAILED.format("9/KILL"), "it is killed, as the kernel does for want of memory: the size medium",
+         "nothing"),
+        ("env: ‘npm’: No such file or directory", FAILED.format("127/n/a"),
+         "the tenant's image has no npm, which `npm run dev` needs", "env: ‘npm’: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_site_that_ends_says_how_and_what_it_said(said: str, how: str, why: str, words: str) -> None:
+    """Its own words are those of its last run, without systemd's."""
+    journal = "".join(RUN.format(n=n, said=said, how=how) for n in range(1, 5))
+    assert why in ended(journal, ("npm", "run", "dev"), 512 * MiB)
+    assert last_words(journal) == f"It last said: {words}"
+    begun = f"{journal}Started site.service - The site of this tenant.\n"
+    assert last_words(begun) == f"It last said: {words}"
