@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gateway.deployments.entries import LEFT_OUT
 from gateway.deployments.phases import Phases
 from gateway.deployments.request import Request, Rollback, Variables, check_env
-from gateway.deployments.template import LEFT_OUT
 from gateway.errors import Conflict, InvalidParams, NotFound
 from gateway.runtime.sites import Exchange, FormerSites, Recipe
 

@@ -21,9 +21,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gateway.deployments.detection import Detected
-from gateway.deployments.detection.detected import line_of
 from gateway.deployments.entries import SHOWN, Entry, refused
+from gateway.detection import Detected
+from gateway.detection.detected import line_of
 from gateway.rootfs.paths import show
 from gateway.tools.mirroring import understood
 
@@ -149,7 +149,12 @@ class Manifest(BaseModel):
         if self.start is None and self.static is None:
             more |= {"start": found.start or None, "static": found.static}
             more["warm"] = self.warm or ("/",)
-        return self.model_copy(update=more)
+        try:
+            # what was found comes from what a stranger wrote
+            return Manifest.model_validate(self.model_dump() | more)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise refused(f"{problem['loc'][0]}, as it was found: {problem['msg']}") from None
 
 
 def read_manifest(said: Entry | None) -> Manifest:

@@ -18,13 +18,13 @@ from gateway.bounds import aside
 from gateway.deployments.causes import install_failed
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former, live_one
-from gateway.deployments.frameworks import Framework, listening, shortage
 from gateway.deployments.progress import place
 from gateway.deployments.record import Record
 from gateway.deployments.register import Running
 from gateway.deployments.request import Request
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
+from gateway.detection.frameworks import Framework, listening, shortage
 from gateway.errors import Conflict, ExecFailed, GatewayError, RateLimited
 from gateway.rootfs.paths import show
 from gateway.runtime import sizes

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.caddy import shipped
-from gateway.deployments.detection import Clues, Detected, detect
 from gateway.deployments.entries import (
     LEFT_OUT,
     Entry,
@@ -22,8 +21,10 @@ from gateway.deployments.entries import (
     too_large,
     too_many,
 )
-from gateway.deployments.frameworks import Framework, Project, expanded, project, recognise
 from gateway.deployments.manifest import MANIFEST, Manifest, Overrides, read_manifest
+from gateway.detection import Clues, Detected, detect
+from gateway.detection.apart import detect_apart
+from gateway.detection.frameworks import Framework, Project, expanded, project, recognise
 from gateway.errors import InvalidParams, NotFound, Unavailable
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
@@ -136,7 +137,7 @@ def named(name: str, settings: Settings) -> Template:
 def uploaded(archive: bytes, settings: Settings, overrides: Overrides | None = None) -> Template:
     """Read a template from a tar, compressed or not."""
     entries = read_archive(archive, settings)
-    return checked("upload", entries, settings, shared=False, overrides=overrides)
+    return checked("upload", entries, settings, shared=False, overrides=overrides, finding=detect_apart)
 
 
 def checked(
@@ -146,8 +147,12 @@ def checked(
     *,
     shared: bool,
     overrides: Overrides | None = None,
+    finding: Callable[[Clues], Detected] = detect,
 ) -> Template:
-    """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong."""
+    """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong.
+
+    `finding` finds out what a folder is; what a stranger wrote is for `detect_apart`.
+    """
     if len(entries) > settings.template_files:
         raise too_many(settings)
     if sum(len(entry.content or b"") for entry in entries.values()) > settings.template_bytes:
@@ -162,7 +167,8 @@ def checked(
         return Template(name, manifest, entries, shared)
     if manifest.start is not None and MANIFEST in entries:  # who says how it starts has said all
         return Template(name, manifest, entries, shared)
-    found = detect(Clues.of(entries)).told(manifest.start, manifest.install)
+    files = {path: entry.content for path, entry in entries.items() if entry.content is not None}
+    found = finding(Clues.of(files)).told(manifest.start, manifest.install)
     if found.trouble:
         raise InvalidParams(found.trouble, reason="undetected")
     return Template(name, manifest.completed(found), entries, shared, found)

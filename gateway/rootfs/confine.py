@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from gateway.rootfs import IdMap, kernel
 from gateway.rootfs.kernel import AT_EMPTY_PATH, AT_FDCWD, checked, syscall
+from gateway.rootfs.system_calls import COMPUTING, WORKER
 
 # One number on every architecture (from 424 on).
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
@@ -37,6 +38,8 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _MACHINE = os.uname().machine
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
+
+_NOBODY = 65534
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -121,9 +124,33 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
     _limit(plan)
     _drop(plan.uid, plan.gid)
     layers = ["mount", "namespaces", "limits", "uid"]
-    if _landlock(plan):
+    if _landlock(_FS_CHANGES if plan.read_only else _FS_ALL, 0 if plan.read_only else _FS_ALLOWED):
         layers.append("landlock")
-    if _seccomp(_ALLOWED):
+    if _seccomp(WORKER):
+        layers.append("seccomp")
+    return tuple(layers)
+
+
+def seal(memory: int, seconds: int) -> tuple[str, ...]:
+    """Have this process compute and speak at its standard streams, no more; return the names of the layers.
+
+    It opens no file and runs no program from here on. `memory` is in bytes of address space, `seconds` are of
+    CPU.
+    """
+    end_with_parent()
+    os.closerange(3, 1 << 16)
+    limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0}
+    for what, value in limits.items():
+        resource.setrlimit(what, (value, value))
+    layers = ["limits"]
+    if os.geteuid() == 0:
+        _drop(_NOBODY, _NOBODY)
+        layers.append("uid")
+    else:
+        checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    if _landlock(_FS_ALL, 0):
+        layers.append("landlock")
+    if _seccomp(COMPUTING):
         layers.append("seccomp")
     return tuple(layers)
 
@@ -237,25 +264,24 @@ _FS_ALLOWED = _FS_ALL & ~(_FS_EXECUTE | _FS_MAKE_CHAR | _FS_MAKE_BLOCK)
 _FS_CHANGES = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 
 
-def _landlock(plan: Plan) -> bool:
-    """Restrict file access to `/`; forbid TCP and signals where the kernel can. False without Landlock.
+def _landlock(handled: int, allowed: int) -> bool:
+    """Allow of the `handled` ways to files those `allowed`, below `/`. False without Landlock.
 
-    Executing is forbidden, and where the plan is read-only every change of a file.
+    TCP and signals are forbidden where the kernel can.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:
         return False
     # struct landlock_ruleset_attr grew: fs (ABI 1), net (4), scope (6)
-    handled = _FS_CHANGES if plan.read_only else _FS_ALL
     attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = checked(syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock")
     root = os.open("/", (kernel.O_PATH or 0) | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        allowed = [] if plan.read_only else [(_FS_ALLOWED, root)]
-        for may in allowed:
+        if allowed:
             # LANDLOCK_RULE_PATH_BENEATH with struct landlock_path_beneath_attr, which is packed
-            checked(syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", *may), 0), "landlock")
+            may = struct.pack("=Qi", allowed, root)
+            checked(syscall(_LANDLOCK_ADD, rules, 1, may, 0), "landlock")
         checked(syscall(_LANDLOCK_RESTRICT, rules, 0), "landlock")
     finally:
         os.close(root)
@@ -263,78 +289,6 @@ def _landlock(plan: Plan) -> bool:
     return True
 
 
-# System calls of a worker by architecture: x86_64, aarch64 (None where it has another for it).
-# From arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
-_ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    "read": (0, 63),
-    "write": (1, 64),
-    "close": (3, 57),
-    "stat": (4, None),
-    "fstat": (5, 80),
-    "lstat": (6, None),
-    "poll": (7, None),
-    "lseek": (8, 62),
-    "mmap": (9, 222),
-    "mprotect": (10, 226),
-    "munmap": (11, 215),
-    "brk": (12, 214),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "pread64": (17, 67),
-    "pwrite64": (18, 68),
-    "readv": (19, 65),
-    "writev": (20, 66),
-    "sched_yield": (24, 124),
-    "mremap": (25, 216),
-    "madvise": (28, 233),
-    "dup": (32, 23),
-    "getpid": (39, 172),
-    "sendto": (44, 206),
-    "recvfrom": (45, 207),
-    "sendmsg": (46, 211),
-    "recvmsg": (47, 212),
-    "shutdown": (48, 210),
-    "exit": (60, 93),
-    "fcntl": (72, 25),
-    "fsync": (74, 82),
-    "fdatasync": (75, 83),
-    "ftruncate": (77, 46),
-    "fchdir": (81, 50),
-    "fchmod": (91, 52),
-    "gettimeofday": (96, 169),
-    "sysinfo": (99, 179),
-    "getuid": (102, 174),
-    "geteuid": (107, 175),
-    "sigaltstack": (131, 132),
-    "gettid": (186, 178),
-    "futex": (202, 98),
-    "getdents64": (217, 61),
-    "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113),
-    "clock_nanosleep": (230, 115),
-    "exit_group": (231, 94),
-    "inotify_add_watch": (254, 27),
-    "inotify_rm_watch": (255, 28),
-    "openat": (257, 56),
-    "mkdirat": (258, 34),
-    "newfstatat": (262, 79),
-    "unlinkat": (263, 35),
-    "renameat": (264, 38),
-    "linkat": (265, 37),
-    "readlinkat": (267, 78),
-    "fchmodat": (268, 53),
-    "ppoll": (271, 73),
-    "utimensat": (280, 88),
-    "inotify_init1": (294, 26),
-    "syncfs": (306, 267),
-    "renameat2": (316, 276),
-    "getrandom": (318, 278),
-    "preadv2": (327, 286),
-    "statx": (332, 291),
-    "rseq": (334, 293),
-    "openat2": (437, 437),
-}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ, |JGE, BPF_RET
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000

@@ -80,9 +80,14 @@ async def test_a_folder_with_nothing_but_a_page_is_served(host: Hosting, tmp_pat
     assert answers["/about"] == (200, "about")
     assert answers["/docs"] == answers["/docs/"] == (200, "docs")
     assert {answers[path][0] for path in ("/.env", "/%2e%2e/etc/passwd", "/site.toml", "/no")} == {404}
-    # the manifest that was written means the same
+    # the manifest that was written means the same, and what was before it comes back
+    (tmp_path / "index.html").write_text("<h1>next</h1>")
     code, said = await cli(host, "deploy", "plain.test", str(tmp_path))
     assert code == 0, said
+    assert await host.visit("plain.test") == (200, "<h1>next</h1>")
+    status, begun, _ = await host.call("POST", "/v1/tenants/plain-test/rollback", {})
+    assert status == 202, begun
+    assert (await host.ended(begun["id"]))["state"] == "succeeded"
     assert await host.visit("plain.test") == (200, "<h1>mine</h1>")
 
 

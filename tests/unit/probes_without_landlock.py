@@ -5,4 +5,4 @@ from tests.unit.test_rootfs_probes import OPERATIONS, idle
 
 __all__ = ["OPERATIONS", "idle"]
 
-confine._landlock = lambda plan: False
+confine._landlock = lambda handled, allowed: False

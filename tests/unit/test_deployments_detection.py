@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Mapping
@@ -11,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
-from gateway.deployments.detection import Clues, Detected, detect
-from gateway.deployments.entries import Entry
 from gateway.deployments.manifest import Manifest, Overrides, written
 from gateway.deployments.template import uploaded
-from gateway.errors import InvalidParams
+from gateway.detection import Clues, Detected, detect
+from gateway.detection.apart import detect_apart
+from gateway.errors import InvalidParams, Unavailable
 from gateway.settings import Settings
 from tests.archives import archive
 
@@ -28,7 +31,7 @@ def package(*names: str, **more: Any) -> str:
 
 
 def found(folder: Folder) -> Detected:
-    return detect(Clues.of({name: Entry(text.encode()) for name, text in folder.items()}))
+    return detect(Clues.of({name: text.encode() for name, text in folder.items()}))
 
 
 def scripts(**said: str) -> dict[str, Any]:
@@ -298,14 +301,62 @@ def test_whatever_a_folder_says_ends_in_an_answer(said: Any, files: Folder) -> N
 
 def test_a_hostile_folder_takes_a_moment() -> None:
     """Many, large and deep: what is looked at is bounded."""
-    hostile: dict[str, Entry] = {f"a{n}/package.json": Entry(VITE.encode()) for n in range(5000)}
-    hostile |= {f"{'d/' * 30}{n}": Entry(b"") for n in range(3000)}
-    hostile["package.json"] = Entry(b'{"scripts": {"dev": "' + b"vite " * 40_000 + b'"}}')
-    hostile["Procfile"] = Entry(b"web :" * 50_000)
-    hostile["main.py"] = Entry(b"app : a.b" * 25_000)
-    hostile["requirements.txt"] = Entry(b"'a[" * 80_000)
+    hostile: dict[str, bytes] = {f"a{n}/package.json": VITE.encode() for n in range(5000)}
+    hostile |= {f"{'d/' * 30}{n}": b"" for n in range(3000)}
+    hostile["package.json"] = b'{"scripts": {"dev": "' + b"vite " * 40_000 + b'"}}'
+    hostile["Procfile"] = b"web :" * 50_000
+    hostile["main.py"] = b"app : a.b" * 25_000
+    hostile["requirements.txt"] = b"'a[" * 80_000
     began = time.process_time()
     detect(Clues.of(hostile))
     hostile.pop("package.json")
     detect(Clues.of(hostile))
     assert time.process_time() - began < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what seals a process is Linux's")
+def test_what_was_uploaded_is_looked_at_by_a_process_that_can_do_nothing_else() -> None:
+    """It finds the same, and opens, connects, runs and signals nothing once it is sealed."""
+    clues = Clues.of({"package.json": VITE.encode(), "index.html": b"", "bun.lock": b""})
+    assert detect_apart(clues) == detect(clues)
+    tried = """
+import os, signal, socket, subprocess, sys
+from gateway.rootfs.confine import seal
+said = seal(1 << 30, 5)
+def refused(what, *given):
+    try:
+        what(*given)
+    except OSError:
+        return True
+done = [refused(open, "/etc/passwd"), refused(os.listdir, "/"), refused(socket.socket), refused(os.fork),
+        refused(os.kill, os.getppid(), signal.SIGKILL), refused(os.mkdir, "/tmp/x"),
+        refused(os.execv, "/bin/sh", ["sh"])]
+os.write(1, repr((os.getuid() != 0, said, done)).encode())
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", tried], capture_output=True, check=True, timeout=60)
+    unprivileged, layers, done = ast.literal_eval(run.stdout.decode())
+    assert unprivileged and done == [True] * 7
+    assert "seccomp" in layers
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"[]", b"{", b'{"name": "x"}', b"x" * 100_000,
+        b'{"name": "x", "title": "\\u001b[2J", "why": "", "start": ["a"]}',
+    ],
+)  # fmt: skip
+def test_the_answer_of_that_process_is_a_strangers(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(*command: Any, **more: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 0, answer)
+
+    monkeypatch.setattr(subprocess, "run", answered)
+    with pytest.raises(Unavailable, match="could not be found out"):
+        detect_apart(Clues.of({"index.html": b""}))
+
+
+def test_a_process_that_spins_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", "while True: pass"))
+    monkeypatch.setattr("gateway.detection.apart._WAIT", 0.5)
+    with pytest.raises(Unavailable, match="could not be found out"):
+        detect_apart(Clues.of({"index.html": b""}))

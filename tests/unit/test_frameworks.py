@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.deployments.frameworks import (
+from gateway.detection.frameworks import (
     TABLE,
     Project,
     expanded,

@@ -20,7 +20,7 @@ LEVELS = (
     {"files", "ownership", "limits"},
     {"execs", "tools"},
     {"shells"},
-    {"caddy"},
+    {"caddy", "detection"},
     {"deployments"},
     {"host"},
     {"lifecycle", "migration"},

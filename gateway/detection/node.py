@@ -6,9 +6,9 @@ import re
 import shlex
 from typing import Final
 
-from gateway.deployments.detection.clues import Clues
-from gateway.deployments.detection.detected import Command, Detected
-from gateway.deployments.frameworks import (
+from gateway.detection.clues import Clues
+from gateway.detection.detected import Command, Detected
+from gateway.detection.frameworks import (
     TABLE,
     Framework,
     Project,
@@ -68,7 +68,8 @@ def project_of(clues: Clues) -> Project:
     """Return what the folder's package.json says."""
     if "package.json" in clues.names and "package.json" not in clues.texts:
         return Project(readable=False)
-    return project(clues.texts.get("package.json"))
+    text = clues.texts.get("package.json")
+    return project(None if text is None else text.encode())
 
 
 def framework_of(said: Project) -> Framework | None:

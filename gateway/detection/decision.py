@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gateway.deployments.detection import node, python
-from gateway.deployments.detection.clues import Clues
-from gateway.deployments.detection.detected import Detected
-from gateway.deployments.detection.monorepo import several
+from gateway.detection import node, python
+from gateway.detection.clues import Clues
+from gateway.detection.detected import Detected
+from gateway.detection.monorepo import several
 
 _BUILT: Final = ("public", "dist", "build", "_site", "out", "www", "site", "docs")
 _WEB: Final = re.compile(r"^web[ \t]*:[ \t]*(\S[^\r\n]{0,2000})$", re.MULTILINE)

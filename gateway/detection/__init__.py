@@ -4,8 +4,8 @@ From outside: `Clues`, `detect`, `Detected`. A folder is whatever its owner wrot
 of it, and `detect` is a function of that part, without IO.
 """
 
-from gateway.deployments.detection.clues import Clues
-from gateway.deployments.detection.decision import detect
-from gateway.deployments.detection.detected import Detected
+from gateway.detection.clues import Clues
+from gateway.detection.decision import detect
+from gateway.detection.detected import Detected
 
 __all__ = ["Clues", "Detected", "detect"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.deployments.detection import node, python
-from gateway.deployments.detection.clues import Clues
-from gateway.deployments.detection.detected import Detected
+from gateway.detection import node, python
+from gateway.detection.clues import Clues
+from gateway.detection.detected import Detected
 
 _TOPS: Final = frozenset({"pnpm-workspace.yaml", "turbo.json", "nx.json", "lerna.json"})
 _APPS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt"})

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from gateway.deployments.entries import Entry
+import orjson
 
 _DEPTH: Final = 4  # folders below which nothing tells what a site is
 _NAMES: Final = 1 << 20  # bytes of names in all, those at the top first
@@ -30,28 +30,37 @@ class Clues:
     """
 
     names: frozenset[str]
-    texts: Mapping[str, bytes]
+    texts: Mapping[str, str]
     empty: bool = False
 
     def text(self, name: str) -> str:
         """Return the text of a file; empty where there is none."""
-        return self.texts.get(name, b"").decode("utf-8", "replace")
+        return self.texts.get(name, "")
 
     @classmethod
-    def of(cls, entries: Mapping[str, Entry]) -> Clues:
-        """Take what tells of a folder. Nothing of it is parsed here."""
-        names, texts = set[str](), dict[str, bytes]()
+    def of(cls, files: Mapping[str, bytes]) -> Clues:
+        """Take what tells of a folder by its files. Nothing of it is parsed here."""
+        names, texts = set[str](), dict[str, str]()
         named, room = _NAMES, _ROOM
-        for path, entry in sorted(entries.items(), key=lambda one: (one[0].count("/"), one[0])):
-            if path.count("/") >= _DEPTH or entry.content is None:
-                continue
+        for path, content in sorted(files.items(), key=lambda one: (one[0].count("/"), one[0])):
+            if path.count("/") >= _DEPTH:
+                break
             named -= len(path.encode())
             if named < 0:
                 break
             names.add(path)
             if path.rpartition("/")[2] in _MANIFESTS or _SOURCES.fullmatch(path):
-                size = len(entry.content)
+                size = len(content)
                 if size <= min(_TEXT, room) and len(texts) < _TEXTS:
-                    texts[path] = entry.content
+                    texts[path] = content.decode("utf-8", "replace")
                     room -= size
-        return cls(frozenset(names), texts, empty=all(entry.content is None for entry in entries.values()))
+        return cls(frozenset(names), texts, empty=not files)
+
+    def packed(self) -> bytes:
+        """Return them for another process."""
+        return orjson.dumps({"names": sorted(self.names), "texts": dict(self.texts), "empty": self.empty})
+
+    @classmethod
+    def unpacked(cls, said: bytes) -> Clues:
+        clues = orjson.loads(said)
+        return cls(frozenset(clues["names"]), clues["texts"], clues["empty"])

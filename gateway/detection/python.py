@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gateway.deployments.detection.clues import Clues
-from gateway.deployments.detection.detected import Command, Detected
+from gateway.detection.clues import Clues
+from gateway.detection.detected import Command, Detected
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 
