@@ -64,6 +64,7 @@ class _Background:
             "the measure of the loop": services.metrics.sample_lag,
             "the recovery of deployments": self._recover,
             "the watch of tokens": services.grants.watch,
+            "the history of deployments": services.history.follow,
         }
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._pin_ports

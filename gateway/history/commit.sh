@@ -5,7 +5,7 @@
 #   MODE     all: whatever changed; only: what changed at the paths of the input; but: what changed elsewhere;
 #            begin: as but, where the history has nothing yet, also where there is nothing; before, after: what changed
 #            at the paths that going back to before TURN, or to right after it, would touch
-#   MOST     bytes; a file that has as many is left out
+#   MOST     bytes; a file that has as many is left out, and where all of them have 32 times as many, each of 256 KiB is
 #   WAIT     seconds to wait for another that writes this history
 #   MESSAGE  what the commit says
 #   GIT_DIR, GIT_WORK_TREE, GIT_AUTHOR_… and GIT_COMMITTER_… in the environment: the history, the workspace, whose turn
@@ -13,9 +13,9 @@
 # Output: nothing where nothing changed; else a line with the commit, one with the count of what changed, and the first
 #         of the paths that were left out, each with a NUL.
 # Exit:   0; 1 where it could not be recorded, 66 where there is no TURN, 67 where nothing was before it,
-#         69 without git, 75 where another still writes.
+#         68 where too much changed, 69 without git, 75 where another still writes.
 set -u
-mode="$1" most="$2" wait="$3" message="$4"
+mode="$1" most="$2" total=$(($2 * 32)) wait="$3" message="$4"
 command -v git >/dev/null || exit 69
 cd "$GIT_WORK_TREE" || exit 1
 umask 077
@@ -40,13 +40,21 @@ names() {
   esac
 }
 
+# Prints the bytes of what is to be recorded; what cannot be read, is no file, or too large is left out and keeps the
+# state in which it was recorded last.
+size() {
+  # shellcheck disable=SC2185 # the names are in a file
+  find -files0-from "$changed" -maxdepth 0 ! -type l ! '(' -type f -size "-${most}c" -readable ')' \
+    -fprint0 "$left" -o -printf '%s\n' 2>/dev/null | awk '{ sum += $1 } END { printf "%.0f", sum }'
+}
+
 record() {
   names -m -o >"$changed" || return 1
   [ -s "$changed" ] || [ "$mode" = begin ] || return 0
-  # what cannot be read, is no file, or too large keeps the state in which it was recorded last
-  # shellcheck disable=SC2185 # the names are in a file
-  find -files0-from "$changed" -maxdepth 0 ! -type l ! '(' -type f -size "-${most}c" -readable ')' \
-    -print0 >"$left" 2>/dev/null
+  if [ "$(size)" -gt "$total" ]; then
+    most=262144 # what people write themselves has room then
+    [ "$(size)" -le "$total" ] || return 2
+  fi
   if [ -s "$left" ]; then
     # shellcheck disable=SC2185
     find -files0-from "$changed" -maxdepth 0 '(' -type l -o -type f -size "-${most}c" -readable ')' \
@@ -83,7 +91,11 @@ before | after)
   [ "$mode" = before ] || git ls-files -z -m >>"$paths"
   ;;
 esac
-record && exit
+record
+case $? in
+0) exit ;;
+2) exit 68 ;;
+esac
 # what a killed git, or the tenant, left of the index is made anew from the last turn
 rm -f "$GIT_DIR/index" "$GIT_DIR/index.lock"
 git read-tree turns && record && exit

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
 from gateway.errors import GatewayError, InvalidParams, NotFound, TenantNotRunning
-from gateway.events import Bus
+from gateway.events import Bus, Filter
 from gateway.history.open_turns import OpenTurn, OpenTurns
 from gateway.history.reading import ID, TITLE_MAX, Turn, name, said
 from gateway.history.repository import Repository
@@ -32,6 +32,7 @@ _OUTSIDE: Final = "Changed outside of turns"
 _FIRST: Final = "The workspace as it was found"
 _LIST_MAX: Final = 200
 _LATE: Final = 64  # turns of one tenant that wait until it runs again
+_TIDY: Final = 32  # commits after which a history is made small again
 _ENDING: Final = 10.0  # seconds for the open turns when the gateway ends
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
 
@@ -54,6 +55,7 @@ class History:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._begun: dict[str, asyncio.Task[None]] = {}
+        self._told: dict[str, int] = {}  # commits of each tenant
 
     async def __aenter__(self) -> History:
         return self
@@ -178,10 +180,32 @@ class History:
 
     # --- with tenants and the gateway -------------------------------------------------------------------
 
+    async def follow(self) -> None:
+        """Record each site as it was deployed, and make its workspace a repository, until the bus closes."""
+        async for event in self._bus.subscribe(Filter(types=("deployment.succeeded",))):
+            if self.on and event.tenant is not None:
+                self._spawn(self._deployed(event.tenant))
+
+    async def _deployed(self, tenant: str) -> None:
+        made = _made("deployed", "incus-gateway", "incus-gateway", "Deployed")
+        # all that a session with an open turn is not known to have written
+        turn = OpenTurn(object(), made.agent, made.by, wide=True)
+        try:
+            async with self._lock(tenant):
+                await self._repository.adopt(tenant)
+                mode, paths = self._open.share(tenant, turn)
+                found = await self._repository.commit(tenant, mode, paths, made)
+        except GatewayError as error:
+            _complain(tenant, error)
+        else:
+            self._begun.setdefault(tenant, self._spawn(asyncio.sleep(0)))
+            self._tell(tenant, found)
+
     def noticed(self, event: TenantEvent) -> None:
         """Take notice of what happened to a tenant."""
         if event.ended is not None:
             self._begun.pop(event.ended, None)
+            self._told.pop(event.ended, None)
             self._late.pop(event.ended, None)
             for turn in self._open.forget(event.ended):
                 self._rest(turn)
@@ -262,8 +286,19 @@ class History:
             self._tell(tenant, found)
 
     def _tell(self, tenant: str, turn: Turn | None) -> None:
-        if turn is not None:
-            self._bus.publish("turn.committed", tenant, turn.on_wire())
+        if turn is None:
+            return
+        self._bus.publish("turn.committed", tenant, turn.on_wire())
+        told = self._told[tenant] = self._told.get(tenant, 0) + 1
+        if told % _TIDY == 0:
+            self._spawn(self._tidy(tenant))
+
+    async def _tidy(self, tenant: str) -> None:
+        try:
+            async with self._lock(tenant):
+                await self._repository.tidy(tenant)
+        except GatewayError as error:
+            log.warning("the history of %s could not be tidied: %s", tenant, error.message)
 
     def _lock(self, tenant: str) -> asyncio.Lock:
         lock = self._locks.get(tenant)

@@ -13,7 +13,7 @@ TITLE_MAX: Final = 4000  # characters
 _NAME_MAX: Final = 200
 _LEFT_MAX: Final = 20  # paths told of those that were left out
 
-KINDS: Final = frozenset({"turn", "outside", "restored", "first"})
+KINDS: Final = frozenset({"turn", "outside", "restored", "deployed", "first"})
 ID: Final = re.compile(r"[0-9a-f]{40}")
 _COUNTS: Final = re.compile(
     rb"(\d{1,9}) files? changed(?:, (\d{1,9}) insertions?\(\+\))?(?:, (\d{1,9}) deletions?\(-\))?"
@@ -24,8 +24,9 @@ _COUNTS: Final = re.compile(
 class Turn:
     """One commit of the history. `added` and `removed` count lines, `at` is in seconds since the epoch.
 
-    `kind` is `turn`, `restored` for one that went back, `outside` for what was found changed before that, or
-    `first` for the workspace as it was found. `left_out` are paths that are too large, or no files.
+    `kind` is `turn`, `restored` for one that went back, `outside` for what was found changed before that,
+    `deployed` for a site as it was deployed, or `first` for the workspace as it was found. `left_out` are
+    paths that are too large, or no files.
     """
 
     id: str

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.bounds import Flood, first
-from gateway.errors import Conflict, NotFound, Timeout, Unavailable
+from gateway.errors import Conflict, NotFound, Timeout, TooLarge, Unavailable
 from gateway.history.open_turns import Mode
 from gateway.history.reading import Turn, committed, listed
 from gateway.history.reading import changes as changes_of
@@ -25,9 +25,8 @@ from gateway.settings.units import KiB
 log = logging.getLogger(__name__)
 
 _PLACE: Final = "/home/{user}/.local/state/incus-gateway/history.git"
-_SCRIPTS: Final = {
-    name: Path(__file__).with_name(f"{name}.sh").read_text() for name in ("commit", "restore", "list", "diff")
-}
+_NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy")
+_SCRIPTS: Final = {name: Path(__file__).with_name(f"{name}.sh").read_text() for name in _NAMES_OF_SCRIPTS}
 _CONFIG: Final = {
     # nothing that the tenant's repository could name is run
     "core.hooksPath": "/dev/null",
@@ -89,6 +88,16 @@ class Repository:
             tenant, "restore", (side, to, self._wait, turn.title), _identity(turn), _SAID, missing=to
         )
         return found, committed(printed, turn)
+
+    async def adopt(self, tenant: str) -> None:
+        """Make the workspace a repository of the site's own, where it is none."""
+        await self._run(tenant, "adopt", (), {}, _SAID)
+
+    async def tidy(self, tenant: str) -> None:
+        """Keep the history small."""
+        settings = self._settings
+        words = (str(settings.turns_kept), str(settings.history_bytes), self._wait)
+        await self._run(tenant, "tidy", words, {}, _SAID)
 
     async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
         """Return the turns before one, latest first."""
@@ -179,6 +188,10 @@ class Repository:
                 raise NotFound(f"no turn {turn}; history/list shows those there are")
             case 67:
                 raise Conflict("nothing is recorded before this turn: it is the workspace as it was found")
+            case 68:
+                raise TooLarge(
+                    f"more changed in {tenant} than a turn takes; name in .gitignore what nobody edits"
+                )
             case 69:
                 raise Unavailable(f"there is no git in {tenant}: history needs it", reason="no_git")
             case 75:

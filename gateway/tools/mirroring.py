@@ -23,6 +23,7 @@ LOST: Final = "workspace/lost"
 KEPT: Final = "workspace/kept"
 _NAMES_MAX: Final = 8 << 20  # bytes
 _DEPTH: Final = 64  # folders below which nothing is looked for that could stay
+_IGNORE: Final = b"# made by incus-gateway"  # as gateway/history/adopt.sh begins it
 _OURS: Final = ".gateway"  # what commands printed, at the top
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY
 
@@ -99,7 +100,12 @@ class _Look:
         if entries is None:
             return True  # a link by now, or nothing that the site's user may read: what copies it says so
         for name, path, is_folder in entries:
-            if name in self.left_out or path == _OURS or self.stays(path, folder=is_folder):
+            if (
+                name in self.left_out
+                or path == _OURS
+                or self.stays(path, folder=is_folder)
+                or self._made(path)
+            ):
                 any_stays = True
                 continue
             kind = self.there.get(path)
@@ -117,6 +123,21 @@ class _Look:
             else:
                 self._name(path, lost)
         return any_stays
+
+    def _made(self, path: str) -> bool:
+        """Say whether it is the ignore file that the gateway gave a workspace without one."""
+        if path != ".gitignore":
+            return False
+        try:
+            descriptor = self.tree.open_real(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            return os.read(descriptor, len(_IGNORE)) == _IGNORE
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
 
     def _name(self, path: str, names: list[bytes]) -> None:
         name = os.fsencode(path)
