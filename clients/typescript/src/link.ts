@@ -87,6 +87,8 @@ const REPEATABLE = new Set([
   "files/stat",
   "files/list",
   "files/read",
+  "history/list",
+  "history/diff",
 ]);
 
 export class Link extends Emitter<{ status: LinkStatus }> {

@@ -4,6 +4,7 @@ import { GatewayError } from "./errors.js";
 import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
 import { TenantEvents, Watch } from "./feed.js";
 import { Files } from "./files.js";
+import { History } from "./history.js";
 import type { HttpClient } from "./http.js";
 import { Link, type LinkOptions, type LinkStatus, type RequestOptions } from "./link.js";
 import { type ToolOptions, ToolResult, Tools } from "./tools.js";
@@ -72,6 +73,7 @@ export interface Logs {
 export class Tenant extends Tools implements Disposable {
   readonly name: string;
   readonly files: Files;
+  readonly history: History;
   readonly #http: HttpClient;
   readonly #link: Link;
   readonly #lingerMs: number | undefined;
@@ -103,6 +105,7 @@ export class Tenant extends Tools implements Disposable {
       }),
     });
     this.files = new Files(this.#link, http, name);
+    this.history = new History(this.#link);
   }
 
   // --- the connection ------------------------------------------------------------------------------------

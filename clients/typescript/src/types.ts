@@ -191,6 +191,36 @@ export interface ExecInfo {
   readonly left?: readonly { readonly pid: number; readonly name: string }[];
 }
 
+/** One commit of a tenant's history. */
+export interface Turn {
+  readonly turn: string;
+  readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
+  readonly agent: string;
+  /** The subject of the token. */
+  readonly by: string;
+  /** What the agent was asked. */
+  readonly title: string;
+  /** In seconds since the epoch. */
+  readonly at: number;
+  readonly files: number;
+  readonly added: number;
+  readonly removed: number;
+  /** The first of the paths that are too large, or no files. */
+  readonly leftOut: readonly string[];
+}
+
+export interface TurnChanges extends Turn {
+  readonly changed: readonly {
+    readonly path: string;
+    readonly added: number;
+    readonly removed: number;
+    readonly binary: boolean;
+  }[];
+  /** A patch, cut off where it is `truncated`. */
+  readonly diff: string;
+  readonly truncated: boolean;
+}
+
 /** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */
 export interface GatewayEvent {
   readonly id: string;
