@@ -31,9 +31,11 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
+from gateway.api import mcp_history
 from gateway.api.http import hold
 from gateway.auth.tokens import Token
 from gateway.errors import GatewayError, InvalidParams, NotFound, Unavailable
+from gateway.history import History
 from gateway.limits.budget import SMALL
 from gateway.protocol import switch
 from gateway.settings import Settings
@@ -92,8 +94,9 @@ def _tool_session(handshake: str) -> str:
 class Mcp:
     """The endpoint of all tenants. Use as an async context manager, from the event loop only."""
 
-    def __init__(self, toolbox: Toolbox, settings: Settings) -> None:
+    def __init__(self, toolbox: Toolbox, history: History, settings: Settings) -> None:
         self._toolbox = toolbox
+        self._history = history
         self._settings = settings
         self._tools = [_tool(description) for description in toolbox.descriptions()]
         schemas = {tool.name: tool.input_schema for tool in self._tools}
@@ -103,6 +106,9 @@ class Mcp:
             instructions=_INSTRUCTIONS.format(workspace=settings.workspace),
             on_list_tools=self._list,
             on_call_tool=self._call,
+            on_list_resources=self._resources if history.on else None,
+            on_list_resource_templates=self._templates if history.on else None,
+            on_read_resource=self._read if history.on else None,
             get_tool_input_schema=schemas.get,
         )
         self._manager = StreamableHTTPSessionManager(
@@ -165,6 +171,23 @@ class Mcp:
         self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
         return types.ListToolsResult(tools=self._tools)
+
+    async def _resources(
+        self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
+    ) -> types.ListResourcesResult:
+        return mcp_history.RESOURCES
+
+    async def _templates(
+        self, context: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
+    ) -> types.ListResourceTemplatesResult:
+        return mcp_history.TEMPLATES
+
+    async def _read(
+        self, context: ServerRequestContext[Any, Any], params: types.ReadResourceRequestParams
+    ) -> types.ReadResourceResult:
+        assert context.request is not None
+        caller: _Caller = context.request.scope[_CALLER]
+        return await mcp_history.read(self._history, caller.tenant, caller.token, str(params.uri))
 
     async def _call(
         self, context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams

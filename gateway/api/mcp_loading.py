@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.auth.tokens import Token
 from gateway.bounds import aside
 from gateway.errors import Unavailable
+from gateway.history import History
 from gateway.settings import Settings
 from gateway.tools.toolbox import Toolbox
 
@@ -26,8 +27,8 @@ _LOADING: Final = 60.0  # seconds
 class McpEndpoint:
     """The endpoint of all tenants, see `gateway.api.mcp`. Use as an async context manager."""
 
-    def __init__(self, toolbox: Toolbox, settings: Settings) -> None:
-        self._toolbox, self._settings = toolbox, settings
+    def __init__(self, toolbox: Toolbox, history: History, settings: Settings) -> None:
+        self._toolbox, self._history, self._settings = toolbox, history, settings
         self._ends = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._endpoint: asyncio.Future[Mcp]
@@ -63,7 +64,7 @@ class McpEndpoint:
                 # what has come stays, as at the gateway's start: no collection has to look through it
                 gc.freeze()
                 endpoint.set_result(
-                    await stack.enter_async_context(module.Mcp(self._toolbox, self._settings))
+                    await stack.enter_async_context(module.Mcp(self._toolbox, self._history, self._settings))
                 )
             except (ImportError, TimeoutError) as error:
                 why = "in time" if isinstance(error, TimeoutError) else f"here: {error}"

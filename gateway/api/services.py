@@ -145,7 +145,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         stack.callback(bus.close)
         mcp = None
         if importlib.util.find_spec("mcp") is not None:
-            mcp = await enter(McpEndpoint(toolbox, settings))
+            mcp = await enter(McpEndpoint(toolbox, history, settings))
 
         def verify(raw: str | None) -> tokens.Token:
             return tokens.verify(secret, raw, revocations.__contains__)

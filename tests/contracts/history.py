@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from mcp import MCPError
 
 from tests.contracts.claude import call
+from tests.contracts.mcp import BOTH, mcp
 from tests.live import LiveGateway, RpcFailure, Wire
 
 QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "1", "GATEWAY_TURN_FILE_MAX": "100000"}
@@ -238,6 +240,20 @@ class HistoryContract:
                 assert answer.status == 404
             async with http.post(f"{base}/turn") as answer:
                 assert answer.status == 404
+
+    @BOTH
+    async def test_mcp_has_turns_as_resources(self, gateway: LiveGateway, tenant: str, version: str) -> None:
+        async with mcp(gateway, tenant, version, X_Tool_Session="m") as client, gateway.wire(tenant) as wire:
+            assert [one.uri for one in (await client.list_resources()).resources] == ["history:///turns"]
+            await write(wire, "m", "one\n")
+            turn = (await end(wire))["turn"]
+            listed = (await client.read_resource("history:///turns")).contents[0]
+            assert turn in listed.model_dump()["text"]
+            shown = (await client.read_resource(f"history:///turns/{turn}")).contents[0]
+            assert "+one" in shown.model_dump()["text"]
+            for uri in ("history:///turns/nothing", f"history:///turns/{'0' * 40}", "file:///etc/passwd"):
+                with pytest.raises(MCPError):
+                    await client.read_resource(uri)
 
     async def test_calls_go_on_while_turns_are_recorded(self, gateway: LiveGateway, tenant: str) -> None:
         """None of the changes is lost, whichever turn has it."""

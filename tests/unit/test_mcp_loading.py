@@ -58,7 +58,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
 
 async def test_it_is_loaded_once_for_all_who_come_at_first(loads: list[BaseException | None]) -> None:
     loads.append(None)
-    async with McpEndpoint(*(None, None)) as mcp:  # type: ignore[arg-type]
+    async with McpEndpoint(*(None, None, None)) as mcp:  # type: ignore[arg-type]
         assert not Endpoint.made
         await asyncio.gather(*(mcp.serve(*GIVEN) for _ in range(5)))
         await mcp.serve(*GIVEN)
@@ -69,7 +69,7 @@ async def test_it_is_loaded_once_for_all_who_come_at_first(loads: list[BaseExcep
 
 async def test_what_cannot_be_loaded_is_told_and_tried_again(loads: list[BaseException | None]) -> None:
     loads += [ImportError("No module named 'mcp_types'"), None]
-    async with McpEndpoint(*(None, None)) as mcp:  # type: ignore[arg-type]
+    async with McpEndpoint(*(None, None, None)) as mcp:  # type: ignore[arg-type]
         with pytest.raises(Unavailable, match="mcp_types"):
             await mcp.serve(*GIVEN)
         await mcp.serve(*GIVEN)
@@ -78,7 +78,7 @@ async def test_what_cannot_be_loaded_is_told_and_tried_again(loads: list[BaseExc
 
 async def test_who_leaves_takes_nothing_from_the_others(loads: list[BaseException | None]) -> None:
     loads.append(None)
-    async with McpEndpoint(*(None, None)) as mcp:  # type: ignore[arg-type]
+    async with McpEndpoint(*(None, None, None)) as mcp:  # type: ignore[arg-type]
         first = asyncio.create_task(mcp.serve(*GIVEN))
         await asyncio.sleep(0)
         first.cancel()
