@@ -146,7 +146,7 @@ async def test_the_tree_reads_folders_when_opened_and_follows_what_others_do(
     await expect(window.text).to_have_text("hello again")
     run(site, "rm -r public/made")
     await expect(window.row("made")).to_have_count(0)
-    await expect(window.page.get_by_text("This file was deleted. Saving makes it anew.")).to_be_visible()
+    await expect(window.page.get_by_text("This file was deleted. Saving creates it again.")).to_be_visible()
 
 
 async def test_files_are_made_renamed_and_removed_by_keys_alone(editor: OpenEditor, site: str) -> None:
@@ -425,4 +425,4 @@ async def test_metrics_are_drawn_and_the_log_of_the_site_is_followed(editor: Ope
     run(site, "touch src/app.tsx")
     await expect(log).to_contain_text("hmr update /src/app.tsx")
     await view.get_by_label("Filter the log").fill("no line has this")
-    await expect(view.get_by_text("No line has this")).to_be_visible()
+    await expect(view.get_by_text("No line contains this")).to_be_visible()

@@ -194,7 +194,7 @@ async def test_unsaved_text_is_asked_about_before_a_tab_signs_in_for_another_ten
     await shows(window, site, "ann")
     await led_to(window, token(second), second)
     await question(window).get_by_role("button", name="Sign in in this tab").click()
-    await leaving.get_by_role("button", name="Throw away").click()
+    await leaving.get_by_role("button", name="Discard").click()
     await shows(window, second, "ann")
 
 

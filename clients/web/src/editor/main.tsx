@@ -86,7 +86,7 @@ register(
   { id: "view.insights", title: "Metrics and logs", keys: "Mod-Shift-m", run: () => showSide("insights") },
   {
     id: "side.toggle",
-    title: "Show or hide the side",
+    title: "Show or hide the side bar",
     keys: "Mod-b",
     run: () => flip(sideOpen),
   },
@@ -217,7 +217,7 @@ async function begin(to: Address): Promise<void> {
   const came = to.token === null || (await arrive(to.token, own));
   if (!session.value) return;
   if (to.token !== null && came && known().length > 1)
-    say(`Signed in as ${session.value.subject} in this tab, beside your other sessions.`);
+    say(`Signed in as ${session.value.subject} in this tab, next to your other sessions.`);
   await openFirst(came ? to.tenant : null, came ? to.file : null);
 }
 

@@ -32,7 +32,7 @@ export class Doc {
   readonly queued = signal<string | null>(null);
   /** Somebody else changed the file while we have unsaved changes. */
   readonly theirs = signal<Theirs | null>(null);
-  /** The file is gone; saving makes it anew. */
+  /** The file is gone; saving creates it again. */
   readonly gone = signal(false);
   readonly image = signal<string | null>(null);
   readonly size = signal(0);

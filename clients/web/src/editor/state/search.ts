@@ -17,7 +17,7 @@ export interface Found {
   readonly truncated: boolean;
 }
 
-/** What nobody means who looks for his own text or file; it is searched only where it is named. */
+/** Folders that a search leaves out unless it names them: nobody wants their text. */
 const HEAVY = new Set(["node_modules", ".git", ".gateway", "dist", "build", ".vite", ".cache", ".next"]);
 const LIMIT = 600;
 

@@ -1,4 +1,4 @@
-/** Keeps who is signed in, and until when. The token itself is never kept: it becomes a cookie no script can read. */
+/** Keeps the session: its subject and its end. The token itself is never kept: it becomes a cookie no script can read. */
 
 import { Gateway, GatewayError, type Session } from "@incus-gateway/client";
 import { computed, effect, signal } from "@preact/signals";
@@ -63,7 +63,7 @@ export function writeAddress(tenant: string, file: string | null): void {
 
 let looking: Promise<void> | null = null;
 
-/** Asks the gateway who this tab is signed in as. Those who ask at the same time share one answer. */
+/** Asks the gateway for the session of this tab. Concurrent calls share one answer. */
 export function look(): Promise<void> {
   looking ??= (async () => {
     try {
@@ -158,7 +158,7 @@ slots.onChange(() => {
 const LONGEST = 2 ** 31 - 1;
 const LEAD = 5 * 60_000;
 
-/** When the session ends, in milliseconds since the epoch by the gateway's clock; null where nobody is signed in. */
+/** When the session ends, in milliseconds since the epoch by the gateway's clock; null without a session. */
 export const ends = computed(() => (session.value ? session.value.expires * 1000 : null));
 
 /** Whether the session ends soon: in five minutes, or in a fifth of its life if that is less. */

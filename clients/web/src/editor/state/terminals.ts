@@ -40,7 +40,7 @@ export class Terminal {
   readonly title;
   exec: Exec | null = null;
   screen: Screen | null = null;
-  /** Somebody asked for it, and wants to type. What opens by itself takes the focus from nobody. */
+  /** The user opened it and wants to type. A terminal that opens by itself does not take the focus. */
   wanted = false;
   /** The output up to here was seen before: what it makes a terminal answer must not be sent again. */
   replay = 0;
@@ -156,7 +156,7 @@ export class Terminals {
     }
   }
 
-  /** Has a full-screen program draw anew: it does so when the size changes. */
+  /** Has a full-screen program redraw: it does so when the size changes. */
   async #redraw(terminal: Terminal, screen: Screen): Promise<void> {
     const { cols, rows } = screen.size;
     await terminal.exec?.resize({ cols, rows: Math.max(1, rows - 1) }).catch(() => {});

@@ -111,7 +111,7 @@ export class Tree {
     this.selected.value = path;
   }
 
-  /** Takes what the watcher saw: reads anew the folders that are shown and changed. */
+  /** Takes the changes of the watcher: reads the shown folders again that changed. */
   changed({ changes, overflow }: FileChanges): void {
     const shown = this.#folders.value;
     if (overflow) for (const folder of shown.keys()) this.#due.add(folder);
@@ -134,7 +134,7 @@ export class Tree {
     }, 60);
   }
 
-  /** Reads everything anew that is shown. */
+  /** Reads all shown folders again. */
   refresh(): void {
     this.changed({ changes: [], overflow: true });
     if (!this.loaded) void this.load();

@@ -198,7 +198,7 @@ export class Workspace {
     await this.#tenant.renew(token).catch(() => this.#tenant.reconnect());
   }
 
-  /** Connects anew with what the browser is signed in as now; unsaved text stays. */
+  /** Reconnects with the present session of the browser; unsaved text stays. */
   reconnect(): void {
     this.#tenant.close();
     this.#tenant = gateway.tenant(this.name, { insist: true });

@@ -11,7 +11,7 @@ const asked = signal<{
   answer(yes: boolean): void;
 } | null>(null);
 
-/** Whether the page was led here by a token, and it is not decided yet who it is signed in as. */
+/** Whether a link brought a token, and it is not decided yet which session the page takes. */
 export const arriving = signal(false);
 
 /** Returns whether the person wants to be signed in as the token says. */

@@ -129,7 +129,7 @@ function Told({ doc, current }: { doc: Doc; current: Workspace }) {
     return (
       <div class="told warn" role="status">
         <Icon name="trash" size={15} />
-        <span>This file was deleted. Saving makes it anew.</span>
+        <span>This file was deleted. Saving creates it again.</span>
       </div>
     );
   }
@@ -277,7 +277,7 @@ function Closing({ doc, current }: { doc: Doc; current: Workspace }) {
   return (
     <Dialog label="Unsaved changes" class="small" onClose={end}>
       <h2>Save {doc.name}?</h2>
-      <p>It has changes that are nowhere but in this window.</p>
+      <p>Its changes exist only in this window.</p>
       <footer>
         <button type="button" onClick={end}>
           Go on editing
@@ -290,7 +290,7 @@ function Closing({ doc, current }: { doc: Doc; current: Workspace }) {
             current.documents.close(doc);
           }}
         >
-          Throw away
+          Discard
         </button>
         <button
           type="button"

@@ -86,7 +86,7 @@ export function Explorer({ current }: { current: Workspace }) {
         <span class="grow" />
         {writes && <IconButton icon="file-plus" label="New file" onClick={() => begin("file")} />}
         {writes && <IconButton icon="folder-plus" label="New folder" onClick={() => begin("directory")} />}
-        <IconButton icon="refresh-cw" label="Read anew" onClick={() => tree.refresh()} />
+        <IconButton icon="refresh-cw" label="Refresh" onClick={() => tree.refresh()} />
       </header>
       {tree.failure.value !== null && !tree.loaded ? (
         <Empty icon="circle-alert" title="The files cannot be read">
@@ -95,7 +95,7 @@ export function Explorer({ current }: { current: Workspace }) {
       ) : rows.length === 0 && draft === null ? (
         tree.loaded ? (
           <Empty icon="folder-open" title="This workspace is empty">
-            Make a file, or deploy a template.
+            Create a file, or deploy a template.
           </Empty>
         ) : (
           <div class="skeleton" aria-hidden="true">
@@ -264,8 +264,8 @@ function Removing({ path, current }: { path: string; current: Workspace }) {
     <Dialog label={`Delete ${basename(path)}`} class="small" onClose={close}>
       <h2>Delete {basename(path)}?</h2>
       <p>
-        <code>{path}</code> is removed from the container at once, with all that is in it. There is no bin to
-        take it back from; a snapshot of the tenant is.
+        <code>{path}</code> is deleted from the container at once, with everything in it. There is no trash;
+        only a snapshot of the tenant can bring it back.
       </p>
       <footer>
         <button type="button" onClick={close}>

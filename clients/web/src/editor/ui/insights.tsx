@@ -271,7 +271,7 @@ function Journal({ current }: { current: Workspace }) {
           {insights.logFailure.value}
         </Empty>
       ) : lines.length === 0 ? (
-        <Empty icon="scroll-text" title={wanted === "" ? "The log is empty" : "No line has this"} />
+        <Empty icon="scroll-text" title={wanted === "" ? "The log is empty" : "No line contains this"} />
       ) : (
         <div
           class="log-lines"

@@ -159,7 +159,7 @@ export function Palette({ current }: { current: Workspace | null }) {
               ? "Type a part of the file's name."
               : files === null
                 ? "Looking…"
-                : "Nothing has this name."}
+                : "No file has this name."}
           </p>
         )}
       </div>

@@ -90,7 +90,7 @@ export function SearchView({ current }: { current: Workspace }) {
           <p class="problem">{search.failure.value}</p>
         ) : found === null ? (
           <p class="hint">
-            Every file of the workspace, but what git ignores, and what was built or installed.
+            Every file of the workspace, except what git ignores and what was built or installed.
           </p>
         ) : found.total === 0 ? (
           <p class="hint">Nothing found.</p>

@@ -7,7 +7,7 @@ import type { Workspace } from "../state/workspace.js";
 import { Dialog, Icon, Spinner } from "./parts.js";
 import { SignInCard, useToken } from "./sign-in.js";
 
-/** So many milliseconds after the last key the window may be covered: who types is not interrupted. */
+/** Milliseconds after the last key until a dialog may cover the window, so that typing is not interrupted. */
 const PAUSE = 1500;
 let lastKey = 0;
 addEventListener("keydown", () => (lastKey = Date.now()), { capture: true });

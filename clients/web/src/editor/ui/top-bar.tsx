@@ -104,7 +104,7 @@ function Leaving({ go, stay }: { go: () => void; stay: () => void }) {
   return (
     <Dialog label="Unsaved changes" class="small" onClose={remain}>
       <h2>Leave with unsaved changes?</h2>
-      <p>Some open files have changes that are nowhere but in this window.</p>
+      <p>Some open files have changes that exist only in this window.</p>
       <footer>
         <button type="button" onClick={remain}>
           Stay
@@ -117,7 +117,7 @@ function Leaving({ go, stay }: { go: () => void; stay: () => void }) {
             go();
           }}
         >
-          Throw away
+          Discard
         </button>
         <button
           type="button"
