@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -347,10 +348,8 @@ os.write(1, repr((os.getuid() != 0, said, done)).encode())
     ],
 )  # fmt: skip
 def test_the_answer_of_that_process_is_a_strangers(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answered(*command: Any, **more: Any) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.CompletedProcess(command, 0, answer)
-
-    monkeypatch.setattr(subprocess, "run", answered)
+    said = f"import sys; sys.stdout.buffer.write({answer!r})"
+    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", said))
     with pytest.raises(Unavailable, match="could not be found out"):
         detect_apart(Clues.of({"index.html": b""}))
 
@@ -360,3 +359,13 @@ def test_a_process_that_spins_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.detection.apart._WAIT", 0.5)
     with pytest.raises(Unavailable, match="could not be found out"):
         detect_apart(Clues.of({"index.html": b""}))
+
+
+def test_a_process_that_answers_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more of it is held than an answer has."""
+    endless = "import os\nwhile True: os.write(1, bytes(1 << 20))"
+    monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", endless))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Unavailable, match="could not be found out"):
+        detect_apart(Clues.of({"index.html": b""}))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB
