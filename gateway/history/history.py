@@ -33,7 +33,6 @@ _FIRST: Final = "The workspace as it was found"
 _LIST_MAX: Final = 200
 _LATE: Final = 64  # turns of one tenant that wait until it runs again
 _TIDY: Final = 32  # commits after which a history is made small again
-_ENDING: Final = 10.0  # seconds for the open turns when the gateway ends
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
 
 
@@ -217,7 +216,7 @@ class History:
         """Record every open turn: the gateway is ending."""
         ending = [self._finish_quietly(tenant, turn) for tenant, turn in self._open.all()]
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ENDING):
+            async with asyncio.timeout(self._settings.shutdown_timeout / 4):
                 await asyncio.gather(*ending)
 
     # --- how a turn becomes a commit --------------------------------------------------------------------
