@@ -374,6 +374,29 @@ async def test_what_an_agent_does_shows_as_it_happens(editor: OpenEditor, host: 
     run(site, "rm go public/agent.txt")
 
 
+async def test_a_turn_of_an_agent_is_looked_at_and_taken_back_by_keys(
+    editor: OpenEditor, host: Hosting, site: str
+) -> None:
+    async with host.gateway.wire(site) as wire:
+        for text in ("one\n", "two\n"):
+            await wire.call("turn/begin", title=f"Write {text}", agent="Claude")
+            given = {"file_path": "public/turn.txt", "content": text}
+            await wire.call("tools/call", name="Write", arguments=given)
+        window = await editor()
+        await window.load_connected()
+        history = await window.view("History")
+        await wire.call("turn/end")
+        turn = history.get_by_role("listitem").filter(has_text="Write two")
+        await turn.get_by_role("button").first.focus()
+        await window.page.keyboard.press("Enter")
+        await expect(turn.get_by_label("What changed")).to_contain_text("+two")
+        await turn.get_by_role("button", name="Undo this turn").focus()
+        await window.page.keyboard.press("Enter")
+        await expect(history.get_by_text("Undo: Write two")).to_be_visible()
+        assert run(site, "cat public/turn.txt") == "one\n"
+    run(site, "rm public/turn.txt")
+
+
 async def test_a_deployment_is_watched_to_its_end_and_its_site_opened(
     editor: OpenEditor, host: Hosting
 ) -> None:

@@ -73,7 +73,7 @@ async def test_a_conflict(editor: OpenEditor, host: Hosting, site: str, pictures
 
 
 async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
-    """Activity with an agent at work, a deployment, metrics and the log, search, the palette."""
+    """Activity with an agent at work, its history, a deployment, metrics and the log, search, the palette."""
     window = await editor()
     await at_work(window, site)
     side = await window.view("Activity")
@@ -87,6 +87,15 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await picture(window, pictures, "activity")
     run(site, "touch /tmp/go")
     await asyncio.gather(bash, return_exceptions=True)  # there are no tests to run
+
+    side = await window.view("History")
+    turn = f"/v1/tenants/{site}/turn"
+    await host.call("POST", turn, {"title": "Say hello on the page", "agent": "Claude"})
+    await tool(host, site, "Write", file_path="/srv/site/public/hello.txt", content="hello\n")
+    await host.call("DELETE", turn)
+    await side.get_by_role("button").filter(has_text="Say hello").click()
+    await expect(side.get_by_label("What changed")).to_contain_text("+hello")
+    await picture(window, pictures, "history")
 
     side = await window.view("Deploy")
     await side.get_by_label("Domain").fill("blog.localhost")

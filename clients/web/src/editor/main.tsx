@@ -82,6 +82,12 @@ register(
   { id: "view.files", title: "Files", keys: "Mod-Shift-e", run: () => showSide("files") },
   { id: "search", title: "Search in all files", keys: "Mod-Shift-f", when: here, run: () => find() },
   { id: "view.activity", title: "Activity", keys: "Mod-Shift-a", run: () => showSide("activity") },
+  {
+    id: "view.history",
+    title: "History: what agents changed",
+    keys: "Mod-Shift-h",
+    run: () => showSide("history"),
+  },
   { id: "view.deploy", title: "Deploy", keys: "Mod-Shift-d", run: () => showSide("deploy") },
   { id: "view.insights", title: "Metrics and logs", keys: "Mod-Shift-m", run: () => showSide("insights") },
   {

@@ -145,6 +145,16 @@ export class Activity {
         this.#put({ ...plain, icon: "save", verb: "Save", what: path, state: "told", path });
         return;
       }
+      case "turn.committed":
+        this.#put({
+          ...plain,
+          by: String(data.agent ?? ""),
+          icon: "undo",
+          verb: "Turn",
+          what: String(data.title ?? "").split("\n")[0] ?? "",
+          state: "told",
+        });
+        return;
       case "exec.cancelled":
       case "deployment.phase.progress":
       case "deployment.phase.log":

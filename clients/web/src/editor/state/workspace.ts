@@ -11,6 +11,7 @@ import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
 import { Deploys } from "./deploys.js";
 import { Documents } from "./documents.js";
+import { History } from "./history.js";
 import { Insights } from "./insights.js";
 import { Search } from "./search.js";
 import { allows, gateway, identify, look, session, signIn, writeAddress } from "./session.js";
@@ -20,7 +21,7 @@ import { complain } from "./toasts.js";
 import { Tree } from "./tree.js";
 
 /** How many events of before are asked for; ids grow by one with each. */
-const HISTORY = 1500;
+const EARLIER = 1500;
 
 interface Kept {
   readonly open?: readonly string[];
@@ -45,6 +46,7 @@ export class Workspace {
   readonly terminals: Terminals;
   readonly activity: Activity;
   readonly deploys = new Deploys();
+  readonly history: History;
   readonly insights: Insights;
   readonly search: Search;
   readonly #stops: (() => void)[] = [];
@@ -60,6 +62,7 @@ export class Workspace {
     this.documents = new Documents(tenant, () => !allows("files:write"));
     this.terminals = new Terminals(tenant, name);
     this.activity = new Activity(() => this.server.value?.workspace ?? "/srv/site");
+    this.history = new History(tenant);
     this.insights = new Insights(tenant);
     this.search = new Search(tenant);
     this.activity.onWritten = (path) => void this.documents.show(path);
@@ -151,12 +154,13 @@ export class Workspace {
     if (!allows("events")) return;
     const now = await tenant.request<{ subscription: number; lastEventId: number }>("events/subscribe", {});
     await tenant.request("events/unsubscribe", { subscription: now.subscription });
-    const events = await tenant.events({ lastEventId: Math.max(0, now.lastEventId - HISTORY) });
+    const events = await tenant.events({ lastEventId: Math.max(0, now.lastEventId - EARLIER) });
     void (async () => {
       try {
         for await (const event of events) {
           this.activity.take(event);
           this.deploys.take(event);
+          this.history.take(event);
           if (event.type.startsWith("tenant.") || event.type === "deployment.succeeded")
             void this.refreshInfo();
         }

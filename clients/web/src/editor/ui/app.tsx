@@ -24,6 +24,7 @@ import { Conflict } from "./conflict.js";
 import { DeployView } from "./deploy.js";
 import { caret, EditorPane } from "./editor-pane.js";
 import { Explorer } from "./explorer.js";
+import { HistoryView } from "./history.js";
 import type { IconName } from "./icons.js";
 import { InsightsView } from "./insights.js";
 import { Palette } from "./palette.js";
@@ -140,6 +141,8 @@ function Side({ current }: { current: Workspace }) {
       return <SearchView current={current} />;
     case "activity":
       return <ActivityView current={current} />;
+    case "history":
+      return <HistoryView current={current} />;
     case "deploy":
       return <DeployView current={current} />;
     case "insights":
@@ -151,6 +154,7 @@ const VIEWS: readonly { view: SideView; icon: IconName; label: string }[] = [
   { view: "files", icon: "files", label: "Files" },
   { view: "search", icon: "search", label: "Search" },
   { view: "activity", icon: "activity", label: "Activity" },
+  { view: "history", icon: "undo", label: "History" },
   { view: "deploy", icon: "rocket", label: "Deploy" },
   { view: "insights", icon: "gauge", label: "Metrics and logs" },
 ];
