@@ -191,9 +191,8 @@ class History:
         turn = OpenTurn(object(), made.agent, made.by, wide=True)
         try:
             async with self._lock(tenant):
-                await self._repository.adopt(tenant)
                 mode, paths = self._open.share(tenant, turn)
-                found = await self._repository.commit(tenant, mode, paths, made)
+                found = await self._repository.deployed(tenant, mode, paths, made)
         except GatewayError as error:
             _complain(tenant, error)
         else:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _PLACE: Final = "/home/{user}/.local/state/incus-gateway/history.git"
 _NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy")
 _SCRIPTS: Final = {name: Path(__file__).with_name(f"{name}.sh").read_text() for name in _NAMES_OF_SCRIPTS}
+# as one command: to begin one costs more than all that git does in it
+_SCRIPTS["deployed"] = f"(\n{_SCRIPTS['adopt']}\n) || exit\n{_SCRIPTS['commit']}"
 _CONFIG: Final = {
     # nothing that the tenant's repository could name is run
     "core.hooksPath": "/dev/null",
@@ -89,9 +91,10 @@ class Repository:
         )
         return found, committed(printed, turn)
 
-    async def adopt(self, tenant: str) -> None:
-        """Make the workspace a repository of the site's own, where it is none."""
-        await self._run(tenant, "adopt", (), {}, _SAID)
+    async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
+        """Make the workspace a repository of the site's own, where it is none, and `commit`."""
+        given = _excluded(paths) if mode == "but" else paths
+        return await self._commit(tenant, mode, given, turn, script="deployed")
 
     async def tidy(self, tenant: str) -> None:
         """Keep the history small."""
@@ -125,11 +128,18 @@ class Repository:
         return str(max(1, int(self._settings.turn_timeout / 2)))
 
     async def _commit(
-        self, tenant: str, mode: str, given: Sequence[str], turn: Turn, of: str | None = None
+        self,
+        tenant: str,
+        mode: str,
+        given: Sequence[str],
+        turn: Turn,
+        of: str | None = None,
+        *,
+        script: str = "commit",
     ) -> Turn | None:
         words = [mode, str(self._settings.turn_file_max), self._wait, turn.title, *([of] if of else [])]
         input_ = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in given)
-        printed = await self._run(tenant, "commit", words, _identity(turn), _SAID, given=input_, missing=of)
+        printed = await self._run(tenant, script, words, _identity(turn), _SAID, given=input_, missing=of)
         return committed(printed, turn)
 
     async def _run(
