@@ -1,8 +1,18 @@
 """incus-gateway: one websocket in front of Incus tenant containers."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-try:
-    __version__ = version("incus-gateway")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0.0.0"
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        # looked up when it is asked for: that takes longer than all of a command's own imports
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("incus-gateway")
+        except PackageNotFoundError:  # a checkout that was never installed
+            return "0.0.0"

@@ -9,11 +9,13 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable
 from ipaddress import ip_address
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gateway.errors import Conflict, Forbidden, InvalidParams
-from gateway.settings import Settings
+
+if TYPE_CHECKING:
+    from gateway.settings import Settings
 
 PROBE: Final = "probe.invalid"
 """A domain of nobody (RFC 2606), by which Caddy is seen to look routes up."""

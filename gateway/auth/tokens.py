@@ -1,31 +1,26 @@
-"""Authentication: tokens, the secret that signs them, browser sessions, allowed origins.
+"""Authentication: tokens, where they come from, browser sessions, allowed origins.
 
-A token is a JWT signed with HS256. Everything here is plain functions over values; only `load_secret`
-touches the disk, once at the start.
+A token is a JWT signed with HS256; `issuing` makes it. Everything here is plain functions over values; only
+`load_secret` touches the disk, once at the start.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import secrets
-import stat
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import jwt
 
-from gateway.errors import Forbidden, InvalidParams, Unauthorized, Unavailable
-from gateway.hostnames import pattern
+from gateway.auth import issuing
+from gateway.auth.issuing import EVERY_TENANT
+from gateway.auth.issuing import SCOPES as SCOPES
+from gateway.auth.issuing import issue as issue
+from gateway.auth.issuing import parse_ttl as parse_ttl
+from gateway.errors import Forbidden, Unauthorized
 from gateway.settings import Settings
 
-SCOPES: Final = frozenset({"files:read", "files:write", "exec", "deploy", "events", "admin"})
-EVERY_TENANT: Final = "*"
 COOKIE: Final = "gateway_session"
 # of a session slot, by which several tokens of one browser live side by side: no secret, only a name
 SLOT: Final = r"[a-z0-9]{1,32}"
@@ -34,16 +29,9 @@ MOST_SLOTS: Final = 8
 
 _HOST_ONLY: Final = "__Host-"
 _ALGORITHM: Final = "HS256"
-# RFC 7518 §3.2: the key of HS256 has at least the hash's 256 bits
-MIN_SECRET: Final = 32
 # what `initialize` accepts too; a longer one is refused before anything parses it
 MAX_TOKEN: Final = 16384
-MAX_TTL: Final = 10 * 366 * 86400
 
-# the label of the contract; RFC 1035 §2.3.1 in lower case
-_TENANT = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_TTL = re.compile(r"([0-9]{1,12})([smhdw]?)")
-_TTL_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -86,49 +74,6 @@ class Token:
         """Return if the token carries `scope`. Raises `Forbidden` else."""
         if not self.allows(scope):
             raise Forbidden(f"this token lacks the scope {scope}", scope=scope)
-
-
-def issue(
-    secret: str,
-    subject: str,
-    tenants: Iterable[str],
-    scopes: Iterable[str],
-    ttl: int,
-    domains: Iterable[str] | None = None,
-) -> str:
-    """Return a signed token that is valid for `ttl` seconds.
-
-    The tenants need not exist. Raises `InvalidParams` for an unknown scope, something that is no tenant
-    name or no domain, or an empty or impossible value: a token that opens nothing would only be found out
-    in use.
-    """
-    names, granted = sorted(set(tenants)), sorted(set(scopes))
-    if not subject or len(subject) > 200:
-        raise InvalidParams("the subject of a token must have 1 to 200 characters", field="subject")
-    if not names:
-        raise InvalidParams("a token must name at least one tenant, or *", field="tenants")
-    for name in names:
-        if name != EVERY_TENANT and not _TENANT.fullmatch(name):
-            raise InvalidParams(f"{name[:80]!r} is not a tenant name", field="tenants")
-    if not granted:
-        raise InvalidParams("a token must have at least one scope", field="scopes")
-    if unknown := [scope for scope in granted if scope not in SCOPES]:
-        known = " ".join(sorted(SCOPES))
-        raise InvalidParams(f"unknown scope {unknown[0][:80]!r}; known are {known}", field="scopes")
-    if not 0 < ttl <= MAX_TTL:
-        raise InvalidParams("a token must be valid for one second to ten years", field="ttl")
-    now = int(time.time())
-    claims: dict[str, Any] = {
-        "sub": subject,
-        "tenants": names,
-        "scope": " ".join(granted),
-        "iat": round(time.time(), 3),
-        "exp": now + ttl,
-        "jti": secrets.token_hex(16),
-    }
-    if domains is not None:
-        claims["domains"] = sorted({pattern(entry) for entry in domains})
-    return jwt.encode(claims, _checked(secret), algorithm=_ALGORITHM)
 
 
 def verify(secret: str, raw: str | None, revoked: Callable[[str], bool] | None = None) -> Token:
@@ -189,72 +134,10 @@ def token_id(text: str) -> str:
     return str(claims.get("jti", text))
 
 
-def parse_ttl(text: str) -> int:
-    """Return the seconds in `30d`, `12h`, `15m`, `90s`, `2w` or a bare number. Raises `InvalidParams`."""
-    match = _TTL.fullmatch(text.strip())
-    seconds = int(match[1]) * _TTL_UNITS[match[2]] if match else 0
-    if not 0 < seconds <= MAX_TTL:
-        raise InvalidParams(f"{text[:40]!r} is not a duration such as 15m, 12h or 30d (ten years at most)")
-    return seconds
-
-
-# --- the secret --------------------------------------------------------------------------------------
-
-
 def load_secret(settings: Settings) -> str:
-    """Return the secret that signs tokens: the configured one, or the one kept in the state dir.
-
-    The kept one is made on first use, of 256 random bits, mode 0600. Two processes that start together
-    agree: each writes a whole file of its own and links it to the name, which only one can. Raises
-    `InvalidParams` for a secret that is too short or that others can read, `Unavailable` if the
-    state dir does not let us.
-    """
-    if settings.secret is not None:
-        return _checked(settings.secret.get_secret_value())
-    path = settings.state_dir / "secret"
-    try:
-        try:
-            return _read_secret(path)
-        except FileNotFoundError:
-            settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _make_secret(path)
-            return _read_secret(path)
-    except OSError as error:
-        raise Unavailable(f"the secret in the state dir cannot be used: {error.strerror}") from error
-
-
-def _read_secret(path: Path) -> str:
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode) or mode & 0o077:
-            raise InvalidParams(
-                "the secret in the state dir is open to others: chmod 600 it, and see who has read it"
-            )
-        return _checked(file.read(4096).strip())
-
-
-def _make_secret(path: Path) -> None:
-    own = path.with_name(f".secret-{secrets.token_hex(8)}")
-    descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            if os.geteuid() == 0:
-                # root may ask for a token before the gateway's own user ever ran
-                owner = path.parent.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.write(secrets.token_hex(MIN_SECRET) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
-            os.link(own, path)
-    finally:
-        own.unlink()
-
-
-def _checked(secret: str) -> str:
-    if len(secret.encode()) < MIN_SECRET:
-        raise InvalidParams(f"the secret has at least {MIN_SECRET} bytes; `openssl rand -hex 32` makes one")
-    return secret
+    """Return the secret that signs tokens, as `issuing.load_secret` does."""
+    configured = None if settings.secret is None else settings.secret.get_secret_value()
+    return issuing.load_secret(configured, settings.state_dir)
 
 
 # --- where a token comes from ------------------------------------------------------------------------

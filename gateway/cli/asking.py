@@ -9,22 +9,25 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from typing import Any
 
-from gateway.auth import tokens
-from gateway.settings import load
-from gateway_client import Client, Token
+from gateway.auth import issuing
+from gateway.settings import load_client
+from gateway_client.client import Client
+from gateway_client.credentials import Token
 
 
 @contextlib.asynccontextmanager
 async def client_of(url: str | None, token: str | None, life: int = 3600) -> AsyncIterator[Client]:
     """Open a client of the named gateway, or of this machine's with tokens of our own of so many seconds."""
-    settings = load()
-    source: Token = partial(_own_token, tokens.load_secret(settings), life) if token is None else token
+    settings = load_client()
+    source: Token = token or partial(
+        _own_token, issuing.load_secret(settings.secret, settings.state_dir), life
+    )
     async with Client(url or own_url(settings.listen), token=source) as client:
         yield client
 
 
 def _own_token(secret: str, life: int) -> str:
-    return tokens.issue(secret, os.environ.get("USER", "operator"), ["*"], sorted(tokens.SCOPES), life)
+    return issuing.issue(secret, os.environ.get("USER", "operator"), ["*"], issuing.SCOPES, life)
 
 
 def own_url(listen: str) -> str:
@@ -33,6 +36,5 @@ def own_url(listen: str) -> str:
 
 
 def run_to_end(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run what a command does; a reader of its output that has enough ends it without a word."""
-    with contextlib.suppress(BrokenPipeError):
-        return asyncio.run(work)
+    """Run what a command does."""
+    return asyncio.run(work)

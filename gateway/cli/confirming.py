@@ -18,6 +18,6 @@ def somebody_is_there() -> bool:
 
 def confirm(question: str, otherwise: str) -> None:
     """Return once the person at the terminal says yes. Raises `Failed` with `otherwise`."""
-    err.print(f"{question} [y/N]", end=" ")
+    err.say(f"{question} [y/N]", end=" ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Failed(otherwise)

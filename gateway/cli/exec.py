@@ -18,7 +18,7 @@ from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.options import TenantName, TokenOption, Url, assignment
 from gateway.errors import NotFound
 from gateway.terminal import copy
-from gateway_client import Exec
+from gateway_client.execution import Exec
 
 
 def exec(

@@ -8,13 +8,14 @@ import typer
 
 from gateway.cli.asking import run_to_end
 from gateway.cli.options import Json
-from gateway.runtime.incus import IncusRuntime
-from gateway.settings import Settings, load
+from gateway.settings import load
 from gateway.terminal import err, out
 
 
 def settings_help() -> str:
     """Return every setting with its default, as the help of `serve` lists them."""
+    from gateway.settings import Settings
+
     lines = ["Settings, as environment variables or in the TOML file that GATEWAY_CONFIG names:", ""]
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None else f" [{field.default}]"
@@ -71,6 +72,7 @@ def doctor(as_json: Json = False) -> None:
 def capacity(as_json: Json = False) -> None:
     """Say how many more tenants of each size this host takes, and what is used up first."""
     from gateway.limits.capacity import host_memory, lines, look
+    from gateway.runtime.incus import IncusRuntime
 
     async def run() -> None:
         settings = load()

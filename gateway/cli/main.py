@@ -5,19 +5,18 @@ Exit codes: 0 done, 1 failed, 2 wrong usage; `exec` ends with the command's own.
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from typing import Annotated, Final, NoReturn
 
 import typer
-from pydantic import ValidationError
 
-from gateway import __version__
 from gateway.cli.confirming import Failed
 from gateway.cli.loading import STYLE, Command, Group, Table, group_of
 from gateway.errors import ExecFailed, GatewayError
-from gateway.terminal import err, out, set_in
-from gateway_client import Disconnected
+from gateway.terminal import OutputClosed, err, leave, out, set_in
+from gateway_client.errors import Disconnected
 
 # by name, in the order in which `--help` lists them; each loads only itself
 COMMANDS: Final[Table] = {
@@ -63,41 +62,61 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """Run the command line; failures end as one line and exit code 1."""
+    """Run the command line, and end the process with its exit code."""
+    leave(run())
+
+
+def run() -> int:
+    """Run the command line and return its exit code; failures are told as one line."""
     try:
         app()
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
     except Disconnected as error:
-        _fail(
+        return _failed(
             f"{error.message}\nIs the gateway running? `incus-gateway serve` starts it; --url names another."
         )
     except ExecFailed as error:
-        _fail(error.message, int(error.facts.get("exitCode", 1)))
+        return _failed(error.message, int(error.facts.get("exitCode", 1)))
     except GatewayError as error:
-        _fail(error.message)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False, include_input=False):
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            err.say(f"setting GATEWAY_{name}: {problem['msg']}")
-        sys.exit(1)
+        return _failed(error.message)
     except PermissionError as error:
-        _fail(f"{error.strerror}: {error.filename}; run it as root")
+        return _failed(f"{error.strerror}: {error.filename}; run it as root")
     except Failed as failed:
-        _fail(str(failed))
+        return _failed(str(failed))
+    except OutputClosed:
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception:  # a fault of ours; what it names may be a tenant's
-        err.say(set_in(traceback.format_exc()))
-        sys.exit(1)
-    sys.exit(0)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        # else a fault of ours; what it names may be a tenant's
+        for line in _wrong_settings(error) or [set_in(traceback.format_exc())]:
+            err.say(line)
+        return 1
+    return 0
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
+def _failed(message: str, code: int = 1) -> int:
     err.say(f"incus-gateway: {set_in(message)}")
-    sys.exit(code)
+    return code
+
+
+def _wrong_settings(error: Exception) -> list[str]:
+    """Return what is wrong with the settings, if that is what the error tells."""
+    loaded = sys.modules.get("pydantic")  # without it none were checked
+    if loaded is None or not isinstance(error, loaded.ValidationError):
+        return []
+    problems = error.errors(include_url=False, include_input=False)
+    names = ("_".join(str(part) for part in problem["loc"]).upper() for problem in problems)
+    return [
+        f"setting GATEWAY_{name}: {problem['msg']}" for name, problem in zip(names, problems, strict=True)
+    ]
 
 
 def _version(show: bool) -> None:
     if show:
+        from gateway import __version__
+
         out.say(__version__)
         raise typer.Exit
 

@@ -7,16 +7,13 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from gateway.auth import tokens
-from gateway.auth.revocations import Revocations
+from gateway.auth import issuing
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.options import Json, TokenOption, Url
-from gateway.settings import load
-from gateway.storage.store import Store
+from gateway.settings import load, load_client
 from gateway.terminal import out
-from gateway_client import Disconnected
+from gateway_client.errors import Disconnected
 
 
 def token(
@@ -24,7 +21,7 @@ def token(
         list[str] | None, typer.Option(help="A tenant it covers; repeat for more; * for all.")
     ] = None,
     scope: Annotated[
-        list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(tokens.SCOPES)))
+        list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(issuing.SCOPES)))
     ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
     ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
     subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
@@ -42,11 +39,14 @@ def token(
     if (tenant is None) == (revoke is None):
         raise typer.BadParameter("give --tenant, or --revoke")
     if revoke is not None:
-        run_to_end(_revoke(tokens.token_id(revoke), url, own))
+        from gateway.auth.tokens import token_id
+
+        run_to_end(_revoke(token_id(revoke), url, own))
         return
-    secret = tokens.load_secret(load())
+    settings = load_client()
+    secret = issuing.load_secret(settings.secret, settings.state_dir)
     scopes = " ".join(scope).replace(",", " ").split()
-    out.say(tokens.issue(secret, subject, tenant or (), scopes, tokens.parse_ttl(ttl), domain or None))
+    out.say(issuing.issue(secret, subject, tenant or (), scopes, issuing.parse_ttl(ttl), domain or None))
 
 
 async def _revoke(id_: str, url: str | None, own: str | None) -> None:
@@ -57,6 +57,9 @@ async def _revoke(id_: str, url: str | None, own: str | None) -> None:
         if url is not None:
             raise
         # no gateway runs here: the next one will know
+        from gateway.auth.revocations import Revocations
+        from gateway.storage.store import Store
+
         async with Store(load().state_dir) as store:
             await (await Revocations.opened(store)).add(id_, os.environ.get("USER", "operator"))
 
@@ -76,11 +79,11 @@ def audit(
         if as_json:
             out.json(entries, indent=True)
             return
-        table = Table("time", "who", "did", "tenant", "", box=None, pad_edge=False)
+        rows = []
         for entry in entries:
             at = datetime.fromtimestamp(entry["time"]).isoformat(" ", "seconds")
             facts = " ".join(f"{key}={value}" for key, value in entry["facts"].items())
-            table.add_row(at, entry["who"], entry["action"], entry["tenant"] or "-", facts)
-        out.print(table)
+            rows.append((at, entry["who"], entry["action"], entry["tenant"] or "-", facts))
+        out.table(("time", "who", "did", "tenant", ""), rows)
 
     run_to_end(run())

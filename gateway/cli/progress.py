@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.deployments.record import PHASES
-from gateway.terminal import Console, line
+from gateway.terminal import Output, line
+from gateway.terminal.drawing import Console
 from gateway_client import Deployment, DeploymentRecord
 
 _SAYS: Final = {
@@ -57,7 +58,7 @@ class _Line:
 class Progress:
     """A deployment as lines that change while it runs. Use as a context manager around `follow`."""
 
-    console: Console
+    console: Output
     domain: str
     lines: dict[str, _Line] = field(default_factory=lambda: {name: _Line() for name in PHASES})
     last: str = ""
@@ -67,7 +68,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
-            self._live = Live(self, console=self.console, refresh_per_second=12)
+            self._live = Live(self, console=Console(), refresh_per_second=12)
             self._live.__enter__()
         return self
 

@@ -6,16 +6,11 @@ import asyncio
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.confirming import confirm, somebody_is_there
 from gateway.cli.options import Json, Size, TenantName, TokenOption, Url, Yes
 from gateway.errors import InvalidParams
-from gateway.hostnames import DomainReserved, normalized, own_names, reserved
-from gateway.runtime import TENANT_NAME
-from gateway.runtime.incus import IncusRuntime
-from gateway.runtime.local import LocalRuntime
 from gateway.settings import load
 from gateway.terminal import err, out
 
@@ -25,6 +20,11 @@ def create(
     domain: Annotated[str | None, typer.Option(help="The domain of its site")] = None,
 ) -> None:
     """Create a tenant from the base image and start it."""
+    from gateway.hostnames import DomainReserved, normalized, own_names, reserved
+    from gateway.runtime import TENANT_NAME
+    from gateway.runtime.incus import IncusRuntime
+    from gateway.runtime.local import LocalRuntime
+
     if not TENANT_NAME.fullmatch(tenant):
         raise InvalidParams(
             f"{tenant!r} is no tenant name: lower-case letters, digits and dashes, 63 at most"
@@ -52,19 +52,17 @@ def list_tenants(as_json: Json = False, url: Url = None, token: TokenOption = No
         if as_json:
             out.json([info.all for info in found], indent=True)
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("tenant", "status", "address", "domain", "memory", "created"):
-            table.add_column(column)
-        for info in found:
-            memory, created = info.all["limits"].get("memory"), info.all["created"] or ""
-            table.add_row(
-                info.name,
-                "asleep" if info.all["asleep"] else info.status,
-                *(info.address or "-", info.domain or "-"),
-                memory or "-",
-                created[:19],
-            )
-        out.print(table)
+        out.table(
+            ("tenant", "status", "address", "domain", "memory", "created"),
+            [
+                (
+                    *(info.name, "asleep" if info.all["asleep"] else info.status),
+                    *(info.address or "-", info.domain or "-", info.all["limits"].get("memory") or "-"),
+                    (info.all["created"] or "")[:19],
+                )
+                for info in found
+            ],
+        )
 
     run_to_end(run())
 
@@ -148,10 +146,9 @@ def snapshot(
         if as_json:
             out.json(kept if list_ else kept[0], indent=True)
         elif list_:
-            table = Table("snapshot", "created", box=None, pad_edge=False)
-            for entry in kept:
-                table.add_row(entry["name"], (entry["created"] or "")[:19])
-            out.print(table)
+            out.table(
+                ("snapshot", "created"), [(entry["name"], (entry["created"] or "")[:19]) for entry in kept]
+            )
         else:
             out.say(kept[0]["name"])
 

@@ -6,6 +6,8 @@ Text frames are JSON-RPC 2.0 objects without batches (`messages`); binary frames
 modules.
 """
 
+from typing import TYPE_CHECKING
+
 from gateway.protocol.frames import (
     HEADER_SIZE,
     Frame,
@@ -34,58 +36,72 @@ from gateway.protocol.messages import (
     result,
     size,
 )
-from gateway.protocol.params import (
-    MAX_EXEC_ID,
-    METHODS,
-    NUMBER,
-    CallId,
-    CancelRequest,
-    ClientInfo,
-    Encoding,
-    EventsSubscribe,
-    EventsUnsubscribe,
-    ExecAck,
-    ExecAttach,
-    ExecCancel,
-    ExecRef,
-    ExecResize,
-    ExecSignal,
-    ExecStart,
-    FilesList,
-    FilesMkdir,
-    FilesMove,
-    FilesPath,
-    FilesRemove,
-    FilesUnwatch,
-    FilesWatch,
-    FilesWrite,
-    HistoryList,
-    HistoryRestore,
-    HistoryTurn,
-    Initialize,
-    NoParams,
-    Offsets,
-    Params,
-    PtySize,
-    Reader,
-    SessionRenew,
-    ToolsCall,
-    ToolsCancel,
-    TurnBegin,
-    switch,
-    validate,
-)
-from gateway.protocol.server_wire import (
-    CancelPending,
-    Close,
-    Ignored,
-    Input,
-    Refused,
-    Request,
-    ServerEvent,
-    ServerWire,
-)
-from gateway.protocol.weight import LIGHT, VALUES_MAX, weigh
+
+if TYPE_CHECKING:
+    from gateway.protocol.params import (
+        MAX_EXEC_ID,
+        METHODS,
+        NUMBER,
+        CallId,
+        CancelRequest,
+        ClientInfo,
+        Encoding,
+        EventsSubscribe,
+        EventsUnsubscribe,
+        ExecAck,
+        ExecAttach,
+        ExecCancel,
+        ExecRef,
+        ExecResize,
+        ExecSignal,
+        ExecStart,
+        FilesList,
+        FilesMkdir,
+        FilesMove,
+        FilesPath,
+        FilesRemove,
+        FilesUnwatch,
+        FilesWatch,
+        FilesWrite,
+        HistoryList,
+        HistoryRestore,
+        HistoryTurn,
+        Initialize,
+        NoParams,
+        Offsets,
+        Params,
+        PtySize,
+        Reader,
+        SessionRenew,
+        ToolsCall,
+        ToolsCancel,
+        TurnBegin,
+        switch,
+        validate,
+    )
+    from gateway.protocol.server_wire import (
+        CancelPending,
+        Close,
+        Ignored,
+        Input,
+        Refused,
+        Request,
+        ServerEvent,
+        ServerWire,
+    )
+    from gateway.protocol.weight import LIGHT, VALUES_MAX, weigh
+else:
+
+    def __getattr__(name: str) -> object:
+        # the server's half brings pydantic, which a client does without
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from gateway.protocol import params, server_wire, weight
+
+        for module in (params, server_wire, weight):
+            globals().update({each: vars(module)[each] for each in __all__ if each in vars(module)})
+        return globals()[name]
+
 
 __all__ = [
     "CANCEL_REQUEST",

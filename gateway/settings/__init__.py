@@ -6,71 +6,40 @@ room that reads either. Every limit has a finite default.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
-
-from gateway.settings.commands import CommandSettings
-from gateway.settings.connections import ConnectionSettings
-from gateway.settings.deployments import DeploymentSettings
-from gateway.settings.editing import EditorSettings
-from gateway.settings.lifecycle import LifecycleSettings
-from gateway.settings.records import RecordSettings
-from gateway.settings.routing import RouteSettings
-from gateway.settings.serving import ServerSettings
-from gateway.settings.sites import SiteSettings
-from gateway.settings.tenants import TenantSettings
-from gateway.settings.tools import ToolSettings
+from gateway.settings.client import DEFAULT_CONFIG, ClientSettings
 from gateway.settings.units import KiB, MiB
 
-__all__ = ["DEFAULT_CONFIG", "KiB", "MiB", "Settings", "load"]
+if TYPE_CHECKING:
+    from gateway.settings.settings import Settings
+else:
 
-DEFAULT_CONFIG = "/etc/incus-gateway/gateway.toml"
+    def __getattr__(name: str) -> object:
+        # brings pydantic, which a command that only asks a gateway does without
+        if name != "Settings":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from gateway.settings.settings import Settings
+
+        globals()[name] = Settings
+        return Settings
 
 
-# the fields of the last base come first: so they have the order of docs/settings.md
-class Settings(
-    LifecycleSettings,
-    RecordSettings,
-    EditorSettings,
-    ToolSettings,
-    CommandSettings,
-    ConnectionSettings,
-    SiteSettings,
-    DeploymentSettings,
-    TenantSettings,
-    RouteSettings,
-    ServerSettings,
-    BaseSettings,
-):
-    """All settings of one gateway process, immutable once read."""
-
-    model_config = SettingsConfigDict(env_prefix="GATEWAY_", extra="ignore", frozen=True)
-
-    @property
-    def caddy_folder(self) -> Path:
-        """The folder of Caddy's configuration and routes."""
-        return self.caddy_dir or self.state_dir / "caddy"
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        config = Path(os.environ.get("GATEWAY_CONFIG", DEFAULT_CONFIG))
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+__all__ = ["DEFAULT_CONFIG", "ClientSettings", "KiB", "MiB", "Settings", "load", "load_client"]
 
 
 def load() -> Settings:
     """Read the settings. Raises `pydantic.ValidationError`, which names each wrong one."""
+    from gateway.settings.settings import Settings
+
     return Settings()
+
+
+def load_client() -> ClientSettings:
+    """Read by what a client finds this machine's gateway, and no other setting. Raises as `load` does."""
+    found = ClientSettings.read()
+    if found is None:
+        settings = load()
+        secret = None if settings.secret is None else settings.secret.get_secret_value()
+        found = ClientSettings(settings.listen, settings.state_dir, secret)
+    return found

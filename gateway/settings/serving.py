@@ -7,13 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
+from gateway.settings.client import LISTEN, STATE_DIR
 from gateway.settings.lists import Names, Origins
 
 
 class ServerSettings(BaseModel):
-    listen: str = Field(
-        "127.0.0.1:8080", description="address to listen on: HOST:PORT, or the path of a unix socket"
-    )
+    listen: str = Field(LISTEN, description="address to listen on: HOST:PORT, or the path of a unix socket")
     runtime: Literal["incus", "local"] = Field(
         "incus",
         description="where tenants run: in Incus containers, or as `local` processes, which are not isolated",
@@ -21,7 +20,7 @@ class ServerSettings(BaseModel):
     incus_socket: Path = Field(Path("/var/lib/incus/unix.socket"), description="unix socket of incusd")
     incus_project: str = Field("default", description="Incus project of the tenants")
     state_dir: Path = Field(
-        Path("/var/lib/incus-gateway"), description="folder for the secret, the records and local tenants"
+        Path(STATE_DIR), description="folder for the secret, the records and local tenants"
     )
     secret: SecretStr | None = Field(
         None, description="key that signs tokens; unset: one is created in the state dir"

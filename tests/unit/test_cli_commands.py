@@ -62,3 +62,30 @@ print(*(name for name in sys.modules if name.startswith("gateway.cli.")))
     commands = {function.partition(":")[0] for function in ALL.values()}
     assert not listing & commands
     assert loaded("exec", "--help") & commands == {"gateway.cli.exec"}
+
+
+# each takes a command longer to import than to do what it does
+HEAVY = {
+    "aiohttp",
+    "jwt",
+    "pydantic",
+    "pydantic_settings",
+    "rich",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "tarfile",
+}
+
+
+def test_a_command_in_a_tenant_needs_little() -> None:
+    """All that `exec` needs is imported before it begins; the rest is for other commands."""
+    script = """
+import sys
+import gateway.cli.exec, gateway.cli.main
+from gateway.cli.asking import client_of
+print(*(name for name in sys.modules))
+"""
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(loaded.stdout.split())
+    assert "websockets.asyncio.client" in loaded.stdout.split()

@@ -8,18 +8,20 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlencode
 
 from gateway_client.connection import Address
 from gateway_client.connections import Connections
 from gateway_client.credentials import Credentials, Token
-from gateway_client.deployments import Deployment, DeploymentRecord, template_body
 from gateway_client.errors import TokenUnavailable
-from gateway_client.events import EventStream, event_query
 from gateway_client.http_client import HttpClient
 from gateway_client.retry import OnChange, Retry
 from gateway_client.tenant import Tenant
+
+if TYPE_CHECKING:
+    from gateway_client.deployments import Deployment, DeploymentRecord
+    from gateway_client.events import EventStream
 
 # seconds after which the clock is looked at again: it may be set, and a machine may sleep
 _LOOK: Final = 5.0
@@ -172,6 +174,8 @@ class Client:
         `port`, say so. `tenant` is made of the domain where it is not given. Asking again with the same `key`
         gives the same deployment. `Deployment.wait` and `.events` tell how it goes.
         """
+        from gateway_client.deployments import Deployment, template_body
+
         wishes: dict[str, Any] = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
         wishes |= {"start": _command(start), "install": _command(install), "port": port}
         body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
@@ -181,10 +185,14 @@ class Client:
 
     def deployment(self, deployment_id: str) -> Deployment:
         """Return a deployment by its id, without asking whether it exists."""
+        from gateway_client.deployments import Deployment
+
         return Deployment(self._http, deployment_id)
 
     async def deployments(self) -> list[DeploymentRecord]:
         """Return the newest deployments of the tenants that the token covers."""
+        from gateway_client.deployments import DeploymentRecord
+
         answer = await self.http("GET", "/v1/deployments")
         return [DeploymentRecord.parse(record) for record in answer["deployments"]]
 
@@ -213,6 +221,8 @@ class Client:
         last_event_id: int | None = None,
     ) -> EventStream:
         """Return the stream of events, filtered; `types` may end in `*`. See `EventStream`."""
+        from gateway_client.events import EventStream, event_query
+
         query = event_query(tenant=tenant, deployment=deployment, types=types)
         return EventStream(self._http, query, last_event_id)
 

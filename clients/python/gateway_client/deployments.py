@@ -6,15 +6,17 @@ import asyncio
 import base64
 import io
 import os
-import tarfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gateway_client.errors import GatewayError, from_wire
 from gateway_client.events import Event, EventStream, event_query
 from gateway_client.http_client import HttpClient
+
+if TYPE_CHECKING:
+    import tarfile
 
 # what ends a deployment, and nothing of it comes after
 _ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
@@ -159,6 +161,8 @@ def template_body(template: str | bytes | os.PathLike[str]) -> str | dict[str, s
 
 
 def _packed(folder: Path) -> bytes:
+    import tarfile
+
     def chosen(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return None if entry.name.rpartition("/")[2] in _LEFT_OUT else entry
 

@@ -8,15 +8,17 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import aiohttp
 import orjson
 
 from gateway_client.connection import refusal
 from gateway_client.errors import Disconnected, GatewayError, TooLarge, Unavailable
 from gateway_client.http_client import HttpClient
 from gateway_client.retry import Change, Patience, State
+
+if TYPE_CHECKING:
+    import aiohttp
 
 MiB = 1 << 20
 MAX_EVENT: Final = 16 * MiB
@@ -151,6 +153,8 @@ class EventStream:
         return self
 
     async def _open(self) -> aiohttp.ClientResponse:
+        import aiohttp
+
         headers = {"Accept": "text/event-stream"}
         last = self._parser.last_id if self.last_event_id is None else str(self.last_event_id)
         if last:
@@ -182,6 +186,8 @@ class EventStream:
         return self
 
     async def __anext__(self) -> Event:
+        import aiohttp
+
         await self.__aenter__()
         while not self._ready:
             error: GatewayError | None = None

@@ -9,17 +9,17 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
-
-import aiohttp
-from yarl import URL
 
 from gateway import protocol
 from gateway_client.connection import Connection, refusal
 from gateway_client.connections import Connections
 from gateway_client.errors import Disconnected, GatewayError, Unavailable
 from gateway_client.retry import Patience
+
+if TYPE_CHECKING:
+    from yarl import URL
 
 CHUNK: Final = 1 << 18
 # notifications that wait for a slow reader; more are dropped, and that is an overflow
@@ -136,6 +136,8 @@ class Files:
         self, path: str, body: bytes | IO[bytes] | AsyncIterable[bytes], *, if_match: str | None = None
     ) -> str:
         """Put a file of any size in place, all or nothing; return its etag."""
+        import aiohttp
+
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
         again = isinstance(body, bytes)  # what else there is is read but once
         data = lambda: io.BytesIO(body) if isinstance(body, bytes) else body  # noqa: E731
@@ -152,6 +154,8 @@ class Files:
 
     async def download(self, path: str, *, start: int = 0) -> AsyncIterator[bytes]:
         """Yield a file's bytes from `start` at the reader's pace. Raises `Disconnected` if they break off."""
+        import aiohttp
+
         headers = {"Range": f"bytes={start}-"} if start else {}
         try:
             async with await self._connections.http.ask("GET", self._url(path), headers=headers) as response:
@@ -180,6 +184,8 @@ class Files:
             await watch._end()
 
     def _url(self, path: str) -> URL:
+        from yarl import URL
+
         # encoded by us alone: a library would take what looks like an escape for one
         base = self._connections.http.address.url
         return URL(f"{base}/v1/tenants/{self._connections.tenant}/files/{quote(path)}", encoded=True)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import orjson
-from yarl import URL
 
 from gateway_client.connection import Address, refusal
 from gateway_client.credentials import Credentials
 from gateway_client.errors import Disconnected
 from gateway_client.retry import OnChange, Retry
 
-# a waiting exec may take as long as its own timeout, which the gateway keeps; only the way there is bounded
-_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=15)
+if TYPE_CHECKING:
+    # loaded where it is used: a command over a websocket ends sooner than this is imported
+    import aiohttp
+    from yarl import URL
 
 
 class HttpClient:
@@ -51,11 +51,14 @@ class HttpClient:
         if self.closed:
             raise Disconnected("this client was closed")
         if self._session is None:
+            import aiohttp
+
             unix = self.address.unix
             self._session = aiohttp.ClientSession(
                 # event streams and waiting execs hold their connections: no limit of ours may block them
                 connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
-                timeout=_TIMEOUT,
+                # a waiting exec may take as long as its own timeout, which the gateway keeps
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=15),
             )
         return self._session
 
@@ -96,6 +99,8 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
+        import aiohttp
+
         # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
         text = None if body is None else orjson.dumps(body)
         data = None if text is None else lambda: io.BytesIO(text)
@@ -115,6 +120,8 @@ class HttpClient:
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
+        import aiohttp
+
         timeout = aiohttp.ClientTimeout(total=None)
         try:
             async with await self.ask("GET", self.address.url + path, timeout=timeout) as response:

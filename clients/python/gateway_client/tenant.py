@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from gateway_client.attachment import Encoding
 from gateway_client.connections import Connections
-from gateway_client.deployments import Deployment, History
-from gateway_client.events import EventStream, event_query
 from gateway_client.execution import Exec
-from gateway_client.files import Files
 from gateway_client.http_client import HttpClient
 from gateway_client.output import BUFFER
 from gateway_client.results import RunResult, ShellResult, ToolResult, failure
 from gateway_client.retry import State
+
+if TYPE_CHECKING:
+    from gateway_client.deployments import Deployment, History
+    from gateway_client.events import EventStream
+    from gateway_client.files import Files
 
 
 class Tenant:
@@ -42,7 +45,13 @@ class Tenant:
         self._connections = connections
         self._linger = linger
         self._other = other
-        self.files = Files(connections)
+
+    @cached_property
+    def files(self) -> Files:
+        """Its files as an editor sees them."""
+        from gateway_client.files import Files
+
+        return Files(self._connections)
 
     @property
     def _path(self) -> str:
@@ -273,6 +282,8 @@ class Tenant:
         self, *, types: str | Iterable[str] | None = None, last_event_id: int | None = None
     ) -> EventStream:
         """Return the stream of this tenant's events; see `Client.events`."""
+        from gateway_client.events import EventStream, event_query
+
         return EventStream(self._http, event_query(tenant=self.name, types=types), last_event_id)
 
     # --- its life -------------------------------------------------------------------------------------
@@ -314,6 +325,8 @@ class Tenant:
 
     async def deployments(self) -> History:
         """Return what was deployed to it, which of it is live, and which it can go back to."""
+        from gateway_client.deployments import History
+
         return History.parse(await self._http.json("GET", f"{self._path}/deployments"))
 
     async def rollback(self, to: str | None = None, *, key: str | None = None) -> Deployment:
@@ -338,6 +351,8 @@ class Tenant:
     async def _begun(self, method: str, what: str, body: Mapping[str, Any], key: str | None) -> Deployment:
         headers = {} if key is None else {"Idempotency-Key": key}
         answer = await self._http.json(method, f"{self._path}/{what}", body, headers)
+        from gateway_client.deployments import Deployment
+
         return Deployment(self._http, answer["id"])
 
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:

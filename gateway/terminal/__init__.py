@@ -3,22 +3,23 @@
 Tenants write names, log lines, file names and error texts. To a terminal some characters are commands: ESC
 moves the cursor, rewrites what was printed and types answers; others reverse the reading order. Here they all
 become visible escapes. Nothing else of the gateway writes to standard output, standard error or the log,
-except the bytes of `exec`, which belong to a command, as with ssh.
+except the bytes of `exec`, which belong to a command, as with ssh; `drawing` cleans what it draws alike.
 """
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import contextlib
 import logging
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TextIO
 
 import orjson
-import rich.console
-from rich.segment import Segment
 
 # C0 but tab and line end, DEL, C1; soft hyphen, marks and orders of direction, invisible joins and fillers,
 # line and paragraph separators, lone surrogates, tags. Of Unicode's format characters the two joiners stay,
@@ -66,25 +67,51 @@ def _in_json(found: re.Match[str]) -> str:
     return "".join(f"\\u{unit:04x}" for unit in units)
 
 
-class Console(rich.console.Console):
-    """One of the two outputs. Whatever is rendered is cleaned, the styles that are ours come after that."""
+class OutputClosed(Exception):
+    """Nobody reads what we print any more: `head` has seen enough."""
+
+
+class Output:
+    """One of the two outputs. What is said is cleaned; nothing is cut or folded, wherever it goes."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self._name = "stderr" if stderr else "stdout"
 
-    def render(
-        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(clean(segment.text), segment.style)
+    @property
+    def file(self) -> TextIO:
+        """Where it goes now. Raises `OutputClosed` where it was closed before we began."""
+        file: TextIO | None = getattr(sys, self._name)
+        if file is None:
+            raise OutputClosed
+        return file
 
-    def say(self, text: str) -> None:
+    @property
+    def is_terminal(self) -> bool:
+        return self.file.isatty()
+
+    def say(self, text: str, end: str = "\n") -> None:
         """Print lines at once and as they are, however long: tokens, JSON, what programs read."""
-        self.file.write(clean(text) + "\n")
-        self.file.flush()
+        with _closing():
+            self.file.write(clean(text) + end)
+            self.file.flush()
 
     def json(self, value: Any, *, indent: bool = False) -> None:
         self.say(encoded(value, indent=indent))
+
+    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print rows below their titles, each column as wide as what is in it."""
+        cells = [titles, *([line(cell) for cell in row] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        padded = (map(str.ljust, row, widths) for row in cells)
+        self.say("\n".join("  ".join(row).rstrip() for row in padded))
+
+
+@contextlib.contextmanager
+def _closing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise OutputClosed from None
 
 
 class Lines:
@@ -102,15 +129,28 @@ class Lines:
         return clean(text[: len(text) - len(self._held)]).encode()
 
 
-out: Final = Console()
-err: Final = Console(stderr=True)
+out: Final = Output()
+err: Final = Output(stderr=True)
 
 
 def copy(piece: bytes, *, to_stderr: bool = False) -> None:
     """Hand on bytes as they are: what a command prints, or a log that was asked for raw."""
-    target = sys.stderr.buffer if to_stderr else sys.stdout.buffer
-    target.write(piece)
-    target.flush()
+    target = (err if to_stderr else out).file.buffer
+    with _closing():
+        target.write(piece)
+        target.flush()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. What is registered for its end is run, and what is printed is written out.
+
+    The interpreter does not take itself apart then, module by module: that takes a fifth of a short command.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        for file in filter(None, (sys.stdout, sys.stderr)):
+            file.flush()
+    os._exit(code)
 
 
 # --- the log ------------------------------------------------------------------------------------------
