@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from gateway.auth import issuing
+from gateway.cli.confirming import Failed
 from gateway.settings import load_client
 from gateway_client.client import Client
 from gateway_client.credentials import Token
@@ -22,7 +23,11 @@ async def client_of(url: str | None, token: str | None, life: int = 3600) -> Asy
     source: Token = token or partial(
         _own_token, issuing.load_secret(settings.secret, settings.state_dir), life
     )
-    async with Client(url or own_url(settings.listen), token=source) as client:
+    try:
+        client = Client(url or own_url(settings.listen), token=source)
+    except ValueError as error:
+        raise Failed(f"{error}; mend --url or GATEWAY_URL") from None
+    async with client:
         yield client
 
 

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.options import TenantName, TokenOption, Url, assignment
@@ -31,7 +32,10 @@ def exec(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Run a command in a tenant: streams both ways, forwards signals, ends with its exit code."""
+    """Run a command in a tenant: streams both ways, forwards signals, ends with its exit code.
+
+    Options stand before the command; what follows its name is the command's own.
+    """
     argv = command[1:] if command and command[0] == "--" else command
     if not argv:
         raise typer.BadParameter("name a command after --")
@@ -50,6 +54,26 @@ def exec(
     with _raw_terminal() if terminal else contextlib.nullcontext():
         code = run_to_end(run())
     sys.exit(code)
+
+
+class Words(TyperCommand):
+    """Reads `exec TENANT --cwd /x -- ls` as `exec --cwd /x TENANT -- ls`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        parser = self.make_parser(ctx)
+        found, _, _ = parser.parse_args(list(args))
+        given = list(found.get("command") or ())
+        before = args[: len(args) - len(given) - 1]
+        if given and given[0].startswith("-") and given[0] != "--" and "--" not in before:
+            after, _, _ = parser.parse_args(list(given))
+            command = [
+                word for word in (after.get("tenant"), *(after.get("command") or ())) if word is not None
+            ]
+            moved = given[: len(given) - len(command)]
+            if moved[-1] == "--":
+                moved, command = moved[:-1], ["--", *command]
+            args = [*before, *moved, str(found["tenant"]), *command]
+        return super().parse_args(ctx, args)
 
 
 async def _attend(process: Exec, terminal: bool) -> int:

@@ -25,6 +25,8 @@ class Command:
     """`module:function` of one that returns what `--help` ends with"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of click's context."""
+    kind: str = ""
+    """`module:class` of click's command, where it reads its words in a way of its own"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ class _Unloaded(TyperCommand):
         """Import the function and return click's command of it."""
         command = self._command
         alone = typer.Typer(**STYLE)
+        kind = _named(command.kind) if command.kind else None
         epilog = _named(command.epilog)() if command.epilog else None
-        alone.command(self.name, epilog=epilog, context_settings=dict(command.settings))(
-            _named(command.function)
-        )
+        settings = dict(command.settings)
+        register = alone.command(self.name, cls=kind, epilog=epilog, context_settings=settings)
+        register(_named(command.function))
         return get_command(alone)
 
     def get_short_help_str(self, limit: int = 45) -> str:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage; `exec` ends with the command's own.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -14,6 +15,7 @@ import typer
 
 from gateway.cli.confirming import Failed
 from gateway.cli.loading import STYLE, Command, Group, Table, group_of
+from gateway.cli.options import PROGRAM, VARIABLE
 from gateway.errors import ExecFailed, GatewayError
 from gateway.terminal import OutputClosed, err, leave, out, set_in
 from gateway_client.errors import Disconnected
@@ -49,14 +51,18 @@ COMMANDS: Final[Table] = {
     "logs": "gateway.cli.watching:logs",
     "metrics": "gateway.cli.watching:metrics",
     "events": "gateway.cli.watching:events",
-    "exec": Command("gateway.cli.exec:exec", settings={"allow_interspersed_args": False}),
+    "exec": Command(
+        "gateway.cli.exec:exec", settings={"allow_interspersed_args": False}, kind="gateway.cli.exec:Words"
+    ),
+    "completion": "gateway.cli.completing:completion",
 }
 
 app = typer.Typer(
-    name="incus-gateway",
+    name=PROGRAM,
     help="One websocket in front of Incus tenant containers: commands, file tools, deploys, events.",
     cls=group_of(COMMANDS),
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     **STYLE,
 )
 
@@ -69,19 +75,24 @@ def main() -> NoReturn:
 def run() -> int:
     """Run the command line and return its exit code; failures are told as one line."""
     try:
-        app()
+        if VARIABLE in os.environ:
+            from gateway.cli.completing import answer_shells
+
+            answer_shells()
+        app(prog_name=PROGRAM)
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     except Disconnected as error:
-        return _failed(
-            f"{error.message}\nIs the gateway running? `incus-gateway serve` starts it; --url names another."
-        )
+        hint = "is it running? `incus-gateway serve` starts one, --url names another"
+        return _failed(f"{error.message}; {hint}")
     except ExecFailed as error:
         return _failed(error.message, int(error.facts.get("exitCode", 1)))
     except GatewayError as error:
         return _failed(error.message)
     except PermissionError as error:
         return _failed(f"{error.strerror}: {error.filename}; run it as root")
+    except OSError as error:
+        return _failed(": ".join(str(part) for part in (error.strerror or error, error.filename) if part))
     except Failed as failed:
         return _failed(str(failed))
     except OutputClosed:

@@ -42,6 +42,7 @@ def token(
         from gateway.auth.tokens import token_id
 
         run_to_end(_revoke(token_id(revoke), url, own))
+        out.say("the token is taken back")
         return
     settings = load_client()
     secret = issuing.load_secret(settings.secret, settings.state_dir)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+
+PROGRAM: Final = "incus-gateway"
+VARIABLE: Final = "_INCUS_GATEWAY_COMPLETE"
+"""Set in the environment where a shell asks how a command line may go on."""
+
+# seconds that a person waits for the names of tenants
+_PATIENCE: Final = 2.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Url = Annotated[
@@ -18,7 +26,26 @@ TokenOption = Annotated[
         "--token", envvar="GATEWAY_TOKEN", help="A token; default: one made from this machine's secret."
     ),
 ]
-TenantName = Annotated[str, typer.Argument(metavar="TENANT")]
+
+
+def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the tenants whose names begin so, for a shell that completes one; none where that fails."""
+    from gateway.cli.asking import client_of, run_to_end
+
+    async def run() -> list[str]:
+        async with (
+            asyncio.timeout(_PATIENCE),
+            client_of(ctx.params.get("url"), ctx.params.get("token")) as client,
+        ):
+            return [info.name for info in await client.tenants()]
+
+    try:
+        return [name for name in run_to_end(run()) if name.startswith(incomplete)]
+    except Exception:  # nothing may be printed between what is typed
+        return []
+
+
+TenantName = Annotated[str, typer.Argument(metavar="TENANT", autocompletion=tenants_begun)]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 

@@ -75,16 +75,20 @@ def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> Non
             await client.tenant(tenant).start()
 
     run_to_end(run())
+    out.say(f"{tenant} is running")
 
 
-def stop(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
-    """Stop a tenant."""
+def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
+    """Stop a tenant. At a terminal it asks first."""
+    if not yes and somebody_is_there():
+        confirm(f"Stop {tenant}? Its site answers nobody until it is started.", "nothing was stopped")
 
     async def run() -> None:
         async with client_of(url, token) as client:
             await client.tenant(tenant).stop()
 
     run_to_end(run())
+    out.say(f"{tenant} is stopped")
 
 
 def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
@@ -95,6 +99,7 @@ def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> N
             await client.tenant(tenant).restart()
 
     run_to_end(run())
+    out.say(f"{tenant} was restarted")
 
 
 def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
@@ -106,18 +111,22 @@ def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenO
         )
         raise typer.Exit(2)
 
-    async def run() -> None:
+    async def look() -> tuple[str | None, int]:
         async with client_of(url, token) as client:
             target = client.tenant(tenant)
-            if not yes:
-                domain = (await target.info())["domain"]
-                kept = len(await target.snapshots())
-                what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
-                question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
-                await asyncio.to_thread(confirm, question, "nothing was destroyed")
-            await target.delete()
+            return (await target.info())["domain"], len(await target.snapshots())
 
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).delete()
+
+    if not yes:
+        domain, kept = run_to_end(look())
+        what = [*([domain] if domain else []), f"{kept} snapshot{'' if kept == 1 else 's'}"]
+        question = f"Destroy {tenant} ({', '.join(what)})? Its files are gone for good."
+        confirm(question, "nothing was destroyed")
     run_to_end(run())
+    out.say(f"{tenant} is destroyed")
 
 
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
@@ -141,6 +150,7 @@ def snapshot(
             target = client.tenant(tenant)
             if delete is not None:
                 await target.delete_snapshot(delete)
+                out.say(f"{tenant} no longer has the snapshot {delete}")
                 return
             kept = await target.snapshots() if list_ else [await target.snapshot(name)]
         if as_json:
@@ -169,12 +179,13 @@ def restore(
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            if not yes and somebody_is_there():
-                question = f"Make the disk of {tenant} what it was at {snapshot}? What it has since is gone."
-                await asyncio.to_thread(confirm, question, "nothing was changed")
             await client.tenant(tenant).restore(snapshot)
 
+    if not yes and somebody_is_there():
+        question = f"Make the disk of {tenant} what it was at {snapshot}? What it has since is gone."
+        confirm(question, "nothing was changed")
     run_to_end(run())
+    out.say(f"{tenant} is what it was at {snapshot}")
 
 
 def clone(
@@ -191,6 +202,7 @@ def clone(
             await client.tenant(tenant).clone(new, snapshot)
 
     run_to_end(run())
+    out.say(f"{new} is a copy of {tenant}{f' at {snapshot}' if snapshot else ''}; it has no domain")
 
 
 def rename(
@@ -206,6 +218,7 @@ def rename(
             await client.tenant(tenant).rename(None if domain == "-" else domain)
 
     run_to_end(run())
+    out.say(f"{tenant} has {'no domain' if domain == '-' else f'the domain {domain}'}")
 
 
 def resize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import orjson
@@ -32,13 +33,19 @@ async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Liv
     await no_traceback(gateway)
 
 
-async def start(gateway: LiveGateway, *words: str, stdin: int | None = None) -> asyncio.subprocess.Process:
+async def start(
+    gateway: LiveGateway,
+    *words: str,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", *words),
-        env={**gateway.environment, "USER": "tester"},
+        env={**gateway.environment, "USER": "tester", **(environment or {})},
         stdin=pipe if stdin is None else stdin,
-        stdout=pipe,
+        stdout=pipe if stdout is None else stdout,
         stderr=pipe,
     )
 
@@ -139,9 +146,160 @@ async def test_events_are_followed(gateway: LiveGateway) -> None:
     await process.communicate()
 
 
-async def test_a_gateway_that_does_not_answer_is_told_with_what_to_do(gateway: LiveGateway) -> None:
-    code, _, err = await run(gateway, "list", "--url", "http://127.0.0.1:1")
-    assert code == 1 and "incus-gateway serve" in err
+@pytest.mark.parametrize("words", [("list",), ("exec", "demo", "--", "true")], ids=["http", "websocket"])
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (
+            "http://127.0.0.1:1",
+            "1: Connection refused; is it running? `incus-gateway serve` starts",
+        ),
+        ("unix:/nonexistent", "no gateway answers at /nonexistent: No such file or directory;"),
+        ("http://no.such.host.invalid", "no gateway answers at http://no.such.host.invalid: "),
+        ("https://127.0.0.1:{port}", "no TLS with it"),
+        ("here", "is http://…, https://… or unix:/…, not 'here'; mend --url or GATEWAY_URL"),
+        ("http://", "'http://' is no gateway's address: it names no host; mend --url"),
+        ("http://127.0.0.1:99999", "is no gateway's address: Port out of range"),
+    ],
+)
+async def test_a_gateway_that_does_not_answer_is_told_in_one_line(
+    gateway: LiveGateway, words: tuple[str, ...], url: str, says: str
+) -> None:
+    code, out, err = await run(gateway, words[0], "--url", url.format(port=gateway.port), *words[1:])
+    assert (code, out, err.count("\n")) == (1, b"", 1)
+    assert err.startswith("incus-gateway: ") and says in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("demo", "--cwd", "/tmp", "--", "pwd"), "/tmp\n"),
+        (("demo", "--cwd", "/tmp", "pwd"), "/tmp\n"),
+        (("--env", "A=1", "demo", "--env", "B=2", "--", "sh", "-c", "echo $A$B"), "12\n"),
+        (("demo", "--", "echo", "--cwd", "/tmp"), "--cwd /tmp\n"),
+        (("demo", "echo", "--cwd", "--", "x"), "--cwd -- x\n"),
+        (("demo", "--cwd=/tmp", "--", "echo", "--", "-t"), "-- -t\n"),
+        (("demo", "--nope", "--", "ls"), "No such option: --nope"),
+        (("demo", "--cwd", "/tmp"), "Missing argument"),
+        (("demo", "-h"), "Run a command in a tenant"),
+    ],
+    ids=" ".join,
+)
+async def test_options_of_exec_may_follow_the_tenant(
+    gateway: LiveGateway, words: tuple[str, ...], says: str
+) -> None:
+    """Until the command's name: what follows that is the command's own."""
+    code, out, err = await run(gateway, "exec", *words)
+    if says.endswith("\n"):
+        assert (code, out.decode(), err) == (0, says, "")
+    else:
+        assert says in out.decode() + err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("list", "--json"), ("list",), ("exec", "demo", "--", "cat", "/dev/zero"), ("audit",), ("--help",)],
+    ids=" ".join,
+)
+async def test_nothing_is_said_where_nobody_reads_on(gateway: LiveGateway, words: tuple[str, ...]) -> None:
+    """As with `head`: no traceback, no complaint of the interpreter; the code is SIGPIPE's, click's own 1."""
+    read, write = os.pipe()
+    os.close(read)
+    process = await start(gateway, *words, stdout=write)
+    os.close(write)
+    _, err = await asyncio.wait_for(process.communicate(b""), 30)
+    assert (process.returncode, err) == (1 if words == ("--help",) else 141, b"")
+
+
+async def test_a_full_disk_is_told_in_one_line(gateway: LiveGateway) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = await start(gateway, "list", stdout=full.fileno())
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err) == (1, b"incus-gateway: No space left on device\n")
+
+
+async def test_a_pipe_gets_all_of_a_row(gateway: LiveGateway) -> None:
+    """However narrow the terminal is said to be."""
+    domain = f"{'long-' * 11}name.{'and-' * 12}longer.example.com"
+    assert (await run(gateway, "rename", "demo", domain))[:2] == (
+        0,
+        f"demo has the domain {domain}\n".encode(),
+    )
+    process = await start(gateway, "list", environment={"COLUMNS": "40"})
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    (row,) = [line for line in out.decode().splitlines() if line.startswith("demo ")]
+    assert domain in row and "running" in row
+    assert (await run(gateway, "rename", "demo", "-"))[:2] == (0, b"demo has no domain\n")
+
+
+async def test_an_interrupt_ends_a_command_without_a_word(gateway: LiveGateway) -> None:
+    process = await start(gateway, "events", "--json")
+    assert process.stdout is not None
+    line = asyncio.ensure_future(process.stdout.readline())
+    while not line.done():
+        await run(gateway, "exec", "demo", "--", "true")
+    process.send_signal(signal.SIGINT)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err) == (130, b"")
+
+
+async def test_changes_of_a_tenant_say_what_they_did(gateway: LiveGateway) -> None:
+    said = [
+        (("stop", "demo"), "demo is stopped"),
+        (("start", "demo"), "demo is running"),
+        (("restart", "demo"), "demo was restarted"),
+        (("snapshot", "demo", "kept"), "kept"),
+        (("clone", "demo", "twin", "--snapshot", "kept"), "twin is a copy of demo at kept; it has no domain"),
+        (("restore", "demo", "kept"), "demo is what it was at kept"),
+        (("snapshot", "demo", "--delete", "kept"), "demo no longer has the snapshot kept"),
+        (("destroy", "twin", "--yes"), "twin is destroyed"),
+    ]
+    for words, says in said:
+        assert await run(gateway, *words) == (0, f"{says}\n".encode(), ""), words
+
+
+@pytest.mark.parametrize(
+    ("shell", "environment", "offers"),
+    [
+        ("bash", {"COMP_WORDS": "incus-gateway st", "COMP_CWORD": "1"}, ["start", "stop"]),
+        ("bash", {"COMP_WORDS": "incus-gateway exec de", "COMP_CWORD": "2"}, ["demo"]),
+        ("bash", {"COMP_WORDS": "incus-gateway resize demo --u", "COMP_CWORD": "3"}, ["--url"]),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "incus-gateway exec de"}, ["demo"]),
+        (
+            "fish",
+            {"_TYPER_COMPLETE_ARGS": "incus-gateway logs ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+            ["demo"],
+        ),
+        (
+            "bash",
+            {
+                "COMP_WORDS": "incus-gateway stop d",
+                "COMP_CWORD": "2",
+                "GATEWAY_URL": "http://127.0.0.1:1",
+            },
+            [],
+        ),
+    ],
+)
+async def test_a_shell_is_told_how_a_command_line_goes_on(
+    gateway: LiveGateway, shell: str, environment: dict[str, str], offers: list[str]
+) -> None:
+    """Commands, options and tenants; nothing, not a word, where no gateway answers."""
+    asked = {"_INCUS_GATEWAY_COMPLETE": f"complete_{shell}", **environment}
+    process = await start(gateway, environment=asked)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    words = re.findall(r"[\w-]+", out.decode()) if shell == "zsh" else out.decode().split()
+    assert err == b"" and (set(offers) <= set(words) if offers else words == [])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+async def test_the_script_of_a_shell_is_printed(gateway: LiveGateway, shell: str) -> None:
+    code, out, _ = await run(gateway, "completion", shell)
+    assert code == 0 and b"_INCUS_GATEWAY_COMPLETE=complete_" + shell.encode() in out
+    if shell == "bash":  # the one that is always there
+        check = await asyncio.create_subprocess_exec("bash", "-n", stdin=asyncio.subprocess.PIPE)
+        await check.communicate(out)
+        assert check.returncode == 0
 
 
 async def test_a_wrong_setting_is_named(gateway: LiveGateway, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import signal
 import sys
 import unicodedata
 from collections.abc import AsyncIterator
@@ -241,10 +242,11 @@ COMMANDS: dict[str, list[list[str]]] = {
     "metrics": [["metrics", "shop"], ["metrics", "shop", "--json"]],
     "events": [["events"], ["events", "--json"]],
     "exec": [["exec", "shop", "--", "true"]],
+    "completion": [["completion", "bash"]],
 }  # fmt: skip
-# these say nothing where all goes well
-SILENT = {"start", "stop", "restart", "destroy", "restore", "clone", "rename", "token"}
-LOCAL = {"doctor"}  # whose gateway gives no reason then
+# these say nothing of what the gateway answers where all goes well
+SILENT = {"start", "stop", "restart", "destroy", "restore", "clone", "rename", "token", "completion"}
+LOCAL = {"doctor", "completion"}  # whose gateway gives no reason then
 # an event stream that ended is begun again: what was printed by then is enough
 ENDLESS = {"events"}
 
@@ -327,16 +329,50 @@ async def test_who_destroys_is_asked_or_says_so(hostile: tuple[Hostile, str], tm
         assert gateway.asked.count(("DELETE", "/v1/tenants/shop")) == destroyed
 
 
-async def test_who_restores_is_asked_at_a_terminal(hostile: tuple[Hostile, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "question", "path"),
+    [
+        (["restore", "shop", "s1"], "at s1? What it has since is gone. [y/N]", "snapshots/s1/restore"),
+        (["stop", "shop"], "Stop shop? Its site answers nobody until it is started. [y/N]", "stop"),
+    ],
+    ids=["restore", "stop"],
+)
+async def test_who_changes_much_is_asked_at_a_terminal(
+    hostile: tuple[Hostile, str], tmp_path: Path, words: list[str], question: str, path: str
+) -> None:
+    """And nowhere else, nor with --yes."""
     gateway, address = hostile
-    restored = ("POST", "/v1/tenants/shop/snapshots/s1/restore")
-    said = (await _at_a_terminal([["restore", "shop", "s1"]], address, tmp_path, b"\n")).decode()
-    assert "at s1? What it has since is gone. [y/N]" in said and "nothing was changed" in said
-    assert restored not in gateway.asked
-    await _at_a_terminal([["restore", "shop", "s1", "--yes"]], address, tmp_path)
-    assert gateway.asked.count(restored) == 1
-    await _run([["restore", "shop", "s1"]], address, tmp_path)
-    assert gateway.asked.count(restored) == 2
+    gateway.asked.clear()
+    done = ("POST", f"/v1/tenants/shop/{path}")
+    said = (await _at_a_terminal([words], address, tmp_path, b"\n")).decode()
+    assert question in said and re.search("nothing was (changed|stopped)", said)
+    assert done not in gateway.asked
+    await _at_a_terminal([[*words, "--yes"]], address, tmp_path)
+    assert gateway.asked.count(done) == 1
+    await _run([words], address, tmp_path)
+    assert gateway.asked.count(done) == 2
+
+
+async def test_an_interrupt_is_an_answer_too(hostile: tuple[Hostile, str], tmp_path: Path) -> None:
+    """Ctrl-C at a question ends the command at once, and nothing is done."""
+    gateway, address = hostile
+    gateway.asked.clear()
+    master, slave = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "destroy", "shop"),
+        env=_environment(address, tmp_path),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    said = b""
+    while b"[y/N]" not in said:
+        said += await asyncio.to_thread(os.read, master, 65536)
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(process.wait(), 30) == 130
+    os.close(master)
+    assert ("DELETE", "/v1/tenants/shop") not in gateway.asked
 
 
 def _environment(address: str, folder: Path) -> dict[str, str]:

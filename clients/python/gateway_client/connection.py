@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import socket as sockets
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from socket import IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET
 from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
 
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
@@ -66,7 +69,25 @@ class Address:
             return cls("http://localhost", "/" + url.removeprefix("unix:").lstrip("/"))
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"a gateway's address is http://…, https://… or unix:/…, not {url!r}")
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"{url!r} is no gateway's address: {error}") from None
+        if not parts.hostname:
+            raise ValueError(f"{url!r} is no gateway's address: it names no host")
         return cls(url.rstrip("/"))
+
+    def unanswered(self, error: BaseException) -> Disconnected:
+        """Return that nobody answers here, in the system's words where it has some."""
+        why = str(error) or type(error).__name__
+        if isinstance(error, ssl.SSLError):  # whose numbers are others
+            why = f"no TLS with it ({error.reason})"
+        elif isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+            why = os.strerror(error.errno)
+        elif isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        return Disconnected(f"no gateway answers at {self.unix or self.url}: {why}")
 
     def websocket(self, path: str) -> str:
         return "ws" + self.url.removeprefix("http") + path
@@ -154,7 +175,7 @@ class Connection:
         except InvalidStatus as error:
             raise refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, TimeoutError, InvalidHandshake, InvalidURI, EOFError) as error:
-            raise Disconnected(f"no gateway answers at {address.unix or address.url}: {error}") from error
+            raise address.unanswered(error) from error
         wire = socket.transport.get_extra_info("socket")
         if not address.unix and wire is not None:
             # who waits for a silent command sends nothing: only so is it noticed that the gateway is gone

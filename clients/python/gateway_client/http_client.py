@@ -109,6 +109,8 @@ class HttpClient:
         try:
             async with await self.ask(method, url, data=data, headers=headers) as response:
                 content = await response.read()
+        except aiohttp.ClientConnectorError as error:
+            raise self.address.unanswered(error.os_error) from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"{method} {path}: {error}") from error
         if response.status >= 400:
@@ -129,5 +131,7 @@ class HttpClient:
                     raise refusal(response.status, await response.read())
                 async for piece in response.content.iter_any():
                     yield piece
+        except aiohttp.ClientConnectorError as error:
+            raise self.address.unanswered(error.os_error) from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"GET {path}: {error}") from error
