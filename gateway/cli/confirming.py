@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from gateway.terminal import err
@@ -17,7 +18,15 @@ def somebody_is_there() -> bool:
 
 
 def confirm(question: str, otherwise: str) -> None:
-    """Return once the person at the terminal says yes. Raises `Failed` with `otherwise`."""
+    """Return once the person at the terminal says yes. Raises `Failed` with `otherwise`.
+
+    Waits for them, and an event loop with it: there Ctrl-C would not be heard before the line's end.
+    """
     err.say(f"{question} [y/N]", end=" ")
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if answer.strip().lower() not in ("y", "yes"):
         raise Failed(otherwise)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.confirming import Failed, somebody_is_there
 from gateway.cli.options import Json, TokenOption, Url
 from gateway.cli.progress import Progress, follow
 from gateway.terminal import line, out
-from gateway_client import Client, Deployment, DeploymentRecord, Tenant
+from gateway_client.client import Client
+from gateway_client.deployments import Deployment, DeploymentRecord
+from gateway_client.tenant import Tenant
 
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The site's domain, or its tenant")]
 
@@ -36,19 +37,17 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
         if as_json:
             out.json(history.all, indent=True)
             return
-        table = Table(box=None, pad_edge=False)
-        for column in ("id", "created", "what", "state", ""):
-            table.add_column(column)
         known = {record.id for record in history.deployments}
-        for record in history.deployments:
-            table.add_row(
+        rows: list[Sequence[str]] = [
+            (
                 *(record.id, _when(record.all["created"]), _what(record), record.state),
                 "live" if record.id == history.live else "kept" if record.id in history.kept else "",
             )
-        for identity in history.kept:
-            if identity not in known:  # it is no longer on record, or was made under another name
-                table.add_row(identity, "", "", "", "kept")
-        out.print(table)
+            for record in history.deployments
+        ]
+        # those no longer on record, or made under another name
+        rows += [(identity, "", "", "", "kept") for identity in history.kept if identity not in known]
+        out.table(("id", "created", "what", "state", ""), rows)
 
     run_to_end(run())
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.confirming import Failed, confirm, somebody_is_there
 from gateway.cli.options import Json, TenantName, TokenOption, Url, Yes
 from gateway.errors import NotFound
 from gateway.terminal import out
-from gateway_client import Tenant
+from gateway_client.tenant import Tenant
 
 _SHORT = 8  # digits by which a turn is shown, and may be named
 _LOOKED = 200  # turns among which a short name is looked for
@@ -83,7 +81,7 @@ def undo(
             if later and not yes and somebody_is_there():
                 word = "turn" if later == 1 else "turns"
                 question = f"That takes back {later} later {word} too. Go on?"
-                await asyncio.to_thread(confirm, question, "nothing was changed")
+                confirm(question, "nothing was changed")
             done = await asked.restore_turn(wanted, "after" if to else "before")
         if done is None:
             out.say("The files are so already.")
@@ -109,18 +107,14 @@ def _show_list(tenant: str, turns: Sequence[Mapping[str, Any]]) -> None:
     if not turns:
         out.say(f"{tenant} has no turns yet.")
         return
-    table = Table("turn", "when", "agent", "files", "lines", "what", box=None, pad_edge=False)
-    for one in turns:
-        counts = f"+{one['added']} -{one['removed']}"
-        table.add_row(
-            one["turn"][:_SHORT],
-            _when(one["at"]),
-            one["agent"],
-            str(one["files"]),
-            counts,
-            _first(one["title"]),
+    rows = [
+        (
+            *(one["turn"][:_SHORT], _when(one["at"]), one["agent"], str(one["files"])),
+            *(f"+{one['added']} -{one['removed']}", _first(one["title"])),
         )
-    out.print(table)
+        for one in turns
+    ]
+    out.table(("turn", "when", "agent", "files", "lines", "what"), rows)
 
 
 def _when(at: int) -> str:

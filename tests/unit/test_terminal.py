@@ -145,7 +145,7 @@ class Hostile:
         tenant |= {"created": EVIL, "asleep": False, "snapshots": [], "type": EVIL, "template": EVIL}
         path = request.path
         if path == "/v1/tenants":
-            return {"tenants": [tenant]}
+            return {"tenants": [tenant, {**tenant, "name": "shop"}]}
         if path == "/v1/audit":
             facts = {"path": EVIL, EVIL: EVIL}
             return {
@@ -157,10 +157,16 @@ class Hostile:
             return {"snapshots": [snapshot]} if request.method == "GET" else snapshot
         if path.endswith("/metrics"):
             return {EVIL: EVIL}
-        if path.startswith("/v1/deployments"):
-            error = {"code": "failed", "message": f"{EVIL}\nforged", "phase": EVIL}
-            return {"id": "d1", "tenant": EVIL, "domain": EVIL, "url": EVIL, "kind": "create", "phases": [],
-                    "state": "rolledback", "error": error}  # fmt: skip
+        error = {"code": "failed", "message": f"{EVIL}\nforged", "phase": EVIL}
+        deployment = {"id": "d1", "tenant": EVIL, "domain": EVIL, "url": EVIL, "kind": "create", "phases": [],
+                      "state": "rolledback", "error": error, "created": 1.0, "rollback": None, "env": [EVIL],
+                      "template": EVIL}  # fmt: skip
+        if path.endswith("/deployments") and request.method == "GET":
+            return {"deployments": [deployment], "live": EVIL, "kept": [{"id": EVIL}]}
+        if path.endswith("/env") and request.method == "GET":
+            return {"names": [EVIL], "env": {EVIL: EVIL}}
+        if "/deployments" in path or path.endswith(("/rollback", "/env")):
+            return deployment
         return tenant
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
@@ -238,6 +244,11 @@ COMMANDS: dict[str, list[list[str]]] = {
     "clone": [["clone", "shop", "new"]],
     "rename": [["rename", "shop", "d.example"]],
     "resize": [["resize", "shop", "medium"]],
+    "deployments": [["deployments", "shop"], ["deployments", "shop", "--json"]],
+    "rollback": [["rollback", "shop"]],
+    "env": [["env", "shop"], ["env", "shop", "--values"], ["env", "shop", "set", "A=1"]],
+    "history": [["history", "shop"], ["history", "shop", "a" * 40]],
+    "undo": [["undo", "shop", "--yes"]],
     "logs": [["logs", "shop"]],
     "metrics": [["metrics", "shop"], ["metrics", "shop", "--json"]],
     "events": [["events"], ["events", "--json"]],
@@ -426,12 +437,19 @@ async def _at_a_terminal(tried: list[list[str]], address: str, folder: Path, typ
 
 
 def test_nobody_prints_around_it() -> None:
-    """One room writes to the operator's terminal. `bun` runs before anything is installed, of no tenant."""
+    """One room writes to the operator's terminal. `bun` runs before anything is installed, of no tenant;
+    `detection` answers the gateway by a pipe.
+    """
     around = re.compile(
         r"(?<!\.)\bprint\(|sys\.(__)?std(out|err)\b|typer\.(echo|secho|confirm|prompt)|click\."
         r"|StreamHandler|basicConfig|os\.write\([12],|rich\.console import .*\bConsole\b"
     )
-    may = {"gateway/terminal/__init__.py", "gateway/terminal/drawing.py", "gateway/host/bun.py"}
+    may = {
+        "gateway/terminal/__init__.py",
+        "gateway/terminal/drawing.py",
+        "gateway/host/bun.py",
+        "gateway/detection/__main__.py",
+    }
     found = []
     for path in sorted((ROOT / "gateway").rglob("*.py")):
         name = str(path.relative_to(ROOT))

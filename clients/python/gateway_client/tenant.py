@@ -349,10 +349,10 @@ class Tenant:
         return await self._begun("PATCH", "env", {"env": dict(changes)}, key)
 
     async def _begun(self, method: str, what: str, body: Mapping[str, Any], key: str | None) -> Deployment:
-        headers = {} if key is None else {"Idempotency-Key": key}
-        answer = await self._http.json(method, f"{self._path}/{what}", body, headers)
         from gateway_client.deployments import Deployment
 
+        headers = {} if key is None else {"Idempotency-Key": key}
+        answer = await self._http.json(method, f"{self._path}/{what}", body, headers)
         return Deployment(self._http, answer["id"])
 
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
