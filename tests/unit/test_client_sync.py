@@ -52,7 +52,7 @@ def gone(tree: Tree, deadline: float = 20) -> bool:
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda one: one.__module__)
 def test_whatever_the_other_can_do_can_be_done_here(theirs: type, ours: type) -> None:
-    names = {name for name in vars(theirs) if not name.startswith("_")} - NOT_HERE
+    names = {name for name in dir(theirs) if not name.startswith("_")} - NOT_HERE
     assert names <= {name for name in dir(ours) if not name.startswith("_")}
 
 

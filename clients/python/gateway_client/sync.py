@@ -31,7 +31,7 @@ from gateway_client.retry import OnChange, Retry, State
 __all__ = ["Client", "Deployment", "EventStream", "Exec", "Files", "Output", "Tenant", "Watch"]
 
 Given = ParamSpec("Given")
-Inner = TypeVar("Inner")
+Inner = TypeVar("Inner", covariant=True)
 Opened = TypeVar("Opened")
 Result = TypeVar("Result")
 _END: Final = object()

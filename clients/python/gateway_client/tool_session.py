@@ -1,0 +1,217 @@
+"""The tools of one tenant, in one tool session, and the turns that record what they change."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from gateway_client.connections import Connections
+from gateway_client.results import ShellResult, ToolResult, failure
+from gateway_client.retry import State
+
+
+class ToolSession:
+    """The tools of a tenant. What was read, and Bash's folder, last from call to call.
+
+    All calls share one websocket, which is opened when something is asked.
+    """
+
+    def __init__(self, connections: Connections, linger: float | None) -> None:
+        self._connections = connections
+        self._linger = linger
+
+    @property
+    def state(self) -> State:
+        """Whether there is a connection to this tenant: `idle` if none was needed yet, or none is kept."""
+        return self._connections.state
+
+    async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
+        """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
+
+        Where the connection breaks, what may be asked twice is asked again.
+        """
+        return await self._connections.request(method, params)
+
+    async def ping(self) -> None:
+        await self.request("ping")
+
+    # --- tools ----------------------------------------------------------------------------------------
+
+    async def tools(self) -> list[Mapping[str, Any]]:
+        """Return name, description and input schema of every tool."""
+        return list((await self.request("tools/list"))["tools"])
+
+    async def tool(
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        call_id: str | None = None,
+        *,
+        linger: float | None = None,
+    ) -> ToolResult:
+        """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
+
+        `call_id` makes the call exactly-once: asking again with the same one returns the same result. Without
+        one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
+        cancels the call and what it runs; where this process is killed, or its connection stays broken, it
+        ends `linger` seconds later (as the tenant's `linger` says, else half a minute).
+        """
+        params: dict[str, Any] = {"name": name, "arguments": arguments}
+        params["callId"] = call_id or secrets.token_hex(16)
+        linger = self._linger if linger is None else linger
+        if linger is not None:
+            params["lingerMs"] = round(linger * 1000)
+        return ToolResult.parse(await self.request("tools/call", params))
+
+    async def read(
+        self,
+        path: str,
+        *,
+        offset: int | None = None,
+        limit: int | None = None,
+        pages: str | None = None,
+        allow_large: bool = False,
+    ) -> ToolResult:
+        """Read lines of a file, or `pages` of a PDF. This and the next raise the typed error of a failure."""
+        return await self._tool(
+            "Read", file_path=path, offset=offset, limit=limit, pages=pages, allow_large=allow_large or None
+        )
+
+    async def write(self, path: str, content: str) -> ToolResult:
+        """Write a whole file, with the folders above it."""
+        return await self._tool("Write", file_path=path, content=content)
+
+    async def edit(self, path: str, old: str, new: str, *, replace_all: bool = False) -> ToolResult:
+        """Replace `old`, which must be in the file once unless `replace_all`, by `new`."""
+        return await self._tool(
+            "Edit", file_path=path, old_string=old, new_string=new, replace_all=replace_all or None
+        )
+
+    async def glob(self, pattern: str, path: str | None = None) -> ToolResult:
+        """Find files by name."""
+        return await self._tool("Glob", pattern=pattern, path=path)
+
+    async def grep(
+        self,
+        pattern: str,
+        path: str | None = None,
+        *,
+        glob: str | None = None,
+        type: str | None = None,
+        output_mode: Literal["content", "files_with_matches", "count"] | None = None,
+        ignore_case: bool = False,
+        only_matching: bool = False,
+        multiline: bool = False,
+        line_numbers: bool = True,
+        before: int | None = None,
+        after: int | None = None,
+        context: int | None = None,
+        head_limit: int | None = None,
+        offset: int | None = None,
+    ) -> ToolResult:
+        """Search in files. `before`, `after` and `context` count lines around a match, in content mode."""
+        given = {"-i": ignore_case or None, "-o": only_matching or None, "-B": before, "-A": after}
+        return await self._tool(
+            "Grep",
+            pattern=pattern,
+            path=path,
+            glob=glob,
+            type=type,
+            output_mode=output_mode,
+            multiline=multiline or None,
+            context=context,
+            head_limit=head_limit,
+            offset=offset,
+            **given,
+            **({} if line_numbers else {"-n": False}),
+        )
+
+    async def bash(
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        background: bool = False,
+        description: str | None = None,
+    ) -> ShellResult:
+        """Run a line in this session's working directory; an exit code is in the result, whatever it is.
+
+        After `timeout` seconds (default 120, at most 600) it goes on in the background: `status` is `running`
+        then, and `bash_output` follows it.
+        """
+        return await self._shell(
+            "Bash",
+            command=command,
+            timeout=None if timeout is None else round(timeout * 1000),
+            run_in_background=background or None,
+            description=description,
+        )
+
+    async def bash_output(self, shell_id: str, *, filter: str | None = None) -> ShellResult:
+        """Return what a command in the background has printed since the last call; its end too."""
+        return await self._shell("BashOutput", bash_id=shell_id, filter=filter)
+
+    async def kill_shell(self, shell_id: str) -> ToolResult:
+        """End a command in the background with all that it started."""
+        return await self._tool("KillShell", shell_id=shell_id)
+
+    async def _shell(self, name: str, /, **arguments: Any) -> ShellResult:
+        result = await self.tool(name, _given(arguments))
+        if result.is_error and not {"exec", "status"} <= result.structured.keys():  # nothing has run
+            raise failure(result)
+        return ShellResult(result.content, result.is_error, result.structured)
+
+    async def _tool(self, name: str, /, **arguments: Any) -> ToolResult:
+        result = await self.tool(name, _given(arguments))
+        if result.is_error:
+            raise failure(result)
+        return result
+
+    # --- history --------------------------------------------------------------------------------------
+
+    async def begin_turn(self, title: str = "", agent: str | None = None) -> Mapping[str, Any] | None:
+        """Begin a turn of this tool session; `title` is what the agent was asked, `agent` its name.
+
+        Return the turn before, which ends, where it changed anything.
+        """
+        asked = {"title": title} if agent is None else {"title": title, "agent": agent}
+        found: Mapping[str, Any] | None = (await self.request("turn/begin", asked))["before"]
+        return found
+
+    async def end_turn(self) -> Mapping[str, Any] | None:
+        """End this tool session's turn; return it as recorded, None if nothing changed."""
+        found: Mapping[str, Any] | None = (await self.request("turn/end"))["turn"]
+        return found
+
+    async def history(self, limit: int = 50, *, before: str | None = None) -> list[Mapping[str, Any]]:
+        """Return the turns of the tenant, latest first; `before` is the id of one, for those before it."""
+        asked: dict[str, Any] = {"limit": limit}
+        if before is not None:
+            asked["before"] = before
+        return list((await self.request("history/list", asked))["turns"])
+
+    async def turn(self, turn: str) -> Mapping[str, Any]:
+        """Return a turn with the files that it `changed` and its `diff`."""
+        found: Mapping[str, Any] = await self.request("history/diff", {"turn": turn})
+        return found
+
+    async def restore_turn(
+        self, turn: str, to: Literal["after", "before"] = "after"
+    ) -> Mapping[str, Any] | None:
+        """Make the files what they were right after a turn, or before it; return that as a turn of its own.
+
+        None if they are so already. Raises `Conflict` if something that is not recorded is in the way.
+        """
+        asked = {"turn": turn, "to": to}
+        found: Mapping[str, Any] | None = (await self.request("history/restore", asked))["turn"]
+        return found
+
+    async def undo(self) -> Mapping[str, Any] | None:
+        """Take back the last turn; return that as a turn of its own, None if there is none."""
+        last = await self.history(1)
+        return await self.restore_turn(last[0]["turn"], "before") if last else None
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
