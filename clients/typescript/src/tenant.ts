@@ -151,6 +151,11 @@ export class Tenant extends Tools implements Disposable {
     this.#link.close();
   }
 
+  /** @internal The same tenant over a connection of its own. */
+  twin(): Tenant {
+    return this.#other(this.name);
+  }
+
   [Symbol.dispose](): void {
     this.close();
   }

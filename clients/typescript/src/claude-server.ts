@@ -1,0 +1,185 @@
+/**
+ * The tenant's tools as an MCP server in this process, as the Agent SDK connects one: JSON-RPC messages over its
+ * transport. Of the protocol the CLI asks only for these few methods; the tools' schemas are the gateway's own JSON,
+ * for which the package `@modelcontextprotocol/sdk` would want the library zod.
+ */
+
+import { LiveOutput, type OnOutput } from "./claude-output.js";
+import { GatewayError } from "./errors.js";
+import type { Tenant } from "./tenant.js";
+import { ToolResult } from "./tools.js";
+import type { ToolInfo } from "./types.js";
+
+export type { OnOutput, Printed } from "./claude-output.js";
+
+interface Message {
+  readonly id?: string | number;
+  readonly method?: string;
+  readonly params?: Readonly<Record<string, unknown>>;
+}
+
+/** What the SDK connects us by. */
+interface Transport {
+  onmessage?: (message: never) => void;
+  onclose?: () => void;
+  start(): Promise<void>;
+  send(message: object): Promise<void>;
+}
+
+interface Settings {
+  readonly onOutput: OnOutput | undefined;
+  readonly lingerMs: number;
+}
+
+const READ_ONLY = ["Read", "Glob", "Grep"];
+/**
+ * UTF-16 units of a result's text. Over 500 000 the CLI writes it into a file of this host and shows 2 KB of it, over
+ * some 10 000 it cuts the middle out of an error: both are cut here, with words that help.
+ */
+const RESULT_MAX = 490_000;
+const ERROR_MAX = 10_000;
+const CALL_ID = "claudecode/toolUseId";
+/** Of an embedded file: the CLI would keep it on this host and show the model a path that no tool of it reaches. */
+const UNSHOWN =
+  "The file itself cannot be shown here: its pages come as images once whoever runs the gateway has installed its " +
+  "extra `pdf`. Until then a program in the container may read it, if there is one.";
+
+export class ToolServer {
+  readonly #tenant: Tenant;
+  readonly #settings: Settings;
+
+  constructor(tenant: Tenant, settings: Settings) {
+    this.#tenant = tenant;
+    this.#settings = settings;
+  }
+
+  /** Serves one agent until its transport closes, which cancels what it still runs. */
+  async connect(transport: Transport): Promise<void> {
+    const conversation = new Conversation(this.#tenant, this.#settings, transport);
+    transport.onmessage = (message: Message) => void conversation.received(message);
+    transport.onclose = () => conversation.close();
+    await transport.start();
+  }
+}
+
+/** One agent's calls. */
+class Conversation {
+  readonly #tenant: Tenant;
+  readonly #lingerMs: number;
+  readonly #transport: Transport;
+  readonly #calls = new Map<string | number, AbortController>();
+  readonly #live: LiveOutput | null;
+
+  constructor(tenant: Tenant, { onOutput, lingerMs }: Settings, transport: Transport) {
+    this.#tenant = tenant;
+    this.#lingerMs = lingerMs;
+    this.#transport = transport;
+    this.#live = onOutput === undefined ? null : new LiveOutput(tenant.twin(), onOutput);
+  }
+
+  async received({ id, method, params = {} }: Message): Promise<void> {
+    if (method === undefined) return; // an answer, and we ask nothing
+    if (method === "notifications/cancelled") {
+      this.#calls.get(params.requestId as string | number)?.abort();
+      return;
+    }
+    if (id === undefined) return;
+    let answer: object;
+    try {
+      answer = { result: await this.#answer(id, method, params) };
+    } catch (error) {
+      const message = error instanceof Error ? error.message : String(error);
+      answer = { error: { code: error instanceof UnknownMethod ? -32601 : -32603, message } };
+    }
+    // who closed reads no more
+    await this.#transport.send({ jsonrpc: "2.0", id, ...answer }).catch(() => {});
+  }
+
+  close(): void {
+    for (const call of this.#calls.values()) call.abort();
+    this.#live?.close();
+  }
+
+  async #answer(id: string | number, method: string, params: Message["params"] & object): Promise<object> {
+    switch (method) {
+      case "initialize":
+        return {
+          protocolVersion: params.protocolVersion,
+          capabilities: { tools: {} },
+          serverInfo: { name: "incus-gateway", version: "1" },
+        };
+      case "ping":
+        return {};
+      case "tools/list":
+        await this.#live?.open(); // before any call is made: what happens from here on is told
+        return { tools: (await this.#tenant.tools()).map(described) };
+      case "tools/call":
+        return await this.#call(id, params);
+      default:
+        throw new UnknownMethod(`there is no method ${method}`);
+    }
+  }
+
+  async #call(id: string | number, params: Message["params"] & object): Promise<object> {
+    const { name, arguments: args = {}, _meta: meta } = params;
+    const callId = (meta as Record<string, string> | undefined)?.[CALL_ID];
+    const ending = new AbortController();
+    this.#calls.set(id, ending);
+    try {
+      if (callId !== undefined) this.#live?.expect(callId);
+      const options = { callId, lingerMs: this.#lingerMs, signal: ending.signal };
+      const result = await this.#tenant.tool(String(name), args as object, options);
+      if (callId !== undefined && name === "Bash") await this.#live?.finish(callId, result);
+      return answered(result);
+    } catch (error) {
+      if (!(error instanceof GatewayError)) throw error;
+      // the model can say it to its user, or try something else
+      return answered(new ToolResult([{ type: "text", text: error.message }], true));
+    } finally {
+      this.#calls.delete(id);
+      if (callId !== undefined) this.#live?.forget(callId);
+    }
+  }
+}
+
+class UnknownMethod extends Error {}
+
+/** Read-only tools are marked so that the CLI runs them at the same time. */
+function described({ name, description, inputSchema }: ToolInfo): object {
+  const readOnly = READ_ONLY.includes(name);
+  return {
+    name,
+    description,
+    inputSchema,
+    annotations: { readOnlyHint: readOnly, destructiveHint: !readOnly },
+    // without alwaysLoad the tools would hide behind a search where other servers have many
+    _meta: { "anthropic/maxResultSizeChars": 500_000, "anthropic/alwaysLoad": true },
+  };
+}
+
+/** Results carry no structuredContent: the CLI would show the model that instead of the text. */
+function answered(result: ToolResult): object {
+  const content: object[] = [];
+  let room = result.isError ? ERROR_MAX : RESULT_MAX;
+  for (const part of result.content) {
+    if (part.type === "image") content.push(part);
+    else if (part.type === "text") {
+      const text = cut(part.text, room, result.isError);
+      room = Math.max(0, room - text.length);
+      content.push({ type: "text", text });
+    } else return { content: [{ type: "text", text: UNSHOWN }], isError: true };
+  }
+  return { content, isError: result.isError };
+}
+
+/** Returns `text` within `limit` UTF-16 units: its beginning, or its two ends. */
+export function cut(text: string, limit: number, middle: boolean): string {
+  if (text.length <= limit) return text;
+  let note = `\n\n... [${text.length - limit} characters truncated] ...\n\n`;
+  if (!middle) note += "Ask for less at a time: a range of lines, a narrower pattern.";
+  const keep = Math.max(0, limit - note.length);
+  const tail = middle ? Math.floor(keep / 2) : 0;
+  // half of a pair is dropped rather than shown
+  const head = text.slice(0, keep - tail).replace(/[\ud800-\udbff]$/, "");
+  return head + note + text.slice(text.length - tail).replace(/^[\udc00-\udfff]/, "");
+}
