@@ -13,6 +13,7 @@ import pytest
 
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
+from gateway.deployments.request import Rollback
 from gateway.errors import Unavailable
 from gateway.events import Bus, MemoryJournal
 from gateway.ownership.domains import Domains
@@ -25,6 +26,7 @@ from tests.integration.sites import OPERATOR, Hosting, RealCaddy, settings_for
 # every effect of a deployment, in order; what it does before it is a fault of the phase before
 CREATE = ["create", "push", "install", "start", "expose", "set", "ask", "certify"]
 UPDATE = ["push", "install", "start", "expose", "set", "ask", "settle"]
+ROLLBACK = ["take", "start", "expose", "set", "ask", "settle"]
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Broken:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.real, name)
-        if name not in {*CREATE, *UPDATE}:
+        if name not in {*CREATE, *UPDATE, *ROLLBACK}:
             return found
         return self._broken_later(name, found) if name != "set" else self._broken(name, found)
 
@@ -78,6 +80,7 @@ class Rig:
 
     deployments: Deployments
     sites: Broken
+    former: Broken
     caddy: Broken
     journal: MemoryJournal
     host: Hosting
@@ -85,6 +88,16 @@ class Rig:
     async def deploy(self, domain: str, **more: Any) -> Record:
         record, _ = await self.deployments.begin(Request(domain, "static", **more), OPERATOR)
         return record
+
+    async def rollback(self, tenant: str) -> Record:
+        record, _ = await self.deployments.change(tenant, Rollback(), OPERATOR)
+        return record
+
+    def fails(self, number: int, name: str, when: str) -> None:
+        """Have the next call of one kind fail for the tenant `live-NUMBER-test`, or for its domain."""
+        subject = f"live-{number}.test" if name in ("set", "ask") else f"live-{number}-test"
+        target = self.caddy if name in ("set", "ask") else self.former if name == "take" else self.sites
+        target.faults[subject] = (name, when)
 
     async def ended(self, record: Record) -> Record:
         async with asyncio.timeout(100):
@@ -110,6 +123,8 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
         store = await stack.enter_async_context(Store(settings.state_dir))
         runtime = await stack.enter_async_context(IncusRuntime(settings))
         sites = Broken(await stack.enter_async_context(IncusSites(settings, runtime)))
+        former = Broken(sites.real.former)
+        vars(sites)["former"] = former
         caddy = Broken(await stack.enter_async_context(Caddy(settings)))
         bus = Bus(journal)
         domains = await Domains.opened(runtime, store, bus, settings)
@@ -117,7 +132,7 @@ async def rig(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory
             Deployments(runtime, sites, caddy, domains, store, bus, settings)  # type: ignore[arg-type]  # stands in
         )
         await deployments.recover()
-        yield Rig(deployments, sites, caddy, journal, Hosting(settings, Path("/dev/null")))
+        yield Rig(deployments, sites, former, caddy, journal, Hosting(settings, Path("/dev/null")))
 
 
 @pytest.fixture(autouse=True)
@@ -163,15 +178,41 @@ async def test_an_update_that_breaks_anywhere_leaves_the_old_site_as_it_was(rig:
     for start in range(0, len(points), tenants):
         records = []
         for number, (name, when) in enumerate(points[start : start + tenants]):
-            target = rig.caddy if name in ("set", "ask") else rig.sites
-            subject = f"live-{number}.test" if target is rig.caddy else f"live-{number}-test"
-            target.faults[subject] = (name, when)
+            rig.fails(number, name, when)
             records.append((name, when, await rig.deploy(f"live-{number}.test", env={"A": "1"})))
         for name, when, record in records:
             await rig.ended(record)
             assert record.state == "rolledback", (name, when, record)
             assert record.error is not None
             assert record.error["message"] == f"broken {when} {name}"
+        assert rig.host.leavings() == before, points[start : start + tenants]
+        for number in range(tenants):
+            assert inside(f"live-{number}-test") == at_rest[number], points[start : start + tenants]
+            assert (await rig.host.visit(f"live-{number}.test"))[0] == 200
+
+
+async def test_a_rollback_that_breaks_anywhere_leaves_the_live_site_and_the_kept_one(rig: Rig) -> None:
+    """Whichever effect of a rollback fails, the live site answers, and the container holds what it did."""
+    points = [(name, when) for name in ROLLBACK for when in ("before", "after")]
+    tenants = 3
+    for env in ({}, {"A": "1"}):
+        for number in range(tenants):
+            record = await rig.ended(await rig.deploy(f"live-{number}.test", env=env))
+            assert record.state == "succeeded", record.error
+    before = rig.host.leavings()
+    at_rest = [inside(f"live-{number}-test") for number in range(tenants)]
+    assert all("/site.service" in said and "/.site-kept/d-" in said[1:] for said in at_rest)
+    for start in range(0, len(points), tenants):
+        records = []
+        for number, (name, when) in enumerate(points[start : start + tenants]):
+            rig.fails(number, name, when)
+            records.append((name, when, await rig.rollback(f"live-{number}-test")))
+        for name, when, record in records:
+            await rig.ended(record)
+            assert (record.state, (record.error or {}).get("message")) == (
+                "rolledback",
+                f"broken {when} {name}",
+            ), (name, when, record)
         assert rig.host.leavings() == before, points[start : start + tenants]
         for number in range(tenants):
             assert inside(f"live-{number}-test") == at_rest[number], points[start : start + tenants]
