@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import os
+from collections import Counter
 from pathlib import Path
+from typing import Final
 
-from gateway.deployments.entries import packed, read_folder
+from gateway.deployments.entries import LEFT_OUT, packed, read_folder
 from gateway.deployments.manifest import MANIFEST, Overrides, written
 from gateway.deployments.template import Template, checked
-from gateway.errors import InvalidParams
+from gateway.errors import InvalidParams, TooLarge
+from gateway.rootfs.paths import show
 from gateway.settings import Settings
+from gateway.tools.search.ignore_files import Rules, rules
+
+_IGNORE_MAX: Final = 64 << 10  # bytes of an ignore file
+_LOOKED_AT: Final = 200_000  # files and folders until what is too much is not counted any more
 
 
 def named(given: str) -> bool:
@@ -17,16 +26,93 @@ def named(given: str) -> bool:
     return "/" not in given and not given.startswith(".") and not Path(given).is_dir()
 
 
-def read(folder: Path, settings: Settings, overrides: Overrides) -> Template:
-    """Read a folder as the gateway will, so that what is wrong is said before anything is sent."""
+class Ignored:
+    """What the ignore files of a folder, and those below it, leave out; called with a path and its kind.
+
+    `named` are the uppermost of what was asked for and left out, folders with a slash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rules: dict[str, Rules] = {}
+        self.named: list[str] = []
+
+    def __call__(self, path: str, is_folder: bool) -> bool:
+        above = path
+        while above:  # the innermost file decides
+            above = above.rpartition("/")[0]
+            inner = path[len(above) + 1 :] if above else path
+            decided = self._of(above).decide(inner, folder=is_folder)
+            if decided is not None:
+                if decided and (name := f"{path}/" if is_folder else path) not in self.named:
+                    self.named.append(name)
+                return decided
+        return False
+
+    def _of(self, folder: str) -> Rules:
+        if folder not in self._rules:
+            text = b""
+            with contextlib.suppress(OSError):
+                descriptor = os.open(self._folder / folder / ".gitignore", os.O_RDONLY | os.O_NOFOLLOW)
+                with os.fdopen(descriptor, "rb") as file:
+                    text = file.read(_IGNORE_MAX)
+            self._rules[folder] = rules(text.decode("utf-8", "replace"))
+        return self._rules[folder]
+
+
+def _measure(folder: Path, settings: Settings, ignored: Ignored) -> None:
+    """Raise `TooLarge` for a folder of more than a site has, before a file of it is read."""
+    sizes, files, pending = Counter[str](), 0, [""]
+    while pending and files < _LOOKED_AT:
+        at = pending.pop()
+        with os.scandir(folder / at) as listed:
+            for found in listed:
+                path = f"{at}/{found.name}" if at else found.name
+                is_folder = found.is_dir(follow_symlinks=False)
+                if found.name in LEFT_OUT or ignored(path, is_folder):
+                    continue
+                files += 1
+                top, below, _ = path.partition("/")
+                if is_folder:
+                    pending.append(path)
+                    sizes[f"{top}/"] += 0
+                else:
+                    sizes[f"{top}/" if below else top] += found.stat(follow_symlinks=False).st_size
+    size = sum(sizes.values())
+    if size <= settings.template_bytes and files <= settings.template_files:
+        return
+    largest = ", ".join(f"{show(name)} ({_bytes(has)})" for name, has in sizes.most_common(3))
+    raise TooLarge(
+        f"{folder} has {'' if files < _LOOKED_AT else 'over '}{_bytes(size)} in {files} files, and a site at "
+        f"most {_bytes(settings.template_bytes)} (GATEWAY_TEMPLATE_BYTES) in {settings.template_files} "
+        f"(GATEWAY_TEMPLATE_FILES). The largest are {largest}: leave out what the site does not need by a "
+        "line in .gitignore, and keep large files elsewhere",
+        limit=settings.template_bytes,
+    )
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def read(folder: Path, settings: Settings, overrides: Overrides) -> tuple[Template, list[str]]:
+    """Read a folder as the gateway will, so that what is wrong is said before anything is sent.
+
+    Returns it with what its .gitignore leaves out.
+    """
     if not folder.is_dir():
         raise InvalidParams(f"{folder} is no folder")
+    ignored = Ignored(folder)
     try:
-        entries = read_folder(folder, settings)
+        _measure(folder, settings, ignored)
+        entries = read_folder(folder, settings, ignored)
     except OSError as error:
         raise InvalidParams(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     try:
-        return checked(str(folder), entries, settings, shared=False, overrides=overrides)
+        return checked(str(folder), entries, settings, shared=False, overrides=overrides), ignored.named
     except InvalidParams as error:
         # the gateway is told of no folder; here there is one
         error.message = error.message.replace(" DOMAIN FOLDER/", f" DOMAIN {folder}/")

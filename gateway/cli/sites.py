@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from pydantic import ValidationError
@@ -17,8 +17,10 @@ from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
 from gateway.cli.progress import Progress, follow
 from gateway.deployments.manifest import Overrides
 from gateway.settings import load
-from gateway.terminal import out
+from gateway.terminal import line, out
 from gateway_client import DeploymentRecord
+
+_NAMED: Final = 6  # of what is left out
 
 
 class Step(StrEnum):
@@ -62,7 +64,10 @@ def deploy(
             raise typer.BadParameter("--start, --install, --port and --write are for a folder")
         what: str | bytes = template
     else:
-        read = folders.read(Path(given), load(), overrides)
+        read, left = folders.read(Path(given), load(), overrides)
+        if left and not as_json:
+            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+            out.say(f"left out, as .gitignore says: {', '.join(map(line, left[:_NAMED]))}{more}")
         if write:
             where = folders.write_manifest(Path(given), read)
             if not as_json:

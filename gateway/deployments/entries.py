@@ -11,7 +11,7 @@ import os
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,8 @@ from gateway.errors import InvalidParams, TooLarge
 from gateway.rootfs.paths import show
 from gateway.settings import Settings
 
-LEFT_OUT: Final = frozenset({"node_modules", ".git", ".DS_Store"})  # made anew, or nobody else's business
+# made anew where the site runs, or nobody else's business
+LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git", ".DS_Store"})
 SHOWN: Final = 200  # characters of what a template says that an error repeats
 _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
@@ -99,8 +100,10 @@ def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
             raise refused(f"the link {shown} leads out of the template")
 
 
-def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
-    """Read a folder, following nothing.
+def read_folder(
+    folder: Path, settings: Settings, leaves: Callable[[str, bool], bool] | None = None
+) -> dict[str, Entry]:
+    """Read a folder, following nothing; `leaves` says by path and kind (folder or not) what is left out.
 
     Raises `InvalidParams` for what is neither file, folder nor link, `TooLarge`, and `OSError`.
     """
@@ -114,6 +117,8 @@ def read_folder(folder: Path, settings: Settings) -> dict[str, Entry]:
                 if found.name in LEFT_OUT:
                     continue
                 path = f"{at}/{found.name}" if at else found.name
+                if leaves is not None and leaves(path, found.is_dir(follow_symlinks=False)):
+                    continue
                 if len(entries) >= settings.template_files:
                     raise too_many(settings)
                 if found.is_symlink():

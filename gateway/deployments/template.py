@@ -26,6 +26,7 @@ from gateway.detection import Clues, Detected, detect
 from gateway.detection.apart import detect_apart
 from gateway.detection.frameworks import Framework, Project, expanded, project, recognise
 from gateway.errors import InvalidParams, NotFound, Unavailable
+from gateway.rootfs.paths import show
 from gateway.runtime.sites import Recipe
 from gateway.settings import Settings
 from gateway.tools.mirroring import Kind
@@ -163,6 +164,14 @@ def checked(
     if len(entries.keys() | folders_above(entries)) > settings.template_files:
         raise too_many(settings)
     manifest = read_manifest(entries.get(MANIFEST)).but(overrides or Overrides())
+    if manifest.static not in (None, ".") and not manifest.install:
+        inside = f"{manifest.static}/"
+        if not any(path.startswith(inside) for path in entries):
+            raise InvalidParams(
+                f"{MANIFEST}: static: there is no folder {show(str(manifest.static))} with files, and no "
+                "`install` that makes it",
+                reason="template_invalid",
+            )
     if manifest.static is not None or (manifest.start is not None and manifest.install is not None):
         return Template(name, manifest, entries, shared)
     if manifest.start is not None and MANIFEST in entries:  # who says how it starts has said all

@@ -116,13 +116,15 @@ def _install(clues: Clues) -> tuple[Command, str]:
             return ("uv", "sync", "--locked"), "there is uv.lock"
         return ("uv", "sync"), "there is pyproject.toml, and no lockfile"
     if "requirements.txt" in clues.names:
-        line = "uv venv --quiet --allow-existing && uv pip install -r requirements.txt"
+        line = "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt"
         return ("sh", "-c", line), "there is requirements.txt"
     return (), "nothing tells of packages"
 
 
 def _program(install: Command, name: str) -> Command:
-    """Return the program of that name: of `.venv` where one is made."""
-    if install:
-        return (f"{_RUN}/{name}",)
-    return ("python3",) if name == "python" else ("python3", "-m", name)
+    """Return how a program is started: of `.venv` where one is made.
+
+    By Python itself: the scripts of a venv name the folder that it was made in, and an update is moved.
+    """
+    python = f"{_RUN}/python" if install else "python3"
+    return (python,) if name == "python" else (python, "-m", name)

@@ -128,12 +128,12 @@ DEV = "--host 0.0.0.0 --port $PORT"
          "PATH=node_modules/.bin:.venv/bin:$PATH; node x.js"),
         ({"Procfile": "web: vite preview", "package.json": VITE}, "vite", f"bun run dev {DEV}"),
         ({"main.py": "app = FastAPI()", "requirements.txt": "fastapi[standard]>=0.1\n"}, "fastapi",
-         ".venv/bin/uvicorn main:app --host 0.0.0.0 --port $PORT --reload"),
+         ".venv/bin/python -m uvicorn main:app --host 0.0.0.0 --port $PORT --reload"),
         ({"src/main.py": "api: FastAPI = FastAPI()", "pyproject.toml":
           '[project]\ndependencies = ["fastapi", "uvicorn"]', "uv.lock": ""}, "fastapi",
-         ".venv/bin/uvicorn main:api --app-dir src --host 0.0.0.0 --port $PORT"),
+         ".venv/bin/python -m uvicorn main:api --app-dir src --host 0.0.0.0 --port $PORT"),
         ({"app.py": "app = Flask(__name__)", "requirements.txt": "Flask"}, "flask",
-         ".venv/bin/flask --app app.py:app run --host 0.0.0.0 --port $PORT --reload --no-debugger"),
+         ".venv/bin/python -m flask --app app.py:app run --host 0.0.0.0 --port $PORT --reload --no-debugger"),
         ({"manage.py": "", "requirements.txt": "django"}, "django",
          ".venv/bin/python manage.py runserver 0.0.0.0:$PORT"),
         ({"main.py": "HTTPServer(('', 1), X).serve_forever()"}, "python", "python3 main.py"),
@@ -182,7 +182,7 @@ def test_what_start_needs_is_built() -> None:
 
 def test_requirements_are_installed_in_a_venv() -> None:
     detected = found({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"})
-    line = "uv venv --quiet --allow-existing && uv pip install -r requirements.txt"
+    line = "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt"
     assert detected.to_dict(3000)["install"] == line
     project = '[project]\nname = "x"\ndependencies = ["flask"]'
     detected = found({"app.py": "app = Flask(__name__)", "pyproject.toml": project, "uv.lock": ""})

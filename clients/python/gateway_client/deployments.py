@@ -24,7 +24,7 @@ _ENDED: Final = ("succeeded", "rolledback")
 # seconds that the kept events of a deployment that has ended are waited for
 SETTLE: Final = 5.0
 # what the gateway leaves out too: it would be sent for nothing
-_LEFT_OUT: Final = frozenset({"node_modules", ".git"})
+_LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import { readdir } from "node:fs/promises";
 import { resolve } from "node:path";
 
 /** What the gateway leaves out too: it would be sent for nothing. */
-const LEFT_OUT = ["node_modules", ".git", ".DS_Store"];
+const LEFT_OUT = ["node_modules", ".venv", "__pycache__", ".git", ".DS_Store"];
 /** More than any gateway takes at once. */
 const MOST = 256 << 20;
 
