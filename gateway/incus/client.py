@@ -1,4 +1,4 @@
-"""Incus's REST conventions: sync and async answers, operations, the event stream.
+"""Asks incusd: instances, operations, commands, the event stream.
 
 Facts about incusd that shape this module (measured on 6.0.4):
 
@@ -11,92 +11,43 @@ Facts about incusd that shape this module (measured on 6.0.4):
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 import orjson
 
-from gateway.bounds import Flood, first
-from gateway.errors import GatewayError
 from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
+from gateway.incus.rest import BASE, IncusError, Rest, instance_path, unreachable
 
-log = logging.getLogger(__name__)
+__all__ = ["Incus", "IncusError", "instance_path"]
 
 _EVENTS_WAITING = 10_000
 _EVENT_MAX = 1 << 20  # bytes
-_ANSWER_MAX = 256 << 20  # bytes; a thousand instances take ten million
 # bytes of one instance with its state, in which are all the network interfaces and addresses that its tenant
 # makes: ten thousand are a million, which takes 5 ms to parse
 _STATE_MAX = 1 << 20
 _PIDS = 4096  # instances of which the first process is kept
-_BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
 
 
-class IncusError(GatewayError):
-    """incusd refused or failed, in its own words, which may name host paths.
-
-    `status` is its HTTP-like code; 0 if it could not be reached at all.
-    """
-
-    code = "unavailable"
-    http_status = 503
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Incus:
+class Incus(Rest):
     """One incusd and one of its projects. Use as an async context manager; safe for concurrent calls."""
 
     def __init__(self, socket: Path, project: str = "default", timeout: float = 30.0) -> None:
-        self.socket = socket
-        self.project = project
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._session: aiohttp.ClientSession | None = None
+        super().__init__(socket, project, timeout)
         self._inventory = Inventory(self._list, self._find)
         self._pids: dict[str, tuple[str, int]] = {}  # by instance: which start of it, and its first process
-
-    async def __aenter__(self) -> Incus:
-        # limit=0: the default pool of 100 connections would be eaten by 25 commands of 4 sockets each
-        connector = aiohttp.UnixConnector(str(self.socket), limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._session is not None:
-            await self._session.close()
-
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("Incus is used outside of its async with")
-        return self._session
-
-    async def get(self, path: str, **query: str) -> Any:
-        """Return the metadata of a GET. Raises `IncusError`."""
-        return (await self._request("GET", path, query=query))["metadata"]
 
     async def state(self, name: str) -> dict[str, Any]:
         """Return the state of an instance. Raises `IncusError`."""
         path = instance_path(name, "state")
         found: dict[str, Any] = (await self._request("GET", path, most=_STATE_MAX))["metadata"]
         return found
-
-    async def get_tagged(self, path: str) -> tuple[Any, str]:
-        """Return the metadata of a GET, and its tag for `operate`."""
-        answer = await self._request("GET", path)
-        return answer["metadata"], answer["etag"]
 
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
@@ -195,48 +146,6 @@ class Incus:
             for path in (operation.get("resources") or {}).get("instances") or ()
         }
 
-    async def get_file(self, instance: str, path: str, most: int) -> bytes | None:
-        """Return a file in an instance, running or not; None if no file is there.
-
-        Raises `IncusError`, also for one of over `most` bytes.
-        """
-        params = {"project": self.project, "path": path}
-        try:
-            async with self.session.get(
-                _BASE + instance_path(instance, "files"), params=params, timeout=self._timeout
-            ) as response:
-                if response.status == 404:
-                    return None
-                kind = response.headers.get("X-Incus-type", "")
-                text = await first(response.content.readany, most, most=most)
-        except Flood:
-            raise IncusError(f"{path} has over {most} bytes", 413) from None
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _unreachable(error) from error
-        if response.status != 200:
-            raise IncusError(f"{path} cannot be read", response.status)
-        return text if kind == "file" else None
-
-    async def put_file(self, instance: str, path: str, data: bytes, *, mode: int) -> None:
-        """Write a file of root's in an instance, running or not. Raises `IncusError`."""
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "X-Incus-type": "file",
-            "X-Incus-mode": f"{mode:04o}",
-            "X-Incus-uid": "0",
-            "X-Incus-gid": "0",
-        }
-        params = {"project": self.project, "path": path}
-        try:
-            async with self.session.post(
-                _BASE + instance_path(instance, "files"), params=params, data=data, headers=headers
-            ) as response:
-                answer: dict[str, Any] = orjson.loads(await response.read())
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unreachable(error) from error
-        if answer.get("type") == "error":
-            raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
-
     async def operate(
         self,
         method: str,
@@ -325,7 +234,7 @@ class Incus:
         except BaseException as error:
             waiting.cancel()
             if isinstance(error, OSError):
-                raise _unreachable(error) from error
+                raise unreachable(error) from error
             raise
         return ExecSockets(operation, sockets, waiting, terminal=pty is not None)
 
@@ -342,7 +251,7 @@ class Incus:
             # pongs are required here: without them incusd hangs up after 30 s. A silent, half-dead
             # stream is found by our own heartbeat.
             async with self.session.ws_connect(
-                f"{_BASE}/1.0/events",
+                f"{BASE}/1.0/events",
                 params=query,
                 max_msg_size=_EVENT_MAX,
                 compress=0,
@@ -359,7 +268,7 @@ class Incus:
                     hearing.cancel()
                     await asyncio.gather(hearing, return_exceptions=True)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _unreachable(error) from error
+            raise unreachable(error) from error
 
     async def _hear(
         self,
@@ -382,46 +291,3 @@ class Incus:
             if lifecycle:
                 self._inventory.listening(False)
             heard.put_nowait(None)
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        query: Mapping[str, str] | None = None,
-        limit: float | None = -1,
-        most: int = _ANSWER_MAX,
-        if_match: str | None = None,
-    ) -> dict[str, Any]:
-        params = {"project": self.project, **(query or {})}
-        data = None if body is None else orjson.dumps(body)
-        # aiohttp's default for bytes makes incusd take a new instance's description for a backup file
-        headers = {"Content-Type": "application/json"}
-        if if_match is not None:
-            headers["If-Match"] = if_match
-        timeout = self._timeout if limit == -1 else aiohttp.ClientTimeout(total=limit)
-        try:
-            async with self.session.request(
-                method, _BASE + path, params=params, data=data, headers=headers, timeout=timeout
-            ) as response:
-                answer: dict[str, Any] = orjson.loads(await first(response.content.readany, most, most=most))
-                answer["etag"] = response.headers.get("ETag", "")
-        except Flood:
-            raise IncusError(f"incusd answers over {most} bytes", 413) from None
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unreachable(error) from error
-        if answer.get("type") == "error":
-            raise IncusError(str(answer.get("error", "")), int(answer.get("error_code", 500)))
-        return answer
-
-
-def instance_path(name: str, *rest: str) -> str:
-    """Return the API path of an instance."""
-    return "/".join(("/1.0/instances", quote(name, safe=""), *rest))
-
-
-def _unreachable(error: BaseException) -> IncusError:
-    if isinstance(error, TimeoutError):
-        return IncusError("incusd did not answer in time", 0)
-    return IncusError(f"incusd cannot be reached: {type(error).__name__}", 0)
