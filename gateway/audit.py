@@ -24,7 +24,7 @@ from gateway.storage.store import Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
-# the events that tell of somebody's doing, and what of their data is kept
+# the events that become entries, and the data of them that is kept
 _TAKEN: Final[Mapping[str, Sequence[str]]] = {
     "exec.started": ("exec",),
     "exec.cancelled": ("exec", "killed"),

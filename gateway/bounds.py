@@ -105,7 +105,7 @@ async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args
         def over(ended: asyncio.Future[T]) -> None:
             share.release()  # not sooner, whatever becomes of us: the thread is taken until then
             if not ended.cancelled():
-                ended.exception()  # seen, also where nobody waits any more
+                ended.exception()  # retrieved, or asyncio would log it
 
         working.add_done_callback(over)
         return await asyncio.shield(working)

@@ -270,7 +270,7 @@ def _delete(key: Key) -> Statement:
     return "DELETE FROM receipts WHERE tenant = ? AND kind = ? AND id = ?", key
 
 
-# not REPLACE, which deletes the row and makes it anew in every index
+# not REPLACE, which deletes the row and inserts it again in every index
 _INSERT: Final = (
     "INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
     " digest = excluded.digest, at = excluded.at, state = excluded.state, result = excluded.result"

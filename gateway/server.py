@@ -112,7 +112,7 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
 
     async def run() -> None:
         async with gateway.store:
-            # uvicorn raises the signal that ended it once more for whoever had a handler before: an orderly
+            # uvicorn raises the signal that ended it once more for the handler before its own: an orderly
             # end is no death by signal
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)

@@ -39,7 +39,7 @@ async def whole(work: Coroutine[Any, Any, T]) -> T:
             cancelled = error
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # seen; whoever cancelled wants to know nothing of it
+            task.exception()  # retrieved: the caller cancelled it
         raise cancelled
     return task.result()
 

@@ -28,7 +28,7 @@ _NONCE: Final = '<meta name="csp-nonce" content="'
 
 # Nothing from elsewhere, no inline script, no eval. CodeMirror and xterm.js add their styles by script: the
 # nonce lets them, and nothing else that would find its way into the page. Only the preview shows what is not
-# ours: the tenant's site, whose address nobody knows beforehand, in a sandboxed frame of another origin.
+# ours: the tenant's site, whose address is not known beforehand, in a sandboxed frame of another origin.
 _POLICY: Final = "; ".join(
     (
         "default-src 'none'",

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_MS: Final = 2000
 # in an ASGI scope: the uses of tenants that end with its answer
 USES: Final = "gateway.uses"
-# there too: the share of who asks, once that is known
+# there too: the client's share, once that is known
 SHARE: Final = "gateway.share"
 _SLICE: Final = 256 << 10  # bytes of an answer that are handed over at a time
 _WEIGHING: Final = 30.0  # seconds until it is known what a large body holds; the largest takes a moment
@@ -296,7 +296,7 @@ def _near(scope: Scope) -> bool:
     except ValueError:
         return False
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    # who asks a machine by an address of its own has that address too
+    # a client that asks a machine by one of its own addresses is on that machine
     return (mapped or address).is_loopback or (server is not None and client[0] == server[0])
 
 

@@ -69,6 +69,6 @@ class McpEndpoint:
             except (ImportError, TimeoutError) as error:
                 why = "in time" if isinstance(error, TimeoutError) else f"here: {error}"
                 endpoint.set_exception(Unavailable(f"the package mcp cannot be loaded {why}"))
-                endpoint.exception()  # seen, also where nobody waits any more
+                endpoint.exception()  # retrieved, or asyncio would log it
                 return
             await self._ends.wait()

@@ -54,7 +54,7 @@ async def run(
     try:
         if body.stdin is not None:
             # the text is within max_body, but more than the buffer may hold: it must not wait for
-            # output that nobody reads yet
+            # output that is not read yet
             async with asyncio.TaskGroup() as group:
                 group.create_task(_feed(attachment, body.stdin.encode()))
                 collecting = group.create_task(_collect(attachment, settings.exec_output, room))

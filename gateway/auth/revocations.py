@@ -9,7 +9,7 @@ from typing import Final
 from gateway.errors import RateLimited
 from gateway.storage.store import Store
 
-# ids alone are some hundred bytes each; whoever must revoke more changes the secret
+# only ids, some hundred bytes each; to revoke more, change the secret
 MOST: Final = 100_000
 
 

@@ -104,7 +104,7 @@ class Bus:
         self._wake()
 
     def _wake(self) -> None:
-        # whoever waits holds this object and wakes; whoever reads next waits on the new one
+        # waiting readers hold this object and wake; the next reader waits on the new one
         self._grown.set()
         self._grown = asyncio.Event()
 
@@ -123,8 +123,8 @@ class Subscription:
         self._closed = self._waiting = False
         self._cursor = journal.last if after is None else after
         self._told = 0  # the latest loss of which a gap told
-        self._hidden = -1  # up to which id events are a last tenant's, and kept from who has its name now
-        # what comes from now on is for whoever may see that name now
+        self._hidden = -1  # last id of an earlier tenant's events, hidden from the present one of its name
+        # events from now on are for every subscriber that may see that name now
         self._parted = after is None or filter.coverage is None
 
     @property

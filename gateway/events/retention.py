@@ -131,7 +131,7 @@ class Losses:
 
     def after(self, id: int, wanted: Filter) -> int:
         """Return the number of the latest loss, after that id, of what may have been wanted; 0 for none."""
-        if self._highest <= id:  # as for whoever keeps up
+        if self._highest <= id:  # as for a subscriber that keeps up
             return 0
         keys = concerned(wanted)
         found = self._upto.values() if keys is None else [self._upto.get(key, (-1, 0)) for key in keys]

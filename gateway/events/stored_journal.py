@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MiB = 1 << 20
 
-# what is kept in memory of a journal on disk, for whoever keeps up
+# events kept in memory of a journal on disk, for subscribers that keep up
 _RECENT, _RECENT_BYTES = 4096, 8 * MiB
 # events of one commit
 _GROUP: Final = 1024

@@ -87,7 +87,7 @@ class CommandTree:
         self._killing.add_done_callback(self._over)
 
     def _over(self, killing: asyncio.Task[Killed]) -> None:
-        # one that nobody waits for (linger, timeout) may fail where Incus is away; the exec then ends `lost`
+        # one without a caller (linger, timeout) may fail while Incus is away; the exec then ends `lost`
         with contextlib.suppress(asyncio.CancelledError, GatewayError, TimeoutError):
             if killing.result().survivors == 0:
                 self._emptied()

@@ -164,7 +164,7 @@ class Exec:
         except Unavailable:
             if self._reason == "exited":
                 self._reason = "lost"
-            # nobody follows it any more, but where only Incus went away it still runs
+            # it cannot be followed any more, but if only Incus went away it still runs
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self.process.kill(0)
             left = await self._left()

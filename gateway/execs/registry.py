@@ -120,10 +120,10 @@ class Execs:
                     await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
                 raise
         except BaseException as error:
-            # who waits for the same start was not cancelled itself
+            # other callers that wait for this start were not cancelled
             gone = isinstance(error, asyncio.CancelledError)
             promise.set_exception(Cancelled("the first caller cancelled the start") if gone else error)
-            promise.exception()  # seen, also where nobody else waits for it
+            promise.exception()  # retrieved, or asyncio would log it
             raise
         else:
             promise.set_result(exec_)

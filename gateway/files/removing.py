@@ -62,7 +62,7 @@ def empty(directory: int, workspace: str, deadline: float) -> int:
                 pass
             except OSError as error:
                 if error.errno == errno.ENOTEMPTY:
-                    continue  # somebody adds to it: the deadline ends that race
+                    continue  # something adds to it: the deadline ends that race
                 raise
             stack.pop()
     return removed

@@ -57,7 +57,7 @@ class Watch:
             return None
         told = self._changes.take()
         if self._ended is not None:
-            # what happens from now on is not seen, so the reader must look anew
+            # changes from now on are not seen, so the reader must read the files again
             told |= {"overflow": True, "ended": self._ended}
             self._closed = True
             self._grown.set()

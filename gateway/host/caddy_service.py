@@ -117,7 +117,7 @@ def hand_over(settings: Settings) -> str | None:
         place = folder / name
         if place.exists() and place.stat().st_uid == user.pw_uid:
             continue
-        if name != "sockets":  # of which the running ones cannot be made anew
+        if name != "sockets":  # whose running ones cannot be created again
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(mode=0o755, exist_ok=True)
         os.chown(place, user.pw_uid, user.pw_gid)

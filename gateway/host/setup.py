@@ -352,7 +352,7 @@ def profile(settings: Settings) -> dict[str, Any]:
                 "network": settings.network,
                 # The ACL closes the host to a tenant, isolation closes tenants to one another.
                 "security.port_isolation": "true",
-                # Nobody speaks for another's address; IPv6 is not routed, so none passes.
+                # No tenant may use another's address; IPv6 is not routed, so none passes.
                 "security.mac_filtering": "true",
                 "security.ipv4_filtering": "true",
                 "security.ipv6_filtering": "true",

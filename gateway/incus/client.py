@@ -227,7 +227,7 @@ class Incus(Rest):
         operation = answer["metadata"]["id"]
         fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
         waiting = asyncio.create_task(self.wait(operation, timeout=None), name=f"wait {operation}")
-        # seen, also where nobody asks any more
+        # retrieved, or asyncio would log it
         waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             sockets = await connect(self.socket, operation, fds)

@@ -66,7 +66,7 @@ class Inventory:
         since, kept = profiles.get(name, (0.0, {}))
         if not kept or not self._heard or began - since > _AGE:
             kept = await fetch()
-            profiles[name] = began, kept  # where it was changed meanwhile nobody looks there any more
+            profiles[name] = began, kept  # if it was changed meanwhile, it is not read from here any more
         return kept
 
     async def _ask_for_all(self) -> list[dict[str, Any]]:

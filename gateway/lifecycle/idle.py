@@ -169,10 +169,10 @@ class Idle:
         except BaseException as error:
             if not started.done():
                 started.set_exception(error)
-                started.exception()  # nobody need wait for it
+                started.exception()  # retrieved, or asyncio would log it
             raise
         started.set_result(None)
-        if not found.asleep:  # somebody stopped it meanwhile, to stay so, or started it
+        if not found.asleep:  # it was stopped meanwhile, to stay so, or started
             self._asleep = (self._asleep or set()) - {tenant}
             return
         site = await self._site(tenant)
@@ -259,7 +259,7 @@ class Idle:
             if self._in_use(name) or (await self._runtime.get(name)).status != "running":
                 return
             assert self._asleep is not None
-            self._asleep.add(name)  # from now on whoever asks for it waits, and wakes it
+            self._asleep.add(name)  # from now on each request for it waits, and wakes it
             await self._doze(name, limit)
 
     async def _doze(self, name: str, limit: float) -> None:
@@ -307,7 +307,7 @@ class Idle:
             self._last[name] = time.monotonic()
             self._starts.discard(name)
             if self._asleep is not None and name in self._asleep:
-                self._wake(name)  # somebody else started it
+                self._wake(name)  # others started it
         elif event.type == "tenant.destroyed":
             self._stops.discard(name)
             if self._asleep is not None:

@@ -102,7 +102,7 @@ class Lifecycle:
         self._workers = workers
         self._settings = settings
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # who asked for a snapshot's change of which the event is still to come
+        # callers of changes of snapshots whose events are still to come
         self._asked: OrderedDict[tuple[str, str, str], str] = OrderedDict()
 
     # --- start to destroy ---------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Lifecycle:
                 while site is not None and site.running and site.exposure is None and port is not None:
                     if site.shares_address or domain is None or not self._domains.serves(domain, tenant):
                         return
-                    await asyncio.sleep(0.1)  # DHCP tells nobody here
+                    await asyncio.sleep(0.1)  # DHCP sends no notice here
                     async with self._caddy.changing:
                         site = await self._lead(tenant, domain)
 

@@ -24,7 +24,7 @@ REQUEST: Final = 4 << 10
 RETRY_AFTER: Final = 1  # seconds
 
 _SPARE: Final = 8  # an eighth of each share is left to what is small
-_OFFERS: Final = 16  # of those who wait, asked in one turn of the loop
+_OFFERS: Final = 16  # waiting requests that are asked in one turn of the loop
 
 
 class Share:
@@ -139,10 +139,10 @@ class Budget:
         self.limit = limit
         self.held = 0
         self._tenant = tenant
-        # a tenant's share is there for as long as somebody holds some of it, or may
+        # a tenant's share exists for as long as something holds a part of it, or may
         self._tenants: WeakValueDictionary[str, Share] = WeakValueDictionary()
         self._waiting: deque[tuple[Share, int, asyncio.Future[Lease]]] = deque()
-        self._asked = 0  # of those who wait, how many are still to be asked
+        self._asked = 0  # how many waiting requests are still to be asked
         self._asking = False
 
     def tenant(self, name: str) -> Share:

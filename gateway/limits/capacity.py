@@ -79,7 +79,7 @@ class Capacity:
         """Return the bytes that are to be promised to the tenant."""
         host, found = self._memory(), {one.name: one for one in await self._runtime.list()}
         if memory is None and tenant not in found:
-            return 0  # whoever starts it is told
+            return 0  # its start reports the error
         limit = found[tenant].limits.get("memory") if memory is None else memory
         need = limit_of(limit, host.total, self._settings)
         awake = promised(found.values(), host.total, self._settings)

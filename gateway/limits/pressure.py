@@ -40,7 +40,8 @@ class Root(Protocol):
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _SHARE: Final = 0.2  # of the time in which some process waited for memory, from which on it is pressure
-# read back in a second. Who writes or reads much for once waits for memory too, but reads nothing again.
+# read back in a second. A process that writes or reads much once waits for memory too, but reads nothing
+# again.
 _AGAIN: Final = 4 << 20
 _AGAIN_ALONE: Final = 32 << 20  # where the kernel does not count how long processes wait
 _BEGINS: Final = 2  # looks in a row with pressure until it is told
@@ -333,7 +334,7 @@ def _look(watched: Mapping[str, _Watched]) -> dict[str, _Found]:
     found = {}
     for name, one in watched.items():
         alone: tuple[Step, ...] = ()
-        # a site that was started anew has another first process
+        # a site that was restarted has another first process
         if not one.unreserved and (first := reserve.first(one.processes)) != one.first:
             if first and reserve.lacks(one.place.unified, first):
                 alone = ("reserve",)

@@ -29,7 +29,7 @@ async def led(caddy: Caddy, domain: str, target: str | None) -> None:
                 f"the gateway has not routed {domain} to {target}: it must run, and the domain must be this "
                 "tenant's (incus-gateway doctor says what is wrong); run the command again then"
             )
-        await asyncio.sleep(_LOOK)  # another process makes it so, and tells nobody
+        await asyncio.sleep(_LOOK)  # another process does it, without a notice
 
 
 def own_block(running: Mapping[str, Any] | None, domain: str, ours: str) -> bool:

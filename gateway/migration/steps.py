@@ -221,7 +221,7 @@ class Migration:
 
     async def _mirror(self, moving: Moving) -> None:
         left = [f"--exclude=/{_literal(path)}" for path in moving.leave]
-        if moving.recipe.install:  # made anew inside
+        if moving.recipe.install:  # installed again inside
             left.append("--exclude=node_modules/")
         words = (self._settings.workspace, self._next, str(self._settings.workspace_uid), *left)
         await self._inside(moving.tenant, "mirror", *words, seconds=self._settings.install_timeout)
@@ -343,7 +343,7 @@ class Migration:
             self._say("an earlier run was ended in the middle; it is taken back first")
             await self._return(moving)
         elif moving.state in ("attached", "copied"):
-            await self._show_folder(moving)  # the host may have been started anew
+            await self._show_folder(moving)  # the host may have been rebooted
         elif moving.state == "switched":
             await self._switched(moving)
         return await self._moving(tenant)

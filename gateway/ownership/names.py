@@ -54,7 +54,7 @@ class Names:
         self._bus = bus
         # a name whose end is longer ago has no event and no deployment left
         self._kept = settings.events_kept + settings.deployments_kept
-        self._holders: dict[str, _Holder] = {}  # those of nobody in the order in which they ended
+        self._holders: dict[str, _Holder] = {}  # those without an instance in the order in which they ended
         self._changed = asyncio.Event()
 
     @classmethod

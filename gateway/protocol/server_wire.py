@@ -202,7 +202,7 @@ class ServerWire:
 
     def _refuse(self, request_id: RequestId | None, code: int, message: str) -> ServerEvent:
         reply = error_reply(request_id, code, message, "invalid_params")
-        if not self._initialized:  # nobody speaks our language at the other end: do not stay open for it
+        if not self._initialized:  # the other end does not speak this protocol: do not stay open for it
             return Close(CloseCode.PROTOCOL_ERROR, message, reply)
         return Refused(reply)
 

@@ -162,9 +162,7 @@ class Link:
             return
         self.closed = True
         self._loop.remove_reader(self._socket)
-        if (
-            self._sending.locked()
-        ):  # who sends is woken by this, and closes: the loop still has the descriptor
+        if self._sending.locked():  # this wakes the sender, which closes: the loop still has the descriptor
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         else:
@@ -175,7 +173,7 @@ class Link:
             reply = self._waiting.popleft()
             if not reply.done():
                 reply.set_exception(Unavailable("the file worker ended during the call; try again"))
-                reply.exception()  # also where nobody waits any more
+                reply.exception()  # retrieved, or asyncio would log it
 
 
 class Links:

@@ -30,7 +30,7 @@ from gateway.rootfs import kernel
 from gateway.rootfs.paths import TEMPORARY, locate
 from gateway.rootfs.refusals import refusal
 
-DEPTH_MAX = 256  # folders of one path, where nobody says else
+DEPTH_MAX = 256  # folders of one path, by default
 LINKS_MAX = 40  # symbolic links of one path, as in the kernel (path_resolution(7))
 
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_MAGICLINKS | kernel.RESOLVE_NO_XDEV

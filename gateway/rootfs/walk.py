@@ -70,7 +70,7 @@ class _Listing:
         return choice
 
 
-# By device, inode and ctime, which nobody can set back: entries of a folder do not change without it.
+# By device, inode and ctime, which cannot be set back: entries of a folder do not change without it.
 _kept: OrderedDict[tuple[int, int, int], _Listing] = OrderedDict()
 _kept_names = 0
 

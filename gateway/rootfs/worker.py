@@ -42,8 +42,8 @@ def serve(
     idle: Callable[[], None],
 ) -> None:
     """Answer requests until the gateway closes the socket."""
-    # Who waits in recv is woken also when the gateway takes a reply, for there is room then; poll(2) is asked
-    # for requests alone.
+    # A wait in recv also ends when the gateway takes a reply, since there is room then; poll(2) waits for
+    # requests only.
     ready = select.poll()
     ready.register(connection, select.POLLIN)
     usual = bytearray(_USUAL)

@@ -55,8 +55,8 @@ class WorkerConnection(asyncio.Protocol):
         buffer += data
         length = LENGTH.unpack_from(buffer)[0] if len(buffer) >= 4 else 0
         if length > REPLY_MAX:
-            # This process serves all tenants: what is too much is as what does not come. Who asked, or asks
-            # next, ends the worker.
+            # This process serves all tenants: a reply that is too large counts as one that does not come. The
+            # present caller, or the next, ends the worker.
             assert self._transport is not None
             self._transport.pause_reading()
             self._buffer = bytearray()
@@ -69,7 +69,7 @@ class WorkerConnection(asyncio.Protocol):
         self.closed = True
         self._fail(Unavailable("the file worker ended during the call; try again"))
         if not self._caller.cancelled():
-            self._caller.exception()  # seen, also where nobody waits any more
+            self._caller.exception()  # retrieved, or asyncio would log it
 
     def _done(self, reply: memoryview) -> None:
         self.answers = False

@@ -181,7 +181,7 @@ class Workers:
             raise Timeout("the file operation took too long and was ended") from None
         except asyncio.CancelledError:
             if search:
-                self._end(slot, worker)  # it would go on searching for nobody
+                self._end(slot, worker)  # it would go on searching for no caller
             raise
         worker.used = time.monotonic()
         return reply
@@ -250,7 +250,7 @@ class Workers:
             slot for slot in self._slots.values() if slot.worker is not None or slot.starting is not None
         ]
         resting = [slot for slot in running if not slot.waiting]
-        # one that only helps with a search leaves half of them to those who could not be served without
+        # a worker that only helps with a search leaves half of them to calls that need one
         if helps and len(running) - len(resting) >= self._maximum // 2:
             raise RateLimited("too many file workers are busy to share a search", limit=self._maximum)
         if len(running) < self._maximum:
@@ -274,7 +274,7 @@ class Workers:
         """
         starting = []
         for (whose, _), slot in self._slots.items():
-            # The slot stays: who waits for it and who comes next must be one queue. `_sweep` drops it.
+            # The slot stays: waiting and coming calls must be one queue. `_sweep` drops it.
             if whose == tenant and slot.worker is not None:
                 slot.worker.forget()
                 self._end(slot, slot.worker)

@@ -30,7 +30,7 @@ from gateway.rootfs.worker_cgroup import WorkerCgroup, WorkerCgroups, hierarchie
 _SEARCH_NICE = 5  # a third of the share of others; a search still moves on a machine that tenants keep busy
 _UNTOUCHED = 256 << 20  # bytes of address space beside what a group counts: libraries, and what is never used
 _BROKEN_WORKER = 70  # exit status, EX_SOFTWARE of sysexits.h
-_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nobody would end one that waits
+_ENDS_WITH_PARENT = sys.platform == "linux"  # elsewhere nothing would end one that waits
 
 
 @dataclass(frozen=True, slots=True)

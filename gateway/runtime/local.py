@@ -349,7 +349,7 @@ class LocalRuntime:
             await process.kill(0)
 
     def _tell(self, kind: str, name: str, **facts: str) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # nobody watches: nobody misses it
+        with contextlib.suppress(asyncio.QueueFull):  # nothing watches, so nothing misses it
             self._events.put_nowait(TenantEvent(kind, name, facts))
 
 

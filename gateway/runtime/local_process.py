@@ -80,7 +80,7 @@ class LocalProcess:
     async def _open_pipes(
         self, argv: tuple[str, ...], environment: dict[str, str]
     ) -> asyncio.subprocess.Process:
-        # pipes of our own: an event loop may use sockets, and nobody can open those as /dev/stdout
+        # pipes of our own: an event loop may use sockets, which cannot be opened as /dev/stdout
         reading, writing = os.pipe()
         self._input = _End(writing)
         theirs = [reading]
@@ -252,7 +252,7 @@ class _End:
             except BlockingIOError:
                 await self._until(loop.add_reader, loop.remove_reader)
             except OSError as error:
-                if error.errno == errno.EIO:  # how a terminal says that nobody holds its other end
+                if error.errno == errno.EIO:  # how a terminal says that its other end is closed
                     return b""
                 raise
         return b""

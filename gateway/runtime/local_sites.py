@@ -288,7 +288,7 @@ async def _carry(kept: bytes, live: Path, following: Path) -> None:
         stdin=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    await carrying.communicate(kept)  # what goes or comes meanwhile is nobody's fault
+    await carrying.communicate(kept)  # files that come or go meanwhile are no error
 
 
 def _move(names: Sequence[str], source: Path, target: Path) -> None:

@@ -226,7 +226,7 @@ class WarmShells:
         except GatewayError as error:
             # not running, at its limits, Incus away: the next command tries again
             log.debug("no standby for %s: %s", tenant, error.message)
-        except Exception:  # who waits for it goes on alone
+        except Exception:  # the waiting command starts its own
             log.exception("a standby of %s did not start", tenant)
         return None
 

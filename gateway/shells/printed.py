@@ -77,7 +77,7 @@ class Unread:
     def __init__(self, share: Share) -> None:
         self._share = share
         self._lease = Lease(share)
-        weakref.finalize(self, self._lease.end)  # it goes with its shell, which nobody closes
+        weakref.finalize(self, self._lease.end)  # it goes with its shell, which has no close
         self._data = bytearray()
         self._start = 0  # offsets count the stream's bytes
         self._taken = 0

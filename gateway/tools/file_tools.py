@@ -97,7 +97,7 @@ class FileTools:
 
     async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
         # Most searches are over at once. The worker that does the other calls is awake and warm for them;
-        # what takes longer goes to the one that holds up nobody.
+        # A longer one goes to a worker that holds up no other call.
         apart = not self._workers.rests(root.tenant)
         head, body = decode(await self._workers.call(root, name, given, search=apart))
         if head["code"] == "timeout":
@@ -113,7 +113,7 @@ class FileTools:
 
     async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
         """Return the names of the files in a large tree that match; None if a walk must tell."""
-        # a core for each process where nobody else needs one: a second on two cores left none to
+        # a core for each process if no other tenant needs one: a second one on two cores left none to
         # the neighbours, the p99 of their reads tripled
         cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
         return await self._workers.scan(root, asked, cores)

@@ -165,7 +165,7 @@ class Sessions:
             )
         if sum(map(len, self._of.values())) < settings.max_sessions:
             return
-        # from whoever has most, so that no tenant is left without because of another
+        # from the tenant with most, so that no tenant is left without because of another
         for other in sorted(self._of, key=lambda one: -len(self._of[one])):
             if self._drop(other):
                 return

@@ -55,7 +55,7 @@ _SCOPES: Final[Mapping[str, str]] = {
     "BashOutput": "exec",
     "KillShell": "exec",
 }
-# what of a call's input is told to those who watch; never contents
+# the parts of a call's input that its events have; never contents
 _TOLD: Final = (
     *("file_path", "path", "pattern", "glob", "type", "output_mode"),
     *("command", "description", "bash_id", "shell_id", "filter"),
@@ -75,7 +75,7 @@ class _Running:
         self.digest = digest
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: set[asyncio.Future[ToolResult]] = set()
-        self._asked = 0.0  # until when one who left may ask again
+        self._asked = 0.0  # until when a caller that left may ask again
         self.work = begin(self._do(work))
         self.work.add_done_callback(self._over)
 
@@ -114,7 +114,7 @@ class _Running:
         loop = asyncio.get_running_loop()
         one: asyncio.Future[ToolResult] = loop.create_future()
         if not self._waiting:
-            self._asked = 0.0  # who left came back
+            self._asked = 0.0  # the caller came back
         self._waiting.add(one)
         try:
             return await one
@@ -282,7 +282,7 @@ class Toolbox:
             await asyncio.shield(self._idempotency.fence(key))  # some of it may have happened
             raise
         except (Unavailable, Timeout):
-            raise  # whether it happened nobody knows: it stays begun
+            raise  # it is not known whether it happened: it stays begun
         except GatewayError:
             await self._idempotency.forget(key)  # it did not happen: it may be made again
             raise

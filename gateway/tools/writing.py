@@ -133,7 +133,7 @@ def _refuse_binary(form: Text, *, tagged: bool) -> None:
 
 def _place(call: Call, given: str) -> str:
     try:
-        if meant(given).startswith("~/"):  # somebody's home; no folder of that name is to come of it
+        if meant(given).startswith("~/"):  # a home folder; do not create a folder named ~
             raise OutsideWorkspace("the path leads out of the workspace", reason="outside")
         return call.locate(given)
     except GatewayError as error:

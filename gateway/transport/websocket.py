@@ -72,7 +72,7 @@ class Lengths:
             self._message += length
             if self._message > LARGE and not self._told and length <= self._most:
                 self._told = True
-                # of one in several frames nobody knows the size before its last
+                # the size of a message in several frames is not known before its last
                 yield began, length if last and kind else self._most
 
 

@@ -301,7 +301,7 @@ class Bash(BetaAsyncBuiltinFunctionTool):
             if self._shell is None:
                 self._shell = await self._tenant.exec(["/bin/bash"], stdin=True).__aenter__()
                 await self._shell.write(b"exec 2>&1\n")
-            # what it prints cannot end a call: nobody knows the mark before the command ends
+            # its output cannot end a call: the mark is not known before the command ends
             mark = secrets.token_hex(16)
             line = f"eval {shlex.quote(command)} </dev/null\nprintf '\\n%s %d\\n' {mark} $?\n"
             await self._shell.write(line.encode())

@@ -178,7 +178,7 @@ class Connection:
             raise address.unanswered(error) from error
         wire = socket.transport.get_extra_info("socket")
         if not address.unix and wire is not None:
-            # who waits for a silent command sends nothing: only so is it noticed that the gateway is gone
+            # a client that waits for a silent command sends nothing: only this shows that the gateway is gone
             wire.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
                 wire.setsockopt(IPPROTO_TCP, option, value)
@@ -210,7 +210,7 @@ class Connection:
             await self._send(protocol.request(number, method, params))
             return await answer
         except asyncio.CancelledError:
-            # cancelling who awaits a future cancels the future: that is no answer
+            # cancelling a task that awaits a future cancels the future: that is no answer
             if self._failure is None and (answer.cancelled() or not answer.done()):
                 self._cancel_later(number)
             raise
@@ -280,7 +280,7 @@ class Connection:
     async def _send(self, message: str | bytes) -> None:
         if self._failure is not None:
             raise self._failure.with_traceback(None)
-        # the gateway closes the socket of who sends more, and with it everything that shares it
+        # the gateway closes the socket of a client that sends more, and with it everything that shares it
         limit = self.server.get("limits", {}).get("maxFrame")
         if limit is not None and (size := _size(message)) > limit:
             words = f"{size} bytes are more than the {limit} that the gateway takes at once"
@@ -291,7 +291,7 @@ class Connection:
             raise self._fail(self._closed(error)) from None
 
     def _cancel_later(self, number: int) -> None:
-        # who is being cancelled cannot wait for a send any more
+        # a task that is being cancelled cannot wait for a send any more
         async def cancel() -> None:
             with contextlib.suppress(GatewayError):
                 await self._send(protocol.cancel_request(number))

@@ -157,7 +157,7 @@ class Connections:
             except Unavailable as error:
                 await self.pause(patience, error)
             else:
-                if self.http.closed:  # meanwhile: nobody would close it any more
+                if self.http.closed:  # meanwhile: nothing would close it any more
                     await connection.close()
                     raise Disconnected("this client was closed")
                 self._met = True

@@ -168,7 +168,7 @@ class Credentials:
 
 def _seen(task: asyncio.Task[str]) -> None:
     if not task.cancelled():
-        task.exception()  # logged; who needs the token hears of it
+        task.exception()  # logged; the next caller that needs the token gets the error
 
 
 def _expires(token: str) -> float | None:

@@ -284,7 +284,7 @@ class Watch:
 
     def broken(self, error: GatewayError) -> None:
         if self._connection is None:
-            return  # who begins sees it for itself
+            return  # the start sees it for itself
         if isinstance(error, Unavailable) and self._connections.http.retry is not None:
             self._resuming = asyncio.create_task(self._resume(self._connection, error))
         else:

@@ -89,7 +89,7 @@ class Buffer:
             await self._drained.wait()
 
     def _drop(self) -> None:
-        # nobody reads and somebody waits for the end: keep the last `limit` bytes
+        # nothing reads, and a caller waits for the end: keep the last `limit` bytes
         if self._abandoned or (self._waited and not self._begun):
             while self._size > self._limit:
                 dropped = len(self._chunks.popleft())

@@ -22,7 +22,7 @@ from gateway.settings import Settings
 from gateway.transport.websocket import COMING, FLOW, LARGE, PARTS, SIZE, TEXT
 
 _SLOWEST: Final = 16 << 10  # bytes a second that a client takes of a large answer, at least
-_GONE: Final = frozenset({1005, 1006})  # RFC 6455, 7.1.5: there is nobody to say a code to
+_GONE: Final = frozenset({1005, 1006})  # RFC 6455, 7.1.5: no peer is left to get a code
 _FAREWELL: Final = 2.0  # seconds that a close may take
 
 

@@ -83,7 +83,7 @@ class Peer:
         self._leave: Callable[[], None] = lambda: None  # gives its place back
         self._grant: Grant | None = None
 
-    # --- who it is ----------------------------------------------------------------------------------
+    # --- token and place ----------------------------------------------------------------------------
 
     def take_place(self) -> None:
         """Take a place among all sockets, by the token if there is one. Raises `RateLimited`."""

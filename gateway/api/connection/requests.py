@@ -84,7 +84,7 @@ class Requests:
             except GatewayError as error:
                 reply, refused = protocol.failure(request_id, error), error
             except asyncio.CancelledError:
-                if not self._wire.cancelled(request_id):  # the connection ends: nobody reads an answer
+                if not self._wire.cancelled(request_id):  # the connection ends: nothing reads an answer
                     raise
                 await self._fence(method, request.params)
                 reply = protocol.failure(request_id, Cancelled("the request was cancelled"))

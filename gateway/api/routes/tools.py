@@ -78,7 +78,7 @@ async def exec(request: Request) -> Response:
     check_serving(request)
     body = protocol.validate(ExecBody, await json_body(request, token))
     room = request.scope[USES].enter_context(request.scope[SHARE].lease())
-    with gateway.runtime.expect(name):  # who asks once, asks again
+    with gateway.runtime.expect(name):  # a caller that asks once asks again
         work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
         return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
 

@@ -47,7 +47,7 @@ _STATIC: Final = FIRST_TO_GO + "lxc.net.0.ipv4.address = {address}\nlxc.net.0.ip
 _NIC: Final = "eth0"
 _LEASES: Final = 5.0  # seconds for which those of DHCP are believed
 _TRIES: Final = 20  # addresses that are tried until one is free
-_STOPS: Final = 5  # stops of an instance that somebody starts again, until it is left alone
+_STOPS: Final = 5  # stops of an instance that others start again, until it is left alone
 WHOLE: Final = ("architecture", "config", "description", "ephemeral", "profiles")
 _PAUSE: Final = 0.2  # Incus has no word for "when it is no longer busy"
 
@@ -323,7 +323,7 @@ class Creation:
                     await whole(self._incus.operate("PUT", path, kept, timeout=limit, if_match=tag))
                     return
                 except IncusError as error:
-                    if error.status != 412 or attempt == _TRIES - 1:  # somebody else changed it meanwhile
+                    if error.status != 412 or attempt == _TRIES - 1:  # others changed it meanwhile
                         raise
 
 

@@ -72,7 +72,7 @@ class Disks:
     def copy_of(found: Mapping[str, Any], snapshot: str | None) -> Copy:
         """Return what a copy of that instance's disk is made of, with the instance's limits."""
         name = found["name"]
-        # what is not said anew is taken over; an empty value takes nothing over
+        # a key that is not given is copied; an empty value prevents that
         unset = {key: "" for key in found["config"] if key.startswith("user.") or key == STATIC}
         devices = {
             device: {key: value for key, value in facts.items() if key != "ipv4.address"}

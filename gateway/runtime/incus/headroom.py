@@ -49,7 +49,7 @@ class Headroom:
             return
         before, _, doubled = config[UPDATING].partition(" ")
         change = {UPDATING: ""}
-        if config.get("limits.memory") == doubled or not doubled:  # else somebody gave it another one
+        if config.get("limits.memory") == doubled or not doubled:  # else others gave it another one
             change["limits.memory"] = "" if before == "-" else before
         with translated(tenant):
             await self._making.operate("PATCH", instance_path(tenant), {"config": change})

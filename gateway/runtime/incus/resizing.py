@@ -74,7 +74,7 @@ class Resizing:
                 await whole(self._incus.operate("PUT", path, wanted, timeout=limit, if_match=tag))
                 break
             except IncusError as error:
-                if error.status == 412 and attempt < _TRIES - 1:  # somebody else changed it meanwhile
+                if error.status == 412 and attempt < _TRIES - 1:  # others changed it meanwhile
                     continue
                 await whole(self._take_back(found))
                 if "cgroup item" in error.message:  # by cgroups v1

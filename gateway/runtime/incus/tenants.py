@@ -45,7 +45,7 @@ from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
-_INTERFACES: Final = 64  # of a tenant, who may make thousands, that its metrics tell of
+_INTERFACES: Final = 64  # in the metrics of a tenant, which may create thousands
 
 
 @dataclass(frozen=True, slots=True)
