@@ -38,6 +38,10 @@ class Context:
     promise: Promise
     unwell: Callable[[str, int, str, str], None]
 
+    def exchanging(self, tenant: str) -> contextlib.AbstractContextManager[None]:
+        """Have nobody's file tools go on in the folder that is the workspace no more."""
+        return contextlib.nullcontext() if self.workers is None else self.workers.exchanges.of(tenant)
+
     async def is_there(self, record: Record) -> bool:
         """Say whether a deployment's tenant is still the one that it was about."""
         try:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -37,6 +38,9 @@ from gateway.tools.mirroring import KEPT, LOST
 log = logging.getLogger(__name__)
 
 _NAMED: Final = 20  # paths that an update removes and names
+# Seconds in which requests are answered that are under way to a site, after others are led elsewhere and
+# before it is stopped. There is nothing to wait for instead: Caddy counts them for all sites together.
+_ARRIVAL: Final = 0.5
 _RETURNS: Final = 10.0  # seconds that an undo waits for the old site
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 
@@ -292,6 +296,10 @@ class Phases:
         self._caddy.set(record.domain, live.target)
         async with asyncio.TaskGroup() as group:
             group.create_task(sites.finish(record.tenant, self._order))
+            if record.kind == "update":
+                group.create_task(
+                    _arrival(time.monotonic())
+                )  # of whom the next site answers, which is stopped then
             if self._settings.caddy_issuer == "internal":
                 group.create_task(self._certify(facts))
         if record.kind == "update":
@@ -310,8 +318,11 @@ class Phases:
         """Put the next site in the live one's place; the domain leads to the next one all the while."""
         record, sites = self._record, self._sites
         self._unless_another(self._unsettle)
+        led = time.monotonic()
         kept = await self._kept()
-        await sites.settle(record.tenant, self._recipe, kept, self.how)
+        await _arrival(led)  # of whom the live site answers, which is stopped then
+        with self._context.exchanging(record.tenant):
+            await sites.settle(record.tenant, self._recipe, kept, self.how)
         live = await sites.expose(record.tenant, "live", self._recipe)
         answered = await self._answering("live", live)
         # as the world will, which is not led there yet
@@ -319,15 +330,18 @@ class Phases:
         return live
 
     async def _unsettle(self, tenant: str) -> None:
-        """Take back the exchange, and wait a while for the old site: its visitors are led there next."""
+        """Take back the exchange, and lead visitors back to the old site once it answers, if it soon does."""
         sites, domain = self._sites, self._record.domain
-        await sites.unsettle(tenant)
+        with self._context.exchanging(tenant):
+            await sites.unsettle(tenant)
         with contextlib.suppress(GatewayError, OSError, HostRefused):
             _, recipe = await sites.former.live(tenant)
             if recipe is not None:
                 live = await sites.expose(tenant, "live", recipe)
                 self._restored = live.target
                 await answer(live.address, live.port, recipe.health, _RETURNS, host=domain)
+                self._lead_back(live.target)
+                await _arrival(time.monotonic())
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
         answered = await self._verifier.answering(self._subject(side, exposure), copied=self._copied)
@@ -353,6 +367,11 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
         return await asyncio.to_thread(named, template, settings)
     assert isinstance(template, bytes)  # a change has phases of its own
     return await aside(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
+
+
+async def _arrival(led: float) -> None:
+    """Let requests arrive that were under way at that moment, when others were led elsewhere."""
+    await asyncio.sleep(led + _ARRIVAL - time.monotonic())
 
 
 async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:

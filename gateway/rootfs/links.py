@@ -198,7 +198,7 @@ class Links:
         lost: Callable[[str], None] = lambda tenant: None,
     ) -> None:
         self._workers = workers
-        self._processes = WorkerProcesses(workers.broker)
+        self._processes = WorkerProcesses(workers.broker, workers.exchanges)
         self._kind = loop
         self._maximum = maximum
         self._idle = idle

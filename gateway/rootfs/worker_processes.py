@@ -6,8 +6,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from gateway.errors import GatewayError, Unavailable
@@ -33,11 +34,36 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
+class Exchanges:
+    """The tenants whose workspace is being exchanged for another folder, or was a moment ago."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+        self._ended: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, tenant: str) -> Iterator[None]:
+        """Have each call look whether its worker's folder is still the workspace: the old one lives on."""
+        self._running[tenant] += 1
+        try:
+            yield
+        finally:
+            self._running[tenant] -= 1
+            now = time.monotonic()
+            running, ended = +self._running, {**self._ended, tenant: now}
+            self._running = running
+            self._ended = {name: end for name, end in ended.items() if now - end < _SAME_INTERVAL}
+
+    def since(self, tenant: str, moment: float) -> bool:
+        """Say whether the workspace may be another folder than it was at a moment of the monotonic clock."""
+        return tenant in self._running or self._ended.get(tenant, 0.0) >= moment
+
+
 class WorkerProcesses:
     """The processes behind one pool of workers."""
 
-    def __init__(self, broker: BrokerClient) -> None:
-        self._broker = broker
+    def __init__(self, broker: BrokerClient, exchanges: Exchanges) -> None:
+        self._broker, self._exchanges = broker, exchanges
         self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self, spawn: Spawn) -> tuple[int, socket.socket]:
@@ -65,7 +91,8 @@ class WorkerProcesses:
         if worker.closed or worker.root != root:
             return False
         now = time.monotonic()
-        if now - worker.checked < _SAME_INTERVAL:
+        known = now - worker.checked < _SAME_INTERVAL
+        if known and not self._exchanges.since(root.tenant, worker.checked):
             return True
         worker.checked = now
         answer, _ = await self._broker.request({"do": "same", "worker": worker.number})

@@ -24,7 +24,7 @@ from gateway.rootfs.broker_client import BrokerClient
 from gateway.rootfs.operation import NAMED_MAX, SCAN, SCANNED, Limits
 from gateway.rootfs.spawn import Spawn
 from gateway.rootfs.worker_connection import Forgotten, WorkerConnection, forgotten, result_of
-from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, WorkerProcesses
+from gateway.rootfs.worker_processes import SPAWN_TIMEOUT, Exchanges, WorkerProcesses
 
 if TYPE_CHECKING:
     from gateway.settings import Settings
@@ -72,7 +72,8 @@ class Workers:
         self._idle = settings.worker_idle
         self._maximum = settings.max_workers
         self.broker = BrokerClient(operations, tenants, at=settings.broker_socket)
-        self._processes = WorkerProcesses(self.broker)
+        self.exchanges = Exchanges()
+        self._processes = WorkerProcesses(self.broker, self.exchanges)
         self.opened: Callable[[FilesystemRoot, bool], None] = lambda root, broke: None
         # by tenant and lane: 0 for what is over at once, from 1 on for searches, `_CHANGES`
         self._slots: dict[tuple[str, int], _Slot] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 
+import orjson
 import pytest
 
 from gateway.settings import Settings
 from tests.archives import Member
-from tests.contracts.rollback import KEPT, RollbackContract
+from tests.contracts.rollback import KEPT, RollbackContract, upload
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(300)
@@ -77,3 +79,58 @@ class TestLocal(RollbackContract):
 
     def site(self, page: str, keep: str = "") -> list[Member]:
         return site(sys.executable, "serve.py", PYTHON, page, keep)
+
+
+async def command(
+    host: Hosting, *words: str, given: bytes = b"", token: str | None = None
+) -> tuple[int | None, str, str]:
+    """Return exit code, output and errors of a command line."""
+    more = {} if token is None else {"GATEWAY_TOKEN": token}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", *words),
+        env={**host.gateway.environment, **more},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate(given)
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_the_command_line_shows_goes_back_and_changes_variables(local: Hosting) -> None:
+    domain = "typed.example.com"
+    for page in ("one", "two"):
+        archive = upload(*site(sys.executable, "serve.py", PYTHON, page, ""))
+        record = await local.deploy(domain, archive, env={"GREETING": page})
+        assert record["state"] == "succeeded", record["error"]
+    code, out, _ = await command(local, "deployments", domain)
+    rows = [line.split() for line in out.splitlines()]
+    assert (code, rows[0][0], [row[-1] for row in rows[1:]]) == (0, "id", ["live", "kept"])
+    first = rows[2][0]
+
+    code, out, err = await command(local, "rollback", domain)
+    assert code == 0, err
+    assert "verify" in out and f"is {first} again, after " in out.splitlines()[-1]
+    assert (await local.visit(domain))[1] == "one"
+    code, out, _ = await command(local, "deployments", "typed-example-com", "--json")
+    assert (code, orjson.loads(out)["deployments"][0]["rollback"]) == (0, first)
+    code, _, err = await command(local, "rollback", domain, first)
+    assert code == 1
+    assert f"keeps no site of {first}; it keeps d-" in err
+
+    lines = b"# of a file\n\nexport SECRET='a b'\nGREETING=three=3\n"
+    code, out, err = await command(local, "env", domain, "set", given=lines)
+    assert code == 0, err
+    assert "has GREETING, SECRET, after" in out and "a b" not in out
+    assert (await local.visit(domain, "/env"))[1] == "three=3 a b"
+    assert (await command(local, "env", domain, "list", "--values"))[1] == "GREETING=three=3\nSECRET=a b\n"
+    code, out, err = await command(local, "env", domain, "unset", "SECRET")
+    assert (code, (await local.visit(domain, "/env"))[1]) == (0, "three=3 none"), err
+    assert (await command(local, "env", domain, "set", "SECRET"))[0] == 2
+    code, _, err = await command(local, "env", domain, "unset", "SECRET")
+    assert (code, err) == (1, "incus-gateway: SECRET is not set\n")
+    code, _, err = await command(local, "rollback", "nowhere.example.com")
+    assert (code, err[:50]) == (1, "incus-gateway: no tenant has the domain nowhere.ex")
+    token = local.gateway.token("*", scopes=("deploy", "events"))
+    code, _, err = await command(local, "env", domain, "list", "--values", token=token)
+    assert code == 1 and "exec" in err

@@ -342,6 +342,22 @@ async def test_workspace_replaced(workers: Workers, root: LaidRoot) -> None:
     assert orjson.loads(await workers.call(root, "names", {})) == ["new.txt"]
 
 
+async def test_a_workspace_that_is_exchanged_is_the_next_calls(workers: Workers, root: LaidRoot) -> None:
+    """Who says that he exchanges it has no call go on in the old folder, which lives on."""
+    srv = root.path / "srv"
+    for number in range(3):
+        assert orjson.loads(await workers.call(root, "names", {})) != [f"{number}.txt"]
+        with workers.exchanges.of(root.tenant):
+            (srv / "site").rename(srv / f"old{number}")
+            (srv / "site").mkdir()
+            (srv / "site" / f"{number}.txt").touch()
+            (srv / "site").chmod(0o755)
+            within = orjson.loads(await workers.call(root, "names", {})) if number else None
+        assert within in (None, [f"{number}.txt"])
+        assert orjson.loads(await workers.call(root, "names", {})) == [f"{number}.txt"]
+    assert not workers.exchanges._running and len(workers.exchanges._ended) == 1
+
+
 async def test_workspace_is_no_link(workers: Workers, root: LaidRoot, tmp_path: Path) -> None:
     """A workspace, or a folder above it, that became a link is not followed."""
     secret = tmp_path / "secret"
