@@ -259,6 +259,10 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly url: string;
   readonly template: string;
   readonly kind: "create" | "update";
+  /** The deployment whose site it brings back. */
+  readonly rollback: string | null;
+  /** The names of the variables that it changes. */
+  readonly env: readonly string[] | null;
   readonly port: number;
   readonly source: string | null;
   /** In seconds since the epoch. */
@@ -269,4 +273,13 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly phases: readonly DeploymentPhase[];
   /** What it failed with; `phase` and `reason` may be beside it. */
   readonly error: (Facts & { readonly code: ErrorCode; readonly message: string }) | null;
+}
+
+/** What was deployed to a tenant, newest first, and what it can go back to. */
+export interface DeploymentHistory {
+  readonly deployments: readonly DeploymentRecord[];
+  /** The deployment that is served, null where that is not known. */
+  readonly live: string | null;
+  /** Newest first; `replaced` in seconds since the epoch. */
+  readonly kept: readonly { readonly id: string; readonly replaced: number }[];
 }

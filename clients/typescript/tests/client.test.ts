@@ -59,6 +59,15 @@ beforeEach(async () => {
 afterAll(() => live.remove());
 
 describe("a gateway", () => {
+  test("says what a tenant can go back to, and refuses what has no site", async () => {
+    expect(await gateway.deploymentsOf("demo")).toEqual({ deployments: [], live: null, kept: [] });
+    expect(await gateway.variables("demo")).toEqual([]);
+    expect(await gateway.environment("demo")).toEqual({});
+    await expect(gateway.rollback("demo")).rejects.toMatchObject({ code: "conflict" });
+    await expect(gateway.changeEnvironment("demo", { A: null })).rejects.toMatchObject({ code: "conflict" });
+    await expect(gateway.deploymentsOf("other")).rejects.toMatchObject({ code: "not_found" });
+  });
+
   test("lists tenants and says who we are", async () => {
     expect((await gateway.tenants()).map((tenant) => tenant.name)).toEqual(["demo"]);
     const session = await gateway.session();
