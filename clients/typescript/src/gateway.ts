@@ -8,7 +8,6 @@ import { HttpClient } from "./http.js";
 import { Tenant, type TenantOptions } from "./tenant.js";
 import type {
   AuditEntry,
-  DeploymentHistory,
   DeploymentRecord,
   DeploymentStarted,
   GatewayEvent,
@@ -100,6 +99,7 @@ export class Gateway extends HttpClient {
       url: () => `ws${this.url.slice(4)}${path}${this.slot === null ? "" : `?slot=${this.slot}`}`,
       socket: () => this.#socketKind(),
       other: (other) => this.tenant(other, options),
+      deployment: (started) => new Deployment(this, started),
     });
   }
 
@@ -144,58 +144,6 @@ export class Gateway extends HttpClient {
   /** Returns the newest deployments of the tenants that the token covers. */
   async deployments(signal?: AbortSignal): Promise<readonly DeploymentRecord[]> {
     return (await this.#get<{ deployments: DeploymentRecord[] }>("/v1/deployments", signal)).deployments;
-  }
-
-  // --- going back ------------------------------------------------------------------------------------------
-
-  /** Returns what was deployed to a tenant, which of it is live, and what it can go back to. */
-  deploymentsOf(tenant: string, signal?: AbortSignal): Promise<DeploymentHistory> {
-    return this.#get(`/v1/tenants/${encodeURIComponent(tenant)}/deployments`, signal);
-  }
-
-  /** Begins to serve a kept site again: the one that was live last, or that of the deployment `to`. */
-  rollback(
-    tenant: string,
-    to?: string,
-    idempotencyKey: string = unique(),
-    signal?: AbortSignal,
-  ): Promise<Deployment> {
-    return this.#change("POST", tenant, "rollback", { to }, idempotencyKey, signal);
-  }
-
-  /** Returns the names of a site's variables. */
-  async variables(tenant: string, signal?: AbortSignal): Promise<readonly string[]> {
-    const path = `/v1/tenants/${encodeURIComponent(tenant)}/env`;
-    return (await this.#get<{ names: string[] }>(path, signal)).names;
-  }
-
-  /** Returns a site's variables with their values; needs the scope `exec`, too. */
-  async environment(tenant: string, signal?: AbortSignal): Promise<Readonly<Record<string, string>>> {
-    const path = `/v1/tenants/${encodeURIComponent(tenant)}/env?values=1`;
-    return (await this.#get<{ env: Record<string, string> }>(path, signal)).env;
-  }
-
-  /** Begins to start a site anew with other variables; null removes one. */
-  changeEnvironment(
-    tenant: string,
-    env: Readonly<Record<string, string | null>>,
-    idempotencyKey: string = unique(),
-    signal?: AbortSignal,
-  ): Promise<Deployment> {
-    return this.#change("PATCH", tenant, "env", { env }, idempotencyKey, signal);
-  }
-
-  async #change(
-    method: string,
-    tenant: string,
-    what: string,
-    body: object,
-    key: string,
-    signal: AbortSignal | undefined,
-  ): Promise<Deployment> {
-    const path = `/v1/tenants/${encodeURIComponent(tenant)}/${what}`;
-    const headers = { "Idempotency-Key": key };
-    return new Deployment(this, await this.json<DeploymentStarted>(method, path, body, { headers, signal }));
   }
 
   // --- what an operator does -------------------------------------------------------------------------------

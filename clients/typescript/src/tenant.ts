@@ -6,21 +6,10 @@ import { TenantEvents, Watch } from "./feed.js";
 import { Files } from "./files.js";
 import { History } from "./history.js";
 import type { HttpClient } from "./http.js";
+import { Life, type Place } from "./life.js";
 import { Link, type LinkOptions, type LinkStatus, type RequestOptions } from "./link.js";
-import { type ToolOptions, ToolResult, Tools } from "./tools.js";
-import type {
-  ExecInfo,
-  Offsets,
-  Renewed,
-  RunResult,
-  ServerInfo,
-  SiteAnswer,
-  SnapshotInfo,
-  TenantInfo,
-  TenantSize,
-  ToolInfo,
-  Usage,
-} from "./types.js";
+import { type ToolOptions, ToolResult } from "./tools.js";
+import type { ExecInfo, Offsets, Renewed, RunResult, ServerInfo, ToolInfo } from "./types.js";
 import { unique } from "./unique.js";
 
 export interface TenantOptions {
@@ -59,25 +48,12 @@ export interface TenantEventOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** How the gateway is reached, and what else it has. */
-export type Place = Pick<LinkOptions, "address" | "url" | "socket"> & {
-  readonly other: (name: string) => Tenant;
-};
-
-export interface Logs {
-  readonly lines?: number | undefined;
-  readonly signal?: AbortSignal | undefined;
-}
-
 /** Connects when something is asked. All of it shares one connection; see `Exec` for what that means. */
-export class Tenant extends Tools implements Disposable {
-  readonly name: string;
+export class Tenant extends Life<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
-  readonly #http: HttpClient;
   readonly #link: Link;
   readonly #lingerMs: number | undefined;
-  readonly #other: (name: string) => Tenant;
   #events: TenantEvents | null = null;
 
   /** @internal Use `Gateway.tenant`. */
@@ -86,15 +62,14 @@ export class Tenant extends Tools implements Disposable {
     name: string,
     client: { readonly name: string; readonly version: string },
     options: TenantOptions,
-    { other, ...link }: Place,
+    place: Place<Tenant>,
   ) {
-    super();
-    this.name = name;
-    this.#other = other;
+    super(http, name, place);
     this.#lingerMs = options.lingerMs;
-    this.#http = http;
     this.#link = new Link({
-      ...link,
+      address: place.address,
+      url: place.url,
+      socket: place.socket,
       ...options,
       credential: http.credential,
       initialize: (token) => ({
@@ -153,7 +128,7 @@ export class Tenant extends Tools implements Disposable {
 
   /** @internal The same tenant over a connection of its own. */
   twin(): Tenant {
-    return this.#other(this.name);
+    return this.place.other(this.name);
   }
 
   [Symbol.dispose](): void {
@@ -209,7 +184,7 @@ export class Tenant extends Tools implements Disposable {
   async run(command: string | readonly string[], options: RunOptions = {}): Promise<RunResult> {
     const { timeoutMs: timeout_ms, signal, ...rest } = options;
     const body = { ...what(command), ...rest, timeout_ms };
-    const answer = await this.#http.json<Record<string, unknown>>("POST", this.#path("/exec"), body, {
+    const answer = await this.http.json<Record<string, unknown>>("POST", this.path("/exec"), body, {
       signal,
     });
     const { exit_code: exitCode, duration_ms: durationMs, ...same } = answer;
@@ -242,118 +217,8 @@ export class Tenant extends Tools implements Disposable {
     this.#events = new TenantEvents(this.#link, filter);
     return await this.#events.begin(signal);
   }
-
-  // --- over HTTP -------------------------------------------------------------------------------------------
-
-  info(signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("GET", this.#path(), undefined, { signal });
-  }
-
-  metrics(signal?: AbortSignal): Promise<Usage> {
-    return this.#http.json("GET", this.#path("/metrics"), undefined, { signal });
-  }
-
-  /** Asks whether the tenant's site answers now; `answers` is null where it has none or is asleep. */
-  site(signal?: AbortSignal): Promise<SiteAnswer> {
-    return this.#http.json("GET", this.#path("/site"), undefined, { signal });
-  }
-
-  start(signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/start"), undefined, { signal });
-  }
-
-  stop(signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/stop"), undefined, { signal });
-  }
-
-  restart(signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("POST", this.#path("/restart"), undefined, { signal });
-  }
-
-  /** Gives the tenant another domain, or none; its name stays. */
-  rename(domain: string | null, signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("PATCH", this.#path(), { domain }, { signal });
-  }
-
-  /** Gives the tenant the limits of another size while it runs. */
-  resize(size: TenantSize, signal?: AbortSignal): Promise<TenantInfo> {
-    return this.#http.json("PATCH", this.#path(), { size }, { signal });
-  }
-
-  /** Makes another tenant of this one's disk, or of a snapshot of it; it has no domain yet. */
-  async clone(
-    tenant: string,
-    options: { readonly snapshot?: string | undefined; readonly signal?: AbortSignal | undefined } = {},
-  ): Promise<Tenant> {
-    const { snapshot, signal } = options;
-    await this.#http.json("POST", this.#path("/clone"), { tenant, snapshot }, { signal });
-    return this.#other(tenant);
-  }
-
-  /** Returns the snapshots of the disk, oldest first. */
-  async snapshots(signal?: AbortSignal): Promise<readonly SnapshotInfo[]> {
-    const path = this.#path("/snapshots");
-    return (await this.#http.json<{ snapshots: SnapshotInfo[] }>("GET", path, undefined, { signal }))
-      .snapshots;
-  }
-
-  /** Keeps the disk as it is now; without a name by the time. */
-  snapshot(name?: string, signal?: AbortSignal): Promise<SnapshotInfo> {
-    return this.#http.json("POST", this.#path("/snapshots"), { name }, { signal });
-  }
-
-  /** Makes the disk what it was: stops the tenant, and starts it again if it ran. */
-  async restore(snapshot: string, signal?: AbortSignal): Promise<void> {
-    const path = this.#path(`/snapshots/${encodeURIComponent(snapshot)}/restore`);
-    await this.#http.json("POST", path, undefined, { signal });
-  }
-
-  async deleteSnapshot(snapshot: string, signal?: AbortSignal): Promise<void> {
-    const path = this.#path(`/snapshots/${encodeURIComponent(snapshot)}`);
-    await this.#http.json("DELETE", path, undefined, { signal });
-  }
-
-  /** Destroys the tenant and everything of it, and closes this connection. */
-  async delete(signal?: AbortSignal): Promise<void> {
-    await this.#http.json("DELETE", this.#path(), undefined, { signal });
-    this.close();
-  }
-
-  /** Yields the lines of the site's journal, the last `lines` first; ends when it does not follow. */
-  async *logs(options: Logs & { follow?: boolean } = {}): AsyncGenerator<string> {
-    const query = new URLSearchParams({
-      lines: String(options.lines ?? 200),
-      follow: options.follow ? "1" : "0",
-    });
-    const response = await this.#http.http("GET", this.#path(`/logs?${query}`), {
-      signal: options.signal,
-    });
-    yield* lines(response);
-  }
-
-  #path(rest = ""): string {
-    return `/v1/tenants/${encodeURIComponent(this.name)}${rest}`;
-  }
 }
 
 function what(command: string | readonly string[]): object {
   return typeof command === "string" ? { command } : { argv: command };
-}
-
-async function* lines(response: Response): AsyncGenerator<string> {
-  if (response.body === null) return;
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      const parts = (rest + value).split("\n");
-      rest = parts.pop() ?? "";
-      yield* parts;
-    }
-    if (rest !== "") yield rest;
-  } finally {
-    await reader.cancel().catch(() => {});
-  }
 }

@@ -259,27 +259,25 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly url: string;
   readonly template: string;
   readonly kind: "create" | "update";
-  /** The deployment whose site it brings back. */
-  readonly rollback: string | null;
-  /** The names of the variables that it changes. */
-  readonly env: readonly string[] | null;
   readonly port: number;
   readonly source: string | null;
   /** In seconds since the epoch. */
   readonly created: number;
   readonly ended: number | null;
   readonly ms: number | null;
+  /** Of a rollback the id of the deployment whose site comes back. */
+  readonly rollback?: string | null;
   readonly warnings: readonly string[];
   readonly phases: readonly DeploymentPhase[];
   /** What it failed with; `phase` and `reason` may be beside it. */
   readonly error: (Facts & { readonly code: ErrorCode; readonly message: string }) | null;
 }
 
-/** What was deployed to a tenant, newest first, and what it can go back to. */
+/** What was deployed to a tenant, newest first. */
 export interface DeploymentHistory {
   readonly deployments: readonly DeploymentRecord[];
-  /** The deployment that is served, null where that is not known. */
+  /** The id of the one that is served; null where that is not known. */
   readonly live: string | null;
-  /** Newest first; `replaced` in seconds since the epoch. */
+  /** Those that `Tenant.rollback` can go back to, newest first; `replaced` in seconds since the epoch. */
   readonly kept: readonly { readonly id: string; readonly replaced: number }[];
 }

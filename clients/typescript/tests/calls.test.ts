@@ -23,6 +23,9 @@ const { calls } = JSON.parse(
 const camel = (name: string) => name.replace(/_(.)/g, (_, letter: string) => letter.toUpperCase());
 const named = ({ method, typescript }: Call) => (typescript !== undefined ? typescript : camel(method ?? ""));
 
+type Method = (...args: unknown[]) => Promise<unknown>;
+const member = (object: unknown, name: string) => (object as Record<string, unknown>)[name];
+
 /** A gateway that answers everything with `answer`, and what it was asked. */
 function scripted(answer: unknown): { gateway: Gateway; sent: Record<string, unknown>[] } {
   const sent: Record<string, unknown>[] = [];
@@ -68,26 +71,34 @@ test.each(calls.filter((call) => !call.live && named(call) !== null))(
     const options = call.typescriptOptions ?? Object.fromEntries(camels);
     const args = [...(call.typescriptArgs ?? call.args)];
     if (Object.keys(options).length > 0) args.push(options);
-    const object = objects[call.class] as unknown as Record<string, (...args: unknown[]) => Promise<unknown>>;
-    await object[named(call) ?? ""]?.(...args);
+    const path = (named(call) ?? "").split(".");
+    const method = path.pop() ?? "";
+    const object = path.reduce<unknown>(member, objects[call.class]) as Record<string, Method>;
+    await object[method]?.(...args);
     tenant.close();
     expect(sent).toEqual([call.sends]);
   },
 );
 
 describe("every method is in the table", () => {
-  const files = Object.getPrototypeOf(scripted({}).gateway.tenant("shop").files);
-  const tools = Object.getPrototypeOf(Tenant.prototype);
+  const { files, history } = scripted({}).gateway.tenant("shop");
   test.each([
-    ["Client", [Gateway.prototype, Object.getPrototypeOf(Gateway.prototype)]],
-    ["Tenant", [Tenant.prototype, tools]],
-    ["Files", [files]],
-    ["Deployment", [Deployment.prototype]],
-  ] as const)("of %s", (name, prototypes) => {
-    const found = new Set(prototypes.flatMap((one: object) => Object.getOwnPropertyNames(one)));
+    ["Client", Gateway.prototype],
+    ["Tenant", Tenant.prototype],
+    ["Files", Object.getPrototypeOf(files)],
+    ["history", Object.getPrototypeOf(history)],
+    ["Deployment", Deployment.prototype],
+  ] as const)("of %s", (name, prototype) => {
+    const found = new Set<string>();
+    for (let one = prototype as object; one !== Object.prototype; one = Object.getPrototypeOf(one))
+      for (const method of Object.getOwnPropertyNames(one)) found.add(method);
     found.delete("constructor");
-    const listed = calls.filter((call) => call.class === name).map(named);
-    expect(found).toEqual(new Set(listed.filter((one) => one !== null)));
+    const listed = calls.map((call) => ({ name: named(call) ?? "", of: call.class }));
+    const own = listed.flatMap(({ name: each, of }) => {
+      if (each.includes(".")) return each.startsWith(`${name}.`) ? [each.slice(name.length + 1)] : [];
+      return of === name && each !== "" ? [each] : [];
+    });
+    expect(found).toEqual(new Set(own));
   });
 
   test("of a command", () => {

@@ -60,12 +60,12 @@ afterAll(() => live.remove());
 
 describe("a gateway", () => {
   test("says what a tenant can go back to, and refuses what has no site", async () => {
-    expect(await gateway.deploymentsOf("demo")).toEqual({ deployments: [], live: null, kept: [] });
-    expect(await gateway.variables("demo")).toEqual([]);
-    expect(await gateway.environment("demo")).toEqual({});
-    await expect(gateway.rollback("demo")).rejects.toMatchObject({ code: "conflict" });
-    await expect(gateway.changeEnvironment("demo", { A: null })).rejects.toMatchObject({ code: "conflict" });
-    await expect(gateway.deploymentsOf("other")).rejects.toMatchObject({ code: "not_found" });
+    const demo = tenant();
+    expect(await demo.deployments()).toEqual({ deployments: [], live: null, kept: [] });
+    expect([await demo.variables(), await demo.environment()]).toEqual([[], {}]);
+    await expect(demo.rollback()).rejects.toMatchObject({ code: "conflict" });
+    await expect(demo.changeEnvironment({ A: null })).rejects.toMatchObject({ code: "conflict" });
+    await expect(gateway.tenant("other").deployments()).rejects.toMatchObject({ code: "not_found" });
   });
 
   test("lists tenants and says who we are", async () => {

@@ -1,0 +1,194 @@
+/** A tenant's life and its site, over HTTP. */
+
+import type { Deployment } from "./deployment.js";
+import type { HttpClient } from "./http.js";
+import type { LinkOptions } from "./link.js";
+import { Tools } from "./tools.js";
+import type {
+  DeploymentHistory,
+  DeploymentStarted,
+  SiteAnswer,
+  SnapshotInfo,
+  TenantInfo,
+  TenantSize,
+  Usage,
+} from "./types.js";
+import { unique } from "./unique.js";
+
+export interface Logs {
+  readonly lines?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** Of what begins a deployment: the same key again is the same deployment. */
+export interface BeginOptions {
+  readonly idempotencyKey?: string | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** How the gateway is reached, and what else it has. */
+export type Place<Twin> = Pick<LinkOptions, "address" | "url" | "socket"> & {
+  readonly other: (name: string) => Twin;
+  readonly deployment: (started: DeploymentStarted) => Deployment;
+};
+
+/** `Twin` is what another tenant is, made by `clone`. */
+export abstract class Life<Twin> extends Tools {
+  readonly name: string;
+  protected readonly http: HttpClient;
+  protected readonly place: Place<Twin>;
+
+  constructor(http: HttpClient, name: string, place: Place<Twin>) {
+    super();
+    this.name = name;
+    this.http = http;
+    this.place = place;
+  }
+
+  abstract close(): void;
+
+  info(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("GET", this.path(), undefined, { signal });
+  }
+
+  metrics(signal?: AbortSignal): Promise<Usage> {
+    return this.http.json("GET", this.path("/metrics"), undefined, { signal });
+  }
+
+  /** Asks whether the tenant's site answers now; `answers` is null where it has none or is asleep. */
+  site(signal?: AbortSignal): Promise<SiteAnswer> {
+    return this.http.json("GET", this.path("/site"), undefined, { signal });
+  }
+
+  start(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("POST", this.path("/start"), undefined, { signal });
+  }
+
+  stop(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("POST", this.path("/stop"), undefined, { signal });
+  }
+
+  restart(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("POST", this.path("/restart"), undefined, { signal });
+  }
+
+  /** Gives the tenant another domain, or none; its name stays. */
+  rename(domain: string | null, signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("PATCH", this.path(), { domain }, { signal });
+  }
+
+  /** Gives the tenant the limits of another size while it runs. */
+  resize(size: TenantSize, signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("PATCH", this.path(), { size }, { signal });
+  }
+
+  /** Makes another tenant of this one's disk, or of a snapshot of it; it has no domain yet. */
+  async clone(
+    tenant: string,
+    options: { readonly snapshot?: string | undefined; readonly signal?: AbortSignal | undefined } = {},
+  ): Promise<Twin> {
+    const { snapshot, signal } = options;
+    await this.http.json("POST", this.path("/clone"), { tenant, snapshot }, { signal });
+    return this.place.other(tenant);
+  }
+
+  /** Returns the snapshots of the disk, oldest first. */
+  async snapshots(signal?: AbortSignal): Promise<readonly SnapshotInfo[]> {
+    const path = this.path("/snapshots");
+    return (await this.http.json<{ snapshots: SnapshotInfo[] }>("GET", path, undefined, { signal }))
+      .snapshots;
+  }
+
+  /** Keeps the disk as it is now; without a name by the time. */
+  snapshot(name?: string, signal?: AbortSignal): Promise<SnapshotInfo> {
+    return this.http.json("POST", this.path("/snapshots"), { name }, { signal });
+  }
+
+  /** Makes the disk what it was: stops the tenant, and starts it again if it ran. */
+  async restore(snapshot: string, signal?: AbortSignal): Promise<void> {
+    const path = this.path(`/snapshots/${encodeURIComponent(snapshot)}/restore`);
+    await this.http.json("POST", path, undefined, { signal });
+  }
+
+  async deleteSnapshot(snapshot: string, signal?: AbortSignal): Promise<void> {
+    const path = this.path(`/snapshots/${encodeURIComponent(snapshot)}`);
+    await this.http.json("DELETE", path, undefined, { signal });
+  }
+
+  /** Returns what was deployed to it, which of it is live, and which it can go back to. */
+  deployments(signal?: AbortSignal): Promise<DeploymentHistory> {
+    return this.http.json("GET", this.path("/deployments"), undefined, { signal });
+  }
+
+  /** Begins to serve a kept site again: the one that was live last, or that of the deployment `to`. */
+  rollback(to?: string, options: BeginOptions = {}): Promise<Deployment> {
+    return this.#begin("POST", "/rollback", { to }, options);
+  }
+
+  /** Returns the names of the site's environment. */
+  async variables(signal?: AbortSignal): Promise<readonly string[]> {
+    const path = this.path("/env");
+    return (await this.http.json<{ names: string[] }>("GET", path, undefined, { signal })).names;
+  }
+
+  /** Returns the site's environment with its values; needs the scope `exec`, too. */
+  async environment(signal?: AbortSignal): Promise<Readonly<Record<string, string>>> {
+    const path = this.path("/env?values=1");
+    return (await this.http.json<{ env: Record<string, string> }>("GET", path, undefined, { signal })).env;
+  }
+
+  /** Begins to start the site anew with other variables; null removes one. */
+  changeEnvironment(
+    env: Readonly<Record<string, string | null>>,
+    options: BeginOptions = {},
+  ): Promise<Deployment> {
+    return this.#begin("PATCH", "/env", { env }, options);
+  }
+
+  async #begin(method: string, rest: string, body: object, options: BeginOptions): Promise<Deployment> {
+    const { idempotencyKey = unique(), signal } = options;
+    const headers = { "Idempotency-Key": idempotencyKey };
+    const asked = { headers, signal };
+    return this.place.deployment(await this.http.json(method, this.path(rest), body, asked));
+  }
+
+  /** Destroys the tenant and everything of it, and closes this connection. */
+  async delete(signal?: AbortSignal): Promise<void> {
+    await this.http.json("DELETE", this.path(), undefined, { signal });
+    this.close();
+  }
+
+  /** Yields the lines of the site's journal, the last `lines` first; ends when it does not follow. */
+  async *logs(options: Logs & { follow?: boolean } = {}): AsyncGenerator<string> {
+    const query = new URLSearchParams({
+      lines: String(options.lines ?? 200),
+      follow: options.follow ? "1" : "0",
+    });
+    const response = await this.http.http("GET", this.path(`/logs?${query}`), {
+      signal: options.signal,
+    });
+    yield* lines(response);
+  }
+
+  protected path(rest = ""): string {
+    return `/v1/tenants/${encodeURIComponent(this.name)}${rest}`;
+  }
+}
+
+async function* lines(response: Response): AsyncGenerator<string> {
+  if (response.body === null) return;
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      const parts = (rest + value).split("\n");
+      rest = parts.pop() ?? "";
+      yield* parts;
+    }
+    if (rest !== "") yield rest;
+  } finally {
+    await reader.cancel().catch(() => {});
+  }
+}
