@@ -82,7 +82,7 @@ class Agent:
     async def ended(self) -> None:
         assert self.process.stdout is not None
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 async for line in self.process.stdout:
                     self.told.append(json.loads(line))
                 assert await self.process.wait() == 0
@@ -273,10 +273,10 @@ async def test_an_agent_that_is_aborted_or_killed_takes_its_command_along(
             model([use("Bash", command=tree.script)]) as scripted,
             agent(program, scripted, home, gateway, shop.name, "go", runtime=runtime) as made,
         ):
-            await tree.grown()
+            await until(lambda: tree.alive() == tree.SIZE, 60)
             made.process.send_signal(way)
             await made.process.wait()
-            await until(lambda: tree.alive() == 0, 30)
+            await until(lambda: tree.alive() == 0, 60)
 
     await asyncio.gather(end("node", signal.SIGTERM), end("node", signal.SIGKILL), end("bun", signal.SIGTERM))
 
