@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -38,6 +38,34 @@ class Exit:
     left: int | None = None
 
 
+class Acknowledgements:
+    """Calls `send` each time that `ACK` bytes more have arrived.
+
+    In a task of its own: while the command's input is full nothing can be sent, and output must still be
+    read.
+    """
+
+    def __init__(self, send: Callable[[], Awaitable[None]]) -> None:
+        self._send = send
+        self._bytes = 0
+        self._due = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def count(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes >= ACK:
+            self._bytes = 0
+            self._due.set()
+            if self.task is None:
+                self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            await self._send()
+
+
 class Attachment:
     """What one connection at a time carries of a command. The connection calls it as its `Receiver`.
 
@@ -55,9 +83,7 @@ class Attachment:
         self._writing = asyncio.Lock()
         self._sent = Sent()
         self._input_failure: GatewayError | None = None
-        self._unacked = 0
-        self._due = asyncio.Event()
-        self._acking: asyncio.Task[None] | None = None
+        self._acks = Acknowledgements(self._acknowledge)
         self.reading: Mapping[str, Any] = {"acks": True}
         if encoding != "binary":
             self.reading = {**self.reading, "encoding": encoding}
@@ -83,10 +109,6 @@ class Attachment:
             raise Disconnected("a command is used inside its `async with`")
         return self._connection
 
-    async def request(self, connection: Connection, method: str, params: Mapping[str, Any]) -> Any:
-        """Start the command, or attach to it, by `connection`; return the answer."""
-        return await connection.request(method, params, self._started)
-
     def attached(self, connection: Connection) -> None:
         """Use `connection` from now on."""
         self._connection = connection
@@ -102,7 +124,7 @@ class Attachment:
 
     async def stop(self) -> None:
         """End the tasks that resume and acknowledge."""
-        tasks = [task for task in (self._resuming, self._acking) if task is not None]
+        tasks = [task for task in (self._resuming, self._acks.task) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -202,12 +224,12 @@ class Attachment:
         resume = {} if self._attachment is None else {"resume": self._attachment}
         async with asyncio.timeout(START_TIMEOUT):
             try:
-                answer = await self.request(connection, "exec/attach", {**params, **resume})
+                answer = await connection.request("exec/attach", {**params, **resume}, self.started)
             except NotFound:
                 if not resume:
                     raise
                 # with many readers the gateway forgets the first
-                await self.request(connection, "exec/attach", params)
+                await connection.request("exec/attach", params, self.started)
             else:
                 if resume:
                     missing = self._sent.since(int(answer.get("stdin", 0)))
@@ -219,7 +241,8 @@ class Attachment:
 
     # --- what the connection brings -------------------------------------------------------------------
 
-    def _started(self, result: Any) -> None:
+    def started(self, result: Any) -> None:
+        """Take the answer to `exec/start` or `exec/attach`; passed on with these requests."""
         self._channel = int(result["channel"])
         self._attachment = result.get("attachment")
         self.id = str(result.get("exec", self.id))
@@ -237,12 +260,7 @@ class Attachment:
         elif frame.stream is protocol.StreamId.STDOUT:
             self.stdout.feed(frame.data)
         self.arrived.set()
-        self._unacked += len(frame.data)
-        if self._unacked >= ACK:
-            self._unacked = 0
-            self._due.set()
-            if self._acking is None:
-                self._acking = asyncio.create_task(self._acknowledge())
+        self._acks.count(len(frame.data))
 
     def notified(self, notification: protocol.Notification) -> None:
         params = notification.params
@@ -284,15 +302,8 @@ class Attachment:
         await self.stderr.room()
 
     async def _acknowledge(self) -> None:
-        """Tell the gateway what has arrived whenever it is due; the gateway keeps the rest for a break.
-
-        A task of its own: while the command's input is full nothing can be sent, and output must still be
-        read.
-        """
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            offsets = {"stdout": self.stdout.offset, "stderr": self.stderr.offset}
-            if self._connection is not None:
-                with contextlib.suppress(GatewayError):
-                    await self._connection.notify("exec/ack", {"exec": self.id, **offsets})
+        """Tell the gateway what has arrived; it keeps the rest for a break."""
+        offsets = {"stdout": self.stdout.offset, "stderr": self.stderr.offset}
+        if self._connection is not None:
+            with contextlib.suppress(GatewayError):
+                await self._connection.notify("exec/ack", {"exec": self.id, **offsets})

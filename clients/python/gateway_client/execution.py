@@ -104,9 +104,9 @@ class Exec:
                 # the id is ours, and the first request may have come through
                 with contextlib.suppress(NotFound):
                     params = {"exec": self.id, **attachment.reading}
-                    await attachment.request(connection, "exec/attach", params)
+                    await connection.request("exec/attach", params, attachment.started)
                     return
-            await attachment.request(connection, self._method, self._params)
+            await connection.request(self._method, self._params, attachment.started)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
