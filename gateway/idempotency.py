@@ -94,7 +94,7 @@ class Idempotency:
 
     @classmethod
     async def opened(cls, store: Store, settings: Settings) -> Idempotency:
-        """Take over what earlier lives left; what they had begun and not finished is `begun` still."""
+        """Take over the records of earlier processes; calls that they had not finished are still `begun`."""
         self = cls(store, settings)
         await store.settled()
         for key, record in await store.read(_all):
@@ -138,17 +138,17 @@ class Idempotency:
             raise
 
     async def note(self, key: Key, digest: bytes, facts: bytes) -> None:
-        """Keep facts of a call that has begun: the next life's `earlier` has them. Raises `StoreFailed`."""
+        """Keep facts of a call that has begun, for `earlier` of the next process. Raises `StoreFailed`."""
         record = IdempotencyRecord(digest, time.time(), "begun", len(facts), facts)
         noted = _insert(key, record)
-        record.result = None  # of no use to this life
+        record.result = None  # of no use to this process
         self._shelf(key).put(key, record)
         await self._store.note(noted)
 
     async def finish(self, key: Key, digest: bytes, result: bytes) -> None:
         """Keep the result of a call that began.
 
-        Raises `StoreFailed` if it can only be kept in memory; for this life it is.
+        Raises `StoreFailed` if it can only be kept in memory, for this process.
         """
         record = IdempotencyRecord(digest, time.time(), "done", len(result), result)
 
@@ -206,7 +206,7 @@ class Idempotency:
         await self._store.note(("DELETE FROM receipts WHERE tenant = ?", (tenant,)))
 
     async def earlier(self, kind: Kind) -> list[tuple[Key, IdempotencyRecord]]:
-        """Return what earlier lives left of one kind, with the results; for the start."""
+        """Return the records of one kind that earlier processes left, with their results; for the start."""
         await self._store.settled()
         found = [
             (key, record)

@@ -123,7 +123,7 @@ class _Background:
             services.execs.forget_tenant(event.tenant)
 
     async def _recover(self) -> None:
-        """Finish or undo what deployments of an earlier life left, once Incus answers."""
+        """Finish or undo what deployments of an earlier process left, once Incus answers."""
         await self._resynced.wait()
         await self._services.deployments.recover()
 

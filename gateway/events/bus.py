@@ -131,7 +131,7 @@ class Subscription:
     def last_id(self) -> int:
         if self._ready:
             return self._ready[0].id - 1
-        # an id that is not written yet may be another event's in the next life
+        # an id that is not written yet may be another event's in the next process
         return min(self._cursor, self._journal.newest)
 
     def __aiter__(self) -> Subscription:

@@ -1,4 +1,4 @@
-"""How a command ended, and the process of one that ended in an earlier life of the gateway."""
+"""How a command ended, and the process of one that ended under an earlier process of the gateway."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Ended:
 
 
 class Past:
-    """The process of a command that ended in an earlier life of the gateway: nothing is left to do."""
+    """The process of a command that ended under an earlier process of the gateway: nothing is left to do."""
 
     streams: tuple[StreamName, ...] = ("stdout", "stderr")
     report = b""

@@ -142,7 +142,7 @@ class Exec:
         self._lingering: asyncio.TimerHandle | None = None
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
-        """Be a command of an earlier life of the gateway, of which only the end is known."""
+        """Become a command of an earlier process of the gateway, of which only the end is known."""
         self.asked = asked
         for name, stream in self.streams.items():
             stream.tail.start = stream.tail.end = ended.offsets.get(name, 0)

@@ -1,4 +1,4 @@
-"""What is on record of commands, so that the next life of the gateway can tell how they ended."""
+"""Records commands, so that the next process of the gateway can say how they ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNNOTED: Final = 0.01  # seconds; the journal of events waits for so long too
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """A command of an earlier life: what it was, and how it ended or that it is `lost`. No output is kept."""
+    """A command of an earlier process: what it was, and how it ended or that it is `lost`; without output."""
 
     tenant: str
     exec_id: str
@@ -44,11 +44,11 @@ class Notes:
         self._idempotency = idempotency
 
     async def earlier(self) -> Iterator[Earlier]:
-        """Return the commands of earlier lives that are on record."""
+        """Return the recorded commands of earlier processes."""
         return (_earlier(key, record) for key, record in await self._idempotency.earlier("exec"))
 
     async def start(self, exec_: Exec, once: bool) -> None:
-        """Keep that a command runs, so that the next life can tell that it is lost.
+        """Record that a command runs, so that the next process can say that it is lost.
 
         One without an id of its caller's has a moment for its first byte before that; what ends within it
         needs no note.
@@ -71,7 +71,7 @@ class Notes:
             log.error("the end of exec %s will not outlive this process: %s", exec_.id, failed.message)
 
     async def forget(self, exec_: Exec) -> None:
-        """Let the next life know nothing of a command that ended; its caller gave it no id to ask by."""
+        """Forget a command that ended, and whose caller gave it no id to ask by."""
         try:
             await self._idempotency.forget(_key(exec_))
         except StoreFailed as failed:
@@ -107,7 +107,7 @@ def _key(exec_: Exec) -> Key:
 
 
 def _facts(exec_: Exec) -> dict[str, Any]:
-    """Return what the next life is to know of a command, beside its end."""
+    """Return the facts about a command, besides its end, for the next process."""
     process = exec_.process
     words = shortened(exec_.spec, SHORT)
     return {"pid": process.pid, "startedAt": process.started_at, "argv": words}

@@ -43,7 +43,7 @@ class Execs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
-        """Take over how commands of earlier lives ended, as far as it is noted; what ran then is lost."""
+        """Take over how commands of earlier processes ended, as far as recorded; those that ran are lost."""
         for earlier in await self._notes.earlier():
             exec_ = self._made(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
             exec_.ended_before(earlier.asked, earlier.ended)

@@ -172,7 +172,7 @@ class Names:
         try:
             await self._store.write(work)
         except StoreFailed as failed:
-            # for this life it is known; the next one finds another instance than the one on record
+            # this process knows it; the next one finds another instance than the recorded one
             log.warning("who has which name cannot be written down: %s", failed.message)
 
 

@@ -1,4 +1,4 @@
-"""Tells from its control groups how short of memory a container is, and ends its site's biggest process.
+"""Measures by its control groups how short of memory a container is, and ends its site's biggest process.
 
 A container that reads its own pages back from the disk again and again ("thrashes") is never out of memory
 to the kernel: no process is killed. It shows in the stall times of `memory.pressure` (PSI), which the v2 tree

@@ -282,7 +282,7 @@ class Sites(Protocol):
         ...
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
+        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
         ...
 
     async def allow(self, tenant: str, domain: str) -> None:

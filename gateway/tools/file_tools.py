@@ -1,4 +1,4 @@
-"""The gateway's side of the file tools: it asks a worker, and tells the session what was seen."""
+"""The gateway's side of the file tools: asks a worker, and has the session remember what was seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`events/…`: what happens to the tenant, told as it is recorded."""
+"""`events/…`: the tenant's events, sent as they are recorded."""
 
 from __future__ import annotations
 

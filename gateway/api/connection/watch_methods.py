@@ -1,4 +1,4 @@
-"""`files/watch` and `files/unwatch`: changes of files, told as they happen."""
+"""`files/watch` and `files/unwatch`: changes of files, sent as they happen."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Commands:
             age=settings.standby_age,
             idle=settings.standby_idle,
         )
-        # marks commands of this gateway, in this life or another: another's on the same host are not ours
+        # marks commands of this gateway, of any of its processes; those of another on this host are not ours
         self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
         self._life = f"{self._own}-{secrets.token_hex(4)}"
 

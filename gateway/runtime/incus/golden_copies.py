@@ -74,7 +74,7 @@ class GoldenCopies:
         preparing = list(self._preparing.values())
         for task in preparing:
             task.cancel()
-        if preparing:  # what is not over by then is for the next life to remove
+        if preparing:  # the next process removes what is not finished by then
             await asyncio.wait(preparing, timeout=self._settings.shutdown_timeout / 2)
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._settings.shutdown_timeout / 2):
@@ -268,10 +268,10 @@ class GoldenCopies:
             return False
         return True
 
-    # --- of earlier lives ---------------------------------------------------------------------------
+    # --- of earlier processes -----------------------------------------------------------------------
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier life made ready for these recipes; destroy the rest of what it left."""
+        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
         keys = {await self.key(recipe) for recipe in recipes if recipe.key}
         base = await self._base() if self._settings.golden else ""
         with translated(""):

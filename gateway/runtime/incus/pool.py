@@ -87,7 +87,7 @@ class Pool:
             members.append(member)
 
     def adopt(self, instance: Instance) -> None:
-        """Take a whole instance of an earlier life."""
+        """Take over a complete instance that an earlier process made."""
         member = _Member(instance["name"], identity_of(instance))
         self._members.setdefault(instance["config"][KEY], []).append(member)
 

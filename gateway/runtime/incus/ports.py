@@ -1,4 +1,4 @@
-"""Make sites reachable: directly, or through a port or a socket of this host that Incus leads to them."""
+"""Make sites reachable: directly, or through a port or a socket of this host that Incus connects to them."""
 
 from __future__ import annotations
 

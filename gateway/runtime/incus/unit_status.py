@@ -1,4 +1,4 @@
-"""Read what `unit_status.sh`, run in a container, tells of a unit. Its tenant may have it tell anything."""
+"""Read what `unit_status.sh`, run in a container, says of a unit. Its tenant may make it say anything."""
 
 from __future__ import annotations
 

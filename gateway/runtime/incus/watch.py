@@ -1,4 +1,4 @@
-"""Watch an Incus project, and tell what happens to its tenants."""
+"""Watch an Incus project, and report changes of its tenants."""
 
 from __future__ import annotations
 
