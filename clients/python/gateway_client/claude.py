@@ -1,4 +1,4 @@
-"""Claude's Agent SDK in a tenant: options that give an agent the tenant's tools and nothing of this host.
+"""Runs an agent of Claude's Agent SDK in a tenant: with the tenant's tools and nothing of this host.
 
     async with Client("https://gateway.example", token=…) as client:
         async with ClaudeSDKClient(claude.options(client.tenant("shop"))) as agent:
@@ -6,8 +6,8 @@
             async for message in agent.receive_response():
                 print(message)
 
-The SDK runs Claude Code's CLI on this host with all of its own tools off; the tenant's tools take their names
-and places. Needs the extra `claude`. What is said of the CLI here was seen with its version 2.1.331.
+The SDK runs Claude Code's CLI on this host with all of its own tools off; the tenant's tools have their names
+instead. Needs the extra `claude`. What is said about the CLI here was seen with its version 2.1.331.
 """
 
 from __future__ import annotations
@@ -111,17 +111,17 @@ def options(
 ) -> ClaudeAgentOptions:
     """Return options for `ClaudeSDKClient` or `query`: the tenant's eight tools, and nothing of this host.
 
-    `on_output` is given what Bash prints while it runs; who is slow there slows the command. It needs a token
-    with the scope `events`. `system_prompt` is yours; where the tools work is said after it. `tool_timeout`
-    is in seconds: a call that takes longer is given up, with all that it runs. Further options are the SDK's.
-    Raises `ValueError` for those that would open this host.
+    `on_output` gets what Bash prints while it runs; if it is slow, it slows the command. It needs a token
+    with the scope `events`. `system_prompt` is yours; a sentence about where the tools work follows it.
+    `tool_timeout` is in seconds: a call that takes longer is cancelled, with everything that it runs. Further
+    options are the SDK's. Raises `ValueError` for those that would open this host.
 
-    `bare` keeps even the CLI's descriptions of this host out of the conversation; then the SDK's hooks do
-    not run, and the key is taken from ANTHROPIC_API_KEY alone. Without it the model is told the CLI's working
-    directory and platform, and that the prompt's words about the container count.
+    `bare` keeps even the CLI's description of this host out of the conversation; then the SDK's hooks do not
+    run, and only ANTHROPIC_API_KEY is used. Without it the model is told the CLI's working directory and
+    platform, and that the prompt's description of the container is what counts.
 
     `persist_session` has the CLI keep the conversation in the user's folder on this host, so that it can be
-    resumed. Then it keeps each image that is read there too, and tells the model under which path.
+    resumed. Then it also stores each image that is read there, and tells the model its path.
     """
     for name, why in _REFUSED.items():
         if name in more:
@@ -162,7 +162,7 @@ def options(
 
 
 def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
-    """Return an in-process MCP server of the tenant's tools, for who builds the SDK's options alone.
+    """Return an in-process MCP server of the tenant's tools, for options of the SDK that you build yourself.
 
     Read-only tools are marked so that the CLI runs them at the same time. Results carry no
     structuredContent: the CLI would show the model that instead of the text.

@@ -47,15 +47,15 @@ class Client:
 
     `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. No proxy of the environment is used.
 
-    `token` is one, or a function, asynchronous or not, that returns one. The function is asked when a token
-    is first needed, shortly before one ends, and once where the gateway refuses one; what is connected goes
-    on by the new token without a break. Where it fails it is asked again until the present token ends, and
-    the failure is told as `TokenUnavailable`, in the log and to `on_change`.
+    `token` is a token, or a function, asynchronous or not, that returns one. It is called when a token is
+    first needed, shortly before one ends, and once when the gateway refuses one; open connections take the
+    new token without a break. If it fails, it is called again until the present token ends, and the failure
+    is reported as `TokenUnavailable`, in the log and to `on_change`.
 
-    What was connected comes back by itself as `retry` says, None for not at all: tool calls are asked again
-    and yet made once, commands go on where they stood, in output and input, watches say that changes were
-    missed, events are replayed. `on_change` is called as connections come and go; `Tenant.state` and
-    `EventStream.state` tell it too.
+    Connections are replaced by themselves as `retry` says, None for not at all: tool calls are repeated but
+    run once, commands go on where they were, in output and input, watches report that changes were missed,
+    events are replayed. `on_change` is called with each new state; `Tenant.state` and `EventStream.state`
+    have it too.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Client:
             await self._http.close()
 
     def _keep(self) -> None:
-        """See to it that open connections get a newer token before theirs ends."""
+        """Give open connections a newer token before theirs ends."""
         if self.credentials.renewable and self._keeping is None:
             self._keeping = asyncio.create_task(self._keep_renewed(), name="tokens")
 
@@ -127,9 +127,9 @@ class Client:
         """Return a tenant by name, without asking whether it exists. The same arguments give the same one.
 
         `session` names a tool session that outlives this client; `read_before_write` makes Write and Edit
-        refuse files that this session has not read in their present state. `linger` is for how many seconds a
-        tool call goes on whose connection broke, so that it can be joined again: 0 or 1 where nothing may be
-        left of an agent whose process is killed.
+        refuse files that this session has not read in their present state. A tool call whose connection broke
+        runs on for `linger` seconds, so that it can be joined again; with 0 or 1, an agent whose process is
+        killed leaves nothing running.
         """
         key = name, session, read_before_write, linger
         if key not in self._tenants:
@@ -171,8 +171,8 @@ class Client:
 
         `template` is the name of one of the gateway's, the path of a folder, or a tar of one. What a folder
         is, and how it is started, the gateway finds out unless its `site.toml`, or `start`, `install` and
-        `port`, say so. `tenant` is made of the domain where it is not given. Asking again with the same `key`
-        gives the same deployment. `Deployment.wait` and `.events` tell how it goes.
+        `port`, say so. Without `tenant` its name is made from the domain. A second call with the same `key`
+        returns the same deployment. `Deployment.wait` and `.events` show its progress.
         """
         from gateway_client.deployments import Deployment, template_body
 

@@ -1,8 +1,8 @@
 """One websocket to the gateway: calls with answers, and the bytes of one command.
 
-Requests run concurrently. The bytes of a command go to the connection's one `Receiver`; while that has
-no room, nothing is read from the socket, so that pressure reaches the gateway and the command. This is
-why a command has a connection of its own (see `Tenant.exec`): what else was on it would wait too.
+Requests run concurrently. The bytes of a command go to the connection's one `Receiver`; while that has no
+room, nothing is read from the socket, which holds up the gateway and the command. This is why a command has a
+connection of its own (see `Tenant.exec`): anything else on it would wait too.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Address:
         return cls(url.rstrip("/"))
 
     def unanswered(self, error: BaseException) -> Disconnected:
-        """Return that nobody answers here, in the system's words where it has some."""
+        """Return the error for an address without an answer, in the system's words if it has some."""
         why = str(error) or type(error).__name__
         if isinstance(error, ssl.SSLError):  # whose numbers are others
             why = f"no TLS with it ({error.reason})"
@@ -94,7 +94,7 @@ class Address:
 
 
 class Receiver(Protocol):
-    """Who gets what belongs to a command on this connection. Called by the reading task only."""
+    """Gets everything of a command on this connection. Called by the reading task only."""
 
     def frame(self, frame: protocol.Frame) -> None: ...
 
@@ -151,11 +151,11 @@ class Connection:
         patient: bool,
         renewable: bool = False,
     ) -> Connection:
-        """Connect and initialize. Raises the typed error of a refusal, `Disconnected` where nobody answers.
+        """Connect and initialize. Raises the typed error of a refusal, `Disconnected` without an answer.
 
-        `patient`: this connection may stand still while its receiver has no room. Answers to our pings
-        would then wait in the socket like everything else, so it is not given up for missing them.
-        `renewable`: there may be another token after this one, so that its end is a break like any other.
+        `patient`: this connection may pause while its receiver has no room. Answers to our pings then wait in
+        the socket like everything else, so it is not given up for missing them. `renewable`: there may be
+        another token after this one, so that its end is a break like any other.
         """
         options: dict[str, Any] = {"unix": True, "path": address.unix} if address.unix else {}
         try:
@@ -225,10 +225,10 @@ class Connection:
         return None if self._socket.response is None else self._socket.response.headers.get("Date")
 
     def renew(self, token: str, refused: Callable[[GatewayError], None]) -> None:
-        """Go on by another token, soon; tell `refused` if the gateway does not take it.
+        """Go on with another token, soon; call `refused` if the gateway does not take it.
 
-        The answer may stand behind output that nobody reads, and is not waited for. Where the gateway has no
-        room, it is asked again, unless there is a newer token by then.
+        The answer may come behind unread output, and is not waited for. If the gateway has no room, it is
+        asked again, unless there is a newer token by then.
         """
         self._newest = token
 
@@ -253,11 +253,11 @@ class Connection:
         task.add_done_callback(self._renewals.discard)
 
     async def post(self, method: str, params: Mapping[str, Any]) -> None:
-        """Call `method` without waiting for its answer, which may stand behind output nobody reads."""
+        """Call `method` without waiting for its answer, which may come behind unread output."""
         await self._send(protocol.request(next(self._ids), method, params))
 
     async def notify(self, method: str, params: Mapping[str, Any]) -> None:
-        """Say something that is never answered."""
+        """Send a notification, which has no answer."""
         await self._send(protocol.notification(method, params))
 
     async def send(self, stream: protocol.StreamId, channel: int, data: bytes) -> None:
@@ -347,7 +347,7 @@ class Connection:
         return error
 
     def _fail(self, error: GatewayError) -> GatewayError:
-        """Take note of the first failure and tell everybody who waits; return that first one."""
+        """Keep the first failure and raise it in all waiting calls; return that first one."""
         if self._failure is None:
             self._failure = error
             for answer, _ in self._pending.values():
@@ -359,7 +359,7 @@ class Connection:
 
 
 def refusal(status: int, body: bytes) -> GatewayError:
-    """Return the error of an HTTP answer that is none of success; `body` is problem+json where ours."""
+    """Return the error of a failed HTTP answer; `body` is problem+json if it is the gateway's."""
     try:
         problem = orjson.loads(body)
         facts = {key: value for key, value in problem.items() if key not in _PROBLEM}

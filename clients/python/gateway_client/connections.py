@@ -34,8 +34,8 @@ _REPEATABLE: Final = frozenset(
 class Connections:
     """The websockets to one tenant. One carries tools and control messages, and so one tool session.
 
-    Each running command and each watch has one of its own: a reader that is slow stops reading its socket,
-    and only so the pressure reaches that command and no other.
+    Each running command and each watch has one of its own: a slow reader stops reading its socket, and that
+    way holds up that command and no other.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Connections:
         ends_session: bool,
         keep: Callable[[], None],
     ) -> None:
-        """`keep` is called where one has opened: somebody sees to newer tokens for as long as it stands."""
+        """`keep` is called when one has opened: it then needs newer tokens for as long as it lasts."""
         self.http = http
         self.tenant = tenant
         self._initialize = initialize
@@ -78,7 +78,7 @@ class Connections:
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
 
-        Where the connection breaks, what may be asked twice is asked again.
+        If the connection breaks, a request that may be sent twice is sent again.
         """
         repeatable = method in _REPEATABLE or (method == "tools/call" and "callId" in (params or {}))
         broken: GatewayError | None = None
@@ -118,7 +118,7 @@ class Connections:
         return connection
 
     async def close(self) -> None:
-        """End all connections, and the tool session where nobody could ask for it again."""
+        """End all connections, and the tool session if it has no name to be asked for again."""
         main, self._main = self._main, None
         if self._ends_session and main is not None and main.alive:
             with contextlib.suppress(GatewayError, TimeoutError):
@@ -150,7 +150,7 @@ class Connections:
         await asyncio.sleep(pause)
 
     async def connect(self, patience: Patience, *, patient: bool) -> Connection:
-        """Open a connection; as often as `patience` has it where the gateway cannot be reached."""
+        """Open a connection; try as often as `patience` allows while the gateway cannot be reached."""
         while True:
             try:
                 connection = await self._opened(patient)
@@ -169,7 +169,7 @@ class Connections:
                 return connection
 
     async def _opened(self, patient: bool) -> Connection:
-        """Open a connection by the present token, and by another one where the gateway refuses that."""
+        """Open a connection with the present token, or with another one if the gateway refuses that."""
         credentials = self.http.credentials
         token = await credentials.current()
         open_ = partial(
@@ -190,14 +190,14 @@ class Connections:
         return connection
 
     def renew(self) -> None:
-        """Have all connections go on by the client's present token."""
+        """Give all connections the client's present token."""
         token = self.http.credentials.token
         for connection in self._open:
             if token is not None and connection.token != token and connection.alive:
                 connection.renew(token, self.not_renewed)
 
     def not_renewed(self, error: GatewayError) -> None:
-        """Tell that there is no newer token; the connections stand until the present one ends."""
+        """Report that there is no newer token; the connections last until the present one ends."""
         log.warning("the token for tenant %s could not be renewed: %s", self.tenant, error.message)
         self._tell(error)
 
@@ -217,7 +217,7 @@ class Connections:
         return await self.connect(patience, patient=True)
 
     async def release(self, connection: Connection, *, good: bool) -> None:
-        """Take a connection back: keep it for the next command where it is `good`, else close it."""
+        """Take a connection back: keep it for the next command if it is `good`, else close it."""
         if good and connection.alive and len(self._idle) < IDLE and not self.http.closed:
             self._idle.append(connection)
             return

@@ -60,7 +60,7 @@ class Credentials:
     async def current(self) -> str:
         """Return a token that has not ended, as far as one can tell. Raises `TokenUnavailable`.
 
-        One that is soon to end is given still, while the next is asked for.
+        A token that ends soon is still returned, while the next is asked for.
         """
         if self.token is None or (self._supply is not None and self._now() >= self._expires):
             return await self.next()
@@ -69,7 +69,7 @@ class Credentials:
         return self.token
 
     async def next(self) -> str:
-        """Ask for a token, once for all who wait. Raises `TokenUnavailable`."""
+        """Ask for a token, once for all waiting callers. Raises `TokenUnavailable`."""
         return await asyncio.shield(self._ask())
 
     async def after(self, refused: str) -> str | None:
@@ -97,7 +97,7 @@ class Credentials:
         return time.time() + self._ahead
 
     def _set_clock(self, date: str) -> bool:
-        """Take the gateway's time; return whether its clock is another than was thought."""
+        """Take the gateway's time; return whether its clock differs from the one assumed."""
         try:
             ahead = parsedate_to_datetime(date).timestamp() - time.time()
         except ValueError:

@@ -93,7 +93,7 @@ class History:
 class Deployment:
     """One attempt to bring a tenant to a site that answers. Made by `Client.deploy` or `Client.deployment`.
 
-    It runs in the gateway, whether anybody looks or not.
+    It runs in the gateway, with or without a client.
     """
 
     def __init__(self, http: HttpClient, deployment_id: str) -> None:
@@ -121,7 +121,7 @@ class Deployment:
     async def events(self) -> AsyncIterator[Event]:
         """Yield its events from the first to the last, those that were before too.
 
-        Needs the scope `events`. Where some are no longer kept a `gap` comes in their place.
+        Needs the scope `events`. If some are no longer kept, a `gap` comes in their place.
         """
         begun = False
         missing: Event | None = None  # a gap, until it is known to be one: before the first event is nothing

@@ -75,7 +75,7 @@ _BY_CLOSE: Mapping[int, type[GatewayError]] = {
 
 
 class Disconnected(Unavailable):
-    """The way to the gateway broke. Whether a request that was under way took effect is not known."""
+    """The connection to the gateway broke. It is not known whether a request under way took effect."""
 
 
 class TokenUnavailable(Unavailable):
@@ -90,6 +90,6 @@ def from_wire(code: str, message: str, facts: Mapping[str, Any] | None = None) -
 
 
 def from_close(code: int, reason: str) -> GatewayError:
-    """Return the error that a websocket's close code tells."""
+    """Return the error for a websocket's close code."""
     kind = _BY_CLOSE.get(code, Disconnected)
     return kind(reason or f"the gateway closed the connection ({code})")

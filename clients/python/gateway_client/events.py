@@ -89,7 +89,7 @@ class Parser:
 class Event:
     """One event of the gateway. `tenant` is None for those of the gateway itself.
 
-    A `gap` says that events before `data["oldest"]` are no longer kept: read the state anew.
+    A `gap` says that events before `data["oldest"]` are no longer kept: read the state again.
     """
 
     id: int
@@ -130,7 +130,7 @@ def event_query(
 class EventStream:
     """Events as they happen: `async with` it, then `async for`. Iterating alone opens it too.
 
-    What happens after the block is entered is in the stream: enter first, read the state after. Where the
+    Everything after the block is entered is in the stream: enter it first, then read the state. If the
     connection breaks, falls silent or the gateway ends, the stream is opened again, as the client's `Retry`
     says, and goes on after the last event; `Disconnected` if that fails. Without a `Retry` it ends
     when the gateway ends it. `last_event_id` resumes after the last event that was handed out; `state`

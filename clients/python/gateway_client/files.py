@@ -1,4 +1,4 @@
-"""A tenant's files as an editor sees them: bytes, etags, and what changes."""
+"""A tenant's files for an editor: bytes, etags, and changes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """What changed, as (path, "created" or "changed" or "removed"). After an `overflow` look anew.
+    """What changed, as (path, "created" or "changed" or "removed"). After an `overflow` read the files again.
 
     `ended` says why nothing more comes.
     """
@@ -170,7 +170,7 @@ class Files:
     async def watch(self, *paths: str, ignore: Iterable[str] | None = None) -> AsyncIterator[Watch]:
         """Watch files and folders, these with all below them, while the block runs; the workspace by default.
 
-        What happens after the block is entered is told: enter first, read the state after.
+        Changes after the block is entered are reported: enter it first, then read the state.
         """
         params: dict[str, Any] = {"paths": list(paths) or ["."]}
         if ignore is not None:
@@ -194,8 +194,8 @@ class Files:
 class Watch:
     """What changes, by `async for`. Ends after the notification that has `ended`; `Disconnected` may come.
 
-    A connection that breaks is replaced as the client's `Retry` says, which is told as an `overflow`:
-    what changed meanwhile was missed. `unwatched` folders could not be watched.
+    A connection that breaks is replaced as the client's `Retry` says, and reported as an `overflow`: changes
+    in between were missed. `unwatched` counts folders that could not be watched.
     """
 
     def __init__(self, connections: Connections, params: Mapping[str, Any]) -> None:

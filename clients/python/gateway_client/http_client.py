@@ -1,4 +1,4 @@
-"""A gateway over HTTP, by the client's present token; what everything in the client asks by."""
+"""Asks a gateway over HTTP, with the client's present token; the whole client uses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class HttpClient:
     """One gateway's address, the token for it, and one HTTP session, which is made on first use.
 
-    `retry` and `on_change` are the client's: how what is connected comes back, and whom it tells.
+    `retry` and `on_change` are the client's: how connections come back, and what is called about it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HttpClient:
     ) -> aiohttp.ClientResponse:
         """Send one request and return its answer, which the caller closes. Raises what aiohttp raises.
 
-        Where the token is refused and there is another, it is sent again, if it is `repeatable`.
+        If the token is refused and there is another, a `repeatable` request is sent again.
         """
 
         async def asked(token: str) -> aiohttp.ClientResponse:

@@ -1,4 +1,4 @@
-"""What tools and commands of a tenant answer."""
+"""The results of tools and commands of a tenant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway_client.errors import GatewayError, from_wire
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool answered, in the shape of an MCP tool result. `structured` holds the same facts as data."""
+    """A tool's result, in the form of an MCP tool result. `structured` holds the same facts as data."""
 
     content: Sequence[Mapping[str, Any]]
     is_error: bool = False
@@ -28,7 +28,7 @@ class ToolResult:
 
 
 class ShellResult(ToolResult):
-    """What Bash and BashOutput answered. An exit code other than 0 is a result, not an error."""
+    """The result of Bash and BashOutput. An exit code other than 0 is a result, not an error."""
 
     @property
     def status(self) -> Literal["running", "completed", "failed", "killed"]:
@@ -37,7 +37,7 @@ class ShellResult(ToolResult):
 
     @property
     def exit_code(self) -> int | None:
-        """What the command ended with; None while it runs."""
+        """The exit code; None while the command runs."""
         return self.structured.get("exitCode")
 
     @property
@@ -52,13 +52,13 @@ class ShellResult(ToolResult):
 
     @property
     def output_file(self) -> str | None:
-        """Where all of the output lies, for `read`, where the text is not all."""
+        """The file with the whole output, for `read`, if the text is not all of it."""
         return self.structured.get("outputFile")
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A command that was run and waited for over HTTP. `reason` tells a timeout from an exit."""
+    """A command that was run and waited for over HTTP. `reason` says whether it exited or timed out."""
 
     exec: str
     exit_code: int | None

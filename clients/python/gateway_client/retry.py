@@ -1,4 +1,4 @@
-"""Retries: how long to wait after each failure, when to give up, whom to tell."""
+"""Retries: how long to wait after each failure, when to give up, which state to report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ State = Literal["idle", "connected", "reconnecting", "closed"]
 class Retry:
     """How a client comes back after a break: at once, then after pauses that double up to `most` seconds.
 
-    A part of each pause is random, so that many clients of one gateway do not come back as one. After
-    `patience` seconds without a gateway the failure is told; the default is how long a command outlives its
-    last reader. Only who was connected before is tried again: a wrong address is told at once.
+    A part of each pause is random, so that many clients of one gateway do not come back at once. After
+    `patience` seconds without a gateway the failure is raised; the default is how long a command outlives its
+    last reader. Only a client that was connected before tries again: a wrong address raises at once.
     """
 
     first: float = 0.1

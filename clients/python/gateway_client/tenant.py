@@ -74,10 +74,10 @@ class Tenant(ToolSession):
     ) -> Exec:
         """Return a command to run in an `async with`: a line for the user's shell, or a list of arguments.
 
-        `pty` is (columns, rows) and brings stdin with it; `timeout` and `linger` are in seconds, a linger
-        of -1 is for ever; `buffer` bounds what waits here of each output stream, in bytes. With the
-        `encoding` "utf-8" no chunk of the output ends inside a character, so that each can be decoded by
-        itself; else it is cut anywhere.
+        `pty` is (columns, rows) and includes stdin; `timeout` and `linger` are in seconds, a linger of -1 is
+        for ever; `buffer` bounds the bytes of each output stream that wait here. With the `encoding` "utf-8"
+        no chunk of the output ends inside a character, so that each can be decoded by itself; else it is cut
+        anywhere.
         """
         params: dict[str, Any] = {
             **_command(command, cwd, env),
@@ -196,7 +196,7 @@ class Tenant(ToolSession):
     async def change_environment(
         self, changes: Mapping[str, str | None], *, key: str | None = None
     ) -> Deployment:
-        """Begin to start the site anew with other variables; None removes one."""
+        """Begin to restart the site with other variables; None removes one."""
         return await self._begun("PATCH", "env", {"env": dict(changes)}, key)
 
     async def _begun(self, method: str, what: str, body: Mapping[str, Any], key: str | None) -> Deployment:
@@ -207,7 +207,7 @@ class Tenant(ToolSession):
         return Deployment(self._http, answer["id"])
 
     async def clone(self, tenant: str, snapshot: str | None = None) -> Tenant:
-        """Make another tenant of this one's disk, or of a snapshot of it; it has no domain yet."""
+        """Create another tenant from this one's disk, or from a snapshot of it; it has no domain yet."""
         body = {"tenant": tenant} if snapshot is None else {"tenant": tenant, "snapshot": snapshot}
         await self._http.json("POST", f"{self._path}/clone", body)
         return self._other(tenant)
@@ -217,13 +217,13 @@ class Tenant(ToolSession):
         return list((await self._http.json("GET", f"{self._path}/snapshots"))["snapshots"])
 
     async def snapshot(self, name: str | None = None) -> Mapping[str, Any]:
-        """Keep the disk as it is now; without a name by the time."""
+        """Make a snapshot of the disk; without a name it is named after the time."""
         body = {} if name is None else {"name": name}
         answer: Mapping[str, Any] = await self._http.json("POST", f"{self._path}/snapshots", body)
         return answer
 
     async def restore(self, snapshot: str) -> None:
-        """Make the disk what it was: stops the tenant, and starts it again if it ran."""
+        """Restore the disk from a snapshot: stops the tenant, and starts it again if it ran."""
         await self._http.json("POST", f"{self._path}/snapshots/{snapshot}/restore")
 
     async def delete_snapshot(self, snapshot: str) -> None:
@@ -232,7 +232,7 @@ class Tenant(ToolSession):
     # --- its site's log -------------------------------------------------------------------------------
 
     async def logs(self, lines: int = 100, follow: bool = False) -> AsyncIterator[bytes]:
-        """Yield the last lines of the site's log in pieces, and with `follow` what comes, until left."""
+        """Yield the last lines of the site's log in pieces, and with `follow` new ones until you leave."""
         path = f"{self._path}/logs?lines={lines}&follow={int(follow)}"
         async with contextlib.aclosing(self._http.stream(path)) as pieces:
             async for piece in pieces:
@@ -247,8 +247,8 @@ class Tenant(ToolSession):
     async def close(self) -> None:
         """End all connections to this tenant; the client does it too.
 
-        Ends what Bash runs in the background, unless the tool session has a name of yours; other commands
-        are left to their linger.
+        Ends what Bash runs in the background, unless you named the tool session; other commands run on for
+        their linger.
         """
         await self._connections.close()
 

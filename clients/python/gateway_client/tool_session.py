@@ -29,7 +29,7 @@ class ToolSession:
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
         """Call a method of `gateway.v1` and return its result. Raises the typed error of the answer.
 
-        Where the connection breaks, what may be asked twice is asked again.
+        If the connection breaks, a request that may be sent twice is sent again.
         """
         return await self._connections.request(method, params)
 
@@ -52,10 +52,10 @@ class ToolSession:
     ) -> ToolResult:
         """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
 
-        `call_id` makes the call exactly-once: asking again with the same one returns the same result. Without
+        `call_id` makes the call exactly once: a second call with the same id returns the same result. Without
         one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
-        cancels the call and what it runs; where this process is killed, or its connection stays broken, it
-        ends `linger` seconds later (as the tenant's `linger` says, else half a minute).
+        cancels the call and what it runs. If this process is killed, or its connection stays broken, the call
+        ends `linger` seconds later (by default the tenant's `linger`, else half a minute).
         """
         params: dict[str, Any] = {"name": name, "arguments": arguments}
         params["callId"] = call_id or secrets.token_hex(16)
@@ -173,7 +173,7 @@ class ToolSession:
     async def begin_turn(self, title: str = "", agent: str | None = None) -> Mapping[str, Any] | None:
         """Begin a turn of this tool session; `title` is what the agent was asked, `agent` its name.
 
-        Return the turn before, which ends, where it changed anything.
+        Return the turn before, which this ends, if it changed anything.
         """
         asked = {"title": title} if agent is None else {"title": title, "agent": agent}
         found: Mapping[str, Any] | None = (await self.request("turn/begin", asked))["before"]
@@ -185,7 +185,7 @@ class ToolSession:
         return found
 
     async def history(self, limit: int = 50, *, before: str | None = None) -> list[Mapping[str, Any]]:
-        """Return the turns of the tenant, latest first; `before` is the id of one, for those before it."""
+        """Return the turns of the tenant, latest first; `before` is a turn's id, for those before it."""
         asked: dict[str, Any] = {"limit": limit}
         if before is not None:
             asked["before"] = before
@@ -199,7 +199,7 @@ class ToolSession:
     async def restore_turn(
         self, turn: str, to: Literal["after", "before"] = "after"
     ) -> Mapping[str, Any] | None:
-        """Make the files what they were right after a turn, or before it; return that as a turn of its own.
+        """Restore the files as they were right after a turn, or before it; return that as a turn of its own.
 
         None if they are so already. Raises `Conflict` if something that is not recorded is in the way.
         """
@@ -208,7 +208,7 @@ class ToolSession:
         return found
 
     async def undo(self) -> Mapping[str, Any] | None:
-        """Take back the last turn; return that as a turn of its own, None if there is none."""
+        """Undo the last turn; return that as a turn of its own, None if there is none."""
         last = await self.history(1)
         return await self.restore_turn(last[0]["turn"], "before") if last else None
 
