@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final
 
 _CHAIN: Final = 100  # wake-ups one after the other; those of the tests have under 20
@@ -47,3 +49,30 @@ def until_true(condition: Callable[[], bool], deadline: float = 30.0, *, every: 
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(every)
+
+
+class Gate:
+    """A FIFO in a workspace at which a worker of `test_rootfs_probes` stops: so a test sees it at work."""
+
+    def __init__(self, workspace: Path, name: str = "gate") -> None:
+        self._path = workspace / name
+        os.mkfifo(self._path)
+        self._path.chmod(0o666)
+        self._end: int | None = None
+
+    async def reached(self) -> None:
+        """Return once a worker stands at it."""
+        opening = asyncio.get_running_loop().run_in_executor(None, os.open, self._path, os.O_WRONLY)
+        try:
+            async with asyncio.timeout(30):
+                self._end = await asyncio.shield(opening)
+        except BaseException:
+            os.close(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))  # or the thread would wait for ever
+            os.close(await opening)
+            raise
+
+    def open(self) -> None:
+        """Let the worker go on."""
+        assert self._end is not None
+        os.close(self._end)
+        self._end = None

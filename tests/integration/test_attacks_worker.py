@@ -17,6 +17,7 @@ from tests.integration.conftest import Container, MakeTenant
 from tests.integration.test_attacks import pool
 from tests.unit.test_rootfs_probes import _CHANGES
 from tests.unit.test_rootfs_workers import LANES, PROBES, forked_ahead, pid_of
+from tests.waits import Gate
 
 __all__ = ["pool"]  # a fixture
 
@@ -46,11 +47,13 @@ async def check_confined(container: Container, settings: Settings, pool: str = "
                 assert set(changed) <= {"link"}
                 container.sh("rm -f /srv/site/by-descriptor")
                 assert orjson.loads(await workers.call(root, "change", {}, **lane)) == list(_CHANGES)
+            gate = Gate(site)
             leaving = asyncio.ensure_future(workers.call(root, "leave_by_moved", {}, **lane))
-            await asyncio.sleep(0.2)  # it begins with the open
+            await gate.reached()
             container.sh("mv /srv/site/leaving /srv/left")
+            gate.open()
             assert orjson.loads(await leaving) == []
-            container.sh("mv /srv/left /srv/site/leaving")
+            container.sh("mv /srv/left /srv/site/leaving; rm /srv/site/gate")
 
 
 @pytest.mark.parametrize("pool", ["own", "dir"], indirect=True)

@@ -24,7 +24,7 @@ from gateway.rootfs.worker import REPLY_MAX
 from gateway.settings import Settings
 from gateway.tools import FileTools, ToolSession
 from tests.unit import test_rootfs_probes as probes
-from tests.waits import turn, until
+from tests.waits import Gate, turn, until
 
 PROBES = "tests.unit.test_rootfs_probes"
 # what picks a worker of its own
@@ -63,33 +63,6 @@ def make_root(folder: Path, tenant: str = "one") -> LaidRoot:
         for path in (site, site / "a.txt"):
             os.chown(path, USER, USER)
     return LaidRoot(tenant, "/srv/site", path=folder / tenant)
-
-
-class Gate:
-    """A FIFO in a workspace at which the probe `hold` stops: so a test sees a worker at work."""
-
-    def __init__(self, root: LaidRoot, name: str = "gate") -> None:
-        self._path = root.path / "srv/site" / name
-        os.mkfifo(self._path)
-        self._path.chmod(0o666)
-        self._end: int | None = None
-
-    async def reached(self) -> None:
-        """Return once a worker stands at it."""
-        opening = asyncio.get_running_loop().run_in_executor(None, os.open, self._path, os.O_WRONLY)
-        try:
-            async with asyncio.timeout(30):
-                self._end = await asyncio.shield(opening)
-        except BaseException:
-            os.close(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))  # or the thread would wait for ever
-            os.close(await opening)
-            raise
-
-    def open(self) -> None:
-        """Let the worker go on."""
-        assert self._end is not None
-        os.close(self._end)
-        self._end = None
 
 
 @pytest.fixture
@@ -208,7 +181,7 @@ async def test_hang_is_killed(hasty: Workers, root: FilesystemRoot) -> None:
 async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
     """While a search hangs, the same tenant's file calls and other tenants' calls are answered."""
     one, two = make_root(tmp_path, "busy"), make_root(tmp_path, "other")
-    gate = Gate(one)
+    gate = Gate(one.path / "srv/site")
     hanging = asyncio.ensure_future(workers.call(one, "hold", {}, search=True))
     await gate.reached()
     assert await echo(workers, one) == "hi"
@@ -222,7 +195,7 @@ async def test_hang_holds_up_no_other(workers: Workers, tmp_path: Path) -> None:
 
 async def test_cancelled_call_leaves_no_reply_behind(workers: Workers, root: LaidRoot) -> None:
     """After a cancelled call the next one gets its own answer, not that of the cancelled one."""
-    gate = Gate(root)
+    gate = Gate(root.path / "srv/site")
     for _ in range(3):
         slow = asyncio.ensure_future(workers.call(root, "hold", {"text": "old"}))
         await gate.reached()
@@ -269,7 +242,7 @@ async def test_cancelled_scan_leaves_no_worker_behind(workers: Workers, tmp_path
 async def test_cancelled_search_is_killed(workers: Workers, root: LaidRoot) -> None:
     """A search that nobody waits for does not go on."""
     pid = await pid_of(workers, root, search=True)
-    gate = Gate(root)
+    gate = Gate(root.path / "srv/site")
     search = asyncio.ensure_future(workers.call(root, "hold", {}, search=True))
     await gate.reached()
     search.cancel()
@@ -304,7 +277,7 @@ async def test_forget(workers: Workers, root: FilesystemRoot) -> None:
 
 async def test_forget_during_a_call(workers: Workers, root: LaidRoot) -> None:
     """A call under way gets `unavailable` at once."""
-    gate = Gate(root)
+    gate = Gate(root.path / "srv/site")
     call = asyncio.ensure_future(workers.call(root, "hold", {}))
     await gate.reached()
     await workers.forget(root.tenant)
@@ -410,7 +383,7 @@ async def test_maximum(tmp_path: Path) -> None:
         await echo(workers, roots[2])
         await gone(first)
         assert alive(second)
-        gates = [Gate(root) for root in roots[1:]]
+        gates = [Gate(root.path / "srv/site") for root in roots[1:]]
         busy = [asyncio.ensure_future(workers.call(root, "hold", {})) for root in roots[1:]]
         await asyncio.gather(*(gate.reached() for gate in gates))
         with pytest.raises(RateLimited):
@@ -425,7 +398,7 @@ async def test_maximum_of_a_burst(tmp_path: Path) -> None:
     """Also of calls that come at once no more get a worker than may run."""
     roots = [make_root(tmp_path, f"t{i}") for i in range(4)]
     async with Workers(Settings(max_workers=2), folders(tmp_path), PROBES) as workers:
-        gates = [Gate(root) for root in roots[:2]]
+        gates = [Gate(root.path / "srv/site") for root in roots[:2]]
         calls = [asyncio.ensure_future(workers.call(root, "hold", {"text": "hi"})) for root in roots]
         await asyncio.gather(*(gate.reached() for gate in gates))
         refused = await asyncio.gather(*calls[2:], return_exceptions=True)
@@ -441,7 +414,7 @@ async def test_shares_leave_room(tmp_path: Path) -> None:
     async with Workers(Settings(max_workers=4), folders(tmp_path), PROBES) as workers:
         assert await workers.scan(roots[0], {}, 2) == b""
         await workers.forget(roots[0].tenant)
-        gates = [Gate(root) for root in roots[1:]]
+        gates = [Gate(root.path / "srv/site") for root in roots[1:]]
         busy = [asyncio.ensure_future(workers.call(root, "hold", {})) for root in roots[1:]]
         await asyncio.gather(*(gate.reached() for gate in gates))
         assert await workers.scan(roots[0], {}, 2) is None
@@ -616,7 +589,7 @@ async def test_a_moved_folder_leads_nowhere(root: LaidRoot, lane: dict[str, Any]
     (site.parent / "secret.txt").write_text("outside")
     async with Workers(Settings(), folders(root.path.parent), PROBES) as workers:
         await pid_of(workers, root, **lane)
-        gate = Gate(root)
+        gate = Gate(root.path / "srv/site")
         looking = asyncio.ensure_future(workers.call(root, "leave_by_moved", {}, **lane))
         await gate.reached()
         (site / "leaving").rename(site.parent / "left")
@@ -684,7 +657,7 @@ async def test_forget_while_it_starts(workers: Workers, root: FilesystemRoot, la
 async def test_forget_during_a_scan(workers: Workers, root: LaidRoot) -> None:
     """A search in shares is over then: nobody looks on in another way at what is going away."""
     assert await workers.scan(root, {}, 2) == b""
-    gates = [Gate(root, f"gate{share}") for share in (0, 1)]
+    gates = [Gate(root.path / "srv/site", f"gate{share}") for share in (0, 1)]
     scan = asyncio.ensure_future(workers.scan(root, {"held": True}, 2))
     await asyncio.gather(*(gate.reached() for gate in gates))
     await workers.forget(root.tenant)
@@ -696,7 +669,7 @@ async def test_forget_during_a_scan(workers: Workers, root: LaidRoot) -> None:
 async def test_scan_with_a_broken_share(hasty: Workers, root: LaidRoot, ending: signal.Signals) -> None:
     """One that ends leaves the search to another way, one that hangs is a `timeout`; none of it goes on."""
     pids = [await pid_of(hasty, root, search=True, share=share) for share in (0, 1)]
-    gates = [Gate(root, f"gate{share}") for share in (0, 1)]
+    gates = [Gate(root.path / "srv/site", f"gate{share}") for share in (0, 1)]
     scan = asyncio.ensure_future(hasty.scan(root, {"held": True}, 2))
     await asyncio.gather(*(gate.reached() for gate in gates))
     os.kill(pids[1], ending)
