@@ -35,8 +35,11 @@ COMMANDS: Final[Table] = {
     "deployments": "gateway.cli.former:deployments",
     "rollback": "gateway.cli.former:rollback",
     "env": "gateway.cli.former:env",
+    "templates": "gateway.cli.showing:templates",
     "migrate": "gateway.cli.sites:migrate",
     "list": "gateway.cli.tenants:list_tenants",
+    "info": "gateway.cli.showing:info",
+    "open": "gateway.cli.showing:open_site",
     "start": "gateway.cli.tenants:start",
     "stop": "gateway.cli.tenants:stop",
     "restart": "gateway.cli.tenants:restart",
@@ -54,6 +57,8 @@ COMMANDS: Final[Table] = {
     "exec": Command(
         "gateway.cli.exec:exec", settings={"allow_interspersed_args": False}, kind="gateway.cli.exec:Words"
     ),
+    "cp": "gateway.cli.copying:cp",
+    "man": "gateway.cli.manual:man",
     "completion": "gateway.cli.completing:completion",
 }
 

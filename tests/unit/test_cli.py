@@ -8,54 +8,22 @@ import pty
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import orjson
 import pytest
 
 from gateway.auth import tokens
-from tests.contracts.gateway import no_traceback
 from tests.contracts.processes import alive, mark, until
 from tests.live import SECRET, LiveGateway
+from tests.unit.command_line import run, served, start
 
 
 @pytest.fixture(scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveGateway]:
-    state = tmp_path_factory.mktemp("state")
-    gateway = LiveGateway(
-        {"GATEWAY_RUNTIME": "local", "GATEWAY_STATE_DIR": str(state)}, state / "gateway.log"
-    )
-    await gateway.start()
-    assert (await run(gateway, "create", "demo"))[0] == 0
-    yield gateway
-    assert await gateway.stop() == 0
-    await no_traceback(gateway)
-
-
-async def start(
-    gateway: LiveGateway,
-    *words: str,
-    stdin: int | None = None,
-    stdout: int | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", *words),
-        env={**gateway.environment, "USER": "tester", **(environment or {})},
-        stdin=pipe if stdin is None else stdin,
-        stdout=pipe if stdout is None else stdout,
-        stderr=pipe,
-    )
-
-
-async def run(gateway: LiveGateway, *words: str, stdin: bytes = b"") -> tuple[int | None, bytes, str]:
-    """Return exit code, output and errors of a command line."""
-    process = await start(gateway, *words)
-    out, err = await asyncio.wait_for(process.communicate(stdin), 30)
-    assert b"Traceback" not in err
-    return process.returncode, out, err.decode()
+    async with served(tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
 
 
 async def test_a_token_is_printed_alone(gateway: LiveGateway) -> None:

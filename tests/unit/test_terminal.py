@@ -142,10 +142,15 @@ class Hostile:
             "domain": EVIL,
             "limits": {"memory": EVIL},
         }
+        tenant |= {"url": EVIL, "port": EVIL, "usage": {"processes": EVIL}}
         tenant |= {"created": EVIL, "asleep": False, "snapshots": [], "type": EVIL, "template": EVIL}
         path = request.path
         if path == "/v1/tenants":
             return {"tenants": [tenant, {**tenant, "name": "shop"}]}
+        if path == "/v1/templates":
+            return {"templates": [{"name": EVIL, "description": EVIL}, {"name": EVIL, "error": EVIL}]}
+        if path.endswith("/site"):
+            return {"answers": False, "status": None, "reason": "host_refused", "said": EVIL}
         if path == "/v1/audit":
             facts = {"path": EVIL, EVIL: EVIL}
             return {
@@ -235,6 +240,11 @@ COMMANDS: dict[str, list[list[str]]] = {
     "create": [["create", EVIL]],
     "deploy": [DEPLOY, [*DEPLOY, "--json"]],
     "list": [["list"], ["list", "--json"]],
+    "templates": [["templates"], ["templates", "--json"]],
+    "info": [["info", "shop"], ["info", "shop", "--json"]],
+    "open": [["open", "shop"]],
+    "cp": [["cp", "shop:a", "."], ["cp", "/dev/null", "shop:a"]],
+    "man": [["man"]],
     "start": [["start", "shop"]],
     "stop": [["stop", "shop"]],
     "restart": [["restart", "shop"]],
@@ -256,8 +266,8 @@ COMMANDS: dict[str, list[list[str]]] = {
     "completion": [["completion", "bash"]],
 }  # fmt: skip
 # these say nothing of what the gateway answers where all goes well
-SILENT = {"start", "stop", "restart", "destroy", "restore", "clone", "rename", "token", "completion"}
-LOCAL = {"doctor", "completion"}  # whose gateway gives no reason then
+SILENT = {"start", "stop", "restart", "destroy", "restore", "clone", "rename", "token", "completion", "man"}
+LOCAL = {"doctor", "completion", "man"}  # whose gateway gives no reason then
 # an event stream that ended is begun again: what was printed by then is enough
 ENDLESS = {"events"}
 

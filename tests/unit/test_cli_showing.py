@@ -1,0 +1,108 @@
+"""Commands that show and copy, as a person meets them; against a live local gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.live import LiveGateway
+from tests.unit.command_line import run, served
+
+
+@pytest.fixture(scope="module")
+async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveGateway]:
+    async with served(tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+
+
+async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
+    await run(gateway, "rename", "demo", "shown.example.com")
+    code, out, _ = await run(gateway, "info", "demo")
+    said = dict(row.split(maxsplit=1) for row in out.decode().splitlines())
+    assert code == 0 and said["status"] == "running" and said["snapshots"] == "0"
+    assert said["url"].endswith("://shown.example.com") or "://shown.example.com:" in said["url"]
+    found = orjson.loads((await run(gateway, "info", "demo", "--json"))[1])
+    assert found["url"] == said["url"] and found["site"]["answers"] is None
+    for name in ("demo", "shown.example.com"):  # into a pipe it is printed alone
+        assert await run(gateway, "open", name) == (0, f"{said['url']}\n".encode(), "")
+    await run(gateway, "rename", "demo", "-")
+    code, _, err = await run(gateway, "open", "demo")
+    assert code == 1 and "incus-gateway rename demo DOMAIN" in err
+    code, _, err = await run(gateway, "open", "nobody")
+    assert code == 1 and "`incus-gateway list` shows them" in err
+    assert (await run(gateway, "info", "nobody"))[0] == 1
+
+
+async def test_the_templates_are_listed(gateway: LiveGateway) -> None:
+    _, out, _ = await run(gateway, "templates")
+    assert b"static" in out and b"vite-react" in out
+    assert {"static", "vite-react"} <= {
+        one["name"] for one in orjson.loads((await run(gateway, "templates", "--json"))[1])
+    }
+
+
+async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "empty").mkdir()
+    data = os.urandom(300_000)
+    (source / "deep" / "er" / "a b ü%20.bin").write_bytes(data)
+    (source / "run").write_text("#!/bin/sh\n")
+    (source / "link").symlink_to("/etc/passwd")
+    code, out, err = await run(gateway, "cp", str(source), "demo:copy")
+    assert (code, out) == (0, b"demo:copy: 2 files, 293.0 KiB\n")
+    assert err == f"left out: {source}/link, no plain file\n"
+    made = "chmod +x copy/run; ln -s /etc/passwd copy/out"
+    await run(gateway, "exec", "demo", "--", "sh", "-c", made)
+    back = tmp_path / "back"
+    code, out, err = await run(gateway, "cp", "demo:copy", str(back))
+    assert (code, out) == (0, f"{back}: 2 files, 293.0 KiB\n".encode())
+    assert err == "left out: copy/out, a symlink\n"
+    assert (back / "deep" / "er" / "a b ü%20.bin").read_bytes() == data
+    assert os.access(back / "run", os.X_OK) and (back / "empty").is_dir()
+    assert not os.path.lexists(back / "out")
+    # a folder that is there takes it by its name
+    assert (await run(gateway, "cp", "demo:copy/run", str(back / "empty")))[0] == 0
+    assert (back / "empty" / "run").is_file()
+    assert (await run(gateway, "cp", str(source / "run"), "demo:copy"))[1] == b"demo:copy/run: 1 file, 10 B\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("demo:none", "."), 1, "incus-gateway: no such file or directory\n"),
+        (("/nonexistent", "demo:"), 1, "incus-gateway: No such file or directory: /nonexistent\n"),
+        (("demo:../x", "."), 1, "leads out of the workspace"),
+        (("a", "b"), 2, "one of FROM and TO is TENANT:PATH"),
+        (("demo:a", "demo:b"), 2, "one of FROM and TO is TENANT:PATH"),
+        (("./demo:a", "b"), 2, "one of FROM and TO is TENANT:PATH"),
+        (("t-none:a", "b"), 1, "no tenant"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+async def test_what_cannot_be_copied_is_told(
+    gateway: LiveGateway, words: tuple[str, ...], code: int, says: str
+) -> None:
+    found, out, err = await run(gateway, "cp", *words)
+    assert (found, out) == (code, b"") and says in err
+
+
+async def test_the_manual_is_made_of_the_helps(gateway: LiveGateway) -> None:
+    """Every command with its options; groff, where there is one, finds nothing to complain of."""
+    _, page, _ = await run(gateway, "man")
+    text = page.decode().replace("\\-", "-")
+    for words in ("serve", "image build", "exec", "cp", "completion"):
+        assert f"\n.SS {words} " in text
+    assert "--cwd" in text and "GATEWAY_URL" in text and "Ctrl-C cancels and undoes it." in text
+    if shutil.which("groff"):
+        groff = ("groff", "-man", "-ww", "-Tutf8", "-Kutf8", "-rLL=100n")
+        pipe = asyncio.subprocess.PIPE
+        shown = await asyncio.create_subprocess_exec(*groff, stdin=pipe, stdout=pipe, stderr=pipe)
+        out, complaints = await shown.communicate(page)
+        assert complaints == b"" and b"EXIT STATUS" in out
