@@ -42,6 +42,7 @@ COMMANDS: Final[Table] = {
     "open": "gateway.cli.showing:open_site",
     "start": "gateway.cli.tenants:start",
     "stop": "gateway.cli.tenants:stop",
+    "sleep": "gateway.cli.tenants:sleep",
     "restart": "gateway.cli.tenants:restart",
     "destroy": "gateway.cli.tenants:destroy",
     "snapshot": "gateway.cli.tenants:snapshot",

@@ -91,6 +91,17 @@ def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOpti
     out.say(f"{tenant} is stopped")
 
 
+def sleep(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
+    """Stop a tenant until the next visitor or command, as after a long rest. Not while it is used."""
+
+    async def run() -> None:
+        async with client_of(url, token) as client:
+            await client.tenant(tenant).sleep()
+
+    run_to_end(run())
+    out.say(f"{tenant} sleeps; the next visitor or command wakes it")
+
+
 def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
     """Restart a tenant."""
 

@@ -20,7 +20,15 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.caddy import Caddy, asleep
-from gateway.errors import GatewayError, NotFound, RateLimited, Timeout
+from gateway.errors import (
+    Conflict,
+    GatewayError,
+    NotFound,
+    RateLimited,
+    TenantNotRunning,
+    Timeout,
+    Unavailable,
+)
 from gateway.lifecycle.lifecycle import Lifecycle
 from gateway.ownership.domains import Domains
 from gateway.runtime import Tenant, TenantEvent, TenantRuntime
@@ -253,6 +261,28 @@ class Idle:
 
     def _in_use(self, tenant: str) -> bool:
         return bool(self._uses[tenant] or self._running(tenant))
+
+    async def sleep(self, name: str) -> None:
+        """Put a tenant to sleep now. Raises `Conflict` if it is used, `TenantNotRunning` if it is stopped."""
+        found = await self._runtime.get(name)
+        if found.status != "running":
+            if found.asleep:
+                return
+            raise TenantNotRunning(f"{name} is {found.status}; only a running tenant can be put to sleep")
+        if self._asleep is None:
+            raise Unavailable("the gateway does not know yet which tenants are used; ask again soon")
+        task = self._dozing.get(name)
+        if task is None:
+            task = asyncio.create_task(self._put_to_sleep(name, _ON_THE_WAY), name=f"{name} to sleep")
+            self._dozing[name] = task
+            task.add_done_callback(partial(self._over, self._dozing, name))
+        await asyncio.shield(task)
+        if (await self._runtime.get(name)).status == "running":
+            commands, clients = self._running(name), self._uses[name]
+            why = "a visitor is connected to its site, or was a moment ago"
+            if commands or clients:
+                why = f"commands that run in it: {commands}, clients that use it: {clients}"
+            raise Conflict(f"{name} stays awake ({why}); ask again later, or stop it", reason="in_use")
 
     async def _put_to_sleep(self, name: str, limit: float) -> None:
         async with self._slots, self._life.alone(name):

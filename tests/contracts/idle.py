@@ -74,6 +74,26 @@ class IdleContract:
             async with told(sleepy, busy, "tenant.stopped") as stopped:
                 assert (await sse(stopped, 1))[0]["data"]["data"]["reason"] == "idle"
 
+    async def test_a_tenant_is_put_to_sleep_at_once_unless_it_is_used(
+        self, sleepy: LiveGateway, tenants: tuple[str, ...]
+    ) -> None:
+        """By whoever asks for it; a command that runs keeps it awake, and is named."""
+        tenant = tenants[2]
+        async with sleepy.http(tenant) as http:
+            async with sleepy.wire(tenant) as wire:
+                started = await wire.call("exec/start", argv=["sleep", "600"], lingerMs=-1)
+                async with http.post(f"/v1/tenants/{tenant}/sleep") as response:
+                    refused = await response.json()
+                    assert (response.status, refused["reason"]) == (409, "in_use")
+                assert "commands that run in it: 1" in refused["detail"]
+                await wire.call("exec/cancel", exec=started["exec"], graceMs=0)
+            found: dict[str, Any] = {"code": "conflict"}
+            while found.get("code") == "conflict":  # until the gateway has seen that nobody uses it
+                async with http.post(f"/v1/tenants/{tenant}/sleep") as response:
+                    found = await response.json()
+            assert found["asleep"] is True
+            assert await echo(http, tenant) == "awake"
+
     async def test_a_websocket_wakes_a_tenant(self, sleepy: LiveGateway, tenants: tuple[str, ...]) -> None:
         tenant = tenants[1]
         async with gateway_and_events(sleepy, tenant) as (http, events):

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from tests.live import LiveGateway
-from tests.unit.command_line import run, served
+from tests.unit.command_line import run, served, start
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,26 @@ async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
     code, _, err = await run(gateway, "open", "nobody")
     assert code == 1 and "`incus-gateway list` shows them" in err
     assert (await run(gateway, "info", "nobody"))[0] == 1
+
+
+async def test_a_tenant_is_put_to_sleep_and_woken_by_a_command(gateway: LiveGateway) -> None:
+    said = b"demo sleeps; the next visitor or command wakes it\n"
+    running = await start(gateway, "exec", "demo", "--", "cat")
+    assert running.stdin is not None and running.stdout is not None
+    running.stdin.write(b"here\n")
+    assert await asyncio.wait_for(running.stdout.readline(), 30) == b"here\n"
+    code, out, err = await run(gateway, "sleep", "demo")
+    assert (code, out) == (1, b"") and "demo stays awake (commands that run in it: 1, " in err
+    running.stdin.close()
+    assert await asyncio.wait_for(running.wait(), 30) == 0
+    for _ in range(2):  # one that sleeps stays so
+        assert await run(gateway, "sleep", "demo") == (0, said, "")
+    assert b"asleep" in (await run(gateway, "info", "demo"))[1]
+    assert (await run(gateway, "exec", "demo", "--", "echo", "awake"))[1] == b"awake\n"
+    await run(gateway, "stop", "demo")
+    code, _, err = await run(gateway, "sleep", "demo")
+    assert code == 1 and "only a running tenant can be put to sleep" in err
+    assert (await run(gateway, "start", "demo"))[0] == 0
 
 
 async def test_the_templates_are_listed(gateway: LiveGateway) -> None:

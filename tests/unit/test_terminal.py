@@ -247,6 +247,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "man": [["man"]],
     "start": [["start", "shop"]],
     "stop": [["stop", "shop"]],
+    "sleep": [["sleep", "shop"]],
     "restart": [["restart", "shop"]],
     "destroy": [["destroy", "shop", "--yes"], ["destroy", EVIL]],
     "snapshot": [[*("snapshot", "shop"), *more] for more in ([], ["--list"], ["--list", "--json"])],
@@ -266,7 +267,10 @@ COMMANDS: dict[str, list[list[str]]] = {
     "completion": [["completion", "bash"]],
 }  # fmt: skip
 # these say nothing of what the gateway answers where all goes well
-SILENT = {"start", "stop", "restart", "destroy", "restore", "clone", "rename", "token", "completion", "man"}
+SILENT = {
+    *("start", "stop", "sleep", "restart", "destroy", "restore", "clone", "rename"),
+    *("token", "completion", "man"),
+}
 LOCAL = {"doctor", "completion", "man"}  # whose gateway gives no reason then
 # an event stream that ended is begun again: what was printed by then is enough
 ENDLESS = {"events"}

@@ -278,6 +278,7 @@ class Tenant(_Facade[tenant.Tenant]):
     site = _waits(tenant.Tenant.site)
     start = _waits(tenant.Tenant.start)
     stop = _waits(tenant.Tenant.stop)
+    sleep = _waits(tenant.Tenant.sleep)
     restart = _waits(tenant.Tenant.restart)
     rename = _waits(tenant.Tenant.rename)
     resize = _waits(tenant.Tenant.resize)

@@ -159,6 +159,10 @@ class Tenant(ToolSession):
     async def stop(self) -> None:
         await self._http.json("POST", f"{self._path}/stop")
 
+    async def sleep(self) -> None:
+        """Stop the tenant until it is next used. Raises `Conflict` if it is used now."""
+        await self._http.json("POST", f"{self._path}/sleep")
+
     async def restart(self) -> None:
         await self._http.json("POST", f"{self._path}/restart")
 

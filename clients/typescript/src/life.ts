@@ -68,6 +68,11 @@ export abstract class Life<Twin> extends Tools {
     return this.http.json("POST", this.path("/stop"), undefined, { signal });
   }
 
+  /** Stops the tenant until it is next used; `conflict` if it is used now. */
+  sleep(signal?: AbortSignal): Promise<TenantInfo> {
+    return this.http.json("POST", this.path("/sleep"), undefined, { signal });
+  }
+
   restart(signal?: AbortSignal): Promise<TenantInfo> {
     return this.http.json("POST", this.path("/restart"), undefined, { signal });
   }

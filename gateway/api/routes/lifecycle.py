@@ -16,7 +16,7 @@ from gateway.api.access import end_with, for_tenant, optional_json, using_tenant
 from gateway.api.http import as_json
 from gateway.api.services import services
 from gateway.errors import Timeout, Unavailable
-from gateway.lifecycle.lifecycle import Ask, Lifecycle
+from gateway.lifecycle.lifecycle import Ask, Lifecycle, described
 
 _Work = Callable[[Lifecycle, Ask], Awaitable[Mapping[str, Any] | None]]
 
@@ -27,6 +27,16 @@ async def start(request: Request) -> Response:
 
 async def stop(request: Request) -> Response:
     return await _change(request, "stop", Lifecycle.stop)
+
+
+async def sleep(request: Request) -> Response:
+    gateway = services(request)
+
+    async def work(_: Lifecycle, ask: Ask) -> Mapping[str, Any]:
+        await gateway.idle.sleep(ask.tenant)
+        return described(await gateway.runtime.get(ask.tenant), gateway.settings)
+
+    return await _change(request, "sleep", work)
 
 
 async def restart(request: Request) -> Response:
@@ -117,6 +127,7 @@ async def _done(
 ROUTES: Final = (
     Route("/v1/tenants/{tenant}/start", start, methods=["POST"]),
     Route("/v1/tenants/{tenant}/stop", stop, methods=["POST"]),
+    Route("/v1/tenants/{tenant}/sleep", sleep, methods=["POST"]),
     Route("/v1/tenants/{tenant}/restart", restart, methods=["POST"]),
     Route("/v1/tenants/{tenant}", destroy, methods=["DELETE"]),
     Route("/v1/tenants/{tenant}", patch, methods=["PATCH"]),
