@@ -274,17 +274,22 @@ def _text(name: bytes) -> str:
     return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def packed(entries: Mapping[str, Entry]) -> bytes:
-    """Return entries as a tar of nothing but plain files, folders and links, folders first."""
+def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
+    """Return entries as a tar of nothing but plain files, folders and links, folders first.
+
+    All say that they `changed` then, in seconds since the epoch.
+    """
     buffer = io.BytesIO()
     folders = folders_above(entries) | {path for path, entry in entries.items() if entry == Entry()}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path in sorted(folders):
             member = tarfile.TarInfo(path)
+            member.mtime = changed
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(member)
         for path, entry in sorted(entries.items()):
             member = tarfile.TarInfo(path)
+            member.mtime = changed
             if entry.link is not None:
                 member.type, member.linkname = tarfile.SYMTYPE, entry.link
                 tar.addfile(member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ class Template:
         """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""
         manifest = self.manifest
         return Recipe(
-            archive=packed(self.entries),
+            # what keeps something made of a file, as Python does, looks whether it has changed since
+            archive=packed(self.entries, int(time.time())),
             start=manifest.command,
             port=manifest.port,
             health=manifest.health,

@@ -208,7 +208,9 @@ def recognise(start: Sequence[str], packages: Collection[str]) -> Framework | No
 
     One whose program starts it comes first; what a build made is started by a plain `bun` or `node`.
     """
-    programs = {program(word) for word in start}
+    # who only runs a script is not what serves
+    ran = len(start) > 2 and program(start[0]) in _RUNNERS and start[1] == "run" and "." not in start[2]
+    programs = {program(word) for word in start[1 if ran else 0 :]}
     named = [framework for framework in TABLE if not framework.packages.isdisjoint(packages)]
     started = [framework for framework in named if not programs.isdisjoint(framework.programs)]
     own = [framework for framework in TABLE if framework.programs[0] in programs]

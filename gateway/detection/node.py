@@ -60,6 +60,15 @@ _BUN: Final = re.compile(r"\bBun\.|from [\"']bun[\"':]")
 _OPERATORS: Final = re.compile(r"[|&;<>()`$\n]")
 # of a script: what says where it listens, with how many words follow
 _WHERE: Final = {"--host": 1, "--port": 1, "--hostname": 1, "-p": 1, "-H": 1}
+# programs that serve, and are told where by arguments rather than by PORT and HOST
+_TOLD: Final = {
+    "fastify": "--address 0.0.0.0 --port $PORT",
+    "live-server": "--host=0.0.0.0 --port=$PORT",
+    "eleventy": "--port $PORT",
+    "gatsby": "--host 0.0.0.0 --port $PORT",
+    "ng": "--host 0.0.0.0 --port $PORT",
+    **dict.fromkeys(("docusaurus", "vitepress", "vinxi", "vue-cli-service"), "--host 0.0.0.0 --port $PORT"),
+}
 _MADE: Final = re.compile(r"(?:^|[\s=\"'])(?:\./)?(dist|build|out|\.output|\.next|lib)/")
 _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
 
@@ -149,7 +158,7 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
             why,
             install,
             installed,
-            _run(manager, script),
+            _run(manager, script, *_told(text)),
             f"its script `{script}` ({_short(text)})",
         )
     entry = _entry(clues, said, serving=package is not None)
@@ -248,6 +257,15 @@ def _plain(framework: Framework, text: str) -> bool:
         return False
     first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
     return program(first) in framework.programs
+
+
+def _told(text: str) -> tuple[str, ...]:
+    """Return the arguments behind a script that say where it listens, if it takes any."""
+    words = text.split()
+    first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
+    if _OPERATORS.search(text) or any(word.partition("=")[0] in _WHERE for word in words):
+        return ()
+    return tuple(_TOLD.get(program(first), "").split())
 
 
 def _elsewhere(words: list[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import pytest
 
 from gateway.settings import Settings
 from tests.archives import archive
+from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(300)
@@ -167,3 +168,50 @@ async def test_what_does_not_come_up_says_why_and_what_to_do(host: Hosting) -> N
     assert "it listens on 127.0.0.1:3000; it must listen on 0.0.0.0:$PORT" in nowhere
     assert 'with node, server.listen(process.env.PORT, "0.0.0.0")' in nowhere
     assert host.leavings() == before
+
+
+# what others wrote, each by its own generator from npm
+STARTERS = {
+    "create-vite": ("npm create -y vite@9.3.0 app -- --template react-ts", "Vite", "/@vite/client"),
+    "express": ("npx -y express-generator@4.16.1 --no-view app", "Express", "Express"),
+    "fastify": ("npx -y fastify-cli@8.0.2 generate app --lang=js", "Fastify", '{"root":true}'),
+}
+
+
+async def test_starters_of_others_are_sites_as_they_are(host: Hosting, shared_tenant: Container) -> None:
+    """Made and deployed without a manifest, and updated with one more file while it answers."""
+
+    async def made(name: str, command: str, *more: str) -> dict[str, str]:
+        script = f"""
+            export HOME=/home/site CI=1; mkdir -p /tmp/{name} && cd /tmp/{name}
+            [ -d app ] || {command} </dev/null >&2 || exit 1
+            cd app && for file in {" ".join(more)}; do echo more >"$file"; done; tar -c . | base64 -w0"""
+        done = await asyncio.to_thread(
+            shared_tenant.run, "sh", "-c", script, user=1000, timeout=120, stdin=b"\n"
+        )
+        return {"archive": done.stdout.decode().strip()}
+
+    async def tried(name: str) -> None:
+        command, title, said = STARTERS[name]
+        record = await host.deploy(f"{name}.test", await made(name, command))
+        assert record["state"] == "succeeded", (name, record["error"])
+        assert record["detected"]["title"] == title
+        status, page = await host.visit(f"{name}.test")
+        assert status == 200 and said in page, (name, page[:500])
+
+    await asyncio.gather(*map(tried, STARTERS))
+    record = await host.deploy("express.test", await made("express", "", "public/more.txt"))
+    assert (record["state"], record["kind"]) == ("succeeded", "update"), record["error"]
+    assert await host.visit("express.test", "/more.txt") == (200, "more\n")
+
+
+async def test_a_python_app_outlives_its_update(host: Hosting) -> None:
+    """Its venv is made in the folder of the update, and moved with it."""
+    app = 'from flask import Flask\napp = Flask(__name__)\n@app.get("/")\ndef page(): return "{}"\n'
+    files = {"app.py": app.format("one"), "requirements.txt": "flask==3.1.2\n"}
+    first = await deployed(host, "flask.test", files)
+    assert first["detected"]["title"] == "Flask"
+    assert await host.visit("flask.test") == (200, "one")
+    second = await deployed(host, "flask.test", files | {"app.py": app.format("two")})
+    assert second["kind"] == "update"
+    assert await host.visit("flask.test") == (200, "two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import os
 import socket
 import tarfile
@@ -369,3 +370,10 @@ def test_a_folder_that_cannot_be_read_is_told_without_its_place(
     with pytest.raises(Unavailable, match="Permission denied") as error:
         named("mine", Settings(templates_dir=tmp_path))
     assert str(tmp_path) not in error.value.message
+
+
+def test_an_update_is_younger_than_what_was_there() -> None:
+    """Python and others believe what they made of a file of the same age and size."""
+    began = int(time.time())
+    with tarfile.open(fileobj=io.BytesIO(uploaded(archive(("a/b", b"")), SMALL).recipe().archive)) as tar:
+        assert all(member.mtime >= began for member in tar)
