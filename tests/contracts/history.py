@@ -14,6 +14,7 @@ import pytest
 from mcp import MCPError
 
 from tests.contracts.claude import call
+from tests.contracts.gateway import sse
 from tests.contracts.mcp import BOTH, mcp
 from tests.live import LiveGateway, RpcFailure, Wire
 
@@ -240,6 +241,25 @@ class HistoryContract:
                 assert answer.status == 404
             async with http.post(f"{base}/turn") as answer:
                 assert answer.status == 404
+
+    async def test_a_turn_of_a_tenant_that_is_stopped_is_recorded_when_it_runs_again(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """Whether it rests before the tenant is stopped, while it is, or afterwards."""
+        async with gateway.http(tenant) as http:
+            async with gateway.wire(tenant) as wire:
+                await write(wire, "first", "x\n")
+                await end(wire)
+                events = await http.get("/v1/events?type=turn.committed")
+                await write(wire, "late", "x\n")
+                async with http.post(f"/v1/tenants/{tenant}/stop") as answer:
+                    assert answer.status == 200
+            async with http.post(f"/v1/tenants/{tenant}/start") as answer:
+                assert answer.status == 200
+            (told,) = await sse(events, 1, 60)
+            turn = told["data"]["data"]["turn"]
+            async with http.get(f"/v1/tenants/{tenant}/history/{turn}") as answer:
+                assert [one["path"] for one in (await answer.json())["changed"]] == ["late"]
 
     @BOTH
     async def test_mcp_has_turns_as_resources(self, gateway: LiveGateway, tenant: str, version: str) -> None:

@@ -121,12 +121,14 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
     first = await host.deploy(domain, upload(start, ("old/page.html", b""), ("both.txt", b"old")))
     assert first["state"] == "succeeded", first["error"]
     await inside("mkdir -p data node_modules/m logs; touch data/db node_modules/m/x logs/a.log mine -- -odd")
-    before = await inside("find . | sort")
+    # but for the repository that a site becomes once it is deployed
+    everything = "find . -path './.git*' -prune -o -print | sort"
+    before = await inside(everything)
     ignore = (".gitignore", b"*.log\n")
     broken = 'start = ["false"]\nkeep = ["data/"]\n'
     failed = await host.deploy(domain, upload(broken, ignore))
     assert (failed["state"], failed["error"]["reason"]) == ("rolledback", "never_healthy")
-    assert await inside("find . | sort") == before
+    assert await inside(everything) == before
 
     answers: list[int] = []
     done = asyncio.Event()
@@ -152,7 +154,7 @@ async def test_an_update_by_a_folder_removes_what_the_folder_no_longer_has(host:
     assert set(answers) == {200}
     there = ["./.gitignore", "./both.txt", "./data/db", "./data/late", "./logs/a.log"]
     there += ["./node_modules/m/x", "./serve.ts", "./site.toml"]
-    assert await inside("find . -type f | sort") == there
+    assert await inside("find . -path ./.git -prune -o -type f -print | sort") == there
     assert await inside("cat both.txt data/late") == ["newlate"]
     (pushed,) = (data for kind, data in told if kind.endswith("finished") and data["phase"] == "push")
     assert pushed["removed"] == 3

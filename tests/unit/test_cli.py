@@ -313,6 +313,34 @@ async def test_a_tenants_disk_is_kept_brought_back_and_copied(gateway: LiveGatew
     assert (await run(gateway, "snapshot", "demo", "s2", "--list"))[0] == 2
 
 
+async def test_what_agents_changed_is_listed_shown_and_taken_back(gateway: LiveGateway) -> None:
+    assert (await run(gateway, "create", "turns"))[0] == 0
+    code, _, err = await run(gateway, "undo", "turns")
+    assert (code, err.count("\n")) == (1, 1) and "nothing to undo" in err
+    async with gateway.wire("turns") as wire:
+        for word in ("one", "two"):
+            await wire.call("turn/begin", title=f"Write {word}\nmore", agent="Claude")
+            given = {"file_path": "a", "content": f"{word}\n"}
+            await wire.call("tools/call", name="Write", arguments=given)
+        await wire.call("turn/end")
+    _, out, _ = await run(gateway, "history", "turns", "--json")
+    latest, before, *_ = orjson.loads(out)
+    _, out, _ = await run(gateway, "history", "turns", "-n", "1")
+    assert latest["turn"][:8] in out.decode() and "Claude" in out.decode() and "Write two" in out.decode()
+    _, out, _ = await run(gateway, "history", "turns", latest["turn"][:8])
+    assert b"-one\n+two\n" in out
+    code, _, err = await run(gateway, "history", "turns", "nothing")
+    assert (code, err.count("\n")) == (1, 1) and "incus-gateway history turns" in err
+    code, out, _ = await run(gateway, "undo", "turns")
+    assert (code, out) == (0, b"Undo: Write two: 1 file. Back again: incus-gateway undo turns\n")
+    assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"one\n"
+    assert (await run(gateway, "undo", "turns", "--to", latest["turn"][:8], "--yes"))[0] == 0
+    assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"two\n"
+    assert (await run(gateway, "undo", "turns", before["turn"], "--yes"))[0] == 0
+    assert (await run(gateway, "exec", "turns", "--", "ls"))[1] == b""
+    assert (await run(gateway, "undo", "turns", "--to"))[0] == 2
+
+
 async def test_the_sites_log_is_printed_and_followed(gateway: LiveGateway) -> None:
     log = Path(gateway.environment["GATEWAY_STATE_DIR"], "tenants", "demo", "site.log")
     log.write_text("".join(f"line {n}\n" for n in range(5)))
