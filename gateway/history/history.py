@@ -12,7 +12,15 @@ from types import TracebackType
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
-from gateway.errors import GatewayError, InvalidParams, NotFound, TenantNotRunning
+from gateway.errors import (
+    ExecFailed,
+    GatewayError,
+    InvalidParams,
+    NotFound,
+    TenantNotRunning,
+    Timeout,
+    Unavailable,
+)
 from gateway.events import Bus, Filter
 from gateway.history.open_turns import OpenTurn, OpenTurns
 from gateway.history.reading import ID, TITLE_MAX, Turn, name, said
@@ -31,6 +39,7 @@ _CHANGING: Final = frozenset({"Write", "Edit", "Bash"})
 _OUTSIDE: Final = "Changed outside of turns"
 _FIRST: Final = "The workspace as it was found"
 _LIST_MAX: Final = 200
+_TRIES: Final = 3  # to record a turn of a tenant that runs
 _LATE: Final = 64  # turns of one tenant that wait until it runs again
 _TIDY: Final = 32  # commits after which a history is made small again
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
@@ -208,8 +217,7 @@ class History:
             for turn in self._open.forget(event.ended):
                 self._rest(turn)
         if event.tenant is not None and event.type in _STARTED:
-            for turn in self._late.pop(event.tenant, []):
-                self._spawn(self._record_quietly(event.tenant, turn))
+            self._again(event.tenant)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""
@@ -258,13 +266,26 @@ class History:
             async with self._lock(tenant):
                 mode, paths = self._open.share(tenant, turn)
                 found = await self._repository.commit(tenant, mode, paths, made)
-        except TenantNotRunning:
-            waiting = self._late.setdefault(tenant, [])
-            waiting.append(turn)
-            del waiting[:-_LATE]
+        except (TenantNotRunning, Unavailable, Timeout, ExecFailed) as error:
+            self._postpone(tenant, turn, error)
             raise
         self._tell(tenant, found)
         return found
+
+    def _postpone(self, tenant: str, turn: OpenTurn, error: GatewayError) -> None:
+        """Record a turn later: when its tenant runs again, or, where it may be about to stop, in a while."""
+        turn.tries += not isinstance(error, TenantNotRunning)
+        if turn.tries > _TRIES or error.facts.get("reason") == "no_git":
+            return
+        waiting = self._late.setdefault(tenant, [])
+        waiting.append(turn)
+        del waiting[:-_LATE]
+        if not isinstance(error, TenantNotRunning):
+            asyncio.get_running_loop().call_later(self._settings.turn_rest, self._again, tenant)
+
+    def _again(self, tenant: str) -> None:
+        for turn in self._late.pop(tenant, []):
+            self._spawn(self._record_quietly(tenant, turn))
 
     async def _ready(self, tenant: str, made: Collection[str] = ()) -> None:
         """Wait until the history has begun: whoever asks is no tool call."""

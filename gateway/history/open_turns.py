@@ -18,6 +18,7 @@ class OpenTurn:
 
     `paths` are those that its file tools wrote; with `wide` it may have changed any other, by a command.
     `made` are those that were not there before. `calls` of it run now.
+    Recording it has failed `tries` times.
     """
 
     key: Hashable
@@ -28,6 +29,7 @@ class OpenTurn:
     calls: int = 0
     paths: set[str] = field(default_factory=set)
     made: set[str] = field(default_factory=set)
+    tries: int = 0
     _bytes: int = 0
 
     @property
