@@ -41,11 +41,11 @@ class IdMap:
 
 @dataclass(frozen=True, slots=True)
 class FilesystemRoot:
-    """Which files: those below `workspace`, absolute as the tenant sees it.
+    """A tenant's files: those below `workspace`, an absolute path inside the tenant.
 
-    `state` changes where the same name has come to mean other files, or files with other ids: a worker that
-    was opened on another is not used. `prefix` is what the tenant's own commands see before each path, empty
-    but for `local` ones, which see the host's.
+    `state` changes when the same name means other files, or files with other ids: a worker that was opened on
+    another state is not used. `prefix` is what the tenant's own commands see before each path: empty, except
+    for `local` tenants, whose commands see the host's path.
     """
 
     tenant: str

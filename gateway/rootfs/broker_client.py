@@ -63,8 +63,8 @@ class BrokerClient:
     async def request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send one request; return the answer and the descriptors that came with it.
 
-        Raises what the broker refuses with, and `Unavailable` if it fails or cannot be reached; its words
-        go to the log alone then.
+        Raises what the broker refuses with, and `Unavailable` if it fails or cannot be reached; then its
+        words go only to the log.
         """
         async with self._lock:
             # A task of its own that is waited for however often the caller is cancelled: its answer, with the
@@ -92,7 +92,7 @@ class BrokerClient:
     async def on_tree(self, tenant: str, group: str, step: str) -> None:
         """Do one of `process_tree.STEPS` on a command's cgroup, see `trees.of_command`. Raises `Unavailable`.
 
-        What the broker does not find any more has ended with its container.
+        A cgroup that the broker does not find has ended with its container.
         """
         with suppress(NotFound):
             await self.request({"do": "tree", "tenant": tenant, "group": group, "step": step})
@@ -110,9 +110,9 @@ class BrokerClient:
         await self.request({"do": "reserve", "tenant": tenant})
 
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
-        """Break off this machine's connections to a tenant's port of which nothing is read; return how many.
+        """Close this machine's connections to a tenant's port that it does not read; return how many.
 
-        Those from the ports `leave` stay. Raises as `relieve`.
+        Leaves those from the ports `leave`. Raises as `relieve`.
         """
         request = {"do": "break_off", "tenant": tenant, "port": port, "leave": [*leave]}
         answer, _ = await self.request(request)

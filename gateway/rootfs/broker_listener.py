@@ -28,10 +28,10 @@ GATEWAYS_MAX = 16  # connections: a gateway has three, its successor as many
 def listening(arguments: list[str]) -> NoReturn:
     """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
 
-    The one argument is a JSON object: `path` of the socket, which will be `gid`'s with mode 0660, in a folder
-    that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name,
-    which get `environment`. At most `GATEWAYS_MAX` connections are served, more are hung up on. systemd is
-    told when connections are taken. Raises `OSError`.
+    The one argument is a JSON object: `path` of the socket, which gets the group `gid` and mode 0660, in a
+    folder that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name, which
+    get `environment`. Serves at most `GATEWAYS_MAX` connections and closes more. Notifies systemd when it
+    takes connections. Raises `OSError`.
     """
     told = orjson.loads(arguments[0])
     path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])

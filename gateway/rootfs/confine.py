@@ -46,10 +46,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker becomes: `folder` its `/`, `namespace` a user namespace for the ids of its mount.
+    """What a worker becomes: `folder` is its `/`, `namespace` a user namespace for the ids of its mount.
 
-    `uid` and `gid` are the host's. `memory` is in bytes of address space, `file` in bytes of the largest file
-    that it may write. `covered` are folders below that are closed to it.
+    `uid` and `gid` are the host's. `memory` is bytes of address space, `file` bytes of the largest file that
+    it may write. `covered` are folders below that are closed to it.
     """
 
     folder: int
@@ -132,10 +132,10 @@ def confine(plan: Plan, *, keep: int) -> tuple[str, ...]:
 
 
 def seal(memory: int, seconds: int) -> tuple[str, ...]:
-    """Have this process compute and speak at its standard streams, no more; return the names of the layers.
+    """Let this process only compute and use its standard streams; return the names of the layers.
 
-    It opens no file and runs no program from here on. `memory` is in bytes of address space, `seconds` are of
-    CPU.
+    From here on it opens no file and runs no program. `memory` is bytes of address space, `seconds` are of
+    CPU time.
     """
     end_with_parent()
     os.closerange(3, 1 << 16)
@@ -190,9 +190,9 @@ def _enter(tree: int, covered: tuple[str, ...]) -> None:
 
 
 def _cover(tree: int, path: str) -> None:
-    """Put an empty mount over a folder, so that no open crosses into what lies below it on this disk.
+    """Put an empty mount over a folder, so that no open reaches what is below it on this disk.
 
-    The container has another disk there: what this one holds would be shown, and written, by mistake.
+    The container has another disk there, so this disk's content would be read and written by mistake.
     """
     flags, real = kernel.O_PATH | os.O_DIRECTORY, kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
     try:
@@ -216,9 +216,9 @@ def _close_all(keep: set[int]) -> None:
 
 
 def _hold_standard() -> None:
-    """Have the standard descriptors be folders, which take and give nothing.
+    """Make the standard descriptors folders, which can be neither read nor written.
 
-    A library's word to standard error would else land in the file that happened to get its number.
+    Otherwise a library's output to standard error would go to the file that happened to get its number.
     """
     while (descriptor := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) <= 2:
         pass
@@ -265,9 +265,9 @@ _FS_CHANGES = _FS_ALL & ~(_FS_READ_FILE | _FS_READ_DIR | _FS_TRUNCATE)
 
 
 def _landlock(handled: int, allowed: int) -> bool:
-    """Allow of the `handled` ways to files those `allowed`, below `/`. False without Landlock.
+    """Of the `handled` kinds of access to files, allow only `allowed`, below `/`. False without Landlock.
 
-    TCP and signals are forbidden where the kernel can.
+    Forbids TCP and signals too if the kernel can.
     """
     abi = syscall(_LANDLOCK_CREATE, None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
     if abi < 3:

@@ -54,7 +54,7 @@ _hows: dict[tuple[int, int, int], bytes] = {}
 def openat2(directory: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int:
     """Open `path` under `directory`, close-on-exec, and return the descriptor.
 
-    Retries EAGAIN and EINTR. Raises `OSError` without a file name: names are the tenant's bytes.
+    Retries EAGAIN and EINTR. Raises `OSError` without a file name, since names are the tenant's bytes.
     """
     if b"\0" in path:
         raise OSError(errno.EINVAL, "NUL in path")
@@ -110,7 +110,7 @@ def inotify() -> int:
 def inotify_add(descriptor: int, mask: int) -> int:
     """Watch the working directory; return the number of the watch, always the same for one inode.
 
-    The working directory and no path, because it is entered by descriptor: `fchdir` follows nothing.
+    It takes no path because the folder is entered by descriptor: `fchdir` follows no link.
     """
     return int(checked(_libc.inotify_add_watch(descriptor, b".", mask), "inotify_add_watch"))
 
@@ -130,7 +130,7 @@ def inotify_events(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def start_writing(descriptor: int) -> None:
-    """Have the kernel begin to write a file to its disk, where it can; does not wait for that.
+    """Have the kernel start to write a file to its disk, if it can, without waiting for that.
 
     ext4 does so when a new file is renamed over an old one, and the rename waits while blocks are found.
     """
@@ -158,10 +158,11 @@ def rename_new(source_folder: int, source: bytes, target_folder: int, target: by
 
 
 def open_nameless(directory: int, flags: int, probe: str) -> int:
-    """Open a new file that lies in `directory` without a name, to be given one by `name_file`.
+    """Open a new file in `directory` that has no name until `name_file` gives it one.
 
-    It goes with its last descriptor, whatever ends the process. Raises `OSError` if the file system cannot
-    or the kernel would not let us name it (Linux before 6.10), which is tried once, with the name `probe`.
+    It goes with its last descriptor, however the process ends. Raises `OSError` if the file system does not
+    support that, or the kernel does not let us name the file (Linux before 6.10), which is tried once, with
+    the name `probe`.
     """
     global _names_files
     if _names_files is False:

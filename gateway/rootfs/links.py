@@ -79,8 +79,8 @@ class Link:
     ) -> tuple[bytes, int | None]:
         """Run one operation; return its reply and the descriptor that came along, now the caller's.
 
-        A descriptor for a caller that gave up is closed. Raises as `Workers.call`; the worker of a call that
-        timed out is no longer to be used.
+        Closes the descriptor if the caller gave up. Raises as `Workers.call`; do not use the worker again
+        after a call that timed out.
         """
         if self.closed:
             raise Unavailable("the file worker ended; try again")

@@ -36,7 +36,7 @@ _PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # a pool's or a volume's
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """What holds a workspace. `path` is trusted, `inside` is below it in the tenant's hands, "" for itself.
+    """The disk of a workspace. `path` is trusted; `inside` is the tenant's path below it, "" for none.
 
     `uid` and `gid` are the workspace's user inside, `idmap` the tenant's user namespace; empty if there is
     none. On disk, files carry ids of the inside, or of the outside where `shifted`. `covered` are the folders

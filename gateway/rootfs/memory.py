@@ -93,7 +93,7 @@ def _memory_mount() -> str | None:
 def text(path: str, limit: int = _TEXT) -> bytes:
     """Return the first bytes of a file of the kernel's; none where its group or process is gone.
 
-    Hundreds are read each look, which is why it is done by hand.
+    Hundreds are read at each check, so this avoids Python's file objects.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -190,9 +190,9 @@ def biggest(of: Place) -> Process | None:
 def relieve(container: Path) -> Process | None:
     """Kill the biggest process of a container's site, and return it; None if it has none. Takes root.
 
-    Only what is in the group of the site's unit is looked at, so never a command; the container's first
-    process is left out wherever its root has put it. A number that is another's by now is not touched: the
-    process is held before it is looked at again.
+    Considers only the group of the site's unit, so never a command, and never the container's first process,
+    wherever its root has put that. A pid that was reused is not touched: the process is held by a pidfd
+    before it is checked again.
     """
     group = container / SITE
     found = _biggest(process_tree.pids(group))

@@ -34,10 +34,10 @@ def unfinished(name: str) -> bool:
 
 
 def locate(path: str, cwd: str, workspace: str) -> str:
-    """Return what `path` names as a path relative to `workspace`, by its text alone.
+    """Return `path` relative to `workspace`, from its text alone.
 
-    `path` is absolute as the tenant sees it, or relative to `cwd`, which is absolute. `..` is taken off by
-    text, as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
+    `path` is absolute inside the tenant, or relative to `cwd`, which is absolute. `..` is resolved as text,
+    as an editor does, so none reaches the kernel. Raises `OutsideWorkspace` and `InvalidParams`.
     """
     if not path or "\0" in path:
         raise InvalidParams("the path is empty or has a NUL", reason="invalid")

@@ -148,10 +148,10 @@ def members(path: Path) -> list[Member]:
 
 
 def catch(path: Path) -> None:
-    """Bring back what left the group, which takes the tenant's root: `su -` in its own session does it too.
+    """Move processes back that left the group, which takes the tenant's root: `su -` does it, for one.
 
-    Found are the processes of the container that carry the group's name in their environment, that descend
-    from one of the group, or that share a session of the container with one.
+    Finds the processes of the container that have the group's name in their environment, descend from one of
+    the group, or share a session of the container with one.
     """
     for pid in _strays(path):
         _bring_back(path, pid)
@@ -191,9 +191,10 @@ def terminate(path: Path) -> None:
 
 
 def end(path: Path) -> None:
-    """Send KILL to all processes at once, to those that left the group too.
+    """Send KILL to all processes at once, including those that left the group.
 
-    The group is frozen first, so that what is brought back, by several rounds where it forks, stays.
+    Freezes the group first, so that processes that were moved back stay; several rounds are made if they
+    fork.
     """
     if strays := _strays(path):
         _write(path / "cgroup.freeze", "1")

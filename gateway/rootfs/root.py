@@ -177,7 +177,7 @@ class Root:
     def open_file(self, path: str) -> tuple[int, os.stat_result]:
         """Open a regular file for reading; return descriptor and status.
 
-        Raises `NotAFile` for FIFOs, sockets and devices at once: none is waited for, no driver entered.
+        Raises `NotAFile` for FIFOs, sockets and devices at once: waits for none, and enters no driver.
         """
         try:
             descriptor = self._open(path, _READ) if self._nodev else self._open_looked_at(path)
@@ -221,8 +221,8 @@ class Root:
     def parent(self, path: str, *, create: bool = False, made: list[Made] | None = None) -> tuple[int, str]:
         """Open the folder of `path`; return its descriptor and the last name.
 
-        With `create`, missing folders are made, and put into `made`. Links on the way are followed where they
-        stay inside; a folder is never made through a link.
+        With `create`, missing folders are created and listed in `made`. Links on the way are followed if they
+        stay inside; a folder is never created through a link.
         """
         folder, _, name = path.rpartition("/")
         if not name:
@@ -267,10 +267,10 @@ class Root:
 
     @contextmanager
     def taking_back(self) -> Iterator[list[Made]]:
-        """Give a list for `parent` of the folders that it makes; an error takes them back.
+        """Yield a list in which `parent` puts the folders that it creates; an error removes them.
 
-        Only where they are empty, the same, and still where they were made: what the tenant moved, filled or
-        put in their place stays.
+        Removes only those that are empty, the same, and still in their place: what the tenant moved, filled
+        or replaced stays.
         """
         made: list[Made] = []
         try:
@@ -328,13 +328,13 @@ class Root:
     def replace(
         self, directory: int, name: str, data: bytes, mode: int, *, expected: os.stat_result | None
     ) -> os.stat_result:
-        """Put a file in place atomically: written beside, then renamed over `name`; return its status.
+        """Write a file next to `name` and rename it over that, atomically; return its status.
 
-        A hard link is broken, a link replaced, an old reader keeps the old file, a crash leaves one of the
-        two whole. Set-uid, set-gid and sticky bits are dropped. `expected` is the file that the new content
-        was made from: where another took its place, or it was written to, this raises `Conflict`. Between
-        that look and the rename lie a few microseconds in which a process of the tenant can still write to
-        the old file; writers of the gateway are serialised by its caller.
+        A hard link is broken, a link replaced, a reader keeps the old file, a crash leaves one of the two
+        whole. Set-uid, set-gid and sticky bits are dropped. `expected` is the file that the new content was
+        made from: if another took its place, or it was written to, this raises `Conflict`. In the few
+        microseconds between that check and the rename a process of the tenant can still write to the old
+        file; the caller serialises the gateway's own writers.
         """
         temporary = f"{TEMPORARY}{os.getpid():x}-{os.urandom(6).hex()}"
         try:

@@ -15,8 +15,8 @@ MESSAGE_MAX = 64 << 10  # bytes of one request or answer of the broker
 class Spawn:
     """What a worker is started with: `memory` is in bytes, `loop` what it does.
 
-    The empty `loop` answers calls; the others are named by the operations' module in `LOOPS`. `search` is for
-    those that may take long: others' work goes before theirs. One that `looks` can change nothing.
+    The empty `loop` answers calls; the operations' module names the others in `LOOPS`. `search` is for
+    workers whose calls may take long: they run with lower priority. A worker that `looks` can change nothing.
     """
 
     tenant: str

@@ -57,7 +57,7 @@ class Connection:
 def waiting(network: str, seconds: float) -> list[Connection]:
     """Return this machine's connections into a network that have waited for an answer for so long.
 
-    What has waited for over a minute is left out. Raises `OSError`.
+    Leaves out those that have waited for over a minute. Raises `OSError`.
     """
     found = ipaddress.IPv4Network(network, strict=False)
     condition = _CONDITION.pack(
@@ -86,9 +86,9 @@ def unread(pid: int, end: End) -> set[End]:
 
 
 def break_off(pid: int, address: str, port: int, leave: Collection[int]) -> int:
-    """Break off this machine's connections to a container's port of which nothing is read; return how many.
+    """Close this machine's connections to a container's port that it does not read; return how many.
 
-    Those from the ports `leave` are left alone. Takes root; raises `OSError`.
+    Leaves those from the ports `leave`. Needs root; raises `OSError`.
     """
     end = (socket.inet_aton(address), port)
     lost = unread(pid, end)

@@ -100,7 +100,7 @@ def _keep(key: tuple[int, int, int], listing: _Listing) -> None:
 
 
 class Walk:
-    """A look at all regular files below one folder. Links are neither followed nor yielded.
+    """A walk over all regular files below one folder. Links are neither followed nor yielded.
 
     Iterating yields the path and status of each chosen file; `ordered` by path, else folder by folder. Or
     `folders` yields the folders with the names of those files, of which nothing else is asked then. Where all
@@ -199,9 +199,9 @@ class Walk:
             raise Timeout("the search took too long", reason="timeout")
 
     def _look(self, below: Root, path: str, state: Any) -> tuple[int, Collection[str], list[str], Any]:
-        """Look into one folder; return what was chosen of it: names of files, folders and their state.
+        """Read one folder; return what was chosen of it: names of files, folders and their state.
 
-        Where there are names, the folder's descriptor comes first, to be closed.
+        If there are names, the folder's descriptor comes first, for the caller to close.
         """
         descriptor = -1
         # A link on the way may lead elsewhere, but only to what was seen as it would be seen again.

@@ -86,7 +86,7 @@ class WorkerCgroup:
     def bound(self, memory: int) -> list[str]:
         """Allow at most `memory` bytes and one process without threads; return what is bounded.
 
-        What cannot be is left out: the worker's other limits hold without it.
+        Leaves out what cannot be bounded: the worker's other limits hold without it.
         """
         bounded: list[str] = []
         for folder, hierarchy in self.folders:

@@ -106,12 +106,12 @@ class Workers:
         share: int = 0,
         changes: bool = False,
     ) -> bytes:
-        """Run one operation and return its reply. `search` marks those that may take long.
+        """Run one operation and return its reply. `search` marks operations that may take long.
 
-        Such a one can change nothing, unless it `changes` what there is, and may be one `share` of several.
+        Such an operation can change nothing, unless `changes` is set, and may be one `share` of several.
 
-        Raises what the operation refuses with; `Unavailable` if the worker ended meanwhile, `Timeout`
-        where it did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
+        Raises what the operation refuses with; `Unavailable` if the worker ended meanwhile, `Timeout` if it
+        did not answer in time (it is killed; the next call gets a new one), `RateLimited` and
         `InvalidParams`.
         """
         key = (root.tenant, 0 if not search else _CHANGES if changes else 1 + share)

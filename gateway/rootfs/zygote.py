@@ -44,7 +44,7 @@ class Forked:
 
 
 class Zygote:
-    """Forks workers of which a parent tells what they are. Of each kind that was asked for one waits ahead.
+    """Forks workers as a parent describes them. One of each kind that was asked for waits ahead.
 
     `operations` is the module with what workers do. A worker without a plan closes `connection`, the broker's
     own.

@@ -55,9 +55,9 @@ class Pty:
 class ExecSpec:
     """One command. `cwd` defaults to the workspace and `user` to its owner; both must exist.
 
-    With `merged` there is one output, stdout, that both streams are written to, so that their order in time
-    is kept; what the command writes to descriptor 3 is `Process.report`. `shown` is told to others in the
-    place of `argv`, where that has a wrapping of ours around what was asked for.
+    With `merged` both streams are written to one output, stdout, in the order of time; what the command
+    writes to descriptor 3 is `Process.report`. `shown` is listed instead of `argv` if that has a wrapping of
+    ours.
     """
 
     argv: tuple[str, ...]
@@ -228,7 +228,7 @@ class TenantRuntime(Protocol):
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
         """Make a tenant from the base image. Raises `Conflict` if the name is taken.
 
-        What it made is removed where it fails or is cancelled, and nothing else.
+        If it fails or is cancelled, it removes what it made and nothing else.
         """
         ...
 
@@ -243,9 +243,9 @@ class TenantRuntime(Protocol):
         ...
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
-        """Return how many seconds ago the last connection to each one's site ended, and 0 while there is one.
+        """Return how many seconds ago the last connection to each tenant's site ended, 0 while there is one.
 
-        Those are absent to which there was none in the last minute. The gateway's own probes are none.
+        Leaves out sites without one in the last minute. The gateway's own probes do not count.
         """
         ...
 

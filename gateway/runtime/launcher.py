@@ -100,13 +100,13 @@ def command_line(
     merged: bool = False,
     terminal: bool = False,
 ) -> bytes:
-    """Return what makes the waiting shell run `argv`: one line, and of a long one what it says to read.
+    """Return what makes the waiting shell run `argv`: one line, and the rest that a long one says to read.
 
     On a terminal it is one line always: bash reads ahead there.
 
-    The shell exports the environment as the last that it does. What would mean something to itself goes
-    under other names, which `env` turns into the right ones: as words of its own they would show in the
-    tenant's process list. Raises `InvalidParams` for names and texts that no environment can carry.
+    The shell exports the environment last. Variables that mean something to a shell are passed under other
+    names, and `env` restores them: as arguments of `env` they would show in the tenant's process list. Raises
+    `InvalidParams` for names and texts that no environment can carry.
     """
     for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -139,9 +139,9 @@ def command_line(
 class Preamble:
     """Takes the shells' own lines off the front of a command's output.
 
-    Feed it what comes; once `started` is true, `rest` is the command's own first output. Raises
-    `ExecFailed` as soon as a shell says that the command cannot start, or more than `LIMIT` bytes that do not
-    start it: the shell is the tenant's, and may say anything for ever.
+    Feed it the output; once `started` is true, `rest` is the command's own first output. Raises `ExecFailed`
+    when a shell says that the command cannot start, or prints more than `LIMIT` bytes without starting it:
+    the shell is the tenant's, and may print anything for ever.
     """
 
     LIMIT: Final = 64 * 1024  # the shells say a few hundred bytes; more is not ours
@@ -216,7 +216,7 @@ class Preamble:
 
 
 def check_size(argv: tuple[str, ...], env: Mapping[str, str], *, one: int, total: int) -> None:
-    """Raise `TooLarge` where an argument or environment string has over `one` bytes, or all over `total`.
+    """Raise `TooLarge` if an argument or environment string has over `one` bytes, or all have over `total`.
 
     The kernel takes 128 KiB per string (MAX_ARG_STRLEN); past that a command fails in odd ways.
     """

@@ -60,7 +60,7 @@ def listener(end: str) -> Listener | None:
 def of_tree(pid: int) -> tuple[frozenset[Listener], float]:
     """Return where a process of this machine and those below it listen, and the CPU seconds of all.
 
-    What cannot be read is left out, which is all of it where there is no /proc.
+    Leaves out what cannot be read, which is everything without /proc.
     """
     tree, cpu = _tree(pid)
     sockets = {inode for member in tree[:_OWN] for inode in _sockets(member)}

@@ -72,9 +72,9 @@ async def network_up(address: str, timeout: float) -> None:
 
 
 async def answer(address: str, port: int, path: str, timeout: float, *, host: str | None = None) -> int:
-    """Ask a site until it answers with success or elsewhere, return the status.
+    """Ask a site until it answers with success or a redirect; return the status.
 
-    Raises `TimeoutError`, and `HostRefused` at once where it refuses the host that it is asked for.
+    Raises `TimeoutError`, and `HostRefused` at once if it refuses the host that it is asked for.
     """
     async with asyncio.timeout(timeout):
         while True:
@@ -120,9 +120,9 @@ async def ask(
 ) -> int:
     """Ask once; return the status. Raises `OSError`, so `TimeoutError` and `Silent`, and `ValueError`.
 
-    `connect` and `answer` are the seconds that each of the two may take. Of the answer, which may be anything
-    and never end, the first line alone is taken. It may be read so many seconds later as there is `leisure`,
-    so that many are read at once.
+    `connect` and `answer` are the seconds that each of the two may take. Only the first line of the answer is
+    read, which may be anything and never end. It may be read up to `leisure` seconds later, so that many are
+    read at once.
     """
     line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls, leisure=leisure)
     return status_of(line)
@@ -186,9 +186,9 @@ async def _streamed(
 class _Asking:
     """One request on a socket of its own, up to the first line of its answer.
 
-    Each site is asked every few seconds. So this is done by callbacks: a stream takes twice the time. And to
-    wake for each answer by itself costs more than the rest: with some `leisure`, in seconds, the answers to
-    what is asked at the same time are read at the same time.
+    Each site is asked every few seconds, so this uses callbacks: a stream takes twice the time. Waking for
+    each answer costs more than the rest: with some `leisure`, in seconds, answers to requests that were sent
+    together are read together.
     """
 
     def __init__(self, own: socket.socket, request: bytes, answer: float) -> None:

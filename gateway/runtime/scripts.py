@@ -32,7 +32,7 @@ class Ended:
 async def run(
     exec_: Exec, tenant: str, argv: Sequence[str], *, given: bytes = b"", seconds: float, printed: int
 ) -> Ended:
-    """Run a command as the tenant's root with `given` as its input; end its whole tree where this fails.
+    """Run a command as the tenant's root with `given` as its input; end its whole tree if this fails.
 
     Raises `TimeoutError` after so many `seconds`, and `ExecFailed` if it does not start or prints over
     `printed` bytes.

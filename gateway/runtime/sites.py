@@ -126,11 +126,10 @@ class Service:
 class Site:
     """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet.
 
-    Of one that is `asleep` visitors ask the gateway first. `instance` and `created` are as a `Tenant`'s.
-    Where another instance has the same address (`shares_address`), the younger one has no exposure: it would
-    show the elder's site.
-    Where a `loose` one is will not be known any more once it is stopped: `Sites.anchor` it before.
-    Whoever visits it is answered through `link`, an interface of this host, if that is known.
+    Visitors of a site that is `asleep` reach the gateway first. `instance` and `created` are as a `Tenant`'s.
+    If another instance has the same address (`shares_address`), the younger one has no exposure: it would
+    show the elder's site. The address of a `loose` site is lost once it is stopped: `Sites.anchor` it before.
+    Its answers to visitors leave through `link`, an interface of this host, if that is known.
     """
 
     tenant: str
@@ -215,9 +214,9 @@ class Sites(Protocol):
     async def push(
         self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
     ) -> None:
-        """Lay the recipe's files over the workspace, `next` over a copy of it; keep its environment.
+        """Copy the recipe's files over the workspace, `next` over a copy of it; keep its environment.
 
-        The copy has nothing of what is `lost`: paths below the workspace, each with a NUL.
+        The copy leaves out the `lost` paths below the workspace, each with a NUL.
         """
         ...
 
@@ -236,7 +235,7 @@ class Sites(Protocol):
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
         """Make the next site's files the live ones and start them; the next service runs on. Idempotent.
 
-        What the live site wrote meanwhile below the `kept` paths, each with a NUL, goes along.
+        Takes along what the live site wrote meanwhile below the `kept` paths, each with a NUL.
         """
         ...
 
@@ -269,7 +268,7 @@ class Sites(Protocol):
     ) -> None:
         """Get ready for more tenants of a recipe that works at that size, in the background.
 
-        Of an upload `prepared` always hears how it ended, unless these sites are closed before.
+        For an upload `prepared` is always called with the outcome, unless these sites are closed before.
         """
         ...
 
@@ -288,7 +287,7 @@ class Sites(Protocol):
     async def allow(self, tenant: str, domain: str) -> None:
         """Tell a running tenant's services the domain that they are asked by, from their next start on.
 
-        A tenant that is made or started with a domain knows it by itself.
+        A tenant that is created or started with a domain gets it by itself.
         """
         ...
 

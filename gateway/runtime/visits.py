@@ -39,7 +39,7 @@ class Place:
 def visited(places: Mapping[str, Place]) -> dict[str, float]:
     """Return how many seconds ago each one's last connection ended: 0 while there is one, absent without.
 
-    Our own probes are none. A tenant with more connections than can be looked through is in use.
+    Our own probes do not count. A tenant with more connections than can be read counts as in use.
     """
     ends = {name: _end(place.address, place.port) for name, place in places.items() if place.address}
     wanted = frozenset(ends.values())
@@ -72,7 +72,7 @@ def _connections(
 ) -> Iterator[tuple[bytes, bytes, float]]:
     """Yield both ends of each connection of which one is wanted, and how long ago it ended.
 
-    Raises `OverflowError` if a table has over `limit` bytes. What is not wanted costs half a microsecond.
+    Raises `OverflowError` if a table has over `limit` bytes. Each unwanted one costs half a microsecond.
     """
     for family in ("tcp", "tcp6"):
         try:

@@ -57,11 +57,11 @@ class _Filling:
 class WarmShells:
     """The waiting shells of all tenants. Used from the event loop only.
 
-    `start` makes one and returns once it is ready; at most `starts` are made at a time, of one tenant a
-    single one, `delay` seconds after a shell was taken or the one before it was made. Where the last one is
-    taken within that time, no more is waited for. `wanted` says how many of each kind (by whether it has a
-    terminal) a tenant has. At most `maximum` wait; the one that waits longest makes room. A shell waits `age`
-    seconds at most, and `idle` seconds after the last that expected it.
+    `start` makes one and returns once it is ready. At most `starts` are made at a time, one of each tenant,
+    `delay` seconds after a shell was taken or the one before it was made; if the last one is taken within
+    that time, all missing ones are started at once. `wanted` says how many of each kind (with and without a
+    terminal) a tenant has. At most `maximum` wait; the one that waits longest makes room. A shell waits at
+    most `age` seconds, and `idle` seconds after the last client.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class WarmShells:
     async def take(self, tenant: str, terminal: bool) -> Shell | None:
         """Return a shell, which is the caller's from now on; another is started for it.
 
-        None if none waits, nor will be ready sooner than one that the caller starts.
+        None if none waits, or will be ready before one that the caller starts.
         """
         key = tenant, terminal
         taken = next((one for one in self._waiting if one.key == key), None)
