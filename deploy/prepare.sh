@@ -17,6 +17,41 @@ die() { # MESSAGE: ends the script with what to do
   exit 1
 }
 
+# Steps that need nothing of one another run beside one another. What one says is shown when it is waited for, so
+# that no two mix. Those that were not waited for end with the script, all that they started included; the log of one
+# that may outlive it (after `exec`) is given.
+begin() { # NAME LOG COMMAND…: begins a command, and says so; LOG may be empty
+  local name=$1 log=$2
+  shift 2
+  [ -n "$log" ] || log=$(mktemp) || die 'there is no room for a file in the folder of temporary files'
+  trap end_begun EXIT
+  set -m # a process group of its own
+  "$@" >"$log" 2>&1 </dev/null 9>&- &
+  set +m
+  eval "begun_$name=$! log_$name=\$log"
+  begun="${begun:-} $name"
+  printf '%s: goes on beside what follows\n' "$name"
+}
+
+finish() { # NAME: waits for it, shows what it said, and returns its exit code
+  local pid="begun_$1" log="log_$1" status
+  wait "${!pid}"
+  status=$?
+  begun=${begun/ $1/}
+  if [ "$status" = 0 ]; then cat "${!log}"; else cat "${!log}" >&2; fi
+  rm -f "${!log}"
+  return "$status"
+}
+
+end_begun() {
+  local name pid log
+  for name in ${begun:-}; do
+    pid=begun_$name log=log_$name
+    kill -- "-${!pid}" 2>/dev/null
+    rm -f "${!log}"
+  done
+}
+
 # A private log of noisy commands, shown only where they fail.
 quietly() { # COMMAND…
   local log
@@ -157,21 +192,39 @@ checkout_digest() { # CHECKOUT: changes whenever what pip would install does
 }
 
 # An environment with the project in it, and what a lockfile names, each file by its hash (deploy/lock makes it).
-# Nothing is built but the project, by what is locked too. The stamp is written last: without it, what is there is
-# not trusted.
+# Nothing is built but the project, by what is locked too. The stamps are written last: without them, what is there
+# is not trusted.
 ensure_venv() { # VENV STAMP LOCKFILE PIP-ARGUMENTS…
-  local venv=$1 stamp=$2 lock=$3
+  local venv=$1 stamp=$2 lock=$3 pip
   shift 3
   [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null && return 1
   rm -f "$venv/.stamp"
-  if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-    rm -rf "$venv"
-    mkdir -p "$(dirname "$venv")"
-    quietly "$python" -m venv "$venv" || die "cannot make a Python environment in $venv with $python"
-  fi
-  local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
-  quietly "${pip[@]}" --require-hashes --only-binary :all: -r "$lock" ||
-    die "pip cannot install what $lock names; check that this machine reaches a Python package index, then run this again"
+  ensure_empty_venv "$venv"
+  ensure_venv_packages "$venv" "$lock"
+  installer "$venv"
   quietly "${pip[@]}" --no-deps --no-build-isolation "$@" || die 'pip cannot install the project'
   printf '%s\n' "$stamp" >"$venv/.stamp"
+}
+
+ensure_empty_venv() { # VENV: one with pip in it, at least
+  local venv=$1
+  "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && return
+  rm -rf "$venv"
+  mkdir -p "$(dirname "$venv")"
+  quietly "$python" -m venv "$venv" || die "cannot make a Python environment in $venv with $python"
+}
+
+installer() { # VENV: sets $pip
+  pip=("$1/bin/python" -m pip install --disable-pip-version-check)
+}
+
+ensure_venv_packages() { # VENV LOCKFILE
+  local venv=$1 lock=$2 stamp pip
+  stamp="$(digest <"$lock") $("$venv/bin/python" -V 2>&1)"
+  [ "$(cat "$venv/.packages" 2>/dev/null)" = "$stamp" ] && return
+  rm -f "$venv/.packages" "$venv/.stamp"
+  installer "$venv"
+  quietly "${pip[@]}" --require-hashes --only-binary :all: -r "$lock" ||
+    die "pip cannot install what $lock names; check that this machine reaches a Python package index, then run this again"
+  printf '%s\n' "$stamp" >"$venv/.packages"
 }

@@ -1,20 +1,37 @@
-"""The cache of built images on this host: one artefact for each definition, named by its digest."""
+"""Built images on this host, each named by the digest of its definition: they are made once.
+
+Nothing here needs more than Python itself, so that quickstart has one made while it installs the gateway.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
+import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+import re
+import shlex
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from gateway.host import Report, run
-
-KEPT = 3  # of each kind of file in the cache
+from gateway.host import HostError, Steps, bun, run, toolchain
+from gateway.host.cache import CACHE, alone, prune, workplace
+from gateway.host.definition import (
+    CA_BUNDLE,
+    FILES,
+    FINISH,
+    GENERATORS,
+    MASKED,
+    PROPERTY,
+    SUITE,
+    TEMPLATES,
+    Definition,
+    define,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +52,21 @@ class Artefact:
         return digest.hexdigest()
 
 
+def ensure(definition: Definition, steps: Steps, cache: Path, *, rebuild: bool = False) -> Artefact:
+    """Return the image of a definition, built where the cache lacks it or in any case.
+
+    Takes about a minute. Safe to interrupt: it appears in the cache in one rename. Of two that want it at
+    once, the second waits for the first. Raises `HostError`.
+    """
+    artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
+    with alone(cache, steps.report) as lock:
+        if rebuild or not (artefact.metadata.exists() and artefact.rootfs.exists()):
+            with workplace(cache) as place:
+                _build(definition, cache, place, steps, artefact, lock)
+        keep(cache, artefact)
+    return artefact
+
+
 def keep(cache: Path, used: Artefact) -> None:
     """Keep what was `used` now and the artefacts used last before it, `KEPT` in all; remove the others.
 
@@ -45,48 +77,138 @@ def keep(cache: Path, used: Artefact) -> None:
         old.with_suffix(".tar").unlink(missing_ok=True)
 
 
-def prune(files: Iterable[Path]) -> list[Path]:
-    """Remove all but the `KEPT` files that changed last; return those that were removed."""
-    old = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]
-    for path in old:
-        path.unlink(missing_ok=True)
-    return old
+def _build(
+    definition: Definition, cache: Path, place: Path, steps: Steps, artefact: Artefact, lock: int
+) -> None:
+    tree, local = place / "tree", place / "local"
+    made = Artefact(place / "metadata.tar", place / "rootfs.squashfs")
+    steps.report(f"building Debian {SUITE} for {definition.architecture}, about half a minute")
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        programs = beside.submit(
+            toolchain.lay,
+            *(definition.architecture, definition.bun),
+            headers=definition.compiler,
+            cache=cache,
+            target=local,
+        )
+        steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, lock))
+        steps.run("programs", programs.result)
+    steps.run("packing", lambda: _pack(definition, tree, local, made, lock))
+    # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
+    for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.replace(target)
 
 
-@contextlib.contextmanager
-def alone(cache: Path, report: Report) -> Iterator[int]:
-    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact.
+def _bootstrap(definition: Definition, place: Path, tree: Path, lock: int) -> str:
+    overlay = place / "overlay"
+    for name, text in FILES.items():
+        target = overlay / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        target.chmod(0o644)
+    finish = place / "finish_image.sh"
+    finish.write_text(FINISH)
+    facts = (definition.uid, definition.user, definition.workspace)
+    words = " ".join(shlex.quote(str(word)) for word in (*facts, " ".join(MASKED), " ".join(GENERATORS)))
+    hooks = [f'copy-in "{overlay}/etc" "{overlay}/usr" /', f'sh "{finish}" "$1" {words}']
+    if definition.certificates:
+        # What the host trusts beside Debian's own, a guest behind the same network needs too.
+        bundle = place / "ca-certificates.crt"
+        bundle.write_bytes(definition.certificates)
+        hooks.append(f'install -m 0644 "{bundle}" "$1{CA_BUNDLE}"')
+    run(
+        [
+            "mmdebstrap",
+            "--mode=root",
+            "--variant=minbase",
+            f"--architectures={definition.architecture}",
+            f"--include={','.join(definition.packages)}",
+            '--aptopt=Apt::Install-Recommends "false"',
+            *(f"--aptopt={option}" for option in _apt_options()),
+            # the tree is made anew where anything goes wrong; what is flushed to the disk is the packed image
+            "--dpkgopt=force-unsafe-io",
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            "--dpkgopt=path-exclude=/usr/share/locale/*/LC_MESSAGES/*.mo",
+            "--dpkgopt=path-exclude=/usr/lib/udev/hwdb.d/*",  # a container has no hardware to be named
+            *(f"--customize-hook={hook}" for hook in hooks),
+            SUITE,
+            tree,
+        ],
+        env={**os.environ, "TMPDIR": str(place)},
+        holding=(lock,),
+        fix="check that this machine reaches a Debian mirror (apt-get update), then run again",
+        timeout=1800.0,
+    )
+    return f"{len(definition.packages)} packages and what they need"
 
-    Yields the lock's descriptor for the programs of the build, which may outlive a killed builder.
-    """
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another build of the image to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+
+def _apt_options() -> list[str]:
+    """Return how this host's apt reaches its mirrors (proxies, timeouts); mmdebstrap starts without it."""
+    dump = run(["apt-config", "dump", "Acquire"], fix="this needs Debian or Ubuntu")
+    lines = (line.rstrip(";") for line in dump.splitlines())
+    wanted = re.compile(r"Acquire::(https?::(Proxy|Timeout|CaInfo)|Check-(Valid-Until|Date)|Retries)\b", re.I)
+    return [line for line in lines if wanted.match(line) and not line.endswith('""')]
 
 
-@contextlib.contextmanager
-def workplace(cache: Path) -> Iterator[Path]:
-    """Give an empty folder, removed afterwards; those of killed builds go first, with what they mounted."""
-    for left in cache.glob("build-*"):
-        _clear(left)
-    place = Path(tempfile.mkdtemp(prefix="build-", dir=cache))
-    # mmdebstrap drops its privileges to fetch, so the folder must be passable.
-    place.chmod(0o755)
+def _pack(definition: Definition, tree: Path, local: Path, made: Artefact, lock: int) -> str:
+    # links: both are on one file system, and only read from here on
+    run(["cp", "--archive", "--link", f"{local}/.", tree / "usr/local"], fix="run again")
+    run(
+        [
+            *("mksquashfs", tree, made.rootfs),
+            *("-comp", "zstd", "-Xcompression-level", "6", "-noappend", "-no-progress", "-quiet"),
+        ],
+        holding=(lock,),
+        fix="see whether the disk is full, then run again",
+    )
+    parts = {"metadata.yaml": json.dumps(image_metadata(definition), indent=2)}  # JSON is YAML
+    parts |= {f"templates/{_template(path)}": text for path, text in TEMPLATES.items()}
+    with tarfile.open(made.metadata, "w") as archive:
+        for name, text in parts.items():
+            entry, content = tarfile.TarInfo(name), text.encode()
+            entry.size, entry.mode = len(content), 0o644
+            archive.addfile(entry, BytesIO(content))
+    return f"{made.rootfs.stat().st_size >> 20} MiB"
+
+
+def image_metadata(definition: Definition) -> dict[str, Any]:
+    """Return what Incus's metadata.yaml says of the image."""
+    return {
+        "architecture": {"amd64": "x86_64", "arm64": "aarch64"}[definition.architecture],
+        # Fixed, so that one definition has one fingerprint as far as its packages do.
+        "creation_date": 1,
+        "properties": {
+            "os": "Debian",
+            "release": SUITE,
+            "description": f"incus-gateway tenant: Debian {SUITE}, Node {toolchain.NODE}, Bun {bun.VERSION}",
+            PROPERTY: definition.digest,
+        },
+        "templates": {path: {"when": ["create"], "template": _template(path)} for path in TEMPLATES},
+    }
+
+
+def _template(path: str) -> str:
+    return path.rpartition("/")[2] + ".tpl"
+
+
+def main() -> int:
+    """Have the image that the settings' defaults define in the cache."""
     try:
-        yield place
-    finally:
-        _clear(place)
+        ensure(define(), Steps(_say), CACHE)
+    except HostError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 1
+    return 0
 
 
-def _clear(place: Path) -> None:
-    # A killed mmdebstrap leaves proc and sys mounted in its tree: deleting through them would be a disaster.
-    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-        mount = Path(line.split()[1])
-        if mount != place and mount.is_relative_to(place):
-            run(["umount", "--lazy", mount], fix=f"unmount {mount} and run again")
-    shutil.rmtree(place)
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

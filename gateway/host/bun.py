@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from gateway.host import HostError, npm
-from gateway.host.artefacts import prune
+from gateway.host.cache import CACHE, fetching, prune
 
 VERSION = "1.4.5"
 # npm's dist.integrity of @oven/bun-linux-VARIANT at that version: `npm view NAME@VERSION dist.integrity`.
@@ -24,7 +24,6 @@ INTEGRITY = {
         "sha512-4BXmsSKnjOrlGWqZV4x/oWa7AVoR+B6lCXddMzOAXBIm3t50eslg9wb66gmtW1AamEQ1l1CDvmmruysEhqOWMg=="
     ),
 }
-CACHE = Path("/var/cache/incus-gateway")
 
 
 def variant(machine: str = "", flags: str | None = None) -> str:
@@ -41,10 +40,15 @@ def variant(machine: str = "", flags: str | None = None) -> str:
 def ensure(kind: str, cache: Path) -> Path:
     """Return the program of build `kind`, from the cache or fetched into it. Raises `HostError`."""
     target = cache / f"bun-{VERSION}-{kind}"
-    if target.exists():
-        return target
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bun-", dir=cache) as place:
+    with fetching(target):
+        if not target.exists():
+            _fetch(kind, target)
+    prune(path for path in cache.glob(f"bun-*-{kind}") if path.is_file())
+    return target
+
+
+def _fetch(kind: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="bun-", dir=target.parent) as place:
         package, fetched = Path(place) / "bun.tgz", Path(place) / "bun"
         npm.fetch(f"@oven/bun-linux-{kind}@{VERSION}", INTEGRITY[kind], package)
         with tarfile.open(package) as archive, fetched.open("wb") as file:
@@ -53,8 +57,6 @@ def ensure(kind: str, cache: Path) -> Path:
             shutil.copyfileobj(program, file, 1 << 20)
         fetched.chmod(0o755)
         fetched.replace(target)
-    prune(path for path in cache.glob(f"bun-*-{kind}") if path.is_file())
-    return target
 
 
 def main() -> int:

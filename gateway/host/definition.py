@@ -12,11 +12,12 @@ import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from gateway.host import HostError, bun, toolchain
-from gateway.host.setup import BRIDGE, CA_BUNDLE
-from gateway.settings import Settings
 
+CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+BRIDGE = "user.gateway.bridge"  # the profile's key with the address of the bridge
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
 
@@ -152,21 +153,45 @@ class Definition:
         return hashlib.sha256(text.encode() + b"\0" + self.certificates).hexdigest()[:16]
 
 
-def define(settings: Settings, machine: str = "", flags: str | None = None) -> Definition:
+class Choices(Protocol):
+    """What the settings say of the image."""
+
+    @property
+    def workspace(self) -> str: ...
+    @property
+    def workspace_user(self) -> str: ...
+    @property
+    def workspace_uid(self) -> int: ...
+    @property
+    def image_compiler(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The settings' own defaults, for whoever runs before the settings can be read."""
+
+    workspace: str = "/srv/site"
+    workspace_user: str = "site"
+    workspace_uid: int = 1000
+    image_compiler: bool = False
+
+
+def define(choices: Choices | None = None, machine: str = "", flags: str | None = None) -> Definition:
     """Return the definition of the image for this host, or for another `machine` with CPU `flags`."""
+    choices = choices or Defaults()
     machine = machine or platform.machine()
     if machine not in MACHINES:
         raise HostError(f"no base image for {machine}: Bun exists for {' and '.join(MACHINES)}")
-    if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.workspace_user):
-        raise HostError(f"GATEWAY_WORKSPACE_USER {settings.workspace_user!r} is not a user name")
-    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", settings.workspace) or ".." in settings.workspace.split("/"):
-        raise HostError(f"GATEWAY_WORKSPACE {settings.workspace!r} must be an absolute path of plain names")
+    if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", choices.workspace_user):
+        raise HostError(f"GATEWAY_WORKSPACE_USER {choices.workspace_user!r} is not a user name")
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", choices.workspace) or ".." in choices.workspace.split("/"):
+        raise HostError(f"GATEWAY_WORKSPACE {choices.workspace!r} must be an absolute path of plain names")
     return Definition(
         architecture=MACHINES[machine],
         bun=bun.variant(machine, flags),
-        user=settings.workspace_user,
-        uid=settings.workspace_uid,
-        workspace=settings.workspace,
+        user=choices.workspace_user,
+        uid=choices.workspace_uid,
+        workspace=choices.workspace,
         certificates=CA_BUNDLE.read_bytes() if CA_BUNDLE.exists() else b"",
-        compiler=settings.image_compiler,
+        compiler=choices.image_compiler,
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 from gateway.host import Change, HostError, Report, Steps, quotas, run
 from gateway.host.caddy_service import hand_over
+from gateway.host.definition import BRIDGE, CA_BUNDLE
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
 from gateway.rootfs.locations import MANAGED
@@ -25,8 +26,6 @@ from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 
-CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
-BRIDGE = "user.gateway.bridge"  # the profile's key with the address of the bridge
 GiB = 1 << 30
 
 # Where tenants must not go: the host's side of the world and other tenants. RFC 1918, RFC 6598 (carriers),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.host import HostError, bun, npm, run
-from gateway.host.artefacts import prune
+from gateway.host.cache import prune
 
 NODE: Final = "24.21.0"  # `Krypton`, with long-term support until April 2028
 NPM: Final = "11.21.2"  # of the major version that comes with this Node

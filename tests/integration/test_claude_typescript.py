@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from gateway.host import bun
+from gateway.host.cache import CACHE
 from gateway.settings import Settings
 from gateway_client import Client, Tenant
 from tests.contracts.processes import Tree, until
@@ -120,9 +121,7 @@ async def agent(
         "interrupt": interrupt,
         "options": {"model": MODEL, "pathToClaudeCodeExecutable": str(claude_program()), **options},
     }
-    found = (
-        "node" if runtime == "node" else str(await asyncio.to_thread(bun.ensure, bun.variant(), bun.CACHE))
-    )
+    found = "node" if runtime == "node" else str(await asyncio.to_thread(bun.ensure, bun.variant(), CACHE))
     process = await asyncio.create_subprocess_exec(
         found,
         str(program),

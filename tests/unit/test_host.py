@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from gateway.host import Change, HostError, Steps, bun, doctor, run
-from gateway.host.artefacts import Artefact, keep
+from gateway.host.artefacts import Artefact, image_metadata, keep
 from gateway.host.caddy_service import hand_over
 from gateway.host.daemon import Daemon, _only_options
 from gateway.host.definition import PROPERTY, Definition, define
-from gateway.host.image import image_metadata
 from gateway.host.npm import check_integrity
 from gateway.host.setup import PRIVATE, acl, forwarding, network, pool_size, profile, setup
 from gateway.rootfs.locations import MANAGED
@@ -154,6 +153,11 @@ def test_definition_refuses_what_a_shell_would_run(wrong: dict[str, str]) -> Non
     """User and workspace go into the build's script, so only plain names pass."""
     with pytest.raises(HostError, match="GATEWAY_WORKSPACE"):
         define(Settings(**wrong), "x86_64", " avx2")  # type: ignore[arg-type]  # field names from the table
+
+
+def test_the_image_that_quickstart_begins_with_is_that_of_the_settings_defaults() -> None:
+    """It is built before the settings can be read."""
+    assert define() == define(Settings())
 
 
 def test_unknown_processor_is_refused() -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -299,6 +300,45 @@ def test_packages_wait_for_another_that_installs_some(tmp_path: Path) -> None:
     code, said = install()
     assert code == 1
     assert "something else" in said and "dpkg is in a broken state" in said
+
+
+def _beside(script: str) -> subprocess.Popen[str]:
+    words = ["bash", "-c", f". {CHECKOUT}/deploy/prepare.sh; {script}"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_steps_beside_one_another_are_shown_one_by_one() -> None:
+    """Their lines do not mix, and what failed is said where it is waited for."""
+    script = """
+      slow() { echo slow 1; read -r <"$gate"; echo slow 2; }
+      fails() { step fails; die 'no room'; }
+      gate=$(mktemp -u) && mkfifo "$gate"
+      begin slow '' slow
+      begin fails '' fails
+      echo between; finish fails || echo "failed with $?"
+      echo >"$gate"; rm "$gate"; finish slow && echo end
+    """
+    with _beside(script) as process:
+        out, errors = process.communicate(timeout=30)
+    told = "slow: goes on beside what follows\nfails: goes on beside what follows\n"
+    assert out == f"{told}between\nfailed with 1\nslow 1\nslow 2\nend\n"
+    assert errors == "failed: fails: no room\n"
+
+
+@pytest.mark.parametrize("how", [None, signal.SIGINT, signal.SIGTERM], ids=["error", "int", "term"])
+def test_what_was_begun_ends_with_the_script(how: signal.Signals | None) -> None:
+    """All that it started too, whatever ends the script."""
+    job = "exec 3>&1; job() { sleep 1000 & echo runs >&3; wait; }; begin job '' job"
+    with _beside(f"{job}; {'finish job' if how else 'read -r; die no'}") as process:
+        assert process.stdout is not None and process.stdin is not None
+        said = {process.stdout.readline(), process.stdout.readline()}
+        assert said == {"job: goes on beside what follows\n", "runs\n"}
+        if how:
+            process.send_signal(how)
+        else:
+            process.stdin.close()
+        assert process.stdout.read() == "", "each of them holds it open"
 
 
 def test_script_knows_its_usage(tmp_path: Path) -> None:

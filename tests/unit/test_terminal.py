@@ -461,6 +461,7 @@ def test_nobody_prints_around_it() -> None:
     may = {
         "gateway/terminal/__init__.py",
         "gateway/terminal/drawing.py",
+        "gateway/host/artefacts.py",
         "gateway/host/bun.py",
         "gateway/detection/__main__.py",
     }
