@@ -18,7 +18,7 @@ from typing import Any
 from tests.archives import Member, archive
 from tests.integration.sites import Hosting
 
-KEPT = 3
+KEPT = 2
 SECRET = "correct-horse-battery"
 
 

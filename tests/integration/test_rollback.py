@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 
@@ -11,7 +12,8 @@ import pytest
 
 from gateway.settings import Settings
 from tests.archives import Member
-from tests.contracts.rollback import KEPT, RollbackContract, upload
+from tests.contracts.rollback import KEPT, RollbackContract, Story, upload
+from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 
 pytestmark = pytest.mark.timeout(300)
@@ -70,6 +72,32 @@ class TestIncus(RollbackContract):
 
     def site(self, page: str, keep: str = "") -> list[Member]:
         return site("bun", "serve.ts", BUN, page, keep)
+
+    async def test_the_oldest_kept_site_goes_where_the_disk_is_full(self, contained: Hosting) -> None:
+        """A deployment that needs its room succeeds, and the younger one is still kept."""
+        story = Story(contained, "full.example.com")
+        first = await contained.deploy(story.domain, upload(*self.site("one")))
+        assert first["state"] == "succeeded", first["error"]
+        await inside(story.tenant, "head -c 200M /dev/urandom >/srv/site/large; sync")
+        second = await contained.deploy(story.domain, upload(*self.site("two")))
+        assert second["state"] == "succeeded", second["error"]
+        await inside(story.tenant, "sync")
+        disk = environment.INCUS_DIR / "storage-pools" / "gwtest" / "containers" / story.tenant
+        shown = subprocess.run(
+            ["btrfs", "qgroup", "show", "--raw", "-f", disk], check=True, capture_output=True, text=True
+        )
+        referenced = int(shown.stdout.splitlines()[-1].split()[1])
+        device = ("config", "device", "override", story.tenant, "root", f"size={referenced + (64 << 20)}")
+        await asyncio.to_thread(environment.incus, *device)
+        install = 'install = ["sh", "-c", "head -c 120M /dev/urandom >more && sync"]\n'
+        third = await contained.deploy(story.domain, upload(*self.site("three", install)))
+        assert third["state"] == "succeeded", third["error"]
+        assert await story.visit() == "three"
+        assert await story.known() == (third["id"], [second["id"]])
+
+
+async def inside(tenant: str, script: str) -> None:
+    await asyncio.to_thread(environment.incus, "exec", tenant, "--", "sh", "-c", script)
 
 
 class TestLocal(RollbackContract):
