@@ -133,6 +133,30 @@ async def test_a_websocket_and_a_request_without_an_answer_keep_a_site_awake(hos
         await asleep(host, events)
 
 
+async def test_a_site_is_put_to_sleep_on_request_but_not_while_it_is_visited(host: Hosting) -> None:
+    """Without any limit of its own; its next visitor wakes it."""
+    environment.configure(TENANT, "user.gateway.idle_stop", "0")
+    try:
+        async with host.gateway.http(TENANT) as http, visitor(host) as session:
+            async with session.ws_connect("/ws") as socket:
+                await socket.send_str("here")
+                assert await socket.receive_str() == "here"
+                async with http.post(f"/v1/tenants/{TENANT}/sleep") as response:
+                    refused = await response.json()
+                    assert (response.status, refused["reason"]) == (409, "in_use")
+                assert "a visitor is connected" in refused["detail"]
+            found: dict[str, Any] = {"code": "conflict"}
+            while found.get("code") == "conflict":  # until Caddy has given up its connection
+                async with http.post(f"/v1/tenants/{TENANT}/sleep") as response:
+                    found = await response.json()
+            assert (found["status"], found["asleep"]) == ("stopped", True)
+            async with session.get("/") as woken:
+                assert (woken.status, await woken.text()) == (200, "GET 0")
+            assert (await get(http, TENANT))["status"] == "running"
+    finally:
+        environment.configure(TENANT, "user.gateway.idle_stop", str(LIMIT))
+
+
 async def test_who_was_stopped_by_somebody_is_not_woken(host: Hosting) -> None:
     async with host.gateway.http(TENANT) as http, told(host.gateway, TENANT, "tenant.*") as events:
         await asleep(host, events)
