@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from pydantic import ValidationError
@@ -43,6 +43,10 @@ def deploy(
         str | None, typer.Option(help="The command before it; '' for none; default: found")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Where it listens; default: 3000")] = None,
+    production: Annotated[
+        bool,
+        typer.Option("--production", help="Build it and serve what was built, not its dev server."),
+    ] = False,
     write: Annotated[bool, typer.Option("--write", help="Keep what was found as site.toml.")] = False,
     size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
@@ -58,10 +62,11 @@ def deploy(
     if folder is not None and template is not None:
         raise typer.BadParameter("a FOLDER and --template are two sites; leave one out")
     given = folder or template or "."
-    overrides = _overrides(start, install, port)
+    mode: Literal["production"] | None = "production" if production else None
+    overrides = _overrides(start, install, port, mode)
     if template is not None and folders.named(template):
         if overrides.said or write:
-            raise typer.BadParameter("--start, --install, --port and --write are for a folder")
+            raise typer.BadParameter("--start, --install, --port, --production and --write are for a folder")
         what: str | bytes = template
     else:
         read, left = folders.read(Path(given), load(), overrides)
@@ -85,6 +90,7 @@ def deploy(
                 start=start,
                 install=install,
                 port=port,
+                mode=mode,
             )
             if as_json:
                 return await follow(begun, out.json)
@@ -99,9 +105,9 @@ def deploy(
         out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
 
 
-def _overrides(start: str | None, install: str | None, port: int | None) -> Overrides:
+def _overrides(start: str | None, install: str | None, port: int | None, mode: str | None) -> Overrides:
     try:
-        return Overrides.model_validate({"start": start, "install": install, "port": port})
+        return Overrides.model_validate({"start": start, "install": install, "port": port, "mode": mode})
     except ValidationError as error:
         problem = error.errors()[0]
         raise typer.BadParameter(f"--{problem['loc'][0]}: {problem['msg']}") from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.deployments.entries import read_folder
-from gateway.deployments.manifest import MANIFEST, Install, Overrides, Port, Start
+from gateway.deployments.manifest import MANIFEST, Install, Mode, Overrides, Port, Start
 from gateway.deployments.request import Request
 from gateway.deployments.template import checked, names
 from gateway.errors import GatewayError, InvalidParams
@@ -37,11 +37,12 @@ class DeployBody(BaseModel):
     start: Start | None = None
     install: Install | None = None
     port: Port | None = None
+    mode: Mode | None = None
 
     def request(self) -> Request:
         """Return what is asked for. Raises `InvalidParams` for an archive that is not base64."""
         template: str | bytes
-        overrides = Overrides(start=self.start, install=self.install, port=self.port)
+        overrides = Overrides(start=self.start, install=self.install, port=self.port, mode=self.mode)
         if isinstance(self.template, str):
             template = self.template
             if overrides.said:

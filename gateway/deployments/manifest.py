@@ -7,7 +7,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -92,6 +92,7 @@ Start = Annotated[
     BeforeValidator(_words),
     AfterValidator(_expanded),
 ]
+Mode = Literal["dev", "production"]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
@@ -103,6 +104,7 @@ class Overrides(BaseModel):
     install: Install | None = None
     start: Start | None = None
     port: Port | None = None
+    mode: Mode | None = None
 
     @property
     def said(self) -> dict[str, Any]:
@@ -119,6 +121,7 @@ class Manifest(BaseModel):
     start: Start | None = None
     static: Annotated[Word, AfterValidator(_below)] | None = None
     port: Port = 3000
+    mode: Mode = "dev"
     health: UrlPath = "/"
     warm: Annotated[tuple[UrlPath, ...], Field(max_length=16)] = ()
     keep: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()

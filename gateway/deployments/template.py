@@ -166,6 +166,11 @@ def checked(
     if len(entries.keys() | folders_above(entries)) > settings.template_files:
         raise too_many(settings)
     manifest = read_manifest(entries.get(MANIFEST)).but(overrides or Overrides())
+    if overrides is not None and overrides.mode and (manifest.start or manifest.static):
+        raise InvalidParams(
+            f"`mode` is for a folder of which it is found how it starts; here {MANIFEST} or `start` says it",
+            field="mode",
+        )
     if manifest.static not in (None, ".") and not manifest.install:
         inside = f"{manifest.static}/"
         if not any(path.startswith(inside) for path in entries):
@@ -179,7 +184,9 @@ def checked(
     if manifest.start is not None and MANIFEST in entries:  # who says how it starts has said all
         return Template(name, manifest, entries, shared)
     files = {path: entry.content for path, entry in entries.items() if entry.content is not None}
-    found = finding(Clues.of(files)).told(manifest.start, manifest.install)
+    found = finding(Clues.of(files, production=manifest.mode == "production")).told(
+        manifest.start, manifest.install
+    )
     if found.trouble:
         raise InvalidParams(found.trouble, reason="undetected")
     return Template(name, manifest.completed(found), entries, shared, found)

@@ -26,19 +26,20 @@ _SOURCES: Final = re.compile(
 class Clues:
     """The `names` of a folder's files, and the content of those that tell what it is.
 
-    `empty` is whether there is nothing at all in it.
+    `empty` is whether there is nothing at all in it, `production` whether it is to be built and then served.
     """
 
     names: frozenset[str]
     texts: Mapping[str, str]
     empty: bool = False
+    production: bool = False
 
     def text(self, name: str) -> str:
         """Return the text of a file; empty where there is none."""
         return self.texts.get(name, "")
 
     @classmethod
-    def of(cls, files: Mapping[str, bytes]) -> Clues:
+    def of(cls, files: Mapping[str, bytes], *, production: bool = False) -> Clues:
         """Take what tells of a folder by its files. Nothing of it is parsed here."""
         names, texts = set[str](), dict[str, str]()
         named, room = _NAMES, _ROOM
@@ -54,13 +55,20 @@ class Clues:
                 if size <= min(_TEXT, room) and len(texts) < _TEXTS:
                     texts[path] = content.decode("utf-8", "replace")
                     room -= size
-        return cls(frozenset(names), texts, empty=not files)
+        return cls(frozenset(names), texts, not files, production)
 
     def packed(self) -> bytes:
         """Return them for another process."""
-        return orjson.dumps({"names": sorted(self.names), "texts": dict(self.texts), "empty": self.empty})
+        return orjson.dumps(
+            {
+                "names": sorted(self.names),
+                "texts": dict(self.texts),
+                "empty": self.empty,
+                "production": self.production,
+            }
+        )
 
     @classmethod
     def unpacked(cls, said: bytes) -> Clues:
         clues = orjson.loads(said)
-        return cls(frozenset(clues["names"]), clues["texts"], clues["empty"])
+        return cls(frozenset(clues["names"]), clues["texts"], clues["empty"], clues["production"])

@@ -25,7 +25,11 @@ def detect(clues: Clues) -> Detected:
         return apps
     web = _WEB.search(clues.text("Procfile"))
     found = node.detect(clues) or python.detect(clues)
-    if found is not None and found.start and (web is None or found.name in _ON_THEIR_OWN):
+    if (
+        found is not None
+        and (found.start or found.static)
+        and (web is None or (found.name in _ON_THEIR_OWN and not clues.production))
+    ):
         return found
     if web is not None:
         return Detected(

@@ -48,6 +48,8 @@ _VITE: Final = frozenset({5173, 4173})  # its dev server's, its preview's
 class Framework:
     """What is known of one framework. `title` is what people call it, `dev` starts its dev server.
 
+    `serve` starts what its build made, or `output` is the folder of it whose files are the site.
+
     It is recognised by one of its `packages` and by the `programs` that start it, of which the first is its
     own and the others may start others too. `serving` are subcommands that start its dev server although
     others use that word for something else. `ports` are where it serves if nobody says where, and `listen`
@@ -63,6 +65,8 @@ class Framework:
     ports: frozenset[int] = frozenset()
     listen: str = _HOST_AND_PORT
     dev: tuple[str, ...] = ()
+    serve: tuple[str, ...] = ()
+    output: str = ""
     needs: Mapping[Work, int] = field(default_factory=dict)
 
 
@@ -76,6 +80,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         ports=frozenset({3000}),
         listen="--hostname 0.0.0.0 --port $PORT",
         dev=("next", "dev"),
+        serve=("next", "start", "--hostname", "0.0.0.0", "--port", "$PORT"),  # noqa: S104
         needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
@@ -85,6 +90,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"nuxt"}),
         ports=frozenset({3000}),
         dev=("nuxt", "dev"),
+        serve=("node", ".output/server/index.mjs"),
         needs={"dev": 640, "production": 128, "build": 640},
     ),
     Framework(
@@ -103,6 +109,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"astro"}),
         ports=frozenset({4321}),
         dev=("astro", "dev"),
+        output="dist",
         needs={"dev": 512, "production": 128, "build": 256},
     ),
     Framework(
@@ -112,6 +119,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"@react-router/dev"}),
         ports=_VITE,
         dev=("react-router", "dev"),
+        serve=("react-router-serve", "build/server/index.js"),
     ),
     Framework(
         "remix",
@@ -120,6 +128,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         frozenset({"@remix-run/dev"}),
         ports=_VITE,
         dev=("remix", "vite:dev"),
+        serve=("remix-serve", "build/server/index.js"),
     ),
     Framework(
         "vite",
@@ -129,6 +138,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         serving=frozenset({"serve"}),
         ports=_VITE,
         dev=("vite",),
+        output="dist",
         needs={"dev": 256, "build": 192},
     ),
     # before Bun, which may only have run the script that starts it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from typing import Final
 
 from gateway.detection.clues import Clues
@@ -48,6 +49,7 @@ _LOCKED: Final = {
     "yarn": ("yarn", "install", "--frozen-lockfile"),
 }
 _EXECUTE: Final = {"bun": ("bunx",), "npm": ("npx",), "pnpm": ("pnpm", "exec"), "yarn": ("yarn",)}
+_PRODUCTION: Final = ("env", "NODE_ENV=production")
 _SCRIPTS: Final = ("dev", "start", "develop", "serve")
 _ENTRIES: Final = tuple(
     f"{folder}{name}.{kind}"
@@ -124,6 +126,8 @@ def detect(clues: Clues) -> Detected | None:
             "and say how this app of it is started, as in `--start 'npm run dev --workspace apps/web'`",
         )
     framework = framework_of(said)
+    if framework is not None and clues.production and not _serves_itself(said):
+        return _built(framework, said, manager, install, installed)
     if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
         start, started = found
         package = min(framework.packages & said.packages)
@@ -139,26 +143,68 @@ def detect(clues: Clues) -> Detected | None:
     return _server(clues, said, manager, install, installed)
 
 
+def _serves_itself(said: Project) -> bool:
+    """Say whether a project has a server of its own beside its framework."""
+    return any(package in said.packages for package, _ in _SERVERS) and "start" in said.scripts
+
+
+def _built(framework: Framework, said: Project, manager: str, install: Command, installed: str) -> Detected:
+    """Return how a project is built and served."""
+    serve, output = framework.serve, framework.output
+    if framework.name == "astro" and "@astrojs/node" in said.packages:
+        serve, output = ("node", "dist/server/entry.mjs"), ""
+    elif framework.name == "sveltekit" and "@sveltejs/adapter-node" in said.packages:
+        serve = ("node", "build")
+    elif framework.name == "sveltekit" and "@sveltejs/adapter-static" in said.packages:
+        output = "build"
+    work = framework.dev[-1].replace("dev", "build") if len(framework.dev) > 1 else "build"
+    build = (
+        _run(manager, "build") if "build" in said.scripts else (*_EXECUTE[manager], framework.dev[0], work)
+    )
+    found = Detected(
+        framework.name,
+        framework.title,
+        f"package.json names {min(framework.packages & said.packages)}",
+        _then(install, build),
+        f"{installed}, and it is built",
+    )
+    if output:
+        return replace(found, static=output, started="the gateway's own file server")
+    if not serve:
+        return replace(
+            found,
+            trouble="what SvelteKit builds here is no server: take @sveltejs/adapter-node or "
+            "@sveltejs/adapter-static, or deploy its dev server",
+        )
+    words = serve if serve[0] == "node" else (*_EXECUTE[manager], *serve)
+    return replace(found, start=(*_PRODUCTION, *words), started=f"what the build of {framework.title} made")
+
+
+def _then(install: Command, build: Command) -> Command:
+    line = shlex.join(build)
+    return ("sh", "-c", f"{shlex.join(install)} && {line}" if install else line)
+
+
 def _server(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
     """Return how a server is started: by a script, or by the file that is one."""
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
     name = kind.lower()
     why = f"package.json names {package}" if package else "there is a package.json"
-    script = next((script for script in _SCRIPTS if said.scripts.get(script, "").strip()), None)
+    order = _SCRIPTS[1:] + _SCRIPTS[:1] if clues.production else _SCRIPTS
+    script = next((script for script in order if said.scripts.get(script, "").strip()), None)
     if script is not None:
         text = said.scripts[script]
         lacks = _unbuilt(text, clues)
-        if lacks and "build" in said.scripts:
-            build = f"{shlex.join(_run(manager, 'build'))}"
-            install = ("sh", "-c", f"{shlex.join(install)} && {build}" if install else build)
-            installed += f", and `build`, since `{script}` needs {lacks}/"
+        if "build" in said.scripts and (lacks or clues.production):
+            install = _then(install, _run(manager, "build"))
+            installed += f", and `build`, since `{script}` needs {lacks}/" if lacks else ", and it is built"
         return Detected(
             name,
             kind,
             why,
             install,
             installed,
-            _run(manager, script, *_told(text)),
+            (*(_PRODUCTION if clues.production else ()), *_run(manager, script, *_told(text))),
             f"its script `{script}` ({_short(text)})",
         )
     entry = _entry(clues, said, serving=package is not None)

@@ -19,6 +19,7 @@ _APP: Final = re.compile(
     r"^(\w{1,60})[ \t]*(?::[ \t]*[\w.]+[ \t]*)?=[ \t]*(?:\w+\.)?(FastAPI|Starlette|Flask)\(", re.MULTILINE
 )
 _FACTORY: Final = re.compile(r"^def create_app\(", re.MULTILINE)
+_WATCHING: Final = frozenset({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"})
 _SERVES: Final = re.compile(r"\b(?:HTTPServer|TCPServer|serve_forever|make_server|uvicorn\.run|\.run)\b")
 _RUN: Final = ".venv/bin"
 _LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the container
@@ -39,13 +40,13 @@ def detect(clues: Clues) -> Detected | None:
     for name in sorted(sources, key=lambda name: name.count("/")):
         found = _APP.search(clues.text(name))
         if found is not None and found[2] == "Flask":
-            return _flask(name, found[1], install, installed)
+            return _flask(name, found[1], install, installed, clues)
         if found is not None:
-            return _asgi(name, found[1], found[2], packages, install, installed)
+            return _asgi(name, found[1], found[2], packages, install, installed, clues)
     if "flask" in packages:
         for name in sources:
             if _FACTORY.search(clues.text(name)):
-                return _flask(name, "create_app", install, installed)
+                return _flask(name, "create_app", install, installed, clues)
     for name in sources:
         if "/" not in name and _SERVES.search(clues.text(name)):
             start = (*_program(install, "python"), name)
@@ -63,9 +64,9 @@ def detect(clues: Clues) -> Detected | None:
     )
 
 
-def _flask(name: str, app: str, install: Command, installed: str) -> Detected:
+def _flask(name: str, app: str, install: Command, installed: str, clues: Clues) -> Detected:
     # no debugger: it would run what any visitor sends
-    words = ("run", *_LISTEN, "--reload", "--no-debugger")
+    words = ("run", *_LISTEN, *(() if clues.production else ("--reload",)), "--no-debugger")
     start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
     return Detected(
         "flask", "Flask", f"{name} makes a Flask", install, installed, start, f"`{app}` of {name}"
@@ -73,7 +74,13 @@ def _flask(name: str, app: str, install: Command, installed: str) -> Detected:
 
 
 def _asgi(
-    name: str, app: str, kind: str, packages: frozenset[str], install: Command, installed: str
+    name: str,
+    app: str,
+    kind: str,
+    packages: frozenset[str],
+    install: Command,
+    installed: str,
+    clues: Clues,
 ) -> Detected:
     module = name.removesuffix(".py").replace("/", ".")
     inside: Command = ()
@@ -86,7 +93,7 @@ def _asgi(
         *_LISTEN,
     )
     # without watchfiles it would look at every file of .venv four times a second
-    if not packages.isdisjoint({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"}):
+    if not clues.production and not packages.isdisjoint(_WATCHING):
         start += ("--reload",)
     why = f"{name} makes a {kind}"
     if packages.isdisjoint(

@@ -114,6 +114,11 @@ async def test_a_vite_app_is_served_by_its_dev_server(host: Hosting) -> None:
     }
     status, page = await host.visit("vite.test")
     assert status == 200 and "/@vite/client" in page
+    # built, and served without a process of Node
+    record = await deployed(host, "vite.test", files, mode="production")
+    assert (record["kind"], record["detected"]["static"]) == ("update", "dist")
+    status, page = await host.visit("vite.test")
+    assert status == 200 and "/@vite/client" not in page and "/assets/" in page
 
 
 async def test_a_node_server_is_started_by_its_script(host: Hosting) -> None:

@@ -185,6 +185,50 @@ def test_what_start_needs_is_built() -> None:
     assert "since `start` needs dist/" in detected.installed
 
 
+@pytest.mark.parametrize(
+    ("folder", "install", "start"),
+    [
+        ({"package.json": VITE, "package-lock.json": ""}, "npm ci && npm run build", "dist"),
+        ({"package.json": package("vite")}, "bun install && bunx vite build", "dist"),
+        ({"package.json": package("next", **scripts(dev="next dev", build="next build"))},
+         "bun install && bun run build",
+         "env NODE_ENV=production bunx next start --hostname 0.0.0.0 --port $PORT"),
+        ({"package.json": package("nuxt")}, "bun install && bunx nuxt build",
+         "env NODE_ENV=production node .output/server/index.mjs"),
+        ({"package.json": package("astro", "@astrojs/node")}, "bun install && bunx astro build",
+         "env NODE_ENV=production node dist/server/entry.mjs"),
+        ({"package.json": package("@sveltejs/kit", "@sveltejs/adapter-node", **scripts(build="vite build"))},
+         "bun install && bun run build", "env NODE_ENV=production node build"),
+        ({"package.json": package("@remix-run/dev")}, "bun install && bunx remix vite:build",
+         "env NODE_ENV=production bunx remix-serve build/server/index.js"),
+        ({"package.json": package("express", **scripts(dev="nodemon a", start="node a", build="tsc"))},
+         "bun install && bun run build", "env NODE_ENV=production bun run start"),
+        ({"package.json": VITE, "Procfile": "web: node x"}, "bun install && bun run build",
+         "PATH=node_modules/.bin:.venv/bin:$PATH; node x"),
+        ({"app.py": "app = Flask(__name__)"}, "",
+         "python3 -m flask --app app.py:app run --host 0.0.0.0 --port $PORT --no-debugger"),
+        ({"index.html": ""}, "", "."),
+    ],
+)  # fmt: skip
+def test_in_production_it_is_built_and_what_was_built_is_served(
+    folder: Folder, install: str, start: str
+) -> None:
+    data = archive(*((name, text.encode()) for name, text in folder.items()), manifest=None)
+    detected = uploaded(data, Settings(), Overrides(mode="production")).detected
+    assert detected is not None
+    told = detected.to_dict(3000)
+    assert (told["install"], told["static"] or told["start"]) == (install, start)
+
+
+def test_what_has_no_production_says_so() -> None:
+    text = package("@sveltejs/kit", **scripts(dev="vite dev", build="vite build"))
+    data = archive(("package.json", text.encode()), manifest=None)
+    with pytest.raises(InvalidParams, match="take @sveltejs/adapter-node"):
+        uploaded(data, Settings(), Overrides(mode="production"))
+    with pytest.raises(InvalidParams, match=r"here site\.toml or `start` says it"):
+        uploaded(archive(), Settings(), Overrides(mode="production"))
+
+
 def test_requirements_are_installed_in_a_venv() -> None:
     detected = found({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"})
     line = "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt"

@@ -165,6 +165,7 @@ class Client:
         start: str | Sequence[str] | None = None,
         install: str | Sequence[str] | None = None,
         port: int | None = None,
+        mode: Literal["dev", "production"] | None = None,
         key: str | None = None,
     ) -> Deployment:
         """Begin to bring a domain to a site that answers, or to update it; needs the scope `deploy`.
@@ -177,7 +178,7 @@ class Client:
         from gateway_client.deployments import Deployment, template_body
 
         wishes: dict[str, Any] = {"size": size, "env": None if env is None else dict(env), "tenant": tenant}
-        wishes |= {"start": _command(start), "install": _command(install), "port": port}
+        wishes |= {"start": _command(start), "install": _command(install), "port": port, "mode": mode}
         body = {"domain": domain, "template": await asyncio.to_thread(template_body, template)}
         body |= {name: wish for name, wish in wishes.items() if wish is not None}
         headers = {} if key is None else {"Idempotency-Key": key}
