@@ -74,6 +74,10 @@ class OpenTurns:
         """Return the tenant's open turns, which are open no longer."""
         return list(self._of.pop(tenant, {}).values())
 
+    def of(self, tenant: str) -> list[OpenTurn]:
+        """Return the tenant's open turns."""
+        return list(self._of.get(tenant, {}).values())
+
     def all(self) -> Iterator[tuple[str, OpenTurn]]:
         """Yield each open turn with its tenant."""
         for tenant, of in list(self._of.items()):

@@ -1,0 +1,168 @@
+"""Makes commits of turns, one at a time in each tenant, and later where a tenant does not run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Coroutine
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
+
+from gateway.errors import ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
+from gateway.events import Bus
+from gateway.history.open_turns import OpenTurn, OpenTurns
+from gateway.history.reading import Turn, name, said
+from gateway.history.repository import Repository
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Side = Literal["before", "after"]
+
+_OURS: Final = "incus-gateway"  # whose turns are nobody's
+_TRIES: Final = 3  # to record a turn of a tenant that runs
+_LATE: Final = 64  # turns of one tenant that wait until it runs again
+_TIDY: Final = 32  # commits after which a history is made small again
+
+
+class Recorder:
+    """The histories of all tenants as they are written. Used from the event loop only."""
+
+    def __init__(self, repository: Repository, open_: OpenTurns, bus: Bus, settings: Settings) -> None:
+        self._repository = repository
+        self._open = open_
+        self._bus = bus
+        self._settings = settings
+        self._closed = False
+        self._late: dict[str, list[OpenTurn]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._begun: dict[str, asyncio.Task[None]] = {}
+        self._told: dict[str, int] = {}  # commits of each tenant
+
+    async def aclose(self) -> None:
+        """End what is under way."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def spawn(self, tenant: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
+        """Begin a task; that it fails is in the log."""
+        task = asyncio.create_task(_quiet(tenant, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def expect(self, tenant: str, made: Collection[str] = ()) -> None:
+        """Have a history begun where there is none, so that the first turn can be taken back.
+
+        What a turn that is open no longer has `made` is left to it, as is that of those that are open.
+        """
+        if tenant not in self._begun:
+            self._begun[tenant] = self.spawn(tenant, self._begin(tenant, made))
+
+    async def ready(self, tenant: str, made: Collection[str] = ()) -> None:
+        """Wait until the history has begun: whoever asks is no tool call."""
+        self.expect(tenant, made)
+        if (begun := self._begun.get(tenant)) is not None:
+            await asyncio.wait([begun])
+
+    async def record(self, tenant: str, turn: OpenTurn) -> Turn | None:
+        """Make a commit of a turn that is open no longer; None where nothing changed."""
+        await self.ready(tenant, turn.made)
+        made = _made("turn", turn.agent, turn.by, turn.title or "Untitled")
+        try:
+            async with self._lock(tenant):
+                mode, paths = self._open.share(tenant, turn)
+                found = await self._repository.commit(tenant, mode, paths, made)
+        except (TenantNotRunning, Unavailable, Timeout, ExecFailed) as error:
+            self._postpone(tenant, turn, error)
+            raise
+        self._tell(tenant, found)
+        return found
+
+    async def deployed(self, tenant: str) -> None:
+        """Record a site as it was deployed, and make its workspace a repository where it is none."""
+        made = _made("deployed", _OURS, _OURS, "Deployed")
+        # all that a session with an open turn is not known to have written
+        turn = OpenTurn(object(), made.agent, made.by, wide=True)
+        async with self._lock(tenant):
+            mode, paths = self._open.share(tenant, turn)
+            found = await self._repository.deployed(tenant, mode, paths, made)
+        self._begun.setdefault(tenant, self.spawn(tenant, asyncio.sleep(0)))
+        self._tell(tenant, found)
+
+    async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
+        """Make the files what they were `before` a turn or `after` it, as a new turn; None where they are."""
+        async with self._lock(tenant):
+            changed = await self._repository.changes(tenant, turn)
+            title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
+            words = f"Undo: {title}" if side == "before" else f"Restore: {title}"
+            outside = _made("outside", "nobody", "nobody", "Changed outside of turns")
+            new = _made("restored", name(by), name(by), words)
+            found, restored = await self._repository.restore(tenant, turn, side, outside, new)
+        for one in (found, restored):
+            self._tell(tenant, one)
+        return restored
+
+    def again(self, tenant: str) -> None:
+        """Record what could not be recorded: the tenant runs again."""
+        for turn in () if self._closed else self._late.pop(tenant, []):
+            self.spawn(tenant, self.record(tenant, turn))
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant that is destroyed: another of its name has a history of its own."""
+        for of in (self._begun, self._told, self._late):
+            of.pop(tenant, None)
+
+    def _postpone(self, tenant: str, turn: OpenTurn, error: GatewayError) -> None:
+        """Record a turn later: when its tenant runs again, or, where it may be about to stop, in a while."""
+        turn.tries += not isinstance(error, TenantNotRunning)
+        if turn.tries > _TRIES or error.facts.get("reason") == "no_git":
+            return
+        waiting = self._late.setdefault(tenant, [])
+        waiting.append(turn)
+        del waiting[:-_LATE]
+        if not isinstance(error, TenantNotRunning):
+            asyncio.get_running_loop().call_later(self._settings.turn_rest, self.again, tenant)
+
+    async def _begin(self, tenant: str, made: Collection[str]) -> None:
+        first = _made("first", _OURS, _OURS, "The workspace as it was found")
+        try:
+            async with self._lock(tenant):
+                found = await self._repository.begin(tenant, [*self._open.made(tenant), *made], first)
+        except GatewayError:
+            self._begun.pop(tenant, None)
+            raise
+        self._tell(tenant, found)
+
+    def _tell(self, tenant: str, turn: Turn | None) -> None:
+        if turn is None:
+            return
+        self._bus.publish("turn.committed", tenant, turn.on_wire())
+        told = self._told[tenant] = self._told.get(tenant, 0) + 1
+        if told % _TIDY == 0:
+            self.spawn(tenant, self._tidy(tenant))
+
+    async def _tidy(self, tenant: str) -> None:
+        async with self._lock(tenant):
+            await self._repository.tidy(tenant)
+
+    def _lock(self, tenant: str) -> asyncio.Lock:
+        lock = self._locks.get(tenant)
+        if lock is None:
+            lock = self._locks[tenant] = asyncio.Lock()
+        return lock
+
+
+async def _quiet(tenant: str, work: Coroutine[Any, Any, Any]) -> None:
+    try:
+        await work
+    except GatewayError as error:
+        log.warning("the history of %s could not be written: %s", tenant, error.message)
+
+
+def _made(kind: str, agent: str, by: str, title: str) -> Turn:
+    return Turn("", kind, agent, by, title, int(time.time()))
