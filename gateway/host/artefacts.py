@@ -157,10 +157,11 @@ def _apt_options() -> list[str]:
 def _pack(definition: Definition, tree: Path, local: Path, made: Artefact, lock: int) -> str:
     # links: both are on one file system, and only read from here on
     run(["cp", "--archive", "--link", f"{local}/.", tree / "usr/local"], fix="run again")
+    # at level 6 it is 6% smaller, and takes 9 s of CPU time instead of 4
     run(
         [
             *("mksquashfs", tree, made.rootfs),
-            *("-comp", "zstd", "-Xcompression-level", "6", "-noappend", "-no-progress", "-quiet"),
+            *("-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-no-progress", "-quiet"),
         ],
         holding=(lock,),
         fix="see whether the disk is full, then run again",
