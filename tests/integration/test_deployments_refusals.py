@@ -139,7 +139,7 @@ async def test_a_missing_image_and_a_missing_profile_or_pool(desk: Desk, tmp_pat
 
 async def test_a_full_disk_of_the_tenant(desk: Desk) -> None:
     """In the middle of the files, and of what the install command writes; neither is tried again."""
-    with profile(size="400MiB") as name:  # the image counts, and has 370
+    with profile(size="620MiB") as name:  # the image counts, and has 583
         files = [(f"f{number}", bytes(20 << 20)) for number in range(3)]
         said = await desk.refused(folder('start = ["bun", "serve.ts"]', *files), profile=name)
         assert (said["code"], said["reason"], said["phase"]) == ("unavailable", "disk_full", "push")
