@@ -267,6 +267,8 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly ms: number | null;
   /** Of a rollback the id of the deployment whose site comes back. */
   readonly rollback?: string | null;
+  /** The names of the variables that it changes. */
+  readonly env?: readonly string[] | null;
   readonly warnings: readonly string[];
   readonly phases: readonly DeploymentPhase[];
   /** What it failed with; `phase` and `reason` may be beside it. */
