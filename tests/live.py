@@ -13,7 +13,6 @@ import random
 import signal
 import socket
 import sys
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from gateway import protocol
 from gateway.auth import tokens
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from tests.waits import until
 
 SECRET = "a secret of the tests, long enough to sign with"
 EVERY_SCOPE = tuple(sorted(tokens.SCOPES - {"admin"}))
@@ -192,16 +192,17 @@ class LiveGateway:
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=self.environment, stdout=log, stderr=log
             )
-        deadline = time.monotonic() + DEADLINE
+        process = self.process
         async with aiohttp.ClientSession() as session:
-            while True:
+
+            async def up() -> bool:  # nothing to wait on but the port itself
+                assert process.returncode is None, self.log.read_text()
                 with contextlib.suppress(aiohttp.ClientError):
                     async with session.get(self.url + "/readyz") as response:
-                        if response.status == 200:
-                            return
-                assert self.process.returncode is None, self.log.read_text()
-                assert time.monotonic() < deadline, self.log.read_text()
-                await asyncio.sleep(0.02)  # nothing to wait on but the port itself
+                        return response.status == 200
+                return False
+
+            await until(up, DEADLINE)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM, deadline: float = DEADLINE) -> int:
         """Send a signal and return the exit code."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+_LOOKS: Final = 5
 _CHAIN: Final = 100  # wake-ups one after the other; those of the tests have under 20
 
 
@@ -41,6 +42,36 @@ async def until(
             return
         assert time.monotonic() < end, "it did not come true in time"
         await asyncio.sleep(every)
+
+
+async def until_time(moment: float) -> None:
+    """Return once the wall clock shows more than `moment`: what ends by it has ended then."""
+    while (left := moment - time.time()) >= 0:
+        await asyncio.sleep(left + 0.01)
+
+
+async def pause(seconds: float) -> None:
+    """Let time pass where that is what a test is about.
+
+    As the pace of a slow peer, a stretch that is measured, a moment amid what another process
+    does. No result may depend on its being enough.
+    """
+    await asyncio.sleep(seconds)
+
+
+async def standstill(
+    count: Callable[[], Awaitable[int]], deadline: float = 60.0, *, every: float = 0.1
+) -> int:
+    """Return what `count` gives once several looks in a row find the same, more than 0."""
+    before, same = -1, 0
+    end = time.monotonic() + deadline
+    while same < _LOOKS:
+        assert time.monotonic() < end, "it does not stand still"
+        now = await count()
+        same = same + 1 if now == before > 0 else 0
+        before = now
+        await asyncio.sleep(every)
+    return before
 
 
 def until_true(condition: Callable[[], bool], deadline: float = 30.0, *, every: float = 0.02) -> None:

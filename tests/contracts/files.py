@@ -19,6 +19,7 @@ from yarl import URL
 
 from tests.contracts.processes import mark
 from tests.live import LiveGateway, RpcFailure, Wire
+from tests.waits import pause, until
 
 
 async def refused(wire: Wire, method: str, **params: Any) -> RpcFailure:
@@ -673,7 +674,7 @@ class WatchContract:
                 await agent.call("tools/call", name="Write", arguments=given)
                 await seen.has(path, "created")
                 took.append(time.perf_counter() - began)
-                await asyncio.sleep(0.11)  # apart from one another, as an agent's writes are
+                await pause(0.11)  # apart from one another, as an agent's writes are
             edit = {"file_path": f"{top}/0.txt", "old_string": "x", "new_string": "y"}
             await agent.call("tools/call", name="Edit", arguments=edit)
             await seen.has(f"{top}/0.txt", "changed")
@@ -758,16 +759,17 @@ class WatchContract:
                 began = time.perf_counter()
                 await wire.call("files/stat", path=top)
                 assert time.perf_counter() - began < 5
-                await asyncio.sleep(0.05)
+                await pause(0.05)
             await wire.call("exec/cancel", exec=started["exec"], graceMs=0)
             folder = f"{top}/x/1/2/3"
             await wire.run(command=f"cd {top}; [ -e x ] || mv z x")
-            number = 0
-            async with asyncio.timeout(20):  # the tree is read anew, at most once in a second
-                while not any(path.startswith(f"{folder}/after") for path, _ in seen.changes()):
-                    number += 1
-                    await wire.call("files/write", path=f"{folder}/after-{number}", text="")
-                    await asyncio.sleep(0.1)
+            numbers = itertools.count(1)
+
+            async def told() -> bool:  # the tree is read anew, at most once in a second
+                await wire.call("files/write", path=f"{folder}/after-{next(numbers)}", text="")
+                return any(path.startswith(f"{folder}/after") for path, _ in seen.changes())
+
+            await until(told, every=0.1)
             await wire.call("files/unwatch", watch=seen.watch)
             await wire.call("files/remove", path=top, recursive=True)
 
@@ -791,15 +793,17 @@ class WatchContract:
         """As many again can be had once a client is gone, also one that vanished without a word."""
         for _ in range(3):
             async with quick.wire(tenant) as wire:
-                watches = 0  # what is given while others are still taken back stays
-                async with asyncio.timeout(10):
-                    while watches < 3:
-                        try:
-                            await watch(wire, ".")
-                            watches += 1
-                        except RpcFailure as error:
-                            assert error.code == "rate_limited"
-                            await asyncio.sleep(0.01)  # nobody tells when a socket's end was noticed
+
+                async def given(wire: Wire = wire) -> bool:  # nobody tells when a socket's end was noticed
+                    try:
+                        await watch(wire, ".")
+                        return True
+                    except RpcFailure as error:
+                        assert error.code == "rate_limited"
+                        return False
+
+                for _ in range(3):  # what is given while others are still taken back stays
+                    await until(given, every=0.01)
                 wire.socket.transport.abort()
 
     async def test_a_workspace_that_becomes_another_ends_its_watches(

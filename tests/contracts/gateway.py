@@ -11,7 +11,9 @@ import hashlib
 import io
 import signal
 import sys
+import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -22,8 +24,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from gateway import protocol
 from gateway.api.editor import STATIC
 from gateway.auth import tokens
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
 from tests.live import SECRET, LiveGateway, RpcFailure, Wire
+from tests.waits import pause, standstill, until
 
 EIGHT_MIB = 8 << 20
 
@@ -73,14 +76,15 @@ class ConnectionContract:
     @pytest.mark.parametrize("where", ["header", "initialize"])
     @pytest.mark.parametrize("flaw", ["wrong", "expired", "foreign key"])
     async def test_a_bad_token_closes_with_4401(
-        self, gateway: LiveGateway, tenant: str, where: str, flaw: str
+        self, gateway: LiveGateway, tenant: str, where: str, flaw: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         match flaw:
             case "wrong":
                 token = "not a token"
             case "expired":
-                token = gateway.token(tenant, ttl=1)
-                await asyncio.sleep(1.1)  # a token's time is the wall clock's
+                with monkeypatch.context() as patched:
+                    patched.setattr(tokens, "time", SimpleNamespace(time=lambda: time.time() - 2))
+                    token = gateway.token(tenant, ttl=1)
             case _:
                 token = tokens.issue(SECRET[::-1], "x", [tenant], ["exec"], 60)
         headers = {"Authorization": f"Bearer {token}"} if where == "header" else {}
@@ -499,10 +503,10 @@ class ExecContract:
         """Whenever the cancel comes: before the command runs, while it starts, after it has started."""
         seconds = mark()
         async with gateway.wire(tenant) as wire:
-            for pause in (0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03):
+            for moment in (0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03):
                 argv = ["sh", "-c", f"setsid sleep {seconds} & sleep {seconds}"]
                 number, starting = await wire.start_call("exec/start", argv=argv)
-                await asyncio.sleep(pause)  # the moment is what is tested
+                await pause(moment)
                 await wire.send(protocol.cancel_request(number))
                 try:
                     started = await asyncio.wait_for(starting, 20)
@@ -789,14 +793,13 @@ asyncio.run(main())
             def held() -> Any:
                 return [entry for entry in listed["execs"] if script in entry["argv"]]
 
-            while not held():
+            async def printed() -> int:
+                nonlocal listed
                 listed = await other.call("exec/list")
-            last = -1
-            while (now := held()[0]["offsets"]["stdout"]) != last:
-                last = now
-                await asyncio.sleep(0.3)  # it stands still: nothing tells that but time
-                listed = await other.call("exec/list")
-            assert held()[0]["state"] == "running" and last < total
+                return held()[0]["offsets"]["stdout"] if held() else 0
+
+            assert await standstill(printed) < total
+            assert held()[0]["state"] == "running"
             slow.socket.transport.resume_reading()
             started = await asyncio.wait_for(reply, 20)
             exit_ = await slow.exited(started["exec"])

@@ -12,6 +12,7 @@ import aiohttp
 
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway
+from tests.waits import pause
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +129,7 @@ class IdleContract:
         async with sleepy.http(tenant) as http:
             for _ in range(6):
                 # at any moment between still awake and asleep
-                await asyncio.sleep(chance.uniform(0.4, 1.6))
+                await pause(chance.uniform(0.4, 1.6))
                 assert await asyncio.gather(*(echo(http, tenant) for _ in range(3))) == ["awake"] * 3
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import orjson
 
-from tests.contracts.processes import alive, mark, until
+from tests.contracts.processes import alive, mark
 from tests.live import LiveGateway
+from tests.waits import until
 
 MiB = 1 << 20
 PIECE = bytes(range(256)) * 1024

@@ -17,6 +17,7 @@ import pytest
 from gateway.runtime.sizes import SIZES
 from tests.contracts.gateway import sse
 from tests.live import LiveGateway
+from tests.waits import until
 
 
 async def ask(http: aiohttp.ClientSession, method: str, url: str, body: Any = None, status: int = 200) -> Any:
@@ -151,9 +152,12 @@ class LifeContract:
                     assert int(response.headers["Retry-After"]) > 0 and said["retry_after"] > 0
             given = {"domain": f"{name}.localhost", "template": "static", "tenant": name}
             made = await ask(http, "POST", "/v1/deployments", given, 202)
-            async with asyncio.timeout(30):
-                while (record := await ask(http, "GET", f"/v1/deployments/{made['id']}"))["ended"] is None:
-                    await asyncio.sleep(0.05)
+
+            async def ended() -> bool:
+                return (await ask(http, "GET", f"/v1/deployments/{made['id']}"))["ended"] is not None
+
+            await until(ended)
+            record = await ask(http, "GET", f"/v1/deployments/{made['id']}")
             assert (record["state"], record["error"]["reason"]) == ("rolledback", "disk_full")
             await ask(http, "GET", f"/v1/tenants/{name}", status=404)
             async with http.put(f"{url}/files/a", data=b"x") as response:

@@ -19,9 +19,10 @@ from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 
 from gateway.tools.schemas import descriptions
-from tests.contracts.processes import Tree, until
+from tests.contracts.processes import Tree
 from tests.contracts.shells import identified
 from tests.live import LiveGateway
+from tests.waits import until
 
 HANDSHAKE, SESSIONLESS = "2025-11-25", "2026-07-28"
 BOTH = pytest.mark.parametrize("version", [HANDSHAKE, SESSIONLESS])

@@ -18,6 +18,7 @@ import pytest
 
 from gateway import protocol
 from tests.live import LiveGateway, Wire
+from tests.waits import pause, standstill
 
 MiB = 1 << 20
 STALL = float(os.environ.get("GATEWAY_TEST_STALL", "3"))
@@ -92,18 +93,6 @@ async def offset(wire: Wire, exec_id: str) -> int:
     return int(next(one["offsets"]["stdout"] for one in execs if one["exec"] == exec_id))
 
 
-async def standstill(wire: Wire, exec_id: str) -> int:
-    """Wait until a command is held back and return how much it has printed by then."""
-    before, count = -1, 0
-    async with asyncio.timeout(60):
-        while count < 5:
-            now = await offset(wire, exec_id)
-            count = count + 1 if now == before > 0 else 0
-            before = now
-            await asyncio.sleep(0.1)  # nothing tells that nothing happens
-    return before
-
-
 class PaceContract:
     @pytest.mark.timeout(STALL + 400)
     async def test_a_reader_that_stands_still_stops_its_own_command_only(
@@ -115,13 +104,13 @@ class PaceContract:
             before = gateway.memory("VmHWM")
             started = await wire.call("exec/start", command=PRINT % STREAM)
             wire.may.clear()
-            held = await standstill(other, started["exec"])
+            held = await standstill(lambda: offset(other, started["exec"]))
             assert held < ON_THE_WAY
             end = asyncio.get_running_loop().time() + STALL
             while asyncio.get_running_loop().time() < end:
                 exit_, output, _ = await other.run(command="echo goes on")
                 assert (exit_["exitCode"], output) == (0, b"goes on\n")
-                await asyncio.sleep(STALL / 10)
+                await pause(STALL / 10)
             assert await offset(other, started["exec"]) == held
             wire.may.set()
             await wire.until(lambda: wire.notified("exec/exited"), deadline=300)
@@ -161,7 +150,7 @@ class PaceContract:
             started = await wire.call("exec/start", command=PRINT % size, window=window)
             out = wire.out(started)
             await wire.until(lambda: out.size == window)
-            assert await standstill(wire, started["exec"]) < ON_THE_WAY
+            assert await standstill(lambda: offset(wire, started["exec"])) < ON_THE_WAY
             assert (await wire.run(command="true"))[0]["exitCode"] == 0
             assert out.size == window
             await taking(wire, started, 0, window)

@@ -6,7 +6,7 @@ import itertools
 import os
 from pathlib import Path
 
-from tests.waits import until as until  # for what only /proc tells, which nothing can wait on
+from tests.waits import until
 
 _numbers = itertools.count(os.getpid() * 1000 % 900_000_000 + 10_000_000)
 

@@ -22,7 +22,8 @@ from gateway.errors import (
 from gateway.rootfs.locations import found_by
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Process, Pty, StreamName, TenantRuntime
 from gateway.runtime.sizes import SIZES
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
+from tests.waits import until
 
 
 async def drain(process: Process, stream: StreamName) -> bytes:

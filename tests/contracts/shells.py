@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.contracts.claude import call, shell
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
 from tests.live import LiveGateway, RpcFailure, Wire
+from tests.waits import until
 
 QUICK: Mapping[str, str] = {
     "GATEWAY_MAX_SHELLS": "2",
@@ -47,10 +48,13 @@ def identified(text: str) -> str:
 async def printed(wire: Wire, shell_id: str, wanted: str) -> str:
     """Ask BashOutput until `wanted` was printed; return all that came."""
     text = ""
-    async with asyncio.timeout(15):
-        while wanted not in text:
-            text += (await call(wire, "BashOutput", {"bash_id": shell_id}))[1]
-            await asyncio.sleep(0.02)  # it is a tool that is polled
+
+    async def came() -> bool:  # it is a tool that is polled
+        nonlocal text
+        text += (await call(wire, "BashOutput", {"bash_id": shell_id}))[1]
+        return wanted in text
+
+    await until(came)
     return text
 
 

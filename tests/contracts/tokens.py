@@ -17,6 +17,7 @@ from tests.contracts.lifecycle import ask
 from tests.contracts.operator import operator
 from tests.contracts.processes import Tree, mark
 from tests.live import EVERY_SCOPE, SECRET, LiveGateway, RpcFailure, Wire
+from tests.waits import until, until_time
 
 # seconds of a token that ends in a test: long enough to begin something under it on a busy machine
 SHORT = 4
@@ -94,9 +95,8 @@ class TokensContract:
             await wire.call("exec/start", argv=["yes"], lingerMs=0)
             transport.pause_reading()
             assert connected(theirs, ours)
-            async with asyncio.timeout(SHORT + 30):
-                while connected(theirs, ours):
-                    await asyncio.sleep(0.1)  # nothing is told to who reads nothing
+            # nothing is told to who reads nothing
+            await until(lambda: not connected(theirs, ours), SHORT + 30, every=0.1)
             transport.abort()
 
     async def test_an_upload_is_not_finished_by_a_token_that_ended(
@@ -108,7 +108,7 @@ class TokensContract:
 
         async def body() -> Any:
             yield b"begun"
-            await asyncio.sleep(max(0.0, ends(token) - time.time()) + 0.1)
+            await until_time(ends(token))
             yield b"too late"
 
         async with aiohttp.ClientSession(gateway.url, headers=bearer(token)) as http:
@@ -127,7 +127,7 @@ class TokensContract:
 
         async def body() -> Any:
             yield b'{"command": "ec'
-            await asyncio.sleep(max(0.0, ends(token) - time.time()) + 0.1)
+            await until_time(ends(token))
             yield b'ho ran"}'
 
         async with aiohttp.ClientSession(gateway.url, headers=bearer(token)) as http:

@@ -11,6 +11,7 @@ from tests.e2e.conftest import OpenEditor
 from tests.e2e.editor import DEADLINE, Editor
 from tests.integration import environment
 from tests.integration.sites import Hosting
+from tests.waits import until
 
 HEADING = "Your site is live."
 
@@ -344,9 +345,7 @@ async def test_cancel_ends_everything_that_a_terminal_started(editor: OpenEditor
 
 
 async def expect_count(site: str, number: int) -> None:
-    async with asyncio.timeout(DEADLINE / 1000):
-        while run(site, "pgrep -fc '^sleep 4711' || true") != f"{number}\n":
-            await asyncio.sleep(0.05)  # nothing to wait on but the processes themselves
+    await until(lambda: run(site, "pgrep -fc '^sleep 4711' || true") == f"{number}\n", DEADLINE / 1000)
 
 
 # --- what others do -------------------------------------------------------------------------------------

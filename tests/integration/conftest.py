@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import subprocess
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from gateway.host import HostError, quotas
 from gateway.host.daemon import Daemon
 from gateway.settings import Settings
 from tests.integration import environment
+from tests.waits import until, until_true
 
 # `--wait` alone ends at once where systemd does not listen yet. A failed unit ("degraded") is for a test to
 # find, not a reason to stop here.
@@ -61,14 +61,16 @@ class Container:
 
     def address(self, timeout: float = 20.0) -> str:
         """Return the IPv4 address of eth0, waiting up to `timeout` seconds for DHCP."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+        found: list[str] = []
+
+        def addresses() -> list[str]:
             state = json.loads(environment.incus("query", f"/1.0/instances/{self.name}/state").stdout)
-            for address in ((state.get("network") or {}).get("eth0") or {}).get("addresses", []):
-                if address["family"] == "inet":
-                    return str(address["address"])
-            time.sleep(0.1)
-        raise AssertionError(f"{self.name} has no address after {timeout:.0f} s")
+            given = ((state.get("network") or {}).get("eth0") or {}).get("addresses", [])
+            found[:] = [str(address["address"]) for address in given if address["family"] == "inet"]
+            return found
+
+        until_true(lambda: addresses() != [], timeout, every=0.1)
+        return found[0]
 
     @property
     def pid(self) -> int:
@@ -98,12 +100,12 @@ class Incusd:
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
         # where an interface went away just then, incusd has no network, and tries again only after a minute
         network = f"/1.0/networks/{environment.settings().network}"
-        async with asyncio.timeout(90):
-            while True:
-                shown = await asyncio.to_thread(environment.incus, "query", network)
-                if json.loads(shown.stdout)["status"] == "Created":
-                    break
-                await asyncio.sleep(0.5)  # incusd tells nobody when it is up
+
+        async def up() -> bool:  # incusd tells nobody
+            shown = await asyncio.to_thread(environment.incus, "query", network)
+            return bool(json.loads(shown.stdout)["status"] == "Created")
+
+        await until(up, 90, every=0.5)
         # it may have mounted the pool anew, which is counted by the kernel's own rules then
         await asyncio.to_thread(quotas.enforce, environment.settings())
 

@@ -21,6 +21,7 @@ from gateway.caddy import Caddy
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.live import LiveGateway, free_ports
+from tests.waits import until
 
 ENDED = ("succeeded", "rolledback")
 OPERATOR = Token("test", frozenset({"*"}), frozenset({"admin"}), 0, "id")
@@ -72,10 +73,16 @@ class RealCaddy:
             self.process = await asyncio.create_subprocess_exec(
                 *("caddy", "run", "--config", str(main), "--adapter", "caddyfile"), stdout=log, stderr=log
             )
-        async with asyncio.timeout(30):
-            while not await self._answers(serves=instead is None):
-                assert self.process.returncode is None, (self.folder / "log").read_text()
-                await asyncio.sleep(0.02)  # nothing to wait on but the socket itself
+
+        async def up() -> bool:  # nothing to wait on but the socket itself
+            assert self.process is not None and self.process.returncode is None, self.log
+            return await self._answers(serves=instead is None)
+
+        await until(up)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
 
     async def _answers(self, *, serves: bool) -> bool:
         with contextlib.suppress(OSError):
@@ -129,23 +136,36 @@ class Hosting:
         return await self.ended(begun["id"])
 
     async def ended(self, deployment: str, deadline: float = 100) -> dict[str, Any]:
-        async with asyncio.timeout(deadline):
-            while True:
-                _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
-                if record["state"] in ENDED:
-                    return dict(record)
-                await asyncio.sleep(0.05)
+        record: dict[str, Any] = {}
+
+        async def over() -> bool:
+            record.update((await self.call("GET", f"/v1/deployments/{deployment}"))[1])
+            return record["state"] in ENDED
+
+        await until(over, deadline, every=0.05)
+        return record
 
     async def reached(self, deployment: str, phase: str, state: str = "running") -> None:
         """Return once a phase of a deployment is in a state, past it, or will never be."""
         order = ("waiting", "running", "done")
-        async with asyncio.timeout(60):
-            while True:
-                _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
-                found = next(entry for entry in record["phases"] if entry["name"] == phase)["state"]
-                if found not in order or order.index(found) >= order.index(state):
-                    return
-                await asyncio.sleep(0.01)
+
+        async def there() -> bool:
+            _, record, _ = await self.call("GET", f"/v1/deployments/{deployment}")
+            found = next(entry for entry in record["phases"] if entry["name"] == phase)["state"]
+            return found not in order or order.index(found) >= order.index(state)
+
+        await until(there, 60, every=0.01)
+
+    async def answers(self, domain: str, *answer: object, deadline: float = 60) -> None:
+        """Return once a site answers so, 200 by default: its route comes when the gateway looks."""
+        wanted = answer or (200,)
+
+        async def so() -> bool:
+            with contextlib.suppress(aiohttp.ClientError):
+                return (await self.visit(domain))[: len(wanted)] == wanted
+            return False
+
+        await until(so, deadline, every=0.05)
 
     async def visit(self, domain: str, path: str = "/", *, https: bool = False) -> tuple[int, str]:
         """Ask a site through Caddy, as a browser would."""

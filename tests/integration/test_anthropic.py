@@ -14,11 +14,12 @@ from PIL import Image
 from gateway.settings import Settings
 from gateway_client import Client, Tenant
 from gateway_client.anthropic import bash, text_editor, tools
-from tests.contracts.processes import Tree, mark, until
+from tests.contracts.processes import Tree, mark
 from tests.integration.conftest import Container
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
 from tests.messages import Block, Model, Result, model, use
+from tests.waits import until
 
 EDITOR = "str_replace_based_edit_tool"
 

@@ -27,11 +27,12 @@ from gateway.runtime import ExecSpec
 from gateway.runtime.incus import IncusRuntime
 from gateway.runtime.incus.inside import Inside
 from gateway.settings import Settings
-from tests.contracts.processes import Tree, until
+from tests.contracts.processes import Tree
 from tests.integration import environment
 from tests.integration.conftest import Container, MakeTenant
 from tests.integration.sites import Hosting
 from tests.live import LiveGateway, free_ports
+from tests.waits import until
 
 NOBODY = 65534
 CHECKOUT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from gateway.rootfs import tcp
 from tests.integration import environment
 from tests.integration.sites import RealCaddy, settings_for
 from tests.live import LiveGateway, local_gateway
-from tests.waits import until
+from tests.waits import pause, until
 
 SITE, GATEWAY = "site.localhost", "gateway.localhost"
 HEAD = 2  # seconds that a head may take here, as 10 elsewhere
@@ -38,7 +38,7 @@ async def caddy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RealC
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
         await answer.write(b"data: first\n\n")
-        await asyncio.sleep(LONGER)
+        await pause(LONGER)
         await answer.write(b"data: last\n\n")
         return answer
 
@@ -73,7 +73,7 @@ async def lasts(port: int, said: bytes, more: bytes = b"") -> float:
     async def drip() -> None:
         with contextlib.suppress(ConnectionError):
             while more:
-                await asyncio.sleep(0.5)
+                await pause(0.5)
                 writer.write(more)
                 await writer.drain()
 
@@ -106,7 +106,7 @@ async def test_what_has_begun_is_not_cut(caddy: RealCaddy) -> None:
     async def slowly() -> AsyncIterator[bytes]:
         for _ in range(27):
             yield b"x" * 1000
-            await asyncio.sleep(LONGER / 26)
+            await pause(LONGER / 26)
 
     async with aiohttp.ClientSession(
         f"http://127.0.0.1:{port}", headers={"Host": f"{SITE}:{port}"}
@@ -122,7 +122,7 @@ async def test_what_has_begun_is_not_cut(caddy: RealCaddy) -> None:
 
         async def echoed() -> str:
             async with client.ws_connect("/echo") as opened:
-                await asyncio.sleep(LONGER)
+                await pause(LONGER)
                 await opened.send_str("still")
                 return str((await opened.receive()).data)
 

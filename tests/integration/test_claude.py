@@ -33,13 +33,14 @@ from PIL import Image
 from gateway.settings import Settings
 from gateway_client import Client, Tenant, ToolResult
 from gateway_client.claude import Printed, options, server
-from tests.contracts.processes import Tree, until
+from tests.contracts.processes import Tree
 from tests.contracts.shells import identified
 from tests.integration import environment
 from tests.integration.conftest import Container, make_containers
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
 from tests.messages import MODEL, Block, Model, Result, claude, model, say, use
+from tests.waits import until
 
 EIGHT = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"]
 

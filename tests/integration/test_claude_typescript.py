@@ -26,11 +26,12 @@ from gateway.host import bun
 from gateway.host.cache import CACHE
 from gateway.settings import Settings
 from gateway_client import Client, Tenant
-from tests.contracts.processes import Tree, until
+from tests.contracts.processes import Tree
 from tests.integration.conftest import Container
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
 from tests.messages import MODEL, Block, Model, claude_program, model, say, use
+from tests.waits import until
 
 EIGHT = ["Bash", "BashOutput", "Edit", "Glob", "Grep", "KillShell", "Read", "Write"]
 PACKAGE = Path(__file__).parents[2] / "clients" / "typescript"

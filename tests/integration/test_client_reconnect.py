@@ -16,10 +16,11 @@ import pytest
 
 from gateway.settings import Settings
 from gateway_client import Change, Client, Retry, Tenant
-from tests.contracts.processes import mark, until
+from tests.contracts.processes import mark
 from tests.integration.conftest import Container
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway
+from tests.waits import until
 
 CUTS = int(os.environ.get("GATEWAY_TEST_CUTS", "20"))
 SOON = Retry(first=0.01, most=0.2, patience=20)

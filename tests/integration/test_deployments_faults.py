@@ -22,6 +22,7 @@ from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, settings_for
+from tests.waits import until
 
 # every effect of a deployment, in order; what it does before it is a fault of the phase before
 CREATE = ["create", "push", "install", "start", "expose", "set", "ask", "certify"]
@@ -100,9 +101,7 @@ class Rig:
         target.faults[subject] = (name, when)
 
     async def ended(self, record: Record) -> Record:
-        async with asyncio.timeout(100):
-            while not record.over:
-                await asyncio.sleep(0.05)
+        await until(lambda: record.over, 100)
         return record
 
     async def told(self, record: Record) -> list[str]:

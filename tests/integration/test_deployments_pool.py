@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from gateway.caddy import shipped
@@ -19,6 +20,7 @@ from tests.contracts.gateway import sse
 from tests.contracts.lifecycle import ask
 from tests.integration import environment
 from tests.integration.sites import hosting
+from tests.waits import pause, until
 
 pytestmark = pytest.mark.timeout(300)
 CANCELS = int(os.environ.get("GATEWAY_TEST_CANCELS", "6"))
@@ -48,10 +50,14 @@ def ready() -> bool:
     return len(golden) == 1 and [e["config"][KEY] for e in having("pool")] == [golden[0]["config"][KEY]]
 
 
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not await asyncio.to_thread(what):
-            await asyncio.sleep(0.1)  # nobody tells what happens to instances that are no tenants
+async def counted(session: aiohttp.ClientSession, line: bytes) -> bool:
+    async with session.get("/metrics") as answer:
+        return line in await answer.read()
+
+
+async def seen(what: Callable[[], bool]) -> None:
+    """Wait until Incus says so: nobody tells what happens to instances that are no tenants."""
+    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.1)
 
 
 async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
@@ -71,7 +77,7 @@ async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
     async with hosting(incus_settings, state, golden=True, warm_pool=1, templates_dir=templates) as host:
         first = await host.deploy("one.test", "mine")
         assert (first["state"], first["source"]) == ("succeeded", "image"), first["error"]
-        await until(ready)
+        await seen(ready)
         golden, pooled = having("golden")[0]["name"], having("pool")[0]["name"]
         assert (environment.rootfs(golden) / "srv/site/made").exists(), "it was stopped at its work"
 
@@ -83,16 +89,16 @@ async def test_a_pool_is_filled_claimed_refilled_adopted_and_drained(
             for name in ("one-test", "two-test")
         }
         assert len(ids) == 2, "a copy has a machine id of its own"
-        await until(lambda: ready() and having("pool")[0]["name"] != pooled)
+        await seen(lambda: ready() and having("pool")[0]["name"] != pooled)
 
         old = having("golden")[0]["name"]
         await host.gateway.stop(signal.SIGKILL)
         (templates / "mine" / "bun.lock").write_text("# another version of what it needs\n")
         await host.gateway.start()
-        await until(lambda: not having("golden") and not having("pool"))
+        await seen(lambda: not having("golden") and not having("pool"))
         third = await host.deploy("three.test", "mine")
         assert (third["state"], third["source"]) == ("succeeded", "image"), third["error"]
-        await until(ready)
+        await seen(ready)
         assert having("golden")[0]["name"] != old
 
         kept = having("pool")[0]["name"]
@@ -127,17 +133,13 @@ async def test_a_template_that_cannot_be_made_ready_is_still_deployed(
                 facts = {"template": "odd", "code": "exec_failed", "reason": "install_failed"}
                 assert told["data"]["data"] == facts
                 assert not having("golden") and not having("pool")
-            async with asyncio.timeout(30):
-                while UNPREPARED + b" 1.0" not in await (await session.get("/metrics")).read():
-                    await asyncio.sleep(0.1)  # they are counted behind the events
+            await until(lambda: counted(session, UNPREPARED + b" 1.0"))  # behind the events
             manifest.write_text(manifest.read_text().removeprefix(install))
             assert (await host.deploy("again.test", "odd"))["state"] == "succeeded"
             (told,) = await sse(events, 1, DEADLINE)
             assert (told["event"], told["data"]["data"]) == ("gateway.template.ready", {"template": "odd"})
             assert len(having("golden")) == len(having("pool")) == 1
-            async with asyncio.timeout(30):
-                while UNPREPARED + b" 0.0" not in await (await session.get("/metrics")).read():
-                    await asyncio.sleep(0.1)
+            await until(lambda: counted(session, UNPREPARED + b" 0.0"))
 
 
 async def test_a_cancelled_deployment_is_rolled_back_once_nothing_carries_its_domain(
@@ -148,12 +150,12 @@ async def test_a_cancelled_deployment_is_rolled_back_once_nothing_carries_its_do
     moments = random.Random(3)
     async with hosting(incus_settings, state, golden=True, warm_pool=CANCELS) as host:
         assert (await host.deploy("first.test"))["state"] == "succeeded"
-        await until(ready_pool)
+        await seen(ready_pool)
         for number in range(CANCELS):
             domain = f"cancelled-{number}.test"
             _, begun, _ = await host.call("POST", "/v1/deployments", {"domain": domain, "template": "static"})
             await host.reached(begun["id"], "create")
-            await asyncio.sleep(moments.uniform(0.0, 0.25))  # any moment of a claim
+            await pause(moments.uniform(0.0, 0.25))  # any moment of a claim
             _, record, _ = await host.call("DELETE", f"/v1/deployments/{begun['id']}")
             carrying = [
                 entry["name"]

@@ -29,6 +29,7 @@ from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import OPERATOR, Hosting, RealCaddy, filled, hosting, settings_for
 from tests.live import free_ports
+from tests.waits import until
 
 pytestmark = pytest.mark.timeout(300)
 DOMAIN = "refused.test"
@@ -81,11 +82,11 @@ class Desk:
 
 
 async def ended(deployments: Deployments, record: Record) -> None:
-    async with asyncio.timeout(120):
-        while (await deployments.get(record.id)).state not in ("succeeded", "rolledback"):
-            await asyncio.sleep(0.05)
-        while record.id in deployments._register.running:
-            await asyncio.sleep(0.01)
+    async def over() -> bool:
+        return (await deployments.get(record.id)).state in ("succeeded", "rolledback")
+
+    await until(over, 120, every=0.05)
+    await until(lambda: record.id not in deployments._register.running, every=0.01)
 
 
 @pytest.fixture(scope="module")

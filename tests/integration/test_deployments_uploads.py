@@ -16,6 +16,7 @@ from gateway.settings import Settings
 from tests.archives import folder
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 DEADLINE = 120.0  # seconds of whatever is done in the background, on a busy machine
@@ -38,10 +39,9 @@ def copies() -> list[dict[str, Any]]:
     ]
 
 
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not await asyncio.to_thread(what):
-            await asyncio.sleep(0.1)  # nobody tells what happens to instances that are no tenants
+async def seen(what: Callable[[], bool]) -> None:
+    """Wait until Incus says so: nobody tells what happens to instances that are no tenants."""
+    await until(lambda: asyncio.to_thread(what), DEADLINE, every=0.1)
 
 
 async def made_of(
@@ -68,9 +68,9 @@ async def test_a_second_tenant_of_an_owners_folder_is_made_from_a_golden_copy(
         incus_settings, tmp_path / "state", golden=True, settle_time=0.0, reconcile_interval=1.0
     ) as host:
         assert (await made_of(host, "one.test", mine))["source"] == "image"
-        await until(lambda: len(copies()) == 1)
+        await seen(lambda: len(copies()) == 1)
         # Incus shows a snapshot that is still being made, and one that a kill cut off is not taken
-        await until(lambda: not json.loads(environment.incus("operation", "list", "--format=json").stdout))
+        await seen(lambda: not json.loads(environment.incus("operation", "list", "--format=json").stdout))
         (copy,) = copies()
         assert int(copy["config"]["user.gateway.bytes"]) > 0
         await host.gateway.stop(signal.SIGKILL)
@@ -90,4 +90,4 @@ async def test_a_second_tenant_of_an_owners_folder_is_made_from_a_golden_copy(
         # what a copy may hold of secrets ends with the last tenant that has them
         await host.call("DELETE", "/v1/tenants/one-test")
         assert (await made_of(host, "two.test", uploaded()))["kind"] == "update"
-        await until(lambda: copy["name"] not in {entry["name"] for entry in environment.instances()})
+        await seen(lambda: copy["name"] not in {entry["name"] for entry in environment.instances()})

@@ -25,6 +25,7 @@ from tests.contracts.gateway import no_traceback, sse
 from tests.contracts.idle import get, told
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import pause, until, until_true
 
 pytestmark = pytest.mark.timeout(1800)
 ROUNDS = int(os.environ.get("GATEWAY_TEST_DOMAIN_ROUNDS", "6"))
@@ -59,11 +60,13 @@ class World:
     def tenants(self) -> dict[str, dict[str, Any]]:
         """Return each tenant's domain, and where it answers as a route says it."""
         if self.runtime == "incus":
-            while True:
-                listed = json.loads(environment.incus("list", "--format=json").stdout)
-                if all(entry["config"] is not None for entry in listed):  # of one that stops the name alone
-                    break
-                time.sleep(0.05)
+            listed: list[dict[str, Any]] = []
+
+            def whole() -> bool:  # of one that stops Incus tells the name alone
+                listed[:] = json.loads(environment.incus("list", "--format=json").stdout)
+                return all(entry["config"] is not None for entry in listed)
+
+            until_true(whole)
             found = {}
             for entry in listed:
                 config = entry["config"]
@@ -158,11 +161,9 @@ async def real(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         yield made
 
 
-async def until(what: Any, deadline: float = 20.0) -> None:
+async def seen(what: Any) -> None:
     """Wait for what comes by Incus's events."""
-    async with asyncio.timeout(deadline):
-        while not await asyncio.to_thread(what):
-            await asyncio.sleep(0.05)
+    await until(lambda: asyncio.to_thread(what), every=0.05)
 
 
 # --- a route is there when its PATCH answers -------------------------------------------------------------
@@ -183,11 +184,9 @@ async def test_a_domain_is_served_when_its_patch_answers_and_the_old_one_no_more
     await both.given("quick", "quick.test")
     assert both.leads() == {"quick.test": "quick"}
     await both.host.call("POST", "/v1/tenants/quick/start")
-    async with asyncio.timeout(20):
-        while await both.host.visit("quick.test") != (200, "quick"):
-            await asyncio.sleep(0.05)
+    await both.host.answers("quick.test", 200, "quick")
     await both.gone("quick")
-    await until(lambda: both.leads() == {})
+    await seen(lambda: both.leads() == {})
 
 
 async def test_a_clone_is_led_to_when_its_patch_answers(real: World) -> None:
@@ -198,9 +197,7 @@ async def test_a_clone_is_led_to_when_its_patch_answers(real: World) -> None:
     status, text = await real.host.visit("second.test")
     assert status in (200, 502), text  # its site may only just be starting
     assert real.leads() == {"first.test": "first", "second.test": "second"}
-    async with asyncio.timeout(20):
-        while await real.host.visit("second.test") != (200, "second"):
-            await asyncio.sleep(0.05)
+    await real.host.answers("second.test", 200, "second")
     await real.gone("first", "second")
 
 
@@ -272,7 +269,7 @@ async def test_a_patch_into_anothers_first_deployment_takes_nothing(both: World)
     for number, delay in enumerate((0.0, 0.01, 0.03, 0.06, 0.09)):
         domain = f"fresh-{number}.test"
         deploying = asyncio.create_task(both.host.deploy(domain, "who", tenant="fresh"))
-        await asyncio.sleep(delay)
+        await pause(delay)
         while True:  # until the deployment is over
             status, said = await both.patch("greedy", domain)
             if status == 200 and deploying.done():
@@ -368,15 +365,13 @@ async def test_a_copy_by_incus_shares_nothing_silently(real: World) -> None:
     environment.configure("copied", "user.gateway.domain", "origin.test")
     environment.incus("stop", "--force", "origin")
     environment.incus("rename", "origin", "moved")
-    await until(lambda: real.leads() == {"origin.test": "moved"})
+    await seen(lambda: real.leads() == {"origin.test": "moved"})
     # when the owner goes the remaining one has both
     await real.gone("moved")
-    await until(lambda: real.leads() == {"origin.test": "copied"})
+    await seen(lambda: real.leads() == {"origin.test": "copied"})
     status, _, _ = await host.call("POST", "/v1/tenants/copied/start")
     assert status == 200
-    async with asyncio.timeout(20):
-        while await host.visit("origin.test") != (200, "copied"):
-            await asyncio.sleep(0.05)
+    await host.answers("origin.test", 200, "copied")
     await real.gone("copied")
 
 
@@ -399,7 +394,7 @@ async def test_a_key_written_by_hand_takes_nothing(real: World) -> None:
     status, said = await real.patch("other", "owner.test")
     assert (status, said["reason"]) == (409, "domain_owned")
     await real.gone("owner")
-    await until(lambda: real.leads() == {"owner.test": "other"})
+    await seen(lambda: real.leads() == {"owner.test": "other"})
     assert await real.host.visit("owner.test") == (200, "other")
     await real.gone("other")
 
@@ -412,10 +407,13 @@ async def test_a_deployment_holds_its_domain_after_a_restart_until_it_is_undone(
     await real.host.reached(begun["id"], "push")
     await real.host.gateway.stop(9)  # type: ignore[arg-type]  # SIGKILL
     await real.host.gateway.start()
-    async with asyncio.timeout(60):
-        while (answer := await real.patch("waits", "held.test"))[0] != 200:
-            assert (answer[0], answer[1]["reason"]) == (409, "domain_owned")
-            await asyncio.sleep(0.02)
+
+    async def given() -> bool:
+        status, said = await real.patch("waits", "held.test")
+        assert status == 200 or (status, said["reason"]) == (409, "domain_owned")
+        return bool(status == 200)
+
+    await until(given, 60)
     record = await real.host.ended(begun["id"])
     assert record["state"] == "rolledback", record
     assert real.owners()["held.test"] == ["waits"]
@@ -455,7 +453,7 @@ class Race:
 
     async def give(self, tenant: str, domain: str) -> None:
         """PATCH at some moment; where it is given it must be served at once."""
-        await asyncio.sleep(self.chance.uniform(0, 0.09))
+        await pause(self.chance.uniform(0, 0.09))
         since = time.monotonic()
         entry = [self.who(tenant), domain, since, None]
         self.had.append(entry)  # it may answer before we hear so
@@ -472,7 +470,7 @@ class Race:
         assert status != 404, f"{domain} leads nowhere right after {tenant} got it"
 
     async def deploy(self, tenant: str, domain: str) -> None:
-        await asyncio.sleep(self.chance.uniform(0, 0.09))
+        await pause(self.chance.uniform(0, 0.09))
         entry = [self.who(tenant), domain, time.monotonic(), None]
         self.had.append(entry)
         body = {"domain": domain, "template": "who", "tenant": tenant}
@@ -503,7 +501,7 @@ class Race:
                 return
         self.names[number] = new
 
-    async def visit(self, domain: str, pause: float) -> None:
+    async def visit(self, domain: str, between: float) -> None:
         while not self.done:
             since = time.monotonic()
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -512,7 +510,7 @@ class Race:
                 self.statuses[status] = self.statuses.get(status, 0) + 1
                 if status == 200:
                     self.visits.append((domain, text, since, time.monotonic()))
-            await asyncio.sleep(pause)
+            await pause(between)
 
     def wrong(self) -> list[tuple[str, str, float, float]]:
         """Return the answers of sites that cannot have had the domain at that time."""

@@ -18,11 +18,12 @@ import pytest
 
 from gateway.rootfs.process_tree import PARENT, of_init, pids
 from gateway.settings import Settings
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
 from tests.integration import environment
 from tests.integration.conftest import BOOTED, Container, Incusd
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, Wire
+from tests.waits import until
 
 SHORT_EXECS = int(os.environ.get("GATEWAY_TEST_SHORT_EXECS", "200"))
 AT_ONCE = 64
@@ -40,12 +41,13 @@ async def gateway(incus_settings: Settings, folder: Path) -> AsyncIterator[LiveG
 
 
 async def ready(gateway: LiveGateway) -> None:
-    async with aiohttp.ClientSession(gateway.url) as http, asyncio.timeout(60):
-        while True:
+    async with aiohttp.ClientSession(gateway.url) as http:
+
+        async def up() -> bool:
             async with http.get("/readyz") as response:
-                if response.status == 200:
-                    return
-            await asyncio.sleep(0.05)  # nothing tells of it
+                return response.status == 200
+
+        await until(up, 60, every=0.05)
 
 
 def in_commands(tenant: Container) -> list[int]:

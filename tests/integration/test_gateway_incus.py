@@ -22,11 +22,12 @@ from tests.contracts.input import InputContract
 from tests.contracts.lifecycle import FULL, TIGHT, LifeContract, ask
 from tests.contracts.mcp import McpContract
 from tests.contracts.pace import PaceContract
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
 from tests.contracts.tokens import TokensContract
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
 from tests.live import LiveGateway, RpcFailure
+from tests.waits import until
 
 INPUT = int(os.environ.get("GATEWAY_TEST_INPUT", "256"))  # MiB that a command is sent
 
@@ -350,9 +351,7 @@ async def test_a_killed_incusd_is_told_and_its_return_found(
             async with http.get("/readyz") as response:
                 return response.status == 200
 
-        async with asyncio.timeout(60):
-            while not await ready():
-                await asyncio.sleep(0.05)
+        await until(ready, 60, every=0.05)
         exit_, out, _ = await wire.run(argv=["echo", "back"])
         assert (exit_["exitCode"], out) == (0, b"back\n")
         read = await wire.call("tools/call", name="Write", arguments={"file_path": "b", "content": "x"})

@@ -15,11 +15,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.rootfs import memory, process_tree
+from gateway.rootfs import memory, process_tree, tcp
 from gateway.settings import Settings
 from tests.archives import archive
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "hangs-test", "hangs.test"
@@ -68,6 +69,16 @@ def processes() -> list[int]:
     return process_tree.pids(environment.cgroup(TENANT) / memory.SITE)
 
 
+def in_hand() -> bool:
+    """Return whether the site has read a request and not answered it.
+
+    For a fifth of a second: longer than one is on its way, and than a probe of the gateway takes.
+    """
+    network = environment.settings().network_ipv4
+    (pid, *_) = processes()
+    return any(one.local not in tcp.unread(pid, one.remote) for one in tcp.waiting(network, 0.2))
+
+
 @contextlib.contextmanager
 def stopped() -> Any:
     """Have no process of the site run while the context is open."""
@@ -102,9 +113,11 @@ async def told_health(host: Hosting) -> AsyncIterator[AsyncGenerator[tuple[str, 
 
 async def answers(host: Hosting, browser: aiohttp.ClientSession) -> None:
     """Return once the site answers again."""
-    async with asyncio.timeout(20):
-        while (await visit(host, browser))[0] != 200:
-            await asyncio.sleep(0.1)  # nobody tells a visitor
+
+    async def so() -> bool:
+        return (await visit(host, browser))[0] == 200
+
+    await until(so, every=0.1)
 
 
 def is_page(seen: tuple[int, str, Mapping[str, str], float]) -> None:
@@ -157,7 +170,7 @@ async def test_who_waits_for_a_slow_answer_gets_it(host: Hosting, browser: aioht
     status, _, _, seconds = await visit(host, browser, "/slow")
     assert status == 200 and seconds >= SLOW
     slow = asyncio.ensure_future(visit(host, browser, "/slow"))
-    await asyncio.sleep(1)  # it has been read: nothing else tells
+    await until(in_hand)
     with stopped():
         is_page(await visit(host, browser))
         assert not slow.done()
@@ -170,7 +183,7 @@ async def test_a_site_that_only_computes_is_answered_for(
     """Who came first gets the answer, late; who comes meanwhile gets the page in time."""
     await answers(host, browser)
     first = asyncio.ensure_future(visit(host, browser, "/spin"))
-    await asyncio.sleep(0.5)
+    await until(in_hand)
     second = await visit(host, browser)
     is_page(second)
     assert second[3] < PAGE, second

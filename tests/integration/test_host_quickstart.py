@@ -26,6 +26,7 @@ from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from tests.integration import environment
 from tests.live import free_ports
+from tests.waits import until_true
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -169,8 +170,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             caddy.set("site.localhost", f"127.0.0.1:{site}")
             pid = before.pid()
             assert pid is not None and Path(f"/proc/{pid}").owner() == "caddy"
-            while visit() != 200:
-                time.sleep(0.05)
+            until_true(lambda: visit() == 200)
             visitor.start()
             assert new.caddy_dir == Path(f"{place}-caddy")
             caddy_service.move_out(new)
@@ -179,8 +179,7 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             caddy_service.move_out(new)  # again, as the next start does
             assert after.start(CHECKOUT / "deploy") == f"runs already, pid {pid}"
             seen_by_then = len(answers)
-            while len(answers) < seen_by_then + 20 and visitor.is_alive():
-                time.sleep(0.05)
+            until_true(lambda: len(answers) >= seen_by_then + 20 or not visitor.is_alive())
             ended.set()
             visitor.join()
             assert set(answers) == {200}, (len(answers), set(answers))

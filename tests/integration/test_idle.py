@@ -24,6 +24,7 @@ from tests.contracts.gateway import no_traceback, sse
 from tests.contracts.idle import echo, get, told
 from tests.integration import environment
 from tests.integration.sites import Hosting, RealCaddy, hosting, settings_for
+from tests.waits import pause, until
 
 WAKES = int(os.environ.get("GATEWAY_TEST_WAKES", "2"))
 DOMAIN, TENANT = "sleepy.example.com", "sleepy-example-com"
@@ -85,7 +86,7 @@ async def stays_awake(host: Hosting) -> None:
     async with host.gateway.http(TENANT) as http:
         while time.monotonic() < deadline:
             assert (await get(http, TENANT))["status"] == "running"
-            await asyncio.sleep(0.2)
+            await pause(0.2)
 
 
 def visitor(host: Hosting) -> aiohttp.ClientSession:
@@ -173,7 +174,7 @@ async def test_no_visitor_is_lost_while_a_site_falls_asleep(host: Hosting) -> No
     chance, statuses = random.Random(7), []
     for _ in range(WAKES):
         # the stop takes about a second
-        await asyncio.sleep(chance.uniform(KEPT + LIMIT, KEPT + LIMIT + 3))
+        await pause(chance.uniform(KEPT + LIMIT, KEPT + LIMIT + 3))
         visits = (host.visit(DOMAIN) for _ in range(5))
         statuses += [status for status, _ in await asyncio.gather(*visits)]
     assert statuses == [200] * 5 * WAKES
@@ -192,12 +193,6 @@ async def test_a_site_sleeps_on_while_the_gateway_is_started_again(host: Hosting
             assert await websocket.receive_str() == "hello"
 
 
-async def until_answers(host: Hosting, domain: str) -> None:
-    async with asyncio.timeout(60):
-        while (await host.visit(domain))[0] != 200:
-            await asyncio.sleep(0.1)  # its route comes when the gateway looks
-
-
 @pytest.mark.parametrize("old", [False, True])
 async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hosting, old: bool) -> None:
     """Also one that has no address which it keeps, as clones of earlier versions."""
@@ -207,13 +202,15 @@ async def test_a_renamed_clone_that_sleeps_is_woken_by_its_visitors(host: Hostin
     if old:
         loosen(name)
     assert (await host.call("PATCH", f"/v1/tenants/{name}", {"domain": domain}))[0] == 200
-    await until_answers(host, domain)
+    await host.answers(domain)
     environment.configure(name, "user.gateway.idle_stop", str(LIMIT))
-    for _ in range(2):
+    routes = Caddy(host.settings)
+    for number in range(2):
         await sleeps(host, name)
-        # a look of the gateway at all routes leaves that of one that sleeps
-        environment.configure(TENANT, "user.looked", "at")
-        await asyncio.sleep(0.5)
+        # a look at all routes leaves that of one that sleeps; one that is nobody's goes with it
+        routes.set("nobodys.example.com", "127.0.0.1:9")
+        environment.configure(TENANT, "user.looked", f"at {number}")
+        await until(lambda: routes.get("nobodys.example.com") is None)
         statuses = await asyncio.gather(*(host.visit(domain) for _ in range(3)))
         assert [status for status, _ in statuses] == [200] * 3
     environment.incus("delete", "--force", name)
@@ -230,7 +227,7 @@ async def test_a_clone_that_sleeps_since_an_earlier_version_is_woken(host: Hosti
         environment.configure(name, f"user.gateway.{key}", value)
     (host.settings.state_dir / "caddy" / "routes" / domain).unlink(missing_ok=True)
     await host.gateway.start()
-    await until_answers(host, domain)
+    await host.answers(domain)
     async with host.gateway.http(name) as http:
         assert (await get(http, name))["status"] == "running"
     environment.incus("delete", "--force", name)
@@ -248,9 +245,12 @@ def loosen(name: str) -> None:
 
 
 async def sleeps(host: Hosting, name: str) -> None:
-    async with host.gateway.http(name) as http, asyncio.timeout(60):
-        while (await get(http, name))["status"] != "stopped":
-            await asyncio.sleep(0.2)  # it may sleep already, and then no event comes
+    async with host.gateway.http(name) as http:
+
+        async def stopped() -> bool:  # it may sleep already, and then no event comes
+            return bool((await get(http, name))["status"] == "stopped")
+
+        await until(stopped, 60, every=0.2)
 
 
 async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ async def test_a_route_that_changes_is_never_no_route(incus_settings: Settings, 
             while statuses.total() < 1000:
                 for target in ("127.0.0.2:9", "127.0.0.1:9"):
                     caddy.set("a.example.com", target)
-                    await asyncio.sleep(0.001)
+                    await pause(0.001)
             changing = False
             await asyncio.gather(*asking)
     finally:

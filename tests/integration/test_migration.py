@@ -35,6 +35,7 @@ from tests.integration import environment
 from tests.integration.conftest import Container
 from tests.integration.sites import Hosting, hosting
 from tests.live import free_ports
+from tests.waits import pause, until, until_true
 
 OWNER = 4242  # of the old site; nobody of this host
 SERVER = """
@@ -90,10 +91,8 @@ class OldService:
 
     def wait(self) -> None:
         """Return once something listens at its port."""
-        deadline = time.monotonic() + 20
-        while subprocess.run(["ss", "-Hltn", f"sport = :{self.port}"], capture_output=True).stdout == b"":
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        look = ["ss", "-Hltn", f"sport = :{self.port}"]
+        until_true(lambda: subprocess.run(look, capture_output=True).stdout != b"")
 
     def stop(self, name: str) -> None:
         if self.refuses:
@@ -232,9 +231,7 @@ class Visitors:
     async def more(self, number: int) -> None:
         """Return once so many more were answered, or refused."""
         wanted = len(self.noted) + len(self.failed) + number
-        async with asyncio.timeout(30):
-            while len(self.noted) + len(self.failed) < wanted:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.noted) + len(self.failed) >= wanted)
 
     async def _one(self, number: int) -> None:
         url = f"http://127.0.0.1:{self._host.settings.caddy_ask}/"
@@ -252,7 +249,7 @@ class Visitors:
                 except aiohttp.ClientError as error:
                     self.failed.append((note, repr(error)))
                 self.longest = max(self.longest, time.monotonic() - began)
-                await asyncio.sleep(0.005)
+                await pause(0.005)
 
 
 async def told(host: Hosting, domain: str) -> dict[str, Any]:
@@ -412,10 +409,12 @@ async def test_a_killed_run_is_gone_on_with(host: Hosting, old: OldService, doma
         code, answer = await tool(host, tenant, "Write", file_path="text.txt", content="third")
         assert answer["structuredContent"]["code"] == "forbidden"  # root runs it: what is in there may be run
         killed = await asyncio.create_subprocess_exec(*words, env=config, stdout=asyncio.subprocess.DEVNULL)
-        async with asyncio.timeout(60):
-            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-                assert killed.returncode is None
-                await asyncio.sleep(0.005)  # nobody tells of it
+
+        def stopped() -> bool:
+            assert killed.returncode is None
+            return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+        await until(stopped, 60, every=0.005)
         killed.kill()
         await killed.wait()
         visitor = asyncio.create_task(told(host, domain))

@@ -29,6 +29,7 @@ from tests.contracts.idle import told
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 from tests.live import Wire
+from tests.waits import until
 
 GATEWAY = "gateway.localhost"
 PORTS = 4
@@ -150,18 +151,7 @@ async def destroy(host: Hosting, domain: str) -> None:
 
 async def answers(host: Hosting, domain: str) -> None:
     """Return once a site answers through Caddy."""
-    async with asyncio.timeout(DEADLINE):
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                if await host.visit(domain) == (200, domain):
-                    return
-            await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():
-            await asyncio.sleep(0.05)  # nothing to wait on but the state itself
+    await host.answers(domain, 200, domain)
 
 
 @pytest.fixture(scope="module")
@@ -322,9 +312,7 @@ async def test_streams_of_the_gateway_behind_caddy_outlive_changes_of_routes(
             record = await host.deploy("comes.localhost", "talk")
             assert (record["state"], record["kind"]) == ("succeeded", kind), record["error"]
         await destroy(host, "comes.localhost")
-        async with asyncio.timeout(DEADLINE):
-            while (await host.visit("comes.localhost"))[0] != 404:
-                await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
+        await host.answers("comes.localhost", 404)
         seen = len(out)
         await wire.until(lambda: len(out) > seen)
         await wire.call("exec/start", command="touch enough")

@@ -27,6 +27,7 @@ from tests.archives import archive
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 from tests.neighbour import reading
+from tests.waits import pause, until
 
 pytestmark = pytest.mark.timeout(200)
 TENANT, DOMAIN = "thrash-test", "thrash.test"
@@ -102,11 +103,10 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
         first = (await host.visit(DOMAIN))[1]
         if reserve.cpu_mount() is not None:  # where its systemd has no use for it, it is kept from outside
             container = environment.cgroup(TENANT)
-            async with asyncio.timeout(30):
-                while reserve.lacks(container, reserve.first(reserve.processes(container))):
-                    await asyncio.sleep(0.1)  # until the next look
+            # until the next look
+            await until(lambda: not reserve.lacks(container, reserve.first(reserve.processes(container))))
         async with reading(host.gateway, NEXT_DOOR, "index.html") as before:
-            await asyncio.sleep(2)  # as many reads as tell a p99
+            await pause(2)  # as many reads as tell a p99
 
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -152,19 +152,19 @@ async def test_a_site_that_thrashes_is_told_bounded_and_ended(
             assert waited < 0.3 * seconds, waited
             assert sorted(waits)[len(waits) // 2] < 3 and max(waits) < (1 if STRICT else 10), waits
 
-            async with asyncio.timeout(30):
-                while (again := await host.visit(DOMAIN))[0] != 200:
-                    await asyncio.sleep(0.2)  # until its unit has started it
-                said = ""
-                while "short of memory" not in said:
-                    await asyncio.sleep(0.2)  # nobody tells that a line is written
-                    async with (
-                        host.gateway.http(TENANT) as session,
-                        session.get(f"/v1/tenants/{TENANT}/logs") as logs,
-                    ):
-                        said = await logs.text()
+            await host.answers(DOMAIN)  # its unit has started it
+            again = await host.visit(DOMAIN)
+
+            async def said() -> bool:
+                async with (
+                    host.gateway.http(TENANT) as session,
+                    session.get(f"/v1/tenants/{TENANT}/logs") as logs,
+                ):
+                    return "short of memory" in await logs.text()
+
+            await until(said, every=0.2)
             async with reading(host.gateway, NEXT_DOOR, "index.html") as after:
-                await asyncio.sleep(2)
+                await pause(2)
             calm = max(before.p99, after.p99)  # the machine has others too, who come and go
             assert beside.p99 < (calm * 1.5 if STRICT else max(0.1, calm * 3)), f"{beside}; after {after}"
             assert again[1] != first, "the site goes on as it was"

@@ -20,10 +20,11 @@ from gateway.incus.monitor import first_process
 from gateway.runtime import ExecSpec, Pty, Removal, TenantEvent, TenantRuntime
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
-from tests.contracts.processes import Tree, alive, mark, until
+from tests.contracts.processes import Tree, alive, mark
 from tests.contracts.runtime import RuntimeContract, finish, run
 from tests.integration import environment
 from tests.integration.conftest import Container, Incusd, MakeTenant
+from tests.waits import until
 
 _fresh = itertools.count()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from gateway.settings import Settings
 from tests.archives import SERVE, folder
 from tests.integration import environment
 from tests.integration.sites import hosting
+from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 DOMAIN = "greedy.test"
@@ -39,9 +39,9 @@ async def test_a_site_cannot_take_the_last_process_of_its_tenant(
         allowed = int(environment.incus("exec", TENANT, "--", *show).stdout)
         assert allowed == incus_settings.tenant_processes * 85 // 100
         current = (*show[:3], "--property=TasksCurrent", "site.service")
-        async with asyncio.timeout(60):
-            while int(environment.incus("exec", TENANT, "--", *current).stdout) < allowed:
-                await asyncio.sleep(0.2)  # nobody tells how many it has
+        await until(
+            lambda: int(environment.incus("exec", TENANT, "--", *current).stdout) >= allowed, 60, every=0.2
+        )
         for number in range(10):
             path = f"/v1/tenants/{TENANT}/exec"
             status, answer, _ = await host.call("POST", path, {"command": f"echo {number} | cat"})

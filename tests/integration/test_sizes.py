@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -16,6 +15,7 @@ from gateway.runtime.sizes import SITE_SHARE
 from gateway.settings import MiB, Settings
 from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
+from tests.waits import until
 
 pytestmark = pytest.mark.timeout(200)
 DOMAIN, TENANT = "grows.test", "grows-test"
@@ -74,9 +74,16 @@ async def limited(mib: int, cpus: int, disk: int) -> None:
     """Return once the kernel has these limits; Incus deals out the CPUs a moment after the others."""
     wanted = {"memory": mib * MiB, "cpus": cpus, "disk": disk * MiB}
     assert {**kernels(), "cpus": cpus} == wanted
-    async with asyncio.timeout(10):
-        while kernels() != wanted or site() != mib * MiB * SITE_SHARE // 100 // PAGE * PAGE:
-            await asyncio.sleep(0.1)  # nobody tells
+    share = mib * MiB * SITE_SHARE // 100 // PAGE * PAGE
+    await until(lambda: kernels() == wanted and site() == share, every=0.1)
+
+
+async def asleep(host: Hosting) -> bool:
+    return bool((await host.call("GET", URL))[1]["asleep"])
+
+
+async def made_small(host: Hosting) -> bool:
+    return (await resize(host, "small"))[0] == 200
 
 
 def has(limits: dict[str, Any], wanted: dict[str, str]) -> bool:
@@ -110,9 +117,7 @@ async def test_limits_change_while_a_command_and_the_site_run(host: Hosting) -> 
             assert (await host.deploy(DOMAIN))["state"] == "succeeded"
         elif change == "sleep":
             environment.configure(TENANT, "user.gateway.idle_stop", "0.1")
-            async with asyncio.timeout(30):
-                while not (await host.call("GET", URL))[1]["asleep"]:
-                    await asyncio.sleep(0.2)
+            await until(lambda: asleep(host), every=0.2)
             environment.configure(TENANT, "user.gateway.idle_stop", "0")
             assert (await host.visit(DOMAIN))[0] == 200
         else:
@@ -148,9 +153,8 @@ async def test_what_is_in_use_is_not_taken_away(host: Hosting) -> None:
         running = (await wire.call("exec/list"))["execs"]
         assert [entry["state"] for entry in running if entry["exec"] == begun["exec"]] == ["running"]
         await wire.call("exec/cancel", exec=begun["exec"])
-    async with asyncio.timeout(20):
-        while (await resize(host, "small"))[0] != 200:
-            await asyncio.sleep(0.5)  # nobody tells when all that it held is given back
+    # nobody tells when all that it held is given back
+    await until(lambda: made_small(host), every=0.5)
     # what that snapshot holds is more than there is room for now
     status, answer, _ = await host.call("POST", f"{URL}/snapshots/large/restore")
     assert (status, answer["reason"]) == (409, "in_use"), answer

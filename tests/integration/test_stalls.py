@@ -14,7 +14,6 @@ import gzip
 import io
 import re
 import tarfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.integration.conftest import Container, MakeTenant, make_containers, s
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, RpcFailure, Wire
 from tests.neighbour import Beside, reading
+from tests.waits import pause, until
 
 KEPT = 32 << 20  # bytes by which the gateway may be larger after an attack
 DEADLINE = 90
@@ -72,7 +72,7 @@ async def baseline(gateway: LiveGateway, shared_tenant: Container) -> Beside:
     """What the neighbour sees while nothing else happens."""
     shared_tenant.sh("echo hello >/srv/site/read", user=1000)
     async with reading(gateway, shared_tenant.name, "/srv/site/read") as beside:
-        await asyncio.sleep(3)  # so long is measured
+        await pause(3)  # so long is measured
     return beside
 
 
@@ -94,10 +94,10 @@ async def held(
         async with reading(gateway, neighbour.name, "/srv/site/read") as beside:
             async with asyncio.timeout(DEADLINE):
                 (failure,) = await asyncio.gather(attack(), return_exceptions=True)
-            await asyncio.sleep(0.5)  # what comes after it counts too
-        deadline = time.monotonic() + 10
-        while (grown := gateway.memory("VmRSS") - before) > KEPT and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)  # nothing tells of it
+            await pause(0.5)  # what comes after it counts too
+        with contextlib.suppress(AssertionError):  # it is told below with the rest
+            await until(lambda: gateway.memory("VmRSS") - before <= KEPT, 10, every=0.1)  # noqa: B023
+        grown = gateway.memory("VmRSS") - before
         peak = (gateway.memory("VmHWM") - before) >> 20
         late = {bound: int(count - lag[bound]) for bound, count in (await lags(gateway)).items()}
         print(
@@ -173,10 +173,11 @@ async def test_environments_of_empty_strings(
             hostile.run("tee", "/root/empty.pl", stdin=EMPTY_STRINGS.encode())
             unit = "systemd-run --quiet --unit=empty perl /root/empty.pl"
             await asyncio.to_thread(hostile.sh, unit)
-            counted = 0
-            while counted < 40:
-                await asyncio.sleep(0.2)
-                counted = int((await asyncio.to_thread(hostile.sh, "pgrep -cx sleep || :")).split()[0])
+
+            async def sleepers() -> bool:
+                return int((await asyncio.to_thread(hostile.sh, "pgrep -cx sleep || :")).split()[0]) >= 40
+
+            await until(sleepers, DEADLINE, every=0.2)
             for _ in range(3):
                 started = await wire.call("exec/start", command="sleep 600 & exec sleep 600")
                 answer = await wire.call("exec/cancel", exec=started["exec"], graceMs=0)
@@ -273,10 +274,13 @@ async def test_an_archive_with_a_map_of_millions(
             async with http.post("/v1/deployments", json=body) as response:
                 made = await response.json()
                 assert response.status == 202, made
-            while made["state"] != "rolledback":
-                await asyncio.sleep(0.1)
+
+            async def over() -> bool:
                 async with http.get(f"/v1/deployments/{made['id']}") as response:
-                    made = await response.json()
+                    made.update(await response.json())
+                return bool(made["state"] == "rolledback")
+
+            await until(over, DEADLINE, every=0.1)
             assert made["error"]["reason"] == "template_invalid", made
 
     await held(gateway, shared_tenant, baseline, "sparse map", attack)

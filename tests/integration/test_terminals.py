@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.contracts.processes import mark
 from tests.integration.conftest import Container
 from tests.integration.test_gateway_incus import live
 from tests.live import LiveGateway, Wire
+from tests.waits import until
 
 COLS, ROWS = 80, 24
 PTY = {"cols": COLS, "rows": ROWS}
@@ -50,9 +50,7 @@ class Seen:
 
     async def same_as(self, other: Seen) -> None:
         """Wait until both show the same, and something: what one got the other may still get."""
-        async with asyncio.timeout(15):
-            while not any(self.lines()) or self.lines() != other.lines():
-                await asyncio.sleep(0.05)
+        await until(lambda: any(self.lines()) and self.lines() == other.lines())
 
 
 async def start(wire: Wire, command: str) -> tuple[str, Seen]:

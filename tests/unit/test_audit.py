@@ -12,6 +12,7 @@ from gateway.audit import Audit, Entry
 from gateway.events import Bus, StoredJournal
 from gateway.settings import Settings
 from gateway.storage.store import Store
+from tests.waits import until
 
 KEPT = 30
 
@@ -36,12 +37,12 @@ async def test_a_flood_pushes_out_its_own_alone(rig: tuple[Audit, Bus]) -> None:
         await audit.note("him", "tenant.start", "greedy")
         bus.publish("file.written", "greedy", {"path": f"{number}", "by": "him"})
     bus.publish("file.written", "quiet", {"path": "x" * 10_000, "by": "her"})
-    async with asyncio.timeout(20):
-        while True:
-            entries = await audit.entries(1000)
-            if any(entry["action"] == "file.written" and entry["tenant"] == "quiet" for entry in entries):
-                break
-            await asyncio.sleep(0.02)  # nobody tells when an event was taken over
+
+    async def taken() -> bool:  # nobody tells when an event was
+        entries = await audit.entries(1000)
+        return any(entry["action"] == "file.written" and entry["tenant"] == "quiet" for entry in entries)
+
+    await until(taken)
     await audit.note("him", "tenant.start", "greedy")
     entries = await audit.entries(1000)
     told = [(entry["who"], entry["action"]) for entry in entries]
@@ -74,8 +75,7 @@ async def test_what_cannot_be_recorded_holds_up_nothing_that_follows(
     bus.publish("file.written", "a", {"path": "first", "by": "her"})
     await asyncio.wait_for(broken.wait(), 20)
     bus.publish("file.written", "a", {"path": "second", "by": "her"})
-    async with asyncio.timeout(20):
-        while not (entries := await audit.entries(10)):
-            await asyncio.sleep(0.02)  # nobody tells when an event was taken over
+    await until(lambda: audit.entries(10))  # nobody tells when an event was taken over
+    entries = await audit.entries(10)
     assert [entry["facts"]["path"] for entry in entries] == ["second"]
     assert "are not in the audit" in caplog.text

@@ -15,9 +15,10 @@ import orjson
 import pytest
 
 from gateway.auth import tokens
-from tests.contracts.processes import alive, mark, until
+from tests.contracts.processes import alive, mark
 from tests.live import SECRET, LiveGateway
 from tests.unit.command_line import run, served, start
+from tests.waits import until
 
 
 @pytest.fixture(scope="module")

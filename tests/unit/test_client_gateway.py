@@ -14,6 +14,7 @@ import pytest
 
 from gateway.auth import tokens
 from gateway_client import Client, Disconnected, Exit, GatewayError, Retry, Tenant, errors
+from tests.waits import until
 
 ROOT = Path(__file__).parents[2]
 SECRET = "s" * 32
@@ -58,13 +59,15 @@ async def serving(
         try:
             token = tokens.issue(SECRET, "test", ["shop"], SCOPES, 600)
             async with Client(f"unix:{folder}/socket", token=token, retry=retry) as client:
-                while True:
-                    try:
+
+                async def up() -> bool:  # nobody tells when a socket begins to answer
+                    assert server.returncode is None, (folder / "log").read_text()
+                    with contextlib.suppress(GatewayError):
                         await client.http("GET", "/readyz")
-                        break
-                    except GatewayError:
-                        assert server.returncode is None, (folder / "log").read_text()
-                        await asyncio.sleep(0.05)  # nobody tells when a socket begins to answer
+                        return True
+                    return False
+
+                await until(up, 60, every=0.05)
                 yield client, server
         finally:
             if server.returncode is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -15,6 +14,7 @@ from gateway_client import Disconnected, errors, sync
 from gateway_client.sync import Client, Tenant
 from tests.contracts.processes import Tree
 from tests.live import LiveGateway, local_gateway
+from tests.waits import until_true
 
 PAIRS = [
     (getattr(gateway_client, name), getattr(sync, name))
@@ -44,10 +44,8 @@ def shop(client: Client) -> Tenant:
 
 
 def gone(tree: Tree, deadline: float = 20) -> bool:
-    end = time.monotonic() + deadline
-    while tree.alive() and time.monotonic() < end:
-        time.sleep(0.02)
-    return tree.alive() == 0
+    until_true(lambda: tree.alive() == 0, deadline)
+    return True
 
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda one: one.__module__)
@@ -78,9 +76,14 @@ def test_a_command_in_the_background_is_followed_and_killed(shop: Tenant) -> Non
     begun = shop.bash(tree.script, background=True)
     assert (begun.status, begun.exit_code) == ("running", None)
     assert begun.shell_id is not None
-    while "ready" not in (seen := shop.bash_output(begun.shell_id)).text:
+    shell = begun.shell_id
+
+    def ready() -> bool:
+        seen = shop.bash_output(shell)
         assert seen.status == "running"
-        time.sleep(0.02)
+        return "ready" in seen.text
+
+    until_true(ready)
     shop.kill_shell(begun.shell_id)
     assert tree.alive() == 0
     assert shop.bash_output(begun.shell_id).status == "killed"
@@ -119,8 +122,7 @@ def test_an_interrupt_ends_what_is_waited_for(shop: Tenant) -> None:
     tree = Tree()
 
     def interrupt() -> None:
-        while tree.alive() < Tree.SIZE:
-            time.sleep(0.02)
+        until_true(lambda: tree.alive() == Tree.SIZE)
         os.kill(os.getpid(), signal.SIGINT)
 
     waiting = threading.Thread(target=interrupt, daemon=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from gateway.deployments.context import Context
 from gateway.deployments.reconciler import Reconciler
 from gateway.deployments.recovery import Recovery
-from tests.waits import turn
+from tests.waits import pause, turn
 
 TOOK = 0.02  # seconds of one look
 
@@ -28,7 +28,7 @@ class Looks(Reconciler):
 
     async def reconcile(self) -> None:
         self.began.append(time.monotonic())
-        await asyncio.sleep(TOOK)
+        await pause(TOOK)
         self.looked.set()
 
 

@@ -23,8 +23,8 @@ from gateway.runtime import ExecSpec, Process, StreamName
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
-from tests.contracts.processes import alive, mark, until
-from tests.waits import settled, turn
+from tests.contracts.processes import alive, mark
+from tests.waits import settled, turn, until
 
 Make = Callable[..., Awaitable[Execs]]
 

@@ -15,6 +15,7 @@ import pytest
 
 from gateway import protocol
 from tests.live import LiveGateway, RpcFailure, Wire, local_gateway
+from tests.waits import pause, standstill, until
 
 MiB = 1 << 20
 SLACK = 24 * MiB  # what an allocator keeps of what is free
@@ -54,10 +55,8 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live
 async def gateway(shared: LiveGateway) -> AsyncIterator[LiveGateway]:
     """A gateway that holds nothing for anybody any more when the test is over."""
     yield shared
-    async with asyncio.timeout(30):
-        for name in ("connections", "connections_anonymous", "bytes_in_flight"):
-            while await gauge(shared, name) > 0:
-                await asyncio.sleep(0.05)  # nobody tells when a socket's end was noticed
+    for name in ("connections", "connections_anonymous", "bytes_in_flight"):
+        await reaches(shared, name, 0)  # nobody tells when a socket's end was noticed
 
 
 @pytest.fixture
@@ -79,6 +78,13 @@ async def gauge(gateway: LiveGateway, name: str) -> float:
     async with gateway.http("a") as http, http.get("/metrics") as response:
         lines = (await response.text()).splitlines()
     return float(next(line for line in lines if line.startswith(f"gateway_{name} ")).split()[1])
+
+
+async def reaches(gateway: LiveGateway, name: str, most: float = float("inf"), least: float = 0) -> None:
+    async def reached() -> bool:
+        return least <= await gauge(gateway, name) <= most
+
+    await until(reached, every=0.05)
 
 
 class Raw:
@@ -109,6 +115,15 @@ class Raw:
             ):
                 said += data
         return said
+
+
+async def waiting(*transports: asyncio.WriteTransport) -> int:
+    """Return how many bytes the kernel has not taken of what was written."""
+    return sum(transport.get_write_buffer_size() for transport in transports)
+
+
+async def in_flight(gateway: LiveGateway) -> int:
+    return int(await gauge(gateway, "bytes_in_flight"))
 
 
 @contextlib.contextmanager
@@ -194,12 +209,14 @@ async def test_unfinished_messages_hold_their_tenants_share_and_end(fresh: LiveG
                 head = bytes([0x81, 0xFF]) + (15 * MiB).to_bytes(8, "big") + b"mask"
                 transport = wire.socket.transport
                 transport.write(head + b"x" * (14 * MiB))
-            await asyncio.sleep(1)
+            # until as much is sent as is read
+            await standstill(lambda: waiting(*(wire.socket.transport for wire in wires)))
             assert await other.call("ping") == {}
             await other.call("files/write", path="large", text="y" * (7 * MiB))
             assert grown() < 2 * 16 * MiB + 3 * 7 * MiB + 10 * MiB + SLACK
-        assert await wires[0].closed(60) == 4429
-        for wire in wires[1:]:
+        ended = wires[0].socket.protocol
+        await until(lambda: ended.close_code == 4429)
+        for wire in wires:  # of whom nobody reads on
             wire.socket.transport.abort()
 
 
@@ -215,7 +232,7 @@ async def test_answers_that_nobody_takes_are_bounded(fresh: LiveGateway) -> None
             with growth(fresh) as grown:
                 for number in range(2, 102):
                     await deaf.send(protocol.request(number, "files/read", {"path": "large"}))
-                await asyncio.sleep(2)
+                await standstill(lambda: in_flight(fresh))
                 assert (await other.call("files/read", path="small"))["text"] == "1"
                 assert grown() < 24 * MiB * 3 + SLACK
             deaf.socket.transport.abort()
@@ -225,8 +242,7 @@ async def test_a_request_that_finds_its_share_full_is_told_when_to_ask_again(gat
     path, token = "/v1/tenants/a/tools/Read", gateway.token("a")
     with connections(gateway, 2) as (first, second):
         await first.send(post(path, 15 * MiB, token) + b"{")
-        while await gauge(gateway, "bytes_in_flight") < 15 * MiB:
-            await asyncio.sleep(0.02)
+        await reaches(gateway, "bytes_in_flight", least=15 * MiB)
         await second.send(post(path, 15 * MiB, token) + b"{")
         said = await second.head()
         assert said.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in said.lower()
@@ -286,7 +302,7 @@ async def test_head_that_does_not_come_in_time_is_given_up(gateway: LiveGateway)
         async def drip() -> None:
             while True:
                 await slow.send(b"X")
-                await asyncio.sleep(0.2)
+                await pause(0.2)
 
         dripping = asyncio.create_task(drip())
         await asyncio.gather(*(one.until_closed(15) for one in (silent, slow, second)))
@@ -307,12 +323,12 @@ async def test_body_that_does_not_come_is_given_up(gateway: LiveGateway) -> None
         async def drip() -> None:
             while True:
                 await anonymous.send(b" ")
-                await asyncio.sleep(0.2)
+                await pause(0.2)
 
         dripping = asyncio.create_task(drip())
         for position in range(0, len(body), 20):
             await known.send(body[position : position + 20])
-            await asyncio.sleep(1)
+            await pause(1)
         assert (await known.head()).startswith(b"HTTP/1.1 200")
         assert (await anonymous.head()).startswith(b"HTTP/1.1 504")
         dripping.cancel()
@@ -327,11 +343,8 @@ async def test_answer_that_nobody_takes_is_cut(gateway: LiveGateway) -> None:
             for one in opened:
                 one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 await one.send(post("/v1/tenants/a/exec", len(ask), gateway.token("a")) + ask)
-            async with asyncio.timeout(30):
-                while await gauge(gateway, "bytes_in_flight") < 5 * MiB:
-                    await asyncio.sleep(0.05)
-                while await gauge(gateway, "bytes_in_flight") > MiB:
-                    await asyncio.sleep(0.05)
+            await reaches(gateway, "bytes_in_flight", least=5 * MiB)
+            await reaches(gateway, "bytes_in_flight", most=MiB)
 
 
 # --- sockets ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tests.contracts.pace import PaceContract
 from tests.contracts.processes import mark
 from tests.contracts.tokens import SHORT, TokensContract, connected
 from tests.live import LiveGateway, local_gateway
+from tests.waits import until
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,8 @@ class TestLocalTokens(TokensContract):
             writer.write(head.encode())
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
             assert connected(gateway.port, ours)
-            async with asyncio.timeout(SHORT + 20):
-                while connected(gateway.port, ours):
-                    await asyncio.sleep(0.1)  # nothing is told to who reads nothing
+            # nothing is told to who reads nothing
+            await until(lambda: not connected(gateway.port, ours), SHORT + 20, every=0.1)
             writer.transport.abort()
         finally:
             log.unlink()

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.incus import monitor
 from gateway.incus.monitor import first_process
-from tests.contracts.processes import until
+from tests.waits import until
 
 DIRECTORY = Path("/var/lib/incus")
 BEFORE = (datetime.now(UTC) - timedelta(minutes=1)).isoformat()

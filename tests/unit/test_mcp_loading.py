@@ -13,6 +13,7 @@ import pytest
 from gateway.api import mcp_loading
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.errors import Unavailable
+from tests.waits import turn
 
 GIVEN: Any = ("shop", None, b"{}", {}, None, None)
 
@@ -80,7 +81,7 @@ async def test_who_leaves_takes_nothing_from_the_others(loads: list[BaseExceptio
     loads.append(None)
     async with McpEndpoint(*(None, None, None)) as mcp:  # type: ignore[arg-type]
         first = asyncio.create_task(mcp.serve(*GIVEN))
-        await asyncio.sleep(0)
+        await turn()
         first.cancel()
         await mcp.serve(*GIVEN)
     assert first.cancelled() and Endpoint.made[0].served == 1

@@ -6,12 +6,12 @@ import contextlib
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from gateway.rootfs import tcp
+from tests.waits import until_true
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tables are Linux's")
 NETWORK = "127.0.0.1/8"
@@ -30,13 +30,10 @@ def at(end: tcp.End) -> list[tcp.Connection]:
     return [one for one in tcp.waiting(NETWORK, 0.0) if one.remote == end]
 
 
-def until(there: int, end: tcp.End, pid: int) -> set[tcp.End]:
+def unread(there: int, end: tcp.End, pid: int) -> set[tcp.End]:
     """Return what lies unread once it is so many: the kernel takes a moment."""
-    deadline = time.monotonic() + 5
-    while len(found := tcp.unread(pid, end)) != there:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.001)
-    return found
+    until_true(lambda: len(tcp.unread(pid, end)) == there, every=0.001)
+    return tcp.unread(pid, end)
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -46,12 +43,12 @@ def test_a_request_is_unread_until_its_server_reads_it(family: socket.AddressFam
         local = (socket.inet_aton("127.0.0.1"), client.getsockname()[1])
         assert tcp.unread(os.getpid(), end) == set(), "it has sent nothing"
         client.send(b"GET /")
-        assert until(1, end, os.getpid()) == {local}
+        assert unread(1, end, os.getpid()) == {local}
         taken, _ = listening.accept()
-        assert until(1, end, os.getpid()) == {local}
+        assert unread(1, end, os.getpid()) == {local}
         with taken:
             assert taken.recv(100) == b"GET /"
-            assert until(0, end, os.getpid()) == set()
+            assert unread(0, end, os.getpid()) == set()
             assert [one.local for one in at(end)] == [local], "its answer is waited for all the same"
 
 
@@ -60,7 +57,7 @@ def test_who_has_an_answer_waits_no_longer() -> None:
         taken, _ = listening.accept()
         with taken:
             client.send(b"GET /")
-            time.sleep(0.02)  # the kernel counts in milliseconds
+            until_true(lambda: [one for one in at(end) if one.seconds >= 0.01] != [], every=0.001)
             waits = at(end)
             assert len(waits) == 1 and 0.01 <= waits[0].seconds < 5
             assert [one for one in tcp.waiting(NETWORK, 4.0) if one.remote == end] == []
@@ -84,10 +81,10 @@ def test_only_what_is_unread_is_broken_off() -> None:
             one.settimeout(5)
         taken = stack.enter_context(listening.accept()[0])
         assert taken.recv(100) == b"GET /"
-        until(2, end, os.getpid())
+        unread(2, end, os.getpid())
         assert tcp.break_off(os.getpid(), "127.0.0.1", end[1], {left.getsockname()[1]}) == 1
         with pytest.raises(ConnectionAbortedError):
             lost.recv(1)
         taken.send(b"late")
         assert read.recv(100) == b"late"
-        assert until(1, end, os.getpid()) == {(socket.inet_aton("127.0.0.1"), left.getsockname()[1])}
+        assert unread(1, end, os.getpid()) == {(socket.inet_aton("127.0.0.1"), left.getsockname()[1])}
