@@ -62,6 +62,7 @@ if [ -n "$_gateway_name" ]; then
   if [ "$_gateway_uid" != 0 ]; then
     # Programs that the user installed, where npm, pip, uv, pnpm and bun put them, come first, but only once root
     # has looked up its last.
+    # shellcheck disable=SC2016 # the user's shell expands it
     exec setpriv "--reuid=$_gateway_uid" "--regid=$_gateway_gid" "$_gateway_groups" -- /bin/sh -c \
       'PATH=$HOME/.local/bin:$HOME/.local/share/pnpm/bin:$HOME/.bun/bin:$PATH
 '"$_gateway_wait" sh "$@"
