@@ -329,7 +329,7 @@ def test_steps_beside_one_another_are_shown_one_by_one() -> None:
 @pytest.mark.parametrize("how", [None, signal.SIGINT, signal.SIGTERM], ids=["error", "int", "term"])
 def test_what_was_begun_ends_with_the_script(how: signal.Signals | None) -> None:
     """All that it started too, whatever ends the script."""
-    job = "exec 3>&1; job() { sleep 1000 & echo runs >&3; wait; }; begin job '' job"
+    job = "exec 3>&1; job() { sh -c 'echo runs >&3; sleep 1000' & wait; }; begin job '' job"
     with _beside(f"{job}; {'finish job' if how else 'read -r; die no'}") as process:
         assert process.stdout is not None and process.stdin is not None
         said = {process.stdout.readline(), process.stdout.readline()}
