@@ -19,6 +19,7 @@ from gateway.auth.grants import Grants
 from gateway.auth.revocations import Revocations
 from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Hangs, Health
+from gateway.deployments.publishing import Sources
 from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
@@ -63,6 +64,7 @@ class Services(Hub):
     site_logs: SiteLogs
     health: Health
     deployments: Deployments
+    sources: Sources
     pressure: Pressure | None
     metrics: Metrics
     mcp: McpEndpoint | None
@@ -186,6 +188,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
             site_logs=SiteLogs(runtime, settings),
             health=health,
             deployments=deployments,
+            sources=Sources(runtime, settings),
             pressure=pressure,
             metrics=metrics,
             mcp=mcp,

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gateway.cli.asking import client_of, run_to_end
-from gateway.cli.confirming import Failed, somebody_is_there
+from gateway.cli.confirming import somebody_is_there
+from gateway.cli.following import Domain, ended, followed, tenant_of
 from gateway.cli.options import Json, TokenOption, Url
-from gateway.cli.progress import Progress, follow
 from gateway.terminal import line, out
-from gateway_client.client import Client
-from gateway_client.deployments import Deployment, DeploymentRecord
-from gateway_client.tenant import Tenant
-
-Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The site's domain, or its tenant")]
+from gateway_client.deployments import DeploymentRecord
 
 
 class Action(StrEnum):
@@ -33,7 +29,7 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
 
     async def run() -> None:
         async with client_of(url, token) as client:
-            history = await (await _tenant(client, domain)).deployments()
+            history = await (await tenant_of(client, domain)).deployments()
         if as_json:
             out.json(history.all, indent=True)
             return
@@ -65,10 +61,10 @@ def rollback(
 
     async def run() -> DeploymentRecord:
         async with client_of(url, token) as client:
-            begun = await (await _tenant(client, domain)).rollback(identity)
-            return await _followed(begun, domain, as_json=as_json)
+            begun = await (await tenant_of(client, domain)).rollback(identity)
+            return await followed(begun, domain, as_json=as_json)
 
-    record = _ended(run())
+    record = ended(run())
     if not as_json:
         out.say(f"{record.url} is {record.all['rollback']} again, after {(record.ms or 0) / 1000:.2f} s")
 
@@ -105,10 +101,10 @@ def env(
 
     async def run() -> DeploymentRecord:
         async with client_of(url, token) as client:
-            begun = await (await _tenant(client, domain)).change_environment(changes)
-            return await _followed(begun, domain, as_json=as_json)
+            begun = await (await tenant_of(client, domain)).change_environment(changes)
+            return await followed(begun, domain, as_json=as_json)
 
-    record = _ended(run())
+    record = ended(run())
     if not as_json:
         done = "has" if action is Action.SET else "has no more"
         names = ", ".join(sorted(changes))
@@ -117,7 +113,7 @@ def env(
 
 async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, token: str | None) -> None:
     async with client_of(url, token) as client:
-        tenant = await _tenant(client, domain)
+        tenant = await tenant_of(client, domain)
         found: Mapping[str, str | None]
         if values:
             found = await tenant.environment()
@@ -128,33 +124,6 @@ async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, to
         return
     for name, value in sorted(found.items()):
         out.say(name if value is None else f"{name}={line(value)}")
-
-
-async def _tenant(client: Client, domain: str) -> Tenant:
-    """Return the tenant with a domain, or of that name. Raises `Failed`."""
-    wanted = domain.rstrip(".").lower()
-    found = await client.tenants()
-    for info in (
-        *(one for one in found if one.domain == wanted),
-        *(one for one in found if one.name == wanted),
-    ):
-        return client.tenant(info.name)
-    raise Failed(f"no tenant has the domain {domain}; `incus-gateway list` shows those that there are")
-
-
-async def _followed(begun: Deployment, domain: str, *, as_json: bool) -> DeploymentRecord:
-    if as_json:
-        return await follow(begun, out.json)
-    with Progress(out, domain) as progress:
-        return await follow(begun, progress.told)
-
-
-def _ended(work: Coroutine[Any, Any, DeploymentRecord]) -> DeploymentRecord:
-    record: DeploymentRecord = run_to_end(work)
-    if record.error is not None:
-        where = record.error.facts.get("phase", "deploy")
-        raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
-    return record
 
 
 def _lines() -> list[str]:

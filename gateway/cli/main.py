@@ -32,6 +32,7 @@ COMMANDS: Final[Table] = {
     "audit": "gateway.cli.operator:audit",
     "create": "gateway.cli.tenants:create",
     "deploy": "gateway.cli.sites:deploy",
+    "publish": "gateway.cli.sites:publish",
     "deployments": "gateway.cli.former:deployments",
     "rollback": "gateway.cli.former:rollback",
     "env": "gateway.cli.former:env",

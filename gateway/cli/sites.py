@@ -12,9 +12,8 @@ from pydantic import ValidationError
 
 from gateway.cli import folders
 from gateway.cli.asking import client_of, run_to_end
-from gateway.cli.confirming import Failed
+from gateway.cli.following import Domain, ended, followed, tenant_of
 from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
-from gateway.cli.progress import Progress, follow
 from gateway.deployments.manifest import Overrides
 from gateway.settings import load
 from gateway.terminal import line, out
@@ -92,17 +91,38 @@ def deploy(
                 port=port,
                 mode=mode,
             )
-            if as_json:
-                return await follow(begun, out.json)
-            with Progress(out, domain) as progress:
-                return await follow(begun, progress.told)
+            return await followed(begun, domain, as_json=as_json)
 
-    record = run_to_end(run())
-    if record.error is not None:
-        where = record.error.facts.get("phase", "deploy")
-        raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
+    record = ended(run())
     if not as_json:
         out.say(f"{record.url} is up, after {(record.ms or 0) / 1000:.2f} s")
+
+
+def publish(
+    domain: Domain,
+    at: Annotated[str, typer.Argument(metavar="AT", help="The domain to publish it at")],
+    size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for what is published; repeat it")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Its tenant; default: made of AT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+    url: Url = None,
+    token: TokenOption = None,
+) -> None:
+    """Build a site for production and serve that at another domain; the site itself goes on as it is.
+
+    What is published has a tenant and an environment of its own. Publish again to update it.
+    """
+    variables = dict(assignment(entry) for entry in env) if env else None
+
+    async def run() -> DeploymentRecord:
+        async with client_of(url, token) as client:
+            source = await tenant_of(client, domain)
+            begun = await source.publish(at, size=size.value, env=variables, tenant=tenant)
+            return await followed(begun, at, as_json=as_json)
+
+    record = ended(run())
+    if not as_json:
+        out.say(f"{record.url} is published, after {(record.ms or 0) / 1000:.2f} s")
 
 
 def _overrides(start: str | None, install: str | None, port: int | None, mode: str | None) -> Overrides:

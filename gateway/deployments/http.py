@@ -57,6 +57,20 @@ class DeployBody(BaseModel):
         return Request(self.domain, template, self.size, self.env, self.tenant, said)
 
 
+class PublishBody(BaseModel):
+    """What `POST /v1/tenants/{tenant}/publish` takes: where the site is served, and its own environment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    domain: Annotated[str, Field(min_length=1, max_length=300)]
+    size: str = "small"
+    env: Annotated[dict[str, str], Field(max_length=200)] | None = None
+    tenant: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+
+    def request(self, archive: bytes) -> Request:
+        return Request(self.domain, archive, self.size, self.env, self.tenant)
+
+
 class RollbackBody(BaseModel):
     """What `POST /v1/tenants/{tenant}/rollback` takes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -92,6 +93,25 @@ async def test_a_folder_with_nothing_but_a_page_is_served(host: Hosting, tmp_pat
     assert await host.visit("plain.test") == (200, "<h1>mine</h1>")
 
 
+async def published(host: Hosting) -> None:
+    """What an agent made of the app is built and served at another domain, and its dev server goes on."""
+    for said in ("first", "second"):
+        async with host.gateway.http("vite-test") as session:
+            url = "/v1/tenants/vite-test/files/main.js"
+            answer = await session.put(url, data=f"document.body.textContent = '{said} edit'".encode())
+            assert answer.status in (200, 201), await answer.text()
+        code, output = await cli(host, "publish", "vite.test", "www.vite.test")
+        assert code == 0 and "http://www.vite.test is published" in output, output
+        status, page = await host.visit("www.vite.test")
+        assert status == 200 and "/@vite/client" not in page
+        script = re.search(r'src="(/assets/[^"]+)"', page)
+        assert script is not None, page
+        assert f"{said} edit" in (await host.visit("www.vite.test", script[1]))[1]
+        assert "/@vite/client" in (await host.visit("vite.test"))[1]
+    status, refused, _ = await host.call("POST", "/v1/tenants/vite-test/publish", {"domain": "Vite.test"})
+    assert (status, refused["code"]) == (400, "invalid_params"), refused
+
+
 async def test_a_vite_app_is_served_by_its_dev_server(host: Hosting) -> None:
     files = {
         "package.json": json.dumps({"devDependencies": {"vite": VITE}, "scripts": {"dev": "vite"}}),
@@ -115,6 +135,7 @@ async def test_a_vite_app_is_served_by_its_dev_server(host: Hosting) -> None:
     status, page = await host.visit("vite.test")
     assert status == 200 and "/@vite/client" in page
     # built, and served without a process of Node
+    await published(host)
     record = await deployed(host, "vite.test", files, mode="production")
     assert (record["kind"], record["detected"]["static"]) == ("update", "dist")
     status, page = await host.visit("vite.test")

@@ -170,7 +170,7 @@ class Hostile:
             return {"deployments": [deployment], "live": EVIL, "kept": [{"id": EVIL}]}
         if path.endswith("/env") and request.method == "GET":
             return {"names": [EVIL], "env": {EVIL: EVIL}}
-        if "/deployments" in path or path.endswith(("/rollback", "/env")):
+        if "/deployments" in path or path.endswith(("/publish", "/rollback", "/env")):
             return deployment
         return tenant
 
@@ -256,6 +256,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "rename": [["rename", "shop", "d.example"]],
     "resize": [["resize", "shop", "medium"]],
     "deployments": [["deployments", "shop"], ["deployments", "shop", "--json"]],
+    "publish": [["publish", "shop", "www.example"]],
     "rollback": [["rollback", "shop"]],
     "env": [["env", "shop"], ["env", "shop", "--values"], ["env", "shop", "set", "A=1"]],
     "history": [["history", "shop"], ["history", "shop", "a" * 40]],

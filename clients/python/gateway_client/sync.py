@@ -297,6 +297,7 @@ class Tenant(_Facade[tenant.Tenant]):
     deployments = _waits(tenant.Tenant.deployments)
     variables = _waits(tenant.Tenant.variables)
     environment = _waits(tenant.Tenant.environment)
+    publish = _makes(tenant.Tenant.publish, Deployment)
     rollback = _makes(tenant.Tenant.rollback, Deployment)
     change_environment = _makes(tenant.Tenant.change_environment, Deployment)
     clone = _makes(tenant.Tenant.clone, lambda loop, made: Tenant(loop, made))

@@ -184,6 +184,21 @@ class Tenant(ToolSession):
 
         return History.parse(await self._http.json("GET", f"{self._path}/deployments"))
 
+    async def publish(
+        self,
+        domain: str,
+        *,
+        size: str = "small",
+        env: Mapping[str, str] | None = None,
+        tenant: str | None = None,
+        key: str | None = None,
+    ) -> Deployment:
+        """Begin to build the site for production and serve that at another domain, in a tenant of its own."""
+        body: dict[str, Any] = {"domain": domain, "size": size}
+        body |= {} if env is None else {"env": dict(env)}
+        body |= {} if tenant is None else {"tenant": tenant}
+        return await self._begun("POST", "publish", body, key)
+
     async def rollback(self, to: str | None = None, *, key: str | None = None) -> Deployment:
         """Begin to serve a kept site again, the one that was live last or that of the deployment `to`."""
         body = {} if to is None else {"to": to}

@@ -125,6 +125,22 @@ export abstract class Life<Twin> extends Tools {
     return this.http.json("GET", this.path("/deployments"), undefined, { signal });
   }
 
+  /** Begins to build the site for production and serve that at another domain, in a tenant of its own. */
+  publish(
+    domain: string,
+    options: BeginOptions & {
+      /** Of a new tenant; `small` where left out. */
+      readonly size?: TenantSize | undefined;
+      /** The environment of what is published. */
+      readonly env?: Readonly<Record<string, string>> | undefined;
+      /** Its tenant; made of the domain where left out. */
+      readonly tenant?: string | undefined;
+    } = {},
+  ): Promise<Deployment> {
+    const { size = "small", env, tenant, ...begin } = options;
+    return this.#begin("POST", "/publish", { domain, size, env, tenant }, begin);
+  }
+
   /** Begins to serve a kept site again: the one that was live last, or that of the deployment `to`. */
   rollback(to?: string, options: BeginOptions = {}): Promise<Deployment> {
     return this.#begin("POST", "/rollback", { to }, options);

@@ -16,6 +16,7 @@ from gateway.api.access import (
     idempotency_key,
     json_body,
     optional_json,
+    using_tenant,
     with_token,
 )
 from gateway.api.http import as_json
@@ -24,7 +25,8 @@ from gateway.auth.tokens import Token
 from gateway.deployments import Record
 from gateway.deployments import http as deploying
 from gateway.deployments.request import Change, Rollback, Variables
-from gateway.errors import NotFound
+from gateway.errors import InvalidParams, NotFound
+from gateway.hostnames import normalized, tenant_name
 
 
 async def templates(request: Request) -> Response:
@@ -48,6 +50,26 @@ def _begun(record: Record, *, new: bool) -> Response:
     response.status_code = 202 if new or not record.over else 200
     response.headers["Location"] = f"/v1/deployments/{record.id}"
     return response
+
+
+async def publish(request: Request) -> Response:
+    """Deploy what a tenant's site is made of to another domain, for production. The site itself goes on."""
+    name, token = await using_tenant(request, "deploy")
+    token.require("files:read")
+    check_serving(request)
+    body = protocol.validate(deploying.PublishBody, await json_body(request, token))
+    key = idempotency_key(request)
+    gateway = services(request)
+    domain = normalized(body.domain)
+    if domain == (await gateway.runtime.get(name)).domain or name == (body.tenant or tenant_name(domain)):
+        raise InvalidParams(
+            f"{body.domain[:80]} is where {name} itself is served; name another domain to publish it at",
+            field="domain",
+        )
+    archive = await gateway.sources.of(name)
+    wanted = await asyncio.to_thread(body.request, archive)
+    record, new = await gateway.deployments.begin(wanted, token, key=key)
+    return _begun(record, new=new)
 
 
 async def rollback(request: Request) -> Response:
@@ -133,6 +155,7 @@ ROUTES: Final = (
     Route("/v1/deployments", deploy, methods=["POST"]),
     Route("/v1/deployments/{deployment}", show),
     Route("/v1/tenants/{tenant}/deployments", history),
+    Route("/v1/tenants/{tenant}/publish", publish, methods=["POST"]),
     Route("/v1/tenants/{tenant}/rollback", rollback, methods=["POST"]),
     Route("/v1/tenants/{tenant}/env", environment),
     Route("/v1/tenants/{tenant}/env", change_environment, methods=["PATCH"]),

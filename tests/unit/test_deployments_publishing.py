@@ -1,0 +1,81 @@
+"""What of a tenant's site is published, and how."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gateway.deployments import publishing
+from gateway.deployments.entries import Entry, packed, read_archive
+from gateway.deployments.manifest import MANIFEST, Manifest, read_manifest
+from gateway.errors import InvalidParams
+from gateway.settings import Settings
+
+SETTINGS = Settings()
+
+
+def manifest(text: str | None) -> Manifest:
+    """Return the manifest of what is published of a site with this one."""
+    entries = {"index.html": Entry(b"x")} | ({} if text is None else {MANIFEST: Entry(text.encode())})
+    return read_manifest(
+        read_archive(publishing.for_production(packed(entries), SETTINGS), SETTINGS)[MANIFEST]
+    )
+
+
+def test_how_it_starts_for_development_is_not_how_it_is_served() -> None:
+    """Where it listens, what is asked to see whether it is well, and what an update keeps stay."""
+    ways = 'start = ["bun", "dev"]\ninstall = ["bun", "install"]\n'
+    found = manifest(f'{ways}port = 4000\nhealth = "/up"\nkeep = ["data/**"]\n')
+    assert found == Manifest(mode="production", port=4000, health="/up", keep=("data/**",))
+    assert manifest(None) == Manifest(mode="production")
+
+
+def test_what_is_for_production_itself_stays_as_it_is() -> None:
+    said = 'mode = "production"\nstatic = "."\n'
+    assert manifest(said) == Manifest(mode="production", static=".")
+
+
+def test_what_is_no_manifest_is_refused() -> None:
+    with pytest.raises(InvalidParams):
+        manifest("start = 7")
+
+
+def made(folder: Path, most: int = 1 << 20) -> dict[str, Entry]:
+    """Return what the script packs of a folder."""
+    words = ["/bin/sh", "-c", publishing._SCRIPT, "sh", str(folder), str(most)]
+    ran = subprocess.run(words, capture_output=True, check=True)
+    return read_archive(ran.stdout, SETTINGS)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    folder = tmp_path / "a site"
+    for name in ("index.html", "src/-n it's", "node_modules/x/index.js", "dist/built.js"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "link").symlink_to("index.html")
+    return folder
+
+
+def test_without_a_repository_all_is_packed_but_what_is_made_anew(site: Path) -> None:
+    assert made(site).keys() == {"index.html", "src/-n it's", "dist/built.js", "link"}
+
+
+def test_of_a_repository_what_it_leaves_out_stays_behind(site: Path) -> None:
+    """Also what is deleted and on record, and what was never added."""
+    git = ["git", "-C", str(site), "-c", "user.name=x", "-c", "user.email=x"]
+    (site / ".gitignore").write_text("node_modules/\ndist/\n")
+    (site / "old.js").write_text("old")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (site / "old.js").unlink()
+    (site / "new.js").write_text("new")
+    assert made(site).keys() == {".gitignore", "index.html", "src/-n it's", "link", "new.js"}
+
+
+def test_more_than_is_taken_is_cut_off(site: Path) -> None:
+    (site / "large").write_bytes(bytes(1 << 20))
+    words = ["/bin/sh", "-c", publishing._SCRIPT, "sh", str(site), "4096"]
+    assert len(subprocess.run(words, capture_output=True, check=True).stdout) == 4096
