@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import shutil
 import socket
 import tarfile
@@ -54,6 +55,7 @@ _TAIL: Final = 4000
 _LOOK: Final = 5.0  # seconds of a look at its processes
 _STAY: Final = (".git", ".gateway")  # what stays with the live site, whatever is rolled back
 _PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in its systemd unit
+_PORTS: Final = range(20_000, 32_000)  # below net.ipv4.ip_local_port_range
 
 
 class LocalSites:
@@ -369,7 +371,12 @@ class _Service:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Return a port that nobody has, of those that the kernel gives to no connection on its way out.
+
+    A site that finds its port taken would end again and again.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))  # noqa: S104 - as a site does
+            return port
+    raise Unavailable("this machine has no free port for a site")

@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from gateway import protocol
 from gateway.api.editor import STATIC
-from gateway.auth import tokens
+from gateway.auth import issuing, tokens
 from tests.contracts.processes import Tree, alive, mark
 from tests.live import SECRET, LiveGateway, RpcFailure, Wire
 from tests.waits import pause, standstill, until
@@ -83,7 +83,7 @@ class ConnectionContract:
                 token = "not a token"
             case "expired":
                 with monkeypatch.context() as patched:
-                    patched.setattr(tokens, "time", SimpleNamespace(time=lambda: time.time() - 2))
+                    patched.setattr(issuing, "time", SimpleNamespace(time=lambda: time.time() - 2))
                     token = gateway.token(tenant, ttl=1)
             case _:
                 token = tokens.issue(SECRET[::-1], "x", [tenant], ["exec"], 60)

@@ -15,7 +15,7 @@ from gateway.caddy import Caddy
 from gateway.deployments import Deployments, Record, Request
 from gateway.deployments.request import Rollback
 from gateway.errors import Unavailable
-from gateway.events import Bus, MemoryJournal
+from gateway.events import Bus, Event, MemoryJournal
 from gateway.ownership.domains import Domains
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.settings import Settings
@@ -106,8 +106,12 @@ class Rig:
 
     async def told(self, record: Record) -> list[str]:
         """Return the types of a deployment's events, in their order."""
-        events = (await self.journal.read(0, 100_000)).events
-        return [event.type for event in events if event.deployment == record.id]
+        found, after, end = list[Event](), 0, self.journal.newest
+        while after < end:
+            stretch = await self.journal.read(after, 100_000)
+            found += stretch.events
+            after = stretch.end
+        return [event.type for event in found if event.deployment == record.id]
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,18 @@ async def test_tools_and_commands(host: Hosting, tmp_path: Path) -> None:
 
 async def test_without_asyncio(host: Hosting, tmp_path: Path) -> None:
     await python(host, 'shop.exec("bun run build")', tmp_path)
-    printed = await python(host, "gateway_client.sync", tmp_path)
+    printed = await python(host, 'shop.exec("bun install")', tmp_path)
     assert printed.startswith("1\texport default") and "Exit(code=0" in printed
+
+
+async def test_a_turn_that_is_shown_and_taken_back(host: Hosting, tmp_path: Path) -> None:
+    red = "h1 { color: red }\n"
+    async with host.gateway.http("shop") as http:
+        path = "/v1/tenants/shop/files/src/style.css"
+        assert (await http.put(path, data=red.encode())).status in (200, 201)
+        printed = await python(host, "begin_turn", tmp_path)
+        assert "\n-h1 { color: red }\n+h1 { color: green }\n" in printed
+        assert await (await http.get(path)).text() == red
 
 
 @pytest.mark.parametrize("word", ['session="tester"', "on_change=changed"])

@@ -374,7 +374,7 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
     """At its quota a tenant keeps its files; what fails says why, and leaves nothing beside them."""
     tenant = await make_tenant(start=False)
     # what the image takes counts
-    environment.incus("config", "device", "override", tenant.name, "root", "size=500MiB")
+    environment.incus("config", "device", "override", tenant.name, "root", "size=730MiB")
     site = environment.rootfs(tenant.name) / "srv" / "site"
     async with live(incus_settings, tmp_path / "gateway.log") as gateway:
         async with gateway.wire(tenant.name) as wire, gateway.http(tenant.name) as http:

@@ -230,7 +230,7 @@ async def test_processes_are_limited(make_tenant: MakeTenant, incus_settings: Se
 async def test_disk_is_limited(make_tenant: MakeTenant, incus_settings: Settings) -> None:
     """Writing past the quota fails with its error, and the tenant can make room again."""
     tenant = await make_tenant()
-    tenant.sh("fallocate -l 1500M /srv/site/most", user=1000)
+    tenant.sh("fallocate -l 1270M /srv/site/most", user=1000)
     fill = "dd if=/dev/zero of=/srv/site/big bs=1M count=1000 conv=fsync 2>&1"
     # with input, so that nothing of it is recorded: that would be on the same full disk
     said = tenant.run("sh", "-c", fill, user=1000, check=False, stdin=b"\n").stdout.decode()
