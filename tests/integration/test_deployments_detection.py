@@ -101,7 +101,7 @@ async def published(host: Hosting) -> None:
             answer = await session.put(url, data=f"document.body.textContent = '{said} edit'".encode())
             assert answer.status in (200, 201), await answer.text()
         code, output = await cli(host, "publish", "vite.test", "www.vite.test")
-        assert code == 0 and "http://www.vite.test is published" in output, output
+        assert code == 0 and re.search(r"//www\.vite\.test:\d+ is published", output), output
         status, page = await host.visit("www.vite.test")
         assert status == 200 and "/@vite/client" not in page
         script = re.search(r'src="(/assets/[^"]+)"', page)

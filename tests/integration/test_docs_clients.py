@@ -78,12 +78,14 @@ async def test_without_asyncio(host: Hosting, tmp_path: Path) -> None:
 
 async def test_a_turn_that_is_shown_and_taken_back(host: Hosting, tmp_path: Path) -> None:
     red = "h1 { color: red }\n"
+    async with host.gateway.wire("shop") as wire:
+        written = {"file_path": "src/style.css", "content": red}
+        assert not (await wire.call("tools/call", name="Write", arguments=written))["isError"]
+        await wire.call("turn/end")
+    printed = await python(host, "begin_turn", tmp_path)
+    assert "\n-h1 { color: red }\n+h1 { color: green }\n" in printed
     async with host.gateway.http("shop") as http:
-        path = "/v1/tenants/shop/files/src/style.css"
-        assert (await http.put(path, data=red.encode())).status in (200, 201)
-        printed = await python(host, "begin_turn", tmp_path)
-        assert "\n-h1 { color: red }\n+h1 { color: green }\n" in printed
-        assert await (await http.get(path)).text() == red
+        assert await (await http.get("/v1/tenants/shop/files/src/style.css")).text() == red
 
 
 @pytest.mark.parametrize("word", ['session="tester"', "on_change=changed"])
