@@ -75,7 +75,9 @@ def undo(
             turns = await asked.history(_LOOKED)
             if not turns:
                 raise Failed(f"{tenant} has no turns yet: there is nothing to undo")
-            wanted = turns[0]["turn"] if turn is None else await _whole(asked, turn, turns)
+            # what a person saved is no agent's doing
+            latest = next((one["turn"] for one in turns if one["kind"] != "outside"), turns[0]["turn"])
+            wanted = latest if turn is None else await _whole(asked, turn, turns)
             ids = [one["turn"] for one in turns]
             later = ids.index(wanted) if wanted in ids else 0
             if later and not yes and somebody_is_there():

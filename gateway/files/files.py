@@ -25,9 +25,10 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def file_written(bus: Bus, tenant: str, path: str, by: str) -> None:
+def file_written(bus: Bus, tenant: str, path: str, by: str, tool: str | None = None) -> None:
     """Tell that a file was written by a client or a tool, never with its content."""
-    bus.publish("file.written", tenant, {"path": path[:1000], "by": by})
+    facts = {"path": path[:1000], "by": by}
+    bus.publish("file.written", tenant, facts if tool is None else {**facts, "tool": tool})
 
 
 class Files:

@@ -86,9 +86,15 @@ case "$mode" in
 only | but | begin) cat >"$paths" ;;
 before | after)
   to=$(git rev-parse -q --verify "$5^{commit}") || exit 66
-  if [ "$mode" = before ]; then to=$(git rev-parse -q --verify "$to^") || exit 67; fi
-  git diff-tree -r -z --no-renames --name-only "$to" turns >"$paths" || exit 1
-  [ "$mode" = before ] || git ls-files -z -m >>"$paths"
+  if [ "$mode" = before ]; then
+    git rev-parse -q --verify "$to^" >/dev/null || exit 67
+    # as in restore.sh
+    { echo "$to" && git log --format='%cn %H' "$to..turns" | sed -n '/^outside /!s/.* //p'; } |
+      git diff-tree --stdin --no-commit-id -r -z --no-renames --name-only >"$paths" || exit 1
+  else
+    git diff-tree -r -z --no-renames --name-only "$to" turns >"$paths" || exit 1
+    git ls-files -z -m >>"$paths"
+  fi
   ;;
 esac
 record

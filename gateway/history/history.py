@@ -23,6 +23,7 @@ from gateway.tools.session import ToolSession
 
 _CHANGING: Final = frozenset({"Write", "Edit", "Bash"})
 _LIST_MAX: Final = 200
+_SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
 
 
@@ -40,6 +41,7 @@ class History:
         self._open = OpenTurns()
         self._recorder = Recorder(self._repository, self._open, bus, settings)
         self._timers: dict[OpenTurn, asyncio.TimerHandle] = {}
+        self._saves: dict[str, dict[str, OpenTurn]] = {}  # of people, by tenant and subject
 
     async def __aenter__(self) -> History:
         return self
@@ -138,30 +140,58 @@ class History:
         """
         self._check()
         _check_id(turn)
-        ending = [self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)]
+        ending = self._record_saves(tenant)
+        ending += [self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)]
         await asyncio.gather(*ending)
         return await self._recorder.restore(tenant, turn, side, by)
 
     # --- with tenants and the gateway -------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Record each site as it was deployed, and make its workspace a repository, until the bus closes."""
-        async for event in self._bus.subscribe(Filter(types=("deployment.succeeded",))):
-            if self.on and event.tenant is not None:
+        """Record sites as they are deployed, and what people save, until the bus closes."""
+        async for event in self._bus.subscribe(Filter(types=("deployment.succeeded", "file.written"))):
+            if not self.on or event.tenant is None:
+                continue
+            if event.type == "file.written":
+                if "tool" not in event.data:
+                    self._saved(event.tenant, str(event.data["path"]), str(event.data["by"]))
+            else:
                 self._recorder.spawn(event.tenant, self._recorder.deployed(event.tenant))
+
+    def _saved(self, tenant: str, path: str, by: str) -> None:
+        """Note a file that somebody saved, so that it is on record before a turn changes it."""
+        saves = self._saves.setdefault(tenant, {})
+        save = saves.setdefault(by, OpenTurn(by, name(by), name(by)))
+        save.wrote(path)
+        self._rest(save)
+        loop = asyncio.get_running_loop()
+        self._timers[save] = loop.call_later(_SAVED, self._record_saves, tenant)
+
+    def _record_saves(self, tenant: str) -> list[asyncio.Task[None]]:
+        """Record what people have saved until now; what an open turn has changed as well is that turn's."""
+        changed = {path for turn in self._open.of(tenant) for path in turn.paths}
+        saves = list(self._saves.pop(tenant, {}).values())
+        for save in saves:
+            self._rest(save)
+            save.paths -= changed
+        return [
+            self._recorder.spawn(tenant, self._recorder.saved(tenant, save)) for save in saves if save.paths
+        ]
 
     def noticed(self, event: TenantEvent) -> None:
         """Take notice of what happened to a tenant."""
         if event.ended is not None:
             self._recorder.forget(event.ended)
-            for turn in self._open.forget(event.ended):
+            gone = [*self._open.forget(event.ended), *self._saves.pop(event.ended, {}).values()]
+            for turn in gone:
                 self._rest(turn)
         if event.tenant is not None and event.type in _STARTED:
             self._recorder.again(event.tenant)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""
-        ending = [
+        ending = [task for tenant in list(self._saves) for task in self._record_saves(tenant)]
+        ending += [
             self._recorder.spawn(tenant, self._finish(tenant, turn)) for tenant, turn in self._open.all()
         ]
         with contextlib.suppress(TimeoutError):

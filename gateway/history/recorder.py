@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from gateway.errors import ExecFailed, GatewayError, TenantNotRunning, Timeout, Unavailable
 from gateway.events import Bus
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import Turn, name, said
+from gateway.history.reading import TITLE_MAX, Turn, name, said
 from gateway.history.repository import Repository
 from gateway.settings import Settings
 
@@ -82,6 +82,16 @@ class Recorder:
             raise
         self._tell(tenant, found)
         return found
+
+    async def saved(self, tenant: str, save: OpenTurn) -> None:
+        """Record what somebody saved."""
+        await self.ready(tenant)
+        paths = sorted(save.paths)
+        what = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+        turn = _made("outside", save.agent, save.by, said(f"Saved {what}", TITLE_MAX))
+        async with self._lock(tenant):
+            found = await self._repository.commit(tenant, "only", paths, turn)
+        self._tell(tenant, found)
 
     async def deployed(self, tenant: str) -> None:
         """Record a site as it was deployed, and make its workspace a repository where it is none."""

@@ -2,7 +2,8 @@
 # with the mode of the same name, can be gone back to as well.
 #
 # Usage:  sh -c "$(cat restore.sh)" sh SIDE TURN WAIT MESSAGE
-#   SIDE     before or after: as it was before TURN, or right after it
+#   SIDE     before: what TURN and turns since have changed, as it was before TURN; what others changed elsewhere stays.
+#            after: all as it was right after TURN
 #   TURN     a commit of the history
 #   WAIT     seconds to wait for another that writes this history
 #   MESSAGE  what the commit says
@@ -18,10 +19,24 @@ cd "$GIT_WORK_TREE" || exit 1
 [ -e "$GIT_DIR/HEAD" ] || exit 66
 exec 9>>"$GIT_DIR.lock"
 flock -w "$wait" 9 || exit 75
-to=$(git rev-parse -q --verify "$2^{commit}") && git merge-base --is-ancestor "$to" turns || exit 66
-if [ "$side" = before ]; then to=$(git rev-parse -q --verify "$to^") || exit 67; fi
-git read-tree -m -u turns "$to" || exit 65
-tree=$(git rev-parse "$to^{tree}") && parent=$(git rev-parse turns) || exit 1
+of=$(git rev-parse -q --verify "$2^{commit}") && git merge-base --is-ancestor "$of" turns || exit 66
+parent=$(git rev-parse turns) || exit 1
+if [ "$side" = before ]; then
+  to=$(git rev-parse -q --verify "$of^") || exit 67
+  paths="$GIT_DIR/turn.paths" index="$GIT_DIR/turn.index"
+  { echo "$of" && git log --format='%cn %H' "$of..turns" | sed -n '/^outside /!s/.* //p'; } |
+    git diff-tree --stdin --no-commit-id -r -z --no-renames --name-only | sort -zu >"$paths" || exit 1
+  rm -f "$index"
+  GIT_INDEX_FILE="$index" git read-tree turns || exit 1
+  {
+    xargs -0 -r printf '0 0000000000000000000000000000000000000000\t%s\0' <"$paths"
+    xargs -0 -r git ls-tree --full-tree -r -z "$to" -- <"$paths"
+  } | GIT_INDEX_FILE="$index" git update-index -z --index-info && tree=$(GIT_INDEX_FILE="$index" git write-tree) || exit 1
+  rm -f "$index"
+else
+  tree=$(git rev-parse "$of^{tree}") || exit 1
+fi
+git read-tree -m -u turns "$tree" || exit 65
 [ "$tree" != "$(git rev-parse 'turns^{tree}')" ] || exit 0
 turn=$(git commit-tree -p "$parent" -m "$message" "$tree") && git update-ref refs/heads/turns "$turn" || exit 1
 echo "$turn"

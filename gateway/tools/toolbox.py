@@ -342,5 +342,5 @@ class Toolbox:
             ms = round((time.perf_counter() - began) * 1000, 3)
             self._bus.publish("tool.finished", tenant, {"name": name, **who, "ms": ms, **outcome})
         if name in _WRITES and not result.is_error:
-            file_written(self._bus, tenant, told.get("file_path", ""), by)
+            file_written(self._bus, tenant, told.get("file_path", ""), by, name)
         return result

@@ -148,6 +148,35 @@ class HistoryContract:
             await wire.call("history/restore", turn=listed[1]["turn"])
             assert await text(wire, "a") == "person\n"
 
+    async def test_what_a_person_saved_before_a_turn_is_there_when_it_is_undone(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """It is on record before the agent changes it, and what is saved elsewhere meanwhile stays."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["turn.committed"])
+            await write(wire, "begun", "x\n")
+            await end(wire)
+            await wire.call("files/write", path="page", text="a person's\n")
+            await wire.until(lambda: "Saved page" in [turn["title"] for turn in told(wire)])
+            await wire.call("turn/begin", title="edit")
+            await write(wire, "page", "an agent's\n")
+            turn = await end(wire)
+            await wire.call("files/write", path="other", text="a person's\n")
+            await wire.until(lambda: "Saved other" in [turn["title"] for turn in told(wire)])
+            await wire.call("history/restore", turn=turn["turn"], to="before")
+            assert [await text(wire, path) for path in ("page", "other")] == ["a person's\n"] * 2
+            listed = (await wire.call("history/list"))["turns"]
+            assert [(one["kind"], one["title"]) for one in listed[:4]] == [
+                ("restored", "Undo: edit"),
+                ("outside", "Saved other"),
+                ("turn", "edit"),
+                ("outside", "Saved page"),
+            ]
+            await wire.call("history/restore", turn=listed[1]["turn"], to="before")
+            names = [entry["path"] for entry in (await wire.call("files/list", path="."))["entries"]]
+            # a turn of later, here the undo, is taken back with it
+            assert "other" not in names and await text(wire, "page") == "an agent's\n"
+
     async def test_hostile_trees_and_repositories_do_not_matter(
         self, gateway: LiveGateway, tenant: str
     ) -> None:
