@@ -12,6 +12,7 @@ cd "$workspace" || exit 1
 names() {
   # what is deleted and still on record is no file
   if command -v git >/dev/null && git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+    # shellcheck disable=SC2016 # the inner shell expands it
     git -c core.fsmonitor=false ls-files -z --cached --others --exclude-standard --deduplicate |
       xargs -0 -r sh -c 'for name; do if [ -e "$name" ] || [ -L "$name" ]; then printf "%s\0" "$name"; fi; done' sh
   else

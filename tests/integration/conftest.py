@@ -98,6 +98,9 @@ class Incusd:
     async def restart(self) -> None:
         """Start it again, if it does not run, and return once it is ready, with network and disk quotas."""
         await asyncio.to_thread(self.daemon.ensure, lambda line: None)
+        # it may have mounted the pool anew, which is counted by the kernel's own rules until then: where a
+        # large disk goes in the meantime, the kernel stops counting
+        await asyncio.to_thread(quotas.enforce, environment.settings())
         # where an interface went away just then, incusd has no network, and tries again only after a minute
         network = f"/1.0/networks/{environment.settings().network}"
 

@@ -61,7 +61,7 @@ async def test_a_killed_gateway_leaves_no_half_done_deployment(
     """However far they came: each ends succeeded, or rolled back with nothing left, and no event is lost."""
     moments = random.Random(SEED)
     ends: list[str] = []
-    async with hosting(incus_settings, tmp_path / "state", reconcile_interval=1.0) as host:
+    async with hosting(incus_settings, tmp_path / "state", reconcile_interval=1.0, history=False) as host:
         first = await host.deploy("live.test")
         assert first["state"] == "succeeded", first["error"]
         # so that there is one to go back to
