@@ -58,15 +58,13 @@ GIT = (
     (f"git init -q two && cd two && date +%s%N >a && {COMMIT} && git log --oneline | cat", r"^\w+ one$"),
     (f"{CHANGE} && git branch --show-current", r"a \| 2 \+-\n[^|]*\nmain"),
 )
+PAGE = '"$(npm config get registry)is-number"'
 # from the registries: DNS, NAT and certificates work, and nothing needs root
 INSTALLS = (
-    ("curl -sSI https://registry.npmjs.org/is-number | head -1", "200"),
-    ("wget -qO- https://registry.npmjs.org/is-number/7.0.0 | jq -r .version", r"^7\.0\.0$"),
-    ("node -e 'fetch(\"https://registry.npmjs.org/is-number\").then(r => console.log(r.status))'", "^200$"),
-    (
-        "python3 -c 'import urllib.request as u; print(u.urlopen(\"https://pypi.org/simple/six/\").status)'",
-        "200",
-    ),
+    (f"curl -sSI {PAGE} | head -1", "200"),
+    (f"wget -qO- {PAGE}/7.0.0 | jq -r .version", r"^7\.0\.0$"),
+    (f"node -e 'fetch(process.argv[1]).then(r => console.log(r.status))' {PAGE}", "^200$"),
+    (f"python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).status)' {PAGE}", "^200$"),
     ("mkdir -p n && cd n && npm init -y && npm install is-number@7.0.0 && npm ls", r"is-number@7\.0\.0"),
     ("npx --yes semver@7.7.3 1.2.3", r"^1\.2\.3$"),
     (
