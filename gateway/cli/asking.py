@@ -1,4 +1,4 @@
-"""Asks a gateway: the client of the one that is named, or of this machine's with a token of its own."""
+"""The client that commands use: of the gateway named by --url, or of the one on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway_client.credentials import Token
 
 @contextlib.asynccontextmanager
 async def client_of(url: str | None, token: str | None, life: int = 3600) -> AsyncIterator[Client]:
-    """Open a client of the named gateway, or of this machine's with tokens of our own of so many seconds."""
+    """Open a client of the gateway at `url`, or of this machine's with our own tokens of `life` seconds."""
     settings = load_client()
     source: Token = token or partial(
         _own_token, issuing.load_secret(settings.secret, settings.state_dir), life
@@ -26,7 +26,7 @@ async def client_of(url: str | None, token: str | None, life: int = 3600) -> Asy
     try:
         client = Client(url or own_url(settings.listen), token=source)
     except ValueError as error:
-        raise Failed(f"{error}; mend --url or GATEWAY_URL") from None
+        raise Failed(f"{error}; correct --url or GATEWAY_URL") from None
     async with client:
         yield client
 
@@ -36,10 +36,10 @@ def _own_token(secret: str, life: int) -> str:
 
 
 def own_url(listen: str) -> str:
-    """Return the URL of a gateway of this machine that listens there."""
+    """Return the URL of this machine's gateway, from its setting `listen`."""
     return f"unix:{listen}" if "/" in listen else f"http://{listen}"
 
 
 def run_to_end(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run what a command does."""
+    """Run the asynchronous part of a command and return its result."""
     return asyncio.run(work)

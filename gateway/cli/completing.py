@@ -1,4 +1,4 @@
-"""Completion of what is typed in bash, zsh and fish."""
+"""Shell completion for bash, zsh and fish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shell(StrEnum):
 def completion(
     shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish")],
 ) -> None:
-    """Print the script by which a shell completes commands, options and tenants.
+    """Print a completion script, for commands, options and tenants.
 
     bash: incus-gateway completion bash >/etc/bash_completion.d/incus-gateway
 
@@ -29,11 +29,11 @@ def completion(
 
     fish: incus-gateway completion fish >~/.config/fish/completions/incus-gateway.fish
     """
-    # typer exports it without saying so, as the next
+    # typer does not declare this one and the next as exported
     script = typers.get_completion_script  # type: ignore[attr-defined]
     out.say(script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell.value))
 
 
 def answer_shells() -> None:
-    """Have what the script asks answered as it expects; `VARIABLE` is set then."""
+    """Register the answers to the completion scripts, which set `VARIABLE` when they ask."""
     typers.completion_init()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Asks the person at the terminal, and ends a command with one line where it must not go on."""
+"""Confirmation by the person at the terminal, and the exception that ends a command with one line."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gateway.terminal import err
 
 
 class Failed(Exception):
-    """Ends the command: its text is printed as one line, and the exit code is 1."""
+    """Ends the command with exit code 1; its text is printed as one line."""
 
 
 def somebody_is_there() -> bool:
-    """Say whether a person can be asked."""
+    """Return whether a person can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def confirm(question: str, otherwise: str) -> None:
-    """Return once the person at the terminal says yes. Raises `Failed` with `otherwise`.
+    """Ask the person at the terminal, and raise `Failed(otherwise)` unless the answer is yes.
 
-    Waits for them, and an event loop with it: there Ctrl-C would not be heard before the line's end.
+    Blocks, so call it outside an event loop: inside one Ctrl-C would have no effect until Enter is pressed.
     """
     err.say(f"{question} [y/N]", end=" ")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,7 +21,7 @@ from gateway.errors import NotFound
 from gateway.terminal import err, line, out
 from gateway_client.files import Entry, Files
 
-# files on their way at a time
+# files copied at a time
 _AT_ONCE: Final = 8
 
 
@@ -33,19 +33,19 @@ class _Copied:
 
 
 def cp(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="TENANT:PATH, or a path of this machine")],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="TENANT:PATH, or a path on this machine")],
     target: Annotated[str, typer.Argument(metavar="TO", help="The other one")],
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Copy a file or a folder out of a tenant, or into it.
+    """Copy a file or a folder from a tenant or to one.
 
-    PATH is relative to the workspace. Into a folder that exists, or a path that ends with /, a copy goes by
-    its own name. Links are left out. Which files are executable is kept on the way out, not on the way in.
+    PATH is relative to the workspace. If the target is a folder or ends with /, the copy goes into it and
+    keeps its name. Links are left out. Executable files stay executable when copied out, but not in.
     """
     there, here = _split(source), _split(target)
     if (there is None) == (here is None):
-        raise typer.BadParameter("one of FROM and TO is TENANT:PATH, the other a path of this machine")
+        raise typer.BadParameter("one of FROM and TO must be TENANT:PATH, the other a path on this machine")
     tenant, path = there or here or ("", "")
     copied = _Copied()
 
@@ -64,7 +64,7 @@ def cp(
 
 
 def _split(given: str) -> tuple[str, str] | None:
-    """Return tenant and path of `TENANT:PATH`; None for a path of this machine."""
+    """Return tenant and path of `TENANT:PATH`; None for a path on this machine."""
     tenant, colon, path = given.partition(":")
     return (tenant, path or ".") if colon and tenant and "/" not in tenant and tenant[0] != "." else None
 
@@ -95,7 +95,7 @@ async def _download(files: Files, path: str, target: str, copied: _Copied) -> Pa
     work: list[Callable[[], Coroutine[Any, Any, None]]] = []
     await _plan_download(files, entry, path, there, copied, work)
     if not work and entry.type not in ("file", "directory"):
-        raise Failed(f"{path} is no file and no folder, but a {entry.type}")
+        raise Failed(f"{path} is neither a file nor a folder, but a {entry.type}")
     await _all(work)
     return there
 
@@ -118,10 +118,10 @@ async def _plan_download(
         there.mkdir(parents=True, exist_ok=True)
         inside, cut = await files.list(path)
         if cut:
-            raise Failed(f"{path} holds more than the gateway lists at once; pack it: exec … tar -cz {path}")
+            raise Failed(f"{path} has more entries than one listing holds; pack it: exec … tar -cz {path}")
         for one in inside:
             name = PurePosixPath(one.path).name
-            # what a tenant calls its files leads nowhere else here
+            # no name chosen by a tenant may lead outside the target folder
             if one.escaped or not name or name in (".", "..") or "/" in name or "\0" in name:
                 copied.left.append(f"{one.path}, whose name cannot be copied")
             else:
@@ -131,7 +131,7 @@ async def _plan_download(
 
 
 async def _fetch(files: Files, path: str, there: Path, copied: _Copied, *, executable: bool) -> None:
-    """Bring one file; what was there stays until all of the new one is."""
+    """Download one file. An existing file is replaced only when the new one is complete."""
     descriptor, part = tempfile.mkstemp(prefix=".incus-gateway-", dir=there.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -182,7 +182,7 @@ async def _upload(files: Files, source: Path, path: str, copied: _Copied) -> str
 
     regular = [(local, remote) for local, remote in found if local == source or _is_plain(local)]
     left = {local for local, _ in found} - {local for local, _ in regular}
-    copied.left += [f"{local}, no plain file" for local in sorted(left)]
+    copied.left += [f"{local}, not a regular file" for local in sorted(left)]
     await _all([sending(local, remote) for local, remote in regular])
     return there
 

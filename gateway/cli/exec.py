@@ -1,4 +1,4 @@
-"""Runs a command in a tenant as if it ran here: streams, signals, terminal size, exit code."""
+"""`exec`: a command in a tenant as if it ran here, with streams, signals, terminal size and exit code."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def exec(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Run a command in a tenant: streams both ways, forwards signals, ends with its exit code.
+    """Run a command in a tenant, pass on streams and signals, and exit with its exit code.
 
-    Options stand before the command; what follows its name is the command's own.
+    Options come before the command; everything after its name belongs to the command.
     """
     argv = command[1:] if command and command[0] == "--" else command
     if not argv:
@@ -57,7 +57,7 @@ def exec(
 
 
 class Words(TyperCommand):
-    """Reads `exec TENANT --cwd /x -- ls` as `exec --cwd /x TENANT -- ls`."""
+    """Accepts options after the tenant too: `exec TENANT --cwd /x -- ls`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         parser = self.make_parser(ctx)
@@ -89,7 +89,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
     interrupts = 0
 
     def interrupted(name: str) -> None:
-        # the second Ctrl-C means it: the whole tree goes
+        # a second Ctrl-C ends the whole process tree
         nonlocal interrupts
         interrupts += 1
         later(process.signal(name) if interrupts == 1 else process.cancel())
@@ -105,7 +105,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
 
     async def copy_output() -> None:
         async for name, chunk in process.output():
-            # a pipe that nobody reads holds us back, and so the command
+            # if nobody reads our output we block here, which slows down the command
             await asyncio.to_thread(copy, chunk, to_stderr=name == "stderr")
 
     feeding = asyncio.create_task(_feed(process))
@@ -122,7 +122,7 @@ async def _attend(process: Exec, terminal: bool) -> int:
 
 
 async def _feed(process: Exec) -> None:
-    """Give the command our standard input until its end."""
+    """Send our standard input to the command until it ends."""
     loop = asyncio.get_running_loop()
     descriptor = sys.stdin.fileno()
     while True:
@@ -149,7 +149,7 @@ def _raw_terminal() -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin, termios.TCSADRAIN)  # what was typed ahead stays
+    tty.setraw(sys.stdin, termios.TCSADRAIN)  # keep what was typed ahead
     try:
         yield
     finally:
@@ -157,7 +157,7 @@ def _raw_terminal() -> Iterator[None]:
 
 
 def _terminal_size() -> tuple[int, int]:
-    """Return our terminal's columns and rows; the usual ones where it has none."""
+    """Return our terminal's columns and rows, or the usual ones if it reports none."""
     try:
         columns, rows = os.get_terminal_size(sys.stdin.fileno())
     except OSError:

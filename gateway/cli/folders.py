@@ -1,4 +1,4 @@
-"""Makes a folder of this machine into what is deployed: what it is, its archive, its manifest."""
+"""A folder of this machine, prepared for a deployment: what it is, its archive, its manifest."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gateway.settings import Settings
 from gateway.tools.search.ignore_files import Rules, rules
 
 _IGNORE_MAX: Final = 64 << 10  # bytes of an ignore file
-_LOOKED_AT: Final = 200_000  # files and folders until what is too much is not counted any more
+_LOOKED_AT: Final = 200_000  # files and folders; a larger folder is not counted to its end
 
 
 def named(given: str) -> bool:
-    """Say whether `--template` is the name of a template, and no folder."""
+    """Return whether `--template` gives the name of a template, not a folder."""
     return "/" not in given and not given.startswith(".") and not Path(given).is_dir()
 
 
 class Ignored:
-    """What the ignore files of a folder, and those below it, leave out; called with a path and its kind.
+    """Whether the .gitignore files of a folder and its subfolders leave out a path; called for each.
 
-    `named` are the uppermost of what was asked for and left out, folders with a slash.
+    `named` lists what was left out, without the contents of folders; folders end with a slash.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Ignored:
 
 
 def _measure(folder: Path, settings: Settings, ignored: Ignored) -> None:
-    """Raise `TooLarge` for a folder of more than a site has, before a file of it is read."""
+    """Raise `TooLarge` for a folder beyond the limits of a site, before any file is read."""
     sizes, files, pending = Counter[str](), 0, [""]
     while pending and files < _LOOKED_AT:
         at = pending.pop()
@@ -99,12 +99,12 @@ def _bytes(size: int) -> str:
 
 
 def read(folder: Path, settings: Settings, overrides: Overrides) -> tuple[Template, list[str]]:
-    """Read a folder as the gateway will, so that what is wrong is said before anything is sent.
+    """Read a folder as the gateway will, so that mistakes show before anything is sent.
 
-    Returns it with what its .gitignore leaves out.
+    Returns it, and the paths that .gitignore leaves out.
     """
     if not folder.is_dir():
-        raise InvalidParams(f"{folder} is no folder")
+        raise InvalidParams(f"{folder} is not a folder")
     ignored = Ignored(folder)
     try:
         _measure(folder, settings, ignored)
@@ -114,20 +114,20 @@ def read(folder: Path, settings: Settings, overrides: Overrides) -> tuple[Templa
     try:
         return checked(str(folder), entries, settings, shared=False, overrides=overrides), ignored.named
     except InvalidParams as error:
-        # the gateway is told of no folder; here there is one
+        # the gateway's own message has no folder to name
         error.message = error.message.replace(" DOMAIN FOLDER/", f" DOMAIN {folder}/")
         raise
 
 
 def archive(template: Template) -> bytes:
-    """Return a folder as it is sent."""
+    """Return the archive of a folder, as it is sent."""
     return gzip.compress(packed(template.entries), 6, mtime=0)
 
 
 def write_manifest(folder: Path, template: Template) -> Path:
-    """Keep what was found as the folder's manifest. Raises `InvalidParams` where it has one."""
+    """Write what was detected to the folder's manifest. Raises `InvalidParams` if it has one already."""
     path = folder / MANIFEST
     if template.detected is None or path.exists():
-        raise InvalidParams(f"{path} is there already: it says how the site is started")
+        raise InvalidParams(f"{path} exists already and says how the site is started; leave out --write")
     path.write_text(written(template.detected, template.manifest.port))
     return path

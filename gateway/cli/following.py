@@ -1,4 +1,4 @@
-"""What commands that begin a deployment share: whose site it is, its progress, its end."""
+"""What commands that begin a deployment share: its tenant, its progress, its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The site's domain
 
 
 async def tenant_of(client: Client, domain: str) -> Tenant:
-    """Return the tenant with a domain, or of that name. Raises `Failed`."""
+    """Return the tenant that has a domain or a name. Raises `Failed`."""
     wanted = domain.rstrip(".").lower()
     found = await client.tenants()
     for info in (
@@ -27,7 +27,7 @@ async def tenant_of(client: Client, domain: str) -> Tenant:
         *(one for one in found if one.name == wanted),
     ):
         return client.tenant(info.name)
-    raise Failed(f"no tenant has the domain {domain}; `incus-gateway list` shows those that there are")
+    raise Failed(f"no tenant has the domain {domain}; `incus-gateway list` shows all")
 
 
 async def followed(begun: Deployment, domain: str, *, as_json: bool) -> DeploymentRecord:
@@ -43,5 +43,5 @@ def ended(work: Coroutine[Any, Any, DeploymentRecord]) -> DeploymentRecord:
     record: DeploymentRecord = run_to_end(work)
     if record.error is not None:
         where = record.error.facts.get("phase", "deploy")
-        raise Failed(f"{where}: {record.error.message}\nEverything that was done is undone.")
+        raise Failed(f"{where}: {record.error.message}\nEverything it did has been undone.")
     return record

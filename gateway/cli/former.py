@@ -1,4 +1,4 @@
-"""Commands around deployments that were: what there was, going back, and the environment by itself."""
+"""Commands for a deployed site: its deployments, going back to one, its environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Action(StrEnum):
 
 
 def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
-    """Show what was deployed to a site, which of it is live, and which can be rolled back to."""
+    """List a site's deployments: which one is live, and which can be rolled back to."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -41,7 +41,7 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
             )
             for record in history.deployments
         ]
-        # those no longer on record, or made under another name
+        # those whose record is gone, or which were made under another name
         rows += [(identity, "", "", "", "kept") for identity in history.kept if identity not in known]
         out.table(("id", "created", "what", "state", ""), rows)
 
@@ -51,13 +51,16 @@ def deployments(domain: Domain, as_json: Json = False, url: Url = None, token: T
 def rollback(
     domain: Domain,
     identity: Annotated[
-        str | None, typer.Argument(metavar="ID", help="Of `deployments`; default: the one that was live last")
+        str | None,
+        typer.Argument(
+            metavar="ID", help="As listed by `deployments`; default: the one that was live before"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Serve a site again that was live before; the one that is live now is kept. Ctrl-C undoes it."""
+    """Go back to an earlier deployment; the one that is live now is kept. Ctrl-C undoes it."""
 
     async def run() -> DeploymentRecord:
         async with client_of(url, token) as client:
@@ -76,7 +79,7 @@ def env(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=VALUE … | NAME …]",
-            help="To set, or to unset; `set` without any reads lines of its input, as of a file .env",
+            help="To set, or to unset; without any, `set` reads lines as in a .env file from its input",
         ),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="List the values too.")] = False,
@@ -84,7 +87,7 @@ def env(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """List, set or unset variables of a site; it starts anew with them, without a failed request."""
+    """List, set or unset variables of a site. It is restarted with them, without a failed request."""
     given = words or []
     if action is Action.LIST:
         if given:
@@ -127,9 +130,9 @@ async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, to
 
 
 def _lines() -> list[str]:
-    """Return the assignments of standard input: values on a command line show in the list of processes."""
+    """Return the assignments on standard input, since a command line shows in the list of processes."""
     if somebody_is_there():
-        raise typer.BadParameter("set takes NAME=VALUE, or lines of it by its input: env … set <.env")
+        raise typer.BadParameter("set takes NAME=VALUE, or such lines from its input: env … set <.env")
     found = (entry.strip() for entry in sys.stdin.read().splitlines())
     return [entry.removeprefix("export ") for entry in found if entry and not entry.startswith("#")]
 

@@ -1,4 +1,4 @@
-"""Commands for what agents changed: the turns of a tenant, and the way back."""
+"""Commands for what agents changed: list a tenant's turns, and undo them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gateway.errors import NotFound
 from gateway.terminal import out
 from gateway_client.tenant import Tenant
 
-_SHORT = 8  # digits by which a turn is shown, and may be named
-_LOOKED = 200  # turns among which a short name is looked for
+_SHORT = 8  # digits of a turn's id that are shown, and suffice to name it
+_LOOKED = 200  # turns searched for a shortened id
 
 
 def history(
@@ -50,7 +50,7 @@ def history(
         out.say("")
         out.say(shown["diff"].removesuffix("\n"))
         if shown["truncated"]:
-            out.say("… the rest of the patch is too long to be shown")
+            out.say("… the rest of the patch is too long to show")
 
     run_to_end(run())
 
@@ -59,13 +59,13 @@ def undo(
     tenant: TenantName,
     turn: Annotated[str | None, typer.Argument(metavar="TURN", help="The turn; default: the latest")] = None,
     to: Annotated[
-        bool, typer.Option("--to", help="Go back to right after TURN, and not to before it")
+        bool, typer.Option("--to", help="Go back to the state right after TURN, not before it")
     ] = False,
     yes: Yes = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Make the files what they were before a turn. That is a turn too, which can be undone."""
+    """Restore the files to what they were before a turn. That is a turn too, and can be undone."""
     if to and turn is None:
         raise typer.BadParameter("--to needs a TURN")
 
@@ -75,27 +75,27 @@ def undo(
             turns = await asked.history(_LOOKED)
             if not turns:
                 raise Failed(f"{tenant} has no turns yet: there is nothing to undo")
-            # what a person saved is no agent's doing
+            # what a person saved is not an agent's work
             latest = next((one["turn"] for one in turns if one["kind"] != "outside"), turns[0]["turn"])
             wanted = latest if turn is None else await _whole(asked, turn, turns)
             ids = [one["turn"] for one in turns]
             later = ids.index(wanted) if wanted in ids else 0
             if later and not yes and somebody_is_there():
                 word = "turn" if later == 1 else "turns"
-                question = f"That takes back {later} later {word} too. Go on?"
+                question = f"That undoes {later} later {word} too. Go on?"
                 confirm(question, "nothing was changed")
             done = await asked.restore_turn(wanted, "after" if to else "before")
         if done is None:
-            out.say("The files are so already.")
+            out.say("Nothing to do: the files are like that already.")
             return
         files = f"{done['files']} file{'' if done['files'] == 1 else 's'}"
-        out.say(f"{_first(done['title'])}: {files}. Back again: incus-gateway undo {tenant}")
+        out.say(f"{_first(done['title'])}: {files}. To take it back: incus-gateway undo {tenant}")
 
     run_to_end(run())
 
 
 async def _whole(tenant: Tenant, turn: str, turns: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Return the id of a turn that is named by its first digits. Raises `NotFound`."""
+    """Return the id of the turn that begins with these digits. Raises `NotFound`."""
     if len(turn) == 40:
         return turn
     known = turns if turns is not None else await tenant.history(_LOOKED)

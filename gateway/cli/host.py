@@ -13,7 +13,7 @@ from gateway.terminal import err, out
 
 
 def settings_help() -> str:
-    """Return every setting with its default, as the help of `serve` lists them."""
+    """Return every setting with its default, as the help of `serve` prints it."""
     from gateway.settings import Settings
 
     lines = ["Settings, as environment variables or in the TOML file that GATEWAY_CONFIG names:", ""]
@@ -27,7 +27,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
 ) -> None:
     """Serve until SIGTERM."""
-    from gateway.server import serve as run  # uvicorn and uvloop are for this command alone
+    from gateway.server import serve as run  # only this command needs uvicorn and uvloop
 
     run(load(), log_level=log_level)
 
@@ -54,7 +54,7 @@ def setup(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Look whether the gateway has what it needs here, and runs; change nothing. Exit code 1 where not."""
+    """Check that the gateway has what it needs and runs; change nothing. Exit code 1 if not."""
     from gateway.host.doctor import doctor as run
 
     found = run(load())
@@ -70,7 +70,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def capacity(as_json: Json = False) -> None:
-    """Say how many more tenants of each size this host takes, and what is used up first."""
+    """Show how many more tenants of each size fit on this host, and what runs out first."""
     from gateway.limits.capacity import host_memory, lines, look
     from gateway.runtime.incus import IncusRuntime
 
@@ -89,7 +89,7 @@ def capacity(as_json: Json = False) -> None:
 
 def image_build(
     rebuild: Annotated[
-        bool, typer.Option(help="Build it anew even if this definition was built before.")
+        bool, typer.Option(help="Build it again even if this definition was built before.")
     ] = False,
 ) -> None:
     """Build the base image and import it into Incus."""

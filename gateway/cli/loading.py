@@ -1,4 +1,4 @@
-"""Commands of which each loads only itself: a table of names, and click's groups and commands made of it."""
+"""Lazy loading: a table of commands becomes click groups, and a command's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typer.main import get_command
 
 @dataclass(frozen=True)
 class Command:
-    """A function that is a command: its parameters are arguments and options, its docstring is the help."""
+    """A function as a command: parameters are arguments and options, the docstring is the help."""
 
     function: str
     """`module:function`"""
     epilog: str = ""
-    """`module:function` of one that returns what `--help` ends with"""
+    """`module:function` that returns the end of the `--help` text"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of click's context."""
+    """Settings of click's context"""
     kind: str = ""
-    """`module:class` of click's command, where it reads its words in a way of its own"""
+    """`module:class` of click's command, if it parses its arguments differently"""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Commands under one word."""
+    """Subcommands of one command."""
 
     help: str
     commands: Table
@@ -66,7 +66,7 @@ def _entry(name: str, entry: str | Command | Group) -> Any:
 
 
 class _Unloaded(TyperCommand):
-    """Stands for a command in lists and help; loads it when it is named."""
+    """A command's name and summary for lists and help; loads the command when it is run."""
 
     def __init__(self, name: str, command: Command) -> None:
         super().__init__(name, rich_markup_mode=None)
@@ -76,7 +76,7 @@ class _Unloaded(TyperCommand):
         return self.loaded().make_context(info_name, args, parent, **extra)
 
     def loaded(self) -> Any:
-        """Import the function and return click's command of it."""
+        """Import the function and return it as a click command."""
         command = self._command
         alone = typer.Typer(**STYLE)
         kind = _named(command.kind) if command.kind else None
@@ -97,7 +97,7 @@ def _named(function: str) -> Any:
 
 
 def summary(function: str) -> str:
-    """Return the first sentence of the docstring of a `module:function`, which is not imported."""
+    """Return the first sentence of the docstring of a `module:function` without importing it."""
     module, _, name = function.partition(":")
     found = importlib.util.find_spec(module)
     assert found is not None and found.origin is not None

@@ -1,4 +1,4 @@
-"""The command line: every command by its name, and how a failure ends it.
+"""The command line: its table of commands, and how failures are printed.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage; `exec` ends with the command's own.
 """
@@ -20,7 +20,7 @@ from gateway.errors import ExecFailed, GatewayError
 from gateway.terminal import OutputClosed, err, leave, out, set_in
 from gateway_client.errors import Disconnected
 
-# by name, in the order in which `--help` lists them; each loads only itself
+# in the order of `--help`; a command's module is imported when it runs
 COMMANDS: Final[Table] = {
     "serve": Command("gateway.cli.host:serve", epilog="gateway.cli.host:settings_help"),
     "broker": "gateway.cli.host:broker",
@@ -75,12 +75,12 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """Run the command line, and end the process with its exit code."""
+    """Run the command line, and exit the process with its code."""
     leave(run())
 
 
 def run() -> int:
-    """Run the command line and return its exit code; failures are told as one line."""
+    """Run the command line and return its exit code. A failure prints one line."""
     try:
         if VARIABLE in os.environ:
             from gateway.cli.completing import answer_shells
@@ -107,7 +107,7 @@ def run() -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        # else a fault of ours; what it names may be a tenant's
+        # otherwise it is a bug here; the file that it names may be a tenant's
         for line in _wrong_settings(error) or [set_in(traceback.format_exc())]:
             err.say(line)
         return 1
@@ -120,8 +120,8 @@ def _failed(message: str, code: int = 1) -> int:
 
 
 def _wrong_settings(error: Exception) -> list[str]:
-    """Return what is wrong with the settings, if that is what the error tells."""
-    loaded = sys.modules.get("pydantic")  # without it none were checked
+    """Return what is wrong with the settings, if this error is about them."""
+    loaded = sys.modules.get("pydantic")  # if it is not imported, no settings were checked
     if loaded is None or not isinstance(error, loaded.ValidationError):
         return []
     problems = error.errors(include_url=False, include_input=False)

@@ -1,4 +1,4 @@
-"""The manual page, made of the texts that `--help` shows."""
+"""The manual page, generated from the texts of `--help`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _page(group: Any, context: Any) -> Iterator[str]:
     yield ".SH COMMANDS"
     yield from _commands(group, context, "")
     yield ".SH EXIT STATUS"
-    yield "0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read the output on;"
+    yield "0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read the output;"
     yield ".B exec\nends with the exit code of its command."
     yield ".SH ENVIRONMENT"
     for name, what in (
@@ -63,6 +63,6 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _text(text: str) -> str:
-    """Return text in which nothing means anything to roff (groff_char(7), roff(7))."""
+    """Escape text for roff; see groff_char(7) and roff(7)."""
     safe = text.replace("\\", "\\e").replace("-", "\\-").replace("\n", " ")
     return f"\\&{safe}" if safe.startswith((".", "'")) else safe

@@ -1,4 +1,4 @@
-"""Commands for tokens and for the record of who did what."""
+"""Commands for tokens and the audit log."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def token(
     scope: Annotated[
         list[str], typer.Option(help="Space-separated or repeated: " + " ".join(sorted(issuing.SCOPES)))
     ] = ["files:read files:write exec events"],  # noqa: B006 - typer copies it
-    ttl: Annotated[str, typer.Option(help="How long it is valid: 15m, 12h, 30d")] = "12h",
-    subject: Annotated[str, typer.Option(help="Whom it is for; shows in events")] = "operator",
+    ttl: Annotated[str, typer.Option(help="How long it is valid, such as 15m, 12h, 30d")] = "12h",
+    subject: Annotated[str, typer.Option(help="Who it is for; shows in events")] = "operator",
     domain: Annotated[
         list[str] | None,
-        typer.Option(help="A domain its tenants may be given, or *.suffix; repeat for more."),
+        typer.Option(help="A domain that its tenants may use, or *.suffix; repeat for more."),
     ] = None,
     revoke: Annotated[
-        str | None, typer.Option(metavar="ID", help="Take one back instead: its jti, or the token itself")
+        str | None, typer.Option(metavar="ID", help="Revoke a token instead: its jti, or the token itself")
     ] = None,
     url: Url = None,
     own: TokenOption = None,
@@ -42,7 +42,7 @@ def token(
         from gateway.auth.tokens import token_id
 
         run_to_end(_revoke(token_id(revoke), url, own))
-        out.say("the token is taken back")
+        out.say("the token is revoked")
         return
     settings = load_client()
     secret = issuing.load_secret(settings.secret, settings.state_dir)
@@ -57,7 +57,7 @@ async def _revoke(id_: str, url: str | None, own: str | None) -> None:
     except Disconnected:
         if url is not None:
             raise
-        # no gateway runs here: the next one will know
+        # no gateway runs here; the next one reads it from the store
         from gateway.auth.revocations import Revocations
         from gateway.storage.store import Store
 
@@ -72,7 +72,7 @@ def audit(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Show who did what, the latest last."""
+    """Show who did what, latest last."""
 
     async def run() -> None:
         async with client_of(url, token) as client:

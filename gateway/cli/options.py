@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import typer
 
 PROGRAM: Final = "incus-gateway"
 VARIABLE: Final = "_INCUS_GATEWAY_COMPLETE"
-"""Set in the environment where a shell asks how a command line may go on."""
+"""Environment variable that is set when a shell asks for completions."""
 
-# seconds that a person waits for the names of tenants
+# seconds; a person waits for it after Tab
 _PATIENCE: Final = 2.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -29,7 +29,7 @@ TokenOption = Annotated[
 
 
 def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the tenants whose names begin so, for a shell that completes one; none where that fails."""
+    """Return the tenants whose names begin with what was typed, for completion; none if that fails."""
     from gateway.cli.asking import client_of, run_to_end
 
     async def run() -> list[str]:
@@ -41,7 +41,7 @@ def tenants_begun(ctx: typer.Context, incomplete: str) -> list[str]:
 
     try:
         return [name for name in run_to_end(run()) if name.startswith(incomplete)]
-    except Exception:  # nothing may be printed between what is typed
+    except Exception:  # a message would land in the line that is being typed
         return []
 
 

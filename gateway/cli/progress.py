@@ -1,4 +1,4 @@
-"""Shows a deployment at a terminal and follows it to its end."""
+"""A deployment's progress, on a terminal or as plain lines."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SAYS: Final = {
     "install": "install dependencies",
     "start": "start the site",
     "expose": "give it an address",
-    "route": "lead the domain to it",
+    "route": "route the domain to it",
     "verify": "see it answer",
 }
 Told = Callable[[Mapping[str, Any]], None]
 
 
 async def follow(deployment: Deployment, told: Told) -> DeploymentRecord:
-    """Pass on each event of a deployment as `{type, **data}`, and return how it ended.
+    """Pass each event of a deployment to a function as `{type, **data}`, and return the final record.
 
-    A cancel cancels the deployment, and is raised once that is undone.
+    If the task is cancelled, cancel the deployment, and raise once it is undone.
     """
     try:
         async for event in deployment.events():
@@ -56,7 +56,7 @@ class _Line:
 
 @dataclass
 class Progress:
-    """A deployment as lines that change while it runs. Use as a context manager around `follow`."""
+    """A deployment as lines that are redrawn while it runs. Use as a context manager around `follow`."""
 
     console: Output
     domain: str
@@ -78,7 +78,7 @@ class Progress:
             self._live.__exit__(*error)
 
     def told(self, event: Mapping[str, Any]) -> None:
-        """Take in one event; without a terminal print what is worth a line."""
+        """Take one event; without a terminal, print a line for those worth it."""
         kind, phase = event["type"].removeprefix("deployment."), self.lines.get(event.get("phase", ""))
         match kind:
             case "phase.started" if phase is not None:
@@ -128,7 +128,7 @@ class Progress:
                     table.add_row("", "", "", Text(said, overflow="ellipsis", no_wrap=True))
         title = Text(f"Deploying {self.domain}", "bold")
         if self.undoing:
-            return Group(title, table, Text("undoing what was done …", "yellow"))
+            return Group(title, table, Text("undoing …", "yellow"))
         return Group(title, table)
 
 
@@ -139,7 +139,7 @@ def _note(event: Mapping[str, Any]) -> str:
         case "create":
             said = {
                 "pool": "one was ready",
-                "golden": "a copy of one that is installed",
+                "golden": "a copy of an installed one",
                 "tenant": "it is there",
             }
             return said.get(event.get("from", ""), "from the base image")

@@ -1,4 +1,4 @@
-"""Commands that say what there is: one tenant, the templates, a site's address."""
+"""Commands that show one tenant, the templates, or a site's address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.terminal import line, out
 
 
 def info(tenant: TenantName, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
-    """Show one tenant: state, address, limits, what it uses, whether its site answers."""
+    """Show one tenant: state, address, limits, usage, and whether its site answers."""
 
     async def run() -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
         async with client_of(url, token) as client:
@@ -57,7 +57,7 @@ def _of(usage: Mapping[str, Any], what: str) -> str:
 
 
 def size(count: int) -> str:
-    """Return bytes as a person reads them."""
+    """Format a number of bytes for people."""
     for unit, above in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= above:
             return f"{count / above:.1f} {unit}"
@@ -65,7 +65,7 @@ def size(count: int) -> str:
 
 
 def templates(as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
-    """List the templates that `deploy --template` takes by name."""
+    """List the templates for `deploy --template`."""
 
     async def run() -> list[Mapping[str, Any]]:
         async with client_of(url, token) as client:
@@ -84,14 +84,14 @@ def open_site(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Print the address of a tenant's site; at a desktop, open it in the browser too."""
+    """Print the address of a tenant's site; on a desktop, also open it in the browser."""
 
     async def run() -> str | None:
         async with client_of(url, token) as client:
             wanted = tenant.rstrip(".").lower()
             known = {name: info for info in await client.tenants() for name in (info.domain, info.name)}
             if wanted not in known:
-                raise Failed(f"no tenant has the name or domain {tenant}; `incus-gateway list` shows them")
+                raise Failed(f"no tenant has the name or domain {tenant}; `incus-gateway list` shows all")
             found: str | None = known[wanted].all["url"]
             return found
 

@@ -1,4 +1,4 @@
-"""Commands that bring a site into a tenant: deploy and migrate."""
+"""Commands that bring a site into a tenant: deploy, publish and migrate."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def deploy(
     ] = None,
     template: Annotated[str | None, typer.Option(help="The name of a template, or a folder")] = None,
     start: Annotated[
-        str | None, typer.Option(help="Its command, as 'node server.js'; default: found")
+        str | None, typer.Option(help="Its command, such as 'node server.js'; default: detected")
     ] = None,
     install: Annotated[
-        str | None, typer.Option(help="The command before it; '' for none; default: found")
+        str | None, typer.Option(help="The command that installs it; '' for none; default: detected")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="Where it listens; default: 3000")] = None,
+    port: Annotated[int | None, typer.Option(help="The port it listens on; default: 3000")] = None,
     production: Annotated[
         bool,
-        typer.Option("--production", help="Build it and serve what was built, not its dev server."),
+        typer.Option("--production", help="Build it and serve the result, not its dev server."),
     ] = False,
-    write: Annotated[bool, typer.Option("--write", help="Keep what was found as site.toml.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write what was detected to site.toml.")] = False,
     size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
     tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
@@ -54,12 +54,12 @@ def deploy(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Bring a domain to a site that answers, or update it. Ctrl-C cancels and undoes it.
+    """Deploy a site at a domain, or update it, until it answers. Ctrl-C cancels and undoes it.
 
-    What the folder is, and how it is installed and started, is found out, unless its site.toml says so.
+    How the folder is installed and started is detected, unless its site.toml says so.
     """
     if folder is not None and template is not None:
-        raise typer.BadParameter("a FOLDER and --template are two sites; leave one out")
+        raise typer.BadParameter("FOLDER and --template name two sites; leave one out")
     given = folder or template or "."
     mode: Literal["production"] | None = "production" if production else None
     overrides = _overrides(start, install, port, mode)
@@ -102,15 +102,17 @@ def publish(
     domain: Domain,
     at: Annotated[str, typer.Argument(metavar="AT", help="The domain to publish it at")],
     size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for what is published; repeat it")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the published site; may be repeated")
+    ] = None,
     tenant: Annotated[str | None, typer.Option(help="Its tenant; default: made of AT")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Build a site for production and serve that at another domain; the site itself goes on as it is.
+    """Build a site for production and serve the result at another domain. The site itself is unchanged.
 
-    What is published has a tenant and an environment of its own. Publish again to update it.
+    The published site has its own tenant and environment. Publish again to update it.
     """
     variables = dict(assignment(entry) for entry in env) if env else None
 
@@ -136,26 +138,33 @@ def _overrides(start: str | None, install: str | None, port: int | None, mode: s
 def migrate(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="shop.example.com")],
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="FOLDER", help="Where the site lives; to begin with")
+        Path | None,
+        typer.Option("--from", metavar="FOLDER", help="The site's folder on this host; needed to begin"),
     ] = None,
     unit: Annotated[str | None, typer.Option(help="The systemd unit that runs it")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; change nothing")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what would be done; change nothing")] = False,
     until: Annotated[Step, typer.Option(help="The step to stop after")] = Step.SWITCH,
-    finish: Annotated[bool, typer.Option("--finish", help="As --until finish: no way back after it")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Same as --until finish; it cannot be undone")
+    ] = False,
     back: Annotated[bool, typer.Option("--back", help="Undo the last step instead")] = False,
-    port: Annotated[int | None, typer.Option(help="Where it listens, if at more than one")] = None,
+    port: Annotated[int | None, typer.Option(help="The port of the site, if it listens on several")] = None,
     size: Annotated[Size, typer.Option(help="Of the tenant")] = Size.SMALL,
-    start: Annotated[str | None, typer.Option(help="Its command in the tenant; default: as it runs")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Its command in the tenant; default: the one it runs with now")
+    ] = None,
     install: Annotated[
-        str | None, typer.Option(help="A command that makes node_modules anew, such as 'bun install'")
+        str | None, typer.Option(help="A command that reinstalls node_modules, such as 'bun install'")
     ] = None,
     health: Annotated[str, typer.Option(help="The path that must answer")] = "/",
-    env: Annotated[list[str] | None, typer.Option(help="A variable to take over; without --unit")] = None,
-    leave: Annotated[list[str] | None, typer.Option(help="A path in the folder that is not copied")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="A variable to take over, if there is no --unit")
+    ] = None,
+    leave: Annotated[list[str] | None, typer.Option(help="A path in the folder to leave out")] = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Move a site from a folder of this host into a tenant: attach, copy, switch, finish. Root's."""
+    """Move a site from a folder of this host into a tenant: attach, copy, switch, finish. Needs root."""
     from gateway.migration import Wanted, opened
 
     def words(text: str | None) -> tuple[str, ...]:
@@ -188,7 +197,7 @@ def migrate(
             if as_json:
                 out.json({"domain": domain, "state": state or None})
             else:
-                out.say(f"{domain}: {state or ('nothing of it is left' if back else 'moved')}")
+                out.say(f"{domain}: {state or ('everything is undone' if back else 'moved')}")
 
     run_to_end(run())
 

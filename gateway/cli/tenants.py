@@ -1,4 +1,4 @@
-"""Commands for one tenant, or for all: create to destroy, snapshots, clones, domain and size."""
+"""Commands for tenants: create to destroy, snapshots, clones, domain and size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def create(
 
     if not TENANT_NAME.fullmatch(tenant):
         raise InvalidParams(
-            f"{tenant!r} is no tenant name: lower-case letters, digits and dashes, 63 at most"
+            f"{tenant!r} is not a tenant name: use lower-case letters, digits and dashes, at most 63"
         )
     settings = load()
     given = None if domain is None else normalized(domain)
@@ -81,7 +81,7 @@ def start(tenant: TenantName, url: Url = None, token: TokenOption = None) -> Non
 def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
     """Stop a tenant. At a terminal it asks first."""
     if not yes and somebody_is_there():
-        confirm(f"Stop {tenant}? Its site answers nobody until it is started.", "nothing was stopped")
+        confirm(f"Stop {tenant}? Its site is down until it is started again.", "nothing was stopped")
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -92,7 +92,7 @@ def stop(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOpti
 
 
 def sleep(tenant: TenantName, url: Url = None, token: TokenOption = None) -> None:
-    """Stop a tenant until the next visitor or command, as after a long rest. Not while it is used."""
+    """Put a tenant to sleep until the next visitor or command, as happens when idle. Not while in use."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -114,11 +114,11 @@ def restart(tenant: TenantName, url: Url = None, token: TokenOption = None) -> N
 
 
 def destroy(tenant: TenantName, yes: Yes = False, url: Url = None, token: TokenOption = None) -> None:
-    """Destroy a tenant and everything of it. Asks first; where nobody can be asked it wants --yes."""
+    """Destroy a tenant with all its files and snapshots. Asks first; without a terminal, give --yes."""
     if not yes and not somebody_is_there():
         err.say(
-            f"incus-gateway: nothing was destroyed: there is no terminal to ask at; to destroy {tenant} with "
-            f"all its files and snapshots, say it: incus-gateway destroy {tenant} --yes"
+            f"incus-gateway: nothing was destroyed: there is no terminal to ask at. To destroy {tenant} "
+            f"with all its files and snapshots: incus-gateway destroy {tenant} --yes"
         )
         raise typer.Exit(2)
 
@@ -145,14 +145,14 @@ SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
 
 def snapshot(
     tenant: TenantName,
-    name: Annotated[str | None, typer.Argument(help="Its name; default: the time")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List what there is instead")] = False,
+    name: Annotated[str | None, typer.Argument(help="Its name; default: the current time")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the snapshots instead")] = False,
     delete: Annotated[str | None, typer.Option(metavar="SNAPSHOT", help="Delete one instead")] = None,
     as_json: Json = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Keep a tenant's disk as it is now."""
+    """Take a snapshot of a tenant's disk, list its snapshots, or delete one."""
     if (name is not None) + list_ + (delete is not None) > 1:
         raise typer.BadParameter("NAME, --list and --delete exclude one another")
 
@@ -183,9 +183,9 @@ def restore(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Make a tenant's disk what it was; stops the tenant, and starts it again if it ran.
+    """Restore a tenant's disk to a snapshot. A running tenant is stopped, then started again.
 
-    At a terminal it asks first.
+    Asks first at a terminal.
     """
 
     async def run() -> None:
@@ -193,20 +193,20 @@ def restore(
             await client.tenant(tenant).restore(snapshot)
 
     if not yes and somebody_is_there():
-        question = f"Make the disk of {tenant} what it was at {snapshot}? What it has since is gone."
+        question = f"Restore the disk of {tenant} to {snapshot}? All later changes are lost."
         confirm(question, "nothing was changed")
     run_to_end(run())
-    out.say(f"{tenant} is what it was at {snapshot}")
+    out.say(f"{tenant} is restored to {snapshot}")
 
 
 def clone(
     tenant: TenantName,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The new tenant's name")],
-    snapshot: Annotated[str | None, typer.Option(help="Of this snapshot, not of the disk as it is")] = None,
+    snapshot: Annotated[str | None, typer.Option(help="Copy this snapshot, not the current disk")] = None,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Make a tenant whose disk is a copy of another's; it has no domain until it is given one."""
+    """Create a tenant from a copy of another's disk. It has no domain until you give it one."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -222,7 +222,7 @@ def rename(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Give a tenant another domain; its name stays."""
+    """Change a tenant's domain; its name stays."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -238,7 +238,7 @@ def resize(
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Give a tenant the limits of another size, up or down, while it runs."""
+    """Change a tenant's limits to those of another size, up or down, while it runs."""
 
     async def run() -> None:
         async with client_of(url, token) as client:

@@ -1,4 +1,4 @@
-"""Commands that show what goes on: a site's log, what a tenant uses, events."""
+"""Commands that watch: a site's log, a tenant's usage, events."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from gateway.terminal import Lines, copy, encoded, out
 
 def logs(
     tenant: TenantName,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines")] = 100,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print new lines as they come")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Number of lines, from the end")] = 100,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Every byte as the site wrote it; not to a terminal")
+        bool, typer.Option("--raw", help="The bytes exactly as the site wrote them; not to a terminal")
     ] = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Print the log of a tenant's site, without what would steer a terminal."""
+    """Print the log of a tenant's site, without terminal control sequences."""
     if raw and sys.stdout.isatty():
-        raise typer.BadParameter("--raw is for a pipe or a file: a log's bytes can steer a terminal")
+        raise typer.BadParameter(
+            "--raw is for a pipe or a file: a log can hold control sequences for the terminal"
+        )
 
     async def run() -> None:
         shown = Lines()
-        # a stream that is followed goes by the token that it began with
+        # a stream cannot renew its token, so it needs one that lasts
         async with client_of(url, token, 30 * 86400 if follow else 3600) as client:
             async for piece in client.tenant(tenant).logs(lines, follow):
                 await asyncio.to_thread(copy, piece if raw else shown.cleaned(piece))
@@ -39,7 +41,7 @@ def logs(
 
 
 def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: TokenOption = None) -> None:
-    """Show what a tenant uses."""
+    """Show a tenant's usage of memory, CPU, disk and network."""
 
     async def run() -> None:
         async with client_of(url, token) as client:
@@ -54,16 +56,16 @@ def metrics(tenant: TenantName, as_json: Json = False, url: Url = None, token: T
 
 
 def events(
-    tenant: Annotated[list[str] | None, typer.Option(help="Only of these tenants")] = None,
+    tenant: Annotated[list[str] | None, typer.Option(help="Only events of these tenants")] = None,
     type: Annotated[
-        list[str] | None, typer.Option(help="Only of these types; * at the end is a prefix")
+        list[str] | None, typer.Option(help="Only these types; a * at the end matches the rest")
     ] = None,
-    last_event_id: Annotated[int | None, typer.Option(help="Begin after this id")] = None,
+    last_event_id: Annotated[int | None, typer.Option(help="Start after the event with this id")] = None,
     as_json: Json = False,
     url: Url = None,
     token: TokenOption = None,
 ) -> None:
-    """Follow what happens, until interrupted."""
+    """Print events as they happen, until interrupted."""
 
     async def run() -> None:
         async with (

@@ -126,8 +126,8 @@ async def test_events_are_followed(gateway: LiveGateway) -> None:
         ("unix:/nonexistent", "no gateway answers at /nonexistent: No such file or directory;"),
         ("http://no.such.host.invalid", "no gateway answers at http://no.such.host.invalid: "),
         ("https://127.0.0.1:{port}", "no TLS with it"),
-        ("here", "is http://…, https://… or unix:/…, not 'here'; mend --url or GATEWAY_URL"),
-        ("http://", "'http://' is no gateway's address: it names no host; mend --url"),
+        ("here", "is http://…, https://… or unix:/…, not 'here'; correct --url or GATEWAY_URL"),
+        ("http://", "'http://' is no gateway's address: it names no host; correct --url"),
         ("http://127.0.0.1:99999", "is no gateway's address: Port out of range"),
     ],
 )
@@ -219,7 +219,7 @@ async def test_changes_of_a_tenant_say_what_they_did(gateway: LiveGateway) -> No
         (("restart", "demo"), "demo was restarted"),
         (("snapshot", "demo", "kept"), "kept"),
         (("clone", "demo", "twin", "--snapshot", "kept"), "twin is a copy of demo at kept; it has no domain"),
-        (("restore", "demo", "kept"), "demo is what it was at kept"),
+        (("restore", "demo", "kept"), "demo is restored to kept"),
         (("snapshot", "demo", "--delete", "kept"), "demo no longer has the snapshot kept"),
         (("destroy", "twin", "--yes"), "twin is destroyed"),
     ]
@@ -333,7 +333,7 @@ async def test_what_agents_changed_is_listed_shown_and_taken_back(gateway: LiveG
     code, _, err = await run(gateway, "history", "turns", "nothing")
     assert (code, err.count("\n")) == (1, 1) and "incus-gateway history turns" in err
     code, out, _ = await run(gateway, "undo", "turns")
-    assert (code, out) == (0, b"Undo: Write two: 1 file. Back again: incus-gateway undo turns\n")
+    assert (code, out) == (0, b"Undo: Write two: 1 file. To take it back: incus-gateway undo turns\n")
     assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"one\n"
     assert (await run(gateway, "undo", "turns", "--to", latest["turn"][:8], "--yes"))[0] == 0
     assert (await run(gateway, "exec", "turns", "--", "cat", "a"))[1] == b"two\n"

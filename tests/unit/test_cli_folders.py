@@ -75,7 +75,7 @@ def test_of_a_folder_of_apps_the_command_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_folder_one_without_what_is_served_and_none(tmp_path: Path) -> None:
     assert refused(tmp_path) == "this folder has no files"
-    assert refused(tmp_path / "no") == f"{tmp_path}/no is no folder"
+    assert refused(tmp_path / "no") == f"{tmp_path}/no is not a folder"
     (tmp_path / "site.toml").write_text('static = "dist"')
     assert refused(tmp_path) == (
         "site.toml: static: there is no folder dist with files, and no `install` that makes it"
@@ -89,5 +89,5 @@ def test_what_was_found_is_kept_once(tmp_path: Path) -> None:
         "# static files: there is index.html\n# install nothing: files need none\n"
         '# serve the files of the folder: the gateway\'s own file server\nstatic = "."\nport = 3000\n'
     )
-    with pytest.raises(GatewayError, match="is there already"):
+    with pytest.raises(GatewayError, match="exists already"):
         folders.write_manifest(tmp_path, template)

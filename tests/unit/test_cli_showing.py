@@ -35,7 +35,7 @@ async def test_one_tenant_is_shown(gateway: LiveGateway) -> None:
     code, _, err = await run(gateway, "open", "demo")
     assert code == 1 and "incus-gateway rename demo DOMAIN" in err
     code, _, err = await run(gateway, "open", "nobody")
-    assert code == 1 and "`incus-gateway list` shows them" in err
+    assert code == 1 and "`incus-gateway list` shows all" in err
     assert (await run(gateway, "info", "nobody"))[0] == 1
 
 
@@ -77,7 +77,7 @@ async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_
     (source / "link").symlink_to("/etc/passwd")
     code, out, err = await run(gateway, "cp", str(source), "demo:copy")
     assert (code, out) == (0, b"demo:copy: 2 files, 293.0 KiB\n")
-    assert err == f"left out: {source}/link, no plain file\n"
+    assert err == f"left out: {source}/link, not a regular file\n"
     made = "chmod +x copy/run; ln -s /etc/passwd copy/out"
     await run(gateway, "exec", "demo", "--", "sh", "-c", made)
     back = tmp_path / "back"
@@ -99,9 +99,9 @@ async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_
         (("demo:none", "."), 1, "incus-gateway: no such file or directory\n"),
         (("/nonexistent", "demo:"), 1, "incus-gateway: No such file or directory: /nonexistent\n"),
         (("demo:../x", "."), 1, "leads out of the workspace"),
-        (("a", "b"), 2, "one of FROM and TO is TENANT:PATH"),
-        (("demo:a", "demo:b"), 2, "one of FROM and TO is TENANT:PATH"),
-        (("./demo:a", "b"), 2, "one of FROM and TO is TENANT:PATH"),
+        (("a", "b"), 2, "one of FROM and TO must be TENANT:PATH"),
+        (("demo:a", "demo:b"), 2, "one of FROM and TO must be TENANT:PATH"),
+        (("./demo:a", "b"), 2, "one of FROM and TO must be TENANT:PATH"),
         (("t-none:a", "b"), 1, "no tenant"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

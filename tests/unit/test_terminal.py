@@ -358,8 +358,8 @@ async def test_who_destroys_is_asked_or_says_so(hostile: tuple[Hostile, str], tm
 @pytest.mark.parametrize(
     ("words", "question", "path"),
     [
-        (["restore", "shop", "s1"], "at s1? What it has since is gone. [y/N]", "snapshots/s1/restore"),
-        (["stop", "shop"], "Stop shop? Its site answers nobody until it is started. [y/N]", "stop"),
+        (["restore", "shop", "s1"], "to s1? All later changes are lost. [y/N]", "snapshots/s1/restore"),
+        (["stop", "shop"], "Stop shop? Its site is down until it is started again. [y/N]", "stop"),
     ],
     ids=["restore", "stop"],
 )

@@ -67,7 +67,7 @@ export class History {
       const done = await this.#tenant().history.restore(turn, to);
       say(
         done === null
-          ? "The files are so already."
+          ? "Nothing to do: the files are like that already."
           : `${done.title.split("\n")[0]}: done. It can be undone too.`,
       );
       await this.look();
