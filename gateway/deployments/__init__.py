@@ -1,6 +1,6 @@
 """Deployments: from a domain to a site that answers, in phases that can each be undone.
 
-From outside: `Deployments`, `Request`, and what `template` says of templates.
+Other packages use `Deployments`, `Request`, and the functions of `template`.
 """
 
 from gateway.deployments.deployments import Deployments

@@ -1,4 +1,4 @@
-"""Say why an install or a site failed, and what to do, in a person's words."""
+"""Explain why an install or a site failed, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.limits.pressure import larger
 from gateway.rootfs.paths import show
 from gateway.runtime.sizes import SIZES, size_of
 
-_SAID: Final = 1000  # characters of what a site said last
+_SAID: Final = 1000  # characters of a site's last output
 _SHOWN: Final = 200  # characters of a command
 _LOCKFILES: Final = {
     "bun": ("bun.lock", "bun install"),
@@ -20,7 +20,7 @@ _LOCKFILES: Final = {
     "yarn": ("yarn.lock", "yarn install"),
     "uv": ("uv.lock", "uv lock"),
 }
-# what systemd says of a unit, between what its program says
+# systemd's own messages between the program's
 _SYSTEMD: Final = re.compile(r"(?:site(?:-next)?\.service: |(?:Started|Starting|Stopped|Stopping) site)")
 _BEGUN: Final = re.compile(r"^Started site.*$", re.MULTILINE)
 _EXITED: Final = re.compile(
@@ -30,27 +30,27 @@ _NO_PROGRAM: Final = re.compile(
     r"^(?:/usr/bin/)?env: \W{0,3}([\w./@+-]{1,60})\W{0,3}: No such file", re.MULTILINE
 )
 _IMAGE: Final = (
-    "whoever runs the gateway makes one that has it by `incus-gateway image build`, or say other commands by "
+    "whoever runs the gateway can add it with `incus-gateway image build`, or give other commands with "
     "`start` and `install`"
 )
 
 
 def more_memory(memory: int) -> str:
-    """Say which size has more than so many bytes of memory, and how a tenant gets it."""
+    """Return advice: the next size with more than this many bytes of memory, and how to get it."""
     size = larger(memory)
     if size is None:
-        return "there is no larger size: have it need less"
+        return "there is no larger size: reduce what it needs"
     has = size_of(SIZES[size]["memory"]) >> 20
     return (
-        f"the size {size} has {has} MiB: deploy with --size {size}, or give it to a tenant that is there by "
+        f"the size {size} has {has} MiB: deploy with --size {size}, or resize an existing tenant with "
         f"`incus-gateway resize TENANT {size}`"
     )
 
 
 def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> ExecFailed:
-    """Return the error of an install command with why it failed and what to do, where that is known.
+    """Return the error of an install command, with the reason and the next step if they are known.
 
-    `memory` is what the tenant has, in bytes; 0 if nobody knows.
+    `memory` is the tenant's, in bytes; 0 if unknown.
     """
     command = show(" ".join(install)[:_SHOWN])
     if error.facts.get("reason") == "not_found":
@@ -63,7 +63,7 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
             lockfile, update = _LOCKFILES[error.facts["of"]]
             without = "uv sync" if update == "uv lock" else update
             why = (
-                f"{lockfile} does not fit what the folder requires: run `{update}` there and deploy again, "
+                f"{lockfile} does not match what the folder requires: run `{update}` there and deploy again, "
                 f"or install without it by --install '{without}'"
             )
         case "memory":
@@ -78,25 +78,25 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
 
 
 def ended(said: str, command: Sequence[str], memory: int) -> str:
-    """Say why a site ends again and again, by the journal of its unit."""
+    """Explain why a site keeps ending, from the journal of its unit."""
     line = show(" ".join(command)[:_SHOWN])
     if (missing := _NO_PROGRAM.search(said)) is not None:
         return f"the tenant's image has no {missing[1]}, which `{line}` needs: {_IMAGE}"
     status, kind, clean = (_EXITED.findall(said) or [("", "", "")])[-1]
     if clean:
-        how = "it ends by itself, without an error; a site's command must go on running"
+        how = "it ends by itself, without an error; a site's command must keep running"
     elif kind == "KILL":
-        how = f"it is killed, as the kernel does for want of memory: {more_memory(memory)}"
+        how = f"it is killed, as the kernel does when memory runs out: {more_memory(memory)}"
     else:
         how = f"it ends with code {status}" if status else "it ends"
-    return f"the site ends again and again: {how}"
+    return f"the site keeps ending: {how}"
 
 
 def last_words(said: str) -> str:
-    """Return what a site's program itself said last: of its last run, if that said anything."""
+    """Return the last output of a site's program: of its last run, if there is any."""
     runs = [_own(run) for run in _BEGUN.split(said)]
     words = next((run for run in reversed(runs) if run), "")
-    return f"It last said: {words[-_SAID:] or 'nothing'}"
+    return f"Its last output: {words[-_SAID:] or 'nothing'}"
 
 
 def _own(said: str) -> str:

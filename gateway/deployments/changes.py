@@ -1,4 +1,4 @@
-"""The phases of deployments that bring no files: a rollback, and a change of the environment."""
+"""The phases of deployments without new files: a rollback, and a change of the environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Changed(Phases):
 
 
 class RollbackPhases(_Changed):
-    """Have a site that was live take the place of the live one, which is kept in turn."""
+    """Put a former site in the place of the live one, which is kept in turn."""
 
     how: Exchange = "rollback"
     known = True
@@ -52,7 +52,7 @@ class RollbackPhases(_Changed):
 
 
 class EnvironmentPhases(_Changed):
-    """Give the live site another environment. A copy of its files is served while it starts anew."""
+    """Change the environment of the live site. A copy of its files is served while it restarts."""
 
     how: Exchange = "environment"
     _env: Mapping[str, str]
@@ -64,7 +64,7 @@ class EnvironmentPhases(_Changed):
         _, self._lives = await self._sites.former.live(tenant)
         if self._lives is None:
             raise Conflict(
-                f"how the site of {tenant} is started is not known; deploy it once more, then change its "
+                f"it is not known how the site of {tenant} is started; deploy it once more, then change its "
                 "environment"
             )
         await self._begin(self._lives)
@@ -79,12 +79,12 @@ KINDS: Final[Mapping[type, type[Phases]]] = {Rollback: RollbackPhases, Variables
 
 
 def phases_of(request: Request) -> type[Phases]:
-    """Return what does the work of a request."""
+    """Return the phases for a request."""
     return KINDS.get(type(request.template), Phases)
 
 
 async def chosen(former: FormerSites, tenant: str, wanted: Rollback) -> str:
-    """Return the deployment whose site is to be live again. Raises `Conflict` and `NotFound`."""
+    """Return the deployment to go back to. Raises `Conflict` and `NotFound`."""
     kept = [one.id for one in await former.listed(tenant)]
     if wanted.to is None:
         if kept:
@@ -105,7 +105,7 @@ async def chosen(former: FormerSites, tenant: str, wanted: Rollback) -> str:
 
 
 async def changed(former: FormerSites, tenant: str, wanted: Variables) -> dict[str, str]:
-    """Return a site's environment with what is changed. Raises `Conflict` and `InvalidParams`."""
+    """Return a site's environment with the changes made. Raises `Conflict` and `InvalidParams`."""
     env = dict(await former.environment(tenant))
     for name, value in wanted.changes.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""What the work of every deployment is done with."""
+"""The services that all deployments work with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gateway.runtime.sites import Sites
 from gateway.settings import Settings
 
 Promise = Callable[[str, str | None], contextlib.AbstractAsyncContextManager[None]]
-"""Has memory for a tenant, by name and limit, that starts to run while the context is open, or refuses it."""
+"""Reserves memory for a tenant, by name and limit, while the context is open, or refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The services that phases and recovery share; for the functions see `Deployments`."""
+    """The services that phases and recovery share; `Deployments` describes the functions."""
 
     runtime: TenantRuntime
     sites: Sites
@@ -39,11 +39,11 @@ class Context:
     unwell: Callable[[str, int, str, str], None]
 
     def exchanging(self, tenant: str) -> contextlib.AbstractContextManager[None]:
-        """Have nobody's file tools go on in the folder that is the workspace no more."""
+        """End the file tools that still work in the former workspace folder."""
         return contextlib.nullcontext() if self.workers is None else self.workers.exchanges.of(tenant)
 
     async def is_there(self, record: Record) -> bool:
-        """Say whether a deployment's tenant is still the one that it was about."""
+        """Return whether a deployment's tenant is still the same instance."""
         try:
             there = await self.runtime.get(record.tenant)
         except NotFound:

@@ -1,7 +1,6 @@
-"""Takes requests for deployments: checks and queues them, and tells of those that run and that ran.
+"""Deployments as the API sees them: requests are checked and queued, and records are looked up.
 
-The work of one is in `runner` and `phases`; what a killed gateway left half done is finished or undone by
-`recovery`.
+`runner` and `phases` do the work of one; `recovery` finishes or undoes what a killed gateway left half done.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from gateway.runtime.sites import Former, Recipe, Sites
 from gateway.settings import Settings
 from gateway.storage.store import Store
 
-# what a tenant's end or change may mean for its route
+# events of a tenant after which its route may be wrong
 _MOVES: Final = (
     *("tenant.created", "tenant.started", "tenant.destroyed", "tenant.renamed"),
     *("incus.instance-updated", "gateway.resynced"),
@@ -65,12 +64,11 @@ class Deployments:
         workers: Workers | None = None,
         unwell: Callable[[str, int, str, str], None] | None = None,
     ) -> None:
-        """`use` keeps a tenant awake while its context is open; `ended` says when a name's last one ended.
+        """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
 
-        `unwell` is told tenant, port, path and why where a site does not stay up after its deployment.
-        `admit` refuses where there is no room for another tenant, `spacious` where there would be none
-        without giving anything up, `promise` where this host has no memory for it. Without `workers` updates
-        remove nothing.
+        `unwell` is called with tenant, port, path and reason if a site does not stay up after its deployment.
+        `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
+        first, `promise` if this host lacks the memory. Without `workers` updates remove no files.
         """
         self._ended = ended or (lambda tenant: 0.0)
         self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
@@ -116,7 +114,7 @@ class Deployments:
         await self._register.write_down()
 
     async def end(self) -> None:
-        """Cancel what runs and wait until it is undone; what does not fit is left to the next life."""
+        """Cancel what runs and wait until it is undone. What takes too long is left to the next start."""
         tasks = [running.task for running in self._register.running.values() if running.task is not None]
         for task in tasks:
             task.cancel()
@@ -124,16 +122,16 @@ class Deployments:
             await asyncio.wait(tasks, timeout=self._settings.shutdown_timeout / 2)
 
     async def begin(self, request: Request, token: Token, *, key: str | None = None) -> tuple[Record, bool]:
-        """Begin a deployment; return it, and whether it is new: the same key gives the same one again.
+        """Begin a deployment; return it, and whether it is new. The same key returns the same deployment.
 
-        Raises `InvalidParams`, `NotFound` and `Forbidden` for what can be told at once, `Conflict` where one
-        runs for the tenant or the key was used for something else, and `RateLimited`.
+        Raises `InvalidParams`, `NotFound` and `Forbidden` for what can be checked at once, `Conflict` if one
+        runs for the tenant or the key was used for another request, and `RateLimited`.
         """
         by = token.subject
         domain = normalized(request.domain)
         tenant = request.tenant or tenant_name(domain)
         if not TENANT_NAME.fullmatch(tenant):
-            raise InvalidParams(f"{tenant[:63]!r} is no tenant name", field="tenant")
+            raise InvalidParams(f"{tenant[:63]!r} is not a tenant name", field="tenant")
         if not token.covers(tenant):
             raise NotFound(f"no tenant {tenant} for this token; one that covers it can deploy {domain}")
         sizes.known(request.size)
@@ -149,12 +147,12 @@ class Deployments:
             fresh.env = sorted(request.template.changes)
         if key is not None:
             begun = await self._register.keyed(by, key)
-            # of another tenant's, or of one that had the name before, nothing may be told
+            # nothing may be revealed of another tenant's, or of one that had the name before
             if told := [one for one in begun if self._knows(token, one[0])]:
                 return _same(told, request), False
         self._check_alone(tenant, domain, token)
         fresh.template = await self._template_of_change(tenant, request) or fresh.template
-        self._check_alone(tenant, domain, token)  # one may have begun meanwhile
+        self._check_alone(tenant, domain, token)  # another may have begun meanwhile
         owner, size = Owner.of(token), len(request.template) if isinstance(request.template, bytes) else 0
         self._turns.admit(owner, size)
         progress = Progress(fresh, self._bus, self._settings.install_log)
@@ -169,30 +167,30 @@ class Deployments:
         return fresh, True
 
     def _check_alone(self, tenant: str, domain: str, token: Token) -> None:
-        """Raise `Conflict` where another deployment of the tenant, or of the domain, is under way."""
+        """Raise `Conflict` if another deployment of the tenant or the domain is under way."""
         holder = self._domains.holder(domain)
         for other in self._register.running.values():
-            if other.record.over:  # only to be written down: who has seen its end may begin the next one
+            if other.record.over:  # only not stored yet: whoever has seen its end may begin the next one
                 continue
-            # of another's deployment only that there is one may be told
+            # of another's deployment, reveal only that it exists
             theirs = other.record.id == holder and token.covers(other.record.tenant)
             if other.record.tenant == tenant or theirs:
                 raise Conflict(
-                    f"a deployment of {other.record.domain} runs already; wait for it, or cancel it",
+                    f"a deployment of {other.record.domain} is running; wait for it, or cancel it",
                     deployment=other.record.id,
                 )
 
     async def change(
         self, tenant: str, change: Change, token: Token, *, key: str | None = None
     ) -> tuple[Record, bool]:
-        """Begin a deployment of a tenant that is there, which brings no files; see `begin`."""
+        """Begin a deployment without new files for an existing tenant; see `begin`."""
         domain = (await self._runtime.get(tenant)).domain
         if domain is None:
             raise Conflict(f"tenant {tenant} has no domain, and so no site; give it one first")
         return await self.begin(Request(domain, change, tenant=tenant), token, key=key)
 
     async def _template_of_change(self, tenant: str, request: Request) -> str:
-        """Return what a change leads to was made by; raise what can be told at once of one that cannot be."""
+        """Return the template of the site that a change leads to; raise if the change cannot be made."""
         match request.template:
             case Rollback():
                 former = self._sites.former
@@ -204,7 +202,7 @@ class Deployments:
         return ""
 
     async def kept(self, tenant: str) -> tuple[str | None, Sequence[Former]]:
-        """Return the deployment of a tenant's live site, if known, and what it keeps, newest first."""
+        """Return the deployment of a tenant's live site, if known, and those it keeps, newest first."""
         there, former = await self._runtime.get(tenant), self._sites.former
         live, _ = await former.live(tenant)
         return live or await self._register.maker(tenant, there.instance), await former.listed(tenant)
@@ -215,11 +213,11 @@ class Deployments:
         return await self._sites.former.environment(tenant)
 
     def _uploader(self, token: Token) -> str:
-        """Name whose upload it is; empty where no copy of an upload is ever kept."""
+        """Return the owner of an upload; empty if copies of uploads are never kept."""
         return uploader(token, self._ended) if self._settings.upload_copies else ""
 
     def _knows(self, token: Token, record: Record) -> bool:
-        """Say whether a deployment is of a tenant that the token covers, and was made for."""
+        """Return whether a deployment belongs to a tenant that the token covers and was made for."""
         if token.coverage is None:
             return True
         ended = self._ended(record.tenant)
@@ -245,7 +243,7 @@ class Deployments:
         return running.record
 
     async def recover(self) -> None:
-        """Finish or undo what an earlier life left; from then on new ones run. Call it once Incus answers."""
+        """Finish or undo what an earlier run left, then let new ones run. Call it once Incus answers."""
         try:
             await self._sites.adopt(await asyncio.to_thread(self._shared_recipes))
             await self._reconciler.reconcile()
@@ -264,7 +262,7 @@ class Deployments:
         await self._reconciler.follow()
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take notice of what happened to a tenant."""
+        """Handle an event of a tenant."""
         if event.type in _MOVES:
             self._reconciler.look_soon()
         if event.type in _ENDS and event.tenant is not None:
@@ -272,7 +270,7 @@ class Deployments:
 
 
 def _told(request: Request) -> str:
-    """Return the template of a deployment as it is told; a change's is known when it is its turn."""
+    """Return the template's name for the record; that of a change is known only when it runs."""
     match request.template:
         case str():
             return request.template
@@ -282,11 +280,11 @@ def _told(request: Request) -> str:
 
 
 def _same(known: Iterable[tuple[Record, str]], request: Request) -> Record:
-    """Return the deployment of a key that was asked for with the same request. Raises `Conflict`."""
+    """Return the deployment begun with this key and the same request. Raises `Conflict` for another."""
     for record, digest in known:
         if digest == request.digest:
             return record
-    raise Conflict("this Idempotency-Key was used for another deployment; take a new one")
+    raise Conflict("this Idempotency-Key was used for another deployment; use a new one")
 
 
 async def _anything() -> None:

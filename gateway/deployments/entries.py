@@ -1,7 +1,7 @@
-"""Read what a site is made of, a folder or a tar, into entries that are safe to unpack.
+"""Read a folder or a tar into entries that are safe to unpack.
 
-Either may come from whoever deploys, so nothing of it is believed: not its names, not its links, not its
-sizes. What is accepted is packed anew, and unpacked only inside the tenant's container, as its own user.
+Both may come from a stranger, so names, links and sizes are all checked. What is accepted is packed again,
+and unpacked only inside the tenant's container, as its own user.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from gateway.errors import InvalidParams, TooLarge
 from gateway.rootfs.paths import show
 from gateway.settings import Settings
 
-# made anew where the site runs, or nobody else's business
+# generated again where the site runs, or private
 LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git", ".DS_Store"})
-SHOWN: Final = 200  # characters of what a template says that an error repeats
+SHOWN: Final = 200  # characters of a template's text that an error quotes
 _DEPTH: Final = 32
 _PATH_MAX: Final = 1024
-_BLOCK: Final = 512  # bytes of a header of a tar; contents are filled up to as many
-_MORE_MAX: Final = 64 << 10  # bytes that a tar may say of one entry beside its header
-_FACTS_MAX: Final = 32  # facts that may be; bsdtar writes a dozen
+_BLOCK: Final = 512  # bytes of a tar header; contents are padded to a multiple of it
+_MORE_MAX: Final = 64 << 10  # bytes of extended headers of one entry
+_FACTS_MAX: Final = 32  # records in them; bsdtar writes a dozen
 _EXTENDED: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG: Final = {tarfile.GNUTYPE_LONGNAME: "name", tarfile.GNUTYPE_LONGLINK: "linkname"}
-_TOLD_MAX: Final = 8  # of such headers before one entry; two are usual
+_TOLD_MAX: Final = 8  # extended headers before one entry; two are usual
 _FILES: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _NAMES: Final = {b"path": "name", b"linkpath": "linkname"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file with its content, a link with where it leads, or (with neither) a folder."""
+    """A file with its content, a link with its target, or (with neither) a folder."""
 
     content: bytes | None = None
     link: str | None = None
@@ -67,7 +67,7 @@ def too_large(settings: Settings) -> TooLarge:
 
 
 def folders_above(paths: Iterable[str]) -> set[str]:
-    """Return every folder that one of the paths lies in."""
+    """Return every folder above one of the paths."""
     found: set[str] = set()
     for path in paths:
         above, slash, _ = path.rpartition("/")
@@ -80,7 +80,7 @@ def folders_above(paths: Iterable[str]) -> set[str]:
 def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
     parts = path.split("/")
     shown = show(path[:SHOWN])
-    # what is not printable may not be encodable either
+    # an unprintable character may not be encodable either
     if any(part in ("", ".", "..") for part in parts) or not path.isprintable():
         raise refused(f"the path {shown} is not plain")
     if len(path.encode()) > _PATH_MAX or len(parts) > _DEPTH or any(len(p.encode()) > 255 for p in parts):
@@ -88,14 +88,14 @@ def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
     for depth in range(1, len(parts)):
         above = entries.get("/".join(parts[:depth]))
         if above is not None and (above.content is not None or above.link is not None):
-            raise refused(f"{shown} lies below something that is no folder")
+            raise refused(f"{shown} lies below something that is not a folder")
     if entry.link is not None:
         target = entry.link
         if not target or not target.isprintable() or len(target) > _PATH_MAX or target.startswith("/"):
             raise refused(f"the link {shown} leads out of the template")
         steps = target.split("/")
         up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
-        # `..` behind a name is above wherever that may lead, if it is a link itself
+        # `..` after a name means the parent of wherever that leads, if it is a link itself
         if up >= len(parts) or ".." in steps[up:]:
             raise refused(f"the link {shown} leads out of the template")
 
@@ -103,9 +103,9 @@ def check_entry(path: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
 def read_folder(
     folder: Path, settings: Settings, leaves: Callable[[str, bool], bool] | None = None
 ) -> dict[str, Entry]:
-    """Read a folder, following nothing; `leaves` says by path and kind (folder or not) what is left out.
+    """Read a folder without following links, except what `leaves(path, is_folder)` leaves out.
 
-    Raises `InvalidParams` for what is neither file, folder nor link, `TooLarge`, and `OSError`.
+    Raises `InvalidParams` for anything but files, folders and links, `TooLarge`, and `OSError`.
     """
     entries: dict[str, Entry] = {}
     room = settings.template_bytes
@@ -140,7 +140,7 @@ def read_folder(
 
 def _read_file(path: Path, room: int) -> Entry:
     """Read a file, or just over `room` bytes of it."""
-    # not by its name again: what it is may have changed, and a pipe would hold us for ever
+    # non-blocking: it may have become a pipe since, which would block us forever
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -151,14 +151,14 @@ def _read_file(path: Path, room: int) -> Entry:
 
 
 class _Bounded:
-    """Unpacks gzip, and reads at most so many bytes: a bomb ends at the limit, not at the machine's."""
+    """Reads gzip or plain bytes up to a limit, so that a decompression bomb ends there."""
 
     def __init__(self, data: bytes, settings: Settings) -> None:
         self._settings = settings
         self._data = memoryview(data)
         self._gzip = zlib.decompressobj(31) if data[:2] == b"\x1f\x8b" else None
         self._at = 0
-        # headers and padding take a block or two of each entry beside its content
+        # headers and padding take a block or two of each entry besides its content
         self._left = settings.template_bytes + settings.template_files * 2048 + (1 << 20)
 
     def read(self, size: int) -> bytes:
@@ -183,7 +183,7 @@ class _Bounded:
         return b"".join(pieces)
 
     def content(self, size: int) -> bytes:
-        """Return a content of `size` bytes, which is filled up to whole blocks. Raises the same."""
+        """Return a content of `size` bytes and skip its padding. Raises as `read` does."""
         if size < 0:
             raise ValueError
         filled = self.read(-(-size // _BLOCK) * _BLOCK)
@@ -193,7 +193,7 @@ class _Bounded:
 
 
 def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
-    """Read a tar, gzipped or not. Raises `InvalidParams` for what is neither file, folder nor link."""
+    """Read a tar, gzipped or not. Raises `InvalidParams` for anything but files, folders and links."""
     entries: dict[str, Entry] = {}
     source = _Bounded(archive, settings)
     try:
@@ -215,19 +215,19 @@ def read_archive(archive: bytes, settings: Settings) -> dict[str, Entry]:
             else:
                 raise refused(f"{show(path[:SHOWN])} is a device, a pipe, a hard link or a sparse file")
     except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
-        raise refused(f"it is no tar archive ({type(error).__name__})") from None
+        raise refused(f"it is not a tar archive ({type(error).__name__})") from None
     return entries
 
 
 def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
-    """Yield what a tar says of each entry; whoever takes it reads the content of a file before the next.
+    """Yield the header of each entry. The caller reads a file's content before it takes the next.
 
-    The headers alone are read by the standard library, which believes what it reads in what may follow them:
-    a map of holes makes gigabytes of a few bytes. Of that only names and sizes are taken here.
+    The standard library parses single headers only. It trusts extended ones: a sparse map turns a few bytes
+    into gigabytes. Only names and sizes are taken from those here.
     """
     said: dict[str, str | int] = {}
-    told = 0  # headers of what follows, one after another
-    for _ in range(3 * settings.template_files + 1000):  # what is left out counts too, and what is told
+    told = 0  # extended headers of the entry that follows
+    for _ in range(3 * settings.template_files + 1000):  # headers count, and entries that are left out
         block = source.read(_BLOCK)
         if not block.strip(b"\0"):
             return
@@ -240,17 +240,17 @@ def _members(source: _Bounded, settings: Settings) -> Iterator[tarfile.TarInfo]:
             continue
         told += 1
         if told > _TOLD_MAX or member.size > _MORE_MAX:
-            raise refused("too much is told of one entry; pack it as a plain tar")
+            raise refused("an entry has too many extended headers; pack it as a plain tar")
         more = source.content(member.size)
         if member.type in _LONG:
             said[_LONG[member.type]] = _text(more)
-        elif member.type != tarfile.XGLTYPE:  # which tells of all: git's commit
+        elif member.type != tarfile.XGLTYPE:  # a header for all entries, such as git's commit
             said |= _facts(more)
     raise too_many(settings)
 
 
 def _facts(more: bytes) -> dict[str, str | int]:
-    """Return what an extended header (pax) tells: records of `LENGTH KEY=VALUE`, each with a line end."""
+    """Parse an extended header (pax): records of `LENGTH KEY=VALUE`, each ending with a newline."""
     found, at = dict[str, str | int](), 0
     for _ in range(_FACTS_MAX):
         if at >= len(more) or more[at] == 0:
@@ -267,7 +267,7 @@ def _facts(more: bytes) -> dict[str, str | int]:
         elif key.startswith(b"GNU.sparse."):
             raise refused("it holds a sparse file; pack it as a plain tar")
         at = end
-    raise refused("too much is told of one entry; pack it as a plain tar")
+    raise refused("an entry has too many extended headers; pack it as a plain tar")
 
 
 def _text(name: bytes) -> str:
@@ -275,9 +275,9 @@ def _text(name: bytes) -> str:
 
 
 def packed(entries: Mapping[str, Entry], changed: float = 0) -> bytes:
-    """Return entries as a tar of nothing but plain files, folders and links, folders first.
+    """Return entries as a tar of plain files, folders and links, folders first.
 
-    All say that they `changed` then, in seconds since the epoch.
+    All get the modification time `changed`, in seconds since the epoch.
     """
     buffer = io.BytesIO()
     folders = folders_above(entries) | {path for path, entry in entries.items() if entry == Entry()}

@@ -1,4 +1,4 @@
-"""What a tenant keeps of the sites that were live, as deployments see it."""
+"""The former sites that a tenant keeps, as deployments see them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 
 
 async def live_one(context: Context, tenant: Tenant) -> str:
-    """Return the deployment of a tenant's live site; where nothing tells of it, an id that was never told."""
+    """Return the deployment of a tenant's live site; if it is unknown, an id that no client has seen."""
     noted, _ = await context.sites.former.live(tenant.name)
     return noted or await context.register.maker(tenant.name, tenant.instance) or f"d-{secrets.token_hex(8)}"
 
 
 async def keep_former(context: Context, record: Record) -> None:
-    """Keep the site whose place another took. Its deployment is a success whatever comes of this."""
+    """Keep the site that was replaced. If that fails, the deployment has succeeded all the same."""
     if record.former is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Finds sites that take no request while somebody waits, and has their visitors answered by a page."""
+"""Find sites that read no requests while visitors wait, and have those visitors answered by a page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 _LOOK: Final = 5.0  # seconds of one look at the kernel's tables; it takes a millisecond
 _CONNECT: Final = 1.0
-_ROUNDS: Final = 10  # of breaking off: Caddy sends some requests once more
+_ROUNDS: Final = 10  # rounds of closing connections: Caddy sends some requests once more
 _PAUSE: Final = 0.1
 
 
 class Root(Protocol):
-    """What takes root, see `BrokerClient`."""
+    """What needs root; see `BrokerClient`."""
 
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int: ...
 
@@ -35,10 +35,10 @@ class Root(Protocol):
 class Hangs:
     """The watch for sites that hang. Use as an async context manager.
 
-    A site that has not read a request for a quarter of `hang_timeout` is asked by us. Where it says nothing
-    for half of that time it hangs: `told` is called with the reason, and the connections of which it has read
-    nothing are broken off, so that Caddy answers their visitors. A request that it has read is never cut, for
-    an answer may take long. A site without visitors costs nothing.
+    A site that has not read a request for a quarter of `hang_timeout` is probed. If it does not answer within
+    half of that time it hangs: `told` is called with the reason, and connections from which it has read
+    nothing are closed, so that Caddy answers their visitors. A request that was read is never cut, since an
+    answer may take long. A site without visitors costs nothing.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Hangs:
                 log.exception("who waits for a site could not be seen")
 
     async def _look(self, found: Sequence[tcp.Connection]) -> None:
-        """Begin to ask each site that has not read what one of these sent."""
+        """Begin to probe each site that has not read what one of these visitors sent."""
         own = own_ports()
         visitors = {(one.local, one.remote) for one in found if one.local[1] not in own}
         ends = {remote for _, remote in visitors}
@@ -112,14 +112,14 @@ class Hangs:
             self._told(site, f"it has read no request for {limit * 3 / 4:g} s")
             await self._break_off(site.tenant, where.port)
         except (OSError, ValueError):
-            return  # it refuses, or answers something
+            return  # it refuses the connection, or answers something
 
     async def _break_off(self, tenant: str, port: int) -> None:
         try:
             for _ in range(_ROUNDS):
                 if not await self._root.break_off(tenant, port, own_ports()):
                     break
-                await asyncio.sleep(_PAUSE)  # nobody tells when Caddy asks again
+                await asyncio.sleep(_PAUSE)  # there is no event for when Caddy tries again
         except GatewayError as error:
             log.info(
                 "visitors of %s who came before it was seen to hang wait for it: %s", tenant, error.message

@@ -1,4 +1,4 @@
-"""Watches from outside whether sites answer, and says when that changes; nothing is run in a tenant."""
+"""Check from outside whether sites answer, and publish changes. Nothing runs in a tenant."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 32
-# looks that are begun at once: to wake for each by itself costs more than the look, hundreds hold up the loop
+# checks begun at once: waking up for each costs more than the check, and hundreds would block the loop
 _TOGETHER: Final = 32
-_LEISURE: Final = 0.01  # of an interval, in which nearly all have answered
-_SKIPPED: Final = 3  # intervals in which a site that is well and answers nobody is not looked at
-_ANSWERS: Final = 12  # packets that a site sends at most to be asked by us
-_NOISE: Final = 2  # packets of an interval that are no answer to a visitor, who gets four
+_LEISURE: Final = 0.01  # part of an interval in which nearly all have answered
+_SKIPPED: Final = 3  # intervals that a healthy site without visitors is skipped
+_ANSWERS: Final = 12  # packets that a site sends at most for one of our checks
+_NOISE: Final = 2  # packets in an interval that cannot be an answer to a visitor, which takes four
 _STARTS: Final = ("tenant.started", "tenant.restarted")
 
 
 class Health:
     """The health of every site. Use as an async context manager.
 
-    A site that has just been started is looked at until it answers, which is told as `tenant.healthy` with
-    the milliseconds it took; after that each by itself, so that one that hangs holds up no look at another.
-    One that was well and has answered nobody since is looked at every fourth time. What is well when the
-    gateway starts is not news.
+    A site that has just been started is checked until it answers, which is published as `tenant.healthy` with
+    the milliseconds it took. After that each is checked by itself, so that one that hangs delays no other.
+    One that was healthy and has had no visitors since is checked every fourth time. A site that is healthy
+    when the gateway starts causes no event.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class Health:
         excuse: Callable[[str, bool], None] = lambda domain, away: None,
         packets: Callable[[], Mapping[str, int]] = packets,
     ) -> None:
-        """`excuse` has visitors of a domain answered by a page while its site hangs.
+        """`excuse` answers visitors of a domain with a page while its site hangs.
 
-        `packets` counts what came from each site's `link`.
+        `packets` counts the packets from each site's `link`.
         """
         self._sites, self._bus, self._settings = sites, bus, settings
         self._excuse, self._packets = excuse, packets
-        # by tenant: the packets that it has sent, and for how many intervals it may go without a look
+        # by tenant: the packets that it has sent, and how many intervals may still be skipped
         self._sent: dict[str, tuple[int, int]] = {}
         self._away: dict[str, str] = {}  # domains that are excused, by tenant
         self._failures: dict[str, int] = {}
         self._unhealthy: set[str] = set()
         self._starting: dict[str, asyncio.Task[None]] = {}
-        self._looks: dict[str, asyncio.Task[None]] = {}  # at most one at each site
+        self._looks: dict[str, asyncio.Task[None]] = {}  # at most one for each site
         self._watching: asyncio.Task[None] | None = None
-        self._asking = asyncio.Semaphore(_AT_ONCE)  # of those that clients ask for; others wait
+        self._asking = asyncio.Semaphore(_AT_ONCE)  # checks asked for by clients; more of them wait
 
     async def __aenter__(self) -> Health:
         self._watching = asyncio.create_task(self._watch(), name="health")
@@ -82,19 +82,19 @@ class Health:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take notice of what happened to a tenant."""
+        """Handle an event of a tenant."""
         tenant = event.tenant
         if tenant is not None and event.type in _STARTS and tenant not in self._starting:
-            self._look_no_more(tenant)  # at what it was before
+            self._look_no_more(tenant)  # a check of what it was before
             task = asyncio.create_task(self._started(tenant), name=f"health of {tenant}")
             self._starting[tenant] = task
             task.add_done_callback(lambda _: self._starting.pop(tenant, None))
 
     async def now(self, tenant: str) -> Mapping[str, Any]:
-        """Ask a tenant's site; say whether it answers, None where nobody can say without waking it.
+        """Probe a tenant's site; return whether it answers, or None if that would wake it.
 
-        `status` is of its answer, None without one; one of the server's own errors counts as none. So does
-        one that refuses the tenant's domain: `reason` is `host_refused` then, and `said` what it says.
+        `status` is its answer's, None without one. An error status (5xx) does not count as an answer, nor
+        does a refusal of the tenant's domain: then `reason` is `host_refused`, and `said` its text.
         """
         site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
         if site is None or site.exposure is None or site.asleep:
@@ -112,7 +112,7 @@ class Health:
         return {"answers": status is not None and status < 500, "status": status}
 
     def unwell(self, tenant: str, port: int, path: str, why: str) -> None:
-        """Take the word of somebody else that a site is not well; the next look at it tells otherwise."""
+        """Record that a site is unhealthy, as seen elsewhere; the next check may say otherwise."""
         if tenant not in self._unhealthy:
             self._unhealthy.add(tenant)
             self._bus.publish(
@@ -120,7 +120,7 @@ class Health:
             )
 
     def hangs(self, site: Site, why: str) -> None:
-        """Take the word of somebody else that a site hangs; the next look at it tells otherwise."""
+        """Record that a site hangs, as seen elsewhere; the next check may say otherwise."""
         self._hangs(site.tenant, site.domain)
         self._failed(site, self._failures.get(site.tenant, 0) + 1, why, at_once=True)
 
@@ -128,7 +128,7 @@ class Health:
         began = time.monotonic()
         with contextlib.suppress(GatewayError):
             site = next((site for site in await self._sites.listed() if site.tenant == tenant), None)
-            # one that is being deployed is told by its deployment
+            # its deployment reports on it
             if site is None or site.exposure is None or site.deployment is not None:
                 return
             where = site.exposure
@@ -165,7 +165,7 @@ class Health:
                 await asyncio.sleep(self._settings.health_interval / len(parts))
 
     def _due(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
-        """Return the sites to be looked at now, part by part; let go of what is kept of others."""
+        """Return the sites to check now, part by part, and forget those that are gone."""
         watched = {
             site.tenant: site
             for site in sites
@@ -193,7 +193,7 @@ class Health:
         return parts
 
     def _look(self, site: Site) -> None:
-        """Begin to look at a site, if nobody looks at it yet."""
+        """Begin to check a site, unless a check is under way."""
         tenant = site.tenant
         if tenant not in self._starting and tenant not in self._looks:
             task = asyncio.create_task(self._one(site), name=f"look at {tenant}")
@@ -227,7 +227,7 @@ class Health:
             why = "no HTTP"
         except OSError:
             why = "no connection"
-        except Exception:  # what nobody foresaw of one site is no reason to look no more
+        except Exception:  # an unexpected error with one site must not end the checks
             log.exception("the site of %s could not be looked at", tenant)
             why = "it could not be looked at"
         self._hangs(tenant, site.domain if silent else None)
@@ -240,7 +240,7 @@ class Health:
             self._bus.publish("tenant.healthy", tenant, {"port": where.port})
 
     def _hangs(self, tenant: str, domain: str | None) -> None:
-        """Excuse a site that hangs by the page at its domain, and one that does not no longer."""
+        """Serve the page at the domain of a site that hangs, and stop once it does not."""
         before = self._away.pop(tenant, None)
         if domain is not None:
             self._away[tenant] = domain

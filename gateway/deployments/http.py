@@ -1,4 +1,4 @@
-"""Deployments and templates over HTTP: bodies in, answers out."""
+"""Request and response bodies of deployments and templates over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Archive(BaseModel):
 
 
 class DeployBody(BaseModel):
-    """What `POST /v1/deployments` takes. `start`, `install` and `port` are for an archive."""
+    """The body of `POST /v1/deployments`. `start`, `install` and `port` are for an archive."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ class DeployBody(BaseModel):
     mode: Mode | None = None
 
     def request(self) -> Request:
-        """Return what is asked for. Raises `InvalidParams` for an archive that is not base64."""
+        """Return the request. Raises `InvalidParams` for an archive that is not base64."""
         template: str | bytes
         overrides = Overrides(start=self.start, install=self.install, port=self.port, mode=self.mode)
         if isinstance(self.template, str):
@@ -52,13 +52,13 @@ class DeployBody(BaseModel):
             try:
                 template = base64.b64decode(self.template.archive, validate=True)
             except binascii.Error:
-                raise InvalidParams("template.archive is base64 of a tar", field="template") from None
+                raise InvalidParams("template.archive must be a tar in base64", field="template") from None
         said = overrides if overrides.said else None
         return Request(self.domain, template, self.size, self.env, self.tenant, said)
 
 
 class PublishBody(BaseModel):
-    """What `POST /v1/tenants/{tenant}/publish` takes: where the site is served, and its own environment."""
+    """The body of `POST /v1/tenants/{tenant}/publish`: the domain, and the published site's environment."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +72,7 @@ class PublishBody(BaseModel):
 
 
 class RollbackBody(BaseModel):
-    """What `POST /v1/tenants/{tenant}/rollback` takes."""
+    """The body of `POST /v1/tenants/{tenant}/rollback`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,7 +80,7 @@ class RollbackBody(BaseModel):
 
 
 class EnvironmentBody(BaseModel):
-    """What `PATCH /v1/tenants/{tenant}/env` takes: null removes a variable."""
+    """The body of `PATCH /v1/tenants/{tenant}/env`; null removes a variable."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,7 +88,7 @@ class EnvironmentBody(BaseModel):
 
 
 def templates(settings: Settings) -> list[dict[str, Any]]:
-    """Return the templates that can be deployed by name; a broken one with what is wrong."""
+    """Return the templates that can be deployed by name; a broken one with its error."""
     told: list[dict[str, Any]] = []
     for name, folder in names(settings).items():
         try:

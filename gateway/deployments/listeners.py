@@ -1,4 +1,4 @@
-"""Tell by where a site's service listens that nobody will ever reach it, before the time for that is over."""
+"""Tell early, from where a site's service listens, that it will never be reachable."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Final
 from gateway.runtime.listening import ANYWHERE, Listener
 from gateway.runtime.sites import Service
 
-_GRACE: Final = 1.5  # seconds in which what listens there may also begin to listen where it should
-_BUSY: Final = 0.3  # of a CPU, above which a service is still beginning
-# Of their own: debuggers (Node, Bun, JVM), Vite's live reload beside a server, what a site keeps its data in
+_GRACE: Final = 1.5  # seconds in which it may still begin to listen on the right port too
+_BUSY: Final = 0.3  # share of a CPU above which a service is still starting
+# Not for visitors: debuggers (Node, Bun, JVM), Vite's live reload beside a server, databases
 _OWN: Final = frozenset(
     {9229, 9230, 6499, 5005, 24678, 1433, 3306, 5432, 5672, 6379, 9200, 11211, 27017, 2019, 53, 22}
 )
-_CHOSEN: Final = 32_768  # from here on programs get ports by chance, to talk among themselves
+_CHOSEN: Final = 32_768  # ephemeral ports, which programs use among themselves
 
 
 class Misplaced:
-    """The looks at one service that does not answer yet.
+    """Watches one service that does not answer yet.
 
-    A service that listens on the right port of another address, or where its framework does by default
-    (`usual`), has been told the wrong thing. On any other port it may do something of its own first: then it
-    is believed only once the service rests.
+    A service that listens on the right port of another address, or on its framework's default port (`usual`),
+    is configured wrongly. Any other port may be for something else first, so that counts only once the
+    service is at rest.
     """
 
     def __init__(self, port: int, addresses: Collection[str], usual: Collection[int] = ()) -> None:
         self._port, self._usual = port, frozenset(usual)
         self._right = ANYWHERE | frozenset(addresses)
         self._since: dict[Listener, float] = {}
-        self._cpu: tuple[float, float] | None = None  # seconds it had computed, and when
+        self._cpu: tuple[float, float] | None = None  # CPU seconds used, and when
 
     def look(self, service: Service, now: float) -> Listener | None:
-        """Take what a look found at `now`, a monotonic time; return where it listens in vain, if it does."""
+        """Take what was found at `now`, a monotonic time; return where it listens wrongly, if it does."""
         rests = self._rests(service.cpu, now)
         self._since = {one: self._since.get(one, now) for one in service.listens}
         if self.reached(service):
@@ -44,11 +44,11 @@ class Misplaced:
         return None
 
     def reached(self, service: Service) -> bool:
-        """Say whether it listens where it must."""
+        """Return whether it listens where it must."""
         return any(one.port == self._port and one.address in self._right for one in service.listens)
 
     def suspects(self, service: Service) -> list[Listener]:
-        """Return where it listens and may be thought to serve, the likeliest first."""
+        """Return where it listens and might serve the site, most likely first."""
         sure = {self._port, *self._usual}
         found = [
             one

@@ -1,4 +1,4 @@
-"""Read and write a site's manifest, `site.toml`: how it is installed, started and seen to work."""
+"""Read and write a site's manifest, `site.toml`: how it is installed, started and verified."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MANIFEST_MAX: Final = 64 << 10  # bytes
 _WORD_MAX: Final = 4096  # characters
 _SERVER: Final = Path(__file__).with_name("serve.js").read_text()
 
-# what a shell takes for more than a letter, but for `$PORT`, which needs none
+# characters with a meaning to a shell; `$PORT` alone needs no shell
 _SHELL: Final = re.compile(r"[|&;<>()`*?\[\]~#!]|\$(?!PORT(?![A-Za-z0-9_])|\{PORT\})|^\s*\w+=")
 _SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh", "ksh"})
 _UNEXPANDED: Final = re.compile(r"\$\{PORT[^}]+\}")
@@ -49,9 +49,9 @@ Pattern = Annotated[
 
 
 def _words(said: Any) -> Any:
-    """Return a command that is one string as its words: apart as a shell does, or by a shell if it needs one.
+    """Return the words of a command given as one string: split as a shell would, or run by one if needed.
 
-    What is no command is left to be refused.
+    Anything else is returned as it is, for the validation to refuse.
     """
     if isinstance(said, str):
         if len(said) > _WORD_MAX:
@@ -61,7 +61,7 @@ def _words(said: Any) -> Any:
         try:
             return tuple(shlex.split(said))
         except ValueError:
-            raise PydanticCustomError("quotes", "its quotes have no end") from None
+            raise PydanticCustomError("quotes", "it has an unclosed quote") from None
     if not isinstance(said, list | tuple):
         raise PydanticCustomError(
             "command", 'it is a list of words, such as ["bun", "serve.ts"], or a string'
@@ -74,14 +74,14 @@ def _expanded(command: tuple[str, ...]) -> tuple[str, ...]:
         for word in command:
             if (found := _UNEXPANDED.search(word)) is not None:
                 raise PydanticCustomError(
-                    "port", "{said} takes a shell; write $PORT", {"said": show(found[0][:SHOWN])}
+                    "port", "{said} needs a shell; write $PORT", {"said": show(found[0][:SHOWN])}
                 )
     return command
 
 
 def _below(folder: str) -> str:
     if folder != "." and any(part in ("", ".", "..") for part in folder.split("/")):
-        raise PydanticCustomError("below", 'it is a folder of the site, such as "dist", or "."')
+        raise PydanticCustomError("below", 'it must be a folder of the site, such as "dist", or "."')
     return folder
 
 
@@ -97,7 +97,7 @@ Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
 class Overrides(BaseModel):
-    """What whoever deploys a folder says of it, in place of its manifest and of what is found."""
+    """Options of a deployment that override the manifest and what is detected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -112,7 +112,7 @@ class Overrides(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What `site.toml` says. Where neither `start` nor `static` is there, it is found what the site is."""
+    """The contents of `site.toml`. Without `start` and `static`, the kind of site is detected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -134,18 +134,18 @@ class Manifest(BaseModel):
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The words that start the site; of files, the server for them."""
+        """The words that start the site; for static files, the server for them."""
         if self.static is not None:
             return ("bun", "-e", _SERVER, self.static)
         return self.start or ()
 
     def but(self, overrides: Overrides) -> Manifest:
-        """Return it with what was said in its place."""
+        """Return it with the overrides applied."""
         said = overrides.said
         return self.model_copy(update=({"static": None} if "start" in said else {}) | said)
 
     def completed(self, found: Detected) -> Manifest:
-        """Return it with what was found where it says nothing itself."""
+        """Return it, completed by what was detected."""
         more: dict[str, Any] = {}
         if self.install is None:
             more["install"] = found.install
@@ -153,19 +153,19 @@ class Manifest(BaseModel):
             more |= {"start": found.start or None, "static": found.static}
             more["warm"] = self.warm or ("/",)
         try:
-            # what was found comes from what a stranger wrote
+            # it was detected from files that a stranger wrote
             return Manifest.model_validate(self.model_dump() | more)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise refused(f"{problem['loc'][0]}, as it was found: {problem['msg']}") from None
+            raise refused(f"{problem['loc'][0]}, as detected: {problem['msg']}") from None
 
 
 def read_manifest(said: Entry | None) -> Manifest:
-    """Read a manifest; where there is none it says nothing. Raises `InvalidParams`."""
+    """Read a manifest; an absent one is empty. Raises `InvalidParams`."""
     if said is None:
         return Manifest()
     if said.content is None:
-        raise refused(f"{MANIFEST} is a folder or a link; a file says how the site is started")
+        raise refused(f"{MANIFEST} is a folder or a link; make it a file that says how the site is started")
     if len(said.content) > _MANIFEST_MAX:
         raise refused(f"{MANIFEST} has over {_MANIFEST_MAX >> 10} KiB")
     try:
@@ -181,7 +181,7 @@ def read_manifest(said: Entry | None) -> Manifest:
 
 
 def written(found: Detected, port: int) -> str:
-    """Return what was found as a manifest, with a comment of why."""
+    """Return what was detected as a manifest, with the reason as a comment."""
     lines = [f"# {line}" for line in found.lines()]
     if found.install:
         lines.append(f"install = {_quoted(line_of(found.install))}")

@@ -1,7 +1,7 @@
-"""Look at a site's page as a browser does: its document, and the scripts and styles that this names.
+"""Load a site's page as a browser does: its document, and the scripts and styles in it.
 
-All of it is a tenant's: it may be endless, or made to keep whoever reads it. So everything is bounded, HTML
-and scripts are read in a thread, and nothing but the site itself is ever asked.
+All of it is a tenant's, so it may be endless or slow to parse. Everything is bounded, HTML and scripts are
+parsed in a thread, and only the site itself is ever asked.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gateway.bounds import aside
 
 T = TypeVar("T")
 
-_AT_ONCE: Final = 6  # connections, as browsers have
+_AT_ONCE: Final = 6  # connections, as in browsers
 _CONNECT: Final = 5.0  # seconds
 _REDIRECTS: Final = 5
-_NAMED: Final = 64  # scripts and styles of a document that are asked for
-_FOLLOWED: Final = 256  # modules that these import, and those again
-_KEPT: Final = 512 << 10  # bytes of one answer that are looked through
+_NAMED: Final = 64  # scripts and styles of a document that are requested
+_FOLLOWED: Final = 256  # modules that these import, directly or not
+_KEPT: Final = 512 << 10  # bytes of one answer that are searched
 _READ: Final = 4 << 20  # bytes of one answer that are read at all
-_READING: Final = 5.0  # seconds of that; by then it has answered
+_READING: Final = 5.0  # seconds for reading; it has answered by then
 _ALL: Final = 64 << 20  # bytes of all answers
 _INLINE: Final = 64 << 10  # characters of a document's own scripts
 _PIECE: Final = 16 << 10  # characters that are parsed at once
-_UNFINISHED: Final = 256 << 10  # characters of one tag, comment or script; each piece looks at these again
+_UNFINISHED: Final = 256 << 10  # characters of one tag, comment or script; scanned again with each piece
 _PARSING: Final = 5.0  # seconds
 _TARGET: Final = re.compile(r"/[!-~]{0,2047}")
-# bounded, so that no script makes it try for long
+# bounded, so that no script makes the search slow
 _IMPORT: Final = re.compile(r"""\b(?:from|import)\s{0,9}\(?\s{0,9}(["'])((?:\.{0,2}/)[^"'\\\s]{1,500})\1""")
 _SCRIPTS: Final = frozenset({"", "module", "text/javascript", "application/javascript"})
 _INERT: Final = frozenset({"noscript", "template"})
@@ -45,12 +45,12 @@ _INERT: Final = frozenset({"noscript", "template"})
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a look at a page found. `missing` is what it names that did not answer, with how it did."""
+    """The result of loading a page. `missing` has each reference that failed, with the reason."""
 
     status: int
     missing: Mapping[str, str] = field(default_factory=dict)
     scripts: tuple[str, ...] = ()
-    """What its scripts import, if it was to be followed."""
+    """What its scripts import, if that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class _Answer:
 
 
 class Browser:
-    """Asks one site, at an address of this host or of a tenant. Use as an async context manager.
+    """Loads pages of one site, at an address of this host or of a tenant. Use as an async context manager.
 
-    Cookies, caches and other hosts are nothing to it.
+    It has no cookies and no cache, and never asks other hosts.
     """
 
     def __init__(self, address: str, port: int, domain: str) -> None:
@@ -89,15 +89,15 @@ class Browser:
         await self._session.close()
 
     async def look(self, path: str, seconds: float) -> Page:
-        """Ask for a document, and for what it names; each answer must begin within `seconds`.
+        """Load a document, and the scripts and styles in it; each answer must begin within `seconds`.
 
-        A document that leads to another host is not followed there. Raises `OSError` and `ValueError` where
-        the document does not answer by HTTP.
+        Redirects to another host are not followed. Raises `OSError` and `ValueError` if there is no HTTP
+        answer to the document.
         """
         answer = await self._ask(path, seconds)
         for _ in range(_REDIRECTS):
             onward = self._own(answer.location, path) if 300 <= answer.status < 400 else None
-            if onward is None or onward == path:  # to HTTPS, say
+            if onward is None or onward == path:  # such as to HTTPS
                 break
             path = onward
             answer = await self._ask(path, seconds)
@@ -116,10 +116,10 @@ class Browser:
         return Page(answer.status, missing, tuple(dict.fromkeys(scripts)))
 
     async def follow(self, scripts: Iterable[str], seconds: float) -> int:
-        """Ask for what scripts import, and so on, for so many seconds; return how many answered.
+        """Request what scripts import, directly or not, for `seconds`; return how many answered.
 
-        A dev server makes each of these for the first who asks. Whether one is missing is not told: what
-        looks like an import may be none.
+        A dev server builds each of these on the first request. A missing one is not an error, since what
+        looks like an import may not be one.
         """
         seen, next_, answered = set[str](), list(scripts), 0
         with contextlib.suppress(TimeoutError):
@@ -140,7 +140,7 @@ class Browser:
         return answered
 
     async def _part(self, path: str, seconds: float) -> tuple[str, _Answer]:
-        """Ask for something that a document names; return what is wrong with its answer, if anything."""
+        """Request something that a document refers to; return what is wrong with its answer, if anything."""
         try:
             answer = await self._ask(path, seconds)
             return (f"status {answer.status}" if answer.status >= 400 else ""), answer
@@ -150,7 +150,7 @@ class Browser:
             return "no answer", _Answer(0)
 
     async def _ask(self, path: str, seconds: float) -> _Answer:
-        """Raises `OSError`, so `TimeoutError`, and `ValueError` for what is no HTTP."""
+        """Raises `OSError` (and so `TimeoutError`), and `ValueError` for an answer that is not HTTP."""
         limits = aiohttp.ClientTimeout(sock_connect=_CONNECT)
         try:
             async with asyncio.timeout(seconds):
@@ -163,7 +163,7 @@ class Browser:
             raise ValueError("no HTTP") from error
         body = bytearray()
         async with answer:
-            # it has answered: how it goes on is another matter
+            # it has answered, which is all that counts here
             with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(_READING):
                     await self._read(answer.content, body)
@@ -187,20 +187,20 @@ class Browser:
         return [own for name in names or () if (own := self._own(name, path))]
 
     async def _aside(self, read: Callable[[bytes], T], body: bytes) -> T | None:
-        """Return what is read of an answer, None where that takes too long."""
+        """Return the beginning of an answer's body, None if that takes too long."""
         try:
             return await aside(self._domain, _PARSING, read, body)
         except TimeoutError:
             return None
 
     def _url(self, name: str, path: str) -> str:
-        """Return what a name means on that page, or below that URL. Raises `ValueError`."""
+        """Return the URL of a reference on that page, or below that base. Raises `ValueError`."""
         return urljoin(
             urljoin(f"http://{self._domain}/", path), urldefrag(name.strip().replace("\\", "/"))[0]
         )
 
     def _own(self, name: str, path: str) -> str | None:
-        """Return the same as a path of this site; None where it leads elsewhere, or is none."""
+        """Return a reference as a path of this site; None if it leads elsewhere or is invalid."""
         try:
             parts = urlsplit(self._url(name, path))
         except ValueError:
@@ -212,7 +212,7 @@ class Browser:
 
 
 class _Enough(Exception):
-    """No more is looked at."""
+    """Ends the search of a document that has enough."""
 
 
 class _Document(HTMLParser):
@@ -258,7 +258,7 @@ class _Document(HTMLParser):
 
 
 def _named(body: bytes) -> tuple[str, list[str], str]:
-    """Return a document's base, the scripts and styles that it names, and its own scripts."""
+    """Return a document's base, the scripts and styles it refers to, and its inline scripts."""
     text, document = body.decode("utf-8", "replace"), _Document()
     with contextlib.suppress(_Enough, AssertionError, ValueError):
         for at in range(0, len(text), _PIECE):

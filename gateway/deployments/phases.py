@@ -1,7 +1,7 @@
-"""The phases of one deployment. Each pushes its undo before it does what is to be undone.
+"""The phases of one deployment. Each registers its undo before it changes anything.
 
-A new tenant is built and destroyed as a whole. An update builds the next site beside the live one, leads the
-domain to it, sees it answer, and only then puts its files in the live one's place.
+A new tenant is built and destroyed as a whole. An update builds the next site beside the live one, routes
+the domain to it, waits until it answers, and only then puts its files in the live one's place.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from gateway.tools.mirroring import KEPT, LOST
 
 log = logging.getLogger(__name__)
 
-_NAMED: Final = 20  # paths that an update removes and names
-# Seconds in which requests are answered that are under way to a site, after others are led elsewhere and
-# before it is stopped. There is nothing to wait for instead: Caddy counts them for all sites together.
+_NAMED: Final = 20  # removed paths that an update names
+# Seconds for requests that are under way to a site, after the route was changed and
+# before it is stopped. No event tells when they are done: Caddy counts them for all sites together.
 _ARRIVAL: Final = 0.5
 _RETURNS: Final = 10.0  # seconds that an undo waits for the old site
 _ARCHIVE: Final = 60.0  # seconds until an uploaded archive is read; the largest takes some
 
 Step = Callable[[], Awaitable[Mapping[str, Any] | None]]
-"""Does a phase; returns what its event tells."""
+"""Does a phase; returns the data of its event."""
 
 
 class Phases:
     """The work of one deployment, from `validate` to `verify`.
 
-    What is to be undone on failure is pushed to `undo`; what is held until the end is entered into `held`.
+    Undos for a failure are pushed to `undo`; what is held until the end is entered into `held`.
     """
 
     how: Exchange = "update"
     known = False
-    """Whether the site was seen to stay up before, as a former one was."""
+    """Whether the site has proven before that it stays up, as a former one has."""
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class Phases:
         self._record, self._request, self._progress = running.record, running.request, running.progress
         self._runtime, self._sites, self._caddy = context.runtime, context.sites, context.caddy
         self._verifier, self._register, self._settings = context.verifier, context.register, context.settings
-        self._answered = 0.0  # when its first answer came
+        self._answered = 0.0  # time of its first answer
         self._template: Template
         self._recipe: Recipe
         self._framework: tuple[Framework | None, tuple[str, ...], tuple[str, ...]]
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
-        self._restored: str | None = None  # where the old site is, after it was started again
-        self._memory = 0  # bytes that the tenant has; 0 if nobody knows
+        self._restored: str | None = None  # address of the old site, after it was started again
+        self._memory = 0  # bytes of the tenant's memory; 0 if unknown
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -100,7 +100,7 @@ class Phases:
 
     @property
     def _copied(self) -> bool:
-        """Whether the tenant is a copy, with nothing of its own, of one whose site was seen to work."""
+        """Whether the tenant is an unchanged copy of one whose site was seen to work."""
         return self._prepared and self._request.env is None
 
     async def validate(self) -> dict[str, Any]:
@@ -132,8 +132,8 @@ class Phases:
                 )
             if there.migration:
                 raise Conflict(
-                    f"the site of {record.tenant} is being moved in from a folder of the host; whoever runs "
-                    "the gateway ends that first (incus-gateway migrate)",
+                    f"the site of {record.tenant} is being migrated from a folder of the host; its "
+                    "operator must finish that first (incus-gateway migrate)",
                     reason="migrating",
                 )
             record.kind, self._side = "update", "next"
@@ -143,7 +143,7 @@ class Phases:
         return {"kind": record.kind} | {name: value for name, value in told.items() if value}
 
     async def _read(self) -> None:
-        """Learn what the site is made of."""
+        """Read the template, and check that it can be deployed."""
         template = self._template = await template_of(self._request, self._record.tenant, self._settings)
         self._framework = await asyncio.to_thread(template.framework)
         self._recipe = await asyncio.to_thread(template.recipe, self._running.uploader)
@@ -152,8 +152,8 @@ class Phases:
             self._record.detected = template.detected.to_dict(self._recipe.port)
 
     def _short(self, memory: str) -> list[str]:
-        """Return a warning where a framework is known to need more than the tenant's memory."""
-        if self._settings.runtime != "incus":  # others limit none
+        """Return a warning if the framework is known to need more memory than the tenant has."""
+        if self._settings.runtime != "incus":  # other runtimes limit none
             return []
         self._memory = known = sizes.size_of(memory)  # 0 for a share of the host's
         framework, start, install = self._framework
@@ -199,9 +199,9 @@ class Phases:
         return {"removed": len(names)}
 
     async def _lost(self) -> bytes:
-        """Return what the live site has and a folder that takes its place does not, each path with a NUL.
+        """Return the files of the live site that are not in the new folder, each followed by a NUL.
 
-        What is deployed by a template's name is the operator's, and what was made of it since stays.
+        Empty for a template deployed by name: it is the operator's, and what a tenant added to it stays.
         """
         workers = self._context.workers
         if workers is None or self._template.shared:
@@ -211,7 +211,7 @@ class Phases:
         return await workers.call(root, LOST, given, search=True)
 
     async def _kept(self) -> bytes:
-        """Return what the live site has now of what is to be kept, each path with a NUL."""
+        """Return the existing files of the live site that an update keeps, each path followed by a NUL."""
         workers, given = self._context.workers, await self._lasting()
         if workers is None or not given["keep"]:
             return b""
@@ -219,7 +219,7 @@ class Phases:
         return await workers.call(root, KEPT, given, search=True)
 
     async def _lasting(self) -> dict[str, Any]:
-        """Return what a worker asks to tell what of the live site is to be kept."""
+        """Return the request to a worker for the files of the live site to keep."""
         return await asyncio.to_thread(self._template.stays)
 
     async def install(self) -> None:
@@ -244,7 +244,7 @@ class Phases:
 
     async def route(self) -> dict[str, Any]:
         self._answered = await self._answering(self._side, self._exposure)
-        if self._record.kind == "create":  # an update leads its visitors there once it has settled
+        if self._record.kind == "create":  # an update routes its visitors there once it has settled
             self._lead()
         return {"url": self._record.url}
 
@@ -255,7 +255,7 @@ class Phases:
         self._caddy.set(domain, self._exposure.target)
 
     def _lead_back(self, before: str | None) -> None:
-        """Have the domain lead where it did before, unless somebody else leads it elsewhere by now."""
+        """Restore the domain's former route, unless it has been changed since by somebody else."""
         domain = self._record.domain
         if self._caddy.get(domain) != self._exposure.target:
             return
@@ -266,7 +266,7 @@ class Phases:
             self._caddy.set(domain, before)
 
     def _unless_another(self, undo: Callable[[str], Awaitable[None]]) -> None:
-        """Undo something of the tenant later, unless its name is another's by then, or nobody's."""
+        """Register an undo that does nothing if the tenant is gone by then, or its name is another's."""
 
         async def undone() -> None:
             if await self._context.is_there(self._record):
@@ -277,7 +277,7 @@ class Phases:
     async def verify(self) -> dict[str, Any]:
         record, sites, facts = self._record, self._sites, dict[str, Any]()
         live, site = self._exposure, self._subject(self._side, self._exposure)
-        # what was seen to stay up is watched once it is told
+        # one that has stayed up before is only watched afterwards
         seconds = 0.0 if self._copied or self.known else self._settings.settle_time
         if record.kind == "create":
             await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
@@ -289,7 +289,7 @@ class Phases:
         record.settled = True
         try:
             await self._register.save(record)
-        except StoreFailed:  # what is not on record is undone by the next life, so by this one too
+        except StoreFailed:  # after a restart an unrecorded change would be undone, so undo it here too
             record.settled = False
             raise
         self._undo.pop_all()
@@ -299,7 +299,7 @@ class Phases:
             if record.kind == "update":
                 group.create_task(
                     _arrival(time.monotonic())
-                )  # of whom the next site answers, which is stopped then
+                )  # of visitors at the next site, which is then stopped
             if self._settings.caddy_issuer == "internal":
                 group.create_task(self._certify(facts))
         if record.kind == "update":
@@ -315,22 +315,22 @@ class Phases:
         facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
 
     async def _settle(self) -> Exposure:
-        """Put the next site in the live one's place; the domain leads to the next one all the while."""
+        """Put the next site in the live one's place; visitors reach the next one throughout."""
         record, sites = self._record, self._sites
         self._unless_another(self._unsettle)
         led = time.monotonic()
         kept = await self._kept()
-        await _arrival(led)  # of whom the live site answers, which is stopped then
+        await _arrival(led)  # of visitors at the live site, which is then stopped
         with self._context.exchanging(record.tenant):
             await sites.settle(record.tenant, self._recipe, kept, self.how)
         live = await sites.expose(record.tenant, "live", self._recipe)
         answered = await self._answering("live", live)
-        # as the world will, which is not led there yet
+        # as visitors will, who are not routed there yet
         await self._verifier.settled(self._subject("live", live), "direct", answered, 0.0)
         return live
 
     async def _unsettle(self, tenant: str) -> None:
-        """Take back the exchange, and lead visitors back to the old site once it answers, if it soon does."""
+        """Undo the exchange, and route visitors back to the old site if it answers soon."""
         sites, domain = self._sites, self._record.domain
         with self._context.exchanging(tenant):
             await sites.unsettle(tenant)
@@ -361,21 +361,21 @@ class Phases:
 
 
 async def template_of(request: Request, tenant: str, settings: Settings) -> Template:
-    """Read the template that a request names or brings. Raises `GatewayError` for one that is broken."""
+    """Read the template that a request names or contains. Raises `GatewayError` for a broken one."""
     template = request.template
     if isinstance(template, str):
         return await asyncio.to_thread(named, template, settings)
-    assert isinstance(template, bytes)  # a change has phases of its own
+    assert isinstance(template, bytes)  # a change has other phases
     return await aside(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
 
 
 async def _arrival(led: float) -> None:
-    """Let requests arrive that were under way at that moment, when others were led elsewhere."""
+    """Wait until requests that were under way when the route changed have arrived."""
     await asyncio.sleep(led + _ARRIVAL - time.monotonic())
 
 
 async def unsteady(context: Context, record: Record, site: Subject, why: str) -> None:
-    """Tell that a site did not stay up after its deployment, if its tenant is there and awake."""
+    """Report that a site did not stay up after its deployment, if its tenant exists and is awake."""
     try:
         there = await context.runtime.get(site.tenant)
     except GatewayError:

@@ -1,4 +1,4 @@
-"""Publishes how one deployment goes: its phases, the lines of its install log, its end."""
+"""Publishes the progress of one deployment: its phases, the lines of its install log, its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.events import Bus
 
 
 class Progress:
-    """The events of one deployment, of whose install log `limit` lines are published."""
+    """The events of one deployment. At most `limit` lines of its install log are published."""
 
     def __init__(self, record: Record, bus: Bus, limit: int) -> None:
         self._record, self._bus, self._limit = record, bus, limit
@@ -26,7 +26,7 @@ class Progress:
         self._bus.publish(f"deployment.{kind}", record.tenant, facts, deployment=record.id)
 
     def say(self, phase: str) -> Callable[[str], None]:
-        """Return what publishes a phase's lines, a few at once and not more than the limit."""
+        """Return a function that publishes a phase's lines, several at a time and up to the limit."""
 
         def one(line: str) -> None:
             self._lines += 1
@@ -41,17 +41,17 @@ class Progress:
         return one
 
     def flush(self, phase: str = "install") -> None:
-        """Publish the lines that wait."""
+        """Publish the waiting lines."""
         if self._batch:
             lines, self._batch = self._batch, []
             self.tell("phase.log", {**place(phase), "lines": lines})
 
 
 def place(phase: str) -> dict[str, Any]:
-    """Return what each event of a phase tells of where it stands."""
+    """Return the progress that each event of a phase carries."""
     return {"phase": phase, "index": PHASES.index(phase), "of": len(PHASES)}
 
 
 def milliseconds(since: float) -> int:
-    """Return how long it is since a moment of the monotonic clock."""
+    """Return the milliseconds since a moment of the monotonic clock."""
     return round((time.monotonic() - since) * 1000)

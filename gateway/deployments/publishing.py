@@ -1,4 +1,4 @@
-"""Publish a tenant's site: take what it is made of, and how it is built and served in production."""
+"""Publish a tenant's site: pack its files, with a manifest that builds and serves it for production."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gateway.runtime import ExecSpec, TenantRuntime
 from gateway.settings import Settings
 
 _SCRIPT: Final = (Path(__file__).with_name("pack_workspace.sh")).read_text()
-_AT_ONCE: Final = 2  # sites that are read
-_SECONDS: Final = 60.0  # of packing, and of reading what was packed
-_SAID: Final = 8 << 10  # bytes of what the script says beside the tar
-_HEADERS: Final = 2048  # bytes that a tar has of an entry beside its content
+_AT_ONCE: Final = 2  # sites read at a time
+_SECONDS: Final = 60.0  # for packing, and again for reading the tar
+_SAID: Final = 8 << 10  # bytes of the script's messages beside the tar
+_HEADERS: Final = 2048  # bytes of a tar entry besides its content
 
 
 class Sources:
-    """What tenants' sites are made of, a few at a time: each is held in memory while it is read."""
+    """The files of tenants' sites, packed a few at a time: each archive is held in memory."""
 
     def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
         self._runtime, self._settings = runtime, settings
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def of(self, tenant: str) -> bytes:
-        """Return an archive of what a tenant's site is made of, which says that it is for production.
+        """Return an archive of a tenant's site, with a manifest for production.
 
         Raises `ExecFailed`, `InvalidParams`, `Timeout` and `TooLarge`.
         """
@@ -41,10 +41,10 @@ class Sources:
 
 
 def for_production(archive: bytes, settings: Settings) -> bytes:
-    """Return an archive with its manifest made one for production. Raises `InvalidParams` and `TooLarge`.
+    """Return an archive with its manifest changed to production. Raises `InvalidParams` and `TooLarge`.
 
-    Of the manifest only what holds for both ways stays: how a site starts for development is not how it is
-    served. One that is for production itself stays as it is.
+    Settings of the manifest for development, such as how it starts, are dropped; those for both stay. A
+    manifest that is for production already stays as it is.
     """
     entries = read_archive(archive, settings)
     said = read_manifest(entries.get(MANIFEST))

@@ -16,13 +16,13 @@ from gateway.auth.tokens import Token
 from gateway.errors import RateLimited
 from gateway.settings import Settings
 
-# seconds after which one of those that wait may have begun
+# seconds after which a waiting one may have begun
 _RETRY_AFTER: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who a deployment is counted for: a token's tenants together, or, for every tenant, its subject."""
+    """Whose share a deployment counts towards: the token's tenants or, if it covers all, its subject."""
 
     tenants: frozenset[str] | None
     subject: str
@@ -33,10 +33,10 @@ class Owner:
 
 
 def uploader(token: Token, ended: Callable[[str], float]) -> str:
-    """Name who uploads with a token: of what it brings copies are kept for its equals alone.
+    """Return the owner of uploads under a token; kept copies of them are reused for the same owner only.
 
-    That is narrower than `Owner`: the subject counts always, and whoever is given a tenant's name that was
-    another's before is somebody else.
+    This is narrower than `Owner`: it always includes the subject, and somebody with a tenant's name that was
+    another's before is a different owner.
     """
     names = None if token.coverage is None else [(name, ended(name)) for name in sorted(token.coverage)]
     return hashlib.sha256(orjson.dumps([token.subject, names])).hexdigest()[:32]
@@ -45,38 +45,38 @@ def uploader(token: Token, ended: Callable[[str], float]) -> str:
 class DeploymentQueue:
     """Lets `max_deployments` run at once and `waiting_deployments` wait. Used from the event loop only.
 
-    An owner with tenants by name never has more than half of the places to run. Who covers every tenant
-    leaves one, and takes no more than half while another waits. Of those that wait the owners take turns. Of
-    the places to wait, and of the bytes that uploads take meanwhile, no owner has more than half.
+    An owner whose token names tenants never has more than half of the places to run. One that covers every
+    tenant leaves one place free, and takes no more than half while another owner waits. Waiting owners take
+    turns. No owner has more than half of the places to wait, nor of the bytes of waiting uploads.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._running: Counter[Owner] = Counter()
-        self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
+        self._waiting: OrderedDict[Owner, deque[asyncio.Future[None]]] = OrderedDict()  # next one first
         self._admitted: Counter[Owner] = Counter()
         self._bytes: Counter[Owner] = Counter()
         self._quiet = asyncio.Event()
         self._quiet.set()
 
     async def quiet(self) -> None:
-        """Return once nobody waits and half of the places are free."""
+        """Wait until nobody waits and half of the places are free."""
         await self._quiet.wait()
 
     def admit(self, owner: Owner, size: int) -> None:
-        """Count one more that runs or waits, with an upload of so many bytes. Raises `RateLimited`."""
+        """Count one more that runs or waits, with an upload of `size` bytes. Raises `RateLimited`."""
         many, room = self._settings.waiting_deployments, self._settings.waiting_bytes
         if self._admitted.total() >= many or self._admitted[owner] >= _half(many):
             raise RateLimited(
-                "too many deployments wait; ask again when some have ended",
+                "too many deployments are waiting; try again when some have ended",
                 limit=_half(many),
                 retry_after=_RETRY_AFTER,
             )
-        # one alone is never too large: the limit of a body holds for it
+        # a single one is never too large: the limit of a body applies to it
         full = self._bytes.total() + size > room and self._bytes.total() > 0
         if full or (self._bytes[owner] + size > room // 2 and self._bytes[owner] > 0):
             raise RateLimited(
-                "the uploads of deployments that wait are too large together; ask again when some have ended",
+                "the uploads of waiting deployments are too large together; try again when some have ended",
                 limit=room // 2,
                 retry_after=_RETRY_AFTER,
             )
@@ -84,7 +84,7 @@ class DeploymentQueue:
         self._bytes[owner] += size
 
     def leave(self, owner: Owner, size: int) -> None:
-        """Take back what `admit` counted."""
+        """Undo what `admit` counted."""
         _less(self._admitted, owner, 1)
         _less(self._bytes, owner, size)
 
@@ -114,7 +114,7 @@ class DeploymentQueue:
         self._next()
 
     def _next(self) -> None:
-        """Let those begin whose turn it is."""
+        """Start those whose turn it is."""
         most = self._settings.max_deployments
         while self._running.total() < most:
             owner = next((owner for owner in self._waiting if self._may(owner)), None)

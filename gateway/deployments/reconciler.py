@@ -1,4 +1,4 @@
-"""Keeps the routes as Incus says that they are, whatever happens to Caddy, to files or to tenants."""
+"""Keep the routes in line with Incus, whatever happens to Caddy, to files or to tenants."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gateway.tasks import apart
 
 log = logging.getLogger(__name__)
 
-# A look at all routes keeps others from giving domains, and one deployment makes many events. So the next
-# waits for this many times as long as the last one took, and a second at most.
+# While all routes are checked no domain can be given, and one deployment causes many events. So the next
+# check waits for this many times as long as the last one took, and a second at most.
 _REST: Final = 9.0
 _REST_MOST: Final = 1.0
-_ADDRESS_LOOK: Final = 0.5  # seconds between two looks for the address of a site that was just started
+_ADDRESS_LOOK: Final = 0.5  # seconds between two tries to get the address of a site that was just started
 _ADDRESS_LOOKS: Final = 20
 
 
 class Reconciler:
-    """Looks at all sites every `reconcile_interval` seconds, and soon after `look_soon`."""
+    """Checks all sites every `reconcile_interval` seconds, and soon after `look_soon`."""
 
     def __init__(self, context: Context, recovery: Recovery) -> None:
         self._context, self._recovery = context, recovery
@@ -35,10 +35,10 @@ class Reconciler:
         self._register = context.register
         self._moved = asyncio.Event()
         self._unplaced: frozenset[str] = frozenset()  # tenants whose sites have no address yet
-        self._looks = 0  # for these, one after another
+        self._looks = 0  # one after another
 
     def look_soon(self) -> None:
-        """Have the next look now, or a moment after the last one: something happened to a tenant."""
+        """Check now, or a moment after the last check, since something happened to a tenant."""
         self._moved.set()
 
     async def follow(self) -> None:
@@ -58,7 +58,7 @@ class Reconciler:
             await asyncio.sleep(min(took * _REST, _REST_MOST))
 
     async def reconcile(self) -> None:
-        """Recover what was left, put the routes right, and remove what belongs to nothing."""
+        """Recover unfinished deployments, correct the routes, and remove what belongs to no tenant."""
         await self._register.write_down()
         await self._recovery.recover_all()
         await self._anchor()
@@ -94,11 +94,11 @@ class Reconciler:
             await self._caddy.ensure()
 
     def _target(self, domain: str) -> str:
-        """Return where a domain is led now, asleep or not."""
+        """Return where a domain is routed now, asleep or not."""
         return (self._caddy.get(domain) or "").removeprefix(asleep(""))
 
     async def _remove_left(self, site: Site) -> None:
-        """Remove a site made by a request that was still under way when its gateway died."""
+        """Remove a site that was still being made when its gateway died."""
         if site.deployment is None or site.deployment in self._register.running:
             return
         with apart(f"the removal of what deployment {site.deployment} left"):
@@ -107,7 +107,7 @@ class Reconciler:
                     await self._sites.remove(site.deployment)
 
     def _look_again(self, found: Sequence[Site]) -> None:
-        """See to it that a site which has just been started is led to once it has its address."""
+        """Route visitors to a site that has just been started, once it has its address."""
         unplaced = frozenset(
             site.tenant
             for site in found
@@ -119,10 +119,10 @@ class Reconciler:
             asyncio.get_running_loop().call_later(_ADDRESS_LOOK, self._moved.set)
 
     async def _anchor(self) -> None:
-        """Give the tenants of sites an address that they keep: one that sleeps has a route by it alone."""
+        """Give tenants with sites a fixed address, since the route of a sleeping one depends on it."""
         for site in await self._sites.listed():
             if site.loose and site.deployment is None:
                 try:
                     await self._sites.anchor(site.tenant)
                 except GatewayError as error:
-                    log.warning("tenant %s has no address that it keeps: %s", site.tenant, error.message)
+                    log.warning("tenant %s has no fixed address: %s", site.tenant, error.message)

@@ -28,7 +28,7 @@ class Phase:
 
 @dataclass(slots=True)
 class Record:
-    """One deployment. What it was given of secrets and files is not kept."""
+    """One deployment, without the secrets and files that it was given."""
 
     tenant: str
     domain: str
@@ -39,11 +39,11 @@ class Record:
     port: int = 0
     health: str = "/"
     source: str | None = None  # what the tenant was made from
-    instance: str | None = None  # tells the tenant from others of its name
+    instance: str | None = None  # distinguishes the tenant from others with its name
     rollback: str | None = None  # the deployment whose site it brings back
     env: list[str] | None = None  # the variables that it changes
-    former: str | None = None  # the deployment whose site it takes the place of
-    settled: bool = False  # of an update: the new files are the live ones, and only tidying is left
+    former: str | None = None  # the deployment whose site it replaces
+    settled: bool = False  # of an update: the new files are live, and only clean-up is left
     state: State = "waiting"
     id: str = field(default_factory=lambda: f"d-{secrets.token_hex(8)}")
     created: float = field(default_factory=time.time)
@@ -51,7 +51,7 @@ class Record:
     ms: int | None = None
     error: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
-    detected: dict[str, Any] | None = None  # what a folder was found to be
+    detected: dict[str, Any] | None = None  # what a folder was detected as
     phases: list[Phase] = field(default_factory=lambda: [Phase(name) for name in PHASES])
 
     @property
@@ -59,7 +59,7 @@ class Record:
         return self.state in ENDED
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as HTTP answers it."""
+        """Return it as HTTP shows it."""
         hidden = {"by", "settled", "health", "instance", "former"}
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
@@ -83,7 +83,7 @@ def save(
 
 
 def keyed(connection: sqlite3.Connection, subject: str, key: str) -> list[tuple[Record, str]]:
-    """Return what a subject began under a key, newest first, each with the digest of what was asked for."""
+    """Return the deployments that a subject began under a key, newest first, with their requests' digests."""
     rows = connection.execute(
         "SELECT record, request FROM deployments WHERE subject = ? AND key = ? ORDER BY created DESC",
         (subject, key),
@@ -92,7 +92,7 @@ def keyed(connection: sqlite3.Connection, subject: str, key: str) -> list[tuple[
 
 
 def begin(connection: sqlite3.Connection, record: Record, key: str | None, request: str, kept: int) -> None:
-    """Keep a new deployment; of ended ones above `kept` the oldest of whoever has most are removed."""
+    """Store a new deployment. Beyond `kept`, remove ended ones: the oldest of the tenant with most."""
     connection.execute(
         "INSERT INTO deployments (id, tenant, created, ended, subject, key, request, record) "
         "VALUES (?, ?, ?, NULL, ?, ?, ?, ?)",
@@ -101,7 +101,7 @@ def begin(connection: sqlite3.Connection, record: Record, key: str | None, reque
     connection.execute(_TRIM, (kept,))
 
 
-# the later its place among its tenant's own, newest first, the sooner one goes
+# numbered by age within each tenant; the highest numbers are removed first
 _TRIM: Final = """
     DELETE FROM deployments WHERE id IN (
         SELECT id FROM (

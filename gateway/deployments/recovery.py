@@ -1,4 +1,4 @@
-"""Finishes or undoes what a gateway that was killed left half done."""
+"""Finish or undo the deployments that a killed gateway left half done."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """What was seen to work is finished, all else is undone."""
+    """Finishes deployments whose site was seen to work, and undoes all others."""
 
     def __init__(self, context: Context, bus: Bus) -> None:
         self._context, self._bus = context, bus
 
     async def recover_all(self) -> None:
-        """Look after every deployment that nobody runs any more; what cannot be done yet stays on record."""
+        """Recover every deployment that nobody runs any more. What cannot be done yet stays on record."""
         for record in await self._context.register.left():
             with apart(f"the recovery of deployment {record.id}"):
                 await self.recover(record)
@@ -43,7 +43,7 @@ class Recovery:
             log.warning("deployment %s cannot be undone yet: %s", record.id, error.message)
 
     async def _finish(self, record: Record) -> None:
-        """Tidy up after a site that works: only this was not written down."""
+        """Clean up after a site that works: only its end was not recorded."""
         sites = self._context.sites
         order = Order(record.id, record.domain, Recipe(b"", (), record.port, record.health))
         if await self._context.is_there(record):
@@ -70,7 +70,7 @@ class Recovery:
                 phase.state = "undone" if phase.state == "done" else "failed"
 
     async def _undo_update(self, tenant: str) -> None:
-        """Undo an update in its container, which is started for it where somebody stopped it since."""
+        """Undo an update in its container, and start that first if somebody has stopped it."""
         runtime, sites = self._context.runtime, self._context.sites
         async with self._context.use(tenant):
             stopped = (await runtime.get(tenant)).status != "running"
@@ -85,5 +85,5 @@ class Recovery:
 
 
 def _at(record: Record) -> str:
-    """Return the phase in which a deployment was."""
+    """Return the phase that a deployment had reached."""
     return next((phase.name for phase in record.phases if phase.state in ("running", "failed")), PHASES[0])

@@ -1,4 +1,4 @@
-"""Keeps all deployments: those under way in memory, and each of them on record at every step."""
+"""The register of all deployments: those under way in memory, and the record of each in the store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LISTED: Final = 100
 
 @dataclass(slots=True)
 class Running:
-    """A deployment that waits or runs."""
+    """A waiting or running deployment."""
 
     record: Record
     request: Request
@@ -39,22 +39,22 @@ class Running:
     progress: Progress
     uploader: str = ""
     key: str | None = None
-    upload: Recipe | None = None  # of which copies may be kept
+    upload: Recipe | None = None  # owner of copies of its upload
     task: asyncio.Task[None] | None = None
     cancelled: bool = False
 
 
 class Register:
-    """The deployments that run, by id in `running`, and the records of all."""
+    """The running deployments, by id in `running`, and the records of all."""
 
     def __init__(self, store: Store, domains: Domains, settings: Settings) -> None:
         self._store, self._domains, self._settings = store, domains, settings
         self.running: dict[str, Running] = {}
-        # over, but the store could not take it; no more than it took when they began
+        # ended, but not stored yet; bounded, since each was stored when it began
         self._unwritten: dict[str, Record] = {}
 
     async def open(self, running: Running) -> None:
-        """Put a new deployment on record, and hold its domain; it runs from then on."""
+        """Store a new deployment, and hold its domain. It counts as running from then on."""
         record, digest = running.record, running.request.digest
         self.running[record.id] = running
         try:
@@ -69,19 +69,19 @@ class Register:
             raise
 
     async def save(self, record: Record) -> None:
-        """Write a record down as it is now. Raises `StoreFailed`."""
+        """Store the current state of a record. Raises `StoreFailed`."""
         text, identity, tenant, ended = orjson.dumps(record), record.id, record.tenant, record.ended
         await self._store.write(lambda connection: records.save(connection, text, identity, tenant, ended))
 
     async def end(self, record: Record, progress: Progress, began: float) -> None:
-        """Close a record whose work is over, and publish how it ended."""
-        await self._domains.over(record.id)  # who hears of the end may ask for the domain at once
+        """Store the end of a deployment, and publish it."""
+        await self._domains.over(record.id)  # a client that learns of the end may ask for the domain at once
         record.state = "succeeded" if record.error is None else "rolledback"
         record.ended, record.ms = time.time(), milliseconds(began)
         try:
             await self.save(record)
         except StoreFailed as failed:
-            log.warning("deployment %s is over, which cannot be written down: %s", record.id, failed.message)
+            log.warning("the end of deployment %s cannot be stored: %s", record.id, failed.message)
             self._unwritten[record.id] = record
         facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
         if record.error is not None:
@@ -107,7 +107,7 @@ class Register:
         return [newer.get(record.id, record) for record in found]
 
     async def maker(self, tenant: str, instance: str | None) -> str | None:
-        """Return the deployment that made a tenant, where that is on record."""
+        """Return the deployment that created a tenant, if it is on record."""
         found = await self._store.read(
             lambda connection: records.recent(connection, [tenant], self._settings.deployments_kept)
         )
@@ -115,7 +115,7 @@ class Register:
         return next((one.id for one in made if one.instance in (None, instance)), None)
 
     async def keyed(self, by: str, key: str) -> list[tuple[Record, str]]:
-        """Return what a subject began under a key, each with the digest of its request."""
+        """Return the deployments that a subject began under a key, with their requests' digests."""
         begun = await self._store.read(lambda connection: records.keyed(connection, by, key))
         return begun + [
             (other.record, other.request.digest)
@@ -124,23 +124,23 @@ class Register:
         ]
 
     async def unfinished(self) -> set[str]:
-        """Return the ids of all that are not over by the store's word, and have not ended since."""
+        """Return the ids of all that have not ended, neither in the store nor since."""
         found = await self._store.read(records.unfinished)
         return {record.id for record in found} - self._unwritten.keys()
 
     async def left(self) -> list[Record]:
-        """Return the deployments that nobody runs any more and that are not over."""
+        """Return the deployments that have not ended but that nobody runs any more."""
         left = []
         for record in await self._store.read(records.unfinished):
             if record.id not in self.running and record.id not in self._unwritten:
-                # one may have ended since: it is written down before it counts as run no more
+                # one may have ended since: it is stored before it stops counting as running
                 now = await self._store.read(partial(records.find, identity=record.id))
                 if now is not None and not now.over:
                     left.append(now)
         return left
 
     async def write_down(self) -> None:
-        """Keep how deployments ended that the store had no room for then, if it has now."""
+        """Store the ends of deployments that the store had no room for at the time."""
         with contextlib.suppress(StoreFailed):
             for identity, record in list(self._unwritten.items()):
                 await self.save(record)

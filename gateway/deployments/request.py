@@ -1,4 +1,4 @@
-"""What is asked for when a site is deployed, and the checks that need nothing but the request."""
+"""Requests for deployments, and the checks that need nothing else."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _ENV_MAX: Final = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """Bring back a site that a tenant keeps: that of a deployment, or the one that was live last."""
+    """Go back to a former site that the tenant keeps: a given deployment's, or the one live before."""
 
     to: str | None = None
 
     def __post_init__(self) -> None:
         if self.to is not None and not FORMER_ID.fullmatch(self.to):
-            raise InvalidParams(f"{self.to[:40]!r} is no id of a deployment", field="to")
+            raise InvalidParams(f"{self.to[:40]!r} is not the id of a deployment", field="to")
 
 
 @dataclass(frozen=True, slots=True)
 class Variables:
-    """Change a site's environment: each name with its new value, None for one that goes."""
+    """Change a site's environment: each name with its new value, None to remove it."""
 
     changes: Mapping[str, str | None] = field(repr=False)
 
@@ -42,15 +42,15 @@ class Variables:
 
 
 Change = Rollback | Variables
-"""A deployment that brings no files of its own: of a tenant that is there, by its name."""
+"""A deployment without new files, for an existing tenant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for; `template` is a name, an archive or a change.
+    """A request; `template` is a name, an archive or a change.
 
-    `env` is kept nowhere but in the tenant. To make one of a large archive, whose digest is taken, takes a
-    moment: do it off the loop.
+    `env` is stored only in the tenant. The constructor computes the archive's digest, which takes a moment
+    for a large one: call it off the event loop.
     """
 
     domain: str
@@ -79,11 +79,11 @@ class Request:
 
 
 def check_env(env: Mapping[str, str] | None) -> None:
-    """Raise `InvalidParams` for what cannot be an environment, or is too large."""
+    """Raise `InvalidParams` for an invalid environment, or one that is too large."""
     if env is None:
         return
     for name, value in env.items():
         if not _VARIABLE.fullmatch(name) or "\0" in value:
-            raise InvalidParams(f"{name[:60]!r} is no environment variable", field="env")
+            raise InvalidParams(f"{name[:60]!r} is not a valid name of an environment variable", field="env")
     if sum(len(name) + len(value) for name, value in env.items()) > _ENV_MAX:
-        raise InvalidParams(f"env has over {_ENV_MAX} characters", field="env")
+        raise InvalidParams(f"env is longer than {_ENV_MAX} characters", field="env")

@@ -1,6 +1,6 @@
-"""Carries one deployment from its turn to its end: phase after phase, or back through what was done.
+"""Run one deployment: phase after phase or, after a failure, the undos in reverse.
 
-Once the site was seen to work there is no way back: what fails then is finished later.
+Once the site has been seen to work nothing is undone: what fails after that is finished later.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ log = logging.getLogger(__name__)
 
 _UNDO_TIMEOUT: Final = 120.0
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-# Caddy's own words may name folders of this host; they are in the log
+# Caddy's own messages may name folders of this host; they are in the log only
 _CADDY: Final = {
-    "caddy_down": "Caddy does not answer; whoever runs the gateway starts it (incus-gateway doctor says how)",
-    "caddy_foreign": "the Caddy of this host serves something else; incus-gateway doctor says what to do",
+    "caddy_down": "Caddy does not answer; the operator must start it (incus-gateway doctor says how)",
+    "caddy_foreign": "the Caddy on this host serves something else; incus-gateway doctor says what to do",
     "caddy_refused": "Caddy refuses the gateway's configuration; the gateway's log says why",
 }
 
 
 class Runner:
-    """Runs deployments, each when it is its turn and once `recovered` is set."""
+    """Runs deployments, each in its turn and once `recovered` is set."""
 
     def __init__(
         self, context: Context, turns: DeploymentQueue, warming: Warming, recovered: asyncio.Event, bus: Bus
@@ -50,7 +50,7 @@ class Runner:
         self._unprepared: set[str] = set()  # names of templates
 
     async def run(self, running: Running) -> None:
-        """Run one to its end. What breaks off without one is looked after by recovery."""
+        """Run one to its end. If it breaks off without one, recovery takes over."""
         record, progress, began = running.record, running.progress, time.monotonic()
         try:
             async with self._turns.turn(running.owner):
@@ -68,15 +68,15 @@ class Runner:
                 progress.tell("cancelled", {**place(PHASES[0]), "error": record.error})
                 await _whatever_comes(self._register.end(record, progress, began))
         except Exception:
-            log.exception("deployment %s is broken off; it is looked after again soon", record.id)
+            log.exception("deployment %s broke off; it is recovered soon", record.id)
         finally:
             self._register.running.pop(record.id, None)
 
     async def _prepare(self, running: Running) -> None:
-        """Have the next deployment of a template that worked begin with a copy."""
+        """Let the next deployment of a template that worked start from a copy."""
         request, record = running.request, running.record
         if isinstance(request.template, str):
-            with contextlib.suppress(GatewayError):  # it may have been taken away meanwhile
+            with contextlib.suppress(GatewayError):  # it may have been removed meanwhile
                 template = await template_of(request, record.tenant, self._context.settings)
                 recipe = await asyncio.to_thread(template.recipe)
                 await self._context.admit()
@@ -86,11 +86,11 @@ class Runner:
             self._warming.want(running.upload, request.size)
 
     def _prepared(self, template: str, error: GatewayError | None) -> None:
-        """Say that nothing could be made ready of a template, whose tenants take longer so; or now could."""
+        """Report that no golden copy of a template could be made, or that it could again."""
         if error is not None:
             log.warning("template %s could not be made ready: %s", template, error.message)
             self._unprepared.add(template)
-            # no message: this is told to everybody, and a template's output is for the operator
+            # no message: everybody sees this, and a template's output is for the operator
             facts = {"code": error.code, "reason": error.facts.get("reason")}
             self._bus.publish("gateway.template.failed", None, {"template": template, **facts})
         elif template in self._unprepared:
@@ -98,9 +98,9 @@ class Runner:
             self._bus.publish("gateway.template.ready", None, {"template": template})
 
     async def _attempt(self, running: Running, held: contextlib.AsyncExitStack) -> None:
-        """Go through the phases; on failure or cancel unwind what was done, in reverse, and say so.
+        """Go through the phases. On failure or cancellation undo them in reverse, and record that.
 
-        The tenant is kept awake until `held` is closed.
+        `held` keeps the tenant awake until it is closed.
         """
         undo = contextlib.AsyncExitStack()
         current = PHASES[0]
@@ -144,7 +144,7 @@ class Runner:
         record.state = "undoing"
         progress.flush()
         progress.tell(kind, {**place(phase), "error": record.error})
-        with contextlib.suppress(StoreFailed):  # of a full disk: all the more is undone
+        with contextlib.suppress(StoreFailed):  # a full disk: one more reason to undo
             await self._register.save(record)
         async with asyncio.timeout(_UNDO_TIMEOUT):
             await undo.aclose()
@@ -154,7 +154,7 @@ class Runner:
 
 
 async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
-    """Carry `work` through, also where this task is cancelled meanwhile; it bounds itself."""
+    """Finish `work` even if this task is cancelled meanwhile; `work` bounds its own time."""
     task = asyncio.ensure_future(work)
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
@@ -163,7 +163,7 @@ async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _known(error: BaseException) -> GatewayError:
-    """Return an error as one of ours; what nobody foresaw is in the log."""
+    """Return an error as a `GatewayError`. Unexpected ones are logged."""
     if isinstance(error, CaddyFailed) and error.facts.get("reason") in _CADDY:
         log.warning("a deployment failed: %s", error.message)
         return CaddyFailed(_CADDY[error.facts["reason"]], **error.facts)

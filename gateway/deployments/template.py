@@ -1,4 +1,4 @@
-"""Templates: folders that a site can be made of, by their manifest, `site.toml`, or by what they are."""
+"""Templates: folders that become sites, as their manifest `site.toml` says or as detected."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _IGNORE_MAX: Final = 64 << 10  # bytes of one ignore file
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A checked template. `shared` where it is the operator's own: only then may others share its copies.
+    """A checked template. `shared` if it is the operator's own: only then may others share its copies.
 
-    `detected` is what was found where its manifest does not say how it is started.
+    `detected` is set if its manifest does not say how it is started.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Template:
 
     @property
     def digest(self) -> str:
-        # not all of the manifest need be in a file of it
+        # parts of the manifest may come from elsewhere
         digest = hashlib.sha256(self.manifest.model_dump_json().encode())
         for path, entry in sorted(self.entries.items()):
             content = hashlib.sha256(entry.content or b"").digest()
@@ -61,7 +61,7 @@ class Template:
         return digest.hexdigest()
 
     def stays(self) -> dict[str, Any]:
-        """Return what a worker asks to tell what an update by this removes, see `gateway.tools.mirroring`."""
+        """Return a worker's request for what an update removes; see `gateway.tools.mirroring`."""
         kinds: dict[str, Kind] = dict.fromkeys(folders_above(self.entries), "folder")
         ignored = {}
         for path, entry in self.entries.items():
@@ -72,12 +72,12 @@ class Template:
         return {"there": kinds, "ignored": ignored, "keep": self.manifest.keep, "left_out": [*LEFT_OUT]}
 
     def project(self) -> Project:
-        """Return what its package.json says."""
+        """Return its package.json."""
         manifest = self.entries.get("package.json")
         return project(None if manifest is None else manifest.content)
 
     def framework(self) -> tuple[Framework | None, tuple[str, ...], tuple[str, ...]]:
-        """Return its framework, if that is known, and the words that start and install it."""
+        """Return its framework, if known, and the words of its start and install commands."""
         said = self.project()
         start, install = (
             expanded(words, said) for words in (self.manifest.command, self.manifest.install or ())
@@ -85,10 +85,10 @@ class Template:
         return recognise(start, said.packages), start, install
 
     def recipe(self, owner: str = "") -> Recipe:
-        """Return what a runtime needs to make a site of it; of an upload nothing is kept without an owner."""
+        """Return it as a runtime needs it. Copies of an upload are kept only for an owner."""
         manifest = self.manifest
         return Recipe(
-            # what keeps something made of a file, as Python does, looks whether it has changed since
+            # caches of compiled files, such as Python's, compare modification times
             archive=packed(self.entries, int(time.time())),
             start=manifest.command,
             port=manifest.port,
@@ -108,7 +108,7 @@ class Template:
 
 
 def names(settings: Settings) -> dict[str, Path]:
-    """Return every template that can be deployed by its name; the operator's win over ours."""
+    """Return every template that can be deployed by name; the operator's take precedence over ours."""
     found: dict[str, Path] = {}
     for folder in (shipped("deploy/templates"), settings.templates_dir):
         if folder is not None and folder.is_dir():
@@ -121,7 +121,7 @@ def names(settings: Settings) -> dict[str, Path]:
 
 
 def named(name: str, settings: Settings) -> Template:
-    """Read a template by its name. Raises `NotFound`, which names those that there are."""
+    """Read a template by its name. Raises `NotFound`, which lists the existing ones."""
     known = names(settings)
     if name not in known:
         raise NotFound(
@@ -131,7 +131,7 @@ def named(name: str, settings: Settings) -> Template:
         entries = read_folder(known[name], settings)
     except OSError as error:
         raise Unavailable(
-            f"template {name} cannot be read: {error.strerror}; mend its folder, or its owner and modes",
+            f"template {name} cannot be read: {error.strerror}; check its folder's owner and modes",
             reason="template_invalid",
         ) from error
     return checked(name, entries, settings, shared=True)
@@ -154,7 +154,7 @@ def checked(
 ) -> Template:
     """Make a template of entries. Raises `InvalidParams` and `TooLarge`, which say what is wrong.
 
-    `finding` finds out what a folder is; what a stranger wrote is for `detect_apart`.
+    `finding` detects what a folder is; for a stranger's files use `detect_apart`.
     """
     if len(entries) > settings.template_files:
         raise too_many(settings)
@@ -162,13 +162,13 @@ def checked(
         raise too_large(settings)
     for path, entry in entries.items():
         check_entry(path, entry, entries)
-    # folders that only names tell of are made, too
+    # add folders that are only part of other paths
     if len(entries.keys() | folders_above(entries)) > settings.template_files:
         raise too_many(settings)
     manifest = read_manifest(entries.get(MANIFEST)).but(overrides or Overrides())
     if overrides is not None and overrides.mode and (manifest.start or manifest.static):
         raise InvalidParams(
-            f"`mode` is for a folder of which it is found how it starts; here {MANIFEST} or `start` says it",
+            f"`mode` is for a folder whose start command is detected; here {MANIFEST} or `start` says it",
             field="mode",
         )
     if manifest.static not in (None, ".") and not manifest.install:
@@ -181,7 +181,7 @@ def checked(
             )
     if manifest.static is not None or (manifest.start is not None and manifest.install is not None):
         return Template(name, manifest, entries, shared)
-    if manifest.start is not None and MANIFEST in entries:  # who says how it starts has said all
+    if manifest.start is not None and MANIFEST in entries:  # a start command leaves nothing to detect
         return Template(name, manifest, entries, shared)
     files = {path: entry.content for path, entry in entries.items() if entry.content is not None}
     found = finding(Clues.of(files, production=manifest.mode == "production")).told(

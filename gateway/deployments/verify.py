@@ -1,7 +1,7 @@
-"""See whether a site that was just started works and goes on working.
+"""Verify that a site that was just started works, and goes on working.
 
-`answering` waits for its first answer, and tells at once of a service that listens where nobody reaches it.
-`settled` looks at the page as a browser does, and sees the site stay for a while. `seen` asks through Caddy.
+`answering` waits for its first answer, and fails early if the service listens in the wrong place. `settled`
+loads the page as a browser does, and watches the site for a while. `seen` asks through Caddy.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_LOOK: Final = 0.75  # seconds between two looks at a service that does not answer yet
-_COPIED: Final = 5.0  # seconds until the first of these, where it is a copy of what answered
-_RESTARTS: Final = 4  # of a service by itself, within seconds: it will not come up
-_ANSWER: Final = 10.0  # seconds of one answer through Caddy
-_PART: Final = 15.0  # seconds of an answer that a page needs: a dev server may have to make it first
-_AGAIN: Final = 0.25  # seconds until a page that is not whole is looked at again
-_MISSING: Final = 3.0  # seconds after which what a page names and the site does not have will not come
-_FOLLOWING: Final = 15.0  # seconds of asking for what scripts import
-_AFTER: Final = 1.0  # seconds that a site must stay after a page's look, which makes it work hardest
-_STEADY_LOOK: Final = 1.0  # seconds between two looks at a service that answers
-_OVER_LOOK: Final = 3.0  # where nobody waits for it: each tells all that happened, and costs a command
-_REFUSED: Final = 3  # such looks, one after another, at which nothing listened: more than a reload takes
-_LAST: Final = 2.0  # seconds of a last answer, which may be just being prevented by a reload
-_WATCHED: Final = 64  # sites that are watched after their deployment; one more is not
-_KILLED: Final = "status=9/KILL"  # as systemd puts it
-_SMALL: Final = "give it a larger `size`, or have it need less"
+_LOOK: Final = 0.75  # seconds between two checks of a service that does not answer yet
+_COPIED: Final = 5.0  # seconds until the first of them, for a copy of a site that answered
+_RESTARTS: Final = 4  # restarts of a service by itself, within seconds: it will not come up
+_ANSWER: Final = 10.0  # seconds for one answer through Caddy
+_PART: Final = 15.0  # seconds for a part of a page: a dev server may have to build it first
+_AGAIN: Final = 0.25  # seconds until an incomplete page is loaded again
+_MISSING: Final = 3.0  # seconds after which a missing part of a page counts as missing
+_FOLLOWING: Final = 15.0  # seconds for requests of what scripts import
+_AFTER: Final = 1.0  # seconds that a site must stay up after its page was loaded, which makes it work hardest
+_STEADY_LOOK: Final = 1.0  # seconds between two checks of a service that answers
+_OVER_LOOK: Final = 3.0  # in the background: each covers all since the last, and costs a command
+_REFUSED: Final = 3  # consecutive checks at which nothing listened: longer than a reload takes
+_LAST: Final = 2.0  # seconds for a last answer, which a reload may delay
+_WATCHED: Final = 64  # sites that are watched after their deployment, at most
+_KILLED: Final = "status=9/KILL"  # as systemd words it
+_SMALL: Final = "give it a larger `size`, or reduce what it needs"
 _LISTEN: Final = "it must listen on 0.0.0.0 and $PORT"
 
 
 Way = Literal["caddy", "direct"]
-"""As the world reaches a site, or at its own address, where the world is not led yet."""
+"""Through the public address of a site, or at its own address before visitors are routed there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The side of a tenant's site that is looked at, and what it is to be."""
+    """The side of a tenant's site to verify, and what is expected of it."""
 
     tenant: str
     side: Side
@@ -59,44 +59,44 @@ class Subject:
     recipe: Recipe
     exposure: Exposure
     usual: frozenset[int] = frozenset()
-    """Ports on which its framework serves where nobody says otherwise."""
+    """Ports on which its framework serves by default."""
     advice: str = ""
-    """How it is told to listen where it must."""
+    """How to make it listen where it must."""
     memory: int = 0
-    """Bytes that its tenant has; 0 if nobody knows."""
+    """Bytes of its tenant's memory; 0 if unknown."""
 
 
 class Unsteady(ExecFailed):
-    """A site that answered did not stay up; `why` is the short of it."""
+    """A site that answered did not stay up; `why` is the reason in short."""
 
     def __init__(self, why: str, said: str) -> None:
         if _KILLED in said:
-            why += f"; it was killed, as the kernel does for want of memory: {_SMALL}"
+            why += f"; it was killed, as the kernel does when memory runs out: {_SMALL}"
         self.why = why
         super().__init__(
-            f"the site answered, and then did not stay up: {why}. {last_words(said)}",
+            f"the site answered but did not stay up: {why}. {last_words(said)}",
             reason="unsteady",
         )
 
 
 def host_refused(domain: str, error: HostRefused) -> ExecFailed:
-    """Return the error of a site that answers, but not under its domain."""
+    """Return the error for a site that answers, but not under its domain."""
     return ExecFailed(
         f"the site refuses visitors of {domain} (status {error.status}): {error.said}. Allow {domain} in its "
-        "configuration, as by `server.allowedHosts` of Vite",
+        "configuration, such as with `server.allowedHosts` of Vite",
         reason="host_refused",
     )
 
 
 class Verifier:
-    """Looks at sites, and changes nothing in them. Close it at the end."""
+    """Checks sites without changing anything in them. Close it at the end."""
 
     def __init__(self, sites: Sites, caddy: Caddy, settings: Settings) -> None:
         self._sites, self._caddy, self._settings = sites, caddy, settings
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         tasks = list(self._watching.values())
         for task in tasks:
             task.cancel()
@@ -105,7 +105,7 @@ class Verifier:
     async def answering(self, site: Subject, *, copied: bool = False) -> float:
         """Wait until a side answers at its own address; return when it did, by `time.monotonic()`.
 
-        One that is `copied` from what answered is left alone for longer: a look would only hold it up.
+        A `copied` site is left alone for longer at first, since checks would only slow it down.
         Raises `Timeout` (`never_healthy`) and `ExecFailed` (`wrong_address`, `host_refused`).
         """
         health, where = site.recipe.health, site.exposure
@@ -142,7 +142,7 @@ class Verifier:
                     raise host_refused(site.domain, refused) from None
                 if service is not None and misplaced.reached(service):
                     why = (
-                        f"the site listens where it must, but does not answer {health} within {limit:g} s "
+                        f"the site listens on the right port but does not answer {health} in {limit:g} s "
                         "(GATEWAY_VERIFY_TIMEOUT)"
                     )
                 else:
@@ -163,10 +163,10 @@ class Verifier:
     async def settled(
         self, site: Subject, way: Way, answered: float, seconds: float, *, follow: bool = True
     ) -> None:
-        """See that the site's page is whole, and that it stays for `seconds` from when it `answered`.
+        """Verify that the site's page is complete, and that it stays up for `seconds` after it `answered`.
 
-        With `follow` it is asked for what its scripts import, too, so that a dev server has made it.
-        Raises `Timeout` (`never_healthy`) where its page is not whole, and `Unsteady`.
+        With `follow`, request what its scripts import too, so that a dev server has built it.
+        Raises `Timeout` (`never_healthy`) if its page is incomplete, and `Unsteady`.
         """
         before = asyncio.create_task(self._before(site, seconds))
         try:
@@ -181,7 +181,7 @@ class Verifier:
         return await self._sites.service(site.tenant, site.side) if seconds > 0 else None
 
     async def _while_up(self, site: Subject, answered: float, work: Coroutine[Any, Any, None]) -> None:
-        """Do some work on a site that waits for it, as long as it is up. Raises `Unsteady`, too."""
+        """Wait for a check of a site while the site stays up. Also raises `Unsteady`."""
         task, refused = asyncio.create_task(work), 0
         try:
             while not (await asyncio.wait({task}, timeout=_STEADY_LOOK))[0]:
@@ -200,13 +200,13 @@ class Verifier:
         try:
             await ask(site.exposure.address, site.exposure.port, site.recipe.health, host=site.domain)
         except OSError as error:
-            return not isinstance(error, TimeoutError)  # it may just work hard
+            return not isinstance(error, TimeoutError)  # it may just be busy
         except ValueError:
             pass
         return False
 
     async def _whole(self, site: Subject, way: Way, *, follow: bool) -> None:
-        """Have a site's page be whole, as a browser needs it. Raises `Timeout`, `never_healthy`."""
+        """Wait until a site's page is complete. Raises `Timeout`, `never_healthy`."""
         if way == "caddy":
             await self.seen(site)
         began = time.monotonic()
@@ -221,8 +221,8 @@ class Verifier:
                     name, why = next(iter(page.missing.items()))
                     more = f" (and {len(page.missing) - 1} more)" if len(page.missing) > 1 else ""
                     raise Timeout(
-                        f"the page names {name[:200]}{more}, which does not come: {why}; "
-                        f"add it, or take it out of the page. {await self._said(site)}",
+                        f"the page refers to {name[:200]}{more}, which fails to load: {why}; "
+                        f"add it, or remove it from the page. {await self._said(site)}",
                         reason="never_healthy",
                     )
                 await asyncio.sleep(_AGAIN)
@@ -230,7 +230,7 @@ class Verifier:
                 await browser.follow(page.scripts, _FOLLOWING)
 
     def watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
-        """Go on looking at a site whose deployment is over, in the background; `tell` why it did not stay."""
+        """Watch a site after its deployment, in the background; call `tell` if it does not stay up."""
         self.forget(site.tenant)
         if len(self._watching) >= _WATCHED or seconds <= 0:
             return
@@ -239,7 +239,7 @@ class Verifier:
         task.add_done_callback(partial(self._watched, site.tenant))
 
     def forget(self, tenant: str) -> None:
-        """Watch a tenant's site no more: it ends, or another one takes its place."""
+        """Stop watching a tenant's site, since it ends or is replaced."""
         if (task := self._watching.pop(tenant, None)) is not None:
             task.cancel()
 
@@ -277,10 +277,10 @@ class Verifier:
             await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
             service = await self._sites.service(site.tenant, site.side)
             why = unsteady(before, service, answered)
-            # once, and somebody may just be starting it again
+            # once only, and it may just be restarting on purpose
             had, ended = ended, service is not None and service.state == "ended"
             why = why or ("its service ended" if had and ended else "")
-        # its service may live on without what answered
+        # its service may be running without the process that answered
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"
         if why:
@@ -295,7 +295,7 @@ class Verifier:
         return Browser(site.exposure.address, site.exposure.port, site.domain)
 
     async def _asked(self, site: Subject, way: Way, seconds: float) -> str:
-        """Ask until there is an answer; return why there was none for so long."""
+        """Ask until there is an answer; return why there was none in that time."""
         health, where = site.recipe.health, site.exposure
         last, deadline = "nothing", time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -313,7 +313,7 @@ class Verifier:
                 silent = isinstance(error.__cause__, Silent)
                 last = f"no answer in {_ANSWER:g} s" if silent else error.message
                 await self._caddy.ensure()
-            await asyncio.sleep(0.05)  # nothing to wait on but the answer itself
+            await asyncio.sleep(0.05)  # there is no event to wait for but the answer itself
         return last
 
     async def _said(self, site: Subject) -> str:
@@ -321,22 +321,22 @@ class Verifier:
 
 
 def unsteady(before: Service | None, now: Service | None, answered: float) -> str:
-    """Return what happened to a service since it answered that must not; empty for nothing.
+    """Return what went wrong with a service since it answered; empty if nothing did.
 
-    Who starts it again on purpose has its count begin anew.
+    A restart on purpose resets systemd's count.
     """
     if now is None:
         return ""
     if now.restarts and now.started > answered:
-        times = "" if now.restarts == 1 else f", {now.restarts} times in all"
-        return f"its service ended and was started again{times}"
+        times = "" if now.restarts == 1 else f", {now.restarts} times in total"
+        return f"its service ended and was restarted{times}"
     if before is not None and before.started == now.started and now.oom_kills > before.oom_kills:
-        return f"for want of memory the kernel ended a process of it: {_SMALL}"
+        return f"the kernel killed one of its processes because memory ran out: {_SMALL}"
     return ""
 
 
 async def _look(browser: Browser) -> Page:
-    """Look at the front page; where that does not answer there is nothing to look at."""
+    """Load the front page; if it does not answer, nothing is loaded."""
     try:
         return await browser.look("/", _PART)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Have golden copies made of what was uploaded, one at a time, while there is time for it.
+"""Make golden copies of uploads, one at a time, when there is little else to do.
 
-To make one costs as much as the deployment did. So it begins only while half of the places to deploy are
-free and nobody waits for one, and the owners take turns.
+Making one costs as much as its deployment did. So it begins only while half of the places to deploy are
+free and nobody waits, and the owners take turns.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ class _Wish:
 
 
 class Warming:
-    """The uploads of which copies are wanted: one of each owner, the newest.
+    """The uploads that are to be copied: the newest of each owner.
 
-    What does not fit into `upload_copies_waiting` bytes of memory is not waited for: its tenants are made
-    from the image.
+    Uploads beyond `upload_copies_waiting` bytes of memory are dropped: their tenants are made from the image.
     """
 
     def __init__(
@@ -42,18 +41,18 @@ class Warming:
         settings: Settings,
     ) -> None:
         self._sites, self._turns, self._admit, self._settings = sites, turns, admit, settings
-        self._wishes: OrderedDict[str, _Wish] = OrderedDict()  # by owner, the next one first
+        self._wishes: OrderedDict[str, _Wish] = OrderedDict()  # by owner, next one first
         self._task: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
-        """Want nothing any more."""
+        """Drop all that wait."""
         self._wishes.clear()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def want(self, recipe: Recipe, size: str) -> None:
-        """Have a copy made of an upload that was deployed at that size, unless there is one."""
+        """Make a copy later of an upload that was deployed with that size, unless there is one."""
         before = self._wishes.pop(recipe.owner, None)
         held = sum(len(wish.recipe.archive) for wish in self._wishes.values())
         if held + len(recipe.archive) > self._settings.upload_copies_waiting:
@@ -79,10 +78,10 @@ class Warming:
             except GatewayError as refused:
                 error = refused
             if error is not None:
-                # not an event: whose upload it was is nobody else's business
+                # not an event: others must not learn of this owner's upload
                 log.info("no golden copy of an upload was made: %s", error.message)
 
 
 def _ended(over: asyncio.Future[GatewayError | None], error: GatewayError | None) -> None:
-    if not over.done():  # else nobody waits any more
+    if not over.done():  # otherwise nobody waits any more
         over.set_result(error)

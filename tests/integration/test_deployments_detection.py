@@ -181,10 +181,10 @@ async def test_what_does_not_come_up_says_why_and_what_to_do(host: Hosting) -> N
         ),
     )
     assert ends == (
-        "the site ends again and again: it ends by itself, without an error; a site's command must go on "
-        "running. It last said: $ node index.js\ndone"
+        "the site keeps ending: it ends by itself, without an error; a site's command must keep "
+        "running. Its last output: $ node index.js\ndone"
     )
-    assert lockfile.startswith("bun.lock does not fit what the folder requires: run `bun install` there")
+    assert lockfile.startswith("bun.lock does not match what the folder requires: run `bun install` there")
     assert memory.startswith(
         "`bun hog.js` needs more memory than the tenant has (512 MiB): the size medium has 1024 MiB"
     )

@@ -24,12 +24,12 @@ def told(said: str, code: int, *install: str, memory: int = 512 * MiB) -> str:
     ("said", "install", "first"),
     [
         ("error: lockfile had changes, but lockfile is frozen\n", ("bun", "install", "--frozen-lockfile"),
-         "bun.lock does not fit what the folder requires: run `bun install` there and deploy again, or "
+         "bun.lock does not match what the folder requires: run `bun install` there and deploy again, or "
          "install without it by --install 'bun install'. the install"),
-        (NPM, ("npm", "ci"), "package-lock.json does not fit what the folder requires: run `npm install`"),
-        (" ERR_PNPM_OUTDATED_LOCKFILE  Cannot install", ("pnpm", "install"), "pnpm-lock.yaml does not fit"),
+        (NPM, ("npm", "ci"), "package-lock.json does not match what the folder requires: run `npm install`"),
+        (" ERR_PNPM_OUTDATED_LOCKFILE  Cannot install", ("pnpm", "install"), "pnpm-lock.yaml does not match"),
         ("error: The lockfile at `uv.lock` needs to be updated, but `--locked` was provided.", ("uv", "sync"),
-         "uv.lock does not fit what the folder requires: run `uv lock` there and deploy again, or install "
+         "uv.lock does not match what the folder requires: run `uv lock` there and deploy again, or install "
          "without it by --install 'uv sync'"),
     ],
 )  # fmt: skip
@@ -42,7 +42,7 @@ def test_a_lockfile_that_does_not_fit_is_named(said: str, install: tuple[str, ..
     [
         ("", 137, 512 * MiB,
          "`bun run build` needs more memory than the tenant has (512 MiB): the size medium has 1024 MiB: "
-         "deploy with --size medium, or give it to a tenant that is there by `incus-gateway resize TENANT "
+         "deploy with --size medium, or resize an existing tenant with `incus-gateway resize TENANT "
          "medium`."),
         ('error: script "build" was terminated by signal SIGKILL\nKilled\n', 1, 1024 * MiB,
          "`bun run build` needs more memory than the tenant has (1024 MiB): the size large has 2048 MiB"),
@@ -88,7 +88,7 @@ CLEAN = "site.service: Deactivated successfully."
     [
         ("$ node index.js\nhello", CLEAN, "it ends by itself, without an error", "$ node index.js\nhello"),
         ("Error: no port", FAILED.format("1/FAILURE"), "it ends with code 1", "Error: no port"),
-        ("", FAILED.format("9/KILL"), "it is killed, as the kernel does for want of memory: the size medium",
+        ("", FAILED.format("9/KILL"), "the kernel does when memory runs out: the size medium",
          "nothing"),
         ("env: ‘npm’: No such file or directory", FAILED.format("127/n/a"),
          "the tenant's image has no npm, which `npm run dev` needs", "env: ‘npm’: No such file or directory"),
@@ -98,6 +98,6 @@ def test_a_site_that_ends_says_how_and_what_it_said(said: str, how: str, why: st
     """Its own words are those of its last run, without systemd's."""
     journal = "".join(RUN.format(n=n, said=said, how=how) for n in range(1, 5))
     assert why in ended(journal, ("npm", "run", "dev"), 512 * MiB)
-    assert last_words(journal) == f"It last said: {words}"
+    assert last_words(journal) == f"Its last output: {words}"
     begun = f"{journal}Started site.service - The site of this tenant.\n"
-    assert last_words(begun) == f"It last said: {words}"
+    assert last_words(begun) == f"Its last output: {words}"

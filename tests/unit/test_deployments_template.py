@@ -302,11 +302,11 @@ def test_a_command_is_words_or_a_string_with_its_port(start: str, words: tuple[s
         (b"start = []", "start"),
         (b"start = 1", "start: it is a list of words"),
         (b'start = ""', "start"),
-        (b'start = "a \'b"', "start: its quotes have no end"),
+        (b'start = "a \'b"', "start: it has an unclosed quote"),
         (b'start = "' + b"x" * 5000 + b'"', "start: it has over 4096 characters"),
         (
             b'start = ["vite", "--port", "${PORT:-3000}"]',
-            r"start: \$\{PORT:-3000\} takes a shell; write \$PORT",
+            r"start: \$\{PORT:-3000\} needs a shell; write \$PORT",
         ),
         (b'start = [""]', "start"),
         (b"start = [1]", "start"),

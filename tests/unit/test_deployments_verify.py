@@ -82,7 +82,7 @@ def test_a_site_that_listens_elsewhere_first_has_a_moment() -> None:
 def test_unsteady_is_what_nobody_asked_for() -> None:
     before = Service("running", restarts=1, started=10.0)
     assert unsteady(before, before, answered=12.0) == ""
-    assert "again, 2 times in all" in unsteady(
+    assert "restarted, 2 times in total" in unsteady(
         before, Service("running", restarts=2, started=13.0), answered=12.0
     )
     # somebody started it again: its count begins anew
@@ -201,7 +201,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("0.0.0.0", "listens where it must, but does not answer / within 0.4 s (GATEWAY_VERIFY_TIMEOUT)"),
+        ("0.0.0.0", "listens on the right port but does not answer / in 0.4 s (GATEWAY_VERIFY_TIMEOUT)"),
         ("10.9.9.9", "it must listen on 0.0.0.0 and $PORT"),
     ],
 )
@@ -236,13 +236,13 @@ async def test_a_site_that_does_not_stay_is_told_with_what_it_said(rig: Rig, way
             with pytest.raises(ExecFailed) as caught:
                 await verifier.settled(site, way, answered, 0.3)
             assert caught.value.facts["reason"] == "unsteady"
-            assert "It last said: out of luck" in caught.value.message
+            assert "Its last output: out of luck" in caught.value.message
             return caught.value.message
 
         rig.service = Service("ended")
         assert "its service ended" in await fails()
         rig.service = Service("running", restarts=1, started=answered + 0.1)
-        assert "started again" in await fails()
+        assert "was restarted" in await fails()
         rig.service, rig.status, rig.later = Service("running"), "200 OK", "502 Bad Gateway"
         assert "no longer answers (status 502)" in await fails()
 
@@ -252,7 +252,7 @@ async def test_a_site_that_ends_while_its_page_is_waited_for_is_told_at_once(rig
     async with rig.opened() as (verifier, site):
         rig.body, answered = "<script src=x.js></script>", time.monotonic()
         rig.service = Service("running", restarts=1, started=answered + 0.1)
-        with pytest.raises(ExecFailed, match="started again") as caught:
+        with pytest.raises(ExecFailed, match="was restarted") as caught:
             await verifier.settled(site, "caddy", answered, 0.3)
         assert caught.value.facts["reason"] == "unsteady"
         rig.service = Service("running")
@@ -266,7 +266,7 @@ async def test_a_page_that_is_not_whole_is_told(rig: Rig) -> None:
     rig.body = '<script src="/a.js"></script><script src="/b.js"></script>'
     rig.part = "404 Not Found"
     async with rig.opened() as (verifier, site):
-        with pytest.raises(Timeout, match=r"names /a\.js \(and 1 more\), .*: status 404") as caught:
+        with pytest.raises(Timeout, match=r"refers to /a\.js \(and 1 more\), .*: status 404") as caught:
             await verifier.settled(site, "direct", time.monotonic(), 0.0)
         assert caught.value.facts["reason"] == "never_healthy"
         rig.part = "504 Outdated"
@@ -283,7 +283,7 @@ async def test_one_that_is_over_is_watched_on_until_its_tenant_ends(rig: Rig) ->
         verifier.watch(site, 60.0, rig.tell)
         await turn()
         rig.service = Service("running", restarts=1, started=time.monotonic() + 1)
-        assert "was started again" in await rig.told.get()
+        assert "was restarted" in await rig.told.get()
         verifier.watch(site, 60.0, rig.tell)
         verifier.forget("shop")
         verifier.watch(site, 0.0, rig.tell)
