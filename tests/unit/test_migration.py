@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,9 +44,8 @@ def test_a_folder_is_looked_through_and_nothing_is_followed(tmp_path: Path) -> N
     os.mkfifo(site / "pipe")
     (site / "a.txt").chmod(0o4000)
     (site / "bad\x1bname").symlink_to("/x")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(site / "sock"))
-        found = scan(site, frozenset({"left"}))
+    os.mknod(site / "sock", stat.S_IFSOCK | 0o666)
+    found = scan(site, frozenset({"left"}))
     assert sorted(found.out.first) == ["bad\x1bname", "out", "up"]
     assert "\x1b" not in str(found.out)
     assert sorted(found.special.first) == ["pipe", "sock"]

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import shutil
-import socket
+import stat
 import subprocess
 import tarfile
 import tempfile
@@ -106,8 +106,7 @@ class Machine:
         for name, body in fakes.items():
             (place / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
             (place / "bin" / name).chmod(0o755)
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(place / "run/systemd/private"))
+        os.mknod(place / "run/systemd/private", stat.S_IFSOCK | 0o666)
         self.live = owned(place / "live", {"page": "old"})
         self.next = owned(place / "next", {"page": "new"})
         self.note = place / "before"
@@ -135,15 +134,10 @@ class Machine:
         files = {path.name: path.read_text() for path in (self.unit, self.environment) if path.exists()}
         return files | {"page": (self.live / "page").read_text()}
 
-    def close(self) -> None:
-        self._listening.close()
-
 
 @pytest.fixture
-def machine(place: Path) -> Iterator[Machine]:
-    made = Machine(place)
-    yield made
-    made.close()
+def machine(place: Path) -> Machine:
+    return Machine(place)
 
 
 # --- files --------------------------------------------------------------------------------------------
