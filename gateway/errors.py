@@ -1,191 +1,53 @@
-"""Every error of the gateway, each with its wire code.
+"""Every error of the gateway, each with its wire code: those of `gateway_client.errors`."""
 
-One tree. Foreign errors (aiohttp, OSError, pylxd) are mapped into it once, at the border where they
-appear. A client gets `code`, `message` and `facts`; the log gets the traceback; neither gets a secret
-or a host path.
-"""
-
-from __future__ import annotations
-
-from typing import Any, ClassVar
-
-# The order is the contract: the JSON-RPC code of an error is -32001 - its index here.
-WIRE_CODES = (
-    "unauthorized",
-    "forbidden",
-    "not_found",
-    "conflict",
-    "outside_workspace",
-    "not_a_file",
-    "is_a_directory",
-    "too_large",
-    "binary_file",
-    "ambiguous_match",
-    "no_match",
-    "stale_read",
-    "cancelled",
-    "timeout",
-    "exec_failed",
-    "tenant_not_running",
-    "unavailable",
-    "rate_limited",
-    "gone",
-    "invalid_params",
+from gateway_client.errors import (
+    WIRE_CODES,
+    AmbiguousMatch,
+    BinaryFile,
+    Cancelled,
+    Conflict,
+    ExecFailed,
+    Forbidden,
+    GatewayError,
+    Gone,
+    InvalidParams,
+    IsADirectory,
+    NoMatch,
+    NotAFile,
+    NotFound,
+    OutsideWorkspace,
+    RateLimited,
+    StaleRead,
+    TenantNotRunning,
+    Timeout,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    rpc_code,
 )
 
-
-class GatewayError(Exception):
-    """Base of everything that the gateway raises on purpose.
-
-    `message` is for a person and says what to do next; `facts` are JSON values that travel beside the
-    code. Never put a host path, a token or file content into either.
-    """
-
-    code: ClassVar[str] = "unavailable"
-    http_status: ClassVar[int] = 500
-
-    def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.facts = facts
-
-    @property
-    def rpc_code(self) -> int:
-        """The JSON-RPC error number of this error's code."""
-        return rpc_code(self.code)
-
-
-def rpc_code(code: str) -> int:
-    """Return the JSON-RPC number of a wire code; `invalid_params` has one of JSON-RPC's own."""
-    return -32602 if code == "invalid_params" else -32001 - WIRE_CODES.index(code)
-
-
-class Unauthorized(GatewayError):
-    """No token, or one that is wrong, expired or revoked."""
-
-    code = "unauthorized"
-    http_status = 401
-
-
-class Forbidden(GatewayError):
-    """A valid token without the scope, or a foreign browser origin."""
-
-    code = "forbidden"
-    http_status = 403
-
-
-class NotFound(GatewayError):
-    """No such thing, or none that this token may know of: both answer alike."""
-
-    code = "not_found"
-    http_status = 404
-
-
-class Conflict(GatewayError):
-    """The thing is not in the state that the request assumed."""
-
-    code = "conflict"
-    http_status = 409
-
-
-class OutsideWorkspace(GatewayError):
-    """A path leads out of the workspace."""
-
-    code = "outside_workspace"
-    http_status = 403
-
-
-class NotAFile(GatewayError):
-    """A FIFO, socket, device or a path through a file."""
-
-    code = "not_a_file"
-    http_status = 409
-
-
-class IsADirectory(GatewayError):
-    code = "is_a_directory"
-    http_status = 409
-
-
-class TooLarge(GatewayError):
-    """A body, file, frame or argument over its limit."""
-
-    code = "too_large"
-    http_status = 413
-
-
-class BinaryFile(GatewayError):
-    code = "binary_file"
-    http_status = 415
-
-
-class AmbiguousMatch(GatewayError):
-    code = "ambiguous_match"
-    http_status = 409
-
-
-class NoMatch(GatewayError):
-    code = "no_match"
-    http_status = 409
-
-
-class StaleRead(GatewayError):
-    """The file changed since this session read it, or was never read."""
-
-    code = "stale_read"
-    http_status = 409
-
-
-class Cancelled(GatewayError):
-    code = "cancelled"
-    http_status = 499
-
-
-class Timeout(GatewayError):
-    """A deadline of ours passed; what ran under it was ended."""
-
-    code = "timeout"
-    http_status = 504
-
-
-class ExecFailed(GatewayError):
-    """The command could not be started: not found, not executable, no such folder or user."""
-
-    code = "exec_failed"
-    http_status = 422
-
-
-class TenantNotRunning(GatewayError):
-    code = "tenant_not_running"
-    http_status = 409
-
-
-class Unavailable(GatewayError):
-    """Incus, a worker or the gateway itself cannot answer now; the same request may succeed later."""
-
-    code = "unavailable"
-    http_status = 503
-
-
-class RateLimited(GatewayError):
-    """A limit on how many is reached; ask again in `retry_after` seconds, when some may have ended."""
-
-    code = "rate_limited"
-    http_status = 429
-
-    def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message, **{"retry_after": 5, **facts})
-
-
-class Gone(GatewayError):
-    """It existed, ended, and its record is no longer kept."""
-
-    code = "gone"
-    http_status = 410
-
-
-class InvalidParams(GatewayError):
-    """The request is malformed or names something impossible."""
-
-    code = "invalid_params"
-    http_status = 400
+__all__ = [
+    "WIRE_CODES",
+    "AmbiguousMatch",
+    "BinaryFile",
+    "Cancelled",
+    "Conflict",
+    "ExecFailed",
+    "Forbidden",
+    "GatewayError",
+    "Gone",
+    "InvalidParams",
+    "IsADirectory",
+    "NoMatch",
+    "NotAFile",
+    "NotFound",
+    "OutsideWorkspace",
+    "RateLimited",
+    "StaleRead",
+    "TenantNotRunning",
+    "Timeout",
+    "TooLarge",
+    "Unauthorized",
+    "Unavailable",
+    "rpc_code",
+]

@@ -1,40 +1,37 @@
 """The wire of `gateway.v1`, both ends of it, without IO.
 
-Text frames are JSON-RPC 2.0 objects without batches (`messages`); binary frames carry the bytes of commands
-(`frames`). The server feeds what comes to a `ServerWire` and gets events, with their parameters checked
-(`params`). Nothing here waits, so every case is a test by values. Import from this package, not from its
-modules.
+Frames and messages, which clients need too, are those of `gateway_client.wire`. The server feeds what comes
+to a `ServerWire` and gets events, with their parameters checked (`params`). Nothing here waits, so every case
+is a test by values. Import from this package, not from its modules.
 """
 
 from typing import TYPE_CHECKING
 
-from gateway.protocol.frames import (
-    HEADER_SIZE,
-    Frame,
-    StreamId,
-    frame_header,
-    pack_frame,
-    unpack_frame,
-)
-from gateway.protocol.messages import (
+from gateway_client.wire import (
     CANCEL_REQUEST,
+    HEADER_SIZE,
     SUBPROTOCOL,
     VERSION,
     CloseCode,
+    Frame,
     Message,
     Notification,
     Reply,
     RequestId,
     RpcError,
+    StreamId,
     cancel_request,
     decode_server_text,
     encoded_result,
     error_reply,
     failure,
+    frame_header,
     notification,
+    pack_frame,
     request,
     result,
     size,
+    unpack_frame,
 )
 
 if TYPE_CHECKING:

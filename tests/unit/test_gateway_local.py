@@ -187,7 +187,7 @@ async def test_without_the_extra_a_gateway_says_what_to_install(tmp_path: Path) 
         async with gateway.http("demo") as http, http.post("/v1/tenants/demo/mcp", json={}) as response:
             problem = await response.json()
             assert (response.status, problem["code"]) == (501, "not_found")
-            assert "install incus-gateway[mcp]" in problem["detail"]
+            assert "install its extra mcp" in problem["detail"]
     finally:
         assert await gateway.stop() == 0
 

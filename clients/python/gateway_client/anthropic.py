@@ -21,12 +21,14 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from anthropic.lib.tools import BetaAsyncBuiltinFunctionTool, ToolError
-
 from gateway_client.errors import Conflict, GatewayError, NotFound
 from gateway_client.execution import Exec
+from gateway_client.extras import needed
 from gateway_client.results import ToolResult
 from gateway_client.tenant import Tenant
+
+with needed("anthropic"):
+    from anthropic.lib.tools import BetaAsyncBuiltinFunctionTool, ToolError
 
 __all__ = ["Bash", "TextEditor", "Tool", "bash", "text_editor", "tools"]
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from gateway import protocol
+from gateway_client import wire
 from gateway_client.connection import Connection
 from gateway_client.connections import Connections
 from gateway_client.errors import Disconnected, GatewayError, NotFound, RateLimited, Unavailable, from_wire
@@ -167,7 +167,7 @@ class Attachment:
     async def _pass(self, connection: Connection, chunks: list[bytes]) -> None:
         for chunk in chunks:
             assert self._channel is not None
-            await connection.send(protocol.StreamId.STDIN, self._channel, chunk)
+            await connection.send(wire.StreamId.STDIN, self._channel, chunk)
         if self._sent.closed:
             # on the connection that carried the input: the end must not overtake it
             await connection.post("exec/closeStdin", {"exec": self.id})
@@ -252,17 +252,17 @@ class Attachment:
             buffer.offset = int((result.get("from") or {}).get(name, buffer.offset))
             buffer.lost += int((result.get("lost") or {}).get(name, 0))
 
-    def frame(self, frame: protocol.Frame) -> None:
+    def frame(self, frame: wire.Frame) -> None:
         if frame.channel != self._channel:
             return  # the rest of a command that had this connection before
-        if frame.stream is protocol.StreamId.STDERR:
+        if frame.stream is wire.StreamId.STDERR:
             self.stderr.feed(frame.data)
-        elif frame.stream is protocol.StreamId.STDOUT:
+        elif frame.stream is wire.StreamId.STDOUT:
             self.stdout.feed(frame.data)
         self.arrived.set()
         self._acks.count(len(frame.data))
 
-    def notified(self, notification: protocol.Notification) -> None:
+    def notified(self, notification: wire.Notification) -> None:
         params = notification.params
         if params.get("exec") != self.id:
             return

@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, Final, Literal
 
-import anyio
-import mcp_types as types
-from claude_agent_sdk import ClaudeAgentOptions
-from mcp.server import Server
-from mcp.server.context import ServerRequestContext
-
 from gateway_client.errors import GatewayError
 from gateway_client.events import EventStream
+from gateway_client.extras import needed
 from gateway_client.results import ToolResult
 from gateway_client.tenant import Tenant
+
+with needed("claude"):
+    import anyio
+    import mcp_types as types
+    from claude_agent_sdk import ClaudeAgentOptions
+    from mcp.server import Server
+    from mcp.server.context import ServerRequestContext
 
 __all__ = ["Printed", "options", "server"]
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from urllib.parse import urlencode
 
 from gateway_client.connection import Address
@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     from gateway_client.deployments import Deployment, DeploymentRecord
     from gateway_client.events import EventStream
 
+_T = TypeVar("_T")
+
 # seconds after which the clock is looked at again: it may be set, and a machine may sleep
 _LOOK: Final = 5.0
+
+
+def _given(value: _T | None, variable: str, argument: str) -> _T | str:
+    """Return the caller's value, or else the environment's. Raises `ValueError` if there is none."""
+    found = value or os.environ.get(variable)
+    if not found:
+        raise ValueError(f"no {argument} was given: pass {argument}= to Client, or set {variable}")
+    return found
 
 
 def _command(said: str | Sequence[str] | None) -> str | list[str] | None:
@@ -45,12 +55,13 @@ class TenantInfo:
 class Client:
     """A gateway and one token for it. Use it in an `async with`; nothing is connected before it is needed.
 
-    `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. No proxy of the environment is used.
+    `url` is `http://HOST:PORT`, `https://HOST` or `unix:/PATH`, by default the variable `GATEWAY_URL`. No
+    proxy of the environment is used. Raises `ValueError` without an address or a token.
 
-    `token` is a token, or a function, asynchronous or not, that returns one. It is called when a token is
-    first needed, shortly before one ends, and once when the gateway refuses one; open connections take the
-    new token without a break. If it fails, it is called again until the present token ends, and the failure
-    is reported as `TokenUnavailable`, in the log and to `on_change`.
+    `token` is a token, by default the variable `GATEWAY_TOKEN`, or a function, asynchronous or not, that
+    returns one. It is called when a token is first needed, shortly before one ends, and once when the gateway
+    refuses one; open connections take the new token without a break. If it fails, it is called again until
+    the present token ends, and the failure is reported as `TokenUnavailable`, in the log and to `on_change`.
 
     Connections are replaced by themselves as `retry` says, None for not at all: tool calls are repeated but
     run once, commands go on where they were, in output and input, watches report that changes were missed,
@@ -60,15 +71,15 @@ class Client:
 
     def __init__(
         self,
-        url: str,
+        url: str | None = None,
         *,
-        token: Token,
+        token: Token | None = None,
         name: str = "gateway_client",
         retry: Retry | None = Retry(),  # noqa: B008 - immutable
         on_change: OnChange | None = None,
     ) -> None:
-        self.address = Address.parse(url)
-        self.credentials = Credentials(token, self._renewed)
+        self.address = Address.parse(_given(url, "GATEWAY_URL", "url"))
+        self.credentials = Credentials(_given(token, "GATEWAY_TOKEN", "token"), self._renewed)
         self._http = HttpClient(self.address, self.credentials, retry, on_change)
         self._keeping: asyncio.Task[None] | None = None
         self._identity = {"name": name, "version": "1"}

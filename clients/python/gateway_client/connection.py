@@ -24,7 +24,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.typing import Subprotocol
 
-from gateway import protocol
+from gateway_client import wire
 from gateway_client.errors import (
     Disconnected,
     GatewayError,
@@ -96,9 +96,9 @@ class Address:
 class Receiver(Protocol):
     """Gets everything of a command on this connection. Called by the reading task only."""
 
-    def frame(self, frame: protocol.Frame) -> None: ...
+    def frame(self, frame: wire.Frame) -> None: ...
 
-    def notified(self, notification: protocol.Notification) -> None: ...
+    def notified(self, notification: wire.Notification) -> None: ...
 
     def broken(self, error: GatewayError) -> None:
         """No more will come."""
@@ -162,7 +162,7 @@ class Connection:
             socket = await connect(
                 address.websocket(f"/v1/tenants/{tenant}/ws"),
                 additional_headers={"Authorization": f"Bearer {token}"},
-                subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+                subprotocols=[Subprotocol(wire.SUBPROTOCOL)],
                 compression=None,
                 proxy=None,
                 open_timeout=OPEN_TIMEOUT,
@@ -176,12 +176,12 @@ class Connection:
             raise refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, TimeoutError, InvalidHandshake, InvalidURI, EOFError) as error:
             raise address.unanswered(error) from error
-        wire = socket.transport.get_extra_info("socket")
-        if not address.unix and wire is not None:
+        tcp = socket.transport.get_extra_info("socket")
+        if not address.unix and tcp is not None:
             # a client that waits for a silent command sends nothing: only this shows that the gateway is gone
-            wire.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
+            tcp.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
-                wire.setsockopt(IPPROTO_TCP, option, value)
+                tcp.setsockopt(IPPROTO_TCP, option, value)
         connection = cls(socket, token, renewable=renewable)
         connection._reader = asyncio.create_task(connection._read(), name=f"gateway.v1 {tenant}")
         try:
@@ -207,7 +207,7 @@ class Connection:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[number] = answer, accept
         try:
-            await self._send(protocol.request(number, method, params))
+            await self._send(wire.request(number, method, params))
             return await answer
         except asyncio.CancelledError:
             # cancelling a task that awaits a future cancels the future: that is no answer
@@ -254,15 +254,15 @@ class Connection:
 
     async def post(self, method: str, params: Mapping[str, Any]) -> None:
         """Call `method` without waiting for its answer, which may come behind unread output."""
-        await self._send(protocol.request(next(self._ids), method, params))
+        await self._send(wire.request(next(self._ids), method, params))
 
     async def notify(self, method: str, params: Mapping[str, Any]) -> None:
         """Send a notification, which has no answer."""
-        await self._send(protocol.notification(method, params))
+        await self._send(wire.notification(method, params))
 
-    async def send(self, stream: protocol.StreamId, channel: int, data: bytes) -> None:
+    async def send(self, stream: wire.StreamId, channel: int, data: bytes) -> None:
         """Send bytes to a command; waits while the gateway does not take them."""
-        await self._send(protocol.pack_frame(stream, channel, data))
+        await self._send(wire.pack_frame(stream, channel, data))
 
     async def close(self) -> None:
         """End the connection: politely, but within two seconds. Idempotent."""
@@ -294,7 +294,7 @@ class Connection:
         # a task that is being cancelled cannot wait for a send any more
         async def cancel() -> None:
             with contextlib.suppress(GatewayError):
-                await self._send(protocol.cancel_request(number))
+                await self._send(wire.cancel_request(number))
 
         task = asyncio.create_task(cancel())
         self._cancels.add(task)
@@ -306,9 +306,9 @@ class Connection:
             while True:
                 message = await self._socket.recv()
                 if isinstance(message, str):
-                    self._text(protocol.decode_server_text(message))
+                    self._text(wire.decode_server_text(message))
                 elif self.receiver is not None:
-                    self.receiver.frame(protocol.unpack_frame(message))
+                    self.receiver.frame(wire.unpack_frame(message))
                     await self.receiver.room()
         except ConnectionClosed as closed:
             error = self._closed(closed)
@@ -318,8 +318,8 @@ class Connection:
         finally:
             self._fail(error)
 
-    def _text(self, message: protocol.Reply | protocol.Notification) -> None:
-        if isinstance(message, protocol.Notification):
+    def _text(self, message: wire.Reply | wire.Notification) -> None:
+        if isinstance(message, wire.Notification):
             if message.method == "server/draining":
                 self.draining = True
             if self.receiver is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
-from gateway import protocol
+from gateway_client import wire
 from gateway_client.connection import Connection, refusal
 from gateway_client.connections import Connections
 from gateway_client.errors import Disconnected, GatewayError, Unavailable
@@ -266,10 +266,10 @@ class Watch:
 
     # as the connection's receiver
 
-    def frame(self, frame: protocol.Frame) -> None:
+    def frame(self, frame: wire.Frame) -> None:
         """No command runs on this connection."""
 
-    def notified(self, notification: protocol.Notification) -> None:
+    def notified(self, notification: wire.Notification) -> None:
         told = notification.params
         if notification.method == "files/changed" and told.get("watch") == self._number:
             changes = [(change["path"], change["change"]) for change in told["changes"]]

@@ -323,9 +323,9 @@ class Client(_Facade[client.Client]):
 
     def __init__(
         self,
-        url: str,
+        url: str | None = None,
         *,
-        token: Token,
+        token: Token | None = None,
         name: str = "gateway_client",
         retry: Retry | None = Retry(),  # noqa: B008 - immutable
         on_change: OnChange | None = None,

@@ -55,7 +55,7 @@ async def mcp(request: Request) -> Response:
     gateway = services(request)
     name, token = for_tenant(request, None)
     if gateway.mcp is None:
-        missing = NotFound("this gateway serves no MCP: install incus-gateway[mcp] and start it again")
+        missing = NotFound("this gateway serves no MCP: install its extra mcp and start it again")
         return problem(missing, 501)
     await gateway.runtime.get(name)
     await using_tenant(request, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from gateway.errors import InvalidParams
+from gateway_client.errors import InvalidParams
 
 
 class StreamId(IntEnum):

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from gateway.errors import GatewayError, InvalidParams
+from gateway_client.errors import GatewayError, InvalidParams
 
 SUBPROTOCOL: Final = "gateway.v1"
 VERSION: Final = 1
