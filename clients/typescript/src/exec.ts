@@ -77,7 +77,9 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   readonly stderr: Output;
   /** How it ended, after its last output. Rejects where it can never be known: this client was closed. */
   readonly exit: Promise<Exit>;
-  readonly #link: Link;
+  #link: Link;
+  /** The tenant's connection, where `#link` is one of this command's own. */
+  readonly #shared: Link | null;
   /** How many bytes of a stream may wait here. */
   readonly #most: number;
   readonly #encoding: Encoding;
@@ -103,12 +105,14 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     start: object | null,
     from: Partial<Offsets>,
     { buffer = 8 * MiB, encoding = "binary", signal }: AttachOptions,
+    shared: Link | null = null,
   ) {
     super();
     this.id = id;
     this.#signal = signal;
     this.#abort = start === null ? () => this.detach() : () => this.cancel();
     this.#link = link;
+    this.#shared = shared;
     this.#start = start;
     this.#most = Math.max(1, Math.floor(buffer / 2));
     this.#encoding = encoding;
@@ -336,6 +340,10 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   #close(error: GatewayError | null): void {
     this.#state = "over";
     this.#link.remove(this);
+    if (this.#shared !== null) {
+      this.#link.close();
+      this.#link = this.#shared; // to end what it left running
+    }
     this.#signal?.removeEventListener("abort", this.#aborted);
     this.#connection?.channels.delete(this.#channel);
     this.stdout.end(error);

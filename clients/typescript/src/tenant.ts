@@ -48,11 +48,19 @@ export interface TenantEventOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Connects when something is asked. All of it shares one connection; see `Exec` for what that means. */
+/**
+ * Connects when something is asked. All of it shares one connection, but for a second reader of one command; see `Exec`
+ * for what that means.
+ */
 export class Tenant extends Life<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
   readonly #link: Link;
+  /** Makes another connection like it. */
+  readonly #another: () => Link;
+  /** The commands that are read over `#link`, and those that have a connection of their own. */
+  readonly #read = new Set<string>();
+  readonly #apart = new Set<Link>();
   readonly #lingerMs: number | undefined;
   #events: TenantEvents | null = null;
 
@@ -66,19 +74,21 @@ export class Tenant extends Life<Tenant> implements Disposable {
   ) {
     super(http, name, place);
     this.#lingerMs = options.lingerMs;
-    this.#link = new Link({
-      address: place.address,
-      url: place.url,
-      socket: place.socket,
-      ...options,
-      credential: http.credential,
-      initialize: (token) => ({
-        client,
-        ...(options.session === undefined ? {} : { session: options.session }),
-        ...(options.readBeforeWrite === undefined ? {} : { readBeforeWrite: options.readBeforeWrite }),
-        ...(token === null ? {} : { token }),
-      }),
-    });
+    this.#another = () =>
+      new Link({
+        address: place.address,
+        url: place.url,
+        socket: place.socket,
+        ...options,
+        credential: http.credential,
+        initialize: (token) => ({
+          client,
+          ...(options.session === undefined ? {} : { session: options.session }),
+          ...(options.readBeforeWrite === undefined ? {} : { readBeforeWrite: options.readBeforeWrite }),
+          ...(token === null ? {} : { token }),
+        }),
+      });
+    this.#link = this.#another();
     this.files = new Files(this.#link, http, name);
     this.history = new History(this.#link);
   }
@@ -113,17 +123,18 @@ export class Tenant extends Life<Tenant> implements Disposable {
    * Has a newer token of the same subject take the place of the present one on the open connection, without a break.
    * Throws where the gateway refuses it: the connection then goes on with the old one.
    */
-  renew(token: string): Promise<Renewed> {
-    return this.#link.renew(token);
+  async renew(token: string): Promise<Renewed> {
+    const [renewed] = await Promise.all([this.#link, ...this.#apart].map((link) => link.renew(token)));
+    return renewed as Renewed;
   }
 
   /** Drops the connection and makes another, on which everything goes on. */
   reconnect(): void {
-    this.#link.reconnect();
+    for (const link of [this.#link, ...this.#apart]) link.reconnect();
   }
 
   close(): void {
-    this.#link.close();
+    for (const link of [this.#link, ...this.#apart]) link.close();
   }
 
   /** @internal The same tenant over a connection of its own. */
@@ -167,12 +178,24 @@ export class Tenant extends Life<Tenant> implements Disposable {
   exec(command: string | readonly string[], options: ExecOptions = {}): Promise<Exec> {
     const { buffer, encoding, signal, execId = unique(), ...rest } = options;
     const start = { ...what(command), ...rest, execId };
-    return new Exec(this.#link, execId, start, {}, { buffer, encoding, signal }).begin();
+    return this.#reading(execId, start, {}, { buffer, encoding, signal });
   }
 
   /** Attaches to a command by its id: its output from these byte offsets on, then live. Aborting `signal` detaches. */
   attach(execId: string, from: Partial<Offsets> = {}, options: AttachOptions = {}): Promise<Exec> {
-    return new Exec(this.#link, execId, null, from, options).begin();
+    return this.#reading(execId, null, from, options);
+  }
+
+  /** Begins to read a command. A connection has one reader of each, so that a second one gets a connection of its own. */
+  #reading(id: string, start: object | null, from: Partial<Offsets>, options: AttachOptions): Promise<Exec> {
+    const apart = this.#read.has(id);
+    const link = apart ? this.#another() : this.#link;
+    const exec = new Exec(link, id, start, from, options, apart ? this.#link : null);
+    if (apart) this.#apart.add(link);
+    else this.#read.add(id);
+    const over = () => (apart ? this.#apart.delete(link) : this.#read.delete(id));
+    exec.exit.then(over, over);
+    return exec.begin();
   }
 
   /** Returns the tenant's commands, those that ended a while ago included. */

@@ -325,6 +325,29 @@ describe("commands", () => {
     expect(await again.stdout.text()).toBe("before\nafter\n");
   });
 
+  test("are read by several at once, each with all of the output and its own end", async () => {
+    const client = tenant();
+    const size = 3 << 20;
+    const line = `read _; head -c ${size} /dev/zero; read _; echo end`;
+    const first = await client.exec(line, { stdin: true, buffer: 1 << 20 });
+    const second = await client.attach(first.id, {}, { buffer: 1 << 20 });
+    const leaving = await client.attach(first.id);
+    await leaving.detach();
+    await second.write("\n");
+    const read = async (exec: Exec) => {
+      let seen = 0;
+      for await (const chunk of exec.stdout) seen += chunk.length;
+      return { seen, lost: exec.stdout.lost, code: (await exec.exit).code };
+    };
+    const both = Promise.all([read(first), read(second)]);
+    await first.write("\n");
+    const whole = { seen: size + 4, lost: 0, code: 0 };
+    expect(await both).toEqual([whole, whole]);
+    expect(await second.cancel()).toMatchObject({ survivors: 0 }); // also of one that has ended
+    const listed = (await client.execs()).find((one) => one.exec === first.id);
+    expect(listed).toMatchObject({ state: "ended", attached: 0 });
+  });
+
   test("wait for who reads slowly, lose nothing, and hold nothing else up", async () => {
     const client = tenant();
     const size = 24 << 20;
