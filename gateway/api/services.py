@@ -110,7 +110,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         workers = await enter(Workers(settings, tenants=runtime.tenants))
         execs = await enter(Execs(runtime, bus, idempotency, settings))
         shells = await enter(Shells(execs, workers, settings))
-        history = await enter(History(runtime, bus, settings))
+        history = await enter(History(runtime, execs, bus, settings))
         toolbox = await enter(Toolbox(runtime, workers, shells, history, bus, idempotency, settings))
         files = await enter(Files(runtime, workers, bus, settings))
         sites: Sites = await enter(

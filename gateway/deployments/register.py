@@ -83,7 +83,8 @@ class Register:
         except StoreFailed as failed:
             log.warning("the end of deployment %s cannot be stored: %s", record.id, failed.message)
             self._unwritten[record.id] = record
-        facts: dict[str, Any] = {"ms": record.ms, "domain": record.domain, "url": record.url}
+        told = ("ms", "domain", "url", "template", "rollback", "env", "by")
+        facts: dict[str, Any] = {name: getattr(record, name) for name in told}
         if record.error is not None:
             facts["error"] = record.error
         self.running.pop(record.id, None)

@@ -319,6 +319,11 @@ class Exec:
             stream.release()
 
     @property
+    def printed(self) -> int:
+        """Bytes of output until now."""
+        return sum(self._offsets().values())
+
+    @property
     def kept_bytes(self) -> int:
         """How much is held of the outputs, and of what was asked for."""
         asked = (*self.spec.argv, *self.spec.env, *self.spec.env.values())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
 from gateway.errors import InvalidParams, NotFound
 from gateway.events import Bus, Filter
+from gateway.execs import Execs
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import ID, TITLE_MAX, Turn, name, said
+from gateway.history.outside import Outside
+from gateway.history.reading import ID, TITLE_MAX, Turn, deployed, name, said
 from gateway.history.recorder import Recorder, Side
 from gateway.history.repository import Repository
 from gateway.rootfs import FilesystemRoot
@@ -23,8 +25,8 @@ from gateway.tools.session import ToolSession
 
 _CHANGING: Final = frozenset({"Write", "Edit", "Bash"})
 _LIST_MAX: Final = 200
-_SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
 _STARTED: Final = frozenset({"tenant.started", "tenant.restarted"})
+_FOLLOWED: Final = ("deployment.succeeded", "exec.started", "file.written")
 
 
 class History:
@@ -34,14 +36,14 @@ class History:
     session ends its turn or has rested for `turn_rest`.
     """
 
-    def __init__(self, runtime: TenantRuntime, bus: Bus, settings: Settings) -> None:
+    def __init__(self, runtime: TenantRuntime, execs: Execs, bus: Bus, settings: Settings) -> None:
         self._bus = bus
         self._settings = settings
         self._repository = Repository(runtime, settings)
         self._open = OpenTurns()
         self._recorder = Recorder(self._repository, self._open, bus, settings)
         self._timers: dict[OpenTurn, asyncio.TimerHandle] = {}
-        self._saves: dict[str, dict[str, OpenTurn]] = {}  # of people, by tenant and subject
+        self._outside = Outside(execs.list, self._open, self._recorder, settings.turn_rest)
 
     async def __aenter__(self) -> History:
         return self
@@ -51,6 +53,7 @@ class History:
     ) -> None:
         for timer in self._timers.values():
             timer.cancel()
+        self._outside.close()
         await self._recorder.aclose()
 
     @property
@@ -59,10 +62,10 @@ class History:
 
     # --- what sessions do -----------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def during(
+    @contextlib.asynccontextmanager
+    async def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
-    ) -> Iterator[Callable[[ToolResult], None]]:
+    ) -> AsyncIterator[Callable[[ToolResult], None]]:
         """Note what a tool call may change; it is recorded later. Yields what takes the result."""
         if not self.on:
             yield _unheard
@@ -70,11 +73,19 @@ class History:
         key = _key(session, by)
         turn = self._open.get(root.tenant, key)
         if tool in _CHANGING:
+            path = (
+                None
+                if tool == "Bash"
+                else named_file(arguments, session.cwd or root.workspace, root.workspace)
+            )
+            if turn is None or (path not in turn.paths and not turn.wide):
+                first = turn is None or not turn.changed
+                await self._outside.before(root.tenant, path, first=first)
+                turn = self._open.get(root.tenant, key)
             if tool != "Write":  # of one it is known only afterwards whether it made its file
                 self._recorder.expect(root.tenant)
             if turn is None:
                 turn = self._open.open(root.tenant, OpenTurn(key, name(by), name(by)))
-            path = named_file(arguments, session.cwd or root.workspace, root.workspace)
             if tool == "Bash" or path is not None:
                 turn.wrote(None if tool == "Bash" else path)
         if turn is None:
@@ -99,6 +110,7 @@ class History:
         self._check()
         before = await self.end(tenant, session, by)
         await self._recorder.ready(tenant)
+        await asyncio.gather(*self._outside.record(tenant))
         key = _key(session, by)
         turn = OpenTurn(key, name(agent or by), name(by), said(title, TITLE_MAX))
         self._wait(tenant, self._open.open(tenant, turn))
@@ -140,7 +152,7 @@ class History:
         """
         self._check()
         _check_id(turn)
-        ending = self._record_saves(tenant)
+        ending = self._outside.record(tenant)
         ending += [self._recorder.spawn(tenant, self._finish(tenant, one)) for one in self._open.of(tenant)]
         await asyncio.gather(*ending)
         return await self._recorder.restore(tenant, turn, side, by)
@@ -148,49 +160,33 @@ class History:
     # --- with tenants and the gateway -------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Record sites as they are deployed, and what people save, until the bus closes."""
-        async for event in self._bus.subscribe(Filter(types=("deployment.succeeded", "file.written"))):
+        """Record sites as they are deployed, and what people change, until the bus closes."""
+        async for event in self._bus.subscribe(Filter(types=_FOLLOWED)):
             if not self.on or event.tenant is None:
                 continue
-            if event.type == "file.written":
-                if "tool" not in event.data:
-                    self._saved(event.tenant, str(event.data["path"]), str(event.data["by"]))
-            else:
-                self._recorder.spawn(event.tenant, self._recorder.deployed(event.tenant))
-
-    def _saved(self, tenant: str, path: str, by: str) -> None:
-        """Note a file that somebody saved, so that it is on record before a turn changes it."""
-        saves = self._saves.setdefault(tenant, {})
-        save = saves.setdefault(by, OpenTurn(by, name(by), name(by)))
-        save.wrote(path)
-        self._rest(save)
-        loop = asyncio.get_running_loop()
-        self._timers[save] = loop.call_later(_SAVED, self._record_saves, tenant)
-
-    def _record_saves(self, tenant: str) -> list[asyncio.Task[None]]:
-        """Record what people have saved until now; what an open turn has changed as well is that turn's."""
-        changed = {path for turn in self._open.of(tenant) for path in turn.paths}
-        saves = list(self._saves.pop(tenant, {}).values())
-        for save in saves:
-            self._rest(save)
-            save.paths -= changed
-        return [
-            self._recorder.spawn(tenant, self._recorder.saved(tenant, save)) for save in saves if save.paths
-        ]
+            data = event.data
+            match event.type:
+                case "exec.started":
+                    self._outside.ran(event.tenant, str(data["exec"]), str(data["by"]))
+                case "file.written" if "tool" not in data:
+                    self._outside.saved(event.tenant, str(data["path"]), str(data["by"]))
+                case "deployment.succeeded":
+                    title, by = deployed(data)
+                    self._recorder.spawn(event.tenant, self._recorder.deployed(event.tenant, title, by))
 
     def noticed(self, event: TenantEvent) -> None:
         """Take notice of what happened to a tenant."""
         if event.ended is not None:
             self._recorder.forget(event.ended)
-            gone = [*self._open.forget(event.ended), *self._saves.pop(event.ended, {}).values()]
-            for turn in gone:
+            self._outside.forget(event.ended)
+            for turn in self._open.forget(event.ended):
                 self._rest(turn)
         if event.tenant is not None and event.type in _STARTED:
             self._recorder.again(event.tenant)
 
     async def close_turns(self) -> None:
         """Record every open turn: the gateway is ending."""
-        ending = [task for tenant in list(self._saves) for task in self._record_saves(tenant)]
+        ending = self._outside.record_all()
         ending += [
             self._recorder.spawn(tenant, self._finish(tenant, turn)) for tenant, turn in self._open.all()
         ]

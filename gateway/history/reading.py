@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -65,6 +66,19 @@ def name(text: str) -> str:
     """Return a name as a commit may have it: without what git takes off, and never empty."""
     kept = " ".join("".join(" " if char in "<>" else char for char in said(text, _NAME_MAX)).split())
     return kept.strip(".,:;\"'\\ ") or "unknown"
+
+
+def deployed(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a deployment's last event says of it, as a title, and by whom it was."""
+    if facts.get("rollback"):
+        what = f"Went back to the site of {facts['rollback']}"
+    elif facts.get("env"):
+        what = f"Changed {', '.join(facts['env'])} of the environment"
+    elif facts.get("template") == "upload":
+        what = "Deployed an uploaded folder"
+    else:
+        what = f"Deployed the template {facts.get('template')}"
+    return f"{what} ({facts['deployment']})", str(facts.get("by", ""))
 
 
 def committed(printed: bytes, turn: Turn) -> Turn | None:

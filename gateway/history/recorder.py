@@ -83,19 +83,18 @@ class Recorder:
         self._tell(tenant, found)
         return found
 
-    async def saved(self, tenant: str, save: OpenTurn) -> None:
-        """Record what somebody saved."""
+    async def outside(self, tenant: str, change: OpenTurn) -> None:
+        """Record what was changed without a turn, but for what open turns are known to have written."""
         await self.ready(tenant)
-        paths = sorted(save.paths)
-        what = paths[0] if len(paths) == 1 else f"{len(paths)} files"
-        turn = _made("outside", save.agent, save.by, said(f"Saved {what}", TITLE_MAX))
+        turn = _made("outside", change.agent, change.by, change.title)
         async with self._lock(tenant):
-            found = await self._repository.commit(tenant, "only", paths, turn)
+            mode, paths = self._open.share(tenant, change)
+            found = await self._repository.commit(tenant, mode, paths, turn)
         self._tell(tenant, found)
 
-    async def deployed(self, tenant: str) -> None:
+    async def deployed(self, tenant: str, title: str, by: str) -> None:
         """Record a site as it was deployed, and make its workspace a repository where it is none."""
-        made = _made("deployed", _OURS, _OURS, "Deployed")
+        made = _made("deployed", name(by), name(by), said(title, TITLE_MAX))
         # all that a session with an open turn is not known to have written
         turn = OpenTurn(object(), made.agent, made.by, wide=True)
         async with self._lock(tenant):

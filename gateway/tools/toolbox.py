@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -164,8 +164,11 @@ class Turns(Protocol):
 
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
-    ) -> AbstractContextManager[Callable[[ToolResult], None]]:
-        """Note a call while it runs, and its result. Never waits, and refuses nothing."""
+    ) -> AbstractAsyncContextManager[Callable[[ToolResult], None]]:
+        """Note a call while it runs, and its result. Refuses nothing.
+
+        Waits, for a moment, only where it would hide what somebody else has just changed.
+        """
         ...
 
 
@@ -327,7 +330,7 @@ class Toolbox:
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
             root = await self._runtime.filesystem(tenant)
-            with self._turns.during(root, session, name, arguments, by) as note:
+            async with self._turns.during(root, session, name, arguments, by) as note:
                 if name in SHELL_TOOLS:
                     result = await self._shells.call(root, session, name, arguments, exec_id=exec_id, by=by)
                 else:

@@ -18,7 +18,7 @@ from tests.contracts.gateway import sse
 from tests.contracts.mcp import BOTH, mcp
 from tests.live import LiveGateway, RpcFailure, Wire
 
-QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "1", "GATEWAY_TURN_FILE_MAX": "100000"}
+QUICK: Mapping[str, str] = {"GATEWAY_TURN_REST": "2", "GATEWAY_TURN_FILE_MAX": "100000"}
 
 
 HOSTILE = r"""set -e
@@ -64,6 +64,16 @@ async def text(wire: Wire, path: str) -> str:
 
 def told(wire: Wire) -> list[Any]:
     return [one.params["data"] for one in wire.notifications if one.params.get("type") == "turn.committed"]
+
+
+async def event(wire: Wire, kind: str, **facts: Any) -> None:
+    """Wait until an event is told, of which history hears then too."""
+
+    def heard() -> bool:
+        events = [one.params for one in wire.notifications if one.params.get("type") == kind]
+        return any(facts.items() <= one["data"].items() for one in events)
+
+    await wire.until(heard)
 
 
 class HistoryContract:
@@ -176,6 +186,60 @@ class HistoryContract:
             names = [entry["path"] for entry in (await wire.call("files/list", path="."))["entries"]]
             # a turn of later, here the undo, is taken back with it
             assert "other" not in names and await text(wire, "page") == "an agent's\n"
+
+    async def test_what_a_person_saved_a_moment_before_an_agent_writes_is_on_record(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """Whether it writes by a file tool or by a command, and also where its turn was open before."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["file.written"])
+            await write(wire, "begun", "x\n")
+            await end(wire)
+            await write(wire, "first", "x\n")
+            for path, change in (("page", None), ("style", 'echo "an agent\'s" >style')):
+                await wire.call("files/write", path=path, text="a person's\n")
+                await event(wire, "file.written", path=path)
+                await (write(wire, path, "an agent's\n") if change is None else bash(wire, change))
+            turn = await end(wire)
+            assert turn["files"] == 3
+            listed = (await wire.call("history/list"))["turns"]
+            assert [one["title"] for one in listed[1:3]] == ["Saved style", "Saved page"]
+            await wire.call("history/restore", turn=turn["turn"], to="before")
+            assert [await text(wire, path) for path in ("page", "style")] == ["a person's\n"] * 2
+
+    async def test_what_a_terminal_or_a_command_changed_is_in_no_turn_of_an_agent(
+        self, gateway: LiveGateway, tenant: str
+    ) -> None:
+        """It is on record by itself, before the next turn changes anything, and stays when that is undone."""
+        async with gateway.wire(tenant) as wire:
+            await wire.call("events/subscribe", types=["exec.started"])
+            await write(wire, "base", "x\n")
+            await end(wire)
+            shell = await wire.call("exec/start", argv=["/bin/sh"], pty={"cols": 80, "rows": 24})
+            await event(wire, "exec.started", exec=shell["exec"])
+            await wire.stdin(shell["channel"], b"echo a person >typed; echo do''ne\n")
+            await wire.until(lambda: b"done" in wire.output[shell["channel"], 1])
+            await wire.call("turn/begin", title="edit")
+            await write(wire, "typed", "an agent\n")
+            turn = await end(wire)
+            listed = (await wire.call("history/list"))["turns"]
+            assert [(one["kind"], one["title"], one["by"]) for one in listed[:2]] == [
+                ("turn", "edit", "test"),
+                ("outside", "Changed in a terminal", "test"),
+            ]
+            await wire.call("history/restore", turn=turn["turn"], to="before")
+            assert await text(wire, "typed") == "a person\n"
+
+            # a command of a client, and a turn that nobody has announced
+            ran = await wire.call("exec/start", argv=["sh", "-c", "echo built >out"])
+            await wire.exited(ran["exec"])
+            await event(wire, "exec.started", exec=ran["exec"])
+            await bash(wire, "echo an agent >out")
+            turn = await end(wire)
+            listed = (await wire.call("history/list"))["turns"]
+            assert listed[1]["title"] == "Changed by sh -c echo built >out"
+            await wire.call("history/restore", turn=turn["turn"], to="before")
+            assert await text(wire, "out") == "built\n"
 
     async def test_hostile_trees_and_repositories_do_not_matter(
         self, gateway: LiveGateway, tenant: str

@@ -49,7 +49,8 @@ async def test_a_site_has_a_history_and_a_repository_from_its_deployment(
         tenant = record["tenant"]
         async with host.gateway.wire(tenant) as wire:
             await wire.call("events/subscribe", types=["turn.committed"])
-            assert first["kind"] == "deployed"
+            assert (first["kind"], first["by"]) == ("deployed", "test")
+            assert first["title"] == f"Deployed an uploaded folder ({record['id']})"
             await bash(wire, "mkdir node_modules; echo one > node_modules/x; git status --short")
             found = await call(wire, "Grep", {"pattern": "one"})
             assert "page.txt" in found[1] and "node_modules" not in found[1]

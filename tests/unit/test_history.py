@@ -11,7 +11,7 @@ import pytest
 
 from gateway.history import repository
 from gateway.history.open_turns import OpenTurn, OpenTurns
-from gateway.history.reading import Turn, changes, committed, listed, name, said
+from gateway.history.reading import Turn, changes, committed, deployed, listed, name, said
 
 SHELLS = {"dash": ("dash",), "bash": ("bash", "--posix"), "busybox": ("busybox", "sh")}
 BLANK = Turn("", "turn", "agent", "by", "title", 7)
@@ -94,6 +94,19 @@ def test_names_and_titles_are_what_git_takes() -> None:
     assert name("<Claude> \n;") == "Claude"
     assert name("<>\n.") == name("") == "unknown"
     assert said(" a\x00b \r\n\x1b[2J\tc\n\n", 100) == "a b\n [2J c"
+
+
+@pytest.mark.parametrize(
+    ("facts", "title"),
+    [
+        ({"template": "static", "rollback": None, "env": None}, "Deployed the template static (d-1)"),
+        ({"template": "upload"}, "Deployed an uploaded folder (d-1)"),
+        ({"template": "upload", "rollback": "d-0"}, "Went back to the site of d-0 (d-1)"),
+        ({"template": "static", "env": ["A", "B"]}, "Changed A, B of the environment (d-1)"),
+    ],
+)
+def test_a_deployment_says_what_it_was_and_whose(facts: dict[str, object], title: str) -> None:
+    assert deployed({"deployment": "d-1", "by": "eve", **facts}) == (title, "eve")
 
 
 # --- the scripts --------------------------------------------------------------------------------------

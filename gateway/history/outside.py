@@ -1,0 +1,212 @@
+"""What is changed without a turn: what people save, and what commands change that no tool runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from gateway.execs.exec import Exec
+from gateway.history.open_turns import OpenTurn, OpenTurns
+from gateway.history.reading import TITLE_MAX, name, said
+from gateway.history.recorder import Recorder
+from gateway.runtime import ExecSpec
+
+_SAVED: Final = 2.0  # seconds after a person's last save in which it is recorded
+_LOOK: Final = 5.0  # seconds between looks at what commands print; after as many without a word they rest
+_PATIENCE: Final = 2.0  # seconds for which a tool call waits at most
+_LABELS: Final = 16  # commands of one record whose names are kept
+_COMMAND: Final = 80  # characters of a command in a title
+
+
+@dataclass(eq=False, slots=True)
+class _Change:
+    """What is to be recorded as one commit: of the paths of `turn`, or, where that is wide, of any."""
+
+    turn: OpenTurn
+    since: float = 0.0  # of the loop's clock
+    labels: dict[str, str] = field(default_factory=dict)  # of commands, each with whose it is
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """What goes on in one workspace outside of turns."""
+
+    saves: dict[str, _Change] = field(default_factory=dict)  # by subject
+    commands: _Change | None = None
+    printed: dict[str, int] = field(default_factory=dict)  # bytes, by command, at the last look
+    whose: dict[str, str] = field(default_factory=dict)  # of the commands that run
+    saving: asyncio.TimerHandle | None = None
+    looking: asyncio.TimerHandle | None = None
+    under_way: dict[asyncio.Task[None], OpenTurn] = field(default_factory=dict)
+
+
+class Outside:
+    """Changes of all tenants outside of turns, each recorded once it rests. Used from the event loop only.
+
+    Commands are those of clients: what a tool runs is its turn's. They may change anything at any time, so
+    the workspace is looked at once they have printed nothing for some seconds, and where they go on, every
+    `rest` seconds.
+    """
+
+    def __init__(
+        self, execs: Callable[[str], Sequence[Exec]], open_: OpenTurns, recorder: Recorder, rest: float
+    ) -> None:
+        self._execs = execs
+        self._open = open_
+        self._recorder = recorder
+        self._rest = rest
+        self._of: dict[str, _Place] = {}
+
+    def close(self) -> None:
+        for tenant in list(self._of):
+            self.forget(tenant)
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant that is gone."""
+        if (place := self._of.pop(tenant, None)) is not None:
+            for timer in (place.saving, place.looking):
+                if timer is not None:
+                    timer.cancel()
+
+    # --- what is noted ----------------------------------------------------------------------------------
+
+    def saved(self, tenant: str, path: str, by: str) -> None:
+        """Note a file that somebody saved, so that it is on record before a turn changes it."""
+        place = self._of.setdefault(tenant, _Place())
+        save = place.saves.setdefault(by, _Change(OpenTurn(by, name(by), name(by))))
+        save.turn.wrote(path)
+        if place.saving is not None:
+            place.saving.cancel()
+        place.saving = asyncio.get_running_loop().call_later(_SAVED, self._record_saves, tenant, place)
+
+    def ran(self, tenant: str, exec_id: str, by: str) -> None:
+        """Note that a command has started."""
+        exec_ = next((one for one in self._execs(tenant) if one.id == exec_id), None)
+        if exec_ is None or exec_.spec.shown is not None:  # a tool's, whose turn has what it changes
+            return
+        place = self._of.setdefault(tenant, _Place())
+        place.whose[exec_id] = by
+        self._worked(place, exec_.spec, by)
+        self._look_later(tenant, place)
+
+    def _worked(self, place: _Place, spec: ExecSpec | None, by: str) -> None:
+        """Note that a command of somebody may have changed something; None is one that is gone."""
+        if (change := place.commands) is None:
+            change = _Change(OpenTurn(place, "", "", wide=True), asyncio.get_running_loop().time())
+            place.commands = change
+        if len(change.labels) < _LABELS:
+            change.labels[_words(spec)] = by
+
+    # --- when it is recorded ----------------------------------------------------------------------------
+
+    def _look_later(self, tenant: str, place: _Place) -> None:
+        if place.looking is None:
+            place.looking = asyncio.get_running_loop().call_later(_LOOK, self._look, tenant, place)
+
+    def _look(self, tenant: str, place: _Place) -> None:
+        """See what commands have done since the last look; record it once they rest."""
+        place.looking = None
+        busy = self._notice(tenant, place)
+        if (change := place.commands) is not None:
+            long = asyncio.get_running_loop().time() - change.since >= self._rest
+            if long or not busy:
+                self._record_commands(tenant, place)
+        if place.whose or place.commands is not None:
+            self._look_later(tenant, place)
+        else:
+            self._tidy(tenant, place)
+
+    def _notice(self, tenant: str, place: _Place) -> bool:
+        """Note which commands have printed anything, or ended, since the last look; say whether one has."""
+        running = {exec_.id: exec_ for exec_ in self._execs(tenant) if exec_.state == "running"}
+        printed = {one: running[one].printed for one in place.whose if one in running}
+        busy = [one for one, so_far in printed.items() if so_far != place.printed.get(one)]
+        ended = place.printed.keys() - printed.keys()
+        place.printed = printed
+        for one in busy:
+            self._worked(place, running[one].spec, place.whose[one])
+        for one in place.whose.keys() - printed.keys():
+            by = place.whose.pop(one)
+            if one in ended and place.commands is None:
+                self._worked(place, None, by)
+        return bool(busy or ended)
+
+    def record(self, tenant: str) -> list[asyncio.Task[None]]:
+        """Record what has changed until now; return what is under way, also of earlier."""
+        if (place := self._of.get(tenant)) is None:
+            return []
+        self._notice(tenant, place)
+        self._record_saves(tenant, place)
+        self._record_commands(tenant, place)
+        return list(place.under_way)
+
+    def record_all(self) -> list[asyncio.Task[None]]:
+        return [task for tenant in list(self._of) for task in self.record(tenant)]
+
+    async def before(self, tenant: str, path: str | None, *, first: bool) -> None:
+        """Have on record what is outside of a turn that is about to change `path`; None is any.
+
+        Waits only where something was saved or ran in the last seconds: for the first change of a turn that
+        is anything; for one of later, a save of this path.
+        """
+        if (place := self._of.get(tenant)) is None:
+            return
+        if first:
+            waited = self.record(tenant)
+        else:
+            if any(path is None or path in save.turn.paths for save in place.saves.values()):
+                self._record_saves(tenant, place)
+            waited = [task for task, turn in place.under_way.items() if path in turn.paths or path is None]
+        if waited:
+            await asyncio.wait(waited, timeout=_PATIENCE)
+
+    def _record_saves(self, tenant: str, place: _Place) -> None:
+        """Record what people have saved; what an open turn has changed as well is that turn's."""
+        if place.saving is not None:
+            place.saving.cancel()
+            place.saving = None
+        changed = {path for turn in self._open.of(tenant) for path in turn.paths}
+        saves, place.saves = place.saves, {}
+        for save in saves.values():
+            save.turn.paths -= changed
+            if not save.turn.changed:
+                continue
+            paths = sorted(save.turn.paths)
+            what = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+            self._record(tenant, place, save.turn, f"Saved {what}")
+        self._tidy(tenant, place)
+
+    def _record_commands(self, tenant: str, place: _Place) -> None:
+        """Record what commands have changed; where a turn runs a command too, it is that turn's."""
+        change, place.commands = place.commands, None
+        if change is None or any(turn.wide for turn in self._open.of(tenant)):
+            return
+        labels = change.labels
+        by = name(next(iter(labels.values())) if len(set(labels.values())) == 1 else "several")
+        change.turn.agent = change.turn.by = by
+        words = next(iter(labels)) if len(labels) == 1 else f"by {len(labels)} commands"
+        self._record(tenant, place, change.turn, f"Changed {words}")
+
+    def _record(self, tenant: str, place: _Place, turn: OpenTurn, title: str) -> None:
+        turn.title = said(title, TITLE_MAX)
+        task = self._recorder.spawn(tenant, self._recorder.outside(tenant, turn))
+        place.under_way[task] = turn
+        task.add_done_callback(lambda done: self._recorded(tenant, place, done))
+
+    def _recorded(self, tenant: str, place: _Place, done: asyncio.Task[None]) -> None:
+        place.under_way.pop(done, None)
+        self._tidy(tenant, place)
+
+    def _tidy(self, tenant: str, place: _Place) -> None:
+        """Let go of a workspace in which nothing goes on."""
+        busy = place.saves or place.commands or place.looking or place.under_way
+        if not busy and self._of.get(tenant) is place:
+            del self._of[tenant]
+
+
+def _words(spec: ExecSpec | None) -> str:
+    if spec is None:
+        return "by a command"
+    return "in a terminal" if spec.pty else f"by {' '.join(spec.argv)[:_COMMAND]}"
