@@ -146,19 +146,18 @@ class Outside:
         return [task for tenant in list(self._of) for task in self.record(tenant)]
 
     async def before(self, tenant: str, path: str | None, *, first: bool) -> None:
-        """Have on record what is outside of a turn that is about to change `path`; None is any.
+        """Record what is outside of a turn that is about to change `path`; None is any.
 
-        Waits only where something was saved or ran in the last seconds: for the first change of a turn that
-        is anything; for one of later, a save of this path.
+        A call that changes a file waits only for a save of that file, at most for a moment. One that may change
+        any file waits for all that was saved or ran in the last seconds.
         """
         if (place := self._of.get(tenant)) is None:
             return
         if first:
-            waited = self.record(tenant)
-        else:
-            if any(path is None or path in save.turn.paths for save in place.saves.values()):
-                self._record_saves(tenant, place)
-            waited = [task for task, turn in place.under_way.items() if path in turn.paths or path is None]
+            self.record(tenant)  # begins before the call, and leaves out the file that it changes
+        elif any(path is None or path in save.turn.paths for save in place.saves.values()):
+            self._record_saves(tenant, place)
+        waited = [task for task, turn in place.under_way.items() if path is None or path in turn.paths]
         if waited:
             await asyncio.wait(waited, timeout=_PATIENCE)
 

@@ -112,10 +112,16 @@ async def test_a_call_waits_for_what_it_would_hide_and_for_nothing_else() -> Non
     world = World()
     world.recorded.free.clear()
     world.outside.saved("t", "page", "eve")
-    async with asyncio.timeout(1):  # of another file, in a turn that has changed something
+    world.start("make")
+    async with asyncio.timeout(1):  # of another file, beside a command, and of another tenant
         await world.outside.before("t", "other", first=False)
+        await world.outside.before("t", "other", first=True)
         await world.outside.before("u", None, first=True)
-    for path, first in (("page", False), (None, False), ("other", True)):
+    world.recorded.free.set()
+    assert await world.next() == ("Changed by make", "eve")
+    world.recorded.free.clear()
+    world.outside.saved("t", "page", "eve")
+    for path, first in (("page", False), ("page", True), (None, False)):
         waiting = asyncio.create_task(world.outside.before("t", path, first=first))
         await settled()
         assert not waiting.done(), (path, first)
@@ -124,7 +130,7 @@ async def test_a_call_waits_for_what_it_would_hide_and_for_nothing_else() -> Non
             await waiting
         world.recorded.free.clear()
         world.outside.saved("t", "page", "eve")
-    assert world.recorded.titles == ["Saved page"] * 3
+    assert world.recorded.titles[2:] == ["Saved page"] * 3
     world.outside.forget("t")
 
 
