@@ -148,8 +148,8 @@ class Outside:
     async def before(self, tenant: str, path: str | None, *, first: bool) -> None:
         """Record what is outside of a turn that is about to change `path`; None is any.
 
-        A call that changes a file waits only for a save of that file, at most for a moment. One that may change
-        any file waits for all that was saved or ran in the last seconds.
+        A call that changes a file waits only for a save of that file, at most for a moment. One that may
+        change any file waits for all that was saved or ran in the last seconds.
         """
         if (place := self._of.get(tenant)) is None:
             return
