@@ -1,7 +1,7 @@
-"""Detection: what a folder without a manifest is, and how it is installed and started.
+"""Detect what a folder without a manifest is, and how it is installed and started.
 
-From outside: `Clues`, `detect`, `Detected`. A folder is whatever its owner wrote: `Clues` is a bounded part
-of it, and `detect` is a function of that part, without IO.
+Other packages use `Clues`, `detect` and `Detected`. A folder's contents are untrusted: `Clues` is a bounded
+part of them, and `detect` is a function of that part, without IO.
 """
 
 from gateway.detection.clues import Clues

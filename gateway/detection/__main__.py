@@ -1,7 +1,7 @@
-"""Detect what a folder is in a process of its own, which can do nothing but answer.
+"""Detect what a folder is, in a sandboxed process.
 
-Takes clues on its standard input and answers with what was found, as JSON. It is sealed before it reads the
-first byte: it opens and runs nothing, and ends after some seconds of CPU.
+Reads clues as JSON from standard input and prints the result as JSON. The sandbox is closed before the first
+byte is read: the process can open no files and run no programs, and ends after some seconds of CPU time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import orjson
 from gateway.detection import Clues, detect
 from gateway.rootfs.confine import seal
 
-_MEMORY = 1 << 30  # bytes of address space; most of it is what Python itself reserves
-_SECONDS = 5  # of CPU
+_MEMORY = 1 << 30  # bytes of address space; Python itself reserves most of it
+_SECONDS = 5  # of CPU time time
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Have a folder's clues looked at by a process of its own, whose answer is checked as a stranger's."""
+"""Run the detection in a separate process, and check its answer like any untrusted input."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from gateway.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-_WAIT: Final = 20.0  # seconds until it must have answered, on a machine that is busy
+_WAIT: Final = 20.0  # seconds for its answer, on a busy machine
 _ANSWER: Final = 64 << 10  # bytes
 _COMMAND: Final = (sys.executable, "-I", "-m", "gateway.detection")
 _answer: Final = TypeAdapter(Detected)
 
 
 def detect_apart(clues: Clues) -> Detected:
-    """Return what a folder is. Takes some tenths of a second: do it in a thread. Raises `Unavailable`."""
+    """Return what a folder is. Takes some tenths of a second: call it in a thread. Raises `Unavailable`."""
     try:
         found = _answer.validate_json(_asked(clues.packed()))
     except (OSError, subprocess.SubprocessError, ValidationError, ValueError) as error:
-        log.warning("what a folder is could not be found out: %s", type(error).__name__)
+        log.warning("detection failed: %s", type(error).__name__)
         raise Unavailable(
-            "what this folder is could not be found out; say how it is started by `start` (--start), or in a "
+            "what this folder is could not be detected; give a command with `start` (--start) or in a "
             "site.toml",
             reason="undetected",
         ) from None
     if not all(words.isprintable() for words in (found.name, found.title, found.trouble, *found.lines())):
-        raise Unavailable("what this folder is could not be found out", reason="undetected")
+        raise Unavailable("what this folder is could not be detected", reason="undetected")
     return found
 
 
 def _asked(clues: bytes) -> bytes:
-    """Return what the process answers. Raises `OSError`, `SubprocessError` and `ValueError`."""
-    # from a file and not by a pipe, so that of what comes back only as much is read as an answer has
+    """Return the answer of the process. Raises `OSError`, `SubprocessError` and `ValueError`."""
+    # input from a file, not a pipe, so that only a bounded part of the output need be read
     with tempfile.TemporaryFile() as given:
         given.write(clues)
         given.seek(0)

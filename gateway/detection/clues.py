@@ -1,4 +1,4 @@
-"""Take the part of a folder that tells what it is: names, and the beginnings of a few files."""
+"""The part of a folder from which its kind is detected: names, and a few files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Final
 
 import orjson
 
-_DEPTH: Final = 4  # folders below which nothing tells what a site is
-_NAMES: Final = 1 << 20  # bytes of names in all, those at the top first
-_TEXT: Final = 256 << 10  # bytes of one file; of a longer one nothing is taken
+_DEPTH: Final = 4  # folders that say nothing about the kind of site
+_NAMES: Final = 1 << 20  # bytes of all names, uppermost first
+_TEXT: Final = 256 << 10  # bytes of one file; longer ones are ignored
 _TEXTS: Final = 200  # files
 _ROOM: Final = 4 << 20  # bytes of them in all
 
-# the only ones that are looked into; all else, lockfiles too, tells by its name
+# the only files that are read; of all others, lockfiles too, only the name counts
 _MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt", "Procfile"})
 _SOURCES: Final = re.compile(
     r"(?:[\w-]+/){0,2}(?:main|app|server|serve|index|api|asgi|wsgi|hello)\.(?:py|[mc]?[jt]s|tsx)"
@@ -24,9 +24,9 @@ _SOURCES: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Clues:
-    """The `names` of a folder's files, and the content of those that tell what it is.
+    """The `names` of a folder's files, and the content of those that show what it is.
 
-    `empty` is whether there is nothing at all in it, `production` whether it is to be built and then served.
+    `empty` is whether the folder has no files, `production` whether it is to be built and then served.
     """
 
     names: frozenset[str]
@@ -35,12 +35,12 @@ class Clues:
     production: bool = False
 
     def text(self, name: str) -> str:
-        """Return the text of a file; empty where there is none."""
+        """Return the text of a file; empty if it does not exist."""
         return self.texts.get(name, "")
 
     @classmethod
     def of(cls, files: Mapping[str, bytes], *, production: bool = False) -> Clues:
-        """Take what tells of a folder by its files. Nothing of it is parsed here."""
+        """Select the clues among a folder's files. Nothing is parsed here."""
         names, texts = set[str](), dict[str, str]()
         named, room = _NAMES, _ROOM
         for path, content in sorted(files.items(), key=lambda one: (one[0].count("/"), one[0])):

@@ -1,4 +1,4 @@
-"""Decide what a folder is by its clues."""
+"""Decide from its clues what a folder is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _BUILT: Final = ("public", "dist", "build", "_site", "out", "www", "site", "docs
 _WEB: Final = re.compile(r"^web[ \t]*:[ \t]*(\S[^\r\n]{0,2000})$", re.MULTILINE)
 _LOCAL: Final = "PATH=node_modules/.bin:.venv/bin:$PATH"
 
-_HOW: Final = "say how by `start` (--start), or write a site.toml"
+_HOW: Final = "give a command with `start` (--start), or write a site.toml"
 
 
 def detect(clues: Clues) -> Detected:
-    """Return what a folder is; with `trouble` where nothing tells how it is started."""
+    """Return what a folder is; with `trouble` if there is no way to start it."""
     if clues.empty:
         return Detected("empty", "an empty folder", "it has no files", trouble="this folder has no files")
     if (apps := several(clues)) is not None:
@@ -46,10 +46,10 @@ def detect(clues: Clues) -> Detected:
     if found is not None:
         return found
     pages = sorted(name for name in clues.names if name.endswith(".html"))
-    more = f", though there is {pages[0]}" if pages else ""
+    more = f", although there is {pages[0]}" if pages else ""
     return Detected(
         "unknown",
-        "a folder of no kind that is known",
+        "an unknown kind of folder",
         "nothing tells what it is",
         installed="nothing tells of packages",
         trouble="this folder has no index.html, no package.json, no Python application and no Procfile"

@@ -1,4 +1,4 @@
-"""What was found of a folder, as a value and in words."""
+"""The result of the detection, as a value and in words."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Command = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What a folder is: `name` for programs, `title` for people, each choice with why it was made.
+    """What a folder is: `name` for programs, `title` for people, and each choice with its reason.
 
-    What cannot be started has no `start` and no `static`, but `trouble`: what whoever deploys is told.
+    If it cannot be started it has neither `start` nor `static`, but `trouble`: the error for the client.
     `static` is a folder whose files are the site.
     """
 
@@ -28,7 +28,7 @@ class Detected:
     trouble: str = ""
 
     def told(self, start: Command | None, install: Command | None) -> Detected:
-        """Return it with what whoever deploys said instead."""
+        """Return it with the commands that the deployment gave instead."""
         found = self
         if start is not None:
             found = replace(found, start=start, static=None, started="as the deployment says", trouble="")
@@ -37,7 +37,7 @@ class Detected:
         return found
 
     def lines(self) -> tuple[str, str, str]:
-        """Return what was chosen and why, each in a line: what it is, its install, its start."""
+        """Return the choices and reasons, one a line: what it is, its install, its start."""
         if self.static is not None:
             serves = "the files of the folder" if self.static == "." else f"the files of {self.static}/"
         else:
@@ -49,7 +49,7 @@ class Detected:
         )
 
     def to_dict(self, port: int) -> dict[str, Any]:
-        """Return it as a deployment's record tells it."""
+        """Return it as a deployment's record shows it."""
         return {
             "name": self.name,
             "title": self.title,
@@ -62,7 +62,7 @@ class Detected:
 
 
 def line_of(command: Command) -> str:
-    """Return a command as the line that a manifest takes for it."""
+    """Return a command as a manifest's line."""
     if len(command) == 3 and command[:2] == ("sh", "-c"):
         return command[2]
     return " ".join(

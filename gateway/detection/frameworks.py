@@ -1,7 +1,7 @@
-"""Recognise the framework that a site is made with, and say what is known of each.
+"""Recognise the framework of a site, and hold what is known about each.
 
-`TABLE` is data: what starts a framework, and what it needs to work here. What a project is made of is read
-from its package.json, which is whatever a tenant wrote: a bounded part of it, and only names.
+`TABLE` is data: what starts a framework, and what it needs to work here. A project's packages are read from
+its package.json, which is untrusted: a bounded part of it, and only names.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import orjson
 Mode = Literal["dev", "production"]
 Work = Literal["dev", "production", "build"]
 
-_MANIFEST_MAX: Final = 256 << 10  # bytes of a package.json that are read; larger ones are none
-_PACKAGES: Final = 2000  # that one may name
+_MANIFEST_MAX: Final = 256 << 10  # bytes of a package.json; a larger one is ignored
+_PACKAGES: Final = 2000  # packages in it
 _SCRIPTS: Final = 200
 _NAME: Final = 214  # characters of a package's name, npm's own limit
-_SCRIPT: Final = 2000  # characters of a script that are looked at
-_WORDS: Final = 256  # of a command, once its scripts are looked up
-_DEPTH: Final = 4  # of scripts that run scripts
+_SCRIPT: Final = 2000  # characters of a script that are read
+_WORDS: Final = 256  # words of a command with those of its scripts
+_DEPTH: Final = 4  # depth of scripts that run scripts
 _DEPENDENCIES: Final = ("dependencies", "devDependencies")
-_LINKS: Final = ("workspace:", "link:", "portal:", "file:..")  # versions of what lies outside of a folder
+_LINKS: Final = ("workspace:", "link:", "portal:", "file:..")  # versions outside the folder
 _SHELLS: Final = frozenset({"sh", "bash", "dash"})
 _RUNNERS: Final = frozenset({"bun", "npm", "pnpm", "yarn"})
 _WORD: Final = re.compile(r"[^\s;&|()'\"]+")
-# what a framework's program does instead of serving while somebody works on the site
+# subcommands that do something else than run the dev server
 _OTHER: Final = frozenset(
     ("add", "build", "check", "export", "generate", "info", "lint", "optimize", "prepare", "preview")
 ) | {"serve", "start", "sync", "telemetry", "typegen"}
@@ -41,20 +41,20 @@ _WORKS: Final[Mapping[Work, str]] = {
 }
 
 _HOST_AND_PORT: Final = "--host 0.0.0.0 --port $PORT"
-_VITE: Final = frozenset({5173, 4173})  # its dev server's, its preview's
+_VITE: Final = frozenset({5173, 4173})  # of its dev server and its preview
 
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """What is known of one framework. `title` is what people call it, `dev` starts its dev server.
+    """One framework. `title` is its name for people, `dev` the command of its dev server.
 
-    `serve` starts what its build made, or `output` is the folder of it whose files are the site.
+    `serve` is the command that serves its build; or `output` is the folder of its build with the files.
 
-    It is recognised by one of its `packages` and by the `programs` that start it, of which the first is its
-    own and the others may start others too. `serving` are subcommands that start its dev server although
-    others use that word for something else. `ports` are where it serves if nobody says where, and `listen`
-    how it is told to serve on 0.0.0.0:$PORT: arguments of its program, or code of a site without one.
-    `needs` is the memory in MiB that a tenant must have for a starter of it (`tests/bench/frameworks`).
+    It is recognised by one of its `packages` and by the `programs` that start it; the first of these is its
+    own, the others may start other frameworks too. `serving` are subcommands that start its dev server,
+    although they mean something else elsewhere. `ports` are its default ports, and `listen` makes it serve on
+    0.0.0.0:$PORT: arguments of its program, or code of a site without one. `needs` is the memory in MiB that
+    a starter of it takes (`tests/bench/frameworks`).
     """
 
     name: str
@@ -70,7 +70,7 @@ class Framework:
     needs: Mapping[Work, int] = field(default_factory=dict)
 
 
-# what is a plugin of another, and started by its program, stands before it
+# a plugin of another framework, started by that one's program, comes before it
 TABLE: Final[tuple[Framework, ...]] = (
     Framework(
         "next",
@@ -141,7 +141,7 @@ TABLE: Final[tuple[Framework, ...]] = (
         output="dist",
         needs={"dev": 256, "build": 192},
     ),
-    # before Bun, which may only have run the script that starts it
+    # before Bun, which may only run the script that starts it
     Framework("node", "Node", ("node",), listen='server.listen(process.env.PORT, "0.0.0.0")'),
     Framework("bun", "Bun", ("bun",), listen='Bun.serve({hostname: "0.0.0.0", port: process.env.PORT})'),
 )
@@ -149,10 +149,10 @@ TABLE: Final[tuple[Framework, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """What a package.json says: which packages it names, and its scripts.
+    """The contents of a package.json: its packages and scripts.
 
-    `linked` are those of its packages that lie elsewhere in a larger tree, `manager` is its `packageManager`,
-    `workspaces` whether it is the top of such a tree. One that is not `readable` says nothing.
+    `linked` are packages elsewhere in a larger repository, `manager` is its `packageManager`, `workspaces` is
+    whether it is the top of such a repository. One that is not `readable` is empty.
     """
 
     packages: frozenset[str] = frozenset()
@@ -165,14 +165,14 @@ class Project:
 
 
 def project(manifest: bytes | None) -> Project:
-    """Read a package.json; what is missing, too large or no such thing says nothing. Do it off the loop."""
+    """Parse a package.json; what is missing, too large or malformed is empty. Call it off the event loop."""
     if manifest is None:
         return Project()
     if len(manifest) > _MANIFEST_MAX:
         return Project(readable=False)
     try:
         said = orjson.loads(manifest)
-    except orjson.JSONDecodeError:  # nesting included
+    except orjson.JSONDecodeError:  # too deep nesting included
         return Project(readable=False)
     packages, linked = set[str](), set[str]()
     for kind in _DEPENDENCIES:
@@ -198,10 +198,10 @@ def project(manifest: bytes | None) -> Project:
 
 
 def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
-    """Return the words of a command with those of the scripts that it runs behind them.
+    """Return the words of a command, followed by those of the scripts that it runs.
 
-    `bun run dev` becomes `bun run dev vite --open`; words are parted by spaces and what a shell parts by. So
-    are those that a shell is given by `-c`.
+    `bun run dev` becomes `bun run dev vite --open`. Words are split at spaces and at a shell's operators,
+    also in the argument of `sh -c`.
     """
     words = list(start[:_WORDS])
     if len(words) > 2 and program(words[0]) in _SHELLS and words[1] == "-c":
@@ -214,11 +214,11 @@ def expanded(start: Sequence[str], project: Project) -> tuple[str, ...]:
 
 
 def recognise(start: Sequence[str], packages: Collection[str]) -> Framework | None:
-    """Return the framework of a site by the words that start it (`expanded`) and the packages that it names.
+    """Return the framework of a site, from the words that start it (`expanded`) and its packages.
 
-    One whose program starts it comes first; what a build made is started by a plain `bun` or `node`.
+    A framework whose program starts it takes precedence; a build is started by plain `bun` or `node`.
     """
-    # who only runs a script is not what serves
+    # a program that only runs a script is not the server
     ran = len(start) > 2 and program(start[0]) in _RUNNERS and start[1] == "run" and "." not in start[2]
     programs = {program(word) for word in start[1 if ran else 0 :]}
     named = [framework for framework in TABLE if not framework.packages.isdisjoint(packages)]
@@ -229,7 +229,7 @@ def recognise(start: Sequence[str], packages: Collection[str]) -> Framework | No
 
 
 def mode(framework: Framework, start: Sequence[str]) -> Mode:
-    """Say whether the words that start a site (`expanded`) start a dev server, or what was built before."""
+    """Return whether the words that start a site (`expanded`) start a dev server, not a build."""
     if framework.packages:
         for at, word in enumerate(start):
             name = program(word)
@@ -241,7 +241,7 @@ def mode(framework: Framework, start: Sequence[str]) -> Mode:
 
 
 def builds(framework: Framework, install: Sequence[str]) -> bool:
-    """Say whether the words that install a site (`expanded`) build it, too."""
+    """Return whether the words that install a site (`expanded`) build it too."""
     return any(
         program(word) in framework.programs and command in _BUILDS
         for word, command in itertools.pairwise(install)
@@ -251,7 +251,7 @@ def builds(framework: Framework, install: Sequence[str]) -> bool:
 def shortage(
     framework: Framework | None, start: Sequence[str], memory: int, install: Sequence[str] = ()
 ) -> str:
-    """Say that a tenant of so many bytes is too small to start a site by these words, or to build it."""
+    """Return a warning if a tenant's memory, in bytes, is too small to start or build a site this way."""
     if framework is None:
         return ""
     works: list[Work] = [mode(framework, start)]
@@ -263,22 +263,22 @@ def shortage(
         return ""
     return (
         f"{_WORKS[work]} {framework.name} is known to need {needs} MiB, and the tenant has {has}: the kernel "
-        "may end it; give the tenant a larger size"
+        "may kill it; give the tenant a larger size"
     )
 
 
 def listening(framework: Framework | None, start: Sequence[str]) -> str:
-    """Say how a site that these words start (`expanded`) is told to serve on 0.0.0.0:$PORT."""
+    """Return advice: how to make a site started by these words (`expanded`) serve on 0.0.0.0:$PORT."""
     if framework is not None:
         if not framework.packages:
             return f"with {framework.name}, {framework.listen}"
         if not {program(word) for word in start}.isdisjoint(framework.programs):
-            return f"with {framework.name}, `{framework.listen}` behind its command in `start`"
-    return "give it $PORT in `start`, or have it read the variable PORT"
+            return f"with {framework.name}, add `{framework.listen}` to its command in `start`"
+    return "pass $PORT to it in `start`, or let it read the variable PORT"
 
 
 def program(word: str) -> str:
-    """Return the program that a word may name: `vite` for `node_modules/vite/bin/vite.js`."""
+    """Return the program that a word may refer to: `vite` for `node_modules/vite/bin/vite.js`."""
     name = word[-_NAME:].rpartition("/")[2]
     return name.removesuffix(".js").removesuffix(".mjs")
 

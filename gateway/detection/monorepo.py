@@ -1,4 +1,4 @@
-"""Tell a folder of several apps from one that is a site itself."""
+"""Recognise a folder that holds several apps and is not a site itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gateway.detection.detected import Detected
 
 _TOPS: Final = frozenset({"pnpm-workspace.yaml", "turbo.json", "nx.json", "lerna.json"})
 _APPS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt"})
-_NAMED: Final = 10  # apps that are named
+_NAMED: Final = 10  # apps listed in the message
 
 
 def several(clues: Clues) -> Detected | None:
-    """Return what is said of a folder whose apps lie below it; None for any other."""
+    """Return the result for a folder with apps below it; None for any other."""
     top = node.project_of(clues)
     workspace = top.workspaces or not clues.names.isdisjoint(_TOPS)
     if node.serves(top) or (not workspace and not clues.names.isdisjoint({*_APPS, "index.html", "Procfile"})):
@@ -43,9 +43,10 @@ def several(clues: Clues) -> Detected | None:
     more = f" and {len(apps) - _NAMED} more" if len(apps) > _NAMED else ""
     alone = next((folder for folder, (_, linked) in apps.items() if not linked), None)
     if alone is not None:
-        how = f"name {'it' if len(apps) == 1 else 'one'}, as in `incus-gateway deploy DOMAIN FOLDER/{alone}`"
+        which = "it" if len(apps) == 1 else "one"
+        how = f"deploy {which}, as in `incus-gateway deploy DOMAIN FOLDER/{alone}`"
     else:
-        how = "they need one another: say which one is started, as in " + _whole(clues, next(iter(apps)))
+        how = "they need each other: say which one to start, as in " + _whole(clues, next(iter(apps)))
     return Detected(
         "monorepo",
         "a folder of apps",
@@ -57,7 +58,7 @@ def several(clues: Clues) -> Detected | None:
 
 
 def below(clues: Clues, folder: str) -> Clues:
-    """Return the clues of a folder inside."""
+    """Return the clues of a subfolder."""
     start = f"{folder}/"
     return Clues(
         frozenset(name.removeprefix(start) for name in clues.names if name.startswith(start)),

@@ -1,4 +1,4 @@
-"""Tell how a project with a package.json, or a single server of JavaScript, is installed and started."""
+"""Detect how a project with a package.json, or a single JavaScript server, is installed and started."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.rootfs.paths import show
 
 DEV_SERVERS: Final = frozenset(framework.name for framework in TABLE if framework.packages)
 
-# what serves by itself, in the order of who names it where there are two
+# packages that are servers, in order of precedence
 _SERVERS: Final = (
     ("@nestjs/core", "NestJS"),
     ("fastify", "Fastify"),
@@ -32,7 +32,7 @@ _SERVERS: Final = (
     ("koa", "Koa"),
     ("express", "Express"),
 )
-# by name alone, as Netlify's build-info has them; the first that is there counts
+# by name alone, as in Netlify's build-info; the first that exists counts
 _LOCKFILES: Final = (
     ("bun.lock", "bun"),
     ("bun.lockb", "bun"),
@@ -60,9 +60,9 @@ _ENTRIES: Final = tuple(
 _SERVES: Final = re.compile(r"Bun\.serve\s*\(|\.listen\s*\(|\bcreateServer\s*\(|\bserve\s*\(")
 _BUN: Final = re.compile(r"\bBun\.|from [\"']bun[\"':]")
 _OPERATORS: Final = re.compile(r"[|&;<>()`$\n]")
-# of a script: what says where it listens, with how many words follow
+# options that say where it listens, with the number of words that follow
 _WHERE: Final = {"--host": 1, "--port": 1, "--hostname": 1, "-p": 1, "-H": 1}
-# programs that serve, and are told where by arguments rather than by PORT and HOST
+# servers that take their address by arguments, not from PORT and HOST
 _TOLD: Final = {
     "fastify": "--address 0.0.0.0 --port $PORT",
     "live-server": "--host=0.0.0.0 --port=$PORT",
@@ -76,7 +76,7 @@ _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
 
 
 def project_of(clues: Clues) -> Project:
-    """Return what the folder's package.json says."""
+    """Return the folder's package.json."""
     if "package.json" in clues.names and "package.json" not in clues.texts:
         return Project(readable=False)
     text = clues.texts.get("package.json")
@@ -84,18 +84,18 @@ def project_of(clues: Clues) -> Project:
 
 
 def framework_of(said: Project) -> Framework | None:
-    """Return the framework with a dev server that a project's packages name."""
+    """Return the framework with a dev server among a project's packages."""
     found = recognise((), said.packages)
     return found if found is not None and found.packages else None
 
 
 def serves(said: Project) -> bool:
-    """Say whether a project names what serves a site: a framework or a server."""
+    """Return whether a project's packages include a framework or a server."""
     return framework_of(said) is not None or any(package in said.packages for package, _ in _SERVERS)
 
 
 def title(said: Project) -> str:
-    """Return what people call what a project is made with."""
+    """Return the name, for people, of what a project is made with."""
     framework = framework_of(said)
     if framework is not None:
         return framework.title
@@ -103,14 +103,14 @@ def title(said: Project) -> str:
 
 
 def detect(clues: Clues) -> Detected | None:
-    """Return how a project is installed and started; None where there is nothing of JavaScript."""
+    """Return how a project is installed and started; None if it is not JavaScript."""
     said = project_of(clues)
     if not said.readable:
         return Detected(
             "node",
             "Node",
             "there is a package.json",
-            trouble="package.json is not JSON, or larger than 256 KiB: mend it",
+            trouble="package.json is not JSON, or larger than 256 KiB: correct it",
         )
     manager, _ = manager_of(clues, said)
     install, installed = install_of(clues, said)
@@ -122,8 +122,8 @@ def detect(clues: Clues) -> Detected | None:
             "there is a package.json",
             install,
             installed,
-            trouble=f"package.json needs {show(name)} from outside of this folder: deploy the folder above, "
-            "and say how this app of it is started, as in `--start 'npm run dev --workspace apps/web'`",
+            trouble=f"package.json needs {show(name)} from outside this folder: deploy the folder above, "
+            "and say how to start this app, as in `--start 'npm run dev --workspace apps/web'`",
         )
     framework = framework_of(said)
     if framework is not None and clues.production and not _serves_itself(said):
@@ -144,7 +144,7 @@ def detect(clues: Clues) -> Detected | None:
 
 
 def _serves_itself(said: Project) -> bool:
-    """Say whether a project has a server of its own beside its framework."""
+    """Return whether a project has its own server beside its framework."""
     return any(package in said.packages for package, _ in _SERVERS) and "start" in said.scripts
 
 
@@ -173,7 +173,7 @@ def _built(framework: Framework, said: Project, manager: str, install: Command, 
     if not serve:
         return replace(
             found,
-            trouble="what SvelteKit builds here is no server: take @sveltejs/adapter-node or "
+            trouble="SvelteKit's build here is not a server: use @sveltejs/adapter-node or "
             "@sveltejs/adapter-static, or deploy its dev server",
         )
     words = serve if serve[0] == "node" else (*_EXECUTE[manager], *serve)
@@ -186,7 +186,7 @@ def _then(install: Command, build: Command) -> Command:
 
 
 def _server(clues: Clues, said: Project, manager: str, install: Command, installed: str) -> Detected | None:
-    """Return how a server is started: by a script, or by the file that is one."""
+    """Return how a server is started: by a script, or directly by its file."""
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
     name = kind.lower()
     why = f"package.json names {package}" if package else "there is a package.json"
@@ -222,7 +222,7 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
             install,
             installed,
             ("bun" if bun else "node", entry),
-            f"{entry}, as there is no script for it",
+            f"{entry}, since there is no script for it",
         )
     if "package.json" not in clues.names:
         return None
@@ -234,7 +234,7 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
         install,
         installed,
         trouble=f"package.json has no script `dev` or `start` (its scripts: {others}), and names no "
-        "framework that is known: add one, or say it by `start` (--start)",
+        "known framework: add a script, or give a command with `start` (--start)",
     )
 
 
@@ -248,13 +248,13 @@ def manager_of(clues: Clues, said: Project) -> tuple[str, str]:
         file, manager = found[0]
         others = [other for other, kind in found[1:] if kind != manager]
         return manager, f"there is {file}" + (
-            f" (and {', '.join(others)}, which is left aside)" if others else ""
+            f" (and {', '.join(others)}, which is ignored)" if others else ""
         )
     return "bun", "there is no lockfile"
 
 
 def install_of(clues: Clues, said: Project) -> tuple[Command, str]:
-    """Return the command that installs a project's packages, and why it is that."""
+    """Return the command that installs a project's packages, and the reason."""
     if "package.json" not in clues.names:
         return (), "there is no package.json"
     if not said.packages and not said.workspaces:
@@ -269,7 +269,7 @@ def install_of(clues: Clues, said: Project) -> tuple[Command, str]:
 
 
 def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Command, str] | None:
-    """Return how a framework's dev server is started, and why; None where a script starts something else."""
+    """Return how a framework's dev server is started, and why; None if a script starts something else."""
     listen = tuple(framework.listen.split())
     for script in _SCRIPTS:
         text = said.scripts.get(script, "")
@@ -286,7 +286,7 @@ def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Comm
                 *_EXECUTE[manager],
                 *_elsewhere(own),
                 *listen,
-            ), f"{told}, at the port that it is given here"
+            ), f"{told}, on the port given here"
         return _run(manager, script, *listen), f"{told}, told where to listen"
     if any(script in said.scripts for script in ("dev", "start")):
         return None
@@ -294,7 +294,7 @@ def _dev_server(framework: Framework, said: Project, manager: str) -> tuple[Comm
 
 
 def _plain(framework: Framework, text: str) -> bool:
-    """Say whether a script is one command, and that the framework's own: arguments behind it are its."""
+    """Return whether a script is just the framework's command, so that appended arguments go to it."""
     if _OPERATORS.search(text):
         return False
     try:
@@ -306,7 +306,7 @@ def _plain(framework: Framework, text: str) -> bool:
 
 
 def _told(text: str) -> tuple[str, ...]:
-    """Return the arguments behind a script that say where it listens, if it takes any."""
+    """Return the arguments to append to a script to say where it listens, if it takes any."""
     words = text.split()
     first = next((word for word in words if not _ASSIGNED.fullmatch(word)), "")
     if _OPERATORS.search(text) or any(word.partition("=")[0] in _WHERE for word in words):
@@ -315,7 +315,7 @@ def _told(text: str) -> tuple[str, ...]:
 
 
 def _elsewhere(words: list[str]) -> tuple[str, ...]:
-    """Return the words of a command without those that say where it listens."""
+    """Return the words of a command without the options that say where it listens."""
     kept, skip = list[str](), False
     for at, word in enumerate(words):
         if skip:
@@ -332,13 +332,13 @@ def _elsewhere(words: list[str]) -> tuple[str, ...]:
 
 
 def _run(manager: str, script: str, *arguments: str) -> Command:
-    # npm alone takes what is behind a script for its own, up to `--`
+    # npm alone takes arguments after a script as its own, up to `--`
     between = ("--",) if arguments and manager == "npm" else ()
     return (manager, "run", script, *between, *arguments)
 
 
 def _unbuilt(script: str, clues: Clues) -> str:
-    """Return the folder of what is built that a script needs and the project does not have."""
+    """Return the build folder that a script needs and the project lacks."""
     found = _MADE.search(script)
     if found is None or any(name.startswith(f"{found[1]}/") for name in clues.names):
         return ""

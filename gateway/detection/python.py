@@ -1,4 +1,4 @@
-"""Tell how a site of Python is installed and started."""
+"""Detect how a Python site is installed and started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the
 
 
 def detect(clues: Clues) -> Detected | None:
-    """Return how a site is installed and started; None where there is nothing of Python."""
+    """Return how a site is installed and started; None if it is not Python."""
     sources = sorted(name for name in clues.texts if name.endswith(".py"))
     manifest = next((name for name in _MANIFESTS if name in clues.names), None)
     if manifest is None and "manage.py" not in clues.names and not any("/" not in name for name in sources):
@@ -59,13 +59,13 @@ def detect(clues: Clues) -> Detected | None:
         f"there is {manifest}",
         install,
         installed,
-        trouble="no application of FastAPI, Flask or Django is found in main.py, app.py, server.py or the "
-        "like: say how it is started by `start` (--start), or in a Procfile",
+        trouble="no FastAPI, Flask or Django application was found in main.py, app.py, server.py or the "
+        "like: give a command with `start` (--start), or in a Procfile",
     )
 
 
 def _flask(name: str, app: str, install: Command, installed: str, clues: Clues) -> Detected:
-    # no debugger: it would run what any visitor sends
+    # without the debugger, which would run code that any visitor sends
     words = ("run", *_LISTEN, *(() if clues.production else ("--reload",)), "--no-debugger")
     start = (*_program(install, "flask"), "--app", f"{name}:{app}", *words)
     return Detected(
@@ -92,7 +92,7 @@ def _asgi(
         *inside,
         *_LISTEN,
     )
-    # without watchfiles it would look at every file of .venv four times a second
+    # without watchfiles it would check every file in .venv four times a second
     if not clues.production and not packages.isdisjoint(_WATCHING):
         start += ("--reload",)
     why = f"{name} makes a {kind}"
@@ -101,8 +101,8 @@ def _asgi(
     ):
         return Detected(
             *("fastapi", kind, why, install, installed),
-            trouble=f"{name} makes a {kind}, which is served by uvicorn, and no requirement names uvicorn: "
-            "add it, or say another way by `start` (--start)",
+            trouble=f"{name} makes a {kind}, which needs uvicorn, and no requirement names uvicorn: "
+            "add it, or give another command with `start` (--start)",
         )
     return Detected("fastapi", kind, why, install, installed, start, f"`{app}` of {name}, by uvicorn")
 
@@ -117,7 +117,7 @@ def _packages(clues: Clues) -> frozenset[str]:
 
 
 def _install(clues: Clues) -> tuple[Command, str]:
-    """Return the command that makes `.venv` with all that is required, and why it is that."""
+    """Return the command that creates `.venv` with all requirements, and the reason."""
     if "pyproject.toml" in clues.names and "[project]" in clues.text("pyproject.toml"):
         if "uv.lock" in clues.names:
             return ("uv", "sync", "--locked"), "there is uv.lock"
@@ -129,9 +129,9 @@ def _install(clues: Clues) -> tuple[Command, str]:
 
 
 def _program(install: Command, name: str) -> Command:
-    """Return how a program is started: of `.venv` where one is made.
+    """Return how a program is started: with the Python of `.venv` if there is one.
 
-    By Python itself: the scripts of a venv name the folder that it was made in, and an update is moved.
+    Always as a module: the scripts in a venv contain its path, and an update is moved after its install.
     """
     python = f"{_RUN}/python" if install else "python3"
     return (python,) if name == "python" else (python, "-m", name)

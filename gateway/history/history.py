@@ -1,4 +1,4 @@
-"""The histories of all tenants: when turns begin and end, and what is asked of those that ended."""
+"""The histories of all tenants: when turns begin and end, and the list of those that ended."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _FOLLOWED: Final = ("deployment.succeeded", "exec.started", "file.written")
 class History:
     """Turns of all tenants. Used from the event loop only; an async context manager.
 
-    A tool call only notes what it may change. Commits are made apart, one at a time in each tenant, once a
-    session ends its turn or has rested for `turn_rest`.
+    A tool call only notes what it may change. Commits are made later, one at a time in each tenant, when a
+    session ends its turn or has been idle for `turn_rest`.
     """
 
     def __init__(self, runtime: TenantRuntime, execs: Execs, bus: Bus, settings: Settings) -> None:
@@ -66,7 +66,7 @@ class History:
     async def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
     ) -> AsyncIterator[Callable[[ToolResult], None]]:
-        """Note what a tool call may change; it is recorded later. Yields what takes the result."""
+        """Note what a tool call may change; it is recorded later. Yields a function for the call's result."""
         if not self.on:
             yield _unheard
             return
@@ -82,7 +82,7 @@ class History:
                 first = turn is None or not turn.changed
                 await self._outside.before(root.tenant, path, first=first)
                 turn = self._open.get(root.tenant, key)
-            if tool != "Write":  # of one it is known only afterwards whether it made its file
+            if tool != "Write":  # only the result of a Write says whether it created its file
                 self._recorder.expect(root.tenant)
             if turn is None:
                 turn = self._open.open(root.tenant, OpenTurn(key, name(by), name(by)))
@@ -103,7 +103,7 @@ class History:
     async def begin(
         self, tenant: str, session: ToolSession, title: str, agent: str | None, by: str
     ) -> Turn | None:
-        """Begin a turn of a session with its title; return the one before, now ended, if it changed anything.
+        """Begin a turn of a session with a title; return the previous one, now ended, if it changed anything.
 
         Raises what `end` raises.
         """
@@ -117,7 +117,7 @@ class History:
         return before
 
     async def end(self, tenant: str, session: ToolSession, by: str) -> Turn | None:
-        """End a session's turn and return it once it is recorded; None where nothing changed."""
+        """End a session's turn and return it once it is recorded; None if nothing changed."""
         self._check()
         turn = self._open.get(tenant, _key(session, by))
         return None if turn is None else await self._finish(tenant, turn)
@@ -145,10 +145,10 @@ class History:
         return await self._repository.changes(tenant, turn)
 
     async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
-        """Make the files what they were before a turn, or right after it, as a new turn; None where they are.
+        """Restore the files to before a turn, or to right after it, as a new turn; None if nothing changes.
 
-        The open turns end first, so that what they changed can be gone back to. Raises `NotFound`, and
-        `Conflict` where something that is not recorded is in the way.
+        Open turns end first, so that their changes can be restored. Raises `NotFound`, and `Conflict` if
+        something unrecorded is in the way.
         """
         self._check()
         _check_id(turn)
@@ -175,7 +175,7 @@ class History:
                     self._recorder.spawn(event.tenant, self._recorder.deployed(event.tenant, title, by))
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take notice of what happened to a tenant."""
+        """Handle an event of a tenant."""
         if event.ended is not None:
             self._recorder.forget(event.ended)
             self._outside.forget(event.ended)
@@ -221,20 +221,20 @@ class History:
 
 
 def _note(turn: OpenTurn, path: str, result: ToolResult) -> None:
-    """Note that a Write made its file, so that the first look at a workspace leaves it to its turn."""
+    """Note that a Write created its file, so that the first commit of a workspace leaves it to its turn."""
     if not result.is_error and path in turn.paths and result.data()["structuredContent"]["type"] == "create":
         turn.made.add(path)
 
 
 def _unheard(result: ToolResult) -> None:
-    """Take a result that says nothing of a turn."""
+    """Ignore a result that does not matter to the turn."""
 
 
 def _key(session: ToolSession, by: str) -> Hashable:
-    """Return whose turn a call is: its session's, or, where that is for the call alone, its subject's."""
+    """Return who owns a call's turn: its session or, if that is for this call only, its subject."""
     return by if session.life == "call" else session
 
 
 def _check_id(turn: str) -> None:
     if not ID.fullmatch(turn):
-        raise InvalidParams("a turn is 40 hexadecimal digits, as history/list tells them", field="turn")
+        raise InvalidParams("a turn is 40 hexadecimal digits, as in history/list", field="turn")

@@ -8,17 +8,16 @@ from typing import Final, Literal
 
 Mode = Literal["all", "only", "but"]
 
-_PATHS: Final = 500  # that a turn remembers; one with more records whatever changed
-_BYTES: Final = 64 << 10  # of these paths
+_PATHS: Final = 500  # paths that a turn remembers; one with more records every change
+_BYTES: Final = 64 << 10  # bytes of these paths
 
 
 @dataclass(eq=False, slots=True)
 class OpenTurn:
-    """What one session does until it ends its turn or rests.
+    """A session's work until it ends its turn or rests.
 
-    `paths` are those that its file tools wrote; with `wide` it may have changed any other, by a command.
-    `made` are those that were not there before. `calls` of it run now.
-    Recording it has failed `tries` times.
+    `paths` were written by its file tools; if `wide`, a command of it may have changed any other.
+    `made` are the paths that it created. `calls` counts its running calls, `tries` failed recordings.
     """
 
     key: Hashable
@@ -38,7 +37,7 @@ class OpenTurn:
         return self.wide or bool(self.paths)
 
     def wrote(self, path: str | None) -> None:
-        """Note a path below the workspace; None is any."""
+        """Note a path below the workspace; None stands for any."""
         if path is None:
             self.wide = True
         elif path not in self.paths:
@@ -59,11 +58,11 @@ class OpenTurns:
         return self._of.get(tenant, {}).get(key)
 
     def open(self, tenant: str, turn: OpenTurn) -> OpenTurn:
-        """Return the session's open turn; `turn` where it has none."""
+        """Return the session's open turn, or open `turn` if there is none."""
         return self._of.setdefault(tenant, {}).setdefault(turn.key, turn)
 
     def take(self, tenant: str, key: Hashable) -> OpenTurn | None:
-        """Return the session's open turn, which is open no longer."""
+        """Remove and return the session's open turn."""
         of = self._of.get(tenant, {})
         turn = of.pop(key, None)
         if turn is not None and not of:
@@ -71,7 +70,7 @@ class OpenTurns:
         return turn
 
     def forget(self, tenant: str) -> list[OpenTurn]:
-        """Return the tenant's open turns, which are open no longer."""
+        """Remove and return the tenant's open turns."""
         return list(self._of.pop(tenant, {}).values())
 
     def of(self, tenant: str) -> list[OpenTurn]:
@@ -85,13 +84,13 @@ class OpenTurns:
                 yield tenant, turn
 
     def made(self, tenant: str) -> list[str]:
-        """Return what open turns are known to have made anew."""
+        """Return the paths that open turns are known to have created."""
         return sorted({path for turn in self._of.get(tenant, {}).values() for path in turn.made})
 
     def share(self, tenant: str, turn: OpenTurn) -> tuple[Mode, list[str]]:
-        """Return which changes are `turn`'s: those of `only` these paths, of all `but` these, or `all`.
+        """Return which changes belong to `turn`: `only` these paths, all `but` these, or `all`.
 
-        What another open turn is known to have written is that one's, unless both wrote it.
+        A path that another open turn is known to have written belongs to that one, unless both wrote it.
         """
         if not turn.wide:
             return "only", sorted(turn.paths)

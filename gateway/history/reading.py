@@ -1,4 +1,4 @@
-"""What git printed in a tenant, taken apart. All of it is the tenant's to forge: it is text, and bounded."""
+"""Parse what git printed in a tenant. The tenant can forge all of it, so it is bounded text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.rootfs.paths import show
 
 TITLE_MAX: Final = 4000  # characters
 _NAME_MAX: Final = 200
-_LEFT_MAX: Final = 20  # paths told of those that were left out
+_LEFT_MAX: Final = 20  # paths listed of those that were left out
 
 KINDS: Final = frozenset({"turn", "outside", "restored", "deployed", "first"})
 ID: Final = re.compile(r"[0-9a-f]{40}")
@@ -25,9 +25,9 @@ _COUNTS: Final = re.compile(
 class Turn:
     """One commit of the history. `added` and `removed` count lines, `at` is in seconds since the epoch.
 
-    `kind` is `turn`, `restored` for one that went back, `outside` for what was found changed before that,
-    `deployed` for a site as it was deployed, or `first` for the workspace as it was found. `left_out` are
-    paths that are too large, or no files.
+    `kind` is `turn`; `restored` for going back; `outside` for changes found before that; `deployed` for a
+    site as it was deployed; or `first` for the workspace as it was found. `left_out` are paths that are too
+    large, or not regular files.
     """
 
     id: str
@@ -57,13 +57,13 @@ class Turn:
 
 
 def said(text: str, most: int) -> str:
-    """Return text as a commit may have it: one that git keeps as it is, and without a control character."""
+    """Return text for a commit message: without control characters, and as git stores it unchanged."""
     kept = "".join(char if char.isprintable() or char == "\n" else " " for char in text[:most])
     return "\n".join(line.rstrip() for line in kept.split("\n")).strip()
 
 
 def name(text: str) -> str:
-    """Return a name as a commit may have it: without what git takes off, and never empty."""
+    """Return a name for a commit: without the characters that git strips, and never empty."""
     kept = " ".join("".join(" " if char in "<>" else char for char in said(text, _NAME_MAX)).split())
     return kept.strip(".,:;\"'\\ ") or "unknown"
 
@@ -82,7 +82,7 @@ def deployed(facts: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def committed(printed: bytes, turn: Turn) -> Turn | None:
-    """Return `turn` with what commit.sh or restore.sh printed of it; None where nothing changed."""
+    """Return `turn` with the output of commit.sh or restore.sh; None if nothing changed."""
     first, _, rest = printed.partition(b"\n")
     found = first.decode("ascii", "replace")
     if not ID.fullmatch(found):
@@ -93,7 +93,7 @@ def committed(printed: bytes, turn: Turn) -> Turn | None:
 
 
 def listed(printed: bytes) -> list[Turn]:
-    """Return the turns that list.sh printed."""
+    """Parse the output of list.sh."""
     found = []
     for record in printed.split(b"\x1e")[1:]:
         fields = record.split(b"\0")
@@ -115,7 +115,7 @@ def listed(printed: bytes) -> list[Turn]:
 
 
 def changes(printed: bytes, most: int) -> dict[str, Any] | None:
-    """Return the turn that diff.sh printed, with its files and its patch of `most` bytes."""
+    """Parse the output of diff.sh: a turn with its files and at most `most` bytes of its patch."""
     names, _, rest = printed.partition(b"\0\0")
     head, _, patch = rest.partition(b"\x1d")
     turns = listed(head)

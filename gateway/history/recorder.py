@@ -1,4 +1,4 @@
-"""Makes commits of turns, one at a time in each tenant, and later where a tenant does not run."""
+"""Makes commits of turns, one at a time in each tenant. Turns of a stopped tenant wait."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 Side = Literal["before", "after"]
 
-_OURS: Final = "incus-gateway"  # whose turns are nobody's
-_TRIES: Final = 3  # to record a turn of a tenant that runs
-_LATE: Final = 64  # turns of one tenant that wait until it runs again
-_TIDY: Final = 32  # commits after which a history is made small again
+_OURS: Final = "incus-gateway"  # author of commits without a turn
+_TRIES: Final = 3  # tries to record a turn of a running tenant
+_LATE: Final = 64  # turns of one stopped tenant that wait
+_TIDY: Final = 32  # commits after which a history is compacted
 
 
 class Recorder:
-    """The histories of all tenants as they are written. Used from the event loop only."""
+    """Writes the histories of all tenants. Used from the event loop only."""
 
     def __init__(self, repository: Repository, open_: OpenTurns, bus: Bus, settings: Settings) -> None:
         self._repository = repository
@@ -42,35 +42,35 @@ class Recorder:
         self._told: dict[str, int] = {}  # commits of each tenant
 
     async def aclose(self) -> None:
-        """End what is under way."""
+        """Cancel all tasks and wait for them."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def spawn(self, tenant: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[None]:
-        """Begin a task; that it fails is in the log."""
+        """Begin a task; a failure is logged."""
         task = asyncio.create_task(_quiet(tenant, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def expect(self, tenant: str, made: Collection[str] = ()) -> None:
-        """Have a history begun where there is none, so that the first turn can be taken back.
+        """Begin a history if there is none, so that the first turn can be undone.
 
-        What a turn that is open no longer has `made` is left to it, as is that of those that are open.
+        Files in `made`, of a turn that has just ended, are left to it, as are those of open turns.
         """
         if tenant not in self._begun:
             self._begun[tenant] = self.spawn(tenant, self._begin(tenant, made))
 
     async def ready(self, tenant: str, made: Collection[str] = ()) -> None:
-        """Wait until the history has begun: whoever asks is no tool call."""
+        """Wait until the history has begun. Not for tool calls, which must not wait."""
         self.expect(tenant, made)
         if (begun := self._begun.get(tenant)) is not None:
             await asyncio.wait([begun])
 
     async def record(self, tenant: str, turn: OpenTurn) -> Turn | None:
-        """Make a commit of a turn that is open no longer; None where nothing changed."""
+        """Commit a turn that has ended; None if nothing changed."""
         await self.ready(tenant, turn.made)
         made = _made("turn", turn.agent, turn.by, turn.title or "Untitled")
         try:
@@ -93,9 +93,9 @@ class Recorder:
         self._tell(tenant, found)
 
     async def deployed(self, tenant: str, title: str, by: str) -> None:
-        """Record a site as it was deployed, and make its workspace a repository where it is none."""
+        """Record a site as it was deployed, and make its workspace a repository if it is not one."""
         made = _made("deployed", name(by), name(by), said(title, TITLE_MAX))
-        # all that a session with an open turn is not known to have written
+        # everything but what open turns are known to have written
         turn = OpenTurn(object(), made.agent, made.by, wide=True)
         async with self._lock(tenant):
             mode, paths = self._open.share(tenant, turn)
@@ -104,7 +104,7 @@ class Recorder:
         self._tell(tenant, found)
 
     async def restore(self, tenant: str, turn: str, side: Side, by: str) -> Turn | None:
-        """Make the files what they were `before` a turn or `after` it, as a new turn; None where they are."""
+        """Restore the files to `before` a turn or `after` it, as a new turn; None if nothing changes."""
         async with self._lock(tenant):
             changed = await self._repository.changes(tenant, turn)
             title = said(str(changed["title"]).partition("\n")[0], 200) or turn[:8]
@@ -117,17 +117,17 @@ class Recorder:
         return restored
 
     def again(self, tenant: str) -> None:
-        """Record what could not be recorded: the tenant runs again."""
+        """Record the turns that waited for the tenant to run again."""
         for turn in () if self._closed else self._late.pop(tenant, []):
             self.spawn(tenant, self.record(tenant, turn))
 
     def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: another of its name has a history of its own."""
+        """Forget a destroyed tenant; a new one of that name has a new history."""
         for of in (self._begun, self._told, self._late):
             of.pop(tenant, None)
 
     def _postpone(self, tenant: str, turn: OpenTurn, error: GatewayError) -> None:
-        """Record a turn later: when its tenant runs again, or, where it may be about to stop, in a while."""
+        """Record a turn later: when its tenant runs again or, if it is running, in a while."""
         turn.tries += not isinstance(error, TenantNotRunning)
         if turn.tries > _TRIES or error.facts.get("reason") == "no_git":
             return

@@ -1,7 +1,7 @@
-"""Run git in a tenant: as the site's user, on a repository beside the site's own, within bounds.
+"""Run git in a tenant: as the site's user, on a repository separate from the site's own, within bounds.
 
-That repository and all that git reads is the tenant's, and may be broken or made to hang. So no git of the
-host ever sees it, every run has a deadline, and of what it prints only so much is read.
+The tenant controls that repository and all that git reads, and may break it or make git hang. So the host's
+git never touches it, every run has a deadline, and its output is read up to a limit.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 _PLACE: Final = "/home/{user}/.local/state/incus-gateway/history.git"
 _NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy")
 _SCRIPTS: Final = {name: Path(__file__).with_name(f"{name}.sh").read_text() for name in _NAMES_OF_SCRIPTS}
-# as one command: to begin one costs more than all that git does in it
+# one script per command: starting one costs more than all that git does in it
 _SCRIPTS["deployed"] = f"(\n{_SCRIPTS['adopt']}\n) || exit\n{_SCRIPTS['commit']}"
 _CONFIG: Final = {
-    # nothing that the tenant's repository could name is run
+    # run no program that the tenant's repository names
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
-    # what a crash of the host breaks begins anew: a turn is not worth waiting for the disk
+    # no fsync: after a crash of the host a broken history begins again
     "core.fsync": "none",
     "core.looseCompression": "1",
     "core.quotePath": "false",
-    # names that only other systems cannot have
+    # allow names that are invalid on other systems only
     "core.protectNTFS": "false",
     "core.protectHFS": "false",
     "gc.auto": "0",
@@ -56,34 +56,34 @@ _ENVIRONMENT: Final = {
     **{f"GIT_CONFIG_KEY_{number}": key for number, key in enumerate(_CONFIG)},
     **{f"GIT_CONFIG_VALUE_{number}": value for number, value in enumerate(_CONFIG.values())},
 }
-_SAID: Final = 8 * KiB  # bytes kept of what git says beside its output, and of a commit's output
-_PRINTED: Final = 64 << 20  # bytes that git may print until it is ended
-_RECORD: Final = 16 * KiB  # bytes of one turn of a list, at most
+_SAID: Final = 8 * KiB  # bytes kept of git's errors, and of a commit's output
+_PRINTED: Final = 64 << 20  # bytes that git may print before it is ended
+_RECORD: Final = 16 * KiB  # bytes of one turn in a list, at most
 _NAMES: Final = 256 * KiB  # bytes of the names of a diff
 _NICE: Final = ("nice", "-n", "10", "/bin/sh", "-c")
 
 
 class Repository:
-    """The histories of all tenants, each in its container."""
+    """The repositories of all tenants, each in its container."""
 
     def __init__(self, runtime: TenantRuntime, settings: Settings) -> None:
         self._runtime = runtime
         self._settings = settings
 
     async def begin(self, tenant: str, made: Sequence[str], turn: Turn) -> Turn | None:
-        """Record the workspace as it is, but for what was `made` since, where there is no history yet."""
+        """Record the workspace as it is, without the files in `made`, if there is no history yet."""
         return await self._commit(tenant, "begin", _excluded(made), turn)
 
     async def commit(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
-        """Record what changed; None where nothing did."""
+        """Commit the changes; None if there are none."""
         return await self._commit(tenant, mode, _excluded(paths) if mode == "but" else paths, turn)
 
     async def restore(
         self, tenant: str, to: str, side: str, outside: Turn, turn: Turn
     ) -> tuple[Turn | None, Turn | None]:
-        """Make the files what they were `before` a turn or `after` it, as `turn`; None where they are so.
+        """Restore the files to `before` a turn or `after` it, as `turn`; None if nothing changes.
 
-        What was changed there without a turn is recorded before, as `outside`, and returned too.
+        Unrecorded changes in them are committed first, as `outside`, and returned too.
         """
         found = await self._commit(tenant, side, (), outside, to)
         printed = await self._run(
@@ -92,23 +92,23 @@ class Repository:
         return found, committed(printed, turn)
 
     async def deployed(self, tenant: str, mode: Mode, paths: Sequence[str], turn: Turn) -> Turn | None:
-        """Make the workspace a repository of the site's own, where it is none, and `commit`."""
+        """Make the workspace a git repository, if it is not one, and `commit`."""
         given = _excluded(paths) if mode == "but" else paths
         return await self._commit(tenant, mode, given, turn, script="deployed")
 
     async def tidy(self, tenant: str) -> None:
-        """Keep the history small."""
+        """Compact the history."""
         settings = self._settings
         words = (str(settings.turns_kept), str(settings.history_bytes), self._wait)
         await self._run(tenant, "tidy", words, {}, _SAID)
 
     async def turns(self, tenant: str, most: int, before: str | None) -> list[Turn]:
-        """Return the turns before one, latest first."""
+        """Return the turns before a given one, latest first."""
         words = [str(most), *([before] if before else [])]
         return listed(await self._run(tenant, "list", words, {}, most * _RECORD))
 
     async def changes(self, tenant: str, turn: str) -> dict[str, object]:
-        """Return a turn with what it changed. Raises `NotFound`."""
+        """Return a turn with its changes. Raises `NotFound`."""
         most = self._settings.result_max
         printed = await self._run(
             tenant,
@@ -153,7 +153,7 @@ class Repository:
         given: bytes = b"",
         missing: str | None = None,
     ) -> bytes:
-        """Run a script and return the first `most` bytes that it printed. Ends its whole tree in time."""
+        """Run a script within a deadline, and return the first `most` bytes of its output."""
         root = await self._runtime.filesystem(tenant)
         spec = ExecSpec(
             (*_NICE, _SCRIPTS[script], "sh", *words),
@@ -172,7 +172,7 @@ class Repository:
             raise Timeout(f"git took over {seconds:g} s in the workspace of {tenant} and was ended") from None
         except Flood:
             await asyncio.shield(process.kill(0))
-            raise Unavailable("git printed more than is read") from None
+            raise Unavailable("git printed more than the limit") from None
         except BaseException:
             await asyncio.shield(process.kill(0))
             raise
@@ -191,21 +191,21 @@ class Repository:
         match code:
             case 65:
                 raise Conflict(
-                    "something that the history does not record is in the way; move it and ask again: "
+                    "something that the history does not record is in the way; move it and try again: "
                     + _in_the_way(complaint)
                 )
             case 66:
-                raise NotFound(f"no turn {turn}; history/list shows those there are")
+                raise NotFound(f"no turn {turn}; history/list lists all")
             case 67:
                 raise Conflict("nothing is recorded before this turn: it is the workspace as it was found")
             case 68:
                 raise TooLarge(
-                    f"more changed in {tenant} than a turn takes; name in .gitignore what nobody edits"
+                    f"more changed in {tenant} than one turn can hold; list generated files in .gitignore"
                 )
             case 69:
                 raise Unavailable(f"there is no git in {tenant}: history needs it", reason="no_git")
             case 75:
-                raise Unavailable("the history is being written by somebody else; ask again")
+                raise Unavailable("another process is writing the history; try again")
         raise Unavailable(f"git failed in {tenant}: {last}" if last else f"git failed in {tenant}: {code}")
 
 
@@ -228,7 +228,7 @@ def _excluded(paths: Sequence[str]) -> list[str]:
 
 
 def _identity(turn: Turn) -> dict[str, str]:
-    """Return whose commit it is, in git's words; its kind takes the committer's name."""
+    """Return git's variables for author and committer; the committer's name is the commit's kind."""
     return {
         "GIT_AUTHOR_NAME": turn.agent,
         "GIT_AUTHOR_EMAIL": turn.by,

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Root(Protocol):
-    """What takes root, see `BrokerClient`."""
+    """What needs root; see `BrokerClient`."""
 
     async def relieve(self, tenant: str) -> tuple[str, int] | None: ...
 
@@ -205,7 +205,7 @@ class Pressure:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def noticed(self, event: TenantEvent) -> None:
-        """Take notice of what happened to a tenant."""
+        """Handle an event of a tenant."""
         if event.type in _MOVES:
             if event.tenant is not None:
                 self._watched.pop(event.tenant, None)

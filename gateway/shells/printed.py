@@ -1,4 +1,4 @@
-"""What a command of Bash has printed: its output file, and what no BashOutput has returned yet."""
+"""The output of a Bash command: its file, and the part that BashOutput has not returned yet."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gateway.tools import outputs, shell
 
 log = logging.getLogger(__name__)
 
-_LITTLE: Final = 8 << 10  # bytes where the tenant's share is full
+_LITTLE: Final = 8 << 10  # bytes if the tenant's share is full
 _UNREAD: Final = 4 * shell.RESULT_MAX  # bytes of each stream kept for the next BashOutput
 
 
 class OutputFile:
     """One output file of a workspace, written through the tenant's worker, up to `limit` bytes.
 
-    `path` is None until it exists, and again where it could not be written: then nothing more is.
+    `path` is None until it exists, and again after a failed write, which is the last.
     """
 
     def __init__(self, workers: Workers, root: FilesystemRoot, name: str, settings: Settings) -> None:
@@ -63,15 +63,15 @@ class OutputFile:
         try:
             await self._workers.call(self._root, f"output/{what}", given)
         except GatewayError as error:
-            # a full disk, or a tenant that took the folder away: the command itself must not suffer
+            # a full disk, or a tenant that removed the folder: the command itself must not suffer
             log.info("output file of %s not written: %s", self._root.tenant, error.message)
             self.path, self.broken = None, True
 
 
 class Unread:
-    """What of one stream no BashOutput has returned yet; the oldest is dropped where it is too much.
+    """The part of one stream that BashOutput has not returned yet. Beyond the limit the oldest is dropped.
 
-    It is in the tenant's share of what commands keep. Where that is full a little is kept.
+    It counts towards the tenant's share of kept output. If that is full, only a little is kept.
     """
 
     def __init__(self, share: Share) -> None:
@@ -85,14 +85,14 @@ class Unread:
     def add(self, data: bytes) -> None:
         self._data += data
         most = _UNREAD if self._share.full(len(data)) is None else _LITTLE
-        if len(self._data) > 2 * most:  # not at each chunk: it moves what stays
+        if len(self._data) > 2 * most:  # not at each chunk, since it moves the rest
             self._drop(len(self._data) - most)
         self._lease.hold(len(self._data) - self._lease.size)
 
     def look(self, *, final: bool, lines: bool) -> tuple[str, int, int]:
-        """Return what is there as text, the offset after it, and the bytes lost before it.
+        """Return the unread part as text, the offset after it, and the number of bytes lost before it.
 
-        Unless `final`, half a character, and with `lines` half a line, stays for the next time.
+        Unless `final`, an incomplete character, and with `lines` an incomplete line, stays for the next call.
         """
         self._drop(len(self._data) - _UNREAD)
         end = self._data.rfind(b"\n") + 1 if lines and not final else len(self._data)
@@ -101,7 +101,7 @@ class Unread:
         return text, self._start + end - len(decoder.getstate()[0]), self._start - self._taken
 
     def taken(self, offset: int) -> None:
-        """Forget what lies before `offset`: it was returned."""
+        """Drop what lies before `offset`, since it was returned."""
         self._drop(offset - self._start)
         self._taken = max(self._taken, offset)
 

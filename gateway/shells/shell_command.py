@@ -1,4 +1,4 @@
-"""One command of Bash, in front or in the background: its output taken over, its status."""
+"""One Bash command, in the foreground or background: its output and status."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gateway.tools import shell
 
 
 class Shell:
-    """One command of Bash, in front or in the background, and what it has printed.
+    """One Bash command, in the foreground or background, and its output.
 
-    `ended` tells how it ended once all its output was taken over; nothing of the exec is kept after that.
+    `ended` resolves to its end once all output has been copied here; the exec's own copy is dropped then.
     """
 
     def __init__(self, shell_id: str, command: str, exec_: Exec, file: OutputFile, limit: int) -> None:
@@ -41,7 +41,7 @@ class Shell:
         self.task = asyncio.create_task(self._carry(exec_, exec_.attach()), name=f"shell {exec_.id}")
 
     async def _carry(self, exec_: Exec, attachment: Attachment) -> None:
-        """Take all output over, then how the command ended."""
+        """Copy all output, then resolve `ended`."""
         try:
             async with asyncio.TaskGroup() as group:
                 for name, cursor in attachment.cursors.items():
@@ -61,7 +61,7 @@ class Shell:
                 unread.add(data)
                 if self.file.path is not None:
                     await self.file.append(data)
-                elif beyond and not self.file.broken:  # from here on not all of it is in memory
+                elif beyond and not self.file.broken:  # from here on only part of it is in memory
                     await self.file.create(bytes(self._head) + beyond)
             cursor.taken(parts)
             if self._size > self._limit and not self.flooded:
@@ -69,7 +69,7 @@ class Shell:
                 exec_.end("cancelled", 0)
 
     def _keep(self, data: bytes) -> bytes:
-        """Keep what belongs to the beginning and the end; return what is no part of the beginning."""
+        """Keep the beginning and the end of the output; return what is beyond the beginning."""
         self._size += len(data)
         self._characters += len(self._decoder.decode(data))
         if not self._showing:
@@ -77,18 +77,18 @@ class Shell:
         beyond = data[shell.KEPT - len(self._head) :]
         self._head += data[: len(data) - len(beyond)]
         self._tail += data
-        if len(self._tail) > 2 * shell.KEPT:  # not at each chunk: it moves what stays
+        if len(self._tail) > 2 * shell.KEPT:  # not at each chunk, since it moves the rest
             del self._tail[: -shell.KEPT]
         return beyond
 
     async def save(self) -> None:
-        """Have the output in a file from now on; nothing if it is already, or could not be."""
+        """Write the output to a file from now on, unless it is or that has failed."""
         async with self._writing:
             if self.file.path is None and not self.file.broken:
                 await self.file.create(bytes(self._head))
 
     def let_go(self) -> None:
-        """Keep no beginning and no end any more: of a command in the background only the unread is shown."""
+        """Drop beginning and end: of a background command only the unread part is shown."""
         self._showing = False
         self._head.clear()
         self._tail.clear()
@@ -113,7 +113,7 @@ class Shell:
         return "completed" if ended.code == 0 else "failed"
 
     def facts(self) -> dict[str, Any]:
-        """Return what `structuredContent` tells of every command."""
+        """Return the fields that every command has in `structuredContent`."""
         ended = self.ended
         facts: dict[str, Any] = {"exec": self.exec_id, "status": self.status}
         if ended is not None:

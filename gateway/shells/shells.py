@@ -1,8 +1,8 @@
-"""Runs the tools Bash, BashOutput and KillShell: which command of a session runs where, and how it ends.
+"""Runs the tools Bash, BashOutput and KillShell.
 
-Semantics and texts are `gateway.tools.shell`'s, commands are `gateway.execs`', output files are written by
-the tenant's worker. A command in the foreground belongs to its call: whatever ends the call early ends the
-whole tree. One in the background belongs to its session.
+`gateway.tools.shell` has their semantics and texts, `gateway.execs` runs the commands, and the tenant's
+worker writes output files. A command in the foreground belongs to its call: if the call ends early, its whole
+process tree is ended. One in the background belongs to its session.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Shells:
         exec_id: str,
         by: str,
     ) -> ToolResult:
-        """Run one of the three tools; what the tool itself refuses is a result.
+        """Run one of the three tools. A refusal by the tool itself is a result.
 
-        A Bash runs under `exec_id`. Raises what `Execs.start` raises where the tenant cannot run anything,
-        and `Unavailable` if a command's exit was lost.
+        A Bash command runs under `exec_id`. Raises what `Execs.start` raises if the tenant cannot run
+        commands, and `Unavailable` if a command's exit was lost.
         """
         session.last_used = time.monotonic()
         try:
@@ -87,20 +87,20 @@ class Shells:
         return ToolResult.of(answer)
 
     def busy(self, session: ToolSession) -> bool:
-        """Say whether a command of a session runs."""
+        """Return whether a command of a session runs."""
         return any(not one.task.done() for one in self._of.get(session, {}).values())
 
     async def end(self, session: ToolSession) -> None:
-        """End every command of a session and forget them; return when nothing is left of their trees.
+        """End every command of a session and forget them; return when their process trees are gone.
 
-        A command that is in front at that moment can no longer go to the background.
+        A command in the foreground at that moment can no longer go to the background.
         """
         session.ended = True
         shells = list(self._of.pop(session, {}).values())
         await asyncio.gather(*(self._end(one) for one in shells if not one.task.done()))
 
     async def _end(self, one: Shell) -> None:
-        """End a command's tree and wait until its output is taken over."""
+        """End a command's process tree and wait until its output is copied."""
         try:
             await self._cancel(one)
         except (GatewayError, TimeoutError) as error:
@@ -125,7 +125,7 @@ class Shells:
         except ExecFailed as error:
             if error.facts.get("reason") != "cwd" or session.cwd is None:
                 raise failure("Bash", error) from None
-            # the folder in which the session stood is gone
+            # the session's current folder is gone
             session.cwd, notes = None, (_reset(root),)
             started = await self._start(root, None, command, background, exec_id, by)
         seconds = self._seconds(given.get("timeout"), background)
@@ -170,7 +170,7 @@ class Shells:
         return started
 
     def _seconds(self, timeout: int | None, background: bool) -> float:
-        """Return the seconds that a command may take; 0 and less are the default, too much the maximum."""
+        """Return a command's timeout in seconds: the default for 0 and less, and never above the maximum."""
         settings = self._settings
         default = settings.bash_background_timeout if background else settings.bash_timeout
         most = settings.bash_background_timeout_max if background else settings.bash_timeout_max
@@ -190,11 +190,11 @@ class Shells:
         try:
             await self._to_background(session, started, self._settings.bash_background_timeout)
         except ToolFailure:
-            with contextlib.suppress(NotFound):  # it ended, and many after it
+            with contextlib.suppress(NotFound):  # it ended, and many others after it
                 self._execs.get(started.tenant, started.exec_id).end("timeout", self._settings.cancel_grace)
             await self._end(started)
             return shell.timed_out(started.printed(), seconds, self._facts(root, session, started))
-        # BashOutput gives this again, so that it has all of it
+        # BashOutput returns this again, so that its output is complete
         text, _, _ = started.unread["stdout"].look(final=False, lines=False)
         return shell.moved(text, started.id, started.file.path, seconds, self._facts(root, session, started))
 
@@ -217,7 +217,7 @@ class Shells:
         return shell.finished(started.command, started.printed(), ended.code, notes, facts)
 
     def _moved_to(self, root: FilesystemRoot, session: ToolSession, reported: bytes) -> tuple[str, ...]:
-        """Take over the folder in which a command ended; return what is to be said of it."""
+        """Adopt the folder in which a command ended; return the note for the result."""
         try:
             path = _inside(root, reported.decode().removesuffix("\n"))
         except UnicodeDecodeError:
@@ -235,7 +235,7 @@ class Shells:
         return facts
 
     async def _abandon(self, session: ToolSession, started: Shell) -> None:
-        """Leave nothing of a command whose call ended early: no process, no file."""
+        """Remove a command whose call ended early: its processes and its file."""
         self._of.get(session, {}).pop(started.id, None)
         await self._end(started)
         await started.file.remove()
@@ -243,21 +243,21 @@ class Shells:
     # --- in the background ------------------------------------------------------------------------------
 
     def _make_room(self, session: ToolSession) -> None:
-        """Raise `ToolFailure` if the session may have no further shell; forget old ended ones."""
+        """Raise `ToolFailure` if the session may have no more shells; forget old ended ones."""
         if session.ended:
             raise ToolFailure("gone", "This tool session has ended; open a new one.")
         if session.life == "call":
             raise ToolFailure(
                 "conflict",
-                "Commands in the background need a tool session that lasts longer than this call: "
-                "name one by X-Tool-Session, or use a websocket.",
+                "Commands in the background need a tool session that outlives this call: "
+                "name one with X-Tool-Session, or use a websocket.",
             )
         shells = self._of.setdefault(session, {})
         running = sum(one.status == "running" for one in shells.values())
         if running >= self._settings.max_shells:
             raise ToolFailure(
                 "rate_limited",
-                f"{running} commands run in the background, the most that may; end one by KillShell first.",
+                f"{running} commands run in the background, the most allowed; end one with KillShell first.",
                 limit=self._settings.max_shells,
             )
         for one in [one for one in shells.values() if one.status != "running"]:
@@ -266,8 +266,8 @@ class Shells:
             del shells[one.id]
 
     async def _to_background(self, session: ToolSession, started: Shell, seconds: float) -> None:
-        """Give a running command to its session; it is ended after `seconds` more. Raises `ToolFailure`."""
-        self._make_room(session)  # again: others were started meanwhile
+        """Hand a running command over to its session; end it after `seconds` more. Raises `ToolFailure`."""
+        self._make_room(session)  # check again, since others may have been started meanwhile
         self._of.setdefault(session, {})[started.id] = started
         if not started.over.done():
             loop, grace = asyncio.get_running_loop(), self._settings.cancel_grace
@@ -277,7 +277,7 @@ class Shells:
         started.let_go()
 
     async def _shell(self, session: ToolSession, shell_id: str) -> Shell:
-        """Return a shell of the session; of one whose command has ended, all output is taken over."""
+        """Return a shell of the session, with all its output if its command has ended."""
         one = self._of.get(session, {}).get(shell_id)
         if one is None:
             raise shell.unknown(shell_id)
@@ -287,7 +287,11 @@ class Shells:
 
     async def _output(self, root: FilesystemRoot, session: ToolSession, given: Mapping[str, Any]) -> Answer:
         one = await self._shell(session, given["bash_id"])
-        ended, status, facts = one.ended, one.status, one.facts()  # of one moment: below is waited
+        ended, status, facts = (
+            one.ended,
+            one.status,
+            one.facts(),
+        )  # taken at one moment, before the wait below
         pattern = given.get("filter")
         looks = {
             name: unread.look(final=ended is not None, lines=pattern is not None)
@@ -324,6 +328,6 @@ def _reset(root: FilesystemRoot) -> str:
 
 
 def _inside(root: FilesystemRoot, path: str) -> str:
-    """Return a folder that a command reported as the tenant sees it: `local` ones see the host's paths."""
+    """Return a reported folder as the tenant sees it; commands of the `local` runtime report host paths."""
     seen = root.prefix
     return path[len(seen) :] or "/" if seen and f"{path}/".startswith(f"{seen}/") else path

@@ -174,7 +174,7 @@ def test_a_lockfile_names_the_package_manager(files: Folder, more: dict[str, Any
 
 def test_of_two_lockfiles_it_says_which_one_counts() -> None:
     folder = {"package.json": VITE, "bun.lock": "", "package-lock.json": ""}
-    assert found(folder).installed == "there is bun.lock (and package-lock.json, which is left aside)"
+    assert found(folder).installed == "there is bun.lock (and package-lock.json, which is ignored)"
 
 
 def test_what_start_needs_is_built() -> None:
@@ -223,7 +223,7 @@ def test_in_production_it_is_built_and_what_was_built_is_served(
 def test_what_has_no_production_says_so() -> None:
     text = package("@sveltejs/kit", **scripts(dev="vite dev", build="vite build"))
     data = archive(("package.json", text.encode()), manifest=None)
-    with pytest.raises(InvalidParams, match="take @sveltejs/adapter-node"):
+    with pytest.raises(InvalidParams, match="use @sveltejs/adapter-node"):
         uploaded(data, Settings(), Overrides(mode="production"))
     with pytest.raises(InvalidParams, match=r"here site\.toml or `start` says it"):
         uploaded(archive(), Settings(), Overrides(mode="production"))
@@ -253,35 +253,35 @@ APPS = {
         ({}, "this folder has no files"),
         (
             APPS,
-            "this folder holds 3 apps: apps/api (Express), apps/docs (Astro), apps/web (Next.js); name one, "
-            "as in `incus-gateway deploy DOMAIN FOLDER/apps/api`",
+            "this folder holds 3 apps: apps/api (Express), apps/docs (Astro), apps/web (Next.js); deploy "
+            "one, as in `incus-gateway deploy DOMAIN FOLDER/apps/api`",
         ),
         (
             {"frontend/package.json": VITE, "backend/main.py": "app = FastAPI()",
              "backend/requirements.txt": "fastapi\nuvicorn"},
-            "this folder holds 2 apps: backend (FastAPI), frontend (Vite); name one, as in "
+            "this folder holds 2 apps: backend (FastAPI), frontend (Vite); deploy one, as in "
             "`incus-gateway deploy DOMAIN FOLDER/backend`",
         ),
         (
             {"package.json": package(**scripts(build="tsc", test="vitest"))},
-            "package.json has no script `dev` or `start` (its scripts: build, test), and names no framework "
-            "that is known: add one, or say it by `start` (--start)",
+            "package.json has no script `dev` or `start` (its scripts: build, test), and names no known "
+            "framework: add a script, or give a command with `start` (--start)",
         ),
-        ({"package.json": "{"}, "package.json is not JSON, or larger than 256 KiB: mend it"),
+        ({"package.json": "{"}, "package.json is not JSON, or larger than 256 KiB: correct it"),
         (
             {"package.json": json.dumps({"dependencies": {"next": "1", "@a/ui": "workspace:*"}})},
-            "package.json needs @a/ui from outside of this folder: deploy the folder above, and say how this "
-            "app of it is started, as in `--start 'npm run dev --workspace apps/web'`",
+            "package.json needs @a/ui from outside this folder: deploy the folder above, and say how to "
+            "start this app, as in `--start 'npm run dev --workspace apps/web'`",
         ),
         (
             {"notes.txt": "", "page.html": ""},
-            "this folder has no index.html, no package.json, no Python application and no Procfile, though "
-            "there is page.html: say how by `start` (--start), or write a site.toml",
+            "this folder has no index.html, no package.json, no Python application and no Procfile, although "
+            "there is page.html: give a command with `start` (--start), or write a site.toml",
         ),
         (
             {"main.py": "app = FastAPI()", "requirements.txt": "fastapi"},
-            "main.py makes a FastAPI, which is served by uvicorn, and no requirement names uvicorn: add it, "
-            "or say another way by `start` (--start)",
+            "main.py makes a FastAPI, which needs uvicorn, and no requirement names uvicorn: add it, "
+            "or give another command with `start` (--start)",
         ),
     ],
 )  # fmt: skip
@@ -399,14 +399,14 @@ os.write(1, repr((os.getuid() != 0, said, done)).encode())
 def test_the_answer_of_that_process_is_a_strangers(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"import sys; sys.stdout.buffer.write({answer!r})"
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", said))
-    with pytest.raises(Unavailable, match="could not be found out"):
+    with pytest.raises(Unavailable, match="could not be detected"):
         detect_apart(Clues.of({"index.html": b""}))
 
 
 def test_a_process_that_spins_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", "while True: pass"))
     monkeypatch.setattr("gateway.detection.apart._WAIT", 0.5)
-    with pytest.raises(Unavailable, match="could not be found out"):
+    with pytest.raises(Unavailable, match="could not be detected"):
         detect_apart(Clues.of({"index.html": b""}))
 
 
@@ -415,6 +415,6 @@ def test_a_process_that_answers_without_end_is_ended(monkeypatch: pytest.MonkeyP
     endless = "import os\nwhile True: os.write(1, bytes(1 << 20))"
     monkeypatch.setattr("gateway.detection.apart._COMMAND", (sys.executable, "-c", endless))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(Unavailable, match="could not be found out"):
+    with pytest.raises(Unavailable, match="could not be detected"):
         detect_apart(Clues.of({"index.html": b""}))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB

@@ -132,13 +132,13 @@ def test_a_manifest_of_many_names_is_read_in_part() -> None:
 @pytest.mark.parametrize(
     ("start", "packages", "said"),
     [
-        (["bunx", "astro", "dev"], {"astro"}, "with astro, `--host 0.0.0.0 --port $PORT` behind its command"),
-        (["next", "dev"], {"next"}, "with next, `--hostname 0.0.0.0 --port $PORT` behind its command"),
-        (["vite"], {"vite", "@sveltejs/kit"}, "with sveltekit, `--host 0.0.0.0"),
+        (["bunx", "astro", "dev"], {"astro"}, "with astro, add `--host 0.0.0.0 --port $PORT` to its command"),
+        (["next", "dev"], {"next"}, "with next, add `--hostname 0.0.0.0 --port $PORT` to its command"),
+        (["vite"], {"vite", "@sveltejs/kit"}, "with sveltekit, add `--host 0.0.0.0"),
         # what was built takes no arguments of the program that built it
-        (["node", "build"], {"vite", "@sveltejs/kit"}, "give it $PORT in `start`"),
+        (["node", "build"], {"vite", "@sveltejs/kit"}, "pass $PORT to it in `start`"),
         (["bun", "serve.ts"], set(), "with bun, Bun.serve("),
-        (["python3", "-m", "http.server"], set(), "give it $PORT in `start`"),
+        (["python3", "-m", "http.server"], set(), "pass $PORT to it in `start`"),
     ],
 )
 def test_each_is_told_in_its_own_way_where_to_listen(start: list[str], packages: set[str], said: str) -> None:

@@ -205,7 +205,7 @@ export interface Turn {
   readonly files: number;
   readonly added: number;
   readonly removed: number;
-  /** The first of the paths that are too large, or no files. */
+  /** The first of the paths that are too large, or not regular files. */
   readonly leftOut: readonly string[];
 }
 
