@@ -1,8 +1,8 @@
 """Claude Code's file tools, Read, Write, Edit, Glob and Grep: their semantics and their texts.
 
-From outside: `FileTools`, `ToolSession`, `ToolResult`, `FILE_TOOLS`, `descriptions`. The other modules run
-inside workers (see `gateway.rootfs`), which import no more than they need; so these names are loaded when
-they are first asked for.
+Other packages use `FileTools`, `ToolSession`, `ToolResult`, `FILE_TOOLS` and `descriptions`. The other
+modules run inside workers (see `gateway.rootfs`), which import only what they need, so these names are loaded
+on first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A tool's answer: content blocks, whether it is an error, the same facts as data.
+"""A tool's answer: content blocks, an error flag, and the same facts as data.
 
-A worker encodes the answer once; the gateway splices the bytes into its reply. What the gateway must know
-of it travels in front: a u32 length (big-endian), then a JSON object with `is_error`, `code` and `seen`.
+A worker encodes the answer once, and the gateway splices the bytes into its reply. The part that the gateway
+needs comes first: a u32 length (big-endian), then a JSON object with `is_error`, `code` and `seen`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One finished tool result. `code` is a wire code where the tool failed; `seen` updates the session."""
+    """A finished tool result. `code` is a wire code if the tool failed; `seen` updates the session."""
 
     content: list[dict[str, Any]]
     structured: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +65,10 @@ def text(words: str, structured: dict[str, Any] | None = None, *, seen: Seen | N
 
 
 class ToolFailure(Exception):
-    """The tool failed in its own terms; `words` are what the model reads.
+    """The tool itself refused or failed; `words` are for the model.
 
-    `tagged` puts the tag around them that Claude Code puts around errors of the model's own making; where
-    it does and where it does not is an accident of that program, kept because models know it.
+    `tagged` adds the tag that Claude Code puts around errors caused by the model. Where it does so is an
+    accident of that program, kept because models are used to it.
     """
 
     def __init__(self, code: str, words: str, *, tagged: bool = True, **facts: Any) -> None:
@@ -84,7 +84,7 @@ class ToolFailure(Exception):
 
 
 def base64(data: bytes) -> str:
-    """Return bytes as content blocks carry them."""
+    """Encode bytes for a content block."""
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 

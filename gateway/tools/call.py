@@ -1,4 +1,4 @@
-"""One call of a file tool inside a worker: its input, its session's part, the words for refusals."""
+"""One call of a file tool inside a worker: its input, what its session has seen, and texts of refusals."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gateway.rootfs.operation import Workspace
 from gateway.rootfs.paths import show
 from gateway.tools.answer import Seen, ToolFailure
 
-_NAMES_MAX = 5000  # names of a folder looked at for a "Did you mean"
+_NAMES_MAX = 5000  # names in a folder that are compared for a "Did you mean"
 
 
 class Call:
     """One call. `cwd` is absolute inside the tenant, `seen` what the session has seen of the named file.
 
-    A `brief` call holds up others: it ends with `Timeout` if it would take long. `named` are the names
-    that `gateway.tools.search.scan` found, each a Latin-1 character for a byte and with a NUL after it.
+    A `brief` call blocks others, so it ends with `Timeout` if it would take long. `named` are the names that
+    `gateway.tools.search.scan` found, in Latin-1 (a character for each byte), each followed by a NUL.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Call:
         self.deadline = time.monotonic() + self.limits.tool_timeout
 
     def locate(self, path: str) -> str:
-        """Return the relative path of a `path` of the input."""
+        """Return the relative path for a `path` of the input."""
         return self.root.locate(meant(path), self.cwd)
 
     def absolute(self, path: str) -> str:
@@ -52,7 +52,7 @@ class Call:
         return show(self.root.absolute(path))
 
     def shown(self, path: str) -> str:
-        """Return a relative path as results list it: relative to the working directory where below it."""
+        """Return a relative path as results list it: relative to the working directory if it is below it."""
         if self.cwd == self.root.workspace:
             return show(path or self.cwd)
         absolute = self.root.absolute(path)
@@ -61,7 +61,7 @@ class Call:
 
     def all_shown(self, paths: list[str]) -> list[str]:
         """Return each as `shown` does."""
-        if self.cwd == self.root.workspace and "".join(paths).isprintable():  # the usual case, one look
+        if self.cwd == self.root.workspace and "".join(paths).isprintable():  # the usual case
             return paths
         return [self.shown(path) for path in paths]
 
@@ -71,25 +71,25 @@ class Call:
 
 
 def meant(path: str) -> str:
-    """Return the path that a call means: without white space around it, the working directory for none."""
+    """Return the path of a call's input: stripped of white space; if empty, the working directory."""
     return path.strip() or "."
 
 
 def failure(tool: str, error: GatewayError) -> ToolFailure:
-    """Turn a refusal for which a tool has no words of its own into plain ones."""
+    """Return the generic failure for an error that the tool has no text for."""
     words = f"Error calling tool ({tool}): {error.message}"
     facts = {key: value for key, value in error.facts.items() if key != "reason"}
     return ToolFailure(error.code, words, **facts)
 
 
 def timed_out(seconds: float) -> ToolFailure:
-    """Say that a search did not come to its end."""
+    """Return the failure of a search that did not finish."""
     words = f"Search timed out after {seconds:g} seconds. Try a more specific path or pattern."
     return ToolFailure("timeout", words, tagged=False)
 
 
 def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailure:
-    """Say that a path is refused: it leads outside, its links do not resolve, or it names nothing."""
+    """Return the failure for a refused path: it leads outside, its links do not resolve, or it is invalid."""
     if error.facts.get("reason") == "too_long":
         absolute = path if path.startswith("/") else f"{call.cwd}/{path}"
         words = f"ENAMETOOLONG: name too long, {'open' if call.tool == 'Read' else 'stat'} '{show(absolute)}'"
@@ -109,14 +109,14 @@ def outside(call: Call, verb: str, path: str, error: GatewayError) -> ToolFailur
 
 
 def missing(call: Call, path: str) -> str:
-    """Return the words for a missing file, with a guess at what was meant."""
+    """Return the text for a missing file, with a guess at what was meant."""
     words = f"File does not exist. {call.where}"
     guess = below_cwd(call, path) or _similar(call, path)
     return f"{words} Did you mean {guess}?" if guess else words
 
 
 def _similar(call: Call, path: str) -> str | None:
-    """Return the name of a file beside it that differs in its extension alone."""
+    """Return the name of a file in the same folder that differs in its extension only."""
     folder, _, name = path.rpartition("/")
     stem = name.rpartition(".")[0] or name
     try:
@@ -128,7 +128,7 @@ def _similar(call: Call, path: str) -> str | None:
 
 
 def below_cwd(call: Call, path: str) -> str | None:
-    """Return the file of that path below the working directory, where its name was left out."""
+    """Return the file at that path below the working directory, if that part of the path was left out."""
     absolute = call.root.absolute(path)
     above = call.cwd.rpartition("/")[0] + "/"
     if not absolute.startswith(above) or absolute.startswith(call.cwd + "/"):

@@ -1,4 +1,4 @@
-"""The gateway's side of the file tools: asks a worker, and has the session remember what was seen."""
+"""The gateway's side of the file tools: calls a worker, and updates what the session has seen."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PROCESSES_MAX = 4  # of one search
 class ToolResult:
     """One finished tool call.
 
-    `encoded` is the JSON of `{content, isError, structuredContent}`, to be spliced into a reply as it is.
-    `code` is a wire code where the tool failed.
+    `encoded` is the JSON of `{content, isError, structuredContent}`, which is spliced into a reply unchanged.
+    `code` is a wire code if the tool failed.
     """
 
     encoded: bytes
@@ -42,7 +42,7 @@ class ToolResult:
         return cls(body, head["is_error"], head["code"])
 
     def packed(self) -> bytes:
-        """Return the result as one value to be kept; `unpacked` undoes it."""
+        """Return the result as one value for storage; `unpacked` reverses it."""
         return orjson.dumps([self.is_error, self.code]) + b"\n" + self.encoded
 
     @classmethod
@@ -52,13 +52,13 @@ class ToolResult:
         return cls(encoded, is_error, code)
 
     def data(self) -> dict[str, Any]:
-        """Return the result as data, for the few callers that read it."""
+        """Decode the result, for the few callers that read it."""
         found: dict[str, Any] = orjson.loads(self.encoded)
         return found
 
 
 class FileTools:
-    """Read, Write, Edit, Glob and Grep on a tenant's workspace. Nothing of it runs in the container."""
+    """Read, Write, Edit, Glob and Grep on a tenant's workspace. None of it runs in the container."""
 
     def __init__(self, workers: Workers, settings: Settings) -> None:
         self._workers = workers
@@ -67,7 +67,7 @@ class FileTools:
     async def call(
         self, root: FilesystemRoot, session: ToolSession, name: str, arguments: object
     ) -> ToolResult:
-        """Run one tool. What the tool itself refuses is a result.
+        """Run one tool. A refusal by the tool itself is a result.
 
         Raises `NotFound` for an unknown tool, `InvalidParams` for input that is not JSON, and `Unavailable`,
         `RateLimited` or `Timeout` of the worker.
@@ -88,7 +88,7 @@ class FileTools:
         }
         if name in _SEARCHES:
             return await self._search(root, name, given)
-        # a document takes long to be drawn, and must hold up no other read
+        # rendering a document takes long, and must not block other reads
         apart = name == "Read" and (path or "").lower().endswith(".pdf")
         head, body = decode(await self._workers.call(root, name, given, search=apart))
         if path is not None and head["seen"] is not None:
@@ -96,8 +96,8 @@ class FileTools:
         return ToolResult(body, head["is_error"], head["code"])
 
     async def _search(self, root: FilesystemRoot, name: str, given: dict[str, Any]) -> ToolResult:
-        # Most searches are over at once. The worker that does the other calls is awake and warm for them;
-        # A longer one goes to a worker that holds up no other call.
+        # Most searches end quickly, so the worker for single files tries first: it is awake and warm.
+        # A longer one goes to a worker where it blocks no other call.
         apart = not self._workers.rests(root.tenant)
         head, body = decode(await self._workers.call(root, name, given, search=apart))
         if head["code"] == "timeout":
@@ -112,7 +112,7 @@ class FileTools:
         return ToolResult(body, head["is_error"], head["code"])
 
     async def _named(self, root: FilesystemRoot, asked: dict[str, Any]) -> bytes | None:
-        """Return the names of the files in a large tree that match; None if a walk must tell."""
+        """Return the names of the matching files in a large tree; None if one worker must walk it instead."""
         # a core for each process if no other tenant needs one: a second one on two cores left none to
         # the neighbours, the p99 of their reads tripled
         cores = min(_CORES if self._workers.alone(root.tenant) else max(1, _CORES // 2), _PROCESSES_MAX)
@@ -120,7 +120,7 @@ class FileTools:
 
 
 def named_file(arguments: object, cwd: str, workspace: str) -> str | None:
-    """Return the relative path of the file that a call names, None if it names none of the workspace."""
+    """Return the relative path of the file that a call names, None if it names none in the workspace."""
     given = arguments.get("file_path") if isinstance(arguments, dict) else None
     if not isinstance(given, str):
         return None

@@ -1,7 +1,7 @@
-"""Finds what a workspace has and the folder that is to take its place does not; runs inside workers.
+"""Find what a workspace has and the folder that is to replace it lacks; runs inside workers.
 
-The folder's own ignore files and the patterns of its manifest say what stays. They are the tenant's, and so
-are the names: they are matched here and not in the gateway.
+The folder's ignore files and the patterns of its manifest say what stays. The tenant controls these and the
+names, so they are matched here and not in the gateway.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Kind = Literal["file", "folder", "link"]
 LOST: Final = "workspace/lost"
 KEPT: Final = "workspace/kept"
 _NAMES_MAX: Final = 8 << 20  # bytes
-_DEPTH: Final = 64  # folders below which nothing is looked for that could stay
+_DEPTH: Final = 64  # folders below which nothing can stay
 _IGNORE: Final = b"# made by incus-gateway"  # as gateway/history/adopt.sh begins it
-_OURS: Final = ".gateway"  # what commands printed, at the top
+_OURS: Final = ".gateway"  # output of commands, at the top
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY
 
 
 def understood(pattern: str) -> str:
-    """Return a pattern as it is. Raises `ValueError` for one that is none."""
+    """Return a pattern unchanged. Raises `ValueError` if it does not parse."""
     try:
         Glob(pattern)
     except GlobError as error:
@@ -49,7 +49,7 @@ class _Look:
     ignored: Mapping[str, Rules]
 
     def stays(self, path: str, *, folder: bool) -> bool:
-        """Say whether the folder says of something that it does not have that it stays."""
+        """Return whether the folder says that something it lacks stays."""
         if self.keep.decide(path, folder=folder):
             return True
         above = path
@@ -62,7 +62,7 @@ class _Look:
         return False
 
     def inside(self, folder: str) -> list[tuple[str, str, bool]] | None:
-        """Return name, path and whether it is a folder of all in one; None if it cannot be looked at."""
+        """Return name, path and kind (folder or not) of a folder's entries; None if it cannot be read."""
         try:
             descriptor = self.tree.open_real(folder, _FOLDER)
         except OSError:
@@ -80,9 +80,9 @@ class _Look:
         return [(name, f"{folder}/{name}" if folder else name, is_folder) for name, is_folder in names]
 
     def kept(self, folder: str, depth: int, kept: list[bytes], *, within: bool = False) -> None:
-        """Collect what the manifest says to keep below a folder, but for what the new folder brings along.
+        """Collect what the manifest keeps below a folder, except what the new folder has itself.
 
-        `within` a folder that is kept all of it is.
+        `within` says that a folder above is kept, and so everything here.
         """
         for name, path, is_folder in self.inside(folder) or ():
             if name in self.left_out:
@@ -94,11 +94,11 @@ class _Look:
                 self.kept(path, depth + 1, kept, within=keeps)
 
     def below(self, folder: str, depth: int, lost: list[bytes]) -> bool:
-        """Collect what is lost below a folder; say whether anything there stays."""
+        """Collect what is lost below a folder; return whether anything there stays."""
         any_stays = False
         entries = self.inside(folder)
         if entries is None:
-            return True  # a link by now, or nothing that the site's user may read: what copies it says so
+            return True  # it has become a link, or the site's user may not read it: the copy reports that
         for name, path, is_folder in entries:
             if (
                 name in self.left_out
@@ -125,7 +125,7 @@ class _Look:
         return any_stays
 
     def _made(self, path: str) -> bool:
-        """Say whether it is the ignore file that the gateway gave a workspace without one."""
+        """Return whether it is the ignore file that the gateway gave a workspace without one."""
         if path != ".gitignore":
             return False
         try:
@@ -161,10 +161,10 @@ def _look(workspace: Workspace, given: dict[str, Any]) -> _Look:
 
 
 def _lost(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Return the paths that a folder lacks, each with a NUL; of a folder that goes whole its own alone.
+    """Return the paths that the new folder lacks, each followed by a NUL. A lost folder is one path.
 
-    Of the folder `there` has every path with its kind, `ignored` the ignore file of each folder that has one,
-    `keep` its manifest's patterns; `left_out` are names that no folder brings along.
+    Of the new folder, `there` has every path with its kind, `ignored` the ignore files by folder, and `keep`
+    the manifest's patterns; `left_out` are names that are never part of a deployed folder.
     """
     lost: list[bytes] = []
     _look(workspace, given).below("", 0, lost)
@@ -172,7 +172,7 @@ def _lost(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
 
 def _kept(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Return the paths of what is to `keep` and is not `there`, each with a NUL."""
+    """Return the paths that match `keep` and are not `there`, each followed by a NUL."""
     kept: list[bytes] = []
     _look(workspace, given).kept("", 0, kept)
     return b"".join(path + b"\0" for path in kept)

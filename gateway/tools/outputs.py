@@ -1,10 +1,10 @@
-"""Writes commands' outputs into files of the workspace; runs inside workers.
+"""Write the output of commands to files in the workspace; runs inside workers.
 
-They lie in `.gateway/output` of the workspace, because what the file tools serve is the workspace and
-nothing else: a model reads there what its result had no room for, by Read and Grep, and so does an editor.
-`.gateway/.gitignore` keeps the folder out of the site's repository; Glob and Grep look there only by name.
-Folders have mode 0700 and files 0600, all owned by the workspace's user. The tenant may do what it likes
-with them: every open goes through `tree`, and what is not a regular file is not written to.
+They are in `.gateway/output` of the workspace, since the file tools serve nothing else: there a model, or an
+editor, reads with Read and Grep what did not fit into a result. `.gateway/.gitignore` keeps the folder out of
+the site's repository; Glob and Grep search it only if it is named. Folders have mode 0700 and files 0600,
+owned by the workspace's user. The tenant may change them in any way: every open goes through `tree`, and only
+regular files are written to.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gateway.rootfs.root import Root
 
 HOME: Final = ".gateway"
 FOLDER: Final = f"{HOME}/output"
-_SEEN_MAX = 10_000  # names that are looked at when old files are removed
+_SEEN_MAX = 10_000  # names that are checked when old files are removed
 _FILTER_MAX = 4000  # characters
 _FILTER_MEMORY = 8 << 20  # bytes of one compiled filter
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# without O_NONBLOCK a FIFO in the file's place would hold up the worker
+# without O_NONBLOCK a FIFO in the file's place would block the worker
 _MORE = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -41,7 +41,7 @@ def path_of(name: str, workspace: str) -> str:
 
 
 def _create(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Begin the file `name` with `data` (base64), removing what is too old or too much of the others."""
+    """Create the file `name` with `data` (base64), and remove others that are too old or too many."""
     try:
         home = _opened(workspace.root.descriptor, HOME)
         try:
@@ -61,7 +61,7 @@ def _create(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
 
 def _opened(parent: int, name: str) -> int:
-    """Open a folder that is there or is made; never through a link."""
+    """Open a folder, creating it if needed; never through a link."""
     with suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent)
     return os.open(name, _DIRECTORY, dir_fd=parent)
@@ -95,13 +95,13 @@ def _prune(folder: int, age: int, room: int) -> None:
 
 
 def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Put `data` (base64) at the end of the file `name`. Raises where it is no longer what it was."""
+    """Append `data` (base64) to the file `name`. Raises if it is no longer the same file."""
     folder = _folder(workspace.root)
     try:
         descriptor = os.open(given["name"], _MORE, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise Conflict("the output file is not a regular file any more", reason="changed")
+            raise Conflict("the output file is no longer a regular file", reason="changed")
         _put(descriptor, base64.b64decode(given["data"]))
     except OSError as error:
         raise refusal(error) from None
@@ -111,7 +111,7 @@ def _append(workspace: Workspace, given: dict[str, Any]) -> bytes:
 
 
 def _remove(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Remove the file `name`, if it is there."""
+    """Remove the file `name`, if it exists."""
     with suppress(GatewayError, OSError):
         folder = _folder(workspace.root)
         try:
@@ -129,7 +129,7 @@ def _folder(tree: Root) -> int:
 
 
 def _filter(workspace: Workspace, given: dict[str, Any]) -> bytes:
-    """Return the lines of each of `streams` that match `filter`, or `error`, what is wrong with that.
+    """Return the lines of each of `streams` that match `filter`, or `error` if the filter is invalid.
 
     It runs here because the pattern is a client's and the lines are the tenant's.
     """

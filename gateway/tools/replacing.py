@@ -1,4 +1,4 @@
-"""Edit's replacement: which part of a text `old_string` names, and what takes its place."""
+"""Edit's replacement: which part of a text `old_string` matches, and what replaces it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SWAPPED = (
 
 
 def replaced(call: Call, form: Text, old: str, new: str, *, modified: bool) -> tuple[str, int]:
-    """Return the new text and how many places changed."""
+    """Return the new text and the number of replacements."""
     text = form.text
     if not old:
         return new, 1
@@ -39,20 +39,20 @@ def replaced(call: Call, form: Text, old: str, new: str, *, modified: bool) -> t
             f"context to uniquely identify the instance.\nString: {old}",
             matches=count,
         )
-    if new == found:  # it differed from what was asked for in its quotes or escapes alone
+    if new == found:  # it differed from `old_string` only in quotes or escapes
         words = "String not found in file. Failed to apply edit."
         raise ToolFailure("no_match", words, tagged=False)
     if form.crlf:
-        new = new.replace("\r\n", "\n")  # as the text has it; the file gets its own line ends back
+        new = new.replace("\r\n", "\n")  # with LF; the file keeps its own line ends
     if not new and not found.endswith("\n") and found + "\n" in text:
-        found += "\n"  # a line that is emptied is taken out with its end
+        found += "\n"  # removing all of a line removes its line end too
     return text.replace(found, new), count
 
 
 def _named(text: str, old: str, new: str) -> tuple[str, str | None, str]:
-    """Return what `old` means, the part of `text` that it names, and `new` in the form of that part.
+    """Return `old` as it occurs, the part of `text` that it matches, and `new` in the same form.
 
-    A character and its escape `\\uXXXX` are taken for each other where only the other one is there.
+    A character and its escape `\\uXXXX` match each other if only the other form occurs.
     """
     found = _find(text, old)
     if found is None and (plain := _unescaped(old)) != old:
@@ -78,7 +78,7 @@ def _unescaped(text: str) -> str:
 
 
 def _escaped(text: str, digits: str) -> str:
-    """Return the text in ASCII, each unit of UTF-16 beyond as an escape with its number in `digits`."""
+    """Return the text in ASCII, with other UTF-16 units as escapes whose number is formatted by `digits`."""
     found = []
     for char in text:
         units = char.encode("utf-16-be", "surrogatepass")
@@ -88,11 +88,11 @@ def _escaped(text: str, digits: str) -> str:
 
 
 def _find(text: str, old: str) -> str | None:
-    """Return the part of `text` that `old` names, taking straight quotes for curly ones where needed."""
+    """Return the part of `text` that `old` matches, if necessary with straight quotes for curly ones."""
     if old in text:
         return old
     straight = old.translate(_STRAIGHT)
-    at = text.translate(_STRAIGHT).find(straight)  # one character for one: positions stay
+    at = text.translate(_STRAIGHT).find(straight)  # one character for one, so positions are the same
     return text[at : at + len(old)] if at >= 0 else None
 
 

@@ -1,7 +1,7 @@
 """The tools' names, inputs and descriptions; checks an input against its schema.
 
-Names, inputs and the words of the refusals are those of Claude Code 2.1; its leniency too: "2" is taken for
-2 and "true" for true, while unknown and missing parameters are errors.
+Names, inputs and refusals are those of Claude Code 2.1, and so is the leniency: "2" counts as 2 and "true" as
+true, while unknown and missing parameters are errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import orjson
 
 from gateway.tools.answer import ToolFailure
 
-_DIGITS_MAX = 400  # characters of a number that is given as text
+_DIGITS_MAX = 400  # characters of a number given as text
 _SAFE_INTEGER = (1 << 53) - 1  # the largest integer that JSON carries everywhere
 
 _STRING = {"type": "string"}
@@ -44,7 +44,8 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
             "The line to start at; lines count from 1",
         ),
         limit=_said(
-            {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER}, "How many lines to read"
+            {"type": "integer", "exclusiveMinimum": 0, "maximum": _SAFE_INTEGER},
+            "The number of lines to read",
         ),
         pages=_said(_STRING, 'Pages of a PDF, such as "1-5" or "3"; at most 20'),
         allow_large=_said(_FLAG, "Return a large file at once instead of its first page"),
@@ -52,30 +53,30 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
     "Write": _object(
         ("file_path", "content"),
         file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
-        content=_said(_STRING, "The whole new content"),
+        content=_said(_STRING, "The complete new content"),
     ),
     "Edit": _object(
         ("file_path", "old_string", "new_string"),
         file_path=_said(_STRING, "The path of the file, absolute or relative to the working directory"),
-        old_string=_said(_STRING, "The text to replace, exactly as it stands in the file"),
-        new_string=_said(_STRING, "The text to put there"),
+        old_string=_said(_STRING, "The text to replace, exactly as in the file"),
+        new_string=_said(_STRING, "The text to replace it with"),
         replace_all=_said({"default": False, **_FLAG}, "Replace every occurrence"),
     ),
     "Glob": _object(
         ("pattern",),
         pattern=_said(_STRING, 'The glob, such as "**/*.ts" or "src/*.{css,html}"'),
-        path=_said(_STRING, "The folder to search; the working directory where left out"),
+        path=_said(_STRING, "The folder to search; default: the working directory"),
     ),
     "Grep": _object(
         ("pattern",),
         pattern=_said(_STRING, "The regular expression (RE2 syntax)"),
-        path=_said(_STRING, "The file or folder to search; the working directory where left out"),
+        path=_said(_STRING, "The file or folder to search; default: the working directory"),
         glob=_said(_STRING, 'Globs of the files to search, such as "*.js" or "!*.min.js"'),
         output_mode={
             "type": "string",
             "enum": ["content", "files_with_matches", "count"],
             "default": "files_with_matches",
-            "description": "Matching lines, only the files, or how many lines match in each",
+            "description": "Matching lines, only the files, or the number of matching lines in each",
         },
         **{
             "-B": _said(_NUMBER, "Lines before each match"),
@@ -84,12 +85,12 @@ FILE_TOOLS: dict[str, dict[str, Any]] = {
             "context": _said(_NUMBER, "Lines around each match"),
             "-n": _said({"default": True, **_FLAG}, "Show line numbers"),
             "-i": _said(_FLAG, "Ignore case"),
-            "-o": _said({"default": False, **_FLAG}, "Show only what matched, not its line"),
+            "-o": _said({"default": False, **_FLAG}, "Show only the match, not its line"),
         },
         type=_said(_STRING, 'The type of the files to search, such as "js", "py" or "rust"'),
-        head_limit=_said({"default": 250, **_NUMBER}, "At most so many lines or entries; 0 for all"),
-        offset=_said({"default": 0, **_NUMBER}, "Leave out so many lines or entries"),
-        multiline=_said({"default": False, **_FLAG}, "Let . match line ends and a match span lines"),
+        head_limit=_said({"default": 250, **_NUMBER}, "The maximum number of lines or entries; 0 for all"),
+        offset=_said({"default": 0, **_NUMBER}, "The number of lines or entries to skip"),
+        multiline=_said({"default": False, **_FLAG}, "Let . match newlines, and matches span lines"),
     ),
 }
 
@@ -102,12 +103,8 @@ SHELL_TOOLS: dict[str, dict[str, Any]] = {
             "Milliseconds, at most 600000; then the command goes on in the background",
         ),
         description=_said(_STRING, "What the command does, in a few words"),
-        run_in_background=_said(
-            _FLAG, "Answer at once and let the command run; see BashOutput and KillShell"
-        ),
-        dangerouslyDisableSandbox=_said(
-            _FLAG, "Taken and without effect: every command runs in the container"
-        ),
+        run_in_background=_said(_FLAG, "Return at once while the command runs; see BashOutput and KillShell"),
+        dangerouslyDisableSandbox=_said(_FLAG, "Accepted but ignored: every command runs in the container"),
     ),
     "BashOutput": _object(
         ("bash_id",),
@@ -123,41 +120,41 @@ TOOLS: dict[str, dict[str, Any]] = FILE_TOOLS | SHELL_TOOLS
 
 DESCRIPTIONS: dict[str, str] = {
     "Read": (
-        "Read a file of the workspace. Lines come numbered, as `number<TAB>line`. Text files up to 256 KB "
-        "come whole; of larger ones ask for a range by offset and limit. Images (PNG, JPEG, GIF, WebP) come "
-        "as images, PDFs as images of their pages, notebooks as their cells."
+        "Read a file in the workspace. Lines are numbered, as `number<TAB>line`. Text files up to 256 KB are "
+        "returned whole; read larger ones in parts with offset and limit. Images (PNG, JPEG, GIF, WebP) are "
+        "returned as images, PDFs as images of their pages, notebooks as their cells."
     ),
     "Write": (
-        "Write a file of the workspace, whole and at once. Missing folders are made; a file that is there is "
-        "replaced."
+        "Write a complete file in the workspace, atomically. Missing folders are created; an existing file "
+        "is replaced."
     ),
     "Edit": (
-        "Replace a text in a file. old_string must occur exactly once, unless replace_all is set; leave off "
-        "the line numbers that Read shows. An empty old_string makes a new file."
+        "Replace text in a file. old_string must occur exactly once, unless replace_all is set; leave off "
+        "the line numbers that Read shows. An empty old_string creates a new file."
     ),
     "Glob": (
-        "Find files by name. A pattern without a slash matches at any depth; hidden and ignored files count. "
-        "At most 100 paths, the oldest file first."
+        "Find files by name. A pattern without a slash matches at any depth; hidden and ignored files are "
+        "included. Returns at most 100 paths, oldest file first."
     ),
     "Grep": (
-        "Search in files by a regular expression. Inside a git repository its ignore rules hold. "
+        "Search files with a regular expression. Inside a git repository its ignore rules apply. "
         "files_with_matches lists the newest file first."
     ),
     "Bash": (
-        "Run a command line by bash as the workspace's user. The working directory carries over to the next "
-        "call where the command succeeded and stayed in the workspace; variables do not. Standard input is "
-        "empty. Of long output a part is shown, and the file that has all of it."
+        "Run a command line with bash as the workspace's user. The working directory carries over to the "
+        "next call if the command succeeded and ended inside the workspace; variables do not. Standard input "
+        "is empty. Long output is cut, and the result names the file with all of it."
     ),
     "BashOutput": (
-        "Return what a background command has printed since the last call, and whether it still runs. With a "
-        "filter, lines that do not match are dropped for good."
+        "Return the output of a background command since the last call, and whether it still runs. With a "
+        "filter, lines that do not match are discarded."
     ),
-    "KillShell": "End a background command with everything that it has started.",
+    "KillShell": "End a background command and all processes that it has started.",
 }
 
 
 def descriptions() -> list[dict[str, Any]]:
-    """Return the tools as `tools/list` shows them."""
+    """Return the tools for `tools/list`."""
     return [
         {"name": name, "description": DESCRIPTIONS[name], "inputSchema": schema}
         for name, schema in TOOLS.items()
@@ -165,14 +162,14 @@ def descriptions() -> list[dict[str, Any]]:
 
 
 def checked(tool: str, arguments: object) -> dict[str, Any]:
-    """Return the input of `tool` in its schema's types, without what was left out or null.
+    """Return the input of `tool` in its schema's types, without parameters that are absent or null.
 
-    Raises `ToolFailure` with all that is wrong with it.
+    Raises `ToolFailure` with all errors.
     """
     schema = TOOLS[tool]
     properties: dict[str, Any] = schema["properties"]
     if not isinstance(arguments, dict):
-        arguments = {}  # then what is required is missing
+        arguments = {}  # then the required parameters are missing
     wrong = [
         f"The required parameter `{name}` is missing" for name in schema["required"] if name not in arguments
     ]
@@ -217,7 +214,7 @@ def checked(tool: str, arguments: object) -> dict[str, Any]:
     return found
 
 
-# parameters that name files, by one way or another
+# parameters that contain file names
 _NAMING = ("file_path", "pattern", "path", "glob", "type")
 
 
@@ -249,7 +246,7 @@ _DIGITS = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def _taken(kind: str, value: object) -> Any:
-    """Return `value` as `kind`, leniently, or None if it is none."""
+    """Convert `value` to `kind`, leniently; None if that is impossible."""
     if kind == "string":
         return value if isinstance(value, str) else None
     if kind == "boolean":
@@ -272,7 +269,7 @@ def _taken(kind: str, value: object) -> Any:
 
 
 def _wanted(kind: str, value: object) -> str:
-    """Return the name of the type `kind` for the error about `value`."""
+    """Return the name of the type `kind` for an error about `value`."""
     if kind != "integer":
         return kind
     return "int" if isinstance(value, float) else "number"

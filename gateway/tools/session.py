@@ -1,4 +1,4 @@
-"""Tool sessions: their lifetime, working directory, and the state in which each file was last seen."""
+"""Tool sessions: their lifetime, working directory, and the last seen state of each file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gateway.errors import InvalidParams, RateLimited
 from gateway.settings import Settings
 from gateway.tools.answer import Seen
 
-# what is kept of a file beside its path
+# bytes kept for a file besides its path
 _SEEN: Final = 200
-# seconds after which a session in use may have become idle
+# seconds after which a busy session may have become idle
 _RETRY_AFTER: Final = 30
 
 
 class ToolSession:
     """What the calls of one agent share.
 
-    `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` a file that is
-    there must have been read before it is changed. At most `maximum` files in `kept_bytes` are remembered:
-    the one that was used longest ago is forgotten first and counts as not read. `last_used` is in seconds of
-    `time.monotonic`. `life` says what the session ends with: this one call, its connection, or, where it has
-    a name, disuse; `ended` that it has. `holders` counts the connections and calls that use one with a name.
+    `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` an existing file
+    must be read before it is changed. At most `maximum` files in `kept_bytes` are remembered: the least
+    recently used is forgotten first, and then counts as not read. `last_used` is in seconds of
+    `time.monotonic`. `life` says when the session ends: with its call, with its connection or, if it has a
+    name, after disuse. `holders` counts the connections and calls that use a named one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ToolSession:
         return found
 
     def remember(self, path: str, seen: Seen) -> None:
-        """Note the state of a file as it was seen last."""
+        """Record the state of a file that was just seen."""
         if path not in self._seen:
             self._bytes += _SEEN + len(path)
         self._seen[path] = seen
@@ -63,30 +63,29 @@ class ToolSession:
 
 
 class Background(Protocol):
-    """What runs on between the calls of a session: `gateway.shells` implements it."""
+    """The background commands of sessions; `gateway.shells` implements it."""
 
     def busy(self, session: ToolSession) -> bool:
-        """Say whether something of a session runs."""
+        """Return whether anything of a session runs."""
         ...
 
     async def end(self, session: ToolSession) -> None:
-        """End what a session left running; return when nothing of it is left."""
+        """End everything that a session left running, and wait for it."""
         ...
 
 
 class Sessions:
-    """The tool sessions with a name, of all tenants. Used from the event loop only.
+    """The named tool sessions of all tenants. Used from the event loop only.
 
-    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. When there is no room, the
-    session used longest ago makes room: of the tenant itself or, for the gateway's limit, of the tenant with
-    most. One that is in use never does. Use as an async context manager: unused sessions end while it is
-    open.
+    A tenant has at most `max_tenant_sessions` and the gateway `max_sessions`. At the limit, the least
+    recently used session ends: the tenant's own or, for the gateway's limit, one of the tenant with most. One
+    in use never does. Use as an async context manager: unused sessions end while it is open.
     """
 
     def __init__(self, background: Background, settings: Settings) -> None:
         self._background = background
         self._settings = settings
-        # of each tenant, the one that was used longest ago first
+        # by tenant, least recently used first
         self._of: defaultdict[str, OrderedDict[str, ToolSession]] = defaultdict(OrderedDict)
         self._sweeper: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -103,10 +102,10 @@ class Sessions:
     def open(
         self, tenant: str, name: str | None, read_before_write: bool, *, lasting: bool = False
     ) -> ToolSession:
-        """Return the tenant's session of that name, or one of its own for a caller without a name.
+        """Return the tenant's session of that name, or a new one for a caller without a name.
 
-        Such a one is for a single call, or, where it is `lasting`, until its owner calls `leave`. Raises
-        `RateLimited` if there is no room for another with a name.
+        An unnamed one is for a single call or, if `lasting`, until its owner calls `leave`. Raises
+        `RateLimited` if there is no room for another named one.
         """
         if name is None:
             life: Literal["call", "connection"] = "connection" if lasting else "call"
@@ -126,7 +125,7 @@ class Sessions:
         return found
 
     async def leave(self, session: ToolSession) -> None:
-        """End a session with its connection; one with a name stays until it is unused for long."""
+        """End a session with its connection; a named one stays until it has been unused for long."""
         if session.life == "named":
             session.holders -= 1
             session.last_used = time.monotonic()
@@ -134,19 +133,19 @@ class Sessions:
             await self._background.end(session)
 
     async def end(self, session: ToolSession) -> None:
-        """End a session; return when nothing of it runs. The next one of its name is a new one."""
+        """End a session and all that it runs. The next one of its name is a new one."""
         for tenant, named in list(self._of.items()):
             for name in [name for name, one in named.items() if one is session]:
                 self._take(tenant, name)
         await self._background.end(session)
 
     async def end_named(self, tenant: str, name: str) -> None:
-        """End the tenant's session of that name, if there is one."""
+        """End the tenant's session of that name, if it exists."""
         if tenant in self._of and (session := self._of[tenant].get(name)) is not None:
             await self.end(session)
 
     def forget(self, tenant: str) -> None:
-        """Forget a tenant that is destroyed: the next one of its name has no sessions."""
+        """Forget a destroyed tenant, so that the next one of its name has no sessions."""
         for name in list(self._of.get(tenant, ())):
             self._end(tenant, name)
 
@@ -159,7 +158,7 @@ class Sessions:
         settings, mine = self._settings, len(self._of.get(tenant, ()))
         if mine >= settings.max_tenant_sessions and not self._drop(tenant):
             raise RateLimited(
-                "all tool sessions of this tenant are in use; end one by session/end",
+                "all tool sessions of this tenant are in use; end one with session/end",
                 limit=settings.max_tenant_sessions,
                 retry_after=_RETRY_AFTER,
             )
@@ -176,7 +175,7 @@ class Sessions:
         )
 
     def _drop(self, tenant: str) -> bool:
-        """End the tenant's session that was used longest ago; return False where all are in use."""
+        """End the tenant's least recently used session; return False if all are in use."""
         for name, session in self._of.get(tenant, OrderedDict()).items():
             if not session.holders and not self._background.busy(session):
                 self._end(tenant, name)
@@ -189,7 +188,7 @@ class Sessions:
         self._sweeper = asyncio.get_running_loop().call_later(pause, self._sweep)
 
     def _expire(self, now: float) -> None:
-        """End the sessions that were not used for long."""
+        """End the sessions that have not been used for long."""
         for tenant, named in list(self._of.items()):
             for name in [name for name, session in named.items() if self._unused(session, now)]:
                 self._end(tenant, name)

@@ -1,7 +1,7 @@
 """The texts of Claude Code's Bash, BashOutput and KillShell: results, exit codes, cuts.
 
-Texts and quirks of Bash are those of version 2.1.331, those of the two others of 2.0.50, the last that had
-them. What runs the commands is `gateway.shells`.
+Texts and quirks of Bash are those of version 2.1.331; of the other two, 2.0.50, the last that had them.
+`gateway.shells` runs the commands.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import orjson
 
 from gateway.tools.answer import Answer, ToolFailure
 
-RESULT_MAX: Final = 30_000  # characters of a result; of more only a preview is shown
+RESULT_MAX: Final = 30_000  # characters of a result; of a longer one only a preview is shown
 ERROR_MAX: Final = 10_000  # characters of a failed command's result, half from each end
 PREVIEW: Final = 2_000  # characters
-# bytes of which the beginning and the end are kept in memory; both cuts above fit, at 4 bytes a character
+# bytes of beginning and end kept in memory, enough for both cuts above at 4 bytes a character
 KEPT: Final = 4 * RESULT_MAX
 SILENT: Final = "(Bash completed with no output)"
 
-# The command is evaluated without descriptor 3, so nothing that it starts can hold it open or write to it.
-# Where it succeeds, the shell reports where it stands; one that ends by `exit` or `exec` says nothing.
+# The command runs without descriptor 3, so nothing that it starts can hold it open or write to it.
+# If it succeeds, the shell reports its folder; after `exit` or `exec` it cannot.
 SCRIPT: Final = (
     'eval "$1" 3>&- </dev/null; __gateway_status=$?; '
     "[ $__gateway_status -ne 0 ] || builtin pwd -P >&3 2>/dev/null; builtin exit $__gateway_status"
 )
 
-# Programs whose exit code 1 is an answer and no failure, and what it says.
+# Programs whose exit code 1 is an answer, not a failure, and its meaning.
 _ANSWERS: Final[Mapping[str, str]] = {
     "grep": "No matches found",
     "egrep": "No matches found",
@@ -48,7 +48,7 @@ _TERMINATED: Final = 128 + 15
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """What a command printed. `whole` says that `head` is all of it; `file` is where all of it lies.
+    """A command's output. `whole` says that `head` is all of it; `file` is the file with all of it.
 
     `size` is in bytes, `characters` the same in characters. `head` and `tail` are its two ends.
     """
@@ -62,19 +62,19 @@ class Printed:
 
 
 def trimmed(text: str) -> str:
-    """Return a command's output without the blank lines in front and the white space at its end."""
+    """Return a command's output without leading blank lines and trailing white space."""
     return re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
 
 
 def needs_file(printed: Printed) -> bool:
-    """Say whether a result shows less than all of the output, so that it must be readable elsewhere."""
+    """Return whether a result shows only a part of the output, so that it needs a file."""
     return not printed.whole or len(trimmed(printed.head)) > RESULT_MAX
 
 
 def finished(
     command: str, printed: Printed, code: int, notes: tuple[str, ...], facts: Mapping[str, Any]
 ) -> Answer:
-    """Return the result of a command that has ended by itself. `notes` are lines after its output."""
+    """Return the result of a command that ended by itself. `notes` are lines after its output."""
     meaning = interpretation(command, code)
     structured: dict[str, Any] = {**facts, "size": printed.size, "truncated": False}
     if printed.file is not None:
@@ -128,12 +128,12 @@ def _size(size: int) -> str:
 
 
 def interpretation(command: str, code: int) -> str | None:
-    """Return what exit code 1 says where the command's last program answers by it, else None."""
+    """Return the meaning of exit code 1 for the command's last program, None if it is a failure."""
     return _ANSWERS.get(_last_program(command)) if code == 1 else None
 
 
 def _last_program(command: str) -> str:
-    """Return the name of the program that a command line runs last, by a look at its words alone."""
+    """Return the name of the program that a command line runs last, judged by its words only."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=";|&()<>\n")
     lexer.whitespace = " \t\r"
     lexer.commenters = ""
@@ -150,7 +150,7 @@ def _last_program(command: str) -> str:
 
 
 def moved(text: str, shell_id: str, file: str | None, seconds: float, facts: Mapping[str, Any]) -> Answer:
-    """Return the result of a command that outlived its timeout and goes on. `text` is what it printed."""
+    """Return the result of a command that continues after its timeout. `text` is its output."""
     limit = int(seconds + 0.5)
     words = (
         f"Command did not complete within its {limit}s timeout and was moved to the background "
@@ -179,7 +179,7 @@ def _following(file: str | None) -> str:
 
 
 def timed_out(printed: Printed, seconds: float, facts: Mapping[str, Any]) -> Answer:
-    """Return the result of a command that was ended at its timeout, because it could not go on."""
+    """Return the result of a command that was ended at its timeout, because it could not continue."""
     notes = (f"Command timed out after {int(seconds + 0.5)}s and was ended.",)
     answer = finished("", printed, _TERMINATED, notes, facts)
     return Answer(answer.content, {**answer.structured, "code": "timeout"}, True, "timeout")

@@ -1,4 +1,4 @@
-"""The forms in which text lies in a file: byte order marks, UTF-8 and UTF-16, line ends, NULs."""
+"""How text is stored in a file: byte order marks, UTF-8 and UTF-16, line ends, NULs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUL_WINDOW = 8192  # bytes at a file's start in which a NUL makes it binary, as
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file's text with LF line ends, and what is needed to write it back as it was."""
+    """A file's text with LF line ends, and what it takes to write it back in the same form."""
 
     text: str
     mark: bytes
@@ -24,7 +24,7 @@ class Text:
 
     @property
     def flaw(self) -> str:
-        """Return why nothing may be written to the file, as Claude Code says it; nothing if it may."""
+        """Return why the file must not be written, in Claude Code's words; empty if it may."""
         if self.mark == _UTF16_BIG_MARK:
             return "File is UTF-16 big-endian (it starts FE FF), which these tools cannot write"
         if self.has_nul:
@@ -40,7 +40,7 @@ class Text:
         return ""
 
     def encode(self, text: str) -> bytes:
-        """Return `text`, which has LF line ends, in this file's form."""
+        """Encode `text`, which has LF line ends, in this file's form."""
         if self.crlf:
             text = text.replace("\n", "\r\n")
         return self.mark + text.encode(self.encoding)
@@ -49,7 +49,7 @@ class Text:
 def decode(data: bytes) -> Text:
     """Decode a file. Invalid bytes become U+FFFD, and `valid` is False.
 
-    CRLF becomes LF; a file with both has the form of its more frequent line end.
+    CRLF becomes LF; a file with both takes the form of its more frequent line end.
     """
     mark, encoding = b"", "utf-8"
     if data.startswith(_UTF8_MARK):
@@ -58,7 +58,7 @@ def decode(data: bytes) -> Text:
         mark, encoding = _UTF16_MARK, "utf-16-le"
     body = data[len(mark) :] if mark else data
     if encoding == "utf-16-le":
-        body = body[: len(body) & ~1]  # half a character at the end is none
+        body = body[: len(body) & ~1]  # ignore half a character at the end
     elif data.startswith(_UTF16_BIG_MARK):
         mark = _UTF16_BIG_MARK
     valid = True
@@ -75,7 +75,7 @@ def decode(data: bytes) -> Text:
     return Text(text, mark, encoding, crlf, valid, has_nul)
 
 
-# JavaScript's white space but the ends of lines
+# JavaScript's white space without line ends
 _PLAIN = "\t\v\f "
 _WHITE = (
     _PLAIN
@@ -83,15 +83,15 @@ _WHITE = (
     + "".join(map(chr, range(0x2000, 0x200B)))
     + "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
-_TRAILING = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]++(?=[\r\n]|\Z)")  # from its own beginning alone: linear
+_TRAILING = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]++(?=[\r\n]|\Z)")  # only at its beginning: linear
 
 
 def trimmed(path: str, text: str) -> str:
-    """Return what a model wrote without white space at the ends of lines, but where it means something."""
+    """Return a model's text without trailing white space, except where it has a meaning."""
     if path.lower().endswith((".md", ".mdx")):
         return text
     white = _PLAIN if text.isascii() else _WHITE
-    # Nearly all that is written has none, which a few searches for two characters tell.
+    # Most texts have none, as a few searches for two characters show.
     if not text.endswith(tuple(white)) and not any(char + end in text for char in white for end in "\r\n"):
         return text
     return _TRAILING.sub("", text)

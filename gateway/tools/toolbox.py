@@ -1,7 +1,7 @@
-"""Calls the tools: checks scopes, finds the session, makes each call once, and publishes events.
+"""Calls of tools: checks scopes, finds the session, runs each call once, and publishes events.
 
-Connection, HTTP and MCP call tools through it; it finds the tenant's files and hands the call to the room
-that runs it.
+The websocket, HTTP and MCP call tools through it. It finds the tenant's files and passes the call to the
+package that runs it.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _SCOPES: Final[Mapping[str, str]] = {
     "BashOutput": "exec",
     "KillShell": "exec",
 }
-# the parts of a call's input that its events have; never contents
+# the parts of a call's input that its events contain; never contents of files
 _TOLD: Final = (
     *("file_path", "path", "pattern", "glob", "type", "output_mode"),
     *("command", "description", "bash_id", "shell_id", "filter"),
 )
-_VALUES_MAX: Final = 256  # in lists and objects of one input: no tool of ours takes any
+_VALUES_MAX: Final = 256  # values in lists and objects of one input; no tool here takes any
 _WRITES: Final = frozenset({"Write", "Edit"})
-# what may leave something behind that outlives the gateway
+# tools whose effects may outlast the gateway
 _LASTING: Final = _WRITES | {"Bash"}
 
 
@@ -75,13 +75,13 @@ class _Running:
         self.digest = digest
         self._lingering: asyncio.TimerHandle | None = None
         self._waiting: set[asyncio.Future[ToolResult]] = set()
-        self._asked = 0.0  # until when a caller that left may ask again
+        self._asked = 0.0  # until when a caller that left may return
         self.work = begin(self._do(work))
         self.work.add_done_callback(self._over)
 
     async def _do(self, work: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
         result = await work()
-        # not by the end of this task, of which is told a turn of the loop later
+        # not when this task ends, which others see one turn of the loop later
         self._tell(lambda one: one.set_result(result))
         return result
 
@@ -99,10 +99,10 @@ class _Running:
                 how(one)
 
     async def result(self, linger: float) -> ToolResult:
-        """Wait for the result. `linger` seconds after its last caller has left, the work is ended.
+        """Wait for the result. The work is ended `linger` seconds after its last caller has left.
 
-        Of several callers that left, the one with the longest `linger` counts. Raises what the work raises,
-        and `Cancelled` if it was given up.
+        Of several callers that left, the longest `linger` counts. Raises what the work raises, and
+        `Cancelled` if it was given up.
         """
         if self.work.done():
             if self.work.cancelled():
@@ -126,7 +126,7 @@ class _Running:
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Refuse what no tool takes: a list of lists takes thirty times the memory of its text.
+    """Refuse deep or large inputs that no tool takes: a list of lists takes thirty times its text's memory.
 
     Raises `InvalidParams`.
     """
@@ -145,7 +145,7 @@ def _given_up() -> Cancelled:
 
 
 class ShellTools(Background, Protocol):
-    """What runs Bash, BashOutput and KillShell; `gateway.shells` does."""
+    """Runs Bash, BashOutput and KillShell; `gateway.shells` implements it."""
 
     async def call(
         self,
@@ -160,7 +160,7 @@ class ShellTools(Background, Protocol):
 
 
 class Turns(Protocol):
-    """Keeps account of what calls may have changed; `gateway.history` does."""
+    """Records what calls may have changed; `gateway.history` implements it."""
 
     def during(
         self, root: FilesystemRoot, session: ToolSession, tool: str, arguments: Mapping[str, Any], by: str
@@ -175,7 +175,7 @@ class Turns(Protocol):
 class Toolbox:
     """The tools of every tenant, their sessions and their idempotency. Used from the event loop only.
 
-    Use as an async context manager, which is that of its sessions too.
+    Use as an async context manager; it opens and closes its sessions too.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Toolbox:
         return descriptions()
 
     def scope(self, tool: str) -> str:
-        """Return the scope that `tool` needs. Raises `NotFound` for one that there is not."""
+        """Return the scope that `tool` needs. Raises `NotFound` for an unknown one."""
         try:
             return _SCOPES[tool]
         except KeyError:
@@ -238,10 +238,11 @@ class Toolbox:
     ) -> ToolResult:
         """Run one tool; with a `call_id` that was used before, return the result of that call.
 
-        A call with an id outlives its caller by `linger` seconds, at most and by default `call_linger`, so
-        that a client whose connection broke can repeat it. `give_up` ends it. Raises `Conflict` if the id was
-        used with another input, `Cancelled` if it was cancelled, `Gone` if an earlier process of the gateway
-        ended during the call, `StoreFailed` if it cannot be recorded, and what `FileTools.call` raises.
+        A call with an id continues for `linger` seconds after its caller has left (at most and by default
+        `call_linger`), so that a client whose connection broke can repeat it. `give_up` ends it. Raises
+        `Conflict` if the id was used with another input, `Cancelled` if it was cancelled, `Gone` if the
+        gateway was restarted during the call, `StoreFailed` if it cannot be recorded, and what
+        `FileTools.call` raises.
         """
         _check(arguments)
         if call_id is None:
@@ -272,7 +273,7 @@ class Toolbox:
         arguments: Mapping[str, Any],
         by: str,
     ) -> ToolResult:
-        """Make a call and keep what came of it under its id."""
+        """Make a call and store its result under its id."""
         tenant, _, call_id = key
         if name not in _LASTING:
             result = await self._call(tenant, session, name, arguments, by, call_id)
@@ -282,12 +283,12 @@ class Toolbox:
         try:
             result = await self._call(tenant, session, name, arguments, by, call_id)
         except asyncio.CancelledError:
-            await asyncio.shield(self._idempotency.fence(key))  # some of it may have happened
+            await asyncio.shield(self._idempotency.fence(key))  # it may have had some effect
             raise
         except (Unavailable, Timeout):
-            raise  # it is not known whether it happened: it stays begun
+            raise  # unknown whether it had an effect: it stays recorded as begun
         except GatewayError:
-            await self._idempotency.forget(key)  # it did not happen: it may be made again
+            await self._idempotency.forget(key)  # it had no effect: it may be repeated
             raise
         try:
             await self._idempotency.finish(key, digest, result.packed())
@@ -296,14 +297,14 @@ class Toolbox:
         return result
 
     async def give_up(self, tenant: str, call_id: str) -> None:
-        """End a call that runs under this id, for everybody; return when nothing of it is left."""
+        """End the call that runs under this id, for all callers, and wait until it has ended."""
         running = self._running.get((tenant, "call", call_id))
         if running is not None and not running.work.done():
             running.work.cancel()
             await asyncio.wait([running.work])
 
     async def fence(self, tenant: str, call_id: str) -> None:
-        """Cancel whatever is asked for under this id, also where it comes only later."""
+        """Cancel the call under this id, even if it arrives only later."""
         await self.give_up(tenant, call_id)
         await self._idempotency.fence((tenant, "call", call_id))
 
@@ -326,7 +327,7 @@ class Toolbox:
         if name == "Bash":
             started["exec"] = exec_id = f"x-{secrets.token_hex(8)}"
         self._bus.publish("tool.started", tenant, started)
-        session.holders += 1  # it makes no place for another meanwhile
+        session.holders += 1  # it must not make room for another meanwhile
         outcome: dict[str, Any] = {"isError": True, "code": "cancelled"}
         try:
             root = await self._runtime.filesystem(tenant)

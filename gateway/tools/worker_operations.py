@@ -1,4 +1,4 @@
-"""The file tools' and the editor's operations, as a worker serves them. See `gateway.rootfs.operation`."""
+"""The operations that a worker serves, for file tools and the editor; see `gateway.rootfs.operation`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SEARCHES = ("Glob", "Grep")
 
 
 def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
-    """Hold an input to the limits of searches; all that there is becomes as much as is returned at once."""
+    """Apply the limits of searches to an input; a request for everything becomes one for the maximum."""
     for field in ("pattern", "glob", "type"):
         if len(given.get(field, "")) > limits.pattern_max:
             words = f"The parameter `{field}` has over {limits.pattern_max} characters."
@@ -49,10 +49,12 @@ def _bound(tool: str, given: dict[str, Any], limits: Limits) -> None:
 
 def _bounded(tool: str, reply: bytes, limits: Limits) -> bytes:
     """Return the reply of a search, or one that says that it is too large."""
-    room = 3 * limits.result_max  # what was found is in it as text and as data, with JSON's own escapes
+    room = 3 * limits.result_max  # it contains the matches twice, as text and as data, with JSON's escapes
     if len(reply) <= room:
         return reply
-    words = f"The result exceeds {limits.result_max} bytes. Narrow the search, or ask for less by head_limit."
+    words = (
+        f"The result exceeds {limits.result_max} bytes. Narrow the search, or ask for less with head_limit."
+    )
     return ToolFailure("too_large", words, tagged=False, limit=limits.result_max).answer().encode()
 
 
@@ -82,7 +84,7 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
         except GatewayError as error:
             answer = failure(name, error).answer()
         except OSError as error:
-            # A descriptor that failed after it was opened: the disk, a quota, a folder taken away.
+            # An error after opening: the disk, a quota, a removed folder.
             answer = failure(name, refusal(error)).answer()
         return answer.encode()
 
@@ -90,13 +92,13 @@ def _operation(name: str, tool: Callable[[Call], Answer]) -> Operation:
 
 
 def idle() -> None:
-    """Let go of what is kept between calls. Called by a worker after a while without one."""
+    """Drop caches between calls. A worker calls it after a while without calls."""
     contents.forget()
     walk.forget()
     compiled.cache_clear()
 
 
-# One table, because one worker of a tenant does all its writes, the tools' and the editor's, in turn.
+# One table, because one worker does all writes of a tenant, the tools' and the editor's, in turn.
 OPERATIONS: dict[str, Operation] = {
     **{name: _operation(name, tool) for name, tool in _TOOLS.items()},
     **handlers.OPERATIONS,

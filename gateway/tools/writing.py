@@ -29,12 +29,12 @@ _KEPT_FORM = (
     " UTF-8 text anyway, delete it first, then Write it."
 )
 _UNREAD = "File has not been read yet. Read it first before writing to it."
-_ATTEMPTS = 5  # of an edit whose file the tenant keeps changing
+_ATTEMPTS = 5  # tries of an edit while the tenant keeps changing the file
 _PLAIN = Text("", b"", "utf-8", False, True, False)
 
 
 class _Target:
-    """The place of a file: its open folder, its name, and the regular file that is there, if one is."""
+    """The location of a file: its open folder, its name, and the existing regular file, if any."""
 
     def __init__(self, call: Call, path: str, *, create: bool, made: list[Made]) -> None:
         self.call = call
@@ -71,7 +71,7 @@ class _Target:
         return status
 
     def _link(self) -> Exception:
-        """Return the refusal for a link, which depends on what it leads to."""
+        """Return the refusal for a link, which depends on its target."""
         call, shown = self.call, self.call.absolute(self.path)
         try:
             os.close(call.root.open(self.path, FOLDER))
@@ -94,7 +94,7 @@ class _Target:
         return ToolFailure("not_a_file", words, tagged=False)
 
     def read(self) -> bytes:
-        """Return the bytes of the file that is there."""
+        """Return the content of the existing file."""
         assert self.old is not None
         limit = self.call.limits.write_max
         if self.old.st_size > limit:
@@ -115,11 +115,11 @@ class _Target:
 
 
 class _Directory(Exception):
-    """The name is a folder's."""
+    """The name is that of a folder."""
 
 
 def _modified(call: Call, now: os.stat_result, data: bytes | None) -> bool:
-    """Say whether the file is another than the session saw; a mere touch of the same bytes is not."""
+    """Return whether the file's content has changed since the session saw it."""
     seen = call.seen
     if seen is None or seen.etag == etag(now):
         return False
@@ -178,10 +178,10 @@ def _write(call: Call, given: str, path: str, content: str, made: list[Made]) ->
         form = _PLAIN
         old = target.old
         if old is not None:
-            # A notebook is always to be read first: it is shown as something else than what it is written as.
+            # A notebook must always be read first, since Read shows it in another form than is written.
             if call.seen is None and (call.read_first or path.endswith(".ipynb")):
                 raise ToolFailure("stale_read", _UNREAD)
-            # What is there decides the form of what is written, unless it is too large to be looked at.
+            # The existing file decides the encoding and line ends, unless it is too large to read.
             data = target.read() if old.st_size <= call.limits.write_max else None
             if _modified(call, old, data):
                 raise ToolFailure("stale_read", STALE)

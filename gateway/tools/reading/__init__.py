@@ -1,4 +1,4 @@
 """Claude Code's Read: numbered text, images, PDFs, notebooks; texts of version 2.1.331.
 
-From outside: `read.read`. All of it runs inside workers.
+Other packages use `read.read`. All of it runs inside workers.
 """

@@ -1,4 +1,4 @@
-"""Read's answer from an image: the picture, scaled down where Pillow is there."""
+"""Read for images: the image, scaled down if Pillow is installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gateway.rootfs.root import etag, read_all
 from gateway.tools.answer import Answer, ToolFailure, base64
 from gateway.tools.call import Call, failure
 
-IMAGE_MAX = 3_750_000  # bytes of an image; the Messages API takes 5 MB of base64
-IMAGE_SIDE_MAX = 2000  # pixels; larger ones are scaled down where Pillow is there
+IMAGE_MAX = 3_750_000  # bytes of an image; the Messages API takes at most 5 MB of base64
+IMAGE_SIDE_MAX = 2000  # pixels; larger ones are scaled down if Pillow is installed
 
 
 def _scaler() -> Callable[[bytes, str, int, int], tuple[bytes, str, bool]] | None:
@@ -67,7 +67,7 @@ def _not_an_image(absolute: str, detected: str) -> ToolFailure:
 
 
 def image_type(data: bytes) -> str | None:
-    """Return the MIME type that the first bytes show, of the four that models take."""
+    """Return the MIME type by the first bytes, if it is one of the four that models take."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -80,7 +80,7 @@ def image_type(data: bytes) -> str | None:
 
 
 def _fitting(data: bytes, kind: str) -> tuple[bytes, str, bool]:
-    """Scale an image down to what models take, where Pillow is installed; else return it as it is.
+    """Scale an image down to what models take, if Pillow is installed; otherwise return it unchanged.
 
     Raises what `images.scale` does.
     """
@@ -90,7 +90,7 @@ def _fitting(data: bytes, kind: str) -> tuple[bytes, str, bool]:
 
 
 def _looks_like(data: bytes) -> str:
-    """Say what lies in a file that is no image, from its first bytes."""
+    """Describe a file that is not an image, by its first bytes."""
     head = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in data[:32])
     begins, lower = f'(starts with "{head[:24]}")', head.lower()
     if "<!doctype" in lower or "<html" in lower:

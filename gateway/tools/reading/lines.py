@@ -1,4 +1,4 @@
-"""Read's answer from a text: numbered lines, whole or a range."""
+"""Read for text: numbered lines, the whole file or a range."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gateway.tools.answer import Answer, Seen, ToolFailure, text
 from gateway.tools.call import Call
 from gateway.tools.texts import Text, decode
 
-TOKENS_MAX = 25_000  # of one answer, as in Claude Code
-PAGE_SHARE = 0.85  # of the tokens that fit; the first page of a larger file keeps clear of the bound
+TOKENS_MAX = 25_000  # tokens of one answer, as in Claude Code
+PAGE_SHARE = 0.85  # share of those tokens for the first page of a larger file, to stay clear of the limit
 BYTES_PER_TOKEN = 4  # our estimate; the real count needs the model's tokeniser
 _CHUNK = 1 << 18
 NARROWER = (
@@ -28,11 +28,11 @@ NARROWER = (
 def near(
     call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int, most: int
 ) -> Answer:
-    """Answer from a file that is read whole."""
+    """Answer from a file that was read completely."""
     data = read_all(descriptor, status.st_size, most)
     facts: dict[str, Any] = {"path": call.absolute(path), "size": status.st_size, "etag": etag(status)}
     form = decode(data)
-    body = form.text.removesuffix("\r")  # as if it were the half of a last line end
+    body = form.text.removesuffix("\r")  # as if it were half of a final CRLF
     lines = body.split("\n")
     total = len(lines)
     first = max(offset - 1, 0)
@@ -58,7 +58,7 @@ def near(
             raise _too_many_tokens(tokens)
         shown, count = _first_page(call, path, taken, tokens)
         taken = taken[:count]
-        # what was cut short counts as not read
+        # a cut file counts as not read
         return text(shown + _refused_forms(form), {**facts, "startLine": 1, "lines": count})
     facts |= {"startLine": number, "lines": len(taken)}
     return text(shown + _refused_forms(form), facts, seen=seen)
@@ -69,7 +69,7 @@ def _tokens(lines: list[str]) -> int:
 
 
 def _bare(shown: str) -> str:
-    """Take the carriage return off the end of each line."""
+    """Remove the carriage return at the end of each line."""
     return shown.replace("\r\n", "\n").removesuffix("\r")
 
 
@@ -82,7 +82,7 @@ def _shorter(offset: int, total: int) -> str:
 
 
 def _refused_forms(form: Text) -> str:
-    """Return the note that goes with a file which Edit and Write refuse; nothing for others."""
+    """Return the note for a file that Edit and Write refuse; empty for others."""
     flaw = form.flaw
     if not flaw:
         return ""
@@ -94,9 +94,9 @@ def _refused_forms(form: Text) -> str:
 
 
 def _first_page(call: Call, path: str, lines: list[str], tokens: int) -> tuple[str, int]:
-    """Return the page of whole lines that surely fits, with the note that says so, and how many they are.
+    """Return a first page of whole lines that fits, with a note, and the number of lines.
 
-    Of a first line that alone is more its beginning is shown.
+    If the first line alone is too long, its beginning is shown.
     """
     share = TOKENS_MAX / tokens * PAGE_SHARE
     count = int(len(lines) * share)
@@ -125,9 +125,9 @@ def _too_many_tokens(tokens: int) -> ToolFailure:
 def far(call: Call, path: str, descriptor: int, status: os.stat_result, offset: int, limit: int) -> Answer:
     """Answer a range of a file that is too large to be read whole.
 
-    Lines before the range are only counted; what is a hole on disk has none and is skipped.
+    Lines before the range are only counted. Holes of a sparse file contain none and are skipped.
     """
-    line = 1  # the number of the line that begins at, or goes on from, `position`
+    line = 1  # the number of the line at `position`
     position = 0
     while line < offset:
         if time.monotonic() > call.deadline:

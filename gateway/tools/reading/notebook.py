@@ -1,4 +1,4 @@
-"""Read's answer from a Jupyter notebook (nbformat 4): its cells and their outputs."""
+"""Read for Jupyter notebooks (nbformat 4): the cells and their outputs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _language(notebook: dict[str, Any]) -> str:
 
 
 def _blocks(cells: list[dict[str, Any]], language: str) -> list[dict[str, Any]]:
-    """Return one text block for neighbouring texts and one block for each image, in their order."""
+    """Return one block for each run of texts and one for each image, in order."""
     blocks: list[dict[str, Any]] = []
 
     def add(words: str) -> None:
@@ -95,7 +95,7 @@ def _blocks(cells: list[dict[str, Any]], language: str) -> list[dict[str, Any]]:
 
 
 def _output(output: object) -> list[str | dict[str, Any]]:
-    """Return what one output of a cell shows: texts, and images as blocks."""
+    """Return one output of a cell: texts, and images as blocks."""
     if not isinstance(output, dict):
         return []
     match output.get("output_type"):

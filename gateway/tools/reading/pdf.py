@@ -1,4 +1,4 @@
-"""Read's answer from a PDF: its pages as images, or the document where nothing can draw them."""
+"""Read for PDFs: the pages as images, or the document itself if there is no renderer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.tools.call import Call, failure
 from gateway.tools.reading.image import IMAGE_SIDE_MAX
 
 PDF_WHOLE_MAX = 10  # pages of a PDF that is shown whole, as in Claude Code
-PDF_RESULT_MAX = 10 << 20  # bytes of all pages of one answer; base64 and a frame's limit are above it
+PDF_RESULT_MAX = 10 << 20  # bytes of all pages of one answer; it fits into a frame as base64
 _PAGES = re.compile(r"(\d{1,6})(-(\d{1,6})?)?", re.ASCII)
 _PAGE_MAX = 10**6
 
@@ -29,7 +29,7 @@ except ImportError:  # an extra
 def pdf(
     call: Call, path: str, pages: tuple[int, int] | None, descriptor: int, status: os.stat_result
 ) -> Answer:
-    """Answer with pages of the document as images; as a whole where there is nothing to show them with."""
+    """Answer with pages of the document as images; without a renderer, with the document itself."""
     limit = call.limits.pdf_max
     if status.st_size > limit:
         raise failure("Read", TooLarge("the PDF is too large", size=status.st_size, limit=limit))
@@ -51,8 +51,8 @@ def pdf(
         if pages is not None:
             raise ToolFailure(
                 "unavailable",
-                "Reading pages of a PDF needs a renderer, which is not installed on this gateway: whoever "
-                "runs it can install the extra `pdf`.",
+                "Reading pages of a PDF needs a renderer, which is not installed on this gateway: its "
+                "operator can install the extra `pdf`.",
                 tagged=False,
             )
         resource = {"uri": f"file://{absolute}", "mimeType": "application/pdf", "blob": base64(data)}
@@ -83,7 +83,7 @@ def pdf(
 
 
 def page_range(text: str, limit: int) -> tuple[int, int]:
-    """Return the first and last page of what the parameter `pages` asks for."""
+    """Return the first and last page in the parameter `pages`."""
     match = _PAGES.fullmatch(text.strip())
     first = int(match[1]) if match else 0
     last = int(match[3] or _PAGE_MAX) if match and match[2] else first
@@ -103,7 +103,7 @@ def page_range(text: str, limit: int) -> tuple[int, int]:
 
 
 def _shown_pages(pages: tuple[int, int] | None, wanted: str | None, total: int, limit: int) -> range:
-    """Return the numbers of the pages that are shown of a document that has `total`."""
+    """Return the numbers of the pages to show of a document with `total` pages."""
     if pages is None:
         if total > min(PDF_WHOLE_MAX, limit):
             raise ToolFailure(

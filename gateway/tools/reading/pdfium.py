@@ -1,7 +1,7 @@
-"""Draws the pages of a PDF as images. Needs pypdfium2 and Pillow (the extra `pdf`).
+"""Render the pages of a PDF as images. Needs pypdfium2 and Pillow (the extra `pdf`).
 
-PDFium is a large parser of hostile input: it runs in the tenant's confined worker alone. It finds no fonts of
-the host there; its own stand in for those that a document does not bring along.
+PDFium is a large parser of hostile input, so it runs only in the tenant's confined worker. The host's fonts
+are not available there; PDFium's own replace those that a document does not embed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import pypdfium2
 import pypdfium2.raw
 from PIL import Image
 
-_DPI = 100  # as Claude Code has pages made
-_QUALITY = 85  # of a JPEG
+_DPI = 100  # as in Claude Code
+_QUALITY = 85  # JPEG quality
 
 # A confined worker can import nothing later.
 Image.preinit()
 
 
 class Locked(Exception):
-    """The document asks for a password."""
+    """The document needs a password."""
 
 
 class Broken(Exception):
-    """What is there is no document that can be shown."""
+    """The document cannot be rendered."""
 
 
 class Document:
@@ -57,7 +57,7 @@ class Document:
                 raise TimeoutError
             try:
                 page = self._document[number - 1]
-                # A page may claim any size; what counts is how many pixels are made of it.
+                # A page may claim any size; only the number of rendered pixels matters.
                 scale = min(_DPI / 72, side / max(*page.get_size(), 1.0))
                 image = page.render(scale=scale, may_draw_forms=False).to_pil()
                 page.close()

@@ -1,4 +1,4 @@
-"""Scales an image down to what models take. Needs Pillow (the extra `images`)."""
+"""Scale an image down to what models take. Needs Pillow (the extra `images`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Image.MAX_IMAGE_PIXELS = _PIXELS_MAX // 2
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/gif": "GIF", "image/webp": "WEBP"}
 
 Image.preinit()
-# A confined worker cannot import later. `preinit` leaves WebP out; the other two are what a JPEG needs that
-# has Exif, or more than one picture, as those of phones have.
+# A confined worker cannot import later. `preinit` leaves WebP out; the other two are for JPEGs with Exif or
+# several pictures, such as those of phones.
 assert ImageFile and MpoImagePlugin and TiffImagePlugin and WebPImagePlugin
 
 
 def scale(data: bytes, kind: str, side: int, maximum: int) -> tuple[bytes, str, bool]:
-    """Return the image with no side over `side` pixels and at most `maximum` bytes where it can be done.
+    """Return the image with no side over `side` pixels and, if possible, at most `maximum` bytes.
 
-    The result is bytes, MIME type and whether it was changed. Raises `ValueError` for what does not decode:
-    a model's API refuses that, and with it the whole conversation. Raises `TooLarge` over `_PIXELS_MAX`.
+    The result is bytes, MIME type and whether it was changed. Raises `ValueError` if it does not decode: a
+    model's API would refuse it, and the whole conversation with it. Raises `TooLarge` over `_PIXELS_MAX`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=[_FORMATS[kind]]) as image:
@@ -42,5 +42,5 @@ def scale(data: bytes, kind: str, side: int, maximum: int) -> tuple[bytes, str, 
             return out.getvalue(), target, True
     except Image.DecompressionBombError:
         raise TooLarge("the image has too many pixels", limit=_PIXELS_MAX) from None
-    except Exception as error:  # Pillow raises nearly anything for bytes that are no image
+    except Exception as error:  # Pillow raises all kinds of errors for invalid images
         raise ValueError("the image does not decode") from error

@@ -1,4 +1,4 @@
-"""Claude Code's Read: which file, what kind, and the words where it cannot be read."""
+"""Claude Code's Read: finds the file and its kind, and has the texts for what cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.tools.reading.notebook import notebook
 from gateway.tools.reading.pdf import page_range, pdf
 
 _IMAGES = {"png", "jpg", "jpeg", "gif", "webp"}
-# What Claude Code refuses by name, without a look at the content.
+# What Claude Code refuses by name, without reading the content.
 # fmt: off
 _BINARY = frozenset(
     {
@@ -33,7 +33,7 @@ _BINARY = frozenset(
 
 
 def read(call: Call) -> Answer:
-    """Answer a Read, by what the name's extension says."""
+    """Answer a Read, by the extension of the name."""
     given: str = call.given["file_path"]
     if given.startswith(("/dev/", "/proc/")):
         raise ToolFailure(
@@ -51,7 +51,7 @@ def read(call: Call) -> Answer:
     stem, dot, extension = name.rpartition(".")
     extension = extension.lower() if dot else ""
     if extension in _BINARY:
-        shown = f".{extension}" if stem else ""  # ".dat" is all name, as its words know
+        shown = f".{extension}" if stem else ""  # ".dat" has no extension, in Claude Code's text too
         raise ToolFailure(
             "binary_file",
             f"This tool cannot read binary files. The file appears to be a binary {shown} file. "

@@ -1,5 +1,5 @@
-"""Glob and Grep: what Claude Code makes of ripgrep, on our own walk and RE2.
+"""Glob and Grep as Claude Code offers them with ripgrep, here with our own walk and RE2.
 
-From outside: `glob.glob`, `grep.grep` and `scan.scan`, which `worker_operations` hands to workers, and the
-globs and ignore files, which `mirroring` shares. All of it runs inside workers.
+Other modules use `glob.glob`, `grep.grep` and `scan.scan` (`worker_operations` runs them in workers), and the
+globs and ignore files (`mirroring`). All of it runs inside workers.
 """

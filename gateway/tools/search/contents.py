@@ -1,4 +1,4 @@
-"""The contents of files that Grep looks into, kept between calls while the file does not change."""
+"""Contents of the files that Grep searches, cached between calls while a file does not change."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from gateway.errors import GatewayError
 from gateway.rootfs.walk import settled
 from gateway.tools.call import Call
 
-FILE_MAX = 16 << 20  # bytes of a file that Grep looks into; larger ones are skipped and counted
-CACHE_MAX = 16 << 20  # bytes of file contents that a worker keeps between two calls
+FILE_MAX = 16 << 20  # bytes of a file that Grep searches; larger ones are skipped and counted
+CACHE_MAX = 16 << 20  # bytes of file contents that a worker caches between calls
 CACHE_FILE_MAX = 1 << 20
 BLOCK = 1 << 16  # bytes that ripgrep reads at once
 
 
-# What was read, as UTF-8, and where its first NUL is, by device, inode, ctime and size. What came first goes
-# first: each search comes by all of it.
+# Contents as UTF-8, and the position of the first NUL, by device, inode, ctime and size. First in, first out,
+# since each search reads all of it.
 _cache: dict[tuple[int, int, int, int], tuple[bytes, int]] = {}
 _cached = 0
 
 
 def forget() -> None:
-    """Let go of what is kept between calls."""
+    """Drop the cache."""
     global _cached
     _cache.clear()
     _cached = 0
 
 
 def content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
-    """Return a file's bytes and where the first NUL is; nothing if it cannot be read."""
+    """Return a file's bytes and the position of the first NUL; empty if it cannot be read."""
     global _cached
     key = (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
     kept = _cache.get(key)
@@ -51,9 +51,9 @@ def content(call: Call, path: str, status: os.stat_result) -> tuple[bytes, int]:
 
 
 def before_nul(data: bytes, nul: int) -> bytes:
-    """Return what ripgrep searches of a binary file that was not named.
+    """Return the part of a binary file that ripgrep searches if the file was not named.
 
-    It reads block by block, each to its last line end, and stops at the one that has the NUL.
+    It reads in blocks, each up to its last line end, and stops at the one with the NUL.
     """
     searched = 0
     while searched + BLOCK <= nul:

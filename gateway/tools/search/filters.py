@@ -1,4 +1,4 @@
-"""Which files a search looks at: by a glob, or as ripgrep chooses them."""
+"""Which files a search visits: by a glob, or by ripgrep's rules."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ _IGNORE_FILE_MAX = 256 << 10  # bytes of one ignore file
 class GlobFilter:
     """Chooses files by globs alone: what Glob walks.
 
-    Folders are entered unless a glob excludes them, or nothing in them can match: `hidden` itself, those
-    beside `prefix`, the literal beginning of the pattern, and with `depth` those that have as many folders
-    above them.
+    Folders are entered unless a glob excludes them or nothing in them can match: `hidden` itself, those
+    outside `prefix`, the literal beginning of the pattern, and with `depth` those below that many folders.
     """
 
     def __init__(self, globs: Globs, prefix: str, depth: int | None, hidden: str | None) -> None:
@@ -48,17 +47,17 @@ class GlobFilter:
         return self._globs.among(prefix, names)
 
 
-# The ignore files that hold in a folder, from the innermost outwards: the length of each file's folder (with
-# its slash) and its rules.
+# The ignore files for a folder, innermost first: the length of each file's folder (with its slash) and its
+# rules.
 _Stack = tuple[tuple[int, Rules], ...]
 _Stacks = tuple[_Stack, _Stack, _Stack]
 
 
 class _State:
-    """What holds in a folder: whether a repository was entered, and the ignore files.
+    """The rules for a folder: whether a repository was entered, and the ignore files.
 
-    `stacks` are those of each kind, which goes before the next wherever it stands: `.rgignore`, `.ignore` and
-    `.gitignore`, with what git excludes otherwise. `told` says the same and keeps no rules.
+    `stacks` has one entry for each kind, in order of precedence: `.rgignore`, `.ignore`, and `.gitignore`
+    with git's other exclude files. `told` identifies the same rules without holding them.
     """
 
     __slots__ = ("repository", "stacks", "told")
@@ -70,7 +69,7 @@ class _State:
 
 
 class GrepFilter:
-    """Chooses files as ripgrep does: globs, then ignore files (in a repository), then the type."""
+    """Chooses files like ripgrep: by globs, then ignore files (in a repository), then the type."""
 
     def __init__(self, root: Root, start: str, globs: Globs, types: Globs | None) -> None:
         self._root = root
@@ -80,7 +79,7 @@ class GrepFilter:
         self._kind = ("sought", start, globs.patterns, types and types.patterns)
 
     def above(self) -> _State:
-        """Return the state from the folders above the start, the workspace first."""
+        """Return the rules from the folders above the start, beginning with the workspace."""
         state = _State()
         parts = self._base.split("/")[:-1]
         for i in range(len(parts)):
@@ -107,7 +106,7 @@ class GrepFilter:
     def _entered(self, folder: str, names: Collection[str], state: _State) -> _State:
         repository, (own, ignored, tracked) = state.repository, state.stacks
         if ".git" in names:
-            repository, tracked = True, ()  # rules from above a repository's root do not reach into it
+            repository, tracked = True, ()  # rules from above a repository's root do not apply in it
             tracked = self._read(folder, ".git/info/exclude", tracked)
         if ".gitignore" in names and repository:
             tracked = self._read(folder, ".gitignore", tracked)
@@ -131,16 +130,16 @@ class GrepFilter:
         for stack in state.stacks:
             for start, found in stack:
                 inner = (full if start >= len(self._base) else self._told(path))[start:]
-                for rule in found.rules:  # as `Rules.decide`, of each file of a tree
+                for rule in found.rules:  # like `Rules.decide`, inlined since it runs for each file of a tree
                     if (folder or not rule.folders_only) and rule.matches(inner):
                         return not rule.negated
         return False
 
     def _told(self, path: str) -> str:
-        """Return what Claude Code's ripgrep 14 tells rules from above the start: that and the name.
+        """Return the path that ripgrep 14, in Claude Code, gives to rules from above the start.
 
-        The folders between the two are lost, and a dot in front of a name at the start, by an oversight that
-        newer ones do not have.
+        It is the start and the name: a bug of that version loses the folders in between, and the leading dot
+        of a name right at the start.
         """
         _, below, name = path.rpartition("/")
         return self._base + (name if below else name.removeprefix("."))
@@ -151,7 +150,7 @@ class GrepFilter:
 
     def files(self, prefix: str, names: Sequence[str], state: _State) -> Collection[str]:
         chosen = self._globs.among(prefix, names)
-        if self._globs.selective:  # what a glob names is taken whatever else is said of it
+        if self._globs.selective:  # a glob takes precedence over all other rules
             return chosen
         if any(state.stacks):
             left_out = self._left_out(prefix, chosen, state)
@@ -159,12 +158,12 @@ class GrepFilter:
         return chosen if self._types is None else self._types.among(prefix, chosen)
 
     def _left_out(self, prefix: str, names: Collection[str], state: _State) -> Collection[str]:
-        """Return those of the files' names in a folder that ignore files leave out."""
+        """Return the names of files in a folder that ignore files leave out."""
         files = [one for stack in state.stacks for one in stack]
         told = not prefix and any(start < len(self._base) for start, _ in files)
         if told or any(found.negates for _, found in files):
             return {name for name in names if self._ignored(prefix + name, state, folder=False)}
-        # whichever rule matches, it leaves out: all names are asked of at once
+        # no rule negates another, so all names are matched at once
         left_out: set[str] = set()
         for start, found in files:
             where = (self._base + prefix)[start:] if start >= len(self._base) else self._base[start:]

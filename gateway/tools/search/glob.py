@@ -16,10 +16,10 @@ GLOB_LIMIT = 100  # paths of one Glob
 
 
 def glob(call: Call) -> Answer:
-    """Answer a Glob: the paths that match, the oldest first."""
+    """Answer a Glob: the matching paths, oldest first."""
     pattern: str = call.given["pattern"].rstrip()
     if not pattern or pattern.startswith("#"):
-        pattern = "**"  # an empty line or a comment, to ripgrep
+        pattern = "**"  # an empty line or a comment for ripgrep
     path: str = call.given.get("path") or "."
     absolute = pattern.startswith("/")
     if absolute:
@@ -77,7 +77,7 @@ def _split_absolute(pattern: str) -> tuple[str, str]:
 
 
 def _named_once(call: Call, start: str, pattern: str) -> str:
-    """Return the glob without the folder that is searched, where it was named there once more."""
+    """Return the glob without the searched folder, if it begins with it."""
     parts = _literal_folder(pattern).split("/")[:-1]
     above = call.root.absolute(start).split("/")
     for count in range(len(parts), 0, -1):
@@ -87,9 +87,9 @@ def _named_once(call: Call, start: str, pattern: str) -> str:
 
 
 def _literal_folder(pattern: str) -> str:
-    """Return the folders at a pattern's beginning that hold no wildcard, with the slash after them.
+    """Return the folders at a pattern's beginning without wildcards, with the trailing slash.
 
-    Nothing for odd ones, such as `./src`: those match no path, which is for the glob to find out.
+    Empty for odd ones, such as `./src`: those match no path, which the glob itself decides.
     """
     if "/" not in pattern or pattern.startswith("!"):
         return ""
@@ -99,9 +99,9 @@ def _literal_folder(pattern: str) -> str:
 
 
 def _below(pattern: str, literal: str) -> str:
-    """Return a glob that says of paths below the folder `literal` what `pattern` does, the quicker one.
+    """Return a faster glob that is equivalent to `pattern` for paths below the folder `literal`.
 
-    Of a plain name in that folder it does where no folder further down is entered, see `_depth`.
+    For a plain name in that folder this holds only if no folder below is entered; see `_depth`.
     """
     below = pattern.lstrip("/")[len(literal) :]
     flat = below[:1] not in ("", "!") and "/" not in below and _depth(pattern) is not None
@@ -109,7 +109,7 @@ def _below(pattern: str, literal: str) -> str:
 
 
 def _depth(pattern: str) -> int | None:
-    """Return how many folders a match has above it; None if that is open."""
+    """Return the number of folders above a match; None if it can vary."""
     if (
         pattern.startswith("!")
         or "/" not in pattern.strip("/")

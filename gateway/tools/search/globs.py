@@ -1,7 +1,7 @@
 """ripgrep's globs.
 
-All matching is by RE2, in time linear to the name: globs come from clients and from the ignore files of
-tenants, and `*a*a*a*a*b` must cost neither of them anything.
+RE2 does all matching, in time linear to the name: globs come from clients and from tenants' ignore files, and
+`*a*a*a*a*b` must stay cheap.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Final
 import re2
 
 GLOB_MAX = 2000  # characters of one glob
-_MEMORY = 1 << 20  # bytes of one compiled glob; re2 refuses what needs more
+_MEMORY = 1 << 20  # bytes of one compiled glob; re2 refuses larger ones
 _FOLDERS = b"(?:[^/]+/)*"
 
 _OPTIONS = re2.Options()
-_OPTIONS.encoding = re2.Options.Encoding.LATIN1  # names are bytes
+_OPTIONS.encoding = re2.Options.Encoding.LATIN1  # file names are bytes
 _OPTIONS.max_mem = _MEMORY
 _OPTIONS.log_errors = False
 _OPTIONS.dot_nl = True
 
 
 class GlobError(Exception):
-    """A glob that does not parse, in the words of ripgrep's parser."""
+    """A glob that does not parse, with the text of ripgrep's parser."""
 
     def __init__(self, glob: str, words: str) -> None:
         super().__init__(f"error parsing glob '{glob}': {words}")
@@ -60,7 +60,7 @@ def _translate(glob: str) -> bytes:
             else:
                 out.append(b"[^/]*")
         elif char == b"?":
-            out.append(b"[^/]")  # one byte, as the names are bytes
+            out.append(b"[^/]")  # one byte, since names are bytes
         elif char == b"[":
             end = data.find(b"]", i + 2 if data[i : i + 1] in (b"!", b"^") else i + 1)
             if end < 0:
@@ -74,7 +74,7 @@ def _translate(glob: str) -> bytes:
             out.append(b"(?:")
         elif char == b"}":
             if not depth:
-                continue  # closes nothing, and stands for nothing
+                continue  # closes nothing, and is dropped
             depth = 0
             if out[-1] == b"|":  # an empty alternative is none
                 out.pop()
@@ -97,7 +97,7 @@ def _translate(glob: str) -> bytes:
 
 
 def _class(glob: str, inside: bytes) -> bytes:
-    """Translate what stands in brackets: bytes, so that no character beyond ASCII is matched by one."""
+    """Translate a bracket expression over bytes; a non-ASCII character never matches as a whole."""
     negated = inside[:1] in (b"!", b"^")
     data = inside[1:] if negated else inside
     ranges: list[bytes] = []
@@ -118,7 +118,7 @@ _WILD: Final = frozenset("*?[]{}\\/")
 
 
 def _endings(text: str) -> tuple[str, ...] | None:
-    """Return what `text` can be where nothing in it is wild but one group of alternatives, else None."""
+    """Return the texts that a glob matches if its only wildcard is one group of alternatives, else None."""
     before, brace, rest = text.partition("{")
     inside, closed, after = rest.partition("}")
     if not _WILD.isdisjoint(before + inside + after) or bool(brace) != bool(closed):
@@ -146,19 +146,19 @@ class Glob:
             body = body[1:]
         self.folders_only = body.endswith("/")
         body = body.rstrip("/") if self.folders_only else body or "**"
-        # "**/x" says no more than "x" does.
+        # "**/x" means the same as "x".
         while body.startswith("**/") and "/" not in body[3:] and body[3:]:
             body = body[3:]
         anchored = "/" in body
         body = body[1:] if body.startswith("/") else body
-        # Two short cuts for what most globs are, a name or its ending; both without a regular expression.
+        # Two shortcuts for most globs, a name or an ending, without a regular expression.
         self.name = body if not anchored and _WILD.isdisjoint(body) else None
         self._endings = _endings(body[1:]) if not anchored and body.startswith("*") else None
-        # What stands before the first and after the last wildcard: cheap questions that most names answer
-        # with no. A name's beginning is known only where a glob does not speak of its folders.
+        # The literals before the first and after the last wildcard: cheap checks that most names fail. The
+        # beginning of a name is known only if the glob has no folders.
         literals = re.split(r"[*?\[\]{}\\]", body)
         self._head = "" if anchored else literals[0]
-        self._tail = literals[-1].lstrip("/")  # the slash after `**` need not be there
+        self._tail = literals[-1].lstrip("/")  # the slash after `**` is optional
         self._regex = None
         if self.name is None and self._endings is None:
             expression = _translate(body)
@@ -170,7 +170,7 @@ class Glob:
                 raise GlobError(pattern, "too complex") from None
 
     def kind(self) -> tuple[bool, bool, bool]:
-        """Return what globs must have in common to be asked as one: whether a plain name, and the marks."""
+        """Return the key by which globs can be matched as one: whether a plain name, and the marks."""
         return self.name is not None, self.negated, self.folders_only
 
     def matches(self, path: str) -> bool:
@@ -184,7 +184,7 @@ class Glob:
         return self._regex.fullmatch(os.fsencode(path)) is not None
 
     def among(self, prefix: str, names: Collection[str]) -> Collection[str]:
-        """Return those of the names of files in the folder `prefix`, with its slash, that it matches."""
+        """Return the names of files that it matches in the folder `prefix` (with its slash)."""
         if self.folders_only:
             return ()
         if self._endings is not None:
@@ -198,7 +198,7 @@ class Glob:
 
 
 class _Names:
-    """Globs that stand together and say the same of one name each: one look for all of them."""
+    """Neighbouring globs for plain names with the same meaning: one lookup for all of them."""
 
     __slots__ = ("_names", "folders_only", "negated")
 
@@ -218,7 +218,7 @@ Rule = Glob | _Names
 
 
 def joined(globs: Sequence[Glob]) -> tuple[Rule, ...]:
-    """Return rules that say the same as `globs` in their order, with fewer questions."""
+    """Return rules that are equivalent to `globs` in their order, with fewer checks."""
     rules: list[Rule] = []
     for (plain, negated, folders_only), group in groupby(globs, Glob.kind):
         if plain:
@@ -231,7 +231,7 @@ def joined(globs: Sequence[Glob]) -> tuple[Rule, ...]:
 
 
 class Globs:
-    """Globs in the order of a command line: the last that matches a path decides."""
+    """Globs in the order of a command line; the last one that matches a path decides."""
 
     def __init__(self, patterns: Collection[str]) -> None:
         globs = [Glob(pattern) for pattern in patterns]
@@ -242,17 +242,17 @@ class Globs:
         self._single = globs[0] if len(globs) == 1 and not self.excludes else None
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
-        """Say whether the path is taken (True), left out (False) or not spoken of (None)."""
+        """Return whether the path is included (True), left out (False) or not matched (None)."""
         for rule in self._rules:
             if (folder or not rule.folders_only) and rule.matches(path):
                 return not rule.negated
         return False if self.selective and not folder else None
 
     def among(self, prefix: str, names: Collection[str]) -> Collection[str]:
-        """Return those of the files' names in the folder `prefix`, with its slash, that are not left out."""
+        """Return the names of files in the folder `prefix` (with its slash) that are not left out."""
         if self._single is not None:
             return self._single.among(prefix, names)
-        if not self.selective:  # whatever one of them matches is left out
+        if not self.selective:  # what any of them matches is left out
             left_out = set().union(*(rule.among(prefix, names) for rule in self._rules))
             return [name for name in names if name not in left_out] if left_out else names
         decide = self.decide

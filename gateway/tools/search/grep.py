@@ -18,7 +18,7 @@ from gateway.tools.search.search import Search
 
 
 def grep(call: Call) -> Answer:
-    """Answer a Grep: by a walk, or from the files that were named to it."""
+    """Answer a Grep: by a walk, or from a given list of files."""
     given = call.given
     check_numbers(given)
     path: str = given.get("path") or "."
@@ -58,7 +58,7 @@ def grep(call: Call) -> Answer:
 
 
 def _kind(root: Root, path: str) -> tuple[os.stat_result, bool]:
-    """Return the status of what `path` leads to, and whether that is a regular file."""
+    """Return the status of the target of `path`, and whether it is a regular file."""
     descriptor = root.open(path, kernel.O_PATH or os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)

@@ -13,14 +13,14 @@ _RULES_MAX = 2000  # rules of one ignore file
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules of an ignore file, last first. `negates`: one takes another back; `digest` is its text's."""
+    """The rules of an ignore file, last first. `negates` if any rule is negated; `digest` is of its text."""
 
     rules: tuple[Rule, ...]
     negates: bool
     digest: bytes
 
     def decide(self, path: str, *, folder: bool) -> bool | None:
-        """Say whether a path, relative to the file's folder, is left out; None if no rule speaks of it."""
+        """Return whether a path, relative to the file's folder, is left out; None if no rule matches."""
         for rule in self.rules:
             if (folder or not rule.folders_only) and rule.matches(path):
                 return not rule.negated
@@ -29,7 +29,7 @@ class Rules:
 
 @lru_cache(256)
 def rules(text: str) -> Rules:
-    """Return the rules of an ignore file (gitignore(5)); lines that do not parse are left out."""
+    """Parse an ignore file (gitignore(5)); lines that do not parse are skipped."""
     found = []
     for line in text.split("\n", _RULES_MAX)[:_RULES_MAX]:
         line = line.removesuffix("\r")

@@ -1,6 +1,6 @@
 """A Grep's pattern, compiled by RE2.
 
-Patterns are RE2's, nearly those of ripgrep: neither has look-around or back-references.
+Patterns are those of RE2, which are nearly ripgrep's: neither has look-around or back-references.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Find = Callable[[bytes | memoryview, int], tuple[int, int]]
 
 @lru_cache(8)
 def compiled(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, bool]:
-    """Compile a pattern of Grep, and say whether a match of it may span lines.
+    """Compile a pattern of Grep, and return whether a match may span lines.
 
     Without `multiline` nothing in it matches a line end, not even `\\s`.
     """
@@ -52,9 +52,9 @@ def compiled(pattern: str, ignore_case: bool, multiline: bool) -> tuple[Any, boo
 
 
 def finder(regex: Any) -> Find:
-    """Return what finds the next match from a position on: its start and end, -1 where there is none.
+    """Return a function that finds the next match from a position on: its start and end, -1 for none.
 
-    `finditer` and not `search`, which calls it: each file that is looked into costs one of them.
+    It uses `finditer`, because `search` is a slower wrapper of it, and one is called for each file.
     """
     matches = regex.finditer
 

@@ -1,4 +1,4 @@
-"""The answer of a Grep: what was found, in the form of its mode, by pages."""
+"""The answer of a Grep: the matches, formatted by mode and in pages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from unicodedata import normalize
 from gateway.tools.answer import Answer, text
 from gateway.tools.call import Call
 
-COLUMNS_MAX = 500  # UTF-16 units of one line of Grep's output; longer ones are left out
+COLUMNS_MAX = 500  # UTF-16 units of one line of output; longer ones are omitted
 
 
 class Output:
-    """What one Grep found, and whether that is enough.
+    """The matches of one Grep, and whether they are enough.
 
-    `files` are the places that matched, each with the negative of its mtime, or with a count. `matches`
-    counts matches, `skipped` files that are too large to be looked into. `note` is said below the answer.
+    `files` are the matching files, each with its negated mtime or with a count. `matches` counts matches,
+    `skipped` files that are too large to search. `note` is a line below the answer.
     """
 
     def __init__(self, call: Call, mode: str) -> None:
@@ -27,8 +27,8 @@ class Output:
         self._numbers: bool = given.get("-n", True)
         self._limit: int = given.get("head_limit", 250)
         self._offset: int = given.get("offset", 0)
-        self._passed = 0  # lines in front of the page: they are counted, and take no room
-        # With one more line than is shown it is known that there are more.
+        self._passed = 0  # lines before the page: counted, not stored
+        # One line more than is shown tells that there are more.
         self._enough = self._limit + 1 if self._limit else 1 << 60
         self._room = call.limits.result_max
         self._cut = False
@@ -44,11 +44,11 @@ class Output:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a row, on this page or before it."""
+        """Whether there are rows, on this page or before it."""
         return bool(self._rows or self._passed)
 
     def line(self, name: str, number: int, mark: str, line: bytes) -> None:
-        """Take a line of a file; `mark` says whether it matched (`:`) or is context (`-`)."""
+        """Add a line of a file; `mark` is `:` for a match and `-` for context."""
         if self._passed < self._offset:
             self._passed += 1
             return
@@ -65,14 +65,14 @@ class Output:
         self._rows.append(row)
 
     def row(self, row: str) -> None:
-        """Take a row that is no line of a file."""
+        """Add a row that is not a line of a file."""
         if self._passed < self._offset:
             self._passed += 1
         else:
             self._rows.append(row)
 
     def answer(self) -> Answer:
-        """Return what was found, cut to the page that was asked for."""
+        """Return the requested page."""
         facts: dict[str, Any] = {"mode": self._mode}
         if self.skipped:
             facts["skippedLargeFiles"] = self.skipped
@@ -115,7 +115,7 @@ class Output:
         return text(shown + self.note, facts)
 
     def _page(self, page: list[str]) -> tuple[list[str], str]:
-        """Return what of the rows from the offset on is asked for, and the words for limit and offset."""
+        """Return the requested rows from the offset on, and the text about limit and offset."""
         words = []
         if self._limit and len(page) > self._limit:
             page = page[: self._limit]
@@ -125,7 +125,7 @@ class Output:
         return page, ", ".join(words)
 
 
-# ASCII in the order of Unicode's collation, whatever the case of a letter; what is beyond comes after it.
+# ASCII in the order of Unicode's collation, ignoring case; all other characters come after it.
 _COLLATED = "\t\n\v\f\r _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$0123456789"
 _PLACES = bytes.maketrans(
     (_COLLATED + ascii_uppercase).encode(), bytes(range(1, len(_COLLATED) + 1)) + ascii_lowercase.encode()
@@ -133,7 +133,7 @@ _PLACES = bytes.maketrans(
 
 
 def _in_order(files: list[tuple[int, str]]) -> list[str]:
-    """Return the names of files, the newest first; of one age by name, as people sort."""
+    """Return the names of files, newest first; those of the same age by name, as people sort."""
     if not files:
         return []
     ages, names = zip(*files, strict=True)
@@ -145,8 +145,8 @@ def _in_order(files: list[tuple[int, str]]) -> list[str]:
 
 
 def _shown_line(line: bytes, mark: str) -> str:
-    """Return a line as it is listed, without a carriage return at its end."""
-    if len(line) <= 3 * COLUMNS_MAX:  # no UTF-16 unit takes more bytes
+    """Return a line for the output, without a carriage return at its end."""
+    if len(line) <= 3 * COLUMNS_MAX:  # the most bytes of a UTF-16 unit
         shown = line.decode("utf-8", "replace").removesuffix("\r")
         if len(line) <= COLUMNS_MAX or len(shown.encode("utf-16-le", "surrogatepass")) <= 2 * COLUMNS_MAX:
             return shown

@@ -1,4 +1,4 @@
-"""What the input of a Grep asks for: context, globs and types, as ripgrep takes them."""
+"""The options of a Grep: context, globs and types, with ripgrep's meaning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONTROL = (".git", ".svn", ".hg", ".bzr", ".jj", ".sl")
 
 
 def check_numbers(given: dict[str, Any]) -> None:
-    """Refuse numbers that count nothing, in the words of Claude Code."""
+    """Refuse invalid numbers, with Claude Code's texts."""
     for name, hint in (("head_limit", " Pass 0 for unlimited."), ("offset", "")):
         number = given.get(name, 0)
         if number < 0 or number != int(number):
@@ -27,7 +27,7 @@ def check_numbers(given: dict[str, Any]) -> None:
 
 
 def around(given: dict[str, Any]) -> list[tuple[str, int]]:
-    """Return how much context is asked for, as flags of ripgrep. Only matching lines have any."""
+    """Return the requested context as ripgrep's flags; only mode `content` has any."""
     if given.get("output_mode") != "content":
         return []
     for name in ("context", "-C"):
@@ -37,7 +37,7 @@ def around(given: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def overrides(given: dict[str, Any], start: str) -> list[str]:
-    """Return the globs that go before ignore files, the last that matches deciding."""
+    """Return the globs that take precedence over ignore files; the last that matches decides."""
     patterns = [f"!{name}" for name in _CONTROL]
     for word in str(given.get("glob", "")).split():
         # A comma separates two globs, unless there are braces; `#` begins a comment.
@@ -48,7 +48,7 @@ def overrides(given: dict[str, Any], start: str) -> list[str]:
 
 
 def type_globs(kind: str) -> list[str]:
-    """Return the globs of a file type, those of all types for `all`."""
+    """Return the globs of a file type; for `all`, those of all types."""
     if kind not in TYPES and kind != "all":
         raise rejected(f"unrecognized file type: {kind[:100]}".rstrip())
     return (" ".join(TYPES.values()) if kind == "all" else TYPES[kind]).split()

@@ -1,7 +1,7 @@
-"""The syntax of ripgrep's patterns: what is wrong with one, in its words, and the same in RE2's.
+"""The syntax of ripgrep's patterns: its errors, and the translation to RE2.
 
-Rust's regular expressions are nearly those of RE2. What only they have (operations on classes, the flag `x`,
-the boundaries of words `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here and Unicode there.
+Rust's regular expressions are nearly those of RE2. What RE2 lacks (class operations, the flag `x`, the word
+boundaries `\\<` and `\\b{start}`) is refused; `\\b` is ASCII here and Unicode there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _BEYOND: Final = (
     "\n\nConsider enabling PCRE2 with the --pcre2 flag, which can handle backreferences\nand look-around."
 )
 _UNKNOWN: Final = "syntax not supported"
-# re2's words for what only it finds
+# errors that only RE2 finds, in ripgrep's words
 _RE2: Final = (
     ("bad repetition operator", "repetition operator missing expression"),
     ("invalid repetition size", "invalid repetition count, which goes up to 1000 here"),
@@ -24,7 +24,7 @@ _RE2: Final = (
 )
 _WORD: Final = r"\p{L}\p{M}\p{Nd}\p{Pc}"
 _SPACE: Final = r"\s\x0b\x{85}\p{Z}"
-# Classes that RE2 knows for ASCII alone, and the ends of a line as one that searches line by line sees them.
+# Classes that are ASCII only in RE2, and line ends for a search line by line.
 _OUTSIDE: Final = {
     "w": f"[{_WORD}]",
     "W": f"[^{_WORD}]",
@@ -45,7 +45,7 @@ _NAMED: Final = re.compile(r"\?P?<[A-Za-z_][^>]*>")
 
 
 class PatternError(Exception):
-    """A pattern that does not parse; `words` are ripgrep's."""
+    """A pattern that does not parse; `words` is ripgrep's text."""
 
     def __init__(self, wrapped: str, start: int, end: int, words: str) -> None:
         self.words = (
@@ -55,16 +55,15 @@ class PatternError(Exception):
 
     @classmethod
     def of(cls, pattern: str, said: str) -> PatternError:
-        """Return the error for a pattern of which RE2 alone says that it is wrong."""
+        """Return the error for a pattern that only RE2 refuses."""
         words = next((words for key, words in _RE2 if key in said), _UNKNOWN)
         return cls(f"(?:{pattern})", 0, 1, words)
 
 
 class Translated(NamedTuple):
-    """What RE2 takes for a pattern, whether that names a line end, and whether it may meet one otherwise.
+    """A pattern in RE2's syntax, whether it names a line end, and whether it may match one otherwise.
 
-    `literals` are such that one of them is in all that matches, should case count; one is empty if nothing
-    is known.
+    Every case-sensitive match contains one of `literals`; one of them is empty if nothing is known.
     """
 
     text: str
@@ -76,7 +75,7 @@ class Translated(NamedTuple):
 def translate(pattern: str, *, multiline: bool) -> Translated:
     """Translate a pattern. Raises `PatternError`.
 
-    ripgrep puts it into a group of its own before it looks at it, and so its errors count from there.
+    ripgrep wraps it in a group before parsing, so positions in its errors include that.
     """
     scan = _Scan(f"(?:{pattern})", multiline)
     scan.run()
@@ -90,17 +89,17 @@ class _Scan:
     def __init__(self, text: str, multiline: bool) -> None:
         self._text = text
         self._multiline = multiline
-        self._groups: list[tuple[int, int]] = []  # where each open one begins, in the text and in `out`
+        self._groups: list[tuple[int, int]] = []  # where each open group begins, in the text and in `out`
         self._at = 0
-        self._atom: int | None = None  # where in `out` what can be repeated begins
-        self._repeats = False  # whether it is a repetition itself
+        self._atom: int | None = None  # where the last repeatable item begins in `out`
+        self._repeats = False  # whether that is a repetition itself
         self.out: list[str] = []
         self.line_end = "\n" in text
         self.meets = False
-        self._shut = False  # whether the class that is open leaves line ends out
-        self._run = ""  # what stands last, outside of groups, and means itself
-        self._cased = False  # whether a flag speaks of case
-        self.literals = [""]  # the longest of these in each alternative
+        self._shut = False  # whether the open class excludes line ends
+        self._run = ""  # the last run of literal characters outside groups
+        self._cased = False  # whether a flag changes case sensitivity
+        self.literals = [""]  # the longest of them in each alternative
 
     def _wrong(self, start: int, end: int, words: str) -> PatternError:
         return PatternError(self._text, start, end, words)
@@ -116,7 +115,7 @@ class _Scan:
             if char in "*+?{":
                 if self._atom is None:
                     raise self._wrong(at, at + 1, "repetition operator missing expression")
-                # what is repeated may be left out, perhaps only by what repeats the repetition
+                # a repeated item may be absent, at least through an outer repetition
                 stays = char == "+" and text[at + 1] not in "*+?{"
                 self._end_run(self._run if stays else self._run[:-1])
                 self._repeated(self._atom)
@@ -146,7 +145,7 @@ class _Scan:
             self.literals = [""]
 
     def _note(self, char: str, taken: str) -> None:
-        """Note of what was just taken, which begins with `char`, whether it means itself."""
+        """Record whether the item just taken, which begins with `char`, is literal."""
         if len(self._groups) == 1 and char not in "([.^$|)\\":
             self._run += char
         elif len(self._groups) == 1 and char == "\\" and len(taken) == 2 and not taken[1].isalnum():
@@ -161,7 +160,7 @@ class _Scan:
         self._run = ""
 
     def _escape(self, brackets: str = "") -> None:
-        """Take an escape; `brackets` are what opened the class that it stands in."""
+        """Take an escape; `brackets` opened the class that it is in."""
         text, at = self._text, self._at
         escaped = text[at + 1 : at + 2]
         code = _CODE.match(text, at)
@@ -194,7 +193,7 @@ class _Scan:
         brackets = "[^" if text.startswith("^", start + 1) else "["
         self._shut = brackets == "["
         self._take(start + len(brackets))
-        if text.startswith("]", self._at):  # a bracket that comes first is meant itself
+        if text.startswith("]", self._at):  # a bracket that comes first is literal
             self._take(self._at + 1)
         while self._at < len(text):
             char = text[self._at]
@@ -229,11 +228,11 @@ class _Scan:
                 raise self._wrong(end, end + 1, "unrecognized flag")
             end += 1
         on, minus, off = text[at + 2 : end].partition("-")
-        on = on.replace("u", "")  # what is Unicode here stays so
+        on = on.replace("u", "")  # Unicode stays on
         if "u" in off or {"x", "R"} & set(on + off):
             raise self._wrong(at, end, _UNKNOWN)
         flags = on + (minus + off if off else "")
-        if text.startswith(")", end):  # flags for what follows, and no group
+        if text.startswith(")", end):  # flags for the rest, not a group
             self._groups.pop()
             self._cased |= "i" in flags
             self._take(end + 1, f"(?{flags})" if flags else "")
@@ -258,7 +257,7 @@ class _Scan:
                 raise self._wrong(at, end, words)
         if text.startswith("?", end):
             end += 1
-        if self._repeats:  # a repetition of one, for which RE2 wants a group
+        if self._repeats:  # a repetition of a repetition, for which RE2 needs a group
             self.out.insert(begins, "(?:")
             self.out.append(")")
         self._repeats = True

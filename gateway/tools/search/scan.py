@@ -1,7 +1,7 @@
-"""Names the files of a large tree that hold a pattern, in several workers, each for its share of the folders.
+"""Name the files of a large tree that match a pattern, in several workers with a share of the folders each.
 
-A file costs three system calls and a look by RE2: first for a literal, which most patterns have in all that
-they match. Only names come back; what an answer says of the files stays Grep's.
+A file costs three system calls and a search by RE2: first for a literal, if all matches of the pattern must
+contain one. Only names are returned; Grep makes the answer from them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from gateway.tools.search.scope import start_of
 from gateway.tools.search.search import Search
 
 _NOT_HERE: Final = b"-"
-# How many folders down a whole one is one worker's, from the workspace and from the start at least: what npm
-# and pnpm make is parted then, and what all workers walk through is little.
+# The depth, below both the workspace and the start, at which a folder goes to one worker as a whole: it
+# splits what npm and pnpm create, and all workers walk little.
 _PARTED, _PARTED_BELOW = 3, 2
-_ROOM = 256 << 10  # bytes of a file that are read at once
-_LOOK = 256  # files between two looks at the clock
+_ROOM = 256 << 10  # bytes read from a file at once
+_LOOK = 256  # files between two checks of the clock
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_NEEDLE_MIN = 3  # characters; what is shorter is in too many files
-_COMMON = " etrnosaicpdlumfhg.,(=;\"'"  # what source code has most of; what is not here is rarer
+_NEEDLE_MIN = 3  # characters; shorter literals are in too many files
+_COMMON = " etrnosaicpdlumfhg.,(=;\"'"  # the most frequent bytes of source code; all others are rarer
 _LINE_END = 0x0A
-_FIRST_ODD = 0xEF  # the lowest byte that a mark of another encoding begins with
+_FIRST_ODD = 0xEF  # the lowest first byte of a byte order mark
 
 
 class Share:
-    """Chooses as another chooser does, of all folders those that are `number`'s of `count`."""
+    """Chooses like another chooser, but only in folders that belong to worker `number` of `count`."""
 
     def __init__(self, chooser: GrepFilter, base: str, number: int, count: int) -> None:
         self._chooser = chooser
@@ -65,7 +65,7 @@ class Share:
         return self._chooser.files(prefix, names, state) if self._mine(prefix.rstrip("/")) else ()
 
     def _mine(self, path: str, *, above: bool = False) -> bool:
-        """Say whether a folder is of this share, or, if `above`, what lies below it may be."""
+        """Return whether a folder belongs to this share or, if `above`, may contain folders that do."""
         parts = (self._base + path).split("/", self._parted)
         if above and len(parts) < self._parted:
             return True
@@ -73,7 +73,7 @@ class Share:
 
 
 def needles(given: dict[str, Any]) -> tuple[str, ...]:
-    """Return literals of which one is in all that a Grep matches; none where some are short or unknown.
+    """Return literals one of which every match of a Grep contains; none if some are short or unknown.
 
     Raises `PatternError`.
     """
@@ -84,11 +84,11 @@ def needles(given: dict[str, Any]) -> tuple[str, ...]:
 
 
 def scan(workspace: Workspace, arguments: dict[str, Any]) -> bytes:
-    """Return the names of the files below a Grep's start that match, of one share of the folders.
+    """Return the names of the matching files below a Grep's start, in one share of the folders.
 
-    They are relative to the start, in no order, each with a NUL after it and all after `SCANNED`. Files that
-    are too large to be looked into are among them. Without that mark a walk is to answer, which has words for
-    what is wrong. Raises `Timeout`.
+    They are relative to the start, unordered, each followed by a NUL, and all preceded by `SCANNED`. Files
+    that are too large to search are included. Without that mark a walk must answer, which has texts for
+    errors. Raises `Timeout`.
     """
     try:
         given = checked("Grep", arguments["input"])
@@ -126,7 +126,7 @@ def _found(workspace: Workspace, given: dict[str, Any], arguments: dict[str, Any
             found += os.fsencode(prefix + name) + b"\0"
         if len(found) > NAMED_MAX:
             return None
-    # of what is left out a walk has words to tell
+    # only a walk can report what it leaves out
     return None if walk.truncated or walk.deep else found
 
 
@@ -135,9 +135,9 @@ _view = memoryview(_buffer)
 
 
 def _literal(needle: str) -> Find:
-    """Return what finds a literal, or as much of it as begins with what is rare.
+    """Return a search for a literal, or for the rest of it from a rare byte on.
 
-    RE2 goes from one place that has the first byte to the next: up to 20 GB/s, or 1 where these are many.
+    RE2 jumps from one occurrence of the first byte to the next: at up to 20 GB/s, or 1 if it is frequent.
     """
     last = len(needle) - _NEEDLE_MIN
     rarest = max(range(last + 1), key=lambda at: _COMMON.find(needle[at]) % (len(_COMMON) + 1))
@@ -154,7 +154,7 @@ def _holding(
     names: Collection[str],
     deadline: float,
 ) -> list[str]:
-    """Return which of the names in a folder are those of files that match."""
+    """Return the names in a folder whose files match."""
     found = []
     room, views, find = _buffer, [_view], search.find
     for i, name in enumerate(names):
@@ -163,9 +163,9 @@ def _holding(
         try:
             descriptor = os.open(name, _FLAGS, dir_fd=folder)
         except OSError:
-            continue  # gone, or not to be read
+            continue  # gone, or unreadable
         try:
-            # not readv: what a FIFO that took the file's place holds would be lost to its reader
+            # not readv: if a FIFO has taken the file's place, its reader would lose the bytes
             length = os.preadv(descriptor, views, 0)
         except OSError:
             continue
@@ -182,7 +182,7 @@ def _holding(
             if room.find(b"\0", 0, length) < 0:
                 found.append(name)
                 continue
-        # what is large, in another encoding or binary is looked at as Grep does
+        # large, binary and otherwise encoded files are searched as in Grep
         if _matches(search, prefix + name, name, folder):
             found.append(name)
     return found

@@ -1,4 +1,4 @@
-"""Where a search begins, what bounds it, and the words for what it refuses."""
+"""Where a search begins, its limits, and the texts of its refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.tools import outputs
 from gateway.tools.answer import ToolFailure
 from gateway.tools.call import Call, below_cwd, failure, outside
 
-BRIEF_BYTES = 1 << 20  # of files that a brief Grep may look into; with the limits of `brief`
+BRIEF_BYTES = 1 << 20  # bytes of files that a brief Grep may search, with the limits of `brief`
 BRIEF_VISITS = 1000
 BRIEF_SECONDS = 0.02
 _REJECTED = "Search failed — ripgrep rejected the pattern, glob, or file type without searching:\nrg: "
@@ -25,7 +25,7 @@ def rejected(words: str) -> ToolFailure:
 
 
 def brief(limits: Limits) -> Limits:
-    """Return the limits of a search that is to be over at once, or to be left to another worker."""
+    """Return the limits of a search that must end at once, or be left to another worker."""
     visits, seconds = min(BRIEF_VISITS, limits.visit_max), min(BRIEF_SECONDS, limits.tool_timeout)
     return replace(limits, visit_max=visits, tool_timeout=seconds)
 
@@ -80,5 +80,5 @@ def exists(root: Root, path: str) -> bool:
 
 
 def hidden(start: str, pattern: str = "") -> str | None:
-    """Return the gateway's own folder where a search would come by it without having named it."""
+    """Return the gateway's own folder if a search would visit it without having named it."""
     return None if start or pattern.startswith(outputs.HOME) else outputs.HOME

@@ -1,4 +1,4 @@
-"""Looks for a Grep's pattern in files, and picks the lines that are shown."""
+"""Search files for a Grep's pattern, and pick the lines to show."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gateway.tools.search.output import Output
 from gateway.tools.search.query import around
 from gateway.tools.search.scope import BRIEF_BYTES, too_deep
 
-_LOOKS = 64  # matches in one file between two looks at the clock
+_LOOKS = 64  # matches in one file between two checks of the clock
 
 
 class Search:
-    """Looks into the files of one Grep; `output` takes what is found."""
+    """Searches the files of one Grep, and adds the matches to `output`."""
 
     def __init__(self, call: Call, regex: Any, spanning: bool) -> None:
         given = call.given
@@ -33,19 +33,19 @@ class Search:
         asked = dict(around(given))
         self._before = asked.get("-C", asked.get("-B", 0))
         self._after = asked.get("-C", asked.get("-A", 0))
-        # What is between two groups also where the context that counts is none.
+        # Groups are separated if any context was asked for, even if the one that counts is 0.
         self._parted = any(given.get(name, 0) > 0 for name in ("context", "-C", "-B", "-A"))
         self._left = BRIEF_BYTES if call.brief else sys.maxsize
         self.output = Output(call, self._mode)
 
     @property
     def ordered(self) -> bool:
-        """Whether files are to be searched in their order; else the answer brings them into its own."""
+        """Whether files must be searched in order; otherwise the answer sorts them."""
         return self._mode != "files_with_matches"
 
     @property
     def found(self) -> int:
-        """How many files are to be listed."""
+        """The number of files to list."""
         return len(self.output.files)
 
     def file(self, path: str, name: str, status: os.stat_result, *, explicit: bool) -> None:
@@ -71,7 +71,7 @@ class Search:
                 self.output.files.append((-status.st_mtime_ns, path))
             return
         if self._mode == "count":
-            # ripgrep counts lines, but matches where these may span lines
+            # ripgrep counts lines, but counts matches if these may span lines
             count = sum(1 for _ in self._spans(data, every=self._spanning))
             if count and not cut:
                 self.output.files.append((count, path))
@@ -83,9 +83,9 @@ class Search:
             self.output.row(f'{where}binary file matches (found "\\0" byte around offset {nul})')
 
     def named(self, prefix: str, found: str) -> None:
-        """Search the files that were named, in the order of a walk.
+        """Search a given list of files, in the order of a walk.
 
-        Where only names are asked for nothing is searched again: that they match is known already.
+        If only names are asked for, nothing is searched again, since all of them are known to match.
         """
         root, deadline = self._call.root, self._call.deadline
         names = [os.fsdecode(name).removeprefix("./") for name in found.encode("latin-1").split(b"\0")[:-1]]
@@ -96,7 +96,7 @@ class Search:
                 self.output.note = too_deep(self._call)
                 continue
             try:
-                # as in `Walk`: a link on the way may lead elsewhere, but nothing is opened here
+                # as in `Walk`: a link in the path may lead elsewhere, but nothing is opened here
                 status = os.stat(path, dir_fd=root.descriptor, follow_symlinks=False)
             except OSError:
                 continue  # gone
@@ -114,10 +114,10 @@ class Search:
     def _spans(self, data: bytes, *, every: bool = False) -> Iterator[tuple[int, int]]:
         """Yield start and end of each match, one for each line that matches or `every` one.
 
-        Raises `Timeout`: one file may have millions of them, and each cost a look at a line of megabytes.
+        Raises `Timeout`: one file may have millions of them, each in a line of megabytes.
         """
         at, end = 0, len(data)
-        before = -1  # where the match before ended; an empty one there is no match of its own
+        before = -1  # end of the previous match; an empty match there does not count
         find, deadline = self.find, self._call.deadline
         tried = 0
         while at < end:
@@ -141,16 +141,16 @@ class Search:
                 at = line_end + 1
 
     def _lines(self, data: bytes, name: str, binary: bool) -> tuple[bool, bool]:
-        """Put out what matched in one file with its context; `name` stands before each line.
+        """Output the matches in one file with their context; `name` precedes each line.
 
-        Of a `binary` one no line with a NUL is shown. Returns whether anything matched, and whether a line
+        Lines of a `binary` file with a NUL are left out. Returns whether anything matched, and whether a line
         was left out.
         """
         number, counted = 1, 0  # the line number at position `counted`
-        last = -1  # the last line that was put out
+        last = -1  # the last line of the output
         pending_after = 0
         position = 0  # where the line after `last` begins
-        # between two files as between two groups
+        # between files as between groups
         separator_due = self._parted and self.output.begun
         matched = left_out = False
 
@@ -171,7 +171,7 @@ class Search:
                 first = number
                 lines_before: list[bytes] = []
                 begin = line_start
-                # What follows the match before, as far as it is asked for.
+                # The requested context after the previous match.
                 while pending_after and last + 1 < number:
                     line, position = _line(data, position)
                     last += 1
