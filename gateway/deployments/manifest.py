@@ -29,6 +29,8 @@ from gateway.tools.mirroring import understood
 
 MANIFEST: Final = "site.toml"
 _MANIFEST_MAX: Final = 64 << 10  # bytes
+# of one line; of a key with n parts the parser keeps n² words: 64 KiB of dots took 4 GiB
+_DOTS_MAX: Final = 128
 _WORD_MAX: Final = 4096  # characters
 _SERVER: Final = Path(__file__).with_name("serve.js").read_text()
 
@@ -176,6 +178,8 @@ def read_manifest(said: Entry | None) -> Manifest:
         where = f"{MANIFEST}: {show(field[:SHOWN])}" if field else MANIFEST
         raise refused(f"{where}: {problem['msg']}") from None
     except (ValueError, RecursionError) as error:  # TOML's own, text's, a number of 5000 digits, nesting
+    if any(line.count(b".") > _DOTS_MAX for line in said.content.split(b"\n")):
+        raise refused(f"{MANIFEST} has a line with over {_DOTS_MAX} dots; part it into several")
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise refused(f"{MANIFEST} is not TOML: {show(why[:SHOWN])}") from None
 
