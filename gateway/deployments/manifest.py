@@ -170,6 +170,8 @@ def read_manifest(said: Entry | None) -> Manifest:
         raise refused(f"{MANIFEST} is a folder or a link; make it a file that says how the site is started")
     if len(said.content) > _MANIFEST_MAX:
         raise refused(f"{MANIFEST} has over {_MANIFEST_MAX >> 10} KiB")
+    if any(line.count(b".") > _DOTS_MAX for line in said.content.split(b"\n")):
+        raise refused(f"{MANIFEST} has a line with over {_DOTS_MAX} dots; part it into several")
     try:
         return Manifest.model_validate(tomllib.loads(said.content.decode()))
     except ValidationError as error:
@@ -178,8 +180,6 @@ def read_manifest(said: Entry | None) -> Manifest:
         where = f"{MANIFEST}: {show(field[:SHOWN])}" if field else MANIFEST
         raise refused(f"{where}: {problem['msg']}") from None
     except (ValueError, RecursionError) as error:  # TOML's own, text's, a number of 5000 digits, nesting
-    if any(line.count(b".") > _DOTS_MAX for line in said.content.split(b"\n")):
-        raise refused(f"{MANIFEST} has a line with over {_DOTS_MAX} dots; part it into several")
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise refused(f"{MANIFEST} is not TOML: {show(why[:SHOWN])}") from None
 
