@@ -127,8 +127,8 @@ async def test_events_are_followed(gateway: LiveGateway) -> None:
         ("http://no.such.host.invalid", "no gateway answers at http://no.such.host.invalid: "),
         ("https://127.0.0.1:{port}", "no TLS with it"),
         ("here", "is http://…, https://… or unix:/…, not 'here'; correct --url or GATEWAY_URL"),
-        ("http://", "'http://' is no gateway's address: it names no host; correct --url"),
-        ("http://127.0.0.1:99999", "is no gateway's address: Port out of range"),
+        ("http://", "'http://' is not a gateway's address: it has no host; correct --url"),
+        ("http://127.0.0.1:99999", "is not a gateway's address: Port out of range"),
     ],
 )
 async def test_a_gateway_that_does_not_answer_is_told_in_one_line(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # a program loads what it uses: a command line ends sooner than all of this would be imported
+        # loaded on first use: importing all of it takes longer than a short command line program runs
         for module, names in _MODULES.items():
             if name in names.split():
                 from importlib import import_module

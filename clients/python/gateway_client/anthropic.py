@@ -33,9 +33,9 @@ with needed("anthropic"):
 __all__ = ["Bash", "TextEditor", "Tool", "bash", "text_editor", "tools"]
 
 TIMEOUT: Final = 120.0
-# characters of a result of bash: of more the two ends are shown
+# characters of a bash result; of a longer one both ends are shown
 OUTPUT_MAX: Final = 30_000
-# bytes of a command's output that are looked at; of more the middle is dropped as it comes
+# bytes of a command's output that are kept; beyond that the middle is dropped as it arrives
 KEPT: Final = 1 << 20
 CONTEXT: Final = 4  # lines shown around an edit
 
@@ -48,13 +48,13 @@ async def tools(tenant: Tenant) -> list[Tool]:
 def text_editor(tenant: Tenant, *, max_characters: int | None = None) -> TextEditor:
     """Return the API's `text_editor_20250728` on the tenant's files.
 
-    `max_characters` bounds what `view` shows of a file, as the API's parameter of that name says.
+    `max_characters` limits what `view` shows of a file, like the API's parameter of that name.
     """
     return TextEditor(tenant, max_characters)
 
 
 def bash(tenant: Tenant, *, timeout: float = TIMEOUT) -> Bash:
-    """Return the API's `bash_20250124`: one shell for all calls, whose state lasts. `async with` ends it.
+    """Return the API's `bash_20250124`: one shell whose state lasts over all calls. `async with` ends it.
 
     A command that takes longer than `timeout` seconds is ended with its shell and all that it started.
     """
@@ -85,14 +85,14 @@ class Tool(BetaAsyncBuiltinFunctionTool):
 
 
 def _blocks(result: ToolResult) -> list[Any]:
-    """Return a result's content as the API has it."""
+    """Convert a result's content to the API's form."""
     found: list[Any] = []
     for part in result.content:
         match part["type"]:
             case "image":
                 source = {"type": "base64", "media_type": part["mimeType"], "data": part["data"]}
                 found.append({"type": "image", "source": source})
-            case "resource":  # a whole PDF of a gateway that cannot draw its pages
+            case "resource":  # a whole PDF, from a gateway without a renderer
                 file = part["resource"]
                 source = {"type": "base64", "media_type": file["mimeType"], "data": file["blob"]}
                 found.append({"type": "document", "source": source})
@@ -238,7 +238,7 @@ def _range(view_range: Any, lines: int) -> tuple[int, int]:
 
 
 def _edited(path: str, text: str, line: int, more: int) -> str:
-    """Say what an edit has made of the lines around it; `line` counts from 0."""
+    """Show the lines around an edit; `line` counts from 0."""
     lines = text.split("\n")
     start, end = max(0, line - CONTEXT), min(len(lines), line + more + CONTEXT + 1)
     shown = "\n".join(f"{number + 1:6}\t{lines[number]}" for number in range(start, end))
@@ -252,7 +252,7 @@ def _edited(path: str, text: str, line: int, more: int) -> str:
 
 
 class Bash(BetaAsyncBuiltinFunctionTool):
-    """One shell that lasts over its calls, with its variables and its working directory; see `bash`."""
+    """A shell that keeps its variables and working directory between calls; see `bash`."""
 
     def __init__(self, tenant: Tenant, timeout: float) -> None:
         self._tenant, self._timeout = tenant, timeout
@@ -268,7 +268,7 @@ class Bash(BetaAsyncBuiltinFunctionTool):
         await self.close()
 
     async def close(self) -> None:
-        """End the shell and all that it started. The next call begins another."""
+        """End the shell and all that it started. The next call starts another."""
         shell, self._shell = self._shell, None
         if shell is not None:
             await shell.__aexit__(None, None, None)
@@ -290,7 +290,7 @@ class Bash(BetaAsyncBuiltinFunctionTool):
                 await self.close()
                 raise ToolError(error.message) from None
             except BaseException as error:
-                await self.close()  # given up: nothing of it may run on
+                await self.close()  # given up: end everything of it
                 if isinstance(error, TimeoutError):
                     raise ToolError(
                         f"timed out: bash has not returned in {self._timeout:g} seconds and was ended with "
@@ -316,7 +316,7 @@ class Bash(BetaAsyncBuiltinFunctionTool):
             return f"{output}\n{note}"
 
     async def _until(self, mark: bytes) -> tuple[str, int | None]:
-        """Return what is printed before the mark and the number behind it; None if the shell ended."""
+        """Return the output before the mark, and the number after it; None if the shell ended."""
         assert self._shell is not None
         data, dropped, searched = bytearray(), 0, 0
         async for chunk in self._shell.stdout:

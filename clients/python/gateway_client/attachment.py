@@ -1,4 +1,4 @@
-"""The client's end of a running command: takes its output in, sends input, comes back after a break."""
+"""The client's end of a running command: receives output, sends input, reattaches after a break."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Exit:
 
 
 class Acknowledgements:
-    """Calls `send` each time that `ACK` bytes more have arrived.
+    """Calls `send` whenever `ACK` more bytes have arrived.
 
-    In a task of its own: while the command's input is full nothing can be sent, and output must still be
-    read.
+    This runs in a separate task: while the command's input is full nothing can be sent, but output must still
+    be read.
     """
 
     def __init__(self, send: Callable[[], Awaitable[None]]) -> None:
@@ -67,10 +67,11 @@ class Acknowledgements:
 
 
 class Attachment:
-    """What one connection at a time carries of a command. The connection calls it as its `Receiver`.
+    """A command as one connection at a time carries it; it is that connection's `Receiver`.
 
-    `exit` is done once the command has ended and its last output is in the buffers, or fails with what ended
-    the attachment. `arrived` is set when anything has come. `id`, `pid` and `started_at` are the command's.
+    `exit` resolves once the command has ended and its last output is in the buffers, or fails with the error
+    that ended the attachment. `arrived` is set when anything has arrived. `id`, `pid` and `started_at` are the
+    command's.
     """
 
     def __init__(self, connections: Connections, exec_id: str, buffer: int, encoding: Encoding) -> None:
@@ -96,7 +97,7 @@ class Attachment:
 
     @property
     def active(self) -> bool:
-        """Whether the command was started or attached to, and not left since."""
+        """Whether the command has been started or attached to, and not been left since."""
         return self._connection is not None and not self._left
 
     @property
@@ -112,11 +113,11 @@ class Attachment:
     def attached(self, connection: Connection) -> None:
         """Use `connection` from now on."""
         self._connection = connection
-        if connection.failure is not None:  # it broke before it was ours
+        if connection.failure is not None:  # it broke before we took it over
             self.broken(connection.failure)
 
     def leave(self, error: GatewayError) -> Connection:
-        """Take nothing more in, and end with `error` what has not ended. Return the connection to release."""
+        """Stop receiving, and end whatever is open with `error`. Return the connection to release."""
         connection, self._left = self.connection(), True
         connection.receiver = None
         self.end(error)
@@ -133,7 +134,7 @@ class Attachment:
         """End both streams, and the exit if it has not come, with `error`."""
         if error is not None and not self.exit.done():
             self.exit.set_exception(error)
-            self.exit.exception()  # retrieved: nobody has to wait for the exit
+            self.exit.exception()  # mark as retrieved, since nobody may wait for the exit
         for buffer in (self.stdout, self.stderr):
             if not buffer.ended:
                 buffer.end(error)
@@ -184,7 +185,7 @@ class Attachment:
     # --- reconnecting ---------------------------------------------------------------------------------
 
     async def _resume(self, broken: Connection, error: GatewayError) -> None:
-        """Attach again where the output stands; end both streams with the error if that fails."""
+        """Attach again at the current offsets; end both streams with the error if that fails."""
         try:
             async with self._connections.patience() as patience:
                 while True:
@@ -213,7 +214,7 @@ class Attachment:
             self._resuming = None
 
     async def _replace(self, connection: Connection) -> None:
-        """Attach by another connection than the broken one, and send the input that did not arrive."""
+        """Attach through another connection, and send the input that did not arrive."""
         connection.receiver = self
         params = {
             "exec": self.id,
@@ -289,8 +290,8 @@ class Attachment:
 
     def broken(self, error: GatewayError) -> None:
         if not self.active or self._resuming is not None:
-            return  # starting, resuming and leaving see it for themselves
-        # a reader that stood still for too long was detached, and may come back too
+            return  # starting, resuming and leaving notice it themselves
+        # a reader that stalled for too long was detached, and may attach again too
         passing = isinstance(error, Unavailable | RateLimited)
         if passing and not self.exit.done() and self._connections.http.retry is not None:
             self._resuming = asyncio.create_task(self._resume(self.connection(), error))
@@ -302,7 +303,7 @@ class Attachment:
         await self.stderr.room()
 
     async def _acknowledge(self) -> None:
-        """Tell the gateway what has arrived; it keeps the rest for a break."""
+        """Acknowledge what has arrived; the gateway keeps the rest in case of a break."""
         offsets = {"stdout": self.stdout.offset, "stderr": self.stderr.offset}
         if self._connection is not None:
             with contextlib.suppress(GatewayError):

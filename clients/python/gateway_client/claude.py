@@ -1,4 +1,4 @@
-"""Runs an agent of Claude's Agent SDK in a tenant: with the tenant's tools and nothing of this host.
+"""Run an agent of Claude's Agent SDK in a tenant, with the tenant's tools and nothing of this host.
 
     async with Client("https://gateway.example", token=…) as client:
         async with ClaudeSDKClient(claude.options(client.tenant("shop"))) as agent:
@@ -6,8 +6,8 @@
             async for message in agent.receive_response():
                 print(message)
 
-The SDK runs Claude Code's CLI on this host with all of its own tools off; the tenant's tools have their names
-instead. Needs the extra `claude`. What is said about the CLI here was seen with its version 2.1.331.
+The SDK runs Claude Code's CLI on this host with all its built-in tools off; the tenant's tools take their
+names. Needs the extra `claude`. Statements about the CLI here hold for version 2.1.331.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ log = logging.getLogger(__name__)
 
 SERVER: Final = "tenant"
 READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
-# UTF-16 units of a result's text. Over 500 000 the CLI writes it into a file of this host and shows 2 KB of
-# it, over some 10 000 it cuts the middle out of an error: both are cut here, with words that help.
+# UTF-16 units of a result's text. Over 500 000 the CLI writes it to a file on this host and shows 2 KB of
+# it; over some 10 000 it cuts the middle out of an error. So both are cut here, with a helpful note.
 RESULT_MAX: Final = 490_000
 ERROR_MAX: Final = 10_000
-# bytes of one message of the CLI: a Write of megabytes comes as one, and the SDK's own limit of 1 MiB ends
-# the session
+# bytes of one message of the CLI: a large Write is one message, and at the SDK's default of 1 MiB the
+# session ends
 MESSAGE_MAX: Final = 64 << 20
-# seconds; over the longest that Bash takes in front, 600, so that its own answer comes first
+# seconds; above the maximum of Bash in the foreground, 600, so that its own answer comes first
 TOOL_TIMEOUT: Final = 660.0
-# seconds that a result waits for the last of its live output to be handed over
+# seconds that a result waits for the delivery of its last live output
 DRAIN: Final = 5.0
 
 _CALL_ID: Final = "claudecode/toolUseId"
 _REFUSED: Final[Mapping[str, str]] = {
-    "tools": "the CLI's own tools run on this host, and win over the tenant's of the same name",
+    "tools": "the CLI's own tools run on this host, and take precedence over the tenant's of the same name",
     "setting_sources": "settings of this host can run commands on it",
     "settings": "settings of this host can run commands on it",
-    "add_dirs": "folders of this host are no business of an agent in a tenant",
+    "add_dirs": "an agent in a tenant must not reach folders of this host",
     "plugins": "plugins run on this host",
     "skills": "skills are files of this host",
-    "strict_mcp_config": "servers of this host's own configuration would be there too",
+    "strict_mcp_config": "servers of this host's configuration would be added",
     "verbatim_prompts": "an @path in a prompt would read a file of this host",
-    "max_buffer_size": "it is set so that large inputs pass",
+    "max_buffer_size": "it is set for large inputs already",
 }
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # the tools appear as Read and Bash rather than as mcp__tenant__Read: the names that the model knows
@@ -76,17 +76,17 @@ _PROMPT: Final = (
     "working directory. Read, Write, Edit, Glob and Grep reach the files below it; Bash runs there as the "
     "user that owns them."
 )
-# of an embedded file: the CLI would keep it on this host and show the model a path that no tool of it reaches
+# instead of an embedded file: the CLI would store it on this host, and show the model a path out of its reach
 _UNSHOWN: Final = (
-    "The file itself cannot be shown here: its pages come as images once whoever runs the gateway has "
-    "installed its extra `pdf`. Until then a program in the container may read it, if there is one."
+    "The file itself cannot be shown here: its pages are returned as images once the gateway's operator has "
+    "installed the extra `pdf`. Until then a program in the container may be able to read it."
 )
 _OF_KEPT: Final = ("resume", "continue_conversation", "fork_session", "session_store")
 
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """A piece of what a Bash call prints while it runs. `call` is the model's id of the call, `toolu_…`."""
+    """A piece of a Bash call's output while it runs. `call` is the model's id of the call, `toolu_…`."""
 
     call: str
     stream: Literal["stdout", "stderr"]
@@ -113,8 +113,8 @@ def options(
 ) -> ClaudeAgentOptions:
     """Return options for `ClaudeSDKClient` or `query`: the tenant's eight tools, and nothing of this host.
 
-    `on_output` gets what Bash prints while it runs; if it is slow, it slows the command. It needs a token
-    with the scope `events`. `system_prompt` is yours; a sentence about where the tools work follows it.
+    `on_output` gets the output of Bash while it runs; a slow function slows down the command. It needs a
+    token with the scope `events`. `system_prompt` is yours; a sentence about where the tools work follows it.
     `tool_timeout` is in seconds: a call that takes longer is cancelled, with everything that it runs. Further
     options are the SDK's. Raises `ValueError` for those that would open this host.
 
@@ -131,17 +131,17 @@ def options(
     if bare and more.get("hooks"):
         raise ValueError("hooks need bare=False: the CLI runs none in its bare mode")
     if not persist_session and any(more.get(name) for name in _OF_KEPT):
-        raise ValueError("only what was kept can be resumed: set persist_session=True, there and here")
+        raise ValueError("only a stored session can be resumed: set persist_session=True, for it and now")
     if SERVER in (mcp_servers or {}):
         raise ValueError(f"the name {SERVER!r} is taken by the tenant's own tools")
     place = _PROMPT.format(workspace=workspace)
     tools = {"type": "sdk", "name": SERVER, "instance": server(tenant, on_output=on_output)}
     found: dict[str, Any] = {
-        # no folder of a user's: its name would be told to the model
+        # not a user's folder, since the model sees its name
         "cwd": "/",
         **more,
         "tools": [],
-        # without alwaysLoad the tools would hide behind a search where other servers have many
+        # without alwaysLoad the tools would be hidden behind a search if other servers have many
         "mcp_servers": {
             **(mcp_servers or {}),
             SERVER: {**tools, "timeout": round(tool_timeout * 1000), "alwaysLoad": True},
@@ -164,10 +164,10 @@ def options(
 
 
 def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
-    """Return an in-process MCP server of the tenant's tools, for options of the SDK that you build yourself.
+    """Return an in-process MCP server with the tenant's tools, for options that you build yourself.
 
-    Read-only tools are marked so that the CLI runs them at the same time. Results carry no
-    structuredContent: the CLI would show the model that instead of the text.
+    Read-only tools are marked so that the CLI runs them in parallel. Results have no structuredContent, since
+    the CLI would show that to the model instead of the text.
     """
     live = None if on_output is None else _Live(tenant, on_output)
 
@@ -189,7 +189,7 @@ def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
         try:
             with live.awaiting(call) if live and call else contextlib.nullcontext():
                 result = await _called(tenant, params.name, params.arguments or {}, call)
-        except GatewayError as error:  # the model can say it to its user, or try something else
+        except GatewayError as error:  # the model can report it, or try something else
             return _answer(ToolResult([{"type": "text", "text": error.message}], is_error=True))
         if live and call and params.name == "Bash":
             await live.finish(call, result)
@@ -199,8 +199,8 @@ def server(tenant: Tenant, *, on_output: OnOutput | None = None) -> Server[Any]:
 
 
 async def _called(tenant: Tenant, name: str, arguments: Mapping[str, Any], call_id: str | None) -> ToolResult:
-    """Call a tool in a task of its own: anyio cancels what it cancels again and again, and telling the
-    gateway of it takes an await."""
+    """Call a tool in a separate task: anyio repeats a cancellation at every await, and cancelling the call
+    in the gateway takes one."""
     work = asyncio.ensure_future(tenant.tool(name, arguments, call_id))
     try:
         return await asyncio.shield(work)
@@ -238,12 +238,12 @@ def _answer(result: ToolResult) -> types.CallToolResult:
 
 
 def _units(text: str) -> int:
-    """Return the length as JavaScript counts it."""
+    """Return the length in UTF-16 units, as JavaScript counts it."""
     return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
 
 
 def _cut(text: str, limit: int, *, middle: bool) -> str:
-    """Return `text` within `limit` UTF-16 units: its beginning, or its two ends."""
+    """Cut `text` to `limit` UTF-16 units: to its beginning, or to its two ends."""
     size = _units(text)
     if size <= limit:
         return text
@@ -253,20 +253,20 @@ def _cut(text: str, limit: int, *, middle: bool) -> str:
         note += "Ask for less at a time: a range of lines, a narrower pattern."
     keep = max(0, limit - len(note))
     head, tail = (keep - keep // 2, keep // 2) if middle else (keep, 0)
-    # an encoded half of a pair is dropped rather than shown
+    # drop half of a surrogate pair
     first = encoded[: 2 * head].decode("utf-16-le", "ignore")
     last = encoded[len(encoded) - 2 * tail :].decode("utf-16-le", "ignore") if tail else ""
     return f"{first}{note}{last}"
 
 
 class _Live:
-    """Hands over what Bash calls print while they run, by the gateway's events and own attachments."""
+    """Delivers the output of Bash calls while they run, by the gateway's events and separate attachments."""
 
     def __init__(self, tenant: Tenant, on_output: OnOutput) -> None:
         self._tenant = tenant
         self._on_output = on_output
         self._calls: set[str] = set()
-        self._starting: dict[str, str] = {}  # call ids, by the exec that is about to start
+        self._starting: dict[str, str] = {}  # call ids by exec, before it has started
         self._followed: dict[str, asyncio.Task[None]] = {}  # by exec
         self._listening: asyncio.Task[None] | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -274,10 +274,10 @@ class _Live:
     async def __aenter__(self) -> None:
         stream = self._tenant.events(types=("tool.started", "exec.started"))
         try:
-            # entered before any call is made: what happens from here on is in the stream
+            # entered before any call, so that no event is missed
             await self._stack.enter_async_context(stream)
         except GatewayError as error:
-            log.warning("output comes only with a call's end, there are no events: %s", error.message)
+            log.warning("output comes only at a call's end, since there are no events: %s", error.message)
         else:
             self._listening = asyncio.create_task(self._listen(stream))
 
@@ -299,11 +299,11 @@ class _Live:
             self._calls.discard(call)
 
     async def finish(self, call: str, result: ToolResult) -> None:
-        """Return once all that an ended command printed was handed over."""
+        """Wait until all output of an ended command has been delivered."""
         exec_id = result.structured.get("exec")
         if exec_id is None:
             return
-        # a short command may be over before its start is told; told then, it is not followed once more
+        # a short command may have ended before its start event comes; do not follow it then
         following = self._follow(call, str(exec_id))
         self._starting.pop(str(exec_id), None)
         if result.structured.get("status") != "running":
@@ -319,7 +319,7 @@ class _Live:
                 elif event.type == "exec.started" and exec_id in self._starting:
                     self._follow(self._starting.pop(exec_id), exec_id)
         except GatewayError as error:
-            log.warning("output comes only with a call's end, the events broke off: %s", error.message)
+            log.warning("output comes only at a call's end, since the events broke off: %s", error.message)
 
     def _follow(self, call: str, exec_id: str) -> asyncio.Task[None]:
         if exec_id not in self._followed:
@@ -336,9 +336,9 @@ class _Live:
                         if isawaitable(given):
                             await given
                 except BaseException:
-                    await command.detach()  # else leaving would end it
+                    await command.detach()  # otherwise leaving would end it
                     raise
         except GatewayError as error:
             log.warning("output of exec %s could not be followed: %s", exec_id, error.message)
         except Exception:
-            log.exception("on_output failed; the rest of what exec %s prints is not handed over", exec_id)
+            log.exception("on_output failed; the rest of the output of exec %s is not delivered", exec_id)

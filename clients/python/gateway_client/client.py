@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# seconds after which the clock is looked at again: it may be set, and a machine may sleep
+# seconds between checks of the clock: it may be set, and the machine may sleep
 _LOOK: Final = 5.0
 
 
@@ -83,7 +83,7 @@ class Client:
         self._http = HttpClient(self.address, self.credentials, retry, on_change)
         self._keeping: asyncio.Task[None] | None = None
         self._identity = {"name": name, "version": "1"}
-        self._connections: list[Connections] = []  # of all tenants
+        self._connections: list[Connections] = []  # for all tenants
         self._tenants: dict[tuple[str, str | None, bool, float | None], Tenant] = {}
 
     async def __aenter__(self) -> Client:
@@ -95,7 +95,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """End every connection. Idempotent. Commands that were left running linger in the gateway."""
+        """Close every connection. Idempotent. Detached commands linger in the gateway."""
         self._http.shut()
         self.credentials.close()
         if self._keeping is not None:
@@ -147,7 +147,7 @@ class Client:
             initialize = {
                 "client": self._identity,
                 "readBeforeWrite": read_before_write,
-                # one without a name would end with its connection, and not outlast a break
+                # an unnamed session would end with its connection, and so with a break
                 "session": session or f"client-{secrets.token_hex(16)}",
             }
             connections = Connections(
@@ -179,12 +179,12 @@ class Client:
         mode: Literal["dev", "production"] | None = None,
         key: str | None = None,
     ) -> Deployment:
-        """Begin to bring a domain to a site that answers, or to update it; needs the scope `deploy`.
+        """Begin to deploy a site at a domain, or to update it; needs the scope `deploy`.
 
-        `template` is the name of one of the gateway's, the path of a folder, or a tar of one. What a folder
-        is, and how it is started, the gateway finds out unless its `site.toml`, or `start`, `install` and
-        `port`, say so. Without `tenant` its name is made from the domain. A second call with the same `key`
-        returns the same deployment. `Deployment.wait` and `.events` show its progress.
+        `template` is the name of a template of the gateway, the path of a folder, or a tar of one. The
+        gateway detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, say
+        so. By default the tenant's name is derived from the domain. A second call with the same `key` returns
+        the same deployment. `Deployment.wait` and `.events` show its progress.
         """
         from gateway_client.deployments import Deployment, template_body
 
@@ -213,7 +213,7 @@ class Client:
         return list((await self.http("GET", "/v1/templates"))["templates"])
 
     async def revoke(self, token_id: str) -> None:
-        """Take back the token with this `jti`; needs the scope `admin` for every tenant."""
+        """Revoke the token with this `jti`; needs the scope `admin` for every tenant."""
         await self.http("POST", "/v1/revocations", {"id": token_id})
 
     async def audit(
@@ -245,5 +245,5 @@ class Client:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Any:
-        """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
+        """Request a route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
         return await self._http.json(method, path, body, headers)

@@ -1,8 +1,8 @@
 """One websocket to the gateway: calls with answers, and the bytes of one command.
 
 Requests run concurrently. The bytes of a command go to the connection's one `Receiver`; while that has no
-room, nothing is read from the socket, which holds up the gateway and the command. This is why a command has a
-connection of its own (see `Tenant.exec`): anything else on it would wait too.
+room, nothing is read from the socket, which slows down the gateway and the command. That is why each command
+has its own connection (see `Tenant.exec`): anything else on it would wait too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_MESSAGE: Final = 64 * MiB
 FRAMES: Final = 16
 OPEN_TIMEOUT: Final = 15.0
 CLOSE_TIMEOUT: Final = 2.0
-# seconds after which a renewal for which there was no room is asked for again, at most
+# seconds, at most, until a renewal that the gateway had no room for is tried again
 RENEW: Final = 1.0
 # 30 s of silence, then a probe every 10 s, of which 3 may be lost; not every system has the names
 _KEEPALIVE: Final = tuple(
@@ -57,7 +57,7 @@ _KEEPALIVE: Final = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a gateway is: an http(s) URL, and the unix socket to reach it by, if any."""
+    """A gateway's address: an http(s) URL, and the Unix socket to reach it through, if any."""
 
     url: str
     unix: str | None = None
@@ -73,15 +73,15 @@ class Address:
             parts = urlsplit(url)
             _ = parts.port
         except ValueError as error:
-            raise ValueError(f"{url!r} is no gateway's address: {error}") from None
+            raise ValueError(f"{url!r} is not a gateway's address: {error}") from None
         if not parts.hostname:
-            raise ValueError(f"{url!r} is no gateway's address: it names no host")
+            raise ValueError(f"{url!r} is not a gateway's address: it has no host")
         return cls(url.rstrip("/"))
 
     def unanswered(self, error: BaseException) -> Disconnected:
-        """Return the error for an address without an answer, in the system's words if it has some."""
+        """Return the error for an address that does not answer, with the system's message if there is one."""
         why = str(error) or type(error).__name__
-        if isinstance(error, ssl.SSLError):  # whose numbers are others
+        if isinstance(error, ssl.SSLError):  # TLS errors have other numbers
             why = f"no TLS with it ({error.reason})"
         elif isinstance(error, OSError) and error.errno is not None and error.errno > 0:
             why = os.strerror(error.errno)
@@ -94,18 +94,18 @@ class Address:
 
 
 class Receiver(Protocol):
-    """Gets everything of a command on this connection. Called by the reading task only."""
+    """Receives everything of a command on this connection. Called by the reading task only."""
 
     def frame(self, frame: wire.Frame) -> None: ...
 
     def notified(self, notification: wire.Notification) -> None: ...
 
     def broken(self, error: GatewayError) -> None:
-        """No more will come."""
+        """Nothing more will come."""
         ...
 
     async def room(self) -> None:
-        """Return when more may come."""
+        """Wait until more may come."""
         ...
 
 
@@ -132,7 +132,7 @@ class Connection:
 
     @property
     def failure(self) -> GatewayError | None:
-        """What ended this connection. A request that raises this very error may or may not have arrived."""
+        """The error that ended this connection. A request that raises it may or may not have arrived."""
         return self._failure
 
     @property
@@ -178,7 +178,7 @@ class Connection:
             raise address.unanswered(error) from error
         tcp = socket.transport.get_extra_info("socket")
         if not address.unix and tcp is not None:
-            # a client that waits for a silent command sends nothing: only this shows that the gateway is gone
+            # a client that waits for a silent command sends nothing: only this finds that the gateway is gone
             tcp.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
                 tcp.setsockopt(IPPROTO_TCP, option, value)
@@ -210,14 +210,14 @@ class Connection:
             await self._send(wire.request(number, method, params))
             return await answer
         except asyncio.CancelledError:
-            # cancelling a task that awaits a future cancels the future: that is no answer
+            # cancelling a task that awaits a future also cancels the future, which is not an answer
             if self._failure is None and (answer.cancelled() or not answer.done()):
                 self._cancel_later(number)
             raise
         finally:
             del self._pending[number]
             if answer.done() and not answer.cancelled():
-                answer.exception()  # seen: the send may have failed before anybody awaited it
+                answer.exception()  # mark as retrieved: the send may have failed before anybody awaited it
 
     @property
     def date(self) -> str | None:
@@ -225,10 +225,10 @@ class Connection:
         return None if self._socket.response is None else self._socket.response.headers.get("Date")
 
     def renew(self, token: str, refused: Callable[[GatewayError], None]) -> None:
-        """Go on with another token, soon; call `refused` if the gateway does not take it.
+        """Send another token; call `refused` if the gateway does not accept it.
 
-        The answer may come behind unread output, and is not waited for. If the gateway has no room, it is
-        asked again, unless there is a newer token by then.
+        The answer may come behind unread output, and is not awaited. If the gateway has no room, try again
+        later, unless there is a newer token by then.
         """
         self._newest = token
 
@@ -237,7 +237,7 @@ class Connection:
                 try:
                     await self.request("session/renew", {"token": token})
                 except NotFound:
-                    return  # an earlier gateway, which closes no socket for its token's end
+                    return  # an older gateway, which closes no sockets when a token ends
                 except RateLimited as full:
                     await asyncio.sleep(min(float(full.facts.get("retry_after", RENEW)), RENEW))
                 except GatewayError as error:
@@ -265,8 +265,8 @@ class Connection:
         await self._send(wire.pack_frame(stream, channel, data))
 
     async def close(self) -> None:
-        """End the connection: politely, but within two seconds. Idempotent."""
-        if self._cancels:  # what we gave up must not run on
+        """Close the connection cleanly, but within two seconds. Idempotent."""
+        if self._cancels:  # what was given up must not continue
             await asyncio.wait(self._cancels, timeout=CLOSE_TIMEOUT)
         self._fail(Disconnected("this connection was closed"))
         try:

@@ -22,7 +22,7 @@ IDLE: Final = 4
 # a connection that lasted so many seconds was a good one
 LASTED: Final = 5.0
 CLOSE_TIMEOUT: Final = 5.0
-# what may be asked twice, because it changes nothing or the same; a tool call may with its id
+# requests that may be repeated, since they change nothing or the same; a tool call may, with its id
 _REPEATABLE: Final = frozenset(
     {
         *("ping", "tools/list", "exec/list", "exec/wait", "exec/cancel", "exec/resize"),
@@ -34,8 +34,8 @@ _REPEATABLE: Final = frozenset(
 class Connections:
     """The websockets to one tenant. One carries tools and control messages, and so one tool session.
 
-    Each running command and each watch has one of its own: a slow reader stops reading its socket, and that
-    way holds up that command and no other.
+    Each running command and each watch has its own: a slow reader stops reading its socket, which slows down
+    that command and no other.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Connections:
         ends_session: bool,
         keep: Callable[[], None],
     ) -> None:
-        """`keep` is called when one has opened: it then needs newer tokens for as long as it lasts."""
+        """`keep` is called when one has opened, since it needs newer tokens from then on."""
         self.http = http
         self.tenant = tenant
         self._initialize = initialize
@@ -72,7 +72,7 @@ class Connections:
 
     @property
     def connected(self) -> bool:
-        """Whether any connection stands."""
+        """Whether any connection is open."""
         return any(connection.alive for connection in self._open)
 
     async def request(self, method: str, params: Mapping[str, Any] | None = None) -> Any:
@@ -83,7 +83,7 @@ class Connections:
         repeatable = method in _REPEATABLE or (method == "tools/call" and "callId" in (params or {}))
         broken: GatewayError | None = None
         connection = self._main
-        if connection is not None and connection.alive:  # as nearly always: no patience is needed
+        if connection is not None and connection.alive:  # the usual case, without retries
             try:
                 return await connection.request(method, params)
             except Unavailable as error:
@@ -118,7 +118,7 @@ class Connections:
         return connection
 
     async def close(self) -> None:
-        """End all connections, and the tool session if it has no name to be asked for again."""
+        """Close all connections, and end the tool session if it has no name."""
         main, self._main = self._main, None
         if self._ends_session and main is not None and main.alive:
             with contextlib.suppress(GatewayError, TimeoutError):
@@ -157,7 +157,7 @@ class Connections:
             except Unavailable as error:
                 await self.pause(patience, error)
             else:
-                if self.http.closed:  # meanwhile: nothing would close it any more
+                if self.http.closed:  # closed meanwhile: nobody would close this connection
                     await connection.close()
                     raise Disconnected("this client was closed")
                 self._met = True

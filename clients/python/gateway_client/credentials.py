@@ -1,4 +1,4 @@
-"""The client's token: its source, when the next one is due, what happens if none comes."""
+"""The client's token: its source, when to renew it, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SHARE: Final = 0.1
 TIMEOUT: Final = 30.0
 # seconds after a failure of the function: the first, and the longest
 FIRST, LONGEST = 0.5, 15.0
-# seconds by which the gateway's clock, which tells whole ones only, may seem to differ from ours
+# seconds of apparent difference to the gateway's clock, which has whole seconds only
 SAME: Final = 5.0
 
 
 class Credentials:
-    """One client's token, and the function that gives the next. `renewed` is called whenever one came.
+    """A client's token, and the function that returns the next. `renewed` is called with each new one.
 
-    A function that is not asynchronous is called in a thread: it may wait for whatever it asks.
+    A function that is not asynchronous is called in a thread, since it may block.
     """
 
     def __init__(self, token: Token, renewed: Callable[[], None]) -> None:
@@ -54,13 +54,13 @@ class Credentials:
 
     @property
     def pause(self) -> float:
-        """Seconds until the next token is to be asked for."""
+        """Seconds until the next token is due."""
         return max(self._due - self._now(), self._again - time.monotonic(), 0.0)
 
     async def current(self) -> str:
-        """Return a token that has not ended, as far as one can tell. Raises `TokenUnavailable`.
+        """Return a token that has not ended, as far as is known. Raises `TokenUnavailable`.
 
-        A token that ends soon is still returned, while the next is asked for.
+        A token that ends soon is still returned, while the next one is requested.
         """
         if self.token is None or (self._supply is not None and self._now() >= self._expires):
             return await self.next()
@@ -69,7 +69,7 @@ class Credentials:
         return self.token
 
     async def next(self) -> str:
-        """Ask for a token, once for all waiting callers. Raises `TokenUnavailable`."""
+        """Request a token, once for all waiting callers. Raises `TokenUnavailable`."""
         return await asyncio.shield(self._ask())
 
     async def after(self, refused: str) -> str | None:
@@ -82,7 +82,7 @@ class Credentials:
         return None if token == refused else token
 
     def learn(self, token: str, expires: object, date: str | None) -> None:
-        """Take what the gateway says of a token's end, and of the time."""
+        """Take the gateway's word on a token's end and on the time."""
         other = self.renewable and date is not None and self._set_clock(date)
         if token != self.token or not isinstance(expires, int | float):
             return
@@ -161,7 +161,7 @@ class Credentials:
             raise TokenUnavailable(f"the function that gives the token {why}") from error
         found = token.strip() if isinstance(token, str) else ""
         if not found or not found.isascii() or not found.isprintable():  # it goes into a header
-            what = "text that is none" if isinstance(token, str) else type(token).__name__
+            what = "text that is not one" if isinstance(token, str) else type(token).__name__
             raise TokenUnavailable(f"the function that gives the token returned no token, but {what}")
         return found
 

@@ -1,4 +1,4 @@
-"""One deployment from the client's side: what happens in it, how it ended."""
+"""One deployment from the client's side: its events and its end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gateway_client.http_client import HttpClient
 if TYPE_CHECKING:
     import tarfile
 
-# what ends a deployment, and nothing of it comes after
+# the last events of a deployment
 _ENDS: Final = ("deployment.succeeded", "deployment.rolledback")
 _ENDED: Final = ("succeeded", "rolledback")
-# seconds that the kept events of a deployment that has ended are waited for
+# seconds to wait for the stored events of an ended deployment
 SETTLE: Final = 5.0
-# what the gateway leaves out too: it would be sent for nothing
+# left out by the gateway too, so not worth sending
 _LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git"})
 
 
@@ -38,7 +38,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentRecord:
-    """A deployment as it stands. `error` is what it failed with; `all` holds every member."""
+    """A deployment's current state. `error` is why it failed; `all` has every member."""
 
     id: str
     tenant: str
@@ -74,7 +74,7 @@ class DeploymentRecord:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was deployed to a tenant, newest first; `live` is what is served, `kept` what it can go back to.
+    """A tenant's deployments, newest first; `live` is the one served, `kept` those it can go back to.
 
     `live` and `kept` are ids of deployments; `live` is None where it is not known.
     """
@@ -91,7 +91,7 @@ class History:
 
 
 class Deployment:
-    """One attempt to bring a tenant to a site that answers. Made by `Client.deploy` or `Client.deployment`.
+    """One attempt to deploy a site. Made by `Client.deploy` or `Client.deployment`.
 
     It runs in the gateway, with or without a client.
     """
@@ -102,7 +102,7 @@ class Deployment:
         self._path = f"/v1/deployments/{deployment_id}"
 
     async def record(self) -> DeploymentRecord:
-        """Return how it stands now."""
+        """Return its current state."""
         return DeploymentRecord.parse(await self._http.json("GET", self._path))
 
     async def cancel(self) -> DeploymentRecord:
@@ -110,7 +110,7 @@ class Deployment:
         return DeploymentRecord.parse(await self._http.json("DELETE", self._path))
 
     async def wait(self) -> DeploymentRecord:
-        """Return how it ended, once it did. Raises the typed error of what failed, once all is undone."""
+        """Wait for its end and return it. Raises the typed error of a failure, once all is undone."""
         while (record := await self.record()).state not in _ENDED:
             async for _ in self.events():
                 pass
@@ -119,12 +119,12 @@ class Deployment:
         return record
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield its events from the first to the last, those that were before too.
+        """Yield its events from the first to the last, including past ones.
 
         Needs the scope `events`. If some are no longer kept, a `gap` comes in their place.
         """
         begun = False
-        missing: Event | None = None  # a gap, until it is known to be one: before the first event is nothing
+        missing: Event | None = None  # a gap that may not be one: nothing precedes the first event
         deadline: float | None = None
         query = event_query(types="deployment.*", deployment=self.id)
         async with EventStream(self._http, query, last_event_id=0) as stream:
@@ -132,7 +132,7 @@ class Deployment:
                 try:
                     async with asyncio.timeout_at(deadline):
                         event = await anext(stream, None)
-                except TimeoutError:  # its last event is no longer kept
+                except TimeoutError:  # its last event is no longer stored
                     event = None
                 if event is None:
                     if missing is not None:
@@ -140,7 +140,7 @@ class Deployment:
                     return
                 if event.type == "gap":
                     missing = event
-                    # its end may be among what is missing: then only the record tells of it
+                    # its end may be missing too: then only the record shows it
                     if (await self.record()).state in _ENDED:
                         deadline = asyncio.get_running_loop().time() + SETTLE
                     continue
@@ -153,7 +153,7 @@ class Deployment:
 
 
 def template_body(template: str | bytes | os.PathLike[str]) -> str | dict[str, str]:
-    """Return a template as the gateway takes it: a name as it is, a folder or a tar as an archive."""
+    """Return a template for a request: a name unchanged, a folder or a tar as an archive."""
     if isinstance(template, str):
         return template
     archive = template if isinstance(template, bytes) else _packed(Path(template))

@@ -1,9 +1,9 @@
 """Every error of the gateway, each with its wire code, and those of the connection to it.
 
 One tree for both ends: the server raises these too, through `gateway.errors`. Foreign errors (aiohttp,
-OSError, pylxd) are mapped into it once, at the border where they appear. A client gets `code`, `message` and
-`facts`; the log gets the traceback; neither gets a secret or a host path. Nothing but Python is needed here:
-what prepares a machine imports this before any package is installed.
+OSError, pylxd) are mapped into it once, where they first appear. A client gets `code`, `message` and
+`facts`; the log gets the traceback; neither gets a secret or a host path. This module needs nothing but
+Python, because the set-up of a machine imports it before any package is installed.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class Forbidden(GatewayError):
 
 
 class NotFound(GatewayError):
-    """No such thing, or none that this token may know of: both answer alike."""
+    """It does not exist, or the token may not see it: both give the same answer."""
 
     code = "not_found"
     http_status = 404
 
 
 class Conflict(GatewayError):
-    """The thing is not in the state that the request assumed."""
+    """Something is not in the state that the request assumed."""
 
     code = "conflict"
     http_status = 409
@@ -198,7 +198,7 @@ class Unavailable(GatewayError):
 
 
 class RateLimited(GatewayError):
-    """A limit on how many is reached; ask again in `retry_after` seconds, when some may have ended."""
+    """A limit on a number is reached; try again in `retry_after` seconds, when some may have ended."""
 
     code = "rate_limited"
     http_status = 429
@@ -215,7 +215,7 @@ class Gone(GatewayError):
 
 
 class InvalidParams(GatewayError):
-    """The request is malformed or names something impossible."""
+    """The request is malformed or asks for something impossible."""
 
     code = "invalid_params"
     http_status = 400
@@ -247,7 +247,7 @@ class TokenUnavailable(Unavailable):
 
 
 def from_wire(code: str, message: str, facts: Mapping[str, Any] | None = None) -> GatewayError:
-    """Return the error that the wire code names; a code of a newer gateway gives a plain `GatewayError`."""
+    """Return the error for a wire code; a newer gateway's unknown code gives a plain `GatewayError`."""
     error = _BY_CODE.get(code, GatewayError)(message)
     error.facts = dict(facts or {})
     return error

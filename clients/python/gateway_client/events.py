@@ -38,7 +38,7 @@ class ServerSent:
 
 
 class Parser:
-    """Server-Sent Events out of bytes, as WHATWG HTML §9.2.6 has it. No IO, bounded by `MAX_EVENT`."""
+    """A parser of Server-Sent Events (WHATWG HTML §9.2.6), without IO and bounded by `MAX_EVENT`."""
 
     def __init__(self, last_id: str = "") -> None:
         self._rest = b""
@@ -87,9 +87,9 @@ class Parser:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of the gateway. `tenant` is None for those of the gateway itself.
+    """One event of the gateway. `tenant` is None for events of the gateway itself.
 
-    A `gap` says that events before `data["oldest"]` are no longer kept: read the state again.
+    A `gap` says that events before `data["oldest"]` are no longer stored: read the state again.
     """
 
     id: int
@@ -167,7 +167,7 @@ class EventStream:
                 raise refusal(response.status, await response.read())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Disconnected(f"the gateway's events cannot be reached: {error}") from error
-        # the gateway tells where a stream begins: so one that breaks before its first event misses nothing
+        # the gateway says where a stream begins: one that breaks before its first event misses nothing
         self._parser = Parser(last or response.headers.get("Last-Event-ID", ""))
         return response
 

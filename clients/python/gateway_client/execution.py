@@ -1,4 +1,4 @@
-"""One command from the client's side: starts it, reads and feeds it, waits for its end, or ends it."""
+"""One command from the client's side: start, output, input, waiting for its end, cancelling."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ class Exec:
                     await self._connections.release(connection, good=error is not connection.failure)
                     if error is not connection.failure:
                         raise
-                    # an idle connection may have died unseen: that one is replaced whatever `Retry` says
+                    # an idle connection may have died unnoticed: it is replaced whatever `Retry` says
                     if again:
                         await self._connections.pause(patience, error)
                     again = True
                 except BaseException as error:
                     connection.receiver = None
                     if not isinstance(error, GatewayError) and self._method == "exec/start":
-                        # given up while it starts, or has started: the gateway refuses it, or ends it
+                        # given up while it starts or has started: the gateway refuses or ends it
                         with contextlib.suppress(GatewayError, TimeoutError):
                             async with asyncio.timeout(END_TIMEOUT):
                                 await self.cancel()
@@ -101,7 +101,7 @@ class Exec:
         connection.receiver = attachment
         async with asyncio.timeout(START_TIMEOUT):
             if again and self._method == "exec/start":
-                # the id is ours, and the first request may have come through
+                # the id is ours, and the first request may have arrived
                 with contextlib.suppress(NotFound):
                     params = {"exec": self.id, **attachment.reading}
                     await connection.request("exec/attach", params, attachment.started)
@@ -135,18 +135,18 @@ class Exec:
             await self._connections.release(connection, good=ended)
 
     async def write(self, data: bytes) -> None:
-        """Give bytes to the command's input; waits while the gateway's buffer is full."""
+        """Send bytes to the command's input; waits while the gateway's buffer is full."""
         self._attachment.connection()
         for start in range(0, len(data), CHUNK):
             await self._attachment.write(data[start : start + CHUNK])
 
     async def close_stdin(self) -> None:
-        """Tell the command that no more input comes."""
+        """Close the command's input."""
         self._attachment.connection()
         await self._attachment.close_input()
 
     async def resize(self, cols: int, rows: int) -> None:
-        """Tell the terminal its new size."""
+        """Change the terminal's size."""
         await self._connections.request("exec/resize", {"exec": self.id, "cols": cols, "rows": rows})
 
     async def signal(self, signal: str | int) -> None:
@@ -158,23 +158,23 @@ class Exec:
         params: dict[str, Any] = {"exec": self.id}
         if grace is not None:
             params["graceMs"] = round(grace * 1000)
-        # not on our own connection: its answers come behind output that perhaps nobody reads
+        # not on our own connection, where answers come behind output that may never be read
         answer = await self._connections.request("exec/cancel", params)
         return Killed(int(answer["killed"]), bool(answer["escalated"]), int(answer["survivors"]))
 
     async def wait(self, *, discard: bool = False) -> Exit:
-        """Return how the command ended, once its last output is here.
+        """Wait for the command's end and its last output, and return how it ended.
 
-        Of output that nobody has begun to read, the last buffer is kept and the rest counted in `lost`. A
-        stream that somebody began to read must be read to its end, unless `discard` says that nobody does.
-        Raises `Disconnected` if the connection breaks and is not replaced.
+        Of a stream that nobody has begun to read, the last buffer is kept and the rest counted in `lost`. One
+        that somebody has begun to read must be read to its end, unless `discard` is set. Raises
+        `Disconnected` if the connection breaks and is not replaced.
         """
         for buffer in (self._attachment.stdout, self._attachment.stderr):
             buffer.wait(discard=discard)
         return await asyncio.shield(self._attachment.exit)
 
     async def detach(self) -> None:
-        """Let the command run on without us, for as long as its linger time says; `id` finds it again."""
+        """Leave the command running for its linger time; attach to it again by its `id`."""
         attachment = self._attachment
         attachment.connection()
         await attachment.stop()
@@ -183,7 +183,7 @@ class Exec:
         await self._connections.release(connection, good=False)
 
     async def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
-        """Yield the chunks of both streams with their names, as they come. Nothing else may read then."""
+        """Yield the chunks of both streams with their names, as they arrive. Nothing else may read then."""
         attachment = self._attachment
         buffers: dict[Literal["stdout", "stderr"], Buffer] = {
             "stdout": attachment.stdout,

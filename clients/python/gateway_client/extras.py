@@ -1,4 +1,4 @@
-"""Says what to install where a module needs packages that come with an extra."""
+"""Explain what to install if the packages of an extra are missing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 
-# the client alone, or as a part of the gateway: both have the same extras
+# the client's distribution, or the gateway's: both have the same extras
 _DISTRIBUTIONS = ("incus-gateway-client", "incus-gateway")
 
 
 @contextlib.contextmanager
 def needed(extra: str) -> Iterator[None]:
-    """Have a failing import of the extra's packages say how to install them. Raises `ImportError`."""
+    """Add to a failed import of the extra's packages how to install them. Raises `ImportError`."""
     try:
         yield
     except ImportError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from yarl import URL
 
 CHUNK: Final = 1 << 18
-# notifications that wait for a slow reader; more are dropped, and that is an overflow
+# notifications that wait for a slow reader; beyond that they are dropped, which is an overflow
 WAITING: Final = 100
 
 
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A whole file and the etag to write it back with."""
+    """A complete file, and its etag for writing it back."""
 
     data: bytes
     etag: str
@@ -87,7 +87,7 @@ class Files:
         return Entry.parse(await self._connections.request("files/stat", {"path": path}))
 
     async def list(self, path: str = ".", *, depth: int = 1) -> tuple[Sequence[Entry], bool]:
-        """Return what is in a folder, and whether the gateway's limit cut it off."""
+        """Return the entries of a folder, and whether the gateway's limit cut them off."""
         answer = await self._connections.request("files/list", {"path": path, "depth": depth})
         return [Entry.parse(entry) for entry in answer["entries"]], bool(answer["truncated"])
 
@@ -106,7 +106,7 @@ class Files:
         new: bool = False,
         create_dirs: bool = False,
     ) -> str:
-        """Write a whole file, up to 8 MiB, and return its etag. With `new` it must not be there yet."""
+        """Write a whole file, up to 8 MiB, and return its etag. With `new` it must not exist yet."""
         params: dict[str, Any] = {"path": path, "createDirs": create_dirs}
         if isinstance(content, str):
             params["text"] = content
@@ -129,17 +129,17 @@ class Files:
         await self._connections.request("files/remove", params)
 
     async def mkdir(self, path: str) -> Entry:
-        """Make a folder, with those above it."""
+        """Create a folder, and those above it."""
         return Entry.parse(await self._connections.request("files/mkdir", {"path": path}))
 
     async def upload(
         self, path: str, body: bytes | IO[bytes] | AsyncIterable[bytes], *, if_match: str | None = None
     ) -> str:
-        """Put a file of any size in place, all or nothing; return its etag."""
+        """Upload a file of any size, atomically; return its etag."""
         import aiohttp
 
         headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-        again = isinstance(body, bytes)  # what else there is is read but once
+        again = isinstance(body, bytes)  # other sources can be read only once
         data = lambda: io.BytesIO(body) if isinstance(body, bytes) else body  # noqa: E731
         try:
             async with await self._connections.http.ask(
@@ -186,15 +186,15 @@ class Files:
     def _url(self, path: str) -> URL:
         from yarl import URL
 
-        # encoded by us alone: a library would take what looks like an escape for one
+        # encoded here: a library would keep what looks like an escape
         base = self._connections.http.address.url
         return URL(f"{base}/v1/tenants/{self._connections.tenant}/files/{quote(path)}", encoded=True)
 
 
 class Watch:
-    """What changes, by `async for`. Ends after the notification that has `ended`; `Disconnected` may come.
+    """Changes, for `async for`. Ends after the notification with `ended`; may raise `Disconnected`.
 
-    A connection that breaks is replaced as the client's `Retry` says, and reported as an `overflow`: changes
+    A broken connection is replaced as the client's `Retry` says, and reported as an `overflow`, since changes
     in between were missed. `unwatched` counts folders that could not be watched.
     """
 
@@ -219,7 +219,7 @@ class Watch:
             await self._connections.release(connection, good=False)
             raise
         self._connection = connection
-        if connection.failure is not None:  # at once again, before it was ours
+        if connection.failure is not None:  # it broke again before we took it over
             self.broken(connection.failure)
 
     def _begun(self, answer: Mapping[str, Any]) -> None:
@@ -284,7 +284,7 @@ class Watch:
 
     def broken(self, error: GatewayError) -> None:
         if self._connection is None:
-            return  # the start sees it for itself
+            return  # the start notices it itself
         if isinstance(error, Unavailable) and self._connections.http.retry is not None:
             self._resuming = asyncio.create_task(self._resume(self._connection, error))
         else:
@@ -292,4 +292,4 @@ class Watch:
             self._grown.set()
 
     async def room(self) -> None:
-        """Nothing is held back: what waits is bounded by itself."""
+        """Never block: the queue is bounded."""

@@ -1,4 +1,4 @@
-"""Asks a gateway over HTTP, with the client's present token; the whole client uses it."""
+"""HTTP requests to a gateway with the client's current token; used by all of the client."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gateway_client.errors import Disconnected
 from gateway_client.retry import OnChange, Retry
 
 if TYPE_CHECKING:
-    # loaded where it is used: a command over a websocket ends sooner than this is imported
+    # loaded on first use: a command over a websocket takes less time than this import
     import aiohttp
     from yarl import URL
 
 
 class HttpClient:
-    """One gateway's address, the token for it, and one HTTP session, which is made on first use.
+    """A gateway's address, the token for it, and an HTTP session, which is created on first use.
 
-    `retry` and `on_change` are the client's: how connections come back, and what is called about it.
+    `retry` and `on_change` are the client's: how connections are replaced, and what is called about it.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HttpClient:
         self._session: aiohttp.ClientSession | None = None
 
     def shut(self) -> None:
-        """Begin nothing more. What is under way goes on until `close`."""
+        """Start no more requests. Those under way continue until `close`."""
         self.closed = True
 
     async def close(self) -> None:
@@ -55,9 +55,9 @@ class HttpClient:
 
             unix = self.address.unix
             self._session = aiohttp.ClientSession(
-                # event streams and waiting execs hold their connections: no limit of ours may block them
+                # event streams and waiting execs hold their connections, so there must be no limit
                 connector=aiohttp.UnixConnector(unix, limit=0) if unix else aiohttp.TCPConnector(limit=0),
-                # a waiting exec may take as long as its own timeout, which the gateway keeps
+                # a waiting exec may take as long as its own timeout, which the gateway enforces
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=15),
             )
         return self._session
@@ -101,7 +101,7 @@ class HttpClient:
         """Ask one HTTP route and return its JSON. Raises the typed error of the answer, or `Disconnected`."""
         import aiohttp
 
-        # a file, because aiohttp warns of bytes over 1 MiB: it would write them in one go
+        # a file, because aiohttp warns about bytes over 1 MiB, which it writes at once
         text = None if body is None else orjson.dumps(body)
         data = None if text is None else lambda: io.BytesIO(text)
         headers = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
@@ -121,7 +121,7 @@ class HttpClient:
             raise Disconnected(f"{method} {path} did not answer with JSON") from None
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
-        """Yield the body of a GET as it comes. Raises the typed error of the answer, or `Disconnected`."""
+        """Yield the body of a GET as it arrives. Raises the typed error of the answer, or `Disconnected`."""
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None)

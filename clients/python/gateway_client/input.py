@@ -1,18 +1,18 @@
-"""The input of a command that was sent, kept for a while to be sent again after a break."""
+"""The sent input of a command, kept for a while so that it can be sent again after a break."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Final
 
-# bytes of one input frame: small enough for any gateway's frame limit, large enough to be quick
+# bytes of one input frame: below any gateway's frame limit, and large enough to be fast
 CHUNK: Final = 256 << 10
-# bytes of input that are kept to be sent again after a break: more than the buffers on the way can hold
+# bytes of input kept for sending again after a break: more than the buffers on the way can hold
 SENT: Final = 16 << 20
 
 
 class Sent:
-    """The last `SENT` bytes of input, by their offsets. `closed` says that no more comes."""
+    """The last `SENT` bytes of input, by offset. `closed` says that the input has ended."""
 
     def __init__(self) -> None:
         self._chunks: deque[bytes] = deque()

@@ -1,4 +1,4 @@
-"""The output of a command: one stream's bytes between the connection and whoever reads them."""
+"""The output of a command: one stream's buffer between the connection and its reader."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Final
 
 from gateway_client.errors import GatewayError
 
-# bytes of each stream that wait here for their reader before the socket is no longer read
+# bytes of each stream that wait for their reader; beyond that the socket is not read
 BUFFER: Final = 1 << 20
 
 
 class Buffer:
     """The bytes of one stream that wait for their reader: at most `limit` and one frame.
 
-    `offset` counts the bytes received since the command began, `lost` those that nobody will see.
+    `offset` counts the bytes received since the command began, `lost` those that were dropped.
     """
 
     def __init__(self, limit: int) -> None:
@@ -37,7 +37,7 @@ class Buffer:
         return bool(self._chunks)
 
     def begin(self) -> None:
-        """Note that somebody reads: from now on no output is dropped while the command is waited for."""
+        """Mark the stream as being read: from now on `wait` drops none of it."""
         self._begun = True
 
     async def take(self) -> bytes | None:
@@ -64,16 +64,16 @@ class Buffer:
         self._drop()
 
     def wait(self, *, discard: bool) -> None:
-        """Note that somebody waits for the end: output that nobody reads is dropped beyond the buffer.
+        """Mark the command as waited for: output that nobody reads is dropped beyond the buffer.
 
-        `discard` says that a stream which somebody began to read is not read on.
+        `discard` says that a stream that was being read is no longer read.
         """
         self._waited = True
         self._abandoned |= discard
         self._drop()
 
     def abandon(self) -> None:
-        """Note that nobody reads on: all output is dropped beyond the buffer."""
+        """Mark the stream as no longer read: all output beyond the buffer is dropped."""
         self._abandoned = True
         self._drop()
 
@@ -83,13 +83,13 @@ class Buffer:
         self._drained.set()
 
     async def room(self) -> None:
-        """Return once half of the buffer is free, or the stream has ended."""
+        """Wait until half of the buffer is free, or the stream has ended."""
         while self._size > self._limit and not self.ended:
             self._drained.clear()
             await self._drained.wait()
 
     def _drop(self) -> None:
-        # nothing reads, and a caller waits for the end: keep the last `limit` bytes
+        # nobody reads, and a caller waits for the end: keep the last `limit` bytes
         if self._abandoned or (self._waited and not self._begun):
             while self._size > self._limit:
                 dropped = len(self._chunks.popleft())
@@ -101,10 +101,9 @@ class Buffer:
 class Output:
     """One output stream of a command, as an async iterator of bytes.
 
-    At most a buffer of bytes waits here, and one frame; then the connection is not read until half of them
-    are taken, and in time the command itself is held up. `offset` counts the bytes received since the
-    command began. `lost` counts those that nobody will see: the gateway dropped them while nobody was
-    attached, or `Exec.wait` did here.
+    At most one buffer and one frame wait here. Then the connection is not read until half of that is taken,
+    which in time slows down the command itself. `offset` counts the bytes received since the command began.
+    `lost` counts dropped ones: by the gateway while nobody was attached, or by `Exec.wait` here.
     """
 
     def __init__(self, buffer: Buffer) -> None:
@@ -128,5 +127,5 @@ class Output:
         return chunk
 
     async def read(self) -> bytes:
-        """Return the rest of the stream. Unbounded: for output known to be small."""
+        """Return the rest of the stream. Unbounded, so only for output known to be small."""
         return b"".join([chunk async for chunk in self])

@@ -58,7 +58,7 @@ class ShellResult(ToolResult):
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A command that was run and waited for over HTTP. `reason` says whether it exited or timed out."""
+    """The result of a command over HTTP. `reason` says whether it exited or timed out."""
 
     exec: str
     exit_code: int | None

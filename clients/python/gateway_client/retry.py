@@ -1,4 +1,4 @@
-"""Retries: how long to wait after each failure, when to give up, which state to report."""
+"""Retries: how long to wait after a failure, when to give up, and which state to report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ State = Literal["idle", "connected", "reconnecting", "closed"]
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How a client comes back after a break: at once, then after pauses that double up to `most` seconds.
+    """How a client reconnects after a break: at once, then after pauses that double up to `most` seconds.
 
-    A part of each pause is random, so that many clients of one gateway do not come back at once. After
+    A part of each pause is random, so that many clients of one gateway do not reconnect together. After
     `patience` seconds without a gateway the failure is raised; the default is how long a command outlives its
     last reader. Only a client that was connected before tries again: a wrong address raises at once.
     """
@@ -29,9 +29,9 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The connection to a tenant, or None an event stream, changed its state.
+    """A change of state of the connection to a tenant or, if that is None, of an event stream.
 
-    While `reconnecting`, `error` is what failed last; while `connected`, why its token could not be renewed.
+    While `reconnecting`, `error` is the last failure; while `connected`, why its token could not be renewed.
     """
 
     tenant: str | None
@@ -43,7 +43,7 @@ OnChange = Callable[[Change], None]
 
 
 class Patience:
-    """The attempts of one operation, from failure to failure; `restore` it where there was progress."""
+    """The attempts of one operation. Call `restore` after progress."""
 
     def __init__(self, retry: Retry | None) -> None:
         self._retry = retry

@@ -8,9 +8,9 @@
                 sys.stdout.buffer.write(chunk)
             exit = install.wait()
 
-All of it runs on one event loop in a thread of its own, for as long as the client's `with`. It may be used
-from several threads; a Ctrl-C while a method waits cancels what it waits for, in the gateway too. `on_change`
-is called on the loop's thread.
+All of it runs on one event loop in a separate thread, for the duration of the client's `with`. It may be
+used from several threads. Ctrl-C while a method waits cancels what it waits for, in the gateway too.
+`on_change` is called in the loop's thread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _END: Final = object()
 
 
 class _Loop:
-    """An event loop in a thread of its own, from `start` to `close`."""
+    """An event loop in a separate thread, from `start` to `close`."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,14 +50,14 @@ class _Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Do it there and wait for it here."""
+        """Run it on the loop and wait for the result."""
         if self._loop is None:
             work.close()
             raise Disconnected("this client is used inside its `with`")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:  # an interrupt of this thread, most of all
+        except BaseException:  # above all Ctrl-C in this thread
             future.cancel()
             raise
 
@@ -71,7 +71,7 @@ class _Loop:
 
 
 class _Facade(Generic[Inner]):
-    """One thing of the asynchronous client, and the loop that it lives on."""
+    """Wraps an object of the asynchronous client, with the loop it lives on."""
 
     def __init__(self, loop: _Loop, inner: Inner) -> None:
         self._loop, self._inner = loop, inner
@@ -80,7 +80,7 @@ class _Facade(Generic[Inner]):
 def _waits(
     method: Callable[Concatenate[Inner, Given], Awaitable[Result]],
 ) -> Callable[Concatenate[_Facade[Inner], Given], Result]:
-    """Return the same method as one that waits."""
+    """Return a blocking version of a method."""
 
     @functools.wraps(method)
     def call(facade: _Facade[Inner], /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -95,7 +95,7 @@ def _waits(
 def _makes(
     method: Callable[Concatenate[Inner, Given], Awaitable[Opened]], show: Callable[[_Loop, Opened], Result]
 ) -> Callable[Concatenate[_Facade[Inner], Given], Result]:
-    """Return the same method as one that waits, and gives what it gives as one of these."""
+    """Return a blocking version of a method, whose result is wrapped too."""
     waits = _waits(method)
 
     @functools.wraps(method)
@@ -108,7 +108,7 @@ def _makes(
 def _iterates(
     method: Callable[Concatenate[Inner, Given], AsyncIterator[Result]],
 ) -> Callable[Concatenate[_Facade[Inner], Given], Iterator[Result]]:
-    """Return the same method with a plain iterator."""
+    """Return a version of a method with a plain iterator."""
 
     @functools.wraps(method)
     def call(facade: _Facade[Inner], /, *args: Given.args, **kwargs: Given.kwargs) -> Iterator[Result]:
@@ -125,7 +125,7 @@ def _each(loop: _Loop, found: AsyncIterator[Result]) -> Iterator[Result]:
         while (item := loop.run(following())) is not _END:
             yield item
     finally:
-        # of a generator that is left early; a stream has an end of its own
+        # for a generator that is left early; a stream ends by itself
         if (close := getattr(found, "aclose", None)) is not None:
             loop.run(close())
 
@@ -134,7 +134,7 @@ def _opens(
     method: Callable[Concatenate[Inner, Given], AbstractAsyncContextManager[Opened]],
     show: Callable[[_Loop, Opened], Result],
 ) -> Callable[Concatenate[_Facade[Inner], Given], AbstractContextManager[Result]]:
-    """Return the same method for a plain `with`."""
+    """Return a version of a method for a plain `with`."""
 
     @functools.wraps(method)
     @contextmanager
@@ -142,7 +142,7 @@ def _opens(
         loop, stack = facade._loop, AsyncExitStack()
 
         async def enter() -> Opened:
-            # made on the loop: some of them look for it
+            # constructed on the loop, since some classes look for it
             return await stack.enter_async_context(method(facade._inner, *args, **kwargs))
 
         opened = loop.run(enter())
@@ -207,7 +207,7 @@ class Exec(_Facade[execution.Exec]):
 
 
 class Watch(_Facade[files.Watch]):
-    """What changes in a tenant's files; see `gateway_client.Watch`."""
+    """Changes in a tenant's files; see `gateway_client.Watch`."""
 
     def __iter__(self) -> Iterator[files.Changed]:
         return _each(self._loop, self._inner)

@@ -1,4 +1,4 @@
-"""One tenant: its tools, its commands, its lifecycle."""
+"""One tenant: its tools, commands and lifecycle."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Tenant(ToolSession):
-    """One tenant as this client sees it. Cheap to make; connects when something is asked.
+    """A tenant. Cheap to create; it connects on the first request.
 
-    Tools and control messages share one websocket, and so one tool session. Each running command has a
-    websocket of its own: a client that does not read a command's output stops reading its socket, and that
-    way holds up that command and no other. A few of these are kept open for the next commands.
+    Tools and control messages share one websocket, and so one tool session. Each running command has its own
+    websocket: a client that does not read a command's output stops reading its socket, which slows down that
+    command and no other. A few of these are kept open for the next commands.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Tenant(ToolSession):
         linger: float | None,
         other: Callable[[str], Tenant],
     ) -> None:
-        """Made by `Client.tenant`; `other` returns another tenant of the same client by its name."""
+        """Created by `Client.tenant`; `other` returns another tenant of the same client by name."""
         super().__init__(connections, linger)
         self.name = name
         self._http = http
@@ -74,10 +74,9 @@ class Tenant(ToolSession):
     ) -> Exec:
         """Return a command to run in an `async with`: a line for the user's shell, or a list of arguments.
 
-        `pty` is (columns, rows) and includes stdin; `timeout` and `linger` are in seconds, a linger of -1 is
-        for ever; `buffer` bounds the bytes of each output stream that wait here. With the `encoding` "utf-8"
-        no chunk of the output ends inside a character, so that each can be decoded by itself; else it is cut
-        anywhere.
+        `pty` is (columns, rows) and includes stdin; `timeout` and `linger` are in seconds, and a linger of -1
+        has no end; `buffer` limits the bytes of each output stream that wait here. With the `encoding`
+        "utf-8" no chunk of output ends inside a character, so that each can be decoded by itself.
         """
         params: dict[str, Any] = {
             **_command(command, cwd, env),
@@ -103,12 +102,12 @@ class Tenant(ToolSession):
         buffer: int = BUFFER,
         encoding: Encoding = "binary",
     ) -> Exec:
-        """Return a command that runs already, for an `async with`: its output from these byte offsets on."""
+        """Return a running command for an `async with`, with its output from these byte offsets on."""
         params = {"exec": exec_id, "from": {"stdout": stdout, "stderr": stderr}}
         return Exec(self._connections, "exec/attach", params, buffer, encoding)
 
     async def execs(self) -> list[Mapping[str, Any]]:
-        """Return the tenant's commands, those that ended a while ago included."""
+        """Return the tenant's commands, including recently ended ones."""
         return list((await self.request("exec/list"))["execs"])
 
     async def run(
@@ -140,7 +139,7 @@ class Tenant(ToolSession):
     # --- its life -------------------------------------------------------------------------------------
 
     async def info(self) -> Mapping[str, Any]:
-        """Return what is known of the tenant."""
+        """Return the tenant's state, address and limits."""
         answer: Mapping[str, Any] = await self._http.json("GET", self._path)
         return answer
 
@@ -160,18 +159,18 @@ class Tenant(ToolSession):
         await self._http.json("POST", f"{self._path}/stop")
 
     async def sleep(self) -> None:
-        """Stop the tenant until it is next used. Raises `Conflict` if it is used now."""
+        """Stop the tenant until it is used again. Raises `Conflict` if it is in use."""
         await self._http.json("POST", f"{self._path}/sleep")
 
     async def restart(self) -> None:
         await self._http.json("POST", f"{self._path}/restart")
 
     async def rename(self, domain: str | None) -> None:
-        """Give the tenant another domain, or none; its name stays."""
+        """Change the tenant's domain, or remove it; its name stays."""
         await self._http.json("PATCH", self._path, {"domain": domain})
 
     async def resize(self, size: Literal["small", "medium", "large"]) -> Mapping[str, Any]:
-        """Give the tenant the limits of another size while it runs, and return it as it is then.
+        """Change the tenant's limits to those of another size while it runs, and return the tenant.
 
         Raises `Conflict` if it uses more disk or memory than that size has.
         """
@@ -179,7 +178,7 @@ class Tenant(ToolSession):
         return answer
 
     async def deployments(self) -> History:
-        """Return what was deployed to it, which of it is live, and which it can go back to."""
+        """Return its deployments, which one is live, and those it can go back to."""
         from gateway_client.deployments import History
 
         return History.parse(await self._http.json("GET", f"{self._path}/deployments"))
@@ -193,29 +192,29 @@ class Tenant(ToolSession):
         tenant: str | None = None,
         key: str | None = None,
     ) -> Deployment:
-        """Begin to build the site for production and serve that at another domain, in a tenant of its own."""
+        """Begin to build the site for production and serve it at another domain, in a separate tenant."""
         body: dict[str, Any] = {"domain": domain, "size": size}
         body |= {} if env is None else {"env": dict(env)}
         body |= {} if tenant is None else {"tenant": tenant}
         return await self._begun("POST", "publish", body, key)
 
     async def rollback(self, to: str | None = None, *, key: str | None = None) -> Deployment:
-        """Begin to serve a kept site again, the one that was live last or that of the deployment `to`."""
+        """Begin to go back to a kept site: the one live before, or that of the deployment `to`."""
         body = {} if to is None else {"to": to}
         return await self._begun("POST", "rollback", body, key)
 
     async def variables(self) -> list[str]:
-        """Return the names of the site's environment."""
+        """Return the names of the site's environment variables."""
         return list((await self._http.json("GET", f"{self._path}/env"))["names"])
 
     async def environment(self) -> dict[str, str]:
-        """Return the site's environment with its values; needs the scope `exec`, too."""
+        """Return the site's environment with its values; needs the scope `exec` too."""
         return dict((await self._http.json("GET", f"{self._path}/env?values=1"))["env"])
 
     async def change_environment(
         self, changes: Mapping[str, str | None], *, key: str | None = None
     ) -> Deployment:
-        """Begin to restart the site with other variables; None removes one."""
+        """Begin to restart the site with changed variables; None removes one."""
         return await self._begun("PATCH", "env", {"env": dict(changes)}, key)
 
     async def _begun(self, method: str, what: str, body: Mapping[str, Any], key: str | None) -> Deployment:
@@ -258,16 +257,16 @@ class Tenant(ToolSession):
                 yield piece
 
     async def delete(self) -> None:
-        """Destroy the tenant and everything of it."""
+        """Destroy the tenant with all its files and snapshots."""
         await self._http.json("DELETE", self._path)
 
     # --- connections ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """End all connections to this tenant; the client does it too.
+        """Close all connections to this tenant; closing the client does so too.
 
-        Ends what Bash runs in the background, unless you named the tool session; other commands run on for
-        their linger.
+        Ends background commands of Bash, unless you named the tool session; other commands continue for their
+        linger time.
         """
         await self._connections.close()
 

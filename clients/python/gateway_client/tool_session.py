@@ -1,4 +1,4 @@
-"""The tools of one tenant, in one tool session, and the turns that record what they change."""
+"""The tools of one tenant, in one tool session, and the turns that record their changes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gateway_client.retry import State
 
 
 class ToolSession:
-    """The tools of a tenant. What was read, and Bash's folder, last from call to call.
+    """The tools of a tenant. The files read, and Bash's folder, are remembered from call to call.
 
-    All calls share one websocket, which is opened when something is asked.
+    All calls share one websocket, which is opened on the first call.
     """
 
     def __init__(self, connections: Connections, linger: float | None) -> None:
@@ -50,12 +50,12 @@ class ToolSession:
         *,
         linger: float | None = None,
     ) -> ToolResult:
-        """Call a tool by its name. A failure in the tool's own terms is a result with `is_error`.
+        """Call a tool by its name. A failure of the tool itself is a result with `is_error`.
 
-        `call_id` makes the call exactly once: a second call with the same id returns the same result. Without
-        one it gets its own, so that a break of the connection does not make it twice. Cancelling the task
-        cancels the call and what it runs. If this process is killed, or its connection stays broken, the call
-        ends `linger` seconds later (by default the tenant's `linger`, else half a minute).
+        A call with a `call_id` runs exactly once: a second call with the same id returns the same result. By
+        default it gets a new id, so that a broken connection does not run it twice. Cancelling the task
+        cancels the call and all that it runs. If this process is killed, or its connection stays broken, the
+        call ends `linger` seconds later (by default the tenant's `linger`, or half a minute).
         """
         params: dict[str, Any] = {"name": name, "arguments": arguments}
         params["callId"] = call_id or secrets.token_hex(16)
@@ -83,7 +83,7 @@ class ToolSession:
         return await self._tool("Write", file_path=path, content=content)
 
     async def edit(self, path: str, old: str, new: str, *, replace_all: bool = False) -> ToolResult:
-        """Replace `old`, which must be in the file once unless `replace_all`, by `new`."""
+        """Replace `old` by `new`. `old` must occur exactly once, unless `replace_all`."""
         return await self._tool(
             "Edit", file_path=path, old_string=old, new_string=new, replace_all=replace_all or None
         )
@@ -135,10 +135,10 @@ class ToolSession:
         background: bool = False,
         description: str | None = None,
     ) -> ShellResult:
-        """Run a line in this session's working directory; an exit code is in the result, whatever it is.
+        """Run a command line in this session's working directory; any exit code is a result.
 
-        After `timeout` seconds (default 120, at most 600) it goes on in the background: `status` is `running`
-        then, and `bash_output` follows it.
+        After `timeout` seconds (default 120, at most 600) it continues in the background: `status` is
+        `running` then, and `bash_output` follows it.
         """
         return await self._shell(
             "Bash",
@@ -149,16 +149,16 @@ class ToolSession:
         )
 
     async def bash_output(self, shell_id: str, *, filter: str | None = None) -> ShellResult:
-        """Return what a command in the background has printed since the last call; its end too."""
+        """Return the output of a background command since the last call, and its end."""
         return await self._shell("BashOutput", bash_id=shell_id, filter=filter)
 
     async def kill_shell(self, shell_id: str) -> ToolResult:
-        """End a command in the background with all that it started."""
+        """End a background command and all that it started."""
         return await self._tool("KillShell", shell_id=shell_id)
 
     async def _shell(self, name: str, /, **arguments: Any) -> ShellResult:
         result = await self.tool(name, _given(arguments))
-        if result.is_error and not {"exec", "status"} <= result.structured.keys():  # nothing has run
+        if result.is_error and not {"exec", "status"} <= result.structured.keys():  # nothing ran
             raise failure(result)
         return ShellResult(result.content, result.is_error, result.structured)
 
@@ -171,9 +171,9 @@ class ToolSession:
     # --- history --------------------------------------------------------------------------------------
 
     async def begin_turn(self, title: str = "", agent: str | None = None) -> Mapping[str, Any] | None:
-        """Begin a turn of this tool session; `title` is what the agent was asked, `agent` its name.
+        """Begin a turn of this tool session; `title` is the request to the agent, `agent` its name.
 
-        Return the turn before, which this ends, if it changed anything.
+        This ends the previous turn, which is returned if it changed anything.
         """
         asked = {"title": title} if agent is None else {"title": title, "agent": agent}
         found: Mapping[str, Any] | None = (await self.request("turn/begin", asked))["before"]
@@ -185,7 +185,7 @@ class ToolSession:
         return found
 
     async def history(self, limit: int = 50, *, before: str | None = None) -> list[Mapping[str, Any]]:
-        """Return the turns of the tenant, latest first; `before` is a turn's id, for those before it."""
+        """Return the turns of the tenant, latest first; with `before`, a turn's id, those before it."""
         asked: dict[str, Any] = {"limit": limit}
         if before is not None:
             asked["before"] = before
@@ -199,16 +199,16 @@ class ToolSession:
     async def restore_turn(
         self, turn: str, to: Literal["after", "before"] = "after"
     ) -> Mapping[str, Any] | None:
-        """Restore the files as they were right after a turn, or before it; return that as a turn of its own.
+        """Restore the files to right after a turn, or to before it; return that as a new turn.
 
-        None if they are so already. Raises `Conflict` if something that is not recorded is in the way.
+        None if nothing changes. Raises `Conflict` if something unrecorded is in the way.
         """
         asked = {"turn": turn, "to": to}
         found: Mapping[str, Any] | None = (await self.request("history/restore", asked))["turn"]
         return found
 
     async def undo(self) -> Mapping[str, Any] | None:
-        """Undo the last turn; return that as a turn of its own, None if there is none."""
+        """Undo the last turn; return that as a new turn, None if there is none."""
         last = await self.history(1)
         return await self.restore_turn(last[0]["turn"], "before") if last else None
 
