@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,7 @@ class Past:
 
     streams: tuple[StreamName, ...] = ("stdout", "stderr")
     report = b""
+    patience: float = math.inf
     unsent = 0
 
     def __init__(self, pid: int, started_at: float) -> None:
@@ -51,6 +53,9 @@ class Past:
         self.started_at = started_at
 
     async def read(self, stream: StreamName) -> bytes:
+        return b""
+
+    def take(self, stream: StreamName) -> bytes:
         return b""
 
     async def write(self, data: bytes) -> None:

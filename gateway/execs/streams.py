@@ -2,9 +2,10 @@
 
 Output flows from the process into a `Stream`, with one reader task each; readers are `Cursor`s on it. While
 anyone is attached, the reader task stops when the slowest cursor is more than the window behind, so that the
-process itself is held back and nothing is lost. A viewer that stops reading while another reads on is left
-behind after a moment, and told what it has missed. With nobody attached the tail drops its oldest bytes, and
-the next attachment is told how many.
+process itself is held back and nothing is lost. Output that must not be left on its way for long is taken in
+now and then all the same, up to the lag that a viewer may have. A viewer that stops reading while another
+reads on is left behind after a moment, and told what it has missed. With nobody attached the tail drops its
+oldest bytes, and the next attachment is told how many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,17 +78,30 @@ class Stream:
         """Read the process until its stream ends; stop while a cursor that counts lags too far."""
         try:
             while data := await process.read(self.name):
-                tight = self._share.full(len(data)) is not None
-                self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
-                self._lease.hold(self.tail.end - self.tail.start - self._lease.size)
-                for cursor in self._cursors:
-                    cursor.wake()
+                self._append(data)
+                relief = asyncio.get_running_loop().time() + process.patience
                 while self._slow() and not self._draining:
-                    await self._pause()
+                    await self._pause(relief)
+                    if (now := asyncio.get_running_loop().time()) >= relief:
+                        relief = now + process.patience
+                        if self._spare() and (data := process.take(self.name)):
+                            self._append(data)
         finally:
             self.ended = True
             for cursor in self._cursors:
                 cursor.wake()
+
+    def _append(self, data: bytes) -> None:
+        tight = self._share.full(len(data)) is not None
+        self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
+        self._lease.hold(self.tail.end - self.tail.start - self._lease.size)
+        for cursor in self._cursors:
+            cursor.wake()
+
+    def _spare(self) -> bool:
+        """Whether more may be kept for those that the command waits for."""
+        most = max((cursor.lag for cursor in self._cursors), default=0)
+        return most < self.pace.lag and self._share.full(READ) is None
 
     def attach(self, offset: int, reading: Reading) -> tuple[Cursor, int]:
         """Return a cursor from `offset` on, and how many bytes from there are no longer kept."""
@@ -133,20 +148,19 @@ class Stream:
         slow = [cursor for cursor in self._cursors if cursor.lag > self.window]
         return slow if len(slow) == len(self._cursors) else [one for one in slow if not one.behind]
 
-    async def _pause(self) -> None:
+    async def _pause(self, until: float) -> None:
         """Wait for progress; leave behind a viewer that makes none while others have read all."""
         slow, now = self._slow(), asyncio.get_running_loop().time()
-        until = None
         if all(cursor.viewer for cursor in slow) and len(slow) < len(self._cursors):
             for cursor in slow:
                 cursor.slow_since = now if cursor.slow_since is None else cursor.slow_since
                 cursor.behind = now - cursor.slow_since >= self.pace.patience
             first = min(cursor.slow_since or now for cursor in slow)
-            until = first + self.pace.patience
+            until = min(until, first + self.pace.patience)
         if self._slow():
             self._progress.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(until if until < math.inf else None):
                     await self._progress.wait()
 
 

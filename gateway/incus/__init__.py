@@ -6,8 +6,8 @@ the runtime translates them before a client sees them.
 """
 
 from gateway.incus.client import Incus, IncusError
-from gateway.incus.exec_sockets import ExecSockets
+from gateway.incus.exec_sockets import RELIEF, ExecSockets
 from gateway.incus.operation import Operation
 from gateway.incus.socket import Lost
 
-__all__ = ["ExecSockets", "Incus", "IncusError", "Lost", "Operation"]
+__all__ = ["RELIEF", "ExecSockets", "Incus", "IncusError", "Lost", "Operation"]

@@ -7,6 +7,9 @@ Facts about incusd that shape this module (measured on 6.0.4):
 - The end of a stream is an empty text frame; then the socket is closed without a close frame.
 - incusd pings exec sockets and never looks at the answer. A pong written to a socket that the other end
   has closed makes asyncio drop what the kernel still holds unread, so none is ever sent.
+- Those pings, one in 10 s, are writes with a deadline of 5 s. Where a socket's buffer is full and the command
+  silent, one fails, and what the command prints later is lost; where incusd itself waits to write output,
+  none does harm. So what is held back for long is taken out (`take`) every `RELIEF` seconds.
 - With a terminal the operation goes on until the client closes socket 0.
 - Return codes 126 and 127 are reported as a failed operation, also when they are the program's own.
 """
@@ -15,11 +18,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Final
 
 import orjson
 
 from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
+
+RELIEF: Final = 3.0  # seconds for which an output may be left alone; less than the deadline of a ping
 
 
 async def connect(socket: Path, operation: str, fds: dict[str, str]) -> dict[str, StreamSocket]:
@@ -71,6 +77,10 @@ class ExecSockets:
     async def read(self, fd: str) -> bytes:
         """Return the next bytes of an output, b"" at its end. Raises `Lost` if it broke off."""
         return await self._sockets[fd].read()
+
+    def take(self, fd: str) -> bytes:
+        """Return at once all that has come of an output and was not read; b"" if there is none."""
+        return self._sockets[fd].take()
 
     async def write(self, data: bytes) -> None:
         """Give bytes to the command; waits while it does not read. Dropped where it has ended."""

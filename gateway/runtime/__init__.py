@@ -114,9 +114,17 @@ class Process(Protocol):
     started_at: float  # seconds since the epoch
     streams: tuple[StreamName, ...]
     report: bytes
+    patience: float  # seconds for which an output may be left unread, see `take`
 
     async def read(self, stream: StreamName) -> bytes:
         """Return the next bytes of `stream`, or b"" after its last; where it broke off `wait` says so."""
+        ...
+
+    def take(self, stream: StreamName) -> bytes:
+        """Return at once what `read` would return without waiting; b"" where leaving it does no harm.
+
+        Call it every `patience` seconds while `stream` is held back.
+        """
         ...
 
     async def write(self, data: bytes) -> None:

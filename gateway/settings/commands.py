@@ -33,7 +33,7 @@ class CommandSettings(BaseModel):
         description="seconds that a viewer which does not read holds up a command that others read",
     )
     exec_lag: int = Field(
-        8 * MiB, ge=0, description="bytes of each output stream kept for a viewer that was left behind"
+        8 * MiB, ge=0, description="bytes of each output stream kept for a reader that stands still"
     )
     exec_unacked: int = Field(
         8 * MiB,

@@ -17,6 +17,7 @@ from gateway.events import Bus, Filter, MemoryJournal
 from gateway.execs import Exec, Execs
 from gateway.execs.ended import Past
 from gateway.execs.streams import Cursor, Pace, Reading, Stream
+from gateway.execs.tail import READ
 from gateway.idempotency import Idempotency
 from gateway.limits.budget import Budget, Share
 from gateway.runtime import ExecSpec, Process, StreamName
@@ -24,7 +25,7 @@ from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
 from tests.contracts.processes import alive, mark
-from tests.waits import settled, turn, until
+from tests.waits import pause, settled, turn, until
 
 Make = Callable[..., Awaitable[Execs]]
 
@@ -293,6 +294,43 @@ async def test_a_command_waits_for_its_only_reader_and_loses_nothing() -> None:
     cursor, _ = stream.attach(0, Reading(viewer=True))
     pumping = asyncio.create_task(stream.pump(process))
     assert await stopped(process) == 4
+    async with asyncio.timeout(30):
+        assert await read(cursor) == process.whole(100)
+        await pumping
+
+
+class Breakable(Printing):
+    """A process whose output must not be left alone for long."""
+
+    patience = 0.01
+
+    def take(self, stream: StreamName) -> bytes:
+        self.printed = min(self.printed + 1, self.chunks)
+        return self.whole(self.printed)[-CHUNK:]
+
+
+async def test_what_stands_behind_a_reader_is_taken_in_up_to_the_lag() -> None:
+    """It is not lost, and no more than that is kept."""
+    stream, _ = printing()
+    process = Breakable(100)
+    cursor, _ = stream.attach(0, Reading(viewer=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    await until(lambda: process.printed >= 10)
+    await pause(0.2)  # in which more would be taken
+    assert process.printed == 10
+    async with asyncio.timeout(30):
+        assert await read(cursor) == process.whole(100)
+        await pumping
+
+
+async def test_nothing_is_taken_in_where_the_tenants_share_is_full() -> None:
+    stream, _ = printing(share=roomy(READ))
+    process = Breakable(100)
+    cursor, _ = stream.attach(0, Reading(viewer=True))
+    pumping = asyncio.create_task(stream.pump(process))
+    await until(lambda: process.printed >= 4)
+    await pause(0.2)
+    assert process.printed == 4
     async with asyncio.timeout(30):
         assert await read(cursor) == process.whole(100)
         await pumping

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection, unix_serve
 
 from gateway.incus.socket import Lost, StreamSocket
+from tests.waits import turn, until
 
 
 @pytest.fixture
@@ -115,6 +116,29 @@ async def test_a_stream_that_nobody_reads_is_held_back(peer: Any) -> None:
     finally:
         stream.close()
         sending.cancel()
+
+
+async def test_what_stands_unread_is_taken_to_the_last_byte_at_once(peer: Any) -> None:
+    """Also what the kernel still holds; the stream goes on behind it."""
+    path, came = peer
+    stream = await StreamSocket.connect(path, "/")
+    server = await came.get()
+    try:
+        assert stream.take() == b""
+        sent = bytes(400_000)
+        sending = asyncio.create_task(server.send(sent))
+        await until(lambda: stream._paused)
+        taken = b""
+        async with asyncio.timeout(30):
+            while not sending.done() or len(taken) < len(sent):
+                taken += stream.take()
+                await turn()
+        assert taken == sent
+        await server.send(b"more")
+        await server.send("")
+        assert await whole(stream) == b"more"
+    finally:
+        stream.close()
 
 
 def frame(kind: int, data: bytes, final: bool = True) -> bytes:

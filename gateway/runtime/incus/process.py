@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.errors import GatewayError, Unavailable
-from gateway.incus import ExecSockets, IncusError, Lost, Operation
+from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import Member
 from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, StreamName
@@ -43,6 +43,8 @@ class Assignment:
 
 class IncusProcess:
     """One command in a container; see `gateway.runtime.Process`."""
+
+    patience: float = RELIEF
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class IncusProcess:
 
     async def read(self, stream: StreamName) -> bytes:
         """See `Process`; of a merged command stderr is the report, which `wait` reads."""
-        name = "0" if self._sockets.terminal else ("1" if stream == "stdout" else "2")
+        name = self._socket(stream)
         if name == self._preamble_stream and self._first:
             first, self._first = self._first, b""
             return first
@@ -113,6 +115,12 @@ class IncusProcess:
         except Lost:
             self._broken = True
             return b""
+
+    def take(self, stream: StreamName) -> bytes:
+        return self._sockets.take(self._socket(stream))
+
+    def _socket(self, stream: StreamName) -> str:
+        return "0" if self._sockets.terminal else ("1" if stream == "stdout" else "2")
 
     async def write(self, data: bytes) -> None:
         await self._sockets.write(data)
