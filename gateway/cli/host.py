@@ -1,4 +1,4 @@
-"""Commands for this machine: serve, broker, setup, doctor, capacity, the base image."""
+"""Commands for this machine: serve, broker, hold, setup, doctor, capacity, the base image."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def broker() -> None:
     from gateway.host.broker_service import run
 
     run(load(), err.say)
+
+
+def hold() -> None:
+    """Hold the commands of a gateway while it is restarted, until SIGTERM; as the gateway's user."""
+    from gateway.host.holder_process import run
+
+    run(load())
 
 
 def setup(

@@ -24,6 +24,7 @@ from gateway_client.errors import Disconnected
 COMMANDS: Final[Table] = {
     "serve": Command("gateway.cli.host:serve", epilog="gateway.cli.host:settings_help"),
     "broker": "gateway.cli.host:broker",
+    "hold": "gateway.cli.host:hold",
     "setup": "gateway.cli.host:setup",
     "doctor": "gateway.cli.host:doctor",
     "capacity": "gateway.cli.host:capacity",

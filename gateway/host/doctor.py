@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 
 from gateway.deployments.template import named, names
 from gateway.errors import GatewayError
+from gateway.holder.holder import held_at
 from gateway.host import HostError, quotas
 from gateway.host import setup as steps
 from gateway.host.caddy_service import CaddyService, in_use
@@ -90,6 +91,7 @@ def doctor(settings: Settings) -> list[Finding]:
         ]
     checks += [
         ("gateway", lambda: _gateway(settings)),
+        ("holder", lambda: _holder(settings)),
         ("hosts", lambda: _hosts(settings)),
         ("Caddy", lambda: _caddy(settings)),
         ("routes", lambda: _routes(settings)),
@@ -271,6 +273,19 @@ def _broker(settings: Settings) -> str:
                 "systemctl start incus-gateway-broker, or unset GATEWAY_BROKER_SOCKET"
             ) from error
     return f"serves {path}"
+
+
+def _holder(settings: Settings) -> str:
+    path = settings.holder_socket
+    try:
+        return f"has {held_at(path)} commands at {path}"
+    except OSError as error:
+        raise Hint(
+            f"nobody holds at {path} ({error.strerror or error}): a restart of the gateway ends all "
+            "commands; start one: systemctl start incus-gateway-hold, or `incus-gateway hold` beside it"
+        ) from error
+    except ValueError as error:
+        raise HostError(f"{path} is no holder of this version; restart it: {error}") from error
 
 
 def _loose(settings: Settings) -> str:

@@ -25,6 +25,12 @@ class ServerSettings(BaseModel):
     secret: SecretStr | None = Field(
         None, description="key that signs tokens; unset: one is created in the state dir"
     )
+    hold: float = Field(
+        60.0,
+        gt=0,
+        description="seconds that running commands wait for a gateway that was restarted or killed, by their "
+        "holder",
+    )
     origins: Origins = Field(
         (), description="origins of web pages that may use the gateway besides its own, comma-separated"
     )

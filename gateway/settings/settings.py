@@ -49,6 +49,11 @@ class Settings(
         """The folder of Caddy's configuration and routes."""
         return self.caddy_dir or self.state_dir / "caddy"
 
+    @property
+    def holder_socket(self) -> Path:
+        """Where the holder of this gateway's commands listens."""
+        return self.state_dir / "holder.sock"
+
     @classmethod
     def settings_customise_sources(
         cls,

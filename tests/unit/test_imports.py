@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEVELS = (
-    {"errors", "settings", "protocol", "transport", "tasks", "terminal", "bounds"},
+    {"errors", "settings", "protocol", "transport", "tasks", "terminal", "bounds", "holder"},
     {"storage", "hostnames"},
     {"auth", "incus", "rootfs", "events", "idempotency"},
     {"runtime", "audit"},
@@ -40,13 +40,14 @@ ONLY: dict[str, set[str]] = {
     "terminal": set(),
     "tasks": {"errors"},
     "bounds": set(),
+    "holder": set(),
     "transport": {"settings"},
     "storage": {"errors", "settings"},
     "hostnames": {"errors", "settings"},
     # browsers and tenants are nothing to these
     "incus": {"errors", "settings", "bounds"},
     "rootfs": {"errors", "settings", "bounds"},
-    "runtime": {"errors", "settings", "hostnames", "incus", "rootfs", "tasks", "bounds"},
+    "runtime": {"errors", "settings", "hostnames", "holder", "incus", "rootfs", "tasks", "bounds"},
     "auth": {"errors", "settings", "hostnames", "storage"},
     "audit": {"settings", "storage", "events"},
     "idempotency": {"errors", "settings", "storage"},

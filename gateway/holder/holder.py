@@ -1,0 +1,200 @@
+"""A gateway's end of its holder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from gateway.holder.messages import VERSION, close, receive, send
+
+log = logging.getLogger(__name__)
+
+_PATIENCE: Final = 5.0  # seconds for an answer
+_FULL: Final = 0.01  # seconds until a holder whose queue is full is told more
+_AGAIN: Final = 0.2  # seconds between two looks for a holder that is gone
+
+
+class Holder:
+    """What is held for this gateway. Use as an async context manager; leaving it drops nothing.
+
+    A holder that dies is waited for, and gets everything anew. `there` says whether one is connected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+        self._held: dict[str, Sequence[int]] = {}
+        self._waiting: OrderedDict[str, None] = OrderedDict()  # names of which the holder was not told yet
+        self._changed = asyncio.Event()
+        self._attending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Holder:
+        with contextlib.suppress(OSError):
+            self._socket = _connected(self._path)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._attending is not None:
+            self._attending.cancel()
+            await asyncio.gather(self._attending, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @property
+    def there(self) -> bool:
+        return self._socket is not None
+
+    async def taken_over(self) -> dict[str, list[int]]:
+        """Return what is held by name, as descriptors that are the caller's; call it once, before all else.
+
+        What is not put again or dropped stays held. From now on a holder that dies is replaced.
+        """
+        found: dict[str, list[int]] = {}
+        if self._socket is not None:
+            try:
+                found = await asyncio.to_thread(_listed, self._socket)
+                self._socket.setblocking(False)
+            except (OSError, ValueError) as error:
+                log.warning("the holder does not say what it holds: %s", error)
+                self._socket.close()
+                self._socket = None
+        self._attending = asyncio.create_task(self._attend(), name="holder")
+        return found
+
+    def put(self, name: str, descriptors: Sequence[int]) -> None:
+        """Have descriptors held, in the place of what has that name. They must stay open until `drop`."""
+        self._held[name] = descriptors
+        self._tell(name)
+
+    def drop(self, name: str) -> None:
+        """Have it held no longer. Idempotent."""
+        self._held.pop(name, None)
+        self._tell(name)
+
+    def _tell(self, name: str) -> None:
+        if self._socket is None:
+            return  # the next one gets everything
+        if self._waiting or not self._sent(name):
+            self._waiting[name] = None
+            self._changed.set()
+
+    def _sent(self, name: str) -> bool:
+        """Tell the holder of one name; False where it takes nothing now."""
+        assert self._socket is not None
+        descriptors = self._held.get(name)
+        try:
+            if descriptors is None:
+                send(self._socket, {"v": VERSION, "drop": name})
+            else:
+                send(self._socket, {"v": VERSION, "put": name}, list(descriptors))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ETOOMANYREFS):
+                return False
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # of these `_attend` hears
+                log.error("%s is not held: %s", name, error)
+        return True
+
+    async def _attend(self) -> None:
+        """Tell what could not be told at once; look for a holder where there is none."""
+        while True:
+            if self._socket is None:
+                await self._found()
+            assert self._socket is not None
+            await self._followed(self._socket)
+            self._socket.close()
+            self._socket = None
+            log.warning(
+                "the holder at %s is gone: a restart ends what runs until there is another", self._path
+            )
+
+    async def _found(self) -> None:
+        while True:
+            try:
+                connection, stale = await asyncio.to_thread(_welcomed, self._path)
+            except (OSError, ValueError):
+                await asyncio.sleep(_AGAIN)
+                continue
+            self._socket = connection
+            self._waiting = OrderedDict.fromkeys([*self._held, *stale])
+            log.info("the holder at %s has %d names", self._path, len(self._held))
+            return
+
+    async def _followed(self, connection: socket.socket) -> None:
+        """Tell what waits, as fast as it is taken, until the connection ends."""
+        over = asyncio.Event()
+
+        def ended() -> None:  # a holder says nothing that it was not asked
+            asyncio.get_running_loop().remove_reader(connection)
+            over.set()
+            self._changed.set()
+
+        asyncio.get_running_loop().add_reader(connection, ended)
+        try:
+            while not over.is_set():
+                while self._waiting and not over.is_set():
+                    name = next(iter(self._waiting))
+                    if self._sent(name):
+                        del self._waiting[name]
+                    else:
+                        await asyncio.sleep(_FULL)
+                await self._changed.wait()
+                self._changed.clear()
+        finally:
+            asyncio.get_running_loop().remove_reader(connection)
+
+
+def held_at(path: Path) -> int:
+    """Return how many names a holder has. Raises `OSError` where there is none, `ValueError` for another."""
+    with _connected(path) as connection:
+        send(connection, {"v": VERSION, "about": True})
+        received = receive(connection)
+    if received is None or received[0].get("v") != VERSION:
+        raise ValueError("it speaks another version")
+    return int(received[0]["held"])
+
+
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(_PATIENCE)
+        connection.connect(str(path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _listed(connection: socket.socket) -> dict[str, list[int]]:
+    send(connection, {"v": VERSION, "list": True})
+    found: dict[str, list[int]] = {}
+    while (received := receive(connection)) is not None:
+        said: dict[str, Any] = received[0]
+        if "end" in said:
+            return found
+        found[str(said["name"])] = received[1]
+    raise ConnectionResetError("it hung up")
+
+
+def _welcomed(path: Path) -> tuple[socket.socket, list[str]]:
+    """Return a connection to a holder, and the names that it has from before."""
+    connection = _connected(path)
+    try:
+        found = _listed(connection)
+        connection.setblocking(False)
+    except BaseException:
+        connection.close()
+        raise
+    for descriptors in found.values():
+        close(descriptors)
+    return connection, list(found)

@@ -1,0 +1,143 @@
+"""The process that holds: it knows descriptors by name and nothing else.
+
+It reads none of them, has no other input than its packets (`messages`), and should never have to change. Its
+own restart costs nothing as long as a gateway runs, which puts everything anew. Where none is connected for a
+while, it closes all that it holds, and the commands behind it end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import Final
+
+from gateway.holder.messages import NAME_MAX, VERSION, close, receive, send
+
+_NAMES: Final = 20_000
+_CLIENTS: Final = 16  # a gateway has one, its successor as many, `doctor` one for a moment
+_PATIENCE: Final = 5.0  # seconds for a client that takes no answer
+
+
+def hold(path: Path, seconds: float) -> None:
+    """Hold for the gateways of our own user that connect to `path`, until SIGTERM.
+
+    All is closed where none is connected for so many `seconds`. Raises `OSError`, with EADDRINUSE if another
+    holds there already.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with _listening(path) as listener:
+        try:
+            _Holding(listener, seconds).run()
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _listening(path: Path) -> socket.socket:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise OSError(errno.EADDRINUSE, "another holder is there; stop that first", str(path))
+    path.unlink(missing_ok=True)  # a killed one's
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(_CLIENTS)
+    return listener
+
+
+class _Holding:
+    def __init__(self, listener: socket.socket, seconds: float) -> None:
+        self._listener = listener
+        self._seconds = seconds
+        self._held: dict[str, list[int]] = {}
+        self._clients: dict[int, socket.socket] = {}
+        self._gateways: set[int] = set()  # the clients that asked for what is held
+        self._since = monotonic()  # when the last of them left
+        self._poll = select.poll()
+        self._poll.register(listener, select.POLLIN)
+
+    def run(self) -> None:
+        while True:
+            left = self._since + self._seconds - monotonic() if self._held and not self._gateways else None
+            if left is not None and left <= 0:
+                for descriptors in self._held.values():
+                    close(descriptors)
+                self._held.clear()
+                continue
+            for descriptor, _ in self._poll.poll(None if left is None else left * 1000 + 1):
+                if descriptor == self._listener.fileno():
+                    self._welcome()
+                elif not self._heard(descriptor):
+                    self._poll.unregister(descriptor)
+                    self._clients.pop(descriptor).close()
+                    if descriptor in self._gateways:
+                        self._gateways.discard(descriptor)
+                        self._since = monotonic()
+
+    def _welcome(self) -> None:
+        client, _ = self._listener.accept()
+        # struct ucred: pid, uid, gid; the kernel's word, not the peer's
+        _, uid, _ = struct.unpack("iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (0, os.geteuid()) or len(self._clients) >= _CLIENTS:
+            client.close()
+            return
+        client.settimeout(_PATIENCE)
+        self._clients[client.fileno()] = client
+        self._poll.register(client, select.POLLIN)
+
+    def _heard(self, descriptor: int) -> bool:
+        """Do what a client says; whether the connection goes on."""
+        client, passed = self._clients[descriptor], list[int]()
+        try:
+            received = receive(client)
+            if received is None:
+                return False
+            said, passed = received
+            if said.get("v") != VERSION:
+                return False
+            match said:
+                case {"put": str(name)}:
+                    if len(name) > NAME_MAX or (name not in self._held and len(self._held) >= _NAMES):
+                        return False
+                    close(self._held.pop(name, []))
+                    self._held[name], passed = passed, []
+                case {"drop": str(name)}:
+                    close(self._held.pop(name, []))
+                case {"list": True}:
+                    self._gateways.add(descriptor)
+                    for name, descriptors in self._held.items():
+                        send(client, {"name": name}, descriptors)
+                    send(client, {"end": True})
+                case {"about": True}:
+                    send(client, {"v": VERSION, "held": len(self._held)})
+                case _:
+                    return False
+        except (OSError, ValueError):
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                close(passed)
+        return True
+
+
+def main() -> None:
+    """Hold at the path, for the seconds, that the command line names."""
+    hold(Path(sys.argv[1]), float(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The process that holds descriptors, with real descriptors, and a gateway's end of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.holder.holder import Holder, held_at
+from gateway.holder.messages import receive, send
+from gateway.host.holder_process import command
+from gateway.settings import Settings
+from tests.waits import until
+
+IDLE = 4  # descriptors of one that holds nothing: the standard three, and where it listens
+
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start a holder in `tmp_path` and return it once it listens."""
+    started: list[asyncio.subprocess.Process] = []
+
+    async def start(seconds: float = 60) -> asyncio.subprocess.Process:
+        settings = Settings(runtime="local", state_dir=tmp_path, hold=seconds)
+        process = await asyncio.create_subprocess_exec(*command(settings))
+        started.append(process)
+        await until(lambda: answers(tmp_path / "holder.sock"))
+        return process
+
+    yield start
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def answers(path: Path) -> bool:
+    try:
+        return held_at(path) >= 0
+    except OSError:
+        return False
+
+
+def descriptors(process: asyncio.subprocess.Process) -> int:
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+async def hung_up(connection: socket.socket) -> None:
+    """Return once nobody has the other end of a socket any more."""
+    connection.setblocking(False)
+    assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(connection, 1), 30) == b""
+
+
+async def test_what_is_put_outlives_who_put_it(start: Start, tmp_path: Path) -> None:
+    """The next one gets it by its name, in its order, and it is the same socket."""
+    process = await start()
+    path = tmp_path / "holder.sock"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    ours, theirs = socket.socketpair()
+    read, write = os.pipe()
+    async with Holder(path) as holder:
+        assert await holder.taken_over() == {}
+        holder.put("one", [theirs.fileno(), write])
+        holder.put("gone", [read])
+        holder.drop("gone")
+        await until(lambda: held_at(path) == 1)
+    theirs.close()
+    os.close(write)
+    async with Holder(path) as holder:
+        found = await holder.taken_over()
+        assert list(found) == ["one"]
+        again = socket.socket(fileno=found["one"][0])
+        assert not again.get_inheritable()
+        again.sendall(b"still there")
+        assert ours.recv(100) == b"still there"
+        os.write(found["one"][1], b"x")
+        assert os.read(read, 10) == b"x"
+        again.close()
+        os.close(found["one"][1])
+        holder.drop("one")
+        await hung_up(ours)
+    await until(lambda: descriptors(process) == IDLE)
+    ours.close()
+    os.close(read)
+
+
+async def test_all_is_closed_where_no_gateway_comes(start: Start, tmp_path: Path) -> None:
+    """But not while one is connected, and who only asks about it is none."""
+    await start(0.3)
+    path = tmp_path / "holder.sock"
+    ours, theirs = socket.socketpair()
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        with theirs:
+            holder.put("one", [theirs.fileno()])
+            await asyncio.sleep(0.6)
+            assert held_at(path) == 1
+    await hung_up(ours)
+    assert held_at(path) == 0
+    ours.close()
+
+
+async def test_a_holder_that_was_killed_gets_everything_anew(start: Start, tmp_path: Path) -> None:
+    process = await start()
+    path = tmp_path / "holder.sock"
+    ours, theirs = socket.socketpair()
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        holder.put("one", [theirs.fileno()])
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await until(lambda: not holder.there)
+        holder.put("two", [theirs.fileno()])
+        await start()
+        await until(lambda: holder.there and held_at(path) == 2)
+    theirs.close()
+    async with Holder(path) as holder:
+        found = await holder.taken_over()
+        assert found.keys() == {"one", "two"}
+        for held in found.values():
+            os.close(held[0])
+    ours.close()
+
+
+async def test_without_a_holder_nothing_is_held_and_nothing_fails(tmp_path: Path) -> None:
+    async with Holder(tmp_path / "holder.sock") as holder:
+        assert await holder.taken_over() == {}
+        assert not holder.there
+        holder.put("one", [0])
+        holder.drop("one")
+
+
+@pytest.mark.parametrize(
+    "said", [b"no JSON", b"[]", b"{}", b'{"v": 2, "list": true}', b'{"v": 1, "put": 7}', b"\xff" * 2000]
+)
+async def test_what_is_no_packet_ends_its_connection_and_leaves_nothing(
+    start: Start, tmp_path: Path, said: bytes
+) -> None:
+    process = await start()
+    path = tmp_path / "holder.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(str(path))
+        socket.send_fds(connection, [said], [0, 1, 2])
+        connection.settimeout(30)
+        assert connection.recv(100) == b""
+    await until(lambda: descriptors(process) == IDLE)
+
+
+async def test_many_names_arrive_whole(start: Start, tmp_path: Path) -> None:
+    """Also more than the holder's queue takes at once."""
+    await start()
+    path = tmp_path / "holder.sock"
+    ours, theirs = socket.socketpair()
+    async with Holder(path) as holder:
+        await holder.taken_over()
+        for number in range(600):
+            holder.put(f"n{number}", [theirs.fileno()] * 8)
+        for number in range(0, 600, 2):
+            holder.drop(f"n{number}")
+        await until(lambda: held_at(path) == 300)
+    theirs.close()
+    ours.close()
+
+
+async def test_another_holder_at_the_same_place_is_refused(start: Start, tmp_path: Path) -> None:
+    await start()
+    settings = Settings(runtime="local", state_dir=tmp_path)
+    second = await asyncio.create_subprocess_exec(*command(settings), stderr=asyncio.subprocess.PIPE)
+    said = (await asyncio.wait_for(second.communicate(), 30))[1]
+    assert second.returncode == 1 and b"another holder is there" in said
+    assert held_at(tmp_path / "holder.sock") == 0
+
+
+def test_a_packet_with_too_many_descriptors_is_refused_and_closed() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = len(os.listdir("/proc/self/fd"))
+    send(one, {"v": 1, "put": "x"}, [0] * 20)
+    with pytest.raises(ValueError, match="not a packet"):
+        receive(other)
+    assert len(os.listdir("/proc/self/fd")) == before
+    one.close()
+    other.close()
