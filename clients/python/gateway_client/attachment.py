@@ -70,8 +70,8 @@ class Attachment:
     """A command as one connection at a time carries it; it is that connection's `Receiver`.
 
     `exit` resolves once the command has ended and its last output is in the buffers, or fails with the error
-    that ended the attachment. `arrived` is set when anything has arrived. `id`, `pid` and `started_at` are the
-    command's.
+    that ended the attachment. `arrived` is set when anything has arrived. `id`, `pid` and `started_at` are
+    the command's.
     """
 
     def __init__(self, connections: Connections, exec_id: str, buffer: int, encoding: Encoding) -> None:
