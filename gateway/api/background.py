@@ -11,11 +11,9 @@ from typing import Any, Final
 
 from gateway.api.http import end
 from gateway.api.services import Services
-from gateway.errors import GatewayError
-from gateway.rootfs.broker_client import BrokerClient
+from gateway.errors import GatewayError, NotFound
 from gateway.runtime import TenantEvent
 from gateway.runtime.incus import IncusRuntime
-from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
 from gateway.tasks import apart, lasting
 
@@ -52,7 +50,8 @@ async def running(services: Services) -> AsyncIterator[None]:
 class _Background:
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._started = asyncio.Event()  # some tenant was, since its address was last bound to its port
+        self._unbound: set[str | None] = set()  # tenants that started; None for all that run
+        self._started = asyncio.Event()  # some of these are there
         self._resynced = asyncio.Event()  # the tenants there are have been seen once
 
     def jobs(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
@@ -67,7 +66,7 @@ class _Background:
             "the history of deployments": services.history.follow,
         }
         if isinstance(services.runtime, IncusRuntime):
-            jobs["the watch of addresses"] = self._pin_ports
+            jobs["the watch of addresses"] = self._bind_ports
             jobs["the kernel's word of memory"] = partial(self._tell_starved, services.runtime)
         return jobs
 
@@ -91,6 +90,7 @@ class _Background:
             with apart(f"letting go of what changed with {event.type} of {event.tenant}"):
                 await self._let_go(event)
             if event.type in _STARTED:
+                self._unbound.add(event.tenant)
                 self._started.set()
             facts = services.idle.explained(services.lifecycle.explained(event))
             for notice in notices:
@@ -132,24 +132,24 @@ class _Background:
             async for event in told:
                 self._services.bus.publish(event.type, event.tenant, event.data)
 
-    async def _pin_ports(self) -> None:
-        """Bind the hardware address of each tenant that starts to its port; see `pin`."""
-        settings = self._services.settings
-        at = settings.broker_socket
+    async def _bind_ports(self) -> None:
+        """Bind the hardware address of each tenant that starts to its port; see `rootfs.bridge_port`."""
+        services = self._services
         while True:
             await self._started.wait()
             self._started.clear()
-            try:
-                if at is None:
-                    await asyncio.to_thread(_pin, settings)
-                else:  # by a connection of its own, for which no file call waits
-                    async with contextlib.aclosing(BrokerClient(at=at)) as broker:
-                        await broker.request({"do": "chore", "name": "pin"})
-            except GatewayError as error:
-                log.warning("tenants' addresses could not be bound to their ports: %s", error.message)
-
-
-def _pin(settings: Settings) -> None:
-    from gateway.host.setup import pin  # with pylxd; a gateway beside a broker's service never needs it
-
-    pin(settings)
+            names, self._unbound = self._unbound, set()
+            if None in names:
+                with contextlib.suppress(GatewayError):  # incusd's next connection tells of all again
+                    names |= {one.name for one in await services.runtime.list() if one.status == "running"}
+            failed = ""
+            for name in filter(None, names):
+                try:
+                    await services.workers.broker.bind_ports(name)
+                except NotFound:  # it has just gone
+                    continue
+                except GatewayError as error:
+                    failed = error.message
+                    self._unbound.add(name)  # with the next that starts
+            if failed:
+                log.warning("tenants' addresses could not be bound to their ports: %s", failed)

@@ -19,9 +19,10 @@ from gateway.caddy import Caddy, CaddyFailed
 from gateway.deployments.causes import ended, last_words
 from gateway.deployments.listeners import Misplaced
 from gateway.deployments.page import Browser, Page
+from gateway.deployments.steadiness import SMALL, Steadiness
 from gateway.errors import ExecFailed, GatewayError, Timeout
 from gateway.runtime.probe import HostRefused, Silent, answer, ask
-from gateway.runtime.sites import Exposure, Recipe, Service, Side, Sites
+from gateway.runtime.sites import Exposure, Recipe, Side, Sites
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,11 @@ _MISSING: Final = 3.0  # seconds after which a missing part of a page counts as 
 _FOLLOWING: Final = 15.0  # seconds for requests of what scripts import
 _AFTER: Final = 1.0  # seconds that a site must stay up after its page was loaded, which makes it work hardest
 _STEADY_LOOK: Final = 1.0  # seconds between two checks of a service that answers
-_OVER_LOOK: Final = 3.0  # in the background: each covers all since the last, and costs a command
+_OVER_LOOK: Final = 3.0  # in the background: each covers all since the last
 _REFUSED: Final = 3  # consecutive checks at which nothing listened: longer than a reload takes
 _LAST: Final = 2.0  # seconds for a last answer, which a reload may delay
 _WATCHED: Final = 64  # sites that are watched after their deployment, at most
 _KILLED: Final = "status=9/KILL"  # as systemd words it
-_SMALL: Final = "give it a larger `size`, or reduce what it needs"
 _LISTEN: Final = "it must listen on 0.0.0.0 and $PORT"
 
 
@@ -71,7 +71,7 @@ class Unsteady(ExecFailed):
 
     def __init__(self, why: str, said: str) -> None:
         if _KILLED in said:
-            why += f"; it was killed, as the kernel does when memory runs out: {_SMALL}"
+            why += f"; it was killed, as the kernel does when memory runs out: {SMALL}"
         self.why = why
         super().__init__(
             f"the site answered but did not stay up: {why}. {last_words(said)}",
@@ -168,24 +168,23 @@ class Verifier:
         With `follow`, request what its scripts import too, so that a dev server has built it.
         Raises `Timeout` (`never_healthy`) if its page is incomplete, and `Unsteady`.
         """
-        before = asyncio.create_task(self._before(site, seconds))
+        steady = Steadiness(self._sites, site.tenant, site.side, answered)
+        beginning = asyncio.create_task(steady.begin())
         try:
-            await self._while_up(site, answered, self._whole(site, way, follow=follow))
+            await self._while_up(site, steady, self._whole(site, way, follow=follow))
             if seconds > 0:
-                await self._stays(site, way, await before, answered, seconds, _STEADY_LOOK)
+                await beginning
+                await self._stays(site, way, steady, answered, seconds, _STEADY_LOOK)
         finally:
-            before.cancel()
-            await asyncio.gather(before, return_exceptions=True)
+            beginning.cancel()
+            await asyncio.gather(beginning, return_exceptions=True)
 
-    async def _before(self, site: Subject, seconds: float) -> Service | None:
-        return await self._sites.service(site.tenant, site.side) if seconds > 0 else None
-
-    async def _while_up(self, site: Subject, answered: float, work: Coroutine[Any, Any, None]) -> None:
+    async def _while_up(self, site: Subject, steady: Steadiness, work: Coroutine[Any, Any, None]) -> None:
         """Wait for a check of a site while the site stays up. Also raises `Unsteady`."""
         task, refused = asyncio.create_task(work), 0
         try:
             while not (await asyncio.wait({task}, timeout=_STEADY_LOOK))[0]:
-                why = unsteady(None, await self._sites.service(site.tenant, site.side), answered)
+                why = await steady.broken()
                 refused = refused + 1 if await self._refuses(site) else 0
                 if not why and refused >= _REFUSED:
                     why = "nothing listens there any more"
@@ -251,11 +250,12 @@ class Verifier:
 
     async def _watch(self, site: Subject, seconds: float, tell: Callable[[str], Awaitable[None]]) -> None:
         began = time.monotonic()
+        steady = Steadiness(self._sites, site.tenant, site.side, began)
         try:
-            before = await self._sites.service(site.tenant, site.side)
+            await steady.begin()
             async with self._browser(site, "caddy") as browser:
                 await browser.follow((await _look(browser)).scripts, _FOLLOWING)
-            await self._stays(site, "caddy", before, began, seconds, _OVER_LOOK)
+            await self._stays(site, "caddy", steady, began, seconds, _OVER_LOOK)
         except Unsteady as error:
             await tell(error.why)
         except GatewayError as error:
@@ -265,21 +265,16 @@ class Verifier:
         self,
         site: Subject,
         way: Way,
-        before: Service | None,
+        steady: Steadiness,
         answered: float,
         seconds: float,
         pause: float,
     ) -> None:
-        until = max(answered + seconds, time.monotonic() + min(_AFTER, seconds))
-        why, ended = "", False
-        while not why and (ended or time.monotonic() < until):
+        until, why = max(answered + seconds, time.monotonic() + min(_AFTER, seconds)), ""
+        while not why and (steady.doubtful or time.monotonic() < until):
             left = until - time.monotonic()
             await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
-            service = await self._sites.service(site.tenant, site.side)
-            why = unsteady(before, service, answered)
-            # once only, and it may just be restarting on purpose
-            had, ended = ended, service is not None and service.state == "ended"
-            why = why or ("its service ended" if had and ended else "")
+            why = await steady.broken()
         # its service may be running without the process that answered
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"
@@ -318,21 +313,6 @@ class Verifier:
 
     async def _said(self, site: Subject) -> str:
         return last_words(await self._sites.log(site.tenant, site.side))
-
-
-def unsteady(before: Service | None, now: Service | None, answered: float) -> str:
-    """Return what went wrong with a service since it answered; empty if nothing did.
-
-    A restart on purpose resets systemd's count.
-    """
-    if now is None:
-        return ""
-    if now.restarts and now.started > answered:
-        times = "" if now.restarts == 1 else f", {now.restarts} times in total"
-        return f"its service ended and was restarted{times}"
-    if before is not None and before.started == now.started and now.oom_kills > before.oom_kills:
-        return f"the kernel killed one of its processes because memory ran out: {_SMALL}"
-    return ""
 
 
 async def _look(browser: Browser) -> Page:

@@ -1,4 +1,4 @@
-"""Runs the broker as a service: its socket, its client, its chores on the host.
+"""Runs the broker as a service: its socket, and whom it serves.
 
 The broker itself is `gateway.rootfs.broker`, which reads no settings. It runs in an interpreter of its own:
 workers are forks of it, and no settings, above all not the secret, may be in their memory.
@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import orjson
 
-from gateway import settings as settings_module
 from gateway.host import HostError, Report
 from gateway.rootfs.broker_client import BOOT
 from gateway.rootfs.locations import Instances
@@ -48,17 +47,14 @@ def run(settings: Settings, report: Report) -> NoReturn:
         "path": str(path),
         "operations": OPERATIONS,
         "tenants": Instances(
-            str(settings.incus_socket), settings.incus_project, settings.workspace, settings.workspace_uid
+            str(settings.incus_socket),
+            settings.incus_project,
+            settings.workspace,
+            settings.workspace_uid,
+            settings.network,
         ).to_dict(),
         "uids": uids,
         "gid": gid,
-        "chores": {"pin": [sys.executable, "-ISBc", BOOT, imports, "gateway.host.broker_service:pin"]},
-        "environment": {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
-            "GATEWAY_INCUS_PROJECT": settings.incus_project,
-            "GATEWAY_NETWORK": settings.network,
-        },
     }
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
     if "NOTIFY_SOCKET" in os.environ:
@@ -73,10 +69,3 @@ def run(settings: Settings, report: Report) -> NoReturn:
         orjson.dumps(told),
     )
     os.execve(sys.executable, words, environment)  # noqa: S606 - our own interpreter with our own words
-
-
-def pin(arguments: list[str]) -> None:
-    """Do the chore of that name: see `host.setup.pin`."""
-    from gateway.host.setup import pin as pin_ports
-
-    pin_ports(settings_module.load())

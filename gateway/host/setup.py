@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -16,11 +15,12 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from gateway.host import Change, HostError, Report, Steps, quotas, run
+from gateway.host import Change, HostError, Report, Steps, quotas
 from gateway.host.caddy_service import hand_over
 from gateway.host.definition import BRIDGE, CA_BUNDLE
 from gateway.host.incus import Incus
 from gateway.host.limits import raise_limits
+from gateway.rootfs import bridge_port
 from gateway.rootfs.locations import MANAGED
 from gateway.runtime.incus.creation import FIRST_TO_GO
 from gateway.settings import Settings
@@ -276,47 +276,18 @@ def _has_btrfs() -> bool:
 def pin(settings: Settings) -> str | None:
     """Bind each running tenant's hardware address to its port of the bridge; return what was done, or None.
 
-    A bridge learns where an address lives before any filter drops the forged frame, so a tenant that takes
-    its neighbour's address would draw the neighbour's traffic to itself. So ports learn nothing, and know
-    their one address for good. A port is new with each start of a tenant: call this again after each.
+    A gateway does so for each tenant that starts.
     """
-    incus = Incus(settings.incus_socket, settings.incus_project)
-    ports = {
-        link["ifname"]: link.get("linkinfo", {}).get("info_slave_data", {}).get("learning", True)
-        for link in _ip_json("ip", "-details", "link", "show", "master", settings.network)
-    }
-    known = {
-        (entry["ifname"], entry["mac"])
-        for entry in _ip_json("bridge", "fdb", "show", "br", settings.network)
-        if "sticky" in entry.get("flags", ())
-    }
     done = 0
-    for instance in incus.list("instances"):
-        for key, port in instance["config"].items():
-            device = re.fullmatch(r"volatile\.(.+)\.host_name", key)
-            mac = device and instance["config"].get(f"volatile.{device[1]}.hwaddr")
-            if not mac or port not in ports:
-                continue
-            wanted = []
-            if (port, mac) not in known:
-                wanted.append(["bridge", "fdb", "replace", mac, "dev", port, "master", "static", "sticky"])
-            if ports[port]:
-                wanted.append(["bridge", "link", "set", "dev", port, "learning", "off"])
+    for instance in Incus(settings.incus_socket, settings.incus_project).list("instances"):
+        for port in bridge_port.ports(instance["config"], settings.network):
             try:
-                for command in wanted:
-                    run(command, fix="run setup again")
-            except HostError:
-                if (Path("/sys/class/net") / port).exists():
-                    raise
-                continue  # its tenant has just stopped
-            done += bool(wanted)
+                done += port.bind()
+            except OSError as error:
+                raise HostError(
+                    f"port {port.name} of {settings.network} cannot be bound to its tenant: {error.strerror}"
+                ) from None
     return f"{done} bound to their tenants' addresses" if done else None
-
-
-def _ip_json(*words: str) -> list[dict[str, Any]]:
-    command = [words[0], "-json", *words[1:]]
-    found: list[dict[str, Any]] = json.loads(run(command, fix="is iproute2 installed?") or "[]")
-    return found
 
 
 def profile(settings: Settings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ descriptor.
 | `{"do": "relieve", "tenant"}` | `{"process", "bytes"}` of the site's biggest, now killed; or `{}` |
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections of which it reads nothing |
-| `{"do": "chore", "name": …}` | `{}`: a command of that name, which it was started with, was run |
+| `{"do": "bind_ports", "tenant"}` | `{}`: its hardware address is bound to its port, see `bridge_port` |
 
 No request carries a host path, an id or a pid: `locations` finds the files and groups of a tenant. A request
 that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for
@@ -32,7 +32,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +46,6 @@ from gateway.rootfs.spawn import MESSAGE_MAX, Spawn
 from gateway.rootfs.worker_cgroup import WorkerCgroup
 from gateway.rootfs.zygote import Zygote, preload
 
-_CHORE_WAIT = 8.0  # seconds, less than a gateway waits for an answer
 _AHEAD = 0.05  # seconds without a request after which a worker is forked ahead
 _KILL_WAIT = 2.0  # seconds for a killed worker to end; one in an uninterruptible wait is reaped later
 
@@ -60,28 +58,6 @@ class _Child:
     group: WorkerCgroup
 
 
-class Chores:
-    """Command lines of the host's that a gateway without root may ask for by name, with nothing to add."""
-
-    def __init__(self, commands: Mapping[str, Sequence[str]], environment: Mapping[str, str]) -> None:
-        self._commands = commands
-        self._environment = environment
-
-    def do(self, name: str) -> None:
-        """Run one to its end. Raises `KeyError`, and `OSError` if it fails or takes too long."""
-        command = self._commands[name]
-        pid = os.posix_spawn(command[0], list(command), self._environment)
-        until = time.monotonic() + _CHORE_WAIT
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > until:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise TimeoutError(f"{name} took too long")
-            select.select((), (), (), 0.005)
-        if ended[1]:
-            raise OSError(f"{name} failed")
-
-
 class Broker:
     """The broker's state: its workers and what it keeps for the next."""
 
@@ -90,9 +66,7 @@ class Broker:
         connection: socket.socket,
         operations: str,
         tenants: Tenants,
-        chores: Chores | None = None,
     ) -> None:
-        self._chores = chores
         self._connection = connection
         self._tenants = tenants
         self._privileged = os.geteuid() == 0 and sys.platform == "linux"
@@ -158,10 +132,9 @@ class Broker:
                     pid, address = self._tenants.network(str(request["tenant"]))
                     leave = frozenset(map(int, request["leave"]))
                     answer = {"ended": tcp.break_off(pid, address, int(request["port"]), leave)}
-                case "chore":
-                    if self._chores is None:
-                        raise ValueError("no chores")
-                    self._chores.do(request["name"])
+                case "bind_ports":
+                    for port in self._tenants.ports(str(request["tenant"])):
+                        port.bind()
                     answer = {}
                 case _:
                     answer = {"error": "unknown request"}

@@ -109,6 +109,10 @@ class BrokerClient:
         """Keep a part of a tenant's CPU for commands, see `gateway.rootfs.reserve`. Raises as `relieve`."""
         await self.request({"do": "reserve", "tenant": tenant})
 
+    async def bind_ports(self, tenant: str) -> None:
+        """Bind a tenant's hardware address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
+        await self.request({"do": "bind_ports", "tenant": tenant})
+
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
         """Close this machine's connections to a tenant's port that it does not read; return how many.
 

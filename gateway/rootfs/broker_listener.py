@@ -17,25 +17,24 @@ from typing import NoReturn
 
 import orjson
 
-from gateway.rootfs.broker import Broker, Chores
+from gateway.rootfs.broker import Broker
 from gateway.rootfs.confine import end_with_parent
 from gateway.rootfs.locations import Tenants, found_by
 from gateway.rootfs.zygote import preload
 
-GATEWAYS_MAX = 16  # connections: a gateway has three, its successor as many
+GATEWAYS_MAX = 16  # connections: a gateway has two, its successor as many
 
 
 def listening(arguments: list[str]) -> NoReturn:
     """Serve gateways at a unix socket until SIGTERM; only processes of root and of `uids` are answered.
 
     The one argument is a JSON object: `path` of the socket, which gets the group `gid` and mode 0660, in a
-    folder that only root may write; `operations`, `tenants`, `uids`; `chores`, command lines by name, which
-    get `environment`. Serves at most `GATEWAYS_MAX` connections and closes more. Notifies systemd when it
-    takes connections. Raises `OSError`.
+    folder that only root may write; `operations`, `tenants`, `uids`. Serves at most `GATEWAYS_MAX`
+    connections and closes more. Notifies systemd when it takes connections. Raises `OSError`.
     """
     told = orjson.loads(arguments[0])
     path, operations, gid = str(told["path"]), str(told["operations"]), int(told["gid"])
-    tenants, chores = found_by(told["tenants"]), Chores(told["chores"], told["environment"])
+    tenants = found_by(told["tenants"])
     served = {0, *told["uids"]}
     importlib.import_module(operations)
     preload()
@@ -70,7 +69,7 @@ def listening(arguments: list[str]) -> NoReturn:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _serve_one(connection, listener, operations, tenants, chores)
+                    _serve_one(connection, listener, operations, tenants)
                 children.add(pid)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -91,7 +90,6 @@ def _serve_one(
     listener: socket.socket,
     operations: str,
     tenants: Tenants,
-    chores: Chores,
 ) -> NoReturn:
     """Be the broker of one gateway, in the forked child; never return."""
     code = 1
@@ -101,7 +99,7 @@ def _serve_one(
         end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Broker(connection, operations, tenants, chores).run()
+        Broker(connection, operations, tenants).run()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,8 @@ from urllib.parse import quote
 import orjson
 
 from gateway.errors import NotFound, Unavailable
-from gateway.rootfs import IdMap, process_tree
+from gateway.rootfs import IdMap, bridge_port, process_tree
+from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.kernel import started
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
@@ -80,6 +81,10 @@ class Tenants(Protocol):
         """Return a process in the network of a running tenant's container, and its IPv4 address there."""
         ...
 
+    def ports(self, tenant: str) -> Sequence[Port]:
+        """Return the ports of the tenants' bridge behind which a tenant's container is now."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Folders:
@@ -115,19 +120,24 @@ class Folders:
     def network(self, tenant: str) -> tuple[int, str]:
         raise NotFound("a tenant without a container has no network")
 
+    def ports(self, tenant: str) -> Sequence[Port]:
+        raise NotFound("a tenant without a container has no ports")
+
 
 class Instances:
     """Tenants that are containers of one Incus project; incusd is asked each time, by GET alone.
 
     Only `workspace` is served, to its owner `uid`. `socket_path` is incusd's, in whose folder its pools lie.
+    `bridge` is that of the tenants.
     """
 
-    def __init__(self, socket_path: str, project: str, workspace: str, uid: int) -> None:
+    def __init__(self, socket_path: str, project: str, workspace: str, uid: int, bridge: str) -> None:
         self._socket = socket_path
         self._pools = f"{os.path.dirname(socket_path)}/storage-pools"
         self._project = project
         self._workspace = workspace
         self._uid = uid
+        self._bridge = bridge
         self._groups: dict[str, _Group] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +148,7 @@ class Instances:
             "project": self._project,
             "workspace": self._workspace,
             "uid": self._uid,
+            "bridge": self._bridge,
         }
 
     def disk(self, tenant: str, workspace: str) -> Disk:
@@ -209,6 +220,9 @@ class Instances:
             raise NotFound(f"tenant {tenant} has no address of its own")
         return self._groups[tenant].pid, str(address)
 
+    def ports(self, tenant: str) -> Sequence[Port]:
+        return [*bridge_port.ports(self._instance(tenant)["config"], self._bridge)]
+
     def _folder(self, tenant: str) -> str:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"
 
@@ -264,7 +278,7 @@ class _Connection(http.client.HTTPConnection):
 def found_by(told: Mapping[str, Any]) -> Tenants:
     """Make what `told` describes. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
-        return Instances(told["socket"], told["project"], told["workspace"], told["uid"])
+        return Instances(told["socket"], told["project"], told["workspace"], told["uid"], told["bridge"])
     idmap = tuple(IdMap(*line) for line in told["idmap"])
     return Folders(told["home"], told["below"], told["uid"], idmap)
 

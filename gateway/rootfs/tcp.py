@@ -9,37 +9,31 @@ Finding them needs no root; `break_off` does.
 
 from __future__ import annotations
 
-import errno
 import ipaddress
-import os
 import socket
 import struct
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
+
+from gateway.rootfs import netlink
 
 End = tuple[bytes, int]
 """An IPv4 address in the network's order, and a port."""
 
 _OLD: Final = 60.0  # seconds; what has waited for longer is a websocket's rest, or was looked at before
 _TABLE: Final = 1 << 20  # bytes of a container's table: 7 000 connections
-_WAIT: Final = 5.0  # seconds for the kernel; it takes a millisecond
-_FRAME: Final = 1 << 18  # bytes of one answer; the kernel's are of 32 KiB at most
 
-# linux/sock_diag.h, linux/inet_diag.h, linux/netlink.h
+# linux/sock_diag.h, linux/inet_diag.h
 _SOCK_DIAG: Final = 4
 _BY_FAMILY, _DESTROY = 20, 21
-_ERROR, _DONE = 2, 3
-_REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _FILTER, _INFO, _REMOTE_IS, _ANY_PORT = 1, 2, 8, -1
 _ESTABLISHED: Final = 1
-_HEADER: Final = struct.Struct("=IHHII")
 _REQUESTED: Final = struct.Struct("=BBBxI")
 _SOCKET: Final = struct.Struct("!HH16s16s12s")  # ports, addresses, interface and cookie
 _CONDITION: Final = struct.Struct("=BBHBBxxi4s")
 _FOUND: Final = 72  # bytes of a `struct inet_diag_msg`, which begins with 4 of others and the socket
-_ATTRIBUTE: Final = struct.Struct("=HH")
 # of a `struct tcp_info`: ms since data was sent and since some was received
 _SINCE: Final = struct.Struct("=44xI4xI")
 
@@ -65,8 +59,11 @@ def waiting(network: str, seconds: float) -> list[Connection]:
         *(socket.AF_INET, found.prefixlen, _ANY_PORT, found.network_address.packed),
     )
     wanted = _REQUESTED.pack(socket.AF_INET, socket.IPPROTO_TCP, 1 << (_INFO - 1), 1 << _ESTABLISHED)
-    wanted += bytes(_SOCKET.size) + _ATTRIBUTE.pack(4 + len(condition), _FILTER) + condition
-    told = (_connection(said) for said in _asked(_BY_FAMILY, _REQUEST | _DUMP, wanted))
+    wanted += bytes(_SOCKET.size) + netlink.ATTRIBUTE.pack(4 + len(condition), _FILTER) + condition
+    told = (
+        _connection(said)
+        for said in netlink.asked(_SOCK_DIAG, _BY_FAMILY, netlink.REQUEST | netlink.DUMP, wanted)
+    )
     return [one for one in told if one is not None and seconds <= one.seconds < _OLD]
 
 
@@ -99,32 +96,11 @@ def break_off(pid: int, address: str, port: int, leave: Collection[int]) -> int:
 def _broken(one: Connection) -> bool:
     wanted = _REQUESTED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 1 << _ESTABLISHED) + one.key
     try:
-        for _ in _asked(_DESTROY, _REQUEST | _ACK, wanted):
+        for _ in netlink.asked(_SOCK_DIAG, _DESTROY, netlink.REQUEST | netlink.ACK, wanted):
             pass
     except FileNotFoundError:  # it has just ended
         return False
     return True
-
-
-def _asked(kind: int, flags: int, message: bytes) -> Iterator[memoryview]:
-    """Ask the kernel, and yield what it says. Raises `OSError`."""
-    if sys.platform != "linux":
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _SOCK_DIAG) as own:
-        own.settimeout(_WAIT)
-        own.send(_HEADER.pack(_HEADER.size + len(message), kind, flags, 1, 0) + message)
-        while True:
-            said = memoryview(own.recv(_FRAME))
-            while said:
-                length, answer, *_ = _HEADER.unpack_from(said)
-                if answer == _ERROR:
-                    (code,) = struct.unpack_from("=i", said, _HEADER.size)
-                    if code:
-                        raise OSError(-code, os.strerror(-code))
-                if answer in (_ERROR, _DONE):
-                    return
-                yield said[_HEADER.size : length]
-                said = said[(length + 3) & ~3 :]
 
 
 def _connection(said: memoryview) -> Connection | None:
@@ -132,15 +108,15 @@ def _connection(said: memoryview) -> Connection | None:
     key = bytes(said[4 : 4 + _SOCKET.size])
     from_, to, here, there, _ = _SOCKET.unpack(key)
     at = _FOUND
-    while at + _ATTRIBUTE.size <= len(said):
-        length, kind = _ATTRIBUTE.unpack_from(said, at)
-        if kind == _INFO and length >= _ATTRIBUTE.size + _SINCE.size:
-            sent, received = _SINCE.unpack_from(said, at + _ATTRIBUTE.size)
+    while at + netlink.ATTRIBUTE.size <= len(said):
+        length, kind = netlink.ATTRIBUTE.unpack_from(said, at)
+        if kind == _INFO and length >= netlink.ATTRIBUTE.size + _SINCE.size:
+            sent, received = _SINCE.unpack_from(said, at + netlink.ATTRIBUTE.size)
             # of one that has received nothing yet the second is as old as it is itself
             if sent > received:
                 return None
             return Connection((here[:4], from_), (there[:4], to), sent / 1000, key)
-        at += max((length + 3) & ~3, _ATTRIBUTE.size)
+        at += max((length + 3) & ~3, netlink.ATTRIBUTE.size)
     return None
 
 

@@ -34,6 +34,7 @@ from gateway.runtime.sites import (
     Exchange,
     Exposure,
     FormerSites,
+    Life,
     Order,
     Prepared,
     Quiet,
@@ -231,6 +232,9 @@ class LocalSites:
     async def service(self, tenant: str, side: Side) -> Service | None:
         service = self._services.get((tenant, side))
         return None if service is None else await service.look()
+
+    async def life(self, tenant: str, side: Side) -> Life | None:
+        return None  # `service` costs nothing here
 
     async def log(self, tenant: str, side: Side) -> str:
         service = self._services.get((tenant, side))

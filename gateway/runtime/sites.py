@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
@@ -120,6 +120,19 @@ class Service:
     oom_kills: int = 0
     cpu: float = 0.0
     listens: frozenset[Listener] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One life of a service as its host sees it: its `first` process is another after each start.
+
+    `started` is when that began, by `time.monotonic()`. `oom_kills` counts its processes that the kernel has
+    killed since then for lack of memory.
+    """
+
+    first: str
+    started: float = field(compare=False)
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +266,10 @@ class Sites(Protocol):
 
     async def service(self, tenant: str, side: Side) -> Service | None:
         """Return how a side's service does; None if that cannot be had."""
+        ...
+
+    async def life(self, tenant: str, side: Side) -> Life | None:
+        """Return which life of a side's service this is, at little cost; None where only `service` tells."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:

@@ -17,11 +17,12 @@ from hypothesis import given, strategies
 
 from gateway.deployments import verify
 from gateway.deployments.listeners import Misplaced
-from gateway.deployments.verify import Subject, Verifier, Way, unsteady
+from gateway.deployments.steadiness import Steadiness, unsteady
+from gateway.deployments.verify import Subject, Verifier, Way
 from gateway.errors import ExecFailed, Timeout
 from gateway.runtime.incus import unit_status
 from gateway.runtime.listening import Listener, in_table, listener, of_tree
-from gateway.runtime.sites import Exposure, Recipe, Service, Side
+from gateway.runtime.sites import Exposure, Life, Recipe, Service, Side
 from gateway.settings import Settings
 from tests.waits import turn
 
@@ -146,6 +147,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.service: Service | None = Service("running", started=time.monotonic())
+        self.life: Life | None = None
         self.status = "200 OK"
         self.part = "200 OK"  # of what its page names
         self.later = ""  # instead, from the second word on
@@ -179,9 +181,12 @@ class Rig:
         async def service(tenant: str, side: str) -> Service | None:
             return self.service
 
+        async def life(tenant: str, side: str) -> Life | None:
+            return self.life
+
         server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        sites = cast(Any, SimpleNamespace(service=service, log=self.log))
+        sites = cast(Any, SimpleNamespace(service=service, life=life, log=self.log))
         verifier = Verifier(sites, cast(Any, self), Settings(caddy_ask=port, **settings))
         where = Exposure("127.0.0.1", port, f"127.0.0.1:{port}")
         async with server, asyncio.timeout(30):
@@ -308,3 +313,58 @@ async def test_one_that_is_over_is_looked_at_before_and_after_its_time(rig: Rig)
         verifier.watch(site, 0.4, rig.tell)
         await asyncio.wait([*verifier._watching.values()])
     assert asked == ["shop", "shop"]
+
+
+async def test_one_that_its_host_sees_living_on_is_asked_nothing(rig: Rig) -> None:
+    """What costs a command in the container is asked only where another life of the service is seen."""
+    asked: list[str] = []
+
+    async def service(tenant: str, side: Side) -> Service | None:
+        asked.append(tenant)
+        return rig.service
+
+    async with rig.opened() as (verifier, site):
+        verifier._sites.service = service  # type: ignore[method-assign] # a rig's, and to be counted
+        rig.life = Life("1 7", 0.0)
+        answered = time.monotonic()
+        await verifier.settled(site, "direct", answered, 0.3)
+        verifier.watch(site, 0.4, rig.tell)
+        await asyncio.wait([*verifier._watching.values()])
+        assert asked == [] and rig.told.empty()
+
+        verifier.watch(site, 60.0, rig.tell)
+        await turn()
+        rig.life, rig.service = Life("2 9", 0.0), Service("running", restarts=1, started=answered + 60)
+        assert "was restarted" in await rig.told.get()
+        assert asked == ["shop"]
+
+
+async def steadied(rig: Rig, *lives: Life | None, answered: float = 5.0) -> list[str]:
+    """Return what each look after the first one finds."""
+    async with rig.opened() as (verifier, site):
+        rig.life = lives[0]
+        steady = Steadiness(verifier._sites, site.tenant, site.side, answered)
+        await steady.begin()
+        found = []
+        for rig.life in lives[1:]:
+            found.append(await steady.broken())
+        return found
+
+
+async def test_a_process_that_the_kernel_kills_is_told_of_the_same_life(rig: Rig) -> None:
+    (found,) = await steadied(rig, Life("1 7", 0.0, oom_kills=2), Life("1 7", 0.1, oom_kills=3))
+    assert "because memory ran out" in found
+    assert await steadied(rig, Life("1 7", 0.0, oom_kills=2), Life("1 7", 0.1, oom_kills=2)) == [""]
+
+
+async def test_a_life_that_began_after_the_answer_is_not_the_one_that_answered(rig: Rig) -> None:
+    """It was started again between the two; the looks go on by what its systemd says."""
+    rig.service = Service("running", restarts=1, started=6.0)
+    (found,) = await steadied(rig, Life("2 9", 6.0), Life("2 9", 6.0))
+    assert "was restarted" in found
+
+
+async def test_a_life_that_is_not_seen_is_asked_for(rig: Rig) -> None:
+    rig.service = Service("ended")
+    assert await steadied(rig, Life("1 7", 0.0), None, None) == ["", "its service ended"]
+    assert await steadied(rig, None, Life("1 7", 0.0), None) == ["", "its service ended"]

@@ -173,8 +173,8 @@ def test_whom_it_serves(mode: int, uid: int, answer: str, monkeypatch: pytest.Mo
         {"do": "tree", "step": "end", "tenant": "shop", "group": "own"},
         {"do": "tree", "step": "shout", "tenant": "one", "group": "own"},
         {"do": "spawn", "tenant": "one", "workspace": "/srv/site", "path": "/etc"},
-        {"do": "chore", "name": "rm"},
-        {"do": "chore", "name": "pin", "arguments": ["x"]},  # no incusd here: it fails, and is told so
+        {"do": "bind_ports", "tenant": "foreign"},
+        {"do": "bind_ports", "port": "eth0"},
         {"do": "shell"},
         {},
     ],

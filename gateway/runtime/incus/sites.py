@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
+from gateway.errors import GatewayError
 from gateway.hostnames import plain
 from gateway.incus.client import instance_path
 from gateway.rootfs.locations import MANAGED
@@ -20,6 +22,7 @@ from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.former import IncusFormerSites
 from gateway.runtime.incus.golden_copies import UNMARKED, GoldenCopies
 from gateway.runtime.incus.headroom import Headroom
+from gateway.runtime.incus.lives import life
 from gateway.runtime.incus.marks import ROLE, Marks
 from gateway.runtime.incus.migrations import old_service
 from gateway.runtime.incus.pool import Pool
@@ -34,12 +37,14 @@ from gateway.runtime.incus.records import (
     lacks_address,
     status_of,
 )
+from gateway.runtime.incus.service_unit import NAMES
 from gateway.runtime.incus.tenants import IncusRuntime
 from gateway.runtime.incus.uploads import CONTENT
 from gateway.runtime.sites import (
     Exchange,
     Exposure,
     FormerSites,
+    Life,
     Order,
     Prepared,
     Quiet,
@@ -205,6 +210,13 @@ class IncusSites:
 
     async def service(self, tenant: str, side: Side) -> Service | None:
         return await self._provisioning.service(tenant, side)
+
+    async def life(self, tenant: str, side: Side) -> Life | None:
+        try:
+            init_pid = await self._init_pid(tenant)
+        except GatewayError:
+            return None
+        return await asyncio.to_thread(life, init_pid, NAMES[side]) if init_pid else None
 
     async def log(self, tenant: str, side: Side) -> str:
         return await self._provisioning.log(tenant, side)

@@ -1,0 +1,63 @@
+"""See whether a service that answered goes on as it is."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gateway.runtime.sites import Life, Service, Side, Sites
+
+SMALL: Final = "give it a larger `size`, or reduce what it needs"
+_KILLED: Final = f"the kernel killed one of its processes because memory ran out: {SMALL}"
+
+
+class Steadiness:
+    """The looks at one side of a tenant's site since it `answered`, by `time.monotonic()`.
+
+    As long as the host sees the same life of its service, nobody asks in the container.
+    """
+
+    def __init__(self, sites: Sites, tenant: str, side: Side, answered: float) -> None:
+        self._sites, self._of, self._answered = sites, (tenant, side), answered
+        self._life: Life | None = None
+        self._before: Service | None = None
+        self._ended = False
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last look found it ended, which the next one has to confirm."""
+        return self._ended
+
+    async def begin(self) -> None:
+        """Look at it as it is to stay."""
+        found = await self._sites.life(*self._of)
+        if found is not None and found.started <= self._answered:
+            self._life = found
+        else:
+            self._before = await self._sites.service(*self._of)
+
+    async def broken(self) -> str:
+        """Return what happened to it that must not; empty for nothing."""
+        now = await self._sites.life(*self._of)
+        if self._life is not None and now is not None and now.first == self._life.first:
+            self._ended = False
+            return _KILLED if now.oom_kills > self._life.oom_kills else ""
+        service = await self._sites.service(*self._of)
+        why = unsteady(self._before, service, self._answered)
+        # once, and somebody may just be starting it again
+        had, self._ended = self._ended, service is not None and service.state == "ended"
+        return why or ("its service ended" if had and self._ended else "")
+
+
+def unsteady(before: Service | None, now: Service | None, answered: float) -> str:
+    """Return what went wrong with a service since it answered; empty if nothing did.
+
+    A restart on purpose resets systemd's count.
+    """
+    if now is None:
+        return ""
+    if now.restarts and now.started > answered:
+        times = "" if now.restarts == 1 else f", {now.restarts} times in total"
+        return f"its service ended and was restarted{times}"
+    if before is not None and before.started == now.started and now.oom_kills > before.oom_kills:
+        return _KILLED
+    return ""

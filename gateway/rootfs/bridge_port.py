@@ -1,0 +1,73 @@
+"""Binds the hardware address of a container to its port of a bridge.
+
+A bridge learns where an address lives before any filter drops the forged frame, so a tenant that takes its
+neighbour's address would draw the neighbour's traffic to itself. So its port learns nothing, and knows one
+address for good. A port is new with each start of a container.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.rootfs import netlink
+
+_INTERFACES: Final = Path("/sys/class/net")
+_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}")
+_ADDRESS: Final = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+_KEY: Final = re.compile(r"volatile\.(.+)\.host_name")
+
+# linux/rtnetlink.h, linux/neighbour.h
+_ROUTE, _NEW_NEIGHBOUR = 0, 28
+_NEIGHBOUR: Final = struct.Struct("=BxxxiHBB")
+_STATIC: Final = 0x40  # NUD_NOARP: not found out, and not forgotten
+_OF_THE_BRIDGE, _STICKY = 0x04, 0x40  # the second keeps it at its port, whoever shows it at another
+_LINK_ADDRESS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port of the host's, and the address of the container behind it."""
+
+    name: str
+    address: str
+
+    def bind(self) -> bool:
+        """Bind the address to the port; say whether it was not yet. Takes root. Raises `OSError`."""
+        learning = _INTERFACES / self.name / "brport/learning"
+        try:
+            if learning.read_text().strip() == "0":  # what is done last is done
+                return False
+            index = socket.if_nametoindex(self.name)
+            address = bytes.fromhex(self.address.replace(":", ""))
+            flags = _OF_THE_BRIDGE | _STICKY
+            wanted = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _STATIC, flags, 0)
+            wanted += netlink.ATTRIBUTE.pack(4 + len(address), _LINK_ADDRESS) + address + bytes(2)
+            how = netlink.REQUEST | netlink.ACK | netlink.CREATE | netlink.REPLACE
+            for _ in netlink.asked(_ROUTE, _NEW_NEIGHBOUR, how, wanted):
+                pass
+            learning.write_text("0")
+        except OSError:
+            if learning.exists():
+                raise
+            return False  # its container has just stopped
+        return True
+
+
+def ports(config: Mapping[str, Any], bridge: str) -> Iterator[Port]:
+    """Yield the ports that a running instance of that configuration has at a bridge now."""
+    for key, name in config.items():
+        if (device := _KEY.fullmatch(key)) is None or not _NAME.fullmatch(name):
+            continue
+        address = str(config.get(f"volatile.{device[1]}.hwaddr"))
+        try:
+            of = (_INTERFACES / name / "brport/bridge").readlink().name
+        except OSError:  # it does not run, or that is no port
+            continue
+        if of == bridge and _ADDRESS.fullmatch(address):
+            yield Port(name, address)
