@@ -35,6 +35,17 @@ _IMAGE: Final = (
 )
 
 
+def shown(command: Sequence[str]) -> str:
+    """Return a command for people, without the programs of ours that stand before it (`Manifest.command`)."""
+    words = list(command)
+    own = next((at for at, word in enumerate(words) if "\n" in word), None)
+    if own is not None and words[own + 1 : own + 2] == ["--"]:  # it starts what follows
+        words = words[own + 2 :]
+    elif own is not None:
+        del words[own - 1 : own + 1]
+    return show(" ".join(words)[:_SHOWN])
+
+
 def more_memory(memory: int) -> str:
     """Return advice: the next size with more than this many bytes of memory, and how to get it."""
     size = larger(memory)
@@ -79,7 +90,7 @@ def install_failed(error: ExecFailed, install: Sequence[str], memory: int) -> Ex
 
 def ended(said: str, command: Sequence[str], memory: int) -> str:
     """Explain why a site keeps ending, from the journal of its unit."""
-    line = show(" ".join(command)[:_SHOWN])
+    line = shown(command)
     if (missing := _NO_PROGRAM.search(said)) is not None:
         return f"the tenant's image has no {missing[1]}, which `{line}` needs: {_IMAGE}"
     status, kind, clean = (_EXITED.findall(said) or [("", "", "")])[-1]

@@ -33,6 +33,8 @@ _MANIFEST_MAX: Final = 64 << 10  # bytes
 _DOTS_MAX: Final = 128
 _WORD_MAX: Final = 4096  # characters
 _SERVER: Final = Path(__file__).with_name("serve.js").read_text()
+_WATCHER: Final = Path(__file__).with_name("watch.js").read_text()
+_DJANGO: Final = Path(__file__).with_name("serve_django.py").read_text()
 
 # characters with a meaning to a shell; `$PORT` alone needs no shell
 _SHELL: Final = re.compile(r"[|&;<>()`*?\[\]~#!]|\$(?!PORT(?![A-Za-z0-9_])|\{PORT\})|^\s*\w+=")
@@ -124,6 +126,8 @@ class Manifest(BaseModel):
     static: Annotated[Word, AfterValidator(_below)] | None = None
     port: Port = 3000
     mode: Mode = "dev"
+    watch: bool = False
+    spa: bool | None = None
     health: UrlPath = "/"
     warm: Annotated[tuple[UrlPath, ...], Field(max_length=16)] = ()
     keep: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
@@ -138,8 +142,11 @@ class Manifest(BaseModel):
     def command(self) -> tuple[str, ...]:
         """The words that start the site; for static files, the server for them."""
         if self.static is not None:
-            return ("bun", "-e", _SERVER, self.static)
-        return self.start or ()
+            return ("bun", "-e", _SERVER, self.static, *(("spa",) if self.spa else ()))
+        start = self.start or ()
+        if start[1:3] == ("manage.py", "runserver"):
+            start = (start[0], "-c", _DJANGO, *start[1:])
+        return ("node", "-e", _WATCHER, "--", *start) if self.watch else start
 
     def but(self, overrides: Overrides) -> Manifest:
         """Return it with the overrides applied."""
@@ -153,6 +160,7 @@ class Manifest(BaseModel):
             more["install"] = found.install
         if self.start is None and self.static is None:
             more |= {"start": found.start or None, "static": found.static}
+            more |= {"watch": self.watch or found.watch, "spa": found.spa if self.spa is None else self.spa}
             more["warm"] = self.warm or ("/",)
         try:
             # it was detected from files that a stranger wrote
@@ -191,8 +199,11 @@ def written(found: Detected, port: int) -> str:
         lines.append(f"install = {_quoted(line_of(found.install))}")
     if found.static is not None:
         lines.append(f"static = {_quoted(found.static)}")
+        lines += ["spa = true"] if found.spa else []
     else:
         lines.append(f"start = {_quoted(line_of(found.start))}")
+    if found.watch:
+        lines.append("watch = true")
     lines.append(f"port = {port}")
     return "\n".join(lines) + "\n"
 

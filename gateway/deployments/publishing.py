@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -49,7 +49,13 @@ def for_production(archive: bytes, settings: Settings) -> bytes:
     entries = read_archive(archive, settings)
     said = read_manifest(entries.get(MANIFEST))
     if said.mode != "production":
-        facts = {"mode": "production", "port": said.port, "health": said.health, "keep": list(said.keep)}
+        facts: dict[str, Any] = {
+            "mode": "production",
+            "port": said.port,
+            "health": said.health,
+            "keep": list(said.keep),
+        }
+        facts |= {} if said.spa is None else {"spa": said.spa}
         # JSON's numbers, strings and lists are TOML's, too
         lines = [f"{name} = {orjson.dumps(value).decode()}\n" for name, value in facts.items()]
         entries[MANIFEST] = Entry("".join(lines).encode())

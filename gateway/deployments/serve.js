@@ -1,10 +1,14 @@
-// Serves the files of a folder: `bun -e "$(cat serve.js)" FOLDER`, with PORT in the environment.
+// Serves the files of a folder: `bun -e "$(cat serve.js)" FOLDER [spa]`, with PORT in the environment.
 // A folder has its index.html, /about has about.html, what is not there 404.html. Names that begin with a dot
-// are not served.
+// are not served. With `spa` the page is one app: paths that are no file are its own, and answered by index.html.
 const { join, resolve } = require("node:path");
 const { statSync } = require("node:fs");
 
 const root = resolve(process.argv[1] ?? ".");
+const spa = process.argv[2] === "spa";
+// what a page loads rather than shows; the names of others may have a dot, as in /users/jane.doe
+const LOADED =
+  /\.(?:[cm]?js|css|map|json|wasm|txt|xml|ico|png|jpe?g|gif|svg|webp|avif|woff2?|[ot]tf|mp[34]|webm|pdf|zip|webmanifest)$/i;
 const kind = (path) => {
   const found = statSync(path, { throwIfNoEntry: false });
   return found?.isFile() ? "file" : found?.isDirectory() ? "folder" : undefined;
@@ -34,6 +38,9 @@ Bun.serve({
         ? send(join(path, "index.html"))
         : new Response(null, { status: 302, headers: { Location: `${parts.at(-1)}/${search}` } });
     if (!pathname.endsWith("/") && kind(`${path}.html`) === "file") return send(`${path}.html`);
+    const accept = request.headers.get("Accept") || "*/*";
+    const index = join(root, "index.html");
+    if (spa && !LOADED.test(path) && /text\/html|\*\/\*/.test(accept) && kind(index) === "file") return send(index);
     return missing();
   },
   error: () => new Response("Bad request\n", { status: 400 }),

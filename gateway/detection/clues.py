@@ -16,7 +16,7 @@ _TEXTS: Final = 200  # files
 _ROOM: Final = 4 << 20  # bytes of them in all
 
 # the only files that are read; of all others, lockfiles too, only the name counts
-_MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt", "Procfile"})
+_MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.txt", "Pipfile", "Procfile"})
 _SOURCES: Final = re.compile(
     r"(?:[\w-]+/){0,2}(?:main|app|server|serve|index|api|asgi|wsgi|hello)\.(?:py|[mc]?[jt]s|tsx)"
 )

@@ -14,7 +14,8 @@ class Detected:
     """What a folder is: `name` for programs, `title` for people, and each choice with its reason.
 
     If it cannot be started it has neither `start` nor `static`, but `trouble`: the error for the client.
-    `static` is a folder whose files are the site.
+    `static` is a folder whose files are the site, and `spa` whether they are one app that answers all paths
+    itself. `watch` is whether an edit of a source restarts it.
     """
 
     name: str
@@ -26,12 +27,16 @@ class Detected:
     started: str = ""
     static: str | None = None
     trouble: str = ""
+    watch: bool = False
+    spa: bool = False
 
     def told(self, start: Command | None, install: Command | None) -> Detected:
         """Return it with the commands that the deployment gave instead."""
         found = self
         if start is not None:
-            found = replace(found, start=start, static=None, started="as the deployment says", trouble="")
+            found = replace(
+                found, start=start, static=None, started="as the deployment says", trouble="", watch=False
+            )
         if install is not None:
             found = replace(found, install=install, installed="as the deployment says")
         return found
@@ -42,10 +47,17 @@ class Detected:
             serves = "the files of the folder" if self.static == "." else f"the files of {self.static}/"
         else:
             serves = line_of(self.start)
+        how = (
+            ", anew at each edit"
+            if self.watch
+            else ", which takes other paths for index.html"
+            if self.spa
+            else ""
+        )
         return (
             f"{self.title}: {self.why}",
             f"install {line_of(self.install) or 'nothing'}: {self.installed}",
-            f"{'serve' if self.static is not None else 'start'} {serves}: {self.started}",
+            f"{'serve' if self.static is not None else 'start'} {serves}: {self.started}{how}",
         )
 
     def to_dict(self, port: int) -> dict[str, Any]:

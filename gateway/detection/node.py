@@ -50,7 +50,9 @@ _LOCKED: Final = {
 }
 _EXECUTE: Final = {"bun": ("bunx",), "npm": ("npx",), "pnpm": ("pnpm", "exec"), "yarn": ("yarn",)}
 _PRODUCTION: Final = ("env", "NODE_ENV=production")
-_SCRIPTS: Final = ("dev", "start", "develop", "serve")
+_SCRIPTS: Final = ("dev", "start:dev", "develop", "start", "serve")
+# the first of what serves what was built
+_FINISHED: Final = ("start:prod", "start", "develop", "serve", "dev")
 _ENTRIES: Final = tuple(
     f"{folder}{name}.{kind}"
     for folder in ("", "src/")
@@ -71,6 +73,11 @@ _TOLD: Final = {
     "ng": "--host 0.0.0.0 --port $PORT",
     **dict.fromkeys(("docusaurus", "vitepress", "vinxi", "vue-cli-service"), "--host 0.0.0.0 --port $PORT"),
 }
+# programs that run a file once, and words by which they look for edits themselves
+_PLAIN: Final = frozenset({"node", "bun", "tsx", "ts-node"})
+_LOOKS: Final = frozenset({"watch", "--watch", "--hot"})
+# for its program where it is started by a script among others, which takes no arguments
+_FASTIFY: Final = ("env", "FASTIFY_ADDRESS=0.0.0.0")
 _MADE: Final = re.compile(r"(?:^|[\s=\"'])(?:\./)?(dist|build|out|\.output|\.next|lib)/")
 _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
 
@@ -169,7 +176,9 @@ def _built(framework: Framework, said: Project, manager: str, install: Command, 
         f"{installed}, and it is built",
     )
     if output:
-        return replace(found, static=output, started="the gateway's own file server")
+        # as Vite's own preview does
+        spa = framework.name == "vite"
+        return replace(found, static=output, started="the gateway's own file server", spa=spa)
     if not serve:
         return replace(
             found,
@@ -190,7 +199,7 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
     package, kind = next((server for server in _SERVERS if server[0] in said.packages), (None, "Node"))
     name = kind.lower()
     why = f"package.json names {package}" if package else "there is a package.json"
-    order = _SCRIPTS[1:] + _SCRIPTS[:1] if clues.production else _SCRIPTS
+    order = _FINISHED if clues.production else _SCRIPTS
     script = next((script for script in order if said.scripts.get(script, "").strip()), None)
     if script is not None:
         text = said.scripts[script]
@@ -198,15 +207,15 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
         if "build" in said.scripts and (lacks or clues.production):
             install = _then(install, _run(manager, "build"))
             installed += f", and `build`, since `{script}` needs {lacks}/" if lacks else ", and it is built"
-        return Detected(
-            name,
-            kind,
-            why,
-            install,
-            installed,
-            (*(_PRODUCTION if clues.production else ()), *_run(manager, script, *_told(text))),
-            f"its script `{script}` ({_short(text)})",
-        )
+        started = f"its script `{script}` ({_short(text)})"
+        if clues.production:
+            start = (*_PRODUCTION, *_run(manager, script, *_told(text)))
+        else:
+            start = _run(manager, script, *_told(text))
+        if "fastify-cli" in said.packages and start[-1] != "$PORT":
+            start = (*_FASTIFY, *start)
+        watch = not clues.production and _plain_program(text)
+        return Detected(name, kind, why, install, installed, start, started, watch=watch)
     entry = _entry(clues, said, serving=package is not None)
     if entry is not None:
         text = clues.text(entry)
@@ -215,15 +224,9 @@ def _server(clues: Clues, said: Project, manager: str, install: Command, install
             name, kind, why = "bun", "Bun.serve", f"{entry} calls it"
         elif package is None:
             why = f"{entry} is a server"
-        return Detected(
-            name,
-            kind,
-            why,
-            install,
-            installed,
-            ("bun" if bun else "node", entry),
-            f"{entry}, since there is no script for it",
-        )
+        start = ("bun" if bun else "node", entry)
+        started = f"{entry}, since there is no script for it"
+        return Detected(name, kind, why, install, installed, start, started, watch=not clues.production)
     if "package.json" not in clues.names:
         return None
     others = ", ".join(show(script) for script in list(said.scripts)[:8]) or "none"
@@ -312,6 +315,14 @@ def _told(text: str) -> tuple[str, ...]:
     if _OPERATORS.search(text) or any(word.partition("=")[0] in _WHERE for word in words):
         return ()
     return tuple(_TOLD.get(program(first), "").split())
+
+
+def _plain_program(text: str) -> bool:
+    """Say whether a script is one program that starts a file, and does not itself look for edits."""
+    if _OPERATORS.search(text):
+        return False
+    words = [word for word in text.split() if not _ASSIGNED.fullmatch(word)]
+    return bool(words) and program(words[0]) in _PLAIN and not _LOOKS.intersection(words)
 
 
 def _elsewhere(words: list[str]) -> tuple[str, ...]:

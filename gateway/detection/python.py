@@ -10,7 +10,7 @@ from gateway.detection.detected import Command, Detected
 
 DEV_SERVERS: Final = frozenset({"fastapi", "flask", "django"})
 
-_MANIFESTS: Final = ("pyproject.toml", "requirements.txt")
+_MANIFESTS: Final = ("pyproject.toml", "requirements.txt", "Pipfile")
 # a requirement, at the beginning of a line or in quotes: name and extras
 _NAMED: Final = re.compile(
     r"(?:^|[\"'])[ \t]*([A-Za-z0-9][\w.-]{0,100}(?:\[[\w ,.-]{1,100}\])?)", re.MULTILINE
@@ -22,6 +22,8 @@ _FACTORY: Final = re.compile(r"^def create_app\(", re.MULTILINE)
 _WATCHING: Final = frozenset({"watchfiles", "uvicorn[standard]", "fastapi[standard]", "fastapi[all]"})
 _SERVES: Final = re.compile(r"\b(?:HTTPServer|TCPServer|serve_forever|make_server|uvicorn\.run|\.run)\b")
 _RUN: Final = ".venv/bin"
+_VENV: Final = "uv venv --quiet --allow-existing --relocatable"
+_POETRY: Final = ("uvx", "poetry", "install", "--no-root", "--no-interaction")
 _LISTEN: Final = ("--host", "0.0.0.0", "--port", "$PORT")  # noqa: S104 - of the container
 
 
@@ -33,10 +35,12 @@ def detect(clues: Clues) -> Detected | None:
         return None
     packages = _packages(clues)
     install, installed = _install(clues)
+    if not install and (missing := _imported(clues, sources)):
+        packages = frozenset({missing})
+        install = ("sh", "-c", f"{_VENV} && uv pip install '{missing}'")
+        installed = f"nothing names its packages: the latest {missing}"
     if "manage.py" in clues.names:
-        start = (*_program(install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
-        started = "manage.py starts its dev server"
-        return Detected("django", "Django", "there is a manage.py", install, installed, start, started)
+        return _django(packages, install, installed, clues)
     for name in sorted(sources, key=lambda name: name.count("/")):
         found = _APP.search(clues.text(name))
         if found is not None and found[2] == "Flask":
@@ -50,7 +54,10 @@ def detect(clues: Clues) -> Detected | None:
     for name in sources:
         if "/" not in name and _SERVES.search(clues.text(name)):
             start = (*_program(install, "python"), name)
-            return Detected("python", "Python", f"{name} is a server", install, installed, start, "it is run")
+            return Detected(
+                *("python", "Python", f"{name} is a server", install, installed, start, "it is run"),
+                watch=not clues.production,
+            )
     if manifest is None:
         return None
     return Detected(
@@ -62,6 +69,36 @@ def detect(clues: Clues) -> Detected | None:
         trouble="no FastAPI, Flask or Django application was found in main.py, app.py, server.py or the "
         "like: give a command with `start` (--start), or in a Procfile",
     )
+
+
+def _django(packages: frozenset[str], install: Command, installed: str, clues: Clues) -> Detected:
+    start: Command
+    if not clues.production:
+        start = (*_program(install, "python"), "manage.py", "runserver", "0.0.0.0:$PORT")
+        started = "manage.py starts its dev server"
+        return Detected("django", "Django", "there is a manage.py", install, installed, start, started)
+    served = "it serves its asgi.py or wsgi.py"
+    for server, kind in (("gunicorn", "wsgi"), ("uvicorn", "asgi"), ("uvicorn[standard]", "asgi")):
+        module = min((name for name in clues.names if name.endswith(f"/{kind}.py")), default="")
+        if server in packages and module:
+            application = module.removesuffix(".py").replace("/", ".")
+            program = _program(install, server.partition("[")[0])
+            where = ("--bind", "0.0.0.0:$PORT") if kind == "wsgi" else _LISTEN
+            start = (*program, f"{application}:application", *where)
+            return Detected("django", "Django", "there is a manage.py", install, installed, start, served)
+    return Detected(
+        *("django", "Django", "there is a manage.py", install, installed),
+        trouble="for production Django is served by gunicorn or uvicorn, and no requirement names one of "
+        "them: add it, say another way by `start` (--start), or deploy its dev server",
+    )
+
+
+def _imported(clues: Clues, sources: list[str]) -> str:
+    """Return the package of the framework that a folder is made with, of which no requirement tells."""
+    if "manage.py" in clues.names:
+        return "django"
+    kinds = {found[2] for name in sources if (found := _APP.search(clues.text(name))) is not None}
+    return "fastapi[standard]" if "FastAPI" in kinds else "flask" if "Flask" in kinds else ""
 
 
 def _flask(name: str, app: str, install: Command, installed: str, clues: Clues) -> Detected:
@@ -93,7 +130,8 @@ def _asgi(
         *_LISTEN,
     )
     # without watchfiles it would check every file in .venv four times a second
-    if not clues.production and not packages.isdisjoint(_WATCHING):
+    reload = not packages.isdisjoint(_WATCHING)
+    if not clues.production and reload:
         start += ("--reload",)
     why = f"{name} makes a {kind}"
     if packages.isdisjoint(
@@ -104,7 +142,9 @@ def _asgi(
             trouble=f"{name} makes a {kind}, which needs uvicorn, and no requirement names uvicorn: "
             "add it, or give another command with `start` (--start)",
         )
-    return Detected("fastapi", kind, why, install, installed, start, f"`{app}` of {name}, by uvicorn")
+    started = f"`{app}` of {name}, by uvicorn"
+    watch = not clues.production and not reload
+    return Detected("fastapi", kind, why, install, installed, start, started, watch=watch)
 
 
 def _packages(clues: Clues) -> frozenset[str]:
@@ -118,13 +158,20 @@ def _packages(clues: Clues) -> frozenset[str]:
 
 def _install(clues: Clues) -> tuple[Command, str]:
     """Return the command that creates `.venv` with all requirements, and the reason."""
-    if "pyproject.toml" in clues.names and "[project]" in clues.text("pyproject.toml"):
+    said = clues.text("pyproject.toml")
+    if "pyproject.toml" in clues.names and "[project]" in said and "poetry.lock" not in clues.names:
         if "uv.lock" in clues.names:
             return ("uv", "sync", "--locked"), "there is uv.lock"
         return ("uv", "sync"), "there is pyproject.toml, and no lockfile"
+    if "poetry.lock" in clues.names or "[tool.poetry" in said:
+        why = "poetry.lock" if "poetry.lock" in clues.names else "pyproject.toml of Poetry"
+        return ("env", "POETRY_VIRTUALENVS_IN_PROJECT=1", *_POETRY), f"there is {why}"
+    if "Pipfile" in clues.names:
+        locked = "Pipfile.lock" in clues.names
+        command = ("uvx", "pipenv", "sync" if locked else "install")
+        return ("env", "PIPENV_VENV_IN_PROJECT=1", *command), f"there is Pipfile{'.lock' if locked else ''}"
     if "requirements.txt" in clues.names:
-        line = "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt"
-        return ("sh", "-c", line), "there is requirements.txt"
+        return ("sh", "-c", f"{_VENV} && uv pip install -r requirements.txt"), "there is requirements.txt"
     return (), "nothing tells of packages"
 
 

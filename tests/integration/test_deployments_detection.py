@@ -107,6 +107,9 @@ async def published(host: Hosting) -> None:
         script = re.search(r'src="(/assets/[^"]+)"', page)
         assert script is not None, page
         assert f"{said} edit" in (await host.visit("www.vite.test", script[1]))[1]
+        # the app's own paths are pages of it, and what it lacks is not there
+        assert await host.visit("www.vite.test", "/users/jane.doe") == (200, page)
+        assert (await host.visit("www.vite.test", "/assets/gone.js"))[0] == 404
         assert "/@vite/client" in (await host.visit("vite.test"))[1]
     status, refused, _ = await host.call("POST", "/v1/tenants/vite-test/publish", {"domain": "Vite.test"})
     assert (status, refused["code"]) == (400, "invalid_params"), refused
@@ -143,10 +146,20 @@ async def test_a_vite_app_is_served_by_its_dev_server(host: Hosting) -> None:
 
 
 async def test_a_node_server_is_started_by_its_script(host: Hosting) -> None:
+    """And anew by each edit of its source; one that is broken stays down until it is mended."""
     files = {"package.json": json.dumps({"scripts": {"start": "node index.js"}}), "index.js": NODE}
     record = await deployed(host, "node.test", files)
     assert record["detected"]["start"] == "bun run start"
     assert await host.visit("node.test") == (200, "of node, by start")
+    for source, said in (
+        (NODE.replace("of node", "of an edit"), "of an edit, by start"),
+        ("not JavaScript", ""),
+        (NODE, "of node, by start"),
+    ):
+        async with host.gateway.http("node-test") as session:
+            answer = await session.put("/v1/tenants/node-test/files/index.js", data=source.encode())
+            assert answer.status in (200, 201), await answer.text()
+        await host.answers("node.test", *((200, said) if said else (502,)), deadline=8)
     # what is given goes before what is found, also in an update
     record = await deployed(host, "node.test", files, start="bun run --bun start", port=4000)
     assert (record["port"], record["detected"]["start"]) == (4000, "bun run --bun start")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
+from gateway.deployments.causes import shown
 from gateway.deployments.manifest import Manifest, Overrides, written
 from gateway.deployments.template import uploaded
 from gateway.detection import Clues, Detected, detect
@@ -68,7 +69,7 @@ EXPRESS = package("express", **scripts(start="node index.js"))
             (
                 "Express: package.json names express",
                 "install bun install --frozen-lockfile: there is bun.lock",
-                "start bun run start: its script `start` (node index.js)",
+                "start bun run start: its script `start` (node index.js), anew at each edit",
             ),
         ),
         (
@@ -76,7 +77,7 @@ EXPRESS = package("express", **scripts(start="node index.js"))
             (
                 "Node: there is a package.json",
                 "install nothing: package.json names no packages",
-                "start bun run start: its script `start` (node server.js)",
+                "start bun run start: its script `start` (node server.js), anew at each edit",
             ),
         ),
     ],
@@ -142,6 +143,16 @@ DEV = "--host 0.0.0.0 --port $PORT"
         ({"manage.py": "", "requirements.txt": "django"}, "django",
          ".venv/bin/python manage.py runserver 0.0.0.0:$PORT"),
         ({"main.py": "HTTPServer(('', 1), X).serve_forever()"}, "python", "python3 main.py"),
+        # as its generator makes it: `start` compiles and looks for no edits
+        ({"package.json": package("@nestjs/core", **{"scripts": {"start": "nest start", "start:dev":
+          "nest start --watch"}})}, "nestjs", "bun run start:dev"),
+        ({"package.json": package("fastify", "fastify-cli", **scripts(start="tsc && fastify start a.js"))},
+         "fastify", "env FASTIFY_ADDRESS=0.0.0.0 bun run start"),
+        # without a requirement, as django-admin and the first page of Flask's documentation leave one
+        ({"manage.py": "", "app/settings.py": ""}, "django",
+         ".venv/bin/python manage.py runserver 0.0.0.0:$PORT"),
+        ({"hello.py": "x = Flask(__name__)"}, "flask",
+         ".venv/bin/python -m flask --app hello.py:x run --host 0.0.0.0 --port $PORT --reload --no-debugger"),
     ],
 )  # fmt: skip
 def test_a_folder_is_known_by_its_files(folder: Folder, name: str, start: str) -> None:
@@ -186,6 +197,78 @@ def test_what_start_needs_is_built() -> None:
 
 
 @pytest.mark.parametrize(
+    ("folder", "install"),
+    [
+        ({"manage.py": ""}, "uv venv --quiet --allow-existing --relocatable && uv pip install 'django'"),
+        ({"main.py": "app = FastAPI()"},
+         "uv venv --quiet --allow-existing --relocatable && uv pip install 'fastapi[standard]'"),
+        ({"app.py": "app = Flask(__name__)", "pyproject.toml": "[tool.poetry]\n", "poetry.lock": ""},
+         "env POETRY_VIRTUALENVS_IN_PROJECT=1 uvx poetry install --no-root --no-interaction"),
+        ({"app.py": "app = Flask(__name__)", "pyproject.toml": "[project]\n", "poetry.lock": ""},
+         "env POETRY_VIRTUALENVS_IN_PROJECT=1 uvx poetry install --no-root --no-interaction"),
+        ({"app.py": "app = Flask(__name__)", "Pipfile": "[packages]\nflask = '*'\n"},
+         "env PIPENV_VENV_IN_PROJECT=1 uvx pipenv install"),
+        ({"app.py": "app = Flask(__name__)", "Pipfile": "", "Pipfile.lock": "{}", "requirements.txt": ""},
+         "env PIPENV_VENV_IN_PROJECT=1 uvx pipenv sync"),
+    ],
+)  # fmt: skip
+def test_packages_of_python_are_installed_by_what_names_them(folder: Folder, install: str) -> None:
+    """Or by what a framework's own generator leaves out."""
+    detected = found(folder)
+    assert (detected.to_dict(3000)["install"], detected.trouble) == (install, "")
+
+
+@pytest.mark.parametrize(
+    ("scripts_of", "watch"),
+    [
+        ({"start": "node ./bin/www"}, True),
+        ({"start": "NODE_ENV=x node a.js"}, True),
+        ({"start": "node --watch a.js"}, False),
+        ({"dev": "tsx watch src/index.ts"}, False),
+        ({"dev": "nodemon a.js"}, False),
+        ({"start": "node a.js && node b.js"}, False),
+    ],
+)
+def test_a_server_that_looks_for_no_edits_is_started_anew_by_them(
+    scripts_of: Mapping[str, str], watch: bool
+) -> None:
+    """While somebody works on it; what was built, or is published, is not."""
+    detected = found({"package.json": package("express", scripts=scripts_of)})
+    assert detected.watch is watch
+    manifest = Manifest.model_validate(tomllib.loads(written(detected, 3000)))
+    assert manifest.watch is watch
+    assert (manifest.command[:2] == ("node", "-e")) is watch
+    assert manifest.command[-len(detected.start) :] == detected.start
+    files = {"package.json": package("express", scripts=scripts_of).encode()}
+    assert not detect(Clues.of(files, production=True)).watch
+
+
+def test_pages_of_an_app_that_has_one_are_all_that_one() -> None:
+    """Of one page of Vite, unless its manifest says otherwise; a folder of files has what is in it."""
+    for folder, more, spa in (
+        ({"package.json": VITE}, "", True),
+        ({"package.json": VITE}, "spa = false\n", False),
+        ({"package.json": package("astro")}, "", False),
+        ({"index.html": ""}, "", False),
+        ({"index.html": ""}, "spa = true\n", True),
+        ({"index.html": ""}, 'static = "."\nspa = true\n', True),
+    ):
+        files = {**folder, "site.toml": more + ("" if "static" in more else 'mode = "production"\n')}
+        data = archive(*((name, text.encode()) for name, text in files.items()), manifest=None)
+        template = uploaded(data, Settings())
+        assert (template.manifest.command[-1] == "spa") is spa, (folder, more)
+
+
+def test_djangos_dev_server_is_told_the_domain_however_it_is_named() -> None:
+    """Found, or written down; by a program of ours before it, which nobody is shown."""
+    for start in (found({"manage.py": ""}).start, ("python3", "manage.py", "runserver", "0.0.0.0:$PORT")):
+        command = Manifest(start=start).command
+        assert command[0] == start[0] and command[1] == "-c" and command[3:] == start[1:]
+        assert shown(command) == " ".join(start)
+    assert Manifest(start=("python3", "manage.py", "migrate")).command[1] == "manage.py"
+
+
+@pytest.mark.parametrize(
     ("folder", "install", "start"),
     [
         ({"package.json": VITE, "package-lock.json": ""}, "npm ci && npm run build", "dist"),
@@ -205,8 +288,15 @@ def test_what_start_needs_is_built() -> None:
          "bun install && bun run build", "env NODE_ENV=production bun run start"),
         ({"package.json": VITE, "Procfile": "web: node x"}, "bun install && bun run build",
          "PATH=node_modules/.bin:.venv/bin:$PATH; node x"),
-        ({"app.py": "app = Flask(__name__)"}, "",
-         "python3 -m flask --app app.py:app run --host 0.0.0.0 --port $PORT --no-debugger"),
+        ({"app.py": "app = Flask(__name__)", "requirements.txt": "flask"},
+         "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
+         ".venv/bin/python -m flask --app app.py:app run --host 0.0.0.0 --port $PORT --no-debugger"),
+        ({"package.json": package("@nestjs/core", **{"scripts": {"start": "nest start", "build": "nest build",
+          "start:prod": "node dist/main"}})},
+         "bun install && bun run build", "env NODE_ENV=production bun run start:prod"),
+        ({"manage.py": "", "shop/wsgi.py": "", "requirements.txt": "django\ngunicorn==23"},
+         "uv venv --quiet --allow-existing --relocatable && uv pip install -r requirements.txt",
+         ".venv/bin/python -m gunicorn shop.wsgi:application --bind 0.0.0.0:$PORT"),
         ({"index.html": ""}, "", "."),
     ],
 )  # fmt: skip
