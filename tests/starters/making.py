@@ -1,0 +1,95 @@
+"""Makes starters by their generators, in a container, and keeps what they made."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from gateway.host.cache import CACHE, fetching
+from gateway.settings import Settings
+from tests.integration import environment
+from tests.integration.conftest import BOOTED, Container
+from tests.starters.table import Starter
+
+OURS: Final = Path(__file__).parents[1] / "data" / "starters"
+KEPT: Final = CACHE / "starters"
+_SECONDS: Final = 180.0  # of one generator
+
+# as the site's user, who may install nothing for everybody
+_MAKE: Final = """
+set -e
+export HOME=/home/site CI=1 npm_config_yes=true NEXT_TELEMETRY_DISABLED=1 ASTRO_TELEMETRY_DISABLED=1
+mkdir -p /tmp/made && cd /tmp/made
+{ %s; } </dev/null >log 2>&1 || { tail -n 20 log >&2; exit 1; }
+[ -d app ] || { tail -n 20 log >&2; exit 1; }
+tar -cz -C app --exclude=node_modules --exclude=.venv --exclude=.git . | base64 -w0
+"""
+_REACHED: Final = "curl -sS -m 10 -o /dev/null https://codeload.github.com/ 2>&1"
+
+
+class Made:
+    """A starter's files, packed; `ours` is whether they are of `tests/data/starters`, and why."""
+
+    def __init__(self, archive: bytes, ours: str = "") -> None:
+        self.archive, self.ours = archive, ours
+
+    @property
+    def template(self) -> dict[str, str]:
+        """Return it as a deployment takes it."""
+        return {"archive": base64.b64encode(self.archive).decode()}
+
+
+async def made(name: str, starter: Starter, settings: Settings) -> Made:
+    """Return a starter as its generator makes it: once on each machine, for each version of its line."""
+    digest = hashlib.sha256(starter.make.encode()).hexdigest()[:16]
+    file = KEPT / f"{name}-{digest}.tgz"
+    return await asyncio.to_thread(_made, file, starter, settings)
+
+
+def _made(file: Path, starter: Starter, settings: Settings) -> Made:
+    with fetching(file):
+        if not file.exists():
+            with _container(settings) as container:
+                if starter.ours:
+                    said = _run(container, _REACHED)
+                    if said.returncode != 0:
+                        why = said.stdout.decode(errors="replace").strip()
+                        return Made(_packed(OURS / starter.ours), f"its templates cannot be reached: {why}")
+                done = _run(container, _MAKE % starter.make)
+            assert done.returncode == 0, done.stderr.decode(errors="replace")
+            new = file.with_suffix(f".{os.getpid()}.new")
+            new.write_bytes(base64.b64decode(done.stdout))
+            new.replace(file)
+            for other in KEPT.glob(f"{file.stem.rpartition('-')[0]}-*.tgz"):
+                if other != file and len(other.stem) == len(file.stem):
+                    other.unlink()
+        return Made(file.read_bytes())
+
+
+def _packed(folder: Path) -> bytes:
+    return subprocess.run(["tar", "-cz", "-C", folder, "."], capture_output=True, check=True).stdout
+
+
+def _run(container: Container, script: str) -> subprocess.CompletedProcess[bytes]:
+    return container.run("sh", "-c", script, user=1000, check=False, timeout=_SECONDS)
+
+
+@contextlib.contextmanager
+def _container(settings: Settings) -> Iterator[Container]:
+    container = Container(f"t-starters-{os.getpid()}")
+    mark = f"{environment.OWNER}={environment.owner(os.getpid())}"
+    words = ("--profile", settings.profile, "--config", mark, "--config", "limits.memory=2GiB")
+    try:
+        environment.incus("launch", settings.image, container.name, *words)
+        container.sh(BOOTED)
+        container.address()
+        yield container
+    finally:
+        environment.incus("delete", "--force", container.name, check=False)

@@ -1,0 +1,184 @@
+"""Which starters there are: how each is made, what it is found to be, and an edit that shows in its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Shows = Literal["at once", "by a reload", "after a restart"]
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """One starter. `make` is a line of shell that puts it into the folder `app`, at a pinned version.
+
+    `title` is what it is found to be. `edit` is a file of it with a text and what takes its place, and `says`
+    what its page shows before, and `then` after that. `shows` is what the page does of itself: a dev server
+    replaces a part of it, or has it loaded anew; of a server without one, which starts anew, it is for the
+    visitor to ask again.
+
+    Where `templates` of the generator lie on GitHub and that cannot be reached, `ours` is what is deployed: a
+    folder of `tests/data/starters` with the same packages and fewer pages. `published` is whether it can be
+    built for production as it is, `path` where the page is.
+    """
+
+    make: str
+    title: str
+    edit: tuple[str, str, str]
+    says: str
+    then: str
+    shows: Shows = "at once"
+    ours: str = ""
+    published: bool = True
+    path: str = "/"
+
+
+def _vite(template: str, lock: str = "") -> str:
+    made = f"npm create -y vite@9.3.0 app -- --template {template} --no-interactive"
+    return f"{made} && {lock}" if lock else made
+
+
+_NPM: Final = "(cd app && npm install --package-lock-only --ignore-scripts)"
+_PNPM: Final = "(cd app && pnpm install --lockfile-only --ignore-scripts)"
+_YARN: Final = "(cd app && yarn install --ignore-scripts --non-interactive && rm -rf node_modules)"
+_BUN: Final = "(cd app && bun install --lockfile-only)"
+_SEEN: Final = "Seen at once"
+_URLS: Final = (
+    "from django.http import HttpResponse\n"
+    'urlpatterns = [path("", lambda request: HttpResponse(f"<h1>Seen at {request.get_host()}</h1>")),'
+)
+
+STARTERS: Final[Mapping[str, Starter]] = {
+    "vite-react": Starter(
+        _vite("react-ts", _NPM), "Vite", ("src/App.tsx", "Get started", _SEEN), "Get started", _SEEN
+    ),
+    "vite-vue": Starter(
+        _vite("vue-ts", _PNPM),
+        "Vite",
+        ("src/components/HelloWorld.vue", "Get started", _SEEN),
+        "Get started",
+        _SEEN,
+    ),
+    "vite-svelte": Starter(
+        _vite("svelte-ts", _YARN), "Vite", ("src/App.svelte", "Get started", _SEEN), "Get started", _SEEN
+    ),
+    # its other template asks Google for fonts, also while it answers
+    "next": Starter(
+        "npx -y create-next-app@16.4.3 app --yes --empty --skip-install --disable-git --use-npm",
+        "Next.js",
+        ("app/page.tsx", "Hello World!", _SEEN),
+        "Hello World!",
+        _SEEN,
+    ),
+    "sveltekit": Starter(
+        "npx -y sv@0.17.1 create app --template minimal --types ts --no-add-ons --no-install",
+        "SvelteKit",
+        ("src/routes/+page.svelte", "Welcome to SvelteKit", _SEEN),
+        "Welcome to SvelteKit",
+        _SEEN,
+        published=False,  # without an adapter: what is built is no server, which it is told
+    ),
+    "sveltekit-node": Starter(
+        "npx -y sv@0.17.1 create app --template minimal --types ts --no-install "
+        "--add sveltekit-adapter=adapter:node",
+        "SvelteKit",
+        ("src/routes/+page.svelte", "Welcome to SvelteKit", _SEEN),
+        "Welcome to SvelteKit",
+        _SEEN,
+    ),
+    "astro": Starter(
+        "npm create -y astro@5.2.4 app -- --template minimal --no-install --no-git --skip-houston --yes",
+        "Astro",
+        ("src/pages/index.astro", "<h1>Astro</h1>", f"<h1>{_SEEN}</h1>"),
+        "Astro",
+        _SEEN,
+        "by a reload",
+        ours="astro",
+    ),
+    "nuxt": Starter(
+        "npx -y create-nuxt@3.37.0 app --template minimal --no-install --no-gitInit --packageManager npm",
+        "Nuxt",
+        ("app/app.vue", "<NuxtWelcome />", f"<h1>{_SEEN}</h1>"),
+        "Welcome to Nuxt!",
+        _SEEN,
+        ours="nuxt",
+    ),
+    "react-router": Starter(
+        "npx -y create-react-router@8.4.0 app --yes --no-install --no-git-init",
+        "React Router",
+        ("app/welcome/welcome.tsx", "What&apos;s next?", _SEEN),
+        "What's next?",
+        _SEEN,
+        ours="react-router",
+    ),
+    "hono": Starter(
+        "npm create -y hono@0.19.5 app -- --template nodejs --pm npm --install",
+        "Hono",
+        ("src/index.ts", "Hello Hono!", _SEEN),
+        "Hello Hono!",
+        _SEEN,
+        "after a restart",
+        ours="hono",
+    ),
+    "express": Starter(
+        f"npx -y express-generator@4.16.1 --no-view app && {_YARN}",
+        "Express",
+        ("routes/users.js", "'respond with a resource'", f"'{_SEEN}'"),
+        "respond with a resource",
+        _SEEN,
+        "after a restart",
+        path="/users",
+    ),
+    "fastify": Starter(
+        f"npx -y fastify-cli@8.0.2 generate app --lang=js && {_BUN}",
+        "Fastify",
+        ("routes/root.js", "{ root: true }", f'{{ root: "{_SEEN}" }}'),
+        '"root":true',
+        _SEEN,
+        "after a restart",
+    ),
+    "fastify-ts": Starter(
+        "npx -y fastify-cli@8.0.2 generate app --lang=ts",
+        "Fastify",
+        ("src/routes/root.ts", "{ root: true }", f'{{ root: "{_SEEN}" }}'),
+        '"root":true',
+        _SEEN,
+        "after a restart",
+    ),
+    "nest": Starter(
+        "npx -y @nestjs/cli@12.0.8 new app --skip-install --skip-git --package-manager npm",
+        "NestJS",
+        ("src/app.service.ts", "Hello World!", _SEEN),
+        "Hello World!",
+        _SEEN,
+        "after a restart",
+    ),
+    "django": Starter(
+        "uv tool run --from django==6.1.3 django-admin startproject app",
+        "Django",
+        ("app/urls.py", "urlpatterns = [", _URLS),
+        "The install worked successfully",
+        "Seen at django.example.com",
+        "after a restart",
+    ),
+    "fastapi": Starter(
+        "uv tool run fastapi-new@0.0.7 app && rm -rf app/.venv",
+        "FastAPI",
+        ("main.py", "Hello World", _SEEN),
+        '"message":"Hello World"',
+        _SEEN,
+        "after a restart",
+    ),
+    # there is no generator of Flask: this is the first page of its documentation
+    "flask": Starter(
+        "mkdir app && printf '%s\\n' flask==3.1.2 >app/requirements.txt && printf '%s\\n' "
+        "'from flask import Flask' '' 'app = Flask(__name__)' '' '@app.route(\"/\")' 'def hello_world():' "
+        "'    return \"<p>Hello, World!</p>\"' >app/hello.py",
+        "Flask",
+        ("hello.py", "Hello, World!", _SEEN),
+        "Hello, World!",
+        _SEEN,
+        "after a restart",
+    ),
+}

@@ -1,0 +1,146 @@
+"""Deploys a starter without a manifest, works on it as an agent does, and publishes it, seen by Chromium."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from playwright.async_api import Browser, Page, Response, WebSocket
+
+from tests.bench.vite import PACE, unwell
+from tests.integration.sites import Hosting
+from tests.live import Wire
+from tests.starters.making import Made
+from tests.starters.table import Starter
+from tests.waits import pause, until
+
+WITHIN: Final[Mapping[str, float]] = {"at once": 1.5, "by a reload": 1.5, "after a restart": 3.0}
+"""Seconds from an edit's answer until its page shows it, of every second edit."""
+
+_PATIENCE: Final = 60.0  # seconds
+_EDITS: Final = 3
+
+
+@dataclass
+class Seen:
+    """What a page met on its way, beside what it shows."""
+
+    domain: str
+    wrong: list[str] = field(default_factory=list)
+    sockets: list[str] = field(default_factory=list)
+
+    def of(self, page: Page) -> None:
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("response", self._answered)
+        page.on("websocket", self._opened)
+
+    def _answered(self, response: Response) -> None:
+        where = urlsplit(response.url)
+        if where.hostname == self.domain and response.status >= 400 and where.path != "/favicon.ico":
+            self.wrong.append(f"{response.status} {where.path}")
+
+    def _opened(self, socket: WebSocket) -> None:
+        self.sockets.append(socket.url)
+        socket.on("socketerror", lambda said: self.wrong.append(f"{socket.url}: {said}"))
+
+
+async def worked_on(
+    browser: Browser, host: Hosting, domain: str, starter: Starter, record: Mapping[str, Any]
+) -> list[float]:
+    """Edit a deployed starter as an agent does, there and back; return the seconds until each was seen."""
+    tenant = str(record["tenant"])
+    url = f"https://{domain}:{host.settings.caddy_https}{starter.path}"
+    seen = Seen(domain)
+    context = await browser.new_context(ignore_https_errors=True)
+    try:
+        page = await context.new_page()
+        seen.of(page)
+        await page.goto(url)
+        await shows(page, starter.says)
+        assert not seen.wrong, seen.wrong
+        await page.evaluate("() => { window.kept = true }")
+        if starter.shows != "after a restart":
+            await until(lambda: seen.sockets)
+            assert {urlsplit(socket).netloc for socket in seen.sockets} == {urlsplit(url).netloc}, seen
+            await pause(1.0)  # the page tells nobody when it listens to its dev server
+        took = []
+        async with host.gateway.wire(tenant) as wire:
+            path, old, new = starter.edit
+            await wire.call("tools/call", name="Read", arguments={"file_path": f"/srv/site/{path}"})
+            for number in range(_EDITS):
+                before, after, text = (new, old, starter.says) if number % 2 else (old, new, starter.then)
+                await pause(PACE)
+                answered = await edited(wire, path, before, after)
+                if starter.shows == "after a restart":
+                    await _comes(host, domain, starter.path, text)
+                else:
+                    await shows(page, text)
+                took.append(round(time.monotonic() - answered, 2))
+        kept = await page.evaluate("() => window.kept === true")
+        assert kept == (starter.shows != "by a reload"), f"the page was {'not ' if kept else ''}loaded anew"
+        if starter.shows == "at once":
+            assert not seen.wrong, seen.wrong
+    finally:
+        await context.close()
+    assert not (why := unwell(tenant)), why
+    return took
+
+
+async def edited(wire: Wire, path: str, old: str, new: str) -> float:
+    """Have an agent edit a file; return when that was answered."""
+    arguments = {"file_path": f"/srv/site/{path}", "old_string": old, "new_string": new}
+    said = await wire.call("tools/call", name="Edit", arguments=arguments)
+    assert not said.get("isError"), said
+    return time.monotonic()
+
+
+async def shows(page: Page, text: str) -> None:
+    await page.get_by_text(text, exact=False).first.wait_for(timeout=_PATIENCE * 1000, state="attached")
+
+
+async def _comes(host: Hosting, domain: str, path: str, text: str) -> None:
+    async def so() -> bool:
+        return text in (await host.visit(domain, path, https=True))[1]
+
+    await until(so, _PATIENCE, every=0.05)
+
+
+async def tried(browser: Browser, host: Hosting, name: str, starter: Starter, made: Made) -> dict[str, Any]:
+    """Deploy a starter without a manifest and work on it; return the deployment's record and the times."""
+    domain = f"{name}.example.com"
+    record = await host.deploy(domain, made.template)
+    assert record["state"] == "succeeded", (record["error"], record["detected"])
+    assert record["detected"]["title"] == starter.title, record["detected"]
+    took = await worked_on(browser, host, domain, starter, record)
+    within = WITHIN[starter.shows]
+    assert median(took) <= within, f"{took} seconds, and {within} at most"
+    return {**record, "edits": took}
+
+
+async def published(
+    browser: Browser, host: Hosting, name: str, starter: Starter, tenant: str
+) -> dict[str, Any]:
+    """Publish a starter that was worked on; return the deployment's record. Its dev server goes on."""
+    domain = f"{name}-built.example.com"
+    status, begun, _ = await host.call("POST", f"/v1/tenants/{tenant}/publish", {"domain": domain})
+    assert status == 202, begun
+    record = await host.ended(begun["id"], 300)
+    assert record["state"] == "succeeded", (record["error"], record["detected"])
+    seen = Seen(domain)
+    context = await browser.new_context(ignore_https_errors=True)
+    try:
+        page = await context.new_page()
+        seen.of(page)
+        await page.goto(f"https://{domain}:{host.settings.caddy_https}{starter.path}")
+        await shows(page, starter.then.replace(f"{name}.", f"{name}-built."))
+        assert not seen.wrong, seen.wrong
+        assert not seen.sockets, "a dev server's page"
+    finally:
+        await context.close()
+    assert (await host.visit(f"{name}.example.com", starter.path, https=True))[0] == 200
+    assert not (why := unwell(tenant)), why
+    return record
