@@ -24,7 +24,7 @@ _ENDED: Final = ("succeeded", "rolledback")
 # seconds to wait for the stored events of an ended deployment
 SETTLE: Final = 5.0
 # left out by the gateway too, so not worth sending
-_LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git"})
+_LEFT_OUT: Final = frozenset({"node_modules", ".venv", "__pycache__", ".git", ".DS_Store"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +161,16 @@ def template_body(template: str | bytes | os.PathLike[str]) -> str | dict[str, s
 
 
 def _packed(folder: Path) -> bytes:
+    """Return a tar of what is in a folder, without what its .gitignore files leave out."""
     import tarfile
 
+    from gateway_client.ignored import Ignored
+
+    ignored = Ignored(folder)
+
     def chosen(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return None if entry.name.rpartition("/")[2] in _LEFT_OUT else entry
+        left_out = entry.name.rpartition("/")[2] in _LEFT_OUT or ignored(entry.name, is_folder=entry.isdir())
+        return None if left_out else entry
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:

@@ -7,12 +7,18 @@ import type { DeploymentRecord, DeploymentStarted, GatewayEvent } from "./types.
 
 export interface DeploymentRequest {
   readonly domain: string;
-  /** The name of one of the gateway's, or a tar of a folder with a `site.toml`: `packed` of `…/folder` makes one. */
+  /** The name of one of the gateway's, or a tar of a folder: `packed` of `…/folder` makes one. */
   readonly template: string | Uint8Array;
   readonly size?: string | undefined;
   readonly env?: Readonly<Record<string, string>> | undefined;
   /** Made of the domain where left out. */
   readonly tenant?: string | undefined;
+  /** What of the folder goes before its `site.toml` and what is found of it; an empty `install` installs nothing. */
+  readonly start?: string | readonly string[] | undefined;
+  readonly install?: string | readonly string[] | undefined;
+  readonly port?: number | undefined;
+  /** Production builds it, and serves what was built. */
+  readonly mode?: "dev" | "production" | undefined;
 }
 
 /** What fails or is cancelled is undone first, and ends by that. */
