@@ -130,8 +130,9 @@ STARTERS: Final[Mapping[str, Starter]] = {
 
 @dataclass
 class Meter:
-    """Samples a container's memory and tasks from the host's cgroups, in a thread."""
+    """Samples a container's memory and tasks, also of one made later, from the host's cgroups in a thread."""
 
+    name: str = NAME
     peak: int = 0
     cache: int = 0
     tasks: int = 0
@@ -144,11 +145,11 @@ class Meter:
         def sample() -> None:
             while not over.wait(0.05):
                 with contextlib.suppress(OSError):
-                    private, cache = memory()
+                    private, cache = memory(self.name)
                     self.rest = private
                     if private > self.peak:
                         self.peak, self.cache = private, cache
-                    self.tasks = max(self.tasks, int(control("pids", "pids.current").read_text()))
+                    self.tasks = max(self.tasks, int(control("pids", "pids.current", self.name).read_text()))
 
         thread = threading.Thread(target=sample, daemon=True)
         thread.start()
@@ -159,21 +160,21 @@ class Meter:
             thread.join()
 
 
-def control(controller: str, file: str) -> Path:
+def control(controller: str, file: str, name: str = NAME) -> Path:
     """Return a file of the container's group, on hosts with one tree or with one for each controller."""
     old = Path("/sys/fs/cgroup") / controller
-    return (old if old.is_dir() else Path("/sys/fs/cgroup")) / f"lxc.payload.{NAME}" / file
+    return (old if old.is_dir() else Path("/sys/fs/cgroup")) / f"lxc.payload.{name}" / file
 
 
 def facts(path: Path) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
 
 
-def memory() -> tuple[int, int]:
+def memory(name: str = NAME) -> tuple[int, int]:
     """Return the bytes that cannot be given back, and those of the page cache that are in use."""
-    stat = facts(control("memory", "memory.stat"))
+    stat = facts(control("memory", "memory.stat", name))
     if "total_rss" in stat:  # v1
-        kernel = int(control("memory", "memory.kmem.usage_in_bytes").read_text())
+        kernel = int(control("memory", "memory.kmem.usage_in_bytes", name).read_text())
         return stat["total_rss"] + stat.get("total_shmem", 0) + kernel, stat["total_active_file"]
     return stat["anon"] + stat["shmem"] + stat.get("kernel", 0), stat["active_file"]
 

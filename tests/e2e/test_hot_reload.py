@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from statistics import median
 
 import pytest
 from playwright.async_api import Browser
 
-from tests.archives import folder
 from tests.bench.vite import TEMPLATES, edits
 from tests.integration.sites import Hosting
+from tests.starters.making import made
+from tests.starters.table import STARTERS
+from tests.starters.trial import tried
 
 EDITS = 6
 # seconds; 0.3 on a machine that does nothing else (tests/bench/vite)
@@ -39,30 +40,15 @@ async def test_an_edit_shows_on_a_real_domain_over_https(browser: Browser, host:
         assert (await host.call("PATCH", f"/v1/tenants/{site}", {"domain": "shop.localhost"}))[0] == 200
 
 
-NEXT = """\
-install = ["sh", "make.sh"]
-start = ["bun", "--bun", "next", "dev", "--hostname", "0.0.0.0", "--port", "$PORT"]
-"""
-MAKE = b"""\
-set -e
-bunx create-next-app@16.4.3 made --yes --js --app --empty --no-eslint --no-tailwind --no-src-dir \\
-  --no-react-compiler --use-bun --skip-install --disable-git
-mv made/* . && rm -r made && bun install
-"""
-
-
 @pytest.mark.timeout(300)
-async def test_an_edit_shows_in_a_page_of_next_on_a_real_domain(browser: Browser, host: Hosting) -> None:
-    """Its dev server allows `localhost` alone, and its configuration says nothing of the domain."""
-    domain = "next.example.com"
-    packed = {"archive": base64.b64encode(folder(NEXT, ("make.sh", MAKE))).decode()}
-    record = await host.deploy(domain, packed, size="large")
-    assert record["state"] == "succeeded", record["error"]
-    context = await browser.new_context(ignore_https_errors=True)
-    try:
-        url = f"https://{domain}:{host.settings.caddy_https}/"
-        file = ("app/page.js", "Hello World!")
-        assert len(await edits(context, host, url, record["tenant"], file, 2)) == 2
-    finally:
-        await context.close()
-        await host.call("DELETE", f"/v1/tenants/{record['tenant']}")
+@pytest.mark.parametrize("name", ["next", "django"])
+async def test_a_starter_shows_an_edit_on_a_real_domain(name: str, browser: Browser, host: Hosting) -> None:
+    """Both refuse it: Next's dev server allows `localhost` alone, and so do Django's settings.
+
+    `tests/run starters` tries those of all frameworks.
+    """
+    starter = STARTERS[name]
+    record = await tried(
+        browser, host, name, starter, await made(name, starter, host.settings), size="medium"
+    )
+    await host.call("DELETE", f"/v1/tenants/{record['tenant']}")

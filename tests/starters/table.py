@@ -100,7 +100,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "npx -y create-nuxt@3.37.0 app --template minimal --no-install --no-gitInit --packageManager npm",
         "Nuxt",
         ("app/app.vue", "<NuxtWelcome />", f"<h1>{_SEEN}</h1>"),
-        "Welcome to Nuxt!",
+        "Get started",
         _SEEN,
         ours="nuxt",
     ),

@@ -10,6 +10,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from playwright.async_api import Browser, Page, Response, WebSocket
+from playwright.async_api import TimeoutError as PlaywrightTimeout
 
 from tests.bench.vite import PACE, unwell
 from tests.integration.sites import Hosting
@@ -20,6 +21,9 @@ from tests.waits import pause, until
 
 WITHIN: Final[Mapping[str, float]] = {"at once": 1.5, "by a reload": 1.5, "after a restart": 3.0}
 """Seconds from an edit's answer until its page shows it, of every second edit."""
+
+GATEWAY: Final[Mapping[str, Any]] = {"tenant_memory": "1GiB", "verify_timeout": 150.0, "settle_time": 3.0}
+"""Settings as an operator has them by default, on a machine that is busy."""
 
 _PATIENCE: Final = 60.0  # seconds
 _EDITS: Final = 3
@@ -99,7 +103,12 @@ async def edited(wire: Wire, path: str, old: str, new: str) -> float:
 
 
 async def shows(page: Page, text: str) -> None:
-    await page.get_by_text(text, exact=False).first.wait_for(timeout=_PATIENCE * 1000, state="attached")
+    """Return once a page has a text; fail with what it has instead."""
+    try:
+        await page.get_by_text(text, exact=False).first.wait_for(timeout=_PATIENCE * 1000, state="attached")
+    except PlaywrightTimeout:
+        there = await page.locator("body").inner_text()
+        raise AssertionError(f"the page shows no {text!r}, but: {there[:1000]}") from None
 
 
 async def _comes(host: Hosting, domain: str, path: str, text: str) -> None:
@@ -109,10 +118,12 @@ async def _comes(host: Hosting, domain: str, path: str, text: str) -> None:
     await until(so, _PATIENCE, every=0.05)
 
 
-async def tried(browser: Browser, host: Hosting, name: str, starter: Starter, made: Made) -> dict[str, Any]:
+async def tried(
+    browser: Browser, host: Hosting, name: str, starter: Starter, made: Made, **more: Any
+) -> dict[str, Any]:
     """Deploy a starter without a manifest and work on it; return the deployment's record and the times."""
     domain = f"{name}.example.com"
-    record = await host.deploy(domain, made.template)
+    record = await host.deploy(domain, made.template, **more)
     assert record["state"] == "succeeded", (record["error"], record["detected"])
     assert record["detected"]["title"] == starter.title, record["detected"]
     took = await worked_on(browser, host, domain, starter, record)
