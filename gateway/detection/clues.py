@@ -20,6 +20,8 @@ _MANIFESTS: Final = frozenset({"package.json", "pyproject.toml", "requirements.t
 _SOURCES: Final = re.compile(
     r"(?:[\w-]+/){0,2}(?:main|app|server|serve|index|api|asgi|wsgi|hello)\.(?:py|[mc]?[jt]s|tsx)"
 )
+# of frameworks that build a site without a server where their configuration says so
+_CONFIGS: Final = re.compile(r"(?:next|react-router)\.config\.[mc]?[jt]s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Clues:
             if named < 0:
                 break
             names.add(path)
-            if path.rpartition("/")[2] in _MANIFESTS or _SOURCES.fullmatch(path):
+            if _tells(path):
                 size = len(content)
                 if size <= min(_TEXT, room) and len(texts) < _TEXTS:
                     texts[path] = content.decode("utf-8", "replace")
@@ -72,3 +74,12 @@ class Clues:
     def unpacked(cls, said: bytes) -> Clues:
         clues = orjson.loads(said)
         return cls(frozenset(clues["names"]), clues["texts"], clues["empty"], clues["production"])
+
+
+def _tells(path: str) -> bool:
+    """Say whether the content of a file tells what the folder is."""
+    return (
+        path.rpartition("/")[2] in _MANIFESTS
+        or _SOURCES.fullmatch(path) is not None
+        or _CONFIGS.fullmatch(path) is not None
+    )

@@ -79,6 +79,9 @@ _LOOKS: Final = frozenset({"watch", "--watch", "--hot"})
 # for its program where it is started by a script among others, which takes no arguments
 _FASTIFY: Final = ("env", "FASTIFY_ADDRESS=0.0.0.0")
 _MADE: Final = re.compile(r"(?:^|[\s=\"'])(?:\./)?(dist|build|out|\.output|\.next|lib)/")
+# settings of a configuration by which what is built has no server; not in a comment
+_EXPORTED: Final = re.compile(r"^(?![ \t]*[/*]).*\boutput[ \t]*:[ \t]*[\"']export[\"']", re.MULTILINE)
+_SERVERLESS: Final = re.compile(r"^(?![ \t]*[/*]).*\bssr[ \t]*:[ \t]*false\b", re.MULTILINE)
 _ASSIGNED: Final = re.compile(r"[A-Za-z_]\w*=\S*|cross-env(?:-shell)?|env")
 
 
@@ -134,7 +137,7 @@ def detect(clues: Clues) -> Detected | None:
         )
     framework = framework_of(said)
     if framework is not None and clues.production and not _serves_itself(said):
-        return _built(framework, said, manager, install, installed)
+        return _built(framework, clues, said, manager, install, installed)
     if framework is not None and (found := _dev_server(framework, said, manager)) is not None:
         start, started = found
         package = min(framework.packages & said.packages)
@@ -155,15 +158,22 @@ def _serves_itself(said: Project) -> bool:
     return any(package in said.packages for package, _ in _SERVERS) and "start" in said.scripts
 
 
-def _built(framework: Framework, said: Project, manager: str, install: Command, installed: str) -> Detected:
+def _built(
+    framework: Framework, clues: Clues, said: Project, manager: str, install: Command, installed: str
+) -> Detected:
     """Return how a project is built and served."""
     serve, output = framework.serve, framework.output
+    spa = framework.name == "vite"  # as its own preview does
     if framework.name == "astro" and "@astrojs/node" in said.packages:
         serve, output = ("node", "dist/server/entry.mjs"), ""
     elif framework.name == "sveltekit" and "@sveltejs/adapter-node" in said.packages:
         serve = ("node", "build")
     elif framework.name == "sveltekit" and "@sveltejs/adapter-static" in said.packages:
         output = "build"
+    elif framework.name == "next" and _configured(clues, "next", _EXPORTED):
+        output = "out"
+    elif framework.name == "react-router" and _configured(clues, "react-router", _SERVERLESS):
+        output, spa = "build/client", True
     work = framework.dev[-1].replace("dev", "build") if len(framework.dev) > 1 else "build"
     build = (
         _run(manager, "build") if "build" in said.scripts else (*_EXECUTE[manager], framework.dev[0], work)
@@ -176,8 +186,6 @@ def _built(framework: Framework, said: Project, manager: str, install: Command, 
         f"{installed}, and it is built",
     )
     if output:
-        # as Vite's own preview does
-        spa = framework.name == "vite"
         return replace(found, static=output, started="the gateway's own file server", spa=spa)
     if not serve:
         return replace(
@@ -187,6 +195,12 @@ def _built(framework: Framework, said: Project, manager: str, install: Command, 
         )
     words = serve if serve[0] == "node" else (*_EXECUTE[manager], *serve)
     return replace(found, start=(*_PRODUCTION, *words), started=f"what the build of {framework.title} made")
+
+
+def _configured(clues: Clues, name: str, setting: re.Pattern[str]) -> bool:
+    """Say whether a framework's configuration has a setting, as far as a look at its lines tells."""
+    kinds = (f"{module}{language}" for module in ("", "m", "c") for language in ("ts", "js"))
+    return any(setting.search(clues.text(f"{name}.config.{kind}")) is not None for kind in kinds)
 
 
 def _then(install: Command, build: Command) -> Command:

@@ -181,10 +181,11 @@ class Client:
     ) -> Deployment:
         """Begin to deploy a site at a domain, or to update it; needs the scope `deploy`.
 
-        `template` is the name of a template of the gateway, the path of a folder, or a tar of one. The
-        gateway detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, say
-        so. By default the tenant's name is derived from the domain. A second call with the same `key` returns
-        the same deployment. `Deployment.wait` and `.events` show its progress.
+        `template` is the name of a template of the gateway, the path of a folder, or a tar of one. What the
+        .gitignore files of a folder exclude is not sent: give variables of an `.env` as `env`. The gateway
+        detects how a folder is started, unless its `site.toml`, or `start`, `install` and `port`, say so. By
+        default the tenant's name is derived from the domain. A second call with the same `key` returns the
+        same deployment. `Deployment.wait` and `.events` show its progress.
         """
         from gateway_client.deployments import Deployment, template_body
 
