@@ -1,0 +1,84 @@
+"""Decides which of the tenants that carry a domain has it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from gateway.errors import GatewayError, NotFound
+from gateway.hostnames import plain, reserved
+from gateway.ownership.claims import Claim, Claims
+from gateway.ownership.contests import Carrier, Contest
+from gateway.runtime import TenantRuntime
+
+
+class Decisions:
+    """Who has each domain, by the claims and by what tenants carry. `own` are the gateway's own names."""
+
+    def __init__(self, runtime: TenantRuntime, claims: Claims, own: Collection[str]) -> None:
+        self._runtime, self._claims, self._own = runtime, claims, own
+
+    def serves(self, domain: str, tenant: str) -> bool:
+        """Return whether a domain is this tenant's."""
+        claim = self._claims.get(domain)
+        return claim is not None and claim.tenant == tenant and not reserved(domain, self._own)
+
+    async def decide(
+        self, domain: str, carriers: Sequence[Carrier], serving: Collection[str] = ()
+    ) -> str | None:
+        """Decide which of its carriers has a domain, and store that; return the tenant, or None."""
+        if reserved(domain, self._own):
+            return None
+        claim = self._claims.get(domain)
+        if claim is not None and claim.confirmed:
+            return claim.tenant
+        if claim is not None:
+            same = (
+                carrier
+                for carrier in carriers
+                if (carrier.instance == claim.instance if claim.instance else carrier.tenant == claim.tenant)
+            )
+            found = next(same, None)
+            if found is None and any(one.deployment == claim.deployment != "" for one in carriers):
+                return claim.tenant  # the deployment created it under another name, and renames it next
+            if found is not None:
+                await self._claims.keep(domain, replace(claim, tenant=found.tenant, instance=found.instance))
+                return found.tenant
+            # a list omits an instance that is being changed
+            if not claim.deployment and not await self.is_over(domain, claim):
+                return claim.tenant
+            claim = self._claims.get(domain)  # a deployment may hold it by now
+        if carriers:
+            first = min(carriers, key=lambda one: (one.tenant not in serving, one.created, one.tenant))
+            deployment = claim.deployment if claim is not None and claim.tenant == first.tenant else ""
+            await self._claims.keep(domain, Claim(first.tenant, first.instance, deployment))
+            return first.tenant
+        if claim is not None and claim.deployment:
+            return claim.tenant
+        await self._claims.keep(domain, None)
+        return None
+
+    async def is_over(self, domain: str, claim: Claim) -> bool:
+        """Return whether the tenant of a claim no longer carries the domain; False if that is unknown."""
+        try:
+            tenant = await self._runtime.get(claim.tenant)
+        except NotFound:
+            return True
+        except GatewayError:
+            return False
+        return plain(tenant.domain) != domain or claim.instance not in ("", tenant.instance or "")
+
+    def contested(self, carried: Mapping[str, Sequence[Carrier]]) -> dict[tuple[str, str], Contest]:
+        """Return the carriers of domains that several tenants carry, or that are not theirs."""
+        found = {}
+        for domain, carriers in carried.items():
+            for carrier in carriers:
+                keeps = self.serves(domain, carrier.tenant)
+                if (len(carriers) > 1 or not keeps) and not self._makes(domain, carrier):
+                    found[domain, carrier.tenant] = Contest(keeps, reserved(domain, self._own))
+        return found
+
+    def _makes(self, domain: str, carrier: Carrier) -> bool:
+        """Return whether the deployment that holds the domain is making this carrier."""
+        claim = self._claims.get(domain)
+        return claim is not None and carrier.deployment == claim.deployment != ""
