@@ -123,6 +123,10 @@ host_packages() { # CHECKOUT: prints every package that the host needs
   return 0
 }
 
+image_packages() { # prints what builds the tenants' image, of the packages of the host
+  printf '%s\n' mmdebstrap squashfs-tools debian-archive-keyring ca-certificates
+}
+
 part_packages() { # CHECKOUT PART: prints the packages that this part of the tests needs beside them
   sed -n "/^#/d; s/ $2\$//p" "$1/deploy/packages"
 }
@@ -227,4 +231,25 @@ ensure_venv_packages() { # VENV LOCKFILE
   quietly "${pip[@]}" --require-hashes --only-binary :all: -r "$lock" ||
     die "pip cannot install what $lock names; check that this machine reaches a Python package index, then run this again"
   printf '%s\n' "$stamp" >"$venv/.packages"
+}
+
+# The manual page and the completion of the shells, where each looks by itself; says which are there.
+install_texts() { # COMMAND SHARE FISH: the folder of a share, such as /usr/local/share, and fish's own
+  local command=$1 share=$2 fish=$3 shell target written=''
+  for shell in bash zsh fish man; do
+    case "$shell" in
+      bash) target=$share/bash-completion/completions/incus-gateway ;;
+      zsh) target=$share/zsh/site-functions/_incus-gateway ;;
+      fish) target=$fish/incus-gateway.fish ;;
+      man) target=$share/man/man1/incus-gateway.1 ;;
+    esac
+    # shellcheck disable=SC2046 # words
+    if mkdir -p "${target%/*}" 2>/dev/null && "$command" $([ "$shell" = man ] || echo completion) "$shell" \
+      >"$target.new" 2>/dev/null && chmod 0644 "$target.new" && mv "$target.new" "$target"; then
+      written="$written, $shell"
+    else
+      rm -f "$target.new" 2>/dev/null
+    fi
+  done
+  printf '%s\n' "${written#, }"
 }

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from typer import completion as typers
 
 from gateway.cli.options import PROGRAM, VARIABLE
 from gateway.terminal import out
+
+# typer's only registers itself, so that nothing is completed where zsh has just loaded it for the first word
+_ZSH: Final = """if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+  _incus_gateway_completion "$@"
+else
+  compdef _incus_gateway_completion incus-gateway
+fi"""
 
 
 class Shell(StrEnum):
@@ -25,13 +32,17 @@ def completion(
 
     bash: incus-gateway completion bash >/etc/bash_completion.d/incus-gateway
 
-    zsh: source <(incus-gateway completion zsh), in .zshrc after compinit
+    zsh: incus-gateway completion zsh >/usr/local/share/zsh/site-functions/_incus-gateway
 
     fish: incus-gateway completion fish >~/.config/fish/completions/incus-gateway.fish
     """
     # typer does not declare this one and the next as exported
     script = typers.get_completion_script  # type: ignore[attr-defined]
-    out.say(script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell.value))
+    said = script(prog_name=PROGRAM, complete_var=VARIABLE, shell=shell.value)
+    if shell is Shell.ZSH:
+        said, _, _ = said.rpartition("compdef ")
+        said += _ZSH
+    out.say(said)
 
 
 def answer_shells() -> None:

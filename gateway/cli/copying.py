@@ -53,7 +53,12 @@ def cp(
         async with client_of(url, token) as client:
             files = client.tenant(tenant).files
             if there is not None:
-                return str(await _download(files, path, target, copied))
+                try:
+                    return str(await _download(files, path, target, copied))
+                except NotFound as missing:
+                    if missing.facts.get("reason") != "missing":
+                        raise
+                    raise Failed(f"there is no {line(path)} in {tenant}") from None
             return f"{tenant}:{await _upload(files, Path(source), path, copied)}"
 
     where = run_to_end(run())

@@ -14,7 +14,7 @@ from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.confirming import somebody_is_there
 from gateway.cli.following import Domain, ended, followed, tenant_of
 from gateway.cli.options import Json, TokenOption, Url
-from gateway.terminal import line, out
+from gateway.terminal import err, line, out
 from gateway_client.deployments import DeploymentRecord
 
 
@@ -125,6 +125,8 @@ async def _list(domain: str, *, values: bool, as_json: bool, url: str | None, to
     if as_json:
         out.json(found if values else list(found), indent=True)
         return
+    if not found:
+        err.say(f"{domain} has no variables; `incus-gateway env {domain} set NAME=VALUE` gives it one")
     for name, value in sorted(found.items()):
         out.say(name if value is None else f"{name}={line(value)}")
 

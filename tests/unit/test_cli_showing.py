@@ -67,6 +67,12 @@ async def test_the_templates_are_listed(gateway: LiveGateway) -> None:
     }
 
 
+async def test_a_site_without_variables_says_so(gateway: LiveGateway) -> None:
+    """To a person; a program reads nothing."""
+    code, out, err = await run(gateway, "env", "demo")
+    assert (code, out) == (0, b"") and err.startswith("demo has no variables; `incus-gateway env demo set")
+
+
 async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_path: Path) -> None:
     source = tmp_path / "src"
     (source / "deep" / "er").mkdir(parents=True)
@@ -96,7 +102,7 @@ async def test_files_and_folders_are_copied_both_ways(gateway: LiveGateway, tmp_
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("demo:none", "."), 1, "incus-gateway: no such file or directory\n"),
+        (("demo:none", "."), 1, "incus-gateway: there is no none in demo\n"),
         (("/nonexistent", "demo:"), 1, "incus-gateway: No such file or directory: /nonexistent\n"),
         (("demo:../x", "."), 1, "leads out of the workspace"),
         (("a", "b"), 2, "one of FROM and TO must be TENANT:PATH"),
