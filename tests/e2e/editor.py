@@ -159,6 +159,15 @@ class Editor:
         """Wait until the shell in the terminal that is shown waits for a line."""
         await expect(self.screen).to_contain_text("$")
 
+    async def prompt_after(self, text: str) -> None:
+        """Wait until the shell waits for a line below what the terminal has shown last of this text."""
+
+        async def there() -> None:
+            shown = "\n".join(await self.screen_rows())
+            assert "$" in shown.rpartition(text)[2] and text in shown, shown
+
+        await self.until(there)
+
     async def screen_rows(self) -> list[str]:
         """Return the lines of the terminal that is shown, without what is empty at their ends."""
         rows = await self.screen.locator("> div").all_text_contents()

@@ -38,6 +38,8 @@ export interface TenantInfo {
   readonly name: string;
   readonly domain: string | null;
   readonly status: TenantStatus;
+  /** Stopped until it is asked for. */
+  readonly asleep?: boolean;
   readonly address: string | null;
   readonly url: string | null;
   readonly port: number | null;

@@ -18,6 +18,7 @@ import {
 } from "@codemirror/language";
 import { highlightSelectionMatches, search, searchKeymap } from "@codemirror/search";
 import {
+  type ChangeSpec,
   Compartment,
   EditorState,
   type Extension,
@@ -43,22 +44,30 @@ import {
 import { languageOf } from "./languages.js";
 import { nonce, theme } from "./theme.js";
 
-const arrive = StateEffect.define<{ from: number; to: number } | null>();
+interface Range {
+  readonly from: number;
+  readonly to: number;
+}
+
+const arrive = StateEffect.define<readonly Range[]>();
 const arrived = Decoration.line({ class: "cm-arrived" });
+/** How many lines are marked at most. */
+const MARKED = 500;
 
 /** Marks the lines that came from outside, until the next edit. */
 const arrivals = StateField.define<DecorationSet>({
   create: () => Decoration.none,
   update(marks, transaction) {
     for (const effect of transaction.effects) {
-      if (!effect.is(arrive) || effect.value === null) continue;
+      if (!effect.is(arrive)) continue;
       const { doc } = transaction.state;
-      const first = doc.lineAt(effect.value.from).number;
-      const last = doc.lineAt(effect.value.to).number;
-      const lines = Array.from({ length: Math.min(last - first + 1, 500) }, (_, index) =>
-        arrived.range(doc.line(first + index).from),
-      );
-      return Decoration.set(lines);
+      const lines = new Set<number>();
+      for (const { from, to } of effect.value) {
+        const last = doc.lineAt(to).number;
+        for (let line = doc.lineAt(from).number; line <= last && lines.size < MARKED; line++) lines.add(line);
+      }
+      const starts = [...lines].map((line) => doc.line(line).from).sort((a, b) => a - b);
+      return Decoration.set(starts.map((start) => arrived.range(start)));
     }
     return transaction.docChanged ? Decoration.none : marks;
   },
@@ -66,6 +75,7 @@ const arrivals = StateField.define<DecorationSet>({
 });
 
 const language = new Compartment();
+const label = new Compartment();
 const listening = new Compartment();
 
 function base(readOnly: boolean): Extension {
@@ -139,20 +149,63 @@ function indentation(text: string): string {
   return found?.[1] ?? "  ";
 }
 
+function named(path: string): Extension {
+  return EditorView.contentAttributes.of({ "aria-label": path });
+}
+
+async function support(path: string, length: number): Promise<Extension> {
+  const known = length > 2_000_000 ? null : languageOf(path);
+  return known === null ? [] : await known.load().catch(() => []);
+}
+
+/** Returns what makes a state that of a file with another name: its language, and what a screen reader calls it. */
+export async function renaming(path: string, length: number): Promise<TransactionSpec> {
+  const found = await support(path, length);
+  return { effects: [language.reconfigure(found), label.reconfigure(named(path))] };
+}
+
 export async function makeState(text: string, path: string, readOnly: boolean): Promise<EditorState> {
-  const known = text.length > 2_000_000 ? null : languageOf(path);
-  const support = known === null ? [] : await known.load().catch(() => []);
   return EditorState.create({
     doc: text,
     extensions: [
       EditorState.lineSeparator.of(separator(text)),
       indentUnit.of(indentation(text)),
       base(readOnly),
-      language.of(support),
+      language.of(await support(path, text.length)),
       listening.of([]),
-      EditorView.contentAttributes.of({ "aria-label": path }),
+      label.of(named(path)),
     ],
   });
+}
+
+/** Returns changes that come from outside; `marked` lines are shown for a moment. They are not ours to undo. */
+function outside(changes: ChangeSpec, marked: readonly Range[]): TransactionSpec {
+  return {
+    changes,
+    effects: marked.length > 0 ? arrive.of(marked) : [],
+    annotations: [
+      Transaction.remote.of(true),
+      Transaction.userEvent.of("input.remote"),
+      Transaction.addToHistory.of(false),
+    ],
+  };
+}
+
+/**
+ * Returns what brings `theirs` into a state that was `base` before it was changed here; null where both changed the
+ * same lines.
+ */
+export async function merging(
+  state: EditorState,
+  base: string,
+  theirs: string,
+): Promise<TransactionSpec | null> {
+  const { incoming } = await import("./merging.js");
+  const changes = incoming(state.toText(base), state.doc, state.toText(theirs));
+  if (changes === null) return null;
+  const marked: Range[] = [];
+  changes.iterChangedRanges((_from, _to, from, to) => marked.push({ from, to }));
+  return outside(changes, marked);
 }
 
 /** Returns the smallest single change that makes `text` of a state; `mark` shows its lines for a moment. */
@@ -167,15 +220,12 @@ export function replacing(state: EditorState, text: string, mark: boolean): Tran
   while (tail < most - from && wanted[wanted.length - 1 - tail] === present[present.length - 1 - tail])
     tail++;
   const insert = wanted.slice(from, wanted.length - tail);
-  return {
-    changes: {
-      from,
-      to: present.length - tail,
-      insert: state.toText(insert.replaceAll("\n", state.lineBreak)),
-    },
-    effects: mark ? arrive.of({ from, to: from + insert.length }) : [],
-    annotations: [Transaction.remote.of(true), Transaction.userEvent.of("input.remote")],
+  const changes = {
+    from,
+    to: present.length - tail,
+    insert: state.toText(insert.replaceAll("\n", state.lineBreak)),
   };
+  return mark ? outside(changes, [{ from, to: from + insert.length }]) : { changes };
 }
 
 /** Makes the one view in which documents are shown by turns. */
@@ -197,8 +247,14 @@ export function showState(view: EditorView, state: EditorState, update: (state: 
 export function goTo(view: EditorView, line: number, column = 1): void {
   const { doc } = view.state;
   const found = doc.line(Math.max(1, Math.min(line, doc.lines)));
-  const at = Math.min(found.to, found.from + column - 1);
-  view.dispatch({ selection: { anchor: at }, effects: EditorView.scrollIntoView(at, { y: "center" }) });
+  goBack(view, Math.min(found.to, found.from + column - 1));
+}
+
+/** Selects what was selected when the file was left; it may be shorter now. */
+export function goBack(view: EditorView, anchor: number, head = anchor): void {
+  const { length } = view.state.doc;
+  const selection = { anchor: Math.min(anchor, length), head: Math.min(head, length) };
+  view.dispatch({ selection, effects: EditorView.scrollIntoView(selection.head, { y: "center" }) });
 }
 
 export interface Caret {

@@ -3,57 +3,23 @@
 import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incus-gateway/client";
 import { signal } from "@preact/signals";
-import { basename, parent, within } from "./paths.js";
+import { Doc, type Left, type Place, type Theirs } from "./doc.js";
+import type { Draft, Unsaved } from "./drafts.js";
+import { parent, within } from "./paths.js";
 import { complain, say } from "./toasts.js";
 
 type Code = typeof import("../code/editor.js");
 
-export type Phase = "loading" | "ready" | "image" | "binary" | "failed";
+const IMAGE = /\.(png|jpe?g|gif|webp|avif|ico)$/i;
 
-/** What is in the way of saving: the file as it is now, `text` null where it is gone. */
-export interface Theirs {
-  readonly etag: string | null;
-  readonly text: string | null;
+/** Keeps unsaved texts elsewhere than in this page. */
+export interface Keeping {
+  touch(path: string, look: () => Unsaved): void;
+  drop(path: string): void;
+  flush(): Promise<void>;
 }
 
-export interface Place {
-  readonly line: number;
-  readonly column?: number;
-}
-
-const IMAGE = /\.(png|jpe?g|gif|webp|avif|ico|svg)$/i;
-
-export class Doc {
-  readonly phase = signal<Phase>("loading");
-  readonly failure = signal("");
-  readonly dirty = signal(false);
-  readonly saving = signal(false);
-  /** A text that is to be saved as soon as the gateway takes it. */
-  readonly queued = signal<string | null>(null);
-  /** Somebody else changed the file while we have unsaved changes. */
-  readonly theirs = signal<Theirs | null>(null);
-  /** The file is gone; saving creates it again. */
-  readonly gone = signal(false);
-  readonly image = signal<string | null>(null);
-  readonly size = signal(0);
-  state: EditorState | null = null;
-  etag: string | null = null;
-  saved = "";
-  scroll: unknown = null;
-  goTo: Place | null = null;
-
-  constructor(public path: string) {}
-
-  get name(): string {
-    return basename(this.path);
-  }
-
-  get text(): string {
-    return this.state?.sliceDoc() ?? "";
-  }
-}
-
-/** The one view that shows a document's state, if it is there. */
+/** The view that shows a document's state, if one does. */
 export interface Stage {
   readonly doc: Doc | null;
   dispatch(spec: TransactionSpec): void;
@@ -62,16 +28,19 @@ export interface Stage {
 export class Documents {
   readonly #tenant: () => Tenant;
   readonly #readOnly: () => boolean;
+  readonly #keeping: Keeping | null;
   #code: Code | null = null;
+  readonly #moving = new Set<Promise<unknown>>();
   readonly open = signal<readonly Doc[]>([]);
   readonly active = signal<Doc | null>(null);
   /** The document whose conflict is being looked at. */
   readonly comparing = signal<Doc | null>(null);
-  stage: Stage | null = null;
+  readonly stages = new Set<Stage>();
 
-  constructor(tenant: () => Tenant, readOnly: () => boolean) {
+  constructor(tenant: () => Tenant, readOnly: () => boolean, keeping: Keeping | null = null) {
     this.#tenant = tenant;
     this.#readOnly = readOnly;
+    this.#keeping = keeping;
   }
 
   get dirty(): boolean {
@@ -106,24 +75,56 @@ export class Documents {
     return doc;
   }
 
-  async load(doc: Doc): Promise<void> {
+  /** Opens files as a page left them, with their unsaved texts; returns how many of these came back. */
+  async restore(left: readonly Left[], active: string | null, drafts: readonly Draft[]): Promise<number> {
+    const docs = new Map<string, Doc>();
+    for (const { path } of [...left, ...drafts]) docs.set(path, new Doc(path));
+    for (const place of left) docs.get(place.path)!.goTo = place;
+    if (active !== null && !docs.has(active)) docs.set(active, new Doc(active));
+    const shown = docs.get(active ?? "") ?? [...docs.values()][0] ?? null;
+    const others = this.open.value.filter(({ path }) => !docs.has(path)); // opened since, by who was quick
+    this.open.value = [...docs.values(), ...others];
+    if (this.active.value === null || docs.has(this.active.value.path)) this.active.value = shown;
+    let count = 0;
+    for (const doc of [...docs.values()].sort((a, b) => Number(b === shown) - Number(a === shown))) {
+      await this.load(doc, drafts.find(({ path }) => path === doc.path) ?? null);
+      if (doc.dirty.value) count += 1;
+    }
+    return count;
+  }
+
+  /** Reads a file; what was unsaved of it in a page that is gone is brought in, as if it had been typed now. */
+  async load(doc: Doc, draft: Draft | null = null): Promise<void> {
     try {
-      if (IMAGE.test(doc.path) && !doc.path.endsWith(".svg")) {
+      if (IMAGE.test(doc.path)) {
         await this.#loadImage(doc);
         return;
       }
-      const [content, code] = await Promise.all([this.#tenant().files.read(doc.path), this.#editor()]);
-      doc.size.value = content.size;
-      doc.etag = content.etag;
-      if (content.text === undefined) {
+      const [content, code] = await Promise.all([
+        this.#tenant()
+          .files.read(doc.path)
+          .catch((error) => {
+            if (draft === null || error?.code !== "not_found") throw error;
+            return null;
+          }),
+        this.#editor(),
+      ]);
+      const text = content === null ? (draft?.base ?? "") : content.text;
+      doc.size.value = content?.size ?? 0;
+      doc.etag = content?.etag ?? null;
+      if (text === undefined) {
         doc.phase.value = "binary";
         return;
       }
-      doc.saved = content.text;
-      doc.state = await code.makeState(content.text, doc.path, this.#readOnly());
+      const base = draft === null ? text : draft.base;
+      doc.saved = base;
+      doc.state = await code.makeState(base, doc.path, this.#readOnly());
       doc.dirty.value = false;
       doc.theirs.value = null;
-      doc.gone.value = false;
+      doc.gone.value = content === null;
+      if (draft !== null) this.#replace(doc, draft.text);
+      if (content === null) this.#dirtied(doc);
+      else if (base !== text) await this.#arrived(doc, text, content.etag);
       doc.phase.value = "ready";
     } catch (error) {
       doc.failure.value = error instanceof Error ? error.message : String(error);
@@ -152,10 +153,20 @@ export class Documents {
   updated(doc: Doc, state: EditorState): void {
     const changed = doc.state?.doc !== state.doc;
     doc.state = state;
-    if (changed) doc.dirty.value = doc.gone.value || state.sliceDoc() !== doc.saved;
+    if (changed) this.#dirtied(doc);
   }
 
-  /** Saves a document, unless somebody else wrote first: then that is shown. */
+  /** Finds out whether a document has unsaved text, and has that kept. */
+  #dirtied(doc: Doc): void {
+    const before = doc.dirty.value;
+    doc.dirty.value = doc.gone.value || doc.text !== doc.saved;
+    if (!before && !doc.dirty.value) return;
+    this.#keeping?.touch(doc.path, () =>
+      doc.dirty.value && this.open.value.includes(doc) ? { text: doc.text, base: doc.saved } : null,
+    );
+  }
+
+  /** Saves a document, unless somebody else changed the same lines first: then that is shown. */
   async save(doc: Doc): Promise<boolean> {
     if (doc.phase.value !== "ready" || doc.state === null) return false;
     if (this.#readOnly()) {
@@ -192,13 +203,16 @@ export class Documents {
     doc.saving.value = true;
     let reached = true;
     try {
-      const condition = etag === null ? ({ ifNoneMatch: "*" } as const) : { ifMatch: etag };
-      const written = await this.#tenant().files.write(doc.path, text, { ...condition, createDirs: true });
-      doc.size.value = written.size;
-      return this.#saved(doc, text, written.etag);
-    } catch (error) {
-      const code = error instanceof GatewayError ? error.code : null;
-      if (code === "conflict") {
+      for (;;) {
+        const condition = etag === null ? ({ ifNoneMatch: "*" } as const) : { ifMatch: etag };
+        try {
+          const wishes = { ...condition, createDirs: true };
+          const written = await this.#tenant().files.write(doc.path, text, wishes);
+          doc.size.value = written.size;
+          return this.#saved(doc, text, written.etag);
+        } catch (error) {
+          if ((error as { code?: string }).code !== "conflict") throw error;
+        }
         doc.queued.value = null;
         const theirs = await this.#theirs(doc).catch(() => null);
         if (theirs === null) {
@@ -208,9 +222,22 @@ export class Documents {
         }
         // our own text, whose answer was lost
         if (theirs.text === text && theirs.etag !== null) return this.#saved(doc, text, theirs.etag);
-        doc.theirs.value = theirs;
-        this.comparing.value = doc;
-      } else if (error instanceof Disconnected || code === "unauthorized") {
+        if (
+          theirs.text === null ||
+          theirs.etag === null ||
+          !(await this.#arrived(doc, theirs.text, theirs.etag))
+        ) {
+          doc.theirs.value = theirs;
+          this.comparing.value = doc;
+          return false;
+        }
+        // theirs is in ours by now, and they may have written again
+        text = doc.text;
+        etag = theirs.etag;
+      }
+    } catch (error) {
+      const code = error instanceof GatewayError ? error.code : null;
+      if (error instanceof Disconnected || code === "unauthorized") {
         reached = false;
         doc.queued.value ??= text;
         const when = code === "unauthorized" ? "you have signed in" : "the gateway can be reached again";
@@ -228,7 +255,7 @@ export class Documents {
     doc.saved = text;
     doc.gone.value = false;
     doc.theirs.value = null;
-    doc.dirty.value = doc.text !== text; // more may have been typed meanwhile
+    this.#dirtied(doc); // more may have been typed meanwhile
     return true;
   }
 
@@ -242,18 +269,45 @@ export class Documents {
     }
   }
 
+  /**
+   * Takes the text that a file has by now into its document, unsaved changes included. Returns false where both changed
+   * the same lines: then a person has to choose.
+   */
+  async #arrived(doc: Doc, text: string, etag: string): Promise<boolean> {
+    doc.gone.value = false;
+    if (text !== doc.saved && text !== doc.text) {
+      if (!doc.dirty.value) this.#replace(doc, text, true);
+      else if (!(await this.#merge(doc, text))) {
+        doc.theirs.value = { etag, text };
+        return false;
+      }
+    }
+    doc.theirs.value = null;
+    doc.etag = etag;
+    doc.saved = text;
+    this.#dirtied(doc);
+    return true;
+  }
+
+  async #merge(doc: Doc, text: string): Promise<boolean> {
+    const code = await this.#editor();
+    for (;;) {
+      const { state } = doc;
+      if (state === null) return false;
+      const spec = await code.merging(state, doc.saved, text);
+      if (spec === null) return false;
+      if (doc.state?.doc !== state.doc) continue; // somebody typed meanwhile
+      this.#apply(doc, spec);
+      return true;
+    }
+  }
+
   /** Ends a conflict by this text, which takes the place of what the others wrote. */
   async settle(doc: Doc, text: string): Promise<boolean> {
     const theirs = doc.theirs.value;
     if (theirs === null) return false;
     if (text !== doc.text) this.#replace(doc, text);
-    if (text === theirs.text && theirs.etag !== null) {
-      doc.etag = theirs.etag;
-      doc.saved = text;
-      doc.dirty.value = false;
-      doc.theirs.value = null;
-      return true;
-    }
+    if (text === theirs.text && theirs.etag !== null) return this.#saved(doc, text, theirs.etag);
     return await this.#write(doc, text, theirs.etag);
   }
 
@@ -273,52 +327,75 @@ export class Documents {
   }
 
   async #look(doc: Doc): Promise<void> {
+    // a file that is renamed here is not removed
+    await Promise.allSettled(this.#moving);
     if (doc.saving.value || doc.phase.value === "loading") return;
     if (doc.phase.value !== "ready") {
       await this.load(doc);
       return;
     }
+    const { path } = doc;
     try {
-      const { etag } = await this.#tenant().files.stat(doc.path);
+      const { etag } = await this.#tenant().files.stat(path);
       if (etag === doc.etag || doc.saving.value) return;
-      const present = await this.#tenant().files.read(doc.path);
-      if (doc.saving.value || present.etag === doc.etag || present.text === undefined) return;
-      doc.gone.value = false;
-      if (present.text === doc.text) {
-        doc.dirty.value = false;
-      } else if (doc.dirty.value) {
-        doc.theirs.value = { etag: present.etag, text: present.text };
-        return;
-      } else {
-        doc.saved = present.text;
-        this.#replace(doc, present.text, true);
-      }
-      doc.theirs.value = null;
-      doc.etag = present.etag;
-      doc.saved = present.text;
+      const present = await this.#tenant().files.read(path);
+      if (doc.saving.value || doc.path !== path) return;
+      if (present.etag === doc.etag || present.text === undefined) return;
       doc.size.value = present.size;
+      await this.#arrived(doc, present.text, present.etag);
     } catch (error) {
-      if (error instanceof GatewayError && error.code === "not_found") {
-        doc.gone.value = true;
-        doc.dirty.value = true;
-      }
+      if (!(error instanceof GatewayError) || error.code !== "not_found" || doc.saving.value) return;
+      if (doc.path !== path) return this.#look(doc);
+      doc.gone.value = true;
+      this.#dirtied(doc);
     }
   }
 
   /** Puts another text into the document, by the smallest change; `mark` shows where. */
   #replace(doc: Doc, text: string, mark = false): void {
     if (this.#code === null || doc.state === null) return;
-    const spec = this.#code.replacing(doc.state, text, mark);
-    if (this.stage?.doc === doc) this.stage.dispatch(spec);
-    else doc.state = doc.state.update(spec).state;
-    doc.dirty.value = doc.text !== doc.saved;
+    this.#apply(doc, this.#code.replacing(doc.state, text, mark));
   }
 
-  moved(from: string, to: string): void {
-    for (const doc of this.open.value) {
-      if (within(doc.path, from)) doc.path = to + doc.path.slice(from.length);
+  #apply(doc: Doc, spec: TransactionSpec): void {
+    const stage = [...this.stages].find((one) => one.doc === doc);
+    if (stage !== undefined) stage.dispatch(spec);
+    else if (doc.state !== null) doc.state = doc.state.update(spec).state;
+    this.#dirtied(doc);
+  }
+
+  /** Has the open files follow a file or folder that `work` moves from one path to another. */
+  async move(from: string, to: string, work: Promise<unknown>): Promise<void> {
+    const moved = work.then(() => this.#moved(from, to));
+    this.#moving.add(moved);
+    try {
+      await moved;
+    } finally {
+      this.#moving.delete(moved);
     }
+  }
+
+  #moved(from: string, to: string): void {
+    for (const doc of this.open.value) {
+      if (!within(doc.path, from)) continue;
+      this.#keeping?.drop(doc.path);
+      doc.path = to + doc.path.slice(from.length);
+      if (doc.dirty.value) this.#dirtied(doc);
+      void this.#rename(doc);
+    }
+    void this.#keeping?.flush();
     this.open.value = [...this.open.value];
+  }
+
+  async #rename(doc: Doc): Promise<void> {
+    if (this.#code === null || doc.state === null) return;
+    this.#apply(doc, await this.#code.renaming(doc.path, doc.state.doc.length));
+  }
+
+  /** Notes who wrote a file. */
+  written(path: string, by: string): void {
+    const doc = this.find(path);
+    if (doc !== undefined) doc.writtenBy.value = by;
   }
 
   /** Closes a tab; its unsaved text is lost. */
@@ -327,6 +404,7 @@ export class Documents {
     if (at < 0) return;
     if (doc.image.value !== null) URL.revokeObjectURL(doc.image.value);
     this.open.value = this.open.value.toSpliced(at, 1);
+    if (doc.dirty.value) this.#keeping?.drop(doc.path);
     if (this.active.value === doc)
       this.active.value = this.open.value[Math.min(at, this.open.value.length - 1)] ?? null;
   }

@@ -33,6 +33,11 @@ export function allows(scope: string): boolean {
   return scopes.includes(scope) || scopes.includes("admin");
 }
 
+/** Whose session it is, or was. */
+export function who(): string {
+  return last.value?.subject ?? "";
+}
+
 // --- the address ---------------------------------------------------------------------------------------
 
 export interface Address {

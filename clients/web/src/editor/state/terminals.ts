@@ -6,6 +6,7 @@ import {
   type ExecInfo,
   type Exit,
   GatewayError,
+  type GatewayEvent,
   type Tenant,
   unique,
 } from "@incus-gateway/client";
@@ -21,6 +22,8 @@ export type TerminalState = "starting" | "running" | "away" | "ended" | "lost";
 /** How long a shell waits for somebody to come back to it. */
 const LINGER = 30 * 60_000;
 const BUFFER = 2 << 20;
+/** Milliseconds after which a start of the tenant is none of now. */
+const RECENT = 60_000;
 const SHELL = ["/bin/bash", "-l"];
 const ENVIRONMENT = { TERM: "xterm-256color", COLORTERM: "truecolor", LANG: "C.UTF-8" };
 
@@ -44,6 +47,8 @@ export class Terminal {
   wanted = false;
   /** The output up to here was seen before: what it makes a terminal answer must not be sent again. */
   replay = 0;
+  /** It did not end by itself: the tenant or the gateway went away, or somebody sent a signal. */
+  taken = false;
 
   constructor(
     public id: string,
@@ -52,6 +57,10 @@ export class Terminal {
     readonly foreign: boolean,
   ) {
     this.title = signal(title);
+  }
+
+  get over(): boolean {
+    return this.state.value === "ended" || this.state.value === "lost";
   }
 }
 
@@ -119,6 +128,24 @@ export class Terminals {
     return execs.filter(({ exec, state, pty }) => state === "running" && Boolean(pty) && !here.has(exec));
   }
 
+  /** Has shells that a stop of the tenant ended start anew, once it runs again. */
+  take({ type, time }: GatewayEvent): void {
+    if (type !== "tenant.started" && type !== "tenant.restarted") return;
+    if (Date.now() - Date.parse(time) > RECENT) return; // it is told of the past
+    for (const terminal of this.list.value) if (terminal.over && terminal.taken) this.again(terminal);
+  }
+
+  /** Starts a new shell on the screen of one that has ended. */
+  again(terminal: Terminal): void {
+    if (!terminal.over || terminal.foreign || terminal.screen === null) return;
+    terminal.id = "";
+    terminal.exec = null;
+    terminal.replay = 0;
+    terminal.exit.value = null;
+    terminal.state.value = "starting";
+    void this.run(terminal, terminal.screen);
+  }
+
   /** Starts the command, or attaches to it, and copies its output to the screen until it ends. */
   async run(terminal: Terminal, screen: Screen): Promise<void> {
     terminal.screen = screen;
@@ -145,12 +172,15 @@ export class Terminals {
       const exit = await exec.exit;
       terminal.exit.value = exit;
       terminal.state.value = exit.reason === "lost" ? "lost" : "ended";
-      screen.note(ending(exit));
+      terminal.taken = exit.reason === "lost" || (exit.reason === "exited" && exit.signal !== null);
+      screen.note(ending(exit, terminal.foreign));
     } catch (error) {
       terminal.state.value = "lost";
+      terminal.taken = error instanceof GatewayError && error.code === "tenant_not_running";
       const known = error instanceof GatewayError && error.code === "not_found";
       const message = error instanceof Error ? error.message : String(error);
-      screen.note(known ? "This command has ended, and its output is no longer kept." : message);
+      const said = known ? "This command has ended, and its output is no longer kept." : message;
+      screen.note(terminal.foreign ? said : `${said} ${ANEW}`);
     } finally {
       this.#keep();
     }
@@ -164,7 +194,8 @@ export class Terminals {
   }
 
   input(terminal: Terminal, data: string | Uint8Array): void {
-    if (terminal.foreign || terminal.exec === null) return;
+    if (terminal.over && data === "\r") this.again(terminal);
+    if (terminal.foreign || terminal.exec === null || terminal.over) return;
     if (terminal.exec.stdout.offset < terminal.replay) return;
     terminal.exec.write(data).catch((error) => {
       if (!(error instanceof Disconnected)) complain(error);
@@ -199,9 +230,14 @@ export class Terminals {
   }
 }
 
-function ending({ code, signal, reason }: Exit): string {
-  if (reason === "lost") return "The command is lost: the gateway or the tenant went away.";
-  if (reason === "cancelled") return "The command was cancelled.";
-  if (signal !== null) return `The command was ended by SIG${signal}.`;
-  return code === 0 ? "The command has ended." : `The command has ended with ${code}.`;
+const ANEW = "Enter starts a new shell.";
+
+function ending({ code, signal, reason }: Exit, foreign: boolean): string {
+  const said = () => {
+    if (reason === "lost") return "The command is lost: the gateway or the tenant went away.";
+    if (reason === "cancelled") return "The command was cancelled.";
+    if (signal !== null) return `The command was ended by SIG${signal}.`;
+    return code === 0 ? "The command has ended." : `The command has ended with ${code}.`;
+  };
+  return foreign ? said() : `${said()} ${ANEW}`;
 }

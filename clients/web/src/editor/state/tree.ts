@@ -2,7 +2,7 @@
 
 import type { Entry, FileChanges, Tenant } from "@incus-gateway/client";
 import { computed, signal } from "@preact/signals";
-import { basename, join, parent, within } from "./paths.js";
+import { basename, parent, within } from "./paths.js";
 import { complain } from "./toasts.js";
 
 export interface Row {
@@ -148,12 +148,12 @@ export class Tree {
     await this.reveal(path);
   }
 
-  async rename(from: string, name: string): Promise<string> {
-    const to = join(parent(from), name);
+  /** Moves a file or folder; resolves as soon as it is there. */
+  async move(from: string, to: string): Promise<void> {
     await this.#tenant().files.move(from, to, { createDirs: true });
-    await this.load(parent(from));
-    await this.reveal(to);
-    return to;
+    void Promise.all([...new Set([parent(from), parent(to)])].map((folder) => this.load(folder))).then(() =>
+      this.reveal(to),
+    );
   }
 
   async remove(path: string): Promise<void> {

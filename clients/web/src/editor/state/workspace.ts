@@ -10,23 +10,29 @@ import {
 import { effect, signal, untracked } from "@preact/signals";
 import { Activity } from "./activity.js";
 import { Deploys } from "./deploys.js";
+import type { Left } from "./doc.js";
 import { Documents } from "./documents.js";
+import { Drafts } from "./drafts.js";
 import { History } from "./history.js";
 import { Insights } from "./insights.js";
+import { basename, relative } from "./paths.js";
 import { Search } from "./search.js";
-import { allows, gateway, identify, look, session, signIn, writeAddress } from "./session.js";
+import { allows, gateway, identify, look, session, signIn, who, writeAddress } from "./session.js";
 import { covers } from "./slots.js";
 import { Terminals } from "./terminals.js";
-import { complain } from "./toasts.js";
+import { complain, say } from "./toasts.js";
 import { Tree } from "./tree.js";
 
 /** How many events of before are asked for; ids grow by one with each. */
 const EARLIER = 1500;
+/** Milliseconds without a move of the cursor until it is remembered. */
+const REST = 400;
 
+/** What was open in this tab before the page was loaded. */
 interface Kept {
-  readonly open?: readonly string[];
-  readonly active?: string | null;
-  readonly folders?: readonly string[];
+  readonly open: readonly Left[];
+  readonly active: string | null;
+  readonly folders: readonly string[];
 }
 
 export class Workspace {
@@ -41,6 +47,7 @@ export class Workspace {
   });
   readonly server = signal<ServerInfo | null>(null);
   readonly info = signal<TenantInfo | null>(null);
+  readonly starting = signal(false);
   readonly tree: Tree;
   readonly documents: Documents;
   readonly terminals: Terminals;
@@ -52,14 +59,20 @@ export class Workspace {
   readonly #stops: (() => void)[] = [];
   #wentOn = 0;
   readonly #key: string;
+  /** As the page before left it: what is written from now on is of this one. */
+  readonly #left: Kept;
+  readonly #drafts: Drafts;
+  /** Whether what was open before is open again. */
+  #restored = false;
 
   constructor(readonly name: string) {
     this.#key = `gateway.open.${name}`;
-    const kept = this.#kept();
+    this.#left = this.#kept();
+    this.#drafts = new Drafts(name, () => who());
     const tenant = () => this.#tenant;
     this.#tenant = gateway.tenant(name, { insist: true });
-    this.tree = new Tree(tenant, kept.folders ?? []);
-    this.documents = new Documents(tenant, () => !allows("files:write"));
+    this.tree = new Tree(tenant, this.#left.folders);
+    this.documents = new Documents(tenant, () => !allows("files:write"), this.#drafts);
     this.terminals = new Terminals(tenant, name);
     this.activity = new Activity(() => this.server.value?.workspace ?? "/srv/site");
     this.history = new History(tenant);
@@ -68,10 +81,10 @@ export class Workspace {
     this.activity.onWritten = (path) => void this.documents.show(path);
     this.#stops.push(
       effect(() => {
-        const open = this.documents.open.value.map(({ path }) => path);
         const active = this.documents.active.value?.path ?? null;
-        const value: Kept = { open, active, folders: this.tree.rows.value && this.tree.open };
-        sessionStorage.setItem(this.#key, JSON.stringify(value));
+        void [this.documents.open.value, this.tree.rows.value];
+        if (!this.#restored) return;
+        this.keep();
         writeAddress(name, active);
       }),
       effect(() => {
@@ -81,11 +94,37 @@ export class Workspace {
     void this.#begin();
   }
 
+  /** What is in storage is not trusted. */
   #kept(): Kept {
     try {
-      return (JSON.parse(sessionStorage.getItem(this.#key) ?? "{}") ?? {}) as Kept;
+      const kept = JSON.parse(sessionStorage.getItem(this.#key) ?? "null") as Partial<Kept> | null;
+      const open = (kept?.open ?? []).filter(({ path }) => typeof path === "string");
+      return {
+        open: open.map(({ path, anchor, head }) => ({
+          path,
+          anchor: Number(anchor) || 0,
+          head: Number(head) || 0,
+        })),
+        active: typeof kept?.active === "string" ? kept.active : null,
+        folders: (kept?.folders ?? []).filter((folder) => typeof folder === "string"),
+      };
     } catch {
-      return {};
+      return { open: [], active: null, folders: [] };
+    }
+  }
+
+  /** Remembers what is open, and where the cursors are, for the page after a reload. */
+  keep(): void {
+    const { open, active } = this.documents;
+    const value: Kept = {
+      open: open.peek().map((doc) => doc.left),
+      active: active.peek()?.path ?? null,
+      folders: this.tree.open,
+    };
+    try {
+      sessionStorage.setItem(this.#key, JSON.stringify(value));
+    } catch {
+      // storage is full or forbidden: the window still works
     }
   }
 
@@ -93,15 +132,37 @@ export class Workspace {
     return this.#tenant;
   }
 
-  /** Opens again what was open when the page was left. */
+  /** Opens again what was open when the page was left, or crashed. */
   async restore(file: string | null): Promise<void> {
-    const { open = [], active = null } = this.#kept();
-    for (const path of open) await this.documents.show(path);
+    const { open, active } = this.#left;
+    const drafts = await this.#drafts.take().catch(() => []);
     const wanted = file ?? active;
-    if (wanted !== null) {
-      await this.documents.show(wanted);
-      void this.tree.reveal(wanted);
+    const opening = this.documents.restore(open, wanted, drafts);
+    this.#restored = true;
+    this.keep();
+    const shown = this.documents.active.value?.path ?? null;
+    writeAddress(this.name, shown);
+    if (shown !== null) void this.tree.reveal(shown);
+    await opening;
+    if (drafts.length > 0) {
+      const names = drafts.map(({ path }) => basename(path));
+      say(`Unsaved text is back: ${names.slice(0, 3).join(", ")}${names.length > 3 ? "…" : ""}.`);
     }
+  }
+
+  #keeping: ReturnType<typeof setTimeout> | undefined;
+
+  /** Remembers where the cursor is once it rests. */
+  keepSoon(): void {
+    clearTimeout(this.#keeping);
+    this.#keeping = setTimeout(() => this.keep(), REST);
+  }
+
+  /** Keeps what the page would take with it; returns whether that is all there is. */
+  leave(): boolean {
+    this.keep();
+    void this.#drafts.flush();
+    return !this.documents.dirty || !this.#drafts.atRisk;
   }
 
   async #begin(): Promise<void> {
@@ -161,6 +222,8 @@ export class Workspace {
           this.activity.take(event);
           this.deploys.take(event);
           this.history.take(event);
+          this.terminals.take(event);
+          if (event.type === "file.written") this.#written(event.data);
           if (event.type.startsWith("tenant.") || event.type === "deployment.succeeded")
             void this.refreshInfo();
         }
@@ -168,6 +231,23 @@ export class Workspace {
         if (!(error instanceof GatewayError)) complain(error);
       }
     })();
+  }
+
+  #written({ path, by }: Readonly<Record<string, unknown>>): void {
+    const written = relative(String(path), this.server.value?.workspace ?? "/srv/site");
+    if (written !== null) this.documents.written(written, String(by ?? ""));
+  }
+
+  /** Starts the tenant; what it runs comes by events. */
+  async start(): Promise<void> {
+    this.starting.value = true;
+    try {
+      this.info.value = await this.#tenant.start();
+    } catch (error) {
+      complain(error, "Starting the tenant");
+    } finally {
+      this.starting.value = false;
+    }
   }
 
   /** Has the connection go on where the session has ended and there is another by now. */
@@ -212,7 +292,10 @@ export class Workspace {
     });
   }
 
+  /** Closes everything; unsaved text is given up. */
   dispose(): void {
+    for (const doc of this.documents.open.value) if (doc.dirty.value) this.#drafts.drop(doc.path);
+    void this.#drafts.flush();
     for (const stop of this.#stops.splice(0)) stop();
     this.terminals.dispose();
     this.deploys.dispose();
@@ -264,5 +347,7 @@ export async function openFirst(wanted: string | null, file: string | null): Pro
 }
 
 addEventListener("beforeunload", (event) => {
-  if (workspace.value?.documents.dirty) event.preventDefault();
+  if (workspace.value?.leave() === false) event.preventDefault();
 });
+// a tab that crashes, or that the system ends, says nothing more after this
+addEventListener("visibilitychange", () => workspace.value?.leave());

@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Comparison } from "../code/merge.js";
-import type { Doc } from "../state/documents.js";
+import type { Doc } from "../state/doc.js";
 import type { Workspace } from "../state/workspace.js";
 import { Dialog, Icon, Spinner } from "./parts.js";
 

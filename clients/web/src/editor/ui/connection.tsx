@@ -2,8 +2,9 @@
 
 import type { LinkStatus } from "@incus-gateway/client";
 import { useEffect, useState } from "preact/hooks";
-import { workspace } from "../state/workspace.js";
-import { Icon } from "./parts.js";
+import { allows } from "../state/session.js";
+import { type Workspace, workspace } from "../state/workspace.js";
+import { Icon, Spinner } from "./parts.js";
 
 interface Told {
   readonly tone: "good" | "busy" | "bad";
@@ -67,6 +68,29 @@ export function Connection() {
       <span class="word">{word}</span>
       {latency !== null && <span class="latency">{latency}</span>}
     </output>
+  );
+}
+
+/** A line over the editor of a tenant that does not run: its files are there all the same. */
+export function Stopped({ current }: { current: Workspace }) {
+  const info = current.info.value;
+  if (info === null || info.asleep || !["stopped", "frozen", "error"].includes(info.status)) return null;
+  const starting = current.starting.value;
+  return (
+    <div class="interruption busy" role="status">
+      <Icon name="power" size={15} />
+      <span>
+        {current.name} is {info.status === "error" ? "broken" : info.status}: no site, no terminals. Its files
+        can be read and changed.
+      </span>
+      {allows("deploy") ? (
+        <button type="button" disabled={starting} onClick={() => void current.start()}>
+          {starting ? <Spinner label="Starting" /> : "Start it"}
+        </button>
+      ) : (
+        <span class="hint">A token with the scope deploy can start it.</span>
+      )}
+    </div>
   );
 }
 

@@ -5,10 +5,11 @@ import { effect, signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import type { Caret } from "../code/editor.js";
 import { keysOf } from "../state/commands.js";
-import type { Doc } from "../state/documents.js";
+import type { Doc } from "../state/doc.js";
+import type { Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
 import type { Workspace } from "../state/workspace.js";
-import { Interruption } from "./connection.js";
+import { Interruption, Stopped } from "./connection.js";
 import { bytes, Dialog, Empty, FileIcon, Icon, Key, Spinner } from "./parts.js";
 import { Logo } from "./sign-in.js";
 
@@ -24,6 +25,7 @@ export function EditorPane({ current }: { current: Workspace }) {
     <section class="editor" aria-label="Editor">
       <Tabs current={current} />
       <Interruption />
+      <Stopped current={current} />
       {doc !== null && <Told doc={doc} current={current} />}
       <div class="editor-body">
         <Stage current={current} />
@@ -168,13 +170,15 @@ function Stage({ current }: { current: Workspace }) {
           code.showState(made, doc.state, (state) => {
             documents.updated(doc, state);
             caret.value = code.caretOf(state);
+            current.keepSoon();
           });
           if (doc.scroll !== null)
             made.dispatch({ effects: doc.scroll as ReturnType<EditorView["scrollSnapshot"]> });
           caret.value = code.caretOf(doc.state);
         }
         if (doc.goTo !== null) {
-          code.goTo(made, doc.goTo.line, doc.goTo.column);
+          if ("line" in doc.goTo) code.goTo(made, doc.goTo.line, doc.goTo.column);
+          else code.goBack(made, doc.goTo.anchor, doc.goTo.head);
           doc.goTo = null;
         }
         if (
@@ -185,19 +189,20 @@ function Stage({ current }: { current: Workspace }) {
         }
       })();
     });
-    documents.stage = {
+    const stage: Shown = {
       get doc() {
         return shown;
       },
       dispatch: (spec) => made?.dispatch(spec),
     };
+    documents.stages.add(stage);
     return () => {
       stop();
-      documents.stage = null;
+      documents.stages.delete(stage);
       made?.destroy();
       view.current = null;
     };
-  }, [documents]);
+  }, [documents, current]);
   const doc = documents.active.value;
   return <div class="stage" ref={host} hidden={doc === null || doc.phase.value !== "ready"} />;
 }

@@ -221,7 +221,8 @@ function Naming({
     if (!take || name === "" || name === initial) return;
     try {
       if (draft.kind === "rename" && draft.from !== undefined) {
-        documents.moved(draft.from, await tree.rename(draft.from, name));
+        const to = join(parent(draft.from), name);
+        await documents.move(draft.from, to, tree.move(draft.from, to));
       } else if (draft.kind !== "rename") {
         const path = join(draft.folder, name);
         await tree.create(path, draft.kind);

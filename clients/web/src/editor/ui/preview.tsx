@@ -4,7 +4,6 @@ import { signal } from "@preact/signals";
 import { useEffect, useState } from "preact/hooks";
 import { previewOpen } from "../state/layout.js";
 import { allows, session } from "../state/session.js";
-import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
 import { Empty, Icon, IconButton, Spinner } from "./parts.js";
 
@@ -191,7 +190,7 @@ function Waiting({ current }: { current: Workspace }) {
       <Empty icon="power" title={`The tenant is ${info.status}`}>
         Its site is shown as soon as it runs.
         {allows("deploy") && (
-          <button type="button" onClick={() => current.tenant.start().catch(complain)}>
+          <button type="button" disabled={current.starting.value} onClick={() => void current.start()}>
             Start the tenant
           </button>
         )}

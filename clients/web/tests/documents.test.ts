@@ -1,0 +1,211 @@
+import { beforeEach, describe, expect, test, vi } from "vitest";
+import type { Doc } from "../src/editor/state/doc.js";
+import { Documents } from "../src/editor/state/documents.js";
+import { Drafts } from "../src/editor/state/drafts.js";
+import { Shelf } from "./tenant.js";
+
+const TEXT = "one\ntwo\nthree\nfour\nfive\n";
+
+let shelf: Shelf;
+let documents: Documents;
+
+beforeEach(() => {
+  shelf = new Shelf({ "a.css": TEXT });
+  documents = new Documents(
+    () => shelf.tenant,
+    () => false,
+  );
+});
+
+/** Types as a person does. */
+function type(doc: Doc, find: string, insert: string): void {
+  const from = doc.text.indexOf(find);
+  documents.updated(doc, doc.state!.update({ changes: { from, to: from + find.length, insert } }).state);
+}
+
+function seen(path: string, change: "changed" | "removed" | "created" = "changed"): void {
+  documents.changed({ changes: [{ path, change }], overflow: false });
+}
+
+describe("what others write", () => {
+  test("arrives in a text with unsaved changes elsewhere, and both are saved", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "two, as I say");
+    shelf.put("a.css", TEXT.replace("four", "four, as the agent says"));
+    seen("a.css");
+    await vi.waitFor(() => expect(doc.text).toContain("as the agent says"));
+    expect(doc.text).toBe("one\ntwo, as I say\nthree\nfour, as the agent says\nfive\n");
+    expect(doc.dirty.value).toBe(true);
+    expect(doc.theirs.value).toBeNull();
+    expect(await documents.save(doc)).toBe(true);
+    expect(shelf.text("a.css")).toBe(doc.text);
+  });
+
+  test("arrives too where the save is what finds it", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "2");
+    shelf.put("a.css", TEXT.replace("five", "5"));
+    expect(await documents.save(doc)).toBe(true);
+    expect(shelf.text("a.css")).toBe("one\n2\nthree\nfour\n5\n");
+    expect(doc.dirty.value).toBe(false);
+  });
+
+  test("of the same line is a conflict, which overwrites nothing", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "mine");
+    shelf.put("a.css", TEXT.replace("two", "theirs"));
+    expect(await documents.save(doc)).toBe(false);
+    expect(documents.comparing.value).toBe(doc);
+    expect(shelf.text("a.css")).toContain("theirs");
+    expect(doc.text).toContain("mine");
+  });
+
+  test("is no conflict where the text is the same", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "2");
+    shelf.put("a.css", TEXT); // touched, or renamed back and forth
+    seen("a.css");
+    expect(await documents.save(doc)).toBe(true);
+    expect(documents.comparing.value).toBeNull();
+  });
+
+  test("is not undone with one's own words", async () => {
+    const { undo } = await import("@codemirror/commands");
+    const doc = await documents.show("a.css");
+    type(doc, "two", "2");
+    shelf.put("a.css", TEXT.replace("five", "5"));
+    seen("a.css");
+    await vi.waitFor(() => expect(doc.text).toContain("5"));
+    undo({ state: doc.state!, dispatch: (transaction) => documents.updated(doc, transaction.state) });
+    expect(doc.text).toBe(TEXT.replace("five", "5"));
+    expect(doc.dirty.value).toBe(false);
+  });
+});
+
+describe("a rename", () => {
+  test("keeps an open file, though its old name is told to be removed first", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "2");
+    let answer = () => {};
+    const answered = new Promise<void>((resolve) => {
+      answer = resolve;
+    });
+    const moving = documents.move(
+      "a.css",
+      "b.md",
+      shelf.tenant.files.move("a.css", "b.md").then(() => answered),
+    );
+    expect(shelf.text("a.css")).toBeUndefined();
+    seen("a.css", "removed"); // the watcher is faster than the answer
+    await new Promise((resolve) => setTimeout(resolve)); // what it sets off has had its turn
+    expect(doc.gone.value).toBe(false);
+    answer();
+    await moving;
+    seen("b.md", "created");
+    await vi.waitFor(() => expect(documents.find("b.md")).toBe(doc));
+    expect(doc.gone.value).toBe(false);
+    expect(await documents.save(doc)).toBe(true);
+    expect(documents.comparing.value).toBeNull();
+    expect(shelf.text("b.md")).toBe(TEXT.replace("two", "2"));
+    const { language } = await import("@codemirror/language");
+    await vi.waitFor(() => expect(doc.state!.facet(language)?.name).toBe("markdown"));
+  });
+
+  test("by somebody else leaves a text that can be saved", async () => {
+    const doc = await documents.show("a.css");
+    shelf.delete("a.css");
+    seen("a.css", "removed");
+    await vi.waitFor(() => expect(doc.gone.value).toBe(true));
+    expect(await documents.save(doc)).toBe(true);
+    expect(shelf.text("a.css")).toBe(TEXT);
+  });
+});
+
+describe("unsaved text", () => {
+  let drafts: Drafts;
+  /** The page after this one. */
+  const reload = async () => {
+    await drafts.flush();
+    drafts = new Drafts("shop", () => "ann");
+    documents = new Documents(
+      () => shelf.tenant,
+      () => false,
+      drafts,
+    );
+    return documents.restore([], null, await drafts.take());
+  };
+  beforeEach(() => {
+    drafts = new Drafts("shop", () => "ann");
+    documents = new Documents(
+      () => shelf.tenant,
+      () => false,
+      drafts,
+    );
+    return async () => {
+      for (const doc of documents.open.value) documents.close(doc);
+      await drafts.flush();
+    };
+  });
+
+  test("comes back, and is nowhere once it is saved", async () => {
+    type(await documents.show("a.css"), "two", "unsaved");
+    expect(drafts.atRisk).toBe(true);
+    expect(await reload()).toBe(1);
+    const doc = documents.find("a.css")!;
+    expect(doc.text).toContain("unsaved");
+    expect(doc.dirty.value).toBe(true);
+    expect(await documents.save(doc)).toBe(true);
+    expect(await reload()).toBe(0);
+  });
+
+  test("takes in what was written meanwhile, or shows the conflict", async () => {
+    type(await documents.show("a.css"), "two", "unsaved");
+    await drafts.flush();
+    shelf.put("a.css", TEXT.replace("five", "5"));
+    await reload();
+    expect(documents.find("a.css")!.text).toBe("one\nunsaved\nthree\nfour\n5\n");
+    await drafts.flush();
+    shelf.put("a.css", TEXT.replace("two", "theirs"));
+    await reload();
+    const doc = documents.find("a.css")!;
+    expect(doc.theirs.value?.text).toContain("theirs");
+    expect(doc.text).toContain("unsaved");
+  });
+
+  test("of a file that is gone comes back too", async () => {
+    type(await documents.show("a.css"), "two", "unsaved");
+    await drafts.flush();
+    shelf.delete("a.css");
+    await reload();
+    const doc = documents.find("a.css")!;
+    expect(doc.gone.value).toBe(true);
+    expect(await documents.save(doc)).toBe(true);
+    expect(shelf.text("a.css")).toContain("unsaved");
+  });
+
+  test("is no other person's and no other tenant's", async () => {
+    type(await documents.show("a.css"), "two", "secret");
+    await drafts.flush();
+    expect(await new Drafts("shop", () => "bob").take()).toEqual([]);
+    expect(await new Drafts("blog", () => "ann").take()).toEqual([]);
+    expect(await new Drafts("shop", () => "ann").take()).toHaveLength(1);
+  });
+
+  test("that is closed does not come back", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "discarded");
+    await drafts.flush();
+    documents.close(doc);
+    expect(await reload()).toBe(0);
+  });
+
+  test("that is too long to be kept is asked about before the page is left", async () => {
+    const doc = await documents.show("a.css");
+    type(doc, "two", "x".repeat(5 << 20));
+    await drafts.flush();
+    expect(drafts.atRisk).toBe(true);
+    type(doc, "x".repeat(5 << 20), "short");
+    await drafts.flush();
+    expect(drafts.atRisk).toBe(false);
+  });
+});

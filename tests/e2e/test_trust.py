@@ -1,0 +1,98 @@
+"""What the editor keeps when something goes wrong: unsaved text, open files, cursors, terminals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from playwright.async_api import Error, expect
+
+from tests.e2e.conftest import OpenEditor
+from tests.e2e.editor import Editor
+from tests.e2e.test_editor import run
+from tests.integration import environment
+
+TEXT = "one\ntwo\nthree\nfour\n"
+
+
+async def test_unsaved_text_survives_a_reload_a_rename_and_a_crash_and_takes_in_what_others_write(
+    editor: OpenEditor, site: str
+) -> None:
+    run(site, f"printf '{TEXT}' >public/first.txt; printf '{TEXT}' >public/second.txt")
+    window = await editor()
+    await window.load_connected(f"{site}/public/first.txt")
+    await window.open_file("public/second.txt")
+    page = window.page
+    await window.text.click()
+    await page.keyboard.press("Control+Home")
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.type("unsaved ")
+    await page.reload()
+    await window.connected()
+    await expect(window.text).to_contain_text("unsaved two")
+    await expect(window.tab("first.txt")).to_be_visible()
+    await expect(page.locator(".status-bar")).to_contain_text("Ln 2, Col 9")
+
+    await window.row("second.txt").click()
+    await page.get_by_role("tree").focus()
+    await page.keyboard.press("F2")
+    await page.keyboard.press("Control+a")
+    await page.keyboard.type("renamed.md")
+    await page.keyboard.press("Enter")
+    await expect(window.tab("renamed.md")).to_be_visible()
+    run(site, "sed -i s/four/theirs/ public/renamed.md")
+    await expect(window.text).to_contain_text("theirs")
+    await expect(window.text).to_contain_text("unsaved two")
+    await expect(page.locator(".told")).to_have_count(0)
+
+    await kept(window, "one\nunsaved two\nthree\ntheirs\n")
+    crashed = page.wait_for_event("crash")
+    protocol = await window.watched.context.new_cdp_session(page)
+    crash = asyncio.ensure_future(protocol.send("Page.crash"))
+    await crashed
+    after = Editor(await window.watched.page(), window.watched, site)
+    await after.load_connected()
+    await expect(after.text).to_contain_text("unsaved two")
+    await after.save()
+    await expect(after.page.get_by_label("Close renamed.md", exact=True)).to_be_attached()
+    assert run(site, "cat public/renamed.md; rm public/*.txt public/*.md") == (
+        "one\nunsaved two\nthree\ntheirs\n"
+    )
+    crash.cancel()
+    with contextlib.suppress(Error, asyncio.CancelledError):
+        await crash
+
+
+_KEPT = """() => new Promise((resolve) => {
+  const opened = indexedDB.open("gateway-editor", 1);
+  opened.onsuccess = () => {
+    const all = opened.result.transaction("drafts").objectStore("drafts").getAll();
+    all.onsuccess = () => { opened.result.close(); resolve(all.result.map(({text}) => text)); };
+  };
+})"""
+
+
+async def kept(window: Editor, text: str) -> None:
+    """Wait until this unsaved text alone is where a crash leaves it."""
+
+    async def there() -> None:
+        assert await window.page.evaluate(_KEPT) == [text]
+
+    await window.until(there)
+
+
+async def test_a_stopped_tenant_offers_to_start_and_its_terminals_come_back(
+    editor: OpenEditor, site: str
+) -> None:
+    window = await editor()
+    await window.load_connected()
+    await window.prompt()
+    await window.command("echo before the stop")
+    environment.incus("stop", site, "--force")
+    start = window.page.get_by_role("button", name="Start it")
+    await expect(start).to_be_visible()
+    await start.click()
+    await expect(start).to_have_count(0)
+    await window.prompt_after("Enter starts a new shell")
+    await window.command("echo after $((1 + 1)) starts")
+    await expect(window.screen).to_contain_text("after 2 starts")
