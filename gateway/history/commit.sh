@@ -1,7 +1,7 @@
 # Records what changed in the workspace as one commit of the history, which is a repository of its own: nothing that is
 # in the site's, or wrong with it, matters here.
 #
-# Usage:  sh -c "$(cat commit.sh)" sh MODE MOST WAIT MESSAGE [TURN]
+# Usage:  sh -c "$(cat writing.sh commit.sh)" sh MODE MOST WAIT MESSAGE [TURN]
 #   MODE     all: whatever changed; only: what changed at the paths of the input; but: what changed elsewhere;
 #            begin: as but, where the history has nothing yet, also where there is nothing; before, after: what changed
 #            at the paths that going back to before TURN, or to right after it, would touch
@@ -20,23 +20,21 @@ command -v git >/dev/null || exit 69
 cd "$GIT_WORK_TREE" || exit 1
 umask 077
 [ -d "${GIT_DIR%/*}" ] || mkdir -p "${GIT_DIR%/*}" || exit 1
-exec 9>>"$GIT_DIR.lock"
-flock -w "$wait" 9 || exit 75
+writing "$wait"
 left="$GIT_DIR/turn.left" changed="$GIT_DIR/turn.changed" paths="$GIT_DIR/turn.paths" good="$GIT_DIR/turn.good"
 
 anew() {
-  # as the files are, byte for byte: whatever the workspace's own .gitattributes say
-  git init -q --template= --object-format=sha1 -b turns && mkdir -p "$GIT_DIR/info" &&
-    printf '%s\n' '* !text !eol !crlf !ident !filter !working-tree-encoding !diff' >"$GIT_DIR/info/attributes" &&
-    printf '%s\n' /.gateway/ '.gateway-*' node_modules/ __pycache__/ .venv/ .next/ .nuxt/ .svelte-kit/ .astro/ \
-      .cache/ '*.db' '*.db-*' '*.sqlite*' '*.log' >"$GIT_DIR/info/exclude"
+  git init -q --template= --object-format=sha1 -b turns && : >"$GIT_DIR/turn.begun" && configure
 }
 
 names() {
+  # one that is no file would be waited for
+  standard=--exclude-standard
+  if [ -e .gitignore ] && [ ! -f .gitignore ]; then standard="--exclude-from=$GIT_DIR/info/exclude"; fi
   case "$mode" in
-  only | before | after) xargs -0 -r git --literal-pathspecs ls-files -z "$@" --exclude-standard -- <"$paths" ;;
-  but | begin) xargs -0 -x git ls-files -z "$@" --exclude-standard -- . <"$paths" ;;
-  *) git ls-files -z "$@" --exclude-standard ;;
+  only | before | after) xargs -0 -r git --literal-pathspecs ls-files -z "$@" "$standard" -- <"$paths" ;;
+  but | begin) xargs -0 -x git ls-files -z "$@" "$standard" -- . <"$paths" ;;
+  *) git ls-files -z "$@" "$standard" ;;
   esac
 }
 
@@ -77,7 +75,6 @@ record() {
 
 if [ -e "$GIT_DIR/HEAD" ]; then
   [ "$mode" != begin ] || exit 0
-  rm -f "$GIT_DIR/index.lock" "$GIT_DIR/refs/heads/turns.lock"
 else
   anew || exit 1
 fi
@@ -102,9 +99,8 @@ case $? in
 0) exit ;;
 2) exit 68 ;;
 esac
-# what a killed git, or the tenant, left of the index is made anew from the last turn
-rm -f "$GIT_DIR/index" "$GIT_DIR/index.lock"
-git read-tree turns && record && exit
+# what a killed git, or the tenant, left is mended, and the index made anew from the last turn
+mend && rm -f "$GIT_DIR/index" && git read-tree turns && record && exit
 # where that cannot be read either, the history begins again, and the broken one is kept for whoever wants to look
 ! git ls-tree -r turns >/dev/null 2>&1 || exit 1
 rm -rf "$GIT_DIR.broken"

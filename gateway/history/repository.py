@@ -25,8 +25,10 @@ from gateway.settings.units import KiB
 log = logging.getLogger(__name__)
 
 _PLACE: Final = "/home/{user}/.local/state/incus-gateway/history.git"
-_NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy")
+_NAMES_OF_SCRIPTS: Final = ("adopt", "commit", "diff", "list", "restore", "tidy", "writing")
 _SCRIPTS: Final = {name: Path(__file__).with_name(f"{name}.sh").read_text() for name in _NAMES_OF_SCRIPTS}
+for _name in ("commit", "restore", "tidy"):
+    _SCRIPTS[_name] = f"{_SCRIPTS['writing']}\n{_SCRIPTS[_name]}"
 # one script per command: starting one costs more than all that git does in it
 _SCRIPTS["deployed"] = f"(\n{_SCRIPTS['adopt']}\n) || exit\n{_SCRIPTS['commit']}"
 _CONFIG: Final = {
@@ -48,6 +50,8 @@ _ENVIRONMENT: Final = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_ATTR_NOSYSTEM": "1",
+    # the empty tree: no .gitattributes of the workspace is read, which might be a pipe
+    "GIT_ATTR_SOURCE": "4b825dc642cb6eb9a060e54bf8d69288fbee4904",
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_NO_REPLACE_OBJECTS": "1",
     "GIT_PAGER": "cat",
@@ -169,7 +173,10 @@ class Repository:
                 code = (await process.wait()).code
         except TimeoutError:
             await asyncio.shield(process.kill(0))
-            raise Timeout(f"git took over {seconds:g} s in the workspace of {tenant} and was ended") from None
+            raise Timeout(
+                f"git took over {seconds:g} s in the workspace of {tenant} and was ended: there is too much "
+                "to look at, or a .gitignore of a folder there is a pipe or has too many patterns"
+            ) from None
         except Flood:
             await asyncio.shield(process.kill(0))
             raise Unavailable("git printed more than the limit") from None

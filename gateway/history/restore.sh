@@ -1,7 +1,7 @@
 # Makes the files of the workspace what they were, as a new commit of the history. What commit.sh recorded just before,
 # with the mode of the same name, can be gone back to as well.
 #
-# Usage:  sh -c "$(cat restore.sh)" sh SIDE TURN WAIT MESSAGE
+# Usage:  sh -c "$(cat writing.sh restore.sh)" sh SIDE TURN WAIT MESSAGE
 #   SIDE     before: what TURN and turns since have changed, as it was before TURN; what others changed elsewhere stays.
 #            after: all as it was right after TURN
 #   TURN     a commit of the history
@@ -17,8 +17,7 @@ side="$1" wait="$3" message="$4"
 command -v git >/dev/null || exit 69
 cd "$GIT_WORK_TREE" || exit 1
 [ -e "$GIT_DIR/HEAD" ] || exit 66
-exec 9>>"$GIT_DIR.lock"
-flock -w "$wait" 9 || exit 75
+writing "$wait"
 of=$(git rev-parse -q --verify "$2^{commit}") && git merge-base --is-ancestor "$of" turns || exit 66
 parent=$(git rev-parse turns) || exit 1
 if [ "$side" = before ]; then

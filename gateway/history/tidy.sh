@@ -1,6 +1,6 @@
 # Keeps the history small: packs it, and lets go of the oldest turns where there are too many, or they take too much room.
 #
-# Usage:  sh -c "$(cat tidy.sh)" sh KEPT BYTES WAIT
+# Usage:  sh -c "$(cat writing.sh tidy.sh)" sh KEPT BYTES WAIT
 #   KEPT   turns that are kept at most
 #   BYTES  that the history may take; beyond, half of the turns go
 #   WAIT   seconds to wait for another that writes this history
@@ -10,8 +10,7 @@
 # Exit:   0; 69 without git, 75 where another still writes.
 command -v git >/dev/null || exit 69
 [ -e "$GIT_DIR/HEAD" ] || exit 0
-exec 9>>"$GIT_DIR.lock"
-flock -w "$3" 9 || exit 75
+writing "$3"
 kept="$1"
 taken() { du -sk "$GIT_DIR" 2>/dev/null | cut -f1; }
 # a pack has what loose objects take many times over
