@@ -1,8 +1,8 @@
 /** What an agent's Bash calls print while they run, by the gateway's events and attachments of our own. */
 
 import { GatewayError } from "./errors.js";
-import type { StreamName } from "./exec.js";
 import type { TenantEvents } from "./feed.js";
+import type { StreamName } from "./output.js";
 import type { Tenant } from "./tenant.js";
 import type { ToolResult } from "./tools.js";
 

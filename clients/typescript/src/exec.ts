@@ -4,16 +4,12 @@ import type { Connection } from "./connection.js";
 import { Emitter } from "./emitter.js";
 import { Disconnected, GatewayError } from "./errors.js";
 import type { Link } from "./link.js";
-import { Output } from "./output.js";
+import { merged, Output, type StreamName } from "./output.js";
+import { SentInput } from "./sent-input.js";
 import type { Exit, Killed, Offsets, Size } from "./types.js";
 import { type Frame, type Notification, STDERR } from "./wire.js";
 
 const MiB = 1 << 20;
-
-/** How much of the input that was sent last is kept, to send again what a broken connection swallowed. */
-const SENT = 4 * MiB;
-
-export type StreamName = "stdout" | "stderr";
 
 export interface ExecOptions {
   readonly cwd?: string | undefined;
@@ -93,9 +89,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   #channel = 0;
   /** Names our attachment, so that the next one can take its place. */
   #attachment: string | null = null;
-  #sent: Uint8Array[] = [];
-  #sentSize = 0;
-  #sentTotal = 0;
+  readonly #sent = new SentInput();
   #state: "starting" | "attached" | "away" | "over" = "starting";
 
   /** @internal Use `Tenant.exec` and `Tenant.attach`. */
@@ -201,7 +195,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
         // the gateway keeps only so many of those that ended; without it nobody knows what input has arrived
         if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
         this.#attachment = null;
-        this.#sent = [];
+        this.#sent.forget();
       }
     }
     await attach({});
@@ -232,26 +226,13 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.emit("attached", true);
   }
 
-  /** Sends what was under way when the connection broke: of `arrived` bytes the command has got each once. */
+  /** Sends again what had not arrived when the connection broke, so that the command gets each byte once. */
   #sendAgain(connection: Connection, arrived: number): void {
-    const missing = this.#sentTotal - arrived;
-    let skip = this.#sentSize - missing;
-    const sent = this.#sent.splice(0);
-    [this.#sentSize, this.#sentTotal] = [0, arrived];
-    for (const data of sent) {
-      const rest = data.subarray(Math.max(0, Math.min(skip, data.length)));
-      skip -= data.length;
-      if (rest.length > 0) void this.#input(connection, rest).catch(() => {});
-    }
+    for (const data of this.#sent.after(arrived)) void this.#input(connection, data).catch(() => {});
   }
 
   async #input(connection: Connection, data: Uint8Array): Promise<void> {
-    this.#sent.push(data);
-    this.#sentSize += data.length;
-    this.#sentTotal += data.length;
-    while (this.#sentSize - (this.#sent[0]?.length ?? 0) > SENT) {
-      this.#sentSize -= this.#sent.shift()?.length ?? 0;
-    }
+    this.#sent.add(data);
     await connection.input(this.#channel, data);
   }
 
@@ -353,26 +334,8 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   // --- talking to it -------------------------------------------------------------------------------------
 
   /** Yields the chunks of both streams as they come. Nobody else may read then. */
-  async *output(): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
-    this.stdout.begun = this.stderr.begun = true;
-    try {
-      for (;;) {
-        let found = false;
-        for (const stream of ["stdout", "stderr"] as const) {
-          const data = this[stream].take();
-          if (data !== undefined) {
-            found = true;
-            yield { stream, data };
-          }
-        }
-        if (found) continue;
-        if (this.stdout.ended && this.stderr.ended) return;
-        await Promise.race([this.stdout.changed(), this.stderr.changed()]);
-      }
-    } finally {
-      this.stdout.left();
-      this.stderr.left();
-    }
+  output(): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
+    return merged(this.stdout, this.stderr);
   }
 
   /** Returns how it ended, once its last output is here. */
@@ -389,10 +352,8 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     if (this.#connection === null || !this.attached)
       throw new Disconnected("the command is not attached now");
     // a copy: the caller may use its buffer for something else, and we may have to send it again
-    await this.#input(
-      this.#connection,
-      typeof data === "string" ? new TextEncoder().encode(data) : data.slice(),
-    );
+    const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data.slice();
+    await this.#input(this.#connection, bytes);
   }
 
   /** Its input as a stream, to pipe something into; closing it closes the input. */

@@ -12,7 +12,6 @@ export {
   Exec,
   type ExecEvents,
   type ExecOptions,
-  type StreamName,
 } from "./exec.js";
 export type { TenantEvents, Watch } from "./feed.js";
 export type { Files, UploadBody, UploadOptions, WriteOptions } from "./files.js";
@@ -20,7 +19,7 @@ export { type EventFilter, Gateway, type GatewayOptions } from "./gateway.js";
 export type { History } from "./history.js";
 export type { BeginOptions, Logs } from "./life.js";
 export type { LinkState, LinkStatus, RequestOptions } from "./link.js";
-export type { Output } from "./output.js";
+export type { Output, StreamName } from "./output.js";
 export {
   type RunOptions,
   Tenant,

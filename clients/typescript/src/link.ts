@@ -1,10 +1,14 @@
 /** Stays connected to one tenant: back-off, repeated requests, connection state. */
 
+import { type Backoff, pause } from "./backoff.js";
+import { Browser } from "./browser.js";
 import { Connection, type SocketConstructor } from "./connection.js";
 import type { Credential } from "./credential.js";
 import { Emitter } from "./emitter.js";
-import { cancelled, Disconnected, GatewayError, signedOut } from "./errors.js";
+import { Disconnected, GatewayError, signedOut } from "./errors.js";
+import { Renewal } from "./renewal.js";
 import type { Renewed, ServerInfo } from "./types.js";
+import { Waiters } from "./waiters.js";
 import type { Notification } from "./wire.js";
 
 /**
@@ -56,7 +60,7 @@ export interface LinkOptions {
   /** How long a request waits for the connection, in milliseconds. */
   readonly patience?: number | undefined;
   readonly heartbeat?: number | undefined;
-  readonly backoff?: { readonly first: number; readonly most: number } | undefined;
+  readonly backoff?: Backoff | undefined;
 }
 
 export interface RequestOptions {
@@ -70,10 +74,6 @@ const PATIENCE = 30_000;
 const HEARTBEAT = 20_000;
 const SILENCE = 10_000;
 const DOUBT = 2_000;
-/** A token is renewed so many milliseconds before its end, or when a tenth of its life is left if that is less. */
-const AHEAD = 60_000;
-/** What a timer can hold. */
-const LONGEST = 2 ** 31 - 1;
 
 // asking these twice does the same as asking once
 const REPEATABLE = new Set([
@@ -95,10 +95,10 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   readonly #options: LinkOptions;
   readonly #resumables = new Set<Resumable>();
   #connection: Connection | null = null;
-  #waiting = new Set<{ resolve(connection: Connection): void; reject(error: GatewayError): void }>();
+  readonly #waiting = new Waiters<Connection>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #beat: ReturnType<typeof setTimeout> | undefined;
-  #renewal: ReturnType<typeof setTimeout> | undefined;
+  readonly #renewal: Renewal;
   #opening = false;
   #retryAfter = 0;
   /** The token of the connection, or of the last attempt at one. */
@@ -114,12 +114,13 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     expires: null,
     latency: null,
   };
-  readonly #environment = typeof window === "undefined" ? null : window;
+  readonly #browser = new Browser({ back: () => this.#hurry(), offline: () => void this.check(DOUBT) });
   server: ServerInfo | null = null;
 
   constructor(options: LinkOptions) {
     super();
     this.#options = options;
+    this.#renewal = new Renewal(() => this.#renewed(), options.backoff);
   }
 
   get status(): LinkStatus {
@@ -132,7 +133,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     if (this.#status.state === "unauthorized") return; // until `retry`
     if (this.#status.state === "idle") {
       this.#set({ state: "connecting", error: null });
-      this.#listen();
+      this.#browser.listen();
     }
     clearTimeout(this.#timer);
     void this.#open();
@@ -144,28 +145,17 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     this.#rest();
     this.#set({ state: "closed", error, retryAt: null, expires: null });
     for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, true);
-    this.#refuse(error);
+    this.#waiting.reject(error);
     const connection = this.#connection;
     this.#connection = null;
     connection?.close(error);
   }
 
-  #listen(): void {
-    this.#environment?.addEventListener("online", this.#hurry);
-    this.#environment?.addEventListener("offline", this.#doubt);
-    this.#environment?.document.addEventListener("visibilitychange", this.#look);
-  }
-
   /** Does nothing more by itself. */
   #rest(): void {
-    this.#environment?.removeEventListener("online", this.#hurry);
-    this.#environment?.removeEventListener("offline", this.#doubt);
-    this.#environment?.document.removeEventListener("visibilitychange", this.#look);
-    for (const timer of [this.#timer, this.#beat, this.#renewal]) clearTimeout(timer);
-  }
-
-  #refuse(error: GatewayError): void {
-    for (const waiter of [...this.#waiting]) waiter.reject(error);
+    this.#browser.rest();
+    this.#renewal.stop();
+    for (const timer of [this.#timer, this.#beat]) clearTimeout(timer);
   }
 
   /** Returns the open connection, waiting for it up to `patience` milliseconds. */
@@ -175,30 +165,8 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     if (this.#status.state === "closed" || this.#status.state === "unauthorized") {
       return Promise.reject(this.#status.error ?? new Disconnected("this client was closed"));
     }
-    if (signal?.aborted) return Promise.reject(cancelled());
-    return new Promise((resolve, reject) => {
-      const end = () => {
-        clearTimeout(timer);
-        signal?.removeEventListener("abort", abort);
-        this.#waiting.delete(waiter);
-      };
-      const waiter = {
-        resolve: (connection: Connection) => {
-          end();
-          resolve(connection);
-        },
-        reject: (error: GatewayError) => {
-          end();
-          reject(error);
-        },
-      };
-      const abort = () => waiter.reject(cancelled());
-      const timer = setTimeout(() => {
-        waiter.reject(this.#status.error ?? new Disconnected("no connection to the gateway"));
-      }, patience);
-      signal?.addEventListener("abort", abort);
-      this.#waiting.add(waiter);
-    });
+    const late = () => this.#status.error ?? new Disconnected("no connection to the gateway");
+    return this.#waiting.wait(patience, late, signal);
   }
 
   /** Calls a method, on the next connection too where it may be asked again. */
@@ -260,8 +228,8 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     const resumed = [...this.#resumables].map((resumable) => resumable.resume(made).catch(() => {}));
     const expires = made.server.expires ?? null;
     this.#set({ state: "open", attempt: 0, retryAt: null, error: null, expires });
-    if (expires !== null) this.#renewBefore(expires);
-    for (const waiter of [...this.#waiting]) waiter.resolve(made);
+    if (expires !== null && this.#options.credential.renewable) this.#renewal.before(expires);
+    this.#waiting.resolve(made);
     this.#schedule();
     await Promise.all(resumed);
   }
@@ -277,7 +245,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   #broke(error: GatewayError): void {
     this.#connection = null;
     clearTimeout(this.#beat);
-    clearTimeout(this.#renewal);
+    this.#renewal.stop();
     for (const resumable of [...this.#resumables]) resumable.interrupted?.(error, false);
     this.#failed(error);
   }
@@ -303,18 +271,17 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       const where = `no gateway answers at ${this.#options.address}: ${error.message}`;
       const told = error instanceof Disconnected ? new Disconnected(where) : error;
       this.#set({ state: "idle", attempt: this.#status.attempt + 1, error: told });
-      this.#refuse(told);
+      this.#waiting.reject(told);
       return;
     }
-    const { first = 250, most = 8000 } = this.#options.backoff ?? {};
     const attempt = this.#status.attempt + 1;
-    const backoff = Math.min(most, first * 2 ** Math.min(attempt - 1, 16));
+    const backoff = pause(attempt, this.#options.backoff);
     // full second half of the range at random, so that many clients do not come back as one
     const asked = Number(error.facts.retry_after) * 1000 || 0;
     const delay = Math.max(asked, this.#retryAfter, backoff / 2 + (Math.random() * backoff) / 2);
     this.#retryAfter = 0;
-    const unplugged = this.#environment?.navigator.onLine === false;
-    const state = this.#status.state === "draining" ? "draining" : unplugged ? "offline" : "reconnecting";
+    const away = this.#browser.isOffline ? "offline" : "reconnecting";
+    const state = this.#status.state === "draining" ? "draining" : away;
     this.#set({
       state: attempt > 1 && state === "draining" ? "reconnecting" : state,
       attempt,
@@ -331,7 +298,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     const error = signedOut();
     this.#rest();
     this.#set({ state: "unauthorized", retryAt: null, error, expires: null });
-    this.#refuse(error);
+    this.#waiting.reject(error);
   }
 
   // --- the token's end -----------------------------------------------------------------------------------
@@ -346,40 +313,27 @@ export class Link extends Emitter<{ status: LinkStatus }> {
         this.server = { ...this.server, expires: renewed.expires, scopes: renewed.scopes };
       }
       this.#set({ expires: renewed.expires, error: null });
-      this.#renewBefore(renewed.expires);
+      if (this.#options.credential.renewable) this.#renewal.before(renewed.expires);
     }
     return renewed;
   }
 
-  /** Renews the token in time where another can be had. */
-  #renewBefore(expires: number): void {
-    clearTimeout(this.#renewal);
-    if (!this.#options.credential.renewable) return;
-    const left = expires * 1000 - Date.now();
-    if (left <= 0) return; // the gateway takes it, so that our clock is wrong: the gateway says when it ends
-    const wait = Math.max(1000, left - Math.min(AHEAD, left / 10));
-    this.#renewal = setTimeout(
-      () => (wait > LONGEST ? this.#renewBefore(expires) : void this.#renewNow()),
-      Math.min(wait, LONGEST),
-    );
-  }
-
-  /** Asks for another token until there is one, or the connection ends with the old one. */
-  async #renewNow(attempt = 0): Promise<void> {
-    const { credential, backoff: { first = 250, most = 8000 } = {} } = this.#options;
+  /** Renews the token of the present connection; see `Renewal`. */
+  async #renewed(): Promise<boolean> {
+    const { credential } = this.#options;
     const connection = this.#connection;
     let token: string | null = null;
     try {
       token = await credential.renewed(this.#token);
       if (this.#connection === connection) await this.renew(token);
+      return true;
     } catch (error) {
-      if (connection === null || this.#connection !== connection) return;
+      if (connection === null || this.#connection !== connection) return true;
       credential.refused(token);
       this.#set({
         error: error instanceof GatewayError ? error : new GatewayError("unavailable", String(error)),
       });
-      const wait = Math.min(most, first * 2 ** Math.min(attempt, 16));
-      this.#renewal = setTimeout(() => void this.#renewNow(attempt + 1), wait);
+      return false;
     }
   }
 
@@ -394,25 +348,18 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     this.#hurry();
   }
 
-  readonly #hurry = (): void => {
+  #hurry(): void {
     if (this.#connection !== null) void this.check();
     else if (!this.#opening && this.#status.state !== "closed" && this.#status.state !== "idle") {
       if (this.#status.state === "unauthorized") {
         this.#askedAgain = false;
-        this.#listen();
+        this.#browser.listen();
         this.#set({ state: "reconnecting" });
       }
       clearTimeout(this.#timer);
       void this.#open();
     }
-  };
-
-  /** The browser says that there is no network, but a gateway on this very device may be reached without. */
-  readonly #doubt = (): void => void this.check(DOUBT);
-
-  readonly #look = (): void => {
-    if (this.#environment?.document.visibilityState === "visible") this.#hurry();
-  };
+  }
 
   #schedule(): void {
     clearTimeout(this.#beat);

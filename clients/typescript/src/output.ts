@@ -2,6 +2,8 @@
 
 import type { GatewayError } from "./errors.js";
 
+export type StreamName = "stdout" | "stderr";
+
 /** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
 export class Output implements AsyncIterable<Uint8Array> {
   offset = 0;
@@ -120,5 +122,34 @@ export class Output implements AsyncIterable<Uint8Array> {
   /** @internal */
   wake(): void {
     for (const wake of this.#wake.splice(0)) wake();
+  }
+}
+
+/** Yields the chunks of both streams as they come. */
+export async function* merged(
+  stdout: Output,
+  stderr: Output,
+): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
+  stdout.begun = stderr.begun = true;
+  try {
+    for (;;) {
+      let found = false;
+      for (const [stream, output] of [
+        ["stdout", stdout],
+        ["stderr", stderr],
+      ] as const) {
+        const data = output.take();
+        if (data !== undefined) {
+          found = true;
+          yield { stream, data };
+        }
+      }
+      if (found) continue;
+      if (stdout.ended && stderr.ended) return;
+      await Promise.race([stdout.changed(), stderr.changed()]);
+    }
+  } finally {
+    stdout.left();
+    stderr.left();
   }
 }
