@@ -5,15 +5,15 @@ import type { Tenant } from "./tenant.js";
 import type { ToolResult } from "./tools.js";
 
 export interface AiOptions {
-  /** How long a call outlives this process or its connection; 5 000 where left out. */
+  /** How long a call outlives this process or its connection; default 5 000. */
   readonly lingerMs?: number | undefined;
 }
 
 type ModelOutput = Awaited<ReturnType<NonNullable<Tool["toModelOutput"]>>>;
 
 /**
- * Returns the tenant's eight tools, by the names that the model knows. Each call goes by the model's id of it, and an
- * `abortSignal` ends it with all that it runs. A failure in a tool's own terms is told to the model as an error.
+ * Returns the tenant's eight tools, under the names that the model knows. Each call uses the model's id for it, and an
+ * `abortSignal` ends it with all that it runs. A failure of the tool itself is an error for the model.
  */
 export async function aiTools(
   tenant: Tenant,
@@ -32,7 +32,7 @@ export async function aiTools(
   return Object.fromEntries(entries);
 }
 
-/** What is kept of a conversation is plain JSON: `output` may be that rather than an object of ours. */
+/** A stored conversation is plain JSON, so `output` may be that instead of our object. */
 function shown({ content, isError }: Pick<ToolResult, "content" | "isError">): ModelOutput {
   const texts = content.flatMap((part) => (part.type === "text" ? [part.text] : []));
   if (isError) return { type: "error-text", value: texts.join("\n") };

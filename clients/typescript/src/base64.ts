@@ -1,4 +1,4 @@
-/** Bytes as JSON carries them. */
+/** Bytes in JSON. */
 
 /** Returns bytes in base64. */
 export function base64(data: Uint8Array): string {

@@ -1,4 +1,4 @@
-/** What an agent's Bash calls print while they run, by the gateway's events and attachments of our own. */
+/** The output of an agent's Bash calls while they run, by the gateway's events and separate attachments. */
 
 import { GatewayError } from "./errors.js";
 import type { TenantEvents } from "./feed.js";
@@ -6,7 +6,7 @@ import type { StreamName } from "./output.js";
 import type { Tenant } from "./tenant.js";
 import type { ToolResult } from "./tools.js";
 
-/** A piece of what a Bash call prints while it runs. `call` is the model's id of the call, `toolu_…`. */
+/** A piece of a Bash call's output while it runs. `call` is the model's id of the call, `toolu_…`. */
 export interface Printed {
   readonly call: string;
   readonly stream: StreamName;
@@ -15,19 +15,19 @@ export interface Printed {
 
 export type OnOutput = (printed: Printed) => void | Promise<void>;
 
-/** How long a result waits for the last of its live output to be handed over, in milliseconds. */
+/** How long a result waits for the delivery of its last live output, in milliseconds. */
 const DRAIN = 5_000;
 
 export class LiveOutput {
   readonly #tenant: Tenant;
   readonly #onOutput: OnOutput;
   readonly #expected = new Set<string>();
-  /** Call ids, by the exec that is about to start. */
+  /** Call ids by exec, before it has started. */
   readonly #starting = new Map<string, string>();
   readonly #followed = new Map<string, Promise<void>>();
   #events: TenantEvents | null = null;
 
-  /** `tenant` is ours alone, and closed with us. */
+  /** `tenant` is not shared, and closed with this object. */
   constructor(tenant: Tenant, onOutput: OnOutput) {
     this.#tenant = tenant;
     this.#onOutput = onOutput;
@@ -39,7 +39,7 @@ export class LiveOutput {
       this.#events = await this.#tenant.events({ types: ["tool.started", "exec.started"] });
       void this.#listen(this.#events);
     } catch (error) {
-      warn("output comes only with a call's end, there are no events", error);
+      warn("output comes only at a call's end, since there are no events", error);
     }
   }
 
@@ -56,10 +56,10 @@ export class LiveOutput {
     this.#expected.delete(call);
   }
 
-  /** Returns once all that an ended command printed was handed over. */
+  /** Waits until all output of an ended command has been delivered. */
   async finish(call: string, { structuredContent: { exec, status } }: ToolResult): Promise<void> {
     if (typeof exec !== "string") return;
-    // a short command may be over before its start is told; told then, it is not followed once more
+    // a short command may have ended before its start event comes; do not follow it then
     const following = this.#follow(call, exec);
     this.#starting.delete(exec);
     void following.then(() => this.#followed.delete(exec));
@@ -85,7 +85,7 @@ export class LiveOutput {
         }
       }
     } catch (error) {
-      if (this.#tenant.status.state !== "closed") warn("output comes only with a call's end", error);
+      if (this.#tenant.status.state !== "closed") warn("output comes only at a call's end", error);
     }
   }
 
@@ -106,7 +106,7 @@ export class LiveOutput {
     } catch (error) {
       if (this.#tenant.status.state === "closed") return;
       const what =
-        error instanceof GatewayError ? "could not be followed" : "is not handed over: onOutput failed";
+        error instanceof GatewayError ? "could not be followed" : "is not delivered: onOutput failed";
       warn(`the output of exec ${exec} ${what}`, error);
     }
   }

@@ -1,7 +1,7 @@
 /**
- * The tenant's tools as an MCP server in this process, as the Agent SDK connects one: JSON-RPC messages over its
- * transport. Of the protocol the CLI asks only for these few methods; the tools' schemas are the gateway's own JSON,
- * for which the package `@modelcontextprotocol/sdk` would want the library zod.
+ * The tenant's tools as an in-process MCP server for the Agent SDK: JSON-RPC messages over its transport. The CLI uses
+ * only these few methods. The tools' schemas are the gateway's JSON; the package `@modelcontextprotocol/sdk` would need
+ * them in the library zod.
  */
 
 import { LiveOutput, type OnOutput } from "./claude-output.js";
@@ -18,7 +18,7 @@ interface Message {
   readonly params?: Readonly<Record<string, unknown>>;
 }
 
-/** What the SDK connects us by. */
+/** The SDK's transport. */
 interface Transport {
   onmessage?: (message: never) => void;
   onclose?: () => void;
@@ -33,16 +33,16 @@ interface Settings {
 
 const READ_ONLY = ["Read", "Glob", "Grep"];
 /**
- * UTF-16 units of a result's text. Over 500 000 the CLI writes it into a file of this host and shows 2 KB of it, over
- * some 10 000 it cuts the middle out of an error: both are cut here, with words that help.
+ * UTF-16 units of a result's text. Over 500 000 the CLI writes it to a file on this host and shows 2 KB of it; over
+ * some 10 000 it cuts the middle out of an error. So both are cut here, with a helpful note.
  */
 const RESULT_MAX = 490_000;
 const ERROR_MAX = 10_000;
 const CALL_ID = "claudecode/toolUseId";
-/** Of an embedded file: the CLI would keep it on this host and show the model a path that no tool of it reaches. */
+/** Instead of an embedded file: the CLI would store it on this host, and show the model a path out of its reach. */
 const UNSHOWN =
-  "The file itself cannot be shown here: its pages come as images once whoever runs the gateway has installed its " +
-  "extra `pdf`. Until then a program in the container may read it, if there is one.";
+  "The file itself cannot be shown here: its pages are returned as images once the gateway's operator has installed " +
+  "the extra `pdf`. Until then a program in the container may be able to read it.";
 
 export class ToolServer {
   readonly #tenant: Tenant;
@@ -53,7 +53,7 @@ export class ToolServer {
     this.#settings = settings;
   }
 
-  /** Serves one agent until its transport closes, which cancels what it still runs. */
+  /** Serves one agent until its transport closes, which cancels its running calls. */
   async connect(transport: Transport): Promise<void> {
     const conversation = new Conversation(this.#tenant, this.#settings, transport);
     transport.onmessage = (message: Message) => void conversation.received(message);
@@ -91,7 +91,7 @@ class Conversation {
       const message = error instanceof Error ? error.message : String(error);
       answer = { error: { code: error instanceof UnknownMethod ? -32601 : -32603, message } };
     }
-    // who closed reads no more
+    // the other end is closed
     await this.#transport.send({ jsonrpc: "2.0", id, ...answer }).catch(() => {});
   }
 
@@ -133,7 +133,7 @@ class Conversation {
       return answered(result);
     } catch (error) {
       if (!(error instanceof GatewayError)) throw error;
-      // the model can say it to its user, or try something else
+      // the model can report it, or try something else
       return answered(new ToolResult([{ type: "text", text: error.message }], true));
     } finally {
       this.#calls.delete(id);
@@ -144,7 +144,7 @@ class Conversation {
 
 class UnknownMethod extends Error {}
 
-/** Read-only tools are marked so that the CLI runs them at the same time. */
+/** Read-only tools are marked so that the CLI runs them in parallel. */
 function described({ name, description, inputSchema }: ToolInfo): object {
   const readOnly = READ_ONLY.includes(name);
   return {
@@ -152,12 +152,12 @@ function described({ name, description, inputSchema }: ToolInfo): object {
     description,
     inputSchema,
     annotations: { readOnlyHint: readOnly, destructiveHint: !readOnly },
-    // without alwaysLoad the tools would hide behind a search where other servers have many
+    // without alwaysLoad the tools would be hidden behind a search if other servers have many
     _meta: { "anthropic/maxResultSizeChars": 500_000, "anthropic/alwaysLoad": true },
   };
 }
 
-/** Results carry no structuredContent: the CLI would show the model that instead of the text. */
+/** Results have no structuredContent, since the CLI would show that to the model instead of the text. */
 function answered(result: ToolResult): object {
   const content: object[] = [];
   let room = result.isError ? ERROR_MAX : RESULT_MAX;
@@ -172,14 +172,14 @@ function answered(result: ToolResult): object {
   return { content, isError: result.isError };
 }
 
-/** Returns `text` within `limit` UTF-16 units: its beginning, or its two ends. */
+/** Cuts `text` to `limit` UTF-16 units: to its beginning, or to its two ends. */
 export function cut(text: string, limit: number, middle: boolean): string {
   if (text.length <= limit) return text;
   let note = `\n\n... [${text.length - limit} characters truncated] ...\n\n`;
   if (!middle) note += "Ask for less at a time: a range of lines, a narrower pattern.";
   const keep = Math.max(0, limit - note.length);
   const tail = middle ? Math.floor(keep / 2) : 0;
-  // half of a pair is dropped rather than shown
+  // drop half of a surrogate pair
   const head = text.slice(0, keep - tail).replace(/[\ud800-\udbff]$/, "");
   return head + note + text.slice(text.length - tail).replace(/^[\udc00-\udfff]/, "");
 }

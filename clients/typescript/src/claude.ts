@@ -1,10 +1,10 @@
 /**
  * Claude's Agent SDK in a tenant: options that give an agent the tenant's tools and nothing of this host.
  *
- * The SDK runs Claude Code's CLI on this host with all of its own tools off; the tenant's tools take their names and
- * places. What is said of the CLI here was seen with its version 2.1.332. The server is one in this process and not
- * the gateway's own MCP address: only so have the tools the names that the model knows, can output be shown while a
- * command runs, and does no token stand in the CLI's arguments, which every user of this host can read.
+ * The SDK runs Claude Code's CLI on this host with all its built-in tools off; the tenant's tools take their names.
+ * Statements about the CLI here hold for version 2.1.332. The MCP server is in this process, rather than the gateway's
+ * own, for three reasons: the tools have the names that the model knows, output can be shown while a command runs, and
+ * the token is not in the CLI's arguments, which every user of this host can read.
  */
 
 import type {
@@ -18,22 +18,22 @@ import type { Tenant } from "./tenant.js";
 export type { OnOutput, Printed } from "./claude-server.js";
 
 const SERVER = "tenant";
-/** Over the longest that Bash takes in front, 600 s, so that its own answer comes first. */
+/** Above the maximum of Bash in the foreground, 600 s, so that its own answer comes first. */
 const TOOL_TIMEOUT = 660_000;
-/** For how long a call goes on whose connection broke: long enough to come back, and an agent may be killed. */
+/** How long a call continues after its connection broke: enough to reconnect, but an agent may also have been killed. */
 const LINGER = 5_000;
 
 const REFUSED = {
-  tools: "the CLI's own tools run on this host, and win over the tenant's of the same name",
+  tools: "the CLI's own tools run on this host, and take precedence over the tenant's of the same name",
   toolAliases: "the tenant's tools have the names that the model knows",
   settingSources: "settings of this host can run commands on it",
   settings: "settings of this host can run commands on it",
   managedSettings: "settings of this host can run commands on it",
   projectConfigRoot: "settings of this host can run commands on it",
-  additionalDirectories: "folders of this host are no business of an agent in a tenant",
+  additionalDirectories: "an agent in a tenant must not reach folders of this host",
   plugins: "plugins run on this host",
   skills: "skills are files of this host",
-  strictMcpConfig: "servers of this host's own configuration would be there too",
+  strictMcpConfig: "servers of this host's configuration would be added",
   verbatimPrompts: "an @path in a prompt would read a file of this host",
 } as const;
 const ENVIRONMENT = {
@@ -46,25 +46,25 @@ const ENVIRONMENT = {
 const OF_KEPT = ["resume", "continue", "forkSession", "sessionStore"] as const;
 
 export interface ClaudeOptions extends Omit<Options, keyof typeof REFUSED | "systemPrompt"> {
-  /** Given what Bash prints while it runs; who is slow there slows the command. Needs a token with scope `events`. */
+  /** Gets the output of Bash while it runs; a slow function slows down the command. Needs the scope `events`. */
   readonly onOutput?: OnOutput | undefined;
-  /** Yours; where the tools work is said after it. */
+  /** Your system prompt; a sentence about where the tools work follows it. */
   readonly systemPrompt?: string | undefined;
-  /** What the model is told of the place of the project; `/srv/site` where left out. */
+  /** The project's folder, for the model; default `/srv/site`. */
   readonly workspace?: string | undefined;
-  /** A call that takes longer is given up, with all that it runs; 660 000 where left out. */
+  /** A call that takes longer is cancelled, with all that it runs; default 660 000. */
   readonly toolTimeoutMs?: number | undefined;
-  /** How long a call outlives this process or its connection; 5 000 where left out. */
+  /** How long a call outlives this process or its connection; default 5 000. */
   readonly lingerMs?: number | undefined;
   /**
-   * Keeps even the CLI's descriptions of this host out of the conversation; true where left out. Then there are no
-   * sub-agents and no hooks, and the key is taken from ANTHROPIC_API_KEY alone. With false the model is told the CLI's working
-   * directory and platform, and that the prompt's words about the container count.
+   * Keeps even the CLI's description of this host out of the conversation; default true. Then there are no sub-agents
+   * and no hooks, and only ANTHROPIC_API_KEY is used. With false the model sees the CLI's working directory and
+   * platform, and is told that the prompt's description of the container is what counts.
    */
   readonly bare?: boolean | undefined;
   /**
-   * Has the CLI keep the conversation in the user's folder on this host, so that it can be resumed; false where left
-   * out. Then it keeps each image that is read there too, and tells the model under which path.
+   * Lets the CLI store the conversation in the user's folder on this host, so that it can be resumed; default false.
+   * It then also stores each image that is read there, and tells the model its path.
    */
   persistSession?: boolean;
 }
@@ -72,8 +72,8 @@ export interface ClaudeOptions extends Omit<Options, keyof typeof REFUSED | "sys
 /**
  * Returns options for the SDK's `query`: the tenant's eight tools, and nothing of this host.
  *
- * The rest are the SDK's own. Sub-agents of `agents` get the same tools. Throws `TypeError` for options that would
- * open this host. They may be used for one `query` after another.
+ * All other options are the SDK's. Sub-agents in `agents` get the same tools. Throws `TypeError` for options that would
+ * expose this host. The result may be used for several queries, one after another.
  */
 export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Options {
   for (const [name, why] of Object.entries(REFUSED)) {
@@ -95,11 +95,11 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
       throw new TypeError(`${name} need bare: false; the CLI has none in its bare mode`);
   }
   if (!persistSession && OF_KEPT.some((name) => more[name]))
-    throw new TypeError("only what was kept can be resumed: set persistSession: true, there and here");
+    throw new TypeError("only a stored session can be resumed: set persistSession: true, for it and now");
   if (more.mcpServers !== undefined && SERVER in more.mcpServers)
     throw new TypeError(`the name "${SERVER}" is taken by the tenant's own tools`);
   if (systemPrompt !== undefined && typeof systemPrompt !== "string")
-    throw new TypeError("systemPrompt is a text here: the SDK's presets tell of the CLI's own tools");
+    throw new TypeError("systemPrompt must be a text: the SDK's presets describe the CLI's own tools");
   const place = prompt(workspace);
   const server = {
     type: "sdk",
@@ -120,7 +120,7 @@ export function claudeOptions(tenant: Tenant, options: ClaudeOptions = {}): Opti
     systemPrompt: systemPrompt === undefined ? place : `${systemPrompt}\n\n${place}`,
     verbatimPrompts: true,
     persistSession,
-    // the SDK takes these in the place of the process's own
+    // the SDK uses these instead of the process's environment
     env: { ...(more.env ?? process.env), ...ENVIRONMENT },
     extraArgs: { ...more.extraArgs, ...(bare ? { bare: null } : {}) },
   };

@@ -16,12 +16,12 @@ import {
 } from "./wire.js";
 
 const OPEN_TIMEOUT = 15_000;
-/** How long after an error the close that should follow is waited for. */
+/** How long to wait for the close that should follow an error. */
 const CLOSE_TIMEOUT = 1_000;
-/** Small enough for any gateway's frame limit, large enough to be quick. */
+/** Below any gateway's frame limit, and large enough to be fast. */
 const CHUNK = 256 * 1024;
 
-/** What we need of a WebSocket; the browsers' own and that of the package `ws` both have it. */
+/** The part of a WebSocket that is used; that of browsers and that of the package `ws` both have it. */
 export interface SocketLike {
   binaryType: string;
   readonly readyState: number;
@@ -54,7 +54,7 @@ export class Connection {
   readonly #pending = new Map<number, Pending>();
   #failure: GatewayError | null = null;
   #lastId = 0;
-  /** What the gateway said of itself; undefined until it did. */
+  /** The gateway's answer to `initialize`; undefined until then. */
   server!: ServerInfo;
 
   private constructor(socket: SocketLike, listener: Listener) {
@@ -62,7 +62,7 @@ export class Connection {
     this.#listener = listener;
   }
 
-  /** Connects and initializes. Throws the error of a refusal, `Disconnected` where nobody answers. */
+  /** Connects and initializes. Throws the error of a refusal, `Disconnected` without an answer. */
   static async open(
     kind: SocketConstructor,
     url: string,
@@ -78,7 +78,7 @@ export class Connection {
       await new Promise<void>((resolve, reject) => {
         timer = setTimeout(() => reject(new Disconnected("the gateway does not answer")), timeout);
         socket.onopen = () => resolve();
-        // a close follows, with all that a browser may know; others say why here, and some say no more than that
+        // a close follows, which is all that browsers tell; other runtimes give the reason here, some only here
         let failed = "";
         socket.onerror = (event?: { message?: string; error?: Error }) => {
           failed = event?.error?.message || event?.message || "";
@@ -89,7 +89,7 @@ export class Connection {
         socket.onmessage = (event: { data: string | ArrayBuffer }) => connection.#receive(event.data);
         socket.onclose = (event: { code: number; reason: string }) => {
           const fatal = fatalClose(event.code, event.reason);
-          // a token may end in the middle of things: what was under way may have taken effect
+          // a token may end at any time: requests under way may have taken effect
           const ended = fatal?.code === "unauthorized" && connection.server !== undefined;
           const error = ended
             ? new Disconnected(fatal.message, "unauthorized")
@@ -118,8 +118,8 @@ export class Connection {
   }
 
   /**
-   * Calls `method`. `accept` is called with the result before anything that follows it is looked at, so
-   * that what it sets up is there for the next frame. An aborted call is cancelled in the gateway too.
+   * Calls `method`. `accept` is called with the result before the next frame is handled, so that it can prepare for
+   * that. An aborted call is cancelled in the gateway too.
    */
   request<Result>(
     method: string,
@@ -156,12 +156,12 @@ export class Connection {
     });
   }
 
-  /** Says something that is never answered. */
+  /** Sends a notification, which has no answer. */
   notify(method: string, params: object): void {
     if (this.alive) this.#socket.send(notification(method, params));
   }
 
-  /** The gateway closes the socket of who sends more than this, and with it everything that shares it. */
+  /** Refuses larger messages: for those the gateway would close the socket, with everything that shares it. */
   #tooLarge(text: string): GatewayError | null {
     const { maxFrame: limit } = (this.server as ServerInfo | undefined)?.limits ?? {};
     // a character has at most three bytes for each of its UTF-16 units
@@ -172,12 +172,12 @@ export class Connection {
     return new GatewayError("too_large", words, { size, limit });
   }
 
-  /** Gives bytes to the input of the command on `channel`; resolves once the socket has room again. */
+  /** Sends bytes to the input of the command on `channel`; resolves once the socket has room again. */
   async input(channel: number, data: Uint8Array): Promise<void> {
     for (let start = 0; start < data.length; start += CHUNK) {
       if (this.#failure !== null) throw this.#failure;
       this.#socket.send(packFrame(STDIN, channel, data.subarray(start, start + CHUNK)));
-      // a WebSocket says only by this number how much it has not sent yet, and never when
+      // a WebSocket has no event for this, only the number of bytes not sent yet
       while (this.#socket.bufferedAmount > 4 * CHUNK && this.alive) {
         await new Promise((resolve) => setTimeout(resolve, 5));
       }

@@ -1,8 +1,8 @@
-/** Keeps the token that a gateway is asked with, and asks for another where the caller gave a function. */
+/** The token for a gateway, and how to get another if the caller gave a function. */
 
 import { GatewayError } from "./errors.js";
 
-/** A token, or a function that returns one that is valid now. It is called whenever another is needed. */
+/** A token, or a function that returns a valid one. It is called whenever another is needed. */
 export type TokenSource = string | (() => string | Promise<string>);
 
 export class Credential {
@@ -20,19 +20,19 @@ export class Credential {
     return this.#ask !== null;
   }
 
-  /** Whether there is no token at all, and a browser's cookie says who asks. */
+  /** Whether there is no token at all, and a browser's cookie identifies the user. */
   get absent(): boolean {
     return this.#ask === null && this.#known === null;
   }
 
-  /** Returns the token to ask with; null where there is none. */
+  /** Returns the current token; null if there is none. */
   async current(): Promise<string | null> {
     return this.#known ?? (this.#ask === null ? null : await this.renewed(null));
   }
 
   /**
-   * Returns another token than `stale`: one that was got meanwhile, else one that is asked for now. Those who ask at
-   * the same time share one call. Throws `unavailable` where the caller's function fails.
+   * Returns another token than `stale`: one obtained meanwhile, or a new one. Concurrent callers share one call of the
+   * function. Throws `unavailable` if that fails.
    */
   async renewed(stale: string | null): Promise<string> {
     if (this.#known !== null && this.#known !== stale) return this.#known;
@@ -54,7 +54,7 @@ export class Credential {
     return await this.#asking;
   }
 
-  /** Returns the token for a new connection: a fresh one, or the one at hand where none can be had now. */
+  /** Returns the token for a new connection: a fresh one, or the current one if that fails. */
   async fresh(): Promise<string | null> {
     if (this.#ask === null) return this.#known;
     try {

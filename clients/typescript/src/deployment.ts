@@ -1,4 +1,4 @@
-/** One deployment: what is asked for, what happens in it, how it ended. */
+/** One deployment: its request, events and end. */
 
 import { base64 } from "./base64.js";
 import { GatewayError } from "./errors.js";
@@ -11,7 +11,7 @@ export interface DeploymentRequest {
   readonly template: string | Uint8Array;
   readonly size?: string | undefined;
   readonly env?: Readonly<Record<string, string>> | undefined;
-  /** Made of the domain where left out. */
+  /** Default: derived from the domain. */
   readonly tenant?: string | undefined;
   /** What of the folder goes before its `site.toml` and what is found of it; an empty `install` installs nothing. */
   readonly start?: string | readonly string[] | undefined;
@@ -21,17 +21,17 @@ export interface DeploymentRequest {
   readonly mode?: "dev" | "production" | undefined;
 }
 
-/** What fails or is cancelled is undone first, and ends by that. */
+/** A failed or cancelled deployment ends once it is undone. */
 const ENDINGS = new Set(["deployment.succeeded", "deployment.rolledback"]);
-/** How long the kept events of a deployment that has ended are waited for, in milliseconds. */
+/** How long to wait for the stored events of an ended deployment, in milliseconds. */
 const SETTLE = 5_000;
 
-/** What a deployment needs of `Gateway`. */
+/** The part of `Gateway` that a deployment uses. */
 interface Events extends HttpClient {
   events(filter: object): AsyncGenerator<GatewayEvent>;
 }
 
-/** One attempt to bring a tenant to a site that answers. It runs in the gateway, whether anybody looks or not. */
+/** One attempt to deploy a site. It runs in the gateway, with or without a client. */
 export class Deployment {
   readonly id: string;
   readonly tenant: string;
@@ -47,17 +47,17 @@ export class Deployment {
     this.tenant = started.tenant;
   }
 
-  /** Returns how it stands now. */
+  /** Returns its current state. */
   record(signal?: AbortSignal): Promise<DeploymentRecord> {
     return this.#gateway.json("GET", this.#path, undefined, { signal });
   }
 
-  /** Cancels it, and returns once what was done is undone. */
+  /** Cancels it, and returns once it is undone. */
   cancel(signal?: AbortSignal): Promise<DeploymentRecord> {
     return this.#gateway.json("DELETE", this.#path, undefined, { signal });
   }
 
-  /** Returns how it ended, once it did. Throws the error of what failed, once all is undone. Needs scope `events`. */
+  /** Waits for its end. Throws the error of a failure, once all is undone. Needs the scope `events`. */
   async wait(signal?: AbortSignal): Promise<DeploymentRecord> {
     for (;;) {
       const record = await this.record(signal);
@@ -72,8 +72,8 @@ export class Deployment {
   }
 
   /**
-   * Yields its events from the first kept one on, and ends after the one that tells how it ended. Where that is no
-   * longer kept it ends some seconds after the others.
+   * Yields its events from the first stored one on, up to its last. If the last is no longer stored, it ends some
+   * seconds after the others.
    */
   async *events(signal?: AbortSignal): AsyncGenerator<GatewayEvent> {
     const ending = new AbortController();
@@ -102,7 +102,7 @@ export class Deployment {
   }
 }
 
-/** Returns a template as the gateway takes it: a name as it is, a tar as an archive. */
+/** Returns a template for a request: a name unchanged, a tar as an archive. */
 export function templateBody(template: string | Uint8Array): string | { readonly archive: string } {
   return typeof template === "string" ? template : { archive: base64(template) };
 }

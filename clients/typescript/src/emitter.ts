@@ -3,7 +3,7 @@
 export class Emitter<Events extends object> {
   readonly #listeners = new Map<keyof Events, Set<(value: never) => void>>();
 
-  /** Calls `listener` for each `event` from now on; returns what stops that. */
+  /** Calls `listener` for each `event` from now on; returns a function that stops it. */
   on<Name extends keyof Events>(event: Name, listener: (value: Events[Name]) => void): () => void {
     const listeners = this.#listeners.get(event) ?? new Set();
     this.#listeners.set(event, listeners);

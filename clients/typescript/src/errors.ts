@@ -1,4 +1,4 @@
-/** Errors: one class with the wire's codes, one for a broken connection. */
+/** Errors: one class with the protocol's codes, and one for a broken connection. */
 
 export const ERROR_CODES = [
   "unauthorized",
@@ -23,12 +23,12 @@ export const ERROR_CODES = [
   "invalid_params",
 ] as const;
 
-/** What went wrong, in the words of the protocol; a newer gateway may say others. */
+/** The protocol's error codes; a newer gateway may have others. */
 export type ErrorCode = (typeof ERROR_CODES)[number] | (string & {});
 
 export type Facts = Readonly<Record<string, unknown>>;
 
-/** Everything that the gateway refuses. `message` is for a person, `facts` travel beside the code. */
+/** A refusal by the gateway. `message` is for a person, `facts` are details for a program. */
 export class GatewayError extends Error {
   override readonly name: string = "GatewayError";
 
@@ -46,7 +46,7 @@ export class GatewayError extends Error {
   }
 }
 
-/** The way to the gateway broke. Whether a request that was under way took effect is not known. */
+/** The connection broke. It is unknown whether a request that was under way took effect. */
 export class Disconnected extends GatewayError {
   override readonly name = "Disconnected";
 
@@ -62,7 +62,7 @@ export function cancelled(): GatewayError {
 
 /** The browser's session has ended, or there is none. */
 export function signedOut(): GatewayError {
-  return new GatewayError("unauthorized", "nobody is signed in, or the session has ended: sign in to go on");
+  return new GatewayError("unauthorized", "not signed in, or the session has ended: sign in to continue");
 }
 
 const BY_CLOSE: Readonly<Record<number, ErrorCode>> = {
@@ -73,7 +73,7 @@ const BY_CLOSE: Readonly<Record<number, ErrorCode>> = {
   4404: "not_found",
 };
 
-/** Returns what a close code says for ever; null where coming back may help. */
+/** Returns the final error that a close code stands for; null if reconnecting may help. */
 export function fatalClose(code: number, reason: string): GatewayError | null {
   const word = BY_CLOSE[code];
   return word === undefined
@@ -95,7 +95,7 @@ const BY_STATUS: Readonly<Record<number, ErrorCode>> = {
 // RFC 9457 §3.1, and our own member
 const PROBLEM = new Set(["type", "title", "status", "detail", "instance", "code"]);
 
-/** Returns the error of an HTTP answer; `body` is problem+json where it is the gateway's own. */
+/** Returns the error of an HTTP answer; `body` is problem+json if it is the gateway's. */
 export function refusal(status: number, body: string): GatewayError {
   try {
     const problem = JSON.parse(body) as Record<string, unknown>;

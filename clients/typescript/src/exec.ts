@@ -15,31 +15,31 @@ export interface ExecOptions {
   readonly cwd?: string | undefined;
   readonly env?: Readonly<Record<string, string>> | undefined;
   readonly user?: string | number | undefined;
-  /** A terminal of this size; brings `stdin`, and joins both outputs in `stdout`. */
+  /** A terminal of this size; includes `stdin`, and joins both outputs in `stdout`. */
   readonly pty?: Size | undefined;
   readonly stdin?: boolean | undefined;
   readonly timeoutMs?: number | undefined;
-  /** How long it lives on with nobody attached: 60 000 where left out, −1 for ever. */
+  /** How long it continues with nobody attached: default 60 000, −1 without end. */
   readonly lingerMs?: number | undefined;
   readonly execId?: string | undefined;
-  /** How many bytes may wait here for who reads them; see `Exec`. */
+  /** How many unread bytes may wait here; see `Exec`. */
   readonly buffer?: number | undefined;
-  /** With `"utf-8"` no chunk of the output ends inside a character; else it is cut anywhere. */
+  /** With `"utf-8"` no chunk of output ends inside a character. */
   readonly encoding?: Encoding | undefined;
-  /** Ends a command that was started, with its whole tree, and detaches from one that was attached to. */
+  /** An abort ends a started command with its process tree, or detaches from one that was attached to. */
   readonly signal?: AbortSignal | undefined;
 }
 
-/** What an attachment needs beside the command. */
+/** Options of an attachment. */
 export type AttachOptions = Pick<ExecOptions, "buffer" | "encoding" | "signal">;
 
 export type Encoding = "binary" | "utf-8";
 
 export interface ExecEvents {
   data: { readonly stream: StreamName; readonly data: Uint8Array };
-  /** Bytes that no one will see, in front of what comes next. */
+  /** Bytes that were dropped before what comes next. */
   lost: { readonly stream: StreamName; readonly bytes: number };
-  /** The connection broke (`false`), or is there again and the output goes on (`true`). */
+  /** The connection broke (`false`), or was replaced and the output continues (`true`). */
   attached: boolean;
   exit: Exit;
 }
@@ -57,13 +57,13 @@ interface Attached {
 }
 
 /**
- * A command in a tenant. Read it by `for await` over `stdout`, `stderr` or `output()`, or by the event
- * `data`; its end is `exit`.
+ * A command in a tenant. Read it with `for await` over `stdout`, `stderr` or `output()`, or with the event `data`; its
+ * end is `exit`.
  *
- * A broken connection is healed unseen: the output goes on at the byte at which it stopped. What waits here
- * unread is bounded by `buffer`, half of it for each stream; then the gateway sends no more, and in time the
- * command itself waits, as for a pipe. Nothing else does. Of a stream that nobody reads (any more) the last bytes
- * are kept, a quarter of `buffer` at least, and the command does not wait.
+ * A broken connection is replaced, and the output continues at the same byte. Unread output is limited to `buffer`,
+ * half of it for each stream; at the limit the gateway sends no more, and in time the command itself waits, as for a
+ * pipe. Nothing else waits. Of a stream that nobody reads, or no longer, the last bytes are kept, at least a quarter
+ * of `buffer`, and the command does not wait.
  */
 export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   id: string;
@@ -71,15 +71,15 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   startedAt: string | null = null;
   readonly stdout: Output;
   readonly stderr: Output;
-  /** How it ended, after its last output. Rejects where it can never be known: this client was closed. */
+  /** How it ended, after its last output. Rejects if that can never be known, since this client was closed. */
   readonly exit: Promise<Exit>;
   #link: Link;
-  /** The tenant's connection, where `#link` is one of this command's own. */
+  /** The tenant's connection, if `#link` is a separate one for this command. */
   readonly #shared: Link | null;
-  /** How many bytes of a stream may wait here. */
+  /** The most unread bytes of a stream. */
   readonly #most: number;
   readonly #encoding: Encoding;
-  /** How many bytes the gateway sends of a stream before it is told that some were read. */
+  /** The bytes of a stream that the gateway sends before some are acknowledged. */
   #window = 0;
   readonly #signal: AbortSignal | undefined;
   readonly #abort: () => Promise<unknown>;
@@ -87,7 +87,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
   #settle!: { resolve(exit: Exit): void; reject(error: GatewayError): void };
   #connection: Connection | null = null;
   #channel = 0;
-  /** Names our attachment, so that the next one can take its place. */
+  /** The id of our attachment, so that the next one can resume it. */
   #attachment: string | null = null;
   readonly #sent = new SentInput();
   #state: "starting" | "attached" | "away" | "over" = "starting";
@@ -124,7 +124,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     return this.#state !== "over";
   }
 
-  /** Whether its output comes at present. */
+  /** Whether its output arrives at present. */
   get attached(): boolean {
     return this.#state === "attached";
   }
@@ -147,7 +147,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
         return this;
       } catch (error) {
         if (error instanceof Disconnected && this.#link.status.state !== "closed") continue;
-        // its start may have been too far to be given up
+        // its start may have gone too far to be given up
         if (this.#signal?.aborted && this.#start !== null) this.#aborted();
         this.#over(error as GatewayError);
         throw error;
@@ -157,7 +157,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
 
   readonly #aborted = (): void => void this.#abort().catch(() => {});
 
-  /** The answer to a start was lost with its connection: it may run, and then its output is kept. */
+  /** Starts it after a break that lost the answer to the first start: if it runs, its output was kept. */
   async #startOrAttach(connection: Connection, start: object): Promise<void> {
     try {
       await this.#attach(connection);
@@ -173,7 +173,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     await connection.request<Attached>("exec/start", params, begun, this.#signal);
   }
 
-  /** How the output is wanted: what waits here from before is none that the gateway may send anew. */
+  /** Returns the options for the output: unread bytes from before count towards the window. */
   #reading(): object {
     const waiting = Math.max(this.stdout.size, this.stderr.size);
     this.#window = Math.max(1, Math.floor(this.#most / 8), this.#most - waiting);
@@ -192,7 +192,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
         await attach({ resume: this.#attachment });
         return;
       } catch (error) {
-        // the gateway keeps only so many of those that ended; without it nobody knows what input has arrived
+        // the gateway keeps a limited number of ended ones; without it, it is unknown what input has arrived
         if (!(error instanceof GatewayError) || error.code !== "not_found") throw error;
         this.#attachment = null;
         this.#sent.forget();
@@ -245,7 +245,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
       await this.#attach(connection);
     } catch (error) {
       if (error instanceof Disconnected) return;
-      // it ended with the gateway or the tenant, and so did all that was known of it
+      // it ended with the gateway or the tenant, without a record
       this.#ended({ code: null, signal: null, reason: "lost", durationMs: 0, left: null });
     }
   }
@@ -298,7 +298,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.#taken(output);
   }
 
-  /** Lets the gateway send more of a stream once a quarter of its window was read, or nobody reads it. */
+  /** Lets the gateway send more of a stream once a quarter of its window was read, or if nobody reads it. */
   #taken(output: Output): void {
     if (this.#state !== "attached" || this.#connection === null) return;
     if (output.taken - output.acked < this.#window / 4) return;
@@ -331,22 +331,21 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     this.stderr.end(error);
   }
 
-  // --- talking to it -------------------------------------------------------------------------------------
+  // --- for callers ---------------------------------------------------------------------------------------
 
-  /** Yields the chunks of both streams as they come. Nobody else may read then. */
+  /** Yields the chunks of both streams as they come. Nobody else may read them then. */
   output(): AsyncGenerator<{ stream: StreamName; data: Uint8Array }> {
     return merged(this.stdout, this.stderr);
   }
 
-  /** Returns how it ended, once its last output is here. */
+  /** Waits for its end, after its last output. */
   wait(): Promise<Exit> {
     return this.exit;
   }
 
   /**
-   * Gives bytes or text to its input. What was under way when the connection broke is sent again, once. While
-   * it is broken this throws `Disconnected`: input is never kept for later, because whoever typed it may have
-   * seen other output by then.
+   * Sends bytes or text to its input. What was under way when the connection broke is sent again, once. While it is
+   * broken this throws `Disconnected`: input is never kept for later, since the user may see other output by then.
    */
   async write(data: Uint8Array | string): Promise<void> {
     if (this.#connection === null || !this.attached)
@@ -377,7 +376,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     await this.#link.request("exec/signal", { exec: this.id, signal });
   }
 
-  /** Ends the whole tree: TERM, the grace, KILL. Returns when nothing of it is left. */
+  /** Ends its whole process tree: TERM, the grace period, KILL. Returns when it is gone. */
   async cancel(graceMs?: number): Promise<Killed> {
     return await this.#link.request("exec/cancel", {
       exec: this.id,
@@ -385,7 +384,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     });
   }
 
-  /** Lets it run on without us, for as long as its linger time says; `Tenant.attach` finds it by its id. */
+  /** Leaves it running for its linger time; `Tenant.attach` reads it again by its id. */
   async detach(): Promise<void> {
     if (this.#state === "over") return;
     const connection = this.#connection;
@@ -393,7 +392,7 @@ export class Exec extends Emitter<ExecEvents> implements AsyncDisposable {
     if (connection?.alive) await connection.request("exec/detach", { exec: this.id });
   }
 
-  /** `await using`: ends it with its whole tree unless it has ended or was detached. */
+  /** For `await using`: ends it with its process tree, unless it has ended or was detached. */
   async [Symbol.asyncDispose](): Promise<void> {
     if (this.running) await this.cancel();
   }

@@ -1,4 +1,4 @@
-/** What the gateway tells of a tenant again and again, as async iterables that outlive a connection. */
+/** Watches and events of a tenant, as async iterables that outlive a connection. */
 
 import type { Connection } from "./connection.js";
 import { cancelled, Disconnected, GatewayError } from "./errors.js";
@@ -6,10 +6,10 @@ import type { Link } from "./link.js";
 import type { FileChanges, GatewayEvent } from "./types.js";
 import type { Notification } from "./wire.js";
 
-/** How many undelivered values a feed keeps before it says that some were missed. */
+/** How many undelivered values a feed keeps before it drops some and says so. */
 const FEED = 10_000;
 
-/** Something that the gateway tells again and again, as an async iterable; `close` ends it. */
+/** A subscription as an async iterable; `close` ends it. */
 abstract class Feed<Value> implements AsyncIterable<Value> {
   readonly #ready: Value[] = [];
   #wake: (() => void) | null = null;
@@ -154,7 +154,7 @@ export class Watch extends Feed<FileChanges> {
       this.clear();
       this.push({ changes: [], overflow: true });
     }
-    // the tenant or its folder is another now: watch that
+    // the tenant or its folder was replaced: watch the new one
     if (changes.ended !== undefined) void this.#again();
     return true;
   }

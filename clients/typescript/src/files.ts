@@ -7,9 +7,9 @@ import type { Link } from "./link.js";
 import type { Entry, FileContent, Listing, Written } from "./types.js";
 
 export interface WriteOptions {
-  /** Refuse with `conflict` where the file is not in this state any more; facts hold its present `etag`. */
+  /** Refuse with `conflict` if the file is no longer in this state; the facts have its current `etag`. */
   readonly ifMatch?: string | undefined;
-  /** `"*"`: refuse with `conflict` where there is one. */
+  /** `"*"`: refuse with `conflict` if it exists. */
   readonly ifNoneMatch?: "*" | undefined;
   readonly createDirs?: boolean | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -20,7 +20,7 @@ export interface UploadOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** What can be uploaded: a stream is sent at its own pace, and only once. */
+/** What can be uploaded. A stream is sent at its own pace, and only once. */
 export type UploadBody = string | Uint8Array | Blob | ReadableStream<Uint8Array>;
 
 export class Files {
@@ -48,8 +48,8 @@ export class Files {
   }
 
   /**
-   * Writes a whole file of up to 8 MiB. Where the connection breaks before the answer it is asked again, and a
-   * `conflict` with what we had written ourselves is no conflict.
+   * Writes a whole file of up to 8 MiB. If the connection breaks before the answer, the request is repeated, and a
+   * `conflict` with our own first write is none.
    */
   async write(path: string, content: string | Uint8Array, options: WriteOptions = {}): Promise<Written> {
     const { signal, ...conditions } = options;
@@ -98,12 +98,12 @@ export class Files {
     return this.#link.request("files/remove", { path, ...wishes }, { signal });
   }
 
-  /** Makes a folder, with those above it. */
+  /** Creates a folder, and those above it. */
   mkdir(path: string, createDirs?: boolean, signal?: AbortSignal): Promise<Entry> {
     return this.#link.request("files/mkdir", { path, createDirs }, { signal });
   }
 
-  /** Puts a file of any size in place, all or nothing. `path` is relative to the workspace. */
+  /** Uploads a file of any size, atomically. `path` is relative to the workspace. */
   async upload(path: string, body: UploadBody, options: UploadOptions = {}): Promise<Written> {
     const headers = options.ifMatch === undefined ? {} : { "If-Match": `"${options.ifMatch}"` };
     const sent = { body: body as NonNullable<RequestInit["body"]>, headers, signal: options.signal };

@@ -1,4 +1,4 @@
-/** A gateway as a whole: who we are to it, its tenants, deployments and event stream. */
+/** A gateway: the session, its tenants, deployments and event stream. */
 
 import type { SocketConstructor } from "./connection.js";
 import { Credential, type TokenSource } from "./credential.js";
@@ -20,14 +20,14 @@ import { EventParser } from "./wire.js";
 
 export interface GatewayOptions {
   /**
-   * Sent as bearer and in `initialize`; a browser with the session's cookie needs none. A function is asked with each
-   * new connection, before the end of the token that it gave last, and once more where the gateway refuses that one.
+   * Sent as bearer and in `initialize`; a browser with the session's cookie needs none. A function is called for each
+   * new connection, before its last token ends, and once more if the gateway refuses that one.
    */
   readonly token?: TokenSource | undefined;
-  /** Names one of several sessions of a browser, each with a cookie of its own: `[a-z0-9]{1,32}`. */
+  /** Names one of several sessions in a browser, each with its own cookie: `[a-z0-9]{1,32}`. */
   readonly slot?: string | undefined;
   readonly client?: { readonly name: string; readonly version: string } | undefined;
-  /** A WebSocket for a runtime without one: Node 20, where `ws` is taken if it is installed. */
+  /** A WebSocket for a runtime without one. On Node 20, `ws` is used if it is installed. */
   readonly WebSocket?: SocketConstructor | undefined;
   readonly fetch?: typeof fetch | undefined;
 }
@@ -39,20 +39,20 @@ export interface EventFilter {
   readonly types?: readonly string[] | undefined;
   readonly lastEventId?: string | number | undefined;
   readonly signal?: AbortSignal | undefined;
-  /** Called with false when the stream broke and with true when it is there again. */
+  /** Called with false when the stream breaks, and with true when it is back. */
   readonly onConnected?: ((connected: boolean) => void) | undefined;
-  /** Go on trying where the first connection fails, rather than throw at once. */
+  /** Keep trying if the first connection fails, instead of throwing at once. */
   readonly insist?: boolean | undefined;
 }
 
-// a comment comes every 15 s; four of them missing is a dead connection
+// the gateway sends a comment every 15 s; after four missing ones the connection is dead
 const SILENCE = 60_000;
 
 export class Gateway extends HttpClient {
   readonly identity: { readonly name: string; readonly version: string };
   readonly #socket: SocketConstructor | undefined;
 
-  /** `url` is `https://HOST` or `http://HOST:PORT`; in a browser it may be left out for the page's own. */
+  /** `url` is `https://HOST` or `http://HOST:PORT`; in a browser the default is the page's own. */
   constructor(url = globalThis.location?.origin, options: GatewayOptions = {}) {
     if (!/^https?:\/\/[^/]/.test(url ?? ""))
       throw new TypeError(`a gateway's address is http(s)://…, not ${url}`);
@@ -62,15 +62,15 @@ export class Gateway extends HttpClient {
     this.#socket = options.WebSocket;
   }
 
-  // --- who we are ------------------------------------------------------------------------------------------
+  // --- the session -----------------------------------------------------------------------------------------
 
-  /** Has the browser keep the token as a cookie that no script can read, in the `slot` of this object. */
+  /** Stores the token in the browser as a cookie that no script can read, in this object's `slot`. */
   signIn(token: string): Promise<Session> {
     const slot = this.slot === null ? {} : { slot: this.slot };
     return this.json("POST", "/v1/session", { token, ...slot });
   }
 
-  /** Returns what the cookie or token grants. Throws `unauthorized` where there is none. */
+  /** Returns what the cookie or token grants. Throws `unauthorized` without one. */
   session(): Promise<Session> {
     return this.json("GET", "/v1/session");
   }
@@ -86,12 +86,12 @@ export class Gateway extends HttpClient {
     return (await this.#get<{ tenants: TenantInfo[] }>("/v1/tenants", signal)).tenants;
   }
 
-  /** Returns what can be deployed by name; one with `error` cannot. */
+  /** Returns the templates that can be deployed by name; one with `error` cannot. */
   async templates(signal?: AbortSignal): Promise<readonly TemplateInfo[]> {
     return (await this.#get<{ templates: TemplateInfo[] }>("/v1/templates", signal)).templates;
   }
 
-  /** Returns a tenant to work with; it connects when something is asked, and each has its own connection. */
+  /** Returns a tenant. It connects on the first request, and each has its own connection. */
   tenant(name: string, options: TenantOptions = {}): Tenant {
     const path = `/v1/tenants/${encodeURIComponent(name)}/ws`;
     return new Tenant(this, name, this.identity, options, {
@@ -122,7 +122,7 @@ export class Gateway extends HttpClient {
   // --- deployments -----------------------------------------------------------------------------------------
 
   /**
-   * Begins to bring a domain to a site that answers, or to update it. The same `idempotencyKey` again is the same
+   * Begins to deploy a site at a domain, or to update it. A second call with the same `idempotencyKey` returns the same
    * deployment.
    */
   async deploy(
@@ -146,9 +146,9 @@ export class Gateway extends HttpClient {
     return (await this.#get<{ deployments: DeploymentRecord[] }>("/v1/deployments", signal)).deployments;
   }
 
-  // --- what an operator does -------------------------------------------------------------------------------
+  // --- for operators ---------------------------------------------------------------------------------------
 
-  /** Takes back the token with this `jti`; needs the scope `admin` for every tenant. */
+  /** Revokes the token with this `jti`; needs the scope `admin` for every tenant. */
   async revoke(tokenId: string, signal?: AbortSignal): Promise<void> {
     await this.json("POST", "/v1/revocations", { id: tokenId }, { signal });
   }
@@ -157,9 +157,9 @@ export class Gateway extends HttpClient {
   async audit(
     options: {
       readonly tenant?: string | undefined;
-      /** 100 where left out, at most 1000. */
+      /** Default 100, at most 1000. */
       readonly limit?: number | undefined;
-      /** The id of an entry: those before it. */
+      /** Only entries before the one with this id. */
       readonly before?: number | undefined;
       readonly signal?: AbortSignal | undefined;
     } = {},
@@ -179,9 +179,9 @@ export class Gateway extends HttpClient {
   // --- events ----------------------------------------------------------------------------------------------
 
   /**
-   * Yields events as they happen, until `signal` aborts. A broken stream is resumed after the last event that
-   * was seen; an event `gap` says that some are gone, and that the state is to be read anew. By `fetch` and
-   * not by `EventSource`, which can send no bearer and hands out only types that are known beforehand.
+   * Yields events as they happen, until `signal` aborts. A broken stream is resumed after the last event seen; an event
+   * `gap` says that some are lost, so that the state must be read again. It uses `fetch`, since `EventSource` cannot
+   * send a bearer token and delivers only types that are known in advance.
    */
   async *events(filter: EventFilter = {}): AsyncGenerator<GatewayEvent> {
     const query = new URLSearchParams();

@@ -1,4 +1,4 @@
-/** What agents changed in one tenant, turn by turn, and the way back. */
+/** What agents changed in one tenant, turn by turn, and how to undo it. */
 
 import type { Link } from "./link.js";
 import type { Turn, TurnChanges } from "./types.js";
@@ -12,19 +12,19 @@ export class History {
   }
 
   /**
-   * Begins a turn of this tool session; `title` is what the agent was asked. Returns the turn before, which ends,
-   * where it changed anything.
+   * Begins a turn of this tool session; `title` is the request to the agent. This ends the previous turn, which is
+   * returned if it changed anything.
    */
   async begin(title = "", options: { readonly agent?: string } = {}): Promise<Turn | null> {
     return (await this.#link.request<{ before: Turn | null }>("turn/begin", { title, ...options })).before;
   }
 
-  /** Ends this tool session's turn and returns it as recorded, null where nothing changed. */
+  /** Ends this tool session's turn and returns it as recorded, null if nothing changed. */
   async end(): Promise<Turn | null> {
     return (await this.#link.request<{ turn: Turn | null }>("turn/end")).turn;
   }
 
-  /** Lists the turns, latest first; `before` is the id of one, for those before it. */
+  /** Lists the turns, latest first; with `before`, a turn's id, those before it. */
   list(
     options: { readonly limit?: number; readonly before?: string; readonly signal?: AbortSignal } = {},
   ): Promise<{ readonly turns: readonly Turn[]; readonly more: boolean }> {
@@ -32,14 +32,14 @@ export class History {
     return this.#link.request("history/list", asked, { signal });
   }
 
-  /** Returns a turn with what it changed. */
+  /** Returns a turn with its changes. */
   turn(turn: string, signal?: AbortSignal): Promise<TurnChanges> {
     return this.#link.request("history/diff", { turn }, { signal });
   }
 
   /**
-   * Makes the files what they were right after a turn, or before it, and returns that as a turn of its own; null where
-   * they are so. Throws a `conflict` where something that is not recorded is in the way.
+   * Restores the files to right after a turn, or to before it, and returns that as a new turn; null if nothing changes.
+   * Throws a `conflict` if something unrecorded is in the way.
    */
   async restore(turn: string, to: "after" | "before" = "after"): Promise<Turn | null> {
     return (await this.#link.request<{ turn: Turn | null }>("history/restore", { turn, to })).turn;

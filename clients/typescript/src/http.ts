@@ -1,4 +1,4 @@
-/** A gateway over HTTP, by the present token or the browser's cookie. */
+/** HTTP requests to a gateway, with the current token or the browser's cookie. */
 
 import type { Credential } from "./credential.js";
 import { Disconnected, GatewayError, refusal, signedOut } from "./errors.js";
@@ -9,7 +9,7 @@ export interface HttpOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Node says only "fetch failed", and why in the cause; of a name with two addresses in the causes of that. */
+/** Node says only "fetch failed"; the reason is in the cause or, for a name with several addresses, in its causes. */
 function reason(error: unknown): string {
   const cause = error instanceof Error ? error.cause : undefined;
   const first = cause instanceof AggregateError ? (cause.errors[0] as unknown) : cause;
@@ -21,7 +21,7 @@ export class HttpClient {
   readonly url: string;
   /** @internal */
   readonly credential: Credential;
-  /** Which of the browser's sessions is meant; null for the one without a name. */
+  /** The browser's session to use; null for the unnamed one. */
   slot: string | null;
   readonly #fetch: typeof fetch;
 
@@ -32,11 +32,11 @@ export class HttpClient {
     this.#fetch = fetching ?? ((...args) => fetch(...args));
   }
 
-  /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` where nobody answers. */
+  /** Sends a request and returns its answer. Throws the error of a refusal, `Disconnected` without an answer. */
   async http(method: string, path: string, options: HttpOptions = {}): Promise<Response> {
     const token = await this.credential.current();
     let response = await this.#send(method, path, options, token);
-    // a stream is spent by now; all else can be sent again, as what is refused was not done
+    // a stream is used up; all else can be sent again, since a refused request had no effect
     if (
       response.status === 401 &&
       this.credential.renewable &&
@@ -64,7 +64,7 @@ export class HttpClient {
         headers,
         cache: "no-store",
         ...(options.body === undefined ? {} : { body: options.body }),
-        // Node refuses a stream without it
+        // Node requires it for a stream
         ...(options.body instanceof ReadableStream ? { duplex: "half" } : {}),
         ...(options.signal === undefined ? {} : { signal: options.signal }),
       });
@@ -74,7 +74,7 @@ export class HttpClient {
     }
   }
 
-  /** Sends JSON and returns the JSON of the answer, null where it has none. */
+  /** Sends JSON and returns the JSON of the answer, null if it has none. */
   async json<Result>(
     method: string,
     path: string,

@@ -1,4 +1,4 @@
-/** A tenant's life and its site, over HTTP. */
+/** A tenant's lifecycle and its site, over HTTP. */
 
 import type { Deployment } from "./deployment.js";
 import type { HttpClient } from "./http.js";
@@ -20,19 +20,19 @@ export interface Logs {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Of what begins a deployment: the same key again is the same deployment. */
+/** Options of a new deployment: a second call with the same key returns the same deployment. */
 export interface BeginOptions {
   readonly idempotencyKey?: string | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 
-/** How the gateway is reached, and what else it has. */
+/** The gateway that the tenant belongs to. */
 export type Place<Twin> = Pick<LinkOptions, "address" | "url" | "socket"> & {
   readonly other: (name: string) => Twin;
   readonly deployment: (started: DeploymentStarted) => Deployment;
 };
 
-/** `Twin` is what another tenant is, made by `clone`. */
+/** `Twin` is the type of the tenant that `clone` returns. */
 export abstract class Life<Twin> extends Tools {
   readonly name: string;
   protected readonly http: HttpClient;
@@ -55,7 +55,7 @@ export abstract class Life<Twin> extends Tools {
     return this.http.json("GET", this.path("/metrics"), undefined, { signal });
   }
 
-  /** Asks whether the tenant's site answers now; `answers` is null where it has none or is asleep. */
+  /** Checks whether the tenant's site answers now; `answers` is null if it has none or sleeps. */
   site(signal?: AbortSignal): Promise<SiteAnswer> {
     return this.http.json("GET", this.path("/site"), undefined, { signal });
   }
@@ -68,7 +68,7 @@ export abstract class Life<Twin> extends Tools {
     return this.http.json("POST", this.path("/stop"), undefined, { signal });
   }
 
-  /** Stops the tenant until it is next used; `conflict` if it is used now. */
+  /** Stops the tenant until it is used again; throws `conflict` if it is in use. */
   sleep(signal?: AbortSignal): Promise<TenantInfo> {
     return this.http.json("POST", this.path("/sleep"), undefined, { signal });
   }
@@ -77,12 +77,12 @@ export abstract class Life<Twin> extends Tools {
     return this.http.json("POST", this.path("/restart"), undefined, { signal });
   }
 
-  /** Gives the tenant another domain, or none; its name stays. */
+  /** Changes the tenant's domain, or removes it; its name stays. */
   rename(domain: string | null, signal?: AbortSignal): Promise<TenantInfo> {
     return this.http.json("PATCH", this.path(), { domain }, { signal });
   }
 
-  /** Gives the tenant the limits of another size while it runs. */
+  /** Changes the tenant's limits to those of another size while it runs. */
   resize(size: TenantSize, signal?: AbortSignal): Promise<TenantInfo> {
     return this.http.json("PATCH", this.path(), { size }, { signal });
   }
@@ -104,12 +104,12 @@ export abstract class Life<Twin> extends Tools {
       .snapshots;
   }
 
-  /** Keeps the disk as it is now; without a name by the time. */
+  /** Takes a snapshot of the disk; the default name is the time. */
   snapshot(name?: string, signal?: AbortSignal): Promise<SnapshotInfo> {
     return this.http.json("POST", this.path("/snapshots"), { name }, { signal });
   }
 
-  /** Makes the disk what it was: stops the tenant, and starts it again if it ran. */
+  /** Restores the disk: stops the tenant, and starts it again if it ran. */
   async restore(snapshot: string, signal?: AbortSignal): Promise<void> {
     const path = this.path(`/snapshots/${encodeURIComponent(snapshot)}/restore`);
     await this.http.json("POST", path, undefined, { signal });
@@ -120,20 +120,20 @@ export abstract class Life<Twin> extends Tools {
     await this.http.json("DELETE", path, undefined, { signal });
   }
 
-  /** Returns what was deployed to it, which of it is live, and which it can go back to. */
+  /** Returns its deployments, which one is live, and those it can go back to. */
   deployments(signal?: AbortSignal): Promise<DeploymentHistory> {
     return this.http.json("GET", this.path("/deployments"), undefined, { signal });
   }
 
-  /** Begins to build the site for production and serve that at another domain, in a tenant of its own. */
+  /** Begins to build the site for production and serve it at another domain, in a separate tenant. */
   publish(
     domain: string,
     options: BeginOptions & {
-      /** Of a new tenant; `small` where left out. */
+      /** Of a new tenant; default `small`. */
       readonly size?: TenantSize | undefined;
-      /** The environment of what is published. */
+      /** The environment of the published site. */
       readonly env?: Readonly<Record<string, string>> | undefined;
-      /** Its tenant; made of the domain where left out. */
+      /** Its tenant; default: derived from the domain. */
       readonly tenant?: string | undefined;
     } = {},
   ): Promise<Deployment> {
@@ -141,24 +141,24 @@ export abstract class Life<Twin> extends Tools {
     return this.#begin("POST", "/publish", { domain, size, env, tenant }, begin);
   }
 
-  /** Begins to serve a kept site again: the one that was live last, or that of the deployment `to`. */
+  /** Begins to go back to a kept site: the one live before, or that of the deployment `to`. */
   rollback(to?: string, options: BeginOptions = {}): Promise<Deployment> {
     return this.#begin("POST", "/rollback", { to }, options);
   }
 
-  /** Returns the names of the site's environment. */
+  /** Returns the names of the site's environment variables. */
   async variables(signal?: AbortSignal): Promise<readonly string[]> {
     const path = this.path("/env");
     return (await this.http.json<{ names: string[] }>("GET", path, undefined, { signal })).names;
   }
 
-  /** Returns the site's environment with its values; needs the scope `exec`, too. */
+  /** Returns the site's environment with its values; needs the scope `exec` too. */
   async environment(signal?: AbortSignal): Promise<Readonly<Record<string, string>>> {
     const path = this.path("/env?values=1");
     return (await this.http.json<{ env: Record<string, string> }>("GET", path, undefined, { signal })).env;
   }
 
-  /** Begins to start the site anew with other variables; null removes one. */
+  /** Begins to restart the site with changed variables; null removes one. */
   changeEnvironment(
     env: Readonly<Record<string, string | null>>,
     options: BeginOptions = {},
@@ -173,7 +173,7 @@ export abstract class Life<Twin> extends Tools {
     return this.place.deployment(await this.http.json(method, this.path(rest), body, asked));
   }
 
-  /** Destroys the tenant and everything of it, and closes this connection. */
+  /** Destroys the tenant with all its files and snapshots, and closes this connection. */
   async delete(signal?: AbortSignal): Promise<void> {
     await this.http.json("DELETE", this.path(), undefined, { signal });
     this.close();

@@ -12,10 +12,10 @@ import { Waiters } from "./waiters.js";
 import type { Notification } from "./wire.js";
 
 /**
- * `idle` before anything was asked, and where the first connection failed; `connecting` for the first time; `open`;
- * `reconnecting` after a break; `offline` is that where the browser says that there is no network; `draining` when the
- * gateway is ending; `unauthorized` where the browser's session has ended, until it signs in and `retry` is called;
- * `closed` for ever, by us or by a refusal that asking again would not change.
+ * `idle` before the first request, and after the first connection failed; `connecting` for the first time; `open`;
+ * `reconnecting` after a break, or `offline` if the browser reports no network; `draining` when the gateway is shutting
+ * down; `unauthorized` when the browser's session has ended, until it signs in and `retry` is called; `closed` finally,
+ * by us or by a refusal that is permanent.
  */
 export type LinkState =
   | "idle"
@@ -41,16 +41,16 @@ export interface LinkStatus {
   readonly latency: number | null;
 }
 
-/** What lives longer than a connection and is brought to each new one. */
+/** Something that outlives a connection and is resumed on each new one. */
 export interface Resumable {
   resume(connection: Connection): Promise<void>;
   notified?(notification: Notification): void;
-  /** The connection broke and another is being made; or, with `final`, none will be. */
+  /** The connection broke and is being replaced or, with `final`, is not. */
   interrupted?(error: GatewayError, final: boolean): void;
 }
 
 export interface LinkOptions {
-  /** The gateway's address as a person knows it, for messages. */
+  /** The gateway's address for messages. */
   readonly address: string;
   readonly url: () => string;
   readonly socket: () => Promise<SocketConstructor>;
@@ -65,7 +65,7 @@ export interface LinkOptions {
 
 export interface RequestOptions {
   readonly signal?: AbortSignal | undefined;
-  /** Ask again on the next connection where this one breaks before the answer. */
+  /** Repeat the request on the next connection if this one breaks before the answer. */
   readonly again?: boolean;
   readonly patience?: number;
 }
@@ -75,7 +75,7 @@ const HEARTBEAT = 20_000;
 const SILENCE = 10_000;
 const DOUBT = 2_000;
 
-// asking these twice does the same as asking once
+// requests that may be repeated
 const REPEATABLE = new Set([
   "ping",
   "tools/list",
@@ -104,7 +104,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
   /** The token of the connection, or of the last attempt at one. */
   #token: string | null = null;
   #wasOpen = false;
-  /** A refused token was given one more try. */
+  /** Whether another try follows a refused token already. */
   #askedAgain = false;
   #status: LinkStatus = {
     state: "idle",
@@ -127,7 +127,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     return this.#status;
   }
 
-  /** Starts connecting where that is not under way. */
+  /** Starts connecting, unless that is under way. */
   connect(): void {
     if (this.#status.state === "closed" || this.#opening || this.#connection !== null) return;
     if (this.#status.state === "unauthorized") return; // until `retry`
@@ -151,7 +151,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     connection?.close(error);
   }
 
-  /** Does nothing more by itself. */
+  /** Stops all timers and listeners. */
   #rest(): void {
     this.#browser.rest();
     this.#renewal.stop();
@@ -169,7 +169,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     return this.#waiting.wait(patience, late, signal);
   }
 
-  /** Calls a method, on the next connection too where it may be asked again. */
+  /** Calls a method, again on the next connection if it may be repeated. */
   async request<Result>(method: string, params: object = {}, options: RequestOptions = {}): Promise<Result> {
     const again = options.again ?? REPEATABLE.has(method);
     for (;;) {
@@ -224,7 +224,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     this.#wasOpen = true;
     this.#askedAgain = false;
     this.server = made.server;
-    // what was there before comes first: its requests are sent before those that waited
+    // resume first, so that these requests are sent before those that waited
     const resumed = [...this.#resumables].map((resumable) => resumable.resume(made).catch(() => {}));
     const expires = made.server.expires ?? null;
     this.#set({ state: "open", attempt: 0, retryAt: null, error: null, expires });
@@ -255,7 +255,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     const { credential } = this.#options;
     if (error.code === "unauthorized") {
       credential.refused(this.#token);
-      // another token may be had by now, or another window has signed in anew
+      // there may be another token by now, or another window may have signed in again
       const again = credential.renewable || (credential.absent && this.#wasOpen);
       if (!again || this.#askedAgain) {
         if (credential.absent && this.#wasOpen) this.#waitForSession();
@@ -276,7 +276,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     }
     const attempt = this.#status.attempt + 1;
     const backoff = pause(attempt, this.#options.backoff);
-    // full second half of the range at random, so that many clients do not come back as one
+    // the second half of the range is random, so that many clients do not reconnect together
     const asked = Number(error.facts.retry_after) * 1000 || 0;
     const delay = Math.max(asked, this.#retryAfter, backoff / 2 + (Math.random() * backoff) / 2);
     this.#retryAfter = 0;
@@ -293,7 +293,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     this.#timer = setTimeout(() => void this.#open(), delay);
   }
 
-  /** Keeps everything as it is until the browser has signed in: what is asked meanwhile is refused. */
+  /** Pauses until the browser has signed in; requests are refused meanwhile. */
   #waitForSession(): void {
     const error = signedOut();
     this.#rest();
@@ -303,7 +303,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
 
   // --- the token's end -----------------------------------------------------------------------------------
 
-  /** Has the connection go on with a newer token. */
+  /** Gives the connection a newer token. */
   async renew(token: string): Promise<Renewed> {
     const connection = await this.opened();
     const renewed = await connection.request<Renewed>("session/renew", { token });
@@ -337,13 +337,13 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     }
   }
 
-  /** Drops the connection, whoever is at fault, and makes another at once. */
+  /** Drops the connection and opens another at once. */
   reconnect(): void {
-    this.#connection?.close(new Disconnected("the connection is made anew"));
+    this.#connection?.close(new Disconnected("the connection is being replaced"));
     this.#hurry();
   }
 
-  /** Tries at once what would be tried later. */
+  /** Reconnects now, without waiting for the back-off. */
   retry(): void {
     this.#hurry();
   }
@@ -366,7 +366,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
     this.#beat = setTimeout(() => void this.check(), this.#options.heartbeat ?? HEARTBEAT);
   }
 
-  /** Asks whether the other end is there; a connection that does not answer is given up. */
+  /** Checks whether the gateway answers; a connection without an answer is given up. */
   async check(silence = SILENCE): Promise<void> {
     const connection = this.#connection;
     if (connection === null) return;
@@ -381,7 +381,7 @@ export class Link extends Emitter<{ status: LinkStatus }> {
       this.#set({ latency: performance.now() - began });
       if (this.#connection === connection) this.#schedule();
     } catch {
-      // it is told to us as a break of the connection
+      // it is reported as a break of the connection
     } finally {
       clearTimeout(timer);
     }

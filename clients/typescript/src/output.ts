@@ -1,13 +1,13 @@
-/** One output stream of a command: what came and was not read yet. */
+/** One output stream of a command: its unread bytes. */
 
 import type { GatewayError } from "./errors.js";
 
 export type StreamName = "stdout" | "stderr";
 
-/** One output stream, as an async iterable of bytes. `offset` counts what came since the command began. */
+/** One output stream, as an async iterable of bytes. `offset` counts the bytes since the command began. */
 export class Output implements AsyncIterable<Uint8Array> {
   offset = 0;
-  /** Bytes that fell out of the gateway's buffer, or of ours, before anyone saw them. */
+  /** Bytes that the gateway's buffer or this one dropped before anybody read them. */
   lost = 0;
   /** @internal */ size = 0;
   /** @internal */ begun = false;
@@ -38,7 +38,7 @@ export class Output implements AsyncIterable<Uint8Array> {
     }
   }
 
-  /** The same as a stream, to pipe it on; cancelling it is leaving it. */
+  /** The same as a ReadableStream; cancelling it stops reading. */
   get readable(): ReadableStream<Uint8Array> {
     const iterator = this[Symbol.asyncIterator]();
     this.begun = true;
@@ -55,7 +55,7 @@ export class Output implements AsyncIterable<Uint8Array> {
     );
   }
 
-  /** Returns all that is left of it as text. Unbounded: for output that is known to be small. */
+  /** Returns the rest of it as text. Unbounded, so only for output that is known to be small. */
   async text(): Promise<string> {
     const decoder = new TextDecoder();
     let text = "";
@@ -63,7 +63,7 @@ export class Output implements AsyncIterable<Uint8Array> {
     return text + decoder.decode();
   }
 
-  /** @internal The offset up to which nothing waits for its reader. */
+  /** @internal The offset up to which everything has been read. */
   get taken(): number {
     return this.begun ? this.offset - this.size : this.offset;
   }
@@ -78,7 +78,7 @@ export class Output implements AsyncIterable<Uint8Array> {
     return chunk;
   }
 
-  /** @internal Nobody reads it any more: it holds nothing up. */
+  /** @internal Marks it as no longer read, so that it blocks nothing. */
   left(): void {
     this.begun = false;
     this.#taken();

@@ -1,4 +1,4 @@
-/** One tenant: its tools, files, commands and events over one connection that heals itself. */
+/** One tenant: its tools, files, commands and events over one connection, which is replaced when it breaks. */
 
 import { GatewayError } from "./errors.js";
 import { type AttachOptions, Exec, type ExecOptions } from "./exec.js";
@@ -13,15 +13,15 @@ import type { ExecInfo, Offsets, Renewed, RunResult, ServerInfo, ToolInfo } from
 import { unique } from "./unique.js";
 
 export interface TenantOptions {
-  /** Names the tool session, which then outlives a broken connection: what was read, where Bash stands. */
+  /** Names the tool session, which then outlives a broken connection: the files read, and Bash's folder. */
   readonly session?: string | undefined;
   readonly readBeforeWrite?: boolean | undefined;
-  /** `ToolOptions.lingerMs` of every call that has none of its own. */
+  /** The default of `ToolOptions.lingerMs`. */
   readonly lingerMs?: number | undefined;
   readonly patience?: number | undefined;
   readonly heartbeat?: number | undefined;
   readonly backoff?: LinkOptions["backoff"] | undefined;
-  /** Go on trying where the first connection fails, rather than say so at once. */
+  /** Keep trying if the first connection fails, instead of throwing at once. */
   readonly insist?: boolean | undefined;
 }
 
@@ -49,16 +49,16 @@ export interface TenantEventOptions {
 }
 
 /**
- * Connects when something is asked. All of it shares one connection, but for a second reader of one command; see `Exec`
- * for what that means.
+ * Connects on the first request. Everything shares one connection, except a second reader of a command; `Exec` says
+ * what that means.
  */
 export class Tenant extends Life<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
   readonly #link: Link;
-  /** Makes another connection like it. */
+  /** Opens another connection like it. */
   readonly #another: () => Link;
-  /** The commands that are read over `#link`, and those that have a connection of their own. */
+  /** The commands that are read over `#link`, and those with a separate connection. */
   readonly #read = new Set<string>();
   readonly #apart = new Set<Link>();
   readonly #lingerMs: number | undefined;
@@ -99,36 +99,36 @@ export class Tenant extends Life<Tenant> implements Disposable {
     return this.#link.status;
   }
 
-  /** Calls `listener` whenever the state of the connection changes; returns what stops that. */
+  /** Calls `listener` whenever the connection's state changes; returns a function that stops it. */
   onStatus(listener: (status: LinkStatus) => void): () => void {
     return this.#link.on("status", listener);
   }
 
-  /** Connects now, and returns what the gateway says of itself. */
+  /** Connects now, and returns the gateway's answer to `initialize`. */
   async connect(): Promise<ServerInfo> {
     return (await this.#link.opened()).server;
   }
 
-  /** Asks at once whether the gateway is there, rather than at the next heartbeat. */
+  /** Checks now whether the gateway answers, without waiting for the next heartbeat. */
   check(): Promise<void> {
     return this.#link.check();
   }
 
-  /** Tries at once to connect again, rather than when the back-off says. */
+  /** Reconnects now, without waiting for the back-off. */
   retry(): void {
     this.#link.retry();
   }
 
   /**
-   * Has a newer token of the same subject take the place of the present one on the open connection, without a break.
-   * Throws where the gateway refuses it: the connection then goes on with the old one.
+   * Replaces the open connection's token by a newer one of the same subject, without a break. Throws if the gateway
+   * refuses it; the connection then keeps the old one.
    */
   async renew(token: string): Promise<Renewed> {
     const [renewed] = await Promise.all([this.#link, ...this.#apart].map((link) => link.renew(token)));
     return renewed as Renewed;
   }
 
-  /** Drops the connection and makes another, on which everything goes on. */
+  /** Drops the connection and opens another, on which everything continues. */
   reconnect(): void {
     for (const link of [this.#link, ...this.#apart]) link.reconnect();
   }
@@ -137,7 +137,7 @@ export class Tenant extends Life<Tenant> implements Disposable {
     for (const link of [this.#link, ...this.#apart]) link.close();
   }
 
-  /** @internal The same tenant over a connection of its own. */
+  /** @internal The same tenant over a separate connection. */
   twin(): Tenant {
     return this.place.other(this.name);
   }
@@ -158,8 +158,8 @@ export class Tenant extends Life<Tenant> implements Disposable {
   // --- tools ---------------------------------------------------------------------------------------------
 
   /**
-   * Calls a tool. A failure in the tool's own terms is a result with `isError`. Where the connection breaks
-   * before the answer it is asked again by its `callId`, and joins the call that still runs.
+   * Calls a tool. A failure of the tool itself is a result with `isError`. If the connection breaks before the answer,
+   * the request is repeated with its `callId`, and joins the call that still runs.
    */
   async tool(name: string, args: object, options: ToolOptions = {}): Promise<ToolResult> {
     const { callId = unique(), lingerMs = this.#lingerMs, signal } = options;
@@ -186,7 +186,7 @@ export class Tenant extends Life<Tenant> implements Disposable {
     return this.#reading(execId, null, from, options);
   }
 
-  /** Begins to read a command. A connection has one reader of each, so that a second one gets a connection of its own. */
+  /** Begins to read a command. A connection has one reader of each, so a second one gets a separate connection. */
   #reading(id: string, start: object | null, from: Partial<Offsets>, options: AttachOptions): Promise<Exec> {
     const apart = this.#read.has(id);
     const link = apart ? this.#another() : this.#link;
@@ -198,7 +198,7 @@ export class Tenant extends Life<Tenant> implements Disposable {
     return exec.begin();
   }
 
-  /** Returns the tenant's commands, those that ended a while ago included. */
+  /** Returns the tenant's commands, including recently ended ones. */
   async execs(signal?: AbortSignal): Promise<readonly ExecInfo[]> {
     return (await this.#link.request<{ execs: ExecInfo[] }>("exec/list", {}, { signal })).execs;
   }
@@ -214,11 +214,11 @@ export class Tenant extends Life<Tenant> implements Disposable {
     return { ...same, exitCode, durationMs } as unknown as RunResult;
   }
 
-  // --- what happens ----------------------------------------------------------------------------------------
+  // --- watches and events ----------------------------------------------------------------------------------
 
   /**
-   * Watches files and folders, these with all below. After a broken connection, and where the gateway missed
-   * something, comes a change with `overflow`: read anew what you show.
+   * Watches files, and folders with all below them. After a broken connection, or if the gateway missed something, a
+   * change with `overflow` comes: read again what you show.
    */
   async watch(paths: readonly string[] = ["."], options: WatchOptions = {}): Promise<Watch> {
     const { signal, ...rest } = options;
@@ -226,14 +226,14 @@ export class Tenant extends Life<Tenant> implements Disposable {
   }
 
   /**
-   * Follows the events of this tenant; after a broken connection it goes on where it stopped. Once at a time:
+   * Follows the events of this tenant; after a broken connection it continues where it stopped. Only one at a time, since
    * the gateway does not say to which subscription of a connection an event belongs.
    */
   async events(options: TenantEventOptions = {}): Promise<TenantEvents> {
     if (this.#events?.open) {
       throw new GatewayError(
         "conflict",
-        "the events are followed already; a second `gateway.tenant` can too",
+        "the events are followed already; use a second `gateway.tenant` for this",
       );
     }
     const { signal, ...filter } = options;

@@ -1,13 +1,13 @@
-/** The tenant's eight tools, typed, and what they answer. */
+/** The tenant's eight tools, typed, and their results. */
 
 import { type Facts, GatewayError } from "./errors.js";
 
 export interface ToolOptions {
-  /** The same id and input again returns the recorded result. One is made up where left out. */
+  /** A second call with the same id and input returns the recorded result. Default: a random id. */
   readonly callId?: string | undefined;
-  /** For how long the call goes on where the connection broke, so that it can be joined again; 30 s by default. */
+  /** How long the call continues after a broken connection, so that it can be joined again; default 30 s. */
   readonly lingerMs?: number | undefined;
-  /** Cancels the call, and ends what it runs. */
+  /** Cancels the call, and ends all that it runs. */
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -27,7 +27,7 @@ export interface GrepOptions extends ToolOptions {
   readonly ignoreCase?: boolean | undefined;
   readonly onlyMatching?: boolean | undefined;
   readonly multiline?: boolean | undefined;
-  /** True where left out. */
+  /** Default true. */
   readonly lineNumbers?: boolean | undefined;
   /** Lines around a match, in content mode, as `after` and `context`. */
   readonly before?: number | undefined;
@@ -38,7 +38,7 @@ export interface GrepOptions extends ToolOptions {
 }
 
 export interface BashOptions extends ToolOptions {
-  /** 120 000 where left out, at most 600 000. Then it goes on in the background, and `status` is `running`. */
+  /** Default 120 000, at most 600 000. After that it continues in the background, and `status` is `running`. */
   readonly timeoutMs?: number | undefined;
   readonly background?: boolean | undefined;
   readonly description?: string | undefined;
@@ -52,7 +52,7 @@ export type ToolContent =
       readonly resource: { readonly uri: string; readonly mimeType?: string; readonly blob?: string };
     };
 
-/** What a tool answered, in the shape of an MCP tool result. */
+/** A tool's result, in the form of an MCP tool result. */
 export class ToolResult {
   constructor(
     readonly content: readonly ToolContent[],
@@ -72,13 +72,13 @@ export class ToolResult {
   }
 }
 
-/** What Bash and BashOutput answered. An exit code other than 0 is a result, not an error. */
+/** The result of Bash and BashOutput. An exit code other than 0 is a result, not an error. */
 export class ShellResult extends ToolResult {
   get status(): "running" | "completed" | "failed" | "killed" {
     return this.structuredContent.status as "running" | "completed" | "failed" | "killed";
   }
 
-  /** What the command ended with; null while it runs. */
+  /** The exit code; null while the command runs. */
   get exitCode(): number | null {
     return (this.structuredContent.exitCode as number | undefined) ?? null;
   }
@@ -88,20 +88,20 @@ export class ShellResult extends ToolResult {
     return String(this.structuredContent.exec);
   }
 
-  /** The id of a command in the background, for `bashOutput` and `killShell`. */
+  /** The id of a background command, for `bashOutput` and `killShell`. */
   get shellId(): string | null {
     return (this.structuredContent.shellId as string | undefined) ?? null;
   }
 
-  /** Where all of the output lies, for `read`, where the text is not all. */
+  /** The file with the whole output, for `read`, if the text is not all of it. */
   get outputFile(): string | null {
     return (this.structuredContent.outputFile as string | undefined) ?? null;
   }
 }
 
-/** A failure in a tool's own terms is thrown as the error of its code; of a command only where nothing has run. */
+/** Throws the error of its code if a tool fails; for a command, only if nothing ran. */
 export abstract class Tools {
-  /** Calls a tool by its name. A failure in the tool's own terms is a result with `isError`. */
+  /** Calls a tool by its name. A failure of the tool itself is a result with `isError`. */
   abstract tool(name: string, args: object, options?: ToolOptions): Promise<ToolResult>;
 
   /** Reads lines of a file, or `pages` of a PDF. */
@@ -115,7 +115,7 @@ export abstract class Tools {
     return this.#call("Write", { file_path: path, content }, options);
   }
 
-  /** Replaces `old`, which must be in the file once unless `replaceAll`, by `new`. */
+  /** Replaces `old` by `new`. `old` must occur exactly once, unless `replaceAll`. */
   edit(
     path: string,
     old: string,
@@ -158,13 +158,13 @@ export abstract class Tools {
     return this.#call("Grep", args, { callId, lingerMs, signal });
   }
 
-  /** Runs a line in this session's working directory; an exit code is in the result, whatever it is. */
+  /** Runs a command line in this session's working directory; any exit code is a result. */
   bash(command: string, options: BashOptions = {}): Promise<ShellResult> {
     const { timeoutMs: timeout, background: run_in_background, description, ...call } = options;
     return this.#shell("Bash", { command, timeout, run_in_background, description }, call);
   }
 
-  /** Returns what a command in the background has printed since the last call; its end too. */
+  /** Returns the output of a background command since the last call, and its end. */
   bashOutput(
     shellId: string,
     options: ToolOptions & { readonly filter?: string | undefined } = {},
@@ -173,7 +173,7 @@ export abstract class Tools {
     return this.#shell("BashOutput", { bash_id: shellId, filter }, call);
   }
 
-  /** Ends a command in the background with all that it started. */
+  /** Ends a background command and all that it started. */
   killShell(shellId: string, options?: ToolOptions): Promise<ToolResult> {
     return this.#call("KillShell", { shell_id: shellId }, options);
   }

@@ -1,4 +1,4 @@
-/** What crosses the wire, as types: parameters and results of the methods, and what HTTP answers. */
+/** The types of the protocol: parameters and results of the methods, and HTTP's answers. */
 
 import type { ErrorCode, Facts } from "./errors.js";
 
@@ -10,11 +10,11 @@ export interface ServerInfo {
   readonly user: string;
   readonly scopes: readonly string[];
   readonly limits: Readonly<Record<string, number>>;
-  /** When the token ends, in seconds since the epoch; a gateway of before does not say. */
+  /** When the token ends, in seconds since the epoch; absent from older gateways. */
   readonly expires?: number;
 }
 
-/** What a newer token brought to an open connection. */
+/** The result of a newer token on an open connection. */
 export interface Renewed {
   readonly expires: number;
   readonly scopes: readonly string[];
@@ -27,7 +27,7 @@ export interface Session {
   readonly tenants: readonly string[];
   /** seconds since the epoch */
   readonly expires: number;
-  /** by which it is revoked */
+  /** the id for revoking it */
   readonly id?: string;
   readonly slot?: string | null;
 }
@@ -50,7 +50,7 @@ export interface TenantInfo {
 }
 
 export interface SiteAnswer {
-  /** Whether it answers with less than 500; null where there is no site, or one that is asleep. */
+  /** Whether it answers with less than 500; null if there is no site or it sleeps. */
   readonly answers: boolean | null;
   readonly status: number | null;
 }
@@ -108,7 +108,7 @@ export type FileChangeKind = "created" | "changed" | "removed";
 
 export interface FileChanges {
   readonly changes: readonly { readonly path: string; readonly change: FileChangeKind }[];
-  /** Changes were missed: read anew what you show. */
+  /** Changes were missed: read again what you show. */
   readonly overflow: boolean;
   readonly ended?: string;
 }
@@ -119,7 +119,7 @@ export interface ToolInfo {
   readonly inputSchema: Readonly<Record<string, unknown>>;
 }
 
-/** A command that was run and waited for over HTTP. */
+/** The result of a command over HTTP. */
 export interface RunResult {
   readonly exec: string;
   readonly exitCode: number | null;
@@ -127,13 +127,13 @@ export interface RunResult {
   readonly reason: "exited" | "timeout" | "cancelled";
   readonly stdout: string;
   readonly stderr: string;
-  /** There was more than is here. */
+  /** The output was cut. */
   readonly truncated: boolean;
   readonly durationMs: number;
   readonly left: number | null;
 }
 
-/** A tenant's disk at one moment; `size` is what nothing else holds, in bytes, null where that is not known. */
+/** A snapshot of a tenant's disk; `size` is what it alone takes, in bytes, null if unknown. */
 export interface SnapshotInfo {
   readonly name: string;
   readonly created: string | null;
@@ -142,7 +142,7 @@ export interface SnapshotInfo {
 
 export type TenantSize = "small" | "medium" | "large";
 
-/** Who did what. */
+/** An entry of the audit log. */
 export interface AuditEntry {
   readonly id: number;
   readonly time: string;
@@ -164,13 +164,13 @@ export interface Offsets {
 
 export type ExitReason = "exited" | "cancelled" | "timeout" | "lost";
 
-/** How a command ended. `code` is null where its status was not seen: `reason` then says `lost`. */
+/** How a command ended. `code` is null if its status was lost: `reason` then says `lost`. */
 export interface Exit {
   readonly code: number | null;
   readonly signal: string | null;
   readonly reason: ExitReason;
   readonly durationMs: number;
-  /** How many processes of its tree ran on, null where that is not known; `cancel` ends them. */
+  /** How many processes of its tree still run, null if unknown; `cancel` ends them. */
   readonly left: number | null;
 }
 
@@ -189,7 +189,7 @@ export interface ExecInfo {
   readonly state: "running" | "ended";
   readonly attached: number;
   readonly offsets: Offsets;
-  /** What of the tree of a command that has ended runs on. */
+  /** How many processes of an ended command still run. */
   readonly left?: readonly { readonly pid: number; readonly name: string }[];
 }
 
@@ -200,7 +200,7 @@ export interface Turn {
   readonly agent: string;
   /** The subject of the token. */
   readonly by: string;
-  /** What the agent was asked. */
+  /** The request to the agent. */
   readonly title: string;
   /** In seconds since the epoch. */
   readonly at: number;
@@ -218,12 +218,12 @@ export interface TurnChanges extends Turn {
     readonly removed: number;
     readonly binary: boolean;
   }[];
-  /** A patch, cut off where it is `truncated`. */
+  /** A patch, cut if `truncated`. */
   readonly diff: string;
   readonly truncated: boolean;
 }
 
-/** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */
+/** One CloudEvent. A `gap` says that events before `data.oldest` are lost: read the state again. */
 export interface GatewayEvent {
   readonly id: string;
   readonly type: string;
@@ -248,14 +248,14 @@ export interface DeploymentPhase {
 
 export type DeploymentState = "waiting" | "running" | "succeeded" | "undoing" | "rolledback";
 
-/** What is answered to the request of a deployment. */
+/** The answer to the request of a deployment. */
 export interface DeploymentStarted {
   readonly id: string;
   readonly tenant: string;
   readonly state: DeploymentState;
 }
 
-/** A deployment as it stands. */
+/** A deployment's current state. */
 export interface DeploymentRecord extends DeploymentStarted {
   readonly domain: string;
   readonly url: string;
@@ -267,20 +267,20 @@ export interface DeploymentRecord extends DeploymentStarted {
   readonly created: number;
   readonly ended: number | null;
   readonly ms: number | null;
-  /** Of a rollback the id of the deployment whose site comes back. */
+  /** For a rollback, the id of the deployment to go back to. */
   readonly rollback?: string | null;
-  /** The names of the variables that it changes. */
+  /** The names of the changed variables. */
   readonly env?: readonly string[] | null;
   readonly warnings: readonly string[];
   readonly phases: readonly DeploymentPhase[];
-  /** What it failed with; `phase` and `reason` may be beside it. */
+  /** Why it failed, possibly with `phase` and `reason`. */
   readonly error: (Facts & { readonly code: ErrorCode; readonly message: string }) | null;
 }
 
-/** What was deployed to a tenant, newest first. */
+/** A tenant's deployments, newest first. */
 export interface DeploymentHistory {
   readonly deployments: readonly DeploymentRecord[];
-  /** The id of the one that is served; null where that is not known. */
+  /** The id of the one that is served; null if unknown. */
   readonly live: string | null;
   /** Those that `Tenant.rollback` can go back to, newest first; `replaced` in seconds since the epoch. */
   readonly kept: readonly { readonly id: string; readonly replaced: number }[];

@@ -28,7 +28,7 @@ export function packFrame(stream: number, channel: number, data: Uint8Array): Ui
   return frame;
 }
 
-/** Returns the parts of a frame; `data` is a view of it. Throws where it is none. */
+/** Returns the parts of a frame; `data` is a view of it. Throws if it is not one. */
 export function unpackFrame(frame: ArrayBuffer | Uint8Array): Frame {
   const bytes = frame instanceof Uint8Array ? frame : new Uint8Array(frame);
   if (bytes.length < HEADER) {
@@ -67,7 +67,7 @@ export function request(id: RequestId, method: string, params: object = {}): str
   return JSON.stringify({ jsonrpc: "2.0", id, method, params });
 }
 
-/** Returns what is never answered. */
+/** Returns the text of a notification. */
 export function notification(method: string, params: object): string {
   return JSON.stringify({ jsonrpc: "2.0", method, params });
 }
@@ -77,7 +77,7 @@ export function cancelRequest(id: RequestId): string {
   return JSON.stringify({ jsonrpc: "2.0", method: "$/cancelRequest", params: { id } });
 }
 
-/** Returns what a server said. Throws `invalid_params` where it does not speak this protocol. */
+/** Parses a server's message. Throws `invalid_params` if it is not of this protocol. */
 export function decodeServerText(text: string): Reply | Notification {
   try {
     const message = JSON.parse(text) as Record<string, unknown>;
@@ -115,7 +115,7 @@ export interface ServerSent {
   readonly id: string;
 }
 
-/** Server-Sent Events out of text as it comes, as WHATWG HTML §9.2.6 has it. */
+/** A parser of Server-Sent Events (WHATWG HTML §9.2.6) for text in chunks. */
 export class EventParser {
   #rest = "";
   #begun = false;
