@@ -252,8 +252,12 @@ def test_a_sealed_container_shares_no_id_and_no_log(shell: tuple[str, ...], mach
     machine_id = machine.place / "etc/machine-id"
     for path in (*gone, machine_id):
         path.write_text("x")
-    assert machine.run(shell, "seal")[-12:] == b"         123"
+    with machine_id.open() as before:
+        assert machine.run(shell, "seal")[-12:] == b"         123"
+        # made anew, so that a copy's first write parts nothing that lies beside the old one
+        assert os.fstat(before.fileno()).st_nlink == 0
     assert not any(path.exists() for path in gone) and machine_id.read_bytes() == b""
+    assert machine_id.stat().st_mode & 0o777 == 0o444
     assert machine.asked()[0] == "stop site.service"
 
 
