@@ -24,6 +24,7 @@ import uvloop
 from gateway.api.app import Gateway
 from gateway.caddy import Caddy
 from gateway.errors import Unavailable
+from gateway.runtime.incus.clusters import refuse_cluster
 from gateway.settings import Settings
 from gateway.storage.state_dir import close
 from gateway.terminal import log_to_stderr
@@ -82,7 +83,8 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, *, log_level: str = "info") -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had.
+    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had, or if incusd
+    is in a cluster.
     """
     log_to_stderr(log_level)
     # tokens never travel in a URL, but tenants' names do: no access log
@@ -111,6 +113,8 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
     )
 
     async def run() -> None:
+        if settings.runtime == "incus":
+            await refuse_cluster(settings)
         async with gateway.store:
             # uvicorn raises the signal that ended it once more for the handler before its own: an orderly
             # end is no death by signal

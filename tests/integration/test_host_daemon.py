@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import pytest
 
 from gateway.host import HostError
 from gateway.host.daemon import Daemon
+from gateway.host.doctor import Finding, doctor
+from gateway.host.setup import setup
 from gateway.settings import Settings
 from tests.integration import environment
 from tests.integration.conftest import Container
+from tests.live import free_ports
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +103,29 @@ def test_a_container_that_stops_waits_for_no_hook_of_lxcfs(shared_tenant: Contai
     assert [file.read_text() for file in files] == [
         shipped.replace("lxc.hook.post-stop = /usr/share/lxcfs/lxc.reboot.hook\n", "")
     ]
+
+
+def test_a_clustered_one_is_refused(daemon: Daemon, tmp_path: Path) -> None:
+    """By setup, doctor and serve, in one line that says why, and before anything is changed."""
+    daemon.ensure(silent)
+    settings = Settings(incus_socket=daemon.socket, state_dir=tmp_path / "state", listen="127.0.0.1:0")
+
+    def incus(*words: str) -> None:
+        subprocess.run(["incus", *words], env=daemon.environment, check=True, capture_output=True, timeout=60)
+
+    def of_incus() -> Finding:
+        return next(finding for finding in doctor(settings) if finding.what == "Incus")
+
+    assert of_incus().ok
+    incus("config", "set", f"core.https_address=127.0.0.1:{free_ports(1)[0]}")
+    incus("cluster", "enable", "alone")
+    with pytest.raises(HostError, match="member of a cluster") as caught:
+        setup(settings, silent)
+    assert caught.value.facts["step"] == "Incus"
+    assert not of_incus().ok and "GATEWAY_INCUS_SOCKET" in of_incus().detail
+    command = [sys.executable, "-m", "gateway", "serve"]
+    told = {"PATH": os.environ["PATH"], **environment.variables(settings), "GATEWAY_CONFIG": "/nonexistent"}
+    done = subprocess.run(command, env=told, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "member of a cluster" in line and str(daemon.socket) in line

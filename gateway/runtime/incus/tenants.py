@@ -32,6 +32,7 @@ from gateway.runtime import (
     TenantEvent,
     unheard,
 )
+from gateway.runtime.incus.clusters import REASON, clustered
 from gateway.runtime.incus.commands import Commands
 from gateway.runtime.incus.creation import Creation, identity_of
 from gateway.runtime.incus.disks import Disks
@@ -264,7 +265,9 @@ class IncusRuntime:
 
     async def ready(self) -> None:
         with translated(""):
-            await self._incus.get("/1.0")
+            server = await self._incus.get("/1.0")
+        if why := clustered(server, self._settings):
+            raise Unavailable(why, reason=REASON)
         if not self._watch.standing:
             raise Unavailable("the Incus event stream is not up yet")
 
