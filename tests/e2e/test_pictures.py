@@ -98,8 +98,8 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await picture(window, pictures, "history")
 
     side = await window.view("Deploy")
-    await side.get_by_label("Domain").fill("blog.localhost")
-    await side.get_by_label("Template").fill("static")
+    await side.get_by_placeholder("shop.example.com").fill("blog.localhost")
+    await side.get_by_role("radio", name="static").check()
     await side.get_by_role("button", name="Deploy", exact=True).click()
     card = side.get_by_role("article", name="Deployment of blog.localhost")
     await expect(card.get_by_text("Live")).to_be_visible(timeout=2 * DEADLINE)

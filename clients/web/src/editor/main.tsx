@@ -5,6 +5,7 @@ import "@fontsource-variable/jetbrains-mono/wght.css";
 import "./style/base.css";
 import "./style/shell.css";
 import "./style/views.css";
+import "./style/site.css";
 import { effect } from "@preact/signals";
 import { render } from "preact";
 import { palette, register } from "./state/commands.js";

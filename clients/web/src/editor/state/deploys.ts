@@ -82,7 +82,12 @@ export class Deploys {
     } finally {
       this.starting.value = false;
     }
-    this.#change(deployment.id, { tenant: deployment.tenant, domain: request.domain });
+    this.began(deployment, request.domain);
+  }
+
+  /** Follows one that has begun, to its end. */
+  began(deployment: Deployment, domain: string): void {
+    this.#change(deployment.id, { tenant: deployment.tenant, domain });
     void this.#follow(deployment);
   }
 

@@ -18,6 +18,7 @@ import { Insights } from "./insights.js";
 import { basename, relative } from "./paths.js";
 import { Search } from "./search.js";
 import { allows, gateway, identify, look, session, signIn, who, writeAddress } from "./session.js";
+import { Site } from "./site.js";
 import { covers } from "./slots.js";
 import { Terminals } from "./terminals.js";
 import { complain, say } from "./toasts.js";
@@ -53,6 +54,7 @@ export class Workspace {
   readonly terminals: Terminals;
   readonly activity: Activity;
   readonly deploys = new Deploys();
+  readonly site: Site;
   readonly history: History;
   readonly insights: Insights;
   readonly search: Search;
@@ -75,6 +77,7 @@ export class Workspace {
     this.documents = new Documents(tenant, () => !allows("files:write"), this.#drafts);
     this.terminals = new Terminals(tenant, name);
     this.activity = new Activity(() => this.server.value?.workspace ?? "/srv/site");
+    this.site = new Site(tenant, this.deploys);
     this.history = new History(tenant);
     this.insights = new Insights(tenant);
     this.search = new Search(tenant);

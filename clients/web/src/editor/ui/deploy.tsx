@@ -6,7 +6,8 @@ import type { Deploy, Phase } from "../state/deploys.js";
 import { allows } from "../state/session.js";
 import { complain } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { clock, duration, Empty, Icon, Spinner } from "./parts.js";
+import { clock, duration, Icon, Spinner } from "./parts.js";
+import { SiteView } from "./site.js";
 import { switchTenant } from "./top-bar.js";
 
 const MEANING: Readonly<Record<string, string>> = {
@@ -31,7 +32,11 @@ export function DeployView({ current }: { current: Workspace }) {
   useEffect(() => {
     if (may) void deploys.look();
   }, [deploys, may]);
-  const known = deploys.templates.value.find(({ name }) => name === template.value.trim());
+  const known = deploys.templates.value;
+  useEffect(() => {
+    if (known[0] !== undefined && !known.some(({ name }) => name === template.value))
+      template.value = known[0].name;
+  }, [known]);
   const submit = (event: Event) => {
     event.preventDefault();
     void deploys.start({ domain: domain.value.trim(), template: template.value.trim() });
@@ -42,6 +47,9 @@ export function DeployView({ current }: { current: Workspace }) {
         <h2>Deploy</h2>
       </header>
       <div class="scroll">
+        <SiteView current={current} />
+        {newest !== undefined && <Card deploy={newest} current={current} />}
+        <h3 class="deploy-new">A new site</h3>
         <form class="deploy-form" onSubmit={submit}>
           <label for="deploy-domain">Domain</label>
           <div class="field">
@@ -57,28 +65,32 @@ export function DeployView({ current }: { current: Workspace }) {
               }}
             />
           </div>
-          <label for="deploy-template">Template</label>
-          <div class="field">
-            <Icon name="list-tree" size={14} />
-            <input
-              id="deploy-template"
-              list="deploy-templates"
-              spellcheck={false}
-              autocapitalize="off"
-              value={template.value}
-              onInput={(event) => {
-                template.value = event.currentTarget.value;
-              }}
-            />
-          </div>
-          <datalist id="deploy-templates">
+          <fieldset class="templates">
+            <legend>Template</legend>
             {deploys.templates.value.map(({ name, description }) => (
-              <option key={name} value={name}>
-                {description}
-              </option>
+              <label key={name} class={template.value === name ? "template chosen" : "template"}>
+                <input
+                  type="radio"
+                  name="template"
+                  value={name}
+                  checked={template.value === name}
+                  onChange={() => {
+                    template.value = name;
+                  }}
+                />
+                <span class={`sketch ${sketch(name)}`} aria-hidden="true">
+                  <i />
+                  <i />
+                  <i />
+                </span>
+                <span class="template-text">
+                  <b>{name}</b>
+                  <span class="where">{description}</span>
+                </span>
+              </label>
             ))}
-          </datalist>
-          {known && <p class="hint">{known.description}</p>}
+            {deploys.templates.value.length === 0 && <p class="hint">This gateway has no template.</p>}
+          </fieldset>
           <button
             type="submit"
             class="primary"
@@ -93,13 +105,6 @@ export function DeployView({ current }: { current: Workspace }) {
             </p>
           )}
         </form>
-        {newest === undefined ? (
-          <Empty icon="rocket" title="No deployment yet">
-            From a template to a site that answers, phase by phase.
-          </Empty>
-        ) : (
-          <Card deploy={newest} current={current} />
-        )}
         {older.length > 0 && (
           <div class="older">
             <h3>Before</h3>
@@ -115,6 +120,11 @@ export function DeployView({ current }: { current: Workspace }) {
       </div>
     </section>
   );
+}
+
+/** How a template's picture is drawn: of what it is, not of how it is called. */
+function sketch(name: string): string {
+  return /static|html/.test(name) ? "page" : /api|server|hono|express/.test(name) ? "server" : "app";
 }
 
 function Card({ deploy, current }: { deploy: Deploy; current: Workspace }) {
