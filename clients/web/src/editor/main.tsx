@@ -28,6 +28,7 @@ import { leaveTenant, listTenants, openFirst, workspace } from "./state/workspac
 import { App } from "./ui/app.js";
 import { arriving, askToSignIn } from "./ui/arrival.js";
 import { closeDoc, view } from "./ui/editor-pane.js";
+import { finding } from "./ui/panel.js";
 import { reloads } from "./ui/preview.js";
 import { focusSearch } from "./ui/search.js";
 import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
@@ -157,6 +158,10 @@ function reveal(): void {
 }
 
 function find(): void {
+  if (document.activeElement?.closest(".screen") != null) {
+    finding.value += 1;
+    return;
+  }
   const state = view.current?.state;
   const selected = state?.sliceDoc(state.selection.main.from, state.selection.main.to) ?? "";
   showSide("search");

@@ -22,8 +22,10 @@ import {
   Compartment,
   EditorState,
   type Extension,
+  RangeSet,
   StateEffect,
   StateField,
+  type Text,
   Transaction,
   type TransactionSpec,
 } from "@codemirror/state";
@@ -34,6 +36,8 @@ import {
   drawSelection,
   dropCursor,
   EditorView,
+  GutterMarker,
+  gutter,
   highlightActiveLine,
   highlightActiveLineGutter,
   highlightSpecialChars,
@@ -54,25 +58,55 @@ const arrived = Decoration.line({ class: "cm-arrived" });
 /** How many lines are marked at most. */
 const MARKED = 500;
 
+/** Returns where the lines of some ranges begin, in order. */
+function linesOf(doc: Text, ranges: readonly Range[]): readonly number[] {
+  const lines = new Set<number>();
+  for (const { from, to } of ranges) {
+    const last = doc.lineAt(to).number;
+    for (let line = doc.lineAt(from).number; line <= last && lines.size < MARKED; line++) lines.add(line);
+  }
+  return [...lines].map((line) => doc.line(line).from).sort((a, b) => a - b);
+}
+
 /** Marks the lines that came from outside, until the next edit. */
 const arrivals = StateField.define<DecorationSet>({
   create: () => Decoration.none,
   update(marks, transaction) {
     for (const effect of transaction.effects) {
       if (!effect.is(arrive)) continue;
-      const { doc } = transaction.state;
-      const lines = new Set<number>();
-      for (const { from, to } of effect.value) {
-        const last = doc.lineAt(to).number;
-        for (let line = doc.lineAt(from).number; line <= last && lines.size < MARKED; line++) lines.add(line);
-      }
-      const starts = [...lines].map((line) => doc.line(line).from).sort((a, b) => a - b);
+      const starts = linesOf(transaction.state.doc, effect.value);
       return Decoration.set(starts.map((start) => arrived.range(start)));
     }
     return transaction.docChanged ? Decoration.none : marks;
   },
   provide: (field) => EditorView.decorations.from(field),
 });
+
+class Theirs extends GutterMarker {
+  override elementClass = "cm-theirs";
+}
+
+const theirs = new Theirs();
+
+/** Marks in the gutter which lines others wrote since the file was opened. */
+const written = StateField.define<RangeSet<GutterMarker>>({
+  create: () => RangeSet.empty,
+  update(marks, transaction) {
+    let next = marks.map(transaction.changes);
+    for (const effect of transaction.effects) {
+      if (!effect.is(arrive)) continue;
+      const starts = linesOf(transaction.state.doc, effect.value);
+      const fresh = new Set(starts);
+      next = next.update({
+        filter: (from) => !fresh.has(from),
+        add: starts.map((start) => theirs.range(start)),
+      });
+    }
+    return next;
+  },
+});
+
+const theirsGutter = gutter({ class: "cm-theirs-gutter", markers: (view) => view.state.field(written) });
 
 const language = new Compartment();
 const label = new Compartment();
@@ -81,6 +115,7 @@ const listening = new Compartment();
 function base(readOnly: boolean): Extension {
   return [
     lineNumbers(),
+    [written, theirsGutter],
     highlightActiveLineGutter(),
     highlightSpecialChars(),
     history(),

@@ -22,6 +22,8 @@ const look = EditorView.theme({
   },
   ".cm-lineNumbers .cm-gutterElement": { minWidth: "3ch", padding: "0 10px 0 4px" },
   ".cm-foldGutter .cm-gutterElement": { padding: "0 4px 0 0", color: "var(--text-faint)" },
+  ".cm-theirs-gutter": { width: "3px" },
+  ".cm-theirs": { backgroundColor: "var(--agent)" },
   ".cm-activeLine": { backgroundColor: "var(--line-active)" },
   ".cm-activeLineGutter": { backgroundColor: "transparent", color: "var(--text)" },
   ".cm-matchingBracket, &.cm-focused .cm-matchingBracket": {

@@ -21,6 +21,8 @@ export interface Item {
   readonly exec: string | null;
   readonly path: string | null;
   readonly writes: boolean;
+  /** It was a tool call, which no person makes. */
+  readonly tool: boolean;
   /** How often in a row it happened; only the last time is shown. */
   readonly times: number;
 }
@@ -74,6 +76,7 @@ export class Activity {
       exec: null,
       path: null,
       writes: false,
+      tool: false,
       times: 1,
     };
     switch (event.type) {
@@ -96,6 +99,7 @@ export class Activity {
           state: "running",
           exec: (data.exec as string | undefined) ?? null,
           path: name === "Bash" ? null : path,
+          tool: true,
           writes: name === "Write" || name === "Edit",
         });
         return;

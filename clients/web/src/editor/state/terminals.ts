@@ -193,7 +193,15 @@ export class Terminals {
     await terminal.exec?.resize({ cols, rows }).catch(() => {});
   }
 
-  input(terminal: Terminal, data: string | Uint8Array): void {
+  /** The next letter is one with Ctrl: a phone's keyboard has no such key. */
+  readonly ctrl = signal(false);
+
+  input(terminal: Terminal, typed: string | Uint8Array): void {
+    let data = typed;
+    if (this.ctrl.value && typeof data === "string" && data.length === 1) {
+      this.ctrl.value = false;
+      data = control(data);
+    }
     if (terminal.over && data === "\r") this.again(terminal);
     if (terminal.foreign || terminal.exec === null || terminal.over) return;
     if (terminal.exec.stdout.offset < terminal.replay) return;
@@ -228,6 +236,12 @@ export class Terminals {
   dispose(): void {
     for (const terminal of this.list.value) terminal.screen?.dispose();
   }
+}
+
+/** Returns the character that Ctrl makes of a letter. */
+export function control(letter: string): string {
+  const code = letter.toUpperCase().charCodeAt(0);
+  return code >= 64 && code < 96 ? String.fromCharCode(code - 64) : letter;
 }
 
 const ANEW = "Enter starts a new shell.";

@@ -1,6 +1,9 @@
 /** One xterm.js screen, in the page's colours and within its content security policy. */
 
 import { FitAddon } from "@xterm/addon-fit";
+import { SearchAddon } from "@xterm/addon-search";
+import { Unicode11Addon } from "@xterm/addon-unicode11";
+import { WebLinksAddon } from "@xterm/addon-web-links";
 import { Terminal as Xterm } from "@xterm/xterm";
 import "@xterm/xterm/css/xterm.css";
 import type { Size } from "@incus-gateway/client";
@@ -9,15 +12,18 @@ import { nonce } from "../code/theme.js";
 export class Screen {
   readonly #xterm: Xterm;
   readonly #fit = new FitAddon();
+  readonly #search = new SearchAddon();
   readonly element: HTMLDivElement;
   onInput: (data: string | Uint8Array) => void = () => {};
   onResize: (size: Size) => void = () => {};
 
-  constructor(readOnly: boolean) {
+  /** `plain` output is no terminal's: its lines end without a carriage return. */
+  constructor(readOnly: boolean, plain: boolean) {
     this.element = document.createElement("div");
     this.element.className = "screen";
     this.#xterm = new Xterm({
-      allowProposedApi: false,
+      allowProposedApi: true, // for widths by Unicode 11
+      convertEol: plain,
       cursorBlink: !matchMedia("(prefers-reduced-motion: reduce)").matches,
       cursorStyle: "bar",
       cursorInactiveStyle: "outline",
@@ -31,9 +37,45 @@ export class Screen {
       theme: colours(),
     });
     this.#xterm.loadAddon(this.#fit);
+    this.#xterm.loadAddon(this.#search);
+    this.#xterm.loadAddon(new Unicode11Addon());
+    this.#xterm.unicode.activeVersion = "11"; // an emoji takes two cells, as programs reckon
+    this.#xterm.loadAddon(
+      new WebLinksAddon((_event, address) => open(address, "_blank", "noopener,noreferrer")),
+    );
+    this.#xterm.attachCustomKeyEventHandler((event) => this.#key(event));
     this.#xterm.onData((data) => this.onInput(data));
     this.#xterm.onBinary((data) => this.onInput(Uint8Array.from(data, (char) => char.charCodeAt(0))));
     this.#xterm.onResize((size) => this.onResize({ cols: size.cols, rows: size.rows }));
+  }
+
+  /** Takes Ctrl-Shift-C and -V, which a terminal has for copy and paste; returns whether a key is the program's. */
+  #key(event: KeyboardEvent): boolean {
+    if (!event.ctrlKey || !event.shiftKey || event.altKey) return true;
+    // the browser pastes by itself
+    if (event.code === "KeyV") return false;
+    if (event.code !== "KeyC") return true;
+    event.preventDefault();
+    if (event.type === "keydown") void this.copy();
+    return false;
+  }
+
+  /** Copies what is selected; returns whether anything is. */
+  async copy(): Promise<boolean> {
+    const text = this.#xterm.getSelection();
+    if (text === "") return false;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      document.execCommand("copy"); // over plain HTTP there is no clipboard; xterm.js answers this
+    }
+    return true;
+  }
+
+  /** Selects the next, or the previous, place where a text stands; returns whether there is one. */
+  find(text: string, back: boolean): boolean {
+    if (text === "") return false;
+    return back ? this.#search.findPrevious(text) : this.#search.findNext(text);
   }
 
   /** Draws in `element`, which must be in the page by now. */

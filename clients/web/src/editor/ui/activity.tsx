@@ -51,7 +51,8 @@ export function ActivityView({ current }: { current: Workspace }) {
 function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
   const mine = item.by === session.value?.subject;
   const openable = item.path !== null && item.path !== "." && item.state !== "failed";
-  const watchable = item.exec !== null && item.state === "running";
+  // of one that has ended too: its output is kept for ten minutes more
+  const watchable = item.exec !== null;
   const show = () => {
     if (openable && item.path !== null) {
       void current.documents.show(item.path);
@@ -87,10 +88,10 @@ function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
         </span>
         <span class="event-facts">
           <time dateTime={new Date(item.at).toISOString()}>{clock(item.at)}</time>
-          {item.by !== "" && <span class={mine ? "who me" : "who"}>{mine ? "you" : item.by}</span>}
+          {item.by !== "" && <span class={mine && !item.tool ? "who me" : "who"}>{named(item, mine)}</span>}
           {item.times > 1 && <span class="times">{item.times} times</span>}
           {item.code !== null && <span class="code">{item.code.replaceAll("_", " ")}</span>}
-          {watchable && <span class="watch">show output</span>}
+          {watchable && <span class="watch">{item.state === "running" ? "show output" : "output"}</span>}
         </span>
       </span>
       <span class="event-end">
@@ -105,6 +106,12 @@ function ActivityRow({ item, current }: { item: Item; current: Workspace }) {
       </span>
     </button>
   );
+}
+
+/** Tools are an agent's: one that works by the token of who looks on has no name of its own. */
+function named({ by, tool }: Item, mine: boolean): string {
+  if (!mine) return by;
+  return tool ? `an agent, as ${by}` : "you";
 }
 
 function Since({ at }: { at: number }) {

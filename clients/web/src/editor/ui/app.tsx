@@ -35,6 +35,7 @@ import { SearchView } from "./search.js";
 import { SessionEnd } from "./session.js";
 import { SignIn } from "./sign-in.js";
 import { TopBar } from "./top-bar.js";
+import { looking, TurnDiff } from "./turn.js";
 
 export function App({ wanted }: { wanted: { tenant: string | null; file: string | null } }) {
   const current = workspace.value;
@@ -65,6 +66,7 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
       {current?.documents.comparing.value != null && (
         <Conflict current={current} doc={current.documents.comparing.value} />
       )}
+      {current !== null && looking.value !== null && <TurnDiff turn={looking.value} current={current} />}
       <Arrival />
       <div class="toasts" aria-live="polite">
         {toasts.value.map((toast) => (

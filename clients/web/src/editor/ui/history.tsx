@@ -6,6 +6,7 @@ import { area } from "../state/layout.js";
 import { allows } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
 import { clock, Empty, Icon, IconButton, Spinner } from "./parts.js";
+import { looking } from "./turn.js";
 
 export function HistoryView({ current }: { current: Workspace }) {
   const { history } = current;
@@ -71,7 +72,7 @@ function TurnRow({ turn, current }: { turn: Turn; current: Workspace }) {
           </span>
           <span class="event-facts">
             <time dateTime={new Date(turn.at * 1000).toISOString()}>{clock(turn.at * 1000)}</time>
-            <span class="who">{turn.agent}</span>
+            <span class="who">{turn.agent || turn.by}</span>
             <span>
               {turn.files} {turn.files === 1 ? "file" : "files"}
             </span>
@@ -113,6 +114,16 @@ function Changes({ turn, current }: { turn: TurnChanges; current: Workspace }) {
             Go back to here
           </button>
         </p>
+      )}
+      {turn.diff !== "" && (
+        <button
+          type="button"
+          onClick={() => {
+            looking.value = turn;
+          }}
+        >
+          Open as a diff
+        </button>
       )}
       {turn.leftOut.length > 0 && <p class="where">Left out: {turn.leftOut.join(", ")}</p>}
       <ul class="turn-files">

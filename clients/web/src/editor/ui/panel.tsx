@@ -2,7 +2,7 @@
 
 import type { ExecInfo } from "@incus-gateway/client";
 import { effect, signal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { keysOf } from "../state/commands.js";
 import { dark, panelHeight, panelOpen, phone } from "../state/layout.js";
 import { allows, session } from "../state/session.js";
@@ -12,6 +12,8 @@ import type { Workspace } from "../state/workspace.js";
 import { Divider, Empty, Icon, IconButton } from "./parts.js";
 
 const others = signal<readonly ExecInfo[] | null>(null);
+/** Whether the field to search in the terminal is there; it grows whenever it is to take the focus. */
+export const finding = signal(0);
 
 export function Panel({ current }: { current: Workspace }) {
   const { terminals } = current;
@@ -61,6 +63,16 @@ export function Panel({ current }: { current: Workspace }) {
             />
           )}
           <span class="grow" />
+          {active !== null && (
+            <IconButton
+              icon="search"
+              label="Search in the terminal"
+              keys={keysOf("search")}
+              onClick={() => {
+                finding.value = finding.value === 0 ? 1 : 0;
+              }}
+            />
+          )}
           {active?.state.value === "running" && !active.foreign && (
             <IconButton
               icon="octagon-x"
@@ -79,6 +91,7 @@ export function Panel({ current }: { current: Workspace }) {
           />
         </header>
         {others.value !== null && <Others current={current} found={others.value} />}
+        {finding.value > 0 && active !== null && <Find terminal={active} />}
         <div class="screens">
           {list.map((terminal) => (
             <TerminalView
@@ -98,8 +111,96 @@ export function Panel({ current }: { current: Workspace }) {
             </Empty>
           )}
         </div>
+        {phone.value && active !== null && !active.foreign && <Keys terminal={active} current={current} />}
       </section>
     </>
+  );
+}
+
+function Find({ terminal }: { terminal: Terminal }) {
+  const [text, setText] = useState("");
+  const [found, setFound] = useState(true);
+  const field = useRef<HTMLInputElement>(null);
+  const wish = finding.value;
+  // at once: the next key is for the field already
+  useLayoutEffect(() => {
+    field.current?.focus();
+    field.current?.select();
+  }, [wish]);
+  const look = (typed: string, back: boolean) => setFound(terminal.screen?.find(typed, back) ?? false);
+  const close = () => {
+    finding.value = 0;
+    terminal.screen?.focus();
+  };
+  return (
+    <search class="terminal-find">
+      <div class="field small">
+        <input
+          ref={field}
+          aria-label="Search in the terminal"
+          placeholder="Search in the terminal"
+          spellcheck={false}
+          aria-invalid={text !== "" && !found}
+          value={text}
+          onInput={(event) => {
+            setText(event.currentTarget.value);
+            look(event.currentTarget.value, true);
+          }}
+          onKeyDown={(event) => {
+            if (event.key === "Enter") look(text, !event.shiftKey);
+            if (event.key === "Escape") close();
+          }}
+        />
+      </div>
+      <output>{text !== "" && !found ? "Not found" : ""}</output>
+      <IconButton icon="chevron-up" label="Further up" size={14} onClick={() => look(text, true)} />
+      <IconButton icon="chevron-down" label="Further down" size={14} onClick={() => look(text, false)} />
+      <IconButton icon="x" label="Close the search" size={14} onClick={close} />
+    </search>
+  );
+}
+
+const KEYS: readonly (readonly [label: string, shown: string, sent: string])[] = [
+  ["Escape", "Esc", "\x1b"],
+  ["Tab", "Tab", "\t"],
+  ["Up", "↑", "\x1b[A"],
+  ["Down", "↓", "\x1b[B"],
+  ["Left", "←", "\x1b[D"],
+  ["Right", "→", "\x1b[C"],
+];
+
+/** The keys that a phone's keyboard lacks. */
+function Keys({ terminal, current }: { terminal: Terminal; current: Workspace }) {
+  const { terminals } = current;
+  const [first, ...rest] = KEYS;
+  const key = ([label, shown, sent]: (typeof KEYS)[number]) => (
+    <button
+      type="button"
+      key={label}
+      aria-label={label}
+      // the keyboard stays
+      onPointerDown={(event) => event.preventDefault()}
+      onClick={() => terminals.input(terminal, sent)}
+    >
+      {shown}
+    </button>
+  );
+  return (
+    <div class="terminal-keys" role="toolbar" aria-label="Keys">
+      {key(first!)}
+      <button
+        type="button"
+        aria-label="Ctrl with the next letter"
+        aria-pressed={terminals.ctrl.value}
+        onPointerDown={(event) => event.preventDefault()}
+        onClick={() => {
+          terminals.ctrl.value = !terminals.ctrl.value;
+        }}
+      >
+        Ctrl
+      </button>
+      {rest.map(key)}
+    </div>
   );
 }
 
@@ -107,8 +208,13 @@ function TerminalTab({ terminal, current }: { terminal: Terminal; current: Works
   const { terminals } = current;
   const active = terminals.active.value === terminal;
   const state = terminal.state.value;
+  const element = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    if (active) element.current?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }, [active]);
   return (
     <div
+      ref={element}
       class={`panel-tab ${active ? "active" : ""}`}
       role="tab"
       aria-selected={active}
@@ -193,7 +299,7 @@ function TerminalView({
         const { Screen } = await import("../terminal/screen.js");
         await document.fonts.load('12px "JetBrains Mono Variable"').catch(() => {});
         if (gone || terminal.screen !== null) return;
-        const made = new Screen(terminal.foreign);
+        const made = new Screen(terminal.foreign, terminal.foreign);
         screen = made;
         screen.onInput = (data) => current.terminals.input(terminal, data);
         screen.onResize = () => current.terminals.resized(terminal);

@@ -1,7 +1,7 @@
 /** The top bar: tenant, connection, user. */
 
 import { signal } from "@preact/signals";
-import { keysOf, palette } from "../state/commands.js";
+import { keysOf, palette, run } from "../state/commands.js";
 import { nextTheme, phone, previewOpen, theme } from "../state/layout.js";
 import { session, signOut } from "../state/session.js";
 import { complain } from "../state/toasts.js";
@@ -73,6 +73,9 @@ export function TopBar() {
         {!phone.value && <Key>{keysOf("file.open") ?? ""}</Key>}
       </button>
       <Connection />
+      {phone.value && current?.documents.active.value?.dirty.value && (
+        <IconButton icon="save" label="Save" onClick={() => run("file.save")} text />
+      )}
       <IconButton
         icon="panel-right"
         label="Preview of the site"
