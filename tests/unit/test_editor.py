@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.testclient import TestClient
+from starlette.types import Message
 
 from gateway.api import editor
 from gateway.errors import NotFound
@@ -17,6 +21,45 @@ from gateway.errors import NotFound
 INDEX = (
     '<!doctype html><meta name="csp-nonce" content="" /><script type="module" src="/assets/a1.js"></script>'
 )
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Headers
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode()
+
+
+@dataclass
+class Asked:
+    """An application that is asked without a server, nor by a client that needs one more library."""
+
+    app: Starlette
+
+    async def get(self, path: str, accepted: str = "", method: str = "GET") -> Answer:
+        said: list[Message] = []
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()  # whoever asks stays, and has nothing more to say
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            said.append(message)
+
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": unquote(path),
+            "query_string": b"",
+            "headers": [(b"host", b"editor.test"), (b"accept-encoding", accepted.encode())],
+        }
+        await self.app(scope, receive, send)
+        body = b"".join(message.get("body", b"") for message in said[1:])
+        return Answer(said[0]["status"], Headers(raw=said[0]["headers"]), body)
 
 
 @pytest.fixture
@@ -34,25 +77,25 @@ def static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def client(static: Path) -> TestClient:
+def client(static: Path) -> Asked:
     routes = [
         Route("/", editor.page),
         Route("/assets/{name}", editor.asset),
         Route("/favicon.svg", editor.icon),
     ]
     absent = {NotFound: lambda request, error: Response(status_code=404)}
-    return TestClient(Starlette(routes=routes, exception_handlers=absent), headers={"Accept-Encoding": ""})
+    return Asked(Starlette(routes=routes, exception_handlers=absent))
 
 
-def policy(client: TestClient) -> dict[str, str]:
-    answer = client.get("/")
-    assert answer.status_code == 200
+async def policy(client: Asked) -> dict[str, str]:
+    answer = await client.get("/")
+    assert answer.status == 200
     parts = (part.partition(" ") for part in answer.headers["content-security-policy"].split("; "))
     return {name: value for name, _, value in parts}
 
 
-def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script(client: TestClient) -> None:
-    said = policy(client)
+async def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script(client: Asked) -> None:
+    said = await policy(client)
     assert said["default-src"] == "'none'"
     assert said["script-src"] == "'self'"
     assert said["connect-src"] == said["font-src"] == "'self'"
@@ -60,19 +103,19 @@ def test_the_page_lets_nothing_in_from_elsewhere_and_runs_no_inline_script(clien
     assert not any("unsafe" in value or "*" in value for value in said.values())
 
 
-def test_each_page_has_a_nonce_of_its_own_that_the_policy_names(client: TestClient) -> None:
+async def test_each_page_has_a_nonce_of_its_own_that_the_policy_names(client: Asked) -> None:
     seen = set()
     for _ in range(3):
-        answer = client.get("/")
+        answer = await client.get("/")
         nonce = answer.text.partition('<meta name="csp-nonce" content="')[2].partition('"')[0]
         assert len(nonce) >= 22 and f"'nonce-{nonce}'" in answer.headers["content-security-policy"]
         seen.add(nonce)
     assert len(seen) == 3
 
 
-def test_the_page_is_asked_for_anew_and_what_its_digest_names_never(client: TestClient) -> None:
-    assert client.get("/").headers["cache-control"] == "no-cache"
-    asset = client.get("/assets/a1.js")
+async def test_the_page_is_asked_for_anew_and_what_its_digest_names_never(client: Asked) -> None:
+    assert (await client.get("/")).headers["cache-control"] == "no-cache"
+    asset = await client.get("/assets/a1.js")
     assert asset.headers["cache-control"] == "public, max-age=31536000, immutable"
     assert asset.headers["content-type"].startswith("text/javascript")
     assert asset.headers["x-content-type-options"] == "nosniff"
@@ -88,28 +131,28 @@ def test_the_page_is_asked_for_anew_and_what_its_digest_names_never(client: Test
         ("", None),
     ],
 )
-def test_files_are_sent_as_the_browser_takes_them(
-    client: TestClient, accepted: str, encoding: str | None
+async def test_files_are_sent_as_the_browser_takes_them(
+    client: Asked, accepted: str, encoding: str | None
 ) -> None:
-    answer = client.head("/assets/a1.js", headers={"Accept-Encoding": accepted})
+    answer = await client.get("/assets/a1.js", accepted, "HEAD")
     assert answer.headers.get("content-encoding") == encoding
     assert answer.headers["vary"] == "Accept-Encoding"
 
 
-def test_a_file_without_a_compressed_one_comes_as_it_is(client: TestClient) -> None:
-    answer = client.get("/assets/f1.woff2", headers={"Accept-Encoding": "br"})
+async def test_a_file_without_a_compressed_one_comes_as_it_is(client: Asked) -> None:
+    answer = await client.get("/assets/f1.woff2", "br")
     assert answer.content == b"font" and "content-encoding" not in answer.headers
 
 
 @pytest.mark.parametrize(
     "name", ["none.js", "..%2f.stamp", "..%2findex.html", ".stamp", "a1.js.br", "%2e%2e"]
 )
-def test_nothing_but_the_built_files_is_served(client: TestClient, name: str) -> None:
-    assert client.get(f"/assets/{name}").status_code == 404
+async def test_nothing_but_the_built_files_is_served(client: Asked, name: str) -> None:
+    assert (await client.get(f"/assets/{name}")).status == 404
 
 
-def test_without_a_build_the_page_says_how_to_make_one(client: TestClient, static: Path) -> None:
+async def test_without_a_build_the_page_says_how_to_make_one(client: Asked, static: Path) -> None:
     (static / "index.html").unlink()
-    answer = client.get("/")
-    assert answer.status_code == 503
+    answer = await client.get("/")
+    assert answer.status == 503
     assert "deploy/build-web" in answer.text
