@@ -46,6 +46,10 @@ _SWITCH_INTERVAL: Final = 0.0005
 _DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` of deploy/incus-gateway.service
 
 
+LEAVE: Final = signal.SIGUSR1
+"""Ends the gateway for another to take its place: commands that are held go on."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn, but what the gateway does at the end comes before the sockets are closed."""
 
@@ -57,6 +61,7 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(LEAVE, self._leave)
         # uvicorn's own wakes ten times a second to see whether it should end; once is enough for its clock
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
@@ -66,6 +71,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._ending.set)
+
+    def _leave(self) -> None:
+        self._gateway.leave()
+        self.should_exit = True
+        self._ending.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -81,7 +91,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT, which end all commands, or `LEAVE`.
 
     Raises `Unavailable` if the address, the records or the folders of the routes cannot be had, or if incusd
     is in a cluster.

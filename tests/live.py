@@ -112,6 +112,9 @@ class Wire:
         await self.socket.send(protocol.request(number, method, params))
         return number, reply
 
+    async def notify(self, method: str, **params: Any) -> None:
+        await self.socket.send(protocol.notification(method, params))
+
     async def stdin(self, channel: int, data: bytes) -> None:
         await self.socket.send(protocol.pack_frame(0, channel, data))
 

@@ -35,6 +35,7 @@ class Gateway:
         self._settings = settings
         self._services: Services | None = None
         self._drained: asyncio.Task[None] | None = None
+        self._leaving = False
         app = Starlette(
             routes=ROUTES,
             lifespan=self._lifespan,
@@ -56,6 +57,10 @@ class Gateway:
             yield
             await self.drain()
 
+    def leave(self) -> None:
+        """Have `drain` leave the commands that are held to the next process."""
+        self._leaving = True
+
     async def drain(self) -> None:
         """Refuse new work, tell clients, end every command, close every stream. Idempotent.
 
@@ -64,15 +69,17 @@ class Gateway:
         if self._services is None:
             raise Unavailable("the gateway is starting")
         if self._drained is None:
-            self._drained = asyncio.create_task(_drain(self._services))
+            self._drained = asyncio.create_task(_drain(self._services, leaving=self._leaving))
         await asyncio.shield(self._drained)
 
 
-async def _drain(services: Services) -> None:
+async def _drain(services: Services, *, leaving: bool) -> None:
     services.draining = True
     services.bus.publish("gateway.draining", None, {"retryAfterMs": RETRY_AFTER_MS})
     for connection in list(services.connections):
         connection.announce_draining(RETRY_AFTER_MS)
+    if leaving:
+        await services.execs.leave()
     try:
         async with asyncio.timeout(services.settings.shutdown_timeout / 2):
             await services.execs.end_all()

@@ -24,6 +24,7 @@ from gateway.events import Bus, StoredJournal
 from gateway.execs import Execs
 from gateway.files.files import Files
 from gateway.history import History
+from gateway.holder.holder import Holder
 from gateway.idempotency import Idempotency
 from gateway.lifecycle.idle import Idle
 from gateway.lifecycle.lifecycle import Lifecycle
@@ -103,7 +104,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
             await _note_removal(audit, removal)
 
         runtime: IncusRuntime | LocalRuntime = await enter(
-            IncusRuntime(settings, removed)
+            IncusRuntime(settings, removed, holder=await enter(Holder(settings.holder_socket)))
             if settings.runtime == "incus"
             else LocalRuntime(settings, removed)
         )

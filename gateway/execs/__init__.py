@@ -5,9 +5,11 @@ with a `Cursor` on each output (`streams`). It uses the runtime and the event bu
 rooms use what is named here.
 """
 
+from gateway.execs.attachment import Attachment
 from gateway.execs.ended import Ended
-from gateway.execs.exec import Attachment, Exec, started_at
+from gateway.execs.exec import Exec
 from gateway.execs.registry import Execs
+from gateway.execs.shown import started_at
 from gateway.execs.streams import Cursor, Reading
 
 __all__ = ["Attachment", "Cursor", "Ended", "Exec", "Execs", "Reading", "started_at"]

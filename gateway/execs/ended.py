@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gateway.errors import Unavailable
 from gateway.rootfs.process_tree import Member
-from gateway.runtime import Exit, Killed, StreamName
+from gateway.runtime import Exit, Holding, Killed, StreamName
 
 Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
@@ -40,15 +40,24 @@ class Ended:
         }
 
 
+def ended_of(told: Mapping[str, Any]) -> Ended:
+    """Return the end that `on_wire` told."""
+    code, signal, left = told.get("exitCode"), told.get("signal"), told.get("left")
+    return Ended(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
+
+
 class Past:
     """The process of a command that ended under an earlier process of the gateway: nothing is left to do."""
 
-    streams: tuple[StreamName, ...] = ("stdout", "stderr")
     report = b""
+    holding: Holding | None = None
     patience: float = math.inf
     unsent = 0
 
-    def __init__(self, pid: int, started_at: float) -> None:
+    def __init__(
+        self, pid: int, started_at: float, streams: tuple[StreamName, ...] = ("stdout", "stderr")
+    ) -> None:
+        self.streams = streams
         self.pid = pid
         self.started_at = started_at
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,86 +12,22 @@ from dataclasses import replace
 from typing import Any, Final, Literal
 
 from gateway.errors import GatewayError, NotFound, Unavailable
+from gateway.execs.accounts import SLOTS
+from gateway.execs.attachment import Attachment
 from gateway.execs.command_tree import CommandTree
-from gateway.execs.ended import Ended, Reason
+from gateway.execs.ended import Ended, Reason, ended_of
 from gateway.execs.input import Input, Spools
 from gateway.execs.pty_control import PtyControl
-from gateway.execs.streams import Cursor, Pace, Reading, Stream
+from gateway.execs.shown import shortened, started_at
+from gateway.execs.streams import Pace, Reading, Stream
 from gateway.limits.budget import Share
 from gateway.rootfs.process_tree import Member
-from gateway.runtime import ExecSpec, Killed, Process, StreamName
+from gateway.runtime import Adopted, ExecSpec, Killed, Process
 
 log = logging.getLogger(__name__)
 
 _LISTED: Final = 4096  # characters of a command where it is listed beside all others
 _READERS: Final = 64  # of one command, whose place is kept for their return
-
-
-class Attachment:
-    """One reader of a command's output: a cursor per stream. Close it; the command outlives it.
-
-    `id` is what the next attachment names to take its place; `taken` counts the bytes of its input that were
-    taken over, and those of the attachments before it, `consumed` those of them that wait no more.
-    """
-
-    def __init__(
-        self, owner: Exec, offsets: Mapping[str, int], before: Attachment | None, reading: Reading
-    ) -> None:
-        self.exec = owner
-        self.id = f"a-{secrets.token_hex(8)}"
-        self.taken: int = 0 if before is None else before.taken
-        self.consumed: int = 0 if before is None else before.consumed
-        self.closed = False
-        self._told = self.taken
-        self._heir: Attachment | None = None
-        self._progress = asyncio.Event()
-        if before is not None:
-            before._heir = self
-        self.acking = reading.acks
-        self._holding: asyncio.TimerHandle | None = None
-        self.cursors: dict[StreamName, Cursor] = {}
-        self.lost: dict[str, int] = {"stdout": 0, "stderr": 0}
-        for name, stream in owner.streams.items():
-            self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), reading)
-
-    async def write(self, data: bytes) -> None:
-        """Give input; see `Input.put`. Dropped where the input or we have ended."""
-        await self.exec.write(data, self)
-
-    def took(self, size: int) -> None:
-        self.taken += size
-
-    def passed(self, size: int) -> None:
-        if self._heir is not None:
-            self._heir.passed(size)
-        self.consumed += size
-        self._progress.set()
-
-    async def more_consumed(self) -> int | None:
-        """Return `consumed` once it is worth telling: a quarter of the window further. None once closed."""
-        while not self.closed:
-            if self.consumed - self._told >= self.exec.stdin_window // 4:
-                self._told = self.consumed
-                return self.consumed
-            self._progress.clear()
-            await self._progress.wait()
-        return None
-
-    def hold(self, seconds: float) -> None:
-        """Keep the place of a reader whose connection broke, until it is resumed or the time has passed."""
-        if not self.closed:
-            self._holding = asyncio.get_running_loop().call_later(seconds, self.close)
-
-    def close(self) -> None:
-        """Detach. Idempotent."""
-        self.closed = True
-        self._progress.set()
-        if self._holding is not None:
-            self._holding.cancel()
-        for cursor in self.cursors.values():
-            cursor.detach()
-        self.cursors = {}  # its place, which is kept for its return, holds no output
-        self.exec.detached(self)
 
 
 class Exec:
@@ -140,6 +75,13 @@ class Exec:
         self._terminal = PtyControl(process, self._input, spec.pty, exec_id)
         self._tree = CommandTree(process, f"exec {exec_id} of {tenant}", self._drain)
         self._lingering: asyncio.TimerHandle | None = None
+        self._lingers_since: float | None = None
+        self.deadline: float | None = None  # seconds since the epoch
+        self.once = False
+        self.left = False  # to the next process of the gateway: nothing of it is ours any more
+        self._holding = process.holding
+        self._ending = False
+        self._owed: dict[int, int] | None = None  # of the input's end: what of each slot must come before it
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
         """Become a command of an earlier process of the gateway, of which only the end is known."""
@@ -174,13 +116,19 @@ class Exec:
         finally:
             writing.cancel()
             await asyncio.gather(writing, self._terminal.close(), return_exceptions=True)
-            await self.process.aclose()
             if self._lingering is not None:
                 self._lingering.cancel()
-            duration = int((time.monotonic() - self._began) * 1000)
-            if self._tree.late and code is not None and signal not in ("TERM", "KILL"):
-                self._reason = "exited"
-            self.over = Ended(self._reason, code, signal, duration, self._offsets(), left)
+            if not self.left:
+                await self._finish(code, signal, left)
+
+    async def _finish(self, code: int | None, signal: str | None, left: int | None) -> None:
+        duration = int((time.monotonic() - self._began) * 1000)
+        if self._tree.late and code is not None and signal not in ("TERM", "KILL"):
+            self._reason = "exited"
+        self.over = Ended(self._reason, code, signal, duration, self._offsets(), left)
+        if self._holding is not None:
+            self._holding.end(self._facts(self.over))
+        await self.process.aclose()
 
     async def _left(self) -> int | None:
         """Return how many processes of the tree run on, after a cancel that is under way."""
@@ -214,7 +162,9 @@ class Exec:
                 f"exec {self.id} has no attachment {resume}; attach again without it", exec=self.id
             )
         # before the old one ends: nothing falls between
-        attachment = Attachment(self, offsets or {}, before, reading)
+        attachment = Attachment(self, offsets or {}, before, reading, self._slot())
+        if before is None:
+            self._input.accounts.open(attachment.slot)
         self._attachments.add(attachment)
         if before is not None:
             before.close()
@@ -223,16 +173,31 @@ class Exec:
             self._places.popitem(last=False)
         if self._lingering is not None:
             self._lingering.cancel()
-            self._lingering = None
+            self._lingering = self._lingers_since = None
+        self.note()
         return attachment
+
+    def _slot(self) -> int:
+        """Return a slot of the accounts that no reader has whose place is kept."""
+        taken = {place.slot for place in list(self._places.values())[-(SLOTS - 1) :]}
+        return next(slot for slot in range(SLOTS) if slot not in taken)
 
     def detached(self, attachment: Attachment) -> None:
         if attachment not in self._attachments:
             return
         self._attachments.discard(attachment)
-        if not self._attachments and self.linger >= 0 and not self.ended.done():
+        if not self._attachments and not self.ended.done():
+            self._linger()
+        self.note()
+        self.look_for_end()
+
+    def _linger(self, since: float | None = None) -> None:
+        """Run on for a while without a reader, counted from `since` where an earlier process began to."""
+        self._lingers_since = since or time.time()
+        if self.linger >= 0:
+            left = max(0.0, self._lingers_since + self.linger - time.time())
             loop = asyncio.get_running_loop()
-            self._lingering = loop.call_later(self.linger, self.end, "cancelled", self._grace)
+            self._lingering = loop.call_later(left, self.end, "cancelled", self._grace)
 
     async def write(self, data: bytes, by: Attachment) -> None:
         """Give input of an attachment; see `Input.put`."""
@@ -242,6 +207,7 @@ class Exec:
     async def resize(self, cols: int, rows: int) -> None:
         """Give the terminal another size."""
         await self._terminal.resize(cols, rows)
+        self.note()
 
     def redraw(self) -> None:
         """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""
@@ -250,7 +216,13 @@ class Exec:
 
     def close_stdin(self) -> None:
         """End the input after what was queued. Idempotent."""
+        owed = dict[int, int]()
+        for place in self._places.values():
+            if place.taken > place.consumed:
+                owed[place.slot] = max(place.taken, owed.get(place.slot, 0))
+        self._owed = owed
         self._input.end()
+        self.note()
 
     async def cancel(self, grace: float, reason: Reason = "cancelled") -> Killed:
         """End the whole tree; return when nothing of it is left. A second call joins the first.
@@ -266,6 +238,7 @@ class Exec:
         began = self._tree.begin_kill(grace, running=running)
         if began and running:
             self._reason = reason
+            self.note(ending=True)
         return began
 
     def _drain(self) -> None:
@@ -312,11 +285,96 @@ class Exec:
             bare.ended = True
             self.streams[name] = bare
         self.spec = replace(self.spec, argv=tuple(words), env={}, shown=None)
+        self._drop_held()
 
     def release(self) -> None:
         """Count none of what is kept any more: the command is forgotten."""
+        self._drop_held()
         for stream in self.streams.values():
             stream.release()
+
+    def _drop_held(self) -> None:
+        if self._holding is not None:
+            self._holding.drop()
+
+    # --- across a restart of the gateway ---------------------------------------------------------------
+
+    def leave(self) -> bool:
+        """Leave the command to the next process of the gateway; whether that can be."""
+        self.left = self._holding is not None
+        return self.left
+
+    def note(self, *, ending: bool = False) -> None:
+        """Keep what another process needs to go on with the command, where it can be held."""
+        if self._holding is not None and not self.left and not hasattr(self, "over"):
+            self._ending = self._ending or ending
+            self._holding.note(self._facts(None))
+
+    def _facts(self, over: Ended | None) -> dict[str, Any]:
+        size = self._terminal.size
+        return {
+            "id": self.id,
+            "tenant": self.tenant,
+            "argv": shortened(self.spec, _LISTED),
+            "asked": self.asked.hex(),
+            "pty": None if size is None else [size.cols, size.rows],
+            "stdin": self.spec.stdin,
+            "linger": self.linger,
+            "lingers": self._lingers_since,
+            "deadline": self.deadline,
+            "once": self.once,
+            "ending": self._reason if self._ending else None,
+            "owed": None if self._owed is None else [list(owed) for owed in self._owed.items()],
+            "places": [
+                [place.id, place.slot, place.acking and not place.closed] for place in self._places.values()
+            ],
+            "over": None if over is None else over.on_wire(self.id),
+        }
+
+    def take_over(self, found: Adopted, hold: float) -> None:
+        """Become a command of an earlier process, before anybody is attached. Readers have `hold` seconds."""
+        facts, accounts = found.facts, self._input.accounts
+        self._holding = found.holding
+        self.asked, self.once, self.deadline = bytes.fromhex(facts["asked"]), facts["once"], facts["deadline"]
+        self._began = time.monotonic() - max(0.0, time.time() - found.started_at)
+        for name, (start, data) in found.outputs.items():
+            self.streams[name].restore(start, data)
+        if (over := facts["over"]) is not None:
+            self._holding.end(facts)
+            self.ended_before(self.asked, ended_of(over))
+            return
+        accounts.take_over()
+        for id_, slot, acking in facts["places"]:
+            reading = Reading(viewer=True, acks=acking)
+            place = Attachment(self, {}, None, reading, slot, id_)
+            place.restore(accounts.passed[slot])
+            self._attachments.add(place)
+            self._places[id_] = place
+            if acking:
+                place.hold(hold)
+        since = facts["lingers"]
+        for place in list(self._attachments):
+            if not any(place.id == id_ and acking for id_, _, acking in facts["places"]):
+                place.close()
+        if not self._attachments:
+            if self._lingering is not None:
+                self._lingering.cancel()
+            self._linger(since)
+        if facts["owed"] is not None:
+            self._owed = {slot: size for slot, size in facts["owed"] if accounts.passed[slot] < size}
+            self.look_for_end()
+        if facts["ending"] is not None:
+            self.end(facts["ending"], 0)
+        self.note()
+
+    def look_for_end(self) -> None:
+        """End the input that an earlier process was to end, once what was to come before has come again."""
+        if self._owed is None:
+            return
+        waiting = {place.slot: place.taken for place in self._places.values() if not place.closed}
+        if all(waiting.get(slot, size) >= size for slot, size in self._owed.items()):
+            self._owed = {}
+            self._input.end()
 
     @property
     def printed(self) -> int:
@@ -335,20 +393,3 @@ class Exec:
     def state(self) -> Literal["running", "ended"]:
         """Whether the command runs; one that was killed does not, though its exit may not be known yet."""
         return "ended" if self.ended.done() or self._tree.killed else "running"
-
-
-def shortened(spec: ExecSpec, room: int) -> list[str]:
-    """Return a command's words, cut off after `room` characters."""
-    words = list[str]()
-    for word in spec.shown or spec.argv:
-        words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
-        room -= len(word) + 1
-        if room < 0:
-            break
-    return words
-
-
-def started_at(process: Process) -> str:
-    """Return the start as an RFC 3339 time with milliseconds."""
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.started_at))
-    return f"{whole}.{int(process.started_at * 1000) % 1000:03d}Z"

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
 
+from gateway.execs.accounts import Accounts
 from gateway.limits.budget import SMALL, Lease, Share
 from gateway.runtime import Process
 
@@ -33,6 +34,7 @@ class Sender(Protocol):
     """A sender of input; it hears what became of it."""
 
     closed: bool
+    slot: int  # of its accounts
 
     def took(self, size: int) -> None:
         """So many bytes were taken over."""
@@ -78,12 +80,13 @@ class Input:
 
     def __init__(self, process: Process, limit: int, spools: Spools, share: Share, tenant: str) -> None:
         self._process = process
+        self.accounts = Accounts(process.holding)
         self._limit = limit
         self._queue: deque[tuple[bytes, Sender]] = deque()
         self._size = 0
         self._share = share
         self._lease = Lease(share)
-        self._spool = _Spool(spools, tenant)
+        self._spool = _Spool(spools, tenant, self._drop)
         self._ending = False
         self._over = False
         self._wake = asyncio.Event()
@@ -127,7 +130,7 @@ class Input:
         """Forget what waits, as a terminal does at Ctrl-C."""
         for data, by in self._queue:
             self._holds(-len(data))
-            by.passed(len(data))
+            self._drop(len(data), by)
         self._queue.clear()
         self._spool.clear()
         self._room.set()
@@ -144,6 +147,7 @@ class Input:
                     await self._give(data, by)
                 elif self._ending:
                     await self._process.close_stdin()
+                    self.accounts.settle()
                     return
                 else:
                     self._wake.clear()
@@ -164,18 +168,25 @@ class Input:
     async def _give(self, data: bytes, by: Sender) -> None:
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
+            self.accounts.gives(by.slot)
             try:
                 await self._process.write(piece)
             finally:
                 self._holds(-len(piece))
+                self.accounts.gave(by.slot, len(piece))
                 by.passed(len(piece))
                 self._room.set()
+
+    def _drop(self, size: int, by: Sender) -> None:
+        self.accounts.dropped(by.slot, size)
+        by.passed(size)
 
 
 class _Spool:
     """A ring in a nameless file. One puts and one gets at a time; the file is there only while needed."""
 
-    def __init__(self, spools: Spools, tenant: str) -> None:
+    def __init__(self, spools: Spools, tenant: str, drop: Callable[[int, Sender], None]) -> None:
+        self._drop = drop
         self._spools = spools
         self._tenant = tenant
         self._file: IO[bytes] | None = None
@@ -230,7 +241,7 @@ class _Spool:
     def clear(self) -> None:
         """Forget everything."""
         for size, by in self._parts:
-            by.passed(size)
+            self._drop(size, by)
         self._parts.clear()
         self._spools.give(self.size, self._tenant)
         self._start = self._end

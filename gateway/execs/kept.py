@@ -6,8 +6,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from gateway.execs.exec import Exec, shortened
+from gateway.execs.exec import Exec
 from gateway.execs.notes import SHORT
+from gateway.execs.shown import shortened
 from gateway.settings import Settings
 
 

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.execs.ended import Ended, Past
-from gateway.execs.exec import Exec, shortened
+from gateway.execs.ended import Ended, Past, ended_of
+from gateway.execs.exec import Exec
+from gateway.execs.shown import shortened
 from gateway.idempotency import Idempotency, IdempotencyRecord, Key
 from gateway.runtime import ExecSpec
 from gateway.storage.store import StoreFailed
@@ -90,14 +91,7 @@ def _earlier(key: Key, record: IdempotencyRecord) -> Earlier:
         "durationMs": ran,
         "offsets": {"stdout": 0, "stderr": 0},
     }
-    ended = Ended(
-        exit_["reason"],
-        exit_.get("exitCode"),
-        exit_.get("signal"),
-        exit_["durationMs"],
-        exit_["offsets"],
-        exit_.get("left"),
-    )
+    ended = ended_of(exit_)
     lost, age = record.state == "begun", time.time() - record.at
     return Earlier(tenant, exec_id, ExecSpec(words), process, record.digest, ended, lost, age)
 

@@ -42,11 +42,16 @@ class PtyControl:
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self._process.flush()
                 await self._process.write(_CTRL_C)
+                self._input.accounts.other(len(_CTRL_C))
 
     async def resize(self, cols: int, rows: int) -> None:
         """Give the terminal another size."""
         self._size = Pty(cols, rows)
         await self._process.resize(cols, rows)
+
+    @property
+    def size(self) -> Pty | None:
+        return self._size
 
     def redraw(self) -> None:
         """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""

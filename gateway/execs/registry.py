@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from gateway.errors import Cancelled, Conflict, GatewayError, Gone, NotFound, RateLimited, TenantNotRunning
 from gateway.events import Bus
+from gateway.execs.ended import Past
 from gateway.execs.exec import Exec
 from gateway.execs.input import Spools
 from gateway.execs.kept import Kept
@@ -18,7 +22,7 @@ from gateway.execs.notes import SHORT, Notes
 from gateway.execs.streams import Pace
 from gateway.idempotency import Idempotency
 from gateway.limits.budget import Budget
-from gateway.runtime import ExecSpec, Killed, Process, TenantRuntime
+from gateway.runtime import Adopted, ExecSpec, Killed, Process, Pty, TenantRuntime
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,8 +47,17 @@ class Execs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
-        """Take over how commands of earlier processes ended, as far as recorded; those that ran are lost."""
-        for earlier in await self._notes.earlier():
+        """Take over commands of earlier processes: those that were held, and how the others ended.
+
+        Of these only what was recorded is known; those that ran are lost.
+        """
+        earlier_ones = list(await self._notes.earlier())
+        begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
+        for found in await self._runtime.adopt():
+            await self._adopt(found, begun)
+        for earlier in earlier_ones:
+            if earlier.exec_id in self._execs.get(earlier.tenant, {}):
+                continue
             exec_ = self._made(earlier.exec_id, earlier.tenant, earlier.spec, earlier.process, None)
             exec_.ended_before(earlier.asked, earlier.ended)
             if earlier.lost or earlier.age < self._settings.exec_keep:
@@ -59,6 +72,24 @@ class Execs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.end_all()
+
+    async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
+        """Go on with a command of an earlier process, or keep it where it has ended; `begun` as recorded."""
+        facts = found.facts
+        exec_id, tenant = str(facts["id"]), str(facts["tenant"])
+        pty = None if facts["pty"] is None else Pty(*facts["pty"])
+        spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
+        process = found.process or Past(found.pid, found.started_at, tuple(found.outputs))
+        exec_ = self._made(exec_id, tenant, spec, process, facts["linger"])
+        self._execs.setdefault(tenant, {})[exec_id] = exec_
+        exec_.take_over(found, self._settings.exec_hold)
+        if found.process is not None:
+            self._run(exec_)
+            return
+        self._kept.add(exec_)
+        if begun.get((tenant, exec_id)):  # it ended, and nobody was told
+            self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
+            await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
 
     @property
     def held(self) -> int:
@@ -85,12 +116,13 @@ class Execs:
         linger: float | None = None,
         by: str = "",
         once: bool = False,
+        outlive: bool = False,
     ) -> Exec:
         """Start a command, or return the one that was started under `exec_id` before.
 
-        With `once` the id is the caller's own, and holds across a restart of the gateway too. Raises
-        `Conflict` if that one is another command, `RateLimited` if the tenant has too many,
-        and what the runtime raises where it cannot start.
+        With `once` the id is the caller's own, and holds across a restart of the gateway too; with `outlive`
+        the command does, where there is a holder. Raises `Conflict` if that one is another command,
+        `RateLimited` if the tenant has too many, and what the runtime raises where it cannot start.
         """
         known = exec_id or f"x-{secrets.token_hex(8)}"
         found = await self._known(tenant, known)
@@ -114,7 +146,8 @@ class Execs:
             if once:
                 await self._idempotency.begin((tenant, "exec", known), spec.digest())
             try:
-                exec_ = await self._start(tenant, known, spec, timeout, linger, by, once)
+                asked = replace(spec, outlive=outlive)
+                exec_ = await self._start(tenant, known, asked, timeout, linger, by, once)
             except BaseException:
                 if once:  # nothing of it was left: it may be started again
                     await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
@@ -182,10 +215,10 @@ class Execs:
     ) -> Exec:
         exec_ = self._made(exec_id, tenant, spec, await self._runtime.exec(tenant, spec), linger)
         self._execs.setdefault(tenant, {})[exec_id] = exec_
-        # whatever becomes of this call, from here on it is carried to its end
-        task = asyncio.create_task(self._carry(exec_, timeout, once), name=f"exec {exec_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        exec_.once = once
+        exec_.deadline = None if timeout is None else time.time() + timeout
+        exec_.note()
+        self._run(exec_)
         started: dict[str, Any] = {
             "exec": exec_id,
             "pid": exec_.process.pid,
@@ -199,38 +232,52 @@ class Execs:
             raise
         return exec_
 
-    async def _carry(self, exec_: Exec, timeout: float | None, once: bool) -> None:
+    def _run(self, exec_: Exec) -> None:
+        """Carry it to its end, whatever becomes of the call that it began with."""
+        task = asyncio.create_task(self._carry(exec_), name=f"exec {exec_.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, exec_: Exec) -> None:
         timer = None
-        noting = asyncio.create_task(self._notes.start(exec_, once), name=f"note {exec_.id}")
-        if timeout is not None:
+        noting = asyncio.create_task(self._notes.start(exec_, exec_.once), name=f"note {exec_.id}")
+        if exec_.deadline is not None:
+            left = max(0.0, exec_.deadline - time.time())
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(timeout, exec_.end, "timeout", self._settings.cancel_grace)
+            timer = loop.call_later(left, exec_.end, "timeout", self._settings.cancel_grace)
         try:
             await exec_.run()
         finally:
             if timer is not None:
                 timer.cancel()
-            try:
-                if once:
-                    await self._notes.end(exec_)  # before anybody is told
-            finally:
-                exec_.tell_end()
-            ended = exec_.ended.result()
-            data = ended.on_wire(exec_.id)
-            self._kept.add(exec_)
-            self._bus.publish("exec.exited", exec_.tenant, data)
-            log.info(
-                "exec %s of %s: %s, code %s, %d ms, %s bytes",
-                exec_.id,
-                exec_.tenant,
-                ended.reason,
-                ended.code,
-                ended.duration_ms,
-                sum(ended.offsets.values()),
-            )
-            await noting
-            if not once:  # the events are written later: none is told as exited and then as lost
-                await self._notes.forget(exec_)
+            if exec_.left:
+                noting.cancel()
+            else:
+                await self._ended(exec_, noting)
+
+    async def _ended(self, exec_: Exec, noting: asyncio.Task[None]) -> None:
+        """Tell how a command ended, and keep it for a while."""
+        try:
+            if exec_.once:
+                await self._notes.end(exec_)  # before anybody is told
+        finally:
+            exec_.tell_end()
+        ended = exec_.ended.result()
+        data = ended.on_wire(exec_.id)
+        self._kept.add(exec_)
+        self._bus.publish("exec.exited", exec_.tenant, data)
+        log.info(
+            "exec %s of %s: %s, code %s, %d ms, %s bytes",
+            exec_.id,
+            exec_.tenant,
+            ended.reason,
+            ended.code,
+            ended.duration_ms,
+            sum(ended.offsets.values()),
+        )
+        await noting
+        if not exec_.once:  # the events are written later: none is told as exited and then as lost
+            await self._notes.forget(exec_)
 
     def get(self, tenant: str, exec_id: str) -> Exec:
         """Return a command that runs or ended not long ago. Raises `NotFound`."""
@@ -254,9 +301,17 @@ class Execs:
         self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
         return killed
 
+    async def leave(self) -> None:
+        """Leave what is held to the next process of the gateway, as it is."""
+        left = {exec_.id for execs in self._execs.values() for exec_ in execs.values() if exec_.leave()}
+        tasks = [task for task in self._tasks if task.get_name().removeprefix("exec ") in left]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def end_all(self) -> None:
-        """End every command and what ended ones left behind, all at once."""
-        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values()]
+        """End every command and what ended ones left behind, all at once; but for those that were left."""
+        everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values() if not exec_.left]
         kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
         for failure in await asyncio.gather(*kills, return_exceptions=True):
             # with its container a command has ended

@@ -74,11 +74,20 @@ class Stream:
         self._progress = asyncio.Event()
         self._draining = False
 
+    def restore(self, start: int, data: bytes) -> None:
+        """Have what an earlier process kept, from an offset on; before anybody is attached."""
+        self.tail.start = self.tail.end = start
+        if data:
+            self.tail.append(data, start)
+            self._lease.hold(len(data))
+
     async def pump(self, process: Process) -> None:
         """Read the process until its stream ends; stop while a cursor that counts lags too far."""
         try:
             while data := await process.read(self.name):
                 self._append(data)
+                if process.holding is not None:
+                    process.holding.keep(self.name, self.tail.start)
                 relief = asyncio.get_running_loop().time() + process.patience
                 while self._slow() and not self._draining:
                     await self._pause(relief)

@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from gateway.host import HostError, run
+from gateway.host import HostError, holder_process, run
 from gateway.host.daemon import systemd_runs
 from gateway.host.local_gateway import ask
 from gateway.host.place import Place, write_private
@@ -18,6 +18,7 @@ from gateway.settings import Settings
 from gateway.storage.state_dir import private
 
 UNIT = "incus-gateway.service"
+HOLD = "incus-gateway-hold.service"
 UNITS = Path("/etc/systemd/system")
 READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran before a reboot
 POLL = 0.1
@@ -46,7 +47,7 @@ class GatewayProcess:
             self._await_ready()
             return f"runs already, pid {running}"
         if running is not None:
-            self.stop()
+            self._end(signal.SIGUSR1)  # its commands go on
         self._check_port()
         self._place.stamp.unlink(missing_ok=True)
         if systemd_runs() and os.geteuid() == 0:
@@ -62,9 +63,18 @@ class GatewayProcess:
         pid = self.pid()
         if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
+        self._end(signal.SIGTERM)
+        if systemd_runs() and os.geteuid() == 0 and (UNITS / HOLD).exists():
+            run(["systemctl", "disable", "--quiet", "--now", HOLD], fix=f"see: journalctl -u {HOLD}")
+        holder_process.stop(self._settings)
+        return pid is not None
+
+    def _end(self, first: signal.Signals) -> None:
+        """End the gateway's process, if there is one."""
+        pid = self.pid()
         if pid is not None:
             limit = self._settings.shutdown_timeout + 5.0
-            for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, 10.0)):
+            for number, seconds in ((first, limit), (signal.SIGKILL, 10.0)):
                 if not self._is_ours(pid):
                     break
                 with contextlib.suppress(ProcessLookupError):
@@ -75,7 +85,6 @@ class GatewayProcess:
         # it may have let go of its environment, by which it is known, a moment before it is gone
         self._reap(POLL * 100)
         self._place.pidfile.unlink(missing_ok=True)
-        return pid is not None
 
     def pid(self) -> int | None:
         """Return the pid of the gateway that serves this state dir, or None.
@@ -121,17 +130,21 @@ class GatewayProcess:
         return dict(place.split("=", 1) for place in places)
 
     def _start_unit(self) -> None:
-        target = UNITS / UNIT
-        text = (self._checkout / "deploy" / UNIT).read_text()
-        text = text.replace("/var/lib/incus-gateway", str(self._place.root))
-        if not target.exists() or target.read_text() != text:
-            target.write_text(text)
-            run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
+        for unit in (HOLD, UNIT):
+            target = UNITS / unit
+            text = (self._checkout / "deploy" / unit).read_text()
+            text = text.replace("/var/lib/incus-gateway", str(self._place.root))
+            if not target.exists() or target.read_text() != text:
+                target.write_text(text)
+                run(["systemctl", "daemon-reload"], fix="see: journalctl -xe")
+        run(["systemctl", "enable", "--quiet", "--now", HOLD], fix=f"see: journalctl -u {HOLD}")
         run(["systemctl", "enable", "--quiet", UNIT], fix=f"see: journalctl -u {UNIT}")
         run(["systemctl", "restart", UNIT], fix=f"see: journalctl -u {UNIT}")
 
     def _start_process(self) -> None:
         self._reap()
+        if self._settings.runtime == "incus":
+            holder_process.ensure(self._settings, self._place.log)
         with open(self._place.log, "ab", opener=private) as log:
             process = subprocess.Popen(
                 [str(self.command), "serve"],

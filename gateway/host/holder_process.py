@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
+import struct
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import gateway
+from gateway.host import HostError
 from gateway.settings import Settings
-from gateway.storage.state_dir import close
+from gateway.storage.state_dir import private
+
+_TIMEOUT: Final = 10.0  # seconds until a holder listens, or is gone
+_LOOK: Final = 0.02
 
 # without the environment's packages, none of which it needs: it takes a tenth of the memory
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gateway.holder.holding import main; main()"
@@ -17,7 +27,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gateway.holder.ho
 
 def run(settings: Settings) -> NoReturn:
     """Become a holder that serves until SIGTERM. Raises `OSError`."""
-    close(settings)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = command(settings)
     os.execve(words[0], words, {"LANG": "C.UTF-8"})  # noqa: S606 - our own interpreter with our own words
 
@@ -26,3 +36,49 @@ def command(settings: Settings) -> list[str]:
     """Return the command line of a holder."""
     source = str(Path(gateway.__file__ or "").parents[1])
     return [sys.executable, "-ISBc", _BOOT, source, str(settings.holder_socket), str(settings.hold)]
+
+
+def ensure(settings: Settings, log: Path) -> str:
+    """Have a holder run as a process of its own, which outlives ours; say so. Raises `HostError`."""
+    if (pid := running(settings)) is not None:
+        return f"runs already, pid {pid}"
+    with open(log, "ab", opener=private) as file:
+        process = subprocess.Popen(
+            command(settings),
+            env={"LANG": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            cwd="/",
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        if (pid := running(settings)) is not None:
+            return f"started, pid {pid}"
+        time.sleep(_LOOK)
+    raise HostError(f"the holder of commands does not start; see the end of {log}")
+
+
+def stop(settings: Settings) -> bool:
+    """Stop the holder, which ends what it holds; say whether one ran."""
+    if (pid := running(settings)) is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _TIMEOUT
+    while running(settings) is not None and time.monotonic() < deadline:
+        time.sleep(_LOOK)
+    return True
+
+
+def running(settings: Settings) -> int | None:
+    """Return the pid of the holder that listens, None if there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(settings.holder_socket))
+        except OSError:
+            return None
+        # struct ucred: pid, uid, gid, of who listens
+        pid, uid, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid) if uid in (0, os.geteuid()) else None

@@ -6,8 +6,9 @@ the runtime translates them before a client sees them.
 """
 
 from gateway.incus.client import Incus, IncusError
-from gateway.incus.exec_sockets import RELIEF, ExecSockets
+from gateway.incus.exec_sockets import RELIEF, ExecSockets, outputs
+from gateway.incus.memory import Memory, Record
 from gateway.incus.operation import Operation
 from gateway.incus.socket import Lost
 
-__all__ = ["RELIEF", "ExecSockets", "Incus", "IncusError", "Lost", "Operation"]
+__all__ = ["RELIEF", "ExecSockets", "Incus", "IncusError", "Lost", "Memory", "Operation", "Record", "outputs"]

@@ -21,9 +21,11 @@ import orjson
 
 from gateway.incus.exec_sockets import ExecSockets, connect
 from gateway.incus.inventory import Inventory, touched_by
+from gateway.incus.memory import Memory
 from gateway.incus.monitor import first_process
 from gateway.incus.operation import Operation
 from gateway.incus.rest import BASE, IncusError, Rest, instance_path, unreachable
+from gateway.incus.waiting import Waiting
 
 __all__ = ["Incus", "IncusError", "instance_path"]
 
@@ -206,8 +208,11 @@ class Incus(Rest):
         *,
         environment: Mapping[str, str] | None = None,
         pty: tuple[int, int] | None = None,
+        outlive: bool = False,
     ) -> ExecSockets:
         """Start `command` as root and return its sockets, all connected; `pty` is (cols, rows).
+
+        With `outlive` they can be held and adopted by another process.
 
         Command and environment show in the host's process list and in Incus's events: secrets go by
         stdin. Raises `IncusError`.
@@ -226,17 +231,21 @@ class Incus(Rest):
         answer = await self._request("POST", instance_path(instance, "exec"), body=body)
         operation = answer["metadata"]["id"]
         fds: dict[str, str] = answer["metadata"]["metadata"]["fds"]
-        waiting = asyncio.create_task(self.wait(operation, timeout=None), name=f"wait {operation}")
-        # retrieved, or asyncio would log it
-        waiting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        memory = Memory.made() if outlive else None
+        waiting = None
         try:
-            sockets = await connect(self.socket, operation, fds)
+            # before anything runs: an operation's record is gone 5 s after its end
+            waiting = await Waiting.ask(self.socket, operation)
+            sockets = await connect(self.socket, operation, fds, memory, terminal=pty is not None)
+            return ExecSockets(sockets, waiting, memory, terminal=pty is not None)
         except BaseException as error:
-            waiting.cancel()
+            if waiting is not None:
+                waiting.close()
+            if memory is not None:
+                memory.close()
             if isinstance(error, OSError):
                 raise unreachable(error) from error
             raise
-        return ExecSockets(operation, sockets, waiting, terminal=pty is not None)
 
     async def events(self, *types: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.

@@ -3,26 +3,31 @@
 A reader of our own, because a stream is all that these sockets carry and each general library hands over a
 message at a time: at incusd's 32 KiB a message that cost more than half of the gateway's CPU while a command
 printed (aiohttp 3.14: 600 MB/s became 900 beside a bare socket's 1 100). Here the frames of one read of the
-kernel become one piece of bytes, copied once. It is no websocket for anything else: it trusts the peer, a
-local daemon, with the handshake's echo, and never answers a ping; see `gateway.incus.exec_sockets`.
+kernel become one piece of bytes, copied once (`frames`). It trusts the peer, a local daemon, with the
+handshake's echo. A stream that is to outlive this process is received into a log (`memory`), and has a
+descriptor of its own beside the transport's, for whoever holds it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import fcntl
 import os
 import secrets
+import socket
 import struct
 import termios
 from collections import deque
 from pathlib import Path
 from typing import Final, cast
 
+from gateway.incus.frames import BINARY, CLOSE, TEXT, Frames, frame
+from gateway.incus.memory import Full, Log, Memory, Odometer
+
 KiB = 1 << 10
 
-_CONTINUATION, _TEXT, _BINARY, _CLOSE = 0, 1, 2, 8
 _HEAD_MAX: Final = 16 * KiB  # of the answer to the handshake
 # Bytes unread before the socket is left alone. More than the kernel hands over at once: to leave a socket
 # alone and to look at it again are calls of their own, which cost a fast stream a fifth of its speed.
@@ -45,41 +50,94 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
+        self.own: socket.socket | None = None
+        self._frames = Frames()
         self._transport: asyncio.Transport
         self._upgraded: asyncio.Future[None] = loop.create_future()
-        self._rest = b""  # the start of a header, or of the handshake's answer
-        self._left = 0  # bytes of the present frame that are still to come
-        self._wanted = False  # whether they belong to the stream
-        self._kind = _BINARY
+        self._head = b""  # of the handshake's answer
         self._arrived: deque[bytes] = deque()
         self._size = 0
         self._paused = False
-        self._ended = False
         self._gone = False
         self._wake: asyncio.Future[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
 
     @classmethod
-    async def connect(cls, socket: Path, path: str) -> StreamSocket:
-        """Open the websocket at `path`. Raises `OSError` if incusd does not take it."""
-        transport, stream = await asyncio.get_running_loop().create_unix_connection(cls, str(socket))
-        key = base64.b64encode(secrets.token_bytes(16)).decode()
-        transport.write(
-            f"GET {path} HTTP/1.1\r\nHost: incus\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
-        )
+    async def connect(
+        cls, place: Path, path: str, memory: Memory | None = None, area: str | None = None
+    ) -> StreamSocket:
+        """Open the websocket at `path` of the daemon at `place`. Raises `OSError` if incusd does not take it.
+
+        With a `memory` it can be held, and with an `area` of that what comes is received there.
+        """
+        transport, stream = await asyncio.get_running_loop().create_unix_connection(cls, str(place))
         try:
+            if memory is not None:
+                stream.own = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+            if memory is not None and stream.own is not None and area is not None:
+                odometer = Odometer(stream.own)
+                odometer.reset()
+                stream._frames = Frames(Log(memory, area, odometer))
+            key = base64.b64encode(secrets.token_bytes(16)).decode()
+            transport.write(
+                f"GET {path} HTTP/1.1\r\nHost: incus\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+            )
             await stream._upgraded
         except BaseException:
-            transport.abort()
+            stream._gone = True
+            stream.close()
             raise
         return stream
+
+    @classmethod
+    async def adopted(cls, own: socket.socket, memory: Memory, area: str | None) -> StreamSocket:
+        """Go on with a stream of an earlier process, by what it left in `memory`.
+
+        Takes `own` over. Raises `OSError`, and `ValueError` for what no process of ours left.
+        """
+        stream = cls()
+        stream.own = own
+        stream._upgraded.set_result(None)
+        if area is not None:
+            log = Log(memory, area, Odometer(own))
+            stream._frames = Frames(log)
+            for view in log.replay():
+                stream._take_in(view)
+        own.setblocking(False)
+        await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=own.dup())
+        if stream._size >= _HIGH and not stream._paused:
+            stream._paused = True
+            stream._transport.pause_reading()
+        return stream
+
+    @property
+    def start(self) -> int:
+        """The offset of the first byte that `read` returns; 0 but for a stream of an earlier process."""
+        return self._frames.start
+
+    def keep(self, offset: int) -> None:
+        """Let go of the log before an offset; call it while the stream is read."""
+        if self._frames.log is not None:
+            self._frames.log.keep(offset)
+
+    def ended(self) -> None:
+        """Take note in the log that nothing more is received."""
+        if self._frames.log is not None:
+            self._frames.log.close()
+
+    def forgo(self) -> None:
+        """Do without a log from now on: this stream is not to be held."""
+        self._frames.log = None
+        if self.own is not None:
+            self.own.close()
+            self.own = None
 
     async def read(self) -> bytes:
         """Return the next bytes, b"" at the stream's end. Raises `Lost` if it broke off."""
         while not self._arrived:
-            if self._ended:
+            if self._frames.ended:
                 return b""
             if self._gone:
                 raise Lost("a stream broke off")
@@ -98,7 +156,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         For a reader that lets a stream stand: see `gateway.incus.exec_sockets` about pings.
         """
         taken = 0
-        while self._paused and not self._gone and not self._ended and taken < _TAKEN:
+        while self._paused and not self._gone and not self._frames.ended and taken < _TAKEN:
             descriptor = self._transport.get_extra_info("socket").fileno()
             try:
                 size = os.readv(descriptor, [self.get_buffer(-1)])
@@ -118,7 +176,7 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def write(self, data: bytes) -> None:
         """Send bytes; waits while incusd does not take them. Dropped where it hung up."""
-        await self._send(_BINARY, data)
+        await self._send(BINARY, data)
 
     @property
     def unsent(self) -> int:
@@ -130,14 +188,23 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def write_end(self) -> None:
         """Say that no more bytes come."""
-        await self._send(_TEXT, b"")
+        await self._send(TEXT, b"")
 
     def close(self) -> None:
         """Hang up, by a closing frame unless it would wait behind what incusd does not take. Idempotent."""
-        if self._gone or self.unsent:
+        if self.own is not None:
+            # what others hold must be hung up too, at once: the transport writes only later
+            with contextlib.suppress(OSError):
+                if not self._gone and not self.unsent:
+                    self.own.send(b"".join(frame(CLOSE, b"")))
+                self.own.shutdown(socket.SHUT_RDWR)
+            self.own.close()
+            self.own = None
+            self._transport.abort()
+        elif self._gone or self.unsent:
             self._transport.abort()
         else:
-            self._transport.write(b"".join(_frame(_CLOSE, b"")))
+            self._transport.write(b"".join(frame(CLOSE, b"")))
             self._transport.close()
         self._gone = True
         self._writable.set()
@@ -148,7 +215,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
         # whosever it is next.
         if not self._gone and not self._transport.is_closing():
-            self._transport.writelines(_frame(kind, data))
+            self._transport.writelines(frame(kind, data))
             await self._writable.wait()
 
     # --- what the event loop calls ------------------------------------------------------------------
@@ -157,37 +224,23 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's derive from nothing
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        kept = len(self._rest)
-        _SHARED[:kept] = self._rest
-        return _SHARED[kept:]
+        log = self._frames.log
+        if log is not None:
+            try:
+                return log.room()
+            except Full:
+                self._frames.log = None
+        return _SHARED
 
     def buffer_updated(self, nbytes: int) -> None:
-        view = _SHARED[: len(self._rest) + nbytes]
-        self._rest = b""
+        log = self._frames.log
+        view = _SHARED[:nbytes] if log is None else log.landed(nbytes)
         if not self._upgraded.done():
             view = self._upgrade(view)
-        pieces: list[memoryview] = []
-        while view and not self._ended:
-            if self._left:
-                piece, view = view[: self._left], view[self._left :]
-                self._left -= len(piece)
-                if self._wanted:
-                    pieces.append(piece)
-                continue
-            header = _header(view)
-            if header is None:
-                self._rest = bytes(view)
-                break
-            kind, self._left, size = header
-            view = view[size:]
-            self._begin(kind)
-        if pieces:
-            data = b"".join(pieces)
-            self._arrived.append(data)
-            self._size += len(data)
-            if self._size >= _HIGH and not self._paused:
-                self._paused = True
-                self._transport.pause_reading()
+        self._take_in(view)
+        if self._size >= _HIGH and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
         self._woken()
 
     def eof_received(self) -> bool:
@@ -210,56 +263,31 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     def _upgrade(self, view: memoryview) -> memoryview:
         """Take the answer to the handshake off the front."""
-        head, end, rest = bytes(view).partition(b"\r\n\r\n")
-        if not end and len(head) < _HEAD_MAX:
-            self._rest = head
-        elif head.startswith(b"HTTP/1.1 101 "):
-            self._upgraded.set_result(None)
-            return memoryview(rest)
-        elif not self._upgraded.cancelled():
+        before = len(self._head)
+        self._head += bytes(view)
+        head, end, _ = self._head.partition(b"\r\n\r\n")
+        if not end and len(self._head) < _HEAD_MAX:
+            return view[:0]
+        if not self._upgraded.cancelled():
+            if head.startswith(b"HTTP/1.1 101 "):
+                view = view[len(head) + len(end) - before :]
+                if self._frames.log is not None:
+                    self._frames.log.begin(self._frames.log.raw - len(view))
+                self._upgraded.set_result(None)
+                return view
             status = head[9:12].decode("latin-1")
             self._upgraded.set_exception(ConnectionRefusedError(f"incusd answered the handshake by {status}"))
         return view[:0]
 
-    def _begin(self, kind: int) -> None:
-        """Take note of what the frame that begins is."""
-        if kind in (_TEXT, _BINARY):
-            self._kind = kind
-        self._wanted = kind == _BINARY or (kind == _CONTINUATION and self._kind == _BINARY)
-        self._ended = kind == _TEXT  # an empty one ends a stream, and there are no others
-        if kind == _CLOSE:
+    def _take_in(self, view: memoryview) -> None:
+        pieces = self._frames.feed(view)
+        if self._frames.closed:
             self._gone = True
+        if pieces:
+            data = b"".join(pieces)
+            self._arrived.append(data)
+            self._size += len(data)
 
     def _woken(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
-
-
-def _header(view: memoryview) -> tuple[int, int, int] | None:
-    """Return kind, length and own size of the frame header that `view` begins with; None: not all there."""
-    if len(view) < 2:
-        return None
-    kind, length = view[0] & 0x0F, view[1] & 0x7F
-    if length < 126:
-        return kind, length, 2
-    size, form = (4, "!H") if length == 126 else (10, "!Q")
-    if len(view) < size:
-        return None
-    return kind, struct.unpack_from(form, view, 2)[0], size
-
-
-def _frame(kind: int, data: bytes) -> tuple[bytes, ...]:
-    """Return a client's frame in parts, none of them empty: on one asyncio's `writelines` spins for ever.
-
-    A client has to mask; by the key 0 the bytes stay what they are. Masks protect proxies between browsers
-    and servers from scripts (RFC 6455 §10.3): on a unix socket there are neither.
-    """
-    length = len(data)
-    if length < 126:
-        head = struct.pack("!BB", 0x80 | kind, 0x80 | length)
-    elif length < 1 << 16:
-        head = struct.pack("!BBH", 0x80 | kind, 0x80 | 126, length)
-    else:
-        head = struct.pack("!BBQ", 0x80 | kind, 0x80 | 127, length)
-    head += bytes(4)
-    return (head, data) if data else (head,)

@@ -51,6 +51,11 @@ async def lives(container: Path, own: str) -> list[str]:
     return await _look(container / PARENT / own, process_tree.lives, container, own)
 
 
+async def commands(container: Path, life: str) -> list[str]:
+    """Return the groups of the commands of one life, `LIFE/COMMAND`."""
+    return await _look(container / PARENT / life, process_tree.commands, container, life)
+
+
 async def _look(path: Path, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
     """Work on a command's group off the loop; all work on one container's waits behind each other."""
     container = next((up for up in path.parents if up.name == PARENT), path)
@@ -146,4 +151,4 @@ class CommandCgroup:
             pause = min(pause * 1.5, 0.02)
 
 
-__all__ = ["CommandCgroup", "Ended", "Hands", "here", "lives", "of_init"]
+__all__ = ["CommandCgroup", "Ended", "Hands", "commands", "here", "lives", "of_init"]

@@ -91,6 +91,12 @@ def lives(container: Path, own: str) -> list[str]:
     return [name for name in names if name.startswith(f"{own}-") and _PART.fullmatch(name)][:_LIVES]
 
 
+def commands(container: Path, life: str) -> list[str]:
+    """Return the groups of one life's commands, `LIFE/COMMAND`."""
+    names = (folder.name for folder in _inner(container / PARENT / life))
+    return [f"{life}/{name}" for name in names if _PART.fullmatch(name)]
+
+
 def _inner(path: Path) -> Iterator[Path]:
     """Yield the groups in one, up to a limit."""
     with contextlib.suppress(OSError), os.scandir(path) as entries:

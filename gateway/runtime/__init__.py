@@ -57,7 +57,7 @@ class ExecSpec:
 
     With `merged` both streams are written to one output, stdout, in the order of time; what the command
     writes to descriptor 3 is `Process.report`. `shown` is listed instead of `argv` if that has a wrapping of
-    ours.
+    ours. One that is to `outlive` this process has a `Process.holding` where the runtime can do so.
     """
 
     argv: tuple[str, ...]
@@ -68,6 +68,7 @@ class ExecSpec:
     stdin: bool = False
     merged: bool = False
     shown: tuple[str, ...] | None = None
+    outlive: bool = False
 
     def digest(self) -> bytes:
         """Return what tells this command from another, and nothing else of it."""
@@ -102,6 +103,40 @@ class Killed:
     method: Literal["cgroup", "scan"] = "cgroup"
 
 
+class Holding(Protocol):
+    """What of a command outlives this process: its sockets, the last of its output, facts for the next one.
+
+    `position` counts the bytes of input that were given to the command, by earlier processes too.
+    """
+
+    @property
+    def position(self) -> int: ...
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep these facts in the place of those before; from the first ones on the command is held."""
+        ...
+
+    def end(self, facts: Mapping[str, Any]) -> None:
+        """Keep these facts and the outputs; the command has ended, and nothing else is held any more."""
+        ...
+
+    def keep(self, stream: StreamName, offset: int) -> None:
+        """Let go of an output before an offset."""
+        ...
+
+    def accounts(self) -> bytes:
+        """Return what `account` kept last."""
+        ...
+
+    def account(self, accounts: bytes) -> None:
+        """Keep so many bytes of accounts of the input: up to a thousand, much faster than facts."""
+        ...
+
+    def drop(self) -> None:
+        """Hold nothing of it any more. Idempotent."""
+        ...
+
+
 class Process(Protocol):
     """A command that has started in a tenant.
 
@@ -114,6 +149,7 @@ class Process(Protocol):
     started_at: float  # seconds since the epoch
     streams: tuple[StreamName, ...]
     report: bytes
+    holding: Holding | None
     patience: float  # seconds for which an output may be left unread, see `take`
 
     async def read(self, stream: StreamName) -> bytes:
@@ -166,6 +202,21 @@ class Process(Protocol):
     async def aclose(self) -> None:
         """Let go of the sockets. Idempotent; does not promise that the tree is gone: `kill` does."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A command of an earlier process: the facts that were noted, and what is kept of its outputs, by offset.
+
+    `process` goes on behind that; it is None for a command that had ended.
+    """
+
+    facts: Mapping[str, Any]
+    pid: int
+    started_at: float
+    holding: Holding
+    outputs: Mapping[StreamName, tuple[int, bytes]]
+    process: Process | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +366,10 @@ class TenantRuntime(Protocol):
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
+        ...
+
+    async def adopt(self) -> Sequence[Adopted]:
+        """Take over what an earlier process left running, or ended not long ago; once, before all else."""
         ...
 
     async def sweep(self) -> int:

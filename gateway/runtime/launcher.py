@@ -159,6 +159,11 @@ class Preamble:
         self._names = {"cwd": "", "user": "", "argv0": ""}
         self._noise = b""
 
+    def went(self, pid: int, method: Method, terminal: str) -> None:
+        """Take over what an earlier process saw: the command runs."""
+        self.pid, self.method, self.terminal = pid, method, terminal
+        self.ready = self.started = True
+
     def asked(self, argv0: str, cwd: str, user: str) -> None:
         """Note what was asked for, for the words of an error."""
         self._names = {"cwd": cwd, "user": user, "argv0": argv0}

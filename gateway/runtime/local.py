@@ -25,6 +25,7 @@ from gateway.errors import Conflict, InvalidParams, NotFound, TenantNotRunning, 
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import Folders
 from gateway.runtime import (
+    Adopted,
     ExecSpec,
     Process,
     Removed,
@@ -272,6 +273,9 @@ class LocalRuntime:
         yield TenantEvent("gateway.resynced", None, {"tenants": len(await self.list())})
         while True:
             yield await self._events.get()
+
+    async def adopt(self) -> Sequence[Adopted]:
+        return ()  # plain processes end with us
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         settings = self._settings

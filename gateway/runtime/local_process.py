@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import PARENT, Member, mount_point
-from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, Pty, StreamName
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, Killed, Pty, StreamName
 from gateway.runtime.launcher import KILL_SCRIPT, Preamble, killed, start_command
 
 _CHUNK: Final = 64 * 1024
@@ -35,6 +35,7 @@ _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class LocalProcess:
     """One command on this machine; see `gateway.runtime.Process`."""
 
+    holding: Holding | None = None
     patience: float = math.inf
 
     def __init__(self, exec_id: str, preamble: Preamble, limit: float) -> None:

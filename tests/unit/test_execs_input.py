@@ -21,6 +21,8 @@ KiB = 1 << 10
 class Slow:
     """A process that takes input only when told to."""
 
+    holding = None
+
     def __init__(self) -> None:
         self.got = bytearray()
         self.closed = False
@@ -36,6 +38,8 @@ class Slow:
 
 
 class Sender:
+    slot = 0
+
     def __init__(self) -> None:
         self.closed = False
         self.taken = 0

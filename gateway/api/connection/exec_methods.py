@@ -78,6 +78,7 @@ class ExecMethods(Family):
             timeout=None if params.timeout_ms is None else params.timeout_ms / 1000,
             linger=None if params.linger_ms is None else max(-1.0, params.linger_ms / 1000),
             by=token.subject,
+            outlive=True,
         )
         channel, attachment = self._open(exec_, {}, params)
         answer = {

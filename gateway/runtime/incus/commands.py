@@ -13,15 +13,17 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gateway.errors import ExecFailed, InvalidParams, TenantNotRunning, Timeout, Unavailable
-from gateway.incus import Incus
+from gateway.holder.holder import Holder
+from gateway.incus import ExecSockets, Incus, Memory
 from gateway.rootfs.broker_client import BrokerClient
-from gateway.rootfs.command_cgroup import CommandCgroup, lives, of_init
+from gateway.rootfs.command_cgroup import CommandCgroup, commands, lives, of_init
 from gateway.rootfs.process_tree import of_command
-from gateway.runtime import ExecSpec, Process, Pty
+from gateway.runtime import Adopted, ExecSpec, Process, Pty
 from gateway.runtime.incus.errors import in_time, translated
+from gateway.runtime.incus.held import FORMAT, Held, close, kept
 from gateway.runtime.incus.inside import Inside
 from gateway.runtime.incus.process import Assignment, IncusProcess
 from gateway.runtime.launcher import (
@@ -38,6 +40,7 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _CGROUP_LOOKS: Final = 40  # two seconds, for a container that is just booting
+_DESCRIPTORS: Final = (6, 8)  # of a command that is held: with a terminal, and without
 _MAX_ID: Final = (1 << 31) - 1
 _OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
@@ -54,8 +57,16 @@ class Commands:
     `NotFound`.
     """
 
-    def __init__(self, settings: Settings, incus: Incus, init_pid: Callable[[str], Awaitable[int]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        incus: Incus,
+        init_pid: Callable[[str], Awaitable[int]],
+        holder: Holder | None = None,
+    ) -> None:
         self.settings = settings
+        self._holder = holder
+        self._adopted: set[str] = set()  # groups of commands of earlier processes that go on
         self._incus = incus
         self._init_pid = init_pid
         self.inside = Inside(settings, incus)
@@ -125,10 +136,12 @@ class Commands:
         size = None if pty is None else (pty.cols, pty.rows)
         with translated(name), in_time(name, "incusd"):
             async with asyncio.timeout(self.settings.exec_start_timeout):
-                sockets = await self._incus.exec(name, command, pty=size)
+                outlive = self._holder is not None and self._holder.there
+                sockets = await self._incus.exec(name, command, pty=size, outlive=outlive)
         root = await of_init(init_pid) if init_pid else None
         cgroup = None if root is None else self.cgroup(name, root, exec_id)
-        return IncusProcess(self.inside, self.settings.cancel_timeout, name, exec_id, sockets, cgroup)
+        limit = self.settings.cancel_timeout
+        return IncusProcess(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
 
     async def _hand_over(self, process: IncusProcess, order: Assignment) -> None:
         """Have a shell become the command; ends it where it does not."""
@@ -185,11 +198,65 @@ class Commands:
             left = self.cgroup(name, root, life)
             if life == self._life or not await left.reachable():
                 continue
-            killed = await left.kill(0, self.settings.cancel_timeout)
-            ended += killed.killed
-            if killed.killed:
-                log.warning("ended %d processes left in %s by a gateway that died", killed.killed, name)
+            groups = [life]
+            if any(group.startswith(f"{life}/") for group in self._adopted):
+                groups = [group for group in await commands(root, life) if group not in self._adopted]
+            for group in groups:
+                killed = await self.cgroup(name, root, group).kill(0, self.settings.cancel_timeout)
+                ended += killed.killed
+                if killed.killed:
+                    log.warning("ended %d processes left in %s by a gateway that died", killed.killed, name)
         return ended
+
+    async def adopt(self) -> list[Adopted]:
+        """Take over what is held of an earlier process; what cannot be, is let go of, and swept."""
+        if self._holder is None:
+            return []
+        found = list[Adopted]()
+        for name, descriptors in (await self._holder.taken_over()).items():
+            try:
+                found.append(await self._adopt(self._holder, name, descriptors))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s of an earlier process cannot be followed: %s", name, error)
+                self._holder.drop(name)
+        return found
+
+    async def _adopt(self, holder: Holder, name: str, descriptors: list[int]) -> Adopted:
+        if len(descriptors) == 1:
+            memory, sockets = Memory(descriptors[0]), None
+        elif len(descriptors) in _DESCRIPTORS:
+            sockets = await ExecSockets.adopted(descriptors)
+            assert sockets.memory is not None
+            memory = sockets.memory
+        else:
+            close(descriptors)
+            raise ValueError("these are no command's descriptors")
+        try:
+            noted: Any = memory.read_facts()
+            if noted["format"] != FORMAT:
+                raise ValueError(f"format {noted['format']} is another version's")
+            own, facts = noted["own"], noted["facts"]
+            if facts["over"] is not None and sockets is not None:  # it was about to be let go of
+                sockets.ended()
+                await sockets.aclose()
+                sockets = None
+            holding = Held(holder, name, memory, sockets, own)
+            if sockets is None:
+                return Adopted(facts, own["pid"], own["started"], holding, kept(memory, own), None)
+            cgroup = None
+            if own["cgroup"] is not None:
+                cgroup = self._group(own["tenant"], Path(own["cgroup"]), own["exec"])
+            limit = self.settings.cancel_timeout
+            process = IncusProcess.adopted(self.inside, limit, own, sockets, cgroup)
+            process.holding = holding
+            outputs = process.caught_up(own)
+            self._adopted.add(own["exec"])
+            return Adopted(facts, process.pid, process.started_at, holding, outputs, process)
+        except BaseException:
+            if sockets is not None:
+                await sockets.aclose()
+            memory.close()
+            raise
 
     def drop(self, name: str | None) -> None:
         """Let go of the shells that wait in a tenant to which something happened, or of all."""
@@ -197,7 +264,10 @@ class Commands:
 
     def cgroup(self, name: str, container: Path, group: str) -> CommandCgroup:
         """Return a group of commands below a container's, ended by the broker where there is one."""
-        path, broker = of_command(container, group), self._broker
+        return self._group(name, of_command(container, group), group)
+
+    def _group(self, name: str, path: Path, group: str) -> CommandCgroup:
+        broker = self._broker
         if broker is None:
             return CommandCgroup(path)
         return CommandCgroup(path, lambda step, _: broker.on_tree(name, group, step))

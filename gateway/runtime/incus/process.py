@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from gateway.errors import GatewayError, Unavailable
+from gateway.holder.holder import Holder
 from gateway.incus import RELIEF, ExecSockets, IncusError, Lost, Operation
 from gateway.rootfs.command_cgroup import CommandCgroup
 from gateway.rootfs.process_tree import Member
-from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Killed, StreamName
+from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, Killed, StreamName
+from gateway.runtime.incus.held import Held, cut, socket_of
 from gateway.runtime.incus.inside import Inside
 from gateway.runtime.launcher import Account, Preamble, command_line
 
@@ -54,10 +56,14 @@ class IncusProcess:
         exec_id: str,
         sockets: ExecSockets,
         cgroup: CommandCgroup | None,
+        holder: Holder | None = None,
     ) -> None:
         self.tenant = tenant
         self.pid = 0
         self.started_at = 0.0
+        self.holding: Holding | None = None
+        self._holder = holder
+        self._fed = 0  # bytes that the preamble was fed
         self.streams: tuple[StreamName, ...] = ("stdout",)
         self.report = b""
         self._merged = False
@@ -92,6 +98,56 @@ class IncusProcess:
             await self._sockets.close_stdin()
         await self._feed(until_ready=False)
         self.pid, self.started_at, self._first = preamble.pid, time.time(), preamble.rest
+        memory = self._sockets.memory
+        if memory is None or self._holder is None or not spec.outlive or self._merged:
+            self._sockets.forgo()
+        else:
+            own = self._facts(self._fed - len(preamble.rest))
+            self.holding = Held(self._holder, f"command/{self._exec_id}", memory, self._sockets, own)
+
+    def _facts(self, skip: int) -> dict[str, Any]:
+        """Return what another process of the gateway needs to go on with the command: see `adopted`."""
+        return {
+            "tenant": self.tenant,
+            "exec": self._exec_id,
+            "pid": self.pid,
+            "started": self.started_at,
+            "terminal": self._sockets.terminal,
+            "path": self._preamble.terminal,
+            "method": self._preamble.method,
+            "cgroup": None if self._group is None else str(self._group.path),
+            "skip": skip,
+        }
+
+    @classmethod
+    def adopted(
+        cls,
+        inside: Inside,
+        limit: float,
+        own: Mapping[str, Any],
+        sockets: ExecSockets,
+        cgroup: CommandCgroup | None,
+    ) -> IncusProcess:
+        """Go on with a command of an earlier process, by its facts."""
+        self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
+        self.pid, self.started_at = int(own["pid"]), float(own["started"])
+        self._preamble.went(self.pid, own["method"], str(own["path"]))
+        if not sockets.terminal:
+            self.streams = ("stdout", "stderr")
+        return self
+
+    def waiting_input(self) -> asyncio.Task[None]:
+        """Send the input that an earlier process had taken over last."""
+        return asyncio.create_task(self._sockets.flush(), name=f"input of {self._exec_id}")
+
+    def caught_up(self, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
+        """Return what has come of each output, by its first byte's offset; once, before `read`."""
+        told: dict[StreamName, tuple[int, bytes]] = {}
+        for stream in self.streams:
+            fd, skip = socket_of(stream, own)
+            start = self._sockets.start(fd)
+            told[stream] = cut(start, self._sockets.take(fd), skip)
+        return told
 
     async def _feed(self, *, until_ready: bool) -> None:
         preamble = self._preamble
@@ -102,6 +158,7 @@ class IncusProcess:
                 raise Unavailable("the command's start was lost: the tenant or Incus went away") from None
             if not data:
                 raise preamble.ended()
+            self._fed += len(data)
             preamble.feed(data)
 
     async def read(self, stream: StreamName) -> bytes:
@@ -191,6 +248,8 @@ class IncusProcess:
 
     async def aclose(self) -> None:
         await self._sockets.aclose()
+        if self.holding is None:
+            self._sockets.forgo()
 
     async def abandon(self) -> None:
         """End a command that did not start properly: nothing of it may stay.

@@ -18,11 +18,13 @@ from types import TracebackType
 from typing import Any, Final
 
 from gateway.errors import Conflict, NotFound, Unavailable
+from gateway.holder.holder import Holder
 from gateway.incus import Incus, IncusError
 from gateway.incus.client import instance_path
 from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.locations import MANAGED, Instances, is_tenant
 from gateway.runtime import (
+    Adopted,
     ExecSpec,
     Process,
     Removed,
@@ -60,7 +62,13 @@ class _Located:
 class IncusRuntime:
     """The tenants of one Incus project. Use as an async context manager."""
 
-    def __init__(self, settings: Settings, removed: Removed = unheard, incus: Incus | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        removed: Removed = unheard,
+        incus: Incus | None = None,
+        holder: Holder | None = None,
+    ) -> None:
         self._settings = settings
         self._incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
         self.making = Creation(settings, self._incus, removed)
@@ -73,7 +81,7 @@ class IncusRuntime:
         ).to_dict()
         self._located: dict[str, _Located] = {}
         self._watch = Watch(settings, self._incus, self, self._changed)
-        self.commands = Commands(settings, self._incus, self.init_pid)
+        self.commands = Commands(settings, self._incus, self.init_pid, holder)
         self._disks = Disks(settings, self._incus)
         self._resizing = Resizing(settings, self._incus, self.making, self.commands)
 
@@ -272,6 +280,9 @@ class IncusRuntime:
             raise Unavailable("the Incus event stream is not up yet")
 
     # --- commands -----------------------------------------------------------------------------------
+
+    async def adopt(self) -> Sequence[Adopted]:
+        return await self.commands.adopt()
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         return await self.commands.exec(name, spec)

@@ -1,0 +1,24 @@
+"""How a command is shown: its words, its start."""
+
+from __future__ import annotations
+
+import time
+
+from gateway.runtime import ExecSpec, Process
+
+
+def shortened(spec: ExecSpec, room: int) -> list[str]:
+    """Return a command's words, cut off after `room` characters."""
+    words = list[str]()
+    for word in spec.shown or spec.argv:
+        words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
+        room -= len(word) + 1
+        if room < 0:
+            break
+    return words
+
+
+def started_at(process: Process) -> str:
+    """Return the start as an RFC 3339 time with milliseconds."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.started_at))
+    return f"{whole}.{int(process.started_at * 1000) % 1000:03d}Z"

@@ -1,0 +1,109 @@
+"""Input of a command that outlives this process: each byte reaches incusd's socket once, whoever is killed.
+
+No kernel counts what was sent on a socket. But a write into an empty pipe is all or nothing, and `splice`
+moves bytes from there into the socket in one call: what is still in the pipe is not in the socket. Pipe and
+socket are held, and how far the input has come is noted in the command's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+from typing import Final
+
+from gateway.incus.frames import BINARY, TEXT, frame
+from gateway.incus.memory import Memory
+
+_PIECE: Final = 32 << 10  # bytes of input in one frame; with its header less than a pipe takes
+_NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK
+# position; while the pipe is being filled, the position after that plus one
+_PLACE: Final = struct.Struct("<QQ")
+
+
+class Inlet:
+    """The input of one command. `position` bytes of it are in the socket or the pipe."""
+
+    def __init__(self, own: socket.socket, pipe: tuple[int, int], memory: Memory) -> None:
+        """Take over what the memory has of an earlier process, which may have left a frame in the pipe."""
+        self.pipe = pipe
+        self._socket = own
+        self._record = memory.record("place")
+        self._turn = asyncio.Lock()
+        self._closed = False
+        self.position, after = _PLACE.unpack_from(self._record.read())
+        if after and self._in_pipe:
+            self.position = after - 1
+        self._commit()
+
+    @classmethod
+    def made(cls, own: socket.socket, memory: Memory) -> Inlet:
+        return cls(own, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), memory)
+
+    @property
+    def unsent(self) -> int:
+        """How many written bytes incusd has not taken."""
+        if self._closed:
+            return 0
+        kept = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
+        return self._in_pipe + int(struct.unpack("i", kept)[0])
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes; waits while incusd does not take them. Dropped where it hung up."""
+        for start in range(0, len(data), _PIECE):
+            await self._give(BINARY, data[start : start + _PIECE])
+
+    async def write_end(self) -> None:
+        """Say that no more bytes come."""
+        await self._give(TEXT, b"")
+
+    async def flush(self) -> None:
+        """Send what an earlier process left in the pipe."""
+        async with self._turn:
+            await self._move()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for descriptor in self.pipe:
+                os.close(descriptor)
+
+    async def _give(self, kind: int, data: bytes) -> None:
+        async with self._turn:
+            await self._move()
+            if self._closed:
+                return
+            self._commit(self.position + len(data))
+            os.write(self.pipe[1], b"".join(frame(kind, data)))
+            self.position += len(data)
+            self._commit()
+            await self._move()
+
+    async def _move(self) -> None:
+        """Have the socket take all that is in the pipe."""
+        loop = asyncio.get_running_loop()
+        while not self._closed and (waiting := self._in_pipe):
+            try:
+                os.splice(self.pipe[0], self._socket.fileno(), waiting, flags=_NONBLOCK)
+            except BlockingIOError:
+                free = asyncio.Event()
+                loop.add_writer(self._socket, free.set)
+                try:
+                    await free.wait()
+                finally:
+                    with contextlib.suppress(ValueError):  # it was closed meanwhile
+                        loop.remove_writer(self._socket)
+            except OSError:  # incusd hung up
+                os.read(self.pipe[0], waiting)
+
+    @property
+    def _in_pipe(self) -> int:
+        return int(struct.unpack("i", fcntl.ioctl(self.pipe[0], termios.FIONREAD, bytes(4)))[0])
+
+    def _commit(self, after: int | None = None) -> None:
+        self._record.write(_PLACE.pack(self.position, 0 if after is None else after + 1))

@@ -1,0 +1,440 @@
+"""Commands outlive the gateway: whenever it is killed, each byte comes once and each exit is told.
+
+The gateway is killed and started again beside real commands, and a client resumes as ours do: from the
+offsets that it has, with the input that `stdin` says did not arrive. GATEWAY_TEST_KILLS says how often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.holder.holder import held_at
+from gateway.host.holder_process import command
+from gateway.server import LEAVE
+from gateway.settings import Settings
+from tests.integration.conftest import Container
+from tests.live import DEADLINE, LiveGateway, RpcFailure, Wire
+from tests.waits import pause, until
+
+ENDLESS = "exec seq 1 1000000000000"
+KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
+
+
+class Host:
+    """A gateway and its holder in one state dir; either can be killed and started again."""
+
+    def __init__(self, settings: Settings, folder: Path, **more: str) -> None:
+        self.settings = settings.model_copy(update={"state_dir": folder})
+        self.gateway = LiveGateway(
+            {
+                "GATEWAY_INCUS_SOCKET": str(settings.incus_socket),
+                "GATEWAY_NETWORK": settings.network,
+                "GATEWAY_NETWORK_IPV4": settings.network_ipv4,
+                "GATEWAY_POOL": settings.pool,
+                "GATEWAY_STATE_DIR": str(folder),
+                **more,
+            },
+            folder.with_suffix(".log"),
+        )
+        self.holder: asyncio.subprocess.Process | None = None
+
+    async def hold(self) -> None:
+        """Start a holder, and return once it listens."""
+        self.holder = await asyncio.create_subprocess_exec(*command(self.settings))
+        await until(self._holds)
+
+    def _holds(self) -> bool:
+        with contextlib.suppress(OSError):
+            return held_at(self.settings.holder_socket) >= 0
+        return False
+
+    @property
+    def held(self) -> int:
+        return held_at(self.settings.holder_socket)
+
+    async def kill(self) -> None:
+        """Kill the gateway, and start another."""
+        await self.gateway.stop(signal.SIGKILL)
+        await self.gateway.start()
+
+    async def end_holder(self) -> None:
+        """Kill the holder."""
+        assert self.holder is not None
+        self.holder.kill()
+        await self.holder.wait()
+
+    async def close(self) -> None:
+        await self.gateway.stop()
+        await self.end_holder()
+
+
+@pytest.fixture
+async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
+    folder = tmp_path_factory.mktemp("survive") / "state"
+    folder.mkdir()
+    host = Host(incus_settings, folder)
+    await host.hold()
+    await host.gateway.start()
+    try:
+        yield host
+    finally:
+        await host.close()
+    said = host.gateway.log.read_text()
+    assert "Traceback" not in said, said
+
+
+class Resuming:
+    """A client of one command, which follows it over any number of connections."""
+
+    def __init__(self, host: Host, tenant: str) -> None:
+        self.host = host
+        self.tenant = tenant
+        self.offsets = {1: 0, 2: 0}
+        self.sums = {1: hashlib.sha256(), 2: hashlib.sha256()}
+        self.tails = {1: b"", 2: b""}
+        self.lost: list[Any] = []
+        self.exits: list[Any] = []
+        self.breaks = 0
+        self.exec = ""
+        self.channel = 0
+        self.attachment = ""
+        self.sent = bytearray()
+        self.closed = False
+        self.connected = asyncio.Event()
+        self.over = asyncio.Event()
+        self.wire: Wire | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, **params: Any) -> None:
+        """Start the command, and follow it from now on."""
+        started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run({"acks": True, "lingerMs": -1, **params}, started))
+        done = asyncio.ensure_future(started)
+        await asyncio.wait([done, self._task], return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            self._task.result()
+
+    async def ended(self, *, lost: bool = False) -> Any:
+        """Return the exit, before which no output is lost unless it may be."""
+        assert self._task is not None
+        await asyncio.wait_for(self._task, 2 * DEADLINE)
+        assert len(self.exits) == 1 and (lost or not self.lost), (self.exits, self.lost)
+        return self.exits[0]
+
+    async def write(self, data: bytes) -> None:
+        self.sent += data
+        if self.connected.is_set():
+            await self._give(data)
+
+    async def close_input(self) -> None:
+        self.closed = True
+        if self.connected.is_set():
+            await self._give(b"")
+
+    async def _give(self, data: bytes) -> None:
+        assert self.wire is not None
+        with contextlib.suppress(Exception):  # sent again after the break
+            if data:
+                await self.wire.stdin(self.channel, data)
+            if self.closed:
+                await self.wire.start_call("exec/closeStdin", exec=self.exec)
+
+    async def call(self, method: str, **params: Any) -> Any:
+        await asyncio.wait_for(self.connected.wait(), DEADLINE)
+        assert self.wire is not None
+        return await self.wire.call(method, exec=self.exec, **params)
+
+    async def of_list(self) -> Any:
+        """Return what `exec/list` says of this command."""
+        return next(one for one in await self.listed() if one["exec"] == self.exec)
+
+    async def leave(self) -> None:
+        """Follow it no longer."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def listed(self) -> list[Any]:
+        """Return what `exec/list` says of all commands."""
+        await asyncio.wait_for(self.connected.wait(), DEADLINE)
+        assert self.wire is not None
+        found = await self.wire.call("exec/list")
+        return sorted(found["execs"], key=lambda one: str(one["exec"]))
+
+    async def _run(self, params: dict[str, Any], started: asyncio.Future[Any]) -> None:
+        resume = {"resume": ""}
+        while not self.over.is_set():
+            resume = resume and {"resume": self.attachment}
+            try:
+                async with self.host.gateway.wire(self.tenant) as wire:
+                    self.wire = wire
+                    if not self.exec:
+                        answer = await wire.call("exec/start", **params)
+                        self.exec = answer["exec"]
+                        started.set_result(None)
+                    else:
+                        offsets = {"stdout": self.offsets[1], "stderr": self.offsets[2]}
+                        answer = await wire.call(
+                            "exec/attach",
+                            exec=self.exec,
+                            acks=True,
+                            **resume,
+                            **{"from": offsets},
+                        )
+                        if any(answer["lost"].values()):
+                            self.lost.append(answer["lost"])
+                        self.lost += [] if answer["from"] == offsets else [answer["from"]]
+                    self.channel, self.attachment = answer["channel"], answer["attachment"]
+                    if (missing := bytes(self.sent[answer.get("stdin", len(self.sent)) :])) or self.closed:
+                        await self._give(missing)
+                    self.connected.set()
+                    await self._follow(wire)
+            except RpcFailure as failure:
+                if failure.code != "not_found" or not resume:
+                    raise
+                resume = {}  # the gateway knows no more than that it was lost
+            except (OSError, ConnectionError, asyncio.IncompleteReadError, Exception) as error:
+                if isinstance(error, AssertionError):
+                    raise
+                self.connected.clear()
+                self.breaks += 1
+                await pause(0.01)
+        self.connected.clear()
+
+    async def _follow(self, wire: Wire) -> None:
+        acked = 0
+        while True:
+            exit_ = wire.notified("exec/exited", exec=self.exec)
+            for stream in (1, 2):
+                arrived = wire.output[self.channel, stream]
+                if arrived:
+                    data = bytes(arrived)
+                    del arrived[:]
+                    self.sums[stream].update(data)
+                    self.offsets[stream] += len(data)
+                    self.tails[stream] = (self.tails[stream] + data)[-4096:]
+            if exit_ is not None:
+                self.exits.append(exit_)
+                self.over.set()
+                return
+            if sum(self.offsets.values()) - acked >= 1 << 18:
+                acked = sum(self.offsets.values())
+                had = self.offsets
+                await wire.notify("exec/ack", exec=self.exec, stdout=had[1], stderr=had[2])
+            await wire.until(
+                lambda: (
+                    wire.notified("exec/exited", exec=self.exec)
+                    or wire.output[self.channel, 1]
+                    or wire.output[self.channel, 2]
+                )
+            )
+
+
+def sums(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+SCREEN = """
+import fcntl, hashlib, json, os, select, signal, struct, sys, termios, tty
+tty.setraw(0)
+sizes, keys, out, got, wrote = [], hashlib.sha256(), hashlib.sha256(), 0, 0
+def size(*_):
+    rows, cols = struct.unpack("hh", fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(4)))
+    sizes.append([cols, rows])
+signal.signal(signal.SIGWINCH, size)
+size()
+number = 0
+while True:
+    number += 1
+    drawn = (f"\\x1b[H{number} {got} {sizes[-1]}\\r\\n" + "x" * 300).encode()
+    out.update(drawn)
+    while drawn:
+        done = os.write(1, drawn)
+        wrote, drawn = wrote + done, drawn[done:]
+    if select.select([0], [], [], 0.002)[0]:
+        typed = os.read(0, 4096)
+        end = typed.find(b"\\x11")
+        typed = typed if end < 0 else typed[:end]
+        keys.update(typed)
+        got += len(typed)
+        if end >= 0:
+            break
+json.dump({"keys": keys.hexdigest(), "out": out.hexdigest(), "got": got, "wrote": wrote, "size": sizes[-1]},
+          open(sys.argv[1], "w"))
+sys.exit(42)
+"""
+
+
+async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenant: Container) -> None:
+    """Of a stream as fast as can be, of input that comes back, and of a program that is typed into."""
+    name = shared_tenant.name
+    stream, echo, screen = (Resuming(host, name) for _ in range(3))
+    kept = "/srv/site/survive.json"
+    await stream.start(command=ENDLESS)
+    await echo.start(command="cat; echo end >&2; exit 3", stdin=True)
+    await screen.start(argv=["python3", "-c", SCREEN, kept], pty={"cols": 80, "rows": 24})
+    before = await screen.listed()
+    await until(lambda: screen.offsets[1] > 0)
+    stop = asyncio.Event()
+
+    async def type_() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            await screen.write(b"%d," % number)
+            await pause(0.004)
+
+    async def feed() -> None:
+        while not stop.is_set():
+            if len(echo.sent) - echo.offsets[1] < 2 << 20:
+                await echo.write(random.randbytes(random.randint(1, 100_000)))
+            await pause(0.002)
+
+    async def resize() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(Exception):  # amid a kill
+                await screen.call("exec/resize", cols=random.randint(40, 120), rows=random.randint(10, 50))
+            await pause(0.3)
+
+    tasks = [asyncio.create_task(work()) for work in (type_, feed, resize)]
+    for _ in range(KILLS):
+        for client in (stream, echo, screen):
+            await asyncio.wait_for(client.connected.wait(), DEADLINE)
+        await pause(random.uniform(0.05, 0.6))
+        await host.kill()
+    for client in (stream, echo, screen):
+        await asyncio.wait_for(client.connected.wait(), DEADLINE)
+    stop.set()
+    await asyncio.gather(*tasks)
+    after = await screen.listed()
+    same = ("exec", "argv", "pid", "startedAt", "pty", "state")
+    assert [[one[key] for key in same] for one in after] == [[one[key] for key in same] for one in before]
+    await screen.call("exec/resize", cols=100, rows=30)
+    await screen.write(b"\x11")
+    assert (await screen.ended())["exitCode"] == 42
+    told = json.loads(shared_tenant.sh(f"cat {kept}"))
+    typed = bytes(screen.sent[:-1])
+    assert (told["got"], told["keys"]) == (len(typed), sums(typed))
+    assert (told["wrote"], told["out"]) == (screen.offsets[1], screen.sums[1].hexdigest())
+    assert told["size"] == [100, 30]
+
+    await echo.close_input()
+    assert (await echo.ended())["exitCode"] == 3
+    assert (echo.offsets[1], echo.sums[1].hexdigest()) == (len(echo.sent), sums(bytes(echo.sent)))
+    assert echo.sums[2].hexdigest() == sums(b"end\n")
+
+    await stream.call("exec/signal", signal=signal.SIGTERM)
+    exit_ = await stream.ended()
+    assert (exit_["reason"], exit_["signal"]) == ("exited", "TERM")
+    whole = hashlib.sha256()
+    left, number = stream.offsets[1], 0
+    while left > 0:  # what `seq` prints, as far as it came
+        part = b"".join(b"%d\n" % one for one in range(number + 1, number + 100_001))[:left]
+        whole.update(part)
+        left, number = left - len(part), number + 100_000
+    assert stream.sums[1].hexdigest() == whole.hexdigest()
+    assert min(stream.breaks, echo.breaks, screen.breaks) >= KILLS
+    mb = stream.offsets[1] / 1e6
+    print(f"{KILLS} kills: {mb:.0f} MB, {len(echo.sent)} bytes there and back, {told['got']} keys")
+    await until(lambda: host.held <= 3)  # the ended ones, whose output is kept
+
+
+async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tenant: Container) -> None:
+    """Every exit is told, a deadline counts from the start, and what lingers or is cancelled ends whole."""
+    name = shared_tenant.name
+    codes = {"exit 0": 0, "exit 3": 3, "exit 126": 126, "exit 127": 127, "kill -KILL $$": 137}
+    ending = [Resuming(host, name) for _ in codes]
+    for client, end in zip(ending, codes, strict=True):
+        await client.start(command=f"echo out; read word; {end}", stdin=True)
+    tree = "for i in 1 2 3; do setsid sleep 1000 & done; trap '' TERM; echo up; while :; do sleep 1; done"
+    cancelled, late, alone, known = (Resuming(host, name) for _ in range(4))
+    await cancelled.start(command=tree)
+    await late.start(command=tree, timeoutMs=4000)
+    await alone.start(command=tree, lingerMs=500)
+    await known.start(command="sleep 1000", execId="mine")
+    everyone = [*ending, cancelled, late, alone, known]
+    for client in (cancelled, late, alone):
+        await until(lambda client=client: client.offsets[1] > 0)  # type: ignore[misc]
+    for client in ending:
+        await client.write(b"go\n")
+    await alone.call("exec/detach")
+    await host.gateway.stop(signal.SIGKILL)
+    began = time.monotonic()
+    await pause(1)  # in which they end
+    await host.gateway.start()
+    for client, code in zip(ending, codes.values(), strict=True):
+        exit_ = await client.ended()
+        assert (exit_["exitCode"], exit_["reason"]) == (code, "exited")
+        assert client.sums[1].hexdigest() == sums(b"out\n")
+    exit_ = await late.ended()
+    assert exit_["reason"] == "timeout" and time.monotonic() - began < 15
+    assert 3900 < exit_["durationMs"] < 12_000
+
+    async with host.gateway.wire(name) as wire:
+        again = await wire.call("exec/start", command="sleep 1000", execId="mine")
+        assert (again["exec"], again["pid"]) == ("mine", (await known.of_list())["pid"])
+        with pytest.raises(RpcFailure, match="another command"):
+            await wire.call("exec/start", command="sleep 1001", execId="mine")
+        killed = await wire.call("exec/cancel", exec=cancelled.exec, graceMs=100)
+        assert killed["survivors"] == 0 and killed["killed"] >= 4 and killed["escalated"]
+        gone = await wire.call("exec/wait", exec=alone.exec)
+        assert gone["reason"] == "cancelled"
+        await wire.call("exec/cancel", exec="mine")
+    assert (await cancelled.ended())["reason"] == "cancelled"
+    assert (await known.ended())["reason"] == "cancelled"
+    assert shared_tenant.sh("pgrep -c sleep", check=False).strip() == "0"
+    assert len({client.exec for client in everyone}) == len(everyone)
+    await alone.leave()
+
+
+async def test_the_holder_and_the_gateway_die_in_turn(host: Host, shared_tenant: Container) -> None:
+    """Either has all of the other; only both at once take the commands with them, and leave nothing."""
+    client, other = Resuming(host, shared_tenant.name), Resuming(host, shared_tenant.name)
+    await client.start(command=ENDLESS)
+    for _ in range(2):
+        await host.end_holder()
+        if not other.exec:
+            await other.start(command="echo up; read word; exit 5", stdin=True)  # while there is none
+        await host.hold()
+        await until(lambda: host.held == 2)
+        await host.kill()
+        await asyncio.wait_for(client.connected.wait(), DEADLINE)
+    await other.write(b"go\n")
+    assert (await other.ended())["exitCode"] == 5
+    await host.end_holder()
+    await host.gateway.stop(signal.SIGKILL)
+    await host.hold()
+    await host.gateway.start()
+    exit_ = await client.ended(lost=True)
+    assert (exit_["reason"], exit_["exitCode"]) == ("lost", None)
+    await until(lambda: shared_tenant.sh("pgrep -c seq", check=False).strip() == "0")
+
+
+async def test_stop_means_stop_and_a_restart_none(host: Host, shared_tenant: Container) -> None:
+    """A gateway that makes room leaves its commands, and one that is stopped ends them whole."""
+    client = Resuming(host, shared_tenant.name)
+    await client.start(command="setsid sleep 1000 & echo up; cat", stdin=True)
+    await until(lambda: client.offsets[1] > 0)
+    assert await host.gateway.stop(LEAVE) == 0
+    assert host.held == 1
+    assert shared_tenant.sh("pgrep -c sleep").strip() == "1"
+    await host.gateway.start()
+    await client.write(b"still\n")
+    await until(lambda: client.offsets[1] == len(b"up\nstill\n"))
+    assert await host.gateway.stop() == 0
+    assert shared_tenant.sh("pgrep -c 'sleep|cat'", check=False).strip() == "0"
+    await host.gateway.start()
+    assert (await client.ended())["reason"] == "cancelled"
+    assert client.offsets[1] == len(b"up\nstill\n")

@@ -1,0 +1,328 @@
+"""What of a command outlives its gateway: exact at whatever moment that is killed, else refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.incus import IncusError
+from gateway.incus.exec_sockets import ExecSockets, outputs
+from gateway.incus.frames import BINARY, TEXT, Frames, frame, header
+from gateway.incus.inlet import Inlet
+from gateway.incus.memory import SEGMENT, SEGMENTS, Full, Log, Memory, Odometer
+from gateway.incus.waiting import Waiting
+
+HANDSHAKE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
+
+
+def sent(data: bytes, kind: int = BINARY) -> bytes:
+    """Return a frame as a server sends it."""
+    if len(data) < 126:
+        return bytes([0x80 | kind, len(data)]) + data
+    form, mark = ("!H", 126) if len(data) < 65536 else ("!Q", 127)
+    return bytes([0x80 | kind, mark]) + struct.pack(form, len(data)) + data
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    memory = Memory.made()
+    yield memory
+    memory.close()
+
+
+def received(log: Log, own: socket.socket, frames: Frames) -> bytes:
+    """Receive once into the log, and return the payload."""
+    return b"".join(frames.feed(log.landed(own.recv_into(log.room()))))
+
+
+def adopted(memory: Memory, own: socket.socket) -> tuple[int, bytes]:
+    """Return what another process finds, by the first byte's offset; it has a memory of its own."""
+    again = Memory(os.dup(memory.descriptor))
+    try:
+        log = Log(again, "first", Odometer(own))
+        frames = Frames(log)
+        return frames.start, b"".join(b"".join(frames.feed(view)) for view in log.replay())
+    finally:
+        again.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 200_000), max_size=30), st.data())
+def test_another_process_finds_what_was_received_and_not_let_go_of(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    """Wherever frames and segments were cut, and though the last read was never noted."""
+    ours, theirs = socket.socketpair()
+    memory = Memory.made()
+    whole, floor = b"", 0
+    try:
+        theirs.setblocking(True)
+        Odometer(theirs).reset()
+        log = Log(memory, "first", Odometer(theirs))
+        frames = Frames(log)
+        log.begin(0)
+        for number, size in enumerate(sizes):
+            piece = bytes([number % 251]) * size
+            wire = sent(piece)
+            whole += piece
+            for start in range(0, len(wire), 100_000):
+                ours.sendall(wire[start : start + 100_000])
+                left = len(wire[start : start + 100_000])
+                while left:
+                    before = log.raw
+                    received(log, theirs, frames)
+                    left -= log.raw - before
+            if data.draw(st.booleans()):
+                floor = data.draw(st.integers(floor, len(whole)))
+                log.keep(floor)
+        ours.sendall(sent(b"last"))
+        if data.draw(st.booleans()):  # killed right after the call that received it
+            theirs.recv_into(log.room())
+        start, kept = adopted(memory, theirs)
+        assert start <= floor and kept in (whole[start:], whole[start:] + b"last")
+    finally:
+        memory.close()
+        ours.close()
+        theirs.close()
+
+
+def test_the_odometer_is_set_anew_before_it_ends(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the process is killed before, while or after it is."""
+    monkeypatch.setattr("gateway.incus.memory._TURN", 50_000)
+    ours, theirs = socket.socketpair()
+    Odometer(theirs).reset()
+    log = Log(memory, "first", Odometer(theirs))
+    frames, whole = Frames(log), b""
+    log.begin(0)
+    for number in range(40):
+        piece = bytes([number]) * 9_000
+        ours.sendall(sent(piece))
+        whole += piece
+        received(log, theirs, frames)
+        assert adopted(memory, theirs) == (0, whole)
+    monkeypatch.setattr(Log, "_turn", lambda self, odometer: None)
+    while log.raw - log._zero < 50_000:
+        ours.sendall(sent(b"x" * 9_000))
+        whole += b"x" * 9_000
+        received(log, theirs, frames)
+    log._turning = log._zero + log._odometer.read()  # type: ignore[union-attr]
+    log._commit()
+    assert adopted(memory, theirs) == (0, whole)
+    log._turning = log._zero + log._odometer.read()  # type: ignore[union-attr]
+    log._commit()
+    Odometer(theirs).reset()
+    assert adopted(memory, theirs) == (0, whole)
+    ours.close()
+    theirs.close()
+
+
+def test_a_reader_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
+    """Again and again, by SIGKILL, while it receives as fast as it can."""
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(True)
+    memory = Memory.made()
+    Odometer(theirs).reset()
+    Log(memory, "first", Odometer(theirs)).begin(0)
+    writer = os.fork()
+    if writer == 0:
+        with contextlib.suppress(BaseException):
+            number = 0
+            while True:
+                number += 1
+                ours.sendall(sent(b"%09d\n" % number * 300))
+        os._exit(0)
+    ours.close()
+    checked = 0
+    try:
+        for _ in range(kills):
+            reader = os.fork()
+            if reader == 0:
+                with contextlib.suppress(BaseException):
+                    again = Memory(os.dup(memory.descriptor))
+                    log = Log(again, "first", Odometer(theirs))
+                    frames = Frames(log)
+                    end = frames.start + sum(len(p) for view in log.replay() for p in frames.feed(view))
+                    while True:
+                        end += len(received(log, theirs, frames))
+                        log.keep(end - 100_000)
+                os._exit(1)
+            os.waitpid(-1, os.WNOHANG)
+            select_time = random.uniform(0.002, 0.02)
+            signal.sigtimedwait([], select_time)
+            os.kill(reader, signal.SIGKILL)
+            os.waitpid(reader, 0)
+            start, kept = adopted(memory, theirs)
+            line = start // 10
+            expected = b"".join(
+                b"%09d\n" % (number // 300 + 1) for number in range(line, line + len(kept) // 10 + 2)
+            )
+            assert kept == expected[start % 10 :][: len(kept)]
+            checked = start + len(kept)
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        memory.close()
+        theirs.close()
+    assert checked > 1_000_000
+
+
+async def test_a_writer_that_is_killed_anywhere_loses_and_doubles_nothing() -> None:
+    """What is noted as given, and what is on its way, is what arrives."""
+    kills = int(os.environ.get("GATEWAY_TEST_KILLS_BARE", "60"))
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    memory = Memory.made()
+    pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    arrived = bytearray()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(ours, lambda: arrived.extend(ours.recv(1 << 20)))
+    try:
+        for _ in range(kills):
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    asyncio.run(_give(theirs, pipe, Memory(os.dup(memory.descriptor))))
+                os._exit(1)
+            await asyncio.sleep(random.uniform(0.005, 0.03))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        inlet = Inlet(theirs, pipe, memory)
+        await inlet.flush()
+        position = inlet.position
+        await inlet.write_end()
+        while not arrived.endswith(b"".join(frame(TEXT, b""))):
+            await asyncio.sleep(0.001)
+    finally:
+        loop.remove_reader(ours)
+    payload, view = bytearray(), memoryview(bytes(arrived))
+    while view:
+        found = header(view)
+        assert found is not None
+        _, size, own = found
+        payload += view[own + 4 : own + 4 + size]
+        view = view[own + 4 + size :]
+    assert len(payload) == position > 100_000
+    assert payload == bytes(range(251)) * (len(payload) // 251) + bytes(range(len(payload) % 251))
+    inlet.close()
+    memory.close()
+    ours.close()
+    theirs.close()
+
+
+async def _give(own: socket.socket, pipe: tuple[int, int], memory: Memory) -> None:
+    inlet = Inlet(own, pipe, memory)
+    while True:
+        start = inlet.position % 251
+        await inlet.write((bytes(range(251)) * 300)[start : start + random.randint(1, 70_000)])
+
+
+def test_a_memory_that_is_full_says_so(memory: Memory) -> None:
+    for _ in range(SEGMENTS):
+        memory.take()
+    with pytest.raises(Full):
+        memory.take()
+    with pytest.raises(Full):
+        memory.write_facts({"x": "y" * 60_000})
+
+
+def test_what_is_let_go_of_goes_back_to_the_kernel(memory: Memory) -> None:
+    ours, theirs = socket.socketpair()
+    Odometer(theirs).reset()
+    log = Log(memory, "first", Odometer(theirs))
+    frames, end = Frames(log), 0
+    log.begin(0)
+    for _ in range(20 * SEGMENT // 100_000):
+        ours.sendall(sent(bytes(100_000)))
+        left = 100_000
+        while left > 0:
+            got = len(received(log, theirs, frames))
+            end, left = end + got, left - got
+        log.keep(end)
+    assert os.fstat(memory.descriptor).st_blocks * 512 <= 4 * SEGMENT
+    ours.close()
+    theirs.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4095), st.binary(min_size=1, max_size=40)), min_size=1, max_size=4))
+def test_a_memory_that_was_written_over_is_read_within_bounds(
+    changes: list[tuple[int, bytes]],
+) -> None:
+    """Never a crash, nor more than what there is."""
+    memory = Memory.made()
+    try:
+        memory.write_facts({"format": 1})
+        log = Log(memory, "first", None)
+        log.begin(0)
+        log.close()
+        for at, data in changes:
+            memory.view[at : at + len(data)] = data
+        again = Memory(os.dup(memory.descriptor))
+        try:
+            with contextlib.suppress(ValueError, struct.error, IndexError):
+                found = outputs(again, terminal=False)
+                assert sum(len(data) for _, data in found.values()) <= SEGMENTS * SEGMENT
+            with contextlib.suppress(ValueError, struct.error):
+                again.read_facts()
+        finally:
+            again.close()
+    finally:
+        memory.close()
+
+
+async def test_descriptors_that_are_no_commands_are_refused_and_closed() -> None:
+    def open_ones() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_ones()
+    given = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+    with pytest.raises((OSError, ValueError)):
+        await ExecSockets.adopted(given)
+    assert open_ones() == before
+
+
+ANSWER = b'{"type":"sync","metadata":{"status_code":200,"metadata":{"return":7}}}'
+FAILED = b'{"type":"error","error":"Command not found","error_code":400}'
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize(("body", "code"), [(ANSWER, 7), (FAILED, 127)])
+async def test_an_answer_waits_for_whoever_has_its_descriptor(
+    tmp_path: Path, body: bytes, code: int, taken: bool
+) -> None:
+    """Also for one that comes after its head was taken out."""
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    waiting = Waiting(theirs)
+    if taken:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(waiting.result(), 0.05)
+    ours.sendall(b"%x\r\n%b\r\n" % (len(body), body))
+    ours.sendall(b"0\r\n\r\n")
+    ours.close()
+    for _ in range(2):
+        assert (await waiting.result()).metadata["return"] == code
+    waiting.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"ff\r\n{"])
+async def test_an_answer_that_broke_off_is_none(said: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    ours.sendall(said)
+    ours.close()
+    waiting = Waiting(theirs)
+    with pytest.raises(IncusError):
+        await asyncio.wait_for(waiting.result(), 30)
+    waiting.close()
