@@ -25,7 +25,7 @@ def rows(heading: str) -> Iterator[tuple[str, list[str]]]:
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         if not columns:
-            columns = [at for at, cell in enumerate(cells) if at and cell not in ("what holds", "settings")]
+            columns = [at for at, cell in enumerate(cells) if at and cell not in ("what prevents it", "settings")]
         elif not set(line) <= set("|-: "):
             yield cells[0], [cells[at] for at in columns]
 
