@@ -44,6 +44,10 @@ _PNPM: Final = "(cd app && pnpm install --lockfile-only --ignore-scripts)"
 _YARN: Final = "(cd app && yarn install --ignore-scripts --non-interactive && rm -rf node_modules)"
 _BUN: Final = "(cd app && bun install --lockfile-only)"
 _SEEN: Final = "Seen at once"
+_FLASK: Final = (
+    "printf '%s\\n' 'from flask import Flask' '' 'app = Flask(__name__)' '' '@app.route(\"/\")' "
+    "'def hello_world():' '    return \"<p>Hello, World!</p>\"' >app/hello.py"
+)
 _URLS: Final = (
     "from django.http import HttpResponse\n"
     'urlpatterns = [path("", lambda request: HttpResponse(f"<h1>Seen at {request.get_host()}</h1>")),'
@@ -161,6 +165,7 @@ STARTERS: Final[Mapping[str, Starter]] = {
         "The install worked successfully",
         "Seen at django.example.com",
         "after a restart",
+        published=False,  # it names no server for that, which it is told
     ),
     "fastapi": Starter(
         "uv tool run fastapi-new@0.0.7 app && rm -rf app/.venv",
@@ -172,9 +177,25 @@ STARTERS: Final[Mapping[str, Starter]] = {
     ),
     # there is no generator of Flask: this is the first page of its documentation
     "flask": Starter(
-        "mkdir app && printf '%s\\n' flask==3.1.2 >app/requirements.txt && printf '%s\\n' "
-        "'from flask import Flask' '' 'app = Flask(__name__)' '' '@app.route(\"/\")' 'def hello_world():' "
-        "'    return \"<p>Hello, World!</p>\"' >app/hello.py",
+        f"mkdir app && echo flask==3.1.2 >app/requirements.txt && {_FLASK}",
+        "Flask",
+        ("hello.py", "Hello, World!", _SEEN),
+        "Hello, World!",
+        _SEEN,
+        "after a restart",
+    ),
+    "flask-poetry": Starter(
+        f"mkdir app && {_FLASK} && cd app && uvx poetry==2.5.1 init --no-interaction --name site && "
+        "uvx poetry==2.5.1 add --lock flask==3.1.2 && cd ..",
+        "Flask",
+        ("hello.py", "Hello, World!", _SEEN),
+        "Hello, World!",
+        _SEEN,
+        "after a restart",
+    ),
+    "flask-pipenv": Starter(
+        f"mkdir app && {_FLASK} && cd app && "
+        "PIPENV_VENV_IN_PROJECT=1 uvx pipenv==2026.10.3 install flask==3.1.2 && cd ..",
         "Flask",
         ("hello.py", "Hello, World!", _SEEN),
         "Hello, World!",
