@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 from playwright.async_api import Browser
 
-from gateway.settings import Settings
+from gateway.settings import MiB, Settings
+from tests.bench.frameworks import Meter
+from tests.integration import environment
 from tests.integration.sites import Hosting
 from tests.starters.making import made
 from tests.starters.table import STARTERS
-from tests.starters.trial import published, tried
+from tests.starters.trial import published, stays, tried
 
 
 @pytest.mark.timeout(600)
@@ -23,15 +28,31 @@ async def test_a_starter_is_a_site(
     """An edit shows in its page, and it is published while its dev server goes on."""
     starter = STARTERS[name]
     files = await made(name, starter, incus_settings)
-    record = await tried(browser, host, name, starter, files)
-    told = [f"{name}: {record['ms'] / 1000:.1f} s, edits {record['edits']}", *record["detected"]["lines"]]
+    with Meter(f"{name}-example-com").running() as meter:
+        record = await tried(browser, host, name, starter, files)
+        await stays(host, str(record["tenant"]))
+    told = [row(name, record, meter), f"edits were seen within {record['edits']} s"]
     if files.ours:
         told.append(f"OF OUR OWN PAGES, not of its generator's: {files.ours}")
     tenants = [str(record["tenant"])]
     if starter.published:
-        record = await published(browser, host, name, starter, tenants[0])
-        told += [f"production: {record['ms'] / 1000:.1f} s", *record["detected"]["lines"]]
-        tenants.append(str(record["tenant"]))
+        with Meter(f"{name}-built-example-com").running() as meter:
+            record = await published(browser, host, name, starter, tenants[0])
+            tenants.append(str(record["tenant"]))
+            await stays(host, tenants[1])
+        told.append(row(name, record, meter))
     for tenant in tenants:
         await host.call("DELETE", f"/v1/tenants/{tenant}")
     print("\n".join(told))
+
+
+def row(name: str, record: Mapping[str, Any], meter: Meter) -> str:
+    """Return what a deployment took, as `docs/deployments.md` has it: seconds and MiB."""
+    peak, rest = (round(size / MiB) for size in (meter.peak, meter.rest))
+    seconds, files = record["ms"] / 1000, disk(record["tenant"])
+    facts = f"{seconds:.1f} s, {peak} MiB at its peak, {rest} at rest, {files} on disk"
+    return "\n  ".join((f"{name}: {facts}", *record["detected"]["lines"]))
+
+
+def disk(tenant: str) -> int:
+    return int(environment.incus("exec", tenant, "--", "du", "-sxm", "/srv/site").stdout.split()[0])

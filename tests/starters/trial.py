@@ -27,6 +27,7 @@ GATEWAY: Final[Mapping[str, Any]] = {"tenant_memory": "1GiB", "verify_timeout": 
 
 _PATIENCE: Final = 60.0  # seconds
 _EDITS: Final = 3
+_SETTLE: Final = 4.0  # seconds
 
 
 @dataclass
@@ -92,6 +93,14 @@ async def worked_on(
         await context.close()
     assert not (why := unwell(tenant)), why
     return took
+
+
+async def stays(host: Hosting, tenant: str) -> None:
+    """See a site stay up for a while after all that was done to it."""
+    await pause(_SETTLE)
+    status, site, _ = await host.call("GET", f"/v1/tenants/{tenant}/site")
+    assert status == 200 and site["answers"], site
+    assert not (why := unwell(tenant)), why
 
 
 async def edited(wire: Wire, path: str, old: str, new: str) -> float:
