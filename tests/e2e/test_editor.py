@@ -207,6 +207,56 @@ async def test_text_is_searched_and_files_and_commands_are_found_by_keys(editor:
     await expect(terminals).to_have_count(0)
 
 
+_DROP = """([row, name, text]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([text], name));
+  for (const kind of ["dragenter", "dragover", "drop"])
+    row.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}));
+}"""
+
+
+async def test_files_are_dropped_moved_found_and_replaced_in(editor: OpenEditor, site: str) -> None:
+    """And the page stays, whatever is dropped beside the tree."""
+    run(site, "mkdir -p public/in")
+    window = await editor()
+    await window.load_connected(f"{site}/src/app.tsx")
+    page = window.page
+    await expect(window.text).to_contain_text("export function App")
+    await page.keyboard.press("Control+p")
+    await page.keyboard.type("uibutt")
+    await expect(page.get_by_role("option").first).to_contain_text("button.tsx")
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("dialog")).to_have_count(0)
+    assert not await window.row("app.tsx").get_by_title("Unsaved changes").count(), "no key went past"
+
+    await page.locator(".editor").evaluate(f"(row) => ({_DROP})([row, 'beside.txt', 'no'])")
+    await window.row("public").evaluate(f"(row) => ({_DROP})([row, 'dropped.txt', 'first words'])")
+    await expect(page.get_by_text("Uploaded dropped.txt to public")).to_be_visible()
+    await window.row("public").evaluate(f"(row) => ({_DROP})([row, 'dropped.txt', 'two words, more words'])")
+    await page.get_by_role("dialog", name="Replace files").get_by_role("button", name="Replace").click()
+    await window.row("public").click()
+    await until(lambda: run(site, "cat public/dropped.txt") == "two words, more words")
+    await window.row("dropped.txt").drag_to(window.row("in"))
+    await until(lambda: run(site, "ls public/in") == "dropped.txt\n")
+
+    await window.open_file("public/in/dropped.txt")
+    await window.text.click()
+    await page.keyboard.press("Control+f")
+    await page.keyboard.type("words")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("search").locator(".count")).to_have_text("1 of 2")
+    await page.keyboard.press("Escape")
+    side = await window.view("Search")
+    await side.get_by_label("Search all files").fill("more words")
+    await side.get_by_role("button", name="Replace in files").click()
+    await side.get_by_label("Replace by").fill("fewer words")
+    await expect(side.locator(".found-line")).to_have_count(1)
+    await side.get_by_role("button", name="Replace all that was found").click()
+    await page.get_by_role("dialog").get_by_role("button", name="Replace", exact=True).click()
+    await expect(window.text).to_have_text("two words, fewer words")
+    assert run(site, "cat public/in/dropped.txt; rm -r public/in") == "two words, fewer words"
+
+
 # --- conflicts ------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ export interface WriteOptions {
 
 export interface UploadOptions {
   readonly ifMatch?: string | undefined;
+  /** `"*"`: refuse with `conflict` where there is one. */
+  readonly ifNoneMatch?: "*" | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -105,7 +107,9 @@ export class Files {
 
   /** Uploads a file of any size, atomically. `path` is relative to the workspace. */
   async upload(path: string, body: UploadBody, options: UploadOptions = {}): Promise<Written> {
-    const headers = options.ifMatch === undefined ? {} : { "If-Match": `"${options.ifMatch}"` };
+    const headers: Record<string, string> = {};
+    if (options.ifMatch !== undefined) headers["If-Match"] = `"${options.ifMatch}"`;
+    if (options.ifNoneMatch !== undefined) headers["If-None-Match"] = options.ifNoneMatch;
     const sent = { body: body as NonNullable<RequestInit["body"]>, headers, signal: options.signal };
     return (await (await this.#http.http("PUT", this.#path(path), sent)).json()) as Written;
   }

@@ -204,6 +204,14 @@ function followWritten(): void {
   showSide("activity");
 }
 
+// what is dropped beside a place for it does not take the page's place
+for (const kind of ["dragover", "drop"] as const)
+  addEventListener(kind, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    event.dataTransfer.dropEffect = "none";
+  });
+
 // the panel is never open and empty without need
 effect(() => {
   const opened = workspace.value;

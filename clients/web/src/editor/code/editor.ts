@@ -45,6 +45,7 @@ import {
   lineNumbers,
   rectangularSelection,
 } from "@codemirror/view";
+import { findPanel } from "./find.js";
 import { languageOf } from "./languages.js";
 import { nonce, theme } from "./theme.js";
 
@@ -132,7 +133,7 @@ function base(readOnly: boolean): Extension {
     crosshairCursor(),
     highlightActiveLine(),
     highlightSelectionMatches(),
-    search({ top: true }),
+    search({ top: true, createPanel: findPanel }),
     arrivals,
     theme,
     EditorView.cspNonce.of(nonce()),

@@ -409,6 +409,12 @@ export class Documents {
       this.active.value = this.open.value[Math.min(at, this.open.value.length - 1)] ?? null;
   }
 
+  /** Moves a tab to the place of another. */
+  reorder(doc: Doc, to: Doc): void {
+    const at = this.open.value.indexOf(to);
+    this.open.value = this.open.value.filter((other) => other !== doc).toSpliced(at, 0, doc);
+  }
+
   step(by: number): void {
     const { value: open } = this.open;
     if (open.length === 0) return;

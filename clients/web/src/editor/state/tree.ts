@@ -63,11 +63,6 @@ export class Tree {
     return [...this.#open.value];
   }
 
-  /** The entries right below the workspace. */
-  get top(): readonly Entry[] {
-    return this.#folders.value.get(".") ?? [];
-  }
-
   async load(folder = "."): Promise<void> {
     this.#loading.value = new Set([...this.#loading.value, folder]);
     try {

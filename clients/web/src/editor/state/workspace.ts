@@ -13,6 +13,7 @@ import { Deploys } from "./deploys.js";
 import type { Left } from "./doc.js";
 import { Documents } from "./documents.js";
 import { Drafts } from "./drafts.js";
+import { FileIndex } from "./file-index.js";
 import { History } from "./history.js";
 import { Insights } from "./insights.js";
 import { basename, relative } from "./paths.js";
@@ -50,6 +51,7 @@ export class Workspace {
   readonly info = signal<TenantInfo | null>(null);
   readonly starting = signal(false);
   readonly tree: Tree;
+  readonly files: FileIndex;
   readonly documents: Documents;
   readonly terminals: Terminals;
   readonly activity: Activity;
@@ -74,6 +76,7 @@ export class Workspace {
     const tenant = () => this.#tenant;
     this.#tenant = gateway.tenant(name, { insist: true });
     this.tree = new Tree(tenant, this.#left.folders);
+    this.files = new FileIndex(tenant);
     this.documents = new Documents(tenant, () => !allows("files:write"), this.#drafts);
     this.terminals = new Terminals(tenant, name);
     this.activity = new Activity(() => this.server.value?.workspace ?? "/srv/site");
@@ -206,6 +209,7 @@ export class Workspace {
       try {
         for await (const changes of watch) {
           this.tree.changed(changes);
+          this.files.changed(changes);
           this.documents.changed(changes);
         }
       } catch (error) {

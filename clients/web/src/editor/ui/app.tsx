@@ -27,6 +27,7 @@ import { Explorer } from "./explorer.js";
 import { HistoryView } from "./history.js";
 import type { IconName } from "./icons.js";
 import { InsightsView } from "./insights.js";
+import { Menu } from "./menu.js";
 import { Palette } from "./palette.js";
 import { Panel } from "./panel.js";
 import { Divider, Empty, Icon } from "./parts.js";
@@ -68,6 +69,7 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
       )}
       {current !== null && looking.value !== null && <TurnDiff turn={looking.value} current={current} />}
       <Arrival />
+      <Menu />
       <div class="toasts" aria-live="polite">
         {toasts.value.map((toast) => (
           <button

@@ -10,7 +10,8 @@ import type { Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
-import { bytes, Dialog, Empty, FileIcon, Icon, Key, Spinner } from "./parts.js";
+import { type MenuItem, showMenu } from "./menu.js";
+import { bytes, copy, Dialog, Empty, FileIcon, Icon, Key, Spinner } from "./parts.js";
 import { Logo } from "./sign-in.js";
 
 export const caret = signal<Caret | null>(null);
@@ -41,6 +42,25 @@ export function closeDoc(current: Workspace, doc: Doc): void {
   else current.documents.close(doc);
 }
 
+/** The kind of what is dragged: a tab of this window. */
+const TAB = "application/x-gateway-tab";
+
+function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
+  const { documents } = current;
+  const others = documents.open.value.filter((other) => other !== doc);
+  // one that is unsaved stays open
+  const closeAll = (docs: readonly Doc[]) => {
+    for (const one of docs) if (!one.dirty.value) documents.close(one);
+  };
+  return [
+    { label: "Close", icon: "x", run: () => closeDoc(current, doc) },
+    { label: "Close the others", icon: "x", run: () => closeAll(others) },
+    { label: "Close all that are saved", icon: "x", run: () => closeAll(documents.open.value) },
+    { label: "Show in the tree", icon: "locate", run: () => void current.tree.reveal(doc.path) },
+    { label: "Copy the path", icon: "copy", run: () => copy(doc.path) },
+  ];
+}
+
 function Tabs({ current }: { current: Workspace }) {
   const { documents } = current;
   const strip = useRef<HTMLDivElement>(null);
@@ -69,6 +89,16 @@ function Tabs({ current }: { current: Workspace }) {
             onMouseDown={(event) => {
               if (event.button === 1) event.preventDefault();
             }}
+            draggable
+            onDragStart={(event) => event.dataTransfer?.setData(TAB, doc.path)}
+            onDragOver={(event) => event.dataTransfer?.types.includes(TAB) && event.preventDefault()}
+            onDrop={(event) => {
+              const moved = documents.find(event.dataTransfer?.getData(TAB) ?? "");
+              if (moved === undefined) return;
+              event.preventDefault();
+              documents.reorder(moved, doc);
+            }}
+            onContextMenu={(event) => showMenu(event, doc.name, tabMenu(current, doc))}
             onAuxClick={(event) => event.button === 1 && closeDoc(current, doc)}
             onClick={() => {
               documents.active.value = doc;

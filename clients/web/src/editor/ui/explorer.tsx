@@ -4,14 +4,20 @@ import { signal } from "@preact/signals";
 import { useLayoutEffect, useRef } from "preact/hooks";
 import { area } from "../state/layout.js";
 import { basename, join, parent, within } from "../state/paths.js";
-import { allows } from "../state/session.js";
-import { complain } from "../state/toasts.js";
+import { allows, gateway } from "../state/session.js";
+import { complain, say } from "../state/toasts.js";
 import type { Draft, Row } from "../state/tree.js";
+import { type Dropped, dropped, taken, upload } from "../state/uploads.js";
 import type { Workspace } from "../state/workspace.js";
-import { Dialog, Empty, FileIcon, Icon, IconButton, Spinner } from "./parts.js";
+import { type MenuItem, showMenu } from "./menu.js";
+import { copy, Dialog, Empty, FileIcon, Icon, IconButton, Spinner } from "./parts.js";
 import { Rows } from "./virtual.js";
 
 const removing = signal<string | null>(null);
+/** The folder over which something is dragged. */
+const over = signal<string | null>(null);
+/** The kind of what is dragged: a file or folder of this tree. */
+const PATH = "application/x-gateway-path";
 const FRESH = 20_000;
 
 export function Explorer({ current }: { current: Workspace }) {
@@ -39,6 +45,10 @@ export function Explorer({ current }: { current: Workspace }) {
     const where = folder();
     if (where !== ".") tree.toggle(where, true);
     tree.draft.value = { folder: where, kind };
+  };
+  const menu = (event: MouseEvent, row: Row | undefined) => {
+    if (row !== undefined) tree.selected.value = row.path;
+    showMenu(event, row?.name ?? "Files", treeMenu(current, row, begin, open));
   };
   const keys = (event: KeyboardEvent) => {
     if (event.target instanceof HTMLInputElement || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -116,6 +126,9 @@ export function Explorer({ current }: { current: Workspace }) {
             tabIndex: 0,
             "aria-activedescendant": at < 0 ? undefined : `tree-${at}`,
             onKeyDown: keys,
+            // by the key for it, or beside the rows
+            onContextMenu: (event: MouseEvent) => menu(event, rows[at]),
+            ...(writes ? dropping(current, () => ".") : {}),
           }}
           row={(item) => (
             <TreeRow
@@ -124,10 +137,12 @@ export function Explorer({ current }: { current: Workspace }) {
               index={"path" in item ? rows.indexOf(item) : -1}
               current={current}
               onOpen={open}
+              onMenu={menu}
             />
           )}
         />
       )}
+      {replacing.value !== null && <Replacing asked={replacing.value} current={current} />}
       {removing.value !== null && <Removing path={removing.value} current={current} />}
     </section>
   );
@@ -145,7 +160,154 @@ function withDraft(rows: readonly Row[], draft: Draft | null): readonly Shown[] 
   return [...rows.slice(0, at + 1), { draft, depth }, ...rows.slice(at + 1)];
 }
 
-function TreeRow(props: { item: Shown; index: number; current: Workspace; onOpen: (row: Row) => void }) {
+function treeMenu(
+  current: Workspace,
+  row: Row | undefined,
+  begin: (kind: "file" | "directory") => void,
+  open: (row: Row) => void,
+): readonly MenuItem[] {
+  const writes = allows("files:write");
+  const items: MenuItem[] = [];
+  const file = row !== undefined && row.entry.type === "file";
+  if (row !== undefined) items.push({ label: "Open", icon: "file", run: () => open(row) });
+  if (writes) {
+    items.push({ label: "New file", icon: "file-plus", run: () => begin("file") });
+    items.push({ label: "New folder", icon: "folder-plus", run: () => begin("directory") });
+  }
+  if (row === undefined) return items;
+  if (writes) {
+    const rename = () => {
+      current.tree.draft.value = { folder: parent(row.path), kind: "rename", from: row.path };
+    };
+    items.push({ label: "Rename", icon: "pencil", run: rename });
+  }
+  if (file) items.push({ label: "Download", icon: "download", run: () => download(current, row.path) });
+  items.push({ label: "Copy the path", icon: "copy", run: () => copy(row.path) });
+  if (writes) {
+    const remove = () => {
+      removing.value = row.path;
+    };
+    items.push({ label: "Delete", icon: "trash", danger: true, run: remove });
+  }
+  return items;
+}
+
+function download(current: Workspace, path: string): void {
+  const link = document.createElement("a");
+  const slot = gateway.slot === null ? "" : `?slot=${gateway.slot}`;
+  const encoded = path.split("/").map(encodeURIComponent).join("/");
+  link.href = `/v1/tenants/${encodeURIComponent(current.name)}/files/${encoded}${slot}`;
+  link.download = basename(path);
+  link.click();
+}
+
+/** Takes files from outside, and those of the tree, into a folder. */
+function dropping(current: Workspace, folder: () => string) {
+  const takes = (event: DragEvent) =>
+    event.dataTransfer?.types.includes("Files") || event.dataTransfer?.types.includes(PATH);
+  return {
+    onDragOver: (event: DragEvent) => {
+      if (!takes(event)) return;
+      event.preventDefault();
+      event.stopPropagation();
+      over.value = folder();
+    },
+    onDragLeave: () => {
+      over.value = null;
+    },
+    onDrop: (event: DragEvent) => {
+      if (!takes(event) || event.dataTransfer === null) return;
+      event.preventDefault();
+      event.stopPropagation();
+      over.value = null;
+      const to = folder();
+      const from = event.dataTransfer.getData(PATH);
+      if (from === "") void bring(current, to, dropped(event.dataTransfer));
+      else void moveTo(current, from, to);
+    },
+  };
+}
+
+async function moveTo(current: Workspace, from: string, folder: string): Promise<void> {
+  const to = join(folder, basename(from));
+  if (to === from || within(folder, from)) return;
+  try {
+    await current.documents.move(from, to, current.tree.move(from, to));
+  } catch (error) {
+    complain(error, `Moving ${basename(from)}`);
+  }
+}
+
+interface Bringing {
+  readonly folder: string;
+  readonly files: readonly Dropped[];
+  readonly there: ReadonlyMap<string, string>;
+}
+
+/** What would be replaced by a drop, which is asked about. */
+const replacing = signal<Bringing | null>(null);
+
+async function bring(current: Workspace, folder: string, found: Promise<readonly Dropped[]>): Promise<void> {
+  try {
+    const files = await found;
+    const there = await taken(current.tenant, folder, files);
+    if (there.size > 0) replacing.value = { folder, files, there };
+    else await send(current, { folder, files, there });
+  } catch (error) {
+    complain(error, "Uploading");
+  }
+}
+
+async function send(current: Workspace, { folder, files, there }: Bringing): Promise<void> {
+  const name = files.length === 1 ? (files[0]?.path ?? "") : `${files.length} files`;
+  try {
+    await upload(current.tenant, folder, files, there, () => {});
+    say(`Uploaded ${name}${folder === "." ? "" : ` to ${folder}`}.`);
+  } catch (error) {
+    complain(error, `Uploading ${name}`);
+  }
+}
+
+function Replacing({ asked, current }: { asked: Bringing; current: Workspace }) {
+  const close = () => {
+    replacing.value = null;
+  };
+  const names = [...asked.there.keys()];
+  const go = (files: readonly Dropped[]) => {
+    close();
+    void send(current, { ...asked, files });
+  };
+  return (
+    <Dialog label="Replace files" class="small" onClose={close}>
+      <h2>
+        Replace {names.length === 1 ? names[0] : `${names.length} files`}
+        {asked.folder === "." ? "" : ` in ${asked.folder}`}?
+      </h2>
+      <p>{names.slice(0, 8).join(", ")}: the present text is lost.</p>
+      <footer>
+        <button type="button" onClick={close}>
+          Upload nothing
+        </button>
+        {asked.files.length > names.length && (
+          <button type="button" onClick={() => go(asked.files.filter(({ path }) => !asked.there.has(path)))}>
+            Only new ones
+          </button>
+        )}
+        <button type="button" class="danger" onClick={() => go(asked.files)}>
+          Replace
+        </button>
+      </footer>
+    </Dialog>
+  );
+}
+
+function TreeRow(props: {
+  item: Shown;
+  index: number;
+  current: Workspace;
+  onOpen: (row: Row) => void;
+  onMenu: (event: MouseEvent, row: Row) => void;
+}) {
   const { item, current } = props;
   const indent = { paddingLeft: `${8 + item.depth * 14}px` };
   if ("draft" in item) return <Naming draft={item.draft} indent={indent} current={current} />;
@@ -159,6 +321,7 @@ function TreeRow(props: { item: Shown; index: number; current: Workspace; onOpen
     tree.selected.value === item.path && "selected",
     documents.active.value?.path === item.path && "shown",
     /^(node_modules|\.git|\.gateway)$/.test(item.name) && "faint",
+    folder && over.value === item.path && "over",
   ];
   return (
     // biome-ignore lint/a11y/useKeyWithClickEvents: the tree takes the keys, as its role asks
@@ -172,6 +335,13 @@ function TreeRow(props: { item: Shown; index: number; current: Workspace; onOpen
       aria-expanded={folder ? item.open : undefined}
       style={indent}
       title={item.entry.target === undefined ? item.path : `${item.path} → ${item.entry.target ?? "outside"}`}
+      draggable={allows("files:write")}
+      onDragStart={(event) => event.dataTransfer?.setData(PATH, item.path)}
+      {...(allows("files:write") ? dropping(current, () => (folder ? item.path : parent(item.path))) : {})}
+      onContextMenu={(event) => {
+        event.stopPropagation();
+        props.onMenu(event, item);
+      }}
       onClick={() => props.onOpen(item)}
     >
       <span class="twist">

@@ -2,9 +2,9 @@
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { available, palette, shown } from "../state/commands.js";
+import { score } from "../state/fuzzy.js";
 import { area } from "../state/layout.js";
 import { basename, parent } from "../state/paths.js";
-import { score } from "../state/search.js";
 import { tenants, type Workspace } from "../state/workspace.js";
 import { Dialog, FileIcon, Icon, Key, Spinner } from "./parts.js";
 import { switchTenant } from "./top-bar.js";
@@ -34,7 +34,8 @@ export function Palette({ current }: { current: Workspace | null }) {
     const ending = new AbortController();
     const timer = setTimeout(async () => {
       try {
-        setFiles(name === "" ? [] : await current.search.files(name, current.tree.top, ending.signal));
+        const found = name === "" ? [] : await current.files.find(name);
+        if (!ending.signal.aborted) setFiles(found);
       } catch {
         if (!ending.signal.aborted) setFiles([]);
       }

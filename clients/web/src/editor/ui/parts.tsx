@@ -1,8 +1,9 @@
 /** Buttons, fields, menus and other small components. */
 
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { basename } from "../state/paths.js";
+import { complain, say } from "../state/toasts.js";
 import { ICONS, type IconName } from "./icons.js";
 
 export function Icon({ name, size = 16 }: { name: IconName; size?: number }) {
@@ -102,7 +103,8 @@ export function Dialog(props: {
   modal?: boolean;
 }) {
   const element = useRef<HTMLDialogElement>(null);
-  useEffect(() => {
+  // at once: the next key is for the dialog already
+  useLayoutEffect(() => {
     const before = document.activeElement;
     element.current?.showModal();
     return () => {
@@ -217,6 +219,14 @@ export function Names({ names }: { names: readonly string[] }) {
       {rest > 0 && ` and ${rest} more`}
     </>
   );
+}
+
+/** Copies a text to the clipboard, and says so. */
+export function copy(text: string): void {
+  navigator.clipboard
+    .writeText(text)
+    .then(() => say(`Copied ${text}`))
+    .catch(() => complain(new Error("This browser does not let the page copy."))); // over plain HTTP
 }
 
 export function Key({ children }: { children: string }) {

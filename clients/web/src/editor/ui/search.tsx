@@ -5,11 +5,15 @@ import { useEffect, useRef } from "preact/hooks";
 import { area } from "../state/layout.js";
 import { basename, parent } from "../state/paths.js";
 import type { Match } from "../state/search.js";
+import { allows } from "../state/session.js";
+import { complain, say } from "../state/toasts.js";
 import type { Workspace } from "../state/workspace.js";
-import { Empty, FileIcon, IconButton, Spinner } from "./parts.js";
+import { Dialog, Empty, FileIcon, IconButton, Spinner } from "./parts.js";
 
 /** Grows whenever the field is to take the focus. */
 export const focusSearch = signal(0);
+/** Whether it is asked if all that was found is to be replaced. */
+const asking = signal(false);
 const folded = signal<ReadonlySet<string>>(new Set());
 
 export function SearchView({ current }: { current: Workspace }) {
@@ -37,6 +41,16 @@ export function SearchView({ current }: { current: Workspace }) {
         <h2>Search</h2>
         <span class="grow" />
         {search.busy.value && <Spinner label="Searching" />}
+        {allows("files:write") && (
+          <IconButton
+            icon="replace"
+            label="Replace in files"
+            pressed={search.replacing.value}
+            onClick={() => {
+              search.replacing.value = !search.replacing.value;
+            }}
+          />
+        )}
       </header>
       <div class="search-fields">
         <div class="field">
@@ -72,6 +86,27 @@ export function SearchView({ current }: { current: Workspace }) {
             }}
           />
         </div>
+        {search.replacing.value && (
+          <div class="field">
+            <input
+              placeholder="Replace by"
+              aria-label="Replace by"
+              value={search.replacement.value}
+              spellcheck={false}
+              onInput={(event) => {
+                search.replacement.value = event.currentTarget.value;
+              }}
+            />
+            <IconButton
+              icon="replace"
+              label="Replace all that was found"
+              disabled={found === null || found.total === 0 || search.busy.value}
+              onClick={() => {
+                asking.value = true;
+              }}
+            />
+          </div>
+        )}
         <div class="field">
           <input
             placeholder="In files, such as *.tsx"
@@ -140,7 +175,50 @@ export function SearchView({ current }: { current: Workspace }) {
           </Empty>
         )}
       </div>
+      {asking.value && <Replacing current={current} />}
     </section>
+  );
+}
+
+function Replacing({ current }: { current: Workspace }) {
+  const { search } = current;
+  const found = search.found.value;
+  const close = () => {
+    asking.value = false;
+  };
+  const replace = async () => {
+    close();
+    try {
+      const { files, places, failed } = await search.replace();
+      say(
+        `Replaced ${places} ${places === 1 ? "place" : "places"} in ${files} ${files === 1 ? "file" : "files"}.`,
+      );
+      for (const { path, why } of failed.slice(0, 3)) say(`${path} is as it was: ${why}`, "error");
+    } catch (error) {
+      complain(error, "Replacing");
+    }
+  };
+  const count = found?.files.length ?? 0;
+  return (
+    <Dialog label="Replace in files" class="small" onClose={close}>
+      <h2>
+        Replace in {count} {count === 1 ? "file" : "files"}?
+      </h2>
+      <p>
+        <code>{search.query.value}</code> becomes <code>{search.replacement.value || "nothing"}</code> at
+        every place in the files that are listed, at once.
+        {found?.truncated && " There are more files, which stay as they are."} What is unsaved in open files
+        stays unsaved.
+      </p>
+      <footer>
+        <button type="button" onClick={close}>
+          Leave them
+        </button>
+        <button type="button" class="primary" onClick={() => void replace()}>
+          Replace
+        </button>
+      </footer>
+    </Dialog>
   );
 }
 
