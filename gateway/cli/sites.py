@@ -10,11 +10,13 @@ from typing import Annotated, Final, Literal
 import typer
 from pydantic import ValidationError
 
+from gateway import hostnames
 from gateway.cli import folders
 from gateway.cli.asking import client_of, run_to_end
 from gateway.cli.following import Domain, ended, followed, tenant_of
 from gateway.cli.options import Json, Size, TokenOption, Url, Yes, assignment
 from gateway.deployments.manifest import Overrides
+from gateway.errors import GatewayError
 from gateway.settings import load
 from gateway.terminal import line, out
 from gateway_client import DeploymentRecord
@@ -58,6 +60,13 @@ def deploy(
 
     How the folder is installed and started is detected, unless its site.toml says so.
     """
+    try:
+        hostnames.normalized(domain)
+    except GatewayError as error:
+        if folder is None and template is None and Path(domain).is_dir():
+            here = shlex.quote(domain)
+            raise typer.BadParameter(f"the domain comes first: incus-gateway deploy DOMAIN {here}") from None
+        raise typer.BadParameter(error.message) from None
     if folder is not None and template is not None:
         raise typer.BadParameter("FOLDER and --template name two sites; leave one out")
     given = folder or template or "."

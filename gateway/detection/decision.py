@@ -14,13 +14,17 @@ _BUILT: Final = ("public", "dist", "build", "_site", "out", "www", "site", "docs
 _WEB: Final = re.compile(r"^web[ \t]*:[ \t]*(\S[^\r\n]{0,2000})$", re.MULTILINE)
 _LOCAL: Final = "PATH=node_modules/.bin:.venv/bin:$PATH"
 
+_EMPTY: Final = (
+    "there are no files in this folder: name another one, or deploy a template "
+    "(`incus-gateway templates` lists them)"
+)
 _HOW: Final = "give a command with `start` (--start), or write a site.toml"
 
 
 def detect(clues: Clues) -> Detected:
     """Return what a folder is; with `trouble` if there is no way to start it."""
     if clues.empty:
-        return Detected("empty", "an empty folder", "it has no files", trouble="this folder has no files")
+        return Detected("empty", "an empty folder", "it has no files", trouble=_EMPTY)
     if (apps := several(clues)) is not None:
         return apps
     web = _WEB.search(clues.text("Procfile"))

@@ -56,6 +56,23 @@ async def test_wrong_usage_is_2(gateway: LiveGateway, words: tuple[str, ...]) ->
     assert (await run(gateway, *words))[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((".",), "the domain comes first: incus-gateway deploy DOMAIN ."),
+        (("clients/web",), "the domain comes first: incus-gateway deploy DOMAIN clients/web"),
+        (("shop",), "'shop' is not a domain such as shop.example.com"),
+        (("10.0.0.1", "."), "'10.0.0.1' is an IP address; a site needs a domain"),
+    ],
+)
+async def test_a_folder_in_the_place_of_the_domain_deploys_no_other(
+    gateway: LiveGateway, words: tuple[str, ...], said: str
+) -> None:
+    """Least of all the one in which the command was typed, before a file of it is read."""
+    code, out, err = await run(gateway, "deploy", *words)
+    assert (code, out) == (2, b"") and said in " ".join(err.split())
+
+
 async def test_tenants_are_listed_for_people_and_programs(gateway: LiveGateway) -> None:
     _, out, _ = await run(gateway, "list", "--json")
     assert [entry["name"] for entry in orjson.loads(out)] == ["demo"]

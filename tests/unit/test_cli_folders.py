@@ -69,12 +69,15 @@ def test_of_a_folder_of_apps_the_command_is_named(tmp_path: Path) -> None:
     for app, name in (("web", "next"), ("docs", "astro")):
         (tmp_path / f"apps/{app}/package.json").write_text(f'{{"dependencies": {{"{name}": "1"}}}}')
     said = refused(tmp_path)
-    assert "this folder holds 2 apps: apps/docs (Astro), apps/web (Next.js); name one" in said
+    assert "this folder holds 2 apps: apps/docs (Astro), apps/web (Next.js); deploy one" in said
     assert f"`incus-gateway deploy DOMAIN {tmp_path}/apps/docs`" in said
 
 
 def test_an_empty_folder_one_without_what_is_served_and_none(tmp_path: Path) -> None:
-    assert refused(tmp_path) == "this folder has no files"
+    assert refused(tmp_path) == (
+        "there are no files in this folder: name another one, or deploy a template "
+        "(`incus-gateway templates` lists them)"
+    )
     assert refused(tmp_path / "no") == f"{tmp_path}/no is not a folder"
     (tmp_path / "site.toml").write_text('static = "dist"')
     assert refused(tmp_path) == (

@@ -350,7 +350,11 @@ APPS = {
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ({}, "this folder has no files"),
+        (
+            {},
+            "there are no files in this folder: name another one, or deploy a template "
+            "(`incus-gateway templates` lists them)",
+        ),
         (
             APPS,
             "this folder holds 3 apps: apps/api (Express), apps/docs (Astro), apps/web (Next.js); deploy "
