@@ -128,6 +128,9 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         lifecycle = Lifecycle(runtime, sites, caddy, domains, workers, bus, names, room, capacity, settings)
         idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, execs.running_in, settings))
         health = await enter(Health(sites, bus, settings, caddy.excuse))
+        pressure = None
+        if isinstance(runtime, IncusRuntime):
+            pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
         deployments = await enter(
             Deployments(
                 *(runtime, sites, caddy, domains, store, bus, settings),
@@ -138,12 +141,11 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
                 ended=names.ended,
                 workers=workers,
                 unwell=health.unwell,
+                pressed=None if pressure is None else pressure.seconds,
             )
         )
-        pressure = None
         if isinstance(runtime, IncusRuntime):
             await enter(Hangs(runtime, sites, workers.broker, health.hangs, settings))
-            pressure = await enter(Pressure(runtime, workers.broker, bus, settings))
         budget, places = Budget(settings.bytes_in_flight, settings.tenant_bytes), Places(settings)
         stack.callback(bus.close)
         mcp = None

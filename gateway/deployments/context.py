@@ -37,6 +37,7 @@ class Context:
     admit: Callable[[], Awaitable[None]]
     promise: Promise
     unwell: Callable[[str, int, str, str], None]
+    pressed: Callable[[str], float]
 
     def exchanging(self, tenant: str) -> contextlib.AbstractContextManager[None]:
         """End the file tools that still work in the former workspace folder."""

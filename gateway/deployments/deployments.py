@@ -63,12 +63,14 @@ class Deployments:
         ended: Callable[[str], float] | None = None,
         workers: Workers | None = None,
         unwell: Callable[[str, int, str, str], None] | None = None,
+        pressed: Callable[[str], float] | None = None,
     ) -> None:
         """`use` keeps a tenant awake while its context is open; `ended` returns when a name was last freed.
 
         `unwell` is called with tenant, port, path and reason if a site does not stay up after its deployment.
         `admit` refuses if there is no room for another tenant, `spacious` if room would have to be made
-        first, `promise` if this host lacks the memory. Without `workers` updates remove no files.
+        first, `promise` if this host lacks the memory. `pressed` returns for how many seconds a tenant has
+        been short of memory. Without `workers` updates remove no files.
         """
         self._ended = ended or (lambda tenant: 0.0)
         self._caddy, self._domains, self._sites, self._runtime = caddy, domains, sites, runtime
@@ -91,6 +93,7 @@ class Deployments:
             admit=admit or _anything,
             promise=promise or (lambda tenant, memory: contextlib.nullcontext()),
             unwell=unwell or (lambda tenant, port, path, why: None),
+            pressed=pressed or (lambda tenant: 0.0),
         )
         self._runner = Runner(context, self._turns, self._warming, self._recovered, bus)
         self._recovery = Recovery(context, bus)

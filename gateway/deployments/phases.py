@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.bounds import aside
-from gateway.deployments.causes import install_failed
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former, live_one
+from gateway.deployments.installing import install
 from gateway.deployments.progress import place
 from gateway.deployments.record import Record
 from gateway.deployments.register import Running
@@ -26,7 +26,7 @@ from gateway.deployments.request import Request
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
 from gateway.detection.frameworks import Framework, listening, shortage
-from gateway.errors import Conflict, ExecFailed, GatewayError, RateLimited
+from gateway.errors import Conflict, GatewayError, RateLimited
 from gateway.rootfs.paths import show
 from gateway.runtime import sizes
 from gateway.runtime.probe import HostRefused, answer
@@ -224,12 +224,8 @@ class Phases:
 
     async def install(self) -> None:
         if not self._prepared:
-            say = self._progress.say("install")
-            try:
-                await self._sites.install(self._record.tenant, self._side, self._recipe, say)
-            except ExecFailed as error:
-                raise install_failed(error, self._recipe.install, self._memory) from error
-            self._progress.flush()
+            where = self._record.tenant, self._side, self._recipe
+            await install(self._context, *where, self._memory, self._progress)
 
     async def start(self) -> None:
         record = self._record

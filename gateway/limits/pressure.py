@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -203,6 +204,12 @@ class Pressure:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def seconds(self, tenant: str) -> float:
+        """Return for how long a tenant has been short of memory, without a break."""
+        watched = self._watched.get(tenant)
+        since = None if watched is None else watched.course.since
+        return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
     def noticed(self, event: TenantEvent) -> None:
         """Handle an event of a tenant."""
