@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 # what stands in a cell of a table
 _WORD = re.compile(r"`([^`]+)`")
+_REASONS = ("what prevents it", "settings")  # headings of columns without tests
 _MODULE = re.compile(r"(?:[a-z0-9_]+/)*[a-z0-9_]+(?:\.py)?")
 
 
@@ -25,7 +26,7 @@ def rows(heading: str) -> Iterator[tuple[str, list[str]]]:
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         if not columns:
-            columns = [at for at, cell in enumerate(cells) if at and cell not in ("what prevents it", "settings")]
+            columns = [at for at, cell in enumerate(cells) if at and cell not in _REASONS]
         elif not set(line) <= set("|-: "):
             yield cells[0], [cells[at] for at in columns]
 
