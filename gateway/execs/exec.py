@@ -301,7 +301,7 @@ class Exec:
 
     def leave(self) -> bool:
         """Leave the command to the next process of the gateway; whether that can be."""
-        self.left = self._holding is not None
+        self.left = self._holding is not None and self._holding.safe and not self.ended.done()
         return self.left
 
     def note(self, *, ending: bool = False) -> None:
@@ -315,7 +315,7 @@ class Exec:
         return {
             "id": self.id,
             "tenant": self.tenant,
-            "argv": shortened(self.spec, _LISTED),
+            "argv": [word.encode(errors="replace").decode() for word in shortened(self.spec, _LISTED)],
             "asked": self.asked.hex(),
             "pty": None if size is None else [size.cols, size.rows],
             "stdin": self.spec.stdin,

@@ -220,7 +220,7 @@ class ExecSockets:
         Raises `IncusError` if incusd went away.
         """
         if self.terminal:  # the operation goes on until we hang up
-            self._sockets["0"].close()
+            self._sockets["0"].hang_up()
         if self._result is None:
             self._result = asyncio.create_task(self._waiting.result(), name="wait for an operation")
             # retrieved, or asyncio would log it

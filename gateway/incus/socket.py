@@ -193,11 +193,7 @@ class StreamSocket(asyncio.BufferedProtocol):
     def close(self) -> None:
         """Hang up, by a closing frame unless it would wait behind what incusd does not take. Idempotent."""
         if self.own is not None:
-            # what others hold must be hung up too, at once: the transport writes only later
-            with contextlib.suppress(OSError):
-                if not self._gone and not self.unsent:
-                    self.own.send(b"".join(frame(CLOSE, b"")))
-                self.own.shutdown(socket.SHUT_RDWR)
+            self.hang_up()
             self.own.close()
             self.own = None
             self._transport.abort()
@@ -209,6 +205,18 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._gone = True
         self._writable.set()
         self._woken()
+
+    def hang_up(self) -> None:
+        """Close, but for the descriptor of our own, which stays what it is until `close`."""
+        if self.own is None:
+            self.close()
+            return
+        # what others hold must be hung up too, and at once: the transport writes only later
+        with contextlib.suppress(OSError):
+            if not self._gone and not self.unsent:
+                self.own.send(b"".join(frame(CLOSE, b"")))
+            self.own.shutdown(socket.SHUT_RDWR)
+        self._gone = True
 
     async def _send(self, kind: int, data: bytes) -> None:
         await self._writable.wait()

@@ -112,6 +112,11 @@ class Holding(Protocol):
     @property
     def position(self) -> int: ...
 
+    @property
+    def safe(self) -> bool:
+        """Whether somebody holds it now."""
+        ...
+
     def note(self, facts: Mapping[str, Any]) -> None:
         """Keep these facts in the place of those before; from the first ones on the command is held."""
         ...

@@ -1,9 +1,9 @@
 """Measures what it costs that commands outlive the gateway: with and without a holder, in one run.
 
-On the tests' own Incus (GATEWAY_TEST_HOST). Both gateways run side by side and take turns within each round, so
-that a noisy machine disturbs both alike: ratios are what to look at. Then the one with a holder is killed while
-commands run, and the time is taken until it answers `exec/list` with all of them. The exit code is 1 where a
-byte or a command is missing.
+On the tests' own Incus (GATEWAY_TEST_HOST). Both gateways run side by side and take turns within each round,
+so that a noisy machine disturbs both alike: ratios are what to look at. Then the one with a holder is killed
+while commands run, and the time is taken until it answers `exec/list` with all. The exit code is 1 where
+a byte or a command is missing.
 """
 
 from __future__ import annotations

@@ -40,6 +40,10 @@ class Held:
     def position(self) -> int:
         return 0 if self._sockets is None else self._sockets.position
 
+    @property
+    def safe(self) -> bool:
+        return self._holder.there
+
     def note(self, facts: Mapping[str, Any]) -> None:
         if self._memory.closed:
             return
