@@ -88,10 +88,10 @@ def doctor(settings: Settings) -> list[Finding]:
             ("addresses", lambda: _addresses(settings)),
             ("limits of inotify", _limits),
             ("broker", lambda: _broker(settings)),
+            ("holder", lambda: _holder(settings)),
         ]
     checks += [
         ("gateway", lambda: _gateway(settings)),
-        ("holder", lambda: _holder(settings)),
         ("hosts", lambda: _hosts(settings)),
         ("Caddy", lambda: _caddy(settings)),
         ("routes", lambda: _routes(settings)),

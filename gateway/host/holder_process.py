@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,19 +41,23 @@ def ensure(settings: Settings, log: Path) -> str:
     """Have a holder run as a process of its own, which outlives ours; say so. Raises `HostError`."""
     if (pid := running(settings)) is not None:
         return f"runs already, pid {pid}"
+    words = command(settings)
     with open(log, "ab", opener=private) as file:
-        process = subprocess.Popen(
-            command(settings),
-            env={"LANG": "C.UTF-8"},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            cwd="/",
-            start_new_session=True,
+        # no `Popen`, which wants to see the end of what outlives us
+        pid = os.posix_spawn(
+            words[0],
+            words,
+            {"LANG": "C.UTF-8"},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, file.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, file.fileno(), 2),
+            ],
+            setsid=True,
         )
     deadline = time.monotonic() + _TIMEOUT
-    while time.monotonic() < deadline and process.poll() is None:
-        if (pid := running(settings)) is not None:
+    while time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if running(settings) == pid:
             return f"started, pid {pid}"
         time.sleep(_LOOK)
     raise HostError(f"the holder of commands does not start; see the end of {log}")
@@ -69,6 +72,8 @@ def stop(settings: Settings) -> bool:
     deadline = time.monotonic() + _TIMEOUT
     while running(settings) is not None and time.monotonic() < deadline:
         time.sleep(_LOOK)
+    with contextlib.suppress(ChildProcessError):  # of another's
+        os.waitpid(pid, 0)
     return True
 
 

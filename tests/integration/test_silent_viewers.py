@@ -35,6 +35,7 @@ async def gateway(
         yield gateway
 
 
+@pytest.mark.timeout(120 + COUNT)
 async def test_a_viewer_that_stands_still_loses_nothing(
     gateway: LiveGateway, shared_tenant: Container
 ) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,13 +22,16 @@ from typing import Any
 import pytest
 
 from gateway.holder.holder import held_at
+from gateway.host import holder_process
+from gateway.host.gateway_process import GatewayProcess
 from gateway.host.holder_process import command
-from gateway.server import LEAVE
+from gateway.host.place import Place
 from gateway.settings import Settings
 from tests.integration.conftest import Container
-from tests.live import DEADLINE, LiveGateway, RpcFailure, Wire
+from tests.live import DEADLINE, LiveGateway, RpcFailure, Wire, free_ports
 from tests.waits import pause, until
 
+ROOT = Path(__file__).parents[2]
 ENDLESS = "exec seq 1 1000000000000"
 KILLS = int(os.environ.get("GATEWAY_TEST_KILLS", "3"))
 
@@ -277,6 +281,7 @@ sys.exit(42)
 """
 
 
+@pytest.mark.timeout(120 + 20 * KILLS)
 async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenant: Container) -> None:
     """Of a stream as fast as can be, of input that comes back, and of a program that is typed into."""
     name = shared_tenant.name
@@ -422,19 +427,40 @@ async def test_the_holder_and_the_gateway_die_in_turn(host: Host, shared_tenant:
     await until(lambda: shared_tenant.sh("pgrep -c seq", check=False).strip() == "0")
 
 
-async def test_stop_means_stop_and_a_restart_none(host: Host, shared_tenant: Container) -> None:
-    """A gateway that makes room leaves its commands, and one that is stopped ends them whole."""
-    client = Resuming(host, shared_tenant.name)
-    await client.start(command="setsid sleep 1000 & echo up; cat", stdin=True)
-    await until(lambda: client.offsets[1] > 0)
-    assert await host.gateway.stop(LEAVE) == 0
-    assert host.held == 1
-    assert shared_tenant.sh("pgrep -c sleep").strip() == "1"
-    await host.gateway.start()
-    await client.write(b"still\n")
-    await until(lambda: client.offsets[1] == len(b"up\nstill\n"))
-    assert await host.gateway.stop() == 0
-    assert shared_tenant.sh("pgrep -c 'sleep|cat'", check=False).strip() == "0"
-    await host.gateway.start()
-    assert (await client.ended())["reason"] == "cancelled"
-    assert client.offsets[1] == len(b"up\nstill\n")
+async def test_quickstarts_restart_leaves_commands_and_its_stop_ends_them(
+    host: Host, shared_tenant: Container, tmp_path: Path
+) -> None:
+    """Of a gateway and a holder that it starts itself, without systemd; nothing of either is left."""
+    folder = tmp_path / "state"
+    settings = host.settings.model_copy(
+        update={"state_dir": folder, "listen": f"127.0.0.1:{free_ports(1)[0]}"}
+    )
+    environment = {
+        **host.gateway.environment,
+        "GATEWAY_STATE_DIR": str(folder),
+        "GATEWAY_LISTEN": settings.listen,
+    }
+    del environment["PATH"]
+    folder.mkdir(mode=0o700)
+    installed = Path(sys.executable).with_name("incus-gateway")
+    process = GatewayProcess(settings, Place(folder), ROOT, installed, environment)
+    assert (await asyncio.to_thread(process.ensure, "one")).startswith("started")
+    try:
+        other = Host(settings, folder)
+        other.gateway.port = int(settings.listen.rpartition(":")[2])
+        client = Resuming(other, shared_tenant.name)
+        await client.start(command="setsid sleep 1000 & echo up; cat", stdin=True)
+        await until(lambda: client.offsets[1] > 0)
+        holder = holder_process.running(settings)
+        assert holder is not None
+        assert (await asyncio.to_thread(process.ensure, "two")).startswith("restarted")
+        assert holder_process.running(settings) == holder
+        await client.write(b"still\n")
+        await until(lambda: client.offsets[1] == len(b"up\nstill\n"))
+        following = asyncio.ensure_future(client.ended())
+        assert await asyncio.to_thread(process.stop)
+        assert shared_tenant.sh("pgrep -c 'sleep|cat'", check=False).strip() == "0"
+        assert holder_process.running(settings) is None and process.pid() is None
+        assert client.exits and (await following)["reason"] == "cancelled"
+    finally:
+        await asyncio.to_thread(process.stop)

@@ -14,6 +14,7 @@ import pytest
 
 from gateway.holder.holder import Holder, held_at
 from gateway.holder.messages import receive, send
+from gateway.host import HostError, holder_process
 from gateway.host.holder_process import command
 from gateway.settings import Settings
 from tests.waits import until
@@ -188,3 +189,28 @@ def test_a_packet_with_too_many_descriptors_is_refused_and_closed() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     one.close()
     other.close()
+
+
+def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path) -> None:
+    """As quickstart does where there is no systemd."""
+    settings = Settings(runtime="local", state_dir=tmp_path)
+    assert holder_process.running(settings) is None
+    assert not holder_process.stop(settings)
+    said = holder_process.ensure(settings, tmp_path / "log")
+    try:
+        pid = holder_process.running(settings)
+        assert pid is not None and said == f"started, pid {pid}"
+        assert holder_process.ensure(settings, tmp_path / "log") == f"runs already, pid {pid}"
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert int(status.partition("VmRSS:")[2].split()[0]) < 32 << 10
+    finally:
+        assert holder_process.stop(settings)
+    assert holder_process.running(settings) is None
+    assert not (tmp_path / "holder.sock").exists()
+
+
+def test_a_holder_that_cannot_start_says_where_to_look(tmp_path: Path) -> None:
+    settings = Settings(runtime="local", state_dir=tmp_path / ("x" * 100) / ("y" * 50))
+    settings.state_dir.mkdir(parents=True)
+    with pytest.raises(HostError, match="see the end of"):
+        holder_process.ensure(settings, tmp_path / "log")
