@@ -80,12 +80,14 @@ class Exec:
         self.once = False
         self.left = False  # to the next process of the gateway: nothing of it is ours any more
         self._holding = process.holding
-        self._ending = False
-        self._owed: dict[int, int] | None = None  # of the input's end: what of each slot must come before it
+        self._ending = self._finished = False
+        self._closing = False  # the input ends
+        self._owed: dict[int, int] = {}  # how far each slot must have come before, by an earlier process
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
         """Become a command of an earlier process of the gateway, of which only the end is known."""
         self.asked = asked
+        self._finished = True
         for name, stream in self.streams.items():
             stream.tail.start = stream.tail.end = ended.offsets.get(name, 0)
             stream.ended = True
@@ -126,6 +128,7 @@ class Exec:
         if self._tree.late and code is not None and signal not in ("TERM", "KILL"):
             self._reason = "exited"
         self.over = Ended(self._reason, code, signal, duration, self._offsets(), left)
+        self._finished = True
         if self._holding is not None:
             self._holding.end(self._facts(self.over))
         await self.process.aclose()
@@ -166,9 +169,9 @@ class Exec:
         if before is None:
             self._input.accounts.open(attachment.slot)
         self._attachments.add(attachment)
+        self._places[attachment.id] = attachment
         if before is not None:
             before.close()
-        self._places[attachment.id] = attachment
         if len(self._places) > _READERS:
             self._places.popitem(last=False)
         if self._lingering is not None:
@@ -216,11 +219,8 @@ class Exec:
 
     def close_stdin(self) -> None:
         """End the input after what was queued. Idempotent."""
-        owed = dict[int, int]()
-        for place in self._places.values():
-            if place.taken > place.consumed:
-                owed[place.slot] = max(place.taken, owed.get(place.slot, 0))
-        self._owed = owed
+        self._closing = True
+        self._owed = {}
         self._input.end()
         self.note()
 
@@ -306,7 +306,7 @@ class Exec:
 
     def note(self, *, ending: bool = False) -> None:
         """Keep what another process needs to go on with the command, where it can be held."""
-        if self._holding is not None and not self.left and not hasattr(self, "over"):
+        if self._holding is not None and not self.left and not self._finished:
             self._ending = self._ending or ending
             self._holding.note(self._facts(None))
 
@@ -324,12 +324,20 @@ class Exec:
             "deadline": self.deadline,
             "once": self.once,
             "ending": self._reason if self._ending else None,
-            "owed": None if self._owed is None else [list(owed) for owed in self._owed.items()],
+            "owed": None if not self._closing else self._outstanding(),
             "places": [
                 [place.id, place.slot, place.acking and not place.closed] for place in self._places.values()
             ],
             "over": None if over is None else over.on_wire(self.id),
         }
+
+    def _outstanding(self) -> list[list[int]]:
+        """Return how far each slot must come before the input ends: what waits may have to come again."""
+        owed = dict(self._owed)
+        for place in self._places.values():
+            if place.taken > place.consumed:
+                owed[place.slot] = max(place.taken, owed.get(place.slot, 0))
+        return [[slot, size] for slot, size in owed.items()]
 
     def take_over(self, found: Adopted, hold: float) -> None:
         """Become a command of an earlier process, before anybody is attached. Readers have `hold` seconds."""
@@ -345,22 +353,18 @@ class Exec:
             return
         accounts.take_over()
         for id_, slot, acking in facts["places"]:
-            reading = Reading(viewer=True, acks=acking)
-            place = Attachment(self, {}, None, reading, slot, id_)
+            place = Attachment(self, {}, None, Reading(viewer=True, acks=acking), slot, id_)
             place.restore(accounts.passed[slot])
-            self._attachments.add(place)
             self._places[id_] = place
             if acking:
+                self._attachments.add(place)
                 place.hold(hold)
-        since = facts["lingers"]
-        for place in list(self._attachments):
-            if not any(place.id == id_ and acking for id_, _, acking in facts["places"]):
+            else:
                 place.close()
         if not self._attachments:
-            if self._lingering is not None:
-                self._lingering.cancel()
-            self._linger(since)
+            self._linger(facts["lingers"])
         if facts["owed"] is not None:
+            self._closing = True
             self._owed = {slot: size for slot, size in facts["owed"] if accounts.passed[slot] < size}
             self.look_for_end()
         if facts["ending"] is not None:
@@ -369,12 +373,11 @@ class Exec:
 
     def look_for_end(self) -> None:
         """End the input that an earlier process was to end, once what was to come before has come again."""
-        if self._owed is None:
-            return
-        waiting = {place.slot: place.taken for place in self._places.values() if not place.closed}
-        if all(waiting.get(slot, size) >= size for slot, size in self._owed.items()):
-            self._owed = {}
-            self._input.end()
+        if self._closing:
+            taken = {place.slot: place.taken for place in self._places.values() if not place.closed}
+            self._owed = {slot: size for slot, size in self._owed.items() if taken.get(slot, size) < size}
+            if not self._owed:
+                self._input.end()
 
     @property
     def printed(self) -> int:

@@ -285,11 +285,15 @@ sys.exit(42)
 async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenant: Container) -> None:
     """Of a stream as fast as can be, of input that comes back, and of a program that is typed into."""
     name = shared_tenant.name
-    stream, echo, screen = (Resuming(host, name) for _ in range(3))
+    stream, echo, screen, late = (Resuming(host, name) for _ in range(4))
     kept = "/srv/site/survive.json"
     await stream.start(command=ENDLESS)
     await echo.start(command="cat; echo end >&2; exit 3", stdin=True)
     await screen.start(argv=["python3", "-c", SCREEN, kept], pty={"cols": 80, "rows": 24})
+    # its input is ended at once, of which most is still on its way at each kill
+    await late.start(command="while [ ! -e go ]; do sleep 0.05; done; exec sha256sum", stdin=True)
+    await late.write(random.randbytes(3 << 20))
+    await late.call("exec/closeStdin")
     before = await screen.listed()
     await until(lambda: screen.offsets[1] > 0)
     stop = asyncio.Event()
@@ -315,11 +319,11 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
 
     tasks = [asyncio.create_task(work()) for work in (type_, feed, resize)]
     for _ in range(KILLS):
-        for client in (stream, echo, screen):
+        for client in (stream, echo, screen, late):
             await asyncio.wait_for(client.connected.wait(), DEADLINE)
         await pause(random.uniform(0.05, 0.6))
         await host.kill()
-    for client in (stream, echo, screen):
+    for client in (stream, echo, screen, late):
         await asyncio.wait_for(client.connected.wait(), DEADLINE)
     stop.set()
     await asyncio.gather(*tasks)
@@ -334,6 +338,10 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
     assert (told["got"], told["keys"]) == (len(typed), sums(typed))
     assert (told["wrote"], told["out"]) == (screen.offsets[1], screen.sums[1].hexdigest())
     assert told["size"] == [100, 30]
+
+    shared_tenant.sh("touch /srv/site/go")
+    assert (await late.ended())["exitCode"] == 0
+    assert late.tails[1].decode().split()[0] == sums(bytes(late.sent))
 
     await echo.close_input()
     assert (await echo.ended())["exitCode"] == 3
@@ -350,10 +358,10 @@ async def test_every_byte_and_key_comes_once_over_kills(host: Host, shared_tenan
         whole.update(part)
         left, number = left - len(part), number + 100_000
     assert stream.sums[1].hexdigest() == whole.hexdigest()
-    assert min(stream.breaks, echo.breaks, screen.breaks) >= KILLS
+    assert min(stream.breaks, echo.breaks, screen.breaks, late.breaks) >= KILLS
     mb = stream.offsets[1] / 1e6
     print(f"{KILLS} kills: {mb:.0f} MB, {len(echo.sent)} bytes there and back, {told['got']} keys")
-    await until(lambda: host.held <= 3)  # the ended ones, whose output is kept
+    await until(lambda: host.held <= 4)  # the ended ones, whose output is kept
 
 
 async def test_what_ends_or_is_due_while_nobody_is_there(host: Host, shared_tenant: Container) -> None:

@@ -64,6 +64,7 @@ class IncusProcess:
         self.holding: Holding | None = None
         self._holder = holder
         self._fed = 0  # bytes that the preamble was fed
+        self._sending: asyncio.Task[None] | None = None  # of what an earlier process had taken over last
         self.streams: tuple[StreamName, ...] = ("stdout",)
         self.report = b""
         self._merged = False
@@ -131,14 +132,11 @@ class IncusProcess:
         """Go on with a command of an earlier process, by its facts."""
         self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
         self.pid, self.started_at = int(own["pid"]), float(own["started"])
+        self._sending = asyncio.create_task(sockets.flush(), name=f"input of {self._exec_id}")
         self._preamble.went(self.pid, own["method"], str(own["path"]))
         if not sockets.terminal:
             self.streams = ("stdout", "stderr")
         return self
-
-    def waiting_input(self) -> asyncio.Task[None]:
-        """Send the input that an earlier process had taken over last."""
-        return asyncio.create_task(self._sockets.flush(), name=f"input of {self._exec_id}")
 
     def caught_up(self, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
         """Return what has come of each output, by its first byte's offset; once, before `read`."""
@@ -247,6 +245,9 @@ class IncusProcess:
         return None if cgroup is None else await cgroup.members()
 
     async def aclose(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.gather(self._sending, return_exceptions=True)
         await self._sockets.aclose()
         if self.holding is None:
             self._sockets.forgo()
