@@ -138,7 +138,9 @@ function field(label: string, placeholder: string): HTMLInputElement {
 
 function button(label: string, shown: string, act: () => void): HTMLButtonElement {
   const made = element("button", { type: "button", "aria-label": label, title: label });
-  made.textContent = shown;
+  const glyph = element("span", { "aria-hidden": "true" });
+  glyph.textContent = shown;
+  made.append(glyph);
   made.addEventListener("click", act);
   return made;
 }

@@ -161,7 +161,7 @@ function Find({ terminal }: { terminal: Terminal }) {
 }
 
 const KEYS: readonly (readonly [label: string, shown: string, sent: string])[] = [
-  ["Escape", "Esc", "\x1b"],
+  ["Esc", "Esc", "\x1b"],
   ["Tab", "Tab", "\t"],
   ["Up", "↑", "\x1b[A"],
   ["Down", "↓", "\x1b[B"],
