@@ -115,7 +115,7 @@ class Editor:
         """Open a file by a part of its name, as by Ctrl-P."""
         await self.page.keyboard.press("Control+p")
         await expect(self.page.locator("[aria-controls=choices]")).to_be_focused()
-        await self.page.get_by_role("combobox").fill(path)
+        await self.page.locator("[aria-controls=choices]").fill(path)
         await self.page.get_by_role("option").filter(has_text=path.rpartition("/")[2]).first.click()
         await expect(self.page.locator(f'.editor .cm-content[aria-label="{path}"]')).to_be_visible()
 

@@ -31,6 +31,7 @@ import { closeDoc, view } from "./ui/editor-pane.js";
 import { finding } from "./ui/panel.js";
 import { reloads } from "./ui/preview.js";
 import { focusSearch } from "./ui/search.js";
+import { settingsOpen } from "./ui/settings.js";
 import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
 
 // first of all, so that a token does not stay in the address while anything else happens
@@ -133,6 +134,14 @@ register(
     title: "Check the connection",
     when: here,
     run: () => void current()?.tenant.check(),
+  },
+  {
+    id: "settings",
+    title: "Settings",
+    keys: "Mod-,",
+    run: () => {
+      settingsOpen.value = true;
+    },
   },
   { id: "theme", title: "Change the colours: system, light, dark", run: nextTheme },
   { id: "sign-out", title: "Sign out", run: () => void leave() },

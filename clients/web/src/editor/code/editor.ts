@@ -112,6 +112,7 @@ const theirsGutter = gutter({ class: "cm-theirs-gutter", markers: (view) => view
 const language = new Compartment();
 const label = new Compartment();
 const listening = new Compartment();
+const liking = new Compartment();
 
 function base(readOnly: boolean): Extension {
   return [
@@ -209,6 +210,7 @@ export async function makeState(text: string, path: string, readOnly: boolean): 
       base(readOnly),
       language.of(await support(path, text.length)),
       listening.of([]),
+      liking.of([]),
       label.of(named(path)),
     ],
   });
@@ -270,6 +272,18 @@ export function makeView(host: HTMLElement): EditorView {
     parent: host,
     state: EditorState.create({ extensions: [theme, EditorView.cspNonce.of(nonce())] }),
   });
+}
+
+/** What a person likes of every file. */
+export interface Likes {
+  readonly wrap: boolean;
+  readonly tabWidth: number;
+}
+
+/** Has the view follow what a person likes. */
+export function like(view: EditorView, { wrap, tabWidth }: Likes): void {
+  const liked = [EditorState.tabSize.of(tabWidth), wrap ? EditorView.lineWrapping : []];
+  view.dispatch({ effects: liking.reconfigure(liked) });
 }
 
 /** Shows a state; `update` is told of all that happens to it from then on. */

@@ -5,7 +5,12 @@ import { EditorView } from "@codemirror/view";
 import { tags as t } from "@lezer/highlight";
 
 const look = EditorView.theme({
-  "&": { height: "100%", fontSize: "13px", backgroundColor: "var(--surface)", color: "var(--text)" },
+  "&": {
+    height: "100%",
+    fontSize: "var(--code-size, 13px)",
+    backgroundColor: "var(--surface)",
+    color: "var(--text)",
+  },
   "&.cm-focused": { outline: "none" },
   ".cm-scroller": { fontFamily: "var(--mono)", lineHeight: "1.6", fontVariantLigatures: "none" },
   ".cm-content": { padding: "8px 0 40vh", caretColor: "var(--accent)" },

@@ -38,6 +38,8 @@ export class Doc {
   readonly gone = signal(false);
   readonly image = signal<string | null>(null);
   readonly size = signal(0);
+  /** It is looked at as a page or picture instead of its text. */
+  readonly looking = signal(false);
   state: EditorState | null = null;
   etag: string | null = null;
   saved = "";

@@ -7,7 +7,10 @@ export type Area = "side" | "editor" | "panel" | "preview";
 export type Theme = "system" | "light" | "dark";
 
 /** A signal whose value outlives the page. What is in storage is not trusted to be of the right kind. */
-function remembered<Value extends string | number | boolean>(name: string, initial: Value): Signal<Value> {
+export function remembered<Value extends string | number | boolean>(
+  name: string,
+  initial: Value,
+): Signal<Value> {
   const key = `gateway.${name}`;
   let value = initial;
   try {

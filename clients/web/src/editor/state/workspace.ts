@@ -19,6 +19,7 @@ import { Insights } from "./insights.js";
 import { basename, relative } from "./paths.js";
 import { Search } from "./search.js";
 import { allows, gateway, identify, look, session, signIn, who, writeAddress } from "./session.js";
+import { autosave } from "./settings.js";
 import { Site } from "./site.js";
 import { covers } from "./slots.js";
 import { Terminals } from "./terminals.js";
@@ -29,6 +30,8 @@ import { Tree } from "./tree.js";
 const EARLIER = 1500;
 /** Milliseconds without a move of the cursor until it is remembered. */
 const REST = 400;
+/** Milliseconds without a key until a text is saved by itself. */
+const PAUSE = 1000;
 
 /** What was open in this tab before the page was loaded. */
 interface Kept {
@@ -162,6 +165,18 @@ export class Workspace {
   keepSoon(): void {
     clearTimeout(this.#keeping);
     this.#keeping = setTimeout(() => this.keep(), REST);
+  }
+
+  #saving: ReturnType<typeof setTimeout> | undefined;
+
+  /** Saves by itself what nobody types in any more, if one likes that; a conflict waits for a person. */
+  saveSoon(): void {
+    if (!autosave.value) return;
+    clearTimeout(this.#saving);
+    this.#saving = setTimeout(() => {
+      for (const doc of this.documents.open.value)
+        if (doc.dirty.value && !doc.gone.value && doc.theirs.value === null) void this.documents.save(doc);
+    }, PAUSE);
   }
 
   /** Keeps what the page would take with it; returns whether that is all there is. */

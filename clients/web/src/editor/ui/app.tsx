@@ -34,6 +34,7 @@ import { Divider, Empty, Icon } from "./parts.js";
 import { Preview } from "./preview.js";
 import { SearchView } from "./search.js";
 import { SessionEnd } from "./session.js";
+import { Settings, settingsOpen } from "./settings.js";
 import { SignIn } from "./sign-in.js";
 import { TopBar } from "./top-bar.js";
 import { looking, TurnDiff } from "./turn.js";
@@ -70,6 +71,7 @@ export function App({ wanted }: { wanted: { tenant: string | null; file: string 
       {current !== null && looking.value !== null && <TurnDiff turn={looking.value} current={current} />}
       <Arrival />
       <Menu />
+      {settingsOpen.value && <Settings />}
       <div class="toasts" aria-live="polite">
         {toasts.value.map((toast) => (
           <button
@@ -197,6 +199,16 @@ function Rail({ current }: { current: Workspace | null }) {
         }}
       >
         <Icon name="square-terminal" size={19} />
+      </button>
+      <button
+        type="button"
+        aria-label="Settings"
+        title={`Settings (${keysOf("settings") ?? ""})`}
+        onClick={() => {
+          settingsOpen.value = true;
+        }}
+      >
+        <Icon name="settings-2" size={19} />
       </button>
     </nav>
   );

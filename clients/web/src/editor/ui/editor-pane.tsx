@@ -2,12 +2,14 @@
 
 import type { EditorView } from "@codemirror/view";
 import { effect, signal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import type { ComponentChild } from "preact";
+import { useEffect, useRef, useState } from "preact/hooks";
 import type { Caret } from "../code/editor.js";
 import { keysOf } from "../state/commands.js";
 import type { Doc } from "../state/doc.js";
 import type { Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
+import { tabWidth, wrap } from "../state/settings.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
 import { type MenuItem, showMenu } from "./menu.js";
@@ -31,6 +33,7 @@ export function EditorPane({ current }: { current: Workspace }) {
       <div class="editor-body">
         <Stage current={current} />
         {doc === null ? <Welcome /> : <Instead doc={doc} current={current} />}
+        {doc !== null && doc.phase.value === "ready" && PAGES.test(doc.path) && <Looks doc={doc} />}
       </div>
       {closing.value !== null && <Closing doc={closing.value} current={current} />}
     </section>
@@ -198,10 +201,13 @@ function Stage({ current }: { current: Workspace }) {
           leave();
           shown = doc;
           code.showState(made, doc.state, (state) => {
+            const changed = doc.state?.doc !== state.doc;
             documents.updated(doc, state);
+            if (changed) current.saveSoon();
             caret.value = code.caretOf(state);
             current.keepSoon();
           });
+          code.like(made, { wrap: wrap.peek(), tabWidth: tabWidth.peek() });
           if (doc.scroll !== null)
             made.dispatch({ effects: doc.scroll as ReturnType<EditorView["scrollSnapshot"]> });
           caret.value = code.caretOf(doc.state);
@@ -219,6 +225,11 @@ function Stage({ current }: { current: Workspace }) {
         }
       })();
     });
+    const liking = effect(() => {
+      const likes = { wrap: wrap.value, tabWidth: tabWidth.value };
+      if (made !== null && shown !== null)
+        void import("../code/editor.js").then(({ like }) => made && like(made, likes));
+    });
     const stage: Shown = {
       get doc() {
         return shown;
@@ -228,6 +239,7 @@ function Stage({ current }: { current: Workspace }) {
     documents.stages.add(stage);
     return () => {
       stop();
+      liking();
       documents.stages.delete(stage);
       made?.destroy();
       view.current = null;
@@ -235,6 +247,68 @@ function Stage({ current }: { current: Workspace }) {
   }, [documents, current]);
   const doc = documents.active.value;
   return <div class="stage" ref={host} hidden={doc === null || doc.phase.value !== "ready"} />;
+}
+
+/** What can be looked at as a page or picture beside its text. */
+const PAGES = /\.(md|mdx|markdown|svg)$/i;
+
+/** A file as a page or picture, if one asks for it. */
+function Looks({ doc }: { doc: Doc }) {
+  void caret.value; // which changes with the text, also by others
+  const looking = doc.looking.value;
+  return (
+    <>
+      {looking &&
+        (doc.path.toLowerCase().endsWith(".svg") ? (
+          <Picture doc={doc} text={doc.text} />
+        ) : (
+          <Page doc={doc} text={doc.text} />
+        ))}
+      <button
+        type="button"
+        class="looks"
+        aria-pressed={looking}
+        onClick={() => {
+          doc.looking.value = !looking;
+        }}
+      >
+        <Icon name={looking ? "pencil" : "eye"} size={13} />
+        {looking ? "Text" : "Preview"}
+      </button>
+    </>
+  );
+}
+
+function Picture({ doc, text }: { doc: Doc; text: string }) {
+  const [url, setUrl] = useState("");
+  useEffect(() => {
+    // as a picture nothing in it can run
+    const made = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
+    setUrl(made);
+    return () => URL.revokeObjectURL(made);
+  }, [text]);
+  return (
+    <div class="look centre picture">
+      <img src={url} alt={doc.path} />
+    </div>
+  );
+}
+
+function Page({ doc, text }: { doc: Doc; text: string }) {
+  const [page, setPage] = useState<ComponentChild>(null);
+  useEffect(() => {
+    let gone = false;
+    void import("../code/markdown.js").then(({ rendered }) => gone || setPage(rendered(text)));
+    return () => {
+      gone = true;
+    };
+  }, [text]);
+  return (
+    // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reached by keys
+    <section class="look" tabIndex={0} aria-label={`Preview of ${doc.name}`}>
+      {page}
+    </section>
+  );
 }
 
 function Instead({ doc, current }: { doc: Doc; current: Workspace }) {

@@ -3,6 +3,12 @@
 type Shape = readonly [tag: string, attributes: Readonly<Record<string, string>>];
 
 export const ICONS = {
+  "settings-2": [
+    ["path", { d: "M14 17H5" }],
+    ["path", { d: "M19 7h-9" }],
+    ["circle", { cx: "17", cy: "17", r: "3" }],
+    ["circle", { cx: "7", cy: "7", r: "3" }],
+  ],
   "chevron-up": [["path", { d: "m18 15-6-6-6 6" }]],
   download: [
     ["path", { d: "M12 15V3" }],

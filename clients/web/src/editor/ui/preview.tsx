@@ -1,14 +1,23 @@
 /** The preview: a frame with the tenant's site, on the site's own origin. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useState } from "preact/hooks";
-import { previewOpen } from "../state/layout.js";
+import { useEffect, useRef, useState } from "preact/hooks";
+import { previewOpen, remembered } from "../state/layout.js";
 import { allows, session } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
 import { Empty, Icon, IconButton, Spinner } from "./parts.js";
 
 /** Grows whenever the site is to be loaded again. */
 export const reloads = signal(0);
+
+/** Sizes at which a site is looked at: a device's, in its own pixels. */
+const DEVICES: Readonly<Record<string, { readonly width: number; readonly height: number } | null>> = {
+  Fitting: null,
+  Phone: { width: 390, height: 844 },
+  Tablet: { width: 820, height: 1180 },
+  Laptop: { width: 1366, height: 768 },
+};
+const device = remembered<string>("device", "Fitting");
 
 export function siteOf(current: Workspace): string | null {
   const info = current.info.value;
@@ -74,6 +83,19 @@ export function Preview({ current }: { current: Workspace }) {
             onFocus={(event) => event.currentTarget.select()}
           />
         </form>
+        <select
+          class="device"
+          aria-label="Size of the site"
+          title="Size of the site"
+          value={device.value}
+          onChange={(event) => {
+            device.value = event.currentTarget.value;
+          }}
+        >
+          {Object.keys(DEVICES).map((name) => (
+            <option key={name}>{name}</option>
+          ))}
+        </select>
         {url !== null && (
           <a
             class="icon-button"
@@ -149,13 +171,38 @@ function Frame({ current, url, asked }: { current: Workspace; url: string; asked
     setShown({ is: "there", round });
     if (asked && !(await answers(current))) askAgain((before) => before + 1);
   };
+  const host = useRef<HTMLDivElement>(null);
+  const [room, setRoom] = useState({ width: 1, height: 1 });
+  useEffect(() => {
+    const element = host.current;
+    if (element === null) return;
+    const observer = new ResizeObserver(() =>
+      setRoom({ width: element.clientWidth, height: element.clientHeight }),
+    );
+    observer.observe(element);
+    return () => observer.disconnect();
+  }, []);
+  const size = DEVICES[device.value] ?? null;
+  const scale = size === null ? 1 : Math.min(1, room.width / size.width, room.height / size.height);
+  const shape =
+    size === null
+      ? undefined
+      : {
+          width: `${size.width}px`,
+          height: `${size.height}px`,
+          flex: "none",
+          transform: `scale(${scale})`,
+          transformOrigin: "0 0",
+          marginLeft: `${Math.max(0, (room.width - size.width * scale) / 2)}px`,
+        };
   return (
-    <div class="site" aria-busy={shown.is !== "there"}>
+    <div class="site" ref={host} aria-busy={shown.is !== "there"}>
       {"round" in shown && (
         <iframe
           key={round}
           title={`Site of ${current.name}`}
           src={url}
+          style={shape}
           sandbox="allow-scripts allow-same-origin allow-forms allow-modals allow-popups allow-downloads"
           referrerpolicy="no-referrer"
           onLoad={() => void loaded()}

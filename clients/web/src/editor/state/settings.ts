@@ -1,0 +1,18 @@
+/** What a person likes: kept in this browser, for all tenants. */
+
+import { effect } from "@preact/signals";
+import { remembered } from "./layout.js";
+
+export const codeSize = remembered<number>("codeSize", 13);
+export const wrap = remembered<boolean>("wrap", false);
+export const tabWidth = remembered<number>("tabWidth", 4);
+/** Save by itself once nobody types for a second. */
+export const autosave = remembered<boolean>("autosave", false);
+
+export const CODE_SIZES = [11, 12, 13, 14, 15, 16, 18, 20];
+export const TAB_WIDTHS = [2, 4, 8];
+
+effect(() => {
+  const size = CODE_SIZES.includes(codeSize.value) ? codeSize.value : 13;
+  document.documentElement.style.setProperty("--code-size", `${size}px`);
+});
