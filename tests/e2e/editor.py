@@ -104,6 +104,12 @@ class Editor:
     def row(self, name: str) -> Locator:
         return self.page.get_by_role("treeitem").filter(has=self.page.get_by_text(name, exact=True))
 
+    async def row_menu(self, name: str) -> None:
+        """Open the context menu of a file or folder of the tree."""
+        await self.view("Files")
+        await self.row(name).click(button="right")
+        await expect(self.page.get_by_role("menu")).to_be_visible()
+
     def tab(self, name: str) -> Locator:
         return self.page.get_by_role("tablist", name="Open files").get_by_role("tab").filter(has_text=name)
 

@@ -96,6 +96,11 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await side.get_by_role("button").filter(has_text="Say hello").click()
     await expect(side.get_by_label("What changed")).to_contain_text("+hello")
     await picture(window, pictures, "history")
+    await side.get_by_role("button", name="Open as a diff").click()
+    dialog = window.page.get_by_role("dialog", name="Turn: Say hello on the page")
+    await expect(dialog.get_by_role("article", name="public/hello.txt")).to_contain_text("hello")
+    await picture(window, pictures, "turn")
+    await window.page.keyboard.press("Escape")
 
     side = await window.view("Deploy")
     await side.get_by_placeholder("shop.example.com").fill("blog.localhost")
@@ -103,6 +108,7 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await side.get_by_role("button", name="Deploy", exact=True).click()
     card = side.get_by_role("article", name="Deployment of blog.localhost")
     await expect(card.get_by_text("Live")).to_be_visible(timeout=2 * DEADLINE)
+    await expect(side.get_by_label("This site").get_by_role("listitem").first).to_contain_text("Live")
     await picture(window, pictures, "deploy")
 
     side = await window.view("Metrics and logs")
@@ -119,6 +125,13 @@ async def test_views_at_the_side(editor: OpenEditor, host: Hosting, site: str, p
     await window.page.keyboard.press("Control+Shift+p")
     await expect(window.page.get_by_role("option").first).to_be_visible()
     await picture(window, pictures, "palette")
+    await window.page.keyboard.press("Escape")
+    await window.page.keyboard.press("Control+,")
+    await expect(window.page.get_by_role("dialog", name="Settings")).to_be_visible()
+    await picture(window, pictures, "settings")
+    await window.page.keyboard.press("Escape")
+    await window.row_menu("src")
+    await picture(window, pictures, "menu")
 
 
 async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures: Path) -> None:
@@ -129,6 +142,10 @@ async def test_on_a_phone(editor: OpenEditor, host: Hosting, site: str, pictures
     await tool(host, site, "Read", file_path="/srv/site/package.json")
     await expect(window.page.get_by_role("log")).to_contain_text("package.json")
     await picture(window, pictures, "phone")
+    await window.page.get_by_role("button", name="Terminal", exact=True).click()
+    await window.prompt()
+    await window.page.get_by_role("toolbar", name="Keys").get_by_role("button", name="Ctrl").click()
+    await picture(window, pictures, "phone-terminal")
     wide = await window.page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390, "nothing sticks out at the side"
 
