@@ -209,3 +209,44 @@ describe("unsaved text", () => {
     expect(drafts.atRisk).toBe(false);
   });
 });
+
+describe("a file beside another", () => {
+  beforeEach(async () => {
+    shelf.put("b.css", "b");
+    await documents.show("a.css");
+    await documents.show("b.css");
+    documents.split(documents.find("b.css")!);
+  });
+  const shown = () => [
+    documents.active.value?.path,
+    documents.beside.value?.path,
+    documents.current.value?.path,
+  ];
+
+  test("leaves the one before in its place, and is what commands are about", () => {
+    expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
+  });
+
+  test("is never in both places", async () => {
+    await documents.show("b.css");
+    expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
+    await documents.show("a.css");
+    expect(shown()).toEqual(["a.css", "b.css", "a.css"]);
+    documents.step(1);
+    expect(shown()).toEqual(["a.css", "b.css", "b.css"]);
+  });
+
+  test.each(["a.css", "b.css"])("ends when %s is closed, and the other stays", (path) => {
+    documents.close(documents.find(path)!);
+    const other = path === "a.css" ? "b.css" : "a.css";
+    expect(shown()).toEqual([other, undefined, other]);
+  });
+
+  test("of one file alone is that file alone", () => {
+    documents.close(documents.find("a.css")!);
+    documents.split(documents.find("b.css")!);
+    expect(documents.current.value?.path).toBe("b.css");
+    documents.join();
+    expect(shown()).toEqual(["b.css", undefined, "b.css"]);
+  });
+});

@@ -38,7 +38,7 @@ import { leave, leaveFirst, switchTenant } from "./ui/top-bar.js";
 const wanted = readAddress();
 
 const current = () => workspace.value;
-const doc = () => current()?.documents.active.value ?? null;
+const doc = () => current()?.documents.current.value ?? null;
 const here = () => current() !== null;
 const file = () => doc() !== null;
 
@@ -80,6 +80,19 @@ register(
     keys: "Alt-PageUp",
     when: file,
     run: () => current()?.documents.step(-1),
+  },
+  {
+    id: "file.beside",
+    title: "Open the file beside the others",
+    keys: "Mod-Alt-b",
+    when: file,
+    run: () => current()?.documents.split(doc()!),
+  },
+  {
+    id: "file.alone",
+    title: "Show one file alone",
+    when: () => current()?.documents.beside.value != null,
+    run: () => current()?.documents.join(),
   },
   { id: "file.reveal", title: "Show the file in the tree", when: file, run: () => reveal() },
   { id: "view.files", title: "Files", keys: "Mod-Shift-e", run: () => showSide("files") },

@@ -2,10 +2,10 @@
 
 import type { EditorState, TransactionSpec } from "@codemirror/state";
 import { Disconnected, type FileChanges, GatewayError, type Tenant } from "@incus-gateway/client";
-import { signal } from "@preact/signals";
+import { computed, signal } from "@preact/signals";
 import { Doc, type Left, type Place, type Theirs } from "./doc.js";
 import type { Draft, Unsaved } from "./drafts.js";
-import { parent, within } from "./paths.js";
+import { within } from "./paths.js";
 import { complain, say } from "./toasts.js";
 
 type Code = typeof import("../code/editor.js");
@@ -18,6 +18,8 @@ export interface Keeping {
   drop(path: string): void;
   flush(): Promise<void>;
 }
+
+export type Pane = "main" | "beside";
 
 /** The view that shows a document's state, if one does. */
 export interface Stage {
@@ -33,6 +35,14 @@ export class Documents {
   readonly #moving = new Set<Promise<unknown>>();
   readonly open = signal<readonly Doc[]>([]);
   readonly active = signal<Doc | null>(null);
+  /** A second document, shown beside that one; none is in both places. */
+  readonly beside = signal<Doc | null>(null);
+  /** Which of the two was used last. */
+  readonly pane = signal<Pane>("main");
+  /** The document that commands are about. */
+  readonly current = computed(() =>
+    this.pane.value === "beside" ? (this.beside.value ?? this.active.value) : this.active.value,
+  );
   /** The document whose conflict is being looked at. */
   readonly comparing = signal<Doc | null>(null);
   readonly stages = new Set<Stage>();
@@ -61,6 +71,7 @@ export class Documents {
     let doc = this.find(path);
     if (doc === undefined) {
       doc = new Doc(path);
+      this.pane.value = "main";
       const at = this.active.value === null ? -1 : this.open.value.indexOf(this.active.value);
       this.open.value = at < 0 ? [...this.open.value, doc] : this.open.value.toSpliced(at + 1, 0, doc);
       doc.goTo = place ?? null;
@@ -68,11 +79,36 @@ export class Documents {
       await this.load(doc);
     } else {
       doc.goTo = place ?? null;
-      // a signal tells its listeners of other values only
-      if (this.active.value === doc) this.active.value = null;
-      this.active.value = doc;
+      this.activate(doc);
     }
     return doc;
+  }
+
+  /** Shows an open document, where it is shown already if it is. */
+  activate(doc: Doc): void {
+    this.pane.value = doc === this.beside.value ? "beside" : "main";
+    const place = doc === this.beside.value ? this.beside : this.active;
+    // a signal tells its listeners of other values only
+    if (place.value === doc) place.value = null;
+    place.value = doc;
+  }
+
+  /** Shows a document beside the others; what was shown there is a tab like any other. */
+  split(doc: Doc): void {
+    if (this.active.value === doc) {
+      const others = this.open.value.filter((other) => other !== doc && other !== this.beside.value);
+      this.active.value = others.at(-1) ?? this.beside.value;
+    }
+    this.beside.value = doc;
+    this.pane.value = "beside";
+  }
+
+  /** Shows one document alone again. */
+  join(): void {
+    const doc = this.beside.value;
+    this.beside.value = null;
+    this.pane.value = "main";
+    if (doc !== null && this.active.value === null) this.active.value = doc;
   }
 
   /** Opens files as a page left them, with their unsaved texts; returns how many of these came back. */
@@ -405,8 +441,11 @@ export class Documents {
     if (doc.image.value !== null) URL.revokeObjectURL(doc.image.value);
     this.open.value = this.open.value.toSpliced(at, 1);
     if (doc.dirty.value) this.#keeping?.drop(doc.path);
-    if (this.active.value === doc)
-      this.active.value = this.open.value[Math.min(at, this.open.value.length - 1)] ?? null;
+    if (this.beside.value === doc) this.join();
+    if (this.active.value !== doc) return;
+    const others = this.open.value.filter((other) => other !== this.beside.value);
+    this.active.value = others[Math.min(at, others.length - 1)] ?? null;
+    if (this.active.value === null) this.join();
   }
 
   /** Moves a tab to the place of another. */
@@ -418,11 +457,7 @@ export class Documents {
   step(by: number): void {
     const { value: open } = this.open;
     if (open.length === 0) return;
-    const at = this.active.value === null ? 0 : open.indexOf(this.active.value);
-    this.active.value = open[(at + by + open.length) % open.length] ?? null;
-  }
-
-  folder(): string {
-    return this.active.value === null ? "." : parent(this.active.value.path);
+    const at = this.current.value === null ? 0 : open.indexOf(this.current.value);
+    this.activate(open[(at + by + open.length) % open.length]!);
   }
 }

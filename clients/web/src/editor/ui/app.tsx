@@ -252,7 +252,7 @@ function Bottom({ current }: { current: Workspace | null }) {
 }
 
 function StatusBar({ current }: { current: Workspace | null }) {
-  const doc = current?.documents.active.value ?? null;
+  const doc = current?.documents.current.value ?? null;
   const at = caret.value;
   const server = current?.server.value;
   const waiting = current?.documents.queued ?? 0;

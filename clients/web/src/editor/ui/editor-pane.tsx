@@ -7,13 +7,13 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import type { Caret } from "../code/editor.js";
 import { keysOf } from "../state/commands.js";
 import type { Doc } from "../state/doc.js";
-import type { Stage as Shown } from "../state/documents.js";
+import type { Pane, Stage as Shown } from "../state/documents.js";
 import { parent } from "../state/paths.js";
 import { tabWidth, wrap } from "../state/settings.js";
 import type { Workspace } from "../state/workspace.js";
 import { Interruption, Stopped } from "./connection.js";
 import { type MenuItem, showMenu } from "./menu.js";
-import { bytes, copy, Dialog, Empty, FileIcon, Icon, Key, Spinner } from "./parts.js";
+import { bytes, copy, Dialog, Empty, FileIcon, Icon, IconButton, Key, Spinner } from "./parts.js";
 import { Logo } from "./sign-in.js";
 
 export const caret = signal<Caret | null>(null);
@@ -24,19 +24,46 @@ export const view: { current: EditorView | null } = { current: null };
 export function EditorPane({ current }: { current: Workspace }) {
   const { documents } = current;
   const doc = documents.active.value;
+  const beside = documents.beside.value;
   return (
     <section class="editor" aria-label="Editor">
       <Tabs current={current} />
       <Interruption />
       <Stopped current={current} />
-      {doc !== null && <Told doc={doc} current={current} />}
-      <div class="editor-body">
-        <Stage current={current} />
-        {doc === null ? <Welcome /> : <Instead doc={doc} current={current} />}
-        {doc !== null && doc.phase.value === "ready" && PAGES.test(doc.path) && <Looks doc={doc} />}
+      <div class="panes">
+        <Body pane="main" doc={doc} current={current} />
+        {beside !== null && <Body pane="beside" doc={beside} current={current} />}
       </div>
       {closing.value !== null && <Closing doc={closing.value} current={current} />}
     </section>
+  );
+}
+
+/** One of the places where a document is shown. */
+function Body({ pane, doc, current }: { pane: Pane; doc: Doc | null; current: Workspace }) {
+  return (
+    <div class="pane">
+      {pane === "beside" && doc !== null && (
+        <header class="beside">
+          <FileIcon path={doc.path} />
+          <span class="name">{doc.name}</span>
+          <span class="where">{parent(doc.path) === "." ? "" : parent(doc.path)}</span>
+          <span class="grow" />
+          <IconButton
+            icon="x"
+            size={13}
+            label="Show one file alone"
+            onClick={() => current.documents.join()}
+          />
+        </header>
+      )}
+      {doc !== null && <Told doc={doc} current={current} />}
+      <div class="editor-body">
+        <Stage current={current} pane={pane} />
+        {doc === null ? <Welcome /> : <Instead doc={doc} current={current} />}
+        {doc !== null && doc.phase.value === "ready" && PAGES.test(doc.path) && <Looks doc={doc} />}
+      </div>
+    </div>
   );
 }
 
@@ -59,6 +86,7 @@ function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
     { label: "Close", icon: "x", run: () => closeDoc(current, doc) },
     { label: "Close the others", icon: "x", run: () => closeAll(others) },
     { label: "Close all that are saved", icon: "x", run: () => closeAll(documents.open.value) },
+    { label: "Open beside", icon: "panel-right", run: () => documents.split(doc) },
     { label: "Show in the tree", icon: "locate", run: () => void current.tree.reveal(doc.path) },
     { label: "Copy the path", icon: "copy", run: () => copy(doc.path) },
   ];
@@ -67,7 +95,7 @@ function tabMenu(current: Workspace, doc: Doc): readonly MenuItem[] {
 function Tabs({ current }: { current: Workspace }) {
   const { documents } = current;
   const strip = useRef<HTMLDivElement>(null);
-  const active = documents.active.value;
+  const active = documents.current.value;
   useEffect(() => {
     strip.current
       ?.querySelector('[aria-selected="true"]')
@@ -103,9 +131,7 @@ function Tabs({ current }: { current: Workspace }) {
             }}
             onContextMenu={(event) => showMenu(event, doc.name, tabMenu(current, doc))}
             onAuxClick={(event) => event.button === 1 && closeDoc(current, doc)}
-            onClick={() => {
-              documents.active.value = doc;
-            }}
+            onClick={() => documents.activate(doc)}
             onKeyDown={(event) => {
               if (event.key === "ArrowRight") documents.step(1);
               else if (event.key === "ArrowLeft") documents.step(-1);
@@ -172,9 +198,10 @@ function Told({ doc, current }: { doc: Doc; current: Workspace }) {
 }
 
 /** The host of CodeMirror: made when the first file is there, and kept. */
-function Stage({ current }: { current: Workspace }) {
+function Stage({ current, pane }: { current: Workspace; pane: Pane }) {
   const host = useRef<HTMLDivElement>(null);
   const { documents } = current;
+  const place = pane === "main" ? documents.active : documents.beside;
   useEffect(() => {
     let made: EditorView | null = null;
     let shown: Doc | null = null;
@@ -184,7 +211,7 @@ function Stage({ current }: { current: Workspace }) {
       shown = null;
     };
     const stop = effect(() => {
-      const doc = documents.active.value;
+      const doc = place.value;
       const ready = doc?.phase.value === "ready";
       const mine = ++turn;
       void (async () => {
@@ -195,8 +222,16 @@ function Stage({ current }: { current: Workspace }) {
         }
         const code = await import("../code/editor.js");
         if (mine !== turn || host.current === null || doc.state === null) return;
-        made ??= code.makeView(host.current);
-        view.current = made;
+        if (made === null) {
+          made = code.makeView(host.current);
+          const used = made;
+          made.dom.addEventListener("focusin", () => {
+            documents.pane.value = pane;
+            view.current = used;
+            caret.value = code.caretOf(used.state);
+          });
+        }
+        if (view.current === null || documents.pane.peek() === pane) view.current = made;
         if (shown !== doc) {
           leave();
           shown = doc;
@@ -219,7 +254,8 @@ function Stage({ current }: { current: Workspace }) {
         }
         if (
           !matchMedia("(pointer: coarse)").matches &&
-          document.activeElement?.closest(".tree, .panel") === null
+          document.activeElement?.closest(".tree, .panel") === null &&
+          documents.pane.peek() === pane
         ) {
           made.focus();
         }
@@ -241,11 +277,12 @@ function Stage({ current }: { current: Workspace }) {
       stop();
       liking();
       documents.stages.delete(stage);
+      leave();
+      if (view.current === made) view.current = null;
       made?.destroy();
-      view.current = null;
     };
-  }, [documents, current]);
-  const doc = documents.active.value;
+  }, [documents, current, place, pane]);
+  const doc = place.value;
   return <div class="stage" ref={host} hidden={doc === null || doc.phase.value !== "ready"} />;
 }
 
