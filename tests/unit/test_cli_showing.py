@@ -10,7 +10,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
+from gateway.cli import main
+from gateway.cli.loading import Group
 from tests.live import LiveGateway
 from tests.unit.command_line import run, served, start
 
@@ -132,3 +135,18 @@ async def test_the_manual_is_made_of_the_helps(gateway: LiveGateway) -> None:
         shown = await asyncio.create_subprocess_exec(*groff, stdin=pipe, stdout=pipe, stderr=pipe)
         out, complaints = await shown.communicate(page)
         assert complaints == b"" and b"EXIT STATUS" in out
+
+
+COMMANDS = [
+    (name, *inner)
+    for name, entry in main.COMMANDS.items()
+    for inner in ([(one,) for one in entry.commands] if isinstance(entry, Group) else [()])
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_each_command_helps(words: tuple[str, ...]) -> None:
+    """By -h as by --help, and no wider than a terminal."""
+    short, long = (CliRunner().invoke(main.app, [*words, option]) for option in ("-h", "--help"))
+    assert (short.exit_code, short.output) == (0, long.output) and "Usage: " in short.output
+    assert not [one for one in short.output.splitlines() if len(one) > 84]
