@@ -221,7 +221,7 @@ class Verifier:
                     more = f" (and {len(page.missing) - 1} more)" if len(page.missing) > 1 else ""
                     raise Timeout(
                         f"the page refers to {name[:200]}{more}, which fails to load: {why}; "
-                        f"add it, or remove it from the page. {await self._said(site)}",
+                        f"add it, or take it out of the page. {await self._said(site)}",
                         reason="never_healthy",
                     )
                 await asyncio.sleep(_AGAIN)
