@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from gateway.storage import database, ledger
+from gateway.storage import database, memory_log
 
 E2E: Final = "tests/e2e/"
 
@@ -49,4 +49,4 @@ def no_notes_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     for depth in range(1, 5):
         for records in tmp_path_factory.getbasetemp().glob("*/" * depth + database.FILE):
-            ledger.place(records.parent).unlink(missing_ok=True)
+            memory_log.place(records.parent).unlink(missing_ok=True)

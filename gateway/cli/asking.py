@@ -17,11 +17,11 @@ from gateway_client.credentials import Token
 
 
 @contextlib.asynccontextmanager
-async def client_of(url: str | None, token: str | None, life: int = 3600) -> AsyncIterator[Client]:
-    """Open a client of the gateway at `url`, or of this machine's with our own tokens of `life` seconds."""
+async def client_of(url: str | None, token: str | None, lifetime: int = 3600) -> AsyncIterator[Client]:
+    """Open a client of the gateway at `url`, or of this machine's with tokens for `lifetime` seconds."""
     settings = load_client()
     source: Token = token or partial(
-        _own_token, issuing.load_secret(settings.secret, settings.state_dir), life
+        _own_token, issuing.load_secret(settings.secret, settings.state_dir), lifetime
     )
     try:
         client = Client(url or own_url(settings.listen), token=source)
@@ -31,8 +31,8 @@ async def client_of(url: str | None, token: str | None, life: int = 3600) -> Asy
         yield client
 
 
-def _own_token(secret: str, life: int) -> str:
-    return issuing.issue(secret, os.environ.get("USER", "operator"), ["*"], issuing.SCOPES, life)
+def _own_token(secret: str, lifetime: int) -> str:
+    return issuing.issue(secret, os.environ.get("USER", "operator"), ["*"], issuing.SCOPES, lifetime)
 
 
 def own_url(listen: str) -> str:

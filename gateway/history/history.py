@@ -124,7 +124,7 @@ class History:
 
     def leave(self, tenant: str, session: ToolSession) -> None:
         """End the turn of a session that has ended, without waiting for it."""
-        if session.life != "named" and (turn := self._open.get(tenant, session)) is not None:
+        if session.lifetime != "named" and (turn := self._open.get(tenant, session)) is not None:
             self._recorder.spawn(tenant, self._finish(tenant, turn))
 
     # --- what is asked --------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def _unheard(result: ToolResult) -> None:
 
 def _key(session: ToolSession, by: str) -> Hashable:
     """Return who owns a call's turn: its session or, if that is for this call only, its subject."""
-    return by if session.life == "call" else session
+    return by if session.lifetime == "call" else session
 
 
 def _check_id(turn: str) -> None:

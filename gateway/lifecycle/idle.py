@@ -57,11 +57,11 @@ class Idle:
         sites: Sites,
         caddy: Caddy,
         domains: Domains,
-        life: Lifecycle,
+        lifecycle: Lifecycle,
         running: Callable[[str], int],
         settings: Settings,
     ) -> None:
-        self._runtime, self._sites, self._caddy, self._life = runtime, sites, caddy, life
+        self._runtime, self._sites, self._caddy, self._lifecycle = runtime, sites, caddy, lifecycle
         self._domains = domains
         self._running, self._settings = running, settings
         self._uses: Counter[str] = Counter()
@@ -167,11 +167,11 @@ class Idle:
         """Start a tenant that is asleep, see its site answer, and lead its domain there again."""
         began = time.monotonic()
         try:
-            async with self._slots, self._life.alone(tenant):
+            async with self._slots, self._lifecycle.alone(tenant):
                 found = await self._runtime.get(tenant)
                 if found.status != "running" and found.asleep:
                     self._starts.add(tenant)
-                    async with self._life.capacity.promise(tenant):
+                    async with self._lifecycle.capacity.promise(tenant):
                         await self._runtime.start(tenant)
                 self._last[tenant] = time.monotonic()
         except BaseException as error:
@@ -285,7 +285,7 @@ class Idle:
             raise Conflict(f"{name} stays awake ({why}); ask again later, or stop it", reason="in_use")
 
     async def _put_to_sleep(self, name: str, limit: float) -> None:
-        async with self._slots, self._life.alone(name):
+        async with self._slots, self._lifecycle.alone(name):
             if self._in_use(name) or (await self._runtime.get(name)).status != "running":
                 return
             assert self._asleep is not None
@@ -307,7 +307,7 @@ class Idle:
             await self._unmark(name)
             log.info("%s is used after all", name)
             return
-        await self._life.let_go(name)
+        await self._lifecycle.let_go(name)
         self._stops.add(name)
         try:
             await self._runtime.stop(name)

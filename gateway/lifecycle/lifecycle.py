@@ -255,7 +255,7 @@ class Lifecycle:
     # --- snapshots ----------------------------------------------------------------------------------
 
     async def snapshots(self, ask: Ask) -> Mapping[str, Any]:
-        return {"snapshots": [_told(kept) for kept in await self._runtime.snapshots(ask.tenant)]}
+        return {"snapshots": [_to_dict(kept) for kept in await self._runtime.snapshots(ask.tenant)]}
 
     async def snapshot(self, ask: Ask) -> Mapping[str, Any]:
         body = protocol.validate(SnapshotBody, ask.body)
@@ -274,7 +274,7 @@ class Lifecycle:
                 raise Conflict(f"tenant {ask.tenant} has a snapshot {name}; choose another name")
             async with self._room.snapshot(ask.tenant, name):
                 with self._asking(ask, "tenant.snapshot.created", name):
-                    return _told(await self._runtime.snapshot(ask.tenant, name))
+                    return _to_dict(await self._runtime.snapshot(ask.tenant, name))
 
     async def restore(self, ask: Ask) -> Mapping[str, Any]:
         snapshot = _named(ask)
@@ -333,7 +333,7 @@ def described(tenant: Tenant, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _told(kept: Snapshot) -> dict[str, Any]:
+def _to_dict(kept: Snapshot) -> dict[str, Any]:
     return {"name": kept.name, "created": kept.created, "size": kept.size}
 
 

@@ -246,7 +246,7 @@ class Shells:
         """Raise `ToolFailure` if the session may have no more shells; forget old ended ones."""
         if session.ended:
             raise ToolFailure("gone", "This tool session has ended; open a new one.")
-        if session.life == "call":
+        if session.lifetime == "call":
             raise ToolFailure(
                 "conflict",
                 "Commands in the background need a tool session that outlives this call: "

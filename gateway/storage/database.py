@@ -11,22 +11,22 @@ from typing import Final
 
 from gateway.storage import schema
 from gateway.storage.errors import ADVICE, StoreFailed, translated
-from gateway.storage.ledger import Ledger
+from gateway.storage.memory_log import MemoryLog
 from gateway.storage.write_behind import replay
 
 FILE: Final = "gateway.db"
 
 
 class Database:
-    """The records' file in `folder`, and the ledger of the notes that it does not have yet."""
+    """The records' file in `folder`, and the log in memory of the notes that it does not have yet."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock: int | None = None
-        self._ledger: Ledger | None = None
+        self._memory_log: MemoryLog | None = None
 
-    def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, Ledger]:
-        """Lock and open the file; return the connections to write and to read with, and the ledger.
+    def open(self) -> tuple[sqlite3.Connection, sqlite3.Connection, MemoryLog]:
+        """Lock and open the file; return the connections to write and to read with, and the log in memory.
 
         Writes the notes that an earlier process left. Blocks on the disk. Raises `StoreFailed`; call `close`
         in any case.
@@ -49,23 +49,23 @@ class Database:
                 writing.execute(f"PRAGMA journal_size_limit={16 << 20}")
                 if writing.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                     raise StoreFailed(ADVICE["corrupt"], reason="corrupt")
-                ledger = undo.enter_context(contextlib.closing(Ledger.opened(self._folder)))
+                memory_log = undo.enter_context(contextlib.closing(MemoryLog.opened(self._folder)))
                 if schema.version_of(writing):
-                    replay(writing, ledger)  # notes of an earlier process are in its schema
+                    replay(writing, memory_log)  # notes of an earlier process are in its schema
                 for _ in (0, 1):  # both halves: what stands there belongs to no new file
-                    ledger.turn()
-                    ledger.clear()
+                    memory_log.turn()
+                    memory_log.clear()
                 schema.migrate(writing)
                 reading = undo.enter_context(contextlib.closing(_connect(path)))
                 reading.execute("PRAGMA query_only=1")
                 undo.pop_all()
-        self._ledger = ledger
-        return writing, reading, ledger
+        self._memory_log = memory_log
+        return writing, reading, memory_log
 
     def close(self) -> None:
         """Let another process have the file. The threads close their connections."""
-        if self._ledger is not None:
-            self._ledger.close()
+        if self._memory_log is not None:
+            self._memory_log.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

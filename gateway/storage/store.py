@@ -47,11 +47,11 @@ class Store:
         """Open the file, and create or upgrade it. Raises `StoreFailed` that says what to do."""
         loop = asyncio.get_running_loop()
         try:
-            writing, reading, ledger = await asyncio.to_thread(self._database.open)
+            writing, reading, memory_log = await asyncio.to_thread(self._database.open)
         except BaseException:
             self._database.close()
             raise
-        self._notes = WriteBehind(ledger, self._writer.put, self._room)
+        self._notes = WriteBehind(memory_log, self._writer.put, self._room)
         self._writer.start(loop, writing)
         self._reader.start(loop, reading)
         return self

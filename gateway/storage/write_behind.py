@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.storage.errors import StoreFailed, failure
-from gateway.storage.ledger import NOTE_MAX, Ledger
+from gateway.storage.memory_log import NOTE_MAX, MemoryLog
 from gateway.storage.threads import Asked
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _NOTED: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """Statements to execute. `waiting` is set if they are in no ledger, so that their caller must wait."""
+    """Statements to execute. `waiting` is set if they are not in the log, so that their caller must wait."""
 
     statements: Sequence[Statement]
     written: Callable[[], None] | None = None
@@ -36,12 +36,14 @@ class _Note:
 class WriteBehind:
     """The notes that are not in the file yet, in order. Used from the event loop only.
 
-    `write` hands work to the thread that writes. The ledger's size bounds the notes, and `room` those whose
+    `write` hands work to the thread that writes. The log's size bounds the notes, and `room` those whose
     callers wait.
     """
 
-    def __init__(self, ledger: Ledger, write: Callable[[Asked], None], room: asyncio.Semaphore) -> None:
-        self._ledger = ledger
+    def __init__(
+        self, memory_log: MemoryLog, write: Callable[[Asked], None], room: asyncio.Semaphore
+    ) -> None:
+        self._memory_log = memory_log
         self._write = write
         self._room = room
         self._notes: deque[_Note] = deque()
@@ -53,7 +55,7 @@ class WriteBehind:
         return len(self._notes)
 
     async def add(self, statements: tuple[Statement, ...], written: Callable[[], None] | None) -> None:
-        """Note statements, or wait until they are written if the ledger cannot take them."""
+        """Note statements, or wait until they are written if the log in memory cannot take them."""
         if self._noted(statements):
             self._notes.append(_Note(statements, written))
             if self._timer is None and self._settling is None:
@@ -67,16 +69,16 @@ class WriteBehind:
         await waiting
 
     def _noted(self, statements: tuple[Statement, ...]) -> bool:
-        """Put statements into the ledger; return whether they are there."""
+        """Put statements into the log in memory; return whether they are there."""
         note = marshal.dumps(statements, 4)
         if self._failed or len(note) > NOTE_MAX:
             return False
-        if self._ledger.add(note):
+        if self._memory_log.add(note):
             return True
         if not self._notes or self._settling is not None:
             return False
         self._settle()  # frees the other half
-        return self._ledger.add(note)
+        return self._memory_log.add(note)
 
     async def settled(self) -> None:
         """Return once every note is written. Raises `StoreFailed`; the notes are kept for another try."""
@@ -88,11 +90,11 @@ class WriteBehind:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        loop, ledger = asyncio.get_running_loop(), self._ledger
+        loop, memory_log = asyncio.get_running_loop(), self._memory_log
         notes, self._notes = self._notes, deque()
         turned = not self._failed  # else the other half holds notes that could not be written
         if turned:
-            ledger.turn()
+            memory_log.turn()
         answer: asyncio.Future[None] = loop.create_future()
         self._settling = settling = loop.create_future()
 
@@ -101,10 +103,10 @@ class WriteBehind:
             error = answer.exception()
             self._failed = error is not None
             if error is None:
-                ledger.clear()
+                memory_log.clear()
                 if not turned:  # nothing was added to this one since
-                    ledger.turn()
-                    ledger.clear()
+                    memory_log.turn()
+                    memory_log.clear()
                 settling.set_result(None)
             else:
                 self._notes.extendleft(note for note in reversed(notes) if note.waiting is None)
@@ -132,9 +134,9 @@ class WriteBehind:
         return settling
 
 
-def replay(connection: sqlite3.Connection, ledger: Ledger) -> None:
+def replay(connection: sqlite3.Connection, memory_log: MemoryLog) -> None:
     """Write the notes of an earlier process that was killed."""
-    noted = [_Note(marshal.loads(note)) for note in ledger.notes()]  # noqa: S302  checked to be ours
+    noted = [_Note(marshal.loads(note)) for note in memory_log.notes()]  # noqa: S302  checked to be ours
     if noted:
         connection.execute("BEGIN IMMEDIATE")
         _write_notes(connection, noted)

@@ -23,20 +23,20 @@ class ToolSession:
     `cwd` is absolute as the tenant sees it; None is the workspace. With `read_before_write` an existing file
     must be read before it is changed. At most `maximum` files in `kept_bytes` are remembered: the least
     recently used is forgotten first, and then counts as not read. `last_used` is in seconds of
-    `time.monotonic`. `life` says when the session ends: with its call, with its connection or, if it has a
-    name, after disuse. `holders` counts the connections and calls that use a named one.
+    `time.monotonic`. `lifetime` says when the session ends: with its call, with its connection or, if it has
+    a name, after disuse. `holders` counts the connections and calls that use a named one.
     """
 
     def __init__(
         self,
         *,
-        life: Literal["call", "connection", "named"] = "call",
+        lifetime: Literal["call", "connection", "named"] = "call",
         read_before_write: bool = False,
         cwd: str | None = None,
         maximum: int = 2000,
         kept_bytes: int = 1 << 20,
     ) -> None:
-        self.life = life
+        self.lifetime = lifetime
         self.ended = False
         self.holders = 0
         self.cwd = cwd
@@ -108,8 +108,8 @@ class Sessions:
         `RateLimited` if there is no room for another named one.
         """
         if name is None:
-            life: Literal["call", "connection"] = "connection" if lasting else "call"
-            return self._new(life, read_before_write)
+            lifetime: Literal["call", "connection"] = "connection" if lasting else "call"
+            return self._new(lifetime, read_before_write)
         if not 0 < len(name) <= 128:
             raise InvalidParams("a session's name must have 1 to 128 characters")
         now = time.monotonic()
@@ -126,7 +126,7 @@ class Sessions:
 
     async def leave(self, session: ToolSession) -> None:
         """End a session with its connection; a named one stays until it has been unused for long."""
-        if session.life == "named":
+        if session.lifetime == "named":
             session.holders -= 1
             session.last_used = time.monotonic()
         else:
@@ -149,9 +149,9 @@ class Sessions:
         for name in list(self._of.get(tenant, ())):
             self._end(tenant, name)
 
-    def _new(self, life: Literal["call", "connection", "named"], read_before_write: bool) -> ToolSession:
+    def _new(self, lifetime: Literal["call", "connection", "named"], read_before_write: bool) -> ToolSession:
         return ToolSession(
-            life=life, read_before_write=read_before_write, kept_bytes=self._settings.session_bytes
+            lifetime=lifetime, read_before_write=read_before_write, kept_bytes=self._settings.session_bytes
         )
 
     def _make_room(self, tenant: str) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.storage import ledger, schema
+from gateway.storage import memory_log, schema
 from gateway.storage.database import FILE
-from gateway.storage.ledger import NOTE_MAX
+from gateway.storage.memory_log import NOTE_MAX
 from gateway.storage.schema import MIGRATIONS
 from gateway.storage.store import Statement, Store, StoreFailed, Work
 from tests.waits import settled, turn
@@ -364,7 +364,7 @@ async def test_notes_for_which_there_is_no_disk_are_kept_and_others_refused(tmp_
 
 async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_path: Path) -> None:
     def left() -> list[bytes]:
-        return list(ledger.Ledger.opened(tmp_path).notes())
+        return list(memory_log.MemoryLog.opened(tmp_path).notes())
 
     async with Store(tmp_path) as store:
         await store.write(make)
@@ -388,10 +388,10 @@ async def test_whenever_the_end_comes_the_memory_has_what_is_not_written(tmp_pat
         assert await store.read(numbers) == [1, 2]
 
 
-def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
+def test_the_memory_log_tells_what_came_first(tmp_path: Path) -> None:
     for cleared in (False, True):
         for turns in range(4):
-            book = ledger.Ledger.opened(tmp_path)
+            book = memory_log.MemoryLog.opened(tmp_path)
             for n in range(turns):
                 assert book.add(b"%d" % n)
                 book.turn()
@@ -399,7 +399,7 @@ def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
                     book.clear()
             assert book.add(b"last")
             before = [] if cleared else [b"%d" % n for n in range(turns)][-1:]
-            assert list(ledger.Ledger.opened(tmp_path).notes()) == [*before, b"last"]
+            assert list(memory_log.MemoryLog.opened(tmp_path).notes()) == [*before, b"last"]
             for _ in (0, 1):
                 book.turn()
                 book.clear()
@@ -409,8 +409,8 @@ def test_the_ledger_tells_what_came_first(tmp_path: Path) -> None:
 _FILLER = """
 import sys, time
 from pathlib import Path
-from gateway.storage.ledger import Ledger
-book, end = Ledger.opened(Path(sys.argv[1])), time.monotonic() + 1.5
+from gateway.storage.memory_log import MemoryLog
+book, end = MemoryLog.opened(Path(sys.argv[1])), time.monotonic() + 1.5
 print(flush=True)
 while time.monotonic() < end:
     while book.add(b"note"):
@@ -420,7 +420,7 @@ while time.monotonic() < end:
 """
 
 
-def test_at_no_moment_does_the_ledger_forget_what_it_has(tmp_path: Path) -> None:
+def test_at_no_moment_does_the_memory_log_forget_what_it_has(tmp_path: Path) -> None:
     """Another process sees what a kill would leave."""
     with subprocess.Popen(
         [sys.executable, "-c", _FILLER, str(tmp_path)],
@@ -430,11 +430,11 @@ def test_at_no_moment_does_the_ledger_forget_what_it_has(tmp_path: Path) -> None
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        path = ledger.place(tmp_path)
+        path = memory_log.place(tmp_path)
         try:
             with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
                 words = memoryview(mapped).cast("Q")
-                other = ledger.HALF // 8
+                other = memory_log.HALF // 8
                 while process.poll() is None:
                     for _ in range(1000):
                         turns = words[0], words[other]
@@ -456,7 +456,7 @@ def test_root_opens_what_the_gateways_user_made(tmp_path: Path, monkeypatch: pyt
         return opened(path, flags, mode)
 
     monkeypatch.setattr(os, "open", open_)
-    books = [ledger.Ledger.opened(tmp_path) for _ in range(2)]
+    books = [memory_log.MemoryLog.opened(tmp_path) for _ in range(2)]
     assert [book.add(b"noted") for book in books] == [True, True]
     for book in books:
         for _ in (0, 1):
@@ -470,7 +470,7 @@ async def test_without_memory_of_ours_a_note_is_waited_for(
 ) -> None:
     (tmp_path / "theirs").touch(0o666)
     memory = tmp_path / "memory"
-    monkeypatch.setattr(ledger, "MEMORY", memory)
+    monkeypatch.setattr(memory_log, "MEMORY", memory)
     for case in ("missing", "linked", "open to others"):
         async with Store(tmp_path / case) as store:
             if case == "missing":
@@ -542,7 +542,7 @@ async def test_notes_belong_to_the_file_that_they_were_made_for(tmp_path: Path) 
     async with Store(tmp_path) as store:
         await store.write(make)
         await store.note(("INSERT INTO revoked VALUES ('old', 0, '')", ()))
-        left = ledger.Ledger.opened(tmp_path)
+        left = memory_log.MemoryLog.opened(tmp_path)
         assert len(list(left.notes())) == 1
         for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}.lock"):
             (tmp_path / name).unlink()
@@ -574,4 +574,4 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         found.close()
         assert kept[:acknowledged] == list(range(1, acknowledged + 1))
         assert len(kept) - acknowledged in (0, 1)  # written, and killed before it could say so
-    ledger.Ledger.opened(tmp_path).close()
+    memory_log.MemoryLog.opened(tmp_path).close()

@@ -17,7 +17,7 @@ export type { TenantEvents, Watch } from "./feed.js";
 export type { Files, UploadBody, UploadOptions, WriteOptions } from "./files.js";
 export { type EventFilter, Gateway, type GatewayOptions } from "./gateway.js";
 export type { History } from "./history.js";
-export type { BeginOptions, Logs } from "./life.js";
+export type { BeginOptions, Logs } from "./lifecycle.js";
 export type { LinkState, LinkStatus, RequestOptions } from "./link.js";
 export type { Output, StreamName } from "./output.js";
 export {

@@ -6,7 +6,7 @@ import { TenantEvents, Watch } from "./feed.js";
 import { Files } from "./files.js";
 import { History } from "./history.js";
 import type { HttpClient } from "./http.js";
-import { Life, type Place } from "./life.js";
+import { Lifecycle, type Place } from "./lifecycle.js";
 import { Link, type LinkOptions, type LinkStatus, type RequestOptions } from "./link.js";
 import { type ToolOptions, ToolResult } from "./tools.js";
 import type { ExecInfo, Offsets, Renewed, RunResult, ServerInfo, ToolInfo } from "./types.js";
@@ -52,7 +52,7 @@ export interface TenantEventOptions {
  * Connects on the first request. Everything shares one connection, except a second reader of a command; `Exec` says
  * what that means.
  */
-export class Tenant extends Life<Tenant> implements Disposable {
+export class Tenant extends Lifecycle<Tenant> implements Disposable {
   readonly files: Files;
   readonly history: History;
   readonly #link: Link;

@@ -1,9 +1,9 @@
-"""Notes that outlive a killed process at once, until they are on the disk.
+"""A log in shared memory: notes in it survive a kill of the process, until they are on the disk.
 
-A file in a file system in memory is mapped: what is copied into it stays, whatever ends the process, and no
-disk is waited for. It does not outlive the machine. It has two halves that are used in turn: while what
-stands in one is brought to the disk, new notes go into the other. A half begins with its turn and with the
-number of bytes in use, which is set last: half a note is none.
+It is a mapped file in a memory file system. What is copied into it stays, however the process ends, without
+waiting for a disk, but it does not survive the machine. It has two halves that are used in turn: while one is
+being written to the disk, new notes go into the other. A half begins with its turn and the number of bytes in
+use, which is set last, so that an incomplete note does not count.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MEMORY: Final = Path("/dev/shm")  # noqa: S108  what lies there is checked to be
 HALF: Final = 64 << 10  # bytes
 NOTE_MAX: Final = HALF // 4
 
-_TURN, _USED = 0, 1  # the words that a half begins with: its turn, and bytes in use behind them
+_TURN, _USED = 0, 1  # the words at the beginning of a half: its turn, and the bytes in use after them
 _HEAD: Final = 16  # bytes of both
 _LENGTH: Final = struct.Struct("<I")
 
 
-class Ledger:
-    """The notes that belong to one folder. Made by `opened`; used by one process and one thread at a time."""
+class MemoryLog:
+    """The notes for one folder. Create it with `opened`; for one process and one thread at a time."""
 
     def __init__(self, path: Path, mapped: mmap.mmap | None) -> None:
         self._path = path
@@ -45,17 +45,17 @@ class Ledger:
             self._turn, self._used = self._heads[self._now]
 
     @classmethod
-    def opened(cls, folder: Path) -> Ledger:
-        """Open the notes of a folder with what an earlier process left; without room where that cannot be."""
+    def opened(cls, folder: Path) -> MemoryLog:
+        """Open the log of a folder, with the notes of an earlier process. If that fails it has no room."""
         path = place(folder)
         try:
             return cls(path, _mapped(path, folder.stat()))
         except OSError as error:
-            log.warning("no notes in memory, each is waited for until it is on disk: %s", error.strerror)
+            log.warning("no log in memory, so each write waits for the disk: %s", error.strerror)
             return cls(path, None)
 
     def notes(self) -> Iterator[bytes]:
-        """Yield what stands here, the oldest first."""
+        """Yield the notes, oldest first."""
         if self._mapped is None:
             return
         for half in (1 - self._now, self._now):
@@ -69,7 +69,7 @@ class Ledger:
                 yield self._mapped[at - length : at]
 
     def add(self, note: bytes) -> bool:
-        """Note something; returns whether there was room for it."""
+        """Add a note; return whether there was room for it."""
         size = _LENGTH.size + len(note)
         if self._used + size > HALF - _HEAD:
             return False

@@ -33,7 +33,7 @@ export type Place<Twin> = Pick<LinkOptions, "address" | "url" | "socket"> & {
 };
 
 /** `Twin` is the type of the tenant that `clone` returns. */
-export abstract class Life<Twin> extends Tools {
+export abstract class Lifecycle<Twin> extends Tools {
   readonly name: string;
   protected readonly http: HttpClient;
   protected readonly place: Place<Twin>;
