@@ -87,9 +87,14 @@ class Exec:
     def ended_before(self, asked: bytes, ended: Ended) -> None:
         """Become a command of an earlier process of the gateway, of which only the end is known."""
         self.asked = asked
-        self._finished = True
         for name, stream in self.streams.items():
-            stream.tail.start = stream.tail.end = ended.offsets.get(name, 0)
+            stream.restore(ended.offsets.get(name, 0), b"")
+        self._end_as(ended)
+
+    def _end_as(self, ended: Ended) -> None:
+        """Have ended like that before this process began."""
+        self._finished = True
+        for stream in self.streams.values():
             stream.ended = True
         self.over = ended
         self.tell_end()
@@ -333,11 +338,8 @@ class Exec:
 
     def _outstanding(self) -> list[list[int]]:
         """Return how far each slot must come before the input ends: what waits may have to come again."""
-        owed = dict(self._owed)
-        for place in self._places.values():
-            if place.taken > place.consumed:
-                owed[place.slot] = max(place.taken, owed.get(place.slot, 0))
-        return [[slot, size] for slot, size in owed.items()]
+        waits = {place.slot: place.taken for place in self._places.values() if place.taken > place.consumed}
+        return [list(one) for one in (waits | self._owed).items()]
 
     def take_over(self, found: Adopted, hold: float) -> None:
         """Become a command of an earlier process, before anybody is attached. Readers have `hold` seconds."""
@@ -349,7 +351,7 @@ class Exec:
             self.streams[name].restore(start, data)
         if (over := facts["over"]) is not None:
             self._holding.end(facts)
-            self.ended_before(self.asked, ended_of(over))
+            self._end_as(ended_of(over))
             return
         accounts.take_over()
         for id_, slot, acking in facts["places"]:

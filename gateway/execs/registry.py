@@ -54,7 +54,11 @@ class Execs:
         earlier_ones = list(await self._notes.earlier())
         begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
         for found in await self._runtime.adopt():
-            await self._adopt(found, begun)
+            try:
+                await self._adopt(found, begun)
+            except Exception as error:  # whatever it was that left such facts, the others go on
+                log.warning("a command of an earlier process cannot be followed: %r", error)
+                await _let_go(found)
         for earlier in earlier_ones:
             if earlier.exec_id in self._execs.get(earlier.tenant, {}):
                 continue
@@ -81,8 +85,8 @@ class Execs:
         spec = ExecSpec(tuple(facts["argv"]), pty=pty, stdin=facts["stdin"])
         process = found.process or Past(found.pid, found.started_at, tuple(found.outputs))
         exec_ = self._made(exec_id, tenant, spec, process, facts["linger"])
-        self._execs.setdefault(tenant, {})[exec_id] = exec_
         exec_.take_over(found, self._settings.exec_hold)
+        self._execs.setdefault(tenant, {})[exec_id] = exec_
         if found.process is not None:
             self._run(exec_)
             return
@@ -336,6 +340,15 @@ class Execs:
         for exec_ in self.list(tenant):
             if exec_.ended.done():
                 self._kept.forget(exec_)
+
+
+async def _let_go(found: Adopted) -> None:
+    """End a command that was adopted and cannot be followed."""
+    if found.process is not None:
+        with contextlib.suppress(GatewayError, TimeoutError):
+            await found.process.kill(0)
+        await found.process.aclose()
+    found.holding.drop()
 
 
 def _short(spec: ExecSpec) -> str:

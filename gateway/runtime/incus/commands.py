@@ -216,8 +216,8 @@ class Commands:
         for name, descriptors in (await self._holder.taken_over()).items():
             try:
                 found.append(await self._adopt(self._holder, name, descriptors))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("%s of an earlier process cannot be followed: %s", name, error)
+            except Exception as error:  # whatever it was that left this, the others go on
+                log.warning("%s of an earlier process cannot be followed: %r", name, error)
                 self._holder.drop(name)
         return found
 
