@@ -44,7 +44,7 @@ GOLDEN_SNAPSHOT: Final = "ready"
 UNMARKED: Final = dict.fromkeys((OWNER, KEY, BASE, BYTES, UPLOADER, USED), "")
 """Set in the configuration of a tenant that is a copy, which takes over what is not said."""
 
-_GENERATION: Final = 3  # of golden copies; a higher one where they are made in another way
+_GENERATION: Final = 4  # of golden copies; a higher one where they are made in another way
 _NOTHING: Final = Recipe(b"", ("true",), 3000)
 _LIMITS: Final = ("cpu", "memory")
 _REFUSED: Final = 1000  # uploads of which no copy can be made that are known by heart
