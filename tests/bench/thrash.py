@@ -1,9 +1,11 @@
 """Measures what a tenant that thrashes does to a neighbour's reads and to its own commands.
 
-Phases alternate, so that what else the machine does is in both. The neighbour reads a file every 10 ms in
-each, and in the other tenant commands are started one after another, while all is calm and while its site
-wants half as much memory again as the tenant has. Printed are the reads and the commands of all phases of a
-kind, and how many times as long reads took. Nothing passes or fails by time.
+Phases alternate, so that what else the machine does is in all kinds. The neighbour reads a file every 10 ms,
+and in the other tenant commands are started one after another: while all is calm; while its site wants half
+as much memory again as the tenant has; and while it only computes, for as much CPU time as it took when it
+thrashed. Printed are the reads and commands of all phases of a kind, and how many times as long reads took:
+what thrashing does beyond the CPU that it takes is in the ratio to `computing`. Nothing passes or fails by
+time.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tests.integration.sites import Hosting, hosting
 from tests.integration.test_pressure import DOMAIN, MEMORY, NEXT_DOMAIN, NEXT_DOOR, SITE, TENANT, place
 from tests.neighbour import reading
 
+KINDS: Final = ("calm", "thrashing", "computing")
 _THRASHES: Final = 1000  # pages a second that are read back
 _BEGINS: Final = 90.0  # seconds until it does
 
@@ -56,6 +59,12 @@ async def calm(host: Hosting) -> None:
             await asyncio.sleep(0.2)
 
 
+def computed() -> float:
+    """Return the CPU seconds of the tenant so far."""
+    state = json.loads(environment.incus("query", f"/1.0/instances/{TENANT}/state").stdout)
+    return float(state["cpu"]["usage"]) / 1e9
+
+
 async def commands(host: Hosting, seconds: float) -> list[float]:
     """Start commands one after another; return what each took until its exit."""
     took, until = [], time.monotonic() + seconds
@@ -77,8 +86,9 @@ async def run(words: argparse.Namespace) -> dict[str, Any]:
     settings: Settings = environment.settings()
     setup(settings, lambda line: None)
     template = {"archive": base64.b64encode(archive(("serve.ts", SITE))).decode()}
-    reads: dict[str, list[float]] = {"calm": [], "beside": []}
-    took: dict[str, list[float]] = {"calm": [], "beside": []}
+    reads: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    took: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         async with hosting(settings, Path(folder) / "state", pressure_patience=0.0) as host:
             for domain, what in ((DOMAIN, template), (NEXT_DOMAIN, "static")):
@@ -88,39 +98,52 @@ async def run(words: argparse.Namespace) -> dict[str, Any]:
             environment.configure(TENANT, "limits.memory", f"{MEMORY}MiB")
             environment.incus("exec", TENANT, "--", *APPLY)
             for _ in range(words.rounds):
-                for kind in reads:
-                    visiting = await thrash(host) if kind == "beside" else None
+                for kind in KINDS:
+                    visiting = await thrash(host) if kind == "thrashing" else None
+                    if kind == "computing":
+                        await host.visit(DOMAIN, f"/compute?share={min(1.0, cpu['thrashing'][-1]):.2f}")
+                    began, before = time.monotonic(), computed()
                     async with reading(host.gateway, NEXT_DOOR, "index.html") as seen:
                         if words.reads:
                             await asyncio.sleep(words.seconds)
                         else:
                             took[kind] += await commands(host, words.seconds)
                     reads[kind] += seen.seconds
+                    cpu[kind].append((computed() - before) / (time.monotonic() - began))
                     if visiting is not None:
                         visiting.cancel()
                         await asyncio.gather(visiting, return_exceptions=True)
+                    if kind != "calm":
                         await calm(host)
-    found = {kind: {"reads": summary(reads[kind])} for kind in reads}
+    found = {kind: {"reads": summary(reads[kind])} for kind in KINDS}
     for kind, seconds in took.items():
         found[kind] |= {"commands": summary(seconds)} if seconds else {}
-    calm_, beside = found["calm"]["reads"], found["beside"]["reads"]
-    ratio = {at: beside[at] / calm_[at] for at in ("p50", "p95", "p99")}
-    return {**found, "ratio of reads": ratio}
+    beside = found["thrashing"]["reads"]
+    ratios = {
+        kind: {at: beside[at] / found[kind]["reads"][at] for at in ("p50", "p95", "p99")}
+        for kind in ("calm", "computing")
+    }
+    return {
+        **found,
+        "ratios of reads": ratios,
+        "cpu": {kind: sum(cpu[kind]) / len(cpu[kind]) for kind in KINDS},
+    }
 
 
 def show(results: dict[str, Any]) -> None:
-    for kind in ("calm", "beside"):
+    for kind in KINDS:
         for what, found in results[kind].items():
             numbers = ", ".join(f"{at} {found[at]:.1f}" for at in ("p50", "p95", "p99", "worst"))
-            print(f"{kind:>7} {what:>8}: {found['count']:5}, ms: {numbers}")
-    print(
-        "reads beside it took " + ", ".join(f"{at} {by:.2f}x" for at, by in results["ratio of reads"].items())
-    )
+            print(f"{kind:>9} {what:>8}: {found['count']:5}, ms: {numbers}")
+        print(f"{kind:>9} {'CPU':>8}: {results['cpu'][kind]:.2f} of a core by the tenant")
+    for kind, ratio in results["ratios of reads"].items():
+        said = ", ".join(f"{at} {by:.2f}x" for at, by in ratio.items())
+        print(f"reads beside thrashing took {said} of those beside {kind}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=4, help="of a calm phase and one with thrashing")
+    parser.add_argument("--rounds", type=int, default=4, help="of one phase of each kind")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each phase")
     parser.add_argument("--reads", action="store_true", help="start no commands, only read")
     parser.add_argument("--json", action="store_true")

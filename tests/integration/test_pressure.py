@@ -35,20 +35,28 @@ NEXT_DOOR, NEXT_DOMAIN = "calm-test", "calm.test"
 MEMORY = 256  # MiB of the tenant
 STRICT = os.environ.get("GATEWAY_TEST_STRICT") == "1"
 
-# answers, and on demand reads a file that is larger than its memory, all over, beside memory of its own
+# Answers. On demand it reads a file that is larger than its memory, all over, beside memory of its own; or it
+# only computes, for a share of a CPU.
 SITE = b"""\
-import { Worker, isMainThread } from "node:worker_threads";
-const size = 320 << 20, own = 150 << 20, file = "/home/site/large";
+import { Worker, isMainThread, workerData } from "node:worker_threads";
+const size = 320 << 20, own = 150 << 20, file = "/home/site/large", threads = 12;
 if (isMainThread) {
   Bun.serve({ port: process.env.PORT, hostname: "0.0.0.0", fetch: async (request) => {
-    if (new URL(request.url).pathname === "/thrash") {
-      await Bun.$`head -c ${size} /dev/urandom >${file}`;
-      for (let i = 0; i < 12; i++) new Worker(import.meta.path);
-    }
+    const { pathname, searchParams } = new URL(request.url);
+    if (pathname === "/thrash") await Bun.$`head -c ${size} /dev/urandom >${file}`;
+    const workerData = pathname === "/compute" ? Number(searchParams.get("share")) : 0;
+    if (pathname !== "/") for (let i = 0; i < threads; i++) new Worker(import.meta.path, { workerData });
     return new Response(`site ${process.pid}`);
   } });
+} else if (workerData) {
+  const each = (workerData * 120) / threads; // ms of 120
+  for (;;) {
+    const until = performance.now() + each;
+    while (performance.now() < until);
+    Bun.sleepSync(120 - each);
+  }
 } else {
-  const mine = new Uint8Array(own / 12).fill(1), map = Bun.mmap(file);
+  const mine = new Uint8Array(own / threads).fill(1), map = Bun.mmap(file);
   for (let x = 0; ; ) {
     x += map[(Math.random() * size) | 0];
     for (let i = 0; i < 4; i++) x += mine[(Math.random() * mine.length) | 0];
