@@ -26,6 +26,7 @@ from gateway import protocol
 from gateway.auth import tokens
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
+from tests import shapes
 from tests.waits import until
 
 SECRET = "a secret of the tests, long enough to sign with"
@@ -52,6 +53,7 @@ class Wire:
         self.notifications: list[protocol.Notification] = []
         self.output: dict[tuple[int, int], bytearray] = defaultdict(bytearray)
         self._replies: dict[protocol.RequestId | None, asyncio.Future[Any]] = {}
+        self._asked: dict[protocol.RequestId | None, str] = {}
         self._grown = asyncio.Condition()
         self._next = 0
         self._reader = asyncio.create_task(self._read())
@@ -81,13 +83,19 @@ class Wire:
     def _text(self, text: str) -> None:
         said = protocol.decode_server_text(text)
         if isinstance(said, protocol.Notification):
+            shapes.check_notification(said)
             self.notifications.append(said)
             return
         reply = self._replies.pop(said.id, None)
         if reply is None or reply.done():
             return
         if said.error is None:
-            reply.set_result(said.result)
+            try:
+                shapes.check_result(self._asked[said.id], said.result, len(text))
+            except AssertionError as wrong:
+                reply.set_exception(wrong)
+            else:
+                reply.set_result(said.result)
         else:
             data = {**said.error.facts, "code": said.error.code}
             reply.set_exception(RpcFailure(said.error.number, said.error.message, data))
@@ -99,6 +107,7 @@ class Wire:
         """Return the id of a new call and the future of its answer; send it by `send_call`."""
         self._next += 1
         self._replies[self._next] = asyncio.get_running_loop().create_future()
+        self._asked[self._next] = method
         return self._next, self._replies[self._next]
 
     async def call(self, method: str, **params: Any) -> Any:
@@ -275,6 +284,11 @@ class LiveGateway:
             async def start(self, connection: Any) -> aiohttp.ClientResponse:
                 opened.append(self)
                 return await super().start(connection)
+
+            async def read(self) -> bytes:
+                body = await super().read()
+                shapes.check_answer(self.method, self.url.path, self.status, self.content_type, body)
+                return body
 
         async with aiohttp.ClientSession(self.url, headers=headers, response_class=Response) as session:
             yield session

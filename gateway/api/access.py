@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 
+from gateway import protocol
 from gateway.api.http import RETRY_AFTER_MS, USES, ask, read_body, read_json, weighed
+from gateway.api.operation import operation
 from gateway.api.services import services
 from gateway.auth import tokens
 from gateway.auth.tokens import Token
 from gateway.errors import Forbidden, InvalidParams, NotFound, Unauthorized, Unavailable
 from gateway.runtime import TENANT_NAME
 from gateway.transport.http1 import ABORT
+
+_M = TypeVar("_M", bound=BaseModel)
 
 _LINGER: Final = 5.0  # seconds that an answer which must end may take to be read
 
@@ -64,6 +69,7 @@ def with_token(request: Request, scope: str | None) -> Token:
 
     Its bytes in flight count in the share of `sharer` from now on.
     """
+    operation(request).check_scope(scope)
     token = _known(request)
     if scope is not None:
         token.require(scope)
@@ -76,6 +82,7 @@ def for_tenant(request: Request, scope: str | None) -> tuple[str, Token]:
 
     Raises `Forbidden`, `NotFound` and `Unauthorized`.
     """
+    operation(request).check_scope(scope)
     token = _known(request)
     name: str = request.path_params["tenant"]
     check_covered(token, name)
@@ -144,6 +151,24 @@ async def optional_json(request: Request, token: Token) -> Any:
         return orjson.loads(text) if text else {}
     except ValueError:
         raise InvalidParams("the body is not JSON") from None
+
+
+async def validated(request: Request, token: Token, model: type[_M]) -> _M:
+    """Return the JSON body as the model that the route declares. Raises `InvalidParams`."""
+    read = optional_json if operation(request).optional else json_body
+    return as_declared(request, model, await read(request, token))
+
+
+def as_declared(request: Request, model: type[_M], body: object) -> _M:
+    """Return a body that was read as one of the models that the route declares. Raises `InvalidParams`."""
+    operation(request).check_body(model)
+    return protocol.validate(model, body)
+
+
+def queried(request: Request, model: type[_M]) -> _M:
+    """Return the query as the model that the route declares. Raises `InvalidParams`."""
+    operation(request).check_query(model)
+    return protocol.validate(model, dict(request.query_params))
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,7 +50,7 @@ class DeployBody(BaseModel):
         else:
             try:
                 template = base64.b64decode(self.template.archive, validate=True)
-            except binascii.Error:
+            except ValueError:  # also for what is no ASCII
                 raise InvalidParams("template.archive must be a tar in base64", field="template") from None
         said = overrides if overrides.said else None
         return Request(self.domain, template, self.size, self.env, self.tenant, said)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import protocol
 from gateway.errors import GatewayError, InvalidParams, RateLimited
 from gateway.runtime import Process, TenantRuntime
 from gateway.settings import Settings
@@ -26,21 +25,17 @@ class SiteLogs:
         self._runtime, self._settings = runtime, settings
         self._following: dict[Following, str] = {}  # the tenant of each
 
-    async def open(self, tenant: str, query: Mapping[str, str]) -> Following:
-        """Return the response that prints the last `lines`, and with `follow=1` what comes until it is left.
+    async def open(self, tenant: str, lines: int, *, follow: bool) -> Following:
+        """Return the response that prints the last `lines`, and with `follow` what comes until it is left.
 
         Raises `InvalidParams` and `RateLimited`.
         """
-        lines = query.get("lines", "100")
-        if not protocol.NUMBER.fullmatch(lines) or int(lines) > self._settings.logs_max:
+        if lines > self._settings.logs_max:
             raise InvalidParams(f"lines must be a number up to {self._settings.logs_max}", field="lines")
-        follow = query.get("follow", "0")
-        if follow not in ("0", "1"):
-            raise InvalidParams("follow must be 0 or 1", field="follow")
         open_ = sum(one == tenant for one in self._following.values())
         if open_ >= self._settings.max_followers:
             raise RateLimited("the tenant's log has as many followers as it may", limit=open_)
-        process = await self._runtime.exec(tenant, self._runtime.logs(int(lines), follow == "1"))
+        process = await self._runtime.exec(tenant, self._runtime.logs(lines, follow))
         following = Following(process, self._following.pop)
         self._following[following] = tenant
         return following

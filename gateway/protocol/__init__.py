@@ -2,7 +2,7 @@
 
 Frames and messages, which clients need too, are those of `gateway_client.wire`. The server feeds what comes
 to a `ServerWire` and gets events, with their parameters checked (`params`). Nothing here waits, so every case
-is a test by values. Import from this package, not from its modules.
+is a test by values. Import from this package, not from its modules; of these only `results` is for others.
 """
 
 from typing import TYPE_CHECKING
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         switch,
         validate,
     )
+    from gateway.protocol.schema import wire_schema
     from gateway.protocol.server_wire import (
         CancelPending,
         Close,
@@ -93,9 +94,9 @@ else:
         # the server's half brings pydantic, which a client does without
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from gateway.protocol import params, server_wire, weight
+        from gateway.protocol import params, schema, server_wire, weight
 
-        for module in (params, server_wire, weight):
+        for module in (params, schema, server_wire, weight):
             globals().update({each: vars(module)[each] for each in __all__ if each in vars(module)})
         return globals()[name]
 
@@ -175,4 +176,5 @@ __all__ = [
     "unpack_frame",
     "validate",
     "weigh",
+    "wire_schema",
 ]

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from signal import Signals
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 from gateway.errors import InvalidParams
@@ -137,8 +145,11 @@ def _signal_number(named: object) -> int:
     raise ValueError("there is no such signal; name one, such as INT, or give its number")
 
 
+_SIGNAL: Final = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1, "maximum": 64}]}
+
+
 class ExecSignal(ExecRef):
-    signal: Annotated[int, PlainValidator(_signal_number)]
+    signal: Annotated[int, PlainValidator(_signal_number), WithJsonSchema(_SIGNAL)]
 
 
 class ExecCancel(ExecRef):

@@ -1,24 +1,29 @@
-/** The types of the protocol: parameters and results of the methods, and HTTP's answers. */
+/** The types of the protocol: those of the websocket, made from the gateway's own schema, and HTTP's answers. */
 
 import type { ErrorCode, Facts } from "./errors.js";
+import type { CloudEvent, Counts, Entry, ExecExited, FileWritten, Initialized, Tool } from "./wire-types.js";
 
-export interface ServerInfo {
-  readonly server: { readonly name: string; readonly version: string };
-  readonly protocol: number;
-  readonly tenant: string;
-  readonly workspace: string;
-  readonly user: string;
-  readonly scopes: readonly string[];
-  readonly limits: Readonly<Record<string, number>>;
-  /** When the token ends, in seconds since the epoch; absent from older gateways. */
-  readonly expires?: number;
-}
+export type {
+  Entry,
+  ExecInfo,
+  FileContent,
+  Killed,
+  Listing,
+  Renewed,
+  Turn,
+  TurnChanges,
+} from "./wire-types.js";
 
-/** The result of a newer token on an open connection. */
-export interface Renewed {
-  readonly expires: number;
-  readonly scopes: readonly string[];
-}
+export type EntryType = Entry["type"];
+export type ExitReason = ExecExited["reason"];
+/** One CloudEvent. A `gap` says that events before `data.oldest` are gone: read the state anew. */
+export type GatewayEvent = CloudEvent;
+/** Bytes of each stream since the command began. */
+export type Offsets = Counts;
+/** What the gateway says of itself, and what the token allows. */
+export type ServerInfo = Initialized;
+export type ToolInfo = Tool;
+export type Written = FileWritten;
 
 export interface Session {
   readonly subject: string;
@@ -68,42 +73,6 @@ export interface Usage {
   >;
 }
 
-export type EntryType = "file" | "directory" | "symlink" | "other";
-
-export interface Entry {
-  readonly path: string;
-  readonly type: EntryType;
-  readonly size: number;
-  readonly mode: number;
-  readonly mtime: number;
-  readonly etag: string;
-  readonly target?: string | null;
-  readonly escaped?: boolean;
-}
-
-export interface Listing {
-  readonly path: string;
-  readonly entries: readonly Entry[];
-  readonly truncated: boolean;
-  readonly skipped: readonly string[];
-}
-
-export interface FileContent {
-  readonly text?: string;
-  /** base64 */
-  readonly data?: string;
-  readonly etag: string;
-  readonly encoding: "utf-8" | "base64";
-  readonly size: number;
-  readonly mode: number;
-}
-
-export interface Written {
-  readonly etag: string;
-  readonly size: number;
-  readonly created: boolean;
-}
-
 export type FileChangeKind = "created" | "changed" | "removed";
 
 export interface FileChanges {
@@ -111,12 +80,6 @@ export interface FileChanges {
   /** Changes were missed: read again what you show. */
   readonly overflow: boolean;
   readonly ended?: string;
-}
-
-export interface ToolInfo {
-  readonly name: string;
-  readonly description: string;
-  readonly inputSchema: Readonly<Record<string, unknown>>;
 }
 
 /** The result of a command over HTTP. */
@@ -142,10 +105,10 @@ export interface SnapshotInfo {
 
 export type TenantSize = "small" | "medium" | "large";
 
-/** An entry of the audit log. */
+/** An entry of the audit log; `time` is in seconds since the epoch. */
 export interface AuditEntry {
   readonly id: number;
-  readonly time: string;
+  readonly time: number;
   readonly who: string;
   readonly action: string;
   readonly tenant: string | null;
@@ -157,13 +120,6 @@ export interface Size {
   readonly rows: number;
 }
 
-export interface Offsets {
-  readonly stdout: number;
-  readonly stderr: number;
-}
-
-export type ExitReason = "exited" | "cancelled" | "timeout" | "lost";
-
 /** How a command ended. `code` is null if its status was lost: `reason` then says `lost`. */
 export interface Exit {
   readonly code: number | null;
@@ -172,65 +128,6 @@ export interface Exit {
   readonly durationMs: number;
   /** How many processes of its tree still run, null if unknown; `cancel` ends them. */
   readonly left: number | null;
-}
-
-export interface Killed {
-  readonly killed: number;
-  readonly escalated: boolean;
-  readonly survivors: number;
-}
-
-export interface ExecInfo {
-  readonly exec: string;
-  readonly argv: readonly string[];
-  readonly pid: number;
-  readonly startedAt: string;
-  readonly pty: boolean | Size | null;
-  readonly state: "running" | "ended";
-  readonly attached: number;
-  readonly offsets: Offsets;
-  /** How many processes of an ended command still run. */
-  readonly left?: readonly { readonly pid: number; readonly name: string }[];
-}
-
-/** One commit of a tenant's history. */
-export interface Turn {
-  readonly turn: string;
-  readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
-  readonly agent: string;
-  /** The subject of the token. */
-  readonly by: string;
-  /** The request to the agent. */
-  readonly title: string;
-  /** In seconds since the epoch. */
-  readonly at: number;
-  readonly files: number;
-  readonly added: number;
-  readonly removed: number;
-  /** The first of the paths that are too large, or not regular files. */
-  readonly leftOut: readonly string[];
-}
-
-export interface TurnChanges extends Turn {
-  readonly changed: readonly {
-    readonly path: string;
-    readonly added: number;
-    readonly removed: number;
-    readonly binary: boolean;
-  }[];
-  /** A patch, cut if `truncated`. */
-  readonly diff: string;
-  readonly truncated: boolean;
-}
-
-/** One CloudEvent. A `gap` says that events before `data.oldest` are lost: read the state again. */
-export interface GatewayEvent {
-  readonly id: string;
-  readonly type: string;
-  readonly subject?: string;
-  readonly source: string;
-  readonly time: string;
-  readonly data: Readonly<Record<string, unknown>>;
 }
 
 export interface TemplateInfo {

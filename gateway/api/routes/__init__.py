@@ -15,6 +15,7 @@ from gateway.api.routes import (
     lifecycle,
     operator,
     process,
+    reference,
     session,
     tenants,
     tools,
@@ -24,6 +25,7 @@ from gateway.api.routes import (
 ROUTES: Final[tuple[BaseRoute, ...]] = (
     *editor.ROUTES,
     *process.ROUTES,
+    *reference.ROUTES,
     *session.ROUTES,
     *tenants.ROUTES,
     *lifecycle.ROUTES,

@@ -7,19 +7,27 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gateway import protocol
 from gateway.api.access import (
     check_serving,
     for_tenant,
     idempotency_key,
-    json_body,
-    optional_json,
+    queried,
     using_tenant,
+    validated,
     with_token,
 )
+from gateway.api.answers import (
+    Deployment,
+    DeploymentBegun,
+    Deployments,
+    Environment,
+    EnvironmentQuery,
+    Templates,
+    TenantDeployments,
+)
 from gateway.api.http import as_json
+from gateway.api.operation import Operation
 from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.deployments import Record
@@ -30,15 +38,20 @@ from gateway.hostnames import normalized, tenant_name
 
 
 async def templates(request: Request) -> Response:
+    """Answer the templates that can be deployed by name."""
     with_token(request, "deploy")
     found = await asyncio.to_thread(deploying.templates, services(request).settings)
     return as_json({"templates": found})
 
 
 async def deploy(request: Request) -> Response:
+    """Begin a deployment: bring a domain to a site that answers, or update it.
+
+    The same `Idempotency-Key` answers with the same deployment.
+    """
     token = with_token(request, "deploy")
     check_serving(request)
-    body = protocol.validate(deploying.DeployBody, await json_body(request, token))
+    body = await validated(request, token, deploying.DeployBody)
     key = idempotency_key(request)
     wanted = await asyncio.to_thread(body.request)
     record, new = await services(request).deployments.begin(wanted, token, key=key)
@@ -57,7 +70,7 @@ async def publish(request: Request) -> Response:
     name, token = await using_tenant(request, "deploy")
     token.require("files:read")
     check_serving(request)
-    body = protocol.validate(deploying.PublishBody, await json_body(request, token))
+    body = await validated(request, token, deploying.PublishBody)
     key = idempotency_key(request)
     gateway = services(request)
     domain = normalized(body.domain)
@@ -76,14 +89,15 @@ async def rollback(request: Request) -> Response:
     """Bring back a site that the tenant keeps, by a deployment of its own."""
     name, token = for_tenant(request, "deploy")
     check_serving(request)
-    body = protocol.validate(deploying.RollbackBody, await optional_json(request, token))
+    body = await validated(request, token, deploying.RollbackBody)
     return await _change(request, name, token, Rollback(body.to))
 
 
 async def change_environment(request: Request) -> Response:
+    """Change the environment of a site, by a deployment of its own. Null removes a variable."""
     name, token = for_tenant(request, "deploy")
     check_serving(request)
-    body = protocol.validate(deploying.EnvironmentBody, await json_body(request, token))
+    body = await validated(request, token, deploying.EnvironmentBody)
     return await _change(request, name, token, Variables(body.env))
 
 
@@ -96,7 +110,7 @@ async def _change(request: Request, tenant: str, token: Token, change: Change) -
 async def environment(request: Request) -> Response:
     """Answer the names of the site's variables; their values to whom could read them by a command anyway."""
     name, token = for_tenant(request, "deploy")
-    values = protocol.switch(request.query_params, "values")
+    values = queried(request, EnvironmentQuery).values
     if values:
         token.require("exec")
     gateway = services(request)
@@ -125,6 +139,7 @@ async def history(request: Request) -> Response:
 
 
 async def index(request: Request) -> Response:
+    """Answer the newest deployments of the tenants that the token covers."""
     gateway, token = services(request), with_token(request, "deploy")
     found = await gateway.deployments.recent(token.coverage)
     if token.coverage is not None:
@@ -133,10 +148,12 @@ async def index(request: Request) -> Response:
 
 
 async def show(request: Request) -> Response:
+    """Answer one deployment."""
     return as_json((await _covered(request)).to_dict())
 
 
 async def cancel(request: Request) -> Response:
+    """Cancel a deployment, and answer once it is undone; one that has ended is answered as it is."""
     record = await _covered(request)
     return as_json((await services(request).deployments.cancel(record.id)).to_dict())
 
@@ -149,15 +166,57 @@ async def _covered(request: Request) -> Record:
     return record
 
 
+_BEGUN: Final = {202: DeploymentBegun, 200: DeploymentBegun}
+_KEY: Final = ("Idempotency-Key",)
+
 ROUTES: Final = (
-    Route("/v1/templates", templates),
-    Route("/v1/deployments", index),
-    Route("/v1/deployments", deploy, methods=["POST"]),
-    Route("/v1/deployments/{deployment}", show),
-    Route("/v1/tenants/{tenant}/deployments", history),
-    Route("/v1/tenants/{tenant}/publish", publish, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/rollback", rollback, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/env", environment),
-    Route("/v1/tenants/{tenant}/env", change_environment, methods=["PATCH"]),
-    Route("/v1/deployments/{deployment}", cancel, methods=["DELETE"]),
+    Operation("/v1/templates", templates, scope="deploy", answers={200: Templates}),
+    Operation("/v1/deployments", index, scope="deploy", answers={200: Deployments}),
+    Operation(
+        "/v1/deployments",
+        deploy,
+        "POST",
+        scope="deploy",
+        takes=deploying.DeployBody,
+        headers=_KEY,
+        answers=_BEGUN,
+    ),
+    Operation("/v1/deployments/{deployment}", show, scope="deploy", answers={200: Deployment}),
+    Operation("/v1/tenants/{tenant}/deployments", history, scope="deploy", answers={200: TenantDeployments}),
+    Operation(
+        "/v1/tenants/{tenant}/publish",
+        publish,
+        "POST",
+        scope="deploy",
+        takes=deploying.PublishBody,
+        headers=_KEY,
+        answers=_BEGUN,
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/rollback",
+        rollback,
+        "POST",
+        scope="deploy",
+        takes=deploying.RollbackBody,
+        optional=True,
+        headers=_KEY,
+        answers=_BEGUN,
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/env",
+        environment,
+        scope="deploy",
+        query=EnvironmentQuery,
+        answers={200: Environment},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/env",
+        change_environment,
+        "PATCH",
+        scope="deploy",
+        takes=deploying.EnvironmentBody,
+        headers=_KEY,
+        answers=_BEGUN,
+    ),
+    Operation("/v1/deployments/{deployment}", cancel, "DELETE", scope="deploy", answers={200: Deployment}),
 )

@@ -8,17 +8,19 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gateway import protocol
-from gateway.api.access import check_live, using_tenant
+from gateway.api.access import check_live, queried, using_tenant
+from gateway.api.answers import RemovalQuery
 from gateway.api.http import as_json, file_path
+from gateway.api.operation import Media, Operation
 from gateway.api.services import services
 from gateway.errors import Conflict
 from gateway.files import http
+from gateway.protocol.results import FileWritten
 
 
 async def get(request: Request) -> Response:
+    """Answer the bytes of a file, or one range of them."""
     gateway = services(request)
     name, _ = await using_tenant(request, "files:read")
     async with contextlib.AsyncExitStack() as stack:
@@ -27,6 +29,7 @@ async def get(request: Request) -> Response:
 
 
 async def put(request: Request) -> Response:
+    """Put the body in place as a file, at once when its last byte has come."""
     gateway = services(request)
     name, token = await using_tenant(request, "files:write")
     settings, path = gateway.settings, file_path(request)
@@ -44,8 +47,9 @@ async def put(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
+    """Remove a file, a link itself, or a folder."""
     name, token = await using_tenant(request, "files:write")
-    recursive = protocol.switch(request.query_params, "recursive")
+    recursive = queried(request, RemovalQuery).recursive
     given = {"path": file_path(request), "recursive": recursive, **http.conditions(request.headers)}
     try:
         await services(request).files.call(name, "files/remove", given, by=token.subject)
@@ -54,8 +58,34 @@ async def delete(request: Request) -> Response:
     return Response(status_code=204)
 
 
+_PATH: Final = "/v1/tenants/{tenant}/files/{path:any}"
+_BYTES: Final = Media("application/octet-stream")
+_CONDITIONS: Final = ("If-Match", "If-None-Match")
+
 ROUTES: Final = (
-    Route("/v1/tenants/{tenant}/files/{path:any}", get),
-    Route("/v1/tenants/{tenant}/files/{path:any}", put, methods=["PUT"]),
-    Route("/v1/tenants/{tenant}/files/{path:any}", delete, methods=["DELETE"]),
+    Operation(
+        _PATH,
+        get,
+        scope="files:read",
+        headers=("Range", *_CONDITIONS),
+        answers={200: _BYTES, 206: _BYTES, 304: None},
+    ),
+    Operation(
+        _PATH,
+        put,
+        "PUT",
+        scope="files:write",
+        takes=_BYTES,
+        headers=_CONDITIONS,
+        answers={201: FileWritten, 200: FileWritten},
+    ),
+    Operation(
+        _PATH,
+        delete,
+        "DELETE",
+        scope="files:write",
+        query=RemovalQuery,
+        headers=_CONDITIONS,
+        answers={204: None},
+    ),
 )

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway import protocol
-from gateway.api.access import optional_json, using_tenant
+from gateway.api.access import queried, using_tenant, validated
+from gateway.api.answers import HistoryQuery
 from gateway.api.http import as_json, hold
+from gateway.api.operation import Operation
 from gateway.api.services import services
-from gateway.errors import InvalidParams
 from gateway.history import Turn
 from gateway.limits.budget import SMALL
+from gateway.protocol.results import TurnBegun, TurnChanges, TurnEnded, Turns
 from gateway.tools.session import ToolSession
 
 
+class RestoreBody(protocol.Params):
+    """`to` says which state: right `after` the turn, or as it was `before` it."""
+
+    to: Literal["after", "before"] = "after"
+
+
 async def begin(request: Request) -> Response:
+    """Begin a turn of the tool session, and answer the one that ended by it."""
     name, token = await using_tenant(request, "files:write")
-    body = protocol.validate(protocol.TurnBegin, await optional_json(request, token))
+    body = await validated(request, token, protocol.TurnBegin)
     history = services(request).history
     before = await history.begin(name, _session(request, name), body.title, body.agent, token.subject)
     return as_json({"before": None if before is None else before.on_wire()})
 
 
 async def end(request: Request) -> Response:
+    """End the turn of the tool session, and answer it once it is recorded."""
     name, token = await using_tenant(request, "files:write")
     return _turn(await services(request).history.end(name, _session(request, name), token.subject))
 
 
 async def index(request: Request) -> Response:
+    """Answer the tenant's turns, latest first."""
     name, _ = await using_tenant(request, "files:read")
-    limit, before = request.query_params.get("limit", "50"), request.query_params.get("before")
-    if not limit.isdecimal() or not 0 < int(limit[:6]) <= 200:
-        raise InvalidParams("limit is a number from 1 to 200", field="limit")
-    return as_json(await services(request).history.turns(name, int(limit), before))
+    query = queried(request, HistoryQuery)
+    return as_json(await services(request).history.turns(name, query.limit, query.before))
 
 
 async def show(request: Request) -> Response:
+    """Answer a turn with what it changed, and its patch."""
     name, _ = await using_tenant(request, "files:read")
     response = as_json(await services(request).history.changes(name, request.path_params["turn"]))
     if len(response.body) > SMALL:
@@ -48,12 +57,11 @@ async def show(request: Request) -> Response:
 
 
 async def restore(request: Request) -> Response:
+    """Make the files what they were right after a turn, or before it, as a new turn."""
     name, token = await using_tenant(request, "files:write")
-    body = await optional_json(request, token)
-    if not isinstance(body, dict):
-        raise InvalidParams("the body is an object")
-    asked = protocol.validate(protocol.HistoryRestore, {**body, "turn": request.path_params["turn"]})
-    return _turn(await services(request).history.restore(name, asked.turn, asked.to, token.subject))
+    side = (await validated(request, token, RestoreBody)).to
+    turn = request.path_params["turn"]
+    return _turn(await services(request).history.restore(name, turn, side, token.subject))
 
 
 def _session(request: Request, tenant: str) -> ToolSession:
@@ -67,10 +75,42 @@ def _turn(turn: Turn | None) -> Response:
     return as_json({"turn": None if turn is None else turn.on_wire()})
 
 
+_SESSION: Final = ("X-Tool-Session", "X-Read-Before-Write")
+
 ROUTES: Final = (
-    Route("/v1/tenants/{tenant}/turn", begin, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/turn", end, methods=["DELETE"]),
-    Route("/v1/tenants/{tenant}/history", index),
-    Route("/v1/tenants/{tenant}/history/{turn}", show),
-    Route("/v1/tenants/{tenant}/history/{turn}/restore", restore, methods=["POST"]),
+    Operation(
+        "/v1/tenants/{tenant}/turn",
+        begin,
+        "POST",
+        scope="files:write",
+        takes=protocol.TurnBegin,
+        optional=True,
+        headers=_SESSION,
+        answers={200: TurnBegun},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/turn",
+        end,
+        "DELETE",
+        scope="files:write",
+        headers=_SESSION,
+        answers={200: TurnEnded},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/history",
+        index,
+        scope="files:read",
+        query=HistoryQuery,
+        answers={200: Turns},
+    ),
+    Operation("/v1/tenants/{tenant}/history/{turn}", show, scope="files:read", answers={200: TurnChanges}),
+    Operation(
+        "/v1/tenants/{tenant}/history/{turn}/restore",
+        restore,
+        "POST",
+        scope="files:write",
+        takes=RestoreBody,
+        optional=True,
+        answers={200: TurnEnded},
+    ),
 )

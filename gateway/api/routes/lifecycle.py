@@ -6,30 +6,44 @@ Each change is in the audit once it is done.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gateway.api.access import end_with, for_tenant, optional_json, using_tenant
+from gateway.api.access import as_declared, end_with, for_tenant, optional_json, queried, using_tenant
+from gateway.api.answers import LogsQuery, Snapshot, Snapshots, Tenant
 from gateway.api.http import as_json
+from gateway.api.operation import ANY, Media, Operation
 from gateway.api.services import services
 from gateway.errors import Timeout, Unavailable
-from gateway.lifecycle.lifecycle import Ask, Lifecycle, described
+from gateway.lifecycle.lifecycle import (
+    Ask,
+    CloneBody,
+    Lifecycle,
+    RenameBody,
+    ResizeBody,
+    SnapshotBody,
+    described,
+)
 
 _Work = Callable[[Lifecycle, Ask], Awaitable[Mapping[str, Any] | None]]
 
 
 async def start(request: Request) -> Response:
+    """Start a tenant."""
     return await _change(request, "start", Lifecycle.start)
 
 
 async def stop(request: Request) -> Response:
+    """Stop a tenant, for good."""
     return await _change(request, "stop", Lifecycle.stop)
 
 
 async def sleep(request: Request) -> Response:
+    """Stop a tenant until the next visitor or request wakes it."""
     gateway = services(request)
 
     async def work(_: Lifecycle, ask: Ask) -> Mapping[str, Any]:
@@ -40,10 +54,12 @@ async def sleep(request: Request) -> Response:
 
 
 async def restart(request: Request) -> Response:
+    """Stop a tenant and start it again."""
     return await _change(request, "restart", Lifecycle.restart)
 
 
 async def destroy(request: Request) -> Response:
+    """Destroy a tenant and everything of it."""
     return await _change(request, "destroy", Lifecycle.destroy, 204)
 
 
@@ -51,37 +67,48 @@ async def patch(request: Request) -> Response:
     """Change what the body names: the size, or the domain."""
     ask = await _asked(request)
     if isinstance(ask.body, dict) and "size" in ask.body:
-        size = str(ask.body["size"])[:63]
-        return await _done(request, ask, "resize", Lifecycle.resize, facts={"size": size})
+        resize = as_declared(request, ResizeBody, ask.body)
+        ask = replace(ask, body=resize)
+        return await _done(request, ask, "resize", Lifecycle.resize, facts={"size": resize.size})
+    ask = replace(ask, body=as_declared(request, RenameBody, ask.body))
     return await _done(request, ask, "rename", Lifecycle.rename)
 
 
 async def clone(request: Request) -> Response:
-    return await _change(request, "clone", Lifecycle.clone, 201)
+    """Make a tenant whose disk is a copy of this one's, or of a snapshot of it."""
+    ask = await _asked(request, CloneBody)
+    return await _done(request, ask, "clone", Lifecycle.clone, 201)
 
 
 async def snapshots(request: Request) -> Response:
+    """Answer a tenant's snapshots, oldest first."""
     name, token = for_tenant(request, None)
     ask = Ask(name, request.path_params, request.query_params, await optional_json(request, token), token)
     return as_json(await services(request).lifecycle.snapshots(ask))
 
 
 async def snapshot(request: Request) -> Response:
-    return await _change(request, "snapshot", Lifecycle.snapshot, 201)
+    """Keep the disk as it is now."""
+    ask = await _asked(request, SnapshotBody)
+    return await _done(request, ask, "snapshot", Lifecycle.snapshot, 201)
 
 
 async def restore(request: Request) -> Response:
+    """Make the disk what it was. The tenant is stopped for it."""
     return await _change(request, "restore", Lifecycle.restore)
 
 
 async def delete_snapshot(request: Request) -> Response:
+    """Delete a snapshot."""
     return await _change(request, "delete_snapshot", Lifecycle.delete_snapshot, 204)
 
 
 async def logs(request: Request) -> Response:
+    """Answer the last lines of the site's journal."""
     name, token = await using_tenant(request, "files:read")
+    query = queried(request, LogsQuery)
     await optional_json(request, token)  # none is needed, but a broken one is refused
-    following = await services(request).site_logs.open(name, request.query_params)
+    following = await services(request).site_logs.open(name, query.lines, follow=query.follow)
     end_with(request, token, following.end)
     return following
 
@@ -90,9 +117,11 @@ async def _change(request: Request, action: str, work: _Work, status: int = 200)
     return await _done(request, await _asked(request), action, work, status)
 
 
-async def _asked(request: Request) -> Ask:
+async def _asked(request: Request, model: type[BaseModel] | None = None) -> Ask:
     name, token = for_tenant(request, "deploy")
     body = await optional_json(request, token)
+    if model is not None:
+        body = as_declared(request, model, body)
     return Ask(name, request.path_params, request.query_params, body, token)
 
 
@@ -125,16 +154,56 @@ async def _done(
 
 
 ROUTES: Final = (
-    Route("/v1/tenants/{tenant}/start", start, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/stop", stop, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/sleep", sleep, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/restart", restart, methods=["POST"]),
-    Route("/v1/tenants/{tenant}", destroy, methods=["DELETE"]),
-    Route("/v1/tenants/{tenant}", patch, methods=["PATCH"]),
-    Route("/v1/tenants/{tenant}/clone", clone, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/snapshots", snapshots),
-    Route("/v1/tenants/{tenant}/snapshots", snapshot, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/snapshots/{snapshot}/restore", restore, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/snapshots/{snapshot}", delete_snapshot, methods=["DELETE"]),
-    Route("/v1/tenants/{tenant}/logs", logs),
+    Operation("/v1/tenants/{tenant}/start", start, "POST", scope="deploy", answers={200: Tenant}),
+    Operation("/v1/tenants/{tenant}/stop", stop, "POST", scope="deploy", answers={200: Tenant}),
+    Operation("/v1/tenants/{tenant}/sleep", sleep, "POST", scope="deploy", answers={200: Tenant}),
+    Operation("/v1/tenants/{tenant}/restart", restart, "POST", scope="deploy", answers={200: Tenant}),
+    Operation("/v1/tenants/{tenant}", destroy, "DELETE", scope="deploy", answers={204: None}),
+    Operation(
+        "/v1/tenants/{tenant}",
+        patch,
+        "PATCH",
+        scope="deploy",
+        takes=RenameBody | ResizeBody,
+        answers={200: Tenant},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/clone",
+        clone,
+        "POST",
+        scope="deploy",
+        takes=CloneBody,
+        answers={201: Tenant},
+    ),
+    Operation("/v1/tenants/{tenant}/snapshots", snapshots, scope=ANY, answers={200: Snapshots}),
+    Operation(
+        "/v1/tenants/{tenant}/snapshots",
+        snapshot,
+        "POST",
+        scope="deploy",
+        takes=SnapshotBody,
+        optional=True,
+        answers={201: Snapshot},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/snapshots/{snapshot}/restore",
+        restore,
+        "POST",
+        scope="deploy",
+        answers={200: Tenant},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/snapshots/{snapshot}",
+        delete_snapshot,
+        "DELETE",
+        scope="deploy",
+        answers={204: None},
+    ),
+    Operation(
+        "/v1/tenants/{tenant}/logs",
+        logs,
+        scope="files:read",
+        query=LogsQuery,
+        answers={200: Media("text/plain", text=True)},
+    ),
 )

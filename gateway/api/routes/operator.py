@@ -7,13 +7,13 @@ from typing import Annotated, Final
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway import protocol
-from gateway.api.access import as_operator, json_body
+from gateway.api.access import as_operator, queried, validated
+from gateway.api.answers import Audit, AuditQuery, Revoked
 from gateway.api.http import as_json
+from gateway.api.operation import Operation
 from gateway.api.services import services
-from gateway.errors import InvalidParams
 
 
 class RevokeBody(protocol.Params):
@@ -23,8 +23,9 @@ class RevokeBody(protocol.Params):
 
 
 async def revoke(request: Request) -> Response:
+    """Take back a token, and end what is open under it."""
     gateway, token = services(request), as_operator(request)
-    body = protocol.validate(RevokeBody, await json_body(request, token))
+    body = await validated(request, token, RevokeBody)
     await gateway.revocations.add(body.id, token.subject)
     ended = [one for one in gateway.connections if one.token is not None and one.token.id == body.id]
     gateway.grants.revoke(body.id)
@@ -33,21 +34,22 @@ async def revoke(request: Request) -> Response:
 
 
 async def audit(request: Request) -> Response:
+    """Answer who did what, newest first."""
     as_operator(request)
-    query = request.query_params
-    limit, before = query.get("limit", "100"), query.get("before")
-    if (
-        not protocol.NUMBER.fullmatch(limit)
-        or not 0 < int(limit) <= 1000
-        or not protocol.NUMBER.fullmatch(before or "0")
-    ):
-        raise InvalidParams("limit must be a number up to 1000, and before the id of an entry")
-    last = None if before is None else min(int(before), 1 << 62)
-    found = await services(request).audit.entries(int(limit), query.get("tenant"), last)
+    query = queried(request, AuditQuery)
+    last = None if query.before is None else min(query.before, 1 << 62)
+    found = await services(request).audit.entries(query.limit, query.tenant, last)
     return as_json({"entries": found})
 
 
 ROUTES: Final = (
-    Route("/v1/revocations", revoke, methods=["POST"]),
-    Route("/v1/audit", audit),
+    Operation(
+        "/v1/revocations",
+        revoke,
+        "POST",
+        scope="admin",
+        takes=RevokeBody,
+        answers={200: Revoked},
+    ),
+    Operation("/v1/audit", audit, scope="admin", query=AuditQuery, answers={200: Audit}),
 )

@@ -6,19 +6,22 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
+from gateway.api.answers import Alive, Ready
 from gateway.api.http import as_json
 from gateway.api.metrics import Metrics
+from gateway.api.operation import OPEN, Media, Operation
 from gateway.api.services import services
 from gateway.errors import Unavailable
 
 
 async def alive(request: Request) -> Response:
+    """Answer while the process lives."""
     return as_json({"status": "alive"})
 
 
 async def ready(request: Request) -> Response:
+    """Answer when tenants can be served; an error says why not."""
     gateway = services(request)
     if gateway.draining:
         raise Unavailable("the gateway is draining", reason="draining")
@@ -30,11 +33,12 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
+    """Answer the gateway's own numbers, as Prometheus takes them."""
     return Response(services(request).metrics.render(), media_type=Metrics.CONTENT_TYPE)
 
 
 ROUTES: Final = (
-    Route("/healthz", alive),
-    Route("/readyz", ready),
-    Route("/metrics", metrics),
+    Operation("/healthz", alive, scope=OPEN, answers={200: Alive}),
+    Operation("/readyz", ready, scope=OPEN, answers={200: Ready}),
+    Operation("/metrics", metrics, scope=OPEN, answers={200: Media("text/plain", text=True)}),
 )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gateway import protocol
 from gateway.api.access import check_origin, secure, slot, with_token
+from gateway.api.answers import Session
 from gateway.api.http import as_json, read_json
+from gateway.api.operation import ANY, OPEN, Operation
 from gateway.api.services import services
 from gateway.auth import tokens
+from gateway.errors import InvalidParams
 
 _MAX: Final = 32 << 10  # bytes of a body that anybody may send
 
@@ -25,6 +28,7 @@ class SessionBody(protocol.Params):
 
 
 async def show(request: Request) -> Response:
+    """Answer what the token or the cookie grants."""
     token = with_token(request, None)
     by_header = tokens.bearer_token(request.headers.get("authorization")) is not None
     return as_json(_granted(token, None if by_header else slot(request)))
@@ -47,13 +51,17 @@ async def open(request: Request) -> Response:
 
 
 async def close(request: Request) -> Response:
+    """Clear the cookie of the slot that is named, or the one without a slot."""
     check_origin(request)
+    named = slot(request)
+    if named is not None and not re.fullmatch(tokens.SLOT, named):
+        raise InvalidParams("a slot has 1 to 32 of a-z and 0-9", field="slot")
     response = Response(status_code=204)
-    _set_cookie(request, response, tokens.cookie_name(slot(request), secure=secure(request)), "", 0)
+    _set_cookie(request, response, tokens.cookie_name(named, secure=secure(request)), "", 0)
     return response
 
 
-def _granted(token: tokens.Token, slot: str | None) -> dict[str, Any]:
+def _granted(token: tokens.Token, slot: str | None) -> Session:
     return {
         "subject": token.subject,
         "scopes": sorted(token.scopes),
@@ -71,8 +79,10 @@ def _set_cookie(request: Request, response: Response, name: str, value: str, age
     )
 
 
+_SLOT: Final = ("X-Session-Slot",)
+
 ROUTES: Final = (
-    Route("/v1/session", show),
-    Route("/v1/session", open, methods=["POST"]),
-    Route("/v1/session", close, methods=["DELETE"]),
+    Operation("/v1/session", show, scope=ANY, headers=_SLOT, answers={200: Session}),
+    Operation("/v1/session", open, "POST", scope=OPEN, takes=SessionBody, answers={200: Session}),
+    Operation("/v1/session", close, "DELETE", scope=OPEN, headers=_SLOT, answers={204: None}),
 )

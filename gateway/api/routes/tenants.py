@@ -7,32 +7,31 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gateway.api.access import for_tenant, with_token
+from gateway.api.access import for_tenant, queried, with_token
+from gateway.api.answers import Site, Tenants, TenantShown, TenantsQuery, Usage, WakeQuery
 from gateway.api.http import RETRY_AFTER_MS, as_json
+from gateway.api.operation import ANY, OPEN, Media, Operation
 from gateway.api.services import services
-from gateway.errors import GatewayError, InvalidParams
+from gateway.errors import GatewayError
 from gateway.lifecycle.lifecycle import described
-
-_PAGE: Final = 1000  # tenants of one answer, where a limit is named
 
 
 async def index(request: Request) -> Response:
+    """Answer the tenants that the token covers, by name."""
     gateway, token = services(request), with_token(request, None)
-    limit, after = request.query_params.get("limit"), request.query_params.get("after", "")
-    if limit is not None and (not limit.isdecimal() or not 0 < int(limit[:6]) <= _PAGE):
-        raise InvalidParams(f"limit must be a number from 1 to {_PAGE}", field="limit")
+    query = queried(request, TenantsQuery)
     tenants = sorted(
-        (t for t in await gateway.runtime.list() if token.covers(t.name) and t.name > after),
+        (t for t in await gateway.runtime.list() if token.covers(t.name) and t.name > query.after),
         key=attrgetter("name"),
     )
-    shown = tenants if limit is None else tenants[: int(limit)]
+    shown = tenants if query.limit is None else tenants[: query.limit]
     more = {"next": shown[-1].name} if len(shown) < len(tenants) else {}
     return as_json({"tenants": [described(tenant, gateway.settings) for tenant in shown], **more})
 
 
 async def show(request: Request) -> Response:
+    """Answer a tenant with what it uses."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)
@@ -41,11 +40,13 @@ async def show(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
+    """Answer what a tenant uses."""
     name, _ = for_tenant(request, None)
     return as_json(await services(request).runtime.metrics(name))
 
 
 async def site(request: Request) -> Response:
+    """Ask the tenant's site under its domain, and say whether it answers."""
     gateway = services(request)
     name, _ = for_tenant(request, None)
     tenant = await gateway.runtime.get(name)  # raises where there is none
@@ -55,7 +56,7 @@ async def site(request: Request) -> Response:
 async def wake(request: Request) -> Response:
     """Wake the site at a domain. Caddy asks this for visitors; it needs no token."""
     try:
-        await services(request).idle.visit(request.query_params.get("domain", ""))
+        await services(request).idle.visit(queried(request, WakeQuery).domain)
     except GatewayError as error:
         text = f"This site was asleep and could not be woken: {error.message}.\n"
         retry = {"Retry-After": str(RETRY_AFTER_MS // 1000)}
@@ -64,9 +65,16 @@ async def wake(request: Request) -> Response:
 
 
 ROUTES: Final = (
-    Route("/v1/tenants", index),
-    Route("/v1/tenants/{tenant}", show),
-    Route("/v1/tenants/{tenant}/metrics", metrics),
-    Route("/v1/tenants/{tenant}/site", site),
-    Route("/v1/wake", wake),
+    Operation("/v1/tenants", index, scope=ANY, query=TenantsQuery, answers={200: Tenants}),
+    Operation("/v1/tenants/{tenant}", show, scope=ANY, answers={200: TenantShown}),
+    Operation("/v1/tenants/{tenant}/metrics", metrics, scope=ANY, answers={200: Usage}),
+    Operation("/v1/tenants/{tenant}/site", site, scope=ANY, answers={200: Site}),
+    Operation(
+        "/v1/wake",
+        wake,
+        scope=OPEN,
+        query=WakeQuery,
+        answers={204: None},
+        errors=Media("text/plain", text=True),
+    ),
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gateway import protocol
@@ -18,17 +17,22 @@ from gateway.api.access import (
     json_body,
     raw_body,
     using_tenant,
+    validated,
 )
+from gateway.api.answers import Ran
 from gateway.api.http import SHARE, USES, InParts, hold, problem, unless_gone
 from gateway.api.mcp_loading import McpEndpoint
 from gateway.api.oneshot import ExecBody, run
+from gateway.api.operation import ANY, OF_TOOL, Media, Operation
 from gateway.api.services import services
 from gateway.auth.tokens import Token
 from gateway.errors import InvalidParams, NotFound
 from gateway.limits.budget import SMALL
+from gateway.protocol.results import ToolResult
 
 
 async def call(request: Request) -> Response:
+    """Call a tool. The body is its input; a failure in the tool's own terms is a result with `isError`."""
     toolbox, tool = services(request).toolbox, request.path_params["tool"]
     name, token = await using_tenant(request, toolbox.scope(tool))
     arguments = await json_body(request, token)
@@ -52,6 +56,7 @@ async def call(request: Request) -> Response:
 
 
 async def mcp(request: Request) -> Response:
+    """Speak MCP's streamable HTTP."""
     gateway = services(request)
     name, token = for_tenant(request, None)
     if gateway.mcp is None:
@@ -73,18 +78,41 @@ class _McpAnswer(Response):
 
 
 async def exec(request: Request) -> Response:
+    """Run a command, and answer once it has ended with what it printed."""
     gateway = services(request)
     name, token = await using_tenant(request, "exec")
     check_serving(request)
-    body = protocol.validate(ExecBody, await json_body(request, token))
+    body = await validated(request, token, ExecBody)
     room = request.scope[USES].enter_context(request.scope[SHARE].lease())
     with gateway.runtime.expect(name):  # a caller that asks once asks again
         work = run(gateway.execs, name, body, gateway.settings, token.subject, room)
         return InParts(await unless_gone(request, work), gateway.settings.body_timeout)
 
 
+_MCP: Final = "/v1/tenants/{tenant}/mcp"
+_JSON: Final = Media("application/json")
+
 ROUTES: Final = (
-    Route("/v1/tenants/{tenant}/tools/{tool}", call, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/exec", exec, methods=["POST"]),
-    Route("/v1/tenants/{tenant}/mcp", mcp, methods=["GET", "POST", "DELETE"]),
+    Operation(
+        "/v1/tenants/{tenant}/tools/{tool}",
+        call,
+        "POST",
+        scope=OF_TOOL,
+        takes=dict[str, Any],
+        headers=("X-Tool-Session", "X-Read-Before-Write", "Idempotency-Key", "X-Call-Linger"),
+        answers={200: ToolResult},
+    ),
+    Operation("/v1/tenants/{tenant}/exec", exec, "POST", scope="exec", takes=ExecBody, answers={200: Ran}),
+    *(
+        Operation(
+            _MCP,
+            mcp,
+            method,
+            scope=ANY,
+            takes=dict[str, Any] if method == "POST" else None,
+            answers={200: (_JSON, Media("text/event-stream", text=True)), 202: None, 405: None},
+            errors=_JSON,
+        )
+        for method in ("GET", "POST", "DELETE")
+    ),
 )

@@ -1,0 +1,522 @@
+// Made by wire_types.py from the gateway's own schema of `gateway.v1`: do not change it by hand.
+// biome-ignore-all format: it is as it was made
+
+/** `blob` is base64. */
+export type Blob = {
+  readonly uri: string;
+  readonly mimeType: string;
+  readonly blob: string;
+};
+
+export type CancelRequest = {
+  readonly id: string | number;
+};
+
+export type ChangedFile = {
+  readonly path: string;
+  readonly added: number;
+  readonly removed: number;
+  readonly binary: boolean;
+};
+
+export type ClientInfo = {
+  readonly name?: string | undefined;
+  readonly version?: string | undefined;
+};
+
+/** CloudEvents 1.0. `subject` is the tenant; a `gap` says that events before `data.oldest` are gone. */
+export type CloudEvent = {
+  readonly specversion: "1.0";
+  readonly id: string;
+  readonly source: string;
+  readonly type: string;
+  readonly subject?: string | undefined;
+  readonly time: string;
+  readonly data: Readonly<Record<string, unknown>>;
+};
+
+/** Bytes of each stream since the command began. */
+export type Counts = {
+  readonly stdout: number;
+  readonly stderr: number;
+};
+
+export type Draining = {
+  readonly retryAfterMs: number;
+};
+
+/** Nothing: the call succeeded. */
+export type Empty = Readonly<Record<string, never>>;
+
+/** `mode` are the permission bits, `mtime` seconds since the epoch; `target` is where a link points to. */
+export type Entry = {
+  readonly path: string;
+  readonly type: "file" | "directory" | "symlink" | "other";
+  readonly size: number;
+  readonly mode: number;
+  readonly mtime: number;
+  readonly etag: string;
+  readonly target?: string | null | undefined;
+  readonly escaped?: boolean | undefined;
+};
+
+export type EventsEnded = {
+  readonly subscription: number;
+  readonly reason: string;
+};
+
+export type EventsSubscribe = {
+  readonly types?: readonly string[] | null | undefined;
+  readonly lastEventId?: number | null | undefined;
+};
+
+export type EventsUnsubscribe = {
+  readonly subscription: number;
+};
+
+export type ExecAck = {
+  readonly stdout?: number | undefined;
+  readonly stderr?: number | undefined;
+  readonly exec: string;
+};
+
+export type ExecAttach = {
+  readonly acks?: boolean | undefined;
+  readonly window?: number | null | undefined;
+  readonly encoding?: "binary" | "utf-8" | undefined;
+  readonly exec: string;
+  readonly from?: Offsets | undefined;
+  readonly resume?: string | null | undefined;
+};
+
+export type ExecAttached = {
+  readonly channel: number;
+  readonly from: Counts;
+  readonly lost: Counts;
+  readonly state: "running" | "ended";
+  readonly attachment: string;
+  readonly stdin: number;
+  readonly stdinWindow: number;
+};
+
+export type ExecCancel = {
+  readonly exec: string;
+  readonly graceMs?: number | null | undefined;
+};
+
+export type ExecDetached = {
+  readonly exec: string;
+  readonly channel: number;
+  readonly reason: string;
+};
+
+/** `exitCode` is null where it was not seen; `left` counts what of the command's tree runs on. */
+export type ExecExited = {
+  readonly exec: string;
+  readonly exitCode: number | null;
+  readonly signal: string | null;
+  readonly reason: "exited" | "cancelled" | "timeout" | "lost";
+  readonly durationMs: number;
+  readonly offsets: Counts;
+  readonly left: number | null;
+};
+
+/** One command. Of `argv` the first 4096 characters are told. */
+export type ExecInfo = {
+  readonly exec: string;
+  readonly argv: readonly string[];
+  readonly pid: number;
+  readonly startedAt: string;
+  readonly pty: boolean;
+  readonly state: "running" | "ended";
+  readonly attached: number;
+  readonly offsets: Counts;
+  readonly exit?: ExecExited | undefined;
+  readonly left?: readonly LeftProcess[] | undefined;
+};
+
+/** The command has taken so many bytes of this attachment's input. */
+export type ExecInput = {
+  readonly exec: string;
+  readonly channel: number;
+  readonly consumed: number;
+};
+
+export type ExecList = {
+  readonly execs: readonly ExecInfo[];
+};
+
+/** So many bytes in front of what comes next are not sent. */
+export type ExecLost = {
+  readonly exec: string;
+  readonly channel: number;
+  readonly stream: "stdout" | "stderr";
+  readonly bytes: number;
+};
+
+export type ExecRef = {
+  readonly exec: string;
+};
+
+export type ExecResize = {
+  readonly exec: string;
+  readonly cols: number;
+  readonly rows: number;
+};
+
+export type ExecSignal = {
+  readonly exec: string;
+  readonly signal: string | number;
+};
+
+/** `argv` runs a program, `command` a line by bash: one of the two. */
+export type ExecStart = {
+  readonly acks?: boolean | undefined;
+  readonly window?: number | null | undefined;
+  readonly encoding?: "binary" | "utf-8" | undefined;
+  readonly argv?: readonly string[] | null | undefined;
+  readonly command?: string | null | undefined;
+  readonly cwd?: string | null | undefined;
+  readonly env?: Readonly<Record<string, string>> | undefined;
+  readonly user?: string | number | null | undefined;
+  readonly pty?: PtySize | null | undefined;
+  readonly stdin?: boolean | undefined;
+  readonly timeoutMs?: number | null | undefined;
+  readonly lingerMs?: number | null | undefined;
+  readonly execId?: string | null | undefined;
+};
+
+/** `attachment` names this reader, to be given as `resume` after a break. */
+export type ExecStarted = {
+  readonly exec: string;
+  readonly channel: number;
+  readonly pid: number;
+  readonly startedAt: string;
+  readonly attachment: string;
+  readonly stdinWindow: number;
+};
+
+export type FileChange = {
+  readonly path: string;
+  readonly change: "created" | "changed" | "removed";
+};
+
+/** `text`, or else `data` in base64. */
+export type FileContent = {
+  readonly text?: string | undefined;
+  readonly data?: string | undefined;
+  readonly etag: string;
+  readonly encoding: "utf-8" | "base64";
+  readonly size: number;
+  readonly mode: number;
+};
+
+export type FileWritten = {
+  readonly etag: string;
+  readonly size: number;
+  readonly created: boolean;
+};
+
+/** `overflow` says that changes were missed; `ended` why the watch is over. */
+export type FilesChanged = {
+  readonly watch: number;
+  readonly changes: readonly FileChange[];
+  readonly overflow: boolean;
+  readonly ended?: string | undefined;
+};
+
+export type FilesList = {
+  readonly path?: string | undefined;
+  readonly depth?: number | undefined;
+};
+
+export type FilesMkdir = {
+  readonly path: string;
+  readonly createDirs?: boolean | undefined;
+};
+
+export type FilesMove = {
+  readonly from: string;
+  readonly to: string;
+  readonly overwrite?: boolean | undefined;
+  readonly createDirs?: boolean | undefined;
+};
+
+export type FilesPath = {
+  readonly path: string;
+};
+
+export type FilesRemove = {
+  readonly path: string;
+  readonly recursive?: boolean | undefined;
+  readonly ifMatch?: string | null | undefined;
+};
+
+export type FilesUnwatch = {
+  readonly watch: number;
+};
+
+/** `ignore` are names, at any depth; None stands for the gateway's own list. */
+export type FilesWatch = {
+  readonly paths: readonly string[];
+  readonly ignore?: readonly string[] | null | undefined;
+};
+
+/** `text` is written as UTF-8, `data` is base64: one of the two. */
+export type FilesWrite = {
+  readonly path: string;
+  readonly text?: string | null | undefined;
+  readonly data?: string | null | undefined;
+  readonly ifMatch?: string | null | undefined;
+  readonly ifNoneMatch?: string | null | undefined;
+  readonly createDirs?: boolean | undefined;
+};
+
+export type HistoryList = {
+  readonly limit?: number | undefined;
+  readonly before?: string | null | undefined;
+};
+
+/** `to` says which state: right `after` the turn, or as it was `before` it. */
+export type HistoryRestore = {
+  readonly turn: string;
+  readonly to?: "after" | "before" | undefined;
+};
+
+export type HistoryTurn = {
+  readonly turn: string;
+};
+
+/** `data` is base64. */
+export type Image = {
+  readonly type: "image";
+  readonly data: string;
+  readonly mimeType: string;
+};
+
+export type Initialize = {
+  readonly client?: ClientInfo | undefined;
+  readonly token?: string | null | undefined;
+  readonly session?: string | null | undefined;
+  readonly readBeforeWrite?: boolean | undefined;
+};
+
+/** What the gateway is, and what the token allows; `expires` in seconds since the epoch. */
+export type Initialized = {
+  readonly server: Server;
+  readonly protocol: number;
+  readonly tenant: string;
+  readonly workspace: string;
+  readonly user: string;
+  readonly scopes: readonly string[];
+  readonly expires: number;
+  readonly limits: Limits;
+};
+
+export type Killed = {
+  readonly killed: number;
+  readonly escalated: boolean;
+  readonly survivors: number;
+  readonly method: "cgroup" | "scan";
+};
+
+export type LeftProcess = {
+  readonly pid: number;
+  readonly name: string;
+};
+
+/** Numbers that a client should stay below; `maxFrame`, `execTail` and `maxArgument` are bytes. */
+export type Limits = {
+  readonly maxFrame: number;
+  readonly maxRequests: number;
+  readonly maxExecs: number;
+  readonly execTail: number;
+  readonly maxArgument: number;
+};
+
+/** `truncated` where there are more; `skipped` counts the folders that could not be read. */
+export type Listing = {
+  readonly path: string;
+  readonly entries: readonly Entry[];
+  readonly truncated: boolean;
+  readonly skipped: number;
+};
+
+export type NoParams = Readonly<Record<string, never>>;
+
+export type Offsets = {
+  readonly stdout?: number | undefined;
+  readonly stderr?: number | undefined;
+};
+
+export type PtySize = {
+  readonly cols?: number | undefined;
+  readonly rows?: number | undefined;
+};
+
+export type Removed = {
+  readonly removed: number;
+};
+
+/** What a newer token brought to an open connection; `expires` in seconds since the epoch. */
+export type Renewed = {
+  readonly expires: number;
+  readonly scopes: readonly string[];
+};
+
+export type Resource = {
+  readonly type: "resource";
+  readonly resource: Blob;
+};
+
+export type Server = {
+  readonly name: string;
+  readonly version: string;
+};
+
+export type SessionRenew = {
+  readonly token: string;
+};
+
+export type Subscribed = {
+  readonly subscription: number;
+  readonly lastEventId: number;
+};
+
+export type Text = {
+  readonly type: "text";
+  readonly text: string;
+};
+
+export type Tool = {
+  readonly name: string;
+  readonly description: string;
+  readonly inputSchema: Readonly<Record<string, unknown>>;
+};
+
+/** `content` is for the model; `structuredContent` has the same facts as data, and `code` of a failure. */
+export type ToolResult = {
+  readonly content: readonly (Text | Image | Resource)[];
+  readonly isError: boolean;
+  readonly structuredContent: Readonly<Record<string, unknown>>;
+};
+
+export type Tools = {
+  readonly tools: readonly Tool[];
+};
+
+export type ToolsCall = {
+  readonly name: string;
+  readonly arguments?: Readonly<Record<string, unknown>> | undefined;
+  readonly callId?: string | null | undefined;
+  readonly lingerMs?: number | null | undefined;
+};
+
+export type ToolsCancel = {
+  readonly callId: string;
+};
+
+/** One commit of a tenant's history. `title` is what the agent was asked, `at` seconds since the epoch. */
+export type Turn = {
+  readonly turn: string;
+  readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
+  readonly agent: string;
+  readonly by: string;
+  readonly title: string;
+  readonly at: number;
+  readonly files: number;
+  readonly added: number;
+  readonly removed: number;
+  readonly leftOut: readonly string[];
+};
+
+/** `title` is what the agent was asked, `agent` its name; without one it is the token's subject. */
+export type TurnBegin = {
+  readonly title?: string | undefined;
+  readonly agent?: string | null | undefined;
+};
+
+export type TurnBegun = {
+  readonly before: Turn | null;
+};
+
+/** `diff` is a patch, cut off where it is `truncated`. */
+export type TurnChanges = {
+  readonly turn: string;
+  readonly kind: "turn" | "restored" | "outside" | "deployed" | "first";
+  readonly agent: string;
+  readonly by: string;
+  readonly title: string;
+  readonly at: number;
+  readonly files: number;
+  readonly added: number;
+  readonly removed: number;
+  readonly leftOut: readonly string[];
+  readonly changed: readonly ChangedFile[];
+  readonly diff: string;
+  readonly truncated: boolean;
+};
+
+export type TurnEnded = {
+  readonly turn: Turn | null;
+};
+
+export type Turns = {
+  readonly turns: readonly Turn[];
+  readonly more: boolean;
+};
+
+/** `unwatched` counts the folders that cannot be watched. */
+export type Watching = {
+  readonly watch: number;
+  readonly unwatched: number;
+};
+
+/** Parameters and result of each method. */
+export interface Methods {
+  "initialize": { params: Initialize; result: Initialized };
+  "ping": { params: NoParams; result: Empty };
+  "tools/list": { params: NoParams; result: Tools };
+  "tools/call": { params: ToolsCall; result: ToolResult };
+  "tools/cancel": { params: ToolsCancel; result: Empty };
+  "session/end": { params: NoParams; result: Empty };
+  "session/renew": { params: SessionRenew; result: Renewed };
+  "exec/start": { params: ExecStart; result: ExecStarted };
+  "exec/attach": { params: ExecAttach; result: ExecAttached };
+  "exec/ack": { params: ExecAck; result: Empty };
+  "exec/detach": { params: ExecRef; result: Empty };
+  "exec/closeStdin": { params: ExecRef; result: Empty };
+  "exec/resize": { params: ExecResize; result: Empty };
+  "exec/signal": { params: ExecSignal; result: Empty };
+  "exec/cancel": { params: ExecCancel; result: Killed };
+  "exec/list": { params: NoParams; result: ExecList };
+  "exec/wait": { params: ExecRef; result: ExecExited };
+  "files/stat": { params: FilesPath; result: Entry };
+  "files/list": { params: FilesList; result: Listing };
+  "files/read": { params: FilesPath; result: FileContent };
+  "files/write": { params: FilesWrite; result: FileWritten };
+  "files/move": { params: FilesMove; result: Entry };
+  "files/remove": { params: FilesRemove; result: Removed };
+  "files/mkdir": { params: FilesMkdir; result: Entry };
+  "files/watch": { params: FilesWatch; result: Watching };
+  "files/unwatch": { params: FilesUnwatch; result: Empty };
+  "turn/begin": { params: TurnBegin; result: TurnBegun };
+  "turn/end": { params: NoParams; result: TurnEnded };
+  "history/list": { params: HistoryList; result: Turns };
+  "history/diff": { params: HistoryTurn; result: TurnChanges };
+  "history/restore": { params: HistoryRestore; result: TurnEnded };
+  "events/subscribe": { params: EventsSubscribe; result: Subscribed };
+  "events/unsubscribe": { params: EventsUnsubscribe; result: Empty };
+}
+
+/** Parameters of what the server says by itself. */
+export interface Notifications {
+  "exec/exited": ExecExited;
+  "exec/stdin": ExecInput;
+  "exec/lost": ExecLost;
+  "exec/detached": ExecDetached;
+  "events/ended": EventsEnded;
+  "files/changed": FilesChanged;
+  "event": CloudEvent;
+  "server/draining": Draining;
+}

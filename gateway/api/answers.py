@@ -1,0 +1,312 @@
+"""What the HTTP routes answer, and the queries that they take, as clients may rely on them.
+
+The routes declare these, and OpenAPI is made of them. The tests hold every answer of a live gateway against
+that. A later version may add members.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from typing_extensions import TypedDict
+
+from gateway import protocol
+from gateway.deployments.record import Kind, State
+from gateway.errors import WIRE_CODES
+
+Code: TypeAlias = Annotated[str, WithJsonSchema({"type": "string", "enum": list(WIRE_CODES)})]
+Status: TypeAlias = Literal["running", "stopped", "frozen", "starting", "stopping", "error"]
+
+
+# --- queries ------------------------------------------------------------------------------------------
+
+
+def _number(given: object) -> object:
+    if isinstance(given, str):
+        if not protocol.NUMBER.fullmatch(given):
+            raise ValueError("this is a whole number")
+        return int(given)
+    return given
+
+
+def _switch(given: object) -> object:
+    if isinstance(given, str):
+        return protocol.switch({"it": given}, "it")
+    return given
+
+
+Number: TypeAlias = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Switch: TypeAlias = Annotated[
+    bool, BeforeValidator(_switch), WithJsonSchema({"type": "string", "enum": ["0", "1", "false", "true"]})
+]
+
+
+class Query(BaseModel):
+    """Base of all queries: other members are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TenantsQuery(Query):
+    """`after` is the name that the page before this one ended with."""
+
+    limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] | None = None
+    after: str = ""
+
+
+class HistoryQuery(Query):
+    """`before` is a turn, for those before it."""
+
+    limit: Annotated[int, Field(ge=1, le=200), BeforeValidator(_number)] = 50
+    before: str | None = None
+
+
+class AuditQuery(Query):
+    """`before` is the id of an entry, for older ones."""
+
+    tenant: str | None = None
+    limit: Annotated[int, Field(ge=1, le=1000), BeforeValidator(_number)] = 100
+    before: Number | None = None
+
+
+class EnvironmentQuery(Query):
+    """`values` asks for the values too, which takes the scope `exec`."""
+
+    values: Switch = False
+
+
+class RemovalQuery(Query):
+    """`recursive` removes a folder with all that is in it."""
+
+    recursive: Switch = False
+
+
+class LogsQuery(Query):
+    """`lines` are the last ones that are answered; with `follow` what comes, too."""
+
+    lines: Number = 100
+    follow: Switch = False
+
+
+class EventsQuery(Query):
+    """Each a comma-separated list of at most 64 values; a type may end in `*`."""
+
+    tenant: str | None = None
+    deployment: str | None = None
+    type: str | None = None
+    lastEventId: str | None = None
+
+
+class WakeQuery(Query):
+    domain: str = ""
+
+
+# --- answers ------------------------------------------------------------------------------------------
+
+
+class Problem(TypedDict):
+    """RFC 9457. `code` is a word for programs, `detail` for people; facts of the error stand beside them."""
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    code: Code
+
+
+class Alive(TypedDict):
+    status: Literal["alive"]
+
+
+class Ready(TypedDict):
+    status: Literal["ready"]
+
+
+class Session(TypedDict):
+    """What a token grants; `id` is its `jti`, `expires` in seconds since the epoch."""
+
+    subject: str
+    scopes: list[str]
+    tenants: list[str]
+    expires: float
+    id: str
+    slot: str | None
+    domains: list[str] | None
+
+
+class Traffic(TypedDict):
+    received_bytes: int
+    sent_bytes: int
+
+
+class Usage(TypedDict):
+    """What a tenant uses. The runtime `local` knows `processes` alone."""
+
+    cpu_seconds: NotRequired[float]
+    memory_bytes: NotRequired[int]
+    memory_peak_bytes: NotRequired[int | None]
+    memory_limit_bytes: NotRequired[int | None]
+    processes: int
+    disk_bytes: NotRequired[int | None]
+    disk_limit_bytes: NotRequired[int | None]
+    network: NotRequired[dict[str, Traffic]]
+
+
+class Tenant(TypedDict):
+    """One that is `asleep` is stopped until it is asked for."""
+
+    name: str
+    domain: str | None
+    status: Status
+    asleep: bool
+    address: str | None
+    url: str | None
+    port: int | None
+    created: str | None
+    limits: dict[str, Any]
+    location: str | None
+
+
+class TenantShown(Tenant):
+    usage: Usage | None
+
+
+class Tenants(TypedDict):
+    """`next` is to be sent as `after`, where there are more."""
+
+    tenants: list[Tenant]
+    next: NotRequired[str]
+
+
+class Site(TypedDict):
+    """`answers` is null where the tenant has no site, or one that is asleep."""
+
+    answers: bool | None
+    status: int | None
+    reason: NotRequired[Literal["host_refused"]]
+    said: NotRequired[str]
+
+
+class Snapshot(TypedDict):
+    """`size` is what nothing else holds, in bytes."""
+
+    name: str
+    created: str | None
+    size: int | None
+
+
+class Snapshots(TypedDict):
+    snapshots: list[Snapshot]
+
+
+class Ran(TypedDict):
+    """How a command ended, and what it printed; `truncated` where there was more."""
+
+    exec: str
+    exit_code: int | None
+    signal: str | None
+    reason: Literal["exited", "timeout", "cancelled"]
+    truncated: bool
+    duration_ms: int
+    left: int | None
+    stdout: str
+    stderr: str
+
+
+class Template(TypedDict):
+    name: str
+    description: str
+    port: NotRequired[int]
+    error: NotRequired[str]
+
+
+class Templates(TypedDict):
+    templates: list[Template]
+
+
+class DeploymentBegun(TypedDict):
+    id: str
+    tenant: str
+    state: State
+
+
+class Phase(TypedDict):
+    name: str
+    state: Literal["waiting", "running", "done", "failed", "undone"]
+    ms: int | None
+
+
+class Detected(TypedDict):
+    """What a folder was found to be; `lines` say for people what was chosen and why."""
+
+    name: str
+    title: str
+    install: str | None
+    start: str | None
+    static: str | None
+    port: int | None
+    lines: list[str]
+
+
+class Deployment(DeploymentBegun):
+    """One deployment. Times are in seconds since the epoch, `ms` how long it took."""
+
+    domain: str
+    url: str
+    template: str
+    kind: Kind
+    port: int
+    source: str | None
+    rollback: str | None
+    env: list[str] | None
+    created: float
+    ended: float | None
+    ms: int | None
+    error: dict[str, Any] | None
+    warnings: list[str]
+    detected: Detected | None
+    phases: list[Phase]
+
+
+class Deployments(TypedDict):
+    deployments: list[Deployment]
+
+
+class Kept(TypedDict):
+    id: str
+    replaced: float
+
+
+class TenantDeployments(Deployments):
+    """`live` is the one that is served, `kept` are those that can come back."""
+
+    live: str | None
+    kept: list[Kept]
+
+
+class Environment(TypedDict):
+    names: list[str]
+    env: NotRequired[dict[str, str]]
+
+
+class Revoked(TypedDict):
+    """`closed` counts the websockets that ended."""
+
+    id: str
+    closed: int
+
+
+class AuditEntry(TypedDict):
+    """`time` is in seconds since the epoch."""
+
+    id: int
+    time: float
+    who: str
+    action: str
+    tenant: str | None
+    facts: dict[str, Any]
+
+
+class Audit(TypedDict):
+    entries: list[AuditEntry]

@@ -1,0 +1,185 @@
+"""The HTTP API as an OpenAPI 3.1 document, made of the operations and the models that they declare."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+from starlette.routing import BaseRoute
+
+from gateway import __version__
+from gateway.api.answers import Problem
+from gateway.api.operation import ANY, OF_TOOL, OPEN, Media, Operation
+from gateway.auth import tokens
+
+PROBLEM: Final = "application/problem+json"
+_REF: Final = "#/components/schemas/{model}"
+_PARAMETER: Final = re.compile(r"\{(\w+)(?::\w+)?\}")
+
+_PATH: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
+    "tenant": ("A tenant's name.", {"type": "string", "pattern": "^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"}),
+    "deployment": ("A deployment's id.", {"type": "string", "minLength": 1}),
+    "snapshot": ("A snapshot's name.", {"type": "string", "minLength": 1}),
+    "turn": ("A turn: 40 hexadecimal digits.", {"type": "string", "pattern": "^[0-9a-f]{40}$"}),
+    "tool": ("A tool, such as `Read`.", {"type": "string", "minLength": 1}),
+    "path": ("A path relative to the workspace.", {"type": "string", "minLength": 1}),
+}
+_SHORT: Final[dict[str, Any]] = {"type": "string", "minLength": 1, "maxLength": 200}
+_ON: Final[dict[str, Any]] = {"type": "string", "enum": ["0", "1", "false", "true"]}
+_HEADERS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
+    "Idempotency-Key": ("The caller's id: what it names is done once.", _SHORT),
+    "X-Tool-Session": ("Names the tool session.", {"type": "string", "minLength": 1, "maxLength": 128}),
+    "X-Read-Before-Write": ("Refuse to write files that the session has not read.", _ON),
+    "X-Call-Linger": (
+        "Milliseconds that a call outlives its connection.",
+        {"type": "string", "pattern": "^[0-9]{1,15}$"},
+    ),
+    "X-Session-Slot": (
+        "Which of a browser's sessions is meant.",
+        {"type": "string", "pattern": "^[a-z0-9]{1,32}$"},
+    ),
+    "If-Match": ("Only if the file has this etag.", {"type": "string"}),
+    "If-None-Match": ("Only if the file has not this etag; `*` is any file.", {"type": "string"}),
+    "Range": ("One range of bytes.", {"type": "string"}),
+    "Last-Event-ID": ("Go on after this event.", {"type": "string"}),
+}
+
+
+class _Models:
+    """The types of a document, of which each is described once."""
+
+    def __init__(self, types: Iterable[tuple[Any, JsonSchemaMode]]) -> None:
+        adapters = [(str(number), mode, TypeAdapter(kind)) for number, (kind, mode) in enumerate(types)]
+        self._keys = {(_key(kind), mode): str(number) for number, (kind, mode) in enumerate(types)}
+        found, definitions = TypeAdapter.json_schemas(adapters, ref_template=_REF)
+        self._found = {key: value for (key, _), value in found.items()}
+        self.schemas: dict[str, Any] = definitions.get("$defs", {})
+
+    def of(self, kind: Any, mode: JsonSchemaMode) -> dict[str, Any]:
+        return self._found[self._keys[_key(kind), mode]]
+
+
+def _key(kind: Any) -> str:
+    return repr(kind)
+
+
+def document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
+    """Return the OpenAPI document of the operations among `routes`."""
+    operations = [route for route in routes if isinstance(route, Operation)]
+    models = _Models(list(_types(operations)))
+    paths: dict[str, dict[str, Any]] = {}
+    for one in operations:
+        described = _described(one, models)
+        if sum(other.endpoint is one.endpoint for other in operations) > 1:
+            described["operationId"] += f".{one.method.lower()}"
+        paths.setdefault(documented(one.path), {})[one.method.lower()] = described
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "incus-gateway",
+            "version": __version__,
+            "description": "A tenant's websocket is `/v1/tenants/{tenant}/ws`; `/wire.json` is its schema.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": models.schemas,
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+                "session": {"type": "apiKey", "in": "cookie", "name": tokens.cookie_name(None, secure=False)},
+            },
+        },
+    }
+
+
+def documented(path: str) -> str:
+    """Return a route's path as the document has it."""
+    return _PARAMETER.sub(r"{\1}", path)
+
+
+def _types(operations: Iterable[Operation]) -> Iterator[tuple[Any, JsonSchemaMode]]:
+    yield Problem, "serialization"
+    for one in operations:
+        for kind in (one.takes, one.query):
+            if kind is not None and not isinstance(kind, Media):
+                yield kind, "validation"
+        for kind in one.answers.values():
+            if kind is not None and not isinstance(kind, Media | tuple):
+                yield kind, "serialization"
+
+
+def _described(one: Operation, models: _Models) -> dict[str, Any]:
+    summary, _, more = inspect.cleandoc(one.endpoint.__doc__ or "").partition("\n")
+    module = one.endpoint.__module__.rpartition(".")[2]
+    described: dict[str, Any] = {
+        "operationId": f"{module}.{one.endpoint.__name__}",
+        "tags": [module],
+        "summary": summary.rstrip("."),
+        "description": "\n\n".join(part for part in (" ".join(more.split()), _scope(one)) if part),
+        "parameters": list(_parameters(one, models)),
+        "responses": {str(status): _response(kind, models) for status, kind in one.answers.items()},
+    }
+    if one.takes is not None:
+        content = _content(one.takes, models, "validation")
+        described["requestBody"] = {"content": content, "required": not one.optional}
+    error = {PROBLEM: {"schema": models.of(Problem, "serialization")}}
+    if one.errors is not None:
+        error |= _content(one.errors, models, "serialization")
+    described["responses"]["default"] = {"description": "What went wrong, and what to do.", "content": error}
+    if one.required == OPEN:
+        described["security"] = []
+    return described
+
+
+def _scope(one: Operation) -> str:
+    match one.required:
+        case scope if scope == OPEN:
+            return "Needs no token."
+        case scope if scope == ANY:
+            return "Needs a token, with any scopes."
+        case scope if scope == OF_TOOL:
+            return "Needs the scope of the tool."
+        case scope:
+            return f"Needs the scope `{scope}`."
+
+
+def _parameters(one: Operation, models: _Models) -> Iterator[dict[str, Any]]:
+    for name in _PARAMETER.findall(one.path):
+        told, schema = _PATH.get(name, ("", {"type": "string"}))
+        yield {"name": name, "in": "path", "required": True, "description": told, "schema": schema}
+    if one.query is not None:
+        schema = models.of(one.query, "validation")
+        fields = models.schemas[schema["$ref"].rpartition("/")[2]]["properties"]
+        for name, field in fields.items():
+            yield {"name": name, "in": "query", "required": False, "schema": _without_null(field)}
+    for name in one.headers:
+        told, schema = _HEADERS[name]
+        yield {"name": name, "in": "header", "required": False, "description": told, "schema": schema}
+
+
+def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a member of a query, which is missing where it is null in the model."""
+    kept = {name: value for name, value in field.items() if name not in ("default", "title", "anyOf")}
+    some = [one for one in field.get("anyOf", ()) if one.get("type") != "null"]
+    return {**kept, **(some[0] if some else {})}
+
+
+def _response(kind: Any, models: _Models) -> dict[str, Any]:
+    if kind is None:
+        return {"description": "Done."}
+    told = "Done." if isinstance(kind, Media | tuple) else (inspect.cleandoc(kind.__doc__ or "") or "Done.")
+    return {"description": " ".join(told.split()), "content": _content(kind, models, "serialization")}
+
+
+def _content(kind: Any, models: _Models, mode: JsonSchemaMode) -> dict[str, Any]:
+    if isinstance(kind, tuple):
+        return {name: said for one in kind for name, said in _content(one, models, mode).items()}
+    if isinstance(kind, Media):
+        return {kind.type: {"schema": {"type": "string"}} if kind.text else {}}
+    return {"application/json": {"schema": models.of(kind, mode)}}

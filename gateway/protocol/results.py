@@ -1,0 +1,379 @@
+"""The results of every method and the parameters of every notification, as clients may rely on them.
+
+They say what the server sends. `protocol.wire_schema` makes JSON Schema of them, and the tests hold every
+answer of a live gateway against that. A later version may add members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, NotRequired, TypeAlias
+
+from typing_extensions import TypedDict
+
+EntryType: TypeAlias = Literal["file", "directory", "symlink", "other"]
+ExitReason: TypeAlias = Literal["exited", "cancelled", "timeout", "lost"]
+TurnKind: TypeAlias = Literal["turn", "restored", "outside", "deployed", "first"]
+
+
+class Empty(TypedDict):
+    """Nothing: the call succeeded."""
+
+
+class Server(TypedDict):
+    name: str
+    version: str
+
+
+class Limits(TypedDict):
+    """Numbers that a client should stay below; `maxFrame`, `execTail` and `maxArgument` are bytes."""
+
+    maxFrame: int
+    maxRequests: int
+    maxExecs: int
+    execTail: int
+    maxArgument: int
+
+
+class Initialized(TypedDict):
+    """What the gateway is, and what the token allows; `expires` in seconds since the epoch."""
+
+    server: Server
+    protocol: int
+    tenant: str
+    workspace: str
+    user: str
+    scopes: list[str]
+    expires: float
+    limits: Limits
+
+
+class Renewed(TypedDict):
+    """What a newer token brought to an open connection; `expires` in seconds since the epoch."""
+
+    expires: float
+    scopes: list[str]
+
+
+class Tool(TypedDict):
+    name: str
+    description: str
+    inputSchema: dict[str, Any]
+
+
+class Tools(TypedDict):
+    tools: list[Tool]
+
+
+class Text(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class Image(TypedDict):
+    """`data` is base64."""
+
+    type: Literal["image"]
+    data: str
+    mimeType: str
+
+
+class Blob(TypedDict):
+    """`blob` is base64."""
+
+    uri: str
+    mimeType: str
+    blob: str
+
+
+class Resource(TypedDict):
+    type: Literal["resource"]
+    resource: Blob
+
+
+class ToolResult(TypedDict):
+    """`content` is for the model; `structuredContent` has the same facts as data, and `code` of a failure."""
+
+    content: list[Text | Image | Resource]
+    isError: bool
+    structuredContent: dict[str, Any]
+
+
+class Counts(TypedDict):
+    """Bytes of each stream since the command began."""
+
+    stdout: int
+    stderr: int
+
+
+class ExecStarted(TypedDict):
+    """`attachment` names this reader, to be given as `resume` after a break."""
+
+    exec: str
+    channel: int
+    pid: int
+    startedAt: str
+    attachment: str
+    stdinWindow: int
+
+
+ExecAttached = TypedDict(
+    "ExecAttached",
+    {
+        "channel": int,
+        "from": Counts,
+        "lost": Counts,
+        "state": Literal["running", "ended"],
+        "attachment": str,
+        "stdin": int,
+        "stdinWindow": int,
+    },
+)
+"""`lost` bytes in front of `from` are no longer kept; `stdin` counts the bytes of the input that arrived."""
+
+
+class Killed(TypedDict):
+    killed: int
+    escalated: bool
+    survivors: int
+    method: Literal["cgroup", "scan"]
+
+
+class ExecExited(TypedDict):
+    """`exitCode` is null where it was not seen; `left` counts what of the command's tree runs on."""
+
+    exec: str
+    exitCode: int | None
+    signal: str | None
+    reason: ExitReason
+    durationMs: int
+    offsets: Counts
+    left: int | None
+
+
+class LeftProcess(TypedDict):
+    pid: int
+    name: str
+
+
+class ExecInfo(TypedDict):
+    """One command. Of `argv` the first 4096 characters are told."""
+
+    exec: str
+    argv: list[str]
+    pid: int
+    startedAt: str
+    pty: bool
+    state: Literal["running", "ended"]
+    attached: int
+    offsets: Counts
+    exit: NotRequired[ExecExited]
+    left: NotRequired[list[LeftProcess]]
+
+
+class ExecList(TypedDict):
+    execs: list[ExecInfo]
+
+
+class Entry(TypedDict):
+    """`mode` are the permission bits, `mtime` seconds since the epoch; `target` is where a link points to."""
+
+    path: str
+    type: EntryType
+    size: int
+    mode: int
+    mtime: float
+    etag: str
+    target: NotRequired[str | None]
+    escaped: NotRequired[bool]
+
+
+class Listing(TypedDict):
+    """`truncated` where there are more; `skipped` counts the folders that could not be read."""
+
+    path: str
+    entries: list[Entry]
+    truncated: bool
+    skipped: int
+
+
+class FileContent(TypedDict):
+    """`text`, or else `data` in base64."""
+
+    text: NotRequired[str]
+    data: NotRequired[str]
+    etag: str
+    encoding: Literal["utf-8", "base64"]
+    size: int
+    mode: int
+
+
+class FileWritten(TypedDict):
+    etag: str
+    size: int
+    created: bool
+
+
+class Removed(TypedDict):
+    removed: int
+
+
+class Watching(TypedDict):
+    """`unwatched` counts the folders that cannot be watched."""
+
+    watch: int
+    unwatched: int
+
+
+class FileChange(TypedDict):
+    path: str
+    change: Literal["created", "changed", "removed"]
+
+
+class FilesChanged(TypedDict):
+    """`overflow` says that changes were missed; `ended` why the watch is over."""
+
+    watch: int
+    changes: list[FileChange]
+    overflow: bool
+    ended: NotRequired[str]
+
+
+class Turn(TypedDict):
+    """One commit of a tenant's history. `title` is what the agent was asked, `at` seconds since the epoch."""
+
+    turn: str
+    kind: TurnKind
+    agent: str
+    by: str
+    title: str
+    at: int
+    files: int
+    added: int
+    removed: int
+    leftOut: list[str]
+
+
+class TurnBegun(TypedDict):
+    before: Turn | None
+
+
+class TurnEnded(TypedDict):
+    turn: Turn | None
+
+
+class Turns(TypedDict):
+    turns: list[Turn]
+    more: bool
+
+
+class ChangedFile(TypedDict):
+    path: str
+    added: int
+    removed: int
+    binary: bool
+
+
+class TurnChanges(Turn):
+    """`diff` is a patch, cut off where it is `truncated`."""
+
+    changed: list[ChangedFile]
+    diff: str
+    truncated: bool
+
+
+class Subscribed(TypedDict):
+    subscription: int
+    lastEventId: int
+
+
+class CloudEvent(TypedDict):
+    """CloudEvents 1.0. `subject` is the tenant; a `gap` says that events before `data.oldest` are gone."""
+
+    specversion: Literal["1.0"]
+    id: str
+    source: str
+    type: str
+    subject: NotRequired[str]
+    time: str
+    data: dict[str, Any]
+
+
+class ExecInput(TypedDict):
+    """The command has taken so many bytes of this attachment's input."""
+
+    exec: str
+    channel: int
+    consumed: int
+
+
+class ExecLost(TypedDict):
+    """So many bytes in front of what comes next are not sent."""
+
+    exec: str
+    channel: int
+    stream: Literal["stdout", "stderr"]
+    bytes: int
+
+
+class ExecDetached(TypedDict):
+    exec: str
+    channel: int
+    reason: str
+
+
+class EventsEnded(TypedDict):
+    subscription: int
+    reason: str
+
+
+class Draining(TypedDict):
+    retryAfterMs: int
+
+
+RESULTS: Final[Mapping[str, Any]] = {
+    "initialize": Initialized,
+    "ping": Empty,
+    "tools/list": Tools,
+    "tools/call": ToolResult,
+    "tools/cancel": Empty,
+    "session/end": Empty,
+    "session/renew": Renewed,
+    "exec/start": ExecStarted,
+    "exec/attach": ExecAttached,
+    "exec/ack": Empty,
+    "exec/detach": Empty,
+    "exec/closeStdin": Empty,
+    "exec/resize": Empty,
+    "exec/signal": Empty,
+    "exec/cancel": Killed,
+    "exec/list": ExecList,
+    "exec/wait": ExecExited,
+    "files/stat": Entry,
+    "files/list": Listing,
+    "files/read": FileContent,
+    "files/write": FileWritten,
+    "files/move": Entry,
+    "files/remove": Removed,
+    "files/mkdir": Entry,
+    "files/watch": Watching,
+    "files/unwatch": Empty,
+    "turn/begin": TurnBegun,
+    "turn/end": TurnEnded,
+    "history/list": Turns,
+    "history/diff": TurnChanges,
+    "history/restore": TurnEnded,
+    "events/subscribe": Subscribed,
+    "events/unsubscribe": Empty,
+}
+
+NOTIFICATIONS: Final[Mapping[str, Any]] = {
+    "exec/exited": ExecExited,
+    "exec/stdin": ExecInput,
+    "exec/lost": ExecLost,
+    "exec/detached": ExecDetached,
+    "events/ended": EventsEnded,
+    "files/changed": FilesChanged,
+    "event": CloudEvent,
+    "server/draining": Draining,
+}
