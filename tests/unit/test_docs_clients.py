@@ -1,4 +1,4 @@
-"""The examples of docs/clients.md: they are whole programs, and what they name is there."""
+"""The examples of the docs: they are whole programs, and what they name is there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ import pytest
 from gateway_client import Client, Deployment, DeploymentRecord, Exec, Tenant, anthropic, claude, errors, sync
 from gateway_client.files import Files
 
-PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "clients.md").read_text()
+PAGES = [
+    PAGE,
+    *(page.read_text() for page in (*DOCS.glob("start/*.md"), DOCS / "cookbook.md", DOCS / "tutorial.md")),
+]
+EXAMPLES = re.findall(r"^```python(?: title=\S+)?\n(.*?)^```$", "\n".join(PAGES), re.M | re.S)
 # what the examples call these, by module of the client
 KINDS: dict[str, Any] = {
     "client": Client,
@@ -91,4 +96,4 @@ def test_the_tree_of_errors_is_all_of_them() -> None:
 
 
 def test_every_adapter_has_its_example() -> None:
-    assert len(EXAMPLES) == PAGE.count("```python") >= 7
+    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES) >= 7 + 8

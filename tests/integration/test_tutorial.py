@@ -1,0 +1,95 @@
+"""docs/tutorial.md, followed literally: each of its commands and programs, in one shell, with a real Caddy.
+
+The gateway is of the runtime `local`; what is different in a container, other tests show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+from gateway.settings import Settings
+from tests.integration.sites import RealCaddy
+from tests.live import free_ports, local_gateway
+
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
+ADDRESS = "http://127.0.0.1:8080"
+BLOCK = re.compile(r'^```(sh|python)(?: title="(\S+)")?\n(.*?)^```$', re.M | re.S)
+
+
+async def test_the_first_hour_is_as_it_says(tmp_path: Path) -> None:
+    state, work, programs = (tmp_path / name for name in ("state", "work", "bin"))
+    for folder in (state, work, programs):
+        folder.mkdir()
+    http, https, ask, admin, port = free_ports(5)
+    settings = Settings(
+        runtime="local",
+        state_dir=state,
+        listen=f"127.0.0.1:{port}",
+        caddy_admin=f"http://127.0.0.1:{admin}",
+        caddy_issuer="internal",
+        caddy_http=http,
+        caddy_https=https,
+        caddy_ask=ask,
+    )
+    caddy = RealCaddy(settings)
+    gateway = await local_gateway(
+        state,
+        "demo",
+        GATEWAY_LISTEN=settings.listen,
+        GATEWAY_CADDY_ADMIN=settings.caddy_admin,
+        GATEWAY_CADDY_ISSUER=settings.caddy_issuer,
+        GATEWAY_CADDY_HTTP=str(http),
+        GATEWAY_CADDY_HTTPS=str(https),
+        GATEWAY_CADDY_ASK=str(ask),
+    )
+    gateway.port, gateway.url = port, f"http://{settings.listen}"
+    command = programs / "incus-gateway"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m gateway "$@"\n')
+    command.chmod(0o755)
+
+    lines = ["set -eu -o pipefail"]
+    text = PAGE.read_text()
+    assert ADDRESS in text
+    for language, title, code in BLOCK.findall(text):
+        if language == "python":
+            (work / title).write_text(code)
+        else:
+            lines.append(code.replace(ADDRESS, gateway.url))
+    assert len(lines) >= 8
+
+    await caddy.start()
+    try:
+        await gateway.start()
+        path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", "\n".join(lines)),
+            cwd=work,
+            env={**gateway.environment, "PATH": path},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(100):
+            printed = (await process.communicate())[0].decode()
+        assert process.returncode == 0, printed
+        await gateway.stop()
+    finally:
+        await caddy.stop()
+    # what the page says will be seen, in this order
+    for seen in (
+        "demo",
+        "note.txt",
+        "-made in the tenant",
+        "+changed from outside",
+        "3\\n'",  # as a chunk of bytes, alone or with those before it
+        "Undo: Say hello",
+        "made in the tenant",
+        "hello.localhost",
+        "<h1>Hello again</h1>",
+        "<h1>Hello</h1>",
+    ):
+        before, found, printed = printed.partition(seen)
+        assert found, f"{seen!r} does not come after {before[-300:]!r}"
