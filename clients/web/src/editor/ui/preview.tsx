@@ -5,6 +5,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { previewOpen, remembered } from "../state/layout.js";
 import { allows, session } from "../state/session.js";
 import type { Workspace } from "../state/workspace.js";
+import { showMenu } from "./menu.js";
 import { Empty, Icon, IconButton, Spinner } from "./parts.js";
 
 /** Grows whenever the site is to be loaded again. */
@@ -83,19 +84,25 @@ export function Preview({ current }: { current: Workspace }) {
             onFocus={(event) => event.currentTarget.select()}
           />
         </form>
-        <select
-          class="device"
-          aria-label="Size of the site"
-          title="Size of the site"
-          value={device.value}
-          onChange={(event) => {
-            device.value = event.currentTarget.value;
-          }}
-        >
-          {Object.keys(DEVICES).map((name) => (
-            <option key={name}>{name}</option>
-          ))}
-        </select>
+        <IconButton
+          icon="monitor"
+          label={`Size of the site: ${device.value}`}
+          size={14}
+          pressed={DEVICES[device.value] != null}
+          onClick={(event) =>
+            showMenu(
+              event,
+              "Size of the site",
+              Object.entries(DEVICES).map(([name, size]) => ({
+                label: size === null ? name : `${name}, ${size.width} × ${size.height}`,
+                icon: name === device.value ? ("check" as const) : ("monitor" as const),
+                run: () => {
+                  device.value = name;
+                },
+              })),
+            )
+          }
+        />
         {url !== null && (
           <a
             class="icon-button"
