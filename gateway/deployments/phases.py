@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.bounds import aside
+from gateway.caddy import Caddy
+from gateway.deployments import live_files
 from gateway.deployments.context import Context
 from gateway.deployments.former import keep_former, live_one
 from gateway.deployments.installing import install
@@ -23,6 +25,7 @@ from gateway.deployments.progress import place
 from gateway.deployments.record import Record
 from gateway.deployments.register import Running
 from gateway.deployments.request import Request
+from gateway.deployments.route_change import RouteChange
 from gateway.deployments.template import Template, named, uploaded
 from gateway.deployments.verify import Subject
 from gateway.detection.frameworks import Framework, listening, shortage
@@ -33,7 +36,6 @@ from gateway.runtime.probe import HostRefused, answer
 from gateway.runtime.sites import Exchange, Exposure, Order, Recipe, Side
 from gateway.settings import Settings
 from gateway.storage.store import StoreFailed
-from gateway.tools.mirroring import KEPT, LOST
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Phases:
         self._exposure: Exposure
         self._side: Side = "live"
         self._prepared = False
-        self._restored: str | None = None  # address of the old site, after it was started again
+        self._route = RouteChange(self._caddy, self._record.domain, undo)
         self._memory = 0  # bytes of the tenant's memory; 0 if unknown
 
     @property
@@ -187,8 +189,10 @@ class Phases:
         if self._copied:
             return {}
         lost = b""
-        if record.kind == "update":
-            lost = await self._lost()
+        if record.kind == "update" and not self._template.shared:
+            # a template deployed by name is the operator's, and what a tenant added to it stays
+            stays = await asyncio.to_thread(self._template.stays)
+            lost = await live_files.lost(self._context, record.tenant, stays)
         await self._sites.push(record.tenant, self._side, self._recipe, self._request.env, lost)
         if not lost:
             return {}
@@ -197,26 +201,6 @@ class Phases:
             self._progress.say("push")(f"removed {show(os.fsdecode(name))}")
         self._progress.flush("push")
         return {"removed": len(names)}
-
-    async def _lost(self) -> bytes:
-        """Return the files of the live site that are not in the new folder, each followed by a NUL.
-
-        Empty for a template deployed by name: it is the operator's, and what a tenant added to it stays.
-        """
-        workers = self._context.workers
-        if workers is None or self._template.shared:
-            return b""
-        root = await self._runtime.filesystem(self._record.tenant)
-        given = await asyncio.to_thread(self._template.stays)
-        return await workers.call(root, LOST, given, search=True)
-
-    async def _kept(self) -> bytes:
-        """Return the existing files of the live site that an update keeps, each path followed by a NUL."""
-        workers, given = self._context.workers, await self._lasting()
-        if workers is None or not given["keep"]:
-            return b""
-        root = await self._runtime.filesystem(self._record.tenant)
-        return await workers.call(root, KEPT, given, search=True)
 
     async def _lasting(self) -> dict[str, Any]:
         """Return the request to a worker for the files of the live site to keep."""
@@ -241,25 +225,8 @@ class Phases:
     async def route(self) -> dict[str, Any]:
         self._answered = await self._answering(self._side, self._exposure)
         if self._record.kind == "create":  # an update routes its visitors there once it has settled
-            self._lead()
+            self._route.to(self._exposure.target)
         return {"url": self._record.url}
-
-    def _lead(self) -> None:
-        domain = self._record.domain
-        before = self._caddy.get(domain)
-        self._undo.callback(self._lead_back, before)
-        self._caddy.set(domain, self._exposure.target)
-
-    def _lead_back(self, before: str | None) -> None:
-        """Restore the domain's former route, unless it has been changed since by somebody else."""
-        domain = self._record.domain
-        if self._caddy.get(domain) != self._exposure.target:
-            return
-        before = self._restored or before
-        if before is None:
-            self._caddy.unset(domain)
-        else:
-            self._caddy.set(domain, before)
 
     def _unless_another(self, undo: Callable[[str], Awaitable[None]]) -> None:
         """Register an undo that does nothing if the tenant is gone by then, or its name is another's."""
@@ -279,7 +246,7 @@ class Phases:
             await self._verifier.settled(site, "caddy", self._answered, seconds, follow=not self._copied)
         else:
             await self._verifier.settled(site, "direct", self._answered, seconds)
-            self._lead()
+            self._route.to(self._exposure.target)
             await self._verifier.seen(site)
             live = await self._settle()
         record.settled = True
@@ -297,7 +264,7 @@ class Phases:
                     _arrival(time.monotonic())
                 )  # of visitors at the next site, which is then stopped
             if self._settings.caddy_issuer == "internal":
-                group.create_task(self._certify(facts))
+                group.create_task(_certify(self._caddy, record.domain, facts))
         if record.kind == "update":
             await keep_former(self._context, record)
             await sites.clear(record.tenant)
@@ -307,15 +274,12 @@ class Phases:
             self._verifier.watch(site, self._settings.settle_time, told)
         return facts
 
-    async def _certify(self, facts: dict[str, Any]) -> None:
-        facts["certificate"] = await self._caddy.certify(self._record.domain, 10.0) or "issued"
-
     async def _settle(self) -> Exposure:
         """Put the next site in the live one's place; visitors reach the next one throughout."""
         record, sites = self._record, self._sites
         self._unless_another(self._unsettle)
         led = time.monotonic()
-        kept = await self._kept()
+        kept = await live_files.kept(self._context, record.tenant, await self._lasting())
         await _arrival(led)  # of visitors at the live site, which is then stopped
         with self._context.exchanging(record.tenant):
             await sites.settle(record.tenant, self._recipe, kept, self.how)
@@ -334,9 +298,9 @@ class Phases:
             _, recipe = await sites.former.live(tenant)
             if recipe is not None:
                 live = await sites.expose(tenant, "live", recipe)
-                self._restored = live.target
+                self._route.restored = live.target
                 await answer(live.address, live.port, recipe.health, _RETURNS, host=domain)
-                self._lead_back(live.target)
+                self._route.back(live.target)
                 await _arrival(time.monotonic())
 
     async def _answering(self, side: Side, exposure: Exposure) -> float:
@@ -363,6 +327,10 @@ async def template_of(request: Request, tenant: str, settings: Settings) -> Temp
         return await asyncio.to_thread(named, template, settings)
     assert isinstance(template, bytes)  # a change has other phases
     return await aside(tenant, _ARCHIVE, uploaded, template, settings, request.overrides)
+
+
+async def _certify(caddy: Caddy, domain: str, facts: dict[str, Any]) -> None:
+    facts["certificate"] = await caddy.certify(domain, 10.0) or "issued"
 
 
 async def _arrival(led: float) -> None:
