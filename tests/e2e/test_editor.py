@@ -251,7 +251,7 @@ async def test_files_are_dropped_moved_found_and_replaced_in(editor: OpenEditor,
     await side.get_by_role("button", name="Replace in files").click()
     await side.get_by_label("Replace by").fill("fewer words")
     await expect(side.locator(".found-line")).to_have_count(1)
-    await side.get_by_role("button", name="Replace all that was found").click()
+    await side.get_by_role("button", name="Replace all matches").click()
     await page.get_by_role("dialog").get_by_role("button", name="Replace", exact=True).click()
     await expect(window.text).to_have_text("two words, fewer words")
     assert run(site, "cat public/in/dropped.txt; rm -r public/in") == "two words, fewer words"

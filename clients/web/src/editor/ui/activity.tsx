@@ -22,7 +22,7 @@ export function ActivityView({ current }: { current: Workspace }) {
         <IconButton
           icon="locate"
           label={
-            activity.follow.value ? "Stop following written files" : "Follow: show each file that is written"
+            activity.follow.value ? "Stop following written files" : "Follow: open each file that is written"
           }
           pressed={activity.follow.value}
           onClick={() => {

@@ -46,8 +46,8 @@ export function Conflict({ current, doc }: { current: Workspace; doc: Doc }) {
         <h2>{gone ? `${doc.name} was deleted meanwhile` : `${doc.name} was changed meanwhile`}</h2>
       </header>
       <div class="sides" aria-hidden="true">
-        <span>{gone ? "Theirs: the file is gone" : "Theirs, as the file is now"}</span>
-        <span>Mine, to be saved — change it here, or take parts by the arrows</span>
+        <span>{gone ? "Theirs: the file was deleted" : "Theirs, as the file is now"}</span>
+        <span>Mine, to be saved — edit it here, or take parts with the arrows</span>
       </div>
       <div class="merge" ref={host}>
         {!ready && (

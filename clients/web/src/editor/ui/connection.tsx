@@ -29,13 +29,15 @@ export function tell({ state, attempt, error }: LinkStatus): Told {
       return {
         tone: attempt > 3 ? "bad" : "busy",
         word: "Reconnecting",
-        sentence: "The connection is lost. Your text stays here, and terminals go on where they were.",
+        sentence:
+          "The connection is lost. Your text stays here, and terminals will continue where they were.",
       };
     case "offline":
       return {
         tone: "bad",
         word: "Offline",
-        sentence: "This device is offline. Your text stays here, and terminals go on where they were.",
+        sentence:
+          "This device is offline. Your text stays here, and terminals will continue where they were.",
       };
     case "unauthorized":
       return { tone: "bad", word: "Signed out", sentence: "The session has ended. Your text stays here." };
@@ -88,7 +90,7 @@ export function Stopped({ current }: { current: Workspace }) {
           {starting ? <Spinner label="Starting" /> : "Start it"}
         </button>
       ) : (
-        <span class="hint">A token with the scope deploy can start it.</span>
+        <span class="hint">You need a token with the scope deploy to start it.</span>
       )}
     </div>
   );

@@ -89,7 +89,7 @@ export function DeployView({ current }: { current: Workspace }) {
                 </span>
               </label>
             ))}
-            {deploys.templates.value.length === 0 && <p class="hint">This gateway has no template.</p>}
+            {deploys.templates.value.length === 0 && <p class="hint">This gateway has no templates.</p>}
           </fieldset>
           <button
             type="submit"

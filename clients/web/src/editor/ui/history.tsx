@@ -155,7 +155,7 @@ function Changes({ turn, current }: { turn: TurnChanges; current: Workspace }) {
           </pre>
         </section>
       )}
-      {turn.truncated && <p class="where">The rest of the patch is too long to be shown.</p>}
+      {turn.truncated && <p class="where">The rest of the patch is too long to show.</p>}
     </div>
   );
 }

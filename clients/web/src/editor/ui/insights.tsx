@@ -135,8 +135,8 @@ function Stopping(props: {
       </h2>
       <p>
         {word === "stop"
-          ? "Its site is away until the tenant is started again. Everything that runs in it ends, terminals and commands of others too; files stay."
-          : "Its site is away for some seconds. Everything that runs in it ends, terminals and commands of others too; files stay."}
+          ? "Its site is down until the tenant is started again. Everything that runs in it ends, including other people's terminals and commands. Files stay."
+          : "Its site is down for some seconds. Everything that runs in it ends, including other people's terminals and commands. Files stay."}
       </p>
       {running !== null && running.length > 0 && (
         <ul aria-label="What ends">

@@ -157,10 +157,10 @@ export function Palette({ current }: { current: Workspace | null }) {
         {choices.length === 0 && (
           <p class="hint">
             {mode === "files" && name === ""
-              ? "Type a part of the file's name."
+              ? "Type part of a file name."
               : files === null
                 ? "Looking…"
-                : "No file has this name."}
+                : "No file has that name."}
           </p>
         )}
       </div>

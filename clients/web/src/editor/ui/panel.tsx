@@ -76,7 +76,7 @@ export function Panel({ current }: { current: Workspace }) {
           {active?.state.value === "running" && !active.foreign && (
             <IconButton
               icon="octagon-x"
-              label="Cancel: end the command with everything it started"
+              label="Cancel: end the command and everything that it started"
               danger
               onClick={() => void terminals.cancel(active)}
             />

@@ -226,7 +226,7 @@ export function copy(text: string): void {
   navigator.clipboard
     .writeText(text)
     .then(() => say(`Copied ${text}`))
-    .catch(() => complain(new Error("This browser does not let the page copy."))); // over plain HTTP
+    .catch(() => complain(new Error("This browser does not allow copying."))); // over plain HTTP
 }
 
 export function Key({ children }: { children: string }) {

@@ -109,8 +109,8 @@ export function Preview({ current }: { current: Workspace }) {
             href={url}
             target="_blank"
             rel="noreferrer"
-            aria-label="Open in a tab of its own"
-            title="Open in a tab of its own"
+            aria-label="Open in a new tab"
+            title="Open in a new tab"
           >
             <Icon name="external-link" size={14} />
           </a>

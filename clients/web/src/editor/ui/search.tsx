@@ -99,7 +99,7 @@ export function SearchView({ current }: { current: Workspace }) {
             />
             <IconButton
               icon="replace"
-              label="Replace all that was found"
+              label="Replace all matches"
               disabled={found === null || found.total === 0 || search.busy.value}
               onClick={() => {
                 asking.value = true;

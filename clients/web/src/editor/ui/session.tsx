@@ -36,7 +36,7 @@ function Bar({ current, over }: { current: Workspace; over: boolean }) {
     <form class={`session-bar ${over ? "bad" : ""}`} onSubmit={submit} aria-label="The session">
       <Icon name="key-round" size={15} />
       <span role={over ? "alert" : "status"}>
-        {over ? "The session has ended. Your text stays here; what you save waits." : <Left />}
+        {over ? "The session has ended. Your text stays here, and saves wait until you sign in." : <Left />}
       </span>
       <div class="field small">
         <input
@@ -51,7 +51,7 @@ function Bar({ current, over }: { current: Workspace; over: boolean }) {
         />
       </div>
       <button type="submit" class="primary" disabled={!ready}>
-        {busy ? <Spinner label="Signing in" /> : over ? "Sign in" : "Go on with it"}
+        {busy ? <Spinner label="Signing in" /> : over ? "Sign in" : "Continue with it"}
       </button>
       {failure !== null && (
         <p class="problem" role="alert">

@@ -52,7 +52,7 @@ export function SiteView({ current }: { current: Workspace }) {
           label="Domain"
           initial={info?.domain ?? ""}
           verb="Change"
-          hint="Visitors come by it from then on, and no longer by the old one. Empty: none."
+          hint="Visitors use it from then on, and no longer the old one. Leave it empty for none."
           empty
           run={(typed) => site.rename(typed === "" ? null : typed)}
         />
@@ -60,7 +60,7 @@ export function SiteView({ current }: { current: Workspace }) {
           label="Publish to"
           placeholder="www.example.com"
           verb="Publish"
-          hint="Builds this site for production and serves that at another domain. Again: an update."
+          hint="Builds this site for production and serves the result at another domain. Publish again to update it."
           run={(typed) => site.publish(typed)}
         />
       </Part>
@@ -75,7 +75,7 @@ export function SiteView({ current }: { current: Workspace }) {
           label="Clone to a new tenant"
           placeholder={`${current.name}-2`}
           verb="Clone"
-          hint="A copy of the disk, with an address of its own and no domain yet."
+          hint="A copy of the disk, with a new address and no domain yet."
           run={async (typed) => {
             const done = await site.clone(typed, null);
             if (done) say(`${typed} is there.`);
@@ -94,7 +94,7 @@ export function SiteView({ current }: { current: Workspace }) {
 function destroying(current: Workspace): void {
   asking.value = {
     title: `Destroy ${current.name}?`,
-    text: "Its files, snapshots, former sites and environment are deleted at once, its site ends, and nothing brings them back.",
+    text: "Its site, files, snapshots, former sites and environment are deleted at once and cannot be restored.",
     verb: "Destroy",
     word: current.name,
     run: async () => {
@@ -200,7 +200,7 @@ function Deployments({ current }: { current: Workspace }) {
   const busy =
     site.doing.value !== null || current.deploys.list.value.some(({ state }) => state === "running");
   if (deployed === null) return <Spinner label="Asking" />;
-  if (deployed.deployments.length === 0) return <p class="hint">Nothing was deployed to it.</p>;
+  if (deployed.deployments.length === 0) return <p class="hint">Nothing has been deployed yet.</p>;
   return (
     <ul class="records">
       {deployed.deployments.slice(0, SHOWN).map((record) => {
@@ -223,11 +223,11 @@ function Deployments({ current }: { current: Workspace }) {
               <button
                 type="button"
                 disabled={busy}
-                title="Serve this site again, with its files and environment of then"
+                title="Serve this site again, with its files and environment"
                 onClick={() => {
                   asking.value = {
                     title: `Go back to the site of ${when(record.created)}?`,
-                    text: "The site that is live now is kept, so that you can go forward again. Files that were changed since are kept with it.",
+                    text: "The site that is live now is kept with all its changes, so that you can go forward again.",
                     verb: "Go back",
                     run: () => void site.rollback(domain, record.id),
                   };
@@ -270,7 +270,7 @@ function Environment({ current }: { current: Workspace }) {
                 onClick={() => {
                   asking.value = {
                     title: `Remove ${known}?`,
-                    text: "The site starts anew without it. Its value is kept with the former site only.",
+                    text: "The site restarts without it. Its value is kept only with the former site.",
                     verb: "Remove",
                     run: () => void site.setVariable(domain, known, null),
                   };
@@ -317,7 +317,7 @@ function Environment({ current }: { current: Workspace }) {
           Set
         </button>
       </form>
-      <p class="hint">Each change starts the site anew; visitors notice nothing.</p>
+      <p class="hint">Each change restarts the site; visitors notice nothing.</p>
     </>
   );
 }
@@ -341,7 +341,7 @@ function Snapshots({ current }: { current: Workspace }) {
               onClick={() => {
                 asking.value = {
                   title: `Restore ${name}?`,
-                  text: "The whole disk becomes what it was then: files, history and installed programs. What was changed since is lost, and everything that runs in the tenant ends. Take a snapshot first if you may want it back.",
+                  text: "The whole disk is restored: files, history and installed programs. All later changes are lost, and everything that runs in the tenant ends. Take a snapshot first if you may want them back.",
                   verb: "Restore",
                   run: () => void site.restore(name),
                 };
@@ -356,7 +356,7 @@ function Snapshots({ current }: { current: Workspace }) {
               onClick={() => {
                 asking.value = {
                   title: `Delete ${name}?`,
-                  text: "The tenant stays as it is; it can no longer go back to this snapshot.",
+                  text: "The tenant stays as it is, but cannot be restored to this snapshot any more.",
                   verb: "Delete",
                   run: () => void site.deleteSnapshot(name),
                 };
@@ -369,7 +369,7 @@ function Snapshots({ current }: { current: Workspace }) {
         label="New snapshot"
         placeholder="by the time"
         verb="Take"
-        hint="Keeps the disk as it is now. At most 20."
+        hint="Saves the current state of the disk. At most 20."
         empty
         run={(typed) => site.snapshot(typed)}
       />

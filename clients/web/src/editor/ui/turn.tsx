@@ -62,9 +62,9 @@ export function TurnDiff({ turn, current }: { turn: TurnChanges; current: Worksp
           />
         ))}
         {(turn.truncated || shown.length < files.length) && (
-          <p class="where">The rest is too long to be shown.</p>
+          <p class="where">The rest is too long to show.</p>
         )}
-        {files.length === 0 && <p class="where">No line changed.</p>}
+        {files.length === 0 && <p class="where">No lines changed.</p>}
       </section>
       <footer>
         <button type="button" onClick={close}>
