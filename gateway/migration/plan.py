@@ -166,7 +166,7 @@ def _notes(wanted: Wanted, old: Old, found: Found, read_only: bool, own_block: b
     if found.native.count and not wanted.install:
         yield (
             f"modules of machine code were built for this host: {found.native}. The copy is tried before "
-            "the switch; --install 'bun install' makes node_modules anew in the tenant instead"
+            "the switch; --install 'bun install' makes node_modules again in the tenant instead"
         )
     if found.secret.count:
         yield (

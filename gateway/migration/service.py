@@ -102,6 +102,44 @@ class Systemctl:
         return run([*self._before, *words], fix=f"see: systemctl status {words[-1]}")
 
 
+class OldServices:
+    """The old services of sites: each by its unit or, without one, by what runs in its folder."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
+
+    def find(self, folder: Path, unit: str | None, port: int | None, names: Sequence[str]) -> Old:
+        """Return a running one; without a unit with the variables `names`. Raises `HostError`."""
+        if unit is None:
+            return of_folder(folder, port, names)
+        return of_unit(self._units.unit(unit), unit, port)
+
+    def pause(self, folder: Path, unit: str | None, port: int) -> None:
+        """Stop its unit, or its processes by a signal, so that it writes nothing more."""
+        if unit is not None:
+            self._units.stop(unit)
+        else:
+            # found again: the numbers of its processes may belong to others by now
+            signalled(of_folder(folder, port).pids, signal.SIGSTOP)
+
+    def resume(self, folder: Path, unit: str | None) -> None:
+        """Undo `pause`."""
+        if unit is not None:
+            self._units.start(unit)
+        else:
+            self.let_go(folder, unit)
+
+    def let_go(self, folder: Path, unit: str | None) -> None:
+        """Continue paused processes, so that they can be ended; a stopped unit stays stopped."""
+        if unit is None:
+            signalled(started_in(folder), signal.SIGCONT)
+
+    def disable(self, unit: str | None) -> None:
+        """Keep a unit from starting with the host."""
+        if unit is not None:
+            self._units.enable(unit, False)
+
+
 def bus_label(name: str) -> str:
     """Return a unit's name as systemd's bus paths have it (sd_bus_path_encode(3))."""
     return "".join(
@@ -243,7 +281,7 @@ def _within(path: Path, folder: Path) -> bool:
 def _head(pid: int, among: set[int]) -> int:
     """Return the outermost process of a process group that is among those.
 
-    A terminal's shell starts each of its commands in a group of its own, so that it is none of them.
+    A terminal's shell starts each of its commands in a separate group, so that it is none of them.
     """
     parent, group = _parent_and_group(pid)
     while parent in among and _parent_and_group(parent)[1] == group:

@@ -14,8 +14,6 @@ The next run goes on where a killed one stopped: it first takes back a switch th
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,16 +26,13 @@ from gateway.errors import Conflict, GatewayError, InvalidParams, NotFound
 from gateway.host import HostError, Report
 from gateway.host.caddy_service import CaddyService
 from gateway.hostnames import DomainReserved, normalized, own_names, plain, reserved, tenant_name
-from gateway.incus.client import instance_path
-from gateway.migration import service
+from gateway.migration.destination import Destination
 from gateway.migration.plan import Plan, Wanted, decided
 from gateway.migration.record import ENDED, Moving, keys
 from gateway.migration.route import drained, led, own_block
 from gateway.migration.scan import scan
-from gateway.migration.scripts import inside
-from gateway.migration.service import Old, Units
-from gateway.migration.shifted_mount import Owner, close_door, open_door
-from gateway.migration.shifted_mount import inside as mapped
+from gateway.migration.service import OldServices, Units
+from gateway.migration.shifted_mount import Owner, close_door
 from gateway.runtime.incus import IncusRuntime, IncusSites
 from gateway.runtime.incus.errors import translated
 from gateway.runtime.incus.migrations import FOLDER, STATE
@@ -50,9 +45,7 @@ from gateway.settings import Settings
 from gateway.tasks import whole
 
 STEPS: Final = ("attach", "copy", "switch", "finish")
-_DEVICE: Final = "migrate"
 _DONE: Final[Mapping[str, int]] = {"attached": 1, "copied": 2, "switched": 3}
-_SCRIPT: Final = 60.0  # seconds of a script that copies nothing
 _LEAVE: Final = ("/proc", "/sys", "/dev", "/run", "/tmp")  # noqa: S108 - what no site lies in, here or inside
 
 
@@ -69,10 +62,10 @@ class Migration:
         say: Report,
     ) -> None:
         self._settings, self._runtime, self._sites, self._caddy = settings, runtime, sites, caddy
-        self._units, self._say = units, say
+        self._say = say
+        self._old = OldServices(units)
+        self._there = Destination(settings, runtime)
         self._verifier = Verifier(sites, caddy, settings)
-        folder, _, name = settings.workspace.rpartition("/")
-        self._next, self._kept = f"{folder}/.{name}-next", f"{folder}/.{name}-kept"
 
     # --- what the operator asks ---------------------------------------------------------------------
 
@@ -81,7 +74,7 @@ class Migration:
         domain, tenant = self._names(domain)
         folder = await asyncio.to_thread(_real, wanted.folder)
         owner = folder.stat()
-        old = await asyncio.to_thread(self._old, folder, wanted.unit, wanted.port, wanted.env)
+        old = await asyncio.to_thread(self._old.find, folder, wanted.unit, wanted.port, wanted.env)
         found = await asyncio.to_thread(scan, folder, frozenset(wanted.leave))
         with translated(""):
             pool = await self._runtime.incus.get(f"/1.0/storage-pools/{self._settings.pool}")
@@ -95,7 +88,7 @@ class Migration:
     async def forward(self, domain: str, wanted: Wanted | None, until: str) -> str:
         """Go on to a step, from wherever the migration stands; return its state, "" once it is finished."""
         domain, tenant = self._names(domain)
-        found = await self._found(tenant)
+        found = await self._there.instance(tenant)
         if found is None or not found["config"].get(STATE):
             if wanted is None:
                 raise NotFound(f"no migration of {domain} is under way; say --from FOLDER to begin one")
@@ -110,7 +103,7 @@ class Migration:
                 self._say(f"{step}: done after {time.monotonic() - began:.1f} s")
                 if step == "finish":
                     return ""
-                moving = await self._moving(tenant)
+                moving = await self._there.moving(tenant)
         return moving.state
 
     async def back(self, domain: str, *, sure: bool) -> str:
@@ -118,17 +111,17 @@ class Migration:
 
         Raises `Conflict` if something would be lost that nothing else has, unless `sure`.
         """
-        moving = await self._moving(self._names(domain)[1])
+        moving = await self._there.moving(self._names(domain)[1])
         match moving.state:
             case "attaching" | "attached":
                 await self._forget(moving, sure)
                 return ""
             case "copied":
                 await self._sites.clear(moving.tenant)
-                await self._patch(moving.tenant, {STATE: "attached"})
+                await self._there.change(moving.tenant, {STATE: "attached"})
             case _:
                 await self._return(moving)
-        return (await self._moving(moving.tenant)).state
+        return (await self._there.moving(moving.tenant)).state
 
     # --- attach -------------------------------------------------------------------------------------
 
@@ -156,31 +149,12 @@ class Migration:
             await making.make(plan.tenant, source, keys(plan), devices, start=False, identity=identity)
 
     async def _attach(self, moving: Moving) -> None:
-        await self._show_folder(moving)
+        await self._there.show_folder(moving)
         folder = str(moving.folder)
         if not folder.startswith(tuple(f"{place}/" for place in _LEAVE)):
-            await self._inside(moving.tenant, "link", self._settings.workspace, folder)
+            await self._there.run(moving.tenant, "link", self._settings.workspace, folder)
         await led(self._caddy, moving.domain, moving.old)
-        await self._patch(moving.tenant, {STATE: "attached"})
-
-    async def _show_folder(self, moving: Moving) -> None:
-        """Have the folder be the workspace, and the tenant run; a running one takes no such disk."""
-        tenant, making = moving.tenant, self._runtime.making
-        instance = await making.instance(tenant)
-        there = _DEVICE in instance["devices"]
-        if not there:
-            await self._runtime.stop(tenant)
-            instance = await making.instance(tenant)
-        ours = mapped(instance["config"], self._settings.workspace_uid)
-        where = await asyncio.to_thread(
-            open_door, tenant, moving.folder, moving.owner, ours, read_only=moving.read_only
-        )
-        if not there:
-            device = {"type": "disk", "path": self._settings.workspace, "source": str(where)}
-            device |= {"readonly": "true"} if moving.read_only else {}
-            with translated(tenant):
-                await making.operate("PATCH", instance_path(tenant), {"devices": {_DEVICE: device}})
-        await self._runtime.start(tenant)
+        await self._there.change(moving.tenant, {STATE: "attached"})
 
     async def _forget(self, moving: Moving, sure: bool) -> None:
         domain, tenant = moving.domain, moving.tenant
@@ -191,7 +165,7 @@ class Migration:
                 f"first have your Caddy serve {domain} itself (reverse_proxy {moving.old}), then say --yes"
             )
         if not sure and instance["status"] == "Running":
-            kept = await self._inside(tenant, "kept", self._kept)
+            kept = await self._there.kept(tenant)
             if kept:
                 raise Conflict(
                     "the tenant has what was written since a switch, which the folder does not have: "
@@ -205,9 +179,9 @@ class Migration:
     async def _copy(self, moving: Moving) -> None:
         """Copy the folder, and check that the copy's site answers next to the old one, unseen by visitors."""
         tenant, recipe = moving.tenant, moving.recipe
-        await self._mirror(moving)
-        old = await asyncio.to_thread(self._old, moving.folder, moving.unit, recipe.port, moving.env)
-        await self._inside(tenant, "keep", given=environment_file(old.environment).encode())
+        await self._there.mirror(moving)
+        old = await asyncio.to_thread(self._old.find, moving.folder, moving.unit, recipe.port, moving.env)
+        await self._there.run(tenant, "keep", given=environment_file(old.environment).encode())
         if recipe.install:
             await self._sites.install(tenant, "next", recipe, lambda line: self._say(f"  {line}"))
         try:
@@ -216,15 +190,8 @@ class Migration:
             there = Exposure(address, recipe.port, f"{address}:{recipe.port}")
             await self._verifier.answering(Subject(tenant, "next", moving.domain, recipe, there))
         finally:
-            await self._inside(tenant, "rest")
-        await self._patch(tenant, {STATE: "copied"})
-
-    async def _mirror(self, moving: Moving) -> None:
-        left = [f"--exclude=/{_literal(path)}" for path in moving.leave]
-        if moving.recipe.install:  # installed again inside
-            left.append("--exclude=node_modules/")
-        words = (self._settings.workspace, self._next, str(self._settings.workspace_uid), *left)
-        await self._inside(moving.tenant, "mirror", *words, seconds=self._settings.install_timeout)
+            await self._there.run(tenant, "rest")
+        await self._there.change(tenant, {STATE: "copied"})
 
     # --- switch -------------------------------------------------------------------------------------
 
@@ -237,9 +204,9 @@ class Migration:
                 "comment it out and reload Caddy: visitors then come to the old service by the gateway's "
                 "route. Then run this again"
             )
-        await self._mirror(moving)  # what has changed since; the last pass has little left to do
+        await self._there.mirror(moving)  # what has changed since; the last pass has little left to do
         exposure = await self._sites.expose(tenant, "live", recipe)
-        await self._patch(tenant, {STATE: "switching", ASLEEP: "true"})
+        await self._there.change(tenant, {STATE: "switching", ASLEEP: "true"})
         began = time.monotonic()
         try:
             await self._exchange(moving, exposure)
@@ -253,7 +220,7 @@ class Migration:
             if isinstance(error, TimeoutError):
                 raise HostError("the last pass of the copy took too long; the old service runs on") from error
             raise
-        await self._patch(tenant, {STATE: "switched", ASLEEP: ""})
+        await self._there.change(tenant, {STATE: "switched", ASLEEP: ""})
         await led(self._caddy, domain, exposure.target)
         self._say(f"  visitors waited {time.monotonic() - began:.2f} s at most; none was refused")
         await self._switched(moving)
@@ -264,24 +231,22 @@ class Migration:
         if not await drained(*moving.listens):
             self._say("  some who had no answer of the old service yet, or a websocket, were cut off")
         began = time.monotonic()
-        await asyncio.to_thread(self._rest, moving)
-        await self._mirror(moving)
-        await self._runtime.making.remove_device(moving.tenant, _DEVICE)
-        await self._inside(moving.tenant, "move_in", self._settings.workspace, self._next)
+        await asyncio.to_thread(self._old.pause, moving.folder, moving.unit, moving.recipe.port)
+        await self._there.mirror(moving)
+        await self._there.move_in(moving.tenant)
         await self._sites.start(moving.tenant, "live", moving.recipe)
         self._say(f"  the old service rested {time.monotonic() - began:.2f} s until the copy was started")
 
     async def _switched(self, moving: Moving) -> None:
         """Do what is left once the domain leads to the tenant. Idempotent."""
-        if moving.unit is None:
-            service.signalled(service.started_in(moving.folder), signal.SIGCONT)
+        self._old.let_go(moving.folder, moving.unit)
         await asyncio.to_thread(close_door, moving.tenant)
         await self._sites.clear(moving.tenant)
 
     async def _return(self, moving: Moving) -> None:
         """Have the old service serve again, and the folder be the workspace; what the tenant wrote stays."""
         tenant, health = moving.tenant, moving.recipe.health
-        await asyncio.to_thread(self._rise, moving)
+        await asyncio.to_thread(self._old.resume, moving.folder, moving.unit)
         try:
             await answer(*moving.listens, health, self._settings.verify_timeout)
         except TimeoutError:
@@ -290,17 +255,15 @@ class Migration:
                     "the old service does not answer; the tenant goes on serving. Mend the old one, then say "
                     "--back"
                 ) from None
-        await self._patch(tenant, {STATE: "returning", ASLEEP: ""})
+        await self._there.change(tenant, {STATE: "returning", ASLEEP: ""})
         await led(self._caddy, moving.domain, moving.old)
-        if _DEVICE not in (await self._runtime.making.instance(tenant))["devices"]:
+        if not await self._there.shows_folder(tenant):
             await self._runtime.start(tenant)
-            uid = str(self._settings.workspace_uid)
-            places = (self._settings.workspace, self._next, self._kept, uid)
-            kept = await self._inside(tenant, "move_out", *places)
+            kept = await self._there.move_out(tenant)
             if kept:
                 self._say(f"  what the tenant had since the switch is kept in it as {kept}")
-        await self._show_folder(moving)
-        await self._patch(tenant, {STATE: "attached"})
+        await self._there.show_folder(moving)
+        await self._there.change(tenant, {STATE: "attached"})
 
     # --- finish -------------------------------------------------------------------------------------
 
@@ -308,71 +271,29 @@ class Migration:
         exposure = await self._sites.expose(moving.tenant, "live", moving.recipe)
         await self._verifier.seen(Subject(moving.tenant, "live", moving.domain, moving.recipe, exposure))
         await self._switched(moving)
-        if moving.unit is not None:
-            await asyncio.to_thread(self._units.enable, moving.unit, False)
-        await self._patch(moving.tenant, ENDED)
+        await asyncio.to_thread(self._old.disable, moving.unit)
+        await self._there.change(moving.tenant, ENDED)
         self._say(f"  {moving.folder} is as the old service left it, and yours")
-
-    # --- the old service ----------------------------------------------------------------------------
-
-    def _old(self, folder: Path, unit: str | None, port: int | None, names: tuple[str, ...]) -> Old:
-        if unit is None:
-            return service.of_folder(folder, port, names)
-        return service.of_unit(self._units.unit(unit), unit, port)
-
-    def _rest(self, moving: Moving) -> None:
-        if moving.unit is not None:
-            self._units.stop(moving.unit)
-        else:
-            # those of now: what had their numbers when it began may be others by now
-            pids = service.of_folder(moving.folder, moving.recipe.port).pids
-            service.signalled(pids, signal.SIGSTOP)
-
-    def _rise(self, moving: Moving) -> None:
-        if moving.unit is not None:
-            self._units.start(moving.unit)
-        else:
-            service.signalled(service.started_in(moving.folder), signal.SIGCONT)
 
     # --- what all need ------------------------------------------------------------------------------
 
     async def _settled(self, tenant: str) -> Moving:
         """Return a migration once what a killed run left half done is taken back."""
-        moving = await self._moving(tenant)
+        moving = await self._there.moving(tenant)
         if moving.state in ("switching", "returning"):
             self._say("an earlier run was ended in the middle; it is taken back first")
             await self._return(moving)
         elif moving.state in ("attached", "copied"):
-            await self._show_folder(moving)  # the host may have been rebooted
+            await self._there.show_folder(moving)  # the host may have been rebooted
         elif moving.state == "switched":
             await self._switched(moving)
-        return await self._moving(tenant)
+        return await self._there.moving(tenant)
 
     def _names(self, domain: str) -> tuple[str, str]:
         domain = normalized(domain)
         if reserved(domain, own_names(self._settings)):
             raise DomainReserved(domain)
         return domain, tenant_name(domain)
-
-    async def _found(self, tenant: str) -> Mapping[str, Any] | None:
-        with contextlib.suppress(NotFound):
-            return await self._runtime.making.instance(tenant)
-        return None
-
-    async def _moving(self, tenant: str) -> Moving:
-        found = await self._found(tenant)
-        if found is None or not found["config"].get(STATE):
-            raise NotFound(f"no migration into {tenant} is under way")
-        return Moving.of(tenant, found["config"])
-
-    async def _patch(self, tenant: str, config: Mapping[str, str]) -> None:
-        with translated(tenant):
-            await self._runtime.making.operate("PATCH", instance_path(tenant), {"config": config})
-
-    async def _inside(
-        self, tenant: str, script: str, *words: str, given: bytes = b"", seconds: float = _SCRIPT
-    ) -> str:
-        return await inside(self._runtime, tenant, script, *words, given=given, seconds=seconds)
 
     def _own_block(self, domain: str) -> bool:
         return own_block(CaddyService(self._settings).running(), domain, str(self._caddy.routes))
@@ -387,8 +308,3 @@ def _real(folder: Path) -> Path:
     if not real.is_dir() or len(real.parts) < 3 or str(real).startswith(("/proc/", "/sys/", "/dev/")):
         raise InvalidParams(f"{folder} is not the folder of a site", field="from")
     return real
-
-
-def _literal(path: str) -> str:
-    """Return a path as rsync takes it for nothing but itself."""
-    return "".join(f"\\{letter}" if letter in "*?[\\" else letter for letter in path)

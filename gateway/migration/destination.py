@@ -1,0 +1,111 @@
+"""The tenants that sites move into: their keys in Incus, their workspaces, and scripts in them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gateway.errors import NotFound
+from gateway.incus.client import instance_path
+from gateway.migration.record import Moving
+from gateway.migration.scripts import inside
+from gateway.migration.shifted_mount import inside as mapped
+from gateway.migration.shifted_mount import open_door
+from gateway.runtime.incus import IncusRuntime
+from gateway.runtime.incus.errors import translated
+from gateway.runtime.incus.migrations import STATE
+from gateway.settings import Settings
+
+_DEVICE: Final = "migrate"
+_SCRIPT: Final = 60.0  # seconds of a script that copies nothing
+
+
+class Destination:
+    """What the steps of a migration do in a tenant. It decides nothing."""
+
+    def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
+        self._settings, self._runtime = settings, runtime
+        folder, _, name = settings.workspace.rpartition("/")
+        self._next, self._kept = f"{folder}/.{name}-next", f"{folder}/.{name}-kept"
+
+    # --- keys ---------------------------------------------------------------------------------------
+
+    async def instance(self, tenant: str) -> Mapping[str, Any] | None:
+        """Return a tenant's instance; None if there is none."""
+        with contextlib.suppress(NotFound):
+            return await self._runtime.making.instance(tenant)
+        return None
+
+    async def moving(self, tenant: str) -> Moving:
+        """Return the migration into a tenant. Raises `NotFound`."""
+        found = await self.instance(tenant)
+        if found is None or not found["config"].get(STATE):
+            raise NotFound(f"no migration into {tenant} is under way")
+        return Moving.of(tenant, found["config"])
+
+    async def change(self, tenant: str, config: Mapping[str, str]) -> None:
+        """Change keys of a tenant's instance; an empty value removes one."""
+        with translated(tenant):
+            await self._runtime.making.operate("PATCH", instance_path(tenant), {"config": config})
+
+    # --- the host's folder as the workspace ---------------------------------------------------------
+
+    async def show_folder(self, moving: Moving) -> None:
+        """Mount the host's folder as the workspace, and start the tenant. It cannot run meanwhile."""
+        tenant, making = moving.tenant, self._runtime.making
+        instance = await making.instance(tenant)
+        there = _DEVICE in instance["devices"]
+        if not there:
+            await self._runtime.stop(tenant)
+            instance = await making.instance(tenant)
+        ours = mapped(instance["config"], self._settings.workspace_uid)
+        where = await asyncio.to_thread(
+            open_door, tenant, moving.folder, moving.owner, ours, read_only=moving.read_only
+        )
+        if not there:
+            device = {"type": "disk", "path": self._settings.workspace, "source": str(where)}
+            device |= {"readonly": "true"} if moving.read_only else {}
+            with translated(tenant):
+                await making.operate("PATCH", instance_path(tenant), {"devices": {_DEVICE: device}})
+        await self._runtime.start(tenant)
+
+    async def shows_folder(self, tenant: str) -> bool:
+        """Return whether the host's folder is the workspace."""
+        return _DEVICE in (await self._runtime.making.instance(tenant))["devices"]
+
+    # --- the tenant's own copy ----------------------------------------------------------------------
+
+    async def mirror(self, moving: Moving) -> None:
+        """Copy what has changed in the folder to the copy beside the workspace."""
+        left = [f"--exclude=/{_literal(path)}" for path in moving.leave]
+        if moving.recipe.install:  # installed again inside
+            left.append("--exclude=node_modules/")
+        words = (self._settings.workspace, self._next, str(self._settings.workspace_uid), *left)
+        await self.run(moving.tenant, "mirror", *words, seconds=self._settings.install_timeout)
+
+    async def move_in(self, tenant: str) -> None:
+        """Make the copy the workspace, in place of the folder."""
+        await self._runtime.making.remove_device(tenant, _DEVICE)
+        await self.run(tenant, "move_in", self._settings.workspace, self._next)
+
+    async def move_out(self, tenant: str) -> str:
+        """Free the workspace for the folder; return where the tenant's own files are kept, "" for none."""
+        uid = str(self._settings.workspace_uid)
+        return await self.run(tenant, "move_out", self._settings.workspace, self._next, self._kept, uid)
+
+    async def kept(self, tenant: str) -> str:
+        """Return what `move_out` has kept; "" for nothing."""
+        return await self.run(tenant, "kept", self._kept)
+
+    async def run(
+        self, tenant: str, script: str, *words: str, given: bytes = b"", seconds: float = _SCRIPT
+    ) -> str:
+        """Run a script of this package in the tenant; see `scripts.inside`."""
+        return await inside(self._runtime, tenant, script, *words, given=given, seconds=seconds)
+
+
+def _literal(path: str) -> str:
+    """Escape a path for rsync, so that it matches only itself."""
+    return "".join(f"\\{letter}" if letter in "*?[\\" else letter for letter in path)
