@@ -89,7 +89,7 @@ def part(path: str | Path, limit: int) -> bytes:
 
 
 async def aside(of: object, seconds: float, work: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
-    """Return what `work` returns in a thread of its own. Raises `TimeoutError` after `seconds`.
+    """Return what `work` returns in a separate thread. Raises `TimeoutError` after `seconds`.
 
     `of` names the tenant that the work is for: each has a share of the threads, and its work waits in turn.
     Work that has not ended in time goes on until it does, so it must be bounded and change nothing.

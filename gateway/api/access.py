@@ -185,7 +185,7 @@ def end_with(request: Request, token: Token, end: Callable[[], None]) -> None:
 
     def over(why: str) -> None:
         end()
-        # a client that reads nothing would keep the connection for ever
+        # a client that reads nothing would keep the connection forever
         cut = request.scope.get("state", {}).get(ABORT, lambda: None)
         uses.callback(asyncio.get_running_loop().call_later(_LINGER, cut).cancel)
 

@@ -67,7 +67,7 @@ _ABSENT: Final = """\
 
 
 async def page(request: Request) -> Response:
-    """Answer the editor's page, under a policy of its own for each answer."""
+    """Answer the editor's page, under a separate policy for each answer."""
     nonce = secrets.token_urlsafe(16)
     headers = {
         **_HEADERS,

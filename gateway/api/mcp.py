@@ -47,7 +47,7 @@ _SESSION: Final = "mcp-session-id"
 _CALL_ID: Final = "claudecode/toolUseId"
 _FACTS: Final = "incus-gateway/facts"
 _READ_ONLY: Final = frozenset({"Read", "Glob", "Grep"})
-# Claude Code puts a longer result than this into a file of its own host, which no tool of ours can read.
+# Claude Code puts a longer result than this into a file on its own host, which no tool of ours can read.
 # Without the mark it does so from 50 000 characters on.
 _RESULT_MAX: Final = 500_000
 # of an embedded file: Claude Code would keep it on its own host and tell its model a path there, and most
@@ -145,7 +145,7 @@ class Mcp:
         message = _message(body)
         method = message.get("method")
         if method == "notifications/cancelled" and caller.handshake is not None:
-            # it comes on a connection of its own, where the package would find no call to cancel
+            # it comes on a separate connection, where the package would find no call to cancel
             self._cancel(caller.tenant, caller.handshake, message.get("params"))
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -104,7 +104,7 @@ class Metrics:
                 self._unprepared.labels(event.data["template"]).set(int(failed))
 
     async def sample_lag(self) -> None:
-        """Measure for ever how late the event loop is."""
+        """Measure forever how late the event loop is."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + _LAG_EVERY

@@ -75,7 +75,7 @@ class Grants:
             _end(grant, REVOKED)
 
     async def watch(self) -> None:
-        """End what is open under tokens that expire, for ever."""
+        """End what is open under tokens that expire, forever."""
         while True:
             self._changed.clear()
             now = time.time()

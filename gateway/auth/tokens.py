@@ -24,7 +24,7 @@ from gateway.settings import Settings
 COOKIE: Final = "gateway_session"
 # of a session slot, by which several tokens of one browser live side by side: no secret, only a name
 SLOT: Final = r"[a-z0-9]{1,32}"
-# cookies of slots in one browser; a header that grows for ever would be refused one day
+# cookies of slots in one browser; a header that grows forever would be refused one day
 MOST_SLOTS: Final = 8
 
 _HOST_ONLY: Final = "__Host-"

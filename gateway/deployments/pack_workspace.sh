@@ -1,5 +1,5 @@
 # Prints what a site is made of as a tar: of a repository what .gitignore does not leave out, else all files. What is
-# made anew by an install, and the repository itself, stays behind in any case.
+# made again by an install, and the repository itself, stays behind in any case.
 #
 # Usage:  sh -c "$(cat pack_workspace.sh)" sh WORKSPACE MOST
 #   WORKSPACE  its folder

@@ -42,7 +42,7 @@ class Reconciler:
         self._moved.set()
 
     async def follow(self) -> None:
-        """Reconcile for ever."""
+        """Reconcile forever."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), self._context.settings.reconcile_interval)

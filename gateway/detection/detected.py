@@ -48,7 +48,7 @@ class Detected:
         else:
             serves = line_of(self.start)
         how = (
-            ", anew at each edit"
+            ", restarted at each edit"
             if self.watch
             else ", which takes other paths for index.html"
             if self.spa

@@ -254,7 +254,7 @@ class _Spool:
         try:
             return await asyncio.shield(task)
         finally:
-            # not where it is done: a cancel that comes during the wait would leave the file busy for ever
+            # not where it is done: a cancel that comes during the wait would leave the file busy forever
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([task])

@@ -52,7 +52,7 @@ class Files:
         self._watches = Watches(workers, settings)
         self._settings = settings
         self._began = time.time()
-        # One at a time, and a worker of its own: a sweep goes through a whole workspace.
+        # One at a time, and a separate worker: a sweep goes through a whole workspace.
         self._sweeps = Links(workers, "", maximum=1, idle=settings.worker_idle, search=True)
         self._sweeping = asyncio.Lock()
         self._swept: dict[str, asyncio.Task[None]] = {}

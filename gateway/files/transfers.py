@@ -191,7 +191,7 @@ class Transfers:
     def _release(self, link: Link, token: str) -> asyncio.Task[None]:
         """Have the worker let go of an upload, and remove its file if it did not get its place.
 
-        A task of its own, which goes on whatever happens to the caller.
+        A separate task, which goes on whatever happens to the caller.
         """
 
         async def release() -> None:

@@ -25,7 +25,7 @@ _AGAIN: Final = 0.2  # seconds between two looks for a holder that is gone
 class Holder:
     """What is held for this gateway. Use as an async context manager; leaving it drops nothing.
 
-    A holder that dies is waited for, and gets everything anew. `there` says whether one is connected.
+    A holder that dies is waited for, and is sent everything again. `there` says whether one is connected.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,8 +1,8 @@
 """The process that holds: it knows descriptors by name and nothing else.
 
 It reads none of them, has no other input than its packets (`messages`), and should never have to change. Its
-own restart costs nothing as long as a gateway runs, which puts everything anew. Where none is connected for a
-while, it closes all that it holds, and the commands behind it end.
+own restart costs nothing as long as a gateway runs, which hands over everything again. If none is connected
+for a while, it closes all that it holds, and the commands behind it end.
 """
 
 from __future__ import annotations

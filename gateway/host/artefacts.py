@@ -127,7 +127,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, lock: int) -> st
             f"--include={','.join(definition.packages)}",
             '--aptopt=Apt::Install-Recommends "false"',
             *(f"--aptopt={option}" for option in _apt_options()),
-            # the tree is made anew where anything goes wrong; what is flushed to the disk is the packed image
+            # the tree is made again if anything goes wrong; what is flushed to the disk is the packed image
             "--dpkgopt=force-unsafe-io",
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/doc/*",

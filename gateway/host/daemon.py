@@ -156,7 +156,7 @@ class Daemon:
         return True
 
     def start(self) -> None:
-        """Start the daemon as a process of its own session; does not wait until it is ready.
+        """Start the daemon in a session of its own; does not wait until it is ready.
 
         A socket that a dead daemon left would refuse every caller until the new one replaces it, so it
         goes first. One that is alive but does not answer yet is left to finish its start.

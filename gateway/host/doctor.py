@@ -260,8 +260,8 @@ def _broker(settings: Settings) -> str:
     if path is None:
         if os.geteuid() != 0:
             raise HostError(
-                "the gateway starts a broker of its own only as root; see docs/operations.md, "
-                "the gateway as a user of its own, and set GATEWAY_BROKER_SOCKET"
+                "the gateway starts a separate broker only as root; see docs/operations.md, "
+                "the gateway as its own user, and set GATEWAY_BROKER_SOCKET"
             )
         return "the gateway's own child"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:

@@ -1,4 +1,4 @@
-"""The gateway that quickstart runs: a unit where systemd is, else a process of its own."""
+"""The gateway that quickstart runs: a unit where systemd is, else a separate process."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class GatewayProcess:
         return {**os.environ, **self._environment}
 
     def folders(self) -> dict[str, str]:
-        """Return which folders the gateway was given: as a user of its own it has a state dir of its own."""
+        """Return which folders the gateway was given: as its own user it has a state dir of its own."""
         try:
             variables = (Path("/proc") / str(self.pid()) / "environ").read_bytes().split(b"\0")
         except OSError:

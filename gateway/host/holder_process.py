@@ -38,7 +38,7 @@ def command(settings: Settings) -> list[str]:
 
 
 def ensure(settings: Settings, log: Path) -> str:
-    """Have a holder run as a process of its own, which outlives ours; say so. Raises `HostError`."""
+    """Have a holder run as a separate process, which outlives ours; say so. Raises `HostError`."""
     if (pid := running(settings)) is not None:
         return f"runs already, pid {pid}"
     words = command(settings)

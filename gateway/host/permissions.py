@@ -82,7 +82,7 @@ def modes(settings: Settings) -> Iterator[str]:
     """Yield what is open to other users of this host and must not be."""
     folder = settings.state_dir
     found = folder.stat()
-    # a gateway with a user of its own passes by its group
+    # a gateway with its own user passes by its group
     if found.st_mode & 0o067 or (found.st_mode & 0o010 and found.st_gid == os.getegid()):
         yield f"{folder} is open to others ({stat.S_IMODE(found.st_mode):03o}); run: chmod 700 {folder}"
     named = [folder / name for name in ("secret", "gateway.db", "quickstart.token", "quickstart.env")]

@@ -38,7 +38,7 @@ def enforce(settings: Settings, sysfs: Path = _SYSFS) -> str | None:
             ["btrfs", "quota", "rescan", "-w", _path(settings)],
             fix="see `btrfs quota rescan -s` and the kernel's log",
         )
-        said.append("what each tenant uses was counted anew")
+        said.append("what each tenant uses was counted again")
     return "; ".join(said) or None
 
 

@@ -97,7 +97,7 @@ def header(view: memoryview) -> tuple[int, int, int] | None:
 
 
 def frame(kind: int, data: bytes) -> tuple[bytes, ...]:
-    """Return a client's frame in parts, none of them empty: on one asyncio's `writelines` spins for ever.
+    """Return a client's frame in parts, none of them empty: on one asyncio's `writelines` spins forever.
 
     A client has to mask; by the key 0 the bytes stay what they are. Masks protect proxies between browsers
     and servers from scripts (RFC 6455 §10.3): on a unix socket there are neither.

@@ -39,7 +39,7 @@ _SIZE: Final = _HEAD + SEGMENTS * SEGMENT
 
 SO_PEEK_OFF: Final = 42
 _ODOMETER: Final = 0x7FFF_0000
-_TURN: Final = 0x3FFF_0000  # bytes after which it is set anew
+_TURN: Final = 0x3FFF_0000  # bytes after which it is set again
 _STEP: Final = 64 << 10  # bytes at least between two places that are remembered of a log
 
 
@@ -166,7 +166,7 @@ class Odometer:
         return _ODOMETER - left
 
 
-# raw offsets of the first segment, of the odometer's zero, and of its next while it is set anew; the mark,
+# raw offsets of the first segment, of the odometer's zero, and of its next while it is set again; the mark,
 # from which frames can be read, as raw and payload offset; the end plus one once nothing more comes; segments
 _STATE: Final = struct.Struct("<QQQQQQH")
 
@@ -263,7 +263,7 @@ class Log:
         return self._zero + received
 
     def _turn(self, odometer: Odometer) -> None:
-        """Set the odometer anew. Who comes in between finds it either far or at its zero."""
+        """Set the odometer again. Who comes in between finds it either far or at its zero."""
         self._turning = self._zero + odometer.read()
         self._commit()
         odometer.reset()

@@ -220,7 +220,7 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def _send(self, kind: int, data: bytes) -> None:
         await self._writable.wait()
-        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
+        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor forever,
         # whosever it is next.
         if not self._gone and not self._transport.is_closing():
             self._transport.writelines(frame(kind, data))

@@ -1,6 +1,6 @@
 """The end of an operation, as an answer that waits for whoever holds its descriptor.
 
-incusd answers `/wait` by a head at once, and a body when the operation ends. Asked on a connection of its own
+incusd answers `/wait` by a head at once, and a body when the operation ends. Asked on a separate connection
 before the command begins, that body lies in the connection's buffer for as long as somebody has it: an
 operation's own record is gone 5 s after its end. `Connection: close`, so that the descriptor is worth this
 one answer and nothing else that incusd could be asked for.

@@ -315,7 +315,7 @@ class Pressure:
             self._bus.publish("tenant.pressure.killed", name, facts)
             line = (
                 f"short of memory for {patience:g} s: the gateway ended {process} ({size >> 20} MiB), the "
-                "biggest process of the site, so that it starts anew; it needs a larger size, or less memory"
+                "biggest process of the site, so that it restarts; it needs a larger size, or less memory"
             )
             log.warning("%s: %s", name, line)
             await self._note(name, line)

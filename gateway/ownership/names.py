@@ -186,7 +186,7 @@ async def _found(runtime: TenantRuntime, name: str) -> Tenant | None:
     except GatewayError:
         return None
     except Exception:
-        # one odd answer must not end the watch for ever
+        # one odd answer must not end the watch forever
         log.exception("what is said of %s cannot be understood", name)
         return None
 

@@ -223,7 +223,7 @@ def _unreadable(text: str) -> tuple[RequestId | None, int, str]:
     """Return the id, code and words for a message that orjson does not take.
 
     Half a surrogate pair, which JSON can write and no UTF-8 can hold, is what JavaScript makes of half an
-    emoji, and Python of a file's name that is not UTF-8. Without its id the caller would wait for ever.
+    emoji, and Python of a file's name that is not UTF-8. Without its id the caller would wait forever.
     """
     if len(text) > LIGHT:
         return _first_id(text), -32700, "the message is not JSON"

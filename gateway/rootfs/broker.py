@@ -20,7 +20,7 @@ that fails is answered by `{"error": words}` for the log, or by `{"refused": cod
 the client. If the broker does not run as root (the `local` runtime on a laptop), a worker is a plain child on
 the folder, and only the safe paths of `root` confine it.
 
-Workers are forks of this process, see `zygote`. By `broker_listener` it is a service of its own.
+Workers are forks of this process, see `zygote`. By `broker_listener` it is a separate service.
 """
 
 from __future__ import annotations

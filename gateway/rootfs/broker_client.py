@@ -67,7 +67,7 @@ class BrokerClient:
         words go only to the log.
         """
         async with self._lock:
-            # A task of its own that is waited for however often the caller is cancelled: its answer, with the
+            # A separate task that is waited for however often the caller is cancelled: its answer, with the
             # descriptor of a tenant's worker, must not be left to the next one.
             exchange = asyncio.ensure_future(self._exchange(message))
             cancelled: asyncio.CancelledError | None = None

@@ -1,4 +1,4 @@
-"""The broker as a service of its own: it listens at a unix socket, and each connection gets a fork of it.
+"""The broker as a separate service: it listens at a unix socket, and each connection gets a fork of it.
 
 Its workers end with the connection.
 """

@@ -3,7 +3,7 @@
 In v2, and on most hybrid hosts, the site's unit and the commands have groups of their own, whose weights the
 tenant's systemd sets (`CPUWeight=`). If v1's `cpu` is mounted by itself, without `cpuacct`, a container's
 systemd does not use it: then a tenant is one group, and a command waits for its turn behind each thread of
-the site. There the site gets a group of its own, from outside.
+the site. There the site gets a separate group, from outside.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def lacks(container: Path, pid: int) -> bool:
 
 
 def reserve(container: Path) -> None:
-    """Give a container's site a group of its own in v1's `cpu`. Takes root."""
+    """Give a container's site a separate group in v1's `cpu`. Takes root."""
     mount = cpu_mount()
     if mount is None or not lacks(container, first(processes(container))):
         return

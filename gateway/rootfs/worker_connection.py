@@ -95,7 +95,7 @@ class WorkerConnection(asyncio.Protocol):
         assert self._transport is not None
         self.answers = True
         self._caller = self._loop.create_future()
-        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor for ever,
+        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor forever,
         # whosever it is next; `connection_lost` is about to end the call.
         if not self._transport.is_closing():
             self._transport.writelines((LENGTH.pack(len(request)), request))

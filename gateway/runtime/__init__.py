@@ -394,7 +394,7 @@ class TenantRuntime(Protocol):
         ...
 
     def watch(self) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants, for ever; reconnects, and yields `gateway.resynced` after a gap."""
+        """Yield what happens to tenants, forever; reconnects, and yields `gateway.resynced` after a gap."""
         ...
 
     async def ready(self) -> None:

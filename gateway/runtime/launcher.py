@@ -141,7 +141,7 @@ class Preamble:
 
     Feed it the output; once `started` is true, `rest` is the command's own first output. Raises `ExecFailed`
     when a shell says that the command cannot start, or prints more than `LIMIT` bytes without starting it:
-    the shell is the tenant's, and may print anything for ever.
+    the shell is the tenant's, and may print anything forever.
     """
 
     LIMIT: Final = 64 * 1024  # the shells say a few hundred bytes; more is not ours

@@ -184,7 +184,7 @@ async def _streamed(
 
 
 class _Asking:
-    """One request on a socket of its own, up to the first line of its answer.
+    """One request on a separate socket, up to the first line of its answer.
 
     Each site is asked every few seconds, so this uses callbacks: a stream takes twice the time. Waking for
     each answer costs more than the rest: with some `leisure`, in seconds, answers to requests that were sent

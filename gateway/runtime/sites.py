@@ -1,7 +1,7 @@
 """The seam between deployments and where sites run: what turns a tenant into a site that answers.
 
-A tenant has one site. Beside the one that is `live`, a redeploy builds the `next` one in a folder of its own
-and starts it on a port of its own, so that the live one serves until the next one has been seen to work.
+A tenant has one site. Beside the one that is `live`, a redeploy builds the `next` one in a separate folder
+and starts it on a separate port, so that the live one serves until the next one has been seen to work.
 Every call that undoes is idempotent: after a crash it is not known how far its counterpart came.
 """
 

@@ -1,4 +1,4 @@
-# Starts the shell that waits for a command: joins a control group of its own, becomes the command's user, and
+# Starts the shell that waits for a command: joins a separate control group, becomes the command's user, and
 # goes on with wait.sh.
 #
 # Usage:  sh -c "$(cat start.sh)" sh EXEC LOOKS TERMINAL WAIT [NAME [UID GID HOME]]

@@ -60,7 +60,7 @@ class CommandSettings(BaseModel):
         600.0, gt=0, description="seconds without progress after which a reader is detached"
     )
     exec_linger: float = Field(
-        60.0, ge=-1, description="seconds that a command runs on after its last reader left; -1: for ever"
+        60.0, ge=-1, description="seconds that a command runs on after its last reader left; -1: forever"
     )
     exec_keep: float = Field(600.0, ge=0, description="seconds that the result of an ended command is kept")
     exec_keep_exits: int = Field(

@@ -26,7 +26,7 @@ class SiteSettings(BaseModel):
         60.0,
         ge=0,
         description="seconds that a site may thrash for lack of memory before its biggest process is "
-        "ended; 0: for ever",
+        "ended; 0: forever",
     )
     # idle tenants
     idle_stop: float = Field(

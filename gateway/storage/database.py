@@ -74,7 +74,7 @@ class Database:
 def _locked(path: Path) -> int:
     """Return the descriptor that locks the state dir for this gateway. Raises `StoreFailed`, `OSError`.
 
-    The lock has a file of its own: closing any descriptor of the database would drop its POSIX locks.
+    The lock has a separate file: closing any descriptor of the database would drop its POSIX locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

@@ -53,7 +53,7 @@ def has_foreign_caddy(settings: Settings) -> bool:
 
 
 def _passing_group(settings: Settings, folder: os.stat_result) -> int | None:
-    """Return the group of a gateway that is a user of its own and runs a program of this folder."""
+    """Return the group of a gateway with its own user that runs a program of this folder."""
     if os.geteuid() != 0:
         return None
     try:

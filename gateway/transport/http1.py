@@ -1,6 +1,6 @@
 """Limits on uvicorn's HTTP connections: how long each may be silent, and how many may be.
 
-uvicorn waits for a request's head for ever, and reads the rest of an unwanted body for as long as something
+uvicorn waits for a request's head forever, and reads the rest of an unwanted body for as long as something
 comes. The application itself limits how long it waits for a body that it reads.
 """
 

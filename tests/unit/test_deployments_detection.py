@@ -69,7 +69,7 @@ EXPRESS = package("express", **scripts(start="node index.js"))
             (
                 "Express: package.json names express",
                 "install bun install --frozen-lockfile: there is bun.lock",
-                "start bun run start: its script `start` (node index.js), anew at each edit",
+                "start bun run start: its script `start` (node index.js), restarted at each edit",
             ),
         ),
         (
@@ -77,7 +77,7 @@ EXPRESS = package("express", **scripts(start="node index.js"))
             (
                 "Node: there is a package.json",
                 "install nothing: package.json names no packages",
-                "start bun run start: its script `start` (node server.js), anew at each edit",
+                "start bun run start: its script `start` (node server.js), restarted at each edit",
             ),
         ),
     ],

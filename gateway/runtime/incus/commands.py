@@ -1,6 +1,6 @@
 """Start commands in Incus containers, and end what an earlier gateway left running.
 
-Every command is an Incus exec of a shell that becomes it (`gateway.runtime.launcher`), in a cgroup of its own
+Every command is an Incus exec of a shell that becomes it (`gateway.runtime.launcher`), in a separate cgroup
 inside the container's tree.
 """
 

@@ -1,4 +1,4 @@
-"""Creates instances, each with an address of its own, and removes those that failed, and no others.
+"""Creates instances, each with its own address, and removes those that failed, and no others.
 
 The creator of an instance chooses its `volatile.uuid`. So it is known before it exists what an undo must
 remove, and never by its name alone, which may be another's by then.
@@ -91,7 +91,7 @@ class Creation:
         identity: str = "",
         profiles: Sequence[str] = (),
     ) -> None:
-        """Create an instance with an address of its own. Raises `Conflict` if the name is taken.
+        """Create an instance with its own address. Raises `Conflict` if the name is taken.
 
         A cancel does not stop the creation half-way, so that the undo finds the instance.
         """

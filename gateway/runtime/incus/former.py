@@ -63,7 +63,7 @@ class IncusFormerSites:
         except ValueError:
             raise Conflict(
                 f"{path} of tenant {tenant} was changed by hand and cannot be understood; write it as "
-                'NAME="value", one a line, or deploy the site with `env`, which writes it anew'
+                'NAME="value", one a line, or deploy the site with `env`, which writes it again'
             ) from None
 
     async def take(self, tenant: str, former: str) -> None:

@@ -51,7 +51,7 @@ class Inside:
     async def draining(self, name: str, terminal: str) -> AsyncIterator[None]:
         """Drop all input of a terminal while the context is open, `cancel_timeout` seconds at most.
 
-        incusd waits for ever for a terminal that takes nothing: it reads no further, and where the command
+        incusd waits forever for a terminal that takes nothing: it reads no further, and where the command
         ends meanwhile it never tells.
         """
         command = ["/bin/sh", "-c", DRAIN_SCRIPT, "sh", terminal]

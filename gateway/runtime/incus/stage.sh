@@ -3,7 +3,7 @@
 #
 # Usage:  sh -c "$(cat stage.sh)" sh LIVE NEXT UID
 #   LIVE  the workspace
-#   NEXT  the folder of the next site, which is made anew
+#   NEXT  the folder of the next site, which is made again
 #   UID   the site's user and group
 # Input:  none.
 # Output: last "\ncannot be read: PATH" for a file below LIVE that the site's user cannot read.

@@ -1,7 +1,7 @@
 # Makes a kept site the next one, by a rename: nothing is copied.
 #
 # Usage:  sh -c "$(cat take_former.sh)" sh NEXT KEPT ID
-#   NEXT  the folder of the next site, which is made anew
+#   NEXT  the folder of the next site, which is made again
 #   KEPT  the folder of the kept sites
 #   ID    which of them; it is noted before it is taken, so that clear.sh puts it back
 # Input:  none.

@@ -309,7 +309,7 @@ class IncusRuntime:
         return self._watch.events()
 
     def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, for ever.
+        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, forever.
 
         It ends at once where the kernel's log, which is root's, cannot be read.
         """

@@ -74,7 +74,7 @@ class Watch:
         self._ends: dict[str, datetime] = {}  # when each was destroyed, the latest last
 
     async def events(self) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants, for ever.
+        """Yield what happens to tenants, forever.
 
         Incus replays nothing: after each gap the instances are listed and the differences published,
         then `gateway.resynced`. The same is done every `reconcile_interval`, since Incus drops events for a
@@ -106,7 +106,7 @@ class Watch:
                 if self.standing:
                     log.warning("Incus event stream lost: %s", error)
             except Exception:
-                # one odd answer must not end the watch for ever: look again from the start
+                # one odd answer must not end the watch forever: look again from the start
                 log.exception("an Incus event could not be understood")
             self.standing = False
             self._changed(None)
@@ -114,7 +114,7 @@ class Watch:
             pause = min(pause * 2, 5.0)
 
     async def starved(self) -> AsyncGenerator[TenantEvent]:
-        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, for ever.
+        """Yield `tenant.oom` when the kernel has killed processes of a tenant for lack of memory, forever.
 
         It ends at once where the kernel's log, which is root's, cannot be read.
         """

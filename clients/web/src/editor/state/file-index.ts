@@ -29,7 +29,7 @@ export class FileIndex {
     this.#tenant = tenant;
   }
 
-  /** Has the index made anew when it is next asked, where files came or went. */
+  /** Has the index made again when it is next asked, where files came or went. */
   changed({ changes, overflow }: FileChanges): void {
     if (overflow || changes.some(({ change }) => change !== "changed")) this.#paths = null;
   }

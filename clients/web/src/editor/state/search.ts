@@ -45,7 +45,7 @@ export class Search {
     this.#tenant = tenant;
   }
 
-  /** Replaces every place in the files that are listed, and searches anew. */
+  /** Replaces every place in the files that are listed, and searches again. */
   async replace(): Promise<Replaced> {
     const wanted = { query: this.query.value, regex: this.regex.value, matchCase: this.matchCase.value };
     this.busy.value = true;

@@ -150,7 +150,7 @@ export function signedIn(ending?: AbortSignal): Promise<void> {
   });
 }
 
-// another tab has signed this slot in anew, or out
+// another tab has signed this slot in again, or out
 slots.onChange(() => {
   const kept = slots.known().find(({ slot }) => slot === gateway.slot);
   if (session.value === undefined || kept?.expires === session.value?.expires) return;

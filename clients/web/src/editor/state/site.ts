@@ -21,7 +21,7 @@ export class Site {
     this.#deploys = deploys;
   }
 
-  /** Loads everything anew. */
+  /** Loads everything again. */
   async look(): Promise<void> {
     if (!allows("deploy")) return;
     const tenant = this.#tenant();
@@ -41,7 +41,7 @@ export class Site {
     if (failed !== undefined) this.failure.value = said(failed.reason);
   }
 
-  /** Does something and loads everything anew; returns whether it was done. */
+  /** Does something and loads everything again; returns whether it was done. */
   async #do(doing: string, work: (tenant: Tenant) => Promise<unknown>): Promise<boolean> {
     this.doing.value = doing;
     this.failure.value = null;
@@ -69,7 +69,7 @@ export class Site {
     return this.#begin("Publishing", domain, (tenant) => tenant.publish(domain));
   }
 
-  /** Sets a variable, or removes it by null; the site starts anew with it. */
+  /** Sets a variable, or removes it by null; the site restarts with it. */
   setVariable(domain: string, name: string, value: string | null): Promise<boolean> {
     return this.#begin("Changing the environment", domain, (tenant) =>
       tenant.changeEnvironment({ [name]: value }),

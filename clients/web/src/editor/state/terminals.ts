@@ -128,7 +128,7 @@ export class Terminals {
     return execs.filter(({ exec, state, pty }) => state === "running" && Boolean(pty) && !here.has(exec));
   }
 
-  /** Has shells that a stop of the tenant ended start anew, once it runs again. */
+  /** Has shells that a stop of the tenant ended restart, once it runs again. */
   take({ type, time }: GatewayEvent): void {
     if (type !== "tenant.started" && type !== "tenant.restarted") return;
     if (Date.now() - Date.parse(time) > RECENT) return; // it is told of the past

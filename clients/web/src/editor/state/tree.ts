@@ -93,7 +93,7 @@ export class Tree {
     if (open) set.add(path);
     else set.delete(path);
     this.#open.value = set;
-    // read anew each time: what is below an ignored folder is not watched
+    // read again each time: what is below an ignored folder is not watched
     if (open) void this.load(path);
   }
 

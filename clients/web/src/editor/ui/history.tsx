@@ -21,7 +21,7 @@ export function HistoryView({ current }: { current: Workspace }) {
         <h2>History</h2>
         <span class="grow" />
         {history.busy.value && <Spinner label="Asking" />}
-        <IconButton icon="refresh-cw" label="Load anew" onClick={() => void history.look()} />
+        <IconButton icon="refresh-cw" label="Load again" onClick={() => void history.look()} />
       </header>
       {failure !== null && (
         <p class="turn-failure" role="alert">
