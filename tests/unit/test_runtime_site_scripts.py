@@ -223,7 +223,7 @@ def test_an_environment_is_roots_alone_and_byte_for_byte(
 # --- service ------------------------------------------------------------------------------------------
 
 UNIT: Final = "[Service]\nExecStart=\"a\\nb\" '%%' $$\n\n\n"
-RESTARTED: Final = ["daemon-reload", "--quiet enable site.service", "restart site.service"]
+RESTARTED: Final = ["--quiet --no-reload enable site.service", "daemon-reload", "restart site.service"]
 
 
 def test_a_live_service_is_enabled_and_a_next_one_only_started(

@@ -34,6 +34,7 @@ if [ "$how" = rollback ]; then
 fi
 if [ -f /etc/site-next.env ]; then mv /etc/site-next.env /etc/site.env; fi
 printf %s "${new%.}" >$unit
+# each reload takes as long as all else here: one is enough
+systemctl --quiet --no-reload enable site.service
 systemctl daemon-reload
-systemctl --quiet enable site.service
 systemctl restart site.service

@@ -14,6 +14,6 @@ for _ in $(seq 400); do
   [ -S /run/systemd/private ] && break
   sleep 0.05
 done
+[ "$2" = next ] || systemctl --quiet --no-reload enable site.service
 systemctl daemon-reload
-[ "$2" = next ] || systemctl --quiet enable site.service
 systemctl restart "$3"
