@@ -1,4 +1,4 @@
-"""See whether a service that answered goes on as it is."""
+"""Check that a service that answered keeps running undisturbed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _KILLED: Final = f"the kernel killed one of its processes because memory ran out
 
 
 class Steadiness:
-    """The looks at one side of a tenant's site since it `answered`, by `time.monotonic()`.
+    """The checks of one side of a tenant's site since it `answered`, by `time.monotonic()`.
 
-    As long as the host sees the same life of its service, nobody asks in the container.
+    The service is queried inside the container only if the host does not see the same life of it as before.
     """
 
     def __init__(self, sites: Sites, tenant: str, side: Side, answered: float) -> None:
@@ -24,26 +24,26 @@ class Steadiness:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the last look found it ended, which the next one has to confirm."""
+        """Whether the last check found the service ended, which the next one must confirm."""
         return self._ended
 
     async def begin(self) -> None:
-        """Look at it as it is to stay."""
+        """Note the state that is to last."""
         found = await self._sites.life(*self._of)
         if found is not None and found.started <= self._answered:
             self._life = found
         else:
             self._before = await self._sites.service(*self._of)
 
-    async def broken(self) -> str:
-        """Return what happened to it that must not; empty for nothing."""
+    async def failure(self) -> str:
+        """Return what went wrong with the service; empty if nothing did."""
         now = await self._sites.life(*self._of)
         if self._life is not None and now is not None and now.first == self._life.first:
             self._ended = False
             return _KILLED if now.oom_kills > self._life.oom_kills else ""
         service = await self._sites.service(*self._of)
         why = unsteady(self._before, service, self._answered)
-        # once, and somebody may just be starting it again
+        # once only, and it may just be restarting on purpose
         had, self._ended = self._ended, service is not None and service.state == "ended"
         return why or ("its service ended" if had and self._ended else "")
 

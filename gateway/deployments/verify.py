@@ -184,7 +184,7 @@ class Verifier:
         task, refused = asyncio.create_task(work), 0
         try:
             while not (await asyncio.wait({task}, timeout=_STEADY_LOOK))[0]:
-                why = await steady.broken()
+                why = await steady.failure()
                 refused = refused + 1 if await self._refuses(site) else 0
                 if not why and refused >= _REFUSED:
                     why = "nothing listens there any more"
@@ -274,7 +274,7 @@ class Verifier:
         while not why and (steady.doubtful or time.monotonic() < until):
             left = until - time.monotonic()
             await asyncio.sleep(min(pause, left) if left > 0 else _AGAIN)
-            why = await steady.broken()
+            why = await steady.failure()
         # its service may be running without the process that answered
         if not why and (silent := await self._asked(site, way, _LAST)):
             why = f"it no longer answers ({silent})"

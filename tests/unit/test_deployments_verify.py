@@ -315,8 +315,8 @@ async def test_one_that_is_over_is_looked_at_before_and_after_its_time(rig: Rig)
     assert asked == ["shop", "shop"]
 
 
-async def test_one_that_its_host_sees_living_on_is_asked_nothing(rig: Rig) -> None:
-    """What costs a command in the container is asked only where another life of the service is seen."""
+async def test_a_service_that_the_host_sees_running_is_not_queried(rig: Rig) -> None:
+    """A command runs in the container only once the host sees another life of the service."""
     asked: list[str] = []
 
     async def service(tenant: str, side: Side) -> Service | None:
@@ -347,7 +347,7 @@ async def steadied(rig: Rig, *lives: Life | None, answered: float = 5.0) -> list
         await steady.begin()
         found = []
         for rig.life in lives[1:]:
-            found.append(await steady.broken())
+            found.append(await steady.failure())
         return found
 
 
@@ -358,7 +358,7 @@ async def test_a_process_that_the_kernel_kills_is_told_of_the_same_life(rig: Rig
 
 
 async def test_a_life_that_began_after_the_answer_is_not_the_one_that_answered(rig: Rig) -> None:
-    """It was started again between the two; the looks go on by what its systemd says."""
+    """It restarted between the two, so systemd is asked."""
     rig.service = Service("running", restarts=1, started=6.0)
     (found,) = await steadied(rig, Life("2 9", 6.0), Life("2 9", 6.0))
     assert "was restarted" in found
