@@ -29,7 +29,7 @@ from tests.integration import environment
 from tests.integration.sites import Hosting, hosting
 from tests.starters.making import Made, made
 from tests.starters.table import STARTERS
-from tests.starters.trial import GATEWAY
+from tests.starters.trial import GATEWAY, SIZE
 
 REST: Final = 4.0  # seconds until memory is at rest
 
@@ -38,7 +38,7 @@ async def deployed(host: Hosting, name: str, source: str) -> tuple[dict[str, Any
     """Deploy a template to a new tenant; return the record and what its container took."""
     tenant = f"{name}-{source}"
     with Meter(tenant).running() as meter:
-        record = await host.deploy(f"{tenant}.example.com", name, tenant=tenant)
+        record = await host.deploy(f"{tenant}.example.com", name, tenant=tenant, size=SIZE)
         if record["state"] != "succeeded":
             raise Wrong(str(record["error"]))
         if record["source"] != source:
@@ -74,7 +74,7 @@ async def measure(base: Settings, name: str, files: Made, folder: Path) -> dict[
         if STARTERS[name].published:
             domain = f"{name}-built.example.com"
             with Meter(f"{name}-built").running() as meter:
-                body = {"domain": domain, "tenant": f"{name}-built"}
+                body = {"domain": domain, "tenant": f"{name}-built", "size": SIZE}
                 status, begun, _ = await host.call("POST", f"/v1/tenants/{record['tenant']}/publish", body)
                 if status != 202:
                     raise Wrong(str(begun))

@@ -21,8 +21,11 @@ from tests.waits import pause, until
 WITHIN: Final[Mapping[str, float]] = {"at once": 1.5, "by a reload": 1.5, "after a restart": 3.0}
 """Seconds from an edit's answer until its page shows it: of the quickest, as others here only add to it."""
 
-GATEWAY: Final[Mapping[str, Any]] = {"tenant_memory": "1GiB", "verify_timeout": 150.0, "settle_time": 3.0}
+GATEWAY: Final[Mapping[str, Any]] = {"verify_timeout": 150.0, "settle_time": 3.0}
 """Settings as an operator has them by default, on a machine that is busy."""
+
+SIZE: Final = "medium"
+"""What has the memory that a tenant has by default: the tests' own profile gives less."""
 
 _PATIENCE: Final = 60.0  # seconds
 _EDITS: Final = 3
@@ -127,14 +130,14 @@ async def _comes(host: Hosting, domain: str, path: str, text: str) -> None:
 
 
 async def tried(
-    browser: Browser, host: Hosting, name: str, starter: Starter, made: Made, slack: float = 1.0, **more: Any
+    browser: Browser, host: Hosting, name: str, starter: Starter, made: Made, slack: float = 1.0
 ) -> dict[str, Any]:
     """Deploy a starter without a manifest and work on it; return the deployment's record and the times.
 
     `slack` is how many times as long an edit may take, beside other tests.
     """
     domain = f"{name}.example.com"
-    body = {"domain": domain, "template": made.template, **more}
+    body = {"domain": domain, "template": made.template, "size": SIZE}
     status, begun, _ = await host.call("POST", "/v1/deployments", body)
     assert status == 202, begun
     record = await host.ended(begun["id"], 300)
@@ -151,7 +154,9 @@ async def published(
 ) -> dict[str, Any]:
     """Publish a starter that was worked on; return the deployment's record. Its dev server goes on."""
     domain = f"{name}-built.example.com"
-    status, begun, _ = await host.call("POST", f"/v1/tenants/{tenant}/publish", {"domain": domain})
+    status, begun, _ = await host.call(
+        "POST", f"/v1/tenants/{tenant}/publish", {"domain": domain, "size": SIZE}
+    )
     assert status == 202, begun
     record = await host.ended(begun["id"], 300)
     assert record["state"] == "succeeded", (record["error"], record["detected"])
