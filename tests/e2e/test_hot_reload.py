@@ -48,7 +48,6 @@ async def test_a_starter_shows_an_edit_on_a_real_domain(name: str, browser: Brow
     `tests/run starters` tries those of all frameworks.
     """
     starter = STARTERS[name]
-    record = await tried(
-        browser, host, name, starter, await made(name, starter, host.settings), size="medium"
-    )
+    files = await made(name, starter, host.settings)
+    record = await tried(browser, host, name, starter, files, slack=3.0)
     await host.call("DELETE", f"/v1/tenants/{record['tenant']}")
