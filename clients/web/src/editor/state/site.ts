@@ -15,6 +15,8 @@ export class Site {
   /** What is under way, in words. */
   readonly doing = signal<string | null>(null);
   readonly failure = signal<string | null>(null);
+  /** It is being destroyed: there is nothing to look at any more. */
+  leaving = false;
 
   constructor(tenant: () => Tenant, deploys: Deploys) {
     this.#tenant = tenant;
@@ -23,7 +25,7 @@ export class Site {
 
   /** Loads everything again. */
   async look(): Promise<void> {
-    if (!allows("deploy")) return;
+    if (!allows("deploy") || this.leaving) return;
     const tenant = this.#tenant();
     const told = await Promise.allSettled([
       tenant.deployments().then((found) => {
@@ -47,13 +49,14 @@ export class Site {
     this.failure.value = null;
     try {
       await work(this.#tenant());
+      void this.look();
       return true;
     } catch (error) {
       this.failure.value = said(error);
+      void this.look();
       return false;
     } finally {
       this.doing.value = null;
-      void this.look();
     }
   }
 
@@ -109,7 +112,13 @@ export class Site {
   }
 
   destroy(): Promise<boolean> {
-    return this.#do("Destroying", (tenant) => tenant.delete());
+    return this.#do("Destroying", async (tenant) => {
+      this.leaving = true;
+      await tenant.delete().catch((error) => {
+        this.leaving = false;
+        throw error;
+      });
+    });
   }
 }
 

@@ -210,6 +210,7 @@ export class Workspace {
   }
 
   async refreshInfo(): Promise<void> {
+    if (this.site.leaving) return;
     try {
       this.info.value = await this.#tenant.info();
     } catch {
@@ -246,8 +247,9 @@ export class Workspace {
           this.history.take(event);
           this.terminals.take(event);
           if (event.type === "file.written") this.#written(event.data);
-          if (event.type.startsWith("tenant.") || event.type === "deployment.succeeded")
-            void this.refreshInfo();
+          const told = event.type.startsWith("tenant.") || event.type === "deployment.succeeded";
+          // of one that is gone there is nothing to be asked
+          if (told && event.type !== "tenant.destroyed") void this.refreshInfo();
         }
       } catch (error) {
         if (!(error instanceof GatewayError)) complain(error);
