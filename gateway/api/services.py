@@ -123,7 +123,7 @@ async def opened(settings: Settings, store: Store) -> AsyncIterator[Services]:
         caddy.lead_home()
         caddy.excuse_nobody()
         domains = await Domains.opened(runtime, store, bus, settings)
-        room = DiskSpace(runtime, workers, store, settings, sites.spare)
+        room = DiskSpace(runtime, workers, store, settings, sites.copies.spare)
         capacity = Capacity(runtime, settings)
         lifecycle = Lifecycle(runtime, sites, caddy, domains, workers, bus, names, room, capacity, settings)
         idle = await enter(Idle(runtime, sites, caddy, domains, lifecycle, execs.running_in, settings))

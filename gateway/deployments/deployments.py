@@ -78,7 +78,7 @@ class Deployments:
         self._register = Register(store, domains, settings)
         self._verifier = Verifier(sites, caddy, settings)
         self._turns = DeploymentQueue(settings)
-        self._warming = Warming(sites, self._turns, spacious, settings)
+        self._warming = Warming(sites.copies, self._turns, spacious, settings)
         self._recovered = asyncio.Event()
         context = Context(
             runtime=runtime,
@@ -248,7 +248,7 @@ class Deployments:
     async def recover(self) -> None:
         """Finish or undo what an earlier run left, then let new ones run. Call it once Incus answers."""
         try:
-            await self._sites.adopt(await asyncio.to_thread(self._shared_recipes))
+            await self._sites.copies.adopt(await asyncio.to_thread(self._shared_recipes))
             await self._reconciler.reconcile()
         finally:
             self._recovered.set()

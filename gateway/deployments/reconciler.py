@@ -89,7 +89,7 @@ class Reconciler:
         for site in found:
             await self._remove_left(site)
         with apart("the removal of copies that nobody needs"):
-            await self._sites.tidy()
+            await self._sites.copies.tidy()
         if wanted or busy:
             await self._caddy.ensure()
 

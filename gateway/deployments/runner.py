@@ -81,7 +81,7 @@ class Runner:
                 recipe = await asyncio.to_thread(template.recipe)
                 await self._context.admit()
                 told = partial(self._prepared, template.name)
-                self._context.sites.prepare(recipe, told, request.size, self._turns.quiet)
+                self._context.sites.copies.prepare(recipe, told, request.size, self._turns.quiet)
         elif record.source == "image" and running.upload is not None:
             self._warming.want(running.upload, request.size)
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from gateway.deployments.queue import DeploymentQueue
 from gateway.errors import GatewayError
-from gateway.runtime.sites import Recipe, Sites
+from gateway.runtime.sites import PreparedCopies, Recipe
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ class Warming:
 
     def __init__(
         self,
-        sites: Sites,
+        copies: PreparedCopies,
         turns: DeploymentQueue,
         admit: Callable[[], Awaitable[None]] | None,
         settings: Settings,
     ) -> None:
-        self._sites, self._turns, self._admit, self._settings = sites, turns, admit, settings
+        self._copies, self._turns, self._admit, self._settings = copies, turns, admit, settings
         self._wishes: OrderedDict[str, _Wish] = OrderedDict()  # by owner, next one first
         self._task: asyncio.Task[None] | None = None
 
@@ -73,7 +73,7 @@ class Warming:
             try:
                 if self._admit is not None:
                     await self._admit()
-                self._sites.prepare(wish.recipe, partial(_ended, over), wish.size)
+                self._copies.prepare(wish.recipe, partial(_ended, over), wish.size)
                 error = await over
             except GatewayError as refused:
                 error = refused

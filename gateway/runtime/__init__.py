@@ -278,7 +278,9 @@ async def unheard(removal: Removal) -> None:
 
 
 class TenantRuntime(Protocol):
-    """Where tenants live. All names are validated tenant names; unknown ones raise `NotFound`.
+    """The seam to where tenants live: wide, because it is all that the packages above it use of a runtime.
+
+    All names are validated tenant names; unknown ones raise `NotFound`.
 
     `tenants` tells a broker how it finds their files by itself, see `gateway.rootfs.locations`.
     """

@@ -48,7 +48,7 @@ _LOG: Final = Path(__file__).with_name("local_log.sh").read_text()
 
 
 class LocalRuntime:
-    """Tenants under `state_dir/tenants`. Use as an async context manager."""
+    """Tenants under `state_dir/tenants`: a `TenantRuntime` of folders. Use as an async context manager."""
 
     def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
         self._settings = settings

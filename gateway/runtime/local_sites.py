@@ -37,6 +37,7 @@ from gateway.runtime.sites import (
     Life,
     Order,
     Prepared,
+    PreparedCopies,
     Quiet,
     Recipe,
     Say,
@@ -59,6 +60,24 @@ _PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in 
 _PORTS: Final = range(20_000, 32_000)  # below net.ipv4.ip_local_port_range
 
 
+class _NoCopies:
+    """Keeps no copies: a folder is made as fast as it could be prepared."""
+
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
+    ) -> None:
+        prepared(None)
+
+    async def tidy(self) -> None:
+        return
+
+    async def spare(self, wanted: int) -> int:
+        return 0
+
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        return
+
+
 class LocalSites:
     """The sites of the local runtime; see `gateway.runtime.sites.Sites`. No size is enforced here."""
 
@@ -67,6 +86,7 @@ class LocalSites:
         self._folders = SiteFolders(settings)
         self._former = LocalFormerSites(self._folders)
         self.former: FormerSites = self._former
+        self.copies: PreparedCopies = _NoCopies()
         self._services: dict[tuple[str, Side], _Service] = {}
 
     async def __aenter__(self) -> LocalSites:
@@ -264,20 +284,6 @@ class LocalSites:
                 )
             )
         return sites
-
-    def prepare(
-        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
-    ) -> None:
-        prepared(None)  # a folder is made as fast as it could be prepared
-
-    async def tidy(self) -> None:
-        return
-
-    async def spare(self, wanted: int) -> int:
-        return 0
-
-    async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        return
 
     async def _stop(self, tenant: str, side: Side) -> None:
         service = self._services.pop((tenant, side), None)

@@ -198,10 +198,36 @@ class FormerSites(Protocol):
         ...
 
 
+class PreparedCopies(Protocol):
+    """Copies of sites that work, kept ready for new tenants; see `Sites.copies`."""
+
+    def prepare(
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
+    ) -> None:
+        """Get ready for more tenants of a recipe that works at that size, in the background.
+
+        For an upload `prepared` is always called with the outcome, unless these sites are closed before.
+        """
+        ...
+
+    async def tidy(self) -> None:
+        """Remove copies of uploads that are not needed any more."""
+        ...
+
+    async def spare(self, wanted: int) -> int:
+        """Remove copies of uploads until so many bytes of the pool are free; return how many were."""
+        ...
+
+    async def adopt(self, recipes: Sequence[Recipe]) -> None:
+        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
+        ...
+
+
 class Sites(Protocol):
-    """The sites of one runtime. Use as an async context manager."""
+    """The sites of one runtime: all that deployments use of it. Use as an async context manager."""
 
     former: FormerSites
+    copies: PreparedCopies
 
     async def __aenter__(self) -> Sites: ...
 
@@ -278,27 +304,6 @@ class Sites(Protocol):
 
     async def listed(self) -> Sequence[Site]:
         """Return every tenant with a domain, also those that are just being made."""
-        ...
-
-    def prepare(
-        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
-    ) -> None:
-        """Get ready for more tenants of a recipe that works at that size, in the background.
-
-        For an upload `prepared` is always called with the outcome, unless these sites are closed before.
-        """
-        ...
-
-    async def tidy(self) -> None:
-        """Remove copies of uploads that are not needed any more."""
-        ...
-
-    async def spare(self, wanted: int) -> int:
-        """Remove copies of uploads until so many bytes of the pool are free; return how many were."""
-        ...
-
-    async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
         ...
 
     async def allow(self, tenant: str, domain: str) -> None:

@@ -44,7 +44,9 @@ class Told:
 
 
 class Nothing:
-    """Sites and a Caddy with nothing to undo."""
+    """Sites and a Caddy with nothing to undo, and no copies."""
+
+    copies = None
 
     def url(self, domain: str) -> str:
         return f"https://{domain}"

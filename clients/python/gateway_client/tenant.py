@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Tenant(ToolSession):
-    """A tenant. Cheap to create; it connects on the first request.
+    """A tenant: all that a client does with one. Cheap to create; it connects on the first request.
 
     Tools and control messages share one websocket, and so one tool session. Each running command has its own
     websocket: a client that does not read a command's output stops reading its socket, which slows down that

@@ -35,6 +35,7 @@ from gateway.runtime.incus.uploads import (
     upload_of,
 )
 from gateway.runtime.sites import Prepared, Quiet, Recipe, at_once
+from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class GoldenCopies:
     # --- made ready ---------------------------------------------------------------------------------
 
     def prepare(
-        self, recipe: Recipe, prepared: Prepared, size: Mapping[str, str], quiet: Quiet = at_once
+        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
     ) -> None:
         """Have a golden copy of a recipe, and of a template a full pool, in the background.
 
@@ -121,7 +122,7 @@ class GoldenCopies:
             if recipe.owner:
                 prepared(None)
             return
-        task = asyncio.create_task(self._prepare(recipe, prepared, size, quiet), name=f"prepare {key}")
+        task = asyncio.create_task(self._prepare(recipe, prepared, SIZES[size], quiet), name=f"prepare {key}")
         self._preparing[key] = task
         task.add_done_callback(lambda _: self._preparing.pop(key, None))
 

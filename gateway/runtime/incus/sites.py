@@ -46,15 +46,13 @@ from gateway.runtime.sites import (
     FormerSites,
     Life,
     Order,
-    Prepared,
-    Quiet,
+    PreparedCopies,
     Recipe,
     Say,
     Service,
     Side,
     Site,
     Source,
-    at_once,
 )
 from gateway.runtime.sizes import SIZES
 from gateway.settings import Settings
@@ -64,7 +62,7 @@ LINK: Final = "volatile.eth0.host_name"
 
 
 class IncusSites:
-    """The sites of one Incus project; see `gateway.runtime.sites.Sites`."""
+    """The sites of one Incus project: implements `gateway.runtime.sites.Sites`, mostly by its parts."""
 
     def __init__(self, settings: Settings, runtime: IncusRuntime) -> None:
         self._settings = settings
@@ -79,6 +77,7 @@ class IncusSites:
         marks = Marks(settings)
         self._pool = Pool(settings, self._making, marks)
         self._golden = GoldenCopies(settings, self._incus, self._making, marks, self._pool, baking.bake)
+        self.copies: PreparedCopies = self._golden
 
     async def __aenter__(self) -> IncusSites:
         return self
@@ -220,22 +219,6 @@ class IncusSites:
 
     async def log(self, tenant: str, side: Side) -> str:
         return await self._provisioning.log(tenant, side)
-
-    # --- golden copies and the pool -----------------------------------------------------------------
-
-    def prepare(
-        self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
-    ) -> None:
-        self._golden.prepare(recipe, prepared, SIZES[size], quiet)
-
-    async def tidy(self) -> None:
-        await self._golden.tidy()
-
-    async def spare(self, wanted: int) -> int:
-        return await self._golden.spare(wanted)
-
-    async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        await self._golden.adopt(recipes)
 
 
 def _content(recipe: Recipe) -> dict[str, str]:

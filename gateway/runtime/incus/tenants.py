@@ -60,7 +60,7 @@ class _Located:
 
 
 class IncusRuntime:
-    """The tenants of one Incus project. Use as an async context manager."""
+    """The tenants of one Incus project: a `TenantRuntime`, by its parts. Use as an async context manager."""
 
     def __init__(
         self,
