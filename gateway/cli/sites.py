@@ -49,9 +49,9 @@ def deploy(
         typer.Option("--production", help="Build it and serve the result, not its dev server."),
     ] = False,
     write: Annotated[bool, typer.Option("--write", help="Write what was detected to site.toml.")] = False,
-    size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
+    size: Annotated[Size, typer.Option(help="The size of a new tenant")] = Size.SMALL,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the site; may be repeated")] = None,
-    tenant: Annotated[str | None, typer.Option(help="The tenant; default: made of the domain")] = None,
+    tenant: Annotated[str | None, typer.Option(help="The tenant; default: derived from the domain")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     url: Url = None,
     token: TokenOption = None,
@@ -110,11 +110,11 @@ def deploy(
 def publish(
     domain: Domain,
     at: Annotated[str, typer.Argument(metavar="AT", help="The domain to publish it at")],
-    size: Annotated[Size, typer.Option(help="Of a new tenant")] = Size.SMALL,
+    size: Annotated[Size, typer.Option(help="The size of a new tenant")] = Size.SMALL,
     env: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the published site; may be repeated")
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Its tenant; default: made of AT")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Its tenant; default: derived from AT")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     url: Url = None,
     token: TokenOption = None,
