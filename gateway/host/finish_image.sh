@@ -14,6 +14,8 @@ set -eu
 root="$1" uid="$2" user="$3" workspace="$4" masked="$5" generators="$6"
 chroot "$root" groupadd --gid "$uid" "$user"
 chroot "$root" useradd --uid "$uid" --gid "$uid" --create-home --home-dir "/home/$user" --shell /bin/bash "$user"
+# may read the log of its site, and of all else in its container
+chroot "$root" usermod --append --groups systemd-journal "$user"
 install -d -m 0755 -o "$uid" -g "$uid" "$root$workspace"
 ln -s /usr/bin/python3 "$root/usr/local/bin/python"
 ln -s /usr/bin/vim.tiny "$root/usr/local/bin/vim"

@@ -43,6 +43,8 @@ LOOKS = (
     ("ps aux | head -3 && pgrep -a systemd && lsof -v 2>&1 | head -1", "systemd"),
     ("ss -ltn && ip -4 addr show eth0", "inet 10"),
     ("free -m && df -h . && nproc && uptime", "Mem:"),
+    ("ping -c 1 -W 5 127.0.0.1", "1 received"),
+    ("journalctl --no-pager -n 3 && systemctl --no-pager status | head -3", r"systemd\["),
     ("env | grep -c GATEWAY_EXEC && date +%Y && locale 2>/dev/null | head -1", "^1\n20"),
     ("EDITOR=true vi --version | head -1", "VIM"),
     ("mkdir -p a/b && cp t.ts a/b && mv a/b/t.ts a/u.ts && rm -r a && ls", r"^t\.ts$"),
