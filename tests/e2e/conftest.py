@@ -39,7 +39,7 @@ FLAGS = (
 
 SITE = """\
 install = ["sh", "-c", '{install}']
-start = ["bun", "-e", 'Bun.serve({{ port: Number(process.env.PORT), fetch: () => new Response("News of today") }})']
+start = ["bun", "-e", 'Bun.serve({{ port: +process.env.PORT, fetch: () => new Response("News of today") }})']
 """
 TEMPLATES = {
     # goes on when a test says so
