@@ -32,7 +32,14 @@ function away() {
 }
 
 function started(time = Date.now()): GatewayEvent {
-  return { id: "1", type: "tenant.started", source: "/", time: new Date(time).toISOString(), data: {} };
+  return {
+    specversion: "1.0",
+    id: "1",
+    type: "tenant.started",
+    source: "/",
+    time: new Date(time).toISOString(),
+    data: {},
+  };
 }
 
 const screen = { size: { cols: 80, rows: 24 }, note: vi.fn(), write: async () => {} } as unknown as Screen;
