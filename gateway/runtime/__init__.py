@@ -1,7 +1,7 @@
 """The seam between the gateway and where tenants live.
 
-Connection, execs, tools and deployments know only this module's words. `incus` is the real runtime,
-`local` an unisolated one for laptops and fast tests; the same contract tests hold both.
+Other packages use only these names. `incus` is the real runtime; `local`, without isolation, is for laptops
+and tests. The same contract tests run on both.
 """
 
 from __future__ import annotations
@@ -280,9 +280,8 @@ async def unheard(removal: Removal) -> None:
 class TenantRuntime(Protocol):
     """The seam to where tenants live: wide, because it is all that the packages above it use of a runtime.
 
-    All names are validated tenant names; unknown ones raise `NotFound`.
-
-    `tenants` tells a broker how it finds their files by itself, see `gateway.rootfs.locations`.
+    All names are validated tenant names; unknown ones raise `NotFound`. `tenants` tells a broker how to find
+    their files by itself; see `gateway.rootfs.locations`.
     """
 
     tenants: Mapping[str, Any]
@@ -292,10 +291,7 @@ class TenantRuntime(Protocol):
     async def get(self, name: str) -> Tenant: ...
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        """Make a tenant from the base image. Raises `Conflict` if the name is taken.
-
-        If it fails or is cancelled, it removes what it made and nothing else.
-        """
+        """Make a tenant from the base image; a failure removes only what it made. Raises `Conflict`."""
         ...
 
     async def start(self, name: str) -> None: ...
@@ -309,9 +305,9 @@ class TenantRuntime(Protocol):
         ...
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
-        """Return how many seconds ago the last connection to each tenant's site ended, 0 while there is one.
+        """Return the seconds since each site's last connection ended, 0 while there is one.
 
-        Leaves out sites without one in the last minute. The gateway's own probes do not count.
+        Sites without one in the last minute are left out; our probes do not count.
         """
         ...
 
@@ -326,9 +322,8 @@ class TenantRuntime(Protocol):
     async def resize(self, name: str, size: str) -> None:
         """Give the tenant the limits of a size of `sizes.SIZES`, all or none, without a restart.
 
-        Raises `Conflict` if it uses more disk or memory than these allow, or is being updated,
-        `TenantNotRunning` where what its disk holds cannot be seen, and `InvalidParams` if no limits are
-        enforced here.
+        Raises `Conflict` if it uses more disk or memory than these allow or is being updated,
+        `TenantNotRunning` if its disk usage is unknown, and `InvalidParams` if this runtime has no limits.
         """
         ...
 
