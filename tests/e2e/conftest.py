@@ -52,7 +52,7 @@ expect.set_options(timeout=DEADLINE)
 OpenEditor = Callable[..., Awaitable[Editor]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     await asyncio.to_thread(subprocess.run, [str(CHECKOUT / "deploy" / "build-web")], check=True)
     folder = tmp_path_factory.mktemp("e2e")
@@ -65,7 +65,7 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
         yield host
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def site(host: Hosting) -> str:
     """The tenant of a deployed React site with its dev server; its address is `http://shop.localhost`."""
     # not the smallest: with its cache full a dev server waits for its own pages to be read back
@@ -74,7 +74,7 @@ async def site(host: Hosting) -> str:
     return str(record["tenant"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -104,7 +104,7 @@ async def editor(browser: Browser, host: Hosting, site: str) -> AsyncIterator[Op
     assert not complaints, "\n".join(complaints)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pictures() -> Path:
     """Where pictures are put: the folder that GATEWAY_TEST_PICTURES names, else one that is thrown away."""
     folder = Path(os.environ.get(PICTURES) or tempfile.mkdtemp(prefix="gateway-pictures-"))

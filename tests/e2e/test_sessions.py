@@ -21,7 +21,7 @@ def token(*tenants: str, subject: str = "ann", ttl: int = 600) -> str:
     return tokens.issue(SECRET, subject, tenants, EVERY_SCOPE, ttl)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def second(host: Hosting) -> str:
     """A second tenant with a site."""
     record = await host.deploy("second.localhost", "static", tenant="second")

@@ -204,7 +204,7 @@ async def test_a_hostile_upload_costs_nothing_and_a_hostile_workspace_holds_noth
         "leads out": folder('start = ["x"]', link("out", "../../etc")),
         "is not plain": folder('start = ["x"]', ("esc\x1b[2J", b"")),
         "TOML": folder("start = " + "[" * 20_000),
-        "no tar": b"\xff" * 10_000,
+        "not a tar": b"\xff" * 10_000,
     }
     for number, (told, archive) in enumerate(uploads.items()):
         template = {"archive": base64.b64encode(gzip.compress(archive)).decode()}

@@ -207,7 +207,7 @@ async def test_a_quota_a_domain_and_a_template(desk: Desk, tmp_path: Path) -> No
     try:
         said = await desk.refused()
         assert (said["code"], said["reason"], said["phase"]) == ("conflict", "domain_owned", "validate")
-        assert "by `tenant`" in said["message"]
+        assert "with `tenant`" in said["message"]
         environment.incus("config", "set", other, "user.gateway.domain=other.test")
         there = len(await desk.runtime.list())
         said = await desk.refused(max_tenants=there)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import GatewayError, Unavailable
-from gateway.host import daemon
+from gateway.host import daemon, quotas
 from gateway.rootfs import FilesystemRoot, Workers
 from gateway.runtime.incus import IncusRuntime
 from gateway.settings import Settings
@@ -376,6 +376,8 @@ async def test_a_full_disk(make_tenant: MakeTenant, incus_settings: Settings, tm
     # what the image takes counts
     environment.incus("config", "device", "override", tenant.name, "root", "size=730MiB")
     site = environment.rootfs(tenant.name) / "srv" / "site"
+    # the kernel may have stopped counting when another test's tenant was deleted
+    await asyncio.to_thread(quotas.enforce, incus_settings)
     async with live(incus_settings, tmp_path / "gateway.log") as gateway:
         async with gateway.wire(tenant.name) as wire, gateway.http(tenant.name) as http:
 

@@ -71,8 +71,8 @@ STARTERS: Final[Mapping[str, Starter]] = {
     "next": Starter(
         "npx -y create-next-app@16.4.3 app --yes --empty --skip-install --disable-git --use-npm",
         "Next.js",
-        ("app/page.tsx", "Hello World!", _SEEN),
-        "Hello World!",
+        ("app/page.tsx", "Hello world!", _SEEN),
+        "Hello world!",
         _SEEN,
     ),
     "sveltekit": Starter(

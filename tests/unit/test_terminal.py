@@ -230,6 +230,7 @@ DEPLOY = ["deploy", "d.example", "--template", "x"]
 COMMANDS: dict[str, list[list[str]]] = {
     "serve": [],
     "broker": [],
+    "hold": [],
     "setup": [],
     "image": [],
     "capacity": [],
