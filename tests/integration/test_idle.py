@@ -73,7 +73,8 @@ async def host(incus_settings: Settings, tmp_path_factory: pytest.TempPathFactor
 async def asleep(host: Hosting, events: aiohttp.ClientResponse) -> None:
     """Return once the tenant sleeps; `events` were asked for before its last use."""
     async with host.gateway.http(TENANT) as http:
-        if (await get(http, TENANT))["asleep"]:
+        found = await get(http, TENANT)
+        if found["asleep"] and found["status"] == "stopped":  # the mark comes first
             return
     while (event := (await sse(events, 1))[0])["event"] != "tenant.stopped":
         pass
