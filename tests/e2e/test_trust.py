@@ -27,6 +27,7 @@ async def test_unsaved_text_survives_a_reload_a_rename_and_a_crash_and_takes_in_
     await page.keyboard.press("Control+Home")
     await page.keyboard.press("ArrowDown")
     await page.keyboard.type("unsaved ")
+    await kept(window, "one\nunsaved two\nthree\nfour\n")  # until then the page asks before it is left
     await page.reload()
     await window.connected()
     await expect(window.text).to_contain_text("unsaved two")
