@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -186,6 +187,8 @@ def up(report: Report) -> bool:
             ours = True
         if ours:
             RUNNER.write_text(runner)
+    if ours:
+        _end_gateways(report)
     for instance in instances():
         mark = (instance["config"] or {}).get(OWNER)  # none while another run is making it
         if ours or (mark and not _lives(mark)):
@@ -194,6 +197,17 @@ def up(report: Report) -> bool:
     setup(settings(), report)
     image.build(settings(), report)
     return ours
+
+
+def _end_gateways(report: Report) -> None:
+    """End the gateways that an interrupted run left: they would go on working on what is in this Incus."""
+    used = f"GATEWAY_INCUS_SOCKET={INCUS_DIR / 'unix.socket'}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            serves = b"serve" in (process / "cmdline").read_bytes().split(b"\0")
+            if serves and used in (process / "environ").read_bytes().split(b"\0"):
+                report(f"ending a gateway left by an earlier run, pid {process.name}")
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _lives(mark: str) -> bool:
