@@ -136,6 +136,7 @@ class _Holding:
 
 def main() -> None:
     """Hold at the path, for the seconds, that the command line names."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # whoever started it would keep its locks as long as it holds
     hold(Path(sys.argv[1]), float(sys.argv[2]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -196,11 +197,18 @@ def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path
     settings = Settings(runtime="local", state_dir=tmp_path)
     assert holder_process.running(settings) is None
     assert not holder_process.stop(settings)
+    lock = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(lock, True)  # as quickstart's shell hands it on
     said = holder_process.ensure(settings, tmp_path / "log")
+    os.close(lock)
     try:
         pid = holder_process.running(settings)
         assert pid is not None and said == f"started, pid {pid}"
         assert holder_process.ensure(settings, tmp_path / "log") == f"runs already, pid {pid}"
+        of = (tmp_path / "lock").stat()
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # of a client that has just gone
+                assert not os.path.samestat(entry.stat(), of), "who waits for that lock would wait for this"
         status = Path(f"/proc/{pid}/status").read_text()
         assert int(status.partition("VmRSS:")[2].split()[0]) < 32 << 10
     finally:
