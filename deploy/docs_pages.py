@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mkdocs.structure.files import File, Files
 from gateway.api import openapi, reference
 from gateway.api.routes import ROUTES
 from gateway.cli.main import app
+from gateway.cli.manual import Entry, entries
 
 ROOT = Path(__file__).parents[1]
 # the pages outside docs/, with their places on the site
@@ -53,20 +53,10 @@ def cli() -> str:
     command: Any = typer.main.get_command(app)
     context = typer.Context(command, info_name="incus-gateway")
     told = "[Operations](operations.md#the-command-line) says what it is for. Made from the code."
-    return "\n".join(("# Command line\n", f"{told}\n", *_commands(command, context, "")))
+    return "\n".join(("# Command line\n", f"{told}\n", *map(_entry, entries(command, context))))
 
 
-def _commands(group: Any, context: Any, before: str) -> Iterator[str]:
-    for name in group.list_commands(context):
-        entry = group.get_command(context, name)
-        if hasattr(entry, "list_commands"):
-            yield from _commands(entry, context, f"{before}{name} ")
-            continue
-        command = entry.loaded()
-        inner = type(context)(command, info_name=name, parent=context)
-        words = " ".join(command.collect_usage_pieces(inner))
-        yield f"## {before}{name}\n\n```\nincus-gateway {before}{name} {words}\n```\n\n{command.help or ''}\n"
-        for param in command.get_params(inner):
-            if (record := param.get_help_record(inner)) is not None and param.name != "help":
-                yield f"- `{record[0]}`: {record[1]}" if record[1] else f"- `{record[0]}`"
-        yield ""
+def _entry(entry: Entry) -> str:
+    options = "".join(f"- `{words}`: {what}\n" if what else f"- `{words}`\n" for words, what in entry.options)
+    usage = f"```\nincus-gateway {entry.name} {entry.usage}\n```"
+    return f"## {entry.name}\n\n{usage}\n\n{entry.help}\n\n{options}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -26,7 +27,7 @@ def _page(group: Any, context: Any) -> Iterator[str]:
     yield from (".SH NAME", f"incus\\-gateway \\- {_text(group.help)}")
     yield from (".SH SYNOPSIS", ".B incus\\-gateway", "COMMAND [OPTION]... [ARGUMENT]...")
     yield ".SH COMMANDS"
-    yield from _commands(group, context, "")
+    yield from _commands(group, context)
     yield ".SH EXIT STATUS"
     yield "0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody read the output;"
     yield ".B exec\nends with the exit code of its command."
@@ -40,19 +41,37 @@ def _page(group: Any, context: Any) -> Iterator[str]:
     yield f"All settings of the gateway are listed by\n.B incus\\-gateway serve \\-\\-help{chr(10)}."
 
 
-def _commands(group: Any, context: Any, before: str) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What `--help` says of one command: its name with that of its group, its arguments, its options."""
+
+    name: str
+    usage: str
+    help: str
+    options: list[tuple[str, str]]
+
+
+def entries(group: Any, context: Any, before: str = "") -> Iterator[Entry]:
+    """Yield every command, those of groups too."""
     for name in group.list_commands(context):
-        entry = group.get_command(context, name)
-        if hasattr(entry, "list_commands"):
-            yield from _commands(entry, context, f"{before}{name} ")
+        found = group.get_command(context, name)
+        if hasattr(found, "list_commands"):
+            yield from entries(found, context, f"{before}{name} ")
             continue
-        command = entry.loaded()
+        command = found.loaded()
         inner = type(context)(command, info_name=name, parent=context)
-        words = " ".join(command.collect_usage_pieces(inner))
-        yield from (f".SS {_text(before + name)} {_text(words)}", *_paragraphs(command.help or ""))
-        for param in command.get_params(inner):
-            if (record := param.get_help_record(inner)) is not None and param.name != "help":
-                yield from (".TP", f".B {_text(record[0])}", _text(record[1]) or "\\&")
+        records = [
+            param.get_help_record(inner) for param in command.get_params(inner) if param.name != "help"
+        ]
+        usage = " ".join(command.collect_usage_pieces(inner))
+        yield Entry(before + name, usage, command.help or "", [record for record in records if record])
+
+
+def _commands(group: Any, context: Any) -> Iterator[str]:
+    for entry in entries(group, context):
+        yield from (f".SS {_text(entry.name)} {_text(entry.usage)}", *_paragraphs(entry.help))
+        for words, what in entry.options:
+            yield from (".TP", f".B {_text(words)}", _text(what) or "\\&")
 
 
 def _paragraphs(text: str) -> Iterator[str]:
