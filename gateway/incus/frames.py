@@ -22,8 +22,7 @@ class Frames:
     """Takes the payload out of what one socket receives, in pieces of the same memory.
 
     `ended` says that the stream came to its end, `closed` that incusd hung up without one, `start` is the
-    offset of the first byte. A `log`, which is
-    where the bytes lie, is told where frames begin.
+    offset of the first byte. A `log` holds the bytes, and is told where frames begin.
     """
 
     def __init__(self, log: Log | None = None) -> None:

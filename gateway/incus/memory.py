@@ -27,7 +27,6 @@ import orjson
 
 SEGMENT: Final = 1 << 20
 SEGMENTS: Final = 200  # of one command: more than all that is kept of its outputs by any sensible settings
-SLOTS: Final = 64  # senders of input whose place is kept
 
 _FACTS: Final = 48 << 10
 _LOG: Final = 512
