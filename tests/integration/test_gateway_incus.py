@@ -138,6 +138,8 @@ class TestIncusInput(InputContract):
 
 
 class TestIncusPace(PaceContract):
+    lag = 8 << 20  # GATEWAY_EXEC_LAG
+
     @pytest.fixture(scope="class")
     @classmethod
     def tenant(cls, shared_tenant: Container) -> str:

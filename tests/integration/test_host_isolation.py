@@ -186,7 +186,7 @@ def test_a_stolen_mac_draws_no_traffic(
     one, other = neighbours
     serve(other)
     address = other.address()
-    pin(incus_settings)  # unless the gateway of another test was quicker
+    assert pin(incus_settings) is not None
     assert pin(incus_settings) is None  # done once, it holds until the next start
     mac = other.sh("cat /sys/class/net/eth0/address").strip()
     one.sh(f"ip link set eth0 down; ip link set eth0 address {mac}; ip link set eth0 up; sleep 1")

@@ -57,7 +57,7 @@ async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Instal
 
 
 def _needs(program: str) -> None:
-    if shutil.which(program) is None:
+    if shutil.which(program) is None and not os.environ.get("CI"):
         pytest.skip(f"there is no {program} here")
 
 
@@ -148,8 +148,7 @@ async def test_the_manual_page_is_one(host: Installed) -> None:
     """With every command, and without a warning of the formatter."""
     page = host.share / "man" / "man1" / "incus-gateway.1"
     assert ".SS rollback" in page.read_text()
-    if shutil.which("man") is None:
-        pytest.skip("there is no man here")
+    _needs("man")
     done = await asyncio.to_thread(
         subprocess.run,
         ["man", "--warnings", "-l", str(page)],
