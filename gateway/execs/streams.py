@@ -19,7 +19,7 @@ from typing import Final
 
 from gateway.execs.tail import READ, Tail
 from gateway.limits.budget import Lease, Share
-from gateway.runtime import Process, StreamName
+from gateway.runtime import Holding, Process, StreamName
 
 _SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
 _LITTLE: Final = 64 << 10  # bytes kept of a stream where its tenant's share is full
@@ -85,25 +85,25 @@ class Stream:
         """Read the process until its stream ends; stop while a cursor that counts lags too far."""
         try:
             while data := await process.read(self.name):
-                self._append(data)
-                if process.holding is not None:
-                    process.holding.keep(self.name, self.tail.start)
+                self._append(data, process.holding)
                 relief = asyncio.get_running_loop().time() + process.patience
                 while self._slow() and not self._draining:
                     await self._pause(relief)
                     if (now := asyncio.get_running_loop().time()) >= relief:
                         relief = now + process.patience
                         if self._spare() and (data := process.take(self.name)):
-                            self._append(data)
+                            self._append(data, process.holding)
         finally:
             self.ended = True
             for cursor in self._cursors:
                 cursor.wake()
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes, holding: Holding | None) -> None:
         tight = self._share.full(len(data)) is not None
         self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
-        self._lease.hold(self.tail.end - self.tail.start - self._lease.size)
+        # what outlives the gateway is kept twice
+        held = 0 if holding is None else holding.keep(self.name, self.tail.start)
+        self._lease.hold(self.tail.end - self.tail.start + held - self._lease.size)
         for cursor in self._cursors:
             cursor.wake()
 

@@ -172,9 +172,9 @@ class ExecSockets:
         """Return the offset of the first byte that `read` returns of an output."""
         return self._sockets[fd].start
 
-    def keep(self, fd: str, offset: int) -> None:
-        """Let go of what the memory has of an output before an offset."""
-        self._sockets[fd].keep(offset)
+    def keep(self, fd: str, offset: int) -> int:
+        """Let go of an output in the memory before an offset; return the bytes that the rest takes."""
+        return self._sockets[fd].keep(offset)
 
     @property
     def position(self) -> int:

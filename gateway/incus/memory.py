@@ -8,8 +8,7 @@ The kernel writes output right here (`Log.room`), and knows how much it wrote, w
 of a unix socket with SO_PEEK_OFF (socket(7)) each byte that is taken out is subtracted from it, in the call
 that takes it out. Set to a large number once it is an odometer, which belongs to the socket.
 
-A head of records is followed by segments of 1 MiB. The file is sparse: a command costs the pages that it
-touches.
+A head of records is followed by segments. The file is sparse: a command costs the pages that it touches.
 """
 
 from __future__ import annotations
@@ -19,17 +18,19 @@ import mmap
 import os
 import socket
 import struct
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
 import orjson
 
-SEGMENT: Final = 1 << 20
-SEGMENTS: Final = 200  # of one command: more than all that is kept of its outputs by any sensible settings
+# The smallest that costs a fast stream no speed: up to three of each output are more than what is kept of it.
+SEGMENT: Final = 128 << 10
+SEGMENTS: Final = 1600  # of one command: more than all that is kept of its outputs by any sensible settings
 
 _FACTS: Final = 48 << 10
-_LOG: Final = 512
+_LOG: Final = 4096
 _PLACE: Final = 64
 _ACCOUNTS: Final = 1024
 _AREAS: Final = {"first": _LOG, "second": _LOG, "place": _PLACE, "accounts": _ACCOUNTS, "facts": _FACTS}
@@ -185,7 +186,7 @@ class Log:
         state = self._record.read()
         first, zero, turning, raw, payload, end, count = map(int, _STATE.unpack_from(state))
         self._first, self._zero, self._turning, self._end = first, zero, turning, end
-        self._segments = list(state[_STATE.size : _STATE.size + count])
+        self._segments = list(array("H", state[_STATE.size : _STATE.size + 2 * count]))
         for number in self._segments:
             memory.claim(number)
         self._points: deque[tuple[int, int]] = deque([(raw, payload)])
@@ -222,8 +223,8 @@ class Log:
         if raw - self._points[-1][0] >= _STEP:
             self._points.append((raw, payload))
 
-    def keep(self, payload: int) -> None:
-        """Let go of what lies before `payload`, in whole segments."""
+    def keep(self, payload: int) -> int:
+        """Let go of what lies before `payload`, in whole segments; return the bytes that the rest takes."""
         points = self._points
         while len(points) > 1 and points[1][1] <= payload:
             points.popleft()
@@ -234,6 +235,7 @@ class Log:
             self._commit()
             for number in numbers:  # not before: the state that counted until now still named them
                 self._memory.give(number)
+        return len(self._segments) * SEGMENT
 
     def close(self) -> None:
         """Take note that nothing more comes: it can be read without its socket from now on."""
@@ -271,4 +273,4 @@ class Log:
 
     def _commit(self) -> None:
         state = (self._first, self._zero, self._turning, *self._points[0], self._end, len(self._segments))
-        self._record.write(_STATE.pack(*state) + bytes(self._segments))
+        self._record.write(_STATE.pack(*state) + array("H", self._segments).tobytes())

@@ -117,10 +117,9 @@ class StreamSocket(asyncio.BufferedProtocol):
         """The offset of the first byte that `read` returns; 0 but for a stream of an earlier process."""
         return self._frames.start
 
-    def keep(self, offset: int) -> None:
-        """Let go of the log before an offset; call it while the stream is read."""
-        if self._frames.log is not None:
-            self._frames.log.keep(offset)
+    def keep(self, offset: int) -> int:
+        """Let go of the log before an offset, while it is read; return the bytes that the rest takes."""
+        return 0 if self._frames.log is None else self._frames.log.keep(offset)
 
     def ended(self) -> None:
         """Take note in the log that nothing more is received."""

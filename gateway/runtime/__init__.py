@@ -125,8 +125,8 @@ class Holding(Protocol):
         """Keep these facts and the outputs; the command has ended, and nothing else is held any more."""
         ...
 
-    def keep(self, stream: StreamName, offset: int) -> None:
-        """Let go of an output before an offset."""
+    def keep(self, stream: StreamName, offset: int) -> int:
+        """Let go of an output before an offset; return how many bytes of memory the rest takes."""
         ...
 
     def accounts(self) -> bytes:

@@ -8,7 +8,8 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -20,7 +21,7 @@ from gateway.execs.streams import Cursor, Pace, Reading, Stream
 from gateway.execs.tail import READ
 from gateway.idempotency import Idempotency
 from gateway.limits.budget import Budget, Share
-from gateway.runtime import ExecSpec, Process, StreamName
+from gateway.runtime import ExecSpec, Holding, Process, StreamName
 from gateway.runtime.local import LocalRuntime
 from gateway.settings import Settings
 from gateway.storage.store import Store
@@ -307,6 +308,24 @@ class Breakable(Printing):
     def take(self, stream: StreamName) -> bytes:
         self.printed = min(self.printed + 1, self.chunks)
         return self.whole(self.printed)[-CHUNK:]
+
+
+async def test_what_outlives_the_gateway_counts_twice() -> None:
+    """Its log takes memory beside the tail, in the same share."""
+    share = roomy(12 * CHUNK)
+    stream, process = printing(share=share)
+    logs = list[int]()
+
+    def keep(name: StreamName, offset: int) -> int:
+        logs.append((process.printed + 3) * CHUNK - offset)  # whole segments: some of what is before it, too
+        return logs[-1]
+
+    process.holding = cast(Holding, SimpleNamespace(keep=keep))
+    await stream.pump(process)
+    assert logs[-1] == 8 * CHUNK and share.held == 13 * CHUNK
+    assert share.full(1) is not None
+    stream.release()
+    assert share.held == 0
 
 
 async def test_what_stands_behind_a_reader_is_taken_in_up_to_the_lag() -> None:

@@ -61,10 +61,11 @@ class Held:
         self.note(facts)
         self._holder.put(self._name, [self._memory.descriptor])
 
-    def keep(self, stream: StreamName, offset: int) -> None:
-        if self._sockets is not None:
-            fd, skip = socket_of(stream, self._own)
-            self._sockets.keep(fd, offset + skip)
+    def keep(self, stream: StreamName, offset: int) -> int:
+        if self._sockets is None:
+            return 0
+        fd, skip = socket_of(stream, self._own)
+        return self._sockets.keep(fd, offset + skip)
 
     def accounts(self) -> bytes:
         return self._accounts.read()
