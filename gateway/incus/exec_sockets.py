@@ -27,7 +27,7 @@ import orjson
 
 from gateway.incus.frames import Frames
 from gateway.incus.inlet import Inlet
-from gateway.incus.memory import Log, Memory
+from gateway.incus.memory import Log, Memory, Odometer
 from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
@@ -126,8 +126,15 @@ class ExecSockets:
                 loose.remove(descriptor)
             terminal = len(others) == 3
             names = ("control", "0") if terminal else ("control", "0", "1", "2")
-            for name, own in zip(names, owned[1:], strict=True):
-                opened[name] = await StreamSocket.adopted(own, kept, _area(name, terminal=terminal))
+            connections = dict(zip(names, owned[1:], strict=True))
+            # all of them first: one that receives takes segments, which must not be another's
+            logs = {
+                name: Log(kept, area, Odometer(own))
+                for name, own in connections.items()
+                if (area := _area(name, terminal=terminal)) is not None
+            }
+            for name, own in connections.items():
+                opened[name] = await StreamSocket.adopted(own, logs.get(name))
             return cls(opened, Waiting(owned[0]), kept, (out, into), terminal=terminal)
         except BaseException:
             for stream in opened.values():

@@ -92,16 +92,15 @@ class StreamSocket(asyncio.BufferedProtocol):
         return stream
 
     @classmethod
-    async def adopted(cls, own: socket.socket, memory: Memory, area: str | None) -> StreamSocket:
-        """Go on with a stream of an earlier process, by what it left in `memory`.
+    async def adopted(cls, own: socket.socket, log: Log | None) -> StreamSocket:
+        """Go on with a stream of an earlier process, by what it left in its log.
 
         Takes `own` over. Raises `OSError`, and `ValueError` for what no process of ours left.
         """
         stream = cls()
         stream.own = own
         stream._upgraded.set_result(None)
-        if area is not None:
-            log = Log(memory, area, Odometer(own))
+        if log is not None:
             stream._frames = Frames(log)
             for view in log.replay():
                 stream._take_in(view)

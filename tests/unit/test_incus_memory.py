@@ -9,10 +9,11 @@ import random
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,6 +301,42 @@ async def test_descriptors_that_are_no_commands_are_refused_and_closed() -> None
     with pytest.raises((OSError, ValueError)):
         await ExecSockets.adopted(given)
     assert open_ones() == before
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_an_output_that_goes_on_at_once_takes_no_memory_of_the_other(
+    memory: Memory, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """uvloop reads the first before the second is taken over."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_go_on_at_once(memory))
+
+
+async def _go_on_at_once(memory: Memory) -> None:
+    pairs = [socket.socketpair() for _ in range(5)]  # the answer, control, input and the two outputs
+    logs = [Log(memory, "first", Odometer(pairs[3][1])), Log(memory, "second", Odometer(pairs[4][1]))]
+    for (theirs, ours), log in zip(pairs[3:], logs, strict=True):
+        Odometer(ours).reset()
+        log.begin(0)
+        theirs.send(sent(b"before "))
+        assert received(log, ours, Frames(log)) == b"before "
+    inlet = Inlet.made(pairs[2][1], memory)
+    long = sent(os.urandom(SEGMENT + 1))
+    pairs[3][0].send(long)
+    pairs[4][0].send(sent(b"after"))
+    held = [memory.descriptor, *inlet.pipe, *(ours.fileno() for _, ours in pairs)]
+    again = await ExecSockets.adopted([os.dup(one) for one in held])
+    first, second = b"", b""
+    while len(first) < len(b"before ") + SEGMENT + 1:
+        first += await again.read("1")
+    while len(second) < len(b"before after"):
+        second += await again.read("2")
+    assert (first, second) == (b"before " + long[10:], b"before after")
+    inlet.close()
+    await again.aclose()
+    for theirs, ours in pairs:
+        theirs.close()
+        ours.close()
 
 
 ANSWER = b'{"type":"sync","metadata":{"status_code":200,"metadata":{"return":7}}}'
