@@ -53,6 +53,7 @@ class _Background:
         self._unbound: set[str | None] = set()  # tenants that started; None for all that run
         self._started = asyncio.Event()  # some of these are there
         self._resynced = asyncio.Event()  # the tenants there are have been seen once
+        self._connected = asyncio.Event()  # to incusd, maybe to one that was just started
 
     def jobs(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
         """Return each work by the name that the log has for it."""
@@ -67,6 +68,7 @@ class _Background:
         }
         if isinstance(services.runtime, IncusRuntime):
             jobs["the watch of addresses"] = self._bind_ports
+            jobs["the watch of disk quotas"] = self._enforce_quotas
             jobs["the kernel's word of memory"] = partial(self._tell_starved, services.runtime)
         return jobs
 
@@ -98,6 +100,7 @@ class _Background:
                     notice(event)
             if event.type == "gateway.resynced":
                 self._resynced.set()
+                self._connected.set()
             told = services.bus.publish(event.type, event.tenant, facts)
             await services.names.took(services.runtime, event, told)
 
@@ -153,3 +156,21 @@ class _Background:
                     self._unbound.add(name)  # with the next that starts
             if failed:
                 log.warning("tenants' addresses could not be bound to their ports: %s", failed)
+
+    async def _enforce_quotas(self) -> None:
+        """Have the disk quotas enforced, which may end with any restart of incusd; see `rootfs.quotas`."""
+        services = self._services
+        failed = ""
+        while True:
+            self._connected.clear()
+            try:
+                for words in await services.workers.broker.enforce_quotas():
+                    log.warning("disk quotas: %s", words)
+                failed = ""
+            except GatewayError as error:
+                if error.message != failed:
+                    log.warning("the disk quotas could not be looked at: %s", error.message)
+                failed = error.message
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(services.settings.reconcile_interval):
+                    await self._connected.wait()

@@ -46,13 +46,7 @@ def run(settings: Settings, report: Report) -> NoReturn:
     told = {
         "path": str(path),
         "operations": OPERATIONS,
-        "tenants": Instances(
-            str(settings.incus_socket),
-            settings.incus_project,
-            settings.workspace,
-            settings.workspace_uid,
-            settings.network,
-        ).to_dict(),
+        "tenants": Instances.of(settings).to_dict(),
         "uids": uids,
         "gid": gid,
     }

@@ -14,6 +14,7 @@ descriptor.
 | `{"do": "reserve", "tenant"}` | `{}`: its CPU is shared between site and commands, see `reserve` |
 | `{"do": "break_off", "tenant", "port", "leave"}` | `{"ended": n}` connections of which it reads nothing |
 | `{"do": "bind_ports", "tenant"}` | `{}`: its hardware address is bound to its port, see `bridge_port` |
+| `{"do": "quotas"}` | `{"changed": [words]}`: the disk quotas are enforced, see `quotas` |
 
 No request carries a host path, an id or a pid: `locations` finds the files and groups of a tenant. A request
 that fails is answered by `{"error": words}` for the log, or by `{"refused": code, "message", "facts"}` for
@@ -136,6 +137,9 @@ class Broker:
                     for port in self._tenants.ports(str(request["tenant"])):
                         port.bind()
                     answer = {}
+                case "quotas":
+                    quotas = self._tenants.quotas()
+                    answer = {"changed": [] if quotas is None else quotas.enforce()}
                 case _:
                     answer = {"error": "unknown request"}
         except GatewayError as error:

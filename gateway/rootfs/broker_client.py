@@ -113,6 +113,11 @@ class BrokerClient:
         """Bind a tenant's hardware address to its port, see `rootfs.bridge_port`. Raises as `relieve`."""
         await self.request({"do": "bind_ports", "tenant": tenant})
 
+    async def enforce_quotas(self) -> list[str]:
+        """Have the disk quotas enforced; return what was changed. Raises `Unavailable`."""
+        answer, _ = await self.request({"do": "quotas"})
+        return [str(words) for words in answer["changed"]]
+
     async def break_off(self, tenant: str, port: int, leave: Collection[int]) -> int:
         """Close this machine's connections to a tenant's port that it does not read; return how many.
 

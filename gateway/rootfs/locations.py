@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import orjson
@@ -24,6 +24,10 @@ from gateway.errors import NotFound, Unavailable
 from gateway.rootfs import IdMap, bridge_port, process_tree
 from gateway.rootfs.bridge_port import Port
 from gateway.rootfs.kernel import started
+from gateway.rootfs.quotas import Quotas
+
+if TYPE_CHECKING:  # a broker has no use for the settings, which take it long to load
+    from gateway.settings import Settings
 
 MANAGED = "user.gateway.managed"  # the key that marks an instance as a tenant, see `is_tenant`
 
@@ -85,6 +89,10 @@ class Tenants(Protocol):
         """Return the ports of the tenants' bridge behind which a tenant's container is now."""
         ...
 
+    def quotas(self) -> Quotas | None:
+        """Return the quotas of the tenants' disks; None for folders, which have none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Folders:
@@ -123,22 +131,40 @@ class Folders:
     def ports(self, tenant: str) -> Sequence[Port]:
         raise NotFound("a tenant without a container has no ports")
 
+    def quotas(self) -> Quotas | None:
+        return None
+
 
 class Instances:
     """Tenants that are containers of one Incus project; incusd is asked each time, by GET alone.
 
     Only `workspace` is served, to its owner `uid`. `socket_path` is incusd's, in whose folder its pools lie.
-    `bridge` is that of the tenants.
+    `bridge` and `pool` are those of the tenants.
     """
 
-    def __init__(self, socket_path: str, project: str, workspace: str, uid: int, bridge: str) -> None:
+    def __init__(
+        self, socket_path: str, project: str, workspace: str, uid: int, bridge: str, pool: str
+    ) -> None:
         self._socket = socket_path
         self._pools = f"{os.path.dirname(socket_path)}/storage-pools"
         self._project = project
         self._workspace = workspace
         self._uid = uid
         self._bridge = bridge
+        self._pool = pool
         self._groups: dict[str, _Group] = {}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Instances:
+        """Return the tenants of a gateway with these settings."""
+        return cls(
+            str(settings.incus_socket),
+            settings.incus_project,
+            settings.workspace,
+            settings.workspace_uid,
+            settings.network,
+            settings.pool,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments by which another process makes an equal one, see `found_by`."""
@@ -149,6 +175,7 @@ class Instances:
             "workspace": self._workspace,
             "uid": self._uid,
             "bridge": self._bridge,
+            "pool": self._pool,
         }
 
     def disk(self, tenant: str, workspace: str) -> Disk:
@@ -223,6 +250,9 @@ class Instances:
     def ports(self, tenant: str) -> Sequence[Port]:
         return [*bridge_port.ports(self._instance(tenant)["config"], self._bridge)]
 
+    def quotas(self) -> Quotas:
+        return Quotas(Path(self._pools, self._pool))
+
     def _folder(self, tenant: str) -> str:
         return tenant if self._project == "default" else f"{self._project}_{tenant}"
 
@@ -278,7 +308,8 @@ class _Connection(http.client.HTTPConnection):
 def found_by(told: Mapping[str, Any]) -> Tenants:
     """Make what `told` describes. Raises `KeyError`, `ValueError`."""
     if told["kind"] == "incus":
-        return Instances(told["socket"], told["project"], told["workspace"], told["uid"], told["bridge"])
+        names = ("socket", "project", "workspace", "uid", "bridge", "pool")
+        return Instances(*(told[name] for name in names))
     idmap = tuple(IdMap(*line) for line in told["idmap"])
     return Folders(told["home"], told["below"], told["uid"], idmap)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from gateway.host import Change, HostError, image, quotas
+from gateway.host import Change, HostError, image
 from gateway.host.daemon import Daemon
-from gateway.host.doctor import Finding, doctor
 from gateway.host.incus import Incus, Missing
 from gateway.host.setup import acl_name, setup
 from gateway.rootfs.locations import MANAGED
@@ -119,44 +116,3 @@ def test_daemon_is_recognised_by_its_folder(incus_settings: Settings, tmp_path: 
         daemon.pidfile.write_bytes(kept if kept is not None else f"{pid}\n".encode())
     assert Daemon(tmp_path).pid() is None
     assert daemon.ensure(lambda line: None) is False
-
-
-def test_quotas_that_the_kernel_gave_up_are_in_force_again(incus_settings: Settings) -> None:
-    """A tenant that is deleted cannot end the others' disk limits for good; doctor says so meanwhile."""
-    pool = incus_settings.incus_socket.parent / "storage-pools" / incus_settings.pool
-
-    # nobody else deletes these meanwhile; what two share cannot be counted without a look at all of it
-    own, shared = pool / "quota-test", pool / "quota-test-copy"
-
-    def btrfs(*words: str | Path) -> str:
-        done = subprocess.run(["btrfs", *words], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    def look() -> Finding:
-        return next(found for found in doctor(incus_settings) if found.what.startswith("storage pool"))
-
-    setup(incus_settings, lambda line: None)
-    assert quotas.in_force(incus_settings)
-    uuid = btrfs("filesystem", "show", pool).partition("uuid: ")[2].split()[0]
-    counting = Path("/sys/fs/btrfs") / uuid / "qgroups"
-    (counting / "drop_subtree_threshold").write_text("3")
-    btrfs("subvolume", "create", own)
-    (own / "file").write_bytes(os.urandom(1 << 20))
-    btrfs("filesystem", "sync", pool)
-    btrfs("subvolume", "snapshot", own, shared)
-    btrfs("filesystem", "sync", pool)
-    below = "0/" + btrfs("inspect-internal", "rootid", own).strip()
-    btrfs("qgroup", "create", "1/77", pool)
-    try:
-        btrfs("qgroup", "assign", "--no-rescan", below, "1/77", pool)
-        assert not quotas.in_force(incus_settings)
-        assert not look().ok and "incus-gateway setup" in look().detail
-        assert "disk" in altered(setup(incus_settings, lambda line: None))
-        assert quotas.in_force(incus_settings) and look().ok
-        assert (counting / "drop_subtree_threshold").read_text().strip() == "8"
-        assert altered(setup(incus_settings, lambda line: None)) == set()
-    finally:
-        btrfs("qgroup", "remove", below, "1/77", pool)
-        btrfs("qgroup", "destroy", "1/77", pool)
-        btrfs("subvolume", "delete", own, shared)
-        quotas.enforce(incus_settings)

@@ -23,7 +23,7 @@ class Host:
         self.folder = folder
         self.table = table
         self.asked = asked
-        self.tenants = Instances(str(folder / "unix.socket"), "default", WORKSPACE, 1000, "br0")
+        self.tenants = Instances(str(folder / "unix.socket"), "default", WORKSPACE, 1000, "br0", "pool")
 
     def has(self, name: str, **changes: Any) -> None:
         self.table[f"/1.0/instances/{name}"] = instance(name, **changes)
@@ -59,7 +59,7 @@ def test_found(host: Host) -> None:
 def test_other_project(tmp_path: Path) -> None:
     """Names are looked up in the configured project alone, whose folders carry its name."""
     with answering(tmp_path / "unix.socket", {"/1.0/instances/shop": instance("shop")}) as asked:
-        tenants = Instances(str(tmp_path / "unix.socket"), "sites", WORKSPACE, 1000, "br0")
+        tenants = Instances(str(tmp_path / "unix.socket"), "sites", WORKSPACE, 1000, "br0", "pool")
         disk = tenants.disk("shop", WORKSPACE)
     assert disk.path.endswith("/containers/sites_shop/rootfs")
     assert "project=sites" in asked[0]
@@ -128,8 +128,8 @@ def test_a_name_of_incus_that_is_no_part_of_a_path(host: Host) -> None:
 def test_incus_is_away(host: Host, tmp_path: Path) -> None:
     """Without an answer of incusd nothing is opened, and the client learns no path."""
     for tenants in (
-        Instances(str(tmp_path / "no.socket"), "default", WORKSPACE, 1000, "br0"),
-        Instances(str(tmp_path), "default", WORKSPACE, 1000, "br0"),
+        Instances(str(tmp_path / "no.socket"), "default", WORKSPACE, 1000, "br0", "pool"),
+        Instances(str(tmp_path), "default", WORKSPACE, 1000, "br0", "pool"),
     ):
         with pytest.raises(Unavailable) as caught:
             tenants.disk("shop", WORKSPACE)

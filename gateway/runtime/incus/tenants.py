@@ -72,13 +72,7 @@ class IncusRuntime:
         self._settings = settings
         self._incus = incus or Incus(settings.incus_socket, settings.incus_project, settings.incus_timeout)
         self.making = Creation(settings, self._incus, removed)
-        self.tenants: Mapping[str, Any] = Instances(
-            str(settings.incus_socket),
-            settings.incus_project,
-            settings.workspace,
-            settings.workspace_uid,
-            settings.network,
-        ).to_dict()
+        self.tenants: Mapping[str, Any] = Instances.of(settings).to_dict()
         self._located: dict[str, _Located] = {}
         self._watch = Watch(settings, self._incus, self, self._changed)
         self.commands = Commands(settings, self._incus, self.init_pid, holder)

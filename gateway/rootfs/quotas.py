@@ -1,0 +1,93 @@
+"""Keeps the disk quotas of a btrfs pool in force.
+
+When a subvolume with a large tree is deleted, such as a tenant's, the kernel may stop counting what each one
+uses (since Linux 6.1, from `drop_subtree_threshold` levels on). Then no tenant has a quota until everything
+is counted again, and nothing reports it. The threshold belongs to a mount and is 3 by default, so every mount
+needs it again: after a reboot, and whenever incusd was restarted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import uuid
+from pathlib import Path
+from typing import Final
+
+_NEVER: Final = "8"  # as many levels as no tree has (BTRFS_MAX_LEVEL)
+_SYSFS: Final = Path("/sys/fs/btrfs")
+
+# linux/btrfs.h: numbers of ioctls, by direction, size, type and number
+_FS_INFO: Final = (2 << 30) | (1024 << 16) | (0x94 << 8) | 31
+_FS_ID: Final = slice(16, 32)  # after max_id and num_devices
+_RESCAN: Final = (1 << 30) | (64 << 16) | (0x94 << 8) | 44
+_RESCAN_WAIT: Final = (0x94 << 8) | 46
+
+
+class Quotas:
+    """The disk quotas of the pool that is mounted at `path`; one without quotas has none to keep."""
+
+    def __init__(self, path: Path, sysfs: Path = _SYSFS) -> None:
+        self._path = path
+        self._sysfs = sysfs
+
+    def in_force(self) -> bool:
+        """Return whether the quotas are enforced, as far as the kernel tells; True for a pool without any."""
+        counting = self._counting()
+        return counting is None or _read(counting / "inconsistent") != "1"
+
+    def enforce(self, *, wait: bool = False) -> list[str]:
+        """Make the kernel keep counting, and count again if it has stopped; return what was changed.
+
+        Returns while it counts, unless `wait`. Raises `OSError`; needs root.
+        """
+        changed = list[str]()
+        if (counting := self._counting()) is None:
+            return changed
+        threshold = counting / "drop_subtree_threshold"
+        if _read(threshold) not in (None, _NEVER):
+            threshold.write_text(_NEVER)
+            changed.append("they stay in force when tenants are deleted")
+        if _read(counting / "inconsistent") == "1" and self._recount(wait=wait):
+            changed.append("what each tenant uses was counted again")
+        return changed
+
+    def _counting(self) -> Path | None:
+        """Return the kernel's folder of the pool's quotas, None if it has none."""
+        if not self._path.is_mount():
+            return None
+        folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            told = fcntl.ioctl(folder, _FS_INFO, bytes(1024))
+        except OSError:  # another file system
+            return None
+        finally:
+            os.close(folder)
+        counting = self._sysfs / str(uuid.UUID(bytes=told[_FS_ID])) / "qgroups"
+        return counting if counting.is_dir() else None
+
+    def _recount(self, *, wait: bool) -> bool:
+        """Have the kernel count; return False if it is counting already."""
+        folder = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            began = True
+            try:
+                fcntl.ioctl(folder, _RESCAN, struct.pack("<64x"))
+            except OSError as error:
+                if error.errno != errno.EINPROGRESS:
+                    raise
+                began = False
+            if wait:
+                fcntl.ioctl(folder, _RESCAN_WAIT)
+            return began or wait
+        finally:
+            os.close(folder)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
