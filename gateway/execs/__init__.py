@@ -1,8 +1,8 @@
-"""Commands of all tenants: started once, read by many, ended completely.
+"""Commands of all tenants: started once, read by many clients, ended with their whole process tree.
 
-`Execs` is the registry (`registry`). An `Exec` (`exec`) outlives those that read it by an `Attachment`,
-with a `Cursor` on each output (`streams`). It uses the runtime and the event bus, and no websockets. Other
-rooms use what is named here.
+`Execs` is the registry (`registry`). An `Exec` (`exec`) outlives its readers; each of them has an
+`Attachment` with a `Cursor` per output (`streams`). The package uses the runtime and the event bus, but no
+websockets. Other packages import only the names listed here.
 """
 
 from gateway.execs.attachment import Attachment

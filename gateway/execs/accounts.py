@@ -1,4 +1,4 @@
-"""Whose input a command was given, noted so that another process of the gateway can go on from there."""
+"""Per-sender accounts of a command's input, from which the next gateway process can continue."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Final
 
 from gateway.runtime import Holding
 
-SLOTS: Final = 64  # senders whose place is kept
-# who gives now, how many bytes are accounted for, and how many each sender is rid of
+SLOTS: Final = 64  # senders that are accounted for separately
+# current sender, bytes accounted for in total, bytes settled per sender
 _ACCOUNTS: Final = struct.Struct(f"<QQ{SLOTS}Q")
 
 
 class Accounts:
-    """The accounts of one command's input; without a `holding` they last as long as this process.
+    """The accounts of one command's input. Without a `holding` they are lost with this process.
 
-    The runtime counts what the command was given. What is more than is accounted for, the last sender gave.
+    The runtime counts all bytes written to the command. Bytes not accounted for yet belong to the last
+    sender.
     """
 
     def __init__(self, holding: Holding | None) -> None:
@@ -25,41 +26,41 @@ class Accounts:
         self.passed = [0] * SLOTS
 
     def take_over(self) -> None:
-        """Go on from what an earlier process noted."""
+        """Continue from the accounts of an earlier process."""
         assert self._holding is not None
         self._giver, settled, *self.passed = _ACCOUNTS.unpack_from(self._holding.accounts())
         self.passed[self._giver] += max(0, self._holding.position - settled)
         self.settle()
 
     def open(self, slot: int) -> None:
-        """Have a slot count for a new sender."""
+        """Reset a slot for a new sender."""
         self.passed[slot] = 0
         self._note()
 
     def gives(self, slot: int) -> None:
-        """Take note of who gives the next bytes."""
+        """Record which sender the next bytes come from."""
         if slot != self._giver:
             self._giver = slot
             self._note()
 
     def gave(self, slot: int, size: int) -> None:
-        """So many bytes of a sender were given."""
+        """Record that `size` bytes of a sender were written."""
         self.passed[slot] += size
         self._settled += size
         self._note()
 
     def dropped(self, slot: int, size: int) -> None:
-        """So many bytes of a sender are not given any more."""
+        """Record that `size` bytes of a sender were discarded."""
         self.passed[slot] += size
         self._note()
 
     def other(self, size: int) -> None:
-        """So many bytes were given that are no sender's."""
+        """Record that `size` bytes were written that came from no sender."""
         self._settled += size
         self._note()
 
     def settle(self) -> None:
-        """All that the command was given by now is accounted for."""
+        """Count everything written so far as accounted for."""
         if self._holding is not None:
             self._settled = self._holding.position
         self._note()

@@ -1,4 +1,4 @@
-"""One reader of a command, and its input."""
+"""One client attached to a command: it reads output and sends input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.runtime import ExecSpec, StreamName
 
 
 class Attached(Protocol):
-    """The command that is read, as far as its readers see it."""
+    """The command as its attachments see it."""
 
     id: str
     tenant: str
@@ -32,10 +32,10 @@ class Attached(Protocol):
 
 
 class Attachment:
-    """One reader of a command's output: a cursor per stream. Close it; the command outlives it.
+    """One reader of a command, with a cursor per stream. Close it when done; the command runs on.
 
-    `id` is what the next attachment names to take its place; `taken` counts the bytes of its input that were
-    taken over, and those of the attachments before it, `consumed` those of them that wait no more.
+    A later attachment names `id` to resume this one. `taken` counts the bytes of input accepted from this
+    attachment and those it resumed; `consumed` counts those written to the command or dropped.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Attachment:
             self.cursors[name], self.lost[name] = stream.attach(offsets.get(name, 0), reading)
 
     async def write(self, data: bytes) -> None:
-        """Give input; see `Input.put`. Dropped where the input or we have ended."""
+        """Queue input; see `Input.put`. Dropped if stdin or this attachment is closed."""
         await self.exec.write(data, self)
 
     def took(self, size: int) -> None:
@@ -80,7 +80,7 @@ class Attachment:
         self._progress.set()
 
     async def more_consumed(self) -> int | None:
-        """Return `consumed` once it is worth telling: a quarter of the window further. None once closed."""
+        """Wait until `consumed` has grown by a quarter of the window and return it; None once closed."""
         while not self.closed:
             if self.consumed - self._told >= self.exec.stdin_window // 4:
                 self._told = self.consumed
@@ -90,11 +90,11 @@ class Attachment:
         return None
 
     def restore(self, passed: int) -> None:
-        """Go on behind the input that an earlier process was rid of."""
+        """Continue after the input that an earlier process had settled, in bytes."""
         self.taken = self.consumed = self._told = passed
 
     def hold(self, seconds: float) -> None:
-        """Keep the place of a reader whose connection broke, until it is resumed or the time has passed."""
+        """Keep the position of a disconnected reader for some seconds, unless it resumes earlier."""
         if not self.closed:
             self._holding = asyncio.get_running_loop().call_later(seconds, self.close)
 
@@ -106,5 +106,5 @@ class Attachment:
             self._holding.cancel()
         for cursor in self.cursors.values():
             cursor.detach()
-        self.cursors = {}  # its place, which is kept for its return, holds no output
+        self.cursors = {}  # the position is remembered so that it can be resumed, but keeps no output
         self.exec.detached(self)

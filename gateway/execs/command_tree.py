@@ -1,4 +1,4 @@
-"""The processes of one command: what of them runs, and how all are ended."""
+"""The process tree of one command: list what runs, kill all of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gateway.runtime import Killed, Process
 
 log = logging.getLogger(__name__)
 
-_SOONER: Final = 0.1  # seconds by which a second kill must be less patient to make a difference
-_TOLD: Final = 100  # processes of a tree that a runtime tells of, at most
+_SOONER: Final = 0.1  # seconds by which a second kill must be earlier to replace the first
+_TOLD: Final = 100  # most processes of a tree that a runtime reports
 
 
 class CommandTree:
-    """A command's process and all that it started. `emptied` is called once a kill has left nothing of them.
+    """A command's process and its descendants. `emptied` is called once a kill has left none of them.
 
-    `late` says that the tree was ended when only what the command left behind was seen to run.
+    `late` is set if the kill came after the command itself had ended and only its descendants were running.
     """
 
     def __init__(self, process: Process, name: str, emptied: Callable[[], None]) -> None:
@@ -31,28 +31,28 @@ class CommandTree:
         self._name = name
         self._emptied = emptied
         self._killing: asyncio.Task[Killed] | None = None
-        self._due = 0.0  # when it stops to be patient
+        self._due = 0.0  # when the grace period ends, in loop time
 
     async def members(self) -> Sequence[Member] | None:
-        """Return what runs, None if that cannot be known."""
+        """Return the running processes, or None if they cannot be determined."""
         try:
             return await self._process.left()
         except GatewayError as error:
-            log.info("what runs of %s is not known: %s", self._name, error.message)
+            log.info("cannot list the processes of %s: %s", self._name, error.message)
             return None
 
     @property
     def killed(self) -> bool:
-        """Whether a kill has left nothing."""
+        """Whether a kill has finished and left no process."""
         killing = self._killing
         if killing is None or not killing.done() or killing.cancelled() or killing.exception() is not None:
             return False
         return killing.result().survivors == 0
 
     def begin_kill(self, grace: float, *, running: bool) -> bool:
-        """Start to end all and return at once: whether that was not under way already.
+        """Start killing the tree without waiting; return False if a kill was already under way.
 
-        `running` says that the command's own end is not known yet. A second kill may have less patience.
+        `running` is True while the command's own end is unknown. A second kill may shorten the grace period.
         """
         due, killing = asyncio.get_running_loop().time() + grace, self._killing
         if killing is not None and not killing.done():
@@ -61,22 +61,22 @@ class CommandTree:
                 self._begin(self._hasten(killing, grace))
             return False
         if self.killed and running:
-            return False  # its end is just being told
+            return False  # its end is being reported right now
         self._due = due
         self._begin(self._kill(grace, running))
         return True
 
     async def wait_killed(self) -> Killed:
-        """Wait for the kill that was begun. Raises what it raises."""
+        """Wait for the kill under way and return its result. Raises what the kill raises."""
         killing = None
-        while killing is not self._killing:  # another's patience may have been shorter meanwhile
+        while killing is not self._killing:  # a less patient kill may have replaced it meanwhile
             killing = self._killing
             assert killing is not None
             killed = await asyncio.shield(killing)
         return killed
 
     async def settle(self) -> bool:
-        """Wait until a kill that is under way is over, whatever comes of it; False if there was none."""
+        """Wait for a kill under way to finish, even if it fails; return False if there is none."""
         if self._killing is None:
             return False
         await asyncio.wait([self._killing])
@@ -87,7 +87,7 @@ class CommandTree:
         self._killing.add_done_callback(self._over)
 
     def _over(self, killing: asyncio.Task[Killed]) -> None:
-        # one without a caller (linger, timeout) may fail while Incus is away; the exec then ends `lost`
+        # a kill nobody waits for (linger, timeout) may fail while Incus is away; the exec then ends as `lost`
         with contextlib.suppress(asyncio.CancelledError, GatewayError, TimeoutError):
             if killing.result().survivors == 0:
                 self._emptied()
@@ -98,7 +98,7 @@ class CommandTree:
         return await self._process.kill(grace)
 
     async def _hasten(self, first: asyncio.Task[Killed], grace: float) -> Killed:
-        """Wait `grace` seconds for a kill that is under way, then KILL what is left."""
+        """Give a kill under way `grace` seconds, then send KILL to what is left."""
         await asyncio.wait([first], timeout=grace)
         if first.done():
             return first.result()
@@ -111,6 +111,6 @@ class CommandTree:
         )
 
     async def _outlived(self) -> bool:
-        """Whether the command was seen to have ended before its outputs, which what it left holds open."""
+        """Return whether the command has ended while its descendants still hold its outputs open."""
         members = await self.members() or ()
         return 0 < len(members) < _TOLD and all(member.pid != self._process.pid for member in members)

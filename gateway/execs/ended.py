@@ -1,4 +1,4 @@
-"""How a command ended, and the process of one that ended under an earlier process of the gateway."""
+"""How a command ended, and a stand-in process for one that ended under an earlier gateway process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Reason = Literal["exited", "cancelled", "timeout", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended. `code` and `signal` are None if no wait status was seen.
+    """How a command ended. `code` and `signal` are None if the wait status is unknown.
 
-    `left` is how many processes of its tree ran on, None if that is not known.
+    `left` counts the processes of its tree that were still running; None if unknown.
     """
 
     reason: Reason
@@ -41,13 +41,13 @@ class Ended:
 
 
 def ended_of(told: Mapping[str, Any]) -> Ended:
-    """Return the end that `on_wire` told."""
+    """Parse the output of `Ended.on_wire`."""
     code, signal, left = told.get("exitCode"), told.get("signal"), told.get("left")
     return Ended(told["reason"], code, signal, told["durationMs"], told["offsets"], left)
 
 
 class Past:
-    """The process of a command that ended under an earlier process of the gateway: nothing is left to do."""
+    """Stand-in for the process of a command that ended under an earlier gateway process; it does nothing."""
 
     report = b""
     holding: Holding | None = None
@@ -83,7 +83,7 @@ class Past:
         pass
 
     async def wait(self) -> Exit:
-        raise Unavailable("the command ended before this gateway began")
+        raise Unavailable("the command ended before this gateway started")
 
     async def kill(self, grace: float) -> Killed:
         return Killed(0, False, 0)

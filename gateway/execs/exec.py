@@ -27,13 +27,13 @@ from gateway.runtime import Adopted, ExecSpec, Killed, Process
 log = logging.getLogger(__name__)
 
 _LISTED: Final = 4096  # characters of a command where it is listed beside all others
-_READERS: Final = 64  # of one command, whose place is kept for their return
+_READERS: Final = 64  # readers of one command whose position is kept so that they can resume
 
 
 class Exec:
-    """A command that has started, until some time after its end.
+    """A command, from its start until some time after its end.
 
-    `ended` is a future that resolves once the outputs are read to their end and the exit is known.
+    The future `ended` resolves once all output has been read and the exit is known.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Exec:
         self.over: Ended
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._reason: Reason = "exited"
-        self.keeping: asyncio.TimerHandle | None = None  # of the registry, once it has ended
-        self.lasting = False  # it has ended, and something of its tree was last seen to run on
+        self.keeping: asyncio.TimerHandle | None = None  # the registry's timer, once the command has ended
+        self.lasting = False  # ended, but some of its processes were still running when last seen
         self._attachments: set[Attachment] = set()
         self._places: OrderedDict[str, Attachment] = OrderedDict()
         self._began = time.monotonic()
@@ -78,21 +78,21 @@ class Exec:
         self._lingers_since: float | None = None
         self.deadline: float | None = None  # seconds since the epoch
         self.once = False
-        self.left = False  # to the next process of the gateway: nothing of it is ours any more
+        self.left = False  # handed to the next gateway process: this one no longer owns it
         self._holding = process.holding
         self._ending = self._finished = False
-        self._closing = False  # the input ends
-        self._owed: dict[int, int] = {}  # how far each slot must have come before, by an earlier process
+        self._closing = False  # the end of the input was requested
+        self._owed: dict[int, int] = {}  # bytes each slot must reach before the input ends
 
     def ended_before(self, asked: bytes, ended: Ended) -> None:
-        """Become a command of an earlier process of the gateway, of which only the end is known."""
+        """Represent a command of an earlier gateway process of which only the end is known."""
         self.asked = asked
         for name, stream in self.streams.items():
             stream.restore(ended.offsets.get(name, 0), b"")
         self._end_as(ended)
 
     def _end_as(self, ended: Ended) -> None:
-        """Have ended like that before this process began."""
+        """Mark the command as having ended before this process started."""
         self._finished = True
         for stream in self.streams.values():
             stream.ended = True
@@ -100,7 +100,7 @@ class Exec:
         self.tell_end()
 
     async def run(self) -> None:
-        """Carry the command to its end; the task that owns it. Never raises for what the command does."""
+        """Run the command until it ends. The owning task calls this; a failing command raises nothing."""
         code = signal = left = None
         writing = asyncio.create_task(self._input.run(), name=f"stdin {self.id}")
         try:
@@ -113,7 +113,7 @@ class Exec:
         except Unavailable:
             if self._reason == "exited":
                 self._reason = "lost"
-            # it cannot be followed any more, but if only Incus went away it still runs
+            # the command cannot be followed any more, but still runs if only Incus went away
             with contextlib.suppress(GatewayError, TimeoutError):
                 await self.process.kill(0)
             left = await self._left()
@@ -139,7 +139,7 @@ class Exec:
         await self.process.aclose()
 
     async def _left(self) -> int | None:
-        """Return how many processes of the tree run on, after a cancel that is under way."""
+        """Return how many processes of the tree still run, once a pending cancel has finished."""
         killed = await self._tree.settle()
         if not killed and self._kill_left and await self._tree.members():
             with contextlib.suppress(GatewayError, TimeoutError):
@@ -149,7 +149,7 @@ class Exec:
         return None if left is None else len(left)
 
     def tell_end(self) -> None:
-        """Let everybody know of the end, once `run` has found it."""
+        """Resolve `ended` with the end that `run` found."""
         self.ended.set_result(self.over)
 
     def attach(
@@ -159,17 +159,17 @@ class Exec:
         resume: str | None = None,
         reading: Reading = Reading(),  # noqa: B008 - immutable
     ) -> Attachment:
-        """Start to read from the given offsets (default: the beginning).
+        """Attach a reader at the given offsets (default: the beginning).
 
-        `resume` is an attachment whose reader has lost it: it ends, and its input goes on here. Raises
-        `NotFound` if there is no such attachment, or no longer.
+        `resume` names an attachment whose connection was lost: it is closed, and its input continues here.
+        Raises `NotFound` if that attachment does not exist or was dropped.
         """
         before = None if resume is None else self._places.pop(resume, None)
         if resume is not None and before is None:
             raise NotFound(
                 f"exec {self.id} has no attachment {resume}; attach again without it", exec=self.id
             )
-        # before the old one ends: nothing falls between
+        # before the old one is closed, so that no output is lost in between
         attachment = Attachment(self, offsets or {}, before, reading, self._slot())
         if before is None:
             self._input.accounts.open(attachment.slot)
@@ -186,7 +186,7 @@ class Exec:
         return attachment
 
     def _slot(self) -> int:
-        """Return a slot of the accounts that no reader has whose place is kept."""
+        """Return an account slot that no remembered reader uses."""
         taken = {place.slot for place in list(self._places.values())[-(SLOTS - 1) :]}
         return next(slot for slot in range(SLOTS) if slot not in taken)
 
@@ -200,7 +200,10 @@ class Exec:
         self.look_for_end()
 
     def _linger(self, since: float | None = None) -> None:
-        """Run on for a while without a reader, counted from `since` where an earlier process began to."""
+        """Let the command run without a reader for the linger time.
+
+        `since` (epoch seconds) is when an earlier process started that time; default now.
+        """
         self._lingers_since = since or time.time()
         if self.linger >= 0:
             left = max(0.0, self._lingers_since + self.linger - time.time())
@@ -208,37 +211,38 @@ class Exec:
             self._lingering = loop.call_later(left, self.end, "cancelled", self._grace)
 
     async def write(self, data: bytes, by: Attachment) -> None:
-        """Give input of an attachment; see `Input.put`."""
+        """Queue input from an attachment; see `Input.put`."""
         await self._input.put(data, by)
         self._terminal.typed(data)
 
     async def resize(self, cols: int, rows: int) -> None:
-        """Give the terminal another size."""
+        """Resize the terminal."""
         await self._terminal.resize(cols, rows)
         self.note()
 
     def redraw(self) -> None:
-        """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""
+        """Make a full-screen program redraw, for a reader that lacks the earlier output."""
         if not self.ended.done():
             self._terminal.redraw()
 
     def close_stdin(self) -> None:
-        """End the input after what was queued. Idempotent."""
+        """Close stdin once the queued input is written. Idempotent."""
         self._closing = True
         self._owed = {}
         self._input.end()
         self.note()
 
     async def cancel(self, grace: float, reason: Reason = "cancelled") -> Killed:
-        """End the whole tree; return when nothing of it is left. A second call joins the first.
+        """Kill the whole process tree and return once it is gone. A second call joins the first.
 
-        The second may have less patience. After the command's own end it ends what the command left behind.
+        The second call may shorten the grace period. If the command itself has already ended, this kills the
+        processes it left behind.
         """
         self.end(reason, grace)
         return await self._tree.wait_killed()
 
     def end(self, reason: Reason, grace: float) -> bool:
-        """Start to end the tree and return at once: whether it was not being ended already."""
+        """Start killing the tree without waiting; return False if that was already under way."""
         running = not self.ended.done()
         began = self._tree.begin_kill(grace, running=running)
         if began and running:
@@ -251,7 +255,7 @@ class Exec:
             stream.drain()
 
     async def describe(self) -> dict[str, Any]:
-        """Return what `exec/list` tells."""
+        """Return the command's entry in `exec/list`."""
         ended = self.ended.result() if self.ended.done() else None
         return {
             "exec": self.id,
@@ -269,7 +273,7 @@ class Exec:
         return {"stdout": 0, "stderr": 0} | {name: stream.tail.end for name, stream in self.streams.items()}
 
     async def look(self) -> Sequence[Member]:
-        """Return what of an ended command's tree runs on, as far as that can be known."""
+        """Return the processes of an ended command that still run, as far as that can be known."""
         left = await self._tree.members() if self.lasting else ()
         if left is not None:
             self.lasting = bool(left)
@@ -279,9 +283,9 @@ class Exec:
         return [{"pid": member.pid, "name": member.name} for member in await self.look()]
 
     def shed(self, words: Sequence[str]) -> None:
-        """Keep only the end and `words` of an ended command.
+        """Drop an ended command's output and keep only its end and `words`.
 
-        Present readers of its output read on; later ones are told that it is lost.
+        Current readers can finish reading; later ones are told that the output is lost.
         """
         for name, stream in self.streams.items():
             stream.release()
@@ -293,7 +297,7 @@ class Exec:
         self._drop_held()
 
     def release(self) -> None:
-        """Count none of what is kept any more: the command is forgotten."""
+        """Give back the memory accounted to a command that is being forgotten."""
         self._drop_held()
         for stream in self.streams.values():
             stream.release()
@@ -305,12 +309,12 @@ class Exec:
     # --- across a restart of the gateway ---------------------------------------------------------------
 
     def leave(self) -> bool:
-        """Leave the command to the next process of the gateway; whether that can be."""
+        """Hand the command to the next gateway process; return whether that is possible."""
         self.left = self._holding is not None and self._holding.safe and not self.ended.done()
         return self.left
 
     def note(self, *, ending: bool = False) -> None:
-        """Keep what another process needs to go on with the command, where it can be held."""
+        """Record what the next process needs to continue the command, if it can be held."""
         if self._holding is not None and not self.left and not self._finished:
             self._ending = self._ending or ending
             self._holding.note(self._facts(None))
@@ -337,12 +341,18 @@ class Exec:
         }
 
     def _outstanding(self) -> list[list[int]]:
-        """Return how far each slot must come before the input ends: what waits may have to come again."""
+        """Return the byte count each slot must reach before the input ends.
+
+        Input that still waits is lost with this process, so its senders have to send it again.
+        """
         waits = {place.slot: place.taken for place in self._places.values() if place.taken > place.consumed}
         return [list(one) for one in (waits | self._owed).items()]
 
     def take_over(self, found: Adopted, hold: float) -> None:
-        """Become a command of an earlier process, before anybody is attached. Readers have `hold` seconds."""
+        """Continue a command of an earlier process. Call before any attach.
+
+        The positions of its readers are kept for `hold` seconds.
+        """
         facts, accounts = found.facts, self._input.accounts
         self._holding = found.holding
         self.asked, self.once, self.deadline = bytes.fromhex(facts["asked"]), facts["once"], facts["deadline"]
@@ -374,7 +384,7 @@ class Exec:
         self.note()
 
     def look_for_end(self) -> None:
-        """End the input that an earlier process was to end, once what was to come before has come again."""
+        """Close stdin as an earlier process was asked to, once the missing input has been sent again."""
         if self._closing:
             taken = {place.slot: place.taken for place in self._places.values() if not place.closed}
             self._owed = {slot: size for slot, size in self._owed.items() if taken.get(slot, size) < size}
@@ -383,12 +393,12 @@ class Exec:
 
     @property
     def printed(self) -> int:
-        """Bytes of output until now."""
+        """Bytes of output so far."""
         return sum(self._offsets().values())
 
     @property
     def kept_bytes(self) -> int:
-        """How much is held of the outputs, and of what was asked for."""
+        """Bytes in memory for the outputs and the command line."""
         asked = (*self.spec.argv, *self.spec.env, *self.spec.env.values())
         return sum(stream.tail.end - stream.tail.start for stream in self.streams.values()) + sum(
             map(len, asked)
@@ -396,5 +406,5 @@ class Exec:
 
     @property
     def state(self) -> Literal["running", "ended"]:
-        """Whether the command runs; one that was killed does not, though its exit may not be known yet."""
+        """The command's state. A killed command counts as ended even before its exit is known."""
         return "ended" if self.ended.done() or self._tree.killed else "running"

@@ -1,9 +1,9 @@
-"""What waits for a command's standard input: in memory, then on disk, each within a limit.
+"""Queue of a command's standard input: first in memory, then on disk, both bounded.
 
-A websocket must be read even if one command does not read its input: a cancel may come behind the bytes. A
-client that keeps to its window never has more here than fits into memory. One that does not is delayed for a
-moment at each piece, and what its command has not read by then goes to a file without a name. Only when that
-is full too does the client wait.
+The gateway must keep reading a websocket even if one command does not read its input, because a cancel may
+follow. A client that respects its window never exceeds the memory queue. Otherwise each piece is delayed
+briefly, and what the command has not read by then goes to an unnamed file. The client is made to wait only
+when that file is full too.
 """
 
 from __future__ import annotations
@@ -26,30 +26,27 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PIECE: Final = 256 * 1024  # bytes given to the command at a time
-_PATIENCE: Final = 0.05  # seconds that a sender waits for a command that reads, before the disk is used
+_PIECE: Final = 256 * 1024  # bytes written to the command at a time
+_PATIENCE: Final = 0.05  # seconds a sender waits for the command to read before the disk is used
 
 
 class Sender(Protocol):
-    """A sender of input; it hears what became of it."""
+    """A sender of input, which is told what happened to its bytes."""
 
     closed: bool
-    slot: int  # of its accounts
+    slot: int  # in the accounts
 
     def took(self, size: int) -> None:
-        """So many bytes were taken over."""
+        """`size` bytes were accepted."""
         ...
 
     def passed(self, size: int) -> None:
-        """So many of them are no longer waiting: given to the command, or dropped with it."""
+        """`size` accepted bytes no longer wait: they were written to the command, or dropped."""
         ...
 
 
 class Spools:
-    """The disk that waiting input may take: `each` bytes of one command, `limit` of all.
-
-    A tenant may have a quarter of that.
-    """
+    """Disk space for waiting input: `each` bytes per command, `limit` in all, a quarter of it per tenant."""
 
     def __init__(self, folder: Path, each: int, limit: int) -> None:
         self.folder = folder
@@ -73,9 +70,9 @@ class Spools:
 
 
 class Input:
-    """The input of one command, from its senders to the process, in the order in which it came.
+    """The input of one command, passed from its senders to the process in order of arrival.
 
-    What waits in memory is in a `share` of the tenant. Where that is full the disk is used sooner.
+    Bytes waiting in memory count towards the tenant's `share`. If that is full, the disk is used earlier.
     """
 
     def __init__(self, process: Process, limit: int, spools: Spools, share: Share, tenant: str) -> None:
@@ -91,15 +88,15 @@ class Input:
         self._over = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
-        self._turn = asyncio.Lock()  # of senders
+        self._turn = asyncio.Lock()  # lets one sender at a time in
 
     @property
     def waiting(self) -> int:
-        """How many bytes the process has not taken."""
+        """Bytes the process has not accepted yet."""
         return self._size + self._spool.size
 
     async def put(self, data: bytes, by: Sender) -> None:
-        """Take bytes over. They are dropped where the input, the command or the sender has ended."""
+        """Queue bytes, waiting for room. Dropped if the input, the command or the sender has ended."""
         async with self._turn:
             if self._full and not self._spool.size:
                 self._room.clear()
@@ -116,18 +113,18 @@ class Input:
                     continue
                 by.took(len(data))
                 self._wake.set()
-                if self._over:  # it ended while the disk was written
+                if self._over:  # the command ended during the write to disk
                     self.discard()
                 return
 
     def end(self) -> None:
-        """End the input after what was taken over. Idempotent."""
+        """Close stdin once everything queued is written. Idempotent."""
         self._ending = True
         self._wake.set()
         self._room.set()
 
     def discard(self) -> None:
-        """Forget what waits, as a terminal does at Ctrl-C."""
+        """Drop everything that waits, as a terminal does on Ctrl-C."""
         for data, by in self._queue:
             self._holds(-len(data))
             self._drop(len(data), by)
@@ -136,7 +133,7 @@ class Input:
         self._room.set()
 
     async def run(self) -> None:
-        """Give everything to the process, then its end."""
+        """Write everything to the process, then close its stdin."""
         try:
             while True:
                 while self._queue:
@@ -158,7 +155,7 @@ class Input:
 
     @property
     def _full(self) -> bool:
-        # with nothing in memory the command waits for more, and gets it
+        # even with the share full, one piece may wait in memory: the command is ready for it
         return self._size >= self._limit or (self._size > 0 and self._share.full(SMALL) is not None)
 
     def _holds(self, size: int) -> None:
@@ -183,7 +180,7 @@ class Input:
 
 
 class _Spool:
-    """A ring in a nameless file. One puts and one gets at a time; the file is there only while needed."""
+    """A ring buffer in an unnamed file that exists only while needed. One `put` and one `get` at a time."""
 
     def __init__(self, spools: Spools, tenant: str, drop: Callable[[int, Sender], None]) -> None:
         self._drop = drop
@@ -194,14 +191,14 @@ class _Spool:
         self._start = 0
         self._end = 0
         self._broken = False
-        self._busy = 0  # threads at the file
+        self._busy = 0  # threads using the file
 
     @property
     def size(self) -> int:
         return self._end - self._start
 
     async def put(self, data: bytes, by: Sender) -> bool:
-        """Keep `data`; False if there is no room for it now."""
+        """Store `data`; return False if there is no room for it now."""
         size = len(data)
         if self._broken or self.size + size > self._spools.each or not self._spools.take(size, self._tenant):
             return False
@@ -212,7 +209,7 @@ class _Spool:
             self._parts.append((size, by))
             kept = True
         except OSError as error:
-            log.warning("input cannot be kept on disk: %s", error)  # its sender waits instead
+            log.warning("cannot store input on disk: %s", error)  # its sender waits instead
             self._broken = True
         finally:
             if not kept:
@@ -221,7 +218,7 @@ class _Spool:
         return kept
 
     async def get(self, limit: int) -> tuple[bytes, Sender]:
-        """Take the next bytes of one sender, `limit` at most. Call it only where there are some."""
+        """Remove and return the next bytes of one sender, at most `limit`. Must not be empty."""
         size, by = self._parts[0]
         start, size = self._start, min(size, limit)
         try:
@@ -239,7 +236,7 @@ class _Spool:
         return data, by
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         for size, by in self._parts:
             self._drop(size, by)
         self._parts.clear()
@@ -248,13 +245,14 @@ class _Spool:
         self._tidy()
 
     async def _apart(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do work on the file in a thread; a cancelled caller waits for it, so that none is left behind."""
+        """Run file work in a thread. A cancelled caller still waits, so that no thread is left behind."""
         self._busy += 1
         task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
         try:
             return await asyncio.shield(task)
         finally:
-            # not where it is done: a cancel that comes during the wait would leave the file busy forever
+            # only while not done: a cancel arriving during the wait would otherwise leave the file busy
+            # forever
             while not task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([task])

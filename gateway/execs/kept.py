@@ -1,4 +1,4 @@
-"""Commands that have ended and are kept for a while, within limits of time, number and bytes."""
+"""Ended commands that are kept for a while, limited by age, number and bytes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gateway.settings import Settings
 
 
 class Kept:
-    """Ended commands of all tenants. `forgotten` is called with each that is kept no longer."""
+    """Ended commands of all tenants. `forgotten` is called with each command that is dropped."""
 
     def __init__(self, settings: Settings, forgotten: Callable[[Exec], None]) -> None:
         self._settings = settings
         self._forgotten = forgotten
-        self._of: dict[str, dict[str, Exec]] = {}  # of each tenant, first ended first
-        self._whole: dict[Exec, int] = {}  # those of which more than the end is kept: its bytes
+        self._of: dict[str, dict[str, Exec]] = {}  # per tenant, oldest end first
+        self._whole: dict[Exec, int] = {}  # commands kept with their output: bytes
         self._held = 0  # their sum
         self._looks: set[asyncio.Task[None]] = set()
 
     def add(self, exec_: Exec) -> None:
-        """Keep an ended command for a while; if there are many, only the end of those that ended first.
+        """Keep an ended command for a while; above the limits, drop the oldest commands' output first.
 
-        A command with processes that run on is kept until they have ended, so that it can be listed and
-        ended, unless there are too many of these too.
+        A command with processes still running is kept until they end, so that they can be listed and killed,
+        unless there are too many of these as well.
         """
         settings = self._settings
         loop = asyncio.get_running_loop()
@@ -71,9 +71,9 @@ class Kept:
             self.forget(exec_)
 
     def forget(self, exec_: Exec) -> None:
-        """Keep it no longer."""
+        """Drop a command."""
         if exec_.keeping is not None:
-            exec_.keeping.cancel()  # until it is due it would hold the command, with all its output
+            exec_.keeping.cancel()  # a pending timer would keep the command and all its output alive
         self._held -= self._whole.pop(exec_, 0)
         exec_.release()
         of_tenant = self._of.get(exec_.tenant, {})
@@ -84,7 +84,7 @@ class Kept:
         self._forgotten(exec_)
 
     async def close(self) -> None:
-        """Look at none any more."""
+        """Cancel all pending checks."""
         for task in self._looks:
             task.cancel()
         await asyncio.gather(*self._looks, return_exceptions=True)

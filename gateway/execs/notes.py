@@ -1,4 +1,4 @@
-"""Records commands, so that the next process of the gateway can say how they ended."""
+"""Records of commands, from which the next gateway process can tell how they ended."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gateway.storage.store import StoreFailed
 
 log = logging.getLogger(__name__)
 
-SHORT: Final = 200  # characters of a command where it is named
-_UNNOTED: Final = 0.01  # seconds; the journal of events waits for so long too
+SHORT: Final = 200  # characters of a command in events and records
+_UNNOTED: Final = 0.01  # seconds; the same delay as the event journal's
 
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """A command of an earlier process: what it was, and how it ended or that it is `lost`; without output."""
+    """A command of an earlier process, without its output: how it ended, or that it was `lost`."""
 
     tenant: str
     exec_id: str
@@ -35,11 +35,11 @@ class Earlier:
     asked: bytes
     ended: Ended
     lost: bool
-    age: float  # seconds since it was noted
+    age: float  # seconds since it was recorded
 
 
 class Notes:
-    """Records of commands in the idempotency store. One that cannot be written is a line in the log."""
+    """Records of commands in the idempotency store. A failed write is only logged."""
 
     def __init__(self, idempotency: Idempotency) -> None:
         self._idempotency = idempotency
@@ -49,10 +49,10 @@ class Notes:
         return (_earlier(key, record) for key, record in await self._idempotency.earlier("exec"))
 
     async def start(self, exec_: Exec, once: bool) -> None:
-        """Record that a command runs, so that the next process can say that it is lost.
+        """Record that a command runs, so that the next process can report it as lost.
 
-        One without an id of its caller's has a moment for its first byte before that; what ends within it
-        needs no note.
+        For a command without a caller's id the write is delayed briefly, so as not to delay its first byte;
+        if it ends before that, nothing is recorded.
         """
         if not once:
             await asyncio.sleep(_UNNOTED)
@@ -61,30 +61,30 @@ class Notes:
         try:
             await self._idempotency.note(_key(exec_), exec_.asked, orjson.dumps(_facts(exec_)))
         except StoreFailed as failed:
-            log.warning("exec %s will not be known after this process: %s", exec_.id, failed.message)
+            log.warning("exec %s will be unknown after a restart: %s", exec_.id, failed.message)
 
     async def end(self, exec_: Exec) -> None:
-        """Keep how a command under a caller's id ended."""
+        """Record how a command with a caller's id ended."""
         told = {**_facts(exec_), "exit": exec_.over.on_wire(exec_.id)}
         try:
             await self._idempotency.finish(_key(exec_), exec_.asked, orjson.dumps(told))
         except StoreFailed as failed:
-            log.error("the end of exec %s will not outlive this process: %s", exec_.id, failed.message)
+            log.error("the end of exec %s will be unknown after a restart: %s", exec_.id, failed.message)
 
     async def forget(self, exec_: Exec) -> None:
-        """Forget a command that ended, and whose caller gave it no id to ask by."""
+        """Delete the record of an ended command that has no caller's id."""
         try:
             await self._idempotency.forget(_key(exec_))
         except StoreFailed as failed:
-            log.warning("exec %s will be lost to the next process: %s", exec_.id, failed.message)
+            log.warning("exec %s will be reported as lost after a restart: %s", exec_.id, failed.message)
 
 
 def _earlier(key: Key, record: IdempotencyRecord) -> Earlier:
     tenant, _, exec_id = key
     told: Mapping[str, Any] = {} if record.result is None else orjson.loads(record.result)
     process = Past(told.get("pid", 0), told.get("startedAt", record.at))
-    words = tuple(told.get("argv") or [told.get("command", "")])  # by its line alone in older records
-    # what ran when that life was killed has run until it is given up here
+    words = tuple(told.get("argv") or [told.get("command", "")])  # older records have only the command line
+    # a command that ran when its gateway was killed counts as running until now
     ran = max(0, int((time.time() - process.started_at) * 1000))
     exit_ = told.get("exit") or {
         "reason": "lost",
@@ -101,7 +101,7 @@ def _key(exec_: Exec) -> Key:
 
 
 def _facts(exec_: Exec) -> dict[str, Any]:
-    """Return the facts about a command, besides its end, for the next process."""
+    """Return what the next process must know of a command, except its end."""
     process = exec_.process
     words = shortened(exec_.spec, SHORT)
     return {"pid": process.pid, "startedAt": process.started_at, "argv": words}

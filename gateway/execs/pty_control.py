@@ -1,4 +1,4 @@
-"""Controls the terminal of one command: its size, a Ctrl-C that must get through, redrawing."""
+"""Control of a command's terminal: size, Ctrl-C that must get through, redraw."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gateway.execs.input import Input
 from gateway.runtime import Process, Pty
 
 _CTRL_C: Final = b"\x03"
-_TAKES: Final = 0.05  # seconds within which a terminal takes a byte, if it takes any
-_SEES: Final = 0.15  # seconds within which a program sees that its terminal has another size
+_TAKES: Final = 0.05  # seconds in which a terminal accepts a byte, if it accepts any
+_SEES: Final = 0.15  # seconds in which a program notices that its terminal was resized
 
 
 class PtyControl:
-    """Control of a command's terminal; of a command without one it does nothing. Close it at the end."""
+    """Control of a command's terminal; a no-op for a command without one. Close it at the end."""
 
     def __init__(self, process: Process, input_: Input, size: Pty | None, exec_id: str) -> None:
         self._process = process
@@ -27,10 +27,10 @@ class PtyControl:
         self._redrawing: asyncio.Task[None] | None = None
 
     def typed(self, data: bytes) -> None:
-        """Let a Ctrl-C through to a terminal that takes no input.
+        """Get a Ctrl-C through to a terminal that accepts no input.
 
-        It holds some 4 KiB that no program reads, and the byte waits behind all that was typed or pasted. As
-        a terminal does by itself at Ctrl-C, what waits is dropped.
+        The terminal's buffer of some 4 KiB is full, so the byte waits behind everything typed or pasted.
+        That input is dropped, as a terminal itself does on Ctrl-C.
         """
         if data == _CTRL_C and self._size is not None:
             self._interrupting = asyncio.create_task(self._interrupt(), name=f"interrupt {self._exec_id}")
@@ -45,7 +45,7 @@ class PtyControl:
                 self._input.accounts.other(len(_CTRL_C))
 
     async def resize(self, cols: int, rows: int) -> None:
-        """Give the terminal another size."""
+        """Resize the terminal."""
         self._size = Pty(cols, rows)
         await self._process.resize(cols, rows)
 
@@ -54,12 +54,12 @@ class PtyControl:
         return self._size
 
     def redraw(self) -> None:
-        """Have a full-screen program redraw its terminal, for a reader that lacks its earlier output."""
+        """Make a full-screen program redraw, for a reader that lacks the earlier output."""
         if self._size is not None and self._redrawing is None:
             self._redrawing = asyncio.create_task(self._redraw(self._size), name=f"redraw {self._exec_id}")
 
     async def _redraw(self, size: Pty) -> None:
-        # a terminal tells its program only of a change, and two within a moment may be none to it
+        # a program is signalled only if the size changes, and may miss two changes in quick succession
         try:
             await self._process.resize(size.cols, max(1, size.rows - 1))
             await asyncio.sleep(_SEES)
@@ -69,7 +69,7 @@ class PtyControl:
             self._redrawing = None
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel pending work."""
         tasks = [task for task in (self._interrupting, self._redrawing) if task is not None]
         for task in tasks:
             task.cancel()

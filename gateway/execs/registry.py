@@ -1,4 +1,4 @@
-"""The registry of commands of all tenants: started once, read by many, ended completely."""
+"""The registry of all tenants' commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Execs:
-    """All commands of this gateway. Use as an async context manager: leaving it ends every one."""
+    """All commands of this gateway. An async context manager; leaving it kills every command."""
 
     def __init__(
         self, runtime: TenantRuntime, bus: Bus, idempotency: Idempotency, settings: Settings
@@ -47,17 +47,17 @@ class Execs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Execs:
-        """Take over commands of earlier processes: those that were held, and how the others ended.
+        """Adopt the held commands of earlier processes, and load the recorded ends of the others.
 
-        Of these only what was recorded is known; those that ran are lost.
+        Recorded commands that were still running and not held are reported as lost.
         """
         earlier_ones = list(await self._notes.earlier())
         begun = {(earlier.tenant, earlier.exec_id): earlier.lost for earlier in earlier_ones}
         for found in await self._runtime.adopt():
             try:
                 await self._adopt(found, begun)
-            except Exception as error:  # whatever it was that left such facts, the others go on
-                log.warning("a command of an earlier process cannot be followed: %r", error)
+            except Exception as error:  # a broken record must not keep the others from being adopted
+                log.warning("cannot continue a command of an earlier process: %r", error)
                 await _let_go(found)
         for earlier in earlier_ones:
             if earlier.exec_id in self._execs.get(earlier.tenant, {}):
@@ -78,7 +78,10 @@ class Execs:
         await self.end_all()
 
     async def _adopt(self, found: Adopted, begun: Mapping[tuple[str, str], bool]) -> None:
-        """Go on with a command of an earlier process, or keep it where it has ended; `begun` as recorded."""
+        """Continue a command of an earlier process, or keep it if it has ended.
+
+        `begun` tells of each recorded command whether its end is missing.
+        """
         facts = found.facts
         exec_id, tenant = str(facts["id"]), str(facts["tenant"])
         pty = None if facts["pty"] is None else Pty(*facts["pty"])
@@ -91,22 +94,22 @@ class Execs:
             self._run(exec_)
             return
         self._kept.add(exec_)
-        if begun.get((tenant, exec_id)):  # it ended, and nobody was told
+        if begun.get((tenant, exec_id)):  # it ended without an event
             self._bus.publish("exec.exited", tenant, exec_.over.on_wire(exec_id))
             await (self._notes.end(exec_) if exec_.once else self._notes.forget(exec_))
 
     @property
     def held(self) -> int:
-        """Bytes of output and input of commands in memory, of all tenants."""
+        """Bytes of command output and input in memory, for all tenants."""
         return self._budget.held
 
     @property
     def running(self) -> int:
-        """How many commands run now, of all tenants."""
+        """Number of running commands of all tenants."""
         return sum(exec_.state == "running" for execs in self._execs.values() for exec_ in execs.values())
 
     def running_in(self, tenant: str) -> int:
-        """How many commands run, or are being started, in one tenant now."""
+        """Return how many commands of a tenant are running or being started."""
         running = sum(exec_.state == "running" for exec_ in self._execs.get(tenant, {}).values())
         return running + sum(key[0] == tenant for key in self._starting)
 
@@ -122,18 +125,19 @@ class Execs:
         once: bool = False,
         outlive: bool = False,
     ) -> Exec:
-        """Start a command, or return the one that was started under `exec_id` before.
+        """Start a command, or return the one already started under `exec_id`.
 
-        With `once` the id is the caller's own, and holds across a restart of the gateway too; with `outlive`
-        the command does, where there is a holder. Raises `Conflict` if that one is another command,
-        `RateLimited` if the tenant has too many, and what the runtime raises where it cannot start.
+        `once`: the id is the caller's own and stays valid across a restart of the gateway. `outlive`: the
+        command itself survives a restart, if there is a holder. Raises `Conflict` if the id belongs to a
+        different command, `RateLimited` if the tenant runs too many, and what the runtime raises if the
+        command cannot start.
         """
         known = exec_id or f"x-{secrets.token_hex(8)}"
         found = await self._known(tenant, known)
         if found is None and once:
             if await self._idempotency.result((tenant, "exec", known), spec.digest()) is not None:
                 raise Gone(f"exec {known} ended and is no longer kept; use a new id", exec=known)
-            found = await self._known(tenant, known)  # another start may have come first meanwhile
+            found = await self._known(tenant, known)  # another call may have started it meanwhile
         if found is not None:
             if found.asked != spec.digest():
                 raise Conflict(f"exec {known} was started with another command", exec=known)
@@ -141,7 +145,7 @@ class Execs:
         running = self.running_in(tenant)
         if running >= self._settings.max_execs:
             raise RateLimited(
-                f"the tenant runs {running} commands, the most it may; end one first",
+                f"the tenant already runs {running} commands, its limit; end one first",
                 limit=self._settings.max_execs,
             )
         promise: asyncio.Future[Exec] = asyncio.get_running_loop().create_future()
@@ -153,14 +157,14 @@ class Execs:
                 asked = replace(spec, outlive=outlive)
                 exec_ = await self._start(tenant, known, asked, timeout, linger, by, once)
             except BaseException:
-                if once:  # nothing of it was left: it may be started again
+                if once:  # nothing was started, so the id may be used again
                     await asyncio.shield(self._idempotency.forget((tenant, "exec", known)))
                 raise
         except BaseException as error:
-            # other callers that wait for this start were not cancelled
+            # only this caller was cancelled; others wait for the same start
             gone = isinstance(error, asyncio.CancelledError)
             promise.set_exception(Cancelled("the first caller cancelled the start") if gone else error)
-            promise.exception()  # retrieved, or asyncio would log it
+            promise.exception()  # mark as retrieved, or asyncio logs it
             raise
         else:
             promise.set_result(exec_)
@@ -169,15 +173,15 @@ class Execs:
             del self._starting[tenant, known]
 
     async def _known(self, tenant: str, exec_id: str) -> Exec | None:
-        """Return the command that was started under an id, or is about to be."""
+        """Return the command started under an id, waiting if it is being started."""
         starting = self._starting.get((tenant, exec_id))
         if starting is not None:
             return await asyncio.shield(starting)
         return self._execs.get(tenant, {}).get(exec_id)
 
     async def fence(self, tenant: str, exec_id: str) -> Exec | None:
-        """See to it that nothing starts under an id that is not known; return what was just being started."""
-        with contextlib.suppress(GatewayError):  # whose start failed is not there either
+        """Return the command with this id; if there is none, bar the id from being used for a start."""
+        with contextlib.suppress(GatewayError):  # a command whose start failed does not exist either
             if (found := await self._known(tenant, exec_id)) is not None:
                 return found
         await self._idempotency.fence((tenant, "exec", exec_id))
@@ -237,7 +241,7 @@ class Execs:
         return exec_
 
     def _run(self, exec_: Exec) -> None:
-        """Carry it to its end, whatever becomes of the call that it began with."""
+        """Run a command in its own task, independent of the call that started it."""
         task = asyncio.create_task(self._carry(exec_), name=f"exec {exec_.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -260,10 +264,10 @@ class Execs:
                 await self._ended(exec_, noting)
 
     async def _ended(self, exec_: Exec, noting: asyncio.Task[None]) -> None:
-        """Tell how a command ended, and keep it for a while."""
+        """Report how a command ended, and keep it for a while."""
         try:
             if exec_.once:
-                await self._notes.end(exec_)  # before anybody is told
+                await self._notes.end(exec_)  # before the end is reported to anybody
         finally:
             exec_.tell_end()
         ended = exec_.ended.result()
@@ -280,33 +284,33 @@ class Execs:
             sum(ended.offsets.values()),
         )
         await noting
-        if not exec_.once:  # the events are written later: none is told as exited and then as lost
+        if not exec_.once:  # after the event, so that no command is reported as exited and later as lost
             await self._notes.forget(exec_)
 
     def get(self, tenant: str, exec_id: str) -> Exec:
-        """Return a command that runs or ended not long ago. Raises `NotFound`."""
+        """Return a command that runs or has ended recently. Raises `NotFound`."""
         try:
             return self._execs[tenant][exec_id]
         except KeyError:
-            raise NotFound(f"no exec {exec_id}; it ended long ago or never was", exec=exec_id) from None
+            raise NotFound(f"no exec {exec_id}; it ended long ago or never existed", exec=exec_id) from None
 
     def list(self, tenant: str) -> list[Exec]:
         return list(self._execs.get(tenant, {}).values())
 
     async def cancel(self, exec_: Exec, grace: float | None = None) -> Killed:
-        """End a command's whole tree; return when nothing of it is left."""
+        """Kill a command's whole process tree and return once it is gone."""
         grace = self._settings.cancel_grace if grace is None else grace
         ran = exec_.state == "running"
         began = exec_.end("cancelled", grace)
         killed = await exec_.cancel(grace)
         if not began or (not ran and not killed.killed):
-            return killed  # nothing happened that is not told by another
+            return killed  # another call reports this kill, or there was nothing to kill
         data = {"exec": exec_.id, "killed": killed.killed, "escalated": killed.escalated}
         self._bus.publish("exec.cancelled", exec_.tenant, {**data, "survivors": killed.survivors})
         return killed
 
     async def leave(self) -> None:
-        """Leave what is held to the next process of the gateway, as it is."""
+        """Hand the held commands to the next gateway process untouched."""
         left = {exec_.id for execs in self._execs.values() for exec_ in execs.values() if exec_.leave()}
         tasks = [task for task in self._tasks if task.get_name().removeprefix("exec ") in left]
         for task in tasks:
@@ -314,13 +318,13 @@ class Execs:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def end_all(self) -> None:
-        """End every command and what ended ones left behind, all at once; but for those that were left."""
+        """Kill all commands and all processes left by ended ones, except commands handed over by `leave`."""
         everyone = [exec_ for execs in self._execs.values() for exec_ in execs.values() if not exec_.left]
         kills = [exec_.cancel(self._settings.cancel_grace) for exec_ in everyone]
         for failure in await asyncio.gather(*kills, return_exceptions=True):
-            # with its container a command has ended
+            # if its container is gone or stopped, the command has ended
             if isinstance(failure, BaseException) and not isinstance(failure, (NotFound, TenantNotRunning)):
-                log.warning("a command could not be ended: %s", failure)
+                log.warning("cannot end a command: %s", failure)
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout)
             for task in late:
@@ -336,14 +340,14 @@ class Execs:
                 del self._execs[exec_.tenant]
 
     def forget_tenant(self, tenant: str) -> None:
-        """Forget the ended commands of an earlier tenant of this name: they are none of the new one's."""
+        """Forget the ended commands of an earlier tenant of this name, which a new one must not see."""
         for exec_ in self.list(tenant):
             if exec_.ended.done():
                 self._kept.forget(exec_)
 
 
 async def _let_go(found: Adopted) -> None:
-    """End a command that was adopted and cannot be followed."""
+    """Kill an adopted command that cannot be continued."""
     if found.process is not None:
         with contextlib.suppress(GatewayError, TimeoutError):
             await found.process.kill(0)

@@ -1,4 +1,4 @@
-"""How a command is shown: its words, its start."""
+"""How a command is displayed: its words and its start time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gateway.runtime import ExecSpec, Process
 
 
 def shortened(spec: ExecSpec, room: int) -> list[str]:
-    """Return a command's words, cut off after `room` characters."""
+    """Return a command's words, truncated to about `room` characters in all."""
     words = list[str]()
     for word in spec.shown or spec.argv:
         words.append(word if len(word) <= room else word[: max(0, room - 1)] + "…")
@@ -19,6 +19,6 @@ def shortened(spec: ExecSpec, room: int) -> list[str]:
 
 
 def started_at(process: Process) -> str:
-    """Return the start as an RFC 3339 time with milliseconds."""
+    """Return the start time in RFC 3339 format, with milliseconds."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(process.started_at))
     return f"{whole}.{int(process.started_at * 1000) % 1000:03d}Z"

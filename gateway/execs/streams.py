@@ -1,11 +1,11 @@
 """The output streams of one command, and their readers.
 
-Output flows from the process into a `Stream`, with one reader task each; readers are `Cursor`s on it. While
-anyone is attached, the reader task stops when the slowest cursor is more than the window behind, so that the
-process itself is held back and nothing is lost. Output that must not be left on its way for long is taken in
-now and then all the same, up to the lag that a viewer may have. A viewer that stops reading while another
-reads on is left behind after a moment, and told what it has missed. With nobody attached the tail drops its
-oldest bytes, and the next attachment is told how many.
+One task per stream reads the process into a `Stream`; readers are `Cursor`s on it. While anyone is attached,
+that task stops when the slowest cursor is more than the window behind, so that the process is held back and
+nothing is lost. Output that the runtime cannot leave unread for long is still taken in from time to time, up
+to the lag allowed for a viewer. A viewer that stops reading while others go on is left behind after a while
+and told how much it has missed. With nobody attached the tail drops its oldest bytes, and the next attachment
+is told how many.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gateway.execs.tail import READ, Tail
 from gateway.limits.budget import Lease, Share
 from gateway.runtime import Holding, Process, StreamName
 
-_SEQUENCE: Final = 3  # bytes at most of a UTF-8 sequence that is not complete
-_LITTLE: Final = 64 << 10  # bytes kept of a stream where its tenant's share is full
+_SEQUENCE: Final = 3  # most bytes of an incomplete UTF-8 sequence
+_LITTLE: Final = 64 << 10  # bytes kept of a stream while its tenant's share is full
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How far a command and its readers may be apart.
+    """How far readers may fall behind a command.
 
-    A reader may be `window` bytes behind. One that is further behind holds the command back; a viewer does so
-    for `patience` seconds only if others read on, and then up to `lag` bytes are kept for it. Up to `unacked`
-    sent bytes are kept until they are acknowledged, for a reader that acknowledges.
+    A reader more than `window` bytes behind holds the command back. If others read on, a viewer does so for
+    at most `patience` seconds; after that up to `lag` bytes are kept for it. For a reader that acknowledges,
+    up to `unacked` sent bytes are kept until they are acknowledged.
     """
 
     window: int
@@ -42,11 +42,11 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How one reader wants the output.
+    """How a reader wants the output.
 
-    A `viewer` can be left behind. `acks` says that it acknowledges what has arrived; with a `window` it is
-    sent at most so many bytes beyond that. A reader of `text` gets no incomplete UTF-8 sequence whose rest
-    may still come.
+    A `viewer` may be left behind. With `acks` the reader acknowledges what has arrived; with a `window` it is
+    sent at most that many bytes beyond its last acknowledgement. With `text` no UTF-8 sequence is split whose
+    rest may still come.
     """
 
     viewer: bool = False
@@ -58,8 +58,8 @@ class Reading:
 class Stream:
     """One output stream of a command: its tail and the cursors on it.
 
-    What it keeps is in a `share` of its tenant. Where that is full it keeps a little: what a reader has not
-    been sent, and not what was sent and may be asked for again.
+    Kept bytes count towards the tenant's `share`. If that is full, only a little is kept: bytes not yet sent
+    to a reader, but none that were sent and might be requested again.
     """
 
     def __init__(self, name: StreamName, tail: int, pace: Pace, share: Share) -> None:
@@ -75,14 +75,14 @@ class Stream:
         self._draining = False
 
     def restore(self, start: int, data: bytes) -> None:
-        """Have what an earlier process kept, from an offset on; before anybody is attached."""
+        """Load the bytes an earlier process kept, starting at an offset. Call before any attach."""
         self.tail.start = self.tail.end = start
         if data:
             self.tail.append(data, start)
             self._lease.hold(len(data))
 
     async def pump(self, process: Process) -> None:
-        """Read the process until its stream ends; stop while a cursor that counts lags too far."""
+        """Read the process until its stream ends, pausing while a reader is too far behind."""
         try:
             while data := await process.read(self.name):
                 self._append(data, process.holding)
@@ -101,19 +101,19 @@ class Stream:
     def _append(self, data: bytes, holding: Holding | None) -> None:
         tight = self._share.full(len(data)) is not None
         self.tail.append(data, self._floor(tight), _LITTLE if tight else None)
-        # what outlives the gateway is kept twice
+        # output that survives the gateway is kept twice
         held = 0 if holding is None else holding.keep(self.name, self.tail.start)
         self._lease.hold(self.tail.end - self.tail.start + held - self._lease.size)
         for cursor in self._cursors:
             cursor.wake()
 
     def _spare(self) -> bool:
-        """Whether more may be kept for those that the command waits for."""
+        """Return whether more may be kept for the readers that hold the command back."""
         most = max((cursor.lag for cursor in self._cursors), default=0)
         return most < self.pace.lag and self._share.full(READ) is None
 
     def attach(self, offset: int, reading: Reading) -> tuple[Cursor, int]:
-        """Return a cursor from `offset` on, and how many bytes from there are no longer kept."""
+        """Return a cursor at `offset`, and how many bytes from there have already been dropped."""
         start = min(max(offset, self.tail.start), self.tail.end)
         cursor = Cursor(self, start, reading)
         self._cursors.add(cursor)
@@ -124,23 +124,23 @@ class Stream:
         self.progress()
 
     def progress(self) -> None:
-        """Have the reader task check again which cursors have caught up."""
+        """Make the reader task check again which cursors have caught up."""
         self._progress.set()
 
     def drain(self) -> None:
-        """Wait for no reader from now on: nothing writes any more, and the end can be told once all is read.
+        """Stop waiting for readers: the command is gone, and its end is reported once all output is read.
 
-        What is still on its way is small; of more than `lag` bytes a viewer that stands still loses some.
+        Little output is left by then; a viewer that does not read loses what exceeds `lag` bytes.
         """
         self._draining = True
         self.progress()
 
     def release(self) -> None:
-        """Stop counting what is kept: it goes with its last reader."""
+        """Stop counting the kept bytes; they are freed with the last reader."""
         self._lease.end()
 
     def _floor(self, tight: bool) -> int | None:
-        """Return from where on something is still wanted, by those that are not left behind at least."""
+        """Return the offset from which bytes are still needed, or None if none are."""
         if tight:
             floors = (one.offset for one in self._cursors if not one.behind)
             return min(floors, default=None)
@@ -153,12 +153,12 @@ class Stream:
         return min(max(cursor.floor, most) if cursor.behind else cursor.floor for cursor in self._cursors)
 
     def _slow(self) -> list[Cursor]:
-        """Return the cursors that the command waits for."""
+        """Return the cursors that hold the command back."""
         slow = [cursor for cursor in self._cursors if cursor.lag > self.window]
         return slow if len(slow) == len(self._cursors) else [one for one in slow if not one.behind]
 
     async def _pause(self, until: float) -> None:
-        """Wait for progress; leave behind a viewer that makes none while others have read all."""
+        """Wait for progress until a loop time; leave behind viewers that make none while others keep up."""
         slow, now = self._slow(), asyncio.get_running_loop().time()
         if all(cursor.viewer for cursor in slow) and len(slow) < len(self._cursors):
             for cursor in slow:
@@ -174,10 +174,10 @@ class Stream:
 
 
 class Cursor:
-    """One reader's place in a stream. `offset` is what it has taken over, not what it has looked at.
+    """One reader's position in a stream. `offset` counts bytes delivered, not merely returned by `next`.
 
-    `floor` is what it may come back to: of what was sent, the part that is not known to have arrived.
-    `lost` counts the bytes in front of `offset` that it never got, because it was left `behind`.
+    `floor` is where it may have to resume: bytes sent from there are not known to have arrived.
+    `lost` counts the bytes before `offset` that it never got because it was left `behind`.
     """
 
     def __init__(self, stream: Stream, offset: int, reading: Reading) -> None:
@@ -195,7 +195,7 @@ class Cursor:
         self._detached = False
 
     def detach(self) -> None:
-        """Read no further, and hold the command back no more. Idempotent."""
+        """Stop reading, and stop holding the command back. Idempotent."""
         self._detached = True
         self.stream.detach(self)
         self.wake()
@@ -204,7 +204,7 @@ class Cursor:
         self._wake.set()
 
     async def next(self) -> list[bytes]:
-        """Return the next bytes in parts, none after the stream's last. Call `taken` once delivered."""
+        """Wait for the next bytes and return them in parts, [] at the end. Call `taken` once delivered."""
         while not self._detached:
             room = READ if self._window is None else self._window - (self.offset - self._acked)
             if room > 0:
@@ -241,7 +241,7 @@ class Cursor:
         return max(self._acked, self.offset - self._unacked)
 
     def ack(self, offset: int) -> None:
-        """Take note that everything before `offset` has arrived."""
+        """Record that everything before `offset` has arrived."""
         self._acked = max(self._acked, min(offset, self.offset))
         self.wake()
 
@@ -253,7 +253,7 @@ class Cursor:
 
 
 def whole(parts: list[bytes]) -> list[bytes]:
-    """Return `parts` without the UTF-8 sequence that they end in the middle of; what is not UTF-8 stays."""
+    """Return `parts` without an incomplete UTF-8 sequence at the end; invalid UTF-8 is kept."""
     last = b"".join(parts[-_SEQUENCE:])[-_SEQUENCE:]
     held = len(last) - codecs.utf_8_decode(last, "replace", False)[1]
     parts = list(parts)

@@ -1,20 +1,20 @@
-"""The last bytes of one output stream, by absolute offset. No IO."""
+"""The last bytes of an output stream, addressed by absolute offset. No I/O."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Final
 
-# chunks below this are merged, so that a terminal's single characters do not make long lists
+# smaller chunks are merged, so that a terminal's single characters do not make long lists
 _MERGE: Final = 8 * 1024
-# one frame to a client: fewer, larger ones cost less, but hold up the others on its socket
+# size of a frame to a client: larger ones cost less but delay others on the same socket
 READ: Final = 256 * 1024
 
 
 class Tail:
-    """Keeps at least the last `limit` bytes appended, and whatever a reader at `floor` still needs.
+    """A buffer of at least the last `limit` bytes, and of everything a reader still needs.
 
-    `start` and `end` are the absolute offsets of what is kept.
+    `start` and `end` are the absolute offsets of the kept bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,9 +24,9 @@ class Tail:
         self._chunks: deque[bytes] = deque()
 
     def append(self, data: bytes, floor: int | None = None, limit: int | None = None) -> None:
-        """Add bytes at the end; drop from the front what is beyond the limit and before `floor`.
+        """Append bytes; drop bytes at the front that exceed the limit and lie before `floor`.
 
-        `limit` takes the place of the tail's own where that is more.
+        `limit` lowers the tail's own limit for this call.
         """
         if self._chunks and len(self._chunks[-1]) + len(data) <= _MERGE:
             self._chunks[-1] += data
@@ -39,9 +39,9 @@ class Tail:
             self.start += len(self._chunks.popleft())
 
     def read(self, offset: int, limit: int = READ) -> list[bytes]:
-        """Return what is kept from `offset` on, at most some `limit` bytes, nothing at the end.
+        """Return the bytes from `offset` in parts, about `limit` bytes at most, [] at the end.
 
-        Raises `ValueError` if the offset is not kept.
+        Raises `ValueError` if the offset is no longer, or not yet, in the tail.
         """
         if not self.start <= offset <= self.end:
             raise ValueError(f"offset {offset} is not in {self.start}..{self.end}")
