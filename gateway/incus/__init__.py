@@ -1,8 +1,8 @@
-"""Talks to incusd over its unix socket, with aiohttp.
+"""Client of incusd over its unix socket.
 
-`Incus` does requests and operations, `Incus.exec` opens the sockets of one command, `Incus.events`
-yields the daemon's events. Failures are `IncusError` with incusd's own words, which may name host paths:
-the runtime translates them before a client sees them.
+`Incus` makes requests and runs operations, `Incus.exec` opens the sockets of one command, and `Incus.events`
+yields the daemon's events. Failures raise `IncusError` with incusd's own message, which may name host paths;
+the runtime translates it before a client sees it.
 """
 
 from gateway.incus.client import Incus, IncusError

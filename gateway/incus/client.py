@@ -1,11 +1,11 @@
-"""Asks incusd: instances, operations, commands, the event stream.
+"""Requests to incusd: instances, operations, commands, the event stream.
 
 Facts about incusd that shape this module (measured on 6.0.4):
 
-- An operation's record lives 5 s after it ended, and a bare GET of one that is just ending can crash
-  incusd before 6.0.6 (lxc/incus 8d05249b9b). So `/wait` is opened as soon as the operation is known, and
-  the record is read only after `/wait` has returned.
-- A failed operation's `/wait` answers an error without the operation's metadata.
+- An operation's record is kept for 5 s after its end, and a plain GET of one that is just ending can crash
+ incusd before 6.0.6 (lxc/incus 8d05249b9b). So `/wait` is requested as soon as the operation is known, and
+ the record is read only after `/wait` has returned.
+- For a failed operation, `/wait` returns an error without the operation's metadata.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ __all__ = ["Incus", "IncusError", "instance_path"]
 
 _EVENTS_WAITING = 10_000
 _EVENT_MAX = 1 << 20  # bytes
-# bytes of one instance with its state, in which are all the network interfaces and addresses that its tenant
-# makes: ten thousand are a million, which takes 5 ms to parse
+# bytes of one instance with its state, which lists all network interfaces and addresses the tenant creates:
+# ten thousand of them take 1 MB and 5 ms to parse
 _STATE_MAX = 1 << 20
-_PIDS = 4096  # instances of which the first process is kept
+_PIDS = 4096  # instances whose init pid is cached
 
 
 class Incus(Rest):
-    """One incusd and one of its projects. Use as an async context manager; safe for concurrent calls."""
+    """One incusd, within one project. An async context manager; safe for concurrent calls."""
 
     def __init__(self, socket: Path, project: str = "default", timeout: float = 30.0) -> None:
         super().__init__(socket, project, timeout)
         self._inventory = Inventory(self._list, self._find)
-        self._pids: dict[str, tuple[str, int]] = {}  # by instance: which start of it, and its first process
+        self._pids: dict[str, tuple[str, int]] = {}  # by instance: id of its start, init pid
 
     async def state(self, name: str) -> dict[str, Any]:
         """Return the state of an instance. Raises `IncusError`."""
@@ -54,10 +54,10 @@ class Incus(Rest):
     async def instances(
         self, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> list[dict[str, Any]]:
-        """Return all instances of the project, with their `state` those for which `state` is true.
+        """Return all instances of the project; those for which `state` returns true include their state.
 
-        One that is being made or removed may be left out. Each state costs incusd about 10 ms: it starts a
-        process in the container's network for it. The answer is shared: do not change it.
+        An instance being created or deleted may be missing. Each state costs incusd about 10 ms, because it
+        starts a process in the container's network namespace. The result is shared: do not modify it.
         """
         found = await self._inventory.all()
         if state is None:
@@ -67,7 +67,7 @@ class Incus(Rest):
 
     async def _list(self) -> list[dict[str, Any]]:
         found = await self.get("/1.0/instances", recursion="1")
-        # Of one that stops Incus (6.0.4) shows the name alone, for up to a second: see `instance`.
+        # Incus 6.0.4 lists a stopping instance by its name alone, for up to a second: see `instance`.
         whole = [
             await self._find(entry["name"], state=True) if entry.get("config") is None else entry
             for entry in found
@@ -86,10 +86,10 @@ class Incus(Rest):
     async def instance(
         self, name: str, *, state: Callable[[Mapping[str, Any]], bool] | None = None
     ) -> dict[str, Any]:
-        """Return an instance with its `state`, which is empty while it stops, or where it is too large.
+        """Return an instance with its `state`, which is empty while it stops or if it is too large.
 
-        It is empty, too, where `state` is given and false for the instance: incusd starts two processes to
-        tell it. Raises `IncusError`.
+        If `state` is given and returns false for the instance, its state is not fetched, since incusd starts
+        two processes for it, and is left empty. Raises `IncusError`.
         """
         path = instance_path(name)
         if state is not None:
@@ -102,26 +102,26 @@ class Incus(Rest):
         except IncusError as error:
             if error.status in (0, 404):
                 raise
-            # its first process has ended, and Incus does not know it yet ("Invalid PID"), or it is too much
+            # its init has ended but Incus does not know yet ("Invalid PID"), or the state is too large
             found = await self.get(path)
         return {**found, "state": found.get("state") or {}}
 
     async def profile(self, name: str) -> dict[str, Any]:
-        """Return a profile. The answer is shared: do not change it. Raises `IncusError`."""
+        """Return a profile. The result is shared: do not modify it. Raises `IncusError`."""
         return await self._inventory.profile(name, lambda: self.get(f"/1.0/profiles/{quote(name, safe='')}"))
 
     async def started(self, name: str) -> tuple[dict[str, Any], int]:
-        """Return an instance, and the host's pid of its first process, 0 if it does not run.
+        """Return an instance and the host pid of its init process, 0 if it is not running.
 
-        It is looked for once a start, on this host first and else in the instance's `state`, see `monitor`.
-        Raises `IncusError`.
+        The pid is looked up once per start: on this host if possible (see `monitor`), else in the instance's
+        `state`. Raises `IncusError`.
         """
         found: dict[str, Any] = await self.get(instance_path(name))
-        if found.get("config") is None:  # it stops
+        if found.get("config") is None:  # it is stopping
             return await self.instance(name), 0
         if found["status"] == "Stopped":
             return found, 0
-        # incusd notes when an instance is started before it starts it
+        # incusd records the time of a start before it starts the instance
         start = f"{found['config'].get('volatile.uuid')} {found.get('last_used_at')}"
         known, pid = self._pids.get(name, ("", 0))
         if known != start:
@@ -136,11 +136,11 @@ class Incus(Rest):
         return found, pid
 
     def _on_host(self, name: str) -> str:
-        """Return how paths of the host have an instance's name."""
+        """Return an instance's name as it appears in host paths."""
         return name if self.project == "default" else f"{self.project}_{name}"
 
     async def busy(self) -> set[str]:
-        """Return the names of the instances on which an operation runs, such as the copy that makes one."""
+        """Return the names of instances with a running operation, such as the copy that creates them."""
         found: Mapping[str, Any] = await self.get("/1.0/operations", recursion="1")
         return {
             path.split("?")[0].rpartition("/")[2]
@@ -157,9 +157,10 @@ class Incus(Rest):
         timeout: float,
         if_match: str | None = None,
     ) -> Operation:
-        """Start an operation and return it ended. Raises `IncusError` if it failed or `timeout` passed.
+        """Start an operation and wait for its result.
 
-        With `if_match` it fails with status 412 where the thing is another than `get_tagged` said by then.
+        Raises `IncusError` if it fails or takes longer than `timeout` seconds, and with status 412 if the
+        resource no longer has the ETag `if_match` that `get_tagged` returned.
         """
         try:
             answer = await self._request(method, path, body=body, if_match=if_match)
@@ -173,10 +174,10 @@ class Incus(Rest):
             self._inventory.touched(*touched_by(path, body))
 
     async def wait(self, operation: str, *, timeout: float | None) -> Operation:
-        """Wait for the end of an operation. Call it at once: its record is gone 5 s after the end.
+        """Wait for an operation to end. Call it at once: the record is gone 5 s after the end.
 
-        Raises `IncusError`, with status 0 if incusd went away, 404 if there is no such operation, and 408
-        if `timeout` seconds passed.
+        Raises `IncusError`: status 0 if incusd went away, 404 if the operation does not exist, 408 after
+        `timeout` seconds.
         """
         path = f"/1.0/operations/{operation}/wait"
         seconds = -1 if timeout is None else max(1, int(timeout))
@@ -187,7 +188,7 @@ class Incus(Rest):
         except IncusError as error:
             if error.status in (0, 404):
                 raise
-            # a failed operation: the record, no longer written to, has what /wait leaves out
+            # a failed operation: its record, which is final now, has the metadata that /wait leaves out
             try:
                 answer = await self._request("GET", f"/1.0/operations/{operation}")
                 record = answer["metadata"] or {}
@@ -210,12 +211,12 @@ class Incus(Rest):
         pty: tuple[int, int] | None = None,
         outlive: bool = False,
     ) -> ExecSockets:
-        """Start `command` as root and return its sockets, all connected; `pty` is (cols, rows).
+        """Start `command` as root and return its connected sockets; `pty` is (cols, rows).
 
-        With `outlive` they can be held and adopted by another process.
+        With `outlive` the sockets can be held and adopted by another process.
 
-        Command and environment show in the host's process list and in Incus's events: secrets go by
-        stdin. Raises `IncusError`.
+        Command and environment are visible in the host's process list and in Incus's events: pass secrets
+        on stdin. Raises `IncusError`.
         """
         body: dict[str, Any] = {
             "command": command,
@@ -234,7 +235,7 @@ class Incus(Rest):
         memory = Memory.made() if outlive else None
         waiting = None
         try:
-            # before anything runs: an operation's record is gone 5 s after its end
+            # before the command starts: an operation's record is gone 5 s after its end
             waiting = await Waiting.ask(self.socket, operation)
             sockets = await connect(self.socket, operation, fds, memory, terminal=pty is not None)
             return ExecSockets(sockets, waiting, memory, terminal=pty is not None)
@@ -250,15 +251,15 @@ class Incus(Rest):
     async def events(self, *types: str) -> AsyncGenerator[dict[str, Any], None]:
         """Yield incusd's events of our project until the stream breaks, which raises `IncusError`.
 
-        Incus replays nothing and promises no order: read the state after subscribing. While events of
-        `lifecycle` come, `instances` follows them, however slowly they are taken from here. Ten thousand may
-        wait to be taken; then the stream breaks.
+        Incus replays nothing and guarantees no order: read the state after subscribing. Events of type
+        `lifecycle` keep `instances` up to date even if the caller reads them slowly. Ten thousand events may
+        be queued; beyond that the stream breaks.
         """
         query = {"type": ",".join(types), "project": self.project}
         heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         try:
-            # pongs are required here: without them incusd hangs up after 30 s. A silent, half-dead
-            # stream is found by our own heartbeat.
+            # pongs are required here: without them incusd hangs up after 30 s. Our own heartbeat
+            # detects a silent, half-dead stream.
             async with self.session.ws_connect(
                 f"{BASE}/1.0/events",
                 params=query,
@@ -294,7 +295,7 @@ class Incus(Rest):
                     if lifecycle:
                         self._inventory.noted(event)
                     if heard.qsize() >= _EVENTS_WAITING:
-                        raise IncusError("its events come faster than they are taken", 0)
+                        raise IncusError("incusd's events arrive faster than they are read", 0)
                     heard.put_nowait(event)
         finally:
             if lifecycle:

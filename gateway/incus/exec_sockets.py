@@ -1,17 +1,17 @@
-"""Opens the websockets of one Incus exec.
+"""The websockets of one Incus exec.
 
 Facts about incusd that shape this module (measured on 6.0.4):
 
-- A command starts once sockets 0, 1 and 2 are connected; control is optional, so it must be connected
-  before them or a short command ends first. Losing control kills the command's leader, nothing else does.
-- The end of a stream is an empty text frame; then the socket is closed without a close frame.
-- incusd pings exec sockets and never looks at the answer. A pong written to a socket that the other end
-  has closed makes asyncio drop what the kernel still holds unread, so none is ever sent.
-- Those pings, one in 10 s, are writes with a deadline of 5 s. Where a socket's buffer is full and the command
-  silent, one fails, and what the command prints later is lost; where incusd itself waits to write output,
-  none does harm. So what is held back for long is taken out (`take`) every `RELIEF` seconds.
-- With a terminal the operation goes on until the client closes socket 0.
-- Return codes 126 and 127 are reported as a failed operation, also when they are the program's own.
+- A command starts once sockets 0, 1 and 2 are connected. Control is optional, so it must be connected first,
+ or a short command ends before it is. Only losing the control socket kills the command's leader.
+- An empty text frame ends a stream; then the socket is closed without a close frame.
+- incusd pings exec sockets but never checks the answers. Writing a pong to a socket closed by the peer makes
+ asyncio drop what is still unread in the kernel, so no pong is ever sent.
+- Those pings, one every 10 s, are writes with a deadline of 5 s. If a socket's buffer is full and the command
+ is silent, a ping fails, and what the command prints later is lost; a ping does no harm while incusd is
+ blocked writing output. So output held back for long is drained (`take`) every `RELIEF` seconds.
+- With a terminal, the operation lasts until the client closes socket 0.
+- Return codes 126 and 127 are reported as a failed operation, even if they are the program's own.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from gateway.incus.operation import Operation
 from gateway.incus.socket import StreamSocket
 from gateway.incus.waiting import Waiting
 
-RELIEF: Final = 3.0  # seconds for which an output may be left alone; less than the deadline of a ping
+RELIEF: Final = 3.0  # seconds an output may stay unread; less than the deadline of a ping
 
 
 def _area(name: str, *, terminal: bool) -> str | None:
-    """Return where in a command's memory a socket is received, None if it brings no output."""
+    """Return the area of a command's memory for a socket's output, None if it carries none."""
     outputs = {"0": "first"} if terminal else {"1": "first", "2": "second"}
     return outputs.get(name)
 
 
 def outputs(memory: Memory, *, terminal: bool) -> dict[str, tuple[int, bytes]]:
-    """Return the outputs that the memory of an ended command has, each by its first byte's offset.
+    """Return the outputs in an ended command's memory, each with the offset of its first byte.
 
     Raises `ValueError`.
     """
@@ -57,7 +57,7 @@ def outputs(memory: Memory, *, terminal: bool) -> dict[str, tuple[int, bytes]]:
 async def connect(
     place: Path, operation: str, fds: Mapping[str, str], memory: Memory | None, *, terminal: bool
 ) -> dict[str, StreamSocket]:
-    """Open every socket of an exec operation, control first; closes what it opened where one fails.
+    """Open every socket of an exec operation, control first. If one fails, the others are closed.
 
     Raises `OSError`.
     """
@@ -85,8 +85,8 @@ async def connect(
 class ExecSockets:
     """The connected sockets of one command.
 
-    Outputs are "1" and "2", or "0" alone with a terminal. What is not read stops the command in time:
-    incusd holds back, nothing is lost. With a `memory` it can be held and adopted: see `descriptors`.
+    Outputs are "1" and "2", or only "0" with a terminal. If an output is not read, incusd eventually blocks
+    the command; nothing is lost. With a `memory` the sockets can be held and adopted: see `descriptors`.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class ExecSockets:
 
     @classmethod
     async def adopted(cls, descriptors: list[int]) -> ExecSockets:
-        """Go on with the sockets of an earlier process; takes `descriptors` over.
+        """Continue with the sockets of an earlier process. Takes ownership of `descriptors`.
 
-        Raises `OSError`, and `ValueError` for what no process of ours left.
+        Raises `OSError`, and `ValueError` if they are not a command's sockets.
         """
         memory, out, into, *others = descriptors
-        loose = [memory, out, into, *others]  # that nothing of ours closes yet
+        loose = [memory, out, into, *others]  # not owned by any object yet
         opened: dict[str, StreamSocket] = {}
         owned: list[socket.socket] = []
         kept: Memory | None = None
@@ -127,7 +127,7 @@ class ExecSockets:
             terminal = len(others) == 3
             names = ("control", "0") if terminal else ("control", "0", "1", "2")
             connections = dict(zip(names, owned[1:], strict=True))
-            # all of them first: one that receives takes segments, which must not be another's
+            # open all logs first: a socket that receives takes segments, which must not belong to another log
             logs = {
                 name: Log(kept, area, Odometer(own))
                 for name, own in connections.items()
@@ -149,9 +149,9 @@ class ExecSockets:
 
     @property
     def descriptors(self) -> list[int]:
-        """What is to be held for `adopted`. Call it only with a `memory`."""
+        """The descriptors to hold for `adopted`. Requires a `memory`."""
         assert self.memory is not None and self._inlet is not None
-        # in the order in which `adopted` has them
+        # in the order that `adopted` expects
         owned = [self._sockets[name].own for name in ("control", "0", "1", "2") if name in self._sockets]
         return [
             self.memory.descriptor,
@@ -161,12 +161,12 @@ class ExecSockets:
         ]
 
     def ended(self) -> None:
-        """Take note that nothing more comes, so that the memory says all by itself."""
+        """Mark the logs as complete, so that the memory can be read without the sockets."""
         for stream in self._sockets.values():
             stream.ended()
 
     def forgo(self) -> None:
-        """Do without a memory from now on: this command is not to be held."""
+        """Give up the memory: this command will not be held."""
         if self.memory is not None and self._inlet is not None:
             self._inlet.close()
             self._inlet = None
@@ -176,68 +176,68 @@ class ExecSockets:
             self.memory = None
 
     def start(self, fd: str) -> int:
-        """Return the offset of the first byte that `read` returns of an output."""
+        """Return the offset of the first byte `read` returns of an output."""
         return self._sockets[fd].start
 
     def keep(self, fd: str, offset: int) -> int:
-        """Let go of an output in the memory before an offset; return the bytes that the rest takes."""
+        """Drop an output's logged bytes before an offset; return the size of the rest in bytes."""
         return self._sockets[fd].keep(offset)
 
     @property
     def position(self) -> int:
-        """How many bytes of input were given, by an earlier process too; 0 without a memory."""
+        """Bytes of input written so far, including by earlier processes; 0 without a memory."""
         return 0 if self._inlet is None else self._inlet.position
 
     async def read(self, fd: str) -> bytes:
-        """Return the next bytes of an output, b"" at its end. Raises `Lost` if it broke off."""
+        """Return the next bytes of an output, b"" at its end. Raises `Lost` if it breaks."""
         return await self._sockets[fd].read()
 
     def take(self, fd: str) -> bytes:
-        """Return at once all that has come of an output and was not read; b"" if there is none."""
+        """Return all unread bytes of an output that have arrived, b"" if none. Does not wait."""
         return self._sockets[fd].take()
 
     async def flush(self) -> None:
-        """Send input that an earlier process had taken, but not sent."""
+        """Send input that an earlier process had accepted but not sent."""
         if self._inlet is not None:
             await self._inlet.flush()
 
     async def write(self, data: bytes) -> None:
-        """Give bytes to the command; waits while it does not read. Dropped where it has ended."""
+        """Write to the command's stdin, waiting while it does not read. Dropped if it has ended."""
         await (self._inlet or self._sockets["0"]).write(data)
 
     @property
     def unsent(self) -> int:
-        """How many bytes of input incusd has not taken."""
+        """Bytes of input that incusd has not read yet."""
         return (self._inlet or self._sockets["0"]).unsent
 
     async def close_stdin(self) -> None:
-        """End the input; on a terminal that is Ctrl-D."""
+        """Close stdin; on a terminal, send Ctrl-D."""
         if self.terminal:
             await self.write(b"\x04")
         else:
             await (self._inlet or self._sockets["0"]).write_end()
 
     async def control(self, command: dict[str, object]) -> None:
-        """Send one control message; dropped where the command has ended."""
+        """Send a control message. Dropped if the command has ended."""
         await self._sockets["control"].write(orjson.dumps(command))
 
     async def result(self) -> Operation:
-        """Return the ended operation; call it after the outputs have ended.
+        """Wait for the operation's result. Call it after the outputs have ended.
 
         Raises `IncusError` if incusd went away.
         """
-        if self.terminal:  # the operation goes on until we hang up
+        if self.terminal:  # the operation lasts until we hang up
             self._sockets["0"].hang_up()
         if self._result is None:
             self._result = asyncio.create_task(self._waiting.result(), name="wait for an operation")
-            # retrieved, or asyncio would log it
+            # mark as retrieved, or asyncio logs it
             self._result.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._result)
 
     async def aclose(self) -> None:
-        """Close all sockets, which kills a leader that still runs (its children live on). Idempotent.
+        """Close all sockets, which kills a leader that still runs, but not its children. Idempotent.
 
-        A memory stays: what it has of the outputs may be wanted after the end.
+        The memory stays open: its outputs may be needed after the end.
         """
         if self._result is not None:
             self._result.cancel()
@@ -245,6 +245,6 @@ class ExecSockets:
         self._waiting.close()
         if self._inlet is not None:
             self._inlet.close()
-        # control last: without it incusd kills the leader before the others have said goodbye
+        # control last: once it is gone incusd kills the leader, before the other sockets are closed properly
         for name in sorted(self._sockets):
             self._sockets[name].close()

@@ -1,6 +1,6 @@
-"""The frames of one exec websocket, as bytes: what incusd sends parsed, what it is sent made. No IO.
+"""Parser and builder of the websocket frames of an exec. No I/O.
 
-It is no websocket for anything else: it trusts the peer, a local daemon, and never answers a ping; see
+Not a general websocket: it trusts its peer, a local daemon, and never answers a ping; see
 `gateway.incus.exec_sockets`.
 """
 
@@ -15,29 +15,29 @@ _CONTINUATION: Final = 0
 TEXT: Final = 1
 BINARY: Final = 2
 CLOSE: Final = 8
-_HEADER: Final = 10  # bytes at most
+_HEADER: Final = 10  # most bytes of a frame header
 
 
 class Frames:
-    """Takes the payload out of what one socket receives, in pieces of the same memory.
+    """Incremental parser of one socket's frames; the payload is returned as views of the received bytes.
 
-    `ended` says that the stream came to its end, `closed` that incusd hung up without one, `start` is the
-    offset of the first byte. A `log` holds the bytes, and is told where frames begin.
+    `ended`: the stream has ended properly. `closed`: incusd sent a close frame. `start`: the offset of the
+    first byte. A `log` stores the received bytes, and is told where frames begin.
     """
 
     def __init__(self, log: Log | None = None) -> None:
         self.log = log
-        self.rest = b""  # the start of a header
+        self.rest = b""  # an incomplete header
         self.ended = False
         self.closed = False
         self.start = 0 if log is None else log.start
         self._payload = self.start
-        self._left = 0  # bytes of the present frame that are still to come
-        self._wanted = False  # whether they belong to the stream
+        self._left = 0  # bytes of the current frame still to come
+        self._wanted = False  # whether those bytes belong to the stream
         self._kind = BINARY
 
     def feed(self, view: memoryview) -> list[memoryview]:
-        """Return the stream's bytes in what was received next."""
+        """Parse the next received bytes and return the payload among them."""
         pieces: list[memoryview] = []
         if self.rest:
             view = self._split(view)
@@ -58,7 +58,7 @@ class Frames:
         return pieces
 
     def _split(self, view: memoryview) -> memoryview:
-        """Complete a header that was cut off; return what follows it."""
+        """Complete a header split between two reads; return the bytes after it."""
         before = len(self.rest)
         joined = self.rest + bytes(view[:_HEADER])
         found = header(memoryview(joined))
@@ -70,12 +70,12 @@ class Frames:
         return view[found[2] - before :]
 
     def _begin(self, found: tuple[int, int, int], behind: int) -> None:
-        """Take note of what the frame is whose header was `found`, so many bytes before the end of all."""
+        """Start the frame with the parsed header `found`, `behind` bytes before the end of received data."""
         kind, self._left, _ = found
         if kind in (TEXT, BINARY):
             self._kind = kind
         self._wanted = kind == BINARY or (kind == _CONTINUATION and self._kind == BINARY)
-        self.ended = kind == TEXT  # an empty one ends a stream, and there are no others
+        self.ended = kind == TEXT  # incusd sends only empty text frames, each at the end of a stream
         if kind == CLOSE:
             self.closed = True
         if kind == BINARY and self.log is not None:
@@ -83,7 +83,10 @@ class Frames:
 
 
 def header(view: memoryview) -> tuple[int, int, int] | None:
-    """Return kind, length and own size of the frame header that `view` begins with; None: not all there."""
+    """Parse the frame header at the start of `view`.
+
+    Returns the kind, the payload's length and the header's size in bytes; None if the header is incomplete.
+    """
     if len(view) < 2:
         return None
     kind, length = view[0] & 0x0F, view[1] & 0x7F
@@ -96,10 +99,10 @@ def header(view: memoryview) -> tuple[int, int, int] | None:
 
 
 def frame(kind: int, data: bytes) -> tuple[bytes, ...]:
-    """Return a client's frame in parts, none of them empty: on one asyncio's `writelines` spins forever.
+    """Return a client frame in non-empty parts; an empty one makes asyncio's `writelines` spin forever.
 
-    A client has to mask; by the key 0 the bytes stay what they are. Masks protect proxies between browsers
-    and servers from scripts (RFC 6455 §10.3): on a unix socket there are neither.
+    A client must mask; with the key 0 the bytes stay unchanged. Masking protects proxies from scripts in
+    browsers (RFC 6455 §10.3), and a unix socket has neither.
     """
     length = len(data)
     if length < 126:

@@ -1,8 +1,8 @@
-"""Input of a command that outlives this process: each byte reaches incusd's socket once, whoever is killed.
+"""Input of a command that survives this process: each byte reaches incusd exactly once, even after a kill.
 
-No kernel counts what was sent on a socket. But a write into an empty pipe is all or nothing, and `splice`
-moves bytes from there into the socket in one call: what is still in the pipe is not in the socket. Pipe and
-socket are held, and how far the input has come is noted in the command's memory.
+The kernel does not count the bytes sent on a socket. But a write into an empty pipe is all or nothing, and
+`splice` moves bytes from the pipe to the socket in one call, so bytes still in the pipe are not in the
+socket. The holder keeps pipe and socket, and the command's memory records the position of the input.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Final
 from gateway.incus.frames import BINARY, TEXT, frame
 from gateway.incus.memory import Memory
 
-_PIECE: Final = 32 << 10  # bytes of input in one frame; with its header less than a pipe takes
+_PIECE: Final = 32 << 10  # bytes of input in one frame; with its header it fits into a pipe
 _NONBLOCK: Final = 2  # SPLICE_F_NONBLOCK
-# position; while the pipe is being filled, the position after that plus one
+# position, and 1 + the position after a write into the pipe that is under way, else 0
 _PLACE: Final = struct.Struct("<QQ")
 
 
 class Inlet:
-    """The input of one command. `position` bytes of it are in the socket or the pipe."""
+    """The input of one command, of which `position` bytes are in the socket or the pipe."""
 
     def __init__(self, own: socket.socket, pipe: tuple[int, int], memory: Memory) -> None:
-        """Take over what the memory has of an earlier process, which may have left a frame in the pipe."""
+        """Continue from the position in `memory`; an earlier process may have left a frame in the pipe."""
         self.pipe = pipe
         self._socket = own
         self._record = memory.record("place")
@@ -46,28 +46,28 @@ class Inlet:
 
     @property
     def unsent(self) -> int:
-        """How many written bytes incusd has not taken."""
+        """Bytes written that incusd has not read yet."""
         if self._closed:
             return 0
         kept = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
         return self._in_pipe + int(struct.unpack("i", kept)[0])
 
     async def write(self, data: bytes) -> None:
-        """Send bytes; waits while incusd does not take them. Dropped where it hung up."""
+        """Send bytes, waiting while incusd does not read them. Dropped if it has hung up."""
         for start in range(0, len(data), _PIECE):
             await self._give(BINARY, data[start : start + _PIECE])
 
     async def write_end(self) -> None:
-        """Say that no more bytes come."""
+        """Signal the end of the input."""
         await self._give(TEXT, b"")
 
     async def flush(self) -> None:
-        """Send what an earlier process left in the pipe."""
+        """Send the bytes an earlier process left in the pipe."""
         async with self._turn:
             await self._move()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the pipe. Idempotent."""
         if not self._closed:
             self._closed = True
             for descriptor in self.pipe:
@@ -85,7 +85,7 @@ class Inlet:
             await self._move()
 
     async def _move(self) -> None:
-        """Have the socket take all that is in the pipe."""
+        """Move everything in the pipe to the socket."""
         loop = asyncio.get_running_loop()
         while not self._closed and (waiting := self._in_pipe):
             try:
@@ -96,7 +96,7 @@ class Inlet:
                 try:
                     await free.wait()
                 finally:
-                    with contextlib.suppress(ValueError):  # it was closed meanwhile
+                    with contextlib.suppress(ValueError):  # closed meanwhile
                         loop.remove_writer(self._socket)
             except OSError:  # incusd hung up
                 os.read(self.pipe[0], waiting)

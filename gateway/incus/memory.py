@@ -1,14 +1,14 @@
-"""What of one command outlives the gateway: its last output, as it came from incusd, and some small records.
+"""The memory of one command that survives the gateway: its latest output as received, and small records.
 
-All of it lies in one memfd. Whoever holds a descriptor of that sees what was last committed, at whatever
-instruction the writer was killed: a record has two copies, and a word that says which one counts. A commit
-writes the other copy and then changes the word, by one aligned store.
+Everything is in one memfd. Whoever holds its descriptor sees the last committed state, no matter at which
+instruction the writer was killed: each record has two copies and a word that selects the valid one. A commit
+writes the other copy and then changes the word in one aligned store.
 
-The kernel writes output right here (`Log.room`), and knows how much it wrote, whatever became of the reader:
-of a unix socket with SO_PEEK_OFF (socket(7)) each byte that is taken out is subtracted from it, in the call
-that takes it out. Set to a large number once it is an odometer, which belongs to the socket.
+The kernel receives output directly into this memory (`Log.room`), and keeps count of it even if the reader is
+killed: for a unix socket with SO_PEEK_OFF (socket(7)), every receive subtracts the received bytes from that
+offset in the same system call. Set to a large number, it serves as an odometer that belongs to the socket.
 
-A head of records is followed by segments. The file is sparse: a command costs the pages that it touches.
+A header of records is followed by segments. The file is sparse: a command costs only the pages it touches.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Final
 
 import orjson
 
-# The smallest that costs a fast stream no speed: up to three of each output are more than what is kept of it.
+# The smallest size that does not slow a fast stream; up to three per output exceed what is kept of it.
 SEGMENT: Final = 128 << 10
-SEGMENTS: Final = 1600  # of one command: more than all that is kept of its outputs by any sensible settings
+SEGMENTS: Final = 1600  # per command: more than its kept output needs with any sensible settings
 
 _FACTS: Final = 48 << 10
 _LOG: Final = 4096
@@ -39,26 +39,26 @@ _SIZE: Final = _HEAD + SEGMENTS * SEGMENT
 
 SO_PEEK_OFF: Final = 42
 _ODOMETER: Final = 0x7FFF_0000
-_TURN: Final = 0x3FFF_0000  # bytes after which it is set again
-_STEP: Final = 64 << 10  # bytes at least between two places that are remembered of a log
+_TURN: Final = 0x3FFF_0000  # bytes after which the odometer is reset
+_STEP: Final = 64 << 10  # least bytes between two remembered frame positions of a log
 
 
 class Full(Exception):
-    """There is no room for more."""
+    """The memory has no room left."""
 
 
 class Memory:
-    """The memory of one command. `made` makes one; else it takes over the descriptor of an earlier one's."""
+    """The memory of one command: `made` creates one, the constructor opens an existing descriptor."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises `ValueError` for what is no such memory; the descriptor is closed then."""
+        """Take ownership of `descriptor`. Raises `ValueError`, and closes it, if it is no such memory."""
         self.descriptor = descriptor
         if os.fstat(descriptor).st_size != _SIZE:
             os.close(descriptor)
             raise ValueError("not a command's memory of this version")
         self._map = mmap.mmap(descriptor, _SIZE)
         self.view = memoryview(self._map)
-        self._free: list[int] = []  # segments that were used before, and have memory
+        self._free: list[int] = []  # segments that were used before and still have pages
         self._bare = list(range(SEGMENTS - 1, -1, -1))
         self.closed = False
 
@@ -76,11 +76,11 @@ class Memory:
             raise Full from None
 
     def claim(self, number: int) -> None:
-        """Take over a segment that an earlier process used. Raises `ValueError`."""
+        """Mark a segment as used by an earlier process. Raises `ValueError`."""
         self._bare.remove(number)
 
     def give(self, number: int) -> None:
-        """Take a segment back; the memory of all but one goes back to the kernel."""
+        """Free a segment. One free segment keeps its pages; those of others go back to the kernel."""
         if self._free:
             self._map.madvise(mmap.MADV_REMOVE, _HEAD + number * SEGMENT, SEGMENT)
             self._bare.append(number)
@@ -92,16 +92,16 @@ class Memory:
         return self.view[start : start + SEGMENT]
 
     def read_facts(self) -> dict[str, object]:
-        """Return what `write_facts` wrote last. Raises `ValueError`."""
+        """Return what `write_facts` last wrote. Raises `ValueError`."""
         data = self.record("facts").read()
         (size,) = struct.unpack_from("<I", data)
         found = orjson.loads(data[4 : 4 + size])
         if not isinstance(found, dict):
-            raise ValueError("no facts")
+            raise ValueError("the facts are not an object")
         return found
 
     def write_facts(self, facts: dict[str, object]) -> None:
-        """Keep facts. Raises `Full` for too many."""
+        """Store facts. Raises `Full` if they are too large."""
         data = orjson.dumps(facts)
         if len(data) > _FACTS - 4:
             raise Full
@@ -116,17 +116,17 @@ class Memory:
         raise KeyError(area)
 
     def close(self) -> None:
-        """Let go of it; pages that others hold stay. Idempotent."""
+        """Close it; its pages stay while others hold the descriptor. Idempotent."""
         if not self.closed:
             self.closed = True
             os.close(self.descriptor)
-            with contextlib.suppress(BufferError):  # what is still looked at goes with its last look
+            with contextlib.suppress(BufferError):  # views still in use are freed with their last user
                 self.view.release()
                 self._map.close()
 
 
 class Record:
-    """Two copies of a state, and the word that says which one counts."""
+    """Two copies of a state and a word that selects the valid one."""
 
     def __init__(self, view: memoryview, start: int, size: int) -> None:
         self._view = view
@@ -152,7 +152,7 @@ class Record:
 
 
 class Odometer:
-    """Counts what was ever received of one socket, by whomever."""
+    """Counts the bytes received from a socket, by any process."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -166,20 +166,20 @@ class Odometer:
         return _ODOMETER - left
 
 
-# raw offsets of the first segment, of the odometer's zero, and of its next while it is set again; the mark,
-# from which frames can be read, as raw and payload offset; the end plus one once nothing more comes; segments
+# raw offsets of the first segment, of the odometer's zero, and of its next zero during a reset; the mark
+# from which frames can be read, as raw and payload offset; 1 + the end once complete; number of segments
 _STATE: Final = struct.Struct("<QQQQQQH")
 
 
 class Log:
-    """The last of one output as it came, headers and all, and where in it frames begin.
+    """The latest bytes of one output as received, including frame headers, and where frames begin.
 
-    Offsets are `raw`, of all that was received, or of the payload. That of a command that has ended has no
-    odometer, and can be read without its socket.
+    Offsets are either `raw`, counting all received bytes, or count the payload only. The log of an ended
+    command has no odometer and can be read without its socket.
     """
 
     def __init__(self, memory: Memory, area: str, odometer: Odometer | None) -> None:
-        """Take over what the memory has; nothing, where it was just made. Raises `ValueError`."""
+        """Open the log stored in the memory, empty if the memory is new. Raises `ValueError`."""
         self._memory = memory
         self._record = memory.record(area)
         self._odometer = odometer
@@ -194,11 +194,11 @@ class Log:
 
     @property
     def start(self) -> int:
-        """The payload offset from which on it can be read."""
+        """The payload offset from which the log can be read."""
         return self._points[0][1]
 
     def room(self) -> memoryview:
-        """Return where the next bytes are to be received. Raises `Full`."""
+        """Return the memory for the next bytes to receive. Raises `Full`."""
         number, at = divmod(self.raw - self._first, SEGMENT)
         if number == len(self._segments):
             self._segments.append(self._memory.take())
@@ -206,7 +206,7 @@ class Log:
         return self._memory.segment(self._segments[number])[at:]
 
     def landed(self, size: int) -> memoryview:
-        """Take note that so many bytes were received there, and return them."""
+        """Record that `size` bytes were received into `room`, and return them."""
         number, at = divmod(self.raw - self._first, SEGMENT)
         self.raw += size
         if self._odometer is not None and self.raw - self._zero >= _TURN:
@@ -214,17 +214,17 @@ class Log:
         return self._memory.segment(self._segments[number])[at : at + size]
 
     def begin(self, raw: int) -> None:
-        """Take note that the first frame begins there."""
+        """Record where the first frame begins."""
         self._points = deque([(raw, 0)])
         self._commit()
 
     def point(self, raw: int, payload: int) -> None:
-        """Take note that a frame from which on others can be read begins there."""
+        """Record that a frame, from which reading can resume, begins at `raw`."""
         if raw - self._points[-1][0] >= _STEP:
             self._points.append((raw, payload))
 
     def keep(self, payload: int) -> int:
-        """Let go of what lies before `payload`, in whole segments; return the bytes that the rest takes."""
+        """Drop whole segments before the offset `payload`; return the size of the rest in bytes."""
         points = self._points
         while len(points) > 1 and points[1][1] <= payload:
             points.popleft()
@@ -233,21 +233,21 @@ class Log:
             numbers, self._segments = self._segments[:gone], self._segments[gone:]
             self._first += gone * SEGMENT
             self._commit()
-            for number in numbers:  # not before: the state that counted until now still named them
+            for number in numbers:  # only now: the previous state still referred to them
                 self._memory.give(number)
         return len(self._segments) * SEGMENT
 
     def close(self) -> None:
-        """Take note that nothing more comes: it can be read without its socket from now on."""
+        """Mark the log as complete, so that it can be read without its socket."""
         self._end = self.raw + 1
         self._odometer = None
         self._commit()
 
     def replay(self) -> Iterator[memoryview]:
-        """Yield what an earlier process received, from the mark on. Raises `ValueError`."""
+        """Yield what an earlier process received, from the last mark on. Raises `ValueError`."""
         end = self._end - 1 if self._odometer is None else self._received(self._odometer)
         if not self._points[0][0] <= end <= self._first + len(self._segments) * SEGMENT:
-            raise ValueError("a log that cannot be")
+            raise ValueError("the log is inconsistent")
         while self.raw < end:
             number, at = divmod(self.raw - self._first, SEGMENT)
             size = min(end - self.raw, SEGMENT - at)
@@ -257,14 +257,14 @@ class Log:
     def _received(self, odometer: Odometer) -> int:
         received, self._end = odometer.read(), 0
         if self._turning and received >= _TURN:
-            self._turning = 0  # it was not turned
-        elif self._turning:  # it was, and that not noted
+            self._turning = 0  # the odometer was not reset
+        elif self._turning:  # it was reset, but that was not recorded
             self._zero, self._turning = self._turning, 0
         self._commit()
         return self._zero + received
 
     def _turn(self, odometer: Odometer) -> None:
-        """Set the odometer again. Who comes in between finds it either far or at its zero."""
+        """Reset the odometer. A process taking over in between sees a large count or zero, and can tell."""
         self._turning = self._zero + odometer.read()
         self._commit()
         odometer.reset()

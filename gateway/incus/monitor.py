@@ -1,7 +1,7 @@
-"""Finds a container's first process by LXC's monitor, the process of the host that watches it.
+"""Find a container's init process through its LXC monitor, the host process that supervises it.
 
-Incus tells it too, but only in an instance's `state`, for which it starts two processes and looks through the
-quotas of all disks. What is looked at here is the host's, and of a few bytes; nothing of it is a tenant's.
+Incus reports the pid only in an instance's `state`, for which it starts two processes and walks the quotas of
+all disks. The files read here are small and belong to the host; a tenant controls none of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Final
 
 from gateway.bounds import part
 
-# on hosts with v1 controllers beside, and on pure ones
+# hybrid cgroup hosts first, then pure v2 ones
 _TREES: Final = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 _BYTES: Final = 1024
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_SLACK: Final = 0.1  # seconds by which the kernel's time of a start may be before that of incusd
+_SLACK: Final = 0.1  # seconds by which the kernel's start time may precede incusd's
 
 
 def first_process(directory: Path, container: str, since: str) -> int:
-    """Return the host's pid of a container's first process, 0 if it cannot be told for sure.
+    """Return the host pid of a container's init process, 0 if it cannot be determined safely.
 
-    `directory` is incusd's own, since others on this host may have a container of that name. `container` is
-    with its project's name, as in the host's paths. `since` is when it was started, as Incus has it: an
-    earlier life of it may be just ending.
+    `directory` is this incusd's directory: another daemon on the host may have a container of the same name.
+    `container` includes the project's prefix, as in host paths. `since` is the start time reported by Incus,
+    because a previous run of the container may still be shutting down.
     """
     title = f"[lxc monitor] {directory}/containers {container}".encode()
     for tree in _TREES:
@@ -42,12 +42,12 @@ def first_process(directory: Path, container: str, since: str) -> int:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, IndexError):
-            return 0  # it has just begun or ended, or is none of ours
+            return 0  # it is just starting or ending, or is not ours
     return 0
 
 
 def _began(pid: int) -> float:
-    """Return when a process began, in seconds since the epoch."""
+    """Return a process's start time in seconds since the epoch."""
     after_name = part(f"/proc/{pid}/stat", _BYTES).rpartition(b")")[2].split()
     ago = time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / _TICKS
     return time.time() - ago

@@ -1,4 +1,4 @@
-"""How an operation of incusd ended."""
+"""The result of an incusd operation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One ended operation: `ok`, incusd's error text where not, and its metadata."""
+    """A finished operation: whether it succeeded, incusd's error text if not, and its metadata."""
 
     ok: bool
     error: str = ""

@@ -1,4 +1,4 @@
-"""Incus's REST conventions: requests by its unix socket, and what an answer or a failure means."""
+"""Incus's REST conventions: requests over the unix socket, answers and errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import orjson
 from gateway.bounds import Flood, first
 from gateway.errors import GatewayError
 
-BASE = "http://incus"  # the host is not used on a unix socket, but a URL needs one
-_ANSWER_MAX = 256 << 20  # bytes; a thousand instances take ten million
+BASE = "http://incus"  # a URL needs a host, even over a unix socket
+_ANSWER_MAX = 256 << 20  # bytes; a thousand instances take 10 MB
 
 
 class IncusError(GatewayError):
-    """incusd refused or failed, in its own words, which may name host paths.
+    """incusd refused a request or failed. The message is incusd's own and may name host paths.
 
-    `status` is its HTTP-like code; 0 if it could not be reached at all.
+    `status` is incusd's HTTP-like code, 0 if it could not be reached.
     """
 
     code = "unavailable"
@@ -33,7 +33,7 @@ class IncusError(GatewayError):
 
 
 class Rest:
-    """The API of one incusd, for one of its projects. Use as an async context manager."""
+    """The API of one incusd, within one project. An async context manager."""
 
     def __init__(self, socket: Path, project: str, timeout: float) -> None:
         self.socket = socket
@@ -42,7 +42,7 @@ class Rest:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        # limit=0: the default pool of 100 connections would be eaten by 25 commands of 4 sockets each
+        # limit=0: 25 commands with 4 sockets each would exhaust the default pool of 100 connections
         connector = aiohttp.UnixConnector(str(self.socket), limit=0)
         self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
         return self
@@ -56,7 +56,7 @@ class Rest:
     @property
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise RuntimeError("Incus is used outside of its async with")
+            raise RuntimeError("Incus must be used inside its `async with`")
         return self._session
 
     async def get(self, path: str, **query: str) -> Any:
@@ -64,14 +64,14 @@ class Rest:
         return (await self._request("GET", path, query=query))["metadata"]
 
     async def get_tagged(self, path: str) -> tuple[Any, str]:
-        """Return the metadata of a GET, and its tag for `operate`."""
+        """Return the metadata of a GET and its ETag, for `operate`."""
         answer = await self._request("GET", path)
         return answer["metadata"], answer["etag"]
 
     async def get_file(self, instance: str, path: str, most: int) -> bytes | None:
-        """Return a file in an instance, running or not; None if no file is there.
+        """Return a file of an instance, running or not; None if there is no regular file at `path`.
 
-        Raises `IncusError`, also for one of over `most` bytes.
+        Raises `IncusError`, also if the file exceeds `most` bytes.
         """
         params = {"project": self.project, "path": path}
         try:
@@ -83,7 +83,7 @@ class Rest:
                 kind = response.headers.get("X-Incus-type", "")
                 text = await first(response.content.readany, most, most=most)
         except Flood:
-            raise IncusError(f"{path} has over {most} bytes", 413) from None
+            raise IncusError(f"{path} exceeds {most} bytes", 413) from None
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise unreachable(error) from error
         if response.status != 200:
@@ -91,7 +91,7 @@ class Rest:
         return text if kind == "file" else None
 
     async def put_file(self, instance: str, path: str, data: bytes, *, mode: int) -> None:
-        """Write a file of root's in an instance, running or not. Raises `IncusError`."""
+        """Write a file owned by root into an instance, running or not. Raises `IncusError`."""
         headers = {
             "Content-Type": "application/octet-stream",
             "X-Incus-type": "file",
@@ -123,7 +123,7 @@ class Rest:
     ) -> dict[str, Any]:
         params = {"project": self.project, **(query or {})}
         data = None if body is None else orjson.dumps(body)
-        # aiohttp's default for bytes makes incusd take a new instance's description for a backup file
+        # with aiohttp's default content type incusd would take a new instance's description for a backup
         headers = {"Content-Type": "application/json"}
         if if_match is not None:
             headers["If-Match"] = if_match
@@ -135,7 +135,7 @@ class Rest:
                 answer: dict[str, Any] = orjson.loads(await first(response.content.readany, most, most=most))
                 answer["etag"] = response.headers.get("ETag", "")
         except Flood:
-            raise IncusError(f"incusd answers over {most} bytes", 413) from None
+            raise IncusError(f"incusd's answer exceeds {most} bytes", 413) from None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(error) from error
         if answer.get("type") == "error":
@@ -149,7 +149,7 @@ def instance_path(name: str, *rest: str) -> str:
 
 
 def unreachable(error: BaseException) -> IncusError:
-    """Return the error for a request that incusd did not answer."""
+    """Return the error to raise for a request that incusd did not answer."""
     if isinstance(error, TimeoutError):
         return IncusError("incusd did not answer in time", 0)
     return IncusError(f"incusd cannot be reached: {type(error).__name__}", 0)

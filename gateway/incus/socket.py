@@ -1,11 +1,10 @@
-"""One websocket of an Incus exec: bytes of a stream in, bytes of a stream out.
+"""One websocket of an Incus exec, as a byte stream in each direction.
 
-A reader of our own, because a stream is all that these sockets carry and each general library hands over a
-message at a time: at incusd's 32 KiB a message that cost more than half of the gateway's CPU while a command
-printed (aiohttp 3.14: 600 MB/s became 900 beside a bare socket's 1 100). Here the frames of one read of the
-kernel become one piece of bytes, copied once (`frames`). It trusts the peer, a local daemon, with the
-handshake's echo. A stream that is to outlive this process is received into a log (`memory`), and has a
-descriptor of its own beside the transport's, for whoever holds it.
+These sockets carry plain streams, but general libraries deliver one message at a time; with incusd's messages
+of 32 KiB that took more than half of the gateway's CPU while a command printed (aiohttp 3.14: 600 MB/s, this
+module: 900, a bare socket: 1 100). Here all frames of one kernel read become one bytes object, copied once
+(`frames`). The peer is a local daemon, so its handshake is not verified. A stream that is to survive this
+process is received into a log (`memory`) and has a second descriptor beside the transport's, to be held.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ from gateway.incus.memory import Full, Log, Memory, Odometer
 
 KiB = 1 << 10
 
-_HEAD_MAX: Final = 16 * KiB  # of the answer to the handshake
-# Bytes unread before the socket is left alone. More than the kernel hands over at once: to leave a socket
-# alone and to look at it again are calls of their own, which cost a fast stream a fifth of its speed.
+_HEAD_MAX: Final = 16 * KiB  # most bytes of the handshake's answer
+# Unread bytes above which reading pauses. More than one kernel read returns, because pausing and resuming
+# are extra system calls, which cost a fast stream a fifth of its speed.
 _HIGH: Final = 256 * KiB
-_TAKEN: Final = 1024 * KiB  # bytes that `take` takes out of the kernel at once; it holds some 208 KiB
-# The kernel writes here, and what it wrote is copied out before anything else runs: one is enough for all.
+_TAKEN: Final = 1024 * KiB  # most bytes `take` reads from the kernel at once; a socket buffers some 208 KiB
+# One receive buffer for all sockets: what was read is copied out before any other code runs.
 _SHARED: Final = memoryview(bytearray(256 * KiB))
 
 
 class Lost(Exception):
-    """The daemon or its sockets went away before the stream's end, or a wait status, was seen."""
+    """The connection broke before the end of the stream or the wait status arrived."""
 
 
 class StreamSocket(asyncio.BufferedProtocol):
-    """One connected stream. Make it by `connect`.
+    """One connected stream, made by `connect` or `adopted`.
 
-    One task reads and one writes at a time. What is not read stays with incusd, which in time stops the
-    command.
+    At most one task may read and one may write at a time. Unread output stays with incusd, which eventually
+    blocks the command.
     """
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._frames = Frames()
         self._transport: asyncio.Transport
         self._upgraded: asyncio.Future[None] = loop.create_future()
-        self._head = b""  # of the handshake's answer
+        self._head = b""  # the handshake's answer so far
         self._arrived: deque[bytes] = deque()
         self._size = 0
         self._paused = False
@@ -67,9 +66,9 @@ class StreamSocket(asyncio.BufferedProtocol):
     async def connect(
         cls, place: Path, path: str, memory: Memory | None = None, area: str | None = None
     ) -> StreamSocket:
-        """Open the websocket at `path` of the daemon at `place`. Raises `OSError` if incusd does not take it.
+        """Open the websocket at `path` of the daemon's socket `place`. Raises `OSError` if incusd refuses.
 
-        With a `memory` it can be held, and with an `area` of that what comes is received there.
+        With a `memory` the stream can be held; with an `area` of it, received bytes are stored there.
         """
         transport, stream = await asyncio.get_running_loop().create_unix_connection(cls, str(place))
         try:
@@ -93,9 +92,9 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     @classmethod
     async def adopted(cls, own: socket.socket, log: Log | None) -> StreamSocket:
-        """Go on with a stream of an earlier process, by what it left in its log.
+        """Continue a stream of an earlier process from its log. Takes ownership of `own`.
 
-        Takes `own` over. Raises `OSError`, and `ValueError` for what no process of ours left.
+        Raises `OSError`, and `ValueError` if the log is invalid.
         """
         stream = cls()
         stream.own = own
@@ -113,32 +112,32 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     @property
     def start(self) -> int:
-        """The offset of the first byte that `read` returns; 0 but for a stream of an earlier process."""
+        """Offset of the first byte `read` returns; not 0 only for a stream of an earlier process."""
         return self._frames.start
 
     def keep(self, offset: int) -> int:
-        """Let go of the log before an offset, while it is read; return the bytes that the rest takes."""
+        """Drop the log's bytes before an offset, and return the size of the rest in bytes."""
         return 0 if self._frames.log is None else self._frames.log.keep(offset)
 
     def ended(self) -> None:
-        """Take note in the log that nothing more is received."""
+        """Mark the log as complete."""
         if self._frames.log is not None:
             self._frames.log.close()
 
     def forgo(self) -> None:
-        """Do without a log from now on: this stream is not to be held."""
+        """Stop logging: this stream will not be held."""
         self._frames.log = None
         if self.own is not None:
             self.own.close()
             self.own = None
 
     async def read(self) -> bytes:
-        """Return the next bytes, b"" at the stream's end. Raises `Lost` if it broke off."""
+        """Return the next bytes, b"" at the end of the stream. Raises `Lost` if it breaks."""
         while not self._arrived:
             if self._frames.ended:
                 return b""
             if self._gone:
-                raise Lost("a stream broke off")
+                raise Lost("a stream broke before its end")
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
         data = self._arrived.popleft()
@@ -149,16 +148,16 @@ class StreamSocket(asyncio.BufferedProtocol):
         return data
 
     def take(self) -> bytes:
-        """Return at once all that has come, what the kernel still holds included; b"" if there is none.
+        """Return all bytes that have arrived, including those in the kernel; b"" if none. Does not wait.
 
-        For a reader that lets a stream stand: see `gateway.incus.exec_sockets` about pings.
+        For a reader that has paused: see `gateway.incus.exec_sockets` about pings.
         """
         taken = 0
         while self._paused and not self._gone and not self._frames.ended and taken < _TAKEN:
             descriptor = self._transport.get_extra_info("socket").fileno()
             try:
                 size = os.readv(descriptor, [self.get_buffer(-1)])
-            except OSError:  # there is no more; what broke the transport hears for itself
+            except OSError:  # nothing more to read; the transport notices a broken connection by itself
                 break
             if not size:
                 break
@@ -173,23 +172,23 @@ class StreamSocket(asyncio.BufferedProtocol):
         return data
 
     async def write(self, data: bytes) -> None:
-        """Send bytes; waits while incusd does not take them. Dropped where it hung up."""
+        """Send bytes, waiting while incusd does not read them. Dropped if it has hung up."""
         await self._send(BINARY, data)
 
     @property
     def unsent(self) -> int:
-        """How many written bytes incusd has not taken."""
+        """Bytes written that incusd has not read yet."""
         if self._gone:
             return 0
         kept = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return int(struct.unpack("i", kept)[0]) + self._transport.get_write_buffer_size()
 
     async def write_end(self) -> None:
-        """Say that no more bytes come."""
+        """Signal the end of the stream."""
         await self._send(TEXT, b"")
 
     def close(self) -> None:
-        """Hang up, by a closing frame unless it would wait behind what incusd does not take. Idempotent."""
+        """Hang up, with a close frame unless unsent bytes are in the way. Idempotent."""
         if self.own is not None:
             self.hang_up()
             self.own.close()
@@ -205,11 +204,11 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._woken()
 
     def hang_up(self) -> None:
-        """Close, but for the descriptor of our own, which stays what it is until `close`."""
+        """Hang up but keep our own descriptor until `close`."""
         if self.own is None:
             self.close()
             return
-        # what others hold must be hung up too, and at once: the transport writes only later
+        # duplicates held elsewhere must be hung up too, and now: the transport would write only later
         with contextlib.suppress(OSError):
             if not self._gone and not self.unsent:
                 self.own.send(b"".join(frame(CLOSE, b"")))
@@ -218,16 +217,16 @@ class StreamSocket(asyncio.BufferedProtocol):
 
     async def _send(self, kind: int, data: bytes) -> None:
         await self._writable.wait()
-        # On a lost connection the `writelines` of CPython 3.13.5 has the loop watch the descriptor forever,
-        # whosever it is next.
+        # On a lost connection, `writelines` of CPython 3.13.5 leaves the descriptor registered with the loop
+        # forever, even after it is reused.
         if not self._gone and not self._transport.is_closing():
             self._transport.writelines(frame(kind, data))
             await self._writable.wait()
 
-    # --- what the event loop calls ------------------------------------------------------------------
+    # --- asyncio protocol callbacks -----------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's derive from nothing
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's have no base class
 
     def get_buffer(self, sizehint: int) -> memoryview:
         log = self._frames.log
@@ -256,7 +255,7 @@ class StreamSocket(asyncio.BufferedProtocol):
         self._gone = True
         if not self._upgraded.done():
             self._upgraded.set_exception(ConnectionResetError("incusd hung up in the handshake"))
-        self._writable.set()  # asyncio never resumes a writer whose transport is lost
+        self._writable.set()  # asyncio never resumes writing on a lost transport
         self._woken()
 
     def pause_writing(self) -> None:
@@ -265,10 +264,10 @@ class StreamSocket(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    # --- what was received --------------------------------------------------------------------------
+    # --- received data ------------------------------------------------------------------------------
 
     def _upgrade(self, view: memoryview) -> memoryview:
-        """Take the answer to the handshake off the front."""
+        """Consume the handshake's answer and return what follows it."""
         before = len(self._head)
         self._head += bytes(view)
         head, end, _ = self._head.partition(b"\r\n\r\n")
@@ -282,7 +281,7 @@ class StreamSocket(asyncio.BufferedProtocol):
                 self._upgraded.set_result(None)
                 return view
             status = head[9:12].decode("latin-1")
-            self._upgraded.set_exception(ConnectionRefusedError(f"incusd answered the handshake by {status}"))
+            self._upgraded.set_exception(ConnectionRefusedError(f"incusd refused the handshake: {status}"))
         return view[:0]
 
     def _take_in(self, view: memoryview) -> None:

@@ -1,9 +1,9 @@
-"""The end of an operation, as an answer that waits for whoever holds its descriptor.
+"""The result of an operation, delivered on a connection that can be handed to another process.
 
-incusd answers `/wait` by a head at once, and a body when the operation ends. Asked on a separate connection
-before the command begins, that body lies in the connection's buffer for as long as somebody has it: an
-operation's own record is gone 5 s after its end. `Connection: close`, so that the descriptor is worth this
-one answer and nothing else that incusd could be asked for.
+incusd answers `/wait` with a header at once and a body when the operation ends. Since the request is made on
+a separate connection before the command starts, the body stays in the connection's buffer for as long as
+anybody holds the descriptor; the operation's own record is gone 5 s after its end. `Connection: close` makes
+sure that the descriptor is good for this one answer and for no other request.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import orjson
 from gateway.incus.operation import Operation
 from gateway.incus.rest import IncusError
 
-_MOST: Final = 256 << 10  # bytes of an answer
-_PARTS: Final = 0.005  # seconds between two looks at an answer of which a part has come
-# how incusd tells of a command that ends so, be it by itself
+_MOST: Final = 256 << 10  # most bytes of an answer
+_PARTS: Final = 0.005  # seconds between checks of an incomplete answer
+# incusd reports these return codes as errors, even if they are the program's own
 _CODES: Final = {"Command not executable": 126, "Command not found": 127}
 
 
 class Waiting:
-    """One operation whose end was asked for. `ask` asks; else it takes over who was asked before."""
+    """A pending `/wait` request: `ask` sends one, the constructor adopts the socket of an earlier one."""
 
     def __init__(self, own: socket.socket) -> None:
         self.own = own
@@ -35,13 +35,13 @@ class Waiting:
 
     @classmethod
     async def ask(cls, place: Path, operation: str) -> Waiting:
-        """Raises `OSError`."""
+        """Send the request. Raises `OSError`."""
         own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             own.setblocking(False)
             try:
                 own.connect(str(place))
-            except BlockingIOError:  # too many wait to be taken
+            except BlockingIOError:  # incusd's accept queue is full
                 own.setblocking(True)
                 await asyncio.to_thread(own.connect, str(place))
             path = f"/1.0/operations/{operation}/wait?timeout=-1"
@@ -52,7 +52,7 @@ class Waiting:
             raise
 
     async def result(self) -> Operation:
-        """Return the ended operation. Raises `IncusError`, with status 0 if incusd went away."""
+        """Wait for the operation's result. Raises `IncusError`, with status 0 if incusd went away."""
         while True:
             try:
                 found = self.own.recv(_MOST, socket.MSG_PEEK)
@@ -65,18 +65,18 @@ class Waiting:
                 raise IncusError("incusd hung up before the end of an operation", 0)
             head, end, _ = found.partition(b"\r\n\r\n")
             if end and found.startswith(b"HTTP/") and b"chunked" in head.lower():
-                self.own.recv(len(head) + len(end))  # it says nothing, and would be seen again and again
+                self.own.recv(len(head) + len(end))  # or each peek would find it again
                 continue
             if (body := _body(found)) is not None:
                 return _operation(body)
-            if self._hung_up():  # and nothing more comes
+            if self._hung_up():  # no more data will come
                 if self.own.recv(_MOST, socket.MSG_PEEK) == found:
                     raise IncusError("incusd hung up in the middle of an answer", 0)
             else:
                 await asyncio.sleep(_PARTS)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the socket. Idempotent."""
         self.own.close()
 
     async def _readable(self) -> None:
@@ -85,7 +85,7 @@ class Waiting:
         try:
             await ready.wait()
         finally:
-            with contextlib.suppress(ValueError):  # it was closed meanwhile
+            with contextlib.suppress(ValueError):  # closed meanwhile
                 loop.remove_reader(self.own)
 
     def _hung_up(self) -> bool:
@@ -95,7 +95,7 @@ class Waiting:
 
 
 def _body(said: bytes) -> bytes | None:
-    """Return the body of an answer whose head may be gone; None while it is not whole."""
+    """Return the body of an answer whose header may have been consumed; None while it is incomplete."""
     if not said.startswith(b"HTTP/"):
         return _chunks(said)
     head, end, body = said.partition(b"\r\n\r\n")

@@ -1,13 +1,13 @@
-"""Keep shells waiting in tenants, so that a command starts without asking Incus.
+"""A pool of idle shells in tenants, so that a command starts without a request to Incus.
 
-Starting a command through Incus's API costs several requests and a new process on the host; a shell that
-is already there takes a line and becomes it. For a tenant from which commands are expected some shells of
-each kind (pipes, terminal) are kept; a shell is used once, replaced in the background, and given up when
-it is too old, when too many are kept, and when anything happens to its tenant.
+Starting a command through Incus's API takes several requests and a new process on the host; a warm shell
+reads a line and becomes the command. For each tenant from which commands are expected, some shells of each
+kind (pipes, terminal) are kept. A shell is used once and replaced in the background. It is discarded when it
+is too old, when there are too many, and when its tenant's state changes.
 
-Starting one costs CPU that the command which took the last one wants for itself, so the replacement comes a
-moment later, and one at a time. Where commands come faster than that, the replacements are made at once and
-beside each other, and the next commands wait for them: shells of their own would be ready later than those.
+Starting a shell costs CPU that the command which took the last one needs, so replacements start after a short
+delay and one at a time. If commands arrive faster than that, replacements start at once and in parallel, and
+the next commands wait for them, since a shell of their own would be ready even later.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from gateway.errors import GatewayError
 
 log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 1.0  # seconds that a command waits for a shell that is being started; it takes 15 ms
+_PATIENCE: Final = 1.0  # seconds a command waits for a shell being started, which takes 15 ms
 
 Key = tuple[str, bool]
-"""A tenant, and whether the shell has a terminal."""
+"""The tenant, and whether the shell has a terminal."""
 
 
 class Shell(Protocol):
-    """A started shell that waits for its line."""
+    """A running shell that waits for its command line."""
 
     async def abandon(self) -> None: ...
 
@@ -46,7 +46,7 @@ class _Waiting:
 
 @dataclass(slots=True, eq=False)
 class _Filling:
-    """A shell that is being started, for the command that waits for it or to be kept."""
+    """A shell being started, either for a waiting command or for the pool."""
 
     key: Key
     begun: bool = False
@@ -55,13 +55,13 @@ class _Filling:
 
 
 class WarmShells:
-    """The waiting shells of all tenants. Used from the event loop only.
+    """The warm shells of all tenants. Use it from the event loop only.
 
-    `start` makes one and returns once it is ready. At most `starts` are made at a time, one of each tenant,
-    `delay` seconds after a shell was taken or the one before it was made; if the last one is taken within
-    that time, all missing ones are started at once. `wanted` says how many of each kind (with and without a
-    terminal) a tenant has. At most `maximum` wait; the one that waits longest makes room. A shell waits at
-    most `age` seconds, and `idle` seconds after the last client.
+    `start` starts a shell and returns it once ready. At most `starts` are started at a time, one per tenant,
+    `delay` seconds after a shell was taken or the previous one was started; if the last shell is taken within
+    that time, all missing ones are started at once. `wanted` is the number per tenant with a terminal (key
+    True) and without. At most `maximum` are kept in all; the oldest makes room. A shell is kept for at most
+    `age` seconds, and for `idle` seconds after the last client has left.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class WarmShells:
         self._delay = delay
         self._age = age
         self._idle = idle
-        self._waiting: list[_Waiting] = []  # the one that waits longest first
+        self._waiting: list[_Waiting] = []  # oldest first
         self._starts = asyncio.Semaphore(starts)
-        self._filling: list[_Filling] = []  # the one that was begun first first
+        self._filling: list[_Filling] = []  # in the order of starting
         self._due: dict[str, asyncio.TimerHandle] = {}
         self._expected: Counter[str] = Counter()
         self._leaving: dict[str, asyncio.TimerHandle] = {}
@@ -92,7 +92,7 @@ class WarmShells:
 
     @contextlib.contextmanager
     def expect(self, tenant: str) -> Iterator[None]:
-        """Keep shells for `tenant` while the context is open, and a while after."""
+        """Keep shells for `tenant` while the context is open, and for the idle time after it."""
         self._expected[tenant] += 1
         leaving = self._leaving.pop(tenant, None)
         if leaving is not None:
@@ -109,13 +109,13 @@ class WarmShells:
                     self._leaving[tenant] = loop.call_later(self._idle, self._left, tenant)
 
     def waiting(self, tenant: str, terminal: bool) -> list[Shell]:
-        """Return the shells of one kind that wait in a tenant; they stay where they are."""
+        """Return a tenant's warm shells of one kind without taking them."""
         return [waiting.shell for waiting in self._waiting if waiting.key == (tenant, terminal)]
 
     async def take(self, tenant: str, terminal: bool) -> Shell | None:
-        """Return a shell, which is the caller's from now on; another is started for it.
+        """Take a shell out of the pool; a replacement is started.
 
-        None if none waits, or will be ready before one that the caller starts.
+        Returns None if none is ready, or will be before one the caller starts itself.
         """
         key = tenant, terminal
         taken = next((one for one in self._waiting if one.key == key), None)
@@ -130,7 +130,7 @@ class WarmShells:
         return taken.shell
 
     async def _claimed(self, key: Key) -> Shell | None:
-        """Return the shell that is being started, once it is ready; None if it is not for this caller."""
+        """Wait for a shell being started and return it; None if all are claimed by others or it fails."""
         tenant = key[0]
         if tenant in self._due:
             self._fill_now(tenant, burst=True)
@@ -146,7 +146,7 @@ class WarmShells:
             async with asyncio.timeout(_PATIENCE):
                 return await claim
         except TimeoutError:
-            return None if claim.cancelled() else claim.result()  # it came in the same breath
+            return None if claim.cancelled() else claim.result()  # it became ready at the same moment
         except asyncio.CancelledError:
             shell = None if claim.cancelled() else claim.result()
             if shell is not None:
@@ -154,7 +154,7 @@ class WarmShells:
             raise
 
     def drop(self, tenant: str | None = None) -> None:
-        """Give up the shells of a tenant to which something happened, or all; try to start others."""
+        """Discard the shells of a tenant whose state changed, or all, and schedule replacements."""
         for waiting in list(self._waiting):
             if tenant in (None, waiting.key[0]):
                 self._give_up(waiting)
@@ -172,17 +172,17 @@ class WarmShells:
                 self._fill_soon(name)
 
     async def aclose(self) -> None:
-        """Give up all shells and wait until none is left."""
+        """Discard all shells and wait until they are gone."""
         self._closed = True
         for leaving in self._leaving.values():
             leaving.cancel()
         self.drop()
         while self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)
-            await asyncio.sleep(0)  # a start that has just succeeded is given up only now
+            await asyncio.sleep(0)  # a start that has just succeeded is discarded only now
 
     def _missing(self, tenant: str) -> Key | None:
-        """Return what is to be started next: of a kind of which there are fewest."""
+        """Return the next shell to start, of the kind with the fewest; None if none is missing."""
         if not self._keeps(tenant):
             return None
         have = Counter(one.key for one in self._waiting) + Counter(one.key for one in self._filling)
@@ -207,7 +207,7 @@ class WarmShells:
         self._fill(tenant, burst=burst)
 
     def _fill(self, tenant: str, *, burst: bool = False) -> None:
-        """Start what is missing: one at a time, in a `burst` all."""
+        """Start missing shells: one at a time, or all in a `burst`."""
         while (key := self._missing(tenant)) is not None:
             if not burst and any(one.key[0] == tenant for one in self._filling):
                 break
@@ -224,15 +224,15 @@ class WarmShells:
                 if filling.claim is not None or self._keeps(tenant):
                     return await self._start(*filling.key)
         except GatewayError as error:
-            # not running, at its limits, Incus away: the next command tries again
-            log.debug("no standby for %s: %s", tenant, error.message)
-        except Exception:  # the waiting command starts its own
-            log.exception("a standby of %s did not start", tenant)
+            # tenant not running or at its limits, or Incus away: the next command tries again
+            log.debug("no standby shell for %s: %s", tenant, error.message)
+        except Exception:  # the waiting command starts its own shell
+            log.exception("a standby shell of %s did not start", tenant)
         return None
 
     def _filled(self, filling: _Filling, task: asyncio.Task[Shell | None]) -> None:
-        """Give a shell that was started to the command that waits for it, or have it wait."""
-        if filling in self._filling:  # else it was given up
+        """Hand a started shell to the command that waits for it, or put it into the pool."""
+        if filling in self._filling:  # otherwise it was discarded
             self._filling.remove(filling)
         shell = None if task.cancelled() else task.result()
         tenant = filling.key[0]
@@ -244,7 +244,7 @@ class WarmShells:
             self._fill_soon(tenant)
 
     def _keep(self, key: Key, shell: Shell) -> bool:
-        """Have a shell wait; return whether there is room for more."""
+        """Put a shell into the pool; return whether there is room for more."""
         loop = asyncio.get_running_loop()
         waiting: _Waiting = _Waiting(key, shell, loop.call_later(self._age, lambda: self._expired(waiting)))
         self._waiting.append(waiting)
@@ -269,4 +269,4 @@ class WarmShells:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("a standby did not end well: %s", error)
+            log.warning("cannot end a standby shell: %s", error)

@@ -1,7 +1,7 @@
-"""Start commands in Incus containers, and end what an earlier gateway left running.
+"""Start commands in Incus containers, and kill what an earlier gateway left running.
 
-Every command is an Incus exec of a shell that becomes it (`gateway.runtime.launcher`), in a separate cgroup
-inside the container's tree.
+Every command is an Incus exec of a shell that replaces itself by it (`gateway.runtime.launcher`), in a
+separate cgroup inside the container's tree.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_CGROUP_LOOKS: Final = 40  # two seconds, for a container that is just booting
-_DESCRIPTORS: Final = (6, 8)  # of a command that is held: with a terminal, and without
+_CGROUP_LOOKS: Final = 40  # attempts, two seconds in all, for a container that is booting
+_DESCRIPTORS: Final = (6, 8)  # number of a held command's descriptors, with and without a terminal
 _MAX_ID: Final = (1 << 31) - 1
 _OURS: Final = (START_SCRIPT, KILL_SCRIPT, DRAIN_SCRIPT)
 
 
 def is_ours(command: list[str]) -> bool:
-    """Return whether an exec's command line is one of the gateway's own shells."""
+    """Return whether an exec's command line starts one of the gateway's own scripts."""
     return len(command) > 2 and command[2] in _OURS
 
 
 class Commands:
-    """The commands of one gateway in the containers of one Incus.
+    """Commands of one gateway in the containers of one Incus.
 
-    `init_pid` returns the host's pid of a container's first process, 0 if it does not run, and raises
+    `init_pid` returns the host pid of a container's init process, 0 if it is not running, and raises
     `NotFound`.
     """
 
@@ -66,7 +66,7 @@ class Commands:
     ) -> None:
         self.settings = settings
         self._holder = holder
-        self._adopted: set[str] = set()  # groups of commands of earlier processes that go on
+        self._adopted: set[str] = set()  # cgroups of commands continued from earlier processes
         self._incus = incus
         self._init_pid = init_pid
         self.inside = Inside(settings, incus)
@@ -80,7 +80,7 @@ class Commands:
             age=settings.standby_age,
             idle=settings.standby_idle,
         )
-        # marks commands of this gateway, of any of its processes; those of another on this host are not ours
+        # marks the commands of this gateway, in all its processes, apart from other gateways on the host
         self._own = hashlib.sha256(str(settings.state_dir.absolute()).encode()).hexdigest()[:12]
         self._life = f"{self._own}-{secrets.token_hex(4)}"
 
@@ -97,8 +97,8 @@ class Commands:
         if not cwd.startswith("/"):
             cwd = f"{settings.workspace}/{cwd}"
         order = Assignment(spec, account, cwd)
-        order.line()  # refuse what no line can carry before anything is started
-        # the shells that wait are the workspace user's already
+        order.line()  # refuse what a line cannot carry before anything is started
+        # warm shells already run as the workspace user
         ours = account == self._account(None)
         waiting = await self._warm_shells.take(name, spec.pty is not None) if ours else None
         if isinstance(waiting, IncusProcess):
@@ -106,13 +106,13 @@ class Commands:
                 await self._hand_over(waiting, order)
                 return waiting
             except ExecFailed as error:
-                if "reason" in error.facts:  # said by a shell that lives
+                if "reason" in error.facts:  # the shell is alive and reported it
                     raise
                 log.info("a warm shell of %s had died: starting another", name)
             except Unavailable:
                 log.info("a warm shell of %s was lost: starting another", name)
             except Timeout:
-                await self._running(name)  # it may have been paused before we heard of it
+                await self._running(name)  # the tenant may have been paused without our knowing yet
                 raise
         process = await self._open(name, spec.pty, account)
         await self._hand_over(process, order)
@@ -122,14 +122,14 @@ class Commands:
         return self._warm_shells.expect(name)
 
     async def _running(self, name: str) -> None:
-        """Raise `TenantNotRunning` for a tenant that is paused or stopped."""
+        """Raise `TenantNotRunning` if the tenant is paused or stopped."""
         with translated(name):
             found, _ = await self._incus.started(name)
         if (status := str(found["status"]).lower()) != "running":
             raise TenantNotRunning(f"tenant {name} is {status}; start it first", status=status)
 
     async def _open(self, name: str, pty: Pty | None, account: Account) -> IncusProcess:
-        """Start a shell that takes a command of `account`. Raises what Incus refuses, and `Timeout`."""
+        """Start a shell to run a command as `account`. Raises translated Incus errors and `Timeout`."""
         init_pid = await self._init_pid(name)
         exec_id = f"{self._life}/{secrets.token_hex(8)}"
         command = start_command(exec_id, account, looks=_CGROUP_LOOKS, terminal=pty is not None)
@@ -144,7 +144,7 @@ class Commands:
         return IncusProcess(self.inside, limit, name, exec_id, sockets, cgroup, self._holder)
 
     async def _hand_over(self, process: IncusProcess, order: Assignment) -> None:
-        """Have a shell become the command; ends it where it does not."""
+        """Make a shell run the command; if that fails, kill the shell."""
         try:
             with in_time(process.tenant, "command"):
                 async with asyncio.timeout(self.settings.exec_start_timeout):
@@ -154,7 +154,7 @@ class Commands:
             raise
 
     async def _wait_warm(self, name: str, terminal: bool) -> IncusProcess:
-        """Start a shell and return it once it waits for its line."""
+        """Start a shell and return it once it waits for its command line."""
         process = await self._open(name, Pty() if terminal else None, self._account(None))
         try:
             with in_time(name, "shell"):
@@ -173,7 +173,7 @@ class Commands:
         if user in ("root", 0, "0"):
             return Account("root", 0, 0, "/root")
         if isinstance(user, int):
-            # -1 and its unsigned twin mean "keep", which would be root
+            # -1 and its unsigned equivalent mean "unchanged", which would be root
             if not 0 < user <= _MAX_ID:
                 raise InvalidParams(f"user {user} is out of range", field="user")
             return Account(str(user))
@@ -184,11 +184,11 @@ class Commands:
         return Account(user)
 
     async def sweep(self, name: str) -> int:
-        """End what commands of an earlier process of this gateway left in a running tenant; return how many.
+        """Kill processes left in a running tenant by earlier processes of this gateway; return how many.
 
-        A gateway that was killed could not end them, and they cannot be followed any more. Commands of this
-        process, which may be there already, are known by their folder. Without access to the host's cgroups
-        nothing is found.
+        A killed gateway could not end them, and nothing can follow them now. Commands that this process has
+        already started are recognised by their cgroup. Without access to the host's cgroups this finds
+        nothing.
         """
         ended = 0
         root = await of_init(await self._init_pid(name))
@@ -205,19 +205,19 @@ class Commands:
                 killed = await self.cgroup(name, root, group).kill(0, self.settings.cancel_timeout)
                 ended += killed.killed
                 if killed.killed:
-                    log.warning("ended %d processes left in %s by a gateway that died", killed.killed, name)
+                    log.warning("killed %d processes left in %s by an earlier gateway", killed.killed, name)
         return ended
 
     async def adopt(self) -> list[Adopted]:
-        """Take over what is held of an earlier process; what cannot be, is let go of, and swept."""
+        """Adopt the held commands of an earlier process; release those that fail, for `sweep` to kill."""
         if self._holder is None:
             return []
         found = list[Adopted]()
         for name, descriptors in (await self._holder.taken_over()).items():
             try:
                 found.append(await self._adopt(self._holder, name, descriptors))
-            except Exception as error:  # whatever it was that left this, the others go on
-                log.warning("%s of an earlier process cannot be followed: %r", name, error)
+            except Exception as error:  # one broken record must not affect the others
+                log.warning("cannot continue %s of an earlier process: %r", name, error)
                 self._holder.drop(name)
         return found
 
@@ -230,13 +230,13 @@ class Commands:
             memory = sockets.memory
         else:
             close(descriptors)
-            raise ValueError("these are no command's descriptors")
+            raise ValueError("these are not the descriptors of a command")
         try:
             noted: Any = memory.read_facts()
             if noted["format"] != FORMAT:
-                raise ValueError(f"format {noted['format']} is another version's")
+                raise ValueError(f"unsupported format {noted['format']}")
             own, facts = noted["own"], noted["facts"]
-            if facts["over"] is not None and sockets is not None:  # it was about to be let go of
+            if facts["over"] is not None and sockets is not None:  # it had ended and was about to be released
                 sockets.ended()
                 await sockets.aclose()
                 sockets = None
@@ -259,11 +259,11 @@ class Commands:
             raise
 
     def drop(self, name: str | None) -> None:
-        """Let go of the shells that wait in a tenant to which something happened, or of all."""
+        """Discard the warm shells of a tenant whose state changed, or all."""
         self._warm_shells.drop(name)
 
     def cgroup(self, name: str, container: Path, group: str) -> CommandCgroup:
-        """Return a group of commands below a container's, ended by the broker where there is one."""
+        """Return a cgroup of commands below a container's; if there is a broker, it does the killing."""
         return self._group(name, of_command(container, group), group)
 
     def _group(self, name: str, path: Path, group: str) -> CommandCgroup:

@@ -1,4 +1,4 @@
-"""A command in a container that is held while the gateway is restarted."""
+"""A container command that is held across a restart of the gateway."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gateway.holder.holder import Holder
 from gateway.incus import ExecSockets, Memory, outputs
 from gateway.runtime import StreamName
 
-FORMAT: Final = 1  # of the facts; another process takes over none but its own
+FORMAT: Final = 1  # version of the facts; other versions are not adopted
 
 
 class Held:
-    """See `gateway.runtime.Holding`. `own` are the runtime's facts, beside those of the command's registry.
+    """Implements `gateway.runtime.Holding`. `own` are the runtime's facts; the registry adds its own.
 
-    `sockets` is None once the command has ended. Some bytes in front of one output are none of the command's.
+    `sockets` is None once the command has ended. One output starts with bytes that are not the command's own.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Held:
 
 
 def socket_of(stream: StreamName, own: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the socket of an output, and how many bytes of it came before the command's own."""
+    """Return the socket of an output, and how many bytes on it precede the command's own."""
     fd = "0" if own["terminal"] else ("1" if stream == "stdout" else "2")
     return fd, int(own["skip"]) if fd in ("0", "2") else 0
 
 
 def cut(start: int, data: bytes, skip: int) -> tuple[int, bytes]:
-    """Return an output by the command's own offset, without the `skip` bytes that came before it."""
+    """Remove the first `skip` bytes of the stream from an output and from its start offset."""
     return max(0, start - skip), data[max(0, skip - start) :]
 
 
 def kept(memory: Memory, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
-    """Return the outputs that are kept of an ended command. Raises `ValueError`."""
+    """Return the kept outputs of an ended command, each with its start offset. Raises `ValueError`."""
     found = outputs(memory, terminal=bool(own["terminal"]))
     streams: tuple[StreamName, ...] = ("stdout",) if own["terminal"] else ("stdout", "stderr")
     told: dict[StreamName, tuple[int, bytes]] = {}
@@ -103,7 +103,7 @@ def kept(memory: Memory, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, 
 
 
 def close(descriptors: list[int]) -> None:
-    """Let go of descriptors that were held."""
+    """Close descriptors, ignoring errors."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Follow one command in an Incus container, and end its whole tree."""
+"""One command in an Incus container: its streams, its exit, killing its tree."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from gateway.runtime.incus.held import Held, cut, socket_of
 from gateway.runtime.incus.inside import Inside
 from gateway.runtime.launcher import Account, Preamble, command_line
 
-_LOOK: Final = 0.002  # seconds between two looks at what nothing tells of
-_FULL: Final = 0.3  # seconds after which the end of a terminal's command is not merely late
-# seconds that incusd has for what it took from its socket, but not yet put into a terminal
+_LOOK: Final = 0.002  # seconds between polls where no event exists
+_FULL: Final = 0.3  # seconds after which incusd is taken to be blocked by a full terminal
+# seconds for incusd to pass on what it has read from its socket but not yet written to the terminal
 _IN_HAND: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a waiting shell is to become."""
+    """A command for a waiting shell to run."""
 
     spec: ExecSpec
     account: Account
     cwd: str
 
     def line(self) -> bytes:
-        """Return the line that says so. Raises `InvalidParams` for what no line can carry."""
+        """Return the line to send to the shell. Raises `InvalidParams` if a line cannot carry it."""
         spec = self.spec
         terminal = spec.pty is not None
         return command_line(
@@ -63,8 +63,8 @@ class IncusProcess:
         self.started_at = 0.0
         self.holding: Holding | None = None
         self._holder = holder
-        self._fed = 0  # bytes that the preamble was fed
-        self._sending: asyncio.Task[None] | None = None  # of what an earlier process had taken over last
+        self._fed = 0  # bytes fed to the preamble
+        self._sending: asyncio.Task[None] | None = None  # sends the input an earlier process accepted last
         self.streams: tuple[StreamName, ...] = ("stdout",)
         self.report = b""
         self._merged = False
@@ -81,17 +81,17 @@ class IncusProcess:
         return "0" if self._sockets.terminal else "2"
 
     async def ready(self) -> None:
-        """Return once the shell waits for its line."""
+        """Wait until the shell is ready for its line."""
         await self._feed(until_ready=True)
 
     async def begin(self, order: Assignment) -> None:
-        """Hand over the command and return once it runs. Raises `ExecFailed`."""
+        """Send the command and return once it runs. Raises `ExecFailed`."""
         preamble, spec = self._preamble, order.spec
         preamble.asked(spec.argv[0][:200], order.cwd[:200], order.account.name[:200])
         self._merged = spec.merged and spec.pty is None
         if spec.pty is None and not spec.merged:
             self.streams = ("stdout", "stderr")
-        if spec.pty is not None:  # before it is ready, the terminal would echo the line
+        if spec.pty is not None:  # a terminal that is not ready yet would echo the line
             await self.ready()
             await self.resize(spec.pty.cols, spec.pty.rows)
         await self._sockets.write(order.line())
@@ -107,7 +107,7 @@ class IncusProcess:
             self.holding = Held(self._holder, f"command/{self._exec_id}", memory, self._sockets, own)
 
     def _facts(self, skip: int) -> dict[str, Any]:
-        """Return what another process of the gateway needs to go on with the command: see `adopted`."""
+        """Return what another gateway process needs to continue the command: see `adopted`."""
         return {
             "tenant": self.tenant,
             "exec": self._exec_id,
@@ -129,7 +129,7 @@ class IncusProcess:
         sockets: ExecSockets,
         cgroup: CommandCgroup | None,
     ) -> IncusProcess:
-        """Go on with a command of an earlier process, by its facts."""
+        """Continue a command of an earlier process from its recorded facts."""
         self = cls(inside, limit, str(own["tenant"]), str(own["exec"]), sockets, cgroup)
         self.pid, self.started_at = int(own["pid"]), float(own["started"])
         self._sending = asyncio.create_task(sockets.flush(), name=f"input of {self._exec_id}")
@@ -139,7 +139,7 @@ class IncusProcess:
         return self
 
     def caught_up(self, own: Mapping[str, Any]) -> dict[StreamName, tuple[int, bytes]]:
-        """Return what has come of each output, by its first byte's offset; once, before `read`."""
+        """Return what has arrived of each output, with its start offset. Call once, before `read`."""
         told: dict[StreamName, tuple[int, bytes]] = {}
         for stream in self.streams:
             fd, skip = socket_of(stream, own)
@@ -153,14 +153,14 @@ class IncusProcess:
             try:
                 data = await self._sockets.read(self._preamble_stream)
             except Lost:
-                raise Unavailable("the command's start was lost: the tenant or Incus went away") from None
+                raise Unavailable("lost the command at its start: the tenant or Incus went away") from None
             if not data:
                 raise preamble.ended()
             self._fed += len(data)
             preamble.feed(data)
 
     async def read(self, stream: StreamName) -> bytes:
-        """See `Process`; of a merged command stderr is the report, which `wait` reads."""
+        """See `Process`. For a merged command, stderr carries the report, which `wait` reads."""
         name = self._socket(stream)
         if name == self._preamble_stream and self._first:
             first, self._first = self._first, b""
@@ -186,7 +186,7 @@ class IncusProcess:
 
     async def flush(self) -> None:
         async with self._inside.draining(self.tenant, self._preamble.terminal):
-            while self.unsent:  # noqa: ASYNC110 - nothing tells
+            while self.unsent:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(_LOOK)
             await asyncio.sleep(_IN_HAND)
 
@@ -194,7 +194,7 @@ class IncusProcess:
         await self._sockets.close_stdin()
 
     async def resize(self, cols: int, rows: int) -> None:
-        # incusd wants the numbers as strings
+        # incusd expects strings
         size = {"width": str(cols), "height": str(rows)}
         await self._sockets.control({"command": "window-resize", "args": size})
 
@@ -208,15 +208,15 @@ class IncusProcess:
         try:
             operation = await self._result()
         except IncusError as error:
-            raise Unavailable("the command's exit was lost: Incus went away") from error
+            raise Unavailable("the command's exit is unknown: Incus went away") from error
         code = operation.metadata.get("return")
         if self._broken or not isinstance(code, int) or code < 0:
-            raise Unavailable("the command's exit was lost: the tenant went away")
+            raise Unavailable("the command's exit is unknown: the tenant went away")
         await self._tidy()
         return Exit.of(code)
 
     async def _result(self) -> Operation:
-        """Return the ended operation, also where incusd still stands before a full terminal."""
+        """Wait for the operation's result, draining a full terminal that would block incusd forever."""
         ending = asyncio.ensure_future(self._sockets.result())
         try:
             if self._sockets.terminal:
@@ -237,7 +237,8 @@ class IncusProcess:
                 return Killed(ended.killed, ended.escalated, ended.survivors)
             return await self._inside.kill(self.tenant, self._exec_id, grace)
         finally:
-            # a leader that left its cgroup, or whose tenant does not say what it ended; else it has ended
+            # for a leader that left its cgroup, or a tenant that gave no answer; otherwise it has ended
+            # already
             await self.signal(signal.SIGKILL)
 
     async def left(self) -> Sequence[Member] | None:
@@ -253,16 +254,16 @@ class IncusProcess:
             self._sockets.forgo()
 
     async def abandon(self) -> None:
-        """End a command that did not start properly: nothing of it may stay.
+        """Kill a command that did not start properly, leaving nothing behind.
 
-        The shell first, so that it goes no further, then what it may have become meanwhile.
+        First the shell, so that it goes no further, then whatever it has started meanwhile.
         """
         cgroup = self._cgroup()
         with contextlib.suppress(GatewayError, TimeoutError):
             async with asyncio.timeout(self._limit):
                 await self.signal(signal.SIGKILL)
                 if cgroup is not None:
-                    await cgroup.kill(0, self._limit)  # also lets go of the outputs that delay the end
+                    await cgroup.kill(0, self._limit)  # also closes the outputs, which delay the end
                 await self._sockets.result()
                 if cgroup is not None:
                     await cgroup.kill(0, self._limit)
@@ -276,5 +277,5 @@ class IncusProcess:
     async def _tidy(self) -> None:
         cgroup = self._cgroup()
         if cgroup is not None:
-            with contextlib.suppress(Unavailable):  # of a broker; the next start removes it
+            with contextlib.suppress(Unavailable):  # the broker is away; the next start removes the cgroup
                 await cgroup.remove()
