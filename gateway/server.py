@@ -1,4 +1,4 @@
-"""Serves the application: the listening socket, uvicorn, signals, the log's format."""
+"""Serve the application: listening socket, uvicorn, signals, log format."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from gateway.terminal import log_to_stderr
 from gateway.transport import http1
 from gateway.transport.websocket import WebSocketProtocol
 
-# a client that vanished without a word is found by the kernel: 30 s of silence, then 3 probes. A peer that
-# merely stalls still answers them, so that a slow reader is never taken for a dead one. Websocket pings
-# could not tell the two apart.
+# The kernel detects a client that vanished silently: 30 s without traffic, then 3 probes. A peer that merely
+# stalls still answers them, so a slow reader is never mistaken for a dead one. Websocket pings could not tell
+# the two apart.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
-# glibc's malloc.h: the size from which a block is mapped by itself, and how much is kept at the heap's end
+# glibc's malloc.h: block size from which memory is mapped separately, free bytes kept at the top of the heap
 _MMAP_THRESHOLD: Final = (-3, 1 << 20)
 _TRIM_THRESHOLD: Final = (-1, 16 << 20)
-# seconds that a thread which computes keeps the interpreter while the loop has something to do; Python's own
-# 5 ms are more than all that a Read takes
+# seconds a busy thread may keep the interpreter while the loop has work; Python's default of 5 ms is longer
+# than a whole Read takes
 _SWITCH_INTERVAL: Final = 0.0005
-_DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` of deploy/incus-gateway.service
+_DESCRIPTORS: Final = 65536  # as `LimitNOFILE=` in deploy/incus-gateway.service
 
 
 LEAVE: Final = signal.SIGUSR1
-"""Ends the gateway for another to take its place: commands that are held go on."""
+"""Signal that stops the gateway so that another can take its place: held commands keep running."""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but what the gateway does at the end comes before the sockets are closed."""
+    """A uvicorn server that drains the gateway before it closes the sockets."""
 
     def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
         super().__init__(config)
@@ -62,7 +62,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(LEAVE, self._leave)
-        # uvicorn's own wakes ten times a second to see whether it should end; once is enough for its clock
+        # uvicorn's own loop wakes ten times a second to check for the end; its clock needs only one
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), 1.0)
@@ -79,25 +79,25 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What is there by now stays. Each full collection would look through all of it, and hold the loop for
-        # 70 ms, whenever clients or tenants have made many values.
+        # Objects created so far live forever. Otherwise each full collection would scan all of them and block
+        # the loop for 70 ms whenever clients or tenants have allocated a lot.
         gc.collect()
         gc.freeze()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        with contextlib.suppress(Unavailable):  # it never came up
+        with contextlib.suppress(Unavailable):  # it never started
             await self._gateway.drain()
         await super().shutdown(sockets)
 
 
 def serve(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT, which end all commands, or `LEAVE`.
+    """Serve until SIGTERM or SIGINT, which end all commands, or until `LEAVE`.
 
-    Raises `Unavailable` if the address, the records or the folders of the routes cannot be had, or if incusd
-    is in a cluster.
+    Raises `Unavailable` if the address, the database or Caddy's folders cannot be used, or if incusd is
+    clustered.
     """
     log_to_stderr(log_level)
-    # tokens never travel in a URL, but tenants' names do: no access log
+    # URLs contain no tokens, but tenants' names: no access log
     logging.getLogger("uvicorn.access").disabled = True
     for name in ("uvicorn.error", "uvicorn", "websockets", "mcp"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -126,8 +126,8 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
         if settings.runtime == "incus":
             await refuse_cluster(settings)
         async with gateway.store:
-            # uvicorn raises the signal that ended it once more for the handler before its own: an orderly
-            # end is no death by signal
+            # uvicorn re-raises the signal that stopped it for the previous handler; an orderly end must not
+            # look like death by signal
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
             await _Server(config, gateway).serve(sockets=[listening])
@@ -143,9 +143,9 @@ def serve(settings: Settings, *, log_level: str = "info") -> None:
 
 
 def share() -> None:
-    """Have this process give memory back to the kernel, and its threads the interpreter to the loop, soon.
+    """Make the process return memory to the kernel early, and its threads yield to the loop early.
 
-    After one message of 16 MiB glibc would keep as much for good.
+    By default glibc would keep 16 MiB forever after one message of that size.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
@@ -154,9 +154,9 @@ def share() -> None:
 
 
 def raise_descriptors() -> None:
-    """Let this process have as many open files as it may ask for, up to what our unit gives it.
+    """Raise the soft limit of open files as far as allowed, up to the value in our unit file.
 
-    The usual 1024 are for programs that use select(2); each tenant takes some here, each command four.
+    The usual 1024 exist for programs that use select(2); here each tenant needs some, each command four.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
@@ -165,17 +165,17 @@ def raise_descriptors() -> None:
 
 
 def listen(address: str) -> socket.socket:
-    """Return the listening socket for HOST:PORT or a path. Raises `Unavailable` that says what to change."""
+    """Return a listening socket for HOST:PORT or a path. Raises `Unavailable`, saying what to change."""
     if not _is_tcp(address):
         return _listen_unix(Path(address))
     host, _, port = address.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
-        raise Unavailable(f"GATEWAY_LISTEN is HOST:PORT or the path of a unix socket, not {address!r}")
+        raise Unavailable(f"GATEWAY_LISTEN must be HOST:PORT or the path of a unix socket, not {address!r}")
     try:
         found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=1)[0]
         listening = socket.socket(found[0], socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Linux hands these on to each accepted connection
+        # on Linux, accepted connections inherit these
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE:
             listening.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -196,7 +196,7 @@ def _listen_unix(path: Path) -> socket.socket:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(str(path)) == 0:
                     raise Unavailable(f"{path} is in use; stop what uses it or set GATEWAY_LISTEN")
-            path.unlink()  # a dead gateway's
+            path.unlink()  # left by a dead gateway
         old = os.umask(0o117)
         try:
             listening.bind(str(path))

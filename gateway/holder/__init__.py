@@ -1,6 +1,6 @@
-"""A process that holds descriptors for the gateway, and the gateway's end of it.
+"""A process that holds file descriptors for the gateway, and the gateway's client of it.
 
-What it holds outlives the gateway: the sockets of running commands, which go on while it is restarted.
-`holding` is the process, `holder` its client; `messages` are what both say. The process is to stay small, and
-imports nothing but Python's own.
+Held descriptors survive the gateway: with the sockets of running commands held, those commands run on while
+the gateway restarts. `holding` is the process, `holder` the client, `messages` their protocol. The process is
+kept small and imports only the standard library.
 """

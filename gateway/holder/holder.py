@@ -1,4 +1,4 @@
-"""A gateway's end of its holder."""
+"""The gateway's client of its holder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from gateway.holder.messages import VERSION, close, receive, send
 log = logging.getLogger(__name__)
 
 _PATIENCE: Final = 5.0  # seconds for an answer
-_FULL: Final = 0.01  # seconds until a holder whose queue is full is told more
-_AGAIN: Final = 0.2  # seconds between two looks for a holder that is gone
+_FULL: Final = 0.01  # seconds before sending again to a holder whose queue is full
+_AGAIN: Final = 0.2  # seconds between attempts to reconnect
 
 
 class Holder:
-    """What is held for this gateway. Use as an async context manager; leaving it drops nothing.
+    """The descriptors held for this gateway. An async context manager; leaving it drops nothing.
 
-    A holder that dies is waited for, and is sent everything again. `there` says whether one is connected.
+    If the holder dies, the client reconnects to the next one and sends everything again. `there` tells
+    whether one is connected.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._socket: socket.socket | None = None
         self._held: dict[str, Sequence[int]] = {}
-        self._waiting: OrderedDict[str, None] = OrderedDict()  # names of which the holder was not told yet
+        self._waiting: OrderedDict[str, None] = OrderedDict()  # names not sent yet
         self._changed = asyncio.Event()
         self._attending: asyncio.Task[None] | None = None
 
@@ -56,9 +57,10 @@ class Holder:
         return self._socket is not None
 
     async def taken_over(self) -> dict[str, list[int]]:
-        """Return what is held by name, as descriptors that are the caller's; call it once, before all else.
+        """Return the held descriptors by name; the caller owns them. Call it once, before anything else.
 
-        What is not put again or dropped stays held. From now on a holder that dies is replaced.
+        A name stays held until it is put again or dropped. From this call on, a lost connection is
+        re-established.
         """
         found: dict[str, list[int]] = {}
         if self._socket is not None:
@@ -66,31 +68,31 @@ class Holder:
                 found = await asyncio.to_thread(_listed, self._socket)
                 self._socket.setblocking(False)
             except (OSError, ValueError) as error:
-                log.warning("the holder does not say what it holds: %s", error)
+                log.warning("cannot list what the holder holds: %s", error)
                 self._socket.close()
                 self._socket = None
         self._attending = asyncio.create_task(self._attend(), name="holder")
         return found
 
     def put(self, name: str, descriptors: Sequence[int]) -> None:
-        """Have descriptors held, in the place of what has that name. They must stay open until `drop`."""
+        """Hold descriptors under a name, replacing any earlier ones. They must stay open until `drop`."""
         self._held[name] = descriptors
         self._tell(name)
 
     def drop(self, name: str) -> None:
-        """Have it held no longer. Idempotent."""
+        """Stop holding a name. Idempotent."""
         self._held.pop(name, None)
         self._tell(name)
 
     def _tell(self, name: str) -> None:
         if self._socket is None:
-            return  # the next one gets everything
+            return  # the next holder is sent everything
         if self._waiting or not self._sent(name):
             self._waiting[name] = None
             self._changed.set()
 
     def _sent(self, name: str) -> bool:
-        """Tell the holder of one name; False where it takes nothing now."""
+        """Send the state of one name; return False if the holder's queue is full."""
         assert self._socket is not None
         descriptors = self._held.get(name)
         try:
@@ -101,12 +103,12 @@ class Holder:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ETOOMANYREFS):
                 return False
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # of these `_attend` hears
-                log.error("%s is not held: %s", name, error)
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # `_attend` notices these
+                log.error("cannot hold %s: %s", name, error)
         return True
 
     async def _attend(self) -> None:
-        """Tell what could not be told at once; look for a holder where there is none."""
+        """Send what could not be sent at once, and reconnect if the holder is gone."""
         while True:
             if self._socket is None:
                 await self._found()
@@ -114,9 +116,7 @@ class Holder:
             await self._followed(self._socket)
             self._socket.close()
             self._socket = None
-            log.warning(
-                "the holder at %s is gone: a restart ends what runs until there is another", self._path
-            )
+            log.warning("the holder at %s is gone: until it is back, a restart ends all commands", self._path)
 
     async def _found(self) -> None:
         while True:
@@ -127,14 +127,14 @@ class Holder:
                 continue
             self._socket = connection
             self._waiting = OrderedDict.fromkeys([*self._held, *stale])
-            log.info("the holder at %s has %d names", self._path, len(self._held))
+            log.info("connected to the holder at %s; sending %d names", self._path, len(self._held))
             return
 
     async def _followed(self, connection: socket.socket) -> None:
-        """Tell what waits, as fast as it is taken, until the connection ends."""
+        """Send the waiting names as fast as the holder accepts them, until the connection ends."""
         over = asyncio.Event()
 
-        def ended() -> None:  # a holder says nothing that it was not asked
+        def ended() -> None:  # a holder never speaks unasked, so this is the end
             asyncio.get_running_loop().remove_reader(connection)
             over.set()
             self._changed.set()
@@ -155,12 +155,15 @@ class Holder:
 
 
 def held_at(path: Path) -> int:
-    """Return how many names a holder has. Raises `OSError` where there is none, `ValueError` for another."""
+    """Return how many names a holder holds.
+
+    Raises `OSError` if none answers, and `ValueError` if it is of another version.
+    """
     with _connected(path) as connection:
         send(connection, {"v": VERSION, "about": True})
         received = receive(connection)
     if received is None or received[0].get("v") != VERSION:
-        raise ValueError("it speaks another version")
+        raise ValueError("it speaks another version of the protocol")
     return int(received[0]["held"])
 
 
@@ -187,7 +190,7 @@ def _listed(connection: socket.socket) -> dict[str, list[int]]:
 
 
 def _welcomed(path: Path) -> tuple[socket.socket, list[str]]:
-    """Return a connection to a holder, and the names that it has from before."""
+    """Connect to a holder; return the connection and the names it already holds."""
     connection = _connected(path)
     try:
         found = _listed(connection)

@@ -1,8 +1,8 @@
-"""The process that holds: it knows descriptors by name and nothing else.
+"""The holder process: it keeps descriptors by name and nothing else.
 
-It reads none of them, has no other input than its packets (`messages`), and should never have to change. Its
-own restart costs nothing as long as a gateway runs, which hands over everything again. If none is connected
-for a while, it closes all that it holds, and the commands behind it end.
+It never reads them, takes no input other than packets (`messages`), and should never need to change. It can
+be restarted at no cost while a gateway runs, because that sends everything again. If no gateway is connected
+for a while, the holder closes everything, and the commands behind it end.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Final
 from gateway.holder.messages import NAME_MAX, VERSION, close, receive, send
 
 _NAMES: Final = 20_000
-_CLIENTS: Final = 16  # a gateway has one, its successor as many, `doctor` one for a moment
-_PATIENCE: Final = 5.0  # seconds for a client that takes no answer
+_CLIENTS: Final = 16  # one for the gateway, one for its successor, and briefly one for `doctor`
+_PATIENCE: Final = 5.0  # seconds for a client to read an answer
 
 
 def hold(path: Path, seconds: float) -> None:
-    """Hold for the gateways of our own user that connect to `path`, until SIGTERM.
+    """Hold descriptors for gateways of our own user that connect to `path`, until SIGTERM.
 
-    All is closed where none is connected for so many `seconds`. Raises `OSError`, with EADDRINUSE if another
-    holds there already.
+    Everything is closed if no gateway is connected for `seconds`. Raises `OSError`, with EADDRINUSE if
+    another holder is listening there.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -47,8 +47,8 @@ def hold(path: Path, seconds: float) -> None:
 def _listening(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         if probe.connect_ex(str(path)) == 0:
-            raise OSError(errno.EADDRINUSE, "another holder is there; stop that first", str(path))
-    path.unlink(missing_ok=True)  # a killed one's
+            raise OSError(errno.EADDRINUSE, "another holder is listening; stop it first", str(path))
+    path.unlink(missing_ok=True)  # left by a killed holder
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mask = os.umask(0o177)
     try:
@@ -65,8 +65,8 @@ class _Holding:
         self._seconds = seconds
         self._held: dict[str, list[int]] = {}
         self._clients: dict[int, socket.socket] = {}
-        self._gateways: set[int] = set()  # the clients that asked for what is held
-        self._since = monotonic()  # when the last of them left
+        self._gateways: set[int] = set()  # clients that have listed what is held
+        self._since = monotonic()  # when the last gateway left
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
 
@@ -90,7 +90,7 @@ class _Holding:
 
     def _welcome(self) -> None:
         client, _ = self._listener.accept()
-        # struct ucred: pid, uid, gid; the kernel's word, not the peer's
+        # struct ucred: pid, uid, gid, as the kernel reports them
         _, uid, _ = struct.unpack("iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.geteuid()) or len(self._clients) >= _CLIENTS:
             client.close()
@@ -100,7 +100,7 @@ class _Holding:
         self._poll.register(client, select.POLLIN)
 
     def _heard(self, descriptor: int) -> bool:
-        """Do what a client says; whether the connection goes on."""
+        """Handle a client's packet; return False to close the connection."""
         client, passed = self._clients[descriptor], list[int]()
         try:
             received = receive(client)
@@ -135,8 +135,8 @@ class _Holding:
 
 
 def main() -> None:
-    """Hold at the path, for the seconds, that the command line names."""
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # whoever started it would keep its locks as long as it holds
+    """Run a holder; the command line names its path and seconds."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # inherited locks of the starter would be held forever
     hold(Path(sys.argv[1]), float(sys.argv[2]))
 
 

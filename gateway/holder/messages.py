@@ -1,16 +1,16 @@
-"""What a gateway and its holder say to each other, in packets of a unix socket.
+"""The protocol between a gateway and its holder: packets on a unix socket.
 
-Each packet is a JSON object, with at most `MOST` descriptors beside it.
+Each packet is a JSON object with at most `MOST` descriptors attached.
 
 | a gateway sends | the holder answers |
 |---|---|
-| `{"v": 1, "put": NAME}` and descriptors | nothing; a name that is there is replaced |
+| `{"v": 1, "put": NAME}` and descriptors | nothing; an existing name is replaced |
 | `{"v": 1, "drop": NAME}` | nothing |
 | `{"v": 1, "list": true}` | `{"name": NAME}` and its descriptors for each, then `{"end": true}` |
 | `{"v": 1, "about": true}` | `{"v": 1, "held": NAMES}` |
 
-What was sent lies in the holder's queue, whatever becomes of the sender: so a put needs no answer. Another
-version than `VERSION` is not answered: the connection ends.
+A sent packet stays in the holder's queue even if the sender dies, so a put needs no answer. A packet of any
+other version than `VERSION` ends the connection.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _PACKET: Final = 1024
 
 
 def send(connection: socket.socket, said: dict[str, Any], descriptors: list[int] | None = None) -> None:
-    """Send one packet. Raises `OSError`, of which `BlockingIOError` says that it was not sent."""
+    """Send one packet. Raises `OSError`; on `BlockingIOError` nothing was sent."""
     socket.send_fds(connection, [json.dumps(said).encode()], descriptors or [])
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next packet and its descriptors, None at the connection's end.
+    """Return the next packet and its descriptors, None at the end of the connection.
 
     Raises `OSError`, and `ValueError` for what is none of these packets; the descriptors are closed then.
     """
     data, descriptors, flags, _ = socket.recv_fds(connection, _PACKET, MOST)
     for descriptor in descriptors:
-        # recvmsg(2) with MSG_CMSG_CLOEXEC would do it in one; `recv_fds` has no room for it
+        # MSG_CMSG_CLOEXEC of recvmsg(2) would do this at once, but `recv_fds` cannot pass it
         _close_on_exec(descriptor)
     if not data:
         return None

@@ -1,4 +1,4 @@
-"""The gateway that quickstart runs: a unit where systemd is, else a separate process."""
+"""The gateway that quickstart runs: as a systemd unit if possible, else as a separate process."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from gateway.storage.state_dir import private
 UNIT = "incus-gateway.service"
 HOLD = "incus-gateway-hold.service"
 UNITS = Path("/etc/systemd/system")
-READY_TIMEOUT = 60.0  # seconds; incusd may just be starting again what ran before a reboot
+READY_TIMEOUT = 60.0  # seconds; after a reboot incusd may still be restarting instances
 POLL = 0.1
 
 
 class GatewayProcess:
-    """The gateway of one state dir: started, found, and stopped."""
+    """The gateway of one state dir: start it, find it, stop it."""
 
     def __init__(
         self, settings: Settings, place: Place, checkout: Path, command: Path, environment: dict[str, str]
     ) -> None:
-        """`command` is the installed `incus-gateway`; `environment` are the settings that it is given."""
+        """`command` is the installed `incus-gateway`; `environment` holds its settings."""
         self.command = command
         self._settings, self._place, self._checkout = settings, place, checkout
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self, stamp: str) -> str:
-        """Have the gateway of these settings run and be ready; say how that came about.
+        """Make sure that the gateway runs with these settings and is ready; return what was done.
 
-        One that was started from another `stamp` is restarted. Raises `HostError`.
+        A gateway started from another `stamp` is restarted. Raises `HostError`.
         """
         running = self.pid()
         current = self._place.stamp.read_text() if self._place.stamp.exists() else ""
@@ -47,7 +47,7 @@ class GatewayProcess:
             self._await_ready()
             return f"runs already, pid {running}"
         if running is not None:
-            self._end(signal.SIGUSR1)  # its commands go on
+            self._end(signal.SIGUSR1)  # its commands keep running
         self._check_port()
         self._place.stamp.unlink(missing_ok=True)
         if systemd_runs() and os.geteuid() == 0:
@@ -59,7 +59,7 @@ class GatewayProcess:
         return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
 
     def stop(self) -> bool:
-        """Stop the gateway; say whether one ran."""
+        """Stop the gateway; return whether it was running."""
         pid = self.pid()
         if systemd_runs() and os.geteuid() == 0 and (UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
@@ -70,7 +70,7 @@ class GatewayProcess:
         return pid is not None
 
     def _end(self, first: signal.Signals) -> None:
-        """End the gateway's process, if there is one."""
+        """End the gateway's process, if any: send `first`, later SIGKILL."""
         pid = self.pid()
         if pid is not None:
             limit = self._settings.shutdown_timeout + 5.0
@@ -82,15 +82,15 @@ class GatewayProcess:
                 deadline = time.monotonic() + seconds
                 while self._is_ours(pid) and time.monotonic() < deadline:
                     time.sleep(POLL)
-        # it may have let go of its environment, by which it is known, a moment before it is gone
+        # a dying process loses its environment, by which it is recognised, shortly before it is gone
         self._reap(POLL * 100)
         self._place.pidfile.unlink(missing_ok=True)
 
     def pid(self) -> int | None:
         """Return the pid of the gateway that serves this state dir, or None.
 
-        Asked of the process table, not of the pid file alone: that may be stale, or be missing where a run
-        was killed right after it started the gateway.
+        The pid file alone is not enough: it may be stale, or missing if a run was killed right after it
+        started the gateway. So the process table is searched too.
         """
         with contextlib.suppress(OSError, ValueError):
             recorded = int(self._place.pidfile.read_text())
@@ -103,7 +103,7 @@ class GatewayProcess:
         return self._unit_pid()
 
     def last_words(self) -> str:
-        """Say where the gateway's log is, and how it ends where it is a file."""
+        """Describe where the gateway's log is; if it is a file, with its last lines."""
         if systemd_runs() and os.geteuid() == 0:
             return f"see: journalctl -u {UNIT}"
         try:
@@ -115,11 +115,11 @@ class GatewayProcess:
         return f"its log {self._place.log} ends: {' | '.join(lines[-3:]) or 'nothing'}"
 
     def variables(self) -> dict[str, str]:
-        """Return the environment of a process with this gateway's settings."""
+        """Return an environment with this gateway's settings."""
         return {**os.environ, **self._environment}
 
     def folders(self) -> dict[str, str]:
-        """Return which folders the gateway was given: as its own user it has a state dir of its own."""
+        """Return the folders set in the running gateway's environment; with its own user it has others."""
         try:
             variables = (Path("/proc") / str(self.pid()) / "environ").read_bytes().split(b"\0")
         except OSError:
@@ -180,7 +180,7 @@ class GatewayProcess:
         raise HostError(f"the gateway is not ready: {detail}; {self.last_words()}")
 
     def _check_port(self) -> None:
-        """Refuse an address that something else serves, before the gateway fails on it."""
+        """Raise `HostError` if the gateway's address is in use, before the gateway fails on it."""
         listen = self._settings.listen
         if "/" in listen:
             return
@@ -198,7 +198,7 @@ class GatewayProcess:
                 ) from error
 
     def _unit_pid(self) -> int | None:
-        """Return the pid of the unit's gateway; a drop-in may have given it another user and state dir."""
+        """Return the pid of the unit's gateway; a drop-in may give it another user and state dir."""
         try:
             ours = f"{self._place.root}/" in (UNITS / UNIT).read_text()
         except OSError:
@@ -210,7 +210,7 @@ class GatewayProcess:
         return int(said) if said.isdigit() and said != "0" else None
 
     def _is_ours(self, pid: int) -> bool:
-        if not Path("/proc/self/stat").exists():  # not Linux: ps knows the command
+        if not Path("/proc/self/stat").exists():  # not Linux: ask ps
             said = subprocess.run(
                 ["ps", "-o", "command=", "-p", str(pid)], check=False, capture_output=True, text=True
             )
@@ -225,8 +225,8 @@ class GatewayProcess:
             of_parent = (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0")
         except OSError:
             return False
-        # The same command may serve another state dir; and a fork of the gateway (which has its command
-        # line too) is not the gateway.
+        # The same command may serve another state dir, and a fork of the gateway, which has the same
+        # command line, is not the gateway.
         place = next((v[18:] for v in variables if v.startswith(b"GATEWAY_STATE_DIR=")), b"")
         return (
             state not in "ZX"

@@ -1,4 +1,4 @@
-"""The holder of a gateway's commands: become one, start one beside a gateway that is no unit, stop it."""
+"""The holder of a gateway's commands: become one, start one for a gateway without systemd, stop it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gateway.host import HostError
 from gateway.settings import Settings
 from gateway.storage.state_dir import private
 
-_TIMEOUT: Final = 10.0  # seconds until a holder listens, or is gone
+_TIMEOUT: Final = 10.0  # seconds for a holder to start or stop
 _LOOK: Final = 0.02
 
-# without the environment's packages, none of which it needs: it takes a tenth of the memory
+# without site-packages, which it does not need: a tenth of the memory
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gateway.holder.holding import main; main()"
 
 
@@ -38,12 +38,15 @@ def command(settings: Settings) -> list[str]:
 
 
 def ensure(settings: Settings, log: Path) -> str:
-    """Have a holder run as a separate process, which outlives ours; say so. Raises `HostError`."""
+    """Make sure that a holder runs, as a process that outlives this one; return what was done, for a person.
+
+    Raises `HostError`.
+    """
     if (pid := running(settings)) is not None:
         return f"runs already, pid {pid}"
     words = command(settings)
     with open(log, "ab", opener=private) as file:
-        # no `Popen`, which wants to see the end of what outlives us
+        # not `Popen`, which expects to wait for its child
         pid = os.posix_spawn(
             words[0],
             words,
@@ -60,11 +63,11 @@ def ensure(settings: Settings, log: Path) -> str:
         if running(settings) == pid:
             return f"started, pid {pid}"
         time.sleep(_LOOK)
-    raise HostError(f"the holder of commands does not start; see the end of {log}")
+    raise HostError(f"the holder of commands did not start; see the end of {log}")
 
 
 def stop(settings: Settings) -> bool:
-    """Stop the holder, which ends what it holds; say whether one ran."""
+    """Stop the holder, which ends the commands it holds; return whether one was running."""
     if (pid := running(settings)) is None:
         return False
     with contextlib.suppress(ProcessLookupError):
@@ -72,18 +75,18 @@ def stop(settings: Settings) -> bool:
     deadline = time.monotonic() + _TIMEOUT
     while running(settings) is not None and time.monotonic() < deadline:
         time.sleep(_LOOK)
-    with contextlib.suppress(ChildProcessError):  # of another's
+    with contextlib.suppress(ChildProcessError):  # not our child
         os.waitpid(pid, 0)
     return True
 
 
 def running(settings: Settings) -> int | None:
-    """Return the pid of the holder that listens, None if there is none."""
+    """Return the pid of the listening holder, or None."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
             probe.connect(str(settings.holder_socket))
         except OSError:
             return None
-        # struct ucred: pid, uid, gid, of who listens
+        # struct ucred: pid, uid, gid of the listener
         pid, uid, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(pid) if uid in (0, os.geteuid()) else None

@@ -1,4 +1,4 @@
-"""Asks the gateway of this machine by HTTP, past any proxy."""
+"""HTTP requests to the gateway of this machine, bypassing any proxy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Local(http.client.HTTPConnection):
-    """HTTP to the gateway's own address, past any proxy that the environment names."""
+    """A connection to the gateway's own address, ignoring proxies in the environment."""
 
     def __init__(self, listen: str, timeout: float) -> None:
         host, _, port = listen.rpartition(":")
@@ -36,9 +36,9 @@ def ask(
     timeout: float = 30.0,
     host: str = "",
 ) -> tuple[int, Any]:
-    """Send one request to the gateway; return the status and the JSON of the answer, or else its text.
+    """Send a request to the gateway; return the status and the answer's JSON, or its text if it is not JSON.
 
-    Raises `OSError` if nothing answers, or not in HTTP.
+    Raises `OSError` if nothing answers, or the answer is not HTTP.
     """
     connection = _Local(listen, timeout)
     try:
@@ -61,7 +61,7 @@ def ask(
 
 
 def base_url(listen: str) -> str:
-    """Return the URL at which a browser on this machine finds the gateway."""
+    """Return the gateway's URL for a browser on this machine."""
     if "/" in listen:
         return f"unix:{listen}"
     host, _, port = listen.rpartition(":")
@@ -69,7 +69,7 @@ def base_url(listen: str) -> str:
 
 
 def expires(token: str) -> float:
-    """Return when a JWT ends, in seconds since the epoch; 0 if it is none. Does not check it."""
+    """Return a JWT's expiry in seconds since the epoch, 0 if it is not a JWT. Does not verify it."""
     try:
         payload = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])

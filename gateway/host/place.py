@@ -1,4 +1,4 @@
-"""The files of quickstart in the state dir."""
+"""Paths of quickstart's files in the state dir."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place:
 
     @property
     def command(self) -> Path:
-        """`incus-gateway` with this gateway's settings, made by `deploy/quickstart`."""
+        """A wrapper of `incus-gateway` with this gateway's settings, written by `deploy/quickstart`."""
         return self.root / "incus-gateway"
 
     @property
@@ -37,17 +37,17 @@ class Place:
 
     @property
     def stamp(self) -> Path:
-        """What the running gateway was started from: code and settings."""
+        """The version of code and settings from which the running gateway was started."""
         return self.root / "quickstart.stamp"
 
     @property
     def incus_is_ours(self) -> Path:
-        """Exists if quickstart started incusd, so that `stop` stops it."""
+        """Exists if quickstart started incusd, so that `stop` stops it too."""
         return self.root / "quickstart.incus"
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole, mode 0600 from its first byte."""
+    """Replace a file atomically, with mode 0600 from the start."""
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -56,7 +56,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def format_environment(variables: dict[str, str]) -> str:
-    """Write variables as systemd's EnvironmentFile wants them (systemd.exec(5)): quoted, one a line."""
+    """Format variables for systemd's EnvironmentFile (systemd.exec(5)): quoted, one per line."""
     lines = []
     for key, value in sorted(variables.items()):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
@@ -65,6 +65,6 @@ def format_environment(variables: dict[str, str]) -> str:
 
 
 def parse_environment(text: str) -> dict[str, str]:
-    """Read what `format_environment` wrote."""
+    """Parse the output of `format_environment`."""
     found = re.findall(r'^(\w+)="((?:[^"\\]|\\.)*)"$', text, re.MULTILINE | re.DOTALL)
     return {key: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for key, value in found}

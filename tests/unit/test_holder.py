@@ -177,7 +177,7 @@ async def test_another_holder_at_the_same_place_is_refused(start: Start, tmp_pat
     settings = Settings(runtime="local", state_dir=tmp_path)
     second = await asyncio.create_subprocess_exec(*command(settings), stderr=asyncio.subprocess.PIPE)
     said = (await asyncio.wait_for(second.communicate(), 30))[1]
-    assert second.returncode == 1 and b"another holder is there" in said
+    assert second.returncode == 1 and b"another holder is listening" in said
     assert held_at(tmp_path / "holder.sock") == 0
 
 
