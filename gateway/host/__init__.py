@@ -1,8 +1,8 @@
-"""Prepares the machine: the Incus daemon, what tenants need of it, their base image.
+"""Prepare the machine: the Incus daemon, what tenants need of the host, their base image.
 
-Everything here needs root and is slow control plane for an operator at a terminal; nothing of it runs
-while a client waits. From outside: `daemon.Daemon`, `setup.setup`, `image.build`, `quickstart.main`, and
-the words of this module. Errors are `HostError`, whose message names the step and what to do next.
+Everything here needs root, may be slow, and serves an operator at a terminal; none of it runs while a client
+waits. Other packages use `daemon.Daemon`, `setup.setup`, `image.build`, `quickstart.main`, and the names in
+this module. Errors are `HostError`, whose message names the step and what to do next.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from gateway.errors import GatewayError
 
 Report = Callable[[str], None]
-"""Takes one line of progress for a person, without its line end."""
+"""Shows one line of progress to a person; without a newline."""
 
-# What incusd and the image build call, with the Debian package that brings each.
+# Programs that incusd and the image build run, with their Debian packages.
 PROGRAMS = {
     "/usr/libexec/incus/incusd": "incus-base",
     "incus": "incus-client",
@@ -31,12 +31,12 @@ PROGRAMS = {
 
 
 class HostError(GatewayError):
-    """A step of preparing the host failed. Its reader is the operator, so it may name host paths."""
+    """A step of preparing the host failed. Only the operator sees it, so it may name host paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One step of preparing the host: what it looked after, what it did there, how long it took."""
+    """The outcome of one step of preparing the host."""
 
     step: str
     changed: bool
@@ -48,14 +48,14 @@ class Change:
 
 
 class Steps:
-    """Collects the changes of one run and reports each as it is finished."""
+    """Runs steps, reports each when it is finished, and collects their outcomes."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
         self.changes: list[Change] = []
 
     def run(self, step: str, work: Callable[[], str | None], unchanged: str = "as it should be") -> None:
-        """Do `work`, which says what it changed, or None. A `HostError` out of it gains the step's name."""
+        """Run `work`, which returns what it changed, or None. A `HostError` gets the step's name in front."""
         begun = time.monotonic()
         try:
             done = work()
@@ -77,9 +77,9 @@ def run(
 ) -> str:
     """Run a program of the host and return its output.
 
-    Raises `HostError` with the end of what it said and `fix`, which tells the reader what to do.
-    `timeout` is in seconds. `holding` are descriptors of locks: should this process be killed, its child
-    holds them until it ends too.
+    Raises `HostError` with the end of the program's output and `fix`, which tells the reader what to do.
+    `timeout` is in seconds. `holding` are descriptors of locks: if this process is killed, the program
+    keeps them until it ends.
     """
     words = [str(word) for word in command]
     try:

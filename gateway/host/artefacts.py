@@ -1,6 +1,7 @@
-"""Built images on this host, each named by the digest of its definition: they are made once.
+"""Built images on this host, each named by the digest of its definition and built once.
 
-Nothing here needs more than Python itself, so that quickstart has one made while it installs the gateway.
+This module needs only the standard library, so that quickstart can build an image while it installs the
+gateway.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Artefact:
 
     @property
     def fingerprint(self) -> str:
-        """Return the fingerprint that Incus gives it: the SHA-256 over both files, metadata first."""
+        """The fingerprint that Incus gives the image: SHA-256 over both files, metadata first."""
         digest = hashlib.sha256()
         for part in (self.metadata, self.rootfs):
             with part.open("rb") as file:
@@ -53,10 +54,10 @@ class Artefact:
 
 
 def ensure(definition: Definition, steps: Steps, cache: Path, *, rebuild: bool = False) -> Artefact:
-    """Return the image of a definition, built where the cache lacks it or in any case.
+    """Return the image of a definition, building it if it is not cached or if `rebuild` is set.
 
-    Takes about a minute. Safe to interrupt: it appears in the cache in one rename. Of two that want it at
-    once, the second waits for the first. Raises `HostError`.
+    A build takes about a minute. It can be interrupted safely: the image appears in the cache by one rename.
+    Of two concurrent callers, the second waits for the first. Raises `HostError`.
     """
     artefact = Artefact(*(cache / f"{definition.digest}.{kind}" for kind in ("tar", "squashfs")))
     with alone(cache, steps.report) as lock:
@@ -68,9 +69,9 @@ def ensure(definition: Definition, steps: Steps, cache: Path, *, rebuild: bool =
 
 
 def keep(cache: Path, used: Artefact) -> None:
-    """Keep what was `used` now and the artefacts used last before it, `KEPT` in all; remove the others.
+    """Keep `used` and the most recently used other artefacts, `KEPT` in all; remove the rest.
 
-    Gateways of different versions on one host build different definitions, from one cache.
+    Gateways of different versions on one host have different definitions and share one cache.
     """
     os.utime(used.rootfs)
     for old in prune(cache.glob("*.squashfs")):
@@ -94,7 +95,7 @@ def _build(
         steps.run(f"Debian {SUITE}", lambda: _bootstrap(definition, place, tree, lock))
         steps.run("programs", programs.result)
     steps.run("packing", lambda: _pack(definition, tree, local, made, lock))
-    # Metadata last: its presence says that the other is whole. Both by rename, within one file system.
+    # Metadata last: its presence means that the other file is complete. Both by rename within a file system.
     for source, target in ((made.rootfs, artefact.rootfs), (made.metadata, artefact.metadata)):
         with source.open("rb") as file:
             os.fsync(file.fileno())
@@ -114,7 +115,7 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, lock: int) -> st
     words = " ".join(shlex.quote(str(word)) for word in (*facts, " ".join(MASKED), " ".join(GENERATORS)))
     hooks = [f'copy-in "{overlay}/etc" "{overlay}/usr" /', f'sh "{finish}" "$1" {words}']
     if definition.certificates:
-        # What the host trusts beside Debian's own, a guest behind the same network needs too.
+        # A container behind the same network needs the additional CAs that the host trusts.
         bundle = place / "ca-certificates.crt"
         bundle.write_bytes(definition.certificates)
         hooks.append(f'install -m 0644 "{bundle}" "$1{CA_BUNDLE}"')
@@ -127,27 +128,27 @@ def _bootstrap(definition: Definition, place: Path, tree: Path, lock: int) -> st
             f"--include={','.join(definition.packages)}",
             '--aptopt=Apt::Install-Recommends "false"',
             *(f"--aptopt={option}" for option in _apt_options()),
-            # the tree is made again if anything goes wrong; what is flushed to the disk is the packed image
+            # if anything goes wrong the tree is built again, so only the packed image is flushed to disk
             "--dpkgopt=force-unsafe-io",
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             "--dpkgopt=path-exclude=/usr/share/locale/*/LC_MESSAGES/*.mo",
-            "--dpkgopt=path-exclude=/usr/lib/udev/hwdb.d/*",  # a container has no hardware to be named
+            "--dpkgopt=path-exclude=/usr/lib/udev/hwdb.d/*",  # a container has no hardware to name
             *(f"--customize-hook={hook}" for hook in hooks),
             SUITE,
             tree,
         ],
         env={**os.environ, "TMPDIR": str(place)},
         holding=(lock,),
-        fix="check that this machine reaches a Debian mirror (apt-get update), then run again",
+        fix="check that this machine can reach a Debian mirror (apt-get update), then run again",
         timeout=1800.0,
     )
-    return f"{len(definition.packages)} packages and what they need"
+    return f"{len(definition.packages)} packages and their dependencies"
 
 
 def _apt_options() -> list[str]:
-    """Return how this host's apt reaches its mirrors (proxies, timeouts); mmdebstrap starts without it."""
+    """Return this host's apt settings for reaching mirrors (proxies, timeouts), which mmdebstrap ignores."""
     dump = run(["apt-config", "dump", "Acquire"], fix="this needs Debian or Ubuntu")
     lines = (line.rstrip(";") for line in dump.splitlines())
     wanted = re.compile(r"Acquire::(https?::(Proxy|Timeout|CaInfo)|Check-(Valid-Until|Date)|Retries)\b", re.I)
@@ -155,16 +156,16 @@ def _apt_options() -> list[str]:
 
 
 def _pack(definition: Definition, tree: Path, local: Path, made: Artefact, lock: int) -> str:
-    # links: both are on one file system, and only read from here on
+    # hard links: both are on one file system, and only read from here on
     run(["cp", "--archive", "--link", f"{local}/.", tree / "usr/local"], fix="run again")
-    # at level 6 it is 6% smaller, and takes 9 s of CPU time instead of 4
+    # level 6 would save 6% and take 9 s of CPU time instead of 4
     run(
         [
             *("mksquashfs", tree, made.rootfs),
             *("-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-no-progress", "-quiet"),
         ],
         holding=(lock,),
-        fix="see whether the disk is full, then run again",
+        fix="check whether the disk is full, then run again",
     )
     parts = {"metadata.yaml": json.dumps(image_metadata(definition), indent=2)}  # JSON is YAML
     parts |= {f"templates/{_template(path)}": text for path, text in TEMPLATES.items()}
@@ -177,10 +178,10 @@ def _pack(definition: Definition, tree: Path, local: Path, made: Artefact, lock:
 
 
 def image_metadata(definition: Definition) -> dict[str, Any]:
-    """Return what Incus's metadata.yaml says of the image."""
+    """Return the contents of the image's metadata.yaml for Incus."""
     return {
         "architecture": {"amd64": "x86_64", "arm64": "aarch64"}[definition.architecture],
-        # Fixed, so that one definition has one fingerprint as far as its packages do.
+        # Fixed, so that the fingerprint depends only on the definition and the packages.
         "creation_date": 1,
         "properties": {
             "os": "Debian",
@@ -197,7 +198,7 @@ def _template(path: str) -> str:
 
 
 def main() -> int:
-    """Have the image that the settings' defaults define in the cache."""
+    """Build the image defined by the default settings into the cache."""
     try:
         ensure(define(), Steps(_say), CACHE)
     except HostError as error:

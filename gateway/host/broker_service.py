@@ -1,7 +1,7 @@
-"""Runs the broker as a service: its socket, and whom it serves.
+"""Run the broker as a service.
 
-The broker itself is `gateway.rootfs.broker`, which reads no settings. It runs in an interpreter of its own:
-workers are forks of it, and no settings, above all not the secret, may be in their memory.
+The broker itself is `gateway.rootfs.broker`, which reads no settings. It runs in a separate interpreter,
+because workers are forked from it and must not have settings, above all the secret, in their memory.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ OPERATIONS = "gateway.tools.worker_operations"
 
 
 def run(settings: Settings, report: Report) -> NoReturn:
-    """Become a broker that serves until SIGTERM. Raises `HostError` if it cannot.
+    """Become a broker that serves until SIGTERM. Raises `HostError` if that is impossible.
 
-    Creates the folder of the socket so that only root may write to it: nobody else can put a socket there.
+    Creates the socket's folder writable by root only, so that nobody else can put a socket there.
     """
     path = settings.broker_socket
     if path is None:
-        raise HostError("GATEWAY_BROKER_SOCKET is not set: set it for this command and for `serve`")
+        raise HostError("GATEWAY_BROKER_SOCKET is not set; set it for this command and for `serve`")
     if sys.platform != "linux" or os.geteuid() != 0:
         raise HostError("the broker needs root on Linux; without it leave GATEWAY_BROKER_SOCKET unset")
     uids, gid = [], 0
@@ -37,11 +37,11 @@ def run(settings: Settings, report: Report) -> NoReturn:
         user = pwd.getpwnam(settings.broker_user)
         uids, gid = [user.pw_uid], user.pw_gid
     except KeyError:
-        report(f"there is no user {settings.broker_user}: only root is served")
+        report(f"there is no user {settings.broker_user}: serving only root")
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
-        raise HostError(f"{path.parent} cannot be made: {error.strerror}") from None
+        raise HostError(f"cannot create {path.parent}: {error.strerror}") from None
     imports = "\n".join(folder or str(Path.cwd()) for folder in sys.path)
     told = {
         "path": str(path),

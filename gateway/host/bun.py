@@ -1,4 +1,4 @@
-"""Fetches the pinned Bun into a cache, for the image and to build the browser editor."""
+"""Fetch the pinned Bun into a cache, for the image and for building the browser editor."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ INTEGRITY = {
 
 
 def variant(machine: str = "", flags: str | None = None) -> str:
-    """Return the build for a processor: this one, or another `machine` with CPU `flags`."""
+    """Return the build variant for this processor, or for another `machine` with CPU `flags`."""
     machine = machine or platform.machine()
     if machine in ("aarch64", "arm64"):
         return "aarch64"
     if machine != "x86_64":
-        raise HostError(f"there is no Bun for {machine}, only for x86_64 and aarch64")
+        raise HostError(f"Bun does not exist for {machine}, only for x86_64 and aarch64")
     flags = Path("/proc/cpuinfo").read_text() if flags is None else flags
     return "x64" if " avx2" in flags else "x64-baseline"
 
 
 def ensure(kind: str, cache: Path) -> Path:
-    """Return the program of build `kind`, from the cache or fetched into it. Raises `HostError`."""
+    """Return the program of variant `kind`, fetching it into the cache if missing. Raises `HostError`."""
     target = cache / f"bun-{VERSION}-{kind}"
     with fetching(target):
         if not target.exists():
@@ -53,14 +53,14 @@ def _fetch(kind: str, target: Path) -> None:
         npm.fetch(f"@oven/bun-linux-{kind}@{VERSION}", INTEGRITY[kind], package)
         with tarfile.open(package) as archive, fetched.open("wb") as file:
             program = archive.extractfile("package/bin/bun")
-            assert program is not None, "it was checked to be the one that holds it"
+            assert program is not None, "the archive's integrity was checked"
             shutil.copyfileobj(program, file, 1 << 20)
         fetched.chmod(0o755)
         fetched.replace(target)
 
 
 def main() -> int:
-    """Print the path of this machine's Bun, in the system's cache or, for an ordinary user, in their own."""
+    """Print the path of this machine's Bun, in the system's cache for root, else in the user's."""
     cache = CACHE if os.geteuid() == 0 else Path.home() / ".cache" / "incus-gateway"
     try:
         sys.stdout.write(f"{ensure(variant(), cache)}\n")

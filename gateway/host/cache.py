@@ -1,4 +1,4 @@
-"""The cache of this host: built images, and the archives that they are made of."""
+"""The host's cache of built images and the archives they are made from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from gateway.host import Report, run
 
 CACHE = Path("/var/cache/incus-gateway")
-KEPT = 3  # of each kind of file
+KEPT = 3  # files of each kind
 
 
 def prune(files: Iterable[Path]) -> list[Path]:
-    """Remove all but the `KEPT` files that changed last; return those that were removed."""
+    """Remove all but the `KEPT` most recently changed files; return the removed ones."""
     old = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]
     for path in old:
         path.unlink(missing_ok=True)
@@ -25,27 +25,27 @@ def prune(files: Iterable[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def alone(cache: Path, report: Report) -> Iterator[int]:
-    """Hold the cache: of two builds at once, the second waits and finds the first one's artefact.
+    """Lock the cache for a build: a second one waits, and then finds the first one's artefact.
 
-    Yields the lock's descriptor for the programs of the build, which may outlive a killed builder.
+    Yields the lock's descriptor, to be passed to the build's programs, which may outlive a killed builder.
     """
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another build of the image to end")
+            report("waiting for another build of the image to finish")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
 
 @contextlib.contextmanager
 def workplace(cache: Path) -> Iterator[Path]:
-    """Give an empty folder, removed afterwards; those of killed builds go first, with what they mounted."""
+    """Yield an empty folder, removed afterwards. First clears the folders of killed builds."""
     for left in cache.glob("build-*"):
         _clear(left)
     place = Path(tempfile.mkdtemp(prefix="build-", dir=cache))
-    # mmdebstrap drops its privileges to fetch, so the folder must be passable.
+    # mmdebstrap drops its privileges to fetch, so the folder must be accessible to others.
     place.chmod(0o755)
     try:
         yield place
@@ -54,7 +54,7 @@ def workplace(cache: Path) -> Iterator[Path]:
 
 
 def _clear(place: Path) -> None:
-    # A killed mmdebstrap leaves proc and sys mounted in its tree: deleting through them would be a disaster.
+    # A killed mmdebstrap leaves proc and sys mounted in its tree; deleting through them would be a disaster.
     for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
         mount = Path(line.split()[1])
         if mount != place and mount.is_relative_to(place):
@@ -64,7 +64,7 @@ def _clear(place: Path) -> None:
 
 @contextlib.contextmanager
 def fetching(file: Path) -> Iterator[None]:
-    """Hold one file's place in the cache: of two that want it, the second finds what the first fetched."""
+    """Lock one file of the cache, so that of two concurrent fetches the second finds the first one's file."""
     file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with file.with_name(f".{file.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""Runs the Caddy in front of all sites on this host: which ports it takes, its start and its end.
+"""Run the Caddy in front of all sites of this host: choose its ports, start it, stop it.
 
-Its configuration is `gateway.caddy`'s. Where it is started by root it runs as the user `caddy` of Debian's
-package, with the one right to take ports below 1024: it reads what hostile sites answer.
+Its configuration comes from `gateway.caddy`. Started by root, it runs as the user `caddy` of Debian's package
+with the single capability to bind ports below 1024, because it parses what hostile sites answer.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _UNITS: Final = Path("/etc/systemd/system")
 USER: Final = "caddy"
 START_TIMEOUT: Final = 60.0  # seconds
 POLL: Final = 0.05
-UNDER_WAY: Final = 1.0  # seconds within which a request that was taken has looked for its route
-_UNIX_PATH: Final = 100  # bytes of a unix socket's path that every system takes, and some over
-_ROOT: Final = 1024  # ports below are root's
+UNDER_WAY: Final = 1.0  # seconds in which an accepted request has looked up its route
+_UNIX_PATH: Final = 100  # bytes; a unix socket's path of this length works on every system
+_ROOT: Final = 1024  # ports below need root
 _BIND: Final = "+net_bind_service"
-# not as it was called in the state dir: a Caddy that moved removes that one by its old path, which leads here
+# not its former name: a Caddy that moved unlinks that by its old path, which now leads here
 _ADMIN: Final = "caddy.sock"
-# the usual port, and the first of those that are tried where another has it
+# the usual port, and the first one to try if that is taken
 _PORTS: Final = {"caddy_http": (80, 8081), "caddy_https": (443, 8443), "caddy_ask": (2020, 2021)}
 
 
 def chosen(settings: Settings) -> dict[str, Any]:
-    """Return where a new Caddy can listen, for the settings that have no value."""
+    """Return values for the unset settings of Caddy's addresses, at which it can listen now."""
     found: dict[str, Any] = {}
     for name, (usual, more) in _PORTS.items():
         if name not in settings.model_fields_set:
@@ -54,7 +54,7 @@ def chosen(settings: Settings) -> dict[str, Any]:
                     found[name] = port
                     break
     if "caddy_dir" not in settings.model_fields_set and _user() is not None:
-        found["caddy_dir"] = _beside(settings)  # the state dir is closed to that user
+        found["caddy_dir"] = _beside(settings)  # that user cannot enter the state dir
     moved = "caddy_dir" in found and settings.caddy_admin == _old_admin(settings)
     if moved or "caddy_admin" not in settings.model_fields_set:
         path = found.get("caddy_dir", settings.caddy_folder.absolute()) / "admin" / _ADMIN
@@ -77,17 +77,17 @@ def _old_admin(settings: Settings) -> str:
 
 
 def move_out(settings: Settings) -> None:
-    """Have Caddy's folder beside the state dir, if it is to be there, and a link to it in the old place.
+    """Move Caddy's folder out of the state dir, if configured so, and leave a link in the old place.
 
-    A Caddy that runs goes on: what it looks for is to be found by its old path all the while.
+    A running Caddy is not disturbed: its files can be found by their old paths throughout.
     """
     before, folder = _inside(settings), settings.caddy_folder.absolute()
     if folder != _beside(settings):
         return
-    if folder.is_symlink() and not folder.exists():  # of a run that was killed below
+    if folder.is_symlink() and not folder.exists():  # left by a run killed below
         folder.unlink()
     if before.is_dir() and not before.is_symlink() and not folder.exists():
-        folder.symlink_to(folder)  # what it names is there once both have changed places
+        folder.symlink_to(folder)  # a valid link once both have been exchanged
         try:
             exchange(before, folder)
         except OSError:
@@ -99,10 +99,10 @@ def move_out(settings: Settings) -> None:
 
 
 def hand_over(settings: Settings) -> str | None:
-    """Give the folders of the routes to the user of a gateway without root; say what was changed.
+    """Give the folders of the routes to the user of a gateway without root; return what was changed, or None.
 
-    Removes what another user had in them: that user's gateway sets its routes again. If there is no such
-    user, the broker serves only root's gateway, and nothing is changed.
+    Removes the contents left by another user; the gateway writes its routes again. If there is no such user,
+    the broker serves only root's gateway, and nothing is changed.
     """
     try:
         user = pwd.getpwnam(settings.broker_user)
@@ -117,7 +117,7 @@ def hand_over(settings: Settings) -> str | None:
         place = folder / name
         if place.exists() and place.stat().st_uid == user.pw_uid:
             continue
-        if name != "sockets":  # whose running ones cannot be created again
+        if name != "sockets":  # sockets in use cannot be created again
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(mode=0o755, exist_ok=True)
         os.chown(place, user.pw_uid, user.pw_gid)
@@ -126,7 +126,7 @@ def hand_over(settings: Settings) -> str | None:
 
 
 def in_use(port: int, host: str = "") -> str | None:
-    """Say why nobody can listen on a port now, or None."""
+    """Return why a port cannot be listened on now, or None."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -137,14 +137,14 @@ def in_use(port: int, host: str = "") -> str | None:
 
 
 class CaddyService:
-    """The Caddy process of one gateway's state dir."""
+    """The Caddy process that belongs to a gateway's state dir."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.caddy = Caddy(settings)
         self.folder = self.caddy.folder.absolute()
         self.config = self.folder / "Caddyfile"
-        # a running one may still be known by where its folder was
+        # a running Caddy may have been started with the folder's former path
         self._configs = (self.config, _inside(settings) / "Caddyfile")
         self.log = self.folder / "caddy.log"
 
@@ -153,7 +153,7 @@ class CaddyService:
         return self.settings.caddy_admin
 
     def pid(self) -> int | None:
-        """Return the pid of the Caddy that runs this configuration; asked of the process table."""
+        """Return the pid of the Caddy that runs this configuration, found in the process table."""
         if not Path("/proc/self/stat").exists():
             said = subprocess.run(
                 ["ps", "-axo", "pid=,command="], check=False, capture_output=True, text=True
@@ -173,20 +173,20 @@ class CaddyService:
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return False
-        named = words[0].rpartition(b"/")[2] == b"caddy"  # not the one that is about to become it
+        named = words[0].rpartition(b"/")[2] == b"caddy"  # not a process that is about to exec it
         ours = any(words[1:4] == [b"run", b"--config", os.fsencode(config)] for config in self._configs)
         return named and ours and state not in "ZX"
 
     def others(self) -> bool:
-        """Say whether a Caddy that is not ours answers where the settings say that Caddy is."""
+        """Return whether another Caddy answers at the configured admin address."""
         return "caddy_admin" in self.settings.model_fields_set and self.pid() is None and self.answers()
 
     def answers(self) -> bool:
-        """Say whether the admin API answers."""
+        """Return whether the admin API answers."""
         return self.running() is not None
 
     def running(self, admin: str | None = None) -> dict[str, Any] | None:
-        """Return the configuration of the Caddy at the admin API, or None if there is no answer."""
+        """Return the configuration that the admin API reports, or None if it does not answer."""
         admin = admin or self.admin
         path = socket_of(admin)
         host, _, port = admin.split("://")[-1].rstrip("/").rpartition(":")
@@ -197,24 +197,24 @@ class CaddyService:
                     connection.sock = socket.socket(socket.AF_UNIX)
                     connection.sock.settimeout(5)
                     connection.sock.connect(path)
-                # on a unix socket Caddy takes any host, and wants no origin
+                # on a unix socket Caddy accepts any host and requires that there is no origin
                 connection.request("GET", "/config/", headers={} if path is None else {"Host": ""})
                 answer = connection.getresponse()
                 found = json.loads(answer.read()) if answer.status == 200 else None
         except (OSError, ValueError, http.client.HTTPException):
             return None
-        # one that was started without a configuration says null
+        # null from a Caddy started without a configuration
         return found if isinstance(found, dict) else {} if answer.status == 200 else None
 
     def taken(self) -> dict[int, str]:
-        """Return of those of its ports at which it could not listen now why not."""
+        """Return each configured port that cannot be listened on now, with the reason."""
         found = {port: in_use(port) for port in (getattr(self.settings, name) for name in _PORTS)}
         return {port: reason for port, reason in found.items() if reason is not None}
 
     def start(self, units: Path) -> str:
-        """Have it run with the configuration of now; say what was done. Raises `HostError`.
+        """Make sure that Caddy runs with the current configuration; return what was done.
 
-        `units` is the folder of the systemd unit.
+        `units` is the folder with the systemd unit. Raises `HostError`.
         """
         running = self.pid()
         program = shutil.which("caddy")
@@ -223,12 +223,12 @@ class CaddyService:
         by_unit = systemd_runs() and os.geteuid() == 0
         unit_is_new = by_unit and _text(_UNITS / UNIT) != self._unit(program, units)
         if running is not None and not unit_is_new and (admin := self._answering()) is not None:
-            # loaded, not restarted: no request fails
+            # loaded, not restarted, so that no request fails
             loaded = asyncio.run(self._load(admin))
             if admin != self.admin:
-                # what was asked before it still looks for its route by the old path, which is closed next
+                # earlier requests still look up their route by the old path, which is closed next
                 time.sleep(UNDER_WAY)
-            return f"{'was given its new configuration' if loaded else 'runs already'}, pid {running}"
+            return f"{'loaded the new configuration' if loaded else 'already running'}, pid {running}"
         if running is not None:
             self.stop()
         self._check_ports()
@@ -242,7 +242,7 @@ class CaddyService:
         return f"{'restarted' if running is not None else 'started'}, pid {self.pid()}"
 
     def _lay(self) -> None:
-        """Write the configuration, and give Caddy what it writes itself."""
+        """Write the configuration, and create the folders that Caddy itself writes to."""
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.caddy.write()
         for name in ("admin", "data"):
@@ -252,7 +252,7 @@ class CaddyService:
                 shutil.chown(place, user, user)
 
     def _answering(self) -> str | None:
-        """Return where the Caddy that runs answers: where it should, or as before its folder moved."""
+        """Return the running Caddy's admin address: the configured one, or that before its folder moved."""
         places = (self.admin, _old_admin(self.settings))
         return next((admin for admin in places if self.running(admin) is not None), None)
 
@@ -261,12 +261,12 @@ class CaddyService:
             async with Caddy(self.settings, admin) as caddy:
                 return await caddy.ensure()
         except CaddyFailed as error:
-            raise HostError(f"{error.message}; the old configuration goes on") from error
+            raise HostError(f"{error.message}; the old configuration stays in force") from error
 
     def _unit(self, program: str, units: Path) -> str:
         text = (units / UNIT).read_text()
         state = self.settings.state_dir.absolute()
-        if state in self.folder.parents:  # as where Caddy is no other user
+        if state in self.folder.parents:  # as if Caddy had no user of its own
             text = text.replace(" -/var/lib/incus-gateway\n", "\n")
         text = re.sub("/var/lib/incus-gateway-caddy(?![-\\w])", lambda _: str(self.folder), text)
         text = re.sub(" -/var/lib/incus-gateway\n", lambda _: f" -{state}\n", text)
@@ -305,7 +305,7 @@ class CaddyService:
             reason = in_use(port)
             if reason is not None:
                 raise HostError(
-                    f"Caddy cannot listen on port {port}: {reason}; free it, or choose another: "
+                    f"Caddy cannot listen on port {port}: {reason}; free it or choose another: "
                     f"GATEWAY_{name.upper()}={port + 1 if port > _ROOT else port + 8000} deploy/quickstart"
                 )
 
@@ -314,20 +314,20 @@ class CaddyService:
         while not self.answers() or self.pid() is None:
             ended = process is not None and process.poll() is not None
             if ended or time.monotonic() > deadline:
-                raise HostError(f"Caddy does not start; {self.last_words()}")
+                raise HostError(f"Caddy did not start; {self.last_words()}")
             time.sleep(POLL)
         if process is not None:
-            process.returncode = 0  # it outlives us: Popen must neither wait for it nor warn of it
+            process.returncode = 0  # it outlives us: Popen must not wait for it or warn about it
 
     def last_words(self) -> str:
-        """Say where its log is, and how it ends where it is a file."""
+        """Describe where the log is; if it is a file, with its last lines."""
         if systemd_runs() and os.geteuid() == 0:
             return f"see: journalctl -u {UNIT}"
         lines = [line for line in (_text(self.log) or "").splitlines() if line.strip()]
         return f"its log {self.log} ends: {' | '.join(lines[-2:]) or 'nothing'}"
 
     def stop(self) -> bool:
-        """Stop it; return whether it ran."""
+        """Stop Caddy; return whether it was running."""
         pid = self.pid()
         if systemd_runs() and os.geteuid() == 0 and (_UNITS / UNIT).exists():
             run(["systemctl", "disable", "--quiet", "--now", UNIT], fix=f"see: journalctl -u {UNIT}")
@@ -345,12 +345,12 @@ class CaddyService:
 
     def _runs(self, pid: int) -> bool:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)  # one that this very process started
+            os.waitpid(pid, os.WNOHANG)  # if this process started it
         return self.pid() == pid
 
 
 def _user() -> str | None:
-    """Return the user that Caddy runs as if root starts it; None if it runs as the user that starts it."""
+    """Return the user as which root starts Caddy; None if it runs as the current user."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""Finds, starts, awaits and stops incusd, with systemd or without.
+"""Find, start, await and stop incusd, with or without systemd.
 
-A daemon is named by its folder (INCUS_DIR), so that tests run one of their own beside the operator's.
+A daemon is identified by its folder (INCUS_DIR), so that tests can run their own beside the operator's.
 """
 
 from __future__ import annotations
@@ -22,31 +22,29 @@ from gateway.host import HostError, Report, run
 DEFAULT_DIR = Path("/var/lib/incus")
 INCUSD = Path("/usr/libexec/incus/incusd")
 GROUP = "incus-admin"
-LXC = Path("/usr/share/lxc/config")  # its common.conf.d is what packages want of every container
+LXC = Path("/usr/share/lxc/config")  # its common.conf.d has what packages add to every container
 SLOW_HOOK = "/usr/share/lxcfs/lxc.reboot.hook"
-POLL = 0.05  # seconds; there is no descriptor to wait on before the daemon has made its socket
+POLL = 0.05  # seconds; before the daemon has created its socket there is nothing to wait on
 
 How = Literal["systemd", "process"]
 
 
 def systemd_runs() -> bool:
-    """Say whether systemd is PID 1 (the test that sd_booted(3) documents)."""
+    """Return whether systemd is PID 1, as sd_booted(3) tests it."""
     return Path("/run/systemd/system").is_dir()
 
 
 def cannot_run() -> str | None:
-    """Say in one line why Incus cannot run on this machine, or None if nothing speaks against it."""
+    """Return in one line why Incus cannot run on this machine, or None if nothing prevents it."""
     if os.uname().sysname != "Linux":
-        return f"Incus needs Linux, this is {os.uname().sysname}"
+        return f"Incus needs Linux; this is {os.uname().sysname}"
     if os.geteuid() != 0:
-        return "Incus is set up by root, this is an ordinary user"
+        return "setting up Incus needs root; this is an ordinary user"
     mounts = Path("/proc/self/mounts").read_text()
     if not any(line.split()[2] in ("cgroup", "cgroup2") for line in mounts.splitlines()):
-        return "Incus needs control groups, none are mounted here"
+        return "Incus needs control groups; none are mounted here"
     if not _may("CapEff", 21):
-        return (
-            "Incus needs the capability to mount and to make namespaces (CAP_SYS_ADMIN), root lacks it here"
-        )
+        return "Incus needs CAP_SYS_ADMIN, to mount and to create namespaces; root does not have it here"
     return None
 
 
@@ -59,13 +57,13 @@ def _may(field: str, bit: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """One incusd, known by its folder. Holds no connection and no state: asks the machine each time."""
+    """One incusd, identified by its folder. Keeps no connection and no state."""
 
     root: Path = DEFAULT_DIR
 
     @classmethod
     def at(cls, sock: Path) -> Daemon:
-        """Name the daemon that serves the unix socket `sock`, as in `Settings.incus_socket`."""
+        """Return the daemon that serves the unix socket `sock`, as in `Settings.incus_socket`."""
         return cls(sock.parent)
 
     @property
@@ -83,11 +81,11 @@ class Daemon:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment under which `incus` and `incusd` mean this daemon."""
+        """The environment in which `incus` and `incusd` use this daemon."""
         return {**os.environ, "INCUS_DIR": str(self.root)}
 
     def answers(self) -> bool:
-        """Say whether something accepts connections on the socket and speaks HTTP within 2 s."""
+        """Return whether the socket answers HTTP within 2 s."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(2.0)
             try:
@@ -98,10 +96,10 @@ class Daemon:
                 return False
 
     def pid(self) -> int | None:
-        """Return the process id of the daemon that owns this folder, or None.
+        """Return the pid of the daemon that owns this folder, or None.
 
-        The pid file alone is not believed: it survives a crash, and its number may be another's by now.
-        Daemons that someone else started are found by their INCUS_DIR.
+        The pid file alone is not trusted: it survives a crash, and the number may have been reused.
+        Daemons started by someone else are found by their INCUS_DIR.
         """
         with contextlib.suppress(OSError, ValueError):
             recorded = int(self.pidfile.read_text())
@@ -114,12 +112,12 @@ class Daemon:
 
     def _is_ours(self, pid: int) -> bool:
         if pid in _CHILDREN:
-            # Asking reaps it too; and while it execs, its command line can still read as empty.
+            # Checking also reaps it. And during exec the command line can read as empty.
             return _CHILDREN[pid] == self.root and _child_runs(pid)
         try:
             process = Path("/proc") / str(pid)
             command = (process / "cmdline").read_bytes().split(b"\0")
-            # Not its helpers (`incusd forkexec …`), which outlive it; the daemon proper takes only options.
+            # Not helpers (`incusd forkexec …`), which outlive the daemon: the daemon itself has only options.
             if Path(os.fsdecode(command[0])).name != INCUSD.name or not _only_options(command[1:]):
                 return False
             if (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
@@ -131,11 +129,11 @@ class Daemon:
         return Path(os.fsdecode(place)) == self.root
 
     def how(self) -> How:
-        """Say whether systemd runs this daemon, as it does only the default one."""
+        """Return whether systemd runs this daemon, which it does only for the default one."""
         return "systemd" if systemd_runs() and self.root == DEFAULT_DIR else "process"
 
     def ensure(self, report: Report, timeout: float = 90.0) -> bool:
-        """Have the daemon running and ready; return whether it had to be started.
+        """Make sure that the daemon is running and ready; return whether it had to be started.
 
         `timeout` is in seconds. Raises `HostError` with the end of the daemon's log.
         """
@@ -143,7 +141,7 @@ class Daemon:
             self._wait_ready(timeout)
             return False
         if self.how() == "systemd":
-            report("starting Incus by systemd")
+            report("starting Incus with systemd")
             run(
                 ["systemctl", "enable", "--now", "incus.socket", "incus.service", "incus-startup.service"],
                 fix="see: journalctl -u incus",
@@ -156,10 +154,10 @@ class Daemon:
         return True
 
     def start(self) -> None:
-        """Start the daemon in a session of its own; does not wait until it is ready.
+        """Start the daemon in its own session, without waiting until it is ready.
 
-        A socket that a dead daemon left would refuse every caller until the new one replaces it, so it
-        goes first. One that is alive but does not answer yet is left to finish its start.
+        The socket left by a dead daemon would refuse every caller until the new daemon replaces it, so it
+        is removed first. A living daemon that does not answer yet is left to finish its start.
         """
         if self.pid() is not None:
             return
@@ -171,7 +169,7 @@ class Daemon:
         command: list[str] = [str(INCUSD), "--logfile", str(self.logfile)]
         if _group_exists(GROUP):
             command += ["--group", GROUP]
-        # Locale and PATH as a service has them: a venv or pyenv on PATH is no business of the daemon's.
+        # Locale and PATH as for a service: a venv or pyenv on PATH must not affect the daemon.
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "INCUS_DIR": str(self.root),
@@ -192,16 +190,16 @@ class Daemon:
                 start_new_session=True,
             )
         _CHILDREN[process.pid] = self.root
-        process.returncode = 0  # it outlives us: Popen must neither wait for it nor warn of it
+        process.returncode = 0  # it outlives us: Popen must not wait for it or warn about it
         temporary = self.pidfile.with_suffix(".new")
         temporary.write_text(f"{process.pid}\n")
         temporary.replace(self.pidfile)
 
     def _lxc_config(self) -> Path:
-        """Write what packages want of every container, without lxcfs's reboot hook; return the folder.
+        """Write LXC's common configuration without lxcfs's reboot hook; return the folder.
 
-        That hook sleeps half a second at each stop, for the control groups that lxcfs showed to containers
-        before kernels had namespaces for them (lxc/lxcfs#53).
+        That hook sleeps half a second at each stop, for the sake of the control groups that lxcfs presented
+        to containers before kernels had cgroup namespaces (lxc/lxcfs#53).
         """
         folder = self.root / "gateway-lxc"
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,13 +233,13 @@ class Daemon:
         return " | ".join(line.strip() for line in said if line.strip()) or "no message"
 
     def stop(self, *, instances: bool = True, timeout: float = 120.0) -> bool:
-        """Stop the daemon, with its instances and networks or without; return whether one ran.
+        """Stop the daemon, by default with its instances and networks; return whether it was running.
 
-        Those that ran are started again with the next daemon. Waits `timeout` seconds, then KILL.
+        Instances that were running start again with the next daemon. Sends SIGKILL after `timeout` seconds.
         """
         if self.how() == "systemd":
             active = subprocess.run(["systemctl", "is-active", "--quiet", "incus.service"], check=False)
-            # The instances are ended by the startup unit's stop; without it they outlive the daemon.
+            # Stopping the startup unit stops the instances; without that they outlive the daemon.
             units = ["incus-startup.service"] if instances else []
             for unit in (*units, "incus.service", "incus.socket"):
                 run(["systemctl", "stop", unit], fix=f"see: journalctl -u {unit}")
@@ -249,7 +247,7 @@ class Daemon:
         pid = self.pid()
         if pid is None:
             return False
-        # PWR is incusd's "the host goes down": instances and bridges stop. TERM leaves both running.
+        # On PWR ("the host is going down") incusd stops instances and bridges; TERM leaves both running.
         self._signal(pid, signal.SIGPWR if instances else signal.SIGTERM)
         if not self._gone(timeout):
             self._signal(pid, signal.SIGKILL)
@@ -259,10 +257,10 @@ class Daemon:
         return True
 
     def kill(self) -> int:
-        """End the daemon by SIGKILL, as a crash would, and return its pid. Socket and pid file stay."""
+        """Kill the daemon with SIGKILL, like a crash, and return its pid. Socket and pid file stay."""
         pid = self.pid()
         if pid is None:
-            raise HostError(f"no incusd runs on {self.root}")
+            raise HostError(f"no incusd is running on {self.root}")
         self._signal(pid, signal.SIGKILL)
         self._gone(10.0)
         return pid
@@ -281,12 +279,12 @@ class Daemon:
             os.kill(pid, number)
 
     def erase(self) -> None:
-        """Remove everything of a daemon that does not run: its mounts, its bridges' DHCP servers, its files.
+        """Remove everything of a stopped daemon: its mounts, its bridges' DHCP servers, its files.
 
-        For tests and for starting afresh; refuses while the daemon runs.
+        For tests and for starting afresh; refuses while the daemon is running.
         """
         if self.pid() is not None:
-            raise HostError(f"incusd still runs on {self.root}; stop it first")
+            raise HostError(f"incusd is still running on {self.root}; stop it first")
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for mount in reversed(mounts):
             if Path(mount).is_relative_to(self.root):
@@ -300,7 +298,7 @@ class Daemon:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-# Children of this process must be reaped, or a killed daemon would stay as a zombie.
+# Children of this process must be reaped, or a killed daemon stays as a zombie.
 _CHILDREN: dict[int, Path] = {}
 
 
@@ -315,7 +313,7 @@ def _child_runs(pid: int) -> bool:
 
 
 def _only_options(words: list[bytes]) -> bool:
-    """Say whether an incusd command line names no subcommand."""
+    """Return whether an incusd command line has no subcommand."""
     takes_value = False
     for word in words:
         if takes_value or not word:

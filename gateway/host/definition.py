@@ -1,7 +1,6 @@
-"""The definition of the tenants' base image: its packages, files, units and user, and the digest of it all.
+"""The definition of the tenants' base image, and its digest: packages, files, units, user.
 
-The definition is what this module, `overlay/` and `finish_image.sh` say, the settings that go into it, and
-the CA certificates of the host.
+It consists of this module, `overlay/`, `finish_image.sh`, some settings, and the host's CA certificates.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import Protocol
 from gateway.host import HostError, bun, toolchain
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
-BRIDGE = "user.gateway.bridge"  # the profile's key with the address of the bridge
+BRIDGE = "user.gateway.bridge"  # the profile's key for the address of the bridge
 PROPERTY = "incus-gateway.definition"
 SUITE = "trixie"
 
-# What a web site's developer and an agent expect to find, and no more: each megabyte counts against every
-# tenant's quota.
+# What web developers and agents expect to find, and no more: each megabyte counts towards every tenant's
+# quota.
 PACKAGES = (
     "bash-completion",
     "ca-certificates",
@@ -57,7 +56,7 @@ PACKAGES = (
     "zip",
 )
 
-# What add-ons of Node and Python packages without a wheel are built with; larger than all of the above.
+# For building Node add-ons and Python packages without a wheel; larger than all of the above together.
 COMPILER = ("g++", "libc6-dev", "python3-dev")
 
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -70,20 +69,20 @@ FILES = {
     for path in sorted(_OVERLAY.rglob("*"))
     if path.is_file()
 }
-"""What is laid over Debian, by path: units, and what they read."""
+"""Files added to Debian, by path: units, and the files they use."""
 
-# What Incus fills in before an instance of the image starts for the first time, so that an image serves every
-# bridge. Never later: the tenant's root could lead what the daemon writes then to elsewhere.
+# Files that Incus writes before an instance starts for the first time, so that one image serves every bridge.
+# Never later: by then the tenant's root could redirect the daemon's writes.
 _BRIDGE = f"{{{{ config_get('{BRIDGE}', '') }}}}"
 TEMPLATES = {
     "/etc/resolv.conf": f"nameserver {_BRIDGE}\n",
     "/etc/default/bridge": f"BRIDGE={_BRIDGE}\n",
 }
 
-# Units of a real machine that a container has no use for; each would cost time, memory or log a failure.
-# Nobody logs in, so that logind has no sessions. The sockets of networkd and udev would start these again and
-# again where they are not needed; both do without.
-# Not udev itself: a container's /sys is writable, so networkd leaves eth0 alone until udev has seen it.
+# Units for real machines that are useless in a container; each would cost time or memory, or log a failure.
+# Nobody logs in, so logind has no sessions. The sockets of networkd and udev would keep starting these
+# services when they are not needed; both work without them.
+# Not udev itself: a container's /sys is writable, so networkd ignores eth0 until udev has seen it.
 MASKED = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
@@ -106,7 +105,8 @@ MASKED = (
     "systemd-networkd.socket",
     "systemd-udevd-control.socket",
     "systemd-udevd-kernel.socket",
-    # each a process more until the site starts: devices and /run/lock are there, /run/nologin never is
+    # each is one more process before the site starts; devices and /run/lock exist already, /run/nologin never
+    # does
     "dev-mqueue.mount",
     "run-lock.mount",
     "systemd-hibernate-clear.service",
@@ -117,7 +117,7 @@ MASKED = (
     "systemd-user-sessions.service",
 )
 
-# Programs that make units of what a machine has. Those for /etc/fstab, /etc/rc.local and /etc/init.d stay.
+# Generators that make units for hardware. Those for /etc/fstab, /etc/rc.local and /etc/init.d stay.
 GENERATORS = tuple(
     f"systemd-{name}-generator"
     for name in ("debug", "getty", "gpt-auto", "hibernate-resume", "run", "ssh", "system-update", "tpm2")
@@ -128,9 +128,9 @@ FINISH = (_HERE / "finish_image.sh").read_text()
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """Everything that decides what is in the image."""
+    """Everything that determines the contents of the image."""
 
-    architecture: str  # Debian's word
+    architecture: str  # as Debian names it
     bun: str  # the variant of @oven/bun-linux-…
     user: str
     uid: int
@@ -140,12 +140,12 @@ class Definition:
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Return Debian's packages by name."""
+        """The names of the Debian packages."""
         return (*PACKAGES, *COMPILER) if self.compiler else PACKAGES
 
     @property
     def digest(self) -> str:
-        """Return the name of this definition: 16 hex digits of the SHA-256 over all that decides."""
+        """The definition's name: 16 hex digits of the SHA-256 over everything that determines the image."""
         archives = toolchain.archives(self.architecture, headers=self.compiler)
         programs = [asdict(archive) for archive in archives], bun.VERSION, bun.INTEGRITY[self.bun]
         parts = (SUITE, self.packages, *programs, FILES, MASKED, GENERATORS, TEMPLATES, FINISH)
@@ -154,7 +154,7 @@ class Definition:
 
 
 class Choices(Protocol):
-    """What the settings say of the image."""
+    """The settings that affect the image."""
 
     @property
     def workspace(self) -> str: ...
@@ -168,7 +168,7 @@ class Choices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """The settings' own defaults, for whoever runs before the settings can be read."""
+    """The settings' defaults, for code that runs before settings can be read."""
 
     workspace: str = "/srv/site"
     workspace_user: str = "site"
@@ -181,7 +181,7 @@ def define(choices: Choices | None = None, machine: str = "", flags: str | None 
     choices = choices or Defaults()
     machine = machine or platform.machine()
     if machine not in MACHINES:
-        raise HostError(f"no base image for {machine}: Bun exists for {' and '.join(MACHINES)}")
+        raise HostError(f"no base image for {machine}: Bun exists only for {' and '.join(MACHINES)}")
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", choices.workspace_user):
         raise HostError(f"GATEWAY_WORKSPACE_USER {choices.workspace_user!r} is not a user name")
     if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", choices.workspace) or ".." in choices.workspace.split("/"):

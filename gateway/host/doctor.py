@@ -1,6 +1,6 @@
-"""Looks whether this host has what a gateway needs and whether all of it runs, and changes nothing.
+"""Check whether this host has what a gateway needs and whether everything runs, without changing anything.
 
-What `setup` compares is compared by `setup`'s own steps, on an Incus that refuses to be changed.
+The state that `setup` manages is checked by `setup`'s own steps, with an Incus client that refuses changes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SETUP: Final = "run `incus-gateway setup`"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; `detail` says what it is, or what is wrong and what to do.
+    """The result of one check; `detail` says what was found, or what is wrong and what to do.
 
-    A hint is well as it is, and could be better.
+    A hint is no problem, but something that could be better.
     """
 
     what: str
@@ -54,20 +54,20 @@ class Finding:
 
 
 class Hint(Exception):
-    """What a check has to say where nothing is wrong."""
+    """Raised by a check that found no problem but has a suggestion."""
 
 
 class Looking(Incus):
-    """An Incus that is only read: a change to it is reported as a need for setup."""
+    """A read-only Incus client: an attempted change is reported as a need for setup."""
 
     def _refuse(self, *path: str, **request: Any) -> NoReturn:
-        raise HostError(f"it is missing or not as it should be; {_SETUP}")
+        raise HostError(f"missing or not as it should be; {_SETUP}")
 
     post = put = patch = delete = _refuse
 
 
 def doctor(settings: Settings) -> list[Finding]:
-    """Look at everything; what cannot be looked at is a problem too."""
+    """Run all checks; one that cannot be run counts as a problem."""
     checks: list[tuple[str, Callable[[], str | None]]] = [("state dir", lambda: _state(settings))]
     if settings.runtime == "incus":
         root = settings.incus_socket
@@ -86,7 +86,7 @@ def doctor(settings: Settings) -> list[Finding]:
             ("templates", lambda: _templates(settings)),
             ("domains", lambda: _domains(settings)),
             ("addresses", lambda: _addresses(settings)),
-            ("limits of inotify", _limits),
+            ("inotify limits", _limits),
             ("broker", lambda: _broker(settings)),
             ("holder", lambda: _holder(settings)),
         ]
@@ -115,9 +115,9 @@ def _state(settings: Settings) -> str:
     if not folder.is_dir():
         raise HostError(f"{folder} does not exist; start the gateway once, or set GATEWAY_STATE_DIR")
     if not os.access(folder, os.W_OK):
-        raise HostError(f"{folder} cannot be written; run this as the gateway's user")
+        raise HostError(f"{folder} is not writable; run this as the gateway's user")
     if (free := shutil.disk_usage(folder).free) < GiB // 4:
-        raise HostError(f"{free >> 20} MiB are free at {folder}; make room")
+        raise HostError(f"only {free >> 20} MiB are free at {folder}; make room")
     if open_to_others := list(modes(settings)):
         raise HostError("; ".join(open_to_others))
     database = folder / "gateway.db"
@@ -146,34 +146,34 @@ def _pool(settings: Settings) -> str:
     incus = Looking(settings.incus_socket, settings.incus_project)
     found = incus.find("storage-pools", settings.pool)
     if found is None:
-        raise HostError(f"there is none; {_SETUP}")
+        raise HostError(f"it does not exist; {_SETUP}")
     space = incus.get("storage-pools", settings.pool, "resources")["space"]
     free = space["total"] - space["used"]
     if free < GiB:
-        raise HostError(f"{free >> 20} MiB are free; enlarge the pool, or delete snapshots that nobody needs")
+        raise HostError(f"only {free >> 20} MiB are free; enlarge the pool or delete unneeded snapshots")
     if found["driver"] == "dir":
-        raise Hint("folders, which know no quotas: one tenant may fill the disk; see GATEWAY_POOL_SOURCE")
+        raise Hint("plain folders, without quotas: one tenant can fill the disk; see GATEWAY_POOL_SOURCE")
     if not quotas.in_force(settings):
-        raise HostError(f"the kernel stopped counting, so that no tenant's disk has a limit; {_SETUP}")
+        raise HostError(f"the kernel has stopped counting, so no tenant's disk is limited; {_SETUP}")
     if free < space["total"] * settings.pool_reserve:
         raise HostError(
-            f"{free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE keeps: no snapshot, clone or new "
-            "tenant is made; enlarge the pool, or delete snapshots that nobody needs"
+            f"only {free / GiB:.1f} GiB are free, less than GATEWAY_POOL_RESERVE: snapshots, clones and new "
+            "tenants are refused; enlarge the pool or delete unneeded snapshots"
         )
     if free < space["total"] * 1.5 * settings.pool_reserve:
-        raise Hint(f"{free / GiB:.1f} GiB are free, which will soon be all that GATEWAY_POOL_RESERVE keeps")
+        raise Hint(f"{free / GiB:.1f} GiB are free, close to what GATEWAY_POOL_RESERVE keeps")
     return f"{found['driver']}, {free / GiB:.1f} GiB free"
 
 
 def _image(settings: Settings) -> None:
     incus = Looking(settings.incus_socket, settings.incus_project)
     if incus.find("images", "aliases", settings.image) is None:
-        raise HostError("there is none; run `incus-gateway image build`")
+        raise HostError("it does not exist; run `incus-gateway image build`")
 
 
 def _templates(settings: Settings) -> str:
     if not settings.golden:
-        return "none is made ready ahead, as GATEWAY_GOLDEN says"
+        return "none is prepared in advance, as set by GATEWAY_GOLDEN"
     incus = Looking(settings.incus_socket, settings.incus_project)
     image = incus.find("images", "aliases", settings.image)
     ready: list[str] = []
@@ -185,15 +185,15 @@ def _templates(settings: Settings) -> str:
         (ready if there else missing).append(name)
     if missing:
         raise Hint(
-            f"no copy of {', '.join(missing)} is ready: its next deployment installs everything, and takes "
-            "longer; after that one is made by itself. If it stays missing, see gateway.template.failed in "
-            "`incus-gateway events`, and the gateway's log"
+            f"no copy of {', '.join(missing)} is ready: the next deployment installs everything and takes "
+            "longer; after that a copy is made automatically. If it stays missing, look for "
+            "gateway.template.failed in `incus-gateway events`, and at the gateway's log"
         )
     return f"copies of {', '.join(ready)} are ready"
 
 
 def _domains(settings: Settings) -> str:
-    """Look for domains that several tenants carry, or one though they are the gateway's own."""
+    """Check for domains set on several tenants, and for the gateway's own names set on any."""
     own = own_names(settings)
     carried: dict[str, list[str]] = defaultdict(list)
     for instance in _eldest_first(settings):
@@ -206,32 +206,32 @@ def _domains(settings: Settings) -> str:
         keeps = owners.get(domain, tenants[0])
         others = [name for name in tenants if name != keeps or reserved(domain, own)]
         if reserved(domain, own):
-            said.append(f"{domain} is the gateway's own, and {', '.join(others)} carries it")
+            said.append(f"{domain} is the gateway's own name, but is set on {', '.join(others)}")
         elif others:
-            said.append(f"{domain} is carried by {', '.join(tenants)}, and leads to {keeps}")
+            said.append(f"{domain} is set on {', '.join(tenants)}, and leads to {keeps}")
         if others:
             said[-1] += f"; run: incus config set {others[0]} user.gateway.domain="
     if said:
         raise HostError(". ".join(said))
-    return f"{len(carried)} of them, each of one tenant"
+    return f"{len(carried)}, each of one tenant"
 
 
 def _addresses(settings: Settings) -> str:
-    """Look for addresses that several instances have: Incus starts none of these."""
+    """Check for addresses shared by several instances, which Incus then refuses to start."""
     homes: dict[str, list[str]] = defaultdict(list)
     for instance in _eldest_first(settings):
         for nic in instance["expanded_devices"].values():
             if nic.get("type") == "nic" and nic.get("ipv4.address"):
                 homes[nic["ipv4.address"]].append(instance["name"])
     said = [
-        f"{', '.join(names)} have the address {address}, so that Incus starts none of them; run: "
+        f"{', '.join(names)} share the address {address}, so Incus starts none of them; run: "
         f"incus config device unset {names[-1]} eth0 ipv4.address && incus config unset {names[-1]} raw.lxc"
         for address, names in homes.items()
         if len(names) > 1
     ]
     if said:
         raise HostError(". ".join(said))
-    return f"{len(homes)} of them, each of one instance"
+    return f"{len(homes)}, each of one instance"
 
 
 def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ def _eldest_first(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _owners(settings: Settings) -> dict[str, str]:
-    """Return the tenant of each domain, from the records of the gateway; nothing if there are none yet."""
+    """Return the tenant of each domain from the gateway's database; empty if there is none yet."""
     database = settings.state_dir / "gateway.db"
     try:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
@@ -252,7 +252,7 @@ def _owners(settings: Settings) -> dict[str, str]:
 def _limits() -> None:
     low = [name for name in WANTED if int((KERNEL / name.replace(".", "/")).read_text()) < WANTED[name]]
     if low:
-        raise HostError(f"{', '.join(low)} low; {_SETUP}")
+        raise HostError(f"{', '.join(low)} too low; {_SETUP}")
 
 
 def _broker(settings: Settings) -> str:
@@ -260,17 +260,17 @@ def _broker(settings: Settings) -> str:
     if path is None:
         if os.geteuid() != 0:
             raise HostError(
-                "the gateway starts a separate broker only as root; see docs/operations.md, "
+                "only root's gateway starts its own broker; see docs/operations.md, "
                 "the gateway as its own user, and set GATEWAY_BROKER_SOCKET"
             )
-        return "the gateway's own child"
+        return "a child of the gateway"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(5.0)
         try:
             connection.connect(str(path))
         except OSError as error:
             raise HostError(
-                f"nobody serves {path} ({error.strerror or error}); start it: "
+                f"nothing listens on {path} ({error.strerror or error}); start it: "
                 "systemctl start incus-gateway-broker, or unset GATEWAY_BROKER_SOCKET"
             ) from error
     return f"serves {path}"
@@ -279,14 +279,14 @@ def _broker(settings: Settings) -> str:
 def _holder(settings: Settings) -> str:
     path = settings.holder_socket
     try:
-        return f"has {held_at(path)} commands at {path}"
+        return f"holds {held_at(path)} commands at {path}"
     except OSError as error:
         raise Hint(
-            f"nobody holds at {path} ({error.strerror or error}): a restart of the gateway ends all "
-            "commands; start one: systemctl start incus-gateway-hold, or `incus-gateway hold` beside it"
+            f"no holder listens on {path} ({error.strerror or error}): a restart of the gateway ends all "
+            "commands; start one: systemctl start incus-gateway-hold, or run `incus-gateway hold`"
         ) from error
     except ValueError as error:
-        raise HostError(f"{path} is no holder of this version; restart it: {error}") from error
+        raise HostError(f"{path} is not a holder of this version; restart it: {error}") from error
 
 
 def _loose(settings: Settings) -> str:
@@ -295,21 +295,21 @@ def _loose(settings: Settings) -> str:
         profile = Looking(settings.incus_socket, settings.incus_project).find("profiles", settings.profile)
         if profile is not None and profile["config"].get("limits.memory.swap", "true") == "true":
             said.append(
-                "this host has swap, and tenants may use it: one that thrashes slows all down; run: "
+                "this host has swap that tenants may use: one that thrashes slows down all others; run: "
                 f"incus profile set {settings.profile} limits.memory.swap=false"
             )
     if said:
         raise Hint("; ".join(said))
-    return "each has an end, no share is as large as the whole"
+    return "everything is limited, and no share is as large as the whole"
 
 
 def _hosts(settings: Settings) -> str:
     if "*" in settings.hosts:
         raise Hint(
-            "GATEWAY_HOSTS is *: a page of anybody's whose name leads here is served as our own (DNS "
-            "rebinding); list the names by which the gateway is asked"
+            "GATEWAY_HOSTS is *: requests are accepted under any name that resolves to this host (DNS "
+            "rebinding); list the gateway's names instead"
         )
-    return ", ".join(sorted(own_hosts(settings) - {"*"})) or "addresses alone"
+    return ", ".join(sorted(own_hosts(settings) - {"*"})) or "only addresses"
 
 
 def _gateway(settings: Settings) -> str:
@@ -321,18 +321,16 @@ def _gateway(settings: Settings) -> str:
         reason = in_use(int(port), host.strip("[]")) if "/" not in listen and port.isdigit() else None
         if reason is not None:
             raise HostError(
-                f"what answers at {listen} is no gateway ({reason}); stop it, or set GATEWAY_LISTEN"
+                f"something else listens on {listen} ({reason}); stop it, or set GATEWAY_LISTEN"
             ) from error
         raise HostError(
-            f"it does not run: nobody answers at {listen}; start it: systemctl start incus-gateway, "
+            f"not running: nothing answers at {listen}; start it: systemctl start incus-gateway, "
             "or deploy/quickstart"
         ) from error
     if not isinstance(said, dict) or status not in (200, 503):
-        raise HostError(f"what answers at {listen} is no gateway; stop it, or set GATEWAY_LISTEN")
+        raise HostError(f"what answers at {listen} is not a gateway; stop it, or set GATEWAY_LISTEN")
     if status != 200:
-        raise HostError(
-            f"it is not ready: {said.get('detail', said)}; it recovers by itself once that is mended"
-        )
+        raise HostError(f"not ready: {said.get('detail', said)}; it recovers by itself once that is fixed")
     return f"ready at {listen}"
 
 
@@ -341,18 +339,18 @@ def _caddy(settings: Settings) -> str:
     running = front.running()
     if running is None:
         taken = [f"{port} ({reason})" for port, reason in front.taken().items()]
-        also = f"; its ports {', '.join(taken)} are another's: see GATEWAY_CADDY_…" if taken else ""
+        also = f"; its ports {', '.join(taken)} are in use: see GATEWAY_CADDY_…" if taken else ""
         raise HostError(
-            f"its admin API at {settings.caddy_admin} does not answer; start it: "
+            f"the admin API at {settings.caddy_admin} does not answer; start Caddy: "
             f"systemctl start incus-gateway-caddy, or deploy/quickstart{also}"
         )
     if not front.caddy.serves(running):
         raise HostError(
-            f"the Caddy at {settings.caddy_admin} does not look up our sites; "
-            "start one of our own by deploy/quickstart with another GATEWAY_CADDY_ADMIN, "
-            "or, where it serves nothing else, restart the gateway"
+            f"the Caddy at {settings.caddy_admin} does not serve the gateway's sites; "
+            "start a separate one with deploy/quickstart and another GATEWAY_CADDY_ADMIN, "
+            "or, if it serves nothing else, restart the gateway"
         )
-    return f"answers at {settings.caddy_admin}, and serves our sites"
+    return f"answers at {settings.caddy_admin} and serves the gateway's sites"
 
 
 def _routes(settings: Settings) -> str:
@@ -361,7 +359,7 @@ def _routes(settings: Settings) -> str:
     own = own_names(settings)
     there = {domain: target for domain, target in there.items() if not reserved(domain, own)}
     if settings.runtime != "incus":
-        return f"{len(there)} of them"
+        return f"{len(there)} routes"
     domains: dict[str, bool] = {}
     for instance in Looking(settings.incus_socket, settings.incus_project).list("instances"):
         config = instance["expanded_config"]
@@ -375,7 +373,7 @@ def _routes(settings: Settings) -> str:
         few = {"missing": missing[:5], "too many": more[:5]}
         said = "; ".join(f"{what}: {', '.join(names)}" for what, names in few.items() if names)
         raise HostError(
-            f"not those of the tenants ({said}); a gateway that runs puts them right within "
+            f"they do not match the tenants ({said}); a running gateway corrects them within "
             f"{settings.reconcile_interval:.0f} s: see its log"
         )
-    return f"{len(there)} of them, those of the tenants"
+    return f"{len(there)}, matching the tenants"

@@ -45,7 +45,7 @@ class GatewayProcess:
         current = self._place.stamp.read_text() if self._place.stamp.exists() else ""
         if running is not None and current == stamp:
             self._await_ready()
-            return f"runs already, pid {running}"
+            return f"already running, pid {running}"
         if running is not None:
             self._end(signal.SIGUSR1)  # its commands keep running
         self._check_port()

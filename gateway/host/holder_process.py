@@ -43,7 +43,7 @@ def ensure(settings: Settings, log: Path) -> str:
     Raises `HostError`.
     """
     if (pid := running(settings)) is not None:
-        return f"runs already, pid {pid}"
+        return f"already running, pid {pid}"
     words = command(settings)
     with open(log, "ab", opener=private) as file:
         # not `Popen`, which expects to wait for its child

@@ -1,8 +1,8 @@
-"""Have the base image of tenants in Incus: Debian, systemd, the user `site`, Node, Bun, Python, uv.
+"""Provide the tenants' base image in Incus: Debian, systemd, the user `site`, Node, Bun, Python, uv.
 
-An image is the outcome of its definition (`definition`). The digest of that names the built image on this
-host (`artefacts`) and is written into its properties, so that a second daemon imports without a build, and a
-changed definition is rebuilt.
+An image is built from its definition (`definition`). The definition's digest names the built image on this
+host (`artefacts`) and is stored in the image's properties, so that a second daemon imports it without a build
+and a changed definition is rebuilt.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gateway.settings import Settings
 
 
 def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: bool = False) -> list[Change]:
-    """Have the base image under its alias in Incus, building it where the cache lacks it.
+    """Provide the base image under its alias in Incus, building it if it is not cached or `rebuild` is set.
 
-    Takes about a minute, or seconds from the cache. Safe to interrupt: the alias moves only to a complete
-    image. `rebuild` builds in any case. Images of older definitions are removed from Incus, and all but the
-    latest from the cache; tenants that were made from them do not notice.
+    Takes about a minute, or seconds from the cache. It can be interrupted safely: the alias moves only to a
+    complete image. Images of older definitions are removed from Incus, and all but the latest from the cache;
+    tenants created from them are not affected.
     """
     definition = define(settings)
     steps = Steps(report)
@@ -34,7 +34,7 @@ def build(settings: Settings, report: Report, *, cache: Path = CACHE, rebuild: b
         steps.run(f"image {settings.image}", lambda: None, unchanged=f"definition {definition.digest}")
         return steps.changes
     artefact = artefacts.ensure(definition, steps, cache, rebuild=rebuild)
-    with alone(cache, report):  # nobody puts another in its place meanwhile
+    with alone(cache, report):  # so that nobody replaces the artefact meanwhile
         steps.run(
             f"image {settings.image}", lambda: _import(incus, settings.image, artefact, definition.digest)
         )
@@ -73,7 +73,7 @@ def _import(incus: Incus, alias: str, artefact: Artefact, digest: str) -> str:
 
 
 def _multipart(artefact: Artefact) -> tuple[str, Iterator[bytes]]:
-    """Return boundary and body of an image upload, in pieces: requests would hold the files in memory."""
+    """Return boundary and body of an image upload, in pieces: requests would load whole files into memory."""
     boundary = "incus-gateway-" + os.urandom(12).hex()
 
     def pieces() -> Iterator[bytes]:

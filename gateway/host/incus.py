@@ -1,6 +1,6 @@
-"""Talks to incusd while a host is prepared: pylxd's raw API, with its errors mapped to ours.
+"""Client of incusd for preparing a host: pylxd's raw API, with its errors mapped to ours.
 
-pylxd's models lack network ACLs and warn about fields that Incus added, its raw nodes have neither fault.
+pylxd's models lack network ACLs and warn about fields added by Incus; its raw nodes do neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.host import HostError
 
 
 class Missing(HostError):
-    """There is no such object in Incus."""
+    """The object does not exist in Incus."""
 
     code = "not_found"
     http_status = 404
@@ -34,7 +34,7 @@ def _mapped(what: str) -> Iterator[None]:
     except LXDNotFound as error:
         raise Missing(f"{what}: not found") from error
     except LXDAPIException as error:
-        raise HostError(f"{what}: Incus says: {error}") from error
+        raise HostError(f"{what}: Incus reports: {error}") from error
     except (requests.RequestException, ClientConnectionFailed) as error:
         raise HostError(f"{what}: incusd does not answer ({error}); is it running?") from error
 
@@ -53,20 +53,20 @@ class Incus:
         return node
 
     def get(self, *path: str) -> dict[str, Any]:
-        """Return an object. Raises `Missing` if there is none."""
+        """Return an object. Raises `Missing` if it does not exist."""
         with _mapped(f"reading {'/'.join(path)}"):
             metadata: dict[str, Any] = self._node(*path).get().json()["metadata"]
             return metadata
 
     def find(self, *path: str) -> dict[str, Any] | None:
-        """Return an object, or None if there is none."""
+        """Return an object, or None if it does not exist."""
         try:
             return self.get(*path)
         except Missing:
             return None
 
     def names(self, *path: str) -> builtins.list[str]:
-        """Return the last segments of a collection's addresses."""
+        """Return the names of a collection's objects."""
         with _mapped(f"listing {'/'.join(path)}"):
             return [
                 url.split("?")[0].rpartition("/")[2] for url in self._node(*path).get().json()["metadata"]
@@ -81,33 +81,33 @@ class Incus:
             return objects
 
     def post(self, *path: str, **request: Any) -> dict[str, Any]:
-        """Create; waits for the operation if there is one and returns it, else the empty object."""
+        """Create an object. Returns the finished operation if there is one, else {}."""
         with _mapped(f"creating in {'/'.join(path)}"):
             return self._wait(self._node(*path).post(**request))
 
     def put(self, *path: str, **request: Any) -> None:
-        """Replace an object's writable part."""
+        """Replace an object's writable fields."""
         with _mapped(f"changing {'/'.join(path)}"):
             self._wait(self._node(*path).put(**request))
 
     def patch(self, *path: str, **request: Any) -> None:
-        """Change an object's named fields."""
+        """Change some fields of an object."""
         with _mapped(f"changing {'/'.join(path)}"):
             self._wait(self._node(*path).patch(**request))
 
     def delete(self, *path: str) -> None:
-        """Remove an object. Raises `Missing` if there is none."""
+        """Delete an object. Raises `Missing` if it does not exist."""
         with _mapped(f"removing {'/'.join(path)}"):
             self._wait(self._node(*path).delete())
 
     def _wait(self, response: Any) -> dict[str, Any]:
-        # Straight to /wait: a bare GET of an operation that is just ending can crash incusd before 6.0.6,
-        # and pylxd's own wait_for_operation begins with one.
+        # Request /wait directly: a plain GET of an operation that is just ending, with which pylxd's
+        # wait_for_operation begins, can crash incusd before 6.0.6.
         answer = response.json()
         if answer.get("type") != "async":
             return {}
         identity = answer["operation"].rpartition("/")[2]
         done: dict[str, Any] = self._node("operations", identity, "wait").get().json()["metadata"]
         if done["status_code"] >= 400:
-            raise HostError(f"Incus says: {done['err']}")
+            raise HostError(f"Incus reports: {done['err']}")
         return done

@@ -1,7 +1,7 @@
-"""Raises the kernel limits that hosts with many containers run into, permanently.
+"""Permanently raise the kernel limits that hosts with many containers run into.
 
-What all containers of a host use of inotify is counted together, against the owner of their user namespaces:
-of the kernel's 128 instances the systemd and the bundlers of a few dozen tenants take all.
+The inotify use of all containers is counted together, for the owner of their user namespaces: systemd and the
+bundlers of a few dozen tenants exhaust the kernel's default of 128 instances.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gateway.host import HostError
 
-# As Incus's documentation has them for servers (reference/server_settings). What is used of them counts as
-# memory of the container or worker that uses it.
+# As recommended for servers by Incus's documentation (reference/server_settings). Their use counts towards
+# the memory of the container or worker.
 WANTED = {
     "fs.inotify.max_queued_events": 1_048_576,
     "fs.inotify.max_user_instances": 1_048_576,
@@ -23,10 +23,10 @@ _HEAD = "# Made by `incus-gateway setup`: many containers watch files.\n"
 
 
 def raise_limits(drop_in: Path = DROP_IN, kernel: Path = KERNEL) -> str | None:
-    """Raise what is too low, now and after the next boot; return what was changed, or None.
+    """Raise limits that are too low, now and for later boots; return what was changed, or None.
 
-    Lowers nothing, and leaves what this host does not let it set (as in a container): a watch beyond the
-    limit then gets an error that names it. Raises `HostError` if the drop-in cannot be written.
+    Never lowers a limit, and skips limits that cannot be set here (as in a container): a watch beyond the
+    limit then fails with an error that names it. Raises `HostError` if the drop-in cannot be written.
     """
     raised: dict[str, str] = {}
     for name, wanted in WANTED.items():
@@ -42,13 +42,13 @@ def raise_limits(drop_in: Path = DROP_IN, kernel: Path = KERNEL) -> str | None:
     said = [*raised.values()]
     try:
         old = drop_in.read_text() if drop_in.exists() else ""
-        # What was high enough without us is left out: it may be set to more elsewhere.
+        # Limits that were high enough without us are left out: they may be set higher elsewhere.
         ours = [name for name in WANTED if name in raised or f"{name} =" in old]
         text = _HEAD + "".join(f"{name} = {WANTED[name]}\n" for name in ours)
         if ours and text != old:
             drop_in.parent.mkdir(parents=True, exist_ok=True)
             drop_in.write_text(text)
-            said.append(f"kept in {drop_in}")
+            said.append(f"saved in {drop_in}")
     except OSError as error:
-        raise HostError(f"{drop_in} cannot be written: {error.strerror}") from None
+        raise HostError(f"cannot write {drop_in}: {error.strerror}") from None
     return ", ".join(said) or None

@@ -1,6 +1,6 @@
-"""Fetches packages of npm and checks their integrity.
+"""Fetch npm packages and check their integrity.
 
-Needs nothing but Python, so that a host needs neither Node nor npm.
+Uses only the standard library, so that a host needs neither Node nor npm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TIMEOUT: Final = 120.0  # seconds without a byte
 
 
 def fetch(package: str, integrity: str, target: Path) -> None:
-    """Put the archive of `NAME@VERSION` at `target`, which appears once it is whole.
+    """Fetch the archive of `NAME@VERSION` to `target`, which appears atomically.
 
     `integrity` is npm's `dist.integrity`: `npm view NAME@VERSION dist.integrity`. Raises `HostError`.
     """
@@ -36,7 +36,7 @@ def fetch(package: str, integrity: str, target: Path) -> None:
 
 
 def registry() -> str:
-    """Return the registry that npm would ask here, as far as the environment and plain files say."""
+    """Return the registry npm would use here, according to the environment and ~/.npmrc."""
     said = os.environ.get("npm_config_registry", "")  # noqa: SIM112 - npm's own name
     npmrc = Path.home() / ".npmrc"
     if not said and npmrc.is_file():
@@ -46,20 +46,20 @@ def registry() -> str:
 
 
 def _download(url: str, target: Path, package: str) -> None:
-    # through the environment's proxies; a registry that is not https is one that the operator has named
+    # uses the environment's proxies; only the operator can have set a registry without https
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT, context=ssl.create_default_context()) as answer:  # noqa: S310
             with target.open("wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)
     except OSError as error:
         raise HostError(
-            f"{package} cannot be fetched from the npm registry: {error}; check that this machine "
-            "reaches it (npm_config_registry names a mirror), then run again"
+            f"cannot fetch {package} from the npm registry: {error}; check that this machine "
+            "can reach it (npm_config_registry sets a mirror), then run again"
         ) from error
 
 
 def check_integrity(file: Path, expected: str, name: str = "") -> None:
-    """Compare a file with an npm integrity text, `ALGORITHM-BASE64`. Raises `HostError` if it differs."""
+    """Check a file against an npm integrity string, `ALGORITHM-BASE64`. Raises `HostError` if it differs."""
     algorithm, _, digest = expected.partition("-")
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, algorithm).digest()
@@ -67,5 +67,5 @@ def check_integrity(file: Path, expected: str, name: str = "") -> None:
         raise HostError(
             f"{name or file.name} is not what was published: its {algorithm} is "
             f"{base64.b64encode(found).decode()}, not {digest}; it was damaged or altered on the way: "
-            "run again, and if it repeats, do not use this registry"
+            "run again, and if this repeats, do not use this registry"
         )

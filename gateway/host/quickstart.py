@@ -1,9 +1,9 @@
-"""Brings a gateway up on this machine from its checkout, says how it stands, and takes it down again.
+"""Start a gateway on this machine from its checkout, report its status, and stop it.
 
-`deploy/quickstart` installs packages and a Python environment, then hands over to this module. Nothing is
-remembered that can be asked of the machine: a run that was killed anywhere is simply run again. In the
-state dir it keeps the token for the demo (mode 0600), the settings it was started with, a pid file, a log.
-Where Caddy listens is chosen once, and is then one of those settings.
+`deploy/quickstart` installs packages and a Python environment, then runs this module. It stores nothing that
+can be found out from the machine, so a run killed at any point is simply repeated. The state dir has the
+demo's token (mode 0600), the settings of the last start, a pid file and a log. Caddy's ports are chosen once
+and then stored among those settings.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ DOMAIN = "demo.localhost"  # browsers resolve it to this machine
 TEMPLATE = "static"
 SCOPES = "files:read files:write exec deploy events"
 TOKEN_DAYS = 30
-SITE_TIMEOUT = 30.0  # seconds in which a site that was deployed before must answer
+SITE_TIMEOUT = 30.0  # seconds for an already deployed site to answer
 
 
 say = out.say
 
 
 class Quickstart:
-    """One run of `deploy/quickstart`: settings, checkout, and the installed command."""
+    """One run of `deploy/quickstart`."""
 
     def __init__(self, settings: Settings, checkout: Path, stamp: str, environment: dict[str, str]) -> None:
         self.settings = settings
@@ -66,10 +66,10 @@ class Quickstart:
     def front(self) -> CaddyService:
         return CaddyService(self.settings)
 
-    # starting
+    # --- starting -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Do all that is missing until the demo stands. Raises `HostError` with what to do."""
+        """Do everything that is missing until the demo runs. Raises `HostError` with what to do."""
         if self.settings.runtime == "incus":
             self._step("Incus", self._incus)
             self._step("host", lambda: self._report(setup(self.settings, _indented)))
@@ -80,7 +80,7 @@ class Quickstart:
         served = self._served()
         if served:
             self._step("Caddy", self._caddy)
-        close(self.settings)  # now that no Caddy of another user looks for anything in it
+        close(self.settings)  # only now, when no Caddy of another user needs anything in it
         self._step("gateway", lambda: self.gateway.ensure(self.stamp))
         if served:
             self._step(f"site {DOMAIN}", self._site)
@@ -89,21 +89,21 @@ class Quickstart:
         self._token()
 
     def _settle_ports(self) -> None:
-        """Choose where Caddy listens, once: what an earlier start chose is a setting by now."""
+        """Choose Caddy's ports, unless an earlier start has chosen them: those are settings now."""
         choice = caddy_service.chosen(self.settings)
         self.environment.update({f"GATEWAY_{name.upper()}": str(value) for name, value in choice.items()})
         self.settings = self.settings.model_copy(update=choice)
 
     def _served(self) -> bool:
-        """Say whether sites can be served here; it takes a Caddy, which only the packages of a host bring."""
+        """Return whether sites can be served: Caddy is installed together with Incus, but not otherwise."""
         if self.settings.runtime == "incus" or shutil.which("caddy") or self.front.others():
             return True
-        say("note: caddy is not installed, so that no site is served; install it and run this again")
+        say("note: caddy is not installed, so no site is served; install it and run this again")
         return False
 
     def _caddy(self) -> str:
         if self.front.others():
-            return f"another's at {self.settings.caddy_admin} is used"
+            return f"using the one at {self.settings.caddy_admin}"
         return self.front.start(self.checkout / "deploy")
 
     @staticmethod
@@ -120,9 +120,9 @@ class Quickstart:
     def _incus(self) -> str:
         daemon = Daemon.at(self.settings.incus_socket)
         if daemon.pid() is None:
-            # Before the start: a run that is killed in between has still started it.
+            # before the start, in case this run is killed in between
             self.place.incus_is_ours.touch()
-        return "started" if daemon.ensure(_indented) else "runs already"
+        return "started" if daemon.ensure(_indented) else "already running"
 
     def _cli(self, *words: str, timeout: float = 120.0) -> str:
         return run(
@@ -137,17 +137,17 @@ class Quickstart:
         rows = listed.get("tenants", []) if isinstance(listed, dict) else listed
         found = next((row for row in rows if row["name"] == TENANT), None)
         if found is not None and found["status"] == "running":
-            return "runs already"
+            return "already running"
         self._cli("create" if found is None else "start", TENANT)
         self._pin()
-        return "made" if found is None else "started"
+        return "created" if found is None else "started"
 
     def _pin(self) -> None:
         if self.settings.runtime == "incus":
             pin(self.settings)
 
     def _token(self) -> str:
-        """Return the stored token while it is good for another day, else make one and store it."""
+        """Return the stored token if it is valid for another day, else create and store a new one."""
         with contextlib.suppress(OSError):
             token = self.place.token.read_text().strip()
             if expires(token) > time.time() + 86400 and self._accepts(token):
@@ -163,12 +163,12 @@ class Quickstart:
             return False
 
     def _site(self) -> str:
-        """Have the demo deployed and answer; a site that is there already stays as it is."""
+        """Make sure that the demo is deployed and answers; an existing site stays as it is."""
         listed = json.loads(self._cli("list", "--json") or "[]")
         found = next((row for row in listed if row["name"] == TENANT), None)
         if found is not None and found["domain"] not in (None, DOMAIN):
-            return f"{TENANT} has the domain {found['domain']}, which stays"
-        began = "runs already"
+            return f"{TENANT} keeps its domain {found['domain']}"
+        began = "already running"
         if found is not None and found["status"] != "running":
             self._cli("start", TENANT)
             self._pin()
@@ -176,7 +176,7 @@ class Quickstart:
         if found is not None and found["domain"] == DOMAIN:
             if self._site_answers():
                 return f"{began} at {self.site_url}"
-            say(f"    {DOMAIN} does not answer, it is deployed again")
+            say(f"    {DOMAIN} does not answer; deploying it again")
         with self._template() as template:
             self._cli("deploy", DOMAIN, "--template", template, "--tenant", TENANT, timeout=600.0)
         self._pin()
@@ -197,7 +197,7 @@ class Quickstart:
 
     @contextlib.contextmanager
     def _template(self) -> Iterator[str]:
-        """Give the word for the demo's template: its name, or a folder where tenants have no Bun."""
+        """Yield the template to deploy: its name, or a folder if tenants have no Bun."""
         if self.settings.runtime == "incus":
             yield TEMPLATE
             return
@@ -208,12 +208,12 @@ class Quickstart:
             (folder / "site.toml").write_text(f"start = {json.dumps(['sh', '-c', serve])}\n")
             yield str(folder)
 
-    # asking and stopping
+    # --- status and stopping ------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """Return `{running, runtime, url, editor_url, site_url, tenant, token}`.
 
-        The token is null where none was made, the site's address where no Caddy serves it.
+        The token is null if none was created yet, `site_url` if no Caddy serves the site.
         """
         try:
             running = ask(self.settings.listen, "GET", "/readyz", timeout=5.0)[0] == 200
@@ -228,7 +228,7 @@ class Quickstart:
             "running": running and self.gateway.pid() is not None,
             "runtime": self.settings.runtime,
             "url": url,
-            # a fragment stays in the browser; the editor takes the token out of the address at once
+            # browsers do not send the fragment, and the editor removes the token from the address at once
             "editor_url": f"{url}/#tenant={TENANT}&token={token}" if token else f"{url}/#{TENANT}",
             "site_url": self.site_url if self.front.answers() else None,
             "tenant": TENANT,
@@ -236,7 +236,7 @@ class Quickstart:
         }
 
     def stop(self) -> list[str]:
-        """Stop the gateway, its Caddy, and incusd with its tenants where quickstart started it; say what."""
+        """Stop the gateway, its Caddy, and incusd if quickstart started it; return what was stopped."""
         stopped = []
         if self.gateway.stop():
             stopped.append("gateway")
@@ -254,18 +254,18 @@ def _indented(line: str) -> None:
 
 
 def command_word(place: Place) -> str:
-    """Return how to call the command: by its name where that is this gateway's, else by its path."""
+    """Return how to call `incus-gateway`: by name if PATH has this gateway's, else by its full path."""
     found = shutil.which("incus-gateway")
     ours = found is not None and Path(found).resolve() == place.command.resolve()
     return "incus-gateway" if ours else str(place.command)
 
 
 def farewell(state: dict[str, Any], command: str, script: Path) -> str:
-    """Return what a person wants to know at the end: where it is, how to get in, what to try."""
+    """Return the closing message: addresses, token, commands to try."""
     look = "whoami; uname -a; bun --version" if state["runtime"] == "incus" else "whoami; pwd; ls"
     return f"""
 The gateway runs at {state["url"]} ({state["runtime"]} runtime), with the tenant {state["tenant"]}.
-Site:    {state["site_url"] or "not served, Caddy does not run"}
+Site:    {state["site_url"] or "not served: Caddy is not running"}
 Editor:  {state["editor_url"]}
 Token:   {state["token"]}
 
@@ -277,9 +277,9 @@ Stop it with {script} stop."""
 
 
 def main(words: list[str]) -> int:
-    """Do `start|status|status --json|token|stop CHECKOUT STAMP`; return the exit code.
+    """Run `start|status|status --json|token|stop CHECKOUT STAMP` and return the exit code.
 
-    0 done, 1 failed, 2 wrong usage; `status` exits 1 where the gateway does not run.
+    0: done, 1: failed, 2: wrong usage. `status` returns 1 if the gateway is not running.
     """
     try:
         action, checkout, stamp, *options = words
@@ -295,16 +295,16 @@ def main(words: list[str]) -> int:
         return 1
     except HostError as error:
         say(f"failed: {error.message}")
-        say("Nothing needs undoing: mend that, then run deploy/quickstart again.")
+        say("Nothing needs to be undone: fix that, then run deploy/quickstart again.")
         return 1
     except KeyboardInterrupt:
-        say("interrupted; run deploy/quickstart again to go on from here")
+        say("interrupted; run deploy/quickstart again to continue from here")
         return 130
     except Exception as error:
         log = state_dir / "quickstart.log"
         with contextlib.suppress(OSError):
             write_private(log, clean(traceback.format_exc()))
-        say(f"failed: {type(error).__name__}: {error}; this is a fault of quickstart, details: {log}")
+        say(f"failed: {type(error).__name__}: {error}; this is a bug in quickstart, details: {log}")
         return 1
 
 
@@ -313,7 +313,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
     with contextlib.suppress(OSError):
         saved = parse_environment(Place(state_dir).environment.read_text())
     given = {key: value for key, value in os.environ.items() if key.startswith("GATEWAY_")}
-    # What an earlier run was told stays in force, so that `stop` and a second run mean the same gateway.
+    # Settings of an earlier run stay in force, so that `stop` and a second run address the same gateway.
     environment = {**saved, **given, "GATEWAY_STATE_DIR": str(state_dir)}
     os.environ.update(environment)
     quickstart = Quickstart(settings_module.load(), checkout, stamp, environment)
@@ -337,7 +337,7 @@ def _main(action: str, checkout: Path, stamp: str, options: list[str], state_dir
             return 0 if state["running"] else 1
         case "token":
             token = quickstart.status()["token"]
-            say(token or "no token was made yet; run deploy/quickstart")
+            say(token or "there is no token yet; run deploy/quickstart")
             return 0 if token else 1
         case "stop":
             stopped = quickstart.stop()

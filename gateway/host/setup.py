@@ -1,7 +1,7 @@
-"""Prepares Incus for tenants, idempotently: project, bridge, firewall, pool, profile.
+"""Prepare Incus for tenants, idempotently: project, bridge, firewall, pool, profile.
 
-Each step compares what is there with what should be and changes only the difference, so a second run
-changes nothing, and what someone altered by hand is put right again. Keys that are not ours stay.
+Each step compares the actual state with the wanted one and changes only the difference: a second run changes
+nothing, and manual alterations are reverted. Keys that are not ours stay.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gateway.storage.state_dir import close
 
 GiB = 1 << 30
 
-# Where tenants must not go: the host's side of the world and other tenants. RFC 1918, RFC 6598 (carriers),
-# RFC 3927 (clouds' metadata), RFC 1122 (this network, loopback), RFC 2544 (benchmarks), multicast, reserved.
+# Networks tenants must not reach: the host's surroundings and other tenants. RFC 1918, RFC 6598 (carriers),
+# RFC 3927 (cloud metadata), RFC 1122 (this network, loopback), RFC 2544 (benchmarks), multicast, reserved.
 PRIVATE = tuple(
     IPv4Network(network)
     for network in (
@@ -49,24 +49,24 @@ PRIVATE = tuple(
 
 
 def acl_name(settings: Settings) -> str:
-    """Return the name of the network ACL: the tenants' profile has it too."""
+    """Return the name of the network ACL, which is also that of the tenants' profile."""
     return settings.profile
 
 
 def setup(settings: Settings, report: Report) -> list[Change]:
-    """Have everything that a tenant needs except its image; return each step with what it changed.
+    """Set up everything a tenant needs except its image; return the outcome of each step.
 
-    The daemon must run; the local runtime needs none, and nothing is done. Raises `HostError`, which names
-    the step; what earlier steps did stays, and the next run goes on from there.
+    The daemon must be running. For the local runtime nothing is needed or done. Raises `HostError`, which
+    names the failed step; earlier steps stay done, and the next run continues from there.
     """
     steps = Steps(report)
     if settings.broker_socket is not None and os.geteuid() == 0:
-        steps.run("state dir", lambda: close(settings), unchanged="closed to others")
+        steps.run("state dir", lambda: close(settings), unchanged="closed to other users")
         steps.run("folders of Caddy's routes", lambda: hand_over(settings))
     if settings.runtime == "local":
-        steps.run("host", lambda: None, unchanged="the local runtime needs nothing of it")
+        steps.run("host", lambda: None, unchanged="the local runtime needs no setup")
         return steps.changes
-    steps.run("limits of inotify", raise_limits, unchanged="high enough, or not to be raised here")
+    steps.run("inotify limits", raise_limits, unchanged="high enough, or cannot be raised here")
     root = Incus(settings.incus_socket)
     steps.run("Incus", lambda: alone(root, settings))
     steps.run(f"project {settings.incus_project}", lambda: _project(root, settings))
@@ -83,7 +83,7 @@ def setup(settings: Settings, report: Report) -> list[Change]:
 
 
 def alone(incus: Incus, settings: Settings) -> None:
-    """Raise `HostError` if the server is a member of a cluster."""
+    """Raise `HostError` if the server is clustered."""
     if why := clustered(incus.get(), settings):
         raise HostError(why, reason=REASON)
 
@@ -93,11 +93,11 @@ def _project(incus: Incus, settings: Settings) -> str | None:
         return None
     features = {f"features.{name}": "true" for name in ("images", "profiles", "storage.volumes")}
     incus.post("projects", json={"name": settings.incus_project, "config": features})
-    return "made"
+    return "created"
 
 
 def host_addresses() -> list[IPv4Address]:
-    """Return the IPv4 addresses of this host that `PRIVATE` does not cover already."""
+    """Return the IPv4 addresses of this host that `PRIVATE` does not cover."""
     said = subprocess.run(["ip", "-json", "-4", "address"], check=False, capture_output=True, text=True)
     if said.returncode != 0:
         raise HostError(f"cannot list the host's addresses: {said.stderr.strip()}; is iproute2 installed?")
@@ -111,10 +111,10 @@ def host_addresses() -> list[IPv4Address]:
 
 
 def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
-    """Return the network ACL: closed to the host, to private networks and to one another, else open.
+    """Return the network ACL: no access to the host, private networks and other tenants, but to all else.
 
-    Incus sorts drop before allow, whatever the order here. DHCP, DNS and ping to the bridge itself are
-    always open. Ingress is for the gateway and Caddy, which reach tenants from the bridge's own address.
+    Incus puts drop before allow, whatever the order here. DHCP, DNS and ping to the bridge itself are always
+    allowed. Ingress is for the gateway and Caddy, which reach tenants from the bridge's address.
     """
     bridge = IPv4Interface(settings.network_ipv4)
     closed = [str(network) for network in PRIVATE]
@@ -123,7 +123,7 @@ def acl(settings: Settings, addresses: list[IPv4Address]) -> dict[str, Any]:
     closed += [f"{address}/32" for address in addresses]
     return {
         "name": acl_name(settings),
-        "description": "Tenants of incus-gateway: the internet, and nothing of the host",
+        "description": "Tenants of incus-gateway: internet access, but none to the host",
         "egress": [
             {"action": "drop", "state": "enabled", "destination": ",".join(closed)},
             {"action": "allow", "state": "enabled", "destination": "0.0.0.0/0"},
@@ -138,15 +138,15 @@ def _acl(incus: Incus, settings: Settings, addresses: list[IPv4Address]) -> str 
     found = incus.find("network-acls", wanted["name"])
     if found is None:
         incus.post("network-acls", json=wanted)
-        return "made"
+        return "created"
     if _rules(found) == _rules(wanted):
         return None
     incus.put("network-acls", wanted["name"], json={**wanted, "config": found.get("config") or {}})
-    return "rules put right"
+    return "rules corrected"
 
 
 def _rules(acl: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return rules in a form that compares: without empty fields and order, which Incus adds and changes."""
+    """Return rules in a comparable form: sorted and without empty fields, since Incus alters both."""
     return {
         way: sorted(
             ({key: value for key, value in rule.items() if value} for rule in acl.get(way) or ()),
@@ -163,9 +163,9 @@ def network(settings: Settings) -> dict[str, str]:
         "ipv4.nat": "true",
         "ipv4.dhcp": "true",
         "ipv6.address": "none",
-        # Tenants must not find one another's names.
+        # Tenants must not resolve each other's names,
         "dns.mode": "none",
-        # nor the names that they give themselves when they ask for an address
+        # nor names they choose in DHCP requests.
         "raw.dnsmasq": "dhcp-ignore-names",
         "security.acls": acl_name(settings),
         "security.acls.default.egress.action": "reject",
@@ -179,17 +179,17 @@ def _network(incus: Incus, settings: Settings) -> str | None:
     if found is None or not found.get("managed"):
         if found is not None:
             raise HostError(
-                f"an interface {settings.network} exists that is not Incus's; set GATEWAY_NETWORK to another "
-                f"name, or remove it with `ip link delete {settings.network}` if nobody needs it"
+                f"an interface {settings.network} exists that Incus does not manage; set GATEWAY_NETWORK to "
+                f"another name, or remove it with `ip link delete {settings.network}` if it is not needed"
             )
         taken = _overlapping(IPv4Interface(settings.network_ipv4).network)
         if taken:
             raise HostError(
-                f"{settings.network_ipv4} overlaps {taken}, which this host uses already; "
+                f"{settings.network_ipv4} overlaps {taken}, which this host already uses; "
                 "set GATEWAY_NETWORK_IPV4 to a free private network"
             )
         incus.post("networks", json={"name": settings.network, "type": "bridge", "config": wanted})
-        return f"made, {settings.network_ipv4}"
+        return f"created, {settings.network_ipv4}"
     return _amend(incus, ("networks", settings.network), found, wanted)
 
 
@@ -210,14 +210,14 @@ def _amend(
     if not wrong:
         return None
     incus.patch(*path, json={"config": wrong})
-    return f"put right: {', '.join(sorted(wrong))}"
+    return f"corrected: {', '.join(sorted(wrong))}"
 
 
 def forwarding(settings: Settings) -> str | None:
-    """Let the bridge's traffic pass where Docker has made DROP the policy of forwarding.
+    """Allow the bridge's traffic if Docker has set the forwarding policy to DROP.
 
-    Docker evaluates its chain DOCKER-USER before its own rules and leaves it to the operator. Returns what
-    was done, or None.
+    Docker evaluates the chain DOCKER-USER, which it leaves to the operator, before its own rules. Returns
+    what was done, or None.
     """
     if shutil.which("iptables") is None:
         return None
@@ -235,17 +235,17 @@ def forwarding(settings: Settings) -> str | None:
             )
             if done.returncode != 0:
                 raise HostError(
-                    f"cannot let {settings.network} through Docker's firewall: {done.stderr.strip()}"
+                    f"cannot allow {settings.network} in Docker's firewall: {done.stderr.strip()}"
                 )
             added.append(way)
-    return "let through Docker's firewall" if added else None
+    return "allowed in Docker's firewall" if added else None
 
 
 def pool_size(free: int) -> int:
-    """Return the size of a pool's sparse file on a disk with `free` bytes: half, 5 GiB to 200 GiB."""
+    """Return the size of the pool's sparse file for a disk with `free` bytes: half, 5 GiB to 200 GiB."""
     if free < 5 * GiB:
         raise HostError(
-            f"{free / GiB:.1f} GiB of disk are free, a pool wants 5; make room, "
+            f"only {free / GiB:.1f} GiB of disk are free, but a pool needs 5; make room, "
             "or name a block device in GATEWAY_POOL_SOURCE"
         )
     return max(5 * GiB, min(free // 2, 200 * GiB)) // GiB * GiB
@@ -257,16 +257,16 @@ def _pool(incus: Incus, settings: Settings) -> str | None:
         return None
     if not _has_btrfs():
         incus.post("storage-pools", json={"name": settings.pool, "driver": "dir", "config": {}})
-        return "made as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
+        return "created as plain folders: this kernel lacks btrfs, so disk quotas are NOT enforced"
     if settings.pool_source:
         source = Path(settings.pool_source)
         if not source.is_block_device():
-            raise HostError(f"GATEWAY_POOL_SOURCE names {source}, which is not a block device")
-        config, said = {"source": str(source)}, f"made on {source}"
+            raise HostError(f"GATEWAY_POOL_SOURCE is {source}, which is not a block device")
+        config, said = {"source": str(source)}, f"created on {source}"
     else:
         size = pool_size(shutil.disk_usage(settings.incus_socket.parent).free)
-        config, said = {"size": f"{size // GiB}GiB"}, f"made in a sparse file of {size // GiB} GiB"
-        # Left by a run that was interrupted between the file and Incus's record of it.
+        config, said = {"size": f"{size // GiB}GiB"}, f"created in a sparse file of {size // GiB} GiB"
+        # Left by a run that was interrupted before Incus recorded the pool.
         (settings.incus_socket.parent / "disks" / f"{settings.pool}.img").unlink(missing_ok=True)
     incus.post("storage-pools", json={"name": settings.pool, "driver": "btrfs", "config": config})
     return said
@@ -282,9 +282,9 @@ def _has_btrfs() -> bool:
 
 
 def pin(settings: Settings) -> str | None:
-    """Bind each running tenant's hardware address to its port of the bridge; return what was done, or None.
+    """Bind each running tenant's MAC address to its bridge port; return what was done, or None.
 
-    A gateway does so for each tenant that starts.
+    The gateway itself does this for each tenant that starts.
     """
     done = 0
     for instance in Incus(settings.incus_socket, settings.incus_project).list("instances"):
@@ -293,15 +293,15 @@ def pin(settings: Settings) -> str | None:
                 done += port.bind()
             except OSError as error:
                 raise HostError(
-                    f"port {port.name} of {settings.network} cannot be bound to its tenant: {error.strerror}"
+                    f"cannot bind port {port.name} of {settings.network} to its tenant: {error.strerror}"
                 ) from None
-    return f"{done} bound to their tenants' addresses" if done else None
+    return f"bound {done} to their tenants' addresses" if done else None
 
 
 def profile(settings: Settings) -> dict[str, Any]:
-    """Return the tenants' profile: what one may use, and that nothing of it is shared."""
+    """Return the tenants' profile: their limits and their isolation."""
     root = {"type": "disk", "path": "/", "pool": settings.pool, "size": settings.tenant_disk}
-    # Not of what is written: a btrfs has one log for all, and a commit waits for the slowest writer.
+    # No limit on writes: btrfs has one log for all, so that a commit waits for the slowest writer.
     root |= {"limits.read": settings.tenant_read} if settings.tenant_read else {}
     return {
         "config": {
@@ -309,17 +309,17 @@ def profile(settings: Settings) -> dict[str, Any]:
             "limits.cpu": settings.tenant_cpu,
             "limits.memory": settings.tenant_memory,
             "limits.memory.enforce": "hard",
-            # One that swaps makes all others wait for the disk.
+            # A swapping tenant makes all others wait for the disk.
             "limits.memory.swap": "false",
             "limits.processes": str(settings.tenant_processes),
-            # A range of host uids of its own: the kernel counts some limits per uid.
+            # A separate range of host uids, because the kernel counts some limits per uid.
             "security.idmap.isolated": "true",
             "raw.lxc": FIRST_TO_GO,
             # No tenant needs the host's metadata socket.
             "security.guestapi": "false",
-            # The resolver of a new tenant; its image asks for it.
+            # A new tenant's resolver; the image's template uses it.
             BRIDGE: str(IPv4Interface(settings.network_ipv4).ip),
-            # For commands; the image says the same to services.
+            # For commands; the image sets the same for services.
             "environment.NODE_EXTRA_CA_CERTS": str(CA_BUNDLE),
         },
         "devices": {
@@ -328,9 +328,9 @@ def profile(settings: Settings) -> dict[str, Any]:
                 "type": "nic",
                 "name": "eth0",
                 "network": settings.network,
-                # The ACL closes the host to a tenant, isolation closes tenants to one another.
+                # The ACL keeps tenants from the host, port isolation keeps them from each other.
                 "security.port_isolation": "true",
-                # No tenant may use another's address; IPv6 is not routed, so none passes.
+                # No tenant may use another's address. IPv6 is not routed, so all of it is dropped.
                 "security.mac_filtering": "true",
                 "security.ipv4_filtering": "true",
                 "security.ipv6_filtering": "true",
@@ -347,7 +347,7 @@ def _profile(incus: Incus, settings: Settings) -> str | None:
             "profiles",
             json={"name": settings.profile, "description": "A tenant of incus-gateway", **wanted},
         )
-        return "made"
+        return "created"
     wrong = [key for key, value in wanted["config"].items() if found["config"].get(key) != value]
     wrong += [name for name, device in wanted["devices"].items() if found["devices"].get(name) != device]
     if not wrong:
@@ -361,4 +361,4 @@ def _profile(incus: Incus, settings: Settings) -> str | None:
             "devices": {**found["devices"], **wanted["devices"]},
         },
     )
-    return f"put right: {', '.join(sorted(wrong))}"
+    return f"corrected: {', '.join(sorted(wrong))}"

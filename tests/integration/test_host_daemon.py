@@ -48,7 +48,7 @@ def test_starts_once_and_is_ready(daemon: Daemon) -> None:
     assert daemon.ensure(said.append) is False
     assert len(said) == 1
     assert daemon.pidfile.read_text() == f"{daemon.pid()}\n"
-    with pytest.raises(HostError, match="still runs"):
+    with pytest.raises(HostError, match="still running"):
         daemon.erase()
 
 
@@ -67,7 +67,7 @@ def test_comes_back_after_a_crash(daemon: Daemon) -> None:
     assert daemon.socket.exists() and daemon.pidfile.exists()
     assert not daemon.answers()
     assert daemon.pid() is None
-    with pytest.raises(HostError, match="no incusd runs"):
+    with pytest.raises(HostError, match="no incusd is running"):
         daemon.kill()
     daemon.pidfile.write_text("1\n")  # the number may be another's by the time of the next start
     assert daemon.ensure(silent) is True

@@ -75,4 +75,4 @@ def test_what_does_not_run_and_who_is_in_its_place(incus_settings: Settings, tmp
             found = {f.what: f for f in doctor(listening)}
             server.shutdown()
             serving.join()
-        assert "is no gateway" in found["gateway"].detail
+        assert "is not a gateway" in found["gateway"].detail

@@ -101,7 +101,7 @@ def test_to_a_running_demo_again_after_a_crash_and_down(
     assert "changed" not in capfd.readouterr().out.replace("nothing to change", "")
 
     other = caddy_service.CaddyService(quickstart.settings.model_copy(update={"wake_timeout": 31.0}))
-    assert other.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {caddy}"
+    assert other.start(CHECKOUT / "deploy") == f"loaded the new configuration, pid {caddy}"
     assert '"try_duration": 31000000000' in json.dumps(other.running())  # nanoseconds
 
     assert pid is not None
@@ -174,10 +174,10 @@ def test_caddys_folder_leaves_the_state_dir_and_no_request_fails(monkeypatch: py
             visitor.start()
             assert new.caddy_dir == Path(f"{place}-caddy")
             caddy_service.move_out(new)
-            assert after.start(CHECKOUT / "deploy") == f"was given its new configuration, pid {pid}"
+            assert after.start(CHECKOUT / "deploy") == f"loaded the new configuration, pid {pid}"
             assert close(new) == "mode 700"
             caddy_service.move_out(new)  # again, as the next start does
-            assert after.start(CHECKOUT / "deploy") == f"runs already, pid {pid}"
+            assert after.start(CHECKOUT / "deploy") == f"already running, pid {pid}"
             seen_by_then = len(answers)
             until_true(lambda: len(answers) >= seen_by_then + 20 or not visitor.is_alive())
             ended.set()
@@ -220,7 +220,7 @@ def test_without_incus_the_same_site_is_served(
         again = parse_environment(quickstart.place.environment.read_text())
         assert again["GATEWAY_CADDY_HTTP"] == str(port)
         quickstart.start()
-        assert "site demo.localhost: runs already at http://demo.localhost" in capfd.readouterr().out
+        assert "site demo.localhost: already running at http://demo.localhost" in capfd.readouterr().out
         assert "Your site is up." in seen(quickstart)
     finally:
         quickstart.stop()

@@ -204,7 +204,7 @@ def test_a_holder_is_started_once_found_by_its_socket_and_stopped(tmp_path: Path
     try:
         pid = holder_process.running(settings)
         assert pid is not None and said == f"started, pid {pid}"
-        assert holder_process.ensure(settings, tmp_path / "log") == f"runs already, pid {pid}"
+        assert holder_process.ensure(settings, tmp_path / "log") == f"already running, pid {pid}"
         of = (tmp_path / "lock").stat()
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # of a client that has just gone

@@ -328,7 +328,7 @@ def test_docker_is_told_to_let_the_bridge_through_once(
     settings = Settings(network="br7")
     assert forwarding(settings) is None
     (tmp_path / "rules").write_text("")
-    assert forwarding(settings) == "let through Docker's firewall"
+    assert forwarding(settings) == "allowed in Docker's firewall"
     assert (tmp_path / "rules").read_text().splitlines() == ["-i br7 -j ACCEPT", "-o br7 -j ACCEPT"]
     assert forwarding(settings) is None
 

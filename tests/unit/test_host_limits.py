@@ -35,7 +35,7 @@ def test_raised_once(kernel: Path, tmp_path: Path) -> None:
     (kernel / "fs/inotify/max_user_instances").write_text("128")
     assert raise_limits(drop_in, kernel) == "max_user_instances 128 -> 1048576"
     drop_in.write_text("fs.inotify.max_user_instances = 1\n")
-    assert raise_limits(drop_in, kernel) == f"kept in {drop_in}"
+    assert raise_limits(drop_in, kernel) == f"saved in {drop_in}"
     assert drop_in.read_text().splitlines()[1:] == ["fs.inotify.max_user_instances = 1048576"]
 
 
@@ -55,5 +55,5 @@ def test_not_to_be_raised(tmp_path: Path) -> None:
 
 def test_no_place_for_the_drop_in(kernel: Path, tmp_path: Path) -> None:
     (tmp_path / "etc").write_text("a file")
-    with pytest.raises(HostError, match="cannot be written"):
+    with pytest.raises(HostError, match="cannot write"):
         raise_limits(tmp_path / "etc" / "60.conf", kernel)
