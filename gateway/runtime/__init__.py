@@ -1,7 +1,7 @@
-"""The seam between the gateway and where tenants live.
+"""The interface between the gateway and the place where tenants run.
 
-Other packages use only these names. `incus` is the real runtime; `local`, without isolation, is for laptops
-and tests. The same contract tests run on both.
+Other packages use only the names defined here. `incus` is the real runtime; `local`, without isolation, is
+for laptops and tests. The same contract tests run on both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway.rootfs import FilesystemRoot
 from gateway.rootfs.process_tree import Member
 
 REPORT_MAX: Final = 8192  # bytes kept of `Process.report`; a path has at most 4096
-# what Incus takes, and no path
+# what Incus accepts, and nothing that could be a path
 SNAPSHOT_NAME: Final = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?")
 TENANT_NAME: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -28,7 +28,7 @@ StreamName = Literal["stdout", "stderr"]
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """What is known of one tenant; all of it comes from the runtime, never from memory."""
+    """A tenant as the runtime reports it; nothing of it is remembered elsewhere."""
 
     name: str
     status: Status
@@ -38,11 +38,11 @@ class Tenant:
     created: str | None = None
     location: str | None = None
     limits: Mapping[str, Any] = field(default_factory=dict)
-    instance: str | None = None  # tells it from any other, one of its name too, as long as it lives
-    asleep: bool = False  # it is stopped, or about to be, until it is asked for
-    idle_stop: float | None = None  # seconds in the place of the setting's
-    deployment: str | None = None  # that made it, until its site is known to work
-    migration: str | None = None  # how far its site has moved in from a folder of the host, if it does
+    instance: str | None = None  # unique id; a later tenant with the same name has another
+    asleep: bool = False  # stopped, or about to be, until a request wakes it
+    idle_stop: float | None = None  # seconds; overrides the setting
+    deployment: str | None = None  # the deployment creating it, until its site is known to work
+    migration: str | None = None  # state of the migration of its site from a host folder, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Pty:
 
 @dataclass(frozen=True, slots=True)
 class ExecSpec:
-    """One command. `cwd` defaults to the workspace and `user` to its owner; both must exist.
+    """A command to run. `cwd` defaults to the workspace and `user` to its owner; both must exist.
 
-    With `merged` both streams are written to one output, stdout, in the order of time; what the command
-    writes to descriptor 3 is `Process.report`. `shown` is listed instead of `argv` if that has a wrapping of
-    ours. One that is to `outlive` this process has a `Process.holding` where the runtime can do so.
+    With `merged`, both streams go to stdout in the order of writing, and what the command writes to
+    descriptor 3 becomes `Process.report`. `shown` is displayed instead of `argv` if the gateway has wrapped
+    the command. With `outlive` the command has a `Process.holding` if the runtime supports that.
     """
 
     argv: tuple[str, ...]
@@ -71,21 +71,21 @@ class ExecSpec:
     outlive: bool = False
 
     def digest(self) -> bytes:
-        """Return what tells this command from another, and nothing else of it."""
+        """Return a hash that identifies this command without revealing it."""
         said = (self.argv, self.cwd, sorted(self.env.items()), self.user, self.pty, self.stdin, self.merged)
         return hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """A wait status that was seen: `code` as a shell shows it (128 + n for a signal), `signal` its name."""
+    """A command's exit: `code` in a shell's convention (128 + n for a signal), `signal` by name."""
 
     code: int
     signal: str | None = None
 
     @classmethod
     def of(cls, code: int) -> Exit:
-        """Return the exit for a code in a shell's convention, the only one in which Incus tells a signal."""
+        """Return the exit for a code in a shell's convention, which is how Incus reports signals."""
         try:
             name = signal.Signals(code - 128).name.removeprefix("SIG") if code > 128 else None
         except ValueError:
@@ -95,7 +95,7 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """What a cancel did: processes ended, whether KILL was needed, processes that are still there."""
+    """The result of a kill: processes ended, whether KILL was needed, processes still running."""
 
     killed: int
     escalated: bool
@@ -104,9 +104,9 @@ class Killed:
 
 
 class Holding(Protocol):
-    """What of a command outlives this process: its sockets, the last of its output, facts for the next one.
+    """The parts of a command that survive this process: sockets, latest output, facts for the next process.
 
-    `position` counts the bytes of input that were given to the command, by earlier processes too.
+    `position` counts the bytes of input written to the command, including by earlier processes.
     """
 
     @property
@@ -114,40 +114,40 @@ class Holding(Protocol):
 
     @property
     def safe(self) -> bool:
-        """Whether somebody holds it now."""
+        """Whether a holder currently holds it."""
         ...
 
     def note(self, facts: Mapping[str, Any]) -> None:
-        """Keep these facts in the place of those before; from the first ones on the command is held."""
+        """Replace the stored facts. The first call makes the command held."""
         ...
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """Keep these facts and the outputs; the command has ended, and nothing else is held any more."""
+        """Store the final facts of an ended command; besides them only its outputs are still held."""
         ...
 
     def keep(self, stream: StreamName, offset: int) -> int:
-        """Let go of an output before an offset; return how many bytes of memory the rest takes."""
+        """Drop an output's bytes before an offset; return the memory used by the rest, in bytes."""
         ...
 
     def accounts(self) -> bytes:
-        """Return what `account` kept last."""
+        """Return what `account` last stored."""
         ...
 
     def account(self, accounts: bytes) -> None:
-        """Keep so many bytes of accounts of the input: up to a thousand, much faster than facts."""
+        """Store up to 1000 bytes of input accounts, which is much faster than storing facts."""
         ...
 
     def drop(self) -> None:
-        """Hold nothing of it any more. Idempotent."""
+        """Stop holding the command. Idempotent."""
         ...
 
 
 class Process(Protocol):
     """A command that has started in a tenant.
 
-    `streams` names its outputs; with a PTY there is only stdout, the terminal, and with `merged` only
-    stdout. Reading is the back-pressure: what is not read stays in the kernel and in time stops the command.
-    `report` is complete once `wait` has returned, and empty without `merged`.
+    `streams` names its outputs; with a PTY or with `merged` there is only stdout. Reading provides the
+    back-pressure: unread output stays in the kernel and eventually blocks the command. `report` is complete
+    once `wait` has returned, and is empty without `merged`.
     """
 
     pid: int
@@ -155,21 +155,21 @@ class Process(Protocol):
     streams: tuple[StreamName, ...]
     report: bytes
     holding: Holding | None
-    patience: float  # seconds for which an output may be left unread, see `take`
+    patience: float  # seconds an output may stay unread, see `take`
 
     async def read(self, stream: StreamName) -> bytes:
-        """Return the next bytes of `stream`, or b"" after its last; where it broke off `wait` says so."""
+        """Return the next bytes of `stream`, b"" at its end. If the stream broke, `wait` raises."""
         ...
 
     def take(self, stream: StreamName) -> bytes:
-        """Return at once what `read` would return without waiting; b"" where leaving it does no harm.
+        """Return what has arrived without waiting; b"" if it can safely stay unread.
 
-        Call it every `patience` seconds while `stream` is held back.
+        Call it every `patience` seconds while not reading `stream`.
         """
         ...
 
     async def write(self, data: bytes) -> None:
-        """Give `data` to the command; waits while it does not read. Late input is dropped."""
+        """Write to the command's stdin, waiting while it does not read. Dropped once it has ended."""
         ...
 
     async def close_stdin(self) -> None: ...
@@ -177,43 +177,43 @@ class Process(Protocol):
     async def resize(self, cols: int, rows: int) -> None: ...
 
     async def signal(self, number: int) -> None:
-        """Send one signal to the command itself."""
+        """Send a signal to the command itself."""
         ...
 
     async def wait(self) -> Exit:
-        """Return the exit once the command has ended and its outputs were read.
+        """Wait until the command has ended and its outputs are read, and return the exit.
 
-        Raises `Unavailable` if its status, or some of its output, is lost.
+        Raises `Unavailable` if the status or some output is lost.
         """
         ...
 
     @property
     def unsent(self) -> int:
-        """How many bytes that `write` took have not left this process; more may wait on their way."""
+        """Bytes accepted by `write` that have not left this process; more may be in transit."""
         ...
 
     async def flush(self) -> None:
-        """Drop the input that the command's terminal holds, and all on its way there."""
+        """Discard the input in the command's terminal and in transit to it."""
         ...
 
     async def kill(self, grace: float) -> Killed:
-        """End the whole tree: TERM, `grace` seconds, KILL; return when nothing of it is left."""
+        """Kill the whole tree: TERM, `grace` seconds, KILL. Return once none of it is left."""
         ...
 
     async def left(self) -> Sequence[Member] | None:
-        """Return what runs of the tree, a hundred processes at most; None if that cannot be known."""
+        """Return the tree's running processes, at most a hundred; None if they cannot be determined."""
         ...
 
     async def aclose(self) -> None:
-        """Let go of the sockets. Idempotent; does not promise that the tree is gone: `kill` does."""
+        """Close the sockets. Idempotent. Does not guarantee that the tree is gone; `kill` does."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """A command of an earlier process: the facts that were noted, and what is kept of its outputs, by offset.
+    """A command of an earlier process: its recorded facts, and its kept outputs with their start offsets.
 
-    `process` goes on behind that; it is None for a command that had ended.
+    `process` continues after these outputs; it is None if the command has ended.
     """
 
     facts: Mapping[str, Any]
@@ -226,7 +226,7 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A tenant's disk at one moment; `size` the bytes that nothing else holds, where they are known."""
+    """A snapshot of a tenant's disk; `size` counts the bytes not shared with anything else, if known."""
 
     name: str
     created: str | None = None
@@ -235,7 +235,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The bytes of the storage where tenants' disks lie: in all, and in use."""
+    """Size and use of the storage for tenants' disks, in bytes."""
 
     total: int
     used: int
@@ -243,7 +243,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class TenantEvent:
-    """A change of a tenant, by anyone. `type` is as in the SSE contract."""
+    """A change of a tenant, made by anyone. `type` is as in the SSE contract."""
 
     type: str
     tenant: str | None
@@ -251,7 +251,7 @@ class TenantEvent:
 
     @property
     def ended(self) -> str | None:
-        """The name that is free now: its tenant was destroyed or renamed."""
+        """The name that became free because its tenant was destroyed or renamed, or None."""
         match self.type:
             case "tenant.destroyed":
                 return self.tenant
@@ -262,7 +262,7 @@ class TenantEvent:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Something that the gateway removed by itself: `tenant` is None of what was not one yet."""
+    """An instance that the gateway removed by itself; `tenant` is None if it was not a tenant yet."""
 
     tenant: str | None
     name: str
@@ -274,14 +274,14 @@ Removed = Callable[[Removal], Awaitable[None]]
 
 
 async def unheard(removal: Removal) -> None:
-    """Take a removal and record it nowhere."""
+    """Ignore a removal."""
 
 
 class TenantRuntime(Protocol):
-    """The seam to where tenants live: wide, because it is all that the packages above it use of a runtime.
+    """The interface of a runtime. It is wide because it is everything other packages use of one.
 
     All names are validated tenant names; unknown ones raise `NotFound`. `tenants` tells a broker how to find
-    their files by itself; see `gateway.rootfs.locations`.
+    tenants' files by itself; see `gateway.rootfs.locations`.
     """
 
     tenants: Mapping[str, Any]
@@ -291,7 +291,7 @@ class TenantRuntime(Protocol):
     async def get(self, name: str) -> Tenant: ...
 
     async def create(self, name: str, *, domain: str | None = None, start: bool = True) -> Tenant:
-        """Make a tenant from the base image; a failure removes only what it made. Raises `Conflict`."""
+        """Create a tenant from the base image. A failure removes only what it created. Raises `Conflict`."""
         ...
 
     async def start(self, name: str) -> None: ...
@@ -301,39 +301,39 @@ class TenantRuntime(Protocol):
     async def restart(self, name: str) -> None: ...
 
     async def mark_asleep(self, name: str, asleep: bool) -> None:
-        """Note that requests may wake the tenant, or that they may not any more; stop nothing."""
+        """Mark whether requests may wake the tenant. Does not stop it."""
         ...
 
     async def visited(self, tenants: Sequence[Tenant]) -> Mapping[str, float]:
-        """Return the seconds since each site's last connection ended, 0 while there is one.
+        """Return the seconds since each site's last connection ended, 0 while one is open.
 
-        Sites without one in the last minute are left out; our probes do not count.
+        Sites without connections in the last minute are omitted. The gateway's own probes do not count.
         """
         ...
 
     async def destroy(self, name: str) -> None:
-        """Remove the tenant and everything of it, its snapshots too."""
+        """Delete the tenant with everything it has, including snapshots."""
         ...
 
     async def rename(self, name: str, domain: str | None) -> None:
-        """Give the tenant another domain, or none; its name stays."""
+        """Set or remove the tenant's domain; its name stays."""
         ...
 
     async def resize(self, name: str, size: str) -> None:
-        """Give the tenant the limits of a size of `sizes.SIZES`, all or none, without a restart.
+        """Apply the limits of a size of `sizes.SIZES`, all or none of them, without a restart.
 
-        Raises `Conflict` if it uses more disk or memory than these allow or is being updated,
-        `TenantNotRunning` if its disk usage is unknown, and `InvalidParams` if this runtime has no limits.
+        Raises `Conflict` if the tenant uses more disk or memory than that or is being updated,
+        `TenantNotRunning` if its disk usage is unknown, and `InvalidParams` if the runtime has no limits.
         """
         ...
 
     async def clone(
         self, name: str, new: str, *, domain: str | None = None, snapshot: str | None = None
     ) -> Tenant:
-        """Create a tenant whose disk is a copy of another's, or of a snapshot of it, and start it.
+        """Create and start a tenant whose disk is a copy of another's or of its snapshot.
 
-        It has an address, a machine id and host uids of its own. Raises `Conflict` if the name is taken, and
-        `NotFound`. If it fails or is cancelled, it removes what it made and nothing else.
+        The clone has its own address, machine id and host uids. Raises `Conflict` if the name is taken, and
+        `NotFound`. If it fails or is cancelled, it removes only what it created.
         """
         ...
 
@@ -342,58 +342,58 @@ class TenantRuntime(Protocol):
         ...
 
     async def snapshot(self, name: str, snapshot: str) -> Snapshot:
-        """Keep the disk as it is now. Raises `Conflict` if the snapshot's name is taken."""
+        """Create a snapshot of the disk. Raises `Conflict` if its name is taken."""
         ...
 
     async def restore(self, name: str, snapshot: str) -> None:
-        """Make the disk what it was: stop, restore, and start again what ran before.
+        """Restore the disk from a snapshot, stopping the tenant and starting it again if it was running.
 
-        Domain, limits and address stay as they are now.
+        Domain, limits and address keep their current values.
         """
         ...
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None: ...
 
     async def unshared(self, name: str) -> int | None:
-        """Return the bytes of a tenant's disk that no snapshot or image holds too, None where not known."""
+        """Return the bytes of a tenant's disk not shared with any snapshot or image, None if unknown."""
         ...
 
     async def space(self) -> Space | None:
-        """Return how full the storage is, None if that cannot be known."""
+        """Return size and use of the storage, None if unknown."""
         ...
 
     def logs(self, lines: int, follow: bool) -> ExecSpec:
-        """Return the command that prints the last lines of the site's log, and with `follow` what comes."""
+        """Return a command that prints the last lines of the site's log, and new ones with `follow`."""
         ...
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
-        """Start a command; returns once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
+        """Start a command; return once it runs. Raises `ExecFailed`, `TenantNotRunning`, `InvalidParams`."""
         ...
 
     async def adopt(self) -> Sequence[Adopted]:
-        """Take over what an earlier process left running, or ended not long ago; once, before all else."""
+        """Adopt commands held for an earlier process, running or ended. Call once, before anything else."""
         ...
 
     async def sweep(self) -> int:
-        """End what commands of an earlier, killed life of this gateway left; return how many processes."""
+        """Kill processes left by commands of an earlier, killed process of this gateway; return how many."""
         ...
 
     def expect(self, name: str) -> AbstractContextManager[None]:
-        """Get ready for commands in this tenant while the context is open; a hint, never an error."""
+        """Expect commands in this tenant while the context is open: a hint that never fails."""
         ...
 
     async def filesystem(self, name: str) -> FilesystemRoot:
-        """Say where the tenant's files are; works for stopped tenants too."""
+        """Return where the tenant's files are, also for a stopped tenant."""
         ...
 
     async def metrics(self, name: str) -> Mapping[str, Any]:
-        """Return cpu seconds, memory bytes, processes, disk and network as the contract names them."""
+        """Return CPU seconds, memory bytes, processes, disk and network, named as in the contract."""
         ...
 
     def watch(self) -> AsyncIterator[TenantEvent]:
-        """Yield what happens to tenants, forever; reconnects, and yields `gateway.resynced` after a gap."""
+        """Yield the tenants' events forever; reconnects, and yields `gateway.resynced` after a gap."""
         ...
 
     async def ready(self) -> None:
-        """Return if the runtime can serve now; raise `Unavailable` with the reason else."""
+        """Return if the runtime can serve requests, else raise `Unavailable` with the reason."""
         ...

@@ -1,4 +1,4 @@
-"""Tell why an install command failed, where what it said last tells it."""
+"""Find out why an install command failed from the end of its output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Final, Literal
 
 Cause = Literal["lockfile", "memory", "program"]
 
-_MISSING: Final = 127  # the shell's code for a program that is not there
+_MISSING: Final = 127  # a shell's code for a missing program
 _KILLED: Final = 128 + 9
-# the words of each package manager for a lockfile that its manifest has outgrown
+# each package manager's words for a lockfile that does not match the manifest
 _STALE: Final = (
     ("lockfile had changes, but lockfile is frozen", "bun"),
     ("npm error code EUSAGE", "npm"),
-    ('Run "npm help ci"', "npm"),  # behind all of its options, which are more than is kept of an output
+    ('Run "npm help ci"', "npm"),  # npm lists all its options first, more than is kept of the output
     ("ERR_PNPM_OUTDATED_LOCKFILE", "pnpm"),
     ("ERR_PNPM_LOCKFILE_CONFIG_MISMATCH", "pnpm"),
     ("Your lockfile needs to be updated", "yarn"),
@@ -29,19 +29,19 @@ _NOT_FOUND: Final = re.compile(r"(?:\d+: |line \d+: )([\w./@+-]{1,60}): (?:comma
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why it failed, which the next run would do as well; `of` is the package manager or the program."""
+    """A cause that would make every retry fail too; `of` is the package manager or program."""
 
     cause: Cause
     of: str = ""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What an error says of it."""
+        """The facts for an error."""
         return {"cause": self.cause} | ({"of": self.of} if self.of else {})
 
 
 def failure(code: int | None, said: str) -> Failure | None:
-    """Return why a command failed by its exit code and the end of what it printed; None if nothing tells."""
+    """Return the cause of a failure from exit code and end of output, None if unknown."""
     for words, manager in _STALE:
         if words in said:
             return Failure("lockfile", manager)

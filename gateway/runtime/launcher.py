@@ -1,15 +1,16 @@
-"""Start a command inside a tenant so that its whole tree can be found and ended.
+"""Start a command inside a tenant so that its whole process tree can be found and killed.
 
-A small POSIX `sh` (`start.sh`), as root in the container, makes a cgroup for the exec, joins it and becomes
-a second one (`wait.sh`), of the command's user. That says that it is ready, and takes one line from its
-standard input: folder, environment and command. So neither command line nor secrets show in the host's
-process list or in Incus's operations and events before the command itself runs, and a shell can wait ready
-before its command is known. With the line it enters the folder, looks whether the program exists and says
-so, and becomes it: nothing else is started between the line and the command. Two kinds cost a program more,
-`head` to read a line of over 3 KiB, and `env` for variables that mean something to a shell.
+A small POSIX shell script (`start.sh`), run as root in the container, creates a cgroup for the exec, joins it
+and becomes a second script (`wait.sh`) under the command's user. That reports that it is ready and reads one
+line from stdin: folder, environment and command. So neither the command line nor secrets appear in the host's
+process list or in Incus's operations and events before the command itself runs, and a shell can be kept ready
+before its command is known. Given the line, the script enters the folder, checks that the program exists,
+reports the result, and becomes the program without starting anything else in between. There are two
+exceptions with one more program: `head` reads a line of over 3 KiB, and `env` sets variables special to a
+shell.
 
-What the shells say goes to standard error (with a terminal, to the terminal) before the command's first
-byte: lines that begin with SOH. `Preamble` takes them out of the stream.
+The scripts' messages are lines beginning with SOH on stderr (with a terminal, on the terminal) before the
+command's first byte. `Preamble` takes them out of the stream.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ WAIT_SCRIPT: Final = Path(__file__).with_name("wait.sh").read_text()
 KILL_SCRIPT: Final = Path(__file__).with_name("kill.sh").read_text()
 DRAIN_SCRIPT: Final = Path(__file__).with_name("drain.sh").read_text()
 
-_LINE: Final = 3072  # bytes of a line up to which `read`, a call for each, takes less time than a process
-# What means something to a shell itself, so that it changes the value or takes none: see `command_line`.
+_LINE: Final = 3072  # bytes of a line up to which `read`, a system call per byte, is faster than a process
+# Variables special to a shell, which it would alter or refuse: see `command_line`.
 _MEANT: Final = re.compile(
     "_|BASH.*|COMP_.*|DIRSTACK|E?UID|ENV|EPOCH.*|EXECIGNORE|FUNCNAME|FUNCNEST|GLOBIGNORE|GROUPS|HIST.*|IFS"
     "|IGNOREEOF|LINENO|MAIL.*|OLDPWD|OPT(ARG|ERR|IND)|PIPESTATUS|POSIXLY_CORRECT|PPID|PS[0-4]|PWD|S?RANDOM"
@@ -39,19 +40,19 @@ _MEANT: Final = re.compile(
 
 Method = Literal["cgroup", "scan"]
 
-PID_MAX: Final = 1 << 22  # the kernel's own limit, PID_MAX_LIMIT
+PID_MAX: Final = 1 << 22  # the kernel's limit, PID_MAX_LIMIT
 _READY: Final = re.compile(rb"\x01R (\d{1,20}) (cgroup|scan) (|/dev/[a-z0-9/]{1,60}|not a tty)")
-# processes that were found, whether KILL was needed, survivors, how they were found
+# processes found, whether KILL was needed, survivors, how they were found
 _KILLED: Final = re.compile(rb"\s*(\d{1,7}) ([01]) (\d{1,7}) (cgroup|scan)\s*")
 KILLED_MAX: Final = 256  # bytes of that
 
 
 def killed(said: bytes) -> Killed:
-    """Return what `KILL_SCRIPT` did, by its answer. Raises `Unavailable` for one that is not its own."""
+    """Parse the output of `KILL_SCRIPT`. Raises `Unavailable` if it is not valid."""
     match = _KILLED.fullmatch(said)
     if match is None:
         raise Unavailable(
-            "the tenant's shell does not say what it ended; restart the tenant to end all of its processes"
+            "the tenant's shell did not report what it ended; restart the tenant to end all its processes"
         )
     survivors = int(match[3])
     method: Method = "cgroup" if match[4] == b"cgroup" else "scan"
@@ -60,7 +61,7 @@ def killed(said: bytes) -> Killed:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The user that runs the command, as far as known without asking the container; ids None: look up."""
+    """The user to run a command as. If the ids are None, they are looked up in the container."""
 
     name: str
     uid: int | None = None
@@ -69,9 +70,9 @@ class Account:
 
 
 def quote(text: str) -> str:
-    """Quote for the line that the shell reads: no newline may remain in it; `$1` of wait.sh holds one.
+    """Quote for the shell's command line. Newlines are replaced by `$1`, which is one in wait.sh.
 
-    Raises `InvalidParams` for NUL, which no argument can carry.
+    Raises `InvalidParams` for NUL, which no argument can contain.
     """
     if "\0" in text:
         raise InvalidParams("arguments, environment and folders cannot contain NUL")
@@ -79,9 +80,9 @@ def quote(text: str) -> str:
 
 
 def start_command(exec_id: str, account: Account | None, *, looks: int, terminal: bool) -> list[str]:
-    """Return the command that makes a shell of `account` wait for its line; None keeps the user.
+    """Return the command that starts a waiting shell as `account`; None keeps the user.
 
-    `looks` is how often, 50 ms apart, it looks for a cgroup tree that is not mounted yet.
+    `looks` is the number of attempts, 50 ms apart, to find a cgroup tree that may not be mounted yet.
     """
     words: tuple[object, ...] = ()
     if account is not None and account.uid is None:
@@ -100,13 +101,13 @@ def command_line(
     merged: bool = False,
     terminal: bool = False,
 ) -> bytes:
-    """Return what makes the waiting shell run `argv`: one line, and the rest that a long one says to read.
+    """Return the input that makes a waiting shell run `argv`: one line, which if long reads the rest itself.
 
-    On a terminal it is one line always: bash reads ahead there.
+    On a terminal it is always one line, because bash reads ahead there.
 
-    The shell exports the environment last. Variables that mean something to a shell are passed under other
-    names, and `env` restores them: as arguments of `env` they would show in the tenant's process list. Raises
-    `InvalidParams` for names and texts that no environment can carry.
+    The shell exports the environment last. Variables special to a shell are passed under other names, and
+    `env` restores them; as arguments of `env` they would appear in the tenant's process list. Raises
+    `InvalidParams` for names and values that an environment cannot contain.
     """
     for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -115,7 +116,7 @@ def command_line(
     held = {name: next(free) for name in env if _MEANT.fullmatch(name)}
     words = [quote(word) for word in argv]
     if argv[0].startswith("-") or (held and "=" in argv[0]):
-        # an option to `exec` of some shells, a variable to `env`; and dash knows no `exec --`
+        # it would be an option to some shells' `exec`, or a variable to `env`; and dash has no `exec --`
         words = ["/usr/bin/nice", "-n0", "--", *words]
     if held:
         names = [f"-u{place}" for place in held.values()]
@@ -131,21 +132,21 @@ def command_line(
     line = "; ".join(steps).encode("utf-8", "surrogateescape")
     if terminal or len(line) <= _LINE:
         return line + b"\n"
-    # in braces, so that nothing of it runs where its end does not come
+    # in braces, so that nothing runs if the end is missing
     line = b"{ %b\n}" % line
     return b'eval "$(head -c %d)"\n%b' % (len(line), line)
 
 
 class Preamble:
-    """Takes the shells' own lines off the front of a command's output.
+    """Parser of the scripts' messages, which precede the command's own output.
 
-    Feed it the output; once `started` is true, `rest` is the command's own first output. Raises `ExecFailed`
-    when a shell says that the command cannot start, or prints more than `LIMIT` bytes without starting it:
-    the shell is the tenant's, and may print anything forever.
+    Feed it the output; once `started` is true, `rest` is the beginning of the command's own output. Raises
+    `ExecFailed` if a script reports that the command cannot start, or prints more than `LIMIT` bytes before
+    it: the shell belongs to the tenant and may print anything forever.
     """
 
-    LIMIT: Final = 64 * 1024  # the shells say a few hundred bytes; more is not ours
-    _NOISE: Final = 500  # bytes of what others said that an error repeats
+    LIMIT: Final = 64 * 1024  # our scripts print a few hundred bytes
+    _NOISE: Final = 500  # bytes of other output to repeat in an error
 
     def __init__(self) -> None:
         self.pid = 0
@@ -160,12 +161,12 @@ class Preamble:
         self._noise = b""
 
     def went(self, pid: int, method: Method, terminal: str) -> None:
-        """Take over what an earlier process saw: the command runs."""
+        """Set the state that an earlier process parsed: the command is running."""
         self.pid, self.method, self.terminal = pid, method, terminal
         self.ready = self.started = True
 
     def asked(self, argv0: str, cwd: str, user: str) -> None:
-        """Note what was asked for, for the words of an error."""
+        """Set the names to use in error messages."""
         self._names = {"cwd": cwd, "user": user, "argv0": argv0}
 
     def feed(self, data: bytes) -> None:
@@ -180,12 +181,12 @@ class Preamble:
         if self.started:
             self.rest, self._buffer = text[start:], b""
         elif len(text) - start > self._left or not self._left:
-            raise ExecFailed("the tenant's shell does not behave: the command was not started")
+            raise ExecFailed("the tenant's shell misbehaves: the command was not started")
         else:
             self._buffer = text[start:]
 
     def ended(self) -> ExecFailed:
-        """Return the error for an output that ended before the command had started."""
+        """Return the error for output that ended before the command started."""
         self._hear(self._buffer)
         said = " ".join(self._noise.decode("utf-8", "replace").split("\n")).strip()
         return ExecFailed(f"the command was not started{': ' + said if said else ''}")
@@ -199,7 +200,7 @@ class Preamble:
             self.pid, self.ready, self.terminal = int(ready[1]), True, ready[3].decode()
             self.method = "cgroup" if ready[2] == b"cgroup" else "scan"
             if not 0 < self.pid <= PID_MAX:
-                raise ExecFailed("the tenant's shell does not behave: it names no process that can be")
+                raise ExecFailed("the tenant's shell misbehaves: it reported an impossible pid")
             return
         match line[1:].decode("ascii", "replace").split(" ") if line.startswith(b"\x01") else ():
             case ["K"] if self.ready:
@@ -221,15 +222,13 @@ class Preamble:
 
 
 def check_size(argv: tuple[str, ...], env: Mapping[str, str], *, one: int, total: int) -> None:
-    """Raise `TooLarge` if an argument or environment string has over `one` bytes, or all have over `total`.
+    """Raise `TooLarge` if an argument or environment string exceeds `one` bytes, or all exceed `total`.
 
-    The kernel takes 128 KiB per string (MAX_ARG_STRLEN); past that a command fails in odd ways.
+    The kernel accepts 128 KiB per string (MAX_ARG_STRLEN); beyond that commands fail in confusing ways.
     """
     sizes = [len(part.encode("utf-8", "surrogateescape")) for part in argv]
     sizes += [len(f"{name}={value}".encode("utf-8", "surrogateescape")) for name, value in env.items()]
     if max(sizes, default=0) > one:
-        raise TooLarge(
-            f"one argument or environment string has over {one} bytes; pass it by stdin", limit=one
-        )
+        raise TooLarge(f"an argument or environment string exceeds {one} bytes; pass it on stdin", limit=one)
     if sum(sizes) > total:
-        raise TooLarge(f"arguments and variables have over {total} bytes; pass them by stdin", limit=total)
+        raise TooLarge(f"arguments and environment exceed {total} bytes; pass them on stdin", limit=total)

@@ -1,6 +1,6 @@
-"""Read where processes listen, from the kernel's tables of TCP sockets (proc_net_tcp.rst).
+"""Find out where processes listen, from the kernel's TCP tables (proc_net_tcp.rst).
 
-Listeners come first in these tables, so that a tenant with any number of connections makes nothing longer.
+Listeners come first in these tables, so a tenant with many connections does not make this slower.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ANYWHERE: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not bou
 _END: Final = re.compile(r"((?:[0-9A-F]{8}){1,4}):([0-9A-F]{4})")
 _LISTEN: Final = "0A"
 _TABLE: Final = 64 << 10  # bytes of one table: 400 listeners
-_PROCESSES: Final = 4096  # of this machine that are looked at
-_OWN: Final = 200  # of these, of one tree
-_SOCKETS: Final = 4096  # descriptors of one process
-_STAT: Final = 4096  # bytes of what the kernel says of one process
+_PROCESSES: Final = 4096  # most processes of this machine to look at
+_OWN: Final = 200  # most processes of one tree
+_SOCKETS: Final = 4096  # most descriptors of one process
+_STAT: Final = 4096  # bytes of one process's stat file
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Listener:
-    """An address and a port that take connections."""
+    """An address and port on which a process listens."""
 
     address: str
     port: int
@@ -42,9 +42,9 @@ class Listener:
 
 
 def listener(end: str) -> Listener | None:
-    """Return an end as a table writes it, `0100007F:1F40`; None for anything else.
+    """Parse a table's end such as `0100007F:1F40`; None if it is not one.
 
-    An address is one or four numbers of 32 bits, each in this machine's own order of bytes.
+    An address consists of one or four 32-bit numbers, each in native byte order.
     """
     match = _END.fullmatch(end)
     if match is None or len(match[1]) not in (8, 32):
@@ -58,9 +58,9 @@ def listener(end: str) -> Listener | None:
 
 
 def of_tree(pid: int) -> tuple[frozenset[Listener], float]:
-    """Return where a process of this machine and those below it listen, and the CPU seconds of all.
+    """Return where a process and its descendants listen, and their CPU seconds in all.
 
-    Leaves out what cannot be read, which is everything without /proc.
+    Omits what cannot be read; without /proc that is everything.
     """
     tree, cpu = _tree(pid)
     sockets = {inode for member in tree[:_OWN] for inode in _sockets(member)}
@@ -73,12 +73,12 @@ def _tree(root: int) -> tuple[list[int], float]:
         names = (entry.name for entry in Path("/proc").iterdir())
         for name in islice(filter(str.isdecimal, names), _PROCESSES):
             with contextlib.suppress(OSError, ValueError, IndexError):
-                # a name may hold anything, brackets too, but nothing behind the last of these
+                # a name may contain anything, even brackets, but the last bracket ends it
                 words = part(f"/proc/{name}/stat", _STAT).rpartition(b")")[2].split()
                 parents[int(name)] = int(words[1])
                 spent[int(name)] = (int(words[11]) + int(words[12])) / _TICKS
     tree = [root] if root in parents else []
-    for member in tree:  # grows on the way
+    for member in tree:  # grows during the loop
         tree += [child for child, parent in parents.items() if parent == member]
     return tree, sum(spent[member] for member in tree)
 
@@ -99,7 +99,7 @@ def _listeners(sockets: Collection[str]) -> Iterator[Listener]:
 
 
 def in_table(lines: Iterable[str], sockets: Collection[str]) -> Iterator[Listener]:
-    """Yield the listeners of a table that are among these sockets, by their inodes."""
+    """Yield the listeners of a table whose inodes are among `sockets`."""
     for line in lines:
         words = line.split()
         if len(words) > 9 and words[3] == _LISTEN and words[9] in sockets:

@@ -1,8 +1,8 @@
 """Run tenants as folders and plain processes of this machine, without isolation.
 
-For laptops without Incus and for fast tests: a tenant is a folder in the state dir, its commands are
-processes of the gateway's own user, started by the same shells as in a container and ended through the
-same cgroups where this machine has them.
+For laptops without Incus and for fast tests: a tenant is a folder in the state dir, and its commands are
+processes of the gateway's user, started by the same scripts as in a container and killed through the same
+kind of cgroups if this machine has them.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _LOG: Final = Path(__file__).with_name("local_log.sh").read_text()
 
 
 class LocalRuntime:
-    """Tenants under `state_dir/tenants`: a `TenantRuntime` of folders. Use as an async context manager."""
+    """A `TenantRuntime` of folders under `state_dir/tenants`. An async context manager."""
 
     def __init__(self, settings: Settings, removed: Removed = unheard) -> None:
         self._settings = settings
         self.removed = removed
         self._home = settings.state_dir / "tenants"
-        self._real_home = os.path.realpath(self._home)  # what its commands see
+        self._real_home = os.path.realpath(self._home)  # as commands see it
         self.tenants: Mapping[str, Any] = Folders(self._real_home, "root").to_dict()
         self._running: dict[str, set[LocalProcess]] = {}
         self._events: asyncio.Queue[TenantEvent] = asyncio.Queue(maxsize=1000)
@@ -73,7 +73,7 @@ class LocalRuntime:
         return [
             self._tenant(folder.name)
             for folder in sorted(self._home.iterdir())
-            # those that are being made or removed have a dot in front
+            # tenants being created or removed begin with a dot
             if not folder.name.startswith(".") and (folder / "tenant.json").exists()
         ]
 
@@ -94,7 +94,7 @@ class LocalRuntime:
         disk: Path | None = None,
         site: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make a stopped tenant beside its place, whole or not at all. Raises `Conflict`."""
+        """Create a stopped tenant atomically. Raises `Conflict`."""
         place = self._home / name
         taken = Conflict(f"tenant {name} already exists; choose another name")
         if place.exists():
@@ -118,7 +118,7 @@ class LocalRuntime:
             (fresh / "tenant.json").write_bytes(orjson.dumps(record))
             fresh.rename(place)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it came meanwhile
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # created meanwhile
                 raise taken from None
             raise
         finally:
@@ -129,7 +129,7 @@ class LocalRuntime:
         return self._home / f".{name}-{secrets.token_hex(8)}"
 
     def set_site(self, name: str, **facts: Any) -> None:
-        """Record the `domain` of a tenant's site, or at which `port` of loopback it answers."""
+        """Record the `domain` of a tenant's site, or the loopback `port` at which it answers."""
         self._save(name, {**self._record(name), **facts})
 
     async def start(self, name: str) -> None:
@@ -160,7 +160,7 @@ class LocalRuntime:
             raise NotFound(f"no tenant {name}")
 
     async def remove(self, name: str, instance: str | None) -> bool:
-        """Destroy the tenant that has that name and is that instance; say whether there was one."""
+        """Destroy the tenant with this name if it is this instance; return whether it was."""
         with contextlib.suppress(NotFound):
             if self._record(name).get("instance") == instance:
                 await self.stop(name)
@@ -179,7 +179,7 @@ class LocalRuntime:
     async def resize(self, name: str, size: str) -> None:
         self._record(name)
         raise InvalidParams(
-            "the local runtime limits nothing, so its tenants have no size; tenants in Incus have",
+            "the local runtime has no limits, so its tenants have no size; only tenants in Incus have",
             field="size",
             reason="not_enforced",
         )
@@ -241,7 +241,7 @@ class LocalRuntime:
         return kept
 
     async def _copy(self, source: Path, target: Path) -> None:
-        """Put a copy of a folder in another's place, whole or not at all."""
+        """Replace a folder by a copy of another, atomically."""
         target.parent.mkdir(exist_ok=True)
         fresh, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
         argv = ("cp", "--archive", "--reflink=auto", "--", str(source), str(fresh))
@@ -275,7 +275,7 @@ class LocalRuntime:
             yield await self._events.get()
 
     async def adopt(self) -> Sequence[Adopted]:
-        return ()  # plain processes end with us
+        return ()  # plain processes do not survive the gateway
 
     async def exec(self, name: str, spec: ExecSpec) -> Process:
         settings = self._settings
@@ -283,7 +283,7 @@ class LocalRuntime:
         if self._record(name)["status"] != "running":
             raise TenantNotRunning(f"tenant {name} is stopped; start it first", status="stopped")
         if spec.user not in (None, settings.workspace_user, settings.workspace_uid, os.getuid()):
-            raise InvalidParams("the local runtime runs commands as its own user only", field="user")
+            raise InvalidParams("the local runtime runs commands only as its own user", field="user")
         exec_id = secrets.token_hex(8)
         cwd = self._folder(name, spec.cwd)
         terminal = spec.pty is not None
@@ -307,10 +307,10 @@ class LocalRuntime:
         return process
 
     async def sweep(self) -> int:
-        return 0  # what a killed gateway left is not told from other processes of this machine
+        return 0  # processes left by a killed gateway cannot be told from others on this machine
 
     def expect(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # a process of our own starts as fast as a waiting one
+        return contextlib.nullcontext()  # here a new process starts as fast as a warm one
 
     def _folder(self, name: str, cwd: str | None) -> str:
         workspace = self._settings.workspace
@@ -319,7 +319,7 @@ class LocalRuntime:
             return str(home)
         if cwd == workspace or cwd.startswith(workspace + "/"):
             return str(home / cwd[len(workspace) :].lstrip("/"))
-        return str(home / cwd)  # a relative one; an absolute one stays what it is
+        return str(home / cwd)  # an absolute path is left as it is
 
     def _record(self, name: str) -> dict[str, Any]:
         try:
@@ -353,7 +353,7 @@ class LocalRuntime:
             await process.kill(0)
 
     def _tell(self, kind: str, name: str, **facts: str) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # nothing watches, so nothing misses it
+        with contextlib.suppress(asyncio.QueueFull):  # a full queue has no reader
             self._events.put_nowait(TenantEvent(kind, name, facts))
 
 
@@ -369,7 +369,7 @@ def _snapshot(kept: Path) -> Snapshot:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes that the files in a folder take on the disk."""
+    """Return the disk space used by the files in a folder, in bytes."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""Where the files of a site of the `local` runtime lie, and what is noted of it."""
+"""Folders of the `local` runtime's sites, and the file of facts about each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RECIPE: Final = ("start", "port", "health", "keep", "template")
 
 
 class SiteFolders:
-    """The folders of each tenant's site: the live one, those beside it, and the file with what is noted."""
+    """The folders of each tenant's site: the live one and those beside it, and the file of facts."""
 
     def __init__(self, settings: Settings) -> None:
         self.home = settings.state_dir / "tenants"
@@ -35,7 +35,7 @@ class SiteFolders:
         return read(self.home / tenant / "site.json")
 
     def note(self, tenant: str, **facts: Any) -> None:
-        """Note more of a site; what is None is noted no more. Raises `NotFound`."""
+        """Update the facts about a site; None removes a fact. Raises `NotFound`."""
         path = self.home / tenant / "site.json"
         if not path.parent.is_dir():
             raise NotFound(f"no tenant {tenant}")
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, facts: dict[str, Any]) -> None:
-    """Write what is noted, which may hold secrets, so that it is there whole or not at all."""
+    """Write facts, which may contain secrets, atomically and readable only by the owner."""
     new = path.with_suffix(".new")
     new.touch(mode=0o600)
     new.write_bytes(orjson.dumps({name: value for name, value in facts.items() if value is not None}))
@@ -59,12 +59,12 @@ def write(path: Path, facts: dict[str, Any]) -> None:
 
 
 def started_by(recipe: Recipe) -> dict[str, Any]:
-    """Return what is noted of how a site is started."""
+    """Return the facts to record about how a site is started."""
     return {name: getattr(recipe, name) for name in _RECIPE}
 
 
 def recipe_of(facts: dict[str, Any]) -> Recipe | None:
-    """Return how a site is started, by what is noted of it."""
+    """Return the recipe recorded in a site's facts, None if there is none."""
     if "start" not in facts:
         return None
     more = {name: facts[name] for name in ("health", "template") if name in facts}
@@ -72,5 +72,5 @@ def recipe_of(facts: dict[str, Any]) -> Recipe | None:
 
 
 def before(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what another site takes the place of."""
+    """Return the facts to save before a site is replaced."""
     return {name: facts.get(name) for name in (*_RECIPE, "env_live")}

@@ -1,6 +1,6 @@
-"""Keep the sites of the `local` runtime that were live; see `gateway.runtime.sites.FormerSites`.
+"""Formerly live sites of the `local` runtime; see `gateway.runtime.sites.FormerSites`.
 
-Each lies in a folder beside the workspace: its files, and what is noted of how it was started.
+Each has a folder beside the workspace with its files and a record of how it was started.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class LocalFormerSites:
         kept.rename(following)
 
     def put_back(self, tenant: str) -> None:
-        """Put a site that was taken, and is still the next one, where it was kept."""
+        """Put a taken site that is still the next one back where it was kept."""
         taken = self._folders.noted(tenant).get("taken")
         if taken is None:
             return
         following, kept = self._folders.of(tenant, "next"), self._place(tenant, taken)
         if following.is_dir() and kept.is_dir() and not (kept / "site").exists():
-            with contextlib.suppress(OSError):  # what was carried over is the live site's
+            with contextlib.suppress(OSError):  # files copied from the live site do not belong to it
                 remove(following, self._folders.beside(tenant, "lasting").read_bytes().split(b"\0")[:-1])
             following.rename(kept / "site")
 
@@ -72,7 +72,7 @@ class LocalFormerSites:
             self._folders.note(tenant, taken=None)
             shutil.rmtree(self._place(tenant, taken), ignore_errors=True)
         place = self._place(tenant, former)
-        # where only the environment changed, a copy of the site's files was the next one
+        # if only the environment changed, the next side has a copy of the site's files
         source = self._folders.beside(tenant, "old")
         if not source.exists():
             source = self._folders.of(tenant, "next")
@@ -87,7 +87,7 @@ class LocalFormerSites:
             shutil.rmtree(self._place(tenant, one.id), ignore_errors=True)
 
     def _remove_what_lasts(self, tenant: str, folder: Path) -> None:
-        """Remove what lives on with the live site."""
+        """Remove files that continue with the live site."""
         live, names = self._folders.of(tenant, "live"), [b".git", b".gateway"]
         names = [name for name in names if (live / os.fsdecode(name)).exists()]
         with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ class LocalFormerSites:
 
 
 def remove(folder: Path, names: Sequence[bytes]) -> None:
-    """Remove what is called so below a folder."""
+    """Remove the entries with these names in a folder."""
     for path in (folder / os.fsdecode(name) for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

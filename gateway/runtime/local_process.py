@@ -1,4 +1,4 @@
-"""Start commands as plain processes of this machine, follow them, and end the whole tree of each."""
+"""Commands as plain processes of this machine: start, follow, and kill the whole tree."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from gateway.runtime import REPORT_MAX, ExecSpec, Exit, Holding, Killed, Pty, St
 from gateway.runtime.launcher import KILL_SCRIPT, Preamble, killed, start_command
 
 _CHUNK: Final = 64 * 1024
-# a child that keeps the output open after the command has ended holds its end back this long, as in Incus
+# seconds to wait for more output after the command's end while a child keeps it open, as in Incus
 _HOLDER: Final = 1.0
-# before a terminal's own 4 KiB there are up to 64 KiB on their way in the kernel
+# besides a terminal's own 4 KiB, the kernel may have up to 64 KiB in transit
 _FLUSHES: Final = 25
 _OWN_TERMINAL: Final = str(Path(__file__).with_name("own_terminal.py"))
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,7 +43,7 @@ class LocalProcess:
         self.started_at = 0.0
         self.streams: tuple[StreamName, ...] = ("stdout", "stderr")
         self.report = b""
-        self._told: StreamName = "stderr"  # where the shells speak before the command does
+        self._told: StreamName = "stderr"  # where the scripts report before the command starts
         self._merged = False
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exec_id = exec_id
@@ -54,13 +54,13 @@ class LocalProcess:
         self._input: _End | None = None
         self._terminal = False
         self._terminal_path = ""
-        self._writing = 0  # bytes that a write waits to get rid of
+        self._writing = 0  # bytes that a pending `write` is waiting to pass on
         self._first = b""
         self._over: asyncio.Task[None] | None = None
 
     async def begin(self, line: bytes, spec: ExecSpec, *, home: str) -> None:
-        """Start the shells, hand over the command, return once it runs. Raises `ExecFailed`."""
-        # the gateway's own environment, which may hold its secret, stays with the gateway
+        """Start the scripts, send the command, and return once it runs. Raises `ExecFailed`."""
+        # not the gateway's own environment, which may contain its secret
         environment = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": home}
         argv = tuple(start_command(self._exec_id, None, looks=0, terminal=spec.pty is not None))
         preamble = self._preamble
@@ -84,7 +84,7 @@ class LocalProcess:
     async def _open_pipes(
         self, argv: tuple[str, ...], environment: dict[str, str]
     ) -> asyncio.subprocess.Process:
-        # pipes of our own: an event loop may use sockets, which cannot be opened as /dev/stdout
+        # explicit pipes: an event loop may use sockets, which cannot be opened as /dev/stdout
         reading, writing = os.pipe()
         self._input = _End(writing)
         theirs = [reading]
@@ -147,7 +147,7 @@ class LocalProcess:
                 reading.cancel()
 
     def take(self, stream: StreamName) -> bytes:
-        return b""  # it waits in a pipe, which nothing breaks
+        return b""  # it can safely wait in the pipe
 
     async def write(self, data: bytes) -> None:
         if self._input is not None:
@@ -172,7 +172,7 @@ class LocalProcess:
                 after = _FLUSHES
                 while after and not self.ended.done():
                     termios.tcflush(terminal, termios.TCIFLUSH)
-                    await asyncio.sleep(0.002)  # nothing tells when it is full again
+                    await asyncio.sleep(0.002)  # there is no event for a refilled terminal
                     after = _FLUSHES if self._writing else after - 1
         finally:
             os.close(terminal)
@@ -229,7 +229,7 @@ class LocalProcess:
                 end.close()
 
     async def abandon(self) -> None:
-        """End a command that did not start properly: the shell first, so that it goes no further."""
+        """Kill a command that did not start properly: the shell first, so that it goes no further."""
         await self.aclose()
         if self._process is not None:
             await self.kill(0)
@@ -241,8 +241,9 @@ class LocalProcess:
 
 
 class _End:
-    """Our end of a pipe or terminal. `asyncio`'s own transports are not used: uvloop closes their
-    descriptors twice.
+    """Our end of a pipe or terminal.
+
+    asyncio's own transports are not used, because uvloop closes their descriptors twice.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -259,13 +260,13 @@ class _End:
             except BlockingIOError:
                 await self._until(loop.add_reader, loop.remove_reader)
             except OSError as error:
-                if error.errno == errno.EIO:  # how a terminal says that its other end is closed
+                if error.errno == errno.EIO:  # a terminal's other end is closed
                     return b""
                 raise
         return b""
 
     async def write(self, data: bytes) -> None:
-        """Write all of `data`; dropped if there is no reader any more. One writer at a time."""
+        """Write all of `data`; dropped if there is no reader left. One writer at a time."""
         loop, view = asyncio.get_running_loop(), memoryview(data)
         while view and self.descriptor >= 0:
             try:
@@ -276,7 +277,7 @@ class _End:
                 return
 
     def close(self) -> None:
-        """Close it and wake the waiting task. Idempotent."""
+        """Close it and wake waiting tasks. Idempotent."""
         descriptor, self.descriptor = self.descriptor, -1
         for waiting in self._waiting:
             if not waiting.done():

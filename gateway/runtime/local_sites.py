@@ -1,6 +1,6 @@
-"""Make sites of the `local` runtime: a folder each, and a process on loopback that is started again.
+"""Sites of the `local` runtime: a folder each, and a process on loopback that is restarted when it ends.
 
-Which port a site has is in its tenant's folder; its process ends with the gateway and comes again with it.
+A site's process ends with the gateway and is started again with the next one.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ from gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 _TAIL: Final = 4000
-_LOOK: Final = 5.0  # seconds of a look at its processes
-_STAY: Final = (".git", ".gateway")  # what stays with the live site, whatever is rolled back
-_PAUSE: Final = 0.3  # seconds before a site that ended is started again, as in its systemd unit
+_LOOK: Final = 5.0  # seconds for a look at its processes
+_STAY: Final = (".git", ".gateway")  # stays with the live site in a rollback
+_PAUSE: Final = 0.3  # seconds before an ended site is restarted, as in its systemd unit
 _PORTS: Final = range(20_000, 32_000)  # below net.ipv4.ip_local_port_range
 
 
 class _NoCopies:
-    """Keeps no copies: a folder is made as fast as it could be prepared."""
+    """Prepares no copies: creating a folder takes no longer."""
 
     def prepare(
         self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
@@ -79,7 +79,7 @@ class _NoCopies:
 
 
 class LocalSites:
-    """The sites of the local runtime; see `gateway.runtime.sites.Sites`. No size is enforced here."""
+    """The sites of the local runtime; see `gateway.runtime.sites.Sites`. Sizes are not enforced."""
 
     def __init__(self, settings: Settings, runtime: LocalRuntime) -> None:
         self._settings, self._runtime = settings, runtime
@@ -184,7 +184,7 @@ class LocalSites:
         await service.start()
 
     async def allow(self, tenant: str, domain: str) -> None:
-        return  # every start looks at what the tenant carries
+        return  # every start reads the tenant's domain
 
     async def _allowed(self, tenant: str) -> dict[str, str]:
         domain = (await self._runtime.get(tenant)).domain
@@ -193,7 +193,7 @@ class LocalSites:
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
         service = self._services.get((tenant, side))
         if service is None:
-            raise NotFound(f"the site of {tenant} does not run")
+            raise NotFound(f"the site of {tenant} is not running")
         return Exposure("127.0.0.1", service.port, f"127.0.0.1:{service.port}")
 
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
@@ -292,7 +292,7 @@ class LocalSites:
 
 
 async def _carry(kept: bytes, live: Path, following: Path) -> None:
-    """Copy what the live site wrote, where it is newer."""
+    """Copy files that the live site has written, if they are newer."""
     words = ("-a", "--update", "--parents", f"--target-directory={following}", "--")
     carrying = await asyncio.create_subprocess_exec(
         *("xargs", "--null", "cp", *words),
@@ -300,11 +300,11 @@ async def _carry(kept: bytes, live: Path, following: Path) -> None:
         stdin=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    await carrying.communicate(kept)  # files that come or go meanwhile are no error
+    await carrying.communicate(kept)  # files that appear or vanish meanwhile are no error
 
 
 def _move(names: Sequence[str], source: Path, target: Path) -> None:
-    """Move what there is of these names, over what is there."""
+    """Move the entries with these names, if they exist, replacing any in the target."""
     for name in names:
         if (source / name).exists():
             remove(target, [os.fsencode(name)])
@@ -312,33 +312,33 @@ def _move(names: Sequence[str], source: Path, target: Path) -> None:
 
 
 class _Service:
-    """A site's process, started again whenever it ends."""
+    """A site's process, restarted whenever it ends."""
 
     def __init__(self, runtime: LocalRuntime, tenant: str, spec: ExecSpec, port: int) -> None:
         self.port = port
         self._restarts, self._started = 0, 0.0
-        self._process: Process | None = None  # that runs
+        self._process: Process | None = None  # while it runs
         self._runtime, self._tenant, self._spec = runtime, tenant, spec
         self._said = b""
         self._task: asyncio.Task[None] | None = None
 
     @property
     def said(self) -> str:
-        """The end of what it printed."""
+        """The end of its output."""
         return self._said.decode("utf-8", "replace")
 
     def told(self, env: Mapping[str, str]) -> None:
-        """Have its next start know more."""
+        """Add variables for its next start."""
         self._spec = replace(self._spec, env={**self._spec.env, **env})
 
     async def start(self) -> None:
-        """Start it; raises `ExecFailed` if it cannot be started at all."""
+        """Start it. Raises `ExecFailed` if it cannot be started at all."""
         self._restarts = 0
         process = await self._begin()
         self._task = asyncio.create_task(self._keep(process), name=f"site of {self._tenant}")
 
     async def look(self) -> Service:
-        """Return how it does; see `Service`."""
+        """Return its state; see `Service`."""
         process = self._process
         if process is None:
             return Service("ended", self._restarts, self._started)
@@ -381,9 +381,9 @@ class _Service:
 
 
 def _free_port() -> int:
-    """Return a port that nobody has, of those that the kernel gives to no connection on its way out.
+    """Return a free port outside of the kernel's range for outgoing connections.
 
-    A site that finds its port taken would end again and again.
+    A site that finds its port taken would keep failing.
     """
     for port in random.sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):

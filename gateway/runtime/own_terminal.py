@@ -1,7 +1,7 @@
-"""Make the terminal on standard input this session's own, and become the command in the arguments.
+"""Make the terminal on stdin the session's controlling terminal, and exec the command in the arguments.
 
-Incus does so for its containers. What was started in a background job ignores SIGINT, and so would all that
-it starts: Ctrl-C must work again.
+Incus does the same in its containers. A gateway started as a background job ignores SIGINT, which its
+children inherit; the default is restored so that Ctrl-C works.
 
 Usage: python own_terminal.py PROGRAM ARGUMENT…, with PROGRAM's path, in a new session.
 """

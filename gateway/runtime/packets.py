@@ -1,6 +1,6 @@
-"""Counts the packets that this host's interfaces received, which show the sites that answer visitors.
+"""Counts of packets received by the host's interfaces, which show the sites that answer visitors.
 
-One small file of the kernel has them all, however many visitors there are.
+They are all in one small kernel file, however many visitors there are.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-_TABLE: Final = Path("/proc/net/dev")  # proc(5): two lines of titles, then an interface a line
+_TABLE: Final = Path("/proc/net/dev")  # proc(5): two lines of titles, then one interface per line
 _PACKETS: Final = 1
 
 
 def packets(table: Path = _TABLE) -> Mapping[str, int]:
-    """Return how many packets each interface has received; nothing if the kernel does not say."""
+    """Return how many packets each interface has received; empty if that cannot be read."""
     try:
         lines = table.read_text().splitlines()[2:]
     except OSError:

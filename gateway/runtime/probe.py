@@ -1,4 +1,4 @@
-"""See from outside whether something in a tenant answers, without running anything in it."""
+"""Probe from outside whether something in a tenant answers, without running anything in it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import ssl
 import time
 from typing import Final
 
-_PAUSE: Final = 0.015  # seconds between two looks; there is nothing to wait on but the network itself
-_CONNECT: Final = 0.1  # seconds of one try; before the network is up the kernel would wait a whole one
-_ANSWER: Final = 10.0  # seconds of one answer
-_DISCARD: Final = 9  # a port at which nothing listens (RFC 863)
-_TRACE: Final = 61.0  # seconds that a connection that has ended can be seen
-_FIELDS: Final = 100  # of its head, where its body is wanted
-_HEAD: Final = 4096  # bytes of an answer that are looked at, and read
+_PAUSE: Final = 0.015  # seconds between attempts; there is no event to wait for
+_CONNECT: Final = 0.1  # seconds per attempt; while the network is down the kernel would retry only after 1 s
+_ANSWER: Final = 10.0  # seconds for an answer
+_DISCARD: Final = 9  # a port on which nothing listens (RFC 863)
+_TRACE: Final = 61.0  # seconds for which an ended connection is visible
+_FIELDS: Final = 100  # most header lines before a body
+_HEAD: Final = 4096  # most bytes of a line of an answer
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")  # RFC 9112, section 4
 
 
-# a status with which a host is refused, and how those that refuse every host but their own put it
+# status codes that refuse a host, and words servers use when they refuse all hosts but their own
 _REFUSALS: Final = (400, 403, 421)
 _HOSTS: Final = re.compile(r"(?i)allowed_?hosts|host header|http_host|blocked host|this host\b")
-_BODY: Final = 2048  # bytes of a refusal that are read
-_SHOWN: Final = 300  # characters of it that are told
+_BODY: Final = 2048  # bytes of a refusal to read
+_SHOWN: Final = 300  # characters of a refusal to show
 _TAG: Final = re.compile(r"<[^<>]*>")
 
 
 class HostRefused(Exception):
-    """A site answers, but not under its domain; `said` is what it says of that, fit to be shown."""
+    """A site answers, but refuses its domain; `said` is its message, safe to display."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(said)
@@ -41,24 +41,24 @@ class HostRefused(Exception):
 
 
 class Silent(TimeoutError):
-    """It took the connection, and then said nothing."""
+    """The connection was accepted, but no answer came."""
 
 
-_ports: dict[int, float] = {}  # from which this process asked, until when that can be seen; oldest first
+_ports: dict[int, float] = {}  # local ports of our probes -> until when they are visible; oldest first
 
 
 def ours(port: int) -> bool:
-    """Say whether a connection from that port of this machine is, or was, one of our own probes."""
+    """Return whether a connection from this local port is, or was, one of our own probes."""
     return _ports.get(port, 0.0) > time.monotonic()
 
 
 def own_ports() -> frozenset[int]:
-    """Return the ports of this machine from which this process asks just now."""
+    """Return the local ports of probes under way."""
     return frozenset(port for port, until in _ports.items() if until == math.inf)
 
 
 async def network_up(address: str, timeout: float) -> None:
-    """Return once an address refuses or takes a connection. Raises `TimeoutError`."""
+    """Wait until an address accepts or refuses a connection. Raises `TimeoutError`."""
     async with asyncio.timeout(timeout):
         while True:
             try:
@@ -72,9 +72,9 @@ async def network_up(address: str, timeout: float) -> None:
 
 
 async def answer(address: str, port: int, path: str, timeout: float, *, host: str | None = None) -> int:
-    """Ask a site until it answers with success or a redirect; return the status.
+    """Request a path until the site answers with success or a redirect; return the status.
 
-    Raises `TimeoutError`, and `HostRefused` at once if it refuses the host that it is asked for.
+    Raises `TimeoutError`, and `HostRefused` at once if the site refuses `host`.
     """
     async with asyncio.timeout(timeout):
         while True:
@@ -88,9 +88,9 @@ async def answer(address: str, port: int, path: str, timeout: float, *, host: st
 
 
 async def refusal(address: str, port: int, path: str, host: str, status: int) -> str:
-    """Return what a site says that answered `status` since it refuses the host; "" if that is not why.
+    """Return a site's message if it answered `status` because it refuses the host, else "".
 
-    It is if the site answers at its own address, or says so. Raises as `ask` does.
+    It does if it accepts its own address as a host, or says so. Raises what `ask` raises.
     """
     if status not in _REFUSALS:
         return ""
@@ -102,7 +102,7 @@ async def refusal(address: str, port: int, path: str, host: str, status: int) ->
 
 
 def shown(body: bytes) -> str:
-    """Return the begin of what a site says as one line, without markup and what may not be printed."""
+    """Return the beginning of a site's answer as one line without markup and unprintable characters."""
     text = _TAG.sub(" ", body[:_BODY].decode("utf-8", "replace"))
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_SHOWN]
 
@@ -118,11 +118,11 @@ async def ask(
     tls: ssl.SSLContext | None = None,
     leisure: float = 0.0,
 ) -> int:
-    """Ask once; return the status. Raises `OSError`, so `TimeoutError` and `Silent`, and `ValueError`.
+    """Send one request; return the status.
 
-    `connect` and `answer` are the seconds that each of the two may take. Only the first line of the answer is
-    read, which may be anything and never end. It may be read up to `leisure` seconds later, so that many are
-    read at once.
+    `connect` and `answer` are timeouts in seconds. Only the first line of the answer is read; a hostile
+    answer may be anything and endless. Reading may be delayed by up to `leisure` seconds, so that many
+    answers are read together. Raises `OSError` (including `TimeoutError` and `Silent`) and `ValueError`.
     """
     line, _ = await _exchange(address, port, path, connect, answer, host=host, tls=tls, leisure=leisure)
     return status_of(line)
@@ -140,12 +140,12 @@ async def _exchange(
     most: int = 0,
     leisure: float = 0.0,
 ) -> tuple[bytes, bytes]:
-    """Ask once; return the first line, and up to `most` bytes of the body. Raises the same as `ask`."""
-    version = "1.0" if most else "1.1"  # whose bodies come in no chunks
+    """Send one request; return the first line and up to `most` bytes of the body. Raises as `ask` does."""
+    version = "1.0" if most else "1.1"  # HTTP/1.0 bodies are not chunked
     request = f"GET {path} HTTP/{version}\r\nHost: {host or address}\r\nConnection: close\r\n\r\n".encode()
     with socket.socket() as own:
         own.setblocking(False)
-        own.bind(("", 0))  # so that its port is known before anybody sees the connection
+        own.bind(("", 0))  # so that the port is known before the connection becomes visible
         mine = own.getsockname()[1]
         _ports[mine] = math.inf
         try:
@@ -177,18 +177,18 @@ async def _streamed(
                 if most:
                     body = await _body(reader, most)
             finally:
-                writer.transport.abort()  # no word more, and no wait for one
+                writer.transport.abort()  # neither send nor wait for anything else
     except TimeoutError:
         raise Silent from None
     return line, body
 
 
 class _Asking:
-    """One request on a separate socket, up to the first line of its answer.
+    """One request on a socket of its own, up to the first line of the answer.
 
-    Each site is asked every few seconds, so this uses callbacks: a stream takes twice the time. Waking for
-    each answer costs more than the rest: with some `leisure`, in seconds, answers to requests that were sent
-    together are read together.
+    Each site is probed every few seconds, so this uses callbacks: streams take twice the time. Most of the
+    cost is waking up for each answer; with a `leisure` in seconds, answers to requests sent together are read
+    together.
     """
 
     def __init__(self, own: socket.socket, request: bytes, answer: float) -> None:
@@ -199,12 +199,15 @@ class _Asking:
         self._timers: list[asyncio.TimerHandle] = []
 
     async def line(self, place: tuple[str, int], connect: float, leisure: float) -> bytes:
-        """Connect and ask; return at most `_HEAD` bytes. Raises `OSError`, so `TimeoutError` and `Silent`."""
+        """Connect and send; return at most `_HEAD` bytes of the first line.
+
+        Raises `OSError`, including `TimeoutError` and `Silent`.
+        """
         failed = self._own.connect_ex(place)
         if failed not in (0, errno.EINPROGRESS):
             raise OSError(failed, os.strerror(failed))
         try:
-            # between two ends on one machine a connection is there at once
+            # on one machine a connection is usually established at once
             if not self._sent(leisure):
                 self._timers.append(self._loop.call_later(connect, self._fail, TimeoutError()))
                 self._loop.add_writer(self._own, self._connected, leisure)
@@ -223,9 +226,9 @@ class _Asking:
             self._sent(leisure)
 
     def _sent(self, leisure: float) -> bool:
-        """Send the request; return whether it was connected."""
+        """Send the request; return False if not connected yet."""
         try:
-            self._own.send(self._request)  # a new connection has room for all of it
+            self._own.send(self._request)  # it fits into the buffer of a new connection
         except BlockingIOError:
             return False
         except OSError as error:
@@ -233,7 +236,7 @@ class _Asking:
             return True
         self._timers = [self._loop.call_later(self._answer, self._fail, Silent())]
         if leisure:
-            # with all others that are asked in the same moment
+            # together with all others sent within the same interval
             moment = (self._loop.time() // leisure + 2) * leisure
             self._timers.append(self._loop.call_at(moment, self._heard))
         else:
@@ -267,7 +270,7 @@ class _Asking:
 
 
 async def _body(reader: asyncio.StreamReader, most: int) -> bytes:
-    """Return the first bytes of a body; without any of it where the head does not end in time."""
+    """Return the first bytes of a body, skipping up to `_FIELDS` header lines."""
     for _ in range(_FIELDS):
         if await reader.readline() in (b"\r\n", b"\n", b""):
             break
@@ -278,10 +281,10 @@ async def _body(reader: asyncio.StreamReader, most: int) -> bytes:
 
 
 def status_of(line: bytes) -> int:
-    """Return the status of an answer by its first line. Raises `ValueError` if it is none of HTTP."""
+    """Return the status from an answer's first line. Raises `ValueError` if it is not HTTP."""
     match = _STATUS.fullmatch(line)
     if match is None:
-        raise ValueError("no HTTP")
+        raise ValueError("not HTTP")
     return int(match[1])
 
 

@@ -1,6 +1,6 @@
-"""Run shell scripts of ours in a tenant. They lie beside the code that uses them.
+"""Run the gateway's shell scripts in a tenant. The scripts are beside the code that uses them.
 
-They run inside the container: what a site put in their way can harm only its own tenant.
+They run inside the container, so whatever a site puts in their way can harm only its own tenant.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from gateway.errors import GatewayError
 from gateway.runtime import ExecSpec, Process
 from gateway.runtime.sites import lines
 
-_PIECE: Final = 1 << 18  # bytes of input that are written at once
+_PIECE: Final = 1 << 18  # bytes of input written at once
 
 Exec = Callable[[str, ExecSpec], Awaitable[Process]]
-"""Starts a command in a tenant, as `TenantRuntime.exec`."""
+"""Starts a command in a tenant, like `TenantRuntime.exec`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The exit code of a script, and the end of what it printed on both outputs."""
+    """A script's exit code, and the end of its output."""
 
     code: int
     said: str
@@ -32,10 +32,10 @@ class Ended:
 async def run(
     exec_: Exec, tenant: str, argv: Sequence[str], *, given: bytes = b"", seconds: float, printed: int
 ) -> Ended:
-    """Run a command as the tenant's root with `given` as its input; end its whole tree if this fails.
+    """Run a command as the tenant's root with the input `given`; on failure kill its whole tree.
 
-    Raises `TimeoutError` after so many `seconds`, and `ExecFailed` if it does not start or prints over
-    `printed` bytes.
+    Raises `TimeoutError` after `seconds`, and `ExecFailed` if it does not start or prints more than `printed`
+    bytes.
     """
     spec = ExecSpec(tuple(argv), cwd="/", user="root", stdin=True, merged=True)
     process = await exec_(tenant, spec)

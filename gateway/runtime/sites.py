@@ -1,8 +1,8 @@
-"""The seam between deployments and where sites run: what turns a tenant into a site that answers.
+"""The interface between deployments and the place where sites run.
 
-A tenant has one site. Beside the one that is `live`, a redeploy builds the `next` one in a separate folder
-and starts it on a separate port, so that the live one serves until the next one has been seen to work.
-Every call that undoes is idempotent: after a crash it is not known how far its counterpart came.
+A tenant has one site. A redeployment builds the `next` version beside the `live` one, in a separate folder
+and on a separate port, so that the live version serves until the next one is known to work. Every call that
+undoes something is idempotent, because after a crash it is unknown how far its counterpart got.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from gateway.errors import ExecFailed, GatewayError
 from gateway.runtime import Process
 from gateway.runtime.listening import Listener
 
-_TAIL: Final = 4000  # bytes of a command's output that an error tells
-_LINE: Final = 2000  # bytes of one line that is passed on
+_TAIL: Final = 4000  # bytes of a command's output in an error
+_LINE: Final = 2000  # bytes of one line passed on
 _QUOTA: Final = ("quota exceeded", "edquot")
 _FULL: Final = ("no space left", "enospc", *_QUOTA)
 
-# neither `\$PORT`, which a shell is to leave alone, nor `$$PORT` and `$PORTS`, which are something else
+# but not `\$PORT`, which is escaped, nor `$$PORT` and `$PORTS`, which mean something else
 _PORT: Final = re.compile(r"(?<![\\$])\$(?:PORT(?![A-Za-z0-9_])|\{PORT\})")
 
 Side = Literal["live", "next"]
 Exchange = Literal["update", "rollback", "environment"]
-"""What takes the live site's place: the next one's files; those of a kept one, beside what belongs to no
-deployment; or, the files being what they are, its environment alone."""
+"""What replaces the live site: the next one's files; a kept site's files, except those outside of any
+deployment; or only the environment."""
 
 ServiceState = Literal["running", "starting", "ended"]
 Source = Literal["pool", "golden", "image", "folder"]
 Say = Callable[[str], None]
-"""Takes one line that a command printed."""
+"""Receives one line that a command printed."""
 
 Prepared = Callable[[GatewayError | None], None]
-"""Takes how preparing ended: the error, or None where all that is to be ready is."""
+"""Receives the outcome of preparing: the error, or None if everything is ready."""
 
 Quiet = Callable[[], Awaitable[None]]
-"""Returns once there is time for what is only made to be ready."""
+"""Returns once the host is quiet enough for work done in advance."""
 
 
 async def at_once() -> None:
-    """Be a `Quiet` that waits for nothing."""
+    """A `Quiet` that does not wait."""
 
 
 FORMER_ID: Final = re.compile(r"d-[0-9a-f]{16}")
 ALLOWED: Final = "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"
-"""The variable by which a site is told its domain, which Vite and what is built on it then answers to."""
+"""The variable that tells a site its domain; Vite and tools built on it then accept that host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a site is made of. `archive` is a tar of the workspace that holds nothing but plain entries.
+    """How a site is built and started. `archive` is a tar of the workspace with plain entries only.
 
-    `key` names what may be prepared ahead and shared between tenants; empty if nothing may. `warm` are paths
-    that are requested while it is prepared, so that a dev server has done its first work. `owner` names the
-    owner of an upload, and is part of the key then: nothing of an upload is shared with others. If it is
-    `alone`, its two sides never run at the same time, and both have the one port. `keep` are the
-    patterns of what the site writes itself, `template` is what it was made by.
+    `key` identifies what may be prepared in advance and shared between tenants; empty if nothing may. `warm`
+    are paths to request during preparation, so that a dev server has done its initial work. `owner` is the
+    owner of an upload and then part of the key, so that an upload is never shared with others. If `alone`,
+    both sides use one port and never run at the same time. `keep` are patterns of files the site writes
+    itself, and `template` names the template.
     """
 
     archive: bytes
@@ -76,19 +76,19 @@ class Recipe:
     template: str = ""
 
     def listens(self, side: Side) -> int:
-        """Return the port of a side: it is told to the site as PORT."""
+        """Return the port of a side, which the site gets as PORT."""
         if side == "live" or self.alone:
             return self.port
         return self.port + 10_000 if self.port < 50_000 else self.port - 10_000
 
     def command(self, port: int) -> tuple[str, ...]:
-        """Return `start` with `port` for each `$PORT` and `${PORT}`: no shell is there to do it."""
+        """Return `start` with `$PORT` and `${PORT}` replaced, since no shell does it."""
         return tuple(_PORT.sub(str(port), word) for word in self.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a deployment asks of a new tenant. `deployment` marks it until the site works."""
+    """A deployment's order for a new tenant. The tenant is marked with `deployment` until its site works."""
 
     deployment: str
     domain: str
@@ -98,7 +98,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """Where a site answers: for the gateway's own probes, and `target` as a route of Caddy."""
+    """Where a site answers: address and port for the gateway's probes, `target` for a Caddy route."""
 
     address: str
     port: int
@@ -107,10 +107,10 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The state of one side's service. One that waits to be restarted has `ended`.
+    """The state of one side's service. A service waiting for a restart has `ended`.
 
-    `restarts` counts its automatic restarts since it was started, and `started` is the time of the last one,
-    by `time.monotonic()`. `oom_kills` counts its processes that the kernel has killed since then for lack of
+    `restarts` counts automatic restarts since the service was started, and `started` is the time of the last
+    one by `time.monotonic()`. `oom_kills` counts processes the kernel has killed since then for lack of
     memory. `cpu` is in seconds.
     """
 
@@ -124,9 +124,9 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One life of a service as its host sees it: its `first` process is another after each start.
+    """One run of a service as seen from the host: each start has a different `first` process.
 
-    `started` is when that began, by `time.monotonic()`. `oom_kills` counts its processes that the kernel has
+    `started` is that process's start by `time.monotonic()`. `oom_kills` counts processes the kernel has
     killed since then for lack of memory.
     """
 
@@ -137,12 +137,13 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A tenant with a domain. `deployment` is set while it is not known to work; then it has no route yet.
+    """A tenant with a domain. While `deployment` is set, the site is not known to work and has no route.
 
-    Visitors of a site that is `asleep` reach the gateway first. `instance` and `created` are as a `Tenant`'s.
-    If another instance has the same address (`shares_address`), the younger one has no exposure: it would
-    show the elder's site. The address of a `loose` site is lost once it is stopped: `Sites.anchor` it before.
-    Its answers to visitors leave through `link`, an interface of this host, if that is known.
+    Visitors of a site that is `asleep` reach the gateway first. `instance` and `created` are those of the
+    `Tenant`. If another instance has the same address (`shares_address`), the newer one has no exposure,
+    because it would show the older one's site. A `loose` site loses its address when stopped, unless
+    `Sites.anchor` is called before. `link` is the host's interface through which answers to visitors pass, if
+    known.
     """
 
     tenant: str
@@ -161,70 +162,70 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """A site that was live: the deployment that made it, and when it was `replaced`, since the epoch."""
+    """A formerly live site: the id of its deployment, and when it was `replaced`, in epoch seconds."""
 
     id: str
     replaced: float
 
 
 class FormerSites(Protocol):
-    """The sites that each tenant keeps of those that were live. Nothing here starts a tenant."""
+    """The formerly live sites that each tenant keeps. No method starts a tenant."""
 
     async def listed(self, tenant: str) -> Sequence[Former]:
-        """Return what is kept, newest first."""
+        """Return the kept sites, newest first."""
         ...
 
     async def live(self, tenant: str) -> tuple[str | None, Recipe | None]:
-        """Return the deployment of the live site, where that is noted, and how it is started, where known."""
+        """Return the live site's deployment and recipe, as far as they are recorded."""
         ...
 
     async def recipe(self, tenant: str, former: str) -> Recipe:
-        """Return how a kept site is started. Raises `NotFound` with the reason `not_kept`."""
+        """Return a kept site's recipe. Raises `NotFound` with the reason `not_kept`."""
         ...
 
     async def environment(self, tenant: str) -> Mapping[str, str]:
-        """Return the live site's environment. Raises `Conflict` for one that cannot be understood."""
+        """Return the live site's environment. Raises `Conflict` if it cannot be parsed."""
         ...
 
     async def take(self, tenant: str, former: str) -> None:
-        """Make a kept site the next side; `Sites.clear` puts it back unless it became the live one."""
+        """Make a kept site the next side; `Sites.clear` puts it back unless it has become live."""
         ...
 
     async def put(self, tenant: str, former: str, live: str, most: int) -> None:
-        """Keep what `settle` put out of the live site's place as `former`, and note what is `live` now.
+        """Keep the site that `settle` replaced as `former`, and record which one is `live` now.
 
-        Of over `most` the oldest are removed. Idempotent.
+        At most `most` sites are kept; older ones are removed. Idempotent.
         """
         ...
 
 
 class PreparedCopies(Protocol):
-    """Copies of sites that work, kept ready for new tenants; see `Sites.copies`."""
+    """Copies of working sites, kept ready for new tenants; see `Sites.copies`."""
 
     def prepare(
         self, recipe: Recipe, prepared: Prepared, size: str = "small", quiet: Quiet = at_once
     ) -> None:
-        """Get ready for more tenants of a recipe that works at that size, in the background.
+        """Prepare, in the background, for more tenants of a recipe that works at this size.
 
-        For an upload `prepared` is always called with the outcome, unless these sites are closed before.
+        For an upload, `prepared` is always called with the outcome, unless these sites are closed first.
         """
         ...
 
     async def tidy(self) -> None:
-        """Remove copies of uploads that are not needed any more."""
+        """Remove copies of uploads that are no longer needed."""
         ...
 
     async def spare(self, wanted: int) -> int:
-        """Remove copies of uploads until so many bytes of the pool are free; return how many were."""
+        """Remove copies of uploads to free `wanted` bytes of the pool; return the bytes freed."""
         ...
 
     async def adopt(self, recipes: Sequence[Recipe]) -> None:
-        """Keep what an earlier process prepared for these recipes; destroy the rest of what it left."""
+        """Keep what an earlier process prepared for these recipes; destroy everything else it left."""
         ...
 
 
 class Sites(Protocol):
-    """The sites of one runtime: all that deployments use of it. Use as an async context manager."""
+    """The sites of one runtime: everything that deployments use of it. An async context manager."""
 
     former: FormerSites
     copies: PreparedCopies
@@ -236,45 +237,47 @@ class Sites(Protocol):
     ) -> None: ...
 
     async def create(self, tenant: str, order: Order) -> Source:
-        """Make and start a tenant, from what is ready; say from what. Raises `Conflict`, `Unavailable`.
+        """Create and start a tenant from the best source available; return which one that was.
 
-        From `pool` or `golden` it comes with the recipe's files, installed and started.
+        From `pool` or `golden` it already has the recipe's files, installed and started. Raises `Conflict`
+        and `Unavailable`.
         """
         ...
 
     async def remove(self, deployment: str) -> None:
-        """Destroy whatever carries the mark of a deployment; return once nothing does."""
+        """Destroy everything marked with a deployment; return once nothing is left."""
         ...
 
     async def anchor(self, tenant: str) -> None:
-        """Give a tenant an address that it keeps, so that it is known where its site is while it sleeps."""
+        """Give a tenant a permanent address, so that its site can be located while it sleeps."""
         ...
 
     async def push(
         self, tenant: str, side: Side, recipe: Recipe, env: Mapping[str, str] | None, lost: bytes = b""
     ) -> None:
-        """Copy the recipe's files over the workspace, `next` over a copy of it; keep its environment.
+        """Copy the recipe's files into the workspace, for `next` into a copy of it; store the environment.
 
-        The copy leaves out the `lost` paths below the workspace, each with a NUL.
+        The copy omits the `lost` paths below the workspace, each terminated by NUL.
         """
         ...
 
     async def install(self, tenant: str, side: Side, recipe: Recipe, say: Say) -> None:
-        """Run the recipe's install command; it is ended as a whole tree where this is cancelled."""
+        """Run the recipe's install command; a cancel kills its whole process tree."""
         ...
 
     async def start(self, tenant: str, side: Side, recipe: Recipe) -> None:
-        """Start, or start again, the site's service."""
+        """Start or restart the site's service."""
         ...
 
     async def expose(self, tenant: str, side: Side, recipe: Recipe) -> Exposure:
-        """Make a side reachable, and say where."""
+        """Make a side reachable; return where."""
         ...
 
     async def settle(self, tenant: str, recipe: Recipe, kept: bytes = b"", how: Exchange = "update") -> None:
-        """Make the next site's files the live ones and start them; the next service runs on. Idempotent.
+        """Make the next site's files live and start them; the next service keeps running. Idempotent.
 
-        Takes along what the live site wrote meanwhile below the `kept` paths, each with a NUL.
+        Files that the live site has written meanwhile at the `kept` paths, each terminated by NUL, are
+        copied.
         """
         ...
 
@@ -283,62 +286,62 @@ class Sites(Protocol):
         ...
 
     async def clear(self, tenant: str) -> None:
-        """Remove everything of the next side, and what `settle` kept; put back what was taken. Idempotent."""
+        """Remove the next side and what `settle` saved; put a taken site back. Idempotent."""
         ...
 
     async def finish(self, tenant: str, order: Order) -> None:
-        """Record that the site works: domain, port, and no deployment any more."""
+        """Record that the site works: set domain and port, and remove the deployment's mark."""
         ...
 
     async def service(self, tenant: str, side: Side) -> Service | None:
-        """Return how a side's service does; None if that cannot be had."""
+        """Return the state of a side's service, None if it cannot be determined."""
         ...
 
     async def life(self, tenant: str, side: Side) -> Life | None:
-        """Return which life of a side's service this is, at little cost; None where only `service` tells."""
+        """Return the current run of a side's service, cheaply; None if only `service` can tell."""
         ...
 
     async def log(self, tenant: str, side: Side) -> str:
-        """Return the last lines of a side's service; empty if they cannot be had."""
+        """Return the last log lines of a side's service, empty if unavailable."""
         ...
 
     async def listed(self) -> Sequence[Site]:
-        """Return every tenant with a domain, also those that are just being made."""
+        """Return all tenants with a domain, including those being created."""
         ...
 
     async def allow(self, tenant: str, domain: str) -> None:
-        """Tell a running tenant's services the domain that they are asked by, from their next start on.
+        """Tell a running tenant's services their domain; it takes effect at their next start.
 
-        A tenant that is created or started with a domain gets it by itself.
+        A tenant created or started with a domain does not need this.
         """
         ...
 
     async def restart(self, tenant: str) -> None:
-        """Start the live site's service again."""
+        """Restart the live site's service."""
         ...
 
 
 def disk_was_full(said: str) -> bool:
-    """Say whether a command that failed had no room on its disk, by what it said last."""
+    """Return whether a failed command ran out of disk space, judging by the end of its output."""
     return any(words in said.lower() for words in _FULL)
 
 
 def quota_was_reached(said: str) -> bool:
-    """Say whether that was the end of its own share, by the kernel's words for it."""
+    """Return whether it hit its own quota, judging by the kernel's message."""
     return any(words in said.lower() for words in _QUOTA)
 
 
 async def lines(process: Process, say: Say | None, most: int, limit: int) -> str:
-    """Pass the first `most` lines of a merged command's output on; return the end of it all.
+    """Pass the first `most` lines of a merged command's output to `say`; return the end of the output.
 
-    Raises `ExecFailed` if it prints over `limit` bytes.
+    Raises `ExecFailed` if it prints more than `limit` bytes.
     """
     heard, size = Lines(0 if say is None else most, length=_LINE, tail=_TAIL), 0
     tell = say or (lambda line: None)
     while piece := await process.read("stdout"):
         size += len(piece)
         if size > limit:
-            raise ExecFailed(f"the command printed over {limit} bytes and was ended", reason="printed")
+            raise ExecFailed(f"the command printed over {limit} bytes and was stopped", reason="printed")
         for line in heard.feed(piece):
             tell(line)
     for line in heard.end():

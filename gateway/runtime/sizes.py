@@ -1,4 +1,4 @@
-"""The sizes that a tenant may have: names for limits of CPU, memory and disk."""
+"""The sizes of tenants: named limits of CPU, memory and disk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gateway.errors import InvalidParams
 MiB: Final = 1 << 20
 
 SIZES: Final[Mapping[str, Mapping[str, str]]] = {
-    "small": {},  # what the tenants' profile says
+    "small": {},  # as in the tenants' profile
     "medium": {"cpu": "2", "memory": "1GiB", "disk": "8GiB"},
     "large": {"cpu": "4", "memory": "2GiB", "disk": "16GiB"},
 }
-"""What each has of its own; all else is as the tenants' profile says."""
+"""The limits set by each size; all others come from the tenants' profile."""
 
 SITE_SHARE: Final = 85
-"""Per cent of a tenant's memory and processes that its site may have; the rest is for commands."""
+"""Percentage of a tenant's memory and processes for its site; the rest is for commands."""
 
 # https://linuxcontainers.org/incus/docs/main/reference/instance_units/
 _UNITS: Final = {
@@ -28,13 +28,13 @@ _UNITS: Final = {
 
 
 def known(name: str) -> str:
-    """Return the name of a size. Raises `InvalidParams` for what is none."""
+    """Return `name` if it is a size. Raises `InvalidParams` otherwise."""
     if name not in SIZES:
         raise InvalidParams(f"size must be one of {', '.join(SIZES)}", field="size")
     return name
 
 
 def size_of(text: str) -> int:
-    """Return the bytes of a size as Incus takes it, such as 4GiB; 0 for what is none."""
+    """Parse a size in Incus's notation, such as 4GiB, into bytes; 0 if it is not one."""
     found = re.fullmatch(r"([0-9]+) ?([a-zA-Z]*)", text.strip())
     return 0 if found is None else int(found[1]) * _UNITS.get(found[2], 0)

@@ -1,8 +1,8 @@
-"""Finds in the kernel's tables of TCP connections which sites have, or had lately, visitors.
+"""Find out from the kernel's TCP tables which sites have, or recently had, visitors.
 
-That shows short requests as well as websockets that last for days, whichever Caddy serves them, and costs the
-visitors nothing: the end that closes a connection first keeps its trace for a minute (TIME_WAIT), and the
-table says how much of that is left (proc_net_tcp.rst). Only a connection that was reset leaves no trace.
+This covers short requests as well as websockets that last for days, works with any Caddy, and costs visitors
+nothing: the side that closes a connection first keeps it in TIME_WAIT for a minute, and the table shows how
+much of that is left (proc_net_tcp.rst). Only a reset connection leaves no trace.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Final
 from gateway.runtime import probe
 
 _LISTEN: Final = 0x0A
-_CLOSE_WAIT: Final = 0x08  # the visitor has gone: only the site has not noticed
+_CLOSE_WAIT: Final = 0x08  # the visitor has left, but the site has not closed its side
 _END: Final = len("0100007F:1F90")
 _TIME_WAIT: Final = 3  # the kind of the timer
-_LENGTH: Final = 60.0  # seconds that it runs: TCP_TIMEWAIT_LEN
+_LENGTH: Final = 60.0  # seconds of that timer: TCP_TIMEWAIT_LEN
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_BYTES: Final = 1 << 20  # of one table of a tenant, which is as long as the tenant wants: 7 000 connections
-_HOST_BYTES: Final = 64 << 20  # of this machine's own, in which are those of all visitors
+_BYTES: Final = 1 << 20  # of a tenant's table, whose length the tenant controls: 7 000 connections
+_HOST_BYTES: Final = 64 << 20  # of the host's table, which has all visitors
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a site's connections are seen: the first process of its network, if it has one, and its end."""
+    """Where a site's connections are visible: its port, its address, and the init pid of its network."""
 
     port: int
     address: str | None = None
@@ -37,9 +37,9 @@ class Place:
 
 
 def visited(places: Mapping[str, Place]) -> dict[str, float]:
-    """Return how many seconds ago each one's last connection ended: 0 while there is one, absent without.
+    """Return how many seconds ago each site's last connection ended, 0 while one is open; others are omitted.
 
-    Our own probes do not count. A tenant with more connections than can be read counts as in use.
+    Our own probes do not count. A tenant with too many connections to read counts as in use.
     """
     ends = {name: _end(place.address, place.port) for name, place in places.items() if place.address}
     wanted = frozenset(ends.values())
@@ -70,15 +70,15 @@ def visited(places: Mapping[str, Place]) -> dict[str, float]:
 def _connections(
     process: str, limit: int, wanted: Callable[[bytes], bool]
 ) -> Iterator[tuple[bytes, bytes, float]]:
-    """Yield both ends of each connection of which one is wanted, and how long ago it ended.
+    """Yield the two ends of each connection with a wanted end, and how many seconds ago it ended.
 
-    Raises `OverflowError` if a table has over `limit` bytes. Each unwanted one costs half a microsecond.
+    Raises `OverflowError` if a table exceeds `limit` bytes. An unwanted connection costs half a microsecond.
     """
     for family in ("tcp", "tcp6"):
         try:
             table = (Path("/proc") / process / "net" / family).open("rb")
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
         with table:
             size = len(table.readline())
             for line in table:
@@ -86,7 +86,7 @@ def _connections(
                 if size > limit:
                     raise OverflowError
                 words = line.split(None, 6)
-                # of an IPv6 address the last four bytes: those of an IPv4 one that is written as such
+                # of an IPv6 address the last four bytes, which is all of an IPv4-mapped one
                 local, remote = words[1][-_END:], words[2][-_END:]
                 if not wanted(local) and not wanted(remote):
                     continue
@@ -104,5 +104,5 @@ def _is_at(port: bytes, end: bytes) -> bool:
 
 
 def _end(address: str, port: int) -> bytes:
-    """Return one end as the table has it: an IPv4 address is the bytes of a number of this machine."""
+    """Return an end in the table's format: an IPv4 address is a number in native byte order."""
     return b"%08X:%04X" % (int.from_bytes(socket.inet_aton(address), "little"), port)

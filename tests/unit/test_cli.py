@@ -322,7 +322,7 @@ async def test_a_tenants_disk_is_kept_brought_back_and_copied(gateway: LiveGatew
     _, out, _ = await run(gateway, "list", "--json")
     assert {entry["name"]: entry["domain"] for entry in orjson.loads(out)}["copy"] == "copy.example.com"
     code, out, err = await run(gateway, "resize", "copy", "medium")
-    assert (code, out) == (1, b"") and "the local runtime limits nothing" in err
+    assert (code, out) == (1, b"") and "the local runtime has no limits" in err
     assert (await run(gateway, "resize", "copy", "huge"))[0] == 2
     assert (await run(gateway, "destroy", "copy", "--yes"))[0] == 0
     assert (await run(gateway, "snapshot", "demo", "--delete", "s1"))[0] == 0
